@@ -1,0 +1,1 @@
+"""Fused kernels for regularised updates and curvature products: tensors in, tensors out."""

@@ -1,0 +1,89 @@
+"""Every option of a fine-tuning run, in one frozen record; the command line is generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+METHODS = ("fast", "vanilla", "lp-ft", "l2-sp")
+BATCH_NORM_POLICIES = ("frozen", "per_task", "track")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of `fast.finetune`. `None` means: the method's own default (`fast.train.methods`).
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    method: str = _option("fast", "how to adapt", METHODS)
+    steps: int | None = _option(None, "optimizer steps (default: from --epochs)")
+    epochs: int | None = _option(None, "passes over the training data (default: 3)")
+    batch_size: int = _option(64, "samples per optimizer step")
+    lr: float = _option(1e-3, "peak learning rate of the backbone")
+    eval_every: int | None = _option(None, "optimizer steps between evaluations (default: 1/10 run)")
+    seed: int = _option(0, "seed of head, data order and augmentation")
+
+    head_lr_scale: float | None = _option(None, "learning rate of the head, as a multiple of lr")
+    anchor_decay: float | None = _option(None, "pull towards the pretrained weights, in units of lr")
+    weight_decay: float = _option(0.0, "decoupled weight decay, in units of lr")
+    stall: int | None = _option(None, "steps before the backbone starts to move")
+    ramp: int | None = _option(None, "steps over which the backbone's lr then rises to its full value")
+    probe_steps: int | None = _option(None, "lp-ft: steps of linear probing (default: 1/6 of the run)")
+    batch_norm: str = _option("frozen", "what backbone batch norm does", BATCH_NORM_POLICIES)
+
+    optimizer: str = _option("adamw", "update rule", OPTIMIZERS)
+    schedule: str = _option("cosine", "learning-rate schedule", SCHEDULES)
+    warmup: int = _option(0, "steps of linear warm-up")
+    grad_accum_steps: int = _option(1, "micro-batches per optimizer step")
+    max_grad_norm: float | None = _option(None, "clip the global gradient norm to this")
+    precision: str = _option("auto", "arithmetic of the forward pass", PRECISIONS)
+    label_smoothing: float = _option(0.0, "label smoothing of the cross-entropy")
+    class_weights: str | tuple[float, ...] | None = _option(
+        None, "'balanced', or one weight per class"
+    )
+    patience: int | None = _option(None, "stop after this many evaluations without a better val")
+
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)")
+    output: str | None = _option(None, "folder for checkpoints, config and log")
+    save_every: int | None = _option(None, "steps between checkpoints (default: at evaluations)")
+    resume: str | None = _option(None, "folder of an interrupted run to go on with")
+    progress: bool | None = _option(None, "progress bar (default: when stderr is a terminal)")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            choices = f.metadata["choices"]
+            value = getattr(self, f.name)
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+        positive = ("batch_size", "grad_accum_steps", "steps", "epochs", "eval_every", "save_every",
+                    "patience")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        not_negative = ("anchor_decay", "weight_decay", "stall", "ramp", "warmup", "probe_steps")
+        for name in not_negative:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative; got {value}")
+        for name in ("lr", "head_lr_scale", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive; got {value}")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of grad_accum_steps "
+                f"({self.grad_accum_steps}): every micro-batch has the same size"
+            )
