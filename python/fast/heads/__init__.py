@@ -1,0 +1,23 @@
+"""Heads: find a classifier's last layer, replace it, normalise what it sees, fold it back."""
+
+from fast.heads.batch_norm import set_batch_norm
+from fast.heads.feature_norm import FeatureNorm
+from fast.heads.find import Head, find_head
+from fast.heads.forward import evaluating, forward_logits
+from fast.heads.replace import TaskHead, calibrate, fold_head, replace_head, task_head
+from fast.heads.task import source_task
+
+__all__ = [
+    "FeatureNorm",
+    "Head",
+    "TaskHead",
+    "calibrate",
+    "evaluating",
+    "find_head",
+    "fold_head",
+    "forward_logits",
+    "replace_head",
+    "set_batch_norm",
+    "source_task",
+    "task_head",
+]

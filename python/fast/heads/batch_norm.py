@@ -1,0 +1,121 @@
+"""What the backbone's batch norms do during adaptation: frozen, kept per task, or plain torch.
+
+Batch norm in train mode forgets by statistics alone: on CIFAR-10 -> digits the source accuracy of a
+ResNet-20 fell from .92 to .61 within ten steps without any change of weights. `frozen` is therefore
+the default.
+
+A policy changes the class of the batch norms in place, so it holds whenever `model.train()` is called,
+survives `copy.deepcopy`, and `isinstance(module, nn.BatchNorm2d)` stays true.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fast.heads.task import TwoTask
+
+
+class _Policy:
+    """Base of the classes that a policy puts in front of a batch norm's own class."""
+
+    plain_class: type[_BatchNorm]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__mro__[1], self.plain_class), self.__dict__
+
+
+class _Frozen(_Policy):
+    """Source statistics always; the affine part still learns."""
+
+    def train(self, mode: bool = True) -> Any:
+        return cast(Any, super()).train(False)
+
+
+class _PerTask(_Policy, TwoTask):
+    """Target statistics and affine, with the source's kept beside them as `source_norm`."""
+
+    source_norm: nn.Module
+
+    def train(self, mode: bool = True) -> Any:
+        cast(Any, super()).train(mode)
+        self.source_norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.answers_source:
+            return self.source_norm(x)
+        return cast(Any, super()).forward(x)
+
+
+@cache
+def _combined(policy: type[_Policy], plain: type[_BatchNorm]) -> type:
+    name = f"{policy.__name__.strip('_')}{plain.__name__}"
+    return type(name, (policy, plain), {"plain_class": plain})
+
+
+def _rebuild(policy: type[_Policy], plain: type[_BatchNorm]) -> nn.Module:
+    cls = _combined(policy, plain)
+    return cls.__new__(cls)
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Batch norms with running statistics, those of nested `source_norm`s left out."""
+    kept = {id(m.source_norm) for m in model.modules() if isinstance(m, _PerTask)}
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in kept
+    ]
+
+
+def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
+    """Set what the batch norms of `model` do from now on, in place.
+
+    Args:
+        model: any network; one without batch norm is left as it is.
+        policy: `"frozen"`: source statistics, also in train mode. `"per_task"`: target statistics and
+            affine parameters, the source's kept beside them and used inside `fast.source_task`.
+            `"track"`: plain torch.
+
+    Raises:
+        ValueError: an unknown policy, or one that would throw away statistics kept per task.
+    """
+    if policy not in ("frozen", "per_task", "track"):
+        raise ValueError(f"policy must be frozen, per_task or track; got {policy!r}")
+    for norm in _batch_norms(model):
+        if isinstance(norm, _PerTask):
+            if policy != "per_task":
+                raise ValueError(
+                    f"batch norm is kept per task already; {policy!r} would lose the source's "
+                    "statistics. Call fast.fold_head(model) first"
+                )
+            continue
+        _restore(norm)
+        if policy == "frozen":
+            mode = norm.training
+            norm.__class__ = _combined(_Frozen, type(norm))
+            norm.train(mode)
+        elif policy == "per_task":
+            source = copy.deepcopy(norm).eval().requires_grad_(False)
+            norm.__class__ = _combined(_PerTask, type(norm))
+            norm.add_module("source_norm", source)
+    return model
+
+
+def _restore(norm: _BatchNorm) -> None:
+    if isinstance(norm, _Policy):
+        norm.__class__ = norm.plain_class
+
+
+def plain_batch_norm(model: nn.Module) -> nn.Module:
+    """Give every batch norm its own class back; of norms kept per task the target's stays."""
+    for norm in _batch_norms(model):
+        if isinstance(norm, _PerTask):
+            del norm.source_norm
+        _restore(norm)
+    return model

@@ -1,0 +1,78 @@
+"""Normalise features to zero mean and unit variance, without learned scale or shift."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Share of the mean feature variance that is added to every feature's own. A ReLU feature that is dead
+# on the target sample has variance 0, and would be amplified without bound once it comes alive.
+VARIANCE_FLOOR = 0.0025
+
+
+class FeatureNorm(nn.Module):
+    """`(x - mean) / std` per feature, with statistics that are estimated first and tracked after.
+
+    Statistics are constants of the gradient: the head sees normalised features, the backbone a plain
+    affine map. `fast.fold_head` folds that map into the head.
+
+    Args:
+        num_features: D.
+        dim: where the features are: -1 for `[..., D]` (linear heads), 1 for `[B, D, H, W]`.
+        momentum: weight of a training batch in the tracked statistics.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, dim: int = -1, momentum: float = 0.01) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.dim = dim
+        self.momentum = momentum
+        self.tracking = True
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, momentum: float | None = None) -> None:
+        """Move the statistics towards those of a batch; the first batch sets them.
+
+        Args:
+            features: a batch, at least two values per feature.
+            momentum: weight of this batch (default: `self.momentum`).
+        """
+        x = features.detach().float().movedim(self.dim, -1).reshape(-1, self.num_features)
+        if x.shape[0] < 2:
+            return
+        # Kept on the device: `.item()` here would stall every training step on a GPU.
+        first = (self.num_batches_tracked == 0).to(x.dtype)
+        weight = first + (1 - first) * (self.momentum if momentum is None else momentum)
+        mean = x.mean(0)
+        self.mean.lerp_(mean.to(self.mean.dtype), weight.to(self.mean.dtype))
+        self.var.lerp_(x.var(0).to(self.var.dtype), weight.to(self.var.dtype))
+        self.num_batches_tracked += 1
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Use these statistics, both `[D]`, from now on (tracking goes on from them)."""
+        self.mean.copy_(mean)
+        self.var.copy_(var)
+        self.num_batches_tracked.fill_(1)
+
+    def scale(self) -> Tensor:
+        """`1 / std`, `[D]`: the reciprocal of what `forward` divides by."""
+        return (self.var + VARIANCE_FLOOR * self.var.mean()).clamp_min(1e-12).rsqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.tracking:
+            self.update(x)
+        shape = [1] * x.dim()
+        shape[self.dim] = self.num_features
+        mean, scale = self.mean.to(x.dtype), self.scale().to(x.dtype)
+        return (x - mean.view(shape)) * scale.view(shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, dim={self.dim}, momentum={self.momentum}"

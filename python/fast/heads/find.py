@@ -1,0 +1,147 @@
+"""Find the layer that makes a classifier's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.heads.forward import evaluating, forward_logits
+
+# Where timm, torchvision, transformers and most hand-written networks keep their classifier.
+CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The layer that makes the logits, and every place where it is registered.
+
+    Attributes:
+        module: `nn.Linear`, or a 1x1 `nn.Conv2d`.
+        places: (parent module, attribute name, qualified name), several when the layer is shared.
+    """
+
+    module: nn.Module
+    places: tuple[tuple[nn.Module, str, str], ...]
+
+    @property
+    def name(self) -> str:
+        return self.places[0][2]
+
+    def put(self, module: nn.Module) -> None:
+        """Put another module in the head's place, everywhere."""
+        for parent, attribute, _ in self.places:
+            setattr(parent, attribute, module)
+
+
+def is_head_layer(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)
+
+
+def classes_of(layer: nn.Module) -> int:
+    """Number of logits that a head layer makes."""
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else int(layer.out_features)  # type: ignore[arg-type]
+
+
+def find_head(model: nn.Module, sample: Any = None) -> Head:
+    """Find the last linear layer (or 1x1 convolution) of a classifier.
+
+    With a sample the network is run once, in evaluation mode, and the layer whose output becomes the
+    logits is taken. Without one the customary names decide (`fc`, `classifier`, `head`, `score`, ...,
+    or timm's `get_classifier`), else the only linear layer there is.
+
+    Args:
+        model: a classifier.
+        sample: a batch of inputs, as `model` takes them (a tuple or mapping is unpacked).
+
+    Raises:
+        ValueError: there is no such layer, or several could be it.
+    """
+    layer = _by_convention(model) if sample is None else _by_trace(model, sample)
+    return located(model, layer)
+
+
+def located(model: nn.Module, layer: nn.Module) -> Head:
+    """The `Head` of a layer that is known: all the places where the model registers it."""
+    places = tuple(
+        (parent, attribute, f"{path}.{attribute}" if path else attribute)
+        for path, parent in model.named_modules()
+        for attribute, child in parent.named_children()
+        if child is layer
+    )
+    if not places:
+        raise ValueError(
+            f"the whole model is one {type(layer).__name__}: there is no backbone to adapt. "
+            "Wrap it: nn.Sequential(backbone, head)"
+        )
+    return Head(layer, places)
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found = [(name, m) for name, m in model.named_modules() if is_head_layer(m)]
+    if not found:
+        kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+        raise ValueError(
+            f"model {type(model).__name__} has no linear head: no nn.Linear and no 1x1 nn.Conv2d "
+            f"among its layers ({', '.join(kinds) or 'none'}). Add one: nn.Sequential(model, "
+            "nn.LazyLinear(num_classes))"
+        )
+    return found
+
+
+def _by_convention(model: nn.Module) -> nn.Module:
+    candidates = _candidates(model)
+    get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
+    named = [get_classifier()] if get_classifier else []
+    named += [getattr(model, name, None) for name in CONVENTIONS]
+    if isinstance(model, nn.Sequential):
+        named.append(model)
+    for module in named:
+        layers = [m for m in module.modules() if is_head_layer(m)] if _is_module(module) else []
+        if layers:
+            return layers[-1]
+    if len(candidates) == 1:
+        return candidates[0][1]
+    names = ", ".join(name for name, _ in candidates[-5:])
+    raise ValueError(
+        f"cannot tell which layer of {type(model).__name__} makes the logits (linear layers: ... "
+        f"{names}). Pass sample=, a batch of inputs, and it is found by running the model"
+    )
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nn.Module)
+
+
+@torch.no_grad()
+def _by_trace(model: nn.Module, sample: Any) -> nn.Module:
+    candidates = _candidates(model)
+    calls: list[tuple[nn.Module, Tensor]] = []
+
+    def record(module: nn.Module, _: Any, output: Tensor) -> None:
+        calls.append((module, output.clone()))
+
+    hooks = [m.register_forward_hook(record) for m in dict.fromkeys(m for _, m in candidates)]
+    try:
+        with evaluating(model):
+            logits = forward_logits(model, sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, output in reversed(calls):
+        if output.numel() == logits.numel() and torch.equal(output.flatten(), logits.flatten()):
+            return module
+    # Something follows the layer (a log-softmax, a mean over positions): the last one of that width.
+    for module, _ in reversed(calls):
+        if logits.dim() > 1 and classes_of(module) == logits.shape[1]:
+            return module
+    raise ValueError(
+        f"no linear layer of {type(model).__name__} makes its logits of shape "
+        f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear or a "
+        "1x1 nn.Conv2d"
+    )

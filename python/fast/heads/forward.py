@@ -1,0 +1,57 @@
+"""Call a classifier on whatever its batches look like, and take the logits from what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model(**inputs)` for a mapping, `model(*inputs)` for a tuple or list, else `model(inputs)`."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, `.logits`, `["logits"]` or the first of a tuple.
+
+    Raises:
+        TypeError: the output holds no tensor of logits.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise TypeError(
+        f"model returned {type(output).__name__}, which holds no logits: return a tensor, a tuple "
+        "that starts with one, or an object with `logits`"
+    )
+
+
+def forward_logits(model: nn.Module, inputs: Any) -> Tensor:
+    """Logits `[B, C]` of a batch of inputs: a tensor, or a tuple or mapping of tensors."""
+    return logits_of(call(model, inputs))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own mode back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,202 @@
+"""Replace a classifier's head by a maximum-entropy one, keeping the source head; and fold it back.
+
+Zero weights on normalised features: softmax is uniform, its entropy is log C, and the error sent to
+the backbone is W^T (p - y) = 0, so the first error stays in the head (arXiv 2007.01388, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.heads.batch_norm import plain_batch_norm
+from fast.heads.feature_norm import FeatureNorm
+from fast.heads.find import Head, classes_of, find_head, is_head_layer, located
+from fast.heads.forward import evaluating, forward_logits
+from fast.heads.task import TwoTask
+
+
+class TaskHead(nn.Module, TwoTask):
+    """The target head in the source head's place: `linear(norm(x))`, or `source(x)` when asked to.
+
+    Attributes:
+        norm: `FeatureNorm`, or `nn.Identity` for a plain head.
+        linear: the target layer, of the source layer's kind.
+        source: the source head, frozen.
+    """
+
+    def __init__(self, norm: nn.Module, linear: nn.Module, source: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = linear
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.answers_source:
+            return self.source(x)
+        return self.linear(self.norm(x))
+
+    @property
+    def num_classes(self) -> int:
+        return classes_of(self.linear)
+
+    def announce(self, model: nn.Module) -> None:
+        """Tell the model how many classes it answers, where timm and transformers look for it."""
+        announce_classes(model, classes_of(self.source if self.answers_source else self.linear))
+
+    def train(self, mode: bool = True) -> TaskHead:
+        super().train(mode)
+        self.source.eval()
+        return self
+
+
+def announce_classes(model: nn.Module, num_classes: int) -> None:
+    for owner in (model, getattr(model, "config", None)):
+        for name in ("num_classes", "num_labels"):
+            if isinstance(getattr(owner, name, None), int):
+                setattr(owner, name, num_classes)
+
+
+def task_head(model: nn.Module) -> TaskHead | None:
+    """The head that `replace_head` made, or None."""
+    return next((m for m in model.modules() if isinstance(m, TaskHead)), None)
+
+
+def replace_head(
+    model: nn.Module, num_classes: int, *, sample: Any = None, max_entropy: bool = True
+) -> nn.Module:
+    """Give a pretrained classifier a new head, in place; the source head is kept inside it.
+
+    Args:
+        model: any network that ends in an `nn.Linear` or a 1x1 `nn.Conv2d`: timm, torchvision,
+            transformers, or your own.
+        num_classes: C, of the target task.
+        sample: a batch of target inputs, as `model` takes them. Finds the head by running the model
+            once, and sets the statistics of the feature normaliser. Without it the head is found by
+            its customary name, and the first training batch sets the statistics.
+        max_entropy: zero weights behind a feature normaliser; False gives the layer's own random
+            initialisation on raw features (the usual baseline).
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no head was found, the head was replaced before, or `num_classes` < 2.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2; got {num_classes}")
+    if task_head(model) is not None:
+        raise ValueError("the head was replaced already; call fast.fold_head(model) first")
+    found = find_head(model, sample)
+    head = _new_head(found.module, num_classes, max_entropy)
+    found.put(head)
+    announce_classes(model, num_classes)
+    head.train(model.training)
+    if sample is not None:
+        calibrate(model, [sample])
+        _check_alive(model, head, sample, found)
+    return model
+
+
+def _new_head(source: nn.Module, num_classes: int, max_entropy: bool) -> TaskHead:
+    options: dict[str, Any] = {"device": source.weight.device, "dtype": source.weight.dtype}
+    linear: nn.Module
+    if isinstance(source, nn.Conv2d):
+        features, dim = source.in_channels, 1
+        linear = nn.Conv2d(features, num_classes, 1, source.stride, **options)
+    else:
+        assert isinstance(source, nn.Linear)
+        features, dim = source.in_features, -1
+        linear = nn.Linear(features, num_classes, **options)
+    norm: nn.Module = nn.Identity()
+    if max_entropy:
+        nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+        norm = FeatureNorm(features, dim).to(source.weight.device)  # type: ignore[arg-type]
+    source.requires_grad_(False)
+    return TaskHead(norm, linear, source)
+
+
+def _check_alive(model: nn.Module, head: TaskHead, sample: Any, found: Head) -> None:
+    """A ReLU behind a zero head would never let it learn (SqueezeNet); say so before training does."""
+    if isinstance(head.norm, nn.Identity):
+        return
+    bias = head.linear.bias
+    with evaluating(model), torch.enable_grad():
+        logits = forward_logits(model, sample)
+        (gradient,) = torch.autograd.grad(logits.flatten()[0], [bias], allow_unused=True)
+    if gradient is None or not gradient.abs().sum() > 0:
+        found.put(head.source)
+        head.source.requires_grad_(True)
+        announce_classes(model, classes_of(head.source))
+        raise ValueError(
+            f"the logits do not react to the zero head at {found.name}: a ReLU or a stop-gradient "
+            "follows it. Remove that, or pass max_entropy=False"
+        )
+
+
+def calibrate(model: nn.Module, batches: Any) -> nn.Module:
+    """Set the feature normaliser to the statistics of these inputs; one forward pass each.
+
+    Args:
+        model: a network whose head was replaced.
+        batches: an iterable of batches of target inputs.
+
+    Raises:
+        ValueError: the head was not replaced, or the inputs give fewer than two feature vectors.
+    """
+    head = task_head(model)
+    if head is None:
+        raise ValueError("the model has no head to calibrate; call fast.replace_head first")
+    if isinstance(head.norm, nn.Identity):
+        return model
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor]) -> None:
+        x = args[0].movedim(head.norm.dim, -1)  # type: ignore[arg-type]
+        seen.append(x.reshape(-1, x.shape[-1]).double())
+
+    hook = head.norm.register_forward_pre_hook(keep)
+    try:
+        with evaluating(model):
+            for inputs in batches:
+                forward_logits(model, inputs)
+    finally:
+        hook.remove()
+    features = torch.cat(seen) if seen else torch.empty(0)
+    if features.shape[0] < 2:
+        raise ValueError(
+            f"the feature normaliser needs at least two samples; got {features.shape[0]}"
+        )
+    if not torch.isfinite(features).all():
+        raise ValueError("the backbone gives non-finite features on these inputs")
+    head.norm.set_statistics(features.mean(0), features.var(0))  # type: ignore[operator]
+    return model
+
+
+@torch.no_grad()
+def fold_head(model: nn.Module) -> nn.Module:
+    """Make the target head a plain layer again, in place, and drop the source head.
+
+    The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), batch
+    norms get their own class back, and every parameter of the model can be trained: nothing of this
+    library is left in the network.
+
+    Returns:
+        `model`. A network whose head was never replaced is returned as it is.
+    """
+    head = task_head(model)
+    if head is not None:
+        layer = head.linear
+        if isinstance(head.norm, FeatureNorm):
+            scale, mean = head.norm.scale().double(), head.norm.mean.double()
+            weight = layer.weight.double().flatten(1) * scale  # type: ignore[union-attr]
+            layer.bias.copy_(layer.bias.double() - weight @ mean)  # type: ignore[union-attr]
+            layer.weight.copy_(weight.view_as(layer.weight))  # type: ignore[arg-type, union-attr]
+        located(model, head).put(layer)
+    return plain_batch_norm(model)
+
+
+__all__ = ["TaskHead", "calibrate", "fold_head", "is_head_layer", "replace_head", "task_head"]

@@ -1,0 +1,58 @@
+"""Split a classifier into backbone and head groups, as the fine-tuning methods want them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fast.heads import find_head, task_head
+
+
+def param_groups(
+    model: nn.Module, lr: float = 1e-3, head_lr_scale: float = 10.0, **backbone: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups `backbone` and `head` for `fast.AdamW` or `fast.SGD`.
+
+    The head is what `fast.replace_head` made, or else the layer that makes the logits. It has no
+    anchor: there is nothing to be pulled back to. Frozen parameters (the source head among them) are
+    left out; shared ones are listed once. With weight decay, biases and norms (one dimension or none)
+    go to groups of their own without it.
+
+    Args:
+        model: a classifier.
+        lr: learning rate of the backbone.
+        head_lr_scale: learning rate of the head, as a multiple of `lr`. Ten times is what lets the
+            head carry signal before the backbone has moved.
+        **backbone: further keys of the backbone group: `anchor_decay`, `stall`, `ramp`,
+            `weight_decay`, ... `weight_decay` holds for the head too.
+
+    Returns:
+        dicts with `params`, `name`, `lr` and the given keys; empty groups are left out.
+
+    Raises:
+        ValueError: no head was found, or nothing can be trained.
+    """
+    replaced = task_head(model)
+    head_module = replaced.linear if replaced is not None else find_head(model).module
+    head_ids = {id(p) for p in head_module.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("model has no parameter with requires_grad=True: nothing can be trained")
+    weight_decay = backbone.pop("weight_decay", 0.0)
+
+    def groups(name: str, params: list[nn.Parameter], **keys: Any) -> list[dict[str, Any]]:
+        if not weight_decay:
+            return [{"params": params, "name": name, "weight_decay": 0.0, **keys}]
+        decayed = [p for p in params if p.dim() > 1]
+        plain = [p for p in params if p.dim() <= 1]
+        return [
+            {"params": decayed, "name": name, "weight_decay": weight_decay, **keys},
+            {"params": plain, "name": f"{name}_no_decay", "weight_decay": 0.0, **keys},
+        ]
+
+    body = [p for p in trainable if id(p) not in head_ids]
+    head = [p for p in trainable if id(p) in head_ids]
+    result = groups("backbone", body, lr=lr, **backbone)
+    result += groups("head", head, lr=lr * head_lr_scale, anchor_decay=0.0)
+    return [g for g in result if g["params"]]

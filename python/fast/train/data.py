@@ -1,0 +1,220 @@
+"""Training and evaluation batches from tensors, Datasets and DataLoaders, in an order that can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+LABEL_KEYS = ("labels", "label", "y", "targets", "target")
+
+
+def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
+    """(inputs, labels) of a batch: a pair, a longer tuple that ends in labels, or a mapping.
+
+    Raises:
+        TypeError: no labels in it; the message says what came.
+    """
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, torch.as_tensor(batch[key])
+        raise TypeError(
+            f"{name}: a batch is a mapping without labels (keys: {', '.join(map(str, batch))}); "
+            f"call them one of {', '.join(LABEL_KEYS)}"
+        )
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
+        return inputs, torch.as_tensor(batch[-1])
+    raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {_kind(batch)}")
+
+
+def check_labels(labels: Tensor, num_classes: int | None, name: str) -> Tensor:
+    """Labels as int64 `[B]`.
+
+    Raises:
+        ValueError: NaN, fractional, not one-dimensional, or outside `0 .. num_classes - 1`.
+    """
+    if labels.dim() != 1:
+        raise ValueError(
+            f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
+        )
+    if labels.is_floating_point():
+        if labels.isnan().any():
+            raise ValueError(f"{name}: {int(labels.isnan().sum())} labels are NaN; drop those rows")
+        if (labels != labels.round()).any():
+            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
+    labels = labels.long()
+    if labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            bound = f"0..{num_classes - 1}" if num_classes is not None else "0 or more"
+            raise ValueError(
+                f"{name}: labels must be {bound}; got {low}..{high}. "
+                "Number the classes from 0, or pass num_classes"
+            )
+    return labels
+
+
+def pick(inputs: Any, index: Any) -> Any:
+    """The rows `index` of a tensor, or of every tensor in a tuple or mapping."""
+    if isinstance(inputs, Mapping):
+        return {k: v[index] for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(v[index] for v in inputs)
+    return inputs[index]
+
+
+def move(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Mapping):
+        return {k: move(v, device) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(move(v, device) for v in inputs)
+    return inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+
+
+def length(inputs: Any) -> int:
+    """Number of rows of a tensor, or of the first tensor in a tuple or mapping."""
+    first = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), None)
+    return len(inputs) if isinstance(inputs, Tensor) else len(cast(Sized, first))
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__name__}" + (f" of shape {list(x.shape)}" if isinstance(x, Tensor) else "")
+
+
+@dataclass
+class Data:
+    """One data set, whatever it came as; made by `as_data`.
+
+    Attributes:
+        name: for messages: train, val or source.
+        inputs, labels: in memory; else None.
+        dataset: a map-style `Dataset`; else None.
+        loader: the user's `DataLoader`; else None.
+    """
+
+    name: str
+    inputs: Any = None
+    labels: Tensor | None = None
+    dataset: Dataset[Any] | None = None
+    loader: DataLoader[Any] | None = None
+
+    @property
+    def num_samples(self) -> int | None:
+        if self.labels is not None:
+            return len(self.labels)
+        source = self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
+        return len(source) if isinstance(source, Sized) else None
+
+    def batch_at(self, index: Tensor) -> tuple[Any, Tensor]:
+        """Inputs and labels of these rows (in memory or map-style only)."""
+        if self.labels is not None:
+            return pick(self.inputs, index), self.labels[index]
+        rows = [cast(Any, self.dataset)[int(i)] for i in index]
+        return split_batch(default_collate(rows), self.name)
+
+    def eval_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
+        """Every sample once, in order."""
+        if self.loader is not None:
+            for batch in self.loader:
+                yield split_batch(batch, self.name)
+            return
+        n = cast(int, self.num_samples)
+        for start in range(0, n, batch_size):
+            yield self.batch_at(torch.arange(start, min(start + batch_size, n)))
+
+    def infer_num_classes(self) -> int:
+        """Number of classes, from the labels or from the data set's own record of them.
+
+        Raises:
+            ValueError: it cannot be told without reading everything; pass num_classes.
+        """
+        if self.labels is not None:
+            return int(check_labels(self.labels, None, self.name).max()) + 1
+        source = self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
+        classes = getattr(source, "classes", None)
+        if classes is not None:
+            return len(classes)
+        targets = getattr(source, "targets", getattr(source, "labels", None))
+        if targets is not None:
+            return int(torch.as_tensor(targets).max()) + 1
+        raise ValueError(
+            f"num_classes is not given and {type(source).__name__} has neither `classes` nor "
+            "`targets`; pass num_classes="
+        )
+
+
+def as_data(data: Any, name: str) -> Data:
+    """Accept (x, y) tensors (x may be a mapping or tuple), a Dataset, or a DataLoader.
+
+    Raises:
+        TypeError: something else; ValueError: empty, or lengths that differ.
+    """
+    if isinstance(data, Data):
+        return data
+    if isinstance(data, DataLoader):
+        return Data(name, loader=data)
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        inputs, labels = data
+        labels = torch.as_tensor(labels)
+        if not isinstance(inputs, (Mapping, tuple, list, Tensor)):
+            inputs = torch.as_tensor(inputs)
+        count = length(inputs)
+        if count != len(labels):
+            raise ValueError(f"{name}: {count} inputs but {len(labels)} labels")
+        if not len(labels):
+            raise ValueError(f"{name}: no samples")
+        return Data(name, inputs=inputs, labels=check_labels(labels, None, name))
+    if isinstance(data, Dataset) and hasattr(data, "__getitem__") and isinstance(data, Sized):
+        if not len(data):
+            raise ValueError(f"{name}: the data set is empty")
+        return Data(name, dataset=data)
+    raise TypeError(
+        f"{name} must be (inputs, labels), a map-style Dataset or a DataLoader; got {_kind(data)}"
+    )
+
+
+class TrainBatches:
+    """The endless stream of training batches; batch `step` depends on the seed and on `step` alone.
+
+    A full batch always: the tail of an epoch is left to the next shuffle. A user's DataLoader keeps
+    its own batches; its shuffling is made repeatable by seeding torch with (seed, epoch) as it starts,
+    and resuming reads and drops what was used.
+    """
+
+    def __init__(self, data: Data, batch_size: int, seed: int) -> None:
+        self.data, self.seed = data, seed
+        if data.loader is not None:
+            self.steps_per_epoch = len(data.loader)
+        else:
+            self.batch_size = min(batch_size, cast(int, data.num_samples))
+            self.steps_per_epoch = cast(int, data.num_samples) // self.batch_size
+
+    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
+        epoch, skip = divmod(step, self.steps_per_epoch)
+        while True:
+            for i, batch in enumerate(self._epoch(epoch, skip)):
+                if self.data.loader is None or i >= skip:
+                    yield batch
+            epoch, skip = epoch + 1, 0
+
+    def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[Any, Tensor]]:
+        # Distinct for every (seed, epoch) below 2**31 epochs; torch wants a 64-bit seed.
+        seed = (self.seed << 31 | epoch) % 2**63
+        if self.data.loader is not None:
+            torch.manual_seed(seed)
+            for batch in self.data.loader:
+                yield split_batch(batch, self.data.name)
+            return
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(cast(int, self.data.num_samples), generator=generator)
+        for i in range(skip, self.steps_per_epoch):
+            yield self.data.batch_at(order[i * self.batch_size : (i + 1) * self.batch_size])
+
+
+Transform = Callable[[Any], Any]
