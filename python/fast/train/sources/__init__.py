@@ -1,0 +1,65 @@
+"""Read labelled data by name: a folder of class folders, an .npz, a Hugging Face data set.
+
+What comes back is raw (uint8 images, file names, strings, float features): how it is prepared
+depends on the network, and is done by `fast.train.images` and `fast.train.models`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fast.train.sources.folder import read_folder
+from fast.train.sources.hub import read_hugging_face
+from fast.train.sources.npz import read_npz
+from fast.train.sources.types import (
+    EncodedImages,
+    NamedData,
+    Split,
+    check_labels,
+    stratified_split,
+)
+
+__all__ = ["EncodedImages", "NamedData", "Split", "check_labels", "load_data", "stratified_split"]
+
+
+def load_data(
+    name: str,
+    *,
+    input_column: str | None = None,
+    label_column: str | None = None,
+    numeric_labels: bool = False,
+) -> NamedData:
+    """Read the data set called `name`.
+
+    A folder: `CLASS/*.jpg`, or `train/CLASS/*.jpg` with `val/` (`valid/`, `validation/`, `test/`).
+
+    An `.npz`: `x_train`, `y_train` with `x_val`, `y_val` (or `_test`), or `x`, `y`; names `classes`
+    are optional. `x` is uint8 images, or what the network takes as it is; several inputs are
+    `x_train.input_ids`, ...; encoded images are bytes `jpeg_train` with borders `offset_train`
+    `[N + 1]`.
+
+    Else a Hugging Face data set: a folder written by `save_to_disk`, `NAME` or `NAME:CONFIG`.
+
+    Args:
+        numeric_labels: integer names of class folders are labels, not just names (a folder that
+            holds some of the classes of a source task).
+
+    Raises:
+        FileNotFoundError: no such file, and no such data set.
+        ValueError: the data are unusable; the message names the file and what is wrong.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            return read_hugging_face(name, input_column, label_column)
+        return read_folder(path, numeric_labels)
+    if path.suffix == ".npz":
+        return read_npz(path)
+    if path.exists():
+        raise ValueError(
+            f"{name}: unknown file type {path.suffix!r}; give a folder of class folders, an .npz, "
+            "or the name of a Hugging Face data set"
+        )
+    if path.is_absolute() or name.startswith(".") or name.endswith("/") or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    return read_hugging_face(name, input_column, label_column)
