@@ -1,0 +1,111 @@
+"""AdamW with a pull towards the pretrained weights, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import fastkernels
+
+from ._base import AnchoredOptimizer, Group
+from ._batch import Batch
+
+
+class AdamW(AnchoredOptimizer):
+    """torch's AdamW, and after each step a proximal pull to the anchor `w0`.
+
+    `w <- (adamw(w) + c w0) / (1 + c)` with `c = lr * anchor_decay * F`. With `anchor_decay=0` this
+    is AdamW (Loshchilov and Hutter 2019); with `F = 1` L2-SP (Li et al. 2018), decoupled; with a
+    diagonal curvature of the source loss as `F`, EWC (Kirkpatrick et al. 2017), decoupled.
+
+    Every argument up to `ramp` may also be set per group.
+
+    Args:
+        params: parameters, named parameters, or dicts of groups.
+        lr: learning rate; a float, or a tensor of one element.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled pull to zero, in units of lr. 0 by default (torch: 0.01).
+        anchor_decay: pull to the anchor, in units of lr. Groups that have it are anchored at the
+            weights they have when they are added: build the optimizer after loading the pretrained
+            weights, or call `set_anchors`.
+        curvature: `F`: tensors in the order and shapes of the parameters (None entries mean 1), or
+            a `fast.SourceCard`.
+        stall: calls of `step` for which the group is skipped: no update, no moments, no step count.
+        ramp: calls of `step` over which the group's lr then rises linearly to its full value.
+        maximize: ascend instead of descend.
+        state_dtype: dtype of the moments; None: float32 (float64 for float64 parameters).
+        max_grad_norm: clip the global norm of the gradients; `.grad` itself is not rewritten.
+        capturable: accepted for torch's sake.
+        foreach, fused: accepted for torch's sake; there is one implementation.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        anchor_decay: float = 0.0,
+        curvature: Any = None,
+        state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        *,
+        stall: int = 0,
+        ramp: int = 0,
+        maximize: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "anchor_decay": anchor_decay, "stall": stall, "ramp": ramp, "maximize": maximize,
+            "capturable": capturable, "foreach": foreach, "fused": fused,
+        }  # fmt: skip
+        super().__init__(
+            params,
+            defaults,
+            curvature=curvature,
+            state_dtype=state_dtype,
+            max_grad_norm=max_grad_norm,
+        )
+
+    def _check_group(self, group: Group) -> None:
+        self._check_common(group)
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps must not be negative; got {group['eps']}")
+        for i, beta in enumerate(group["betas"]):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}] must be in [0, 1); got {beta}")
+
+    def _hyper_row(self, group: Group, lr: float) -> list[float]:
+        beta1, beta2 = group["betas"]
+        return [
+            lr, float(beta1), float(beta2), group["eps"], group["weight_decay"],
+            group["anchor_decay"], float(group["maximize"]),
+        ]  # fmt: skip
+
+    def _launch(self, batch: Batch, hyper: Tensor, stats: Tensor) -> None:
+        fastkernels.anchored_adamw_(
+            batch.params,
+            batch.grads,
+            *batch.moments,
+            batch.steps,
+            hyper,
+            batch.groups,
+            anchors=batch.optional("anchors"),
+            curvature=batch.optional("curvature"),
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            max_grad_norm=self.max_grad_norm,
+            stats=stats,
+        )

@@ -1,0 +1,95 @@
+"""SGD with momentum and a pull towards the pretrained weights, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import fastkernels
+
+from ._base import AnchoredOptimizer, Group
+from ._batch import Batch
+
+
+class SGD(AnchoredOptimizer):
+    """torch's SGD, and after each step a proximal pull to the anchor `w0`.
+
+    `w <- (sgd(w) + c w0) / (1 + c)` with `c = lr * anchor_decay * F`. The arguments not named here
+    are those of `fast.optim.AdamW`.
+
+    Args:
+        lr: learning rate; a float, or a tensor of one element.
+        momentum, dampening, nesterov: as in torch.optim.SGD.
+        weight_decay: coupled pull to zero (it goes through the momentum), as in torch.optim.SGD.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        anchor_decay: float = 0.0,
+        curvature: Any = None,
+        state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        *,
+        stall: int = 0,
+        ramp: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+            "nesterov": nesterov, "anchor_decay": anchor_decay, "stall": stall, "ramp": ramp,
+            "maximize": maximize, "foreach": foreach, "fused": fused,
+        }  # fmt: skip
+        super().__init__(
+            params,
+            defaults,
+            curvature=curvature,
+            state_dtype=state_dtype,
+            max_grad_norm=max_grad_norm,
+        )
+
+    def _check_group(self, group: Group) -> None:
+        self._check_common(group)
+        if not group["momentum"] >= 0:
+            raise ValueError(f"momentum must not be negative; got {group['momentum']}")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("nesterov needs a momentum and zero dampening")
+
+    def _moments_of(self, group: Group) -> tuple[str, ...]:
+        return self.moments if group["momentum"] else ()
+
+    def _hyper_row(self, group: Group, lr: float) -> list[float]:
+        return [
+            lr, group["momentum"], group["dampening"], float(group["nesterov"]),
+            group["weight_decay"], group["anchor_decay"], float(group["maximize"]),
+        ]  # fmt: skip
+
+    def _launch(self, batch: Batch, hyper: Tensor, stats: Tensor) -> None:
+        fastkernels.anchored_sgd_(
+            batch.params,
+            batch.grads,
+            *batch.moments,
+            batch.steps,
+            hyper,
+            batch.groups,
+            anchors=batch.optional("anchors"),
+            curvature=batch.optional("curvature"),
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            max_grad_norm=self.max_grad_norm,
+            stats=stats,
+        )
