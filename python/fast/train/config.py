@@ -1,4 +1,4 @@
-"""Every option of a fine-tuning run, in one frozen record; the command line is generated from it."""
+"""Every option of a fine-tuning run in one record; the command line is generated from it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,25 @@ class TrainConfig:
     epochs: int | None = _option(None, "passes over the training data (default: 3)")
     batch_size: int = _option(64, "samples per optimizer step")
     lr: float = _option(1e-3, "peak learning rate of the backbone")
-    eval_every: int | None = _option(None, "optimizer steps between evaluations (default: 1/10 run)")
+    eval_every: int | None = _option(
+        None, "optimizer steps between evaluations (default: 1/10 run)"
+    )
     seed: int = _option(0, "seed of head, data order and augmentation")
 
-    head_lr_scale: float | None = _option(None, "learning rate of the head, as a multiple of lr")
-    anchor_decay: float | None = _option(None, "pull towards the pretrained weights, in units of lr")
-    weight_decay: float = _option(0.0, "decoupled weight decay, in units of lr")
-    stall: int | None = _option(None, "steps before the backbone starts to move")
-    ramp: int | None = _option(None, "steps over which the backbone's lr then rises to its full value")
-    probe_steps: int | None = _option(None, "lp-ft: steps of linear probing (default: 1/6 of the run)")
+    head_lr_scale: float | None = _option(
+        None, "head's lr as a multiple of lr (default: the method's)"
+    )
+    anchor_decay: float | None = _option(
+        None, "pull towards the pretrained weights, times lr (default: the method's)"
+    )
+    weight_decay: float = _option(0.0, "decoupled weight decay, times lr")
+    stall: int | None = _option(None, "steps before the backbone moves (default: the method's)")
+    ramp: int | None = _option(
+        None, "steps over which the backbone's lr then rises (default: the method's)"
+    )
+    probe_steps: int | None = _option(
+        None, "lp-ft: steps of linear probing (default: 1/6 of the run)"
+    )
     batch_norm: str = _option("frozen", "what backbone batch norm does", BATCH_NORM_POLICIES)
 
     optimizer: str = _option("adamw", "update rule", OPTIMIZERS)
@@ -54,7 +64,7 @@ class TrainConfig:
     patience: int | None = _option(None, "stop after this many evaluations without a better val")
 
     device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)")
-    output: str | None = _option(None, "folder for checkpoints, config and log")
+    output: str | None = _option(None, "folder for model, checkpoints, config and log")
     save_every: int | None = _option(None, "steps between checkpoints (default: at evaluations)")
     resume: str | None = _option(None, "folder of an interrupted run to go on with")
     progress: bool | None = _option(None, "progress bar (default: when stderr is a terminal)")
@@ -65,8 +75,15 @@ class TrainConfig:
             value = getattr(self, f.name)
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
-        positive = ("batch_size", "grad_accum_steps", "steps", "epochs", "eval_every", "save_every",
-                    "patience")
+        positive = (
+            "batch_size",
+            "grad_accum_steps",
+            "steps",
+            "epochs",
+            "eval_every",
+            "save_every",
+            "patience",
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,0 +1,64 @@
+"""The `fast` command. Commands import torch when they run, so that `fast --help` is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fast import __version__
+
+COMMANDS = {
+    "finetune": "adapt a pretrained classifier to new data",
+    "compare": "run several methods on the same job: table, curves, report",
+    "env": "versions, hardware, and which kernels run here",
+    "demo": "the effect in a minute: offline, on scikit-learn's digits",
+}
+TRACEBACK = "FAST_TRACEBACK"
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        the exit code: 0; 2 for input that cannot be used, said in one line on stderr (environment
+        variable FAST_TRACEBACK=1 shows where); 130 when interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(argv).parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its message
+        return stop.code if isinstance(stop.code, int) else USER_ERROR
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"fast: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fast",
+        description="Fine-tune a pretrained classifier fast, and keep what it knew.",
+        epilog="`fast COMMAND --help` lists the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"fast {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, help in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in argv:  # the others need not be imported
+            module = importlib.import_module(f"fast.cli.{name}")
+            sub.description = module.__doc__
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser

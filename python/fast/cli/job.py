@@ -1,0 +1,126 @@
+"""From the options of model and data to what `fast.finetune` takes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast.train.images import ImageFormat, is_image_split, prepare_images
+from fast.train.models import LoadedModel, load_model
+from fast.train.sources import Split, load_data
+
+
+@dataclass
+class Job:
+    """One network and its data, prepared. train, val, source: `(x, y)` tensors or Datasets."""
+
+    loaded: LoadedModel
+    train: Any
+    val: Any
+    source: Any | None
+    classes: tuple[str, ...]
+    name: str
+    transform: Any | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Keyword arguments of `fast.finetune`."""
+        given = {"train": self.train, "val": self.val, "source": self.source}
+        if self.transform is not None:
+            given["transform"] = self.transform
+        return given | {"num_classes": len(self.classes)}
+
+
+def load_job(args: argparse.Namespace) -> Job:
+    """Read model and data; what is wrong with them is raised here, before training."""
+    columns = {"input_column": args.input_column, "label_column": args.label_column}
+    target = load_data(args.data, **columns).with_val(args.val_fraction)
+    if target.train is None:
+        raise ValueError(f"--data {args.data}: has no training split")
+    if len(target.classes) < 2:
+        raise ValueError(f"--data {args.data}: has one class only, {target.classes[0]!r}")
+    source = load_data(args.source, **columns, numeric_labels=True) if args.source else None
+
+    loaded = load_model(args.model, args.weights, allow_missing=args.allow_missing)
+    form = image_format(args, loaded)
+    splits = {"train": target.train, "val": target.for_evaluation()}
+    if source is not None:
+        splits["source"] = source.for_evaluation()
+    ready = {name: prepare(split, loaded, form, args.max_length) for name, split in splits.items()}
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return Job(
+        loaded,
+        ready["train"],
+        ready["val"],
+        ready.get("source"),
+        target.classes,
+        short_name(args),
+        random_flip if args.flip else None,
+        {name: len(split) for name, split in splits.items()},
+    )
+
+
+def image_format(args: argparse.Namespace, loaded: LoadedModel) -> ImageFormat:
+    """What was asked for, else what the network says, else the images as they are, in -1..1."""
+    return ImageFormat(
+        args.input_size or loaded.size,
+        args.mean or loaded.mean or (0.5,),
+        args.std or loaded.std or (0.5,),
+        loaded.channels,
+    )
+
+
+def prepare(split: Split, loaded: LoadedModel, form: ImageFormat, max_length: int) -> Any:
+    """One split as `(x, y)` tensors, or a Dataset where it is too large for memory."""
+    if is_image_split(split):
+        return prepare_images(split, form)
+    labels = torch.from_numpy(split.labels)
+    if isinstance(split.inputs, list):
+        if loaded.tokenizer is None:
+            raise ValueError("the data are texts: only a transformers: network brings a tokenizer")
+        tokens = loaded.tokenizer(
+            split.inputs,
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        return dict(tokens), labels
+    if isinstance(split.inputs, dict):
+        return {name: _tensor(value) for name, value in split.inputs.items()}, labels
+    return _tensor(split.inputs), labels
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Mirror each image `[B, C, H, W]` with probability 1/2."""
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise ValueError("--flip needs images")
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(chosen, images.flip(3), images)
+
+
+def _tensor(x: np.ndarray) -> Tensor:
+    x = np.ascontiguousarray(x)
+    return torch.from_numpy(x).float() if x.dtype.kind == "f" else torch.from_numpy(x).long()
+
+
+def short_name(args: argparse.Namespace) -> str:
+    """Network and data in a word each, for titles and folders."""
+    return f"{_short(args.model)}-{_short(args.data)}"
+
+
+def _short(name: str) -> str:
+    """A name for folders: `path/nets.py:Net(20)` -> `Net`, `data/signs.npz` -> `signs`."""
+    plain = name.split("(")[0].rstrip("/").removeprefix("hf:")
+    if plain.startswith(("timm:", "torchvision:", "transformers:")) or ".py:" in plain:
+        plain = plain.split(":")[-1]
+    return Path(plain).name.removesuffix(".npz").replace(":", "-") or "data"

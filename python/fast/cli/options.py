@@ -1,0 +1,121 @@
+"""Command-line options: those of the training from `TrainConfig`, and those of model and data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fast.train.config import TrainConfig
+
+
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="SPEC",
+        help="timm:NAME, torchvision:NAME, transformers:NAME or path/file.py:Factory(args)",
+    )
+    group.add_argument(
+        "--weights", metavar="FILE", help="its weights: safetensors, or a torch state dict"
+    )
+    group.add_argument(
+        "--allow-missing", action="store_true", help="weights may lack tensors of the network"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="DATA",
+        help="target task: folder of class folders, .npz, or Hugging Face data set",
+    )
+    group.add_argument(
+        "--source", metavar="DATA", help="source task, labelled as the network's own head is"
+    )
+    group.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="share of each class held out where there is no val or test split (default: 0.2)",
+    )
+    group.add_argument(
+        "--input-size",
+        type=int,
+        metavar="N",
+        help="side of the images (default: the network's, else as they are)",
+    )
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}",
+            type=numbers,
+            metavar="X[,X,X]",
+            help=f"{name} of images in 0..1, by channel (default: the network's, else 0.5)",
+        )
+    group.add_argument("--flip", action="store_true", help="mirror training images at random")
+    group.add_argument(
+        "--input-column", metavar="NAME", help="inputs of a Hugging Face data set (default: found)"
+    )
+    group.add_argument("--label-column", metavar="NAME", help="its labels (default: found)")
+    group.add_argument(
+        "--max-length", type=int, default=128, metavar="N", help="tokens of a text (default: 128)"
+    )
+
+
+def add_training(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) -> None:
+    """One option for each field of `TrainConfig`; those not given stay out of the namespace."""
+    group = parser.add_argument_group("training")
+    hints = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in skip:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default is not None:
+            text += f" (default: {field.default})"
+        kind = _plain_type(hints[field.name])
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif field.metadata["choices"]:
+            group.add_argument(flag, choices=field.metadata["choices"], **common)
+        elif field.name == "class_weights":
+            group.add_argument(flag, type=_class_weights, metavar="X,X,...", **common)
+        else:
+            metavar = {int: "N", float: "X"}.get(kind, "NAME")
+            group.add_argument(flag, type=kind, metavar=metavar, **common)
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The `TrainConfig` fields given on the command line."""
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Raise where an option is missing; argparse cannot, because --resume makes them optional."""
+    missing = [f"--{name}" for name in names if not getattr(args, name)]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given; see --help")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """`"0.5,0.4"` -> `(0.5, 0.4)`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers separated by commas, not {text!r}") from None
+
+
+def _class_weights(text: str) -> str | tuple[float, ...]:
+    return text if text == "balanced" else numbers(text)
+
+
+def _plain_type(hint: Any) -> Callable[[str], Any]:
+    """`int | None` -> `int`."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
