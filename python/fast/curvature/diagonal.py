@@ -1,0 +1,158 @@
+"""The diagonal of a curvature matrix: of any operator, and cheaply of GGN and Fisher matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.curvature.data import Batch, Batches
+from fast.curvature.losses import Loss, recognise
+from fast.curvature.network import Network, Params
+from fast.curvature.probes import draw_probes
+
+if TYPE_CHECKING:
+    from fast.curvature.operator import SymmetricOperator
+
+LABELS = ("sampled", "predicted", "data")
+
+
+def hutchinson_diagonal(
+    operator: SymmetricOperator, num_matvecs: int = 32, *, seed: int = 0, chunk: int = 8
+) -> Tensor:
+    """Mean of v * (A v) over random signs v, [P] (Bekas, Kokiopoulou and Saad 2007).
+
+    Unbiased; the variance of entry i is the sum of the squared off-diagonal entries of row i,
+    divided by `num_matvecs`.
+    """
+    if num_matvecs < 1:
+        raise ValueError(f"num_matvecs must be at least 1; got {num_matvecs}")
+    total = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    for v in draw_probes(operator, num_matvecs, seed=seed, chunk=chunk):
+        total += (v * operator.rows(v)).sum(0)
+    return total / num_matvecs
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    loss_fn: Any,
+    data: Any,
+    params: Params = None,
+    *,
+    labels: str = "sampled",
+    method: str = "auto",
+    num_draws: int | None = None,
+    reduction: str = "mean",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Diagonal of the Fisher matrix, one tensor per parameter, shaped like it.
+
+    With labels drawn from the network itself it is an unbiased estimate of the diagonal of the GGN
+    (cross-entropy, squared error), and the data need no labels: x alone, or batches of x, will do.
+
+    Args:
+        labels: "sampled" from the network's predictive distribution, its most likely "predicted"
+            ones (biased: a sure network then shows no curvature), or those of the "data" (the
+            empirical Fisher).
+        method: "samples" squares the gradient of every sample: exact given the labels, about
+            2 to 4 gradients per draw. "signs" squares the gradient of a randomly signed sum over
+            the batch: exact in expectation, one gradient per draw, any network and batch norm in
+            train mode; relative standard deviation sqrt(2 / draws) per entry. "auto" takes samples
+            where the network allows per-sample gradients.
+        num_draws: label draws per sample ("samples", default 1) or signed sums ("signs", default
+            8); each draws labels afresh.
+
+    Raises:
+        ValueError: an option is unknown, or the labels that it needs are missing.
+    """
+    if labels not in LABELS:
+        raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
+    if method not in ("auto", "samples", "signs"):
+        raise ValueError(f"method must be 'auto', 'samples' or 'signs'; got {method!r}")
+    network = Network(model, params, seed)
+    loss = recognise(loss_fn, reduction)
+    if method == "auto":
+        method = "signs" if mixes_samples(network.model) else "samples"
+    if method == "samples" and (name := mixes_samples(network.model)):
+        raise ValueError(
+            f"{name} mixes the samples of a batch, so there is no gradient of one sample: call "
+            "model.eval(), or use method='signs'"
+        )
+    squares = _sample_squares if method == "samples" else _signed_squares
+    draws = num_draws if num_draws is not None else (1 if method == "samples" else 8)
+    if draws < 1:
+        raise ValueError(f"num_draws must be at least 1; got {draws}")
+
+    total = [torch.zeros_like(p) for p in network.selected(network.leaves())]
+    weight = 0.0
+    for index, batch in enumerate(Batches(data, labels=labels == "data")):
+        batch = batch.to(network.space.device)
+        part, w = squares(network, loss, batch, index, labels, draws)
+        weight += w
+        if loss.reduction == "sum":
+            torch._foreach_add_(total, part)
+        elif w:
+            torch._foreach_lerp_(total, part, w / weight)
+    return dict(zip(network.names, [t.detach() for t in total], strict=True))
+
+
+def mixes_samples(model: nn.Module) -> str:
+    """Name of a module whose output for one sample depends on the others, or ""."""
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (module.training or module.running_mean is None):
+            return f"{name} ({type(module).__name__} in train mode)"
+    return ""
+
+
+def _targets(loss: Loss, z: Tensor, batch: Batch, labels: str) -> Any:
+    if labels == "data":
+        if batch.target is None:
+            raise ValueError("labels='data' needs labelled batches (x, y); or use 'sampled'")
+        return batch.target
+    return loss.sample(z, batch.target) if labels == "sampled" else loss.predict(z, batch.target)
+
+
+def _signed_squares(
+    network: Network, loss: Loss, batch: Batch, index: int, labels: str, draws: int
+) -> tuple[list[Tensor], float]:
+    with network.scope(index, differentiable_twice=False):
+        leaves = network.leaves()
+        params = network.selected(leaves)
+        output = network.outputs(leaves, batch.inputs)
+        z = output.detach()
+        total = [torch.zeros_like(p) for p in params]
+        for draw in range(draws):
+            target = _targets(loss, z, batch, labels)
+            r, scale = loss.residual(z, target)
+            signs = torch.randint(0, 2, (r.shape[0], 1), device=r.device).to(r) * 2 - 1
+            cotangent = loss.unrows((r * signs)[None], z.shape)[0]
+            grads = torch.autograd.grad(
+                output, params, cotangent, retain_graph=draw + 1 < draws, allow_unused=True
+            )
+            for t, g in zip(total, grads, strict=True):
+                if g is not None:
+                    t.addcmul_(g, g, value=scale / draws)
+        return total, loss.weight(z, target, batch.size)
+
+
+def _sample_squares(
+    network: Network, loss: Loss, batch: Batch, index: int, labels: str, draws: int
+) -> tuple[list[Tensor], float]:
+    from fast.curvature.samples import squared_sample_gradients
+
+    with network.scope(index, differentiable_twice=False):
+        total: list[Tensor] | None = None
+        for _ in range(draws):
+
+            def cotangent(z: Tensor) -> tuple[Tensor, float, float]:
+                target = _targets(loss, z, batch, labels)
+                r, scale = loss.residual(z, target)
+                weight = loss.weight(z, target, batch.size)
+                return loss.unrows(r[None], z.shape)[0], scale / draws, weight
+
+            part, weight = squared_sample_gradients(network, batch, cotangent)
+            total = part if total is None else torch._foreach_add(total, part)
+        assert total is not None
+        return total, weight

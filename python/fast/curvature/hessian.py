@@ -1,0 +1,167 @@
+"""Hessian, generalised Gauss-Newton and Fisher matrix of a network's loss, by their products."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fast.curvature.data import Batch, Batches
+from fast.curvature.loop import GraphGGN, GraphHessian
+from fast.curvature.losses import OutputHessian, recognise
+from fast.curvature.network import Network, Params
+from fast.curvature.operator import SymmetricOperator
+from fast.curvature.space import Blocks
+
+
+class Linearization(Protocol):
+    """One batch at fixed parameters: cheap to multiply with, again and again."""
+
+    weight: float
+
+    def products(self, vectors: Blocks) -> Blocks: ...
+
+    def quad(self, vectors: Blocks) -> Tensor: ...
+
+
+class NetworkOperator(SymmetricOperator):
+    """What Hessian, GGN and Fisher share: data, weighting, and the scope they are evaluated in.
+
+    Args:
+        model: any module, evaluated in the modes (train or eval) that its parts are in at the time
+            of the product, at the parameters of that time. Nothing of it is changed: modes,
+            buffers, `.grad` and random state stay as they were.
+        loss_fn: a function (output, target) -> scalar; `F.cross_entropy`, `nn.CrossEntropyLoss`,
+            `F.mse_loss`, `nn.MSELoss` (and partials of them) take closed forms.
+        data: one batch (x, y), a dict with "labels", or an iterable of batches that gives the same
+            batches each time it is read. x may be a tensor, a tuple (`model(*x)`) or a dict
+            (`model(**x)`).
+        params: which parameters, in the model's order; default all. Names, tensors, a regular
+            expression for whole names, or a function (name, tensor) -> bool.
+        reduction: "mean" (batches weighted by their samples) or "sum" (batch losses added up).
+        seed: of dropout masks, the same at every product, and of sampled labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Any,
+        params: Params = None,
+        *,
+        reduction: str = "mean",
+        seed: int = 0,
+    ):
+        self.network = Network(model, params, seed)
+        self.space = self.network.space
+        self.loss = recognise(loss_fn, reduction)
+        self.data = Batches(data)
+        self._options = {"reduction": reduction, "seed": seed}
+
+    @abc.abstractmethod
+    def linearize(self, batch: Batch, index: int) -> Linearization:
+        """Everything about one batch that its products share."""
+
+    def linearizations(self) -> Iterator[Linearization]:
+        for index, batch in enumerate(self.data):
+            yield self.linearize(batch.to(self.device), index)
+
+    def products(self, vectors: Blocks) -> Blocks:
+        mean = WeightedMean(self.loss.reduction)
+        for part in self.linearizations():
+            mean.add(part.products(vectors), part.weight)
+        return mean.result()
+
+    def _quad(self, vectors: Blocks) -> Tensor:
+        mean = WeightedMean(self.loss.reduction)
+        for part in self.linearizations():
+            mean.add([part.quad(vectors)], part.weight)
+        return mean.result()[0]
+
+    def block(self, params: Params) -> NetworkOperator:
+        """The principal block of some of the parameters, as an operator of its own."""
+        return type(self)(self.network.model, self.loss, self.data, params, **self._options)
+
+
+class Hessian(NetworkOperator):
+    """Exact Hessian of the loss; symmetric, in general indefinite."""
+
+    def linearize(self, batch: Batch, index: int) -> Linearization:
+        return GraphHessian(self.network, self.loss, batch, index)
+
+
+class GGN(NetworkOperator):
+    """Generalised Gauss-Newton matrix J^T H_L J (Schraudolph 2002): the Hessian of the loss with
+    the network linearised at its parameters. Positive semidefinite for a convex loss; equal to the
+    Fisher matrix for cross-entropy and squared error.
+    """
+
+    def linearize(self, batch: Batch, index: int) -> Linearization:
+        return GraphGGN(self.network, self.loss, batch, index, self._curvature)
+
+    def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
+        return self.loss.hessian(z, batch.target)
+
+
+class Fisher(GGN):
+    """Fisher matrix from per-sample gradients: mean over samples of g g^T.
+
+    kind="mc": labels drawn from the network's predictive distribution (seeded, the same at every
+    product); an unbiased estimate of the GGN for cross-entropy and squared error, no label needed.
+    kind="empirical": the labels of the data (Kunstner et al. 2019 on why that is another matrix).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Any,
+        params: Params = None,
+        *,
+        kind: str = "mc",
+        reduction: str = "mean",
+        seed: int = 0,
+    ):
+        if kind not in ("mc", "empirical"):
+            raise ValueError(f"kind must be 'mc' or 'empirical'; got {kind!r}")
+        super().__init__(model, loss_fn, data, params, reduction=reduction, seed=seed)
+        self.kind = kind
+        self._options["kind"] = kind
+
+    def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
+        target = batch.target if self.kind == "empirical" else self.loss.sample(z, batch.target)
+        r, scale = self.loss.residual(z, target)
+
+        def product(u: Tensor) -> Tensor:
+            s = torch.linalg.vecdot(self.loss.rows(u), r[None])[..., None] * (r * scale)
+            return self.loss.unrows(s, z.shape)
+
+        return product
+
+
+class WeightedMean:
+    """Running mean of blocks over batches (or their sum); one batch costs no pass of its own."""
+
+    def __init__(self, reduction: str):
+        self.reduction = reduction
+        self.total: Blocks | None = None
+        self.weight = 0.0
+
+    def add(self, part: Blocks, weight: float) -> None:
+        if weight == 0:  # every label ignored: the batch has no loss at all
+            return
+        self.weight += weight
+        if self.total is None:
+            self.total = part
+        elif self.reduction == "sum":
+            torch._foreach_add_(self.total, part)
+        else:
+            torch._foreach_lerp_(self.total, part, weight / self.weight)
+
+    def result(self) -> Blocks:
+        if self.total is None:
+            raise ValueError("no batch of data has a sample with a label: nothing to average")
+        return self.total

@@ -1,0 +1,57 @@
+"""Squared gradients of single samples, summed over a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fast.curvature.data import Batch
+from fast.curvature.network import Network
+
+# Bytes of per-sample gradients held at a time.
+SAMPLE_BYTES = 256 * 2**20
+
+# z -> (cotangent shaped as z, factor of the squares, weight of the batch)
+Cotangent = Callable[[Tensor], tuple[Tensor, float, float]]
+
+
+def squared_sample_gradients(
+    network: Network, batch: Batch, cotangent: Cotangent
+) -> tuple[list[Tensor], float]:
+    """factor * sum over samples of (J_i^T c_i)^2, elementwise, one tensor per parameter."""
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
+        leaves = network.leaves()
+        with torch.no_grad():
+            z = network.outputs(leaves, batch.inputs)
+        c, factor, weight = cotangent(z)
+        chosen = {n: leaves[n].detach() for n in network.names}
+        fixed = {n: p.detach() for n, p in leaves.items() if n not in chosen}
+        tensors, spec = pytree.tree_flatten(batch.inputs)
+        per_sample = [isinstance(t, Tensor) and t.ndim > 0 for t in tensors]
+
+        def squares(c_i: Tensor, *samples: Tensor) -> dict[str, Tensor]:
+            given = iter(samples)
+            leaves_i = [
+                next(given)[None] if is_sample else t
+                for t, is_sample in zip(tensors, per_sample, strict=True)
+            ]
+            inputs = pytree.tree_unflatten(leaves_i, spec)
+            _, pull = vjp(lambda p: network.outputs({**fixed, **p}, inputs), chosen)
+            return pull(c_i[None])[0]
+
+        samples = [t for t, is_sample in zip(tensors, per_sample, strict=True) if is_sample]
+        chunk = max(1, SAMPLE_BYTES // (8 * network.space.numel))
+        batched = vmap(squares, randomness="same")
+        total = [torch.zeros_like(p) for p in chosen.values()]
+        for start in range(0, batch.size, chunk):
+            part = slice(start, start + chunk)
+            grads = batched(c[part], *(s[part] for s in samples))
+            for t, g in zip(total, grads.values(), strict=True):
+                t += torch.linalg.vecdot(g, g, dim=0)
+        torch._foreach_mul_(total, factor)
+        return total, weight
