@@ -4,14 +4,13 @@ Batch norm in train mode forgets by statistics alone: on CIFAR-10 -> digits the 
 ResNet-20 fell from .92 to .61 within ten steps without any change of weights. `frozen` is therefore
 the default.
 
-A policy changes the class of the batch norms in place, so it holds whenever `model.train()` is called,
-survives `copy.deepcopy`, and `isinstance(module, nn.BatchNorm2d)` stays true.
+A policy changes the class of the batch norms in place, so it holds whenever `model.train()` is
+called, survives `copy.deepcopy`, and `isinstance(module, nn.BatchNorm2d)` stays true.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -52,14 +51,18 @@ class _PerTask(_Policy, TwoTask):
         return cast(Any, super()).forward(x)
 
 
-@cache
+_combinations: dict[tuple[type, type], type] = {}
+
+
 def _combined(policy: type[_Policy], plain: type[_BatchNorm]) -> type:
-    name = f"{policy.__name__.strip('_')}{plain.__name__}"
-    return type(name, (policy, plain), {"plain_class": plain})
+    if (policy, plain) not in _combinations:
+        name = f"{policy.__name__.strip('_')}{plain.__name__}"
+        _combinations[policy, plain] = type(name, (policy, plain), {"plain_class": plain})
+    return _combinations[policy, plain]
 
 
 def _rebuild(policy: type[_Policy], plain: type[_BatchNorm]) -> nn.Module:
-    cls = _combined(policy, plain)
+    cls: Any = _combined(policy, plain)
     return cls.__new__(cls)
 
 
@@ -78,8 +81,8 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
 
     Args:
         model: any network; one without batch norm is left as it is.
-        policy: `"frozen"`: source statistics, also in train mode. `"per_task"`: target statistics and
-            affine parameters, the source's kept beside them and used inside `fast.source_task`.
+        policy: `"frozen"`: source statistics, also in train mode. `"per_task"`: target statistics
+            and affine parameters, the source's kept beside them and used inside `fast.source_task`.
             `"track"`: plain torch.
 
     Raises:
@@ -109,7 +112,7 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
 
 def _restore(norm: _BatchNorm) -> None:
     if isinstance(norm, _Policy):
-        norm.__class__ = norm.plain_class
+        norm.__class__ = norm.plain_class  # type: ignore[assignment]
 
 
 def plain_batch_norm(model: nn.Module) -> nn.Module:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Share of the mean feature variance that is added to every feature's own. A ReLU feature that is dead
-# on the target sample has variance 0, and would be amplified without bound once it comes alive.
+# Share of the mean feature variance that is added to every feature's own. A ReLU feature that is
+# dead on the target sample has variance 0, and would be amplified without bound once it comes
+# alive.
 VARIANCE_FLOOR = 0.0025
 
 
 class FeatureNorm(nn.Module):
     """`(x - mean) / std` per feature, with statistics that are estimated first and tracked after.
 
-    Statistics are constants of the gradient: the head sees normalised features, the backbone a plain
-    affine map. `fast.fold_head` folds that map into the head.
+    Statistics are constants of the gradient: the head sees normalised features, the backbone a
+    plain affine map. `fast.fold_head` folds that map into the head.
 
     Args:
         num_features: D.

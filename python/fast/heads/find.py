@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from fast.heads.forward import evaluating, forward_logits
 
 # Where timm, torchvision, transformers and most hand-written networks keep their classifier.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
+
+
+HeadLayer = nn.Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Head:
         places: (parent module, attribute name, qualified name), several when the layer is shared.
     """
 
-    module: nn.Module
+    module: HeadLayer
     places: tuple[tuple[nn.Module, str, str], ...]
 
     @property
@@ -37,23 +40,23 @@ class Head:
             setattr(parent, attribute, module)
 
 
-def is_head_layer(module: nn.Module) -> bool:
+def is_head_layer(module: nn.Module) -> TypeGuard[HeadLayer]:
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)
 
 
-def classes_of(layer: nn.Module) -> int:
+def classes_of(layer: HeadLayer) -> int:
     """Number of logits that a head layer makes."""
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else int(layer.out_features)  # type: ignore[arg-type]
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
 def find_head(model: nn.Module, sample: Any = None) -> Head:
     """Find the last linear layer (or 1x1 convolution) of a classifier.
 
-    With a sample the network is run once, in evaluation mode, and the layer whose output becomes the
-    logits is taken. Without one the customary names decide (`fc`, `classifier`, `head`, `score`, ...,
-    or timm's `get_classifier`), else the only linear layer there is.
+    With a sample the network is run once, in evaluation mode, and the layer whose output becomes
+    the logits is taken. Without one the customary names decide (`fc`, `classifier`, `head`,
+    `score`, ..., or timm's `get_classifier`), else the only linear layer there is.
 
     Args:
         model: a classifier.
@@ -63,11 +66,11 @@ def find_head(model: nn.Module, sample: Any = None) -> Head:
         ValueError: there is no such layer, or several could be it.
     """
     layer = _by_convention(model) if sample is None else _by_trace(model, sample)
-    return located(model, layer)
+    return Head(layer, places_of(model, layer))
 
 
-def located(model: nn.Module, layer: nn.Module) -> Head:
-    """The `Head` of a layer that is known: all the places where the model registers it."""
+def places_of(model: nn.Module, layer: nn.Module) -> tuple[tuple[nn.Module, str, str], ...]:
+    """All the places where the model registers a layer: (parent, attribute, qualified name)."""
     places = tuple(
         (parent, attribute, f"{path}.{attribute}" if path else attribute)
         for path, parent in model.named_modules()
@@ -79,10 +82,10 @@ def located(model: nn.Module, layer: nn.Module) -> Head:
             f"the whole model is one {type(layer).__name__}: there is no backbone to adapt. "
             "Wrap it: nn.Sequential(backbone, head)"
         )
-    return Head(layer, places)
+    return places
 
 
-def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _candidates(model: nn.Module) -> list[tuple[str, HeadLayer]]:
     found = [(name, m) for name, m in model.named_modules() if is_head_layer(m)]
     if not found:
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
@@ -94,7 +97,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _by_convention(model: nn.Module) -> nn.Module:
+def _by_convention(model: nn.Module) -> HeadLayer:
     candidates = _candidates(model)
     get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
     named = [get_classifier()] if get_classifier else []
@@ -119,11 +122,11 @@ def _is_module(x: Any) -> bool:
 
 
 @torch.no_grad()
-def _by_trace(model: nn.Module, sample: Any) -> nn.Module:
+def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
     candidates = _candidates(model)
-    calls: list[tuple[nn.Module, Tensor]] = []
+    calls: list[tuple[HeadLayer, Tensor]] = []
 
-    def record(module: nn.Module, _: Any, output: Tensor) -> None:
+    def record(module: HeadLayer, _: Any, output: Tensor) -> None:
         calls.append((module, output.clone()))
 
     hooks = [m.register_forward_hook(record) for m in dict.fromkeys(m for _, m in candidates)]
@@ -136,12 +139,13 @@ def _by_trace(model: nn.Module, sample: Any) -> nn.Module:
     for module, output in reversed(calls):
         if output.numel() == logits.numel() and torch.equal(output.flatten(), logits.flatten()):
             return module
-    # Something follows the layer (a log-softmax, a mean over positions): the last one of that width.
+    # Something follows the layer (a log-softmax, a mean over positions): the last one of that
+    # width.
     for module, _ in reversed(calls):
         if logits.dim() > 1 and classes_of(module) == logits.shape[1]:
             return module
     raise ValueError(
         f"no linear layer of {type(model).__name__} makes its logits of shape "
-        f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear or a "
-        "1x1 nn.Conv2d"
+        f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear "
+        "or a 1x1 nn.Conv2d"
     )

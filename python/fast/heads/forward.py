@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """`model(**inputs)` for a mapping, `model(*inputs)` for a tuple or list, else `model(inputs)`."""
+    """`model(**inputs)` for a mapping, `model(*inputs)` for a tuple, else `model(inputs)`."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, classes_of, find_head, is_head_layer, located
+from fast.heads.find import Head, HeadLayer, classes_of, find_head, places_of
 from fast.heads.forward import evaluating, forward_logits
 from fast.heads.task import TwoTask
 
@@ -22,12 +22,12 @@ class TaskHead(nn.Module, TwoTask):
     """The target head in the source head's place: `linear(norm(x))`, or `source(x)` when asked to.
 
     Attributes:
-        norm: `FeatureNorm`, or `nn.Identity` for a plain head.
+        norm: `FeatureNorm`, or None for a plain head.
         linear: the target layer, of the source layer's kind.
         source: the source head, frozen.
     """
 
-    def __init__(self, norm: nn.Module, linear: nn.Module, source: nn.Module) -> None:
+    def __init__(self, norm: FeatureNorm | None, linear: HeadLayer, source: HeadLayer) -> None:
         super().__init__()
         self.norm = norm
         self.linear = linear
@@ -36,7 +36,7 @@ class TaskHead(nn.Module, TwoTask):
     def forward(self, x: Tensor) -> Tensor:
         if self.answers_source:
             return self.source(x)
-        return self.linear(self.norm(x))
+        return self.linear(x if self.norm is None else self.norm(x))
 
     @property
     def num_classes(self) -> int:
@@ -100,33 +100,32 @@ def replace_head(
     return model
 
 
-def _new_head(source: nn.Module, num_classes: int, max_entropy: bool) -> TaskHead:
-    options: dict[str, Any] = {"device": source.weight.device, "dtype": source.weight.dtype}
-    linear: nn.Module
+def _new_head(source: HeadLayer, num_classes: int, max_entropy: bool) -> TaskHead:
+    options: Any = {"device": source.weight.device, "dtype": source.weight.dtype}
+    linear: HeadLayer
     if isinstance(source, nn.Conv2d):
         features, dim = source.in_channels, 1
-        linear = nn.Conv2d(features, num_classes, 1, source.stride, **options)
+        linear = nn.Conv2d(features, num_classes, 1, source.stride, **options)  # type: ignore[arg-type]
     else:
-        assert isinstance(source, nn.Linear)
         features, dim = source.in_features, -1
         linear = nn.Linear(features, num_classes, **options)
-    norm: nn.Module = nn.Identity()
+    norm = None
     if max_entropy:
-        nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
-        norm = FeatureNorm(features, dim).to(source.weight.device)  # type: ignore[arg-type]
+        norm = FeatureNorm(features, dim).to(source.weight.device)
     source.requires_grad_(False)
     return TaskHead(norm, linear, source)
 
 
 def _check_alive(model: nn.Module, head: TaskHead, sample: Any, found: Head) -> None:
-    """A ReLU behind a zero head would never let it learn (SqueezeNet); say so before training does."""
-    if isinstance(head.norm, nn.Identity):
+    """A ReLU behind a zero head would never let it learn (SqueezeNet): say so up front."""
+    if head.norm is None:
         return
-    bias = head.linear.bias
+    weight = head.linear.weight
     with evaluating(model), torch.enable_grad():
         logits = forward_logits(model, sample)
-        (gradient,) = torch.autograd.grad(logits.flatten()[0], [bias], allow_unused=True)
+        (gradient,) = torch.autograd.grad(logits.sum(), [weight], allow_unused=True)
     if gradient is None or not gradient.abs().sum() > 0:
         found.put(head.source)
         head.source.requires_grad_(True)
@@ -150,15 +149,16 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
     head = task_head(model)
     if head is None:
         raise ValueError("the model has no head to calibrate; call fast.replace_head first")
-    if isinstance(head.norm, nn.Identity):
+    if head.norm is None:
         return model
+    norm = head.norm
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor]) -> None:
-        x = args[0].movedim(head.norm.dim, -1)  # type: ignore[arg-type]
+        x = args[0].movedim(norm.dim, -1)
         seen.append(x.reshape(-1, x.shape[-1]).double())
 
-    hook = head.norm.register_forward_pre_hook(keep)
+    hook = norm.register_forward_pre_hook(keep)
     try:
         with evaluating(model):
             for inputs in batches:
@@ -172,7 +172,7 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
         )
     if not torch.isfinite(features).all():
         raise ValueError("the backbone gives non-finite features on these inputs")
-    head.norm.set_statistics(features.mean(0), features.var(0))  # type: ignore[operator]
+    norm.set_statistics(features.mean(0), features.var(0))
     return model
 
 
@@ -190,13 +190,11 @@ def fold_head(model: nn.Module) -> nn.Module:
     head = task_head(model)
     if head is not None:
         layer = head.linear
-        if isinstance(head.norm, FeatureNorm):
+        if head.norm is not None:
             scale, mean = head.norm.scale().double(), head.norm.mean.double()
-            weight = layer.weight.double().flatten(1) * scale  # type: ignore[union-attr]
+            weight = layer.weight.double().flatten(1) * scale
             layer.bias.copy_(layer.bias.double() - weight @ mean)  # type: ignore[union-attr]
-            layer.weight.copy_(weight.view_as(layer.weight))  # type: ignore[arg-type, union-attr]
-        located(model, head).put(layer)
+            layer.weight.copy_(weight.view_as(layer.weight))
+        for parent, attribute, _ in places_of(model, head):
+            setattr(parent, attribute, layer)
     return plain_batch_norm(model)
-
-
-__all__ = ["TaskHead", "calibrate", "fold_head", "is_head_layer", "replace_head", "task_head"]

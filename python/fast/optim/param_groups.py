@@ -15,9 +15,9 @@ def param_groups(
     """Parameter groups `backbone` and `head` for `fast.AdamW` or `fast.SGD`.
 
     The head is what `fast.replace_head` made, or else the layer that makes the logits. It has no
-    anchor: there is nothing to be pulled back to. Frozen parameters (the source head among them) are
-    left out; shared ones are listed once. With weight decay, biases and norms (one dimension or none)
-    go to groups of their own without it.
+    anchor: there is nothing to be pulled back to. Frozen parameters (the source head among them)
+    are left out; shared ones are listed once. With weight decay, biases and norms (one dimension or
+    none) go to groups of their own without it.
 
     Args:
         model: a classifier.

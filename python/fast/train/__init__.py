@@ -1,0 +1,1 @@
+"""Fine-tuning: the trainer, its methods, its data and its checkpoints."""

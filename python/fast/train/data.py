@@ -1,4 +1,5 @@
-"""Training and evaluation batches from tensors, Datasets and DataLoaders, in an order that can resume."""
+"""Training and evaluation batches from tensors, Datasets and DataLoaders, in an order that can
+resume."""
 
 from __future__ import annotations
 
@@ -108,8 +109,15 @@ class Data:
     def num_samples(self) -> int | None:
         if self.labels is not None:
             return len(self.labels)
-        source = self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
-        return len(source) if isinstance(source, Sized) else None
+        return len(self._source) if isinstance(self._source, Sized) else None
+
+    @property
+    def _source(self) -> Any:
+        return self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
+
+    def recorded_targets(self) -> Any:
+        """The labels that a data set keeps as `targets` or `labels` (torchvision), or None."""
+        return getattr(self._source, "targets", getattr(self._source, "labels", None))
 
     def batch_at(self, index: Tensor) -> tuple[Any, Tensor]:
         """Inputs and labels of these rows (in memory or map-style only)."""
@@ -136,11 +144,11 @@ class Data:
         """
         if self.labels is not None:
             return int(check_labels(self.labels, None, self.name).max()) + 1
-        source = self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
+        source = self._source
         classes = getattr(source, "classes", None)
         if classes is not None:
             return len(classes)
-        targets = getattr(source, "targets", getattr(source, "labels", None))
+        targets = self.recorded_targets()
         if targets is not None:
             return int(torch.as_tensor(targets).max()) + 1
         raise ValueError(
@@ -158,6 +166,8 @@ def as_data(data: Any, name: str) -> Data:
     if isinstance(data, Data):
         return data
     if isinstance(data, DataLoader):
+        if not len(data):
+            raise ValueError(f"{name}: the DataLoader gives no batches")
         return Data(name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
@@ -183,8 +193,8 @@ class TrainBatches:
     """The endless stream of training batches; batch `step` depends on the seed and on `step` alone.
 
     A full batch always: the tail of an epoch is left to the next shuffle. A user's DataLoader keeps
-    its own batches; its shuffling is made repeatable by seeding torch with (seed, epoch) as it starts,
-    and resuming reads and drops what was used.
+    its own batches; its shuffling is made repeatable by seeding torch with (seed, epoch) as it
+    starts, and resuming reads and drops what was used.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
@@ -198,23 +208,33 @@ class TrainBatches:
     def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
         epoch, skip = divmod(step, self.steps_per_epoch)
         while True:
-            for i, batch in enumerate(self._epoch(epoch, skip)):
-                if self.data.loader is None or i >= skip:
-                    yield batch
+            # Distinct for every (seed, epoch) below 2**31 epochs; torch wants a 64-bit seed.
+            seed = (self.seed << 31 | epoch) % 2**63
+            if self.data.loader is not None:
+                for batch in self._loader_epoch(self.data.loader, seed, skip):
+                    yield split_batch(batch, self.data.name)
+            else:
+                yield from self._own_epoch(seed, skip)
             epoch, skip = epoch + 1, 0
 
-    def _epoch(self, epoch: int, skip: int) -> Iterator[tuple[Any, Tensor]]:
-        # Distinct for every (seed, epoch) below 2**31 epochs; torch wants a 64-bit seed.
-        seed = (self.seed << 31 | epoch) % 2**63
-        if self.data.loader is not None:
-            torch.manual_seed(seed)
-            for batch in self.data.loader:
-                yield split_batch(batch, self.data.name)
-            return
+    def _own_epoch(self, seed: int, skip: int) -> Iterator[tuple[Any, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(cast(int, self.data.num_samples), generator=generator)
         for i in range(skip, self.steps_per_epoch):
             yield self.data.batch_at(order[i * self.batch_size : (i + 1) * self.batch_size])
+
+    def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
+        # The sampler draws its seed with the first batch. Neither that nor reading again what was
+        # used may move the generators of the run: a resumed run has restored them already.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            iterator = iter(loader)
+            first = next(iterator)
+            for _ in range(skip - 1):
+                next(iterator)
+        if skip == 0:
+            yield first
+        yield from iterator
 
 
 Transform = Callable[[Any], Any]

@@ -114,9 +114,11 @@ class PreparedImages(Dataset):
         for i in index:
             image = self.form(_decode(self.inputs, i, self.form))
             if image.shape[1:] != (shape or image.shape[1:]):
+                same_size = image.shape[2:] == (shape or image.shape[1:])[1:]
                 raise ValueError(
-                    f"{self.inputs.names[i]}: prepared to {tuple(image.shape[1:])}, others to "
-                    f"{tuple(shape or ())}; give an input size"
+                    f"{self.inputs.names[i]}: [C, H, W] is {list(image.shape[1:])}, of others "
+                    f"{list(shape or ())}; "
+                    + ("convert them to one mode" if same_size else "give an input size")
                 )
             images.append(image)
         return torch.cat(images)

@@ -1,0 +1,69 @@
+"""The fine-tuning methods as data: all of them run by the same loop and the same fused update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fast.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method sets where the user does not.
+
+    Attributes:
+        max_entropy: zero head on normalised features, else a random head on raw ones.
+        head_lr_scale: learning rate of the head, as a multiple of the backbone's.
+        anchor_decay: pull towards the pretrained weights.
+        stall: optimizer steps for which the backbone is not touched at all.
+        ramp: share of the run over which the backbone's learning rate then rises.
+        probe: share of the run that trains the head alone (then `stall` is that).
+    """
+
+    max_entropy: bool = False
+    head_lr_scale: float = 1.0
+    anchor_decay: float = 0.0
+    stall: int = 0
+    ramp: float = 0.0
+    probe: float = 0.0
+
+
+# Measured on ResNet-20/32, MobileNet and MiniLM: benchmarks/results/, docs/defaults.md.
+METHODS: dict[str, Method] = {
+    "fast": Method(max_entropy=True, head_lr_scale=10.0, anchor_decay=5.0, stall=5, ramp=0.2),
+    "vanilla": Method(),
+    # Kumar et al. 2022 (arXiv 2202.10054): a linear probe first, then everything.
+    "lp-ft": Method(head_lr_scale=10.0, probe=1 / 6),
+    # Li et al. 2018 (arXiv 1802.01483), decoupled from the gradient.
+    "l2-sp": Method(anchor_decay=10.0),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method's settings for one run, the user's options applied."""
+
+    max_entropy: bool
+    head_lr_scale: float
+    anchor_decay: float
+    stall: int
+    ramp: int
+
+
+def plan_for(config: TrainConfig, steps: int) -> Plan:
+    """Settings of this run; steps that were not given follow the length of the run."""
+    method = METHODS[config.method]
+
+    def chosen(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    stall = chosen(config.stall, method.stall)
+    if method.probe:
+        stall = chosen(config.probe_steps, round(method.probe * steps))
+    return Plan(
+        method.max_entropy,
+        chosen(config.head_lr_scale, method.head_lr_scale),
+        chosen(config.anchor_decay, method.anchor_decay),
+        int(stall),
+        int(chosen(config.ramp, round(method.ramp * steps))),
+    )

@@ -1,0 +1,84 @@
+"""What a fine-tuning run gives back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fast.heads import fold_head
+from fast.train.checkpoint import save_tensors
+from fast.train.config import TrainConfig
+from fast.train.files import atomic_file, write_json
+from fast.train.logs import HISTORY_FILE
+
+
+@dataclass
+class Result:
+    """A fine-tuned model and how it got there.
+
+    Attributes:
+        model: the adapted network, in evaluation mode, with the source head inside
+            (`fast.fold_head` makes it plain).
+        history: one record per evaluation: step, loss (mean over the steps since the last record,
+            nats), target_accuracy, target_loss, source_accuracy, source_loss, drift (`||w - w0||`),
+            forgetting (source accuracy lost so far), grad_norm, lr, seconds. What was not measured
+            is None.
+        config: the options of the run.
+        source_accuracy_before: of the pretrained network, before anything was changed.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    config: TrainConfig
+    source_accuracy_before: float | None = None
+    classes: list[str] | None = field(default=None)
+    chosen: dict[str, Any] | None = None
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The record of the weights in `model`: the last, or the best one under early stopping."""
+        return self.chosen or self.history[-1]
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """Accuracy on `val`, or None without one."""
+        return self.final["target_accuracy"]
+
+    @property
+    def source_accuracy(self) -> float | None:
+        """Accuracy on `source` with the source head, or None without source data."""
+        return self.final["source_accuracy"]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `model.safetensors` (folded: loads into the plain architecture), `source_head`
+        beside it, `config.json`, `history.jsonl` and `result.json`; each file whole or not at all.
+
+        Returns:
+            the folder.
+        """
+        folder = Path(folder)
+        plain = fold_head(copy.deepcopy(self.model))
+        with atomic_file(folder / "model.safetensors") as path:
+            save_tensors(dict(plain.state_dict()), path)
+        with atomic_file(folder / "adapted.safetensors") as path:
+            save_tensors(dict(self.model.state_dict()), path)
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
+        write_json(
+            folder / "result.json",
+            {
+                "target_accuracy": self.target_accuracy,
+                "source_accuracy": self.source_accuracy,
+                "source_accuracy_before": self.source_accuracy_before,
+                "classes": self.classes,
+                "final": self.final,
+            },
+        )
+        with atomic_file(folder / HISTORY_FILE) as path:
+            path.write_text("".join(json.dumps(r) + "\n" for r in self.history))
+        return folder

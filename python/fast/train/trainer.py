@@ -1,0 +1,288 @@
+"""`fast.finetune`: the loop behind every method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.heads import forward_logits, source_task
+from fast.train.checkpoint import load_checkpoint, save_checkpoint
+from fast.train.config import TrainConfig
+from fast.train.data import Data, TrainBatches, Transform, as_data, check_labels, length, move, pick
+from fast.train.early_stopping import EarlyStopping
+from fast.train.files import write_json
+from fast.train.logs import RunLog, progress_bar, summary
+from fast.train.loss import Loss, class_weights
+from fast.train.methods import plan_for
+from fast.train.metrics import Evaluator, Score, evaluate
+from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
+from fast.train.result import Result
+from fast.train.schedule import lr_factor
+
+DEFAULT_EPOCHS = 3
+CONFIG_FILE = "config.json"
+# Options that say where and how a run is shown, not what it computes: they may differ on resume.
+PLACE_OPTIONS = ("output", "resume", "progress", "device", "save_every")
+
+
+def finetune(
+    model: nn.Module,
+    train: Any,
+    val: Any = None,
+    source: Any = None,
+    *,
+    num_classes: int | None = None,
+    method: str = "fast",
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    eval_every: int | None = None,
+    seed: int = 0,
+    transform: Transform | None = None,
+    **options: Any,
+) -> Result:
+    """Adapt a pretrained classifier to a new task.
+
+    The model is changed in place: it gets a new head for `num_classes` classes (the source head is
+    kept inside) and is trained. torch's global random state is left as it was found.
+
+    Args:
+        model: a pretrained classifier that ends in a linear layer or a 1x1 convolution.
+        train: (inputs, labels) tensors, a map-style Dataset, or a DataLoader. Inputs may be a
+            tensor, or a tuple or mapping of tensors, which the model then takes as several
+            arguments.
+        val: the same, of the target task; measured as `target_accuracy`.
+        source: the same, of the source task, only measured, as `source_accuracy`, with the source
+            head; or a function of the model that returns an accuracy in 0..1.
+        num_classes: C (default: from the labels).
+        method: `fast`, `vanilla`, `lp-ft` or `l2-sp`.
+        steps, epochs: length of the run (default: 3 epochs).
+        batch_size: samples per optimizer step.
+        lr: peak learning rate of the backbone.
+        eval_every: steps between evaluations (default: a tenth of the run).
+        seed: of the head, the data order and dropout.
+        transform: applied to each training batch of inputs, on the CPU: augmentation.
+        **options: the other fields of `fast.train.config.TrainConfig`.
+
+    Returns:
+        `Result`: model, history, accuracies, `save(folder)`.
+
+    Raises:
+        ValueError, TypeError: an option, the data or the model does not fit; the message names it.
+        FileNotFoundError: nothing to resume from.
+    """
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(
+            f"finetune got unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
+        )
+    config = TrainConfig(
+        method=method,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        eval_every=eval_every,
+        seed=seed,
+        **options,
+    )
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(cuda)):
+        torch.manual_seed(seed)
+        return Trainer(config, model, train, val, source, num_classes, transform).run()
+
+
+class Trainer:
+    """One run. `finetune` is the way in; the parts are methods so that each can be read alone."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        train: Any,
+        val: Any,
+        source: Any,
+        num_classes: int | None,
+        transform: Transform | None,
+    ) -> None:
+        self.config, self.transform = config, transform
+        self.train_data = as_data(train, "train")
+        self.val = None if val is None else as_data(val, "val")
+        self.source: Data | Evaluator | None = source
+        if source is not None and not callable(source):
+            self.source = as_data(source, "source")
+        self.num_classes = num_classes or self.train_data.infer_num_classes()
+        for data in (self.train_data, self.val):
+            if data is not None and data.labels is not None:
+                check_labels(data.labels, self.num_classes, data.name)
+        if config.patience is not None and self.val is None:
+            raise ValueError("patience needs val: early stopping watches the validation accuracy")
+
+        self.folder: Path | None = None
+        if config.output or config.resume:
+            self.folder = Path(config.output or str(config.resume))
+        self.device = torch.device(
+            config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        self.batches = TrainBatches(self.train_data, config.batch_size, config.seed)
+        epochs = config.epochs or DEFAULT_EPOCHS
+        self.steps = config.steps or epochs * self.batches.steps_per_epoch
+        self.eval_every = config.eval_every or max(1, self.steps // 10)
+        weights = class_weights(config.class_weights, self.train_data, self.num_classes)
+        if weights is not None:
+            weights = weights.to(self.device)
+        self.loss = Loss(weights, config.label_smoothing)
+
+        self.model = model.to(self.device)
+        self.before = self._source_score()
+        plan = plan_for(config, self.steps)
+        prepare_model(model, self.num_classes, self.batches, plan, config.batch_norm, self.device)
+        self.optimizer = make_optimizer(model, config, plan)
+        self.drift = Drift(self.optimizer)
+        self.autocast_dtype = autocast_dtype(config.precision, self.device)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.autocast_dtype == torch.float16
+        )
+        self.stopping = EarlyStopping(config.patience, self.folder)
+        self.started = time.monotonic()
+
+    def run(self) -> Result:
+        first, history, losses = self._resume()
+        if self.folder is not None and not first:
+            write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
+        log = RunLog(self.folder, history)
+        bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
+        try:
+            if not history:
+                log.add(self._record(0, []))
+            stream = self.batches.from_step(first)
+            self.model.train()
+            for step in range(first, self.steps):
+                if self.stopping.stop:
+                    break
+                losses.append(self._step(step, *next(stream)))
+                bar.update()
+                done = step + 1
+                if done % self.eval_every == 0 or done == self.steps:
+                    record = self._record(done, losses)
+                    losses = []
+                    log.add(record)
+                    bar.set_postfix(summary(record))
+                    self.stopping.update(record, self.model)
+                if self._saves_at(done):
+                    self._save(done, log.history, losses)
+        finally:
+            bar.close()
+            log.close()
+        self.stopping.restore(self.model)
+        self.model.eval()
+        return Result(
+            model=self.model,
+            history=log.history,
+            config=self.config,
+            source_accuracy_before=self.before.accuracy if self.before else None,
+            chosen=self.stopping.best,
+        )
+
+    def _step(self, step: int, inputs: Any, labels: Tensor) -> Tensor:
+        """One optimizer step; returns the batch's mean loss, on the device."""
+        factor = lr_factor(self.config.schedule, step, self.steps, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        labels = check_labels(labels, self.num_classes, "train").to(self.device)
+        if self.transform is not None:
+            inputs = self.transform(inputs)
+        if length(inputs) != len(labels):
+            raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
+        denominator = self.loss.denominator(labels)
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        size = math.ceil(len(labels) / self.config.grad_accum_steps)
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            with torch.autocast(
+                self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+            ):
+                logits = forward_logits(self.model, move(pick(inputs, part), self.device))
+            loss = self.loss.part(logits, labels[part], denominator)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def _record(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
+        """One line of the history: everything that is known after `step` steps."""
+        target = self.val and evaluate(self.model, self.val, self._eval_batch, self.device)
+        source = self._source_score()
+        grad_norm = float(self.optimizer.stats()["grad_norm"]) if step else None
+        lost = self.before.accuracy - source.accuracy if source and self.before else None
+        return {
+            "step": step,
+            "loss": float(torch.stack(losses).mean()) if losses else None,
+            "target_accuracy": target.accuracy if target else None,
+            "target_loss": target.loss if target else None,
+            "source_accuracy": source.accuracy if source else None,
+            "source_loss": source.loss if source else None,
+            "forgetting": lost,
+            "drift": self.drift(),
+            "grad_norm": grad_norm,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+
+    def _source_score(self) -> Score | None:
+        if self.source is None:
+            return None
+        with source_task(self.model):
+            return evaluate(self.model, self.source, self._eval_batch, self.device)
+
+    @property
+    def _eval_batch(self) -> int:
+        return max(128, self.config.batch_size)
+
+    def _saves_at(self, done: int) -> bool:
+        if self.folder is None:
+            return False
+        return done % (self.config.save_every or self.eval_every) == 0 or done == self.steps
+
+    def _save(self, step: int, history: list[dict[str, Any]], losses: list[Tensor]) -> None:
+        assert self.folder is not None
+        record = {
+            "history": history,
+            "losses": [float(x) for x in losses],
+            "stopping": self.stopping.state(),
+            "scaler": self.scaler.state_dict(),
+        }
+        save_checkpoint(self.folder, step, self.model, self.optimizer, record)
+
+    def _resume(self) -> tuple[int, list[dict[str, Any]], list[Tensor]]:
+        """(steps done, history so far, losses since its last record)."""
+        if self.config.resume is None:
+            return 0, [], []
+        folder = Path(self.config.resume)
+        self._check_same_options(folder / CONFIG_FILE)
+        step, record = load_checkpoint(folder, self.model, self.optimizer)
+        self.stopping.load(record["stopping"])
+        self.scaler.load_state_dict(record["scaler"])
+        losses = [torch.tensor(x, device=self.device) for x in record["losses"]]
+        return step, record["history"], losses
+
+    def _check_same_options(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"nothing to resume from: no {path}")
+        saved = json.loads(path.read_text())
+        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        differ = [k for k in saved if k not in PLACE_OPTIONS and saved[k] != now.get(k)]
+        if differ:
+            changes = ", ".join(f"{k} was {saved[k]!r}, is {now.get(k)!r}" for k in differ)
+            raise ValueError(f"cannot resume {path.parent} with other options: {changes}")

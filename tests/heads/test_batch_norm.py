@@ -1,0 +1,62 @@
+"""The batch-norm policy holds whenever `model.train()` is called."""
+
+from __future__ import annotations
+
+import fast
+import pytest
+import torch
+from fast.heads import set_batch_norm
+from networks import ConvNet, images
+from torch import nn
+
+
+def statistics(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_frozen_statistics_never_move():
+    model, x = ConvNet(), images(16, 5)[0]
+    set_batch_norm(model, "frozen")
+    before = statistics(model)
+    model.train()
+    assert model.training
+    model(x).sum().backward()
+    assert same(before, statistics(model))
+    assert model.features[1].weight.grad is not None
+    assert isinstance(model.features[1], nn.BatchNorm2d)
+
+
+def test_tracked_statistics_move():
+    model, x = ConvNet(), images(16, 5)[0]
+    set_batch_norm(model, "track")
+    before = statistics(model)
+    model.train()(x)
+    assert not same(before, statistics(model))
+
+
+def test_statistics_per_task_leave_the_source_alone():
+    model, x = ConvNet(), images(16, 5)[0]
+    model.eval()
+    before = model(x)
+    fast.replace_head(model, 3, sample=x)
+    set_batch_norm(model, "per_task")
+    model.train()
+    for _ in range(3):
+        model(x + 2)
+    with torch.no_grad():
+        model.features[1].weight.mul_(3)
+    model.eval()
+    with fast.source_task(model):
+        assert torch.equal(model(x), before)
+    assert model.features[1].running_mean.abs().sum() > 0
+    with pytest.raises(ValueError, match="fold_head"):
+        set_batch_norm(model, "frozen")
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="frozen, per_task or track"):
+        set_batch_norm(ConvNet(), "freeze")

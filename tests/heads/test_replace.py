@@ -1,0 +1,195 @@
+"""Find, replace, calibrate and fold heads, on every kind of network."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import fast
+import pytest
+import torch
+from fast.heads import FeatureNorm, calibrate, find_head, forward_logits, task_head
+from networks import IMAGE_NETWORKS, ConvHead, ConvNet, SharedHead, TextNet, images, sentences
+from torch import nn
+
+HEAD_NAMES = {
+    "conv, batch norm": "decide",
+    "conv head": "classifier",
+    "sequential head": "classifier.3",
+    "shared head": "fc",
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_the_head_is_found_by_running_the_model(name):
+    model = IMAGE_NETWORKS[name]()
+    assert find_head(model, images(4, 5)[0]).name == HEAD_NAMES[name]
+
+
+def test_customary_names_need_no_sample():
+    assert find_head(TextNet()).name == "score"
+    assert find_head(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))).name == "2"
+
+
+def test_a_head_of_unknown_name_asks_for_a_sample():
+    with pytest.raises(ValueError, match="Pass sample="):
+        find_head(ConvNet())
+
+
+def test_timm_models_name_their_classifier():
+    model = ConvNet()
+    model.get_classifier = lambda: model.decide
+    assert find_head(model).name == "decide"
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(ValueError, match="no linear head"):
+        fast.replace_head(nn.Sequential(nn.Flatten(), nn.ReLU()), 3)
+
+
+def test_a_model_that_is_only_a_head_is_refused():
+    with pytest.raises(ValueError, match="no backbone"):
+        fast.replace_head(nn.Linear(4, 3), 3)
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_the_new_head_has_maximum_entropy_and_sends_no_error(name):
+    model, x = IMAGE_NETWORKS[name](), images(16, 5)[0]
+    fast.replace_head(model, 7, sample=x)
+    logits = model(x)
+    assert logits.shape == (16, 7)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(entropy, torch.full_like(entropy, math.log(7)))
+    nn.functional.cross_entropy(logits, torch.arange(16) % 7).backward()
+    body = [p for p in model.parameters() if p.requires_grad and p.shape[0] != 7]
+    assert body
+    assert all(p.grad is None or not p.grad.any() for p in body)
+    assert task_head(model).linear.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_the_source_head_answers_exactly_as_before(name):
+    model, x = IMAGE_NETWORKS[name]().eval(), images(16, 5)[0]
+    before = model(x)
+    fast.replace_head(model, 7, sample=x)
+    with fast.source_task(model):
+        assert torch.equal(model(x), before)
+    assert model(x).shape == (16, 7)
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_folding_keeps_the_function_and_leaves_no_trace(name):
+    model, x = IMAGE_NETWORKS[name]().eval(), images(16, 5)[0]
+    plain_names = set(model.state_dict())
+    kinds = {type(m) for m in model.modules()}
+    fast.replace_head(model, 7, sample=x)
+    fast.heads.set_batch_norm(model, "per_task")
+    nn.init.normal_(task_head(model).linear.weight)
+    model.eval()
+    before = model(x)
+    fast.fold_head(model)
+    assert torch.allclose(model(x), before, atol=1e-5)
+    assert set(model.state_dict()) == plain_names
+    assert {type(m) for m in model.modules()} == kinds
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_shared_head_is_replaced_everywhere():
+    model = SharedHead()
+    fast.replace_head(model, 3, sample=images(8, 5)[0])
+    assert model.fc is model.branches[0]
+    fast.fold_head(model)
+    assert model.fc is model.branches[0]
+    assert type(model.fc) is nn.Linear
+
+
+def test_tied_weights_leave_the_other_user_alone():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(20, 8)
+            self.fc = nn.Linear(8, 20, bias=False)
+            self.fc.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.fc(self.embed(ids).mean(1))
+
+    model, ids = Tied(), torch.randint(20, (8, 4))
+    before = model(ids)
+    fast.replace_head(model, 3, sample=ids)
+    with fast.source_task(model):
+        assert torch.equal(model(ids), before)
+    assert model(ids).shape == (8, 3)
+
+
+def test_number_of_labels_is_announced_where_transformers_looks():
+    model, (x, _) = TextNet(), sentences(8, 5)
+    fast.replace_head(model, 3, sample=x)
+    assert model.num_labels == 3
+    with fast.source_task(model):
+        assert model.num_labels == 5
+        assert forward_logits(model, x).shape == (8, 5)
+    assert model.num_labels == 3
+
+
+def test_replacing_twice_is_refused():
+    model, x = ConvHead(), images(8, 5)[0]
+    fast.replace_head(model, 3, sample=x)
+    with pytest.raises(ValueError, match="fold_head"):
+        fast.replace_head(model, 4, sample=x)
+
+
+def test_a_relu_behind_the_head_is_refused_and_the_head_put_back():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    )
+    model.append(nn.Flatten())
+    x = images(8, 5)[0]
+    with pytest.raises(ValueError, match="max_entropy=False"):
+        fast.replace_head(model, 3, sample=x)
+    assert type(model[1]) is nn.Conv2d
+    assert model(x).shape == (8, 5)
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="num_classes"):
+        fast.replace_head(TextNet(), 1)
+
+
+def test_features_are_normalised():
+    norm = FeatureNorm(3)
+    x = torch.randn(5000, 3) * torch.tensor([0.1, 1.0, 10.0]) + 5
+    norm.update(x)
+    z = norm.eval()(x)
+    assert torch.allclose(z.mean(0), torch.zeros(3), atol=1e-3)
+    # The variance floor is shared, so only features far below the mean variance shrink.
+    assert torch.allclose(z[:, 2].std(), torch.tensor(1.0), atol=0.01)
+
+
+def test_dead_features_are_not_amplified():
+    norm = FeatureNorm(2)
+    norm.update(torch.stack([torch.randn(100), torch.zeros(100)], 1))
+    assert norm.eval()(torch.ones(1, 2))[0, 1] < 50
+
+
+def test_calibration_needs_two_samples_and_finite_features():
+    model = TextNet()
+    fast.replace_head(model, 3)
+    x, _ = sentences(1, 5)
+    with pytest.raises(ValueError, match="two samples"):
+        calibrate(model, [x])
+    with torch.no_grad():
+        model.body.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="non-finite"):
+        calibrate(model, [sentences(8, 5)[0]])
+
+
+def test_a_replaced_model_can_be_copied_and_pickled():
+    model, x = ConvNet(), images(8, 5)[0]
+    fast.replace_head(model, 3, sample=x)
+    fast.heads.set_batch_norm(model, "frozen")
+    model.eval()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        assert not twin.train().features[1].training

@@ -1,0 +1,88 @@
+"""Bad input gets an error that names the argument and the way out, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+
+import fast
+import pytest
+import torch
+from fast.train.config import TrainConfig
+from networks import ConvNet, images
+from torch import nn
+
+X, Y = images(40, 4)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ((X, torch.full((40,), math.nan)), "train: 40 labels are NaN"),
+        ((X, Y.float() + 0.5), "train: labels must be whole numbers"),
+        ((X, Y - 1), "train: labels must be 0 or more"),
+        ((X, nn.functional.one_hot(Y)), r"train: labels must be class indices of shape \[N\]"),
+        ((X, Y[:-1]), "train: 40 inputs but 39 labels"),
+        ((X[:0], Y[:0]), "train: no samples"),
+    ],
+)
+def test_bad_training_data(train, message):
+    with pytest.raises(ValueError, match=message):
+        fast.finetune(ConvNet(), train, steps=2)
+
+
+def test_labels_of_val_must_fit_the_classes():
+    with pytest.raises(ValueError, match=r"val: labels must be 0\.\.2; got 0\.\.3"):
+        fast.finetune(ConvNet(), (X, Y.clamp(max=2)), (X, Y), steps=2)
+
+
+def test_other_kinds_of_data_are_refused():
+    with pytest.raises(TypeError, match=r"train must be .* got str"):
+        fast.finetune(ConvNet(), "folder", steps=2)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(TypeError, match="unknown options: learning_rate"):
+        fast.finetune(ConvNet(), (X, Y), learning_rate=1e-3)
+
+
+def test_a_network_without_a_linear_head_is_refused():
+    with pytest.raises(ValueError, match="no linear head"):
+        fast.finetune(nn.Sequential(nn.Flatten(), nn.ReLU()), (X, Y), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method must be one of fast, vanilla"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 1, "epochs": 1}, "steps or epochs, not both"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"lr": math.nan}, "lr must be positive"),
+        ({"anchor_decay": -0.1}, "anchor_decay must not be negative"),
+        ({"batch_size": 10, "grad_accum_steps": 3}, "multiple of grad_accum_steps"),
+        ({"batch_norm": "off"}, "batch_norm must be one of frozen"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_patience_needs_val():
+    with pytest.raises(ValueError, match="patience needs val"):
+        fast.finetune(ConvNet(), (X, Y), steps=2, patience=2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [("heavy", "'balanced'"), ((1.0, 2.0), "2 weights for 4 classes")]
+)
+def test_class_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        fast.finetune(ConvNet(), (X, Y), steps=2, class_weights=weights)
+
+
+def test_a_bad_option_leaves_the_model_as_it_was():
+    model = ConvNet()
+    with pytest.raises(ValueError, match="class_weights"):
+        fast.finetune(model, (X, Y), steps=2, class_weights="heavy")
+    assert type(model.decide) is nn.Linear

@@ -1,0 +1,172 @@
+"""Interrupted runs: the same weights bit for bit, and never half a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fast
+import pytest
+import torch
+from fast.train import checkpoint, trainer
+from fast.train.checkpoint import list_checkpoints
+from networks import ConvNet, images
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
+
+
+class Stopped(RuntimeError):
+    pass
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(ConvNet(), nn.Dropout(0.3), nn.ReLU(), nn.Linear(5, 5))
+
+
+def interrupted(monkeypatch, model, at, *args, **options):
+    """Run until step `at` has been taken, then die."""
+    step = trainer.Trainer._step
+
+    def dying(self, index, *batch):
+        if index == at:
+            raise Stopped
+        return step(self, index, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_step", dying)
+        with pytest.raises(Stopped):
+            fast.finetune(model, *args, **options)
+
+
+@pytest.mark.parametrize("method", ["fast", "vanilla", "lp-ft"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, method, optimizer, kind):
+    train = TRAIN
+    if kind == "loader":
+        train = DataLoader(TensorDataset(*TRAIN), batch_size=64, shuffle=True)
+    options = {
+        "num_classes": 4,
+        "method": method,
+        "optimizer": optimizer,
+        "steps": 14,
+        "eval_every": 4,
+        "save_every": 3,
+        "transform": lambda x: x + 0.1 * torch.randn_like(x),
+    }
+    whole = fast.finetune(network(), train, VAL, output=str(tmp_path / "whole"), **options)
+    interrupted(monkeypatch, network(), 11, train, VAL, output=str(tmp_path / "cut"), **options)
+    resumed = fast.finetune(network(), train, VAL, resume=str(tmp_path / "cut"), **options)
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+    def facts(history):
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in history]
+
+    assert facts(resumed.history) == facts(whole.history)
+
+
+def test_early_stopping_goes_on_where_it_was(tmp_path, monkeypatch):
+    options = {"steps": 60, "eval_every": 2, "patience": 3, "lr": 3e-2, "method": "vanilla"}
+    whole = fast.finetune(network(), TRAIN, VAL, output=str(tmp_path / "whole"), **options)
+    last = whole.history[-1]["step"]
+    assert last < 60
+    interrupted(
+        monkeypatch, network(), last - 1, TRAIN, VAL, output=str(tmp_path / "cut"), **options
+    )
+    resumed = fast.finetune(network(), TRAIN, VAL, resume=str(tmp_path / "cut"), **options)
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert resumed.target_accuracy == whole.target_accuracy
+
+
+def test_other_options_are_refused(tmp_path):
+    fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path))
+    with pytest.raises(ValueError, match=r"lr was 0\.001, is 0\.01"):
+        fast.finetune(ConvNet(), TRAIN, steps=4, lr=1e-2, resume=str(tmp_path))
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
+
+
+def test_another_model_is_refused_and_left_as_it_is(tmp_path):
+    fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path))
+    with pytest.raises(ValueError, match="another model"):
+        fast.finetune(network(), TRAIN, steps=4, resume=str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json"])
+def test_a_truncated_checkpoint_names_the_file(tmp_path, file):
+    fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path))
+    path = list_checkpoints(tmp_path)[-1] / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=file):
+        fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
+
+
+def test_a_failing_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    model, options = ConvNet(), {"steps": 9, "eval_every": 3}
+    save = checkpoint.save_tensors
+    calls = []
+
+    def failing(tensors, path):
+        calls.append(path)
+        if len(calls) > 2:
+            Path(path).write_bytes(b"half")
+            raise OSError("disk full")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", failing)
+        with pytest.raises(OSError, match="disk full"):
+            fast.finetune(copy.deepcopy(model), TRAIN, output=str(tmp_path), **options)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000003"]
+    assert not list(tmp_path.glob(".checkpoint*"))
+    resumed = fast.finetune(copy.deepcopy(model), TRAIN, resume=str(tmp_path), **options)
+    assert resumed.history[-1]["step"] == 9
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import fast
+from fast.train import checkpoint
+from networks import ConvNet, images
+import torch
+torch.manual_seed(0)
+save, calls = checkpoint.save_tensors, []
+def dying(tensors, path):
+    calls.append(path)
+    if len(calls) == 3:
+        Path(path).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(tensors, path)
+checkpoint.save_tensors = dying
+fast.finetune(ConvNet(), images(200, 4, seed=1), steps=9, eval_every=3, output=sys.argv[1])
+"""
+
+
+def test_killed_in_the_middle_of_a_save(tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000003"]
+    torch.manual_seed(0)
+    options = {"steps": 9, "eval_every": 3}
+    resumed = fast.finetune(ConvNet(), TRAIN, resume=str(tmp_path), **options)
+    torch.manual_seed(0)
+    whole = fast.finetune(ConvNet(), TRAIN, **options)
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
