@@ -55,6 +55,7 @@ def load_job(args: argparse.Namespace) -> Job:
     if source is not None:
         splits["source"] = source.for_evaluation()
     ready = {name: prepare(split, loaded, form, args.max_length) for name, split in splits.items()}
+    try_forward(loaded, ready["train"])
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return Job(
@@ -67,6 +68,23 @@ def load_job(args: argparse.Namespace) -> Job:
         random_flip if args.flip else None,
         {name: len(split) for name, split in splits.items()},
     )
+
+
+def try_forward(loaded: LoadedModel, data: Any) -> None:
+    """Raise ValueError where the network cannot take the data, before anything is written."""
+    from fast.heads import evaluating, forward_logits
+    from fast.train.data import as_data
+
+    inputs, _ = as_data(data, "train").batch_at(torch.arange(2))
+    try:
+        with evaluating(loaded.model):
+            forward_logits(loaded.model, inputs)
+    except Exception as error:
+        shown = inputs if isinstance(inputs, dict) else {"x": inputs}
+        shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in shown.items())
+        raise ValueError(
+            f"the network does not take these inputs ({shapes}, a batch of two): {error}"
+        ) from error
 
 
 def image_format(args: argparse.Namespace, loaded: LoadedModel) -> ImageFormat:

@@ -48,11 +48,8 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
 
 
 def _subfolders(root: Path) -> dict[str, Path]:
-    return {
-        p.name: p
-        for p in sorted(root.iterdir())
-        if p.is_dir() and not p.name.startswith((".", "__"))
-    }
+    found = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))]
+    return {p.name: p for p in sorted(found, key=lambda p: _natural(p.name))}
 
 
 def _class_files(root: Path) -> list[tuple[str, Path]]:

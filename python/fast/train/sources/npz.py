@@ -16,7 +16,7 @@ def read_npz(path: Path) -> NamedData:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (zipfile.BadZipFile, EOFError, ValueError, OSError) as err:
         raise ValueError(f"{path}: not a readable .npz of plain arrays ({err})") from err

@@ -1,0 +1,120 @@
+"""`fast compare`: table, files, and runs that are not repeated."""
+
+import base64
+import contextlib
+import io
+import json
+import re
+import shutil
+
+import fast
+import pytest
+from fast.cli import main
+
+COMPARE = ("--methods", "fast,vanilla", "--seeds", "0,1", "--steps", 6, "--output", "out")
+
+
+@pytest.fixture(scope="module")
+def compared(pretrained, job_args, tmp_path_factory):
+    """(folder, output of the command) of one comparison, read by all tests here."""
+    folder = tmp_path_factory.mktemp("compared")
+    shutil.copytree(pretrained, folder, dirs_exist_ok=True)
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(folder)
+        assert main(["compare", *job_args, *map(str, COMPARE)]) == 0
+    return folder, out.getvalue()
+
+
+@pytest.fixture
+def done(compared, job):
+    """`job` with that comparison in its folder, and the output."""
+    shutil.copytree(compared[0] / "out", job.folder / "out")
+    return job, compared[1]
+
+
+def test_table_and_results(done):
+    job, out = done
+    results = json.loads((job.folder / "out" / "results.json").read_text())
+    runs = results["runs"]
+    assert [(r["method"], r["seed"]) for r in runs] == [
+        ("fast", 0), ("fast", 1), ("vanilla", 0), ("vanilla", 1)
+    ]  # fmt: skip
+    assert [row["method"] for row in results["summary"]] == ["fast", "vanilla"]
+    mean = 50 * (runs[2]["target_accuracy"] + runs[3]["target_accuracy"])
+    assert results["summary"][1]["target"].startswith(f"{mean:.1f} ± ")
+    assert f"steps to vanilla's {mean:.1f}" in out
+    assert results["machine"]["fast"] == fast.__version__
+    assert runs[0]["history"][-1]["step"] == 6
+
+
+def test_report_is_one_file_that_fetches_nothing(done):
+    job, _ = done
+    page = (job.folder / "out" / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 1
+    figure = base64.b64decode(sources[0].removeprefix("data:image/png;base64,"))
+    assert figure == (job.folder / "out" / "curves.png").read_bytes()
+    assert figure.startswith(b"\x89PNG")
+    assert "<td>vanilla</td>" in page
+    assert "target.npz" in page
+
+
+def test_finished_runs_are_kept_and_only_new_ones_are_run(done, monkeypatch):
+    job, _ = done
+    ran = []
+    finetune = fast.finetune
+    monkeypatch.setattr(
+        fast, "finetune", lambda *a, **k: ran.append((k["method"], k["seed"])) or finetune(*a, **k)
+    )
+    before = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
+    args = [*job.args, *COMPARE]
+    args[args.index("fast,vanilla")] = "fast,vanilla,l2-sp"
+    code, out, err = job.fast("compare", *args)
+    assert code == 0, err
+    assert ran == [("l2-sp", 0), ("l2-sp", 1)]
+    assert out.count("kept from before") == 4
+    assert json.loads((job.folder / "out" / "results.json").read_text())["runs"][:4] == before
+
+
+def test_another_job_is_run_again(done):
+    job, _ = done
+    args = [*job.args, *COMPARE]
+    args[args.index(6)] = 8
+    code, out, _ = job.fast("compare", *args)
+    assert code == 0
+    assert "kept" not in out
+    runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
+    assert {r["history"][-1]["step"] for r in runs} == {8}
+
+
+def test_each_method_runs_at_its_better_learning_rate(job):
+    code, out, err = job.fast(
+        "compare", *job.args, *COMPARE[2:], "--methods", "vanilla", "--lr", "1e-6,0.01"
+    )
+    assert code == 0, err
+    runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
+    assert [(r["seed"], r["lr"]) for r in runs] == [(0, 0.01), (1, 0.01)]
+    assert "vanilla, seed 0, lr 1e-06" in out
+
+
+def test_errors(job):
+    code, _, err = job.fast("compare", *job.args, "--methods", "fast,adam")
+    assert code == 2
+    assert "--methods: no method 'adam'; there are fast," in err
+    code, _, err = job.fast("compare", *job.args, "--seeds", "0,x")
+    assert code == 2
+    assert "whole numbers separated by commas, not '0,x'" in err
+    code, _, err = job.fast("compare", "--data", "target.npz")
+    assert code == 2
+    assert "--model must be given" in err
+
+
+def test_a_damaged_run_is_named(done):
+    job, _ = done
+    file = next((job.folder / "out" / "runs").glob("fast*seed0.json"))
+    file.write_text(file.read_text()[:-20])
+    code, _, err = job.fast("compare", *job.args, *COMPARE)
+    assert code == 2
+    assert f"{file.relative_to(job.folder)} is damaged" in err

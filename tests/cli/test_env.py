@@ -1,0 +1,28 @@
+"""`fast env` tells what is there, as text and as JSON."""
+
+import json
+
+import torch
+from fast.cli import main
+
+import fastkernels
+
+
+def test_json(capsys):
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == torch.__version__
+    rows = fastkernels.explain()
+    assert [(k["op"], k["backend"], k["available"]) for k in found["kernels"]] == [
+        (r.op, r.backend, r.available) for r in rows
+    ]
+    assert all(k["reason"] for k in found["kernels"])
+    assert "timm" in found["libraries"]
+
+
+def test_text_has_a_line_for_each_kernel(capsys):
+    assert main(["env"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in fastkernels.explain():
+        answer = "yes" if row.available else "no"
+        assert any(line[:4] == [row.op, row.backend, row.device, answer] for line in lines)

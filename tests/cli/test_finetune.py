@@ -1,0 +1,184 @@
+"""`fast finetune` from files to files."""
+
+import json
+import runpy
+
+import numpy as np
+import pytest
+import torch
+from fast.train.trainer import Trainer
+from safetensors.torch import load_file
+
+RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")
+
+
+def accuracy(net, data, split):
+    arrays = np.load(data)
+    x = (torch.from_numpy(arrays[f"x_{split}"]) / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        predicted = net.eval()(x[:, None]).argmax(1)
+    return (predicted == torch.from_numpy(arrays[f"y_{split}"])).float().mean().item()
+
+
+def test_it_learns_and_the_saved_network_is_plain(job):
+    code, out, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 0, err
+    result = json.loads((job.folder / "out" / "result.json").read_text())
+    assert result["target_accuracy"] > 0.9
+    assert result["source_accuracy_before"] > 0.9
+    assert result["classes"] == ["0", "1", "2", "3"]
+
+    net = runpy.run_path("nets.py")["Net"](4)
+    net.load_state_dict(load_file("out/model.safetensors"))
+    assert accuracy(net, "target.npz", "test") == pytest.approx(result["target_accuracy"])
+
+    rows = [line.split() for line in out.splitlines()]
+    assert ["target", f"{100 * result['target_accuracy']:.1f}", "80"] in rows
+    before, after = result["source_accuracy_before"], result["source_accuracy"]
+    assert ["source", f"{100 * before:.1f}", f"{100 * after:.1f}", "90"] in rows
+    history = (job.folder / "out" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history] == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("method", ["vanilla", "l2-sp", "lp-ft"])
+def test_methods_and_default_folder(job, method):
+    code, out, err = job.fast("finetune", *job.args, "--steps", 4, "--method", method)
+    assert code == 0, err
+    assert f"saved in runs/Net-target-{method}" in out
+    assert (job.folder / "runs" / f"Net-target-{method}" / "model.safetensors").exists()
+
+
+def test_without_source(job):
+    args = [a for a in job.args if a not in ("--source", "source.npz")]
+    code, out, err = job.fast("finetune", *args, "--epochs", 1)
+    assert code == 0, err
+    assert "source" not in out.split("saved in")[0]
+
+
+def test_image_folder_with_flip(job):
+    image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
+    arrays = np.load("target.npz")
+    for i, (pixels, label) in enumerate(zip(arrays["x_train"], arrays["y_train"], strict=True)):
+        folder = job.folder / "photos" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).convert("RGB").resize((10, 8)).save(folder / f"{i}.png")
+    code, _, err = job.fast(
+        "finetune", *job.args[:4], "--data", "photos", "--input-size", 8, "--flip", *RUN
+    )
+    assert code == 0, err
+    result = json.loads((job.folder / "out" / "result.json").read_text())
+    assert result["classes"] == [f"class{i}" for i in range(4)]
+
+
+def interrupt_at(monkeypatch, step):
+    original = Trainer._step
+
+    def stop(self, now, *args):
+        if now == step:
+            raise KeyboardInterrupt
+        return original(self, now, *args)
+
+    monkeypatch.setattr(Trainer, "_step", stop)
+
+
+def test_resume_gives_the_same_weights_as_an_uninterrupted_run(job, monkeypatch, tmp_path_factory):
+    job.fast("finetune", *job.args, *RUN[:-1], "whole", "--flip")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 25)
+        code, _, err = job.fast("finetune", *job.args, *RUN[:-1], "cut", "--flip")
+    assert code == 130
+    assert "to go on: fast finetune --resume cut" in err
+    assert not (job.folder / "cut" / "model.safetensors").exists()
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    code, out, err = job.fast("finetune", "--resume", job.folder / "cut")
+    assert code == 0, err
+    assert "30 steps" in out
+    whole, cut = (load_file(job.folder / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_resume_takes_no_other_options(job):
+    job.fast("finetune", *job.args, *RUN)
+    code, _, err = job.fast("finetune", "--resume", "out", "--lr", 0.1)
+    assert code == 2
+    assert "--resume goes on exactly as out/job.json says; drop --lr" in err
+    code, _, err = job.fast("finetune", "--resume", "nowhere")
+    assert code == 2
+    assert "--resume nowhere: has no job.json" in err
+
+
+def test_output_is_never_overwritten(job):
+    (job.folder / "out").mkdir()
+    (job.folder / "out" / "thesis.txt").write_text("x")
+    code, _, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 2
+    assert "--output out: exists" in err
+
+
+def changed(**arrays):
+    def write(folder):
+        kept = dict(np.load(folder / "target.npz"))
+        np.savez(
+            folder / "target.npz", **{k: v for k, v in (kept | arrays).items() if v is not None}
+        )
+
+    return write
+
+
+def truncate(name):
+    def write(folder):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-50])
+
+    return write
+
+
+def corrupt_folder(folder):
+    for name in ("a", "b"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            (folder / "photos" / name / f"{i}.jpg").write_bytes(b"no image")
+
+
+def keep(folder):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (keep, ["--data", "no.npz"], "no.npz: no such file"),
+        (keep, ["--data", "nets.py"], "nets.py: unknown file type '.py'"),
+        (keep, ["--data", "source.npz"], "source.npz: has no training split"),
+        (keep, ["--source", "target.npz"], "source: labels must be 0..2"),
+        (keep, ["--weights", "no.safetensors"], "no.safetensors: no such file"),
+        (truncate("net.safetensors"), [], "net.safetensors: truncated"),
+        (truncate("target.npz"), [], "target.npz: not a readable .npz"),
+        (keep, ["--model", "nets.py:Net(9)"], "shapes differ: fc.weight is (3, 128)"),
+        (keep, ["--model", "resnet18"], "must be timm:NAME"),
+        (keep, ["--model", "nets.py:headless", "--allow-missing"], "linear"),
+        (keep, ["--mean", "0.5,0.5"], "mean has 2 values but the images have 1 channels"),
+        (keep, ["--val-fraction", "2", "--data", "xy.npz"], "between 0 and 1"),
+        (changed(y_train=np.full(200, np.nan)), [], "target.npz: y_train: label 0 is NaN"),
+        (changed(y_train=np.zeros(200, int), y_test=np.zeros(80, int)), [], "one class only"),
+        (changed(y_test=np.full(80, 7), classes=["a", "b", "c", "d"]), [], "label 7 of sample 0"),
+        (changed(x_train=np.zeros((199, 8, 8), np.uint8)), [], "199 inputs but 200 labels"),
+        (
+            changed(x_train=np.zeros((200, 6), np.float32)),
+            [],
+            "does not take these inputs (x [2, 6]",
+        ),
+        (corrupt_folder, ["--data", "photos"], "photos/a/0.jpg: not a readable image"),
+    ],
+)
+def test_bad_input_says_so_and_writes_nothing(job, spoil, options, message):
+    np.savez("xy.npz", x=np.zeros((4, 8, 8), np.uint8), y=[0, 0, 1, 1])
+    spoil(job.folder)
+    before = sorted(p.name for p in job.folder.iterdir())
+    code, _, err = job.fast("finetune", *job.args, *RUN, *options)
+    assert code == 2
+    assert message in err
+    assert err.splitlines()[-1].startswith("fast: error: ")
+    after = sorted(p.name for p in job.folder.iterdir() if p.name != "__pycache__")
+    assert after == before

@@ -1,0 +1,74 @@
+"""The entry point: help, exit codes, and what it must not import."""
+
+import subprocess
+import sys
+
+import pytest
+from fast import __version__
+from fast.cli import COMMANDS, main
+from fast.train.config import TrainConfig
+
+
+def python(*args, **kwargs):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kwargs)
+
+
+def test_help_lists_the_commands_and_imports_no_torch():
+    code = "import sys, fast.cli; fast.cli.main(['--help']); assert 'torch' not in sys.modules"
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"\n    {name} " in done.stdout
+    assert len(done.stdout.splitlines()) < 25
+
+
+def test_help_of_a_command_imports_no_torch():
+    code = (
+        "import sys, fast.cli; fast.cli.main(['finetune', '--help']);"
+        "assert 'torch' not in sys.modules"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_finetune_has_an_option_for_every_field_of_the_config(capsys):
+    assert main(["finetune", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_public_names_load_on_first_use():
+    code = (
+        "import sys, fast; assert 'torch' not in sys.modules;"
+        "assert all(getattr(fast, name) for name in fast.__all__);"
+        "assert set(fast.__all__) <= set(dir(fast)) and not hasattr(fast, 'nothing')"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"fast {__version__}"
+
+
+@pytest.mark.parametrize("argv", [[], ["train"], ["finetune", "--steps", "x"], ["env", "--nope"]])
+def test_usage_errors(argv, capsys):
+    assert main(argv) == 2
+    assert "usage: fast" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    done = python(
+        "-m", "fast.cli", "finetune", "--model", "m.py:N", "--data", "no.npz", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["fast: error: no.npz: no such file"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("FAST_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["finetune", "--model", "m.py:N", "--data", "no.npz"])

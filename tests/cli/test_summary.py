@@ -1,0 +1,62 @@
+"""Several runs condensed to a row, worked out by hand."""
+
+import pytest
+from fast.cli.summary import Run, steps_to, summarise
+from fast.cli.table import html_table, percent, text_table
+
+
+def run(method, seed, targets, after=None, before=0.9):
+    history = [{"step": 10 * i, "target_accuracy": t} for i, t in enumerate(targets)]
+    return Run(method, seed, 1e-3, history, targets[-1], after, after and before, 2.0)
+
+
+def test_means_spreads_and_steps():
+    runs = [
+        run("fast", 0, [0.1, 0.6, 0.8, 0.9], after=0.88),
+        run("fast", 1, [0.1, 0.9, 0.9, 0.9], after=0.86),
+        run("vanilla", 0, [0.1, 0.3, 0.5, 0.7], after=0.5),
+        run("vanilla", 1, [0.1, 0.3, 0.5, 0.8], after=0.3),
+    ]
+    header, rows = summarise(runs)
+    table = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    steps = "steps to vanilla's 75.0"
+    assert table["fast"]["target"] == "90.0 ± 0.0"
+    assert table["fast"]["source after"] == "87.0 ± 1.4"
+    assert table["fast"]["source lost"] == "3.0 ± 1.4"
+    assert table["vanilla"]["source lost"] == "50.0 ± 14.1"
+    assert table["fast"][steps] == "15 (0.50)"
+    assert table["vanilla"][steps] == "30 (1.00), 1 of 2 seeds"
+
+
+def test_without_source_and_without_vanilla():
+    header, rows = summarise([run("l2-sp", 0, [0.1, 0.5]), run("fast", 0, [0.1, 0.4])])
+    assert header == ["method", "lr", "target", "steps to l2-sp's 50.0", "seconds"]
+    assert [row[3] for row in rows] == ["10 (1.00)", "not reached"]
+
+
+def test_steps_to_passes_over_records_without_a_target():
+    history = [
+        {"step": 1, "target_accuracy": None},
+        {"step": 2},
+        {"step": 3, "target_accuracy": 0.5},
+    ]
+    assert steps_to(history, 0.5) == 3
+    assert steps_to(history, 0.6) is None
+
+
+def test_text_table():
+    assert text_table(["a", "value"], [["first", "1"], ["b", "10.5"]]).splitlines() == [
+        "a      value",
+        "-----  -----",
+        "first      1",
+        "b       10.5",
+    ]
+
+
+def test_html_is_escaped():
+    assert "<td>&lt;b&gt;</td>" in html_table(["x"], [["<b>"]])
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.9171, "91.7"), (0, "0.0"), (None, "")])
+def test_percent(value, text):
+    assert percent(value) == text
