@@ -1,10 +1,16 @@
 """FAST: fine-tune a pretrained classifier fast, and keep what it knew (arXiv 2007.01388)."""
 
-from fast.heads import fold_head, replace_head, source_task
-from fast.optim import SGD, AdamW
-from fast.optim.param_groups import param_groups
-from fast.train.result import Result
-from fast.train.trainer import finetune
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fast.heads import fold_head, replace_head, source_task
+    from fast.optim import SGD, AdamW
+    from fast.optim.param_groups import param_groups
+    from fast.train.result import Result
+    from fast.train.trainer import finetune
 
 __version__ = "0.1.0"
 
@@ -18,3 +24,27 @@ __all__ = [
     "replace_head",
     "source_task",
 ]
+
+# Loaded on first use: `fast --help` answers in 0.1 s, importing torch takes 2.
+_HOME = {
+    "SGD": "fast.optim",
+    "AdamW": "fast.optim",
+    "Result": "fast.train.result",
+    "finetune": "fast.train.trainer",
+    "fold_head": "fast.heads",
+    "param_groups": "fast.optim.param_groups",
+    "replace_head": "fast.heads",
+    "source_task": "fast.heads",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
