@@ -1,0 +1,169 @@
+"""Pairs of a real pretrained network and a real target task, read from a data folder.
+
+The folder is not part of the project. It holds `weights/*.safetensors`, `images/*.npz`,
+`text/*.json.gz` and `code/`, the plain PyTorch definitions of the networks and the file loaders.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SOURCE_SAMPLES = 1000
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Split = tuple[Any, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adaptation: the pretrained network, target data, and what measures the source task.
+
+    Attributes:
+        source: held-out source data, or a function of the model that returns an accuracy.
+        source_inputs: a few hundred other source inputs, to protect the source with; never the
+            ones that measure.
+    """
+
+    model: nn.Module
+    train: Split
+    val: Split
+    source: Split | Callable[[nn.Module], float]
+    source_inputs: Any
+
+
+class Folder:
+    """Reads networks and data from the data folder."""
+
+    def __init__(self, path: Path) -> None:
+        if not (path / "code").is_dir():
+            raise FileNotFoundError(f"{path} is no data folder: it has no code/")
+        self.path = path
+        sys.path.insert(0, str(path / "code"))
+
+    def module(self, name: str) -> Any:
+        return importlib.import_module(name)
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        state = load_file(self.path / "weights" / f"{name}.safetensors")
+        return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+    def images(self, name: str, split: str, size: int | None, cifar: bool) -> Split:
+        """Images `[N, 3, H, W]`, normalised as the network was trained, and labels."""
+        x, y, _ = self.module("load").images(self.path / "images" / f"{name}.npz", split, size)
+        x = torch.from_numpy(x)
+        if x.dim() == 3:
+            x = x[..., None].expand(-1, -1, -1, 3)
+        x = x.permute(0, 3, 1, 2).float()
+        if not cifar:
+            return (x - 128) / 128, torch.from_numpy(y)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return (x / 255 - mean) / std, torch.from_numpy(y)
+
+    def texts(self, name: str, split: str, limit: int | None = None) -> Split:
+        """Token ids and mask `[N, T]` as a mapping, and labels."""
+        texts, y, _ = self.module("load").text(self.path / "text" / f"{name}.json.gz", split)
+        labels = torch.from_numpy(y)
+        keep = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:limit]
+        pieces = self.module("minilm").WordPiece(self.path / "weights" / "minilm_vocab.txt")
+        ids, mask = pieces.batch([texts[i] for i in keep.tolist()], 48)
+        return {"ids": ids, "mask": mask}, labels[keep]
+
+
+def _cifar(depth: int, target: str, folder: Folder) -> Job:
+    model = folder.module("cifar_resnet").CifarResNet(depth)
+    model.load_state_dict(folder.weights(f"cifar_resnet{depth}"), strict=False)
+    x, y = folder.images("cifar10_part", "test", None, True)
+    return Job(
+        model,
+        folder.images(target, "train", 32, True),
+        folder.images(target, "test", 32, True),
+        (x[:SOURCE_SAMPLES], y[:SOURCE_SAMPLES]),
+        folder.images("cifar10_part", "train", None, True)[0],
+    )
+
+
+def _mobilenet(target: str, folder: Folder) -> Job:
+    model = folder.module("mobilenet_v1").MobileNetV1(0.25)
+    model.load_state_dict(folder.weights("mobilenet_v1_0.25_128"))
+    x, y = folder.images("imagenet_samples500_192jpeg", "test", 128, False)
+    return Job(
+        model,
+        folder.images(target, "train", 128, False),
+        folder.images(target, "test", 128, False),
+        # One image of each of 500 classes: half to measure with, half to protect with.
+        (x[::2], y[::2]),
+        x[1::2],
+    )
+
+
+class SentenceClassifier(nn.Module):
+    """MiniLM's mean-pooled sentence vector and a linear head; two inputs."""
+
+    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.fc = nn.Linear(384, num_classes)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.fc(self.encoder.encode(ids, mask))  # type: ignore[operator]
+
+
+class NearestClassMean:
+    """The source skill of a network without a source head: texts fall to the nearest class mean."""
+
+    def __init__(self, known: Split, asked: Split) -> None:
+        self.known, self.asked = known, asked
+
+    def __call__(self, model: nn.Module) -> float:
+        encode = model.encoder.encode  # type: ignore[union-attr]
+
+        def vectors(x: dict[str, Tensor]) -> Tensor:
+            parts = zip(x["ids"].split(200), x["mask"].split(200), strict=True)
+            return F.normalize(torch.cat([encode(i, m) for i, m in parts]), dim=1)
+
+        (x, y), (asked, right) = self.known, self.asked
+        features, classes = vectors(x), int(y.max()) + 1
+        means = torch.stack([features[y == c].mean(0) for c in range(classes)])
+        answers = torch.cdist(vectors(asked), F.normalize(means, dim=1)).argmin(1)
+        return (answers == right).float().mean().item()
+
+
+def _minilm(target: str, skill: str, folder: Folder) -> Job:
+    encoder = folder.module("minilm").MiniLM()
+    encoder.load_state_dict(folder.weights("minilm_l6_fp16"))
+    train = folder.texts(target, "train")
+    known = folder.texts(skill, "train", 1500)
+    return Job(
+        SentenceClassifier(encoder, int(train[1].max()) + 1),
+        train,
+        folder.texts(target, "test", 800),
+        NearestClassMean(known, folder.texts(skill, "test", 600)),
+        known[0],
+    )
+
+
+@dataclass(frozen=True)
+class Pair:
+    make: Callable[[Folder], Job]
+    steps: int
+
+
+PAIRS: dict[str, Pair] = {
+    "resnet20 -> sign_digits": Pair(lambda f: _cifar(20, "sign_digits_32", f), 150),
+    "resnet20 -> gtsrb": Pair(lambda f: _cifar(20, "gtsrb_part", f), 150),
+    "resnet32 -> fashion_mnist": Pair(lambda f: _cifar(32, "fashion_mnist_part", f), 150),
+    "mobilenet 0.25 -> flowers": Pair(lambda f: _mobilenet("flowers5_96jpeg", f), 100),
+    "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", f), 150),
+    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", f), 100),
+}
