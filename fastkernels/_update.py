@@ -62,8 +62,9 @@ def pick(tensors: Sequence[Any], i: int) -> Any:
 
 def run_reference(batch: Batch, rule: Rule, anchor_decay: int, maximize: int) -> None:
     """Apply `rule` to every tensor. Columns of `batch.hyper`: 0 is lr, and the two given."""
-    if not batch.params:
-        return
+    from fastkernels import _checks
+
+    batch = _checks.align(batch)
     device = batch.params[0].device
     scale = torch.ones((), dtype=torch.float64, device=device)
     if batch.grad_scale is not None:
@@ -106,3 +107,4 @@ def run_reference(batch: Batch, rule: Rule, anchor_decay: int, maximize: int) ->
         squares[:3].sqrt_()
         squares[3] *= 0.5
         store(batch.stats, squares)
+    _checks.write_back(batch)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkernels import _backends, _checks, _schemas
+from fastkernels import _backends, _checks, _native, _schemas
 from fastkernels._update import Batch, Optionals
 from fastkernels.ops.anchored_adamw.reference import HYPER
 
 OP = "anchored_adamw_"
+_backends.register(OP, "native", ("cpu",), f"{__name__}.native", _native.available)
 _backends.register(OP, "reference", ("cpu", "cuda"), f"{__name__}.reference")
 
 
@@ -97,9 +98,7 @@ def _implementation(
     )  # fmt: skip
     _checks.check_batch(OP, batch, HYPER, ("exp_avgs", "exp_avg_sqs"))
     if params:
-        batch = _checks.align(batch)
         _backends.choose(OP, params[0].device.type)(batch)
-        _checks.write_back(batch)
 
 
 _schemas.implement(OP, _implementation)

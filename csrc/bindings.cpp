@@ -1,0 +1,114 @@
+// The only file that knows Python. Tensors come as addresses; the GIL is released while kernels
+// run.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "fast/anchored.h"
+
+namespace py = pybind11;
+
+namespace fast {
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+
+template <class T>
+T* pointer(const Addresses& addresses, size_t i) {
+  return addresses.empty() ? nullptr : reinterpret_cast<T*>(addresses[i]);
+}
+
+// The tables of one list of tensors, kept between steps: only the gradients' addresses change.
+class AnchoredPlan {
+ public:
+  AnchoredPlan(const std::vector<int64_t>& numels, const std::vector<int32_t>& groups,
+               const std::string& types, const Addresses& params,
+               const std::vector<Addresses>& moments, const std::vector<Addresses>& scales,
+               const Addresses& steps, const Addresses& anchors, const Addresses& curvature,
+               const Addresses& curvature_scales, const Addresses& remainders)
+      : rows_(numels.size()) {
+    for (size_t i = 0; i < rows_.size(); i++) {
+      const auto type = [&](size_t k) { return static_cast<Dtype>(types.at(6 * i + k)); };
+      Row& row = rows_[i];
+      row = Row{};
+      row.param = pointer<void>(params, i);
+      for (size_t k = 0; k < moments.size(); k++) row.moment[k] = pointer<void>(moments[k], i);
+      for (size_t k = 0; k < scales.size(); k++) row.scale[k] = pointer<float>(scales[k], i);
+      row.step = pointer<float>(steps, i);
+      row.anchor = pointer<void>(anchors, i);
+      row.curvature = pointer<void>(curvature, i);
+      row.curvature_scale = pointer<float>(curvature_scales, i);
+      row.remainder = pointer<int16_t>(remainders, i);
+      row.numel = numels[i];
+      row.group = groups.at(i);
+      row.param_type = type(0);
+      row.grad_type = type(1);
+      row.moment_type[0] = type(2);
+      row.moment_type[1] = type(3);
+      row.anchor_type = type(4);
+      row.curvature_type = type(5);
+      for (int64_t begin = 0; begin < row.numel; begin += kChunk)
+        chunks_.push_back({begin, static_cast<int32_t>(i),
+                           static_cast<int32_t>(std::min(kChunk, row.numel - begin))});
+    }
+    partial_.resize(chunks_.size() * kStats);
+  }
+
+  bool run(bool (*update)(const UpdateArgs&, bool), const Addresses& grads, uintptr_t hyper,
+           uintptr_t stats, std::optional<double> grad_scale, double max_grad_norm, uint64_t seed,
+           int threads) {
+    py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (grads.size() != rows_.size()) throw std::invalid_argument("one gradient per parameter");
+    for (size_t i = 0; i < rows_.size(); i++) rows_[i].grad = pointer<void>(grads, i);
+    UpdateArgs args{};
+    args.rows = rows_.data();
+    args.row_count = static_cast<int64_t>(rows_.size());
+    args.chunks = chunks_.data();
+    args.chunk_count = static_cast<int64_t>(chunks_.size());
+    args.hyper = reinterpret_cast<const double*>(hyper);
+    args.partial = partial_.data();
+    args.stats = reinterpret_cast<double*>(stats);
+    args.grad_scale = grad_scale.value_or(1.0);
+    args.max_grad_norm = max_grad_norm;
+    args.seed = seed;
+    args.threads = threads;
+    return update(args, grad_scale.has_value());
+  }
+
+ private:
+  std::vector<Row> rows_;
+  std::vector<Chunk> chunks_;
+  std::vector<double> partial_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+}  // namespace fast
+
+PYBIND11_MODULE(_C, m) {
+  using fast::AnchoredPlan;
+  m.doc() = "Native kernels of fastkernels; see fastkernels/_native.py.";
+  m.attr("chunk") = fast::kChunk;
+  m.attr("code_block") = fast::kCodeBlock;
+  m.def("cpu_instruction_set", &fast::cpu_instruction_set);
+  const auto bind = [](auto update) {
+    return [update](AnchoredPlan& plan, const fast::Addresses& grads, uintptr_t hyper,
+                    uintptr_t stats, std::optional<double> grad_scale, double max_grad_norm,
+                    uint64_t seed, int threads) {
+      return plan.run(update, grads, hyper, stats, grad_scale, max_grad_norm, seed, threads);
+    };
+  };
+  py::class_<AnchoredPlan>(m, "AnchoredPlan")
+      .def(py::init<const std::vector<int64_t>&, const std::vector<int32_t>&, const std::string&,
+                    const fast::Addresses&, const std::vector<fast::Addresses>&,
+                    const std::vector<fast::Addresses>&, const fast::Addresses&,
+                    const fast::Addresses&, const fast::Addresses&, const fast::Addresses&,
+                    const fast::Addresses&>())
+      .def("adamw", bind(&fast::anchored_adamw_cpu))
+      .def("sgd", bind(&fast::anchored_sgd_cpu));
+}

@@ -1,0 +1,141 @@
+// One parallel region per step over the chunks of all tensors; the chunks' code is in anchored_isa.
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "anchored_kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fast {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const AnchoredKernels& kernels;
+};
+
+InstructionSet detect() {
+#ifdef FAST_X86
+  // FASTKERNELS_CPU=baseline|avx2 steps down, for tests and for comparing.
+  const char* asked = std::getenv("FASTKERNELS_CPU");
+  const auto allowed = [asked](const char* name) { return !asked || !std::strcmp(asked, name); };
+  __builtin_cpu_init();
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return {"avx512", anchored_kernels_avx512()};
+  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma"))
+    return {"avx2", anchored_kernels_avx2()};
+#endif
+  return {"baseline", anchored_kernels_baseline()};
+}
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet found = detect();
+  return found;
+}
+
+// Below this many elements the other threads cost more than they bring.
+constexpr int64_t kParallelFrom = 32768;
+
+double sum(const double* partial, int64_t count, int stat) {
+  double total = 0;
+  for (int64_t i = 0; i < count; i++) total += partial[i * kStats + stat];
+  return total;
+}
+
+template <class Rule>
+bool step(const UpdateArgs& a, int columns, bool scaled,
+          void (*update)(const Row&, const Chunk&, const Rule&, uint64_t, uint32_t, double*)) {
+  const AnchoredKernels& kernels = instruction_set().kernels;
+  const bool clip = a.max_grad_norm > 0;
+  std::vector<Rule> rules(a.row_count);
+  std::vector<int64_t> before(a.chunk_count + 1, 0);  // elements before each chunk
+  for (int64_t i = 0; i < a.chunk_count; i++) before[i + 1] = before[i] + a.chunks[i].count;
+  const int64_t elements = before[a.chunk_count];
+  double norm = 0;
+  bool skip = false;
+
+  // Every thread takes the chunks that begin in its share of the elements.
+  const auto first_chunk = [&](int64_t thread, int64_t threads) {
+    const int64_t from = elements * thread / threads;
+    int64_t low = 0, high = a.chunk_count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (before[middle] < from)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  };
+  const auto derive_rules = [&] {
+    double scale = 1 / a.grad_scale;
+    if (clip) {
+      norm = std::sqrt(sum(a.partial, a.chunk_count, grad_norm)) * scale;
+      skip = scaled && !std::isfinite(norm);
+      const double coefficient = a.max_grad_norm / (norm + 1e-6);  // torch's clip_grad_norm_
+      if (!(coefficient >= 1)) scale *= coefficient;  // NaN clips too: it must reach the weights
+    }
+    for (int64_t i = 0; i < a.row_count && !skip; i++) {
+      const Row& row = a.rows[i];
+      const float count = *row.step + 1;
+      const bool same = i && a.rows[i - 1].group == row.group && *a.rows[i - 1].step == count;
+      rules[i] = same ? rules[i - 1] : Rule(a.hyper + row.group * columns, count, scale);
+      *row.step = count;
+    }
+  };
+
+  const int threads = elements < kParallelFrom ? 1 : a.threads;
+#pragma omp parallel num_threads(threads)
+  {
+#ifdef _OPENMP
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+#else
+    const int thread = 0, team = 1;
+#endif
+    const int64_t begin = first_chunk(thread, team), end = first_chunk(thread + 1, team);
+    if (clip) {
+      for (int64_t c = begin; c < end; c++)
+        a.partial[c * kStats] = kernels.squares(a.rows[a.chunks[c].row], a.chunks[c]);
+#pragma omp barrier
+    }
+#pragma omp single
+    derive_rules();
+    // Backwards: what the norm read last is still in the cache.
+    for (int64_t c = end - 1; c >= begin && !skip; c--) {
+      const Row& row = a.rows[a.chunks[c].row];
+      update(row, a.chunks[c], rules[a.chunks[c].row], a.seed, static_cast<uint32_t>(*row.step),
+             a.stats ? a.partial + c * kStats : nullptr);
+    }
+  }
+  if (skip) return false;
+  if (a.stats) {
+    if (!clip) norm = std::sqrt(sum(a.partial, a.chunk_count, grad_norm));
+    a.stats[grad_norm] = norm;
+    a.stats[drift] = std::sqrt(sum(a.partial, a.chunk_count, drift));
+    a.stats[update_norm] = std::sqrt(sum(a.partial, a.chunk_count, update_norm));
+    a.stats[forgetting] = 0.5 * sum(a.partial, a.chunk_count, forgetting);
+  }
+  return true;
+}
+
+}  // namespace
+
+bool anchored_adamw_cpu(const UpdateArgs& args, bool scaled) {
+  return step<AdamW<double>>(args, adamw_column::count, scaled, instruction_set().kernels.adamw);
+}
+
+bool anchored_sgd_cpu(const UpdateArgs& args, bool scaled) {
+  return step<Sgd<double>>(args, sgd_column::count, scaled, instruction_set().kernels.sgd);
+}
+
+const char* cpu_instruction_set() { return instruction_set().name; }
+
+}  // namespace fast

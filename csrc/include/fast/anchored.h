@@ -1,0 +1,59 @@
+// Arguments of the anchored updates. One row per tensor, one chunk per piece of work; CPU and CUDA
+// read the same tables.
+#pragma once
+
+#include <cstdint>
+
+#include "fast/numeric.h"
+
+namespace fast {
+
+// A chunk is the unit of work and of the partial sums of the norms: fixed, so that results do not
+// depend on the number of threads. 8192 elements x 6 float streams = 192 KB, inside an L2.
+constexpr int64_t kChunk = 8192;
+
+struct Row {
+  void* param;
+  const void* grad;
+  void* moment[2];
+  const void* anchor;     // may be null
+  const void* curvature;  // may be null
+  float* scale[2];        // of the moments, where they are codes8
+  const float* curvature_scale;
+  int16_t* remainder;  // of a bf16 param; may be null
+  float* step;
+  int64_t numel;
+  int32_t group;
+  Dtype param_type, grad_type, moment_type[2], anchor_type, curvature_type;
+};
+
+struct Chunk {
+  int64_t begin;
+  int32_t row, count;
+};
+
+enum Stat { grad_norm, drift, update_norm, forgetting, kStats };
+
+struct UpdateArgs {
+  const Row* rows;
+  int64_t row_count;
+  const Chunk* chunks;
+  int64_t chunk_count;
+  const double* hyper;   // [groups, columns]
+  double* partial;       // [chunk_count, kStats], scratch
+  double* stats;         // [kStats] or null
+  double grad_scale;     // gradients are divided by it
+  double max_grad_norm;  // <= 0: no clipping
+  uint64_t seed;
+  int threads;
+};
+
+// Both return false, and change nothing, when a loss scale is in use and the gradient norm that
+// clipping needs is not finite.
+bool anchored_adamw_cpu(const UpdateArgs& args, bool scaled);
+bool anchored_sgd_cpu(const UpdateArgs& args, bool scaled);
+
+// The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512".
+const char* cpu_instruction_set();
+
+}  // namespace fast

@@ -1,0 +1,137 @@
+// Scalars as they are stored and as they are computed with: shared by the CPU and the CUDA kernels.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Always inlined: the CPU kernels compile this header once per instruction set, and an out-of-line
+// copy of the widest one must never be linked into the baseline.
+#if defined(__CUDACC__)
+#define FAST_INLINE __host__ __device__ __forceinline__
+#else
+#define FAST_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fast {
+
+// How a tensor is stored. `codes8` is one byte per element and one float scale per kCodeBlock.
+enum class Dtype : uint8_t { none, f32, f64, bf16, f16, codes8 };
+
+constexpr int64_t kCodeBlock = 128;
+
+FAST_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+
+FAST_INLINE float float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+// a * b + c, rounded once where the hardware can. Contraction by the compiler is switched off
+// (-ffp-contract=off), so vector bodies and scalar tails round alike.
+FAST_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FAST_INLINE double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FAST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+FAST_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+FAST_INLINE float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+
+// A bijective mix of 32 bits; the constants are those of Wellons' low-bias search ("lowbias32").
+FAST_INLINE uint32_t mix32(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  x ^= x >> 16;
+  return x;
+}
+
+// Stochastic rounding draws from a counter, so it depends on neither threads nor list order.
+// Element i of a tensor uses mix32(uint32(i) ^ rounding_key(seed, step, i >> 32)).
+FAST_INLINE uint32_t rounding_key(uint64_t seed, uint32_t step, uint32_t high_index) {
+  const uint32_t key = mix32(mix32(static_cast<uint32_t>(seed) ^ mix32(seed >> 32)) ^ step);
+  return mix32(key ^ high_index);
+}
+
+FAST_INLINE float from_bf16(uint16_t b) { return float_of(static_cast<uint32_t>(b) << 16); }
+
+FAST_INLINE uint16_t to_bf16(float x) {
+  const uint32_t u = bits_of(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Rounds up with the probability of the part cut off; `random` has 16 bits.
+FAST_INLINE uint16_t to_bf16_stochastic(float x, uint32_t random) {
+  const uint32_t u = bits_of(x);
+  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + random) >> 16);
+}
+
+// A float held as the nearest bf16 (ties away from zero) and the 16 bits it differs by.
+FAST_INLINE float join_bf16(uint16_t high, int16_t remainder) {
+  return float_of((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(int32_t{remainder}));
+}
+
+FAST_INLINE uint16_t split_bf16(float x, int16_t* remainder) {
+  const uint32_t u = bits_of(x);
+  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t high = nan ? 0x7fc0u : (u + 0x8000u) >> 16;
+  *remainder = static_cast<int16_t>(nan ? 0u : u - (high << 16));
+  return static_cast<uint16_t>(high);
+}
+
+FAST_INLINE float from_f16(uint16_t h) {
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  const uint32_t exponent = h & 0x7c00u;
+  // A denormal half is the fraction above 2^-14; this never makes a denormal float.
+  const uint32_t denormal = bits_of(float_of(magnitude + 0x38800000u) - float_of(0x38800000u));
+  uint32_t u = exponent == 0u ? denormal : magnitude + 0x38000000u;
+  u = exponent == 0x7c00u ? magnitude + 0x70000000u : u;
+  return float_of(u | static_cast<uint32_t>(h & 0x8000u) << 16);
+}
+
+FAST_INLINE uint16_t to_f16(float x) {
+  const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
+  const uint32_t u = bits_of(x) & 0x7fffffffu;
+  const uint32_t normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  // Adding 0.5 leaves a denormal half in the low bits, rounded to nearest by the addition.
+  const uint32_t denormal = bits_of(float_of(u) + 0.5f) - 0x3f000000u;
+  uint32_t h = u < 0x38800000u ? denormal : normal;
+  h = u >= 0x477ff000u ? 0x7c00u : h;
+  h = u > 0x7f800000u ? 0x7e00u : h;
+  return static_cast<uint16_t>(sign | h);
+}
+
+// 8-bit codes. With y = |x| / scale, a code counts eighths of an octave of y + 1: linear near zero,
+// logarithmic above, and exact at 0. Unsigned codes span 32 octaves, signed ones (sign in the high
+// bit) 16; the largest value of a block gets the largest code.
+constexpr uint32_t kOne = 0x3f800000u;
+constexpr float kUnsignedTop = 4026531839.0f;  // y of code 255: 1.875 * 2^31 - 1
+constexpr float kSignedTop = 61439.0f;         // y of code 127: 1.875 * 2^15 - 1
+
+FAST_INLINE float from_code(uint32_t code) { return float_of((code << 20) + kOne) - 1.0f; }
+
+// `random` has 20 bits: 1 << 19 rounds to nearest, a uniform draw without bias.
+FAST_INLINE uint32_t to_code(float y, uint32_t top, uint32_t random) {
+  const uint32_t code = (bits_of(y + 1.0f) - kOne + random) >> 20;
+  return code > top ? top : code;
+}
+
+}  // namespace fast
