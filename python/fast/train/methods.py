@@ -32,8 +32,8 @@ class Method:
 # Measured on ResNet-20/32, MobileNet and MiniLM: benchmarks/results/, docs/defaults.md.
 METHODS: dict[str, Method] = {
     # Adam's first step is sign(g) in every weight at once. At lr 1e-3 it changed the normalised
-    # features by 1.1 to 2.3 times their norm on six pairs, and raised the loss on all but one, by up
-    # to 20 nats (benchmarks/first_step.py): hence the ramp.
+    # features by 1.1 to 2.3 times their norm on six pairs, and raised the loss on all but one, by
+    # up to 20 nats (benchmarks/first_step.py): hence the ramp.
     "fast": Method(max_entropy=True, head_lr_scale=10.0, anchor_decay=5.0, stall=5, ramp=30),
     "vanilla": Method(),
     # Kumar et al. 2022 (arXiv 2202.10054): a linear probe first, then everything.
