@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--name", default="finetune", help="of the files in benchmarks/results/")
     args = parser.parse_args()
 
+    RESULTS.mkdir(exist_ok=True)
     store = RESULTS / f"{args.name}.jsonl"
     records = (
         [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
