@@ -1,18 +1,44 @@
-"""Curvature of a network's loss: Hessian, Gauss-Newton and Fisher matrices by their products."""
+"""Curvature of a network's loss: Hessian, Gauss-Newton and Fisher matrices by their products.
 
+```python
+H = Hessian(model, F.cross_entropy, loader)
+H @ V                       # V: [P], [P, K] or a dict of [K, *shape]; the same form back
+H.top(5), H.trace(), H.spectrum(), H.check()
+```
+"""
+
+from fast.curvature.cg import Solution, cg
+from fast.curvature.check import CheckReport, check
 from fast.curvature.diagonal import fisher_diagonal, hutchinson_diagonal
 from fast.curvature.hessian import GGN, Fisher, Hessian
+from fast.curvature.lanczos import Eigenpairs, top
+from fast.curvature.losses import CrossEntropy, Loss, SquaredError
 from fast.curvature.operator import Identity, MatrixOperator, SymmetricOperator
 from fast.curvature.space import ParameterSpace
+from fast.curvature.spectrum import Spectrum, spectrum
+from fast.curvature.trace import Estimate, trace
 
 __all__ = [
     "GGN",
+    "CheckReport",
+    "CrossEntropy",
+    "Eigenpairs",
+    "Estimate",
     "Fisher",
     "Hessian",
     "Identity",
+    "Loss",
     "MatrixOperator",
     "ParameterSpace",
+    "Solution",
+    "Spectrum",
+    "SquaredError",
     "SymmetricOperator",
+    "cg",
+    "check",
     "fisher_diagonal",
     "hutchinson_diagonal",
+    "spectrum",
+    "top",
+    "trace",
 ]

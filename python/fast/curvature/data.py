@@ -69,7 +69,7 @@ def _is_batch(data: Any, labels: bool) -> bool:
     if isinstance(first, Tensor):
         # Without labels, [x1, x2] is a list of two inputs, (x, y) is a pair.
         return labels or isinstance(data, tuple)
-    return isinstance(first, Mapping) and not isinstance(second, Mapping | tuple | list)
+    return isinstance(first, Mapping | tuple) and not isinstance(second, Mapping | tuple | list)
 
 
 def _as_batch(item: Any, labels: bool) -> Batch:

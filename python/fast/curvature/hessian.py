@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fast.curvature.data import Batch, Batches
-from fast.curvature.loop import GraphGGN, GraphHessian
+from fast.curvature.loop import GraphGGN, GraphHessian, grad_or_none
 from fast.curvature.losses import OutputHessian, recognise
 from fast.curvature.network import Network, Params
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.space import Blocks
+
+METHODS = ("auto", "loop")
 
 
 class Linearization(Protocol):
@@ -53,13 +55,17 @@ class NetworkOperator(SymmetricOperator):
         params: Params = None,
         *,
         reduction: str = "mean",
+        method: str = "auto",
         seed: int = 0,
     ):
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}; got {method!r}")
+        self.method = method
         self.network = Network(model, params, seed)
         self.space = self.network.space
         self.loss = recognise(loss_fn, reduction)
-        self.data = Batches(data)
-        self._options = {"reduction": reduction, "seed": seed}
+        self.data = data if isinstance(data, Batches) else Batches(data)
+        self.options = {"reduction": reduction, "method": method, "seed": seed}
 
     @abc.abstractmethod
     def linearize(self, batch: Batch, index: int) -> Linearization:
@@ -81,9 +87,43 @@ class NetworkOperator(SymmetricOperator):
             mean.add([part.quad(vectors)], part.weight)
         return mean.result()[0]
 
+    def gradient(self) -> Tensor:
+        """Gradient of the loss over all data, [P]."""
+        mean = WeightedMean(self.loss.reduction)
+        for index, batch in enumerate(self.data):
+            batch = batch.to(self.device)
+            with self.network.scope(index, differentiable_twice=False):
+                leaves = self.network.leaves()
+                params = self.network.selected(leaves)
+                z = self.network.outputs(leaves, batch.inputs)
+                grads = grad_or_none([self.loss.value(z, batch.target)], params)
+                weight = self.loss.weight(z.detach(), batch.target, batch.size)
+            rows = [
+                torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)
+            ]
+            mean.add([g.detach()[None] for g in rows], weight)
+        return self.space.join(mean.result())[0]
+
+    def blocks(self, by: str | Mapping[str, Params] = "layer") -> dict[str, NetworkOperator]:
+        """Principal blocks, by "layer" (parameters of one module), "parameter", or your own groups.
+
+        Args:
+            by: or a dict name -> parameters (as `params`), e.g. one entry per optimizer group.
+        """
+        if isinstance(by, Mapping):
+            return {name: self.block(group) for name, group in by.items()}
+        if by not in ("layer", "parameter"):
+            raise ValueError(f"by must be 'layer', 'parameter' or a dict of groups; got {by!r}")
+        groups: dict[str, list[str]] = {}
+        for name in self.space.names:
+            groups.setdefault(name if by == "parameter" else name.rpartition(".")[0], []).append(
+                name
+            )
+        return {name: self.block(names) for name, names in groups.items()}
+
     def block(self, params: Params) -> NetworkOperator:
         """The principal block of some of the parameters, as an operator of its own."""
-        return type(self)(self.network.model, self.loss, self.data, params, **self._options)
+        return type(self)(self.network.model, self.loss, self.data, params, **self.options)
 
 
 class Hessian(NetworkOperator):
@@ -122,14 +162,13 @@ class Fisher(GGN):
         params: Params = None,
         *,
         kind: str = "mc",
-        reduction: str = "mean",
-        seed: int = 0,
+        **options: Any,
     ):
         if kind not in ("mc", "empirical"):
             raise ValueError(f"kind must be 'mc' or 'empirical'; got {kind!r}")
-        super().__init__(model, loss_fn, data, params, reduction=reduction, seed=seed)
+        super().__init__(model, loss_fn, data, params, **options)
         self.kind = kind
-        self._options["kind"] = kind
+        self.options["kind"] = kind
 
     def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
         target = batch.target if self.kind == "empirical" else self.loss.sample(z, batch.target)

@@ -63,9 +63,9 @@ class Loss:
         return product
 
     def residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
-        """r [n, d] and c with: empirical Fisher = c * sum_i J_i^T r_i r_i^T J_i (rows of z as [n, d]).
+        """r [n, d] and c with: empirical Fisher = c * sum_i J_i^T r_i r_i^T J_i.
 
-        Rows are the samples (first dimension of z).
+        The n rows of z are the samples, its first dimension.
         """
         size = z.shape[0]
         scale = float(size) if self.reduction == "mean" else 1.0

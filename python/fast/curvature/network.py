@@ -13,7 +13,6 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint as torch_checkpoint
 
-from fast.curvature.data import Batch
 from fast.curvature.space import ParameterSpace
 
 Params = None | str | Iterable[str] | Iterable[Tensor] | Callable[[str, Tensor], bool]
@@ -78,7 +77,7 @@ class Network:
             cuda = [device] if device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices=cuda))
             # One mask per (operator, batch): products are of one matrix, not of a random one.
-            torch.manual_seed(self.seed * 1_000_003 + index)
+            torch.manual_seed(mask_seed(self.seed, index))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_no_mha_fastpath())
@@ -98,6 +97,11 @@ class Network:
         norms = torch.stack(torch._foreach_norm(params)).tolist() if params else []
         modes = tuple(m.training for m in self.model.modules())
         return (modes, tuple(p._version for p in params), tuple(norms))
+
+
+def mask_seed(seed: int, index: int) -> int:
+    """Random state that batch `index` of an operator with `seed` is evaluated in."""
+    return seed * 1_000_003 + index
 
 
 def unwrap(model: nn.Module) -> nn.Module:

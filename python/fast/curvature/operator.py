@@ -46,7 +46,7 @@ class SymmetricOperator(abc.ABC):
         return self.space.device
 
     @property
-    def T(self) -> SymmetricOperator:  # noqa: N802 (the field's name for it)
+    def T(self) -> SymmetricOperator:
         return self
 
     def __matmul__(self, vectors: Vectors) -> Vectors:
@@ -120,7 +120,7 @@ class SymmetricOperator(abc.ABC):
         return cg(self, b, **options).solution
 
     def check(self, **options: Any) -> CheckReport:
-        """Symmetry, linearity, determinism, and a float64 difference; see `fast.curvature.check`."""
+        """Symmetry, linearity, determinism and more; see `fast.curvature.check`."""
         from fast.curvature.check import check
 
         return check(self, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -115,7 +114,13 @@ class ParameterSpace:
 
     def join(self, blocks: Sequence[Tensor]) -> Tensor:
         """One [K, *shape] per parameter -> contiguous [K, P]."""
-        return torch.cat([b.reshape(b.shape[0], -1).to(self.dtype) for b in blocks], dim=1)
+        return torch.cat(
+            [
+                b.reshape(b.shape[0], n).to(self.dtype)
+                for b, n in zip(blocks, self.sizes, strict=True)
+            ],
+            dim=1,
+        )
 
     def zeros(self, num_vectors: int) -> Blocks:
         return [
@@ -145,7 +150,3 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         total = total + (part.double() if part.device.type != "mps" else part)
     assert isinstance(total, Tensor)
     return total
-
-
-def numel(shape: Sequence[int]) -> int:
-    return math.prod(shape)

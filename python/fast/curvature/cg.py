@@ -1,0 +1,69 @@
+"""Conjugate gradients for several right-hand sides at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fast.curvature.operator import SymmetricOperator
+from fast.curvature.progress import bar
+from fast.curvature.space import Vectors
+
+
+@dataclass(frozen=True)
+class Solution:
+    """solution in the form of b; residuals [K] = |b - A x| / |b|."""
+
+    solution: Vectors
+    residuals: Tensor
+    num_iterations: int
+    converged: bool
+
+
+def cg(
+    operator: SymmetricOperator,
+    b: Vectors,
+    *,
+    tol: float = 1e-5,
+    max_iterations: int = 100,
+    progress: bool | None = None,
+) -> Solution:
+    """Solve A x = b for positive definite A (Hestenes and Stiefel 1952), all K columns in step.
+
+    Raises:
+        ValueError: a direction of negative curvature was met: A is not positive definite. Use
+            fast.GGN instead of fast.Hessian, or `.damped(...)`.
+    """
+    blocks, restore = operator.space.unpack(b)
+    rhs = operator.space.join(blocks)
+    x = torch.zeros_like(rhs)
+    r, p = rhs.clone(), rhs.clone()
+    scale = rhs.norm(dim=1).clamp_min(torch.finfo(rhs.dtype).tiny)
+    rr = torch.linalg.vecdot(r, r)
+    iterations = 0
+    with bar(max_iterations, "cg", progress) as ticks:
+        while iterations < max_iterations:
+            active = rr.sqrt() > tol * scale
+            if not bool(active.any()):
+                break
+            ap = operator.rows(p)
+            iterations += 1
+            ticks.update()
+            pap = torch.linalg.vecdot(p, ap)
+            if bool((pap[active] <= 0).any()):
+                raise ValueError(
+                    "cg met a direction of negative or zero curvature: the operator is not "
+                    "positive definite; use fast.GGN, or add damping with .damped(...)"
+                )
+            step = torch.where(active, rr / pap, 0)[:, None]
+            x += step * p
+            r -= step * ap
+            new = torch.linalg.vecdot(r, r)
+            p = r + torch.where(active, new / rr, 0)[:, None] * p
+            rr = new
+    residuals = (rr.sqrt() / scale).double().cpu()
+    return Solution(
+        restore(operator.space.split(x)), residuals, iterations, bool((residuals <= tol).all())
+    )

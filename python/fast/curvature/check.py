@@ -1,0 +1,179 @@
+"""Is this operator one symmetric matrix, and the right one? A handful of products will tell."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fast.curvature.data import Batch
+from fast.curvature.hessian import GGN, Hessian, NetworkOperator, WeightedMean
+from fast.curvature.operator import SymmetricOperator
+from fast.curvature.probes import probe_block
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass
+class CheckReport:
+    """What was looked at. `ok` when nothing is wrong; `raise_if_failed` turns it into an error."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(f.ok for f in self.findings)
+
+    @property
+    def failures(self) -> list[str]:
+        return [f.name for f in self.findings if not f.ok]
+
+    def raise_if_failed(self) -> None:
+        if not self.ok:
+            raise ValueError(str(self))
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{'ok  ' if f.ok else 'FAIL'} {f.name}: {f.detail}" for f in self.findings
+        )
+
+
+def check(operator: SymmetricOperator, *, rtol: float | None = None, seed: int = 0) -> CheckReport:
+    """Determinism, symmetry and linearity of any operator; for networks also the data and a
+    central difference in float64 on a copy of the model.
+
+    Args:
+        rtol: largest relative error to accept; default 1e-4 in float32, 1e-8 in float64. A network
+            with kinks (ReLU) may fail the difference, and only that, by a kink inside the step.
+    """
+    rtol = rtol or (1e-8 if operator.dtype == torch.float64 else 1e-4)
+    report = CheckReport()
+    generator = torch.Generator().manual_seed(seed)
+    u, v = probe_block(operator, 2, generator=generator, distribution="normal")
+    both = operator.rows(torch.stack([u, v]))
+    au, av = both
+
+    def add(name: str, error: float, detail: str, limit: float = rtol) -> None:
+        report.findings.append(Finding(name, error <= limit, f"{detail}, relative {error:.1e}"))
+
+    again = operator.rows(torch.stack([u, v]))
+    add("determinism", _relative(again, both), "the same product twice")
+    size = float(u.norm() * av.norm() + v.norm() * au.norm()) or 1.0
+    # u.Av and v.Au cancel to about |.| / sqrt(P) of that size: compare on the scale of their spread.
+    spread = size / operator.shape[0] ** 0.5
+    add(
+        "symmetry",
+        abs(float(u.double() @ av.double() - v.double() @ au.double())) / spread,
+        "u.Av against v.Au",
+    )
+    add("linearity", _relative(operator.rows((2 * u - v)[None])[0], 2 * au - av), "A(2u - v)")
+    if isinstance(operator, NetworkOperator):
+        report.findings += _data_findings(operator)
+        report.findings += _mode_findings(operator)
+        if isinstance(operator, Hessian) or type(operator) is GGN:
+            error = _difference_error(operator, v, av)
+            limit = max(rtol, 1e-3 if operator.dtype == torch.float32 else 1e-6)
+            add("difference", error, "central difference in float64", limit)
+    return report
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny))
+
+
+def _data_findings(operator: NetworkOperator) -> list[Finding]:
+    first, second = ([_fingerprint(b) for b in operator.data] for _ in range(2))
+    detail = f"{len(first)} batches, the same in two passes"
+    if first != second:
+        detail = "batches differ between two passes over the data: turn shuffling and augmentation "
+        detail += "off, or pass list(loader)"
+    return [Finding("data", first == second, detail)]
+
+
+def _fingerprint(batch: Batch) -> str:
+    digest = hashlib.blake2b()
+    for leaf in pytree.tree_leaves((batch.inputs, batch.target)):
+        if isinstance(leaf, Tensor):
+            digest.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
+            digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _mode_findings(operator: NetworkOperator) -> list[Finding]:
+    active = [
+        name
+        for name, module in operator.network.model.named_modules()
+        if module.training and _drop_probability(module) > 0
+    ]
+    if not active:
+        return [Finding("dropout", True, "none active")]
+    detail = f"active in {active[:3]}: the products are of one random thinned network (seed "
+    detail += f"{operator.network.seed}); call model.eval() for the network itself"
+    return [Finding("dropout", False, detail)]
+
+
+def _drop_probability(module: nn.Module) -> float:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    rate = getattr(module, "dropout", 0.0)  # LSTM, MultiheadAttention
+    return float(rate) if isinstance(rate, int | float) else 0.0
+
+
+def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float:
+    """Central difference against the product av: of the gradient (Hessian), of the outputs (GGN)."""
+    model = copy.deepcopy(operator.network.model).double()
+    data = [Batch(_double(b.inputs), _double(b.target)) for b in operator.data]
+    exact = isinstance(operator, Hessian)
+    reference = type(operator)(model, operator.loss, data, operator.space.names, **operator.options)
+    params = dict(model.named_parameters())
+    direction = dict(zip(operator.space.names, operator.space.split(v[None]), strict=True))
+    norm = float(v.double().norm())
+    length = sum(float(p.detach().norm()) ** 2 for p in params.values()) ** 0.5
+    step = 1e-5 * max(1.0, length) / norm
+
+    def at(sign: float) -> list[Tensor]:
+        with torch.no_grad():
+            for n, d in direction.items():
+                params[n].add_(d[0].double(), alpha=sign * step)
+        result = [reference.gradient()] if exact else _outputs(reference)
+        with torch.no_grad():
+            for n, d in direction.items():
+                params[n].sub_(d[0].double(), alpha=sign * step)
+        return result
+
+    tangents = [(a - b) / (2 * step) for a, b in zip(at(1.0), at(-1.0), strict=True)]
+    if exact:
+        return _relative(av.double(), tangents[0])
+    mean = WeightedMean(reference.loss.reduction)
+    for batch, z, t in zip(reference.data, _outputs(reference), tangents, strict=True):
+        form = (t * reference.loss.hessian(z, batch.target)(t[None])[0]).sum()
+        mean.add([form], reference.loss.weight(z, batch.target, batch.size))
+    quad = float(mean.result()[0])
+    return abs(quad - float(v.double() @ av.double())) / max(abs(quad), 1e-30)
+
+
+def _outputs(operator: NetworkOperator) -> list[Tensor]:
+    network = operator.network
+    out = []
+    for index, batch in enumerate(operator.data):
+        with network.scope(index, differentiable_twice=True):
+            out.append(network.outputs(network.leaves(), batch.inputs).detach())
+    return out
+
+
+def _double(tree: object) -> object:
+    return pytree.tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tree
+    )
