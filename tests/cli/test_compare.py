@@ -96,7 +96,7 @@ def test_each_method_runs_at_its_better_learning_rate(job):
     assert code == 0, err
     runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
     assert [(r["seed"], r["lr"]) for r in runs] == [(0, 0.01), (1, 0.01)]
-    assert "vanilla, seed 0, lr 1e-06" in out
+    assert "vanilla  seed 0 lr 1e-06: target" in out
 
 
 def test_errors(job):

@@ -70,6 +70,34 @@ def test_image_folder_with_flip(job):
     assert result["classes"] == [f"class{i}" for i in range(4)]
 
 
+def test_texts_with_a_network_of_transformers(job):
+    """A tiny BERT and a Hugging Face data set, both on disk: two inputs and a tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    config = transformers.BertConfig(
+        vocab_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    (job.folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer("vocab.txt").save_pretrained("bert")
+    table = {
+        "text": ["good film", "bad film", "bad", "good good film"] * 20,
+        "label": [1, 0, 0, 1] * 20,
+    }
+    datasets.Dataset.from_dict(table).save_to_disk("reviews")
+    code, _, err = job.fast(
+        "finetune", "--model", "transformers:bert", "--data", "reviews", "--batch-size", 16, *RUN
+    )
+    assert code == 0, err
+    result = json.loads((job.folder / "out" / "result.json").read_text())
+    assert result["target_accuracy"] == 1.0
+
+
 def interrupt_at(monkeypatch, step):
     original = Trainer._step
 

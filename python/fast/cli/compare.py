@@ -88,7 +88,7 @@ class Runner:
         file = self.folder / "runs" / f"{method}-lr{lr:g}-seed{seed}.json"
         kept = read_run(file, key)
         if kept is not None:
-            print(f"{method}, seed {seed}, lr {lr:g}: kept from before")
+            print(f"{kept} (kept from before)")
             return kept
 
         import fast
@@ -102,22 +102,9 @@ class Runner:
             seed=seed,
             lr=lr,
         )
-        done = Run(
-            method,
-            seed,
-            lr,
-            result.history,
-            result.target_accuracy,
-            result.source_accuracy,
-            result.source_accuracy_before,
-            round(time.monotonic() - start, 2),
-        )
+        done = Run.of(result, time.monotonic() - start)
         write_json(file, {"key": key, **vars(done)})
-        source = "" if done.source_accuracy is None else f", source {done.source_accuracy:.1%}"
-        print(
-            f"{method}, seed {seed}, lr {lr:g}: target {done.target_accuracy:.1%}{source} "
-            f"({done.seconds:.0f} s)"
-        )
+        print(f"{done} ({done.seconds:.0f} s)")
         return done
 
 

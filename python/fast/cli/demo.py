@@ -141,8 +141,9 @@ def _adapt(network: Any, source: Any, target: Any, method: str, seed: int, lr: f
     start = time.monotonic()
     result = fast.finetune(
         copy.deepcopy(network),
-        *target,
-        source[1],
+        train=target[0],
+        val=target[1],
+        source=source[1],
         method=method,
         steps=STEPS,
         eval_every=EVAL_EVERY,
@@ -151,18 +152,6 @@ def _adapt(network: Any, source: Any, target: Any, method: str, seed: int, lr: f
         seed=seed,
         progress=False,
     )
-    done = Run(
-        method,
-        seed,
-        lr,
-        result.history,
-        result.target_accuracy,
-        result.source_accuracy,
-        result.source_accuracy_before,
-        time.monotonic() - start,
-    )
-    print(
-        f"  {method:8} seed {seed} lr {lr:g}: target {done.target_accuracy:.1%}, "
-        f"source {done.source_accuracy:.1%}"
-    )
+    done = Run.of(result, time.monotonic() - start)
+    print(f"  {done}")
     return done

@@ -85,7 +85,7 @@ def add_training(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) -> N
         elif field.name == "class_weights":
             group.add_argument(flag, type=_class_weights, metavar="X,X,...", **common)
         else:
-            metavar = {int: "N", float: "X"}.get(kind, "NAME")
+            metavar = "N" if kind is int else "X" if kind is float else "NAME"
             group.add_argument(flag, type=kind, metavar=metavar, **common)
 
 

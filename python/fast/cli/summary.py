@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fast.train.result import Result
 
 BASELINE = "vanilla"
 NOTES = (
@@ -27,6 +30,28 @@ class Run:
     source_accuracy_before: float | None
     seconds: float
 
+    @classmethod
+    def of(cls, result: Result, seconds: float) -> Run:
+        """From what `fast.finetune` gave back; it must have measured the target."""
+        config = result.config
+        if result.target_accuracy is None:
+            raise ValueError("a comparison needs validation data of the target task")
+        return cls(
+            config.method,
+            config.seed,
+            config.lr,
+            result.history,
+            result.target_accuracy,
+            result.source_accuracy,
+            result.source_accuracy_before,
+            round(seconds, 2),
+        )
+
+    def __str__(self) -> str:
+        kept = "" if self.source_accuracy is None else f", source {self.source_accuracy:.1%}"
+        head = f"{self.method:8} seed {self.seed} lr {self.lr:g}"
+        return f"{head}: target {self.target_accuracy:.1%}{kept}"
+
     @property
     def steps(self) -> int:
         return self.history[-1]["step"]
@@ -39,6 +64,8 @@ def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     of_baseline = [r for r in runs if r.method == baseline]
     goal = statistics.mean(r.target_accuracy for r in of_baseline)
     full = statistics.mean(r.steps for r in of_baseline)
+    # Of the same network on the same data, hence the same in every run.
+    before = runs[0].source_accuracy_before or 0.0
     with_source = runs[0].source_accuracy is not None
     header = ["method", "lr", "target"]
     header += ["source before", "source after", "source lost"] if with_source else []
@@ -48,10 +75,11 @@ def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         mine = [r for r in runs if r.method == method]
         row = [method, f"{mine[0].lr:g}", _spread([r.target_accuracy for r in mine])]
         if with_source:
+            after = [r.source_accuracy for r in mine if r.source_accuracy is not None]
             row += [
-                _spread([r.source_accuracy_before for r in mine][:1]),
-                _spread([r.source_accuracy for r in mine]),
-                _spread([r.source_accuracy_before - r.source_accuracy for r in mine]),
+                _spread([before]),
+                _spread(after),
+                _spread([before - accuracy for accuracy in after]),
             ]
         row += [_steps(mine, goal, full), f"{statistics.mean(r.seconds for r in mine):.0f}"]
         rows.append(row)
