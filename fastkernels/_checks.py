@@ -1,47 +1,90 @@
-"""Checks and layout rules of the multi-tensor ops: what comes in must be safe for a flat loop."""
+"""Checks and layout rules of the update ops: what reaches a kernel is safe for a flat loop."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastkernels._update import Batch, Optionals
+from fastkernels._storage import code_scales
+from fastkernels._update import STATS, Batch, Optionals
+
+_MOMENT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 
 
-def check_batch(op: str, batch: Batch, columns: Sequence[str], moment_names: Sequence[str]) -> None:
-    """Raise a ValueError that names the list and the entry when `batch` is inconsistent."""
-    count = len(batch.params)
-    lists: dict[str, Optionals] = {"grads": batch.grads, "steps": batch.steps}
-    lists |= dict(zip(moment_names, batch.moments, strict=True))
-    optional: dict[str, Optionals] = {"anchors": batch.anchors, "curvature": batch.curvature}
-    if len(batch.groups) != count:
-        raise ValueError(f"{op}: groups has {len(batch.groups)} entries for {count} params")
-    for name, tensors in {**lists, **optional}.items():
-        if len(tensors) != count and not (name in optional and not tensors):
-            raise ValueError(f"{op}: {name} has {len(tensors)} entries for {count} params")
-    if batch.hyper.dim() != 2 or batch.hyper.shape[1] != len(columns):
+def check_table(batch: Batch) -> None:
+    """Raise a ValueError when `hyper`, `groups` or `stats` do not fit; cheap, run at every call."""
+    name, columns, hyper = batch.op.name, batch.op.hyper, batch.hyper
+    if hyper.dim() != 2 or hyper.shape[1] != len(columns) or hyper.dtype != torch.float64:
         raise ValueError(
-            f"{op}: hyper must be [groups, {len(columns)}] ({', '.join(columns)}), "
-            f"got {list(batch.hyper.shape)}"
+            f"{name}: hyper must be float64 [groups, {len(columns)}] ({', '.join(columns)}); "
+            f"got {hyper.dtype} {list(hyper.shape)}"
         )
-    if batch.groups and not 0 <= min(batch.groups) <= max(batch.groups) < batch.hyper.shape[0]:
-        raise ValueError(f"{op}: groups must index the {batch.hyper.shape[0]} rows of hyper")
+    if not hyper.is_contiguous():
+        raise ValueError(f"{name}: hyper must be contiguous")
+    groups = batch.groups
+    if groups and not 0 <= min(groups) <= max(groups) < hyper.shape[0]:
+        raise ValueError(f"{name}: groups must index the {hyper.shape[0]} rows of hyper")
+    stats = batch.stats
+    if stats is not None and (stats.dtype, stats.shape) != (torch.float64, (len(STATS),)):
+        raise ValueError(
+            f"{name}: stats must be float64 [{len(STATS)}]; got {stats.dtype} {list(stats.shape)}"
+        )
+
+
+def check_tensors(batch: Batch) -> None:
+    """Raise a ValueError that names the list and the entry that does not fit its parameter."""
+    name, count = batch.op.name, len(batch.params)
+    moments = dict(zip(batch.op.moments, batch.moments, strict=True))
+    lists: dict[str, Optionals] = {"grads": batch.grads, **moments}
+    lists |= {"anchors": batch.anchors, "curvature": batch.curvature}
+    lists |= {"remainders": batch.remainders}
+    optional = ("anchors", "curvature", "remainders", "curvature_scales")
+    scales = {
+        m: batch.moment_scales[k] if batch.moment_scales else () for k, m in enumerate(moments)
+    }
+    sizes = {**lists, "steps": batch.steps, "groups": batch.groups}
+    sizes |= {"curvature_scales": batch.curvature_scales}
+    for key, entries in sizes.items():
+        if len(entries) != count and not (key in optional and not entries):
+            raise ValueError(f"{name}: {key} has {len(entries)} entries for {count} params")
     for i, p in enumerate(batch.params):
         if not p.is_floating_point():
-            raise ValueError(f"{op}: params[{i}] is {p.dtype}; it must be a real floating type")
-        for name, tensors in {**lists, **optional}.items():
+            raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be a real floating type")
+        if batch.steps[i].dtype != torch.float32 or batch.steps[i].numel() != 1:
+            raise ValueError(f"{name}: steps[{i}] must be float32 []")
+        for key, tensors in lists.items():
             t = tensors[i] if tensors else None
-            if t is None or name == "steps" or (t.numel() == 0 and name in moment_names):
+            if t is None or (t.numel() == 0 and key in (*moments, "remainders")):
                 continue
             if t.layout is not p.layout:
-                raise ValueError(f"{op}: {name}[{i}] is {t.layout}, params[{i}] {p.layout}")
+                raise ValueError(f"{name}: {key}[{i}] is {t.layout}, params[{i}] {p.layout}")
             if t.shape != p.shape:
                 raise ValueError(
-                    f"{op}: {name}[{i}] is {list(t.shape)}, params[{i}] is {list(p.shape)}"
+                    f"{name}: {key}[{i}] is {list(t.shape)}, params[{i}] is {list(p.shape)}"
                 )
             if t.device != p.device:
-                raise ValueError(f"{op}: {name}[{i}] is on {t.device}, params[{i}] on {p.device}")
+                raise ValueError(f"{name}: {key}[{i}] is on {t.device}, params[{i}] on {p.device}")
+            if key in moments:
+                if t.dtype not in _MOMENT_DTYPES:
+                    known = ", ".join(map(str, _MOMENT_DTYPES))
+                    raise ValueError(f"{name}: {key}[{i}] is {t.dtype}; it must be one of {known}")
+                _check_scales(f"{name}: scales of {key}", i, t, scales[key])
+            elif key == "curvature":
+                _check_scales(f"{name}: curvature_scales", i, t, batch.curvature_scales)
+            elif key == "remainders" and (t.dtype, p.dtype) != (torch.int16, torch.bfloat16):
+                raise ValueError(f"{name}: remainders[{i}] must be int16, of a bfloat16 parameter")
+
+
+def _check_scales(what: str, i: int, t: Tensor, scales: Optionals) -> None:
+    if t.dtype != torch.uint8:
+        return
+    found = scales[i] if scales else None
+    if found is None or found.dtype != torch.float32 or found.numel() != code_scales(t.numel()):
+        raise ValueError(f"{what}[{i}] must be float32 [{code_scales(t.numel())}] for 8-bit codes")
 
 
 def is_dense(t: Tensor) -> bool:
@@ -57,11 +100,14 @@ def is_dense(t: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether element i of the storage of `a` belongs to element i of `b` (same shapes given)."""
+    """Whether two tensors of one shape keep their elements in the same order in the storage.
+
+    Strides of dimensions of size 1 mean nothing.
+    """
     if a.stride() == b.stride():
         return True
-    return all(
-        size <= 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.numel() == 0 or all(
+        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
 
 
@@ -69,39 +115,54 @@ def like(t: Tensor, param: Tensor) -> Tensor:
     """`t`, or a copy of it in the layout of `param`."""
     if same_layout(t, param):
         return t
-    return t.new_empty_strided(param.shape, param.stride()).copy_(t)
+    return torch.empty_strided(param.shape, param.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
-def align(batch: Batch) -> Batch:
-    """Give every tensor its parameter's layout, by copies where it has another.
+def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
+    """Check `batch`, and give every tensor its parameter's layout, by copies where it has another.
 
-    Copies of mutated tensors are noted in `batch.copies`; `write_back` returns their values.
+    Returns the batch to work on, and what to call afterwards: it brings copies of mutated tensors
+    back. Only gradients may be copied while every other tensor stays: then nothing is brought back.
     """
-    params, moments = list(batch.params), [list(m) for m in batch.moments]
-    grads, anchors, curvature = list(batch.grads), list(batch.anchors), list(batch.curvature)
-    copies = []
+    check_tensors(batch)
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def mutated(t: Tensor, p: Tensor) -> Tensor:
+        if t.numel() == 0 or same_layout(t, p):
+            return t
+        if t.dtype == torch.uint8:
+            raise ValueError(
+                f"{batch.op.name}: 8-bit codes of strides {t.stride()} for a parameter of strides "
+                f"{p.stride()}; their blocks follow the storage, so both must be the same"
+            )
+        copies.append((t, like(t, p)))
+        return copies[-1][1]
+
+    params = list(batch.params)
     for i, p in enumerate(params):
-        if p.numel() == 0:
-            continue
-        if not is_dense(p):
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(f"{batch.op.name}: params[{i}] is expanded; give its .clone()")
+        if p.numel() and not is_dense(p):
             params[i] = p.contiguous()
             copies.append((p, params[i]))
-            p = params[i]
-        grads[i] = like(grads[i], p)
-        for optional in (anchors, curvature):
-            if optional and (t := optional[i]) is not None:
-                optional[i] = like(t, p)
-        for ms in moments:
-            if ms[i].numel() and not same_layout(ms[i], p):
-                copies.append((ms[i], like(ms[i], p)))
-                ms[i] = copies[-1][1]
-    return Batch(
-        params, grads, tuple(moments), batch.steps, batch.hyper, batch.groups, anchors, curvature,
-        batch.curvature_scales, batch.moment_scales, batch.remainders, batch.grad_scale,
-        batch.found_inf, batch.max_grad_norm, batch.stats, batch.seed, copies,
-    )  # fmt: skip
 
+    def each(tensors: Sequence[Any]) -> list[Any]:
+        return [t if t is None else like(t, p) for t, p in zip(tensors, params, strict=False)]
 
-def write_back(batch: Batch) -> None:
-    for target, copy in batch.copies:
-        target.copy_(copy)
+    prepared = dataclasses.replace(
+        batch,
+        params=params,
+        grads=each(batch.grads),
+        moments=tuple(
+            [mutated(t, p) for t, p in zip(m, params, strict=True)] for m in batch.moments
+        ),
+        anchors=each(batch.anchors),
+        curvature=each(batch.curvature),
+        remainders=[mutated(t, p) for t, p in zip(batch.remainders, params, strict=False)],
+    )
+
+    def write_back() -> None:
+        for target, copy in copies:
+            target.copy_(copy)
+
+    return prepared, write_back

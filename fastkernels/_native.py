@@ -13,7 +13,7 @@ import torch  # noqa: F401
 def load() -> tuple[ModuleType | None, str]:
     """The module, or None, and what is (or is not) there. Nothing is compiled here."""
     try:
-        from fastkernels import _C
+        from fastkernels import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, (
             f"not built ({error}); install a C++17 compiler (g++ or clang++) and install again "

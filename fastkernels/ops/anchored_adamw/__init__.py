@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkernels import _backends, _checks, _native, _schemas
-from fastkernels._update import Batch, Optionals
-from fastkernels.ops.anchored_adamw.reference import HYPER
+from fastkernels import _backends, _native, _schemas, _update
+from fastkernels._update import Optionals
 
-OP = "anchored_adamw_"
-_backends.register(OP, "native", ("cpu",), f"{__name__}.native", _native.available)
-_backends.register(OP, "reference", ("cpu", "cuda"), f"{__name__}.reference")
+OP = _update.Op(
+    name="anchored_adamw_",
+    hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "anchor_decay", "maximize"),
+    moments=("exp_avgs", "exp_avg_sqs"),
+)
+_backends.register(OP.name, "native", ("cpu",), f"{__name__}.native", _native.available)
+_backends.register(OP.name, "reference", ("cpu", "cuda"), f"{__name__}.reference")
 
 
 def anchored_adamw_(
@@ -39,28 +43,37 @@ def anchored_adamw_(
 ) -> None:
     """Step every tensor of `params` in place, and its moments and step count with it.
 
-    The equation is in `fastkernels.ops.anchored_adamw.reference`.
+    The equation is in `fastkernels.ops.anchored_adamw.reference`; how state is stored in few bytes,
+    in `fastkernels._storage`. Arithmetic is float32, or float64 for float64 parameters.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: `N` tensors each, of the same shapes; any strides.
+        params, grads: `N` tensors each, of the same shapes; any floating dtypes, any strides.
+        exp_avgs, exp_avg_sqs: `N` tensors of these shapes: float32, float64, bfloat16 (the second
+            rounded stochastically) or uint8 codes.
         steps: `N` float32 tensors `[]`, the number of steps done; advanced by one.
         hyper: float64 `[G, 7]`, a row per group: lr, beta1, beta2, eps, weight_decay, anchor_decay,
             maximize (0 or 1).
         groups: `N` row indices into `hyper`.
         anchors: empty, or `N` tensors or None: the weights `w0` pulled to.
         curvature: empty, or `N` tensors or None: `F >= 0` of the pull; None means 1.
+        curvature_scales, exp_avg_scales, exp_avg_sq_scales: empty, or `N` float32 tensors
+            `[ceil(numel / 128)]` for uint8 codes (None, or 0 elements, for the others).
+        remainders: empty, or `N` int16 tensors of the shapes of bfloat16 parameters (0 elements for
+            the others): the 16 bits that make them float32.
         grad_scale: `[]` or `[1]`; gradients are divided by it.
         found_inf: `[]` or `[1]`; nonzero: nothing changes, not even `steps` and `stats`.
         max_grad_norm: clip the global norm of the unscaled gradients to this, without rewriting
-            them.
+            them. With `grad_scale`, a norm that is not finite counts as `found_inf`.
         stats: float64 `[4]`, written: gradient norm (unscaled, before clipping), drift
             `||w - w0||`, update norm, forgetting `1/2 sum F (w - w0)^2`; before storage rounding.
         seed: of the stochastic rounding.
 
     Raises:
-        ValueError: lists, shapes, devices or layouts do not fit; the message names the entry.
+        ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
+        RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    torch.ops.fastkernels.anchored_adamw_(
+    step = _step if _update.direct(params) else torch.ops.fastkernels.anchored_adamw_
+    step(
         params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,
         exp_avg_scales=exp_avg_scales, exp_avg_sq_scales=exp_avg_sq_scales, remainders=remainders,
@@ -69,8 +82,7 @@ def anchored_adamw_(
     )  # fmt: skip
 
 
-@torch.no_grad()
-def _implementation(
+def _step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -79,26 +91,16 @@ def _implementation(
     hyper: Tensor,
     groups: Sequence[int],
     *,
-    anchors: Optionals,
-    curvature: Optionals,
-    curvature_scales: Optionals,
     exp_avg_scales: Sequence[Tensor],
     exp_avg_sq_scales: Sequence[Tensor],
-    remainders: Sequence[Tensor],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    max_grad_norm: float | None = None,
-    stats: Tensor | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> None:
-    batch = Batch(
-        params, grads, (exp_avgs, exp_avg_sqs), steps, hyper, groups, anchors, curvature,
-        curvature_scales, (exp_avg_scales, exp_avg_sq_scales), remainders, grad_scale, found_inf,
-        max_grad_norm, stats, seed,
-    )  # fmt: skip
-    _checks.check_batch(OP, batch, HYPER, ("exp_avgs", "exp_avg_sqs"))
-    if params:
-        _backends.choose(OP, params[0].device.type)(batch)
+    moments, scales = (exp_avgs, exp_avg_sqs), (exp_avg_scales, exp_avg_sq_scales)
+    _update.run(
+        _update.Batch(
+            OP, params, grads, moments, steps, hyper, groups, moment_scales=scales, **options
+        )
+    )
 
 
-_schemas.implement(OP, _implementation)
+_schemas.implement(OP.name, _step)

@@ -5,30 +5,27 @@
     w  <- (u + c w0) / (1 + c),                     c = lr anchor_decay F
 
 `g` is the gradient after `grad_scale` and clipping, negated when maximizing. The last line is
-`fastkernels._update`'s.
+`fastkernels._update_reference`'s.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastkernels import _update
-
-HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "anchor_decay", "maximize")
+from fastkernels import _update_reference
+from fastkernels._update import Batch
 
 
 def _adamw(
     h: Tensor, step: Tensor, w: Tensor, g: Tensor, m: Tensor, v: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     lr, beta1, beta2, eps, weight_decay = h[:5]
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g.square()
-    correction1 = 1 - beta1**step
-    correction2 = (1 - beta2**step).sqrt()
-    denominator = v.sqrt() / correction2 + eps
-    return w * (1 - lr * weight_decay) - lr / correction1 * m / denominator, m, v
+    denominator = v.sqrt() / (1 - beta2**step).sqrt() + eps
+    return w * (1 - lr * weight_decay) - lr / (1 - beta1**step) * (m / denominator), m, v
 
 
-def anchored_adamw_(batch: _update.Batch) -> None:
+def anchored_adamw_(batch: Batch) -> None:
     """Update every tensor of `batch` in place."""
-    _update.run_reference(batch, _adamw, HYPER.index("anchor_decay"), HYPER.index("maximize"))
+    _update_reference.run(batch, _adamw)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkernels import _backends, _checks, _native, _schemas
-from fastkernels._update import Batch, Optionals
-from fastkernels.ops.anchored_sgd.reference import HYPER
+from fastkernels import _backends, _native, _schemas, _update
+from fastkernels._update import Optionals
 
-OP = "anchored_sgd_"
-_backends.register(OP, "native", ("cpu",), f"{__name__}.native", _native.available)
-_backends.register(OP, "reference", ("cpu", "cuda"), f"{__name__}.reference")
+OP = _update.Op(
+    name="anchored_sgd_",
+    hyper=("lr", "momentum", "dampening", "nesterov", "weight_decay", "anchor_decay", "maximize"),
+    moments=("momentum_buffers",),
+)
+_backends.register(OP.name, "native", ("cpu",), f"{__name__}.native", _native.available)
+_backends.register(OP.name, "reference", ("cpu", "cuda"), f"{__name__}.reference")
 
 
 def anchored_sgd_(
@@ -41,15 +45,18 @@ def anchored_sgd_(
     `anchored_adamw_`.
 
     Args:
-        momentum_buffers: `N` tensors; one of 0 elements means no momentum.
+        momentum_buffers: `N` tensors, as the first moments of AdamW; one of 0 elements means no
+            momentum.
         steps: `N` float32 tensors `[]`; at 0 the momentum starts as the gradient, as torch's does.
         hyper: float64 `[G, 7]`, a row per group: lr, momentum, dampening, nesterov (0 or 1),
             weight_decay (coupled), anchor_decay, maximize (0 or 1).
 
     Raises:
-        ValueError: lists, shapes, devices or layouts do not fit; the message names the entry.
+        ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
+        RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    torch.ops.fastkernels.anchored_sgd_(
+    step = _step if _update.direct(params) else torch.ops.fastkernels.anchored_sgd_
+    step(
         params, grads, momentum_buffers, steps, hyper, groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,
         momentum_scales=momentum_scales, remainders=remainders, grad_scale=grad_scale,
@@ -57,8 +64,7 @@ def anchored_sgd_(
     )  # fmt: skip
 
 
-@torch.no_grad()
-def _implementation(
+def _step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -66,25 +72,15 @@ def _implementation(
     hyper: Tensor,
     groups: Sequence[int],
     *,
-    anchors: Optionals,
-    curvature: Optionals,
-    curvature_scales: Optionals,
     momentum_scales: Sequence[Tensor],
-    remainders: Sequence[Tensor],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    max_grad_norm: float | None = None,
-    stats: Tensor | None = None,
-    seed: int = 0,
+    **options: Any,
 ) -> None:
-    batch = Batch(
-        params, grads, (momentum_buffers,), steps, hyper, groups, anchors, curvature,
-        curvature_scales, (momentum_scales,), remainders, grad_scale, found_inf, max_grad_norm,
-        stats, seed,
-    )  # fmt: skip
-    _checks.check_batch(OP, batch, HYPER, ("momentum_buffers",))
-    if params:
-        _backends.choose(OP, params[0].device.type)(batch)
+    moments, scales = (momentum_buffers,), (momentum_scales,)
+    _update.run(
+        _update.Batch(
+            OP, params, grads, moments, steps, hyper, groups, moment_scales=scales, **options
+        )
+    )
 
 
-_schemas.implement(OP, _implementation)
+_schemas.implement(OP.name, _step)

@@ -6,7 +6,7 @@
     w  <- (u + c w0) / (1 + c),                     c = lr anchor_decay F
 
 `g` is the gradient after `grad_scale` and clipping, negated when maximizing. The last line is
-`fastkernels._update`'s.
+`fastkernels._update_reference`'s.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkernels import _update
-
-HYPER = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "anchor_decay", "maximize")
+from fastkernels import _update_reference
+from fastkernels._update import Batch
 
 
 def _sgd(
@@ -30,6 +29,6 @@ def _sgd(
     return w - lr * torch.where(nesterov != 0, g + momentum * b, b), b
 
 
-def anchored_sgd_(batch: _update.Batch) -> None:
+def anchored_sgd_(batch: Batch) -> None:
     """Update every tensor of `batch` in place."""
-    _update.run_reference(batch, _sgd, HYPER.index("anchor_decay"), HYPER.index("maximize"))
+    _update_reference.run(batch, _sgd)

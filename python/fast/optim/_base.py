@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastkernels._update import STATS, compute_dtype
+from fastkernels._update import STATS
 
 from . import _state
-from ._batch import Batch
-
-Group = dict[str, Any]
+from ._batch import Batch, Group
+from ._state import State, Storage
 
 
 class AnchoredOptimizer(Optimizer):
@@ -30,59 +29,72 @@ class AnchoredOptimizer(Optimizer):
         params: Any,
         defaults: Group,
         *,
+        storage: Storage,
         curvature: Any = None,
-        state_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
+        seed: int = 0,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive; got {max_grad_norm}")
-        _state.check_dtype("state_dtype", state_dtype)
+        self.storage = storage
         self.max_grad_norm = max_grad_norm
-        self.state_dtype = state_dtype
-        self._stats: dict[torch.device, Tensor] = {}
-        self._hyper: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
+        self.seed = seed
+        self._forget_launches()
         self._step_supports_amp_scaling = True
-        common = {"anchor_decay": 0.0, "stall": 0, "ramp": 0, "progress": 0, "maximize": False}
-        super().__init__(params, common | defaults | {"curvature": None})
+        super().__init__(params, defaults | {"progress": 0, "curvature": None})
         if curvature is not None:
             self._set_curvature(self._members(), curvature)
 
     def __getstate__(self) -> dict[str, Any]:
-        keep = ("max_grad_norm", "state_dtype", "_step_supports_amp_scaling")
-        return super().__getstate__() | {k: getattr(self, k) for k in keep}
+        kept = ("storage", "max_grad_norm", "seed", "_step_supports_amp_scaling")
+        return super().__getstate__() | {key: getattr(self, key) for key in kept}  # type: ignore[no-any-return]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stats, self._hyper = {}, {}
+        self._forget_launches()
 
-    # Groups ----------------------------------------------------------------------------------
+    def _forget_launches(self) -> None:
+        self._stats: dict[torch.device, Tensor] = {}
+        self._hyper: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
+        self._anchored = False
+
+    # Hooks of the subclasses.
 
     def _check_group(self, group: Group) -> None:
         """Raise a ValueError that names the key when `group` has a value out of range."""
-        raise NotImplementedError
-
-    def _check_common(self, group: Group) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr must have one element; got a tensor {list(lr.shape)}")
         for key in ("lr", "weight_decay", "anchor_decay", "stall", "ramp"):
-            if not group[key] >= 0:
-                raise ValueError(f"{key} must not be negative; got {group[key]}")
+            value = group[key]
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{key} must have one element; got a tensor {list(value.shape)}")
+            if not value >= 0:
+                raise ValueError(f"{key} must not be negative; got {value}")
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise ValueError(
+                    f"params: {p.dtype} is not supported; for a complex parameter give "
+                    "torch.view_as_real(parameter)"
+                )
 
-    def _members(self) -> list[tuple[Group, Tensor]]:
-        """Every parameter with its group, in order."""
-        return [(g, p) for g in self.param_groups for p in g["params"]]
+    def _group_moments(self, group: Group) -> tuple[str, ...]:
+        """The moments that the parameters of `group` have."""
+        return self.moments
 
     def _hyper_row(self, group: Group, lr: float) -> list[float]:
         """The row of the op's hyper table for `group`."""
         raise NotImplementedError
 
-    def _launch(self, batch: Batch, hyper: Tensor, stats: Tensor) -> None:
+    def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
         """Run the op on one device's tensors."""
         raise NotImplementedError
 
+    # Groups.
+
+    def _members(self) -> list[tuple[Group, Tensor]]:
+        """Every parameter with its group, in order."""
+        return [(g, p) for g in self.param_groups for p in g["params"]]
+
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group; where its `anchor_decay` is not 0, its weights as they are now are its anchor.
+        """Add a group; where its `anchor_decay` is not 0, its weights of now are its anchor.
 
         Raises:
             ValueError: a value is out of range, or a parameter is complex.
@@ -91,11 +103,6 @@ class AnchoredOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            for p in group["params"]:
-                if not p.is_floating_point():
-                    raise ValueError(
-                        f"params: {p.dtype} is not supported; give torch.view_as_real(parameter)"
-                    )
         except ValueError:
             self.param_groups.pop()
             raise
@@ -105,6 +112,7 @@ class AnchoredOptimizer(Optimizer):
         self._absorb_curvature(group)
 
     def _absorb_curvature(self, group: Group) -> None:
+        """Move curvature given as a group key into the state, where it is saved and loaded."""
         if group["curvature"] is not None:
             self._set_curvature([(group, p) for p in group["params"]], group["curvature"])
             group["curvature"] = None
@@ -113,29 +121,26 @@ class AnchoredOptimizer(Optimizer):
         found = _state.match_curvature([p for _, p in members], curvature)
         for (group, p), f in zip(members, found, strict=True):
             state = self._ensure(group, p)
-            if f is None:
-                state.pop("curvature", None)
-            else:
-                state["curvature"] = _state.copy_like(f, p, compute_dtype(p))
+            _state.drop(state, "curvature")
+            if f is not None:
+                _state.put(state, "curvature", f, p, self.storage.dtype("curvature", p))
 
-    # State -----------------------------------------------------------------------------------
+    # State.
 
-    def _ensure(self, group: Group, p: Tensor) -> dict[str, Any]:
+    def _ensure(self, group: Group, p: Tensor) -> State:
         """The state of `p`, complete: torch's optimizer can load and step whatever is saved."""
-        state: dict[str, Any] = self.state[p]
+        state: State = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name in self._moments_of(group):
-            if state.get(name) is None:
-                dtype = self.state_dtype or compute_dtype(p)
-                state[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        for name in self._group_moments(group):
+            if not _state.is_stored(state, name):
+                _state.put_zeros(state, name, p, self.storage.dtype(name, p))
+        if self.storage.exact_bf16 and p.dtype == torch.bfloat16 and "remainder" not in state:
+            state["remainder"] = _state.dense_like(p, torch.int16).zero_()
         return state
 
-    def _moments_of(self, group: Group) -> tuple[str, ...]:
-        return self.moments
-
     def _set_anchor(self, group: Group, p: Tensor, value: Tensor) -> None:
-        self._ensure(group, p)["anchor"] = _state.copy_like(value, p, p.dtype)
+        _state.put(self._ensure(group, p), "anchor", value, p, self.storage.dtype("anchor", p))
 
     @torch.no_grad()
     def set_anchors(
@@ -151,13 +156,14 @@ class AnchoredOptimizer(Optimizer):
             ValueError: number or shapes do not fit.
         """
         members = self._members()
-        values = [p for _, p in members] if anchors is None else anchors
-        if isinstance(values, Mapping):
+        values: Sequence[Tensor]
+        if isinstance(anchors, Mapping):
             known = {p: group for group, p in members}
-            if any(p not in known for p in values):
+            if any(p not in known for p in anchors):
                 raise ValueError("anchors: a key is not a parameter of this optimizer")
-            members = [(known[p], p) for p in values]
-            values = list(values.values())
+            members, values = [(known[p], p) for p in anchors], list(anchors.values())
+        else:
+            values = [p for _, p in members] if anchors is None else anchors
         if len(values) != len(members):
             raise ValueError(f"anchors: {len(values)} tensors for {len(members)} parameters")
         for i, ((_, p), value) in enumerate(zip(members, values, strict=True)):
@@ -171,54 +177,54 @@ class AnchoredOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of torch's optimizer of the same name.
 
-        Tensors keep the dtypes this optimizer was built with. Anchors and curvature that the state
-        does not have stay as they are, with a warning: they are never taken from the weights.
+        Tensors are stored in the dtypes this optimizer was built with. Group options, anchors and
+        curvature that the state does not have stay as they are, anchors with a warning: they are
+        never taken from the weights.
 
         Raises:
             ValueError: the groups do not fit, or the state needs what is not supported (amsgrad).
         """
-        before = [dict(g) for g in self.param_groups]
-        kept = {
-            p: {k: s[k] for k in ("anchor", "curvature") if k in s} for p, s in self.state.items()
-        }
-        if any(g.get("amsgrad") for g in state_dict["param_groups"]):
-            raise ValueError("state_dict: amsgrad=True is not supported; train it on with torch")
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("state_dict: amsgrad=True is not supported; go on with torch's AdamW")
+        groups, states = [dict(g) for g in self.param_groups], dict(self.state)
         super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, before, strict=True):
-            for key, value in old.items():
-                group.setdefault(key, value)
-        saved_ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        params = [p for g in self.param_groups for p in g["params"]]
-        missing = 0
-        for i, p in zip(saved_ids, params, strict=True):
-            saved = state_dict["state"].get(i, {})
-            if not saved and p not in kept:
-                continue
-            state = self.state[p]
-            state.update({k: v for k, v in kept.get(p, {}).items() if k not in saved})
-            missing += "anchor" in kept.get(p, {}) and "anchor" not in saved and bool(saved)
-            self._adopt(p, state, saved)
-        if missing:
+        for group, old in zip(self.param_groups, groups, strict=True):
+            for key in old:
+                group.setdefault(key, old[key])
+        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        unanchored = 0
+        for i, (group, p) in zip(ids, self._members(), strict=True):
+            old, saved = states.get(p, {}), state_dict["state"].get(i, {})
+            state: State = {}
+            self.state[p] = state
+            for name in ("anchor", "curvature"):
+                dtype = self.storage.dtype(name, p)
+                _state.adopt(state, saved if _state.is_stored(saved, name) else old, name, p, dtype)
+            unanchored += bool(saved) and "anchor" in old and "anchor" not in saved
+            self._adopt(group, p, state, saved)
+            if not state:
+                del self.state[p]
+        if unanchored:
             warnings.warn(
-                f"the loaded state has no anchor for {missing} anchored parameters: the anchors of "
-                "this optimizer stay (its weights when it was built, or set_anchors)",
+                f"the loaded state has no anchor for {unanchored} anchored parameters: they keep "
+                "the one they have (their weights when this optimizer was built, or set_anchors)",
                 stacklevel=2,
             )
 
-    def _adopt(self, p: Tensor, state: dict[str, Any], saved: Mapping[str, Any]) -> None:
-        """Undo torch's cast of loaded state to the parameter's dtype."""
-        if "step" not in saved and any(saved.get(m) is not None for m in self.moments):
-            state["step"] = torch.ones(())  # torch's SGD counts no steps; its momentum has begun
-        if "step" in state:
-            step = torch.as_tensor(saved.get("step", state["step"]), dtype=torch.float32)
-            state["step"] = step.to(p.device)
-        dtypes = {m: self.state_dtype or compute_dtype(p) for m in self.moments}
-        dtypes |= {"anchor": p.dtype, "curvature": compute_dtype(p)}
-        for key, dtype in dtypes.items():
-            if (value := saved.get(key)) is not None:
-                state[key] = _state.adopt(value, p, dtype)
+    def _adopt(self, group: Group, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
+        """Take moments, step and whatever else was saved, without torch's cast to p's dtype."""
+        for name in self.moments:
+            _state.adopt(state, saved, name, p, self.storage.dtype(name, p))
+        if "step" in saved or any(_state.is_stored(saved, name) for name in self.moments):
+            # torch's SGD counts no steps: where there is a momentum, it has begun.
+            step = torch.as_tensor(saved.get("step", 1.0))
+            state["step"] = step.to(dtype=torch.float32, device=p.device)
+        if self.storage.exact_bf16 and saved.get("remainder") is not None:
+            _state.adopt(state, saved, "remainder", p, torch.int16)
+        if state:
+            self._ensure(group, p)
 
-    # The step --------------------------------------------------------------------------------
+    # The step.
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -226,6 +232,10 @@ class AnchoredOptimizer(Optimizer):
 
         Args:
             closure: re-evaluates the model and returns the loss; it runs with gradients enabled.
+
+        Raises:
+            RuntimeError: a gradient is sparse; a parameter with `anchor_decay` has no anchor; or
+                `max_grad_norm` is set and the parameters are on several devices.
         """
         loss = None
         if closure is not None:
@@ -240,9 +250,21 @@ class AnchoredOptimizer(Optimizer):
         for device, batch in batches.items():
             stats = self._stats.get(device)
             if stats is None:
-                stats = torch.full((4,), math.nan, dtype=torch.float64, device=device)
+                stats = torch.full((len(STATS),), math.nan, dtype=torch.float64, device=device)
                 self._stats[device] = stats
-            self._launch(batch, self._hyper_table(batch, device), stats)
+            options: dict[str, Any] = {
+                "anchors": batch.anchors,
+                "curvature": batch.curvature,
+                "curvature_scales": batch.curvature_scales,
+                "remainders": batch.remainders,
+                "grad_scale": getattr(self, "grad_scale", None),
+                "found_inf": getattr(self, "found_inf", None),
+                "max_grad_norm": self.max_grad_norm,
+                "stats": stats,
+                "seed": self.seed,
+            }
+            self._launch(batch, self._hyper_table(batch, device), options)
+        self._anchored = any(batch.anchors for batch in batches.values())
         for group in self.param_groups:
             group["progress"] += 1
         return loss
@@ -257,57 +279,76 @@ class AnchoredOptimizer(Optimizer):
             # The first step after the stall already moves: 1/ramp, 2/ramp, ..., 1.
             ramp = min(1.0, (after_stall + 1) / group["ramp"]) if group["ramp"] else 1.0
             anchored = bool(group["anchor_decay"])
+            codes = self.storage.state_dtype == torch.uint8
+            moments = self._group_moments(group)
+            coded = tuple(f"{name}_codes" for name in moments)
+            device, batch = None, None
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
                     continue
-                if grad.is_sparse:
+                if grad.layout is not torch.strided:
                     raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients; "
-                        "build the embedding with sparse=False"
+                        f"{type(self).__name__} does not support {grad.layout} gradients; build "
+                        "the embedding with sparse=False"
                     )
-                state = self._ensure(group, p)
+                if batch is None or p.device != device:
+                    device = p.device
+                    batch = batches.setdefault(device, Batch(device, len(self.moments)))
+                    batch.row(group, ramp)
+                keys = coded if codes and p.dtype != torch.float64 else moments
+                state = self._ready(group, p, keys, device)
                 if anchored and "anchor" not in state:
                     raise RuntimeError(
                         "anchor_decay is set but a parameter has no anchor: call set_anchors(...); "
                         "it is not taken from weights that may have moved"
                     )
-                batch = batches.get(p.device)
-                if batch is None:
-                    batch = batches[p.device] = Batch(self.moments)
-                batch.add(p, grad, state, batch.row(group, ramp))
-        return batches
+                batch.add(p, grad, state, keys)
+        return {device: batch.finish() for device, batch in batches.items()}
+
+    def _ready(
+        self, group: Group, p: Tensor, keys: tuple[str, ...], device: torch.device | None
+    ) -> State:
+        """The state of `p`: complete, and on its device even if `p` was moved there later."""
+        state: State | None = self.state.get(p)
+        if state is None or "step" not in state or any(key not in state for key in keys):
+            state = self._ensure(group, p)
+        if state["step"].device != device:
+            for key, value in state.items():
+                state[key] = value.to(device)
+        return state
 
     def _hyper_table(self, batch: Batch, device: torch.device) -> Tensor:
         """The op's table `[groups, columns]`; kept between steps while nothing in it changes."""
-        rows, tensors = [], {}
+        rows, device_lrs = [], {}
         for i, (group, ramp) in enumerate(batch.rows):
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                tensors[i] = lr * ramp
+                device_lrs[i] = lr.reshape(()) * ramp  # reading it here would be a sync
                 lr = 0.0
             rows.append(self._hyper_row(group, float(lr) * ramp))
         known = self._hyper.get(device)
-        if known is None or known[0] != rows or tensors:
-            known = rows, torch.tensor(rows, dtype=torch.float64, device=device)
-            self._hyper[device] = known
-        for i, lr in tensors.items():
-            known[1][i, 0].copy_(lr.reshape(()))
+        if known is None or known[0] != rows:
+            known = self._hyper[device] = rows, torch.tensor(rows, dtype=torch.float64).to(device)
+        for i, lr in device_lrs.items():
+            known[1][i, 0].copy_(lr)
         return known[1]
 
     def stats(self) -> dict[str, Tensor]:
-        """Figures of the last step, as float64 tensors `[]` on the device; reading them may sync.
+        """Figures of the last step, as float64 tensors `[]` on the device; reading one may sync.
 
-        `grad_norm` (unscaled, before clipping), `drift` `||w - w0||` and `forgetting`
-        `1/2 sum F (w - w0)^2` over the anchored parameters (NaN without any), `update_norm`
-        `||w' - w||`: of the parameters the step updated. NaN before the first step.
+        `grad_norm` (unscaled, before clipping) and `update_norm` `||w' - w||` of the parameters the
+        step updated; `drift` `||w - w0||` and `forgetting` `1/2 sum F (w - w0)^2` (`F` is 1 without
+        curvature) of those of them with an anchor, NaN when there is none. A skipped step leaves
+        them as they were; before the first step they are NaN.
         """
         values = list(self._stats.values())
-        if not values:
-            return {name: torch.full((), math.nan, dtype=torch.float64) for name in STATS}
-        total = values[0]
-        if len(values) > 1:
-            device = total.device
-            stacked = torch.stack([v.to(device) for v in values])
+        total = torch.full((len(STATS),), math.nan, dtype=torch.float64)
+        if values:
+            stacked = torch.stack([v.to(values[0].device) for v in values])
             total = torch.cat([stacked[:, :3].square().sum(0).sqrt(), stacked[:, 3:].sum(0)])
-        return dict(zip(STATS, total.clone().unbind(), strict=True))
+        figures = dict(zip(STATS, total.unbind(), strict=True))
+        if not self._anchored:
+            for name in ("drift", "forgetting"):
+                figures[name] = torch.full_like(figures[name], math.nan)
+        return figures

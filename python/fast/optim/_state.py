@@ -1,32 +1,116 @@
-"""Conversions of optimizer state: dtypes, layouts, and the forms curvature comes in."""
+"""Optimizer state: how it is stored, converted when loaded, and the forms curvature comes in.
+
+A tensor `name` is stored as `name`, or as `name_codes` and `name_scales` in 8 bits: torch, which
+would take codes for numbers, then finds nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-STATE_DTYPES = (torch.float32, torch.float64)
+from fastkernels import _storage
+from fastkernels._update import compute_dtype
+
+State = dict[str, Any]
+ROUND_TO_NEAREST = 1 << 19
 
 
-def check_dtype(name: str, dtype: torch.dtype | None) -> None:
-    if dtype is not None and dtype not in STATE_DTYPES:
-        known = ", ".join(map(str, STATE_DTYPES))
-        raise ValueError(f"{name} must be None or one of {known}; got {dtype}")
+@dataclass(frozen=True)
+class Storage:
+    """Dtypes of the state; None is the exact one: float32, float64 for float64 parameters, and for
+    anchors the parameter's own."""
+
+    state_dtype: torch.dtype | None = None
+    anchor_dtype: torch.dtype | None = None
+    curvature_dtype: torch.dtype | None = None
+    exact_bf16: bool = False
+
+    def __post_init__(self) -> None:
+        compact = (torch.float32, torch.bfloat16, torch.uint8)
+        plain = (torch.float32, torch.bfloat16, torch.float16)
+        for name, known in (
+            ("state_dtype", compact),
+            ("anchor_dtype", plain),
+            ("curvature_dtype", compact),
+        ):
+            dtype = getattr(self, name)
+            if dtype is not None and dtype not in known:
+                raise ValueError(f"{name} must be None or one of {known}; got {dtype!r}")
+
+    def dtype(self, name: str, p: Tensor) -> torch.dtype:
+        """The dtype that tensor `name` of the state of `p` is stored in."""
+        if name == "anchor":
+            return self.anchor_dtype or p.dtype
+        chosen = self.curvature_dtype if name == "curvature" else self.state_dtype
+        # float64 parameters are there to be exact.
+        return chosen if chosen and p.dtype != torch.float64 else compute_dtype(p)
 
 
-def copy_like(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of `value` in the layout of `p`, which no gradient reaches."""
-    return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value.detach())
+def is_stored(state: Mapping[str, Any], name: str) -> bool:
+    return state.get(name) is not None or f"{name}_codes" in state
 
 
-def adopt(value: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` itself when dtype, device and layout are right (as torch does), else a copy."""
-    if value.dtype == dtype and value.device == p.device and value.stride() == p.stride():
-        return value
-    return copy_like(value, p, dtype)
+def drop(state: State, name: str) -> None:
+    for key in (name, f"{name}_codes", f"{name}_scales"):
+        state.pop(key, None)
+
+
+def signed(name: str) -> bool:
+    """Whether codes of `name` carry a sign."""
+    return name not in ("exp_avg_sq", "curvature")
+
+
+def dense_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(p, dtype=dtype, requires_grad=False)
+
+
+def put_zeros(state: State, name: str, p: Tensor, dtype: torch.dtype) -> None:
+    drop(state, name)
+    if dtype != torch.uint8:
+        state[name] = dense_like(p, dtype).zero_()
+        return
+    state[f"{name}_codes"] = dense_like(p, dtype).zero_()
+    state[f"{name}_scales"] = torch.zeros(_storage.code_scales(p.numel()), device=p.device)
+
+
+def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -> None:
+    """Store a copy of `value` (of the shape of `p`) as `dtype`, in the layout of `p`."""
+    drop(state, name)
+    if dtype != torch.uint8:
+        state[name] = dense_like(p, dtype).copy_(value.detach())
+        return
+    dense = dense_like(p, torch.float32).copy_(value.detach())
+    codes, scales = _storage.encode(_storage.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
+    stored = dense_like(p, torch.uint8)
+    _storage.flat(stored).copy_(codes)
+    state[f"{name}_codes"], state[f"{name}_scales"] = stored, scales
+
+
+def adopt(state: State, saved: Mapping[str, Any], name: str, p: Tensor, dtype: torch.dtype) -> None:
+    """Take `name` from a loaded state in whatever form; as it is (not copied) when it fits."""
+    for key in (f"{name}_codes", name):
+        value = saved.get(key)
+        if value is None:
+            continue
+        if value.dtype == dtype and value.device == p.device and value.stride() == p.stride():
+            drop(state, name)
+            state[key] = value
+            if key != name:
+                state[f"{name}_scales"] = saved[f"{name}_scales"]
+            return
+        if key != name:
+            flat = _storage.decode(
+                _storage.flat(value), saved[f"{name}_scales"], signed=signed(name)
+            )
+            value = torch.empty_like(value, dtype=torch.float32)
+            _storage.flat(value).copy_(flat)
+        put(state, name, value, p, dtype)
+        return
 
 
 def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | None]:

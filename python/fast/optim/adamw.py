@@ -9,8 +9,9 @@ from torch import Tensor
 
 import fastkernels
 
-from ._base import AnchoredOptimizer, Group
-from ._batch import Batch
+from ._base import AnchoredOptimizer
+from ._batch import Batch, Group
+from ._state import Storage
 
 
 class AdamW(AnchoredOptimizer):
@@ -20,7 +21,8 @@ class AdamW(AnchoredOptimizer):
     is AdamW (Loshchilov and Hutter 2019); with `F = 1` L2-SP (Li et al. 2018), decoupled; with a
     diagonal curvature of the source loss as `F`, EWC (Kirkpatrick et al. 2017), decoupled.
 
-    Every argument up to `ramp` may also be set per group.
+    lr, betas, eps, weight_decay, anchor_decay, curvature, stall, ramp and maximize may also be set
+    per group.
 
     Args:
         params: parameters, named parameters, or dicts of groups.
@@ -36,10 +38,16 @@ class AdamW(AnchoredOptimizer):
         stall: calls of `step` for which the group is skipped: no update, no moments, no step count.
         ramp: calls of `step` over which the group's lr then rises linearly to its full value.
         maximize: ascend instead of descend.
-        state_dtype: dtype of the moments; None: float32 (float64 for float64 parameters).
+        state_dtype: of the moments: None (float32, float64 for float64 parameters),
+            torch.bfloat16 (the second one rounded stochastically) or torch.uint8 (8-bit codes).
         max_grad_norm: clip the global norm of the gradients; `.grad` itself is not rewritten.
-        capturable: accepted for torch's sake.
-        foreach, fused: accepted for torch's sake; there is one implementation.
+        anchor_dtype: None (the parameter's), torch.float32, torch.bfloat16 or torch.float16.
+        curvature_dtype: None (float32), torch.bfloat16 or torch.uint8 (8-bit codes).
+        exact_bf16: keep the 16 bits that bfloat16 parameters lack, so that their updates are those
+            of float32; without, an update below half a unit in the last place is lost.
+        seed: of the stochastic rounding.
+        amsgrad, capturable, foreach, fused: accepted for torch's sake; there is one implementation,
+            and amsgrad=True raises.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -59,13 +67,20 @@ class AdamW(AnchoredOptimizer):
         state_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         *,
+        anchor_dtype: torch.dtype | None = None,
+        curvature_dtype: torch.dtype | None = None,
+        exact_bf16: bool = False,
+        seed: int = 0,
         stall: int = 0,
         ramp: int = 0,
         maximize: bool = False,
+        amsgrad: bool = False,
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
+        if amsgrad:
+            raise ValueError("amsgrad=True is not supported; use torch.optim.AdamW for it")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "anchor_decay": anchor_decay, "stall": stall, "ramp": ramp, "maximize": maximize,
@@ -74,13 +89,14 @@ class AdamW(AnchoredOptimizer):
         super().__init__(
             params,
             defaults,
+            storage=Storage(state_dtype, anchor_dtype, curvature_dtype, exact_bf16),
             curvature=curvature,
-            state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
+            seed=seed,
         )
 
     def _check_group(self, group: Group) -> None:
-        self._check_common(group)
+        super()._check_group(group)
         if not group["eps"] >= 0:
             raise ValueError(f"eps must not be negative; got {group['eps']}")
         for i, beta in enumerate(group["betas"]):
@@ -94,18 +110,16 @@ class AdamW(AnchoredOptimizer):
             group["anchor_decay"], float(group["maximize"]),
         ]  # fmt: skip
 
-    def _launch(self, batch: Batch, hyper: Tensor, stats: Tensor) -> None:
+    def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
         fastkernels.anchored_adamw_(
             batch.params,
             batch.grads,
-            *batch.moments,
+            batch.moments[0],
+            batch.moments[1],
             batch.steps,
             hyper,
             batch.groups,
-            anchors=batch.optional("anchors"),
-            curvature=batch.optional("curvature"),
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            max_grad_norm=self.max_grad_norm,
-            stats=stats,
+            exp_avg_scales=batch.moment_scales[0],
+            exp_avg_sq_scales=batch.moment_scales[1],
+            **options,
         )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import fastkernels
 
-from ._base import AnchoredOptimizer, Group
-from ._batch import Batch
+from ._base import AnchoredOptimizer
+from ._batch import Batch, Group
+from ._state import Storage
 
 
 class SGD(AnchoredOptimizer):
@@ -43,6 +44,10 @@ class SGD(AnchoredOptimizer):
         state_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         *,
+        anchor_dtype: torch.dtype | None = None,
+        curvature_dtype: torch.dtype | None = None,
+        exact_bf16: bool = False,
+        seed: int = 0,
         stall: int = 0,
         ramp: int = 0,
         maximize: bool = False,
@@ -57,19 +62,20 @@ class SGD(AnchoredOptimizer):
         super().__init__(
             params,
             defaults,
+            storage=Storage(state_dtype, anchor_dtype, curvature_dtype, exact_bf16),
             curvature=curvature,
-            state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
+            seed=seed,
         )
 
     def _check_group(self, group: Group) -> None:
-        self._check_common(group)
+        super()._check_group(group)
         if not group["momentum"] >= 0:
             raise ValueError(f"momentum must not be negative; got {group['momentum']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov needs a momentum and zero dampening")
 
-    def _moments_of(self, group: Group) -> tuple[str, ...]:
+    def _group_moments(self, group: Group) -> tuple[str, ...]:
         return self.moments if group["momentum"] else ()
 
     def _hyper_row(self, group: Group, lr: float) -> list[float]:
@@ -78,18 +84,14 @@ class SGD(AnchoredOptimizer):
             group["weight_decay"], group["anchor_decay"], float(group["maximize"]),
         ]  # fmt: skip
 
-    def _launch(self, batch: Batch, hyper: Tensor, stats: Tensor) -> None:
+    def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
         fastkernels.anchored_sgd_(
             batch.params,
             batch.grads,
-            *batch.moments,
+            batch.moments[0],
             batch.steps,
             hyper,
             batch.groups,
-            anchors=batch.optional("anchors"),
-            curvature=batch.optional("curvature"),
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            max_grad_norm=self.max_grad_norm,
-            stats=stats,
+            momentum_scales=batch.moment_scales[0],
+            **options,
         )
