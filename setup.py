@@ -18,8 +18,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-# No -ffast-math. Without the first two, sqrt is not vectorised (1.66x slower); contraction is written
-# out in csrc/include/fast/numeric.h, so that vector bodies and scalar tails round alike.
+# No -ffast-math. Without -fno-math-errno and -fno-trapping-math, sqrt is not vectorised (1.66x
+# slower). Contraction is written out in csrc/include/fast/numeric.h, so that vector bodies and
+# scalar tails round alike.
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
          "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNDEBUG"]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -108,8 +108,8 @@ bool step(const UpdateArgs& a, int columns, bool scaled,
     }
 #pragma omp single
     derive_rules();
-    for (int64_t k = begin; k < end && !skip; k++) {
-      const int64_t c = clip && getenv("REV") ? end - 1 - (k - begin) : k;
+    for (int64_t c = begin; c < end && !skip; c++) {
+
       const Row& row = a.rows[a.chunks[c].row];
       update(row, a.chunks[c], rules[a.chunks[c].row], a.seed, static_cast<uint32_t>(*row.step),
              a.stats ? a.partial + c * kStats : nullptr);

@@ -247,29 +247,42 @@ class AnchoredOptimizer(Optimizer):
                 f"max_grad_norm needs all parameters on one device; they are on "
                 f"{sorted(map(str, batches))}: clip with torch.nn.utils.clip_grad_norm_ instead"
             )
+        self._anchored = False
         for device, batch in batches.items():
-            stats = self._stats.get(device)
-            if stats is None:
-                stats = torch.full((len(STATS),), math.nan, dtype=torch.float64, device=device)
-                self._stats[device] = stats
-            options: dict[str, Any] = {
-                "anchors": batch.anchors,
-                "curvature": batch.curvature,
-                "curvature_scales": batch.curvature_scales,
-                "remainders": batch.remainders,
-                "grad_scale": getattr(self, "grad_scale", None),
-                "found_inf": getattr(self, "found_inf", None),
-                "max_grad_norm": self.max_grad_norm,
-                "stats": stats,
-                "seed": self.seed,
-            }
-            self._launch(batch, self._hyper_table(batch, device), options)
-        self._anchored = any(batch.anchors for batch in batches.values())
+            self._launch(batch, self._hyper_table(batch, device), self._options(batch, device))
         for group in self.param_groups:
             group["progress"] += 1
         return loss
 
+    def _options(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        """The arguments that the update ops have in common."""
+        if batch.states[0]["step"].device != device:  # the model was moved after the state was made
+            for state in batch.states:
+                state.update({key: value.to(device) for key, value in state.items()})
+        if device not in self._stats:
+            self._stats[device] = torch.full((len(STATS),), math.nan, dtype=torch.float64).to(
+                device
+            )
+        curvature, codes = batch.optional("curvature"), batch.optional("curvature_codes")
+        if codes:
+            curvature = curvature or [None] * len(codes)
+            curvature = [f if c is None else c for f, c in zip(curvature, codes, strict=True)]
+        anchors = batch.optional("anchor")
+        self._anchored |= bool(anchors)
+        return {
+            "anchors": anchors,
+            "curvature": curvature,
+            "curvature_scales": batch.optional("curvature_scales"),
+            "remainders": batch.optional("remainder", batch.nothing),
+            "grad_scale": getattr(self, "grad_scale", None),
+            "found_inf": getattr(self, "found_inf", None),
+            "max_grad_norm": self.max_grad_norm,
+            "stats": self._stats[device],
+            "seed": self.seed,
+        }
+
     def _collect(self) -> dict[torch.device, Batch]:
+        """What this step updates, by device. Kept lean: it is most of a step of small tensors."""
         batches: dict[torch.device, Batch] = {}
         for group in self.param_groups:
             self._absorb_curvature(group)
@@ -279,10 +292,12 @@ class AnchoredOptimizer(Optimizer):
             # The first step after the stall already moves: 1/ramp, 2/ramp, ..., 1.
             ramp = min(1.0, (after_stall + 1) / group["ramp"]) if group["ramp"] else 1.0
             anchored = bool(group["anchor_decay"])
-            codes = self.storage.state_dtype == torch.uint8
+            # Moments are made together, so the last one stands for all.
             moments = self._group_moments(group)
-            coded = tuple(f"{name}_codes" for name in moments)
-            device, batch = None, None
+            last = moments[-1] if moments else "step"
+            if self.storage.state_dtype == torch.uint8 and moments:
+                last += "_codes"
+            device = None
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -292,31 +307,20 @@ class AnchoredOptimizer(Optimizer):
                         f"{type(self).__name__} does not support {grad.layout} gradients; build "
                         "the embedding with sparse=False"
                     )
-                if batch is None or p.device != device:
+                if p.device != device:
                     device = p.device
-                    batch = batches.setdefault(device, Batch(device, len(self.moments)))
-                    batch.row(group, ramp)
-                keys = coded if codes and p.dtype != torch.float64 else moments
-                state = self._ready(group, p, keys, device)
+                    batch = batches.setdefault(device, Batch(device))
+                    row = batch.row(group, ramp)
+                state = self.state.get(p)
+                if state is None or last not in state:
+                    state = self._ensure(group, p)
                 if anchored and "anchor" not in state:
                     raise RuntimeError(
                         "anchor_decay is set but a parameter has no anchor: call set_anchors(...); "
                         "it is not taken from weights that may have moved"
                     )
-                batch.add(p, grad, state, keys)
-        return {device: batch.finish() for device, batch in batches.items()}
-
-    def _ready(
-        self, group: Group, p: Tensor, keys: tuple[str, ...], device: torch.device | None
-    ) -> State:
-        """The state of `p`: complete, and on its device even if `p` was moved there later."""
-        state: State | None = self.state.get(p)
-        if state is None or "step" not in state or any(key not in state for key in keys):
-            state = self._ensure(group, p)
-        if state["step"].device != device:
-            for key, value in state.items():
-                state[key] = value.to(device)
-        return state
+                batch.add(p, grad, state, row)
+        return batches
 
     def _hyper_table(self, batch: Batch, device: torch.device) -> Tensor:
         """The op's table `[groups, columns]`; kept between steps while nothing in it changes."""

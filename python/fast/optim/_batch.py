@@ -11,68 +11,47 @@ Group = dict[str, Any]
 
 
 class Batch:
-    """Tensors of one device that are updated together, and the groups they belong to."""
+    """Parameters of one device that are updated together, and the groups they belong to."""
 
-    def __init__(self, device: torch.device, moments: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.nothing = torch.empty(0, device=device)
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
-        self.moments: tuple[list[Tensor], ...] = tuple([] for _ in range(moments))
-        self.moment_scales: tuple[list[Tensor], ...] = tuple([] for _ in range(moments))
-        self.steps: list[Tensor] = []
+        self.states: list[dict[str, Any]] = []
         self.groups: list[int] = []
-        self.anchors: list[Tensor | None] = []
-        self.curvature: list[Tensor | None] = []
-        self.curvature_scales: list[Tensor | None] = []
-        self.remainders: list[Tensor] = []
         self.rows: list[tuple[Group, float]] = []
 
     def row(self, group: Group, ramp: float) -> int:
-        """Index of `group` in the hyper table."""
-        if not self.rows or self.rows[-1][0] is not group:
-            self.rows.append((group, ramp))
+        """Begin `group`: its index in the hyper table."""
+        self.rows.append((group, ramp))
         return len(self.rows) - 1
 
-    def add(self, p: Tensor, grad: Tensor, state: dict[str, Any], moments: tuple[str, ...]) -> None:
-        """Add one parameter; `moments` are the keys of `state` to pass, codes with their scales.
-
-        Raises:
-            KeyError: a moment is not in `state`.
-        """
-        found = [state[key] for key in moments]
-        for k, moment in enumerate(found):
-            self.moments[k].append(moment)
-            if moment.dtype == torch.uint8:
-                scales = self.moment_scales[k]
-                scales += [self.nothing] * (len(self.params) - len(scales))
-                scales.append(state[moments[k].removesuffix("codes") + "scales"])
-        for k in range(len(found), len(self.moments)):
-            self.moments[k].append(self.nothing)
+    def add(self, p: Tensor, grad: Tensor, state: dict[str, Any], row: int) -> None:
         self.params.append(p)
         self.grads.append(grad)
-        self.steps.append(state["step"])
-        self.groups.append(len(self.rows) - 1)
-        self._optional(self.anchors, state.get("anchor"), None)
-        curvature = state.get("curvature")
-        if curvature is None and "curvature_codes" in state:
-            curvature = state["curvature_codes"]
-            self._optional(self.curvature_scales, state["curvature_scales"], None)
-        self._optional(self.curvature, curvature, None)
-        self._optional(self.remainders, state.get("remainder"), self.nothing)
+        self.states.append(state)
+        self.groups.append(row)
 
-    def _optional(self, tensors: list[Any], entry: Tensor | None, nothing: Tensor | None) -> None:
-        """Append to a list that stays empty until its first entry."""
-        if entry is not None:
-            tensors += [nothing] * (len(self.params) - 1 - len(tensors))
-            tensors.append(entry)
+    def column(self, name: str) -> list[Tensor]:
+        """Entry `name` of every state.
 
-    def finish(self) -> Batch:
-        """Bring the optional lists that have begun to full length."""
-        count = len(self.params)
-        for some in (self.anchors, self.curvature, self.curvature_scales):
-            if some:
-                some += [None] * (count - len(some))
-        for others in (self.remainders, *self.moment_scales):
-            if others:
-                others += [self.nothing] * (count - len(others))
-        return self
+        Raises:
+            KeyError: a state does not have it.
+        """
+        return [state[name] for state in self.states]
+
+    def optional(self, name: str, nothing: Tensor | None = None) -> list[Any]:
+        """Entry `name` of every state, or `nothing`; empty when no state has it."""
+        if not any(name in state for state in self.states):
+            return []
+        return [state.get(name, nothing) for state in self.states]
+
+    def moment(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
+        """Moment `name` of every state, stored plain, as codes, or not at all; and its scales."""
+        try:
+            return self.column(name), []
+        except KeyError:
+            plain = self.optional(name, self.nothing) or [self.nothing] * len(self.states)
+            found = zip(self.states, plain, strict=True)
+            moments = [state.get(f"{name}_codes", other) for state, other in found]
+            return moments, self.optional(f"{name}_scales", self.nothing)

@@ -111,15 +111,10 @@ class AdamW(AnchoredOptimizer):
         ]  # fmt: skip
 
     def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
+        exp_avgs, exp_avg_scales = batch.moment("exp_avg")
+        exp_avg_sqs, exp_avg_sq_scales = batch.moment("exp_avg_sq")
         fastkernels.anchored_adamw_(
-            batch.params,
-            batch.grads,
-            batch.moments[0],
-            batch.moments[1],
-            batch.steps,
-            hyper,
-            batch.groups,
-            exp_avg_scales=batch.moment_scales[0],
-            exp_avg_sq_scales=batch.moment_scales[1],
+            batch.params, batch.grads, exp_avgs, exp_avg_sqs, batch.column("step"), hyper,
+            batch.groups, exp_avg_scales=exp_avg_scales, exp_avg_sq_scales=exp_avg_sq_scales,
             **options,
-        )
+        )  # fmt: skip

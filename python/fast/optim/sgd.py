@@ -85,13 +85,8 @@ class SGD(AnchoredOptimizer):
         ]  # fmt: skip
 
     def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
+        momentum_buffers, momentum_scales = batch.moment("momentum_buffer")
         fastkernels.anchored_sgd_(
-            batch.params,
-            batch.grads,
-            batch.moments[0],
-            batch.steps,
-            hyper,
-            batch.groups,
-            momentum_scales=batch.moment_scales[0],
-            **options,
-        )
+            batch.params, batch.grads, momentum_buffers, batch.column("step"), hyper, batch.groups,
+            momentum_scales=momentum_scales, **options,
+        )  # fmt: skip
