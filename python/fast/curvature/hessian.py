@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fast.curvature.data import Batch, Batches
+from fast.curvature.folded import FoldedGGN, FoldedHessian, UnsupportedOperation
 from fast.curvature.loop import GraphGGN, GraphHessian, grad_or_none
 from fast.curvature.losses import OutputHessian, recognise
 from fast.curvature.network import Network, Params
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.space import Blocks
 
-METHODS = ("auto", "loop")
+METHODS = ("auto", "loop", "folded")
 
 
 class Linearization(Protocol):
@@ -61,6 +62,7 @@ class NetworkOperator(SymmetricOperator):
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}; got {method!r}")
         self.method = method
+        self.why_loop = ""  # with "auto": the operation that has no folded rule
         self.network = Network(model, params, seed)
         self.space = self.network.space
         self.loss = recognise(loss_fn, reduction)
@@ -68,8 +70,22 @@ class NetworkOperator(SymmetricOperator):
         self.options = {"reduction": reduction, "method": method, "seed": seed}
 
     @abc.abstractmethod
+    def _loop(self, batch: Batch, index: int) -> Linearization: ...
+
+    @abc.abstractmethod
+    def _folded(self, batch: Batch, index: int) -> Linearization: ...
+
     def linearize(self, batch: Batch, index: int) -> Linearization:
         """Everything about one batch that its products share."""
+        if self.method == "loop" or self.why_loop:
+            return self._loop(batch, index)
+        try:
+            return self._folded(batch, index)
+        except UnsupportedOperation as error:
+            if self.method == "folded":
+                raise
+            self.why_loop = str(error)
+            return self._loop(batch, index)
 
     def linearizations(self) -> Iterator[Linearization]:
         for index, batch in enumerate(self.data):
@@ -129,8 +145,15 @@ class NetworkOperator(SymmetricOperator):
 class Hessian(NetworkOperator):
     """Exact Hessian of the loss; symmetric, in general indefinite."""
 
-    def linearize(self, batch: Batch, index: int) -> Linearization:
+    def _loop(self, batch: Batch, index: int) -> Linearization:
         return GraphHessian(self.network, self.loss, batch, index)
+
+    def _folded(self, batch: Batch, index: int) -> Linearization:
+        hessian = self._output_hessian
+        return FoldedHessian(self.network, self.loss, batch, index, hessian)
+
+    def _output_hessian(self, z: Tensor, batch: Batch) -> OutputHessian:
+        return self.loss.hessian(z, batch.target)
 
 
 class GGN(NetworkOperator):
@@ -139,8 +162,11 @@ class GGN(NetworkOperator):
     Fisher matrix for cross-entropy and squared error.
     """
 
-    def linearize(self, batch: Batch, index: int) -> Linearization:
+    def _loop(self, batch: Batch, index: int) -> Linearization:
         return GraphGGN(self.network, self.loss, batch, index, self._curvature)
+
+    def _folded(self, batch: Batch, index: int) -> Linearization:
+        return FoldedGGN(self.network, self.loss, batch, index, self._curvature)
 
     def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
         return self.loss.hessian(z, batch.target)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as torch_checkpoint
 
 from fast.curvature.space import ParameterSpace
@@ -189,3 +190,25 @@ def _checkpoint_inline() -> Iterator[None]:
     finally:
         for n, value in before.items():
             setattr(torch_checkpoint, n, value)
+
+
+class _StopGradients(TorchFunctionMode):
+    def __init__(self, stopped: Callable[[Tensor], object]):
+        super().__init__()
+        self.stopped = stopped
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (Tensor.detach, Tensor.detach_, torch.detach, Tensor.data.__get__):
+            self.stopped(out)
+        return out
+
+
+def stop_gradients(stopped: Callable[[Tensor], object]) -> TorchFunctionMode:
+    """Tell `stopped` of every tensor that the model's own code detaches.
+
+    Below autograd, such a detach looks the same as the ones that autograd makes for itself.
+    """
+    return _StopGradients(stopped)

@@ -1,0 +1,175 @@
+"""Record the operations of a forward and backward pass that depend on the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fast.curvature.folded.rules import RULES, Call, UnsupportedOperation, decomposition
+
+# Derivative of one call: tangents of the arguments in (None where an argument has none; a list for
+# an argument that is a list), tangents of the outputs out.
+Derivative = Callable[..., Any]
+Slots = int | None | list[int | None]
+
+
+@dataclass
+class Step:
+    """One recorded call: read the slots `inputs`, apply, write the slots `outputs`."""
+
+    name: str
+    derivative: Derivative
+    inputs: tuple[Slots, ...]
+    outputs: tuple[int | None, ...]
+
+
+@dataclass
+class Tape:
+    """Recorded steps, and how to push tangents through them."""
+
+    steps: list[Step] = field(default_factory=list)
+    kept: list[tuple[Tensor, int, str]] = field(default_factory=list)
+    num_slots: int = 0
+
+    def new_slot(self) -> int:
+        self.num_slots += 1
+        return self.num_slots - 1
+
+    def verify(self) -> None:
+        """A value that a derivative relies on must not have been overwritten since."""
+        for tensor, version, name in self.kept:
+            if tensor._version != version:
+                raise UnsupportedOperation(f"{name}, an input of which is overwritten later on")
+        self.kept.clear()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation on an active tensor, where active means: depends on the parameters."""
+
+    def __init__(self, tape: Tape):
+        super().__init__()
+        self.tape = tape
+        self.slots = WeakTensorKeyDictionary()
+        self.forward = True
+
+    def activate(self, tensor: Tensor) -> int:
+        slot = self.tape.new_slot()
+        self.slots[tensor] = slot
+        return slot
+
+    def slot(self, tensor: Tensor) -> int | None:
+        return self.slots.get(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        slots = tuple(self._lookup(a) for a in args)
+        if any(self._lookup(a) is not None for a in kwargs.values()):
+            raise UnsupportedOperation(f"{func} with a keyword argument that depends on parameters")
+        active = any(_any(s) for s in slots)
+        if not active:
+            self._check_untracked(func, args)
+            return func(*args, **kwargs)
+        mutated = _mutated(func, args)
+        if self.forward and not torch.is_grad_enabled():
+            # Under no_grad the result is a constant to autograd, and so it is here.
+            if mutated is not None:
+                raise UnsupportedOperation(f"{func} under no_grad")
+            return func(*args, **kwargs)
+        if mutated is not None:
+            return self._in_place(func, args, kwargs, slots, mutated)
+        rule = RULES.get(func)
+        if rule is None:
+            decomposed = decomposition(func)
+            if decomposed is None:
+                raise UnsupportedOperation(str(func))
+            with self:
+                return decomposed(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._note(func, rule, args, kwargs, slots, out)
+        return out
+
+    def _note(
+        self, func: Any, rule: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], out: Any
+    ) -> None:
+        call = Call(func, args, kwargs, out, tuple(_any(s) for s in slots), self.tape.kept)
+        derivative = rule(call)
+        outs = out if isinstance(out, tuple | list) else (out,)
+        which = call.differentiable_outputs
+        targets = tuple(
+            self.activate(o) if isinstance(o, Tensor) and (which is None or i in which) else None
+            for i, o in enumerate(outs)
+        )
+        self.tape.steps.append(Step(str(func), derivative, slots, targets))
+
+    def _in_place(
+        self, func: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], mutated: Tensor
+    ) -> Any:
+        functional = _functional(func)
+        rule = RULES.get(functional) if functional is not None else None
+        if rule is None:
+            raise UnsupportedOperation(f"{func} in place")
+        if mutated._is_view() or self._has_alias(mutated):
+            raise UnsupportedOperation(f"{func} in place on a view")
+        before = args
+        if not getattr(rule, "ignores_self", False):
+            before = (mutated.clone(), *args[1:])
+        out = func(*args, **kwargs)
+        self._note(functional, rule, before, kwargs, slots, out)
+        return out
+
+    def _has_alias(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage().data_ptr()
+        return any(
+            t is not tensor and t.untyped_storage().data_ptr() == storage for t in self.slots
+        )
+
+    def _lookup(self, arg: Any) -> Slots:
+        if isinstance(arg, Tensor):
+            return self.slots.get(arg)
+        if isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg):
+            found = [self.slots.get(a) if isinstance(a, Tensor) else None for a in arg]
+            return found if any(f is not None for f in found) else None
+        return None
+
+    def _check_untracked(self, func: Any, args: Sequence[Any]) -> None:
+        """Autograd must not know of a dependence that we do not."""
+        if not (self.forward and torch.is_grad_enabled()):
+            return
+        for arg in args:
+            for t in arg if isinstance(arg, list | tuple) else (arg,):
+                if isinstance(t, Tensor) and t.requires_grad:
+                    raise UnsupportedOperation(
+                        f"the custom autograd function whose result goes into {func}"
+                    )
+
+
+def _any(slots: Slots) -> bool:
+    return any(s is not None for s in slots) if isinstance(slots, list) else slots is not None
+
+
+def _mutated(func: Any, args: Sequence[Any]) -> Tensor | None:
+    for spec, arg in zip(func._schema.arguments, args, strict=False):
+        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, Tensor):
+            return arg
+    return None
+
+
+def _functional(func: Any) -> Any:
+    """aten.add.Tensor for aten.add_.Tensor; None where there is no such thing."""
+    name = func._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or not func.namespace == "aten":
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    return getattr(packet, func._overloadname, None)

@@ -1,0 +1,93 @@
+"""The registry of rules, and what a rule is given.
+
+A rule looks at one call at the recorded point and returns its derivative: a function of one tangent
+per positional argument (None where the argument does not depend on the parameters, a list for a
+list) that returns the tangents of the outputs. A tangent has the shape of its tensor with K in
+front; its memory may lie in another order (convolutions prefer K after the batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+
+aten = torch.ops.aten
+Rule = Callable[["Call"], Callable[..., Any]]
+RULES: dict[Any, Rule] = {}
+
+
+class UnsupportedOperation(Exception):
+    """An operation that the record cannot hold; the message names it."""
+
+
+@dataclass
+class Call:
+    """One call of an operation: `active[i]` says whether argument i depends on the parameters."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    active: tuple[bool, ...]
+    kept: list[tuple[Tensor, int, str]]
+    differentiable_outputs: tuple[int, ...] | None = None
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A value that the derivative reads; the record checks that nobody overwrites it."""
+        self.kept.append((tensor, tensor._version, str(self.func)))
+        return tensor
+
+    def constant(self) -> Callable[..., Any]:
+        """The derivative of a call whose results do not depend on the parameters after all."""
+        self.differentiable_outputs = ()
+        nothing = (None,) * len(self.out) if isinstance(self.out, tuple | list) else None
+        return lambda *_: nothing
+
+    def is_active(self, i: int) -> bool:
+        return i < len(self.active) and self.active[i]
+
+    def arg(self, i: int, default: Any = None) -> Any:
+        return self.args[i] if i < len(self.args) else default
+
+
+def rule(*funcs: Any, ignores_self: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule; `ignores_self`: it does not read the first argument's value, so the
+    in-place form needs no copy of it."""
+
+    def register(f: Rule) -> Rule:
+        f.ignores_self = ignores_self  # type: ignore[attr-defined]
+        for func in funcs:
+            RULES[func] = f
+        return f
+
+    return register
+
+
+def decomposition(func: Any) -> Callable[..., Any] | None:
+    """torch's own way to write `func` with simpler operations, where there is one."""
+    return decomposition_table.get(func)
+
+
+def spread(d: Tensor, ndim: int, target_ndim: int) -> Tensor:
+    """[K, *shape] with `ndim` own dimensions, ready to broadcast against one with more of them."""
+    if ndim == target_ndim:
+        return d
+    return d.reshape(d.shape[0], *([1] * (target_ndim - ndim)), *d.shape[1:])
+
+
+def dims_of(dim: Any, ndim: int) -> list[int]:
+    """Non-negative dimensions from an int, a list or None (all)."""
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return list(range(ndim))
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    return [d % ndim if ndim else 0 for d in dims]
+
+
+def batch_inner(d: Tensor) -> Tensor:
+    """[K, B, ...] -> contiguous [B, K, ...]."""
+    return d.transpose(0, 1).contiguous()
