@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -89,15 +91,21 @@ def load(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
 
 
 def store(
-    target: Tensor, scales: Tensor | None, value: Tensor, random: Tensor, *, signed: bool
+    target: Tensor,
+    scales: Tensor | None,
+    value: Tensor,
+    draws: Callable[[], Tensor],
+    *,
+    signed: bool,
 ) -> list[tuple[Tensor, Tensor]]:
     """(tensor, what goes into it). First moments are signed; second moments are not."""
     if scales is not None:
+        random = draws()
         random = random >> 12 if signed else (random & 0xFFFF) << 4
         codes, new_scales = encode(value, random, signed=signed)
         return [(target, codes), (scales, new_scales)]
     if target.dtype == torch.bfloat16 and not signed:
-        return [(target, round_bf16(value, random & 0xFFFF))]
+        return [(target, round_bf16(value, draws() & 0xFFFF))]
     return [(target, value)]
 
 

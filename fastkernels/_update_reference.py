@@ -6,6 +6,7 @@ the pull to the anchor, compact storage, the norms, and a non-finite step that c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,10 +50,12 @@ def run(batch: Batch, rule: Rule) -> None:
         target.copy_(torch.where(skip, target, value.to(target.dtype)))
 
     for i, param in enumerate(batch.params):
+        if param.numel() == 0:
+            store(batch.steps[i], batch.steps[i] + 1)
+            continue
         dtype = compute_dtype(param)
         h = batch.hyper[batch.groups[i]].to(device)
         step = batch.steps[i].double() + 1
-        draws = _storage.draws(param.numel(), batch.seed, step)
         remainder = _entry(batch.remainders, i)
         if remainder is not None:
             remainder = _storage.flat(remainder)
@@ -82,6 +85,7 @@ def run(batch: Batch, rule: Rule) -> None:
             store(target, value)
         for k, (m, s, value) in enumerate(zip(stored, scales, new, strict=True)):
             if m is not None:
+                draws = functools.partial(_storage.draws, param.numel(), batch.seed, step)
                 for target, part in _storage.store(m, s, value, draws, signed=k == 0):
                     store(target, part)
         store(batch.steps[i], step)

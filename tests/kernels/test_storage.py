@@ -1,0 +1,124 @@
+"""Compact storage: what the codes hold, that rounding is unbiased, and that backends agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CHUNK, Feature
+from kernels.update_harness import Run
+
+from fastkernels import _storage
+
+NEAREST = 1 << 19
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_codes_hold_the_range(signed):
+    low = -9 if signed else -18
+    x = torch.logspace(low / 2, 0, 128, dtype=torch.float32)
+    x = torch.cat([x, -x]) if signed else x
+    codes, scales = _storage.encode(x, NEAREST, signed=signed)
+    back = _storage.decode(codes, scales, signed=signed)
+    # Half of an eighth of an octave where the code is logarithmic; absolute below.
+    step = 0.125 * scales.repeat_interleave(128)
+    assert ((back - x).abs() <= x.abs() / 16 * 1.01 + step / 2).all()
+    again, scales_again = _storage.encode(back, NEAREST, signed=signed)
+    assert torch.equal(again, codes)
+    torch.testing.assert_close(scales_again, scales)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_codes_of_zeros_of_nothing_and_of_what_is_not_finite(signed):
+    for x in (torch.zeros(5), torch.zeros(0)):
+        codes, scales = _storage.encode(x, NEAREST, signed=signed)
+        assert torch.equal(_storage.decode(codes, scales, signed=signed), x)
+    codes, scales = _storage.encode(torch.tensor([1.0, torch.nan]), NEAREST, signed=signed)
+    assert _storage.decode(codes, scales, signed=signed).isnan().all()
+
+
+def test_a_second_moment_never_becomes_zero():
+    x = torch.tensor([1.0, 1e-30])
+    codes, scales = _storage.encode(x, 0, signed=False)
+    assert (_storage.decode(codes, scales, signed=False) > 0).all()
+
+
+def test_draws_are_uniform_and_differ_by_step_and_seed():
+    step = torch.tensor(1.0)
+    draws = _storage.draws(1 << 16, 0, step).double() / 2**32
+    for bits in (draws, (draws * 2**16) % 1):
+        counts = torch.histc(bits, 64, 0, 1)
+        assert ((counts - 1024).square() / 1024).sum() < 120  # 63 degrees of freedom, p = 1e-5
+    for other in (_storage.draws(1 << 16, 1, step), _storage.draws(1 << 16, 0, step + 1)):
+        correlation = torch.corrcoef(torch.stack([draws, other.double()]))[0, 1]
+        assert correlation.abs() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_second_moment_decays(backend, dtype):
+    """After a tenfold drop of the gradient; rounded to nearest, sqrt(v) stays 3.4 times too large."""
+    torch.manual_seed(0)
+    size = 2048
+    compact = Run("adamw", [torch.zeros(size)], Feature(), moment_dtypes=(None, dtype))
+    exact = Run("adamw", [torch.zeros(size)], Feature())
+    steps = 1200 if backend == "native" else 300
+    for i in range(steps):
+        g = torch.randn(size) * (1.0 if i < steps // 4 else 0.1)
+        compact.step([g])
+        exact.step([g])
+    v = compact.moments[1][0]
+    if dtype == torch.uint8:
+        v = _storage.decode(v, compact.scales[1][0], signed=False)
+    ratio = v.float().sqrt().mean() / exact.moments[1][0].sqrt().mean()
+    assert ratio.item() == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.bfloat16), (torch.uint8, torch.uint8)],
+    ids=["bfloat16", "codes"],
+)
+def test_backends_store_the_same(monkeypatch, backend, dtypes):
+    """One step from zero moments: the same draws, so the same bits but for rounding of arithmetic."""
+    size = CHUNK + 300
+    stored = []
+    for name in ("reference", backend):
+        monkeypatch.setenv("FASTKERNELS_BACKEND", name)
+        torch.manual_seed(1)
+        run = Run("adamw", [torch.randn(size)], Feature(), moment_dtypes=dtypes)
+        run.step([torch.randn(size)], seed=7)
+        stored.append([m[0].float() for m in run.moments])
+    for ours, theirs in zip(*stored, strict=True):
+        assert (ours != theirs).float().mean() < 1e-3
+
+
+def test_exact_bf16_parameters_follow_float32(backend):
+    """With their remainders, bfloat16 parameters take steps far below their own precision."""
+    torch.manual_seed(0)
+    start = torch.randn(3000).bfloat16()
+    grads = [torch.randn(3000) for _ in range(30)]
+    exact = Run("adamw", [start.float()], Feature(anchor_decay=0.1))
+    split = Run("adamw", [start.clone()], Feature(anchor_decay=0.1))
+    plain = Run("adamw", [start.clone()], Feature(anchor_decay=0.1))
+    split.anchors = plain.anchors = exact.anchors
+    remainder = torch.zeros(3000, dtype=torch.int16)
+    split.options = {"remainders": [remainder]}
+    for run in (exact, split, plain):
+        run.hyper[0, 0] = 1e-5
+        for g in grads:
+            run.step([g])
+    joined = _storage.load_param(split.params[0], remainder)
+    torch.testing.assert_close(joined, exact.params[0], rtol=1e-6, atol=1e-7)
+    assert (plain.params[0] == start).float().mean() > 0.9, "the case must need the remainders"
+
+
+def test_split_keeps_every_float():
+    x = torch.tensor([0.0, -0.0, 1.0, -1.5, 3.4e38, -3.4e38, 1e-45, torch.inf, -torch.inf])
+    x = torch.cat([x, torch.randn(1000)])
+    param, remainder = (
+        torch.empty(x.shape, dtype=torch.bfloat16),
+        x.new_empty(x.shape, dtype=torch.int16),
+    )
+    for target, value in _storage.store_param(param, remainder, x):
+        target.copy_(value)
+    assert torch.equal(_storage.load_param(param, remainder), x)
+    assert (param.float() - x).abs()[9:].max() <= x[9:].abs().max() * 2**-8
