@@ -75,7 +75,7 @@ def _build(batch: Batch, layout: list[Any]) -> Any:
     *_, moments, scales, steps, anchors, curvature, curvature_scales, remainders = layout
     return _native.module().AnchoredPlan(
         [p.numel() for p in batch.params], list(batch.groups), _types(batch),
-        list(map(_data_ptr, batch.params)), moments, [s for s in scales if s], steps, anchors,
+        list(map(_data_ptr, batch.params)), moments, scales, steps, anchors,
         curvature, curvature_scales, remainders,
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def test_draws_are_uniform_and_differ_by_step_and_seed():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
 def test_second_moment_decays(backend, dtype):
-    """After a tenfold drop of the gradient; rounded to nearest, sqrt(v) stays 3.4 times too large."""
+    """After a tenfold drop of the gradient; rounded to nearest, sqrt(v) is 3.4 times too large."""
     torch.manual_seed(0)
     size = 2048
     compact = Run("adamw", [torch.zeros(size)], Feature(), moment_dtypes=(None, dtype))
@@ -78,7 +78,7 @@ def test_second_moment_decays(backend, dtype):
     ids=["bfloat16", "codes"],
 )
 def test_backends_store_the_same(monkeypatch, backend, dtypes):
-    """One step from zero moments: the same draws, so the same bits but for rounding of arithmetic."""
+    """One step from zero moments: the same draws, so the same bits but for ties of rounding."""
     size = CHUNK + 300
     stored = []
     for name in ("reference", backend):
