@@ -91,6 +91,47 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"1\.png: .* is \[3, 8, 9\].*give an input size"):
             prepare_images(split, ImageFormat())
 
+    def test_colour_modes(self, image_class, tmp_path):
+        deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+        modes = {"1": None, "L": None, "P": None, "RGBA": None, "CMYK": None, "I;16": deep}
+        paths = []
+        for i, (mode, pixels) in enumerate(modes.items()):
+            path = tmp_path / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}"
+            if pixels is None:
+                image_class.new("L", (8, 8), 255).convert(mode).save(path)
+            else:
+                image_class.fromarray(pixels).save(path)
+            paths.append(str(path))
+        split = Split(EncodedImages(paths, paths.__getitem__), np.zeros(6, np.int64))
+        x, _ = prepare_images(split, ImageFormat(channels=3, mean=(0,), std=(1,)))
+        assert x[:5].min() > 0.98
+        np.testing.assert_allclose(x[5, 0].numpy(), deep / 65535, atol=1 / 255)
+
+        image_class.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "f.tiff")
+        split = Split(
+            EncodedImages(["f.tiff"], lambda i: str(tmp_path / "f.tiff")), np.zeros(1, int)
+        )
+        with pytest.raises(ValueError, match=r"f\.tiff: .* mode F have no known range"):
+            prepare_images(split, ImageFormat())
+
+    def test_colour_and_grey_files_cannot_be_mixed_unasked(self, image_class, tmp_path):
+        for i, mode in enumerate(("L", "RGB")):
+            image_class.new(mode, (8, 8)).save(tmp_path / f"{i}.png")
+        paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+        split = Split(EncodedImages(paths, paths.__getitem__), np.zeros(2, np.int64))
+        with pytest.raises(ValueError, match=r"1\.png: .*convert them to one colour mode"):
+            prepare_images(split, ImageFormat())
+        assert prepare_images(split, ImageFormat(channels=3))[0].shape == (2, 3, 8, 8)
+
+    def test_arrays_and_files_are_fit_alike(self, image_class, tmp_path):
+        pixels = RNG.integers(0, 256, (1, 40, 60, 3), dtype=np.uint8)
+        path = str(tmp_path / "a.png")
+        image_class.fromarray(pixels[0]).save(path)
+        form = ImageFormat(size=12, mean=(0,), std=(1,))
+        a, _ = prepare_images(Split(pixels, LABELS[:1]), form)
+        b, _ = prepare_images(Split(EncodedImages([path], lambda i: path), LABELS[:1]), form)
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=3 / 255)
+
     def test_resize_agrees_with_pillow(self, image_class, tmp_path):
         split = self.files(image_class, tmp_path, [(40, 40)])
         x, _ = prepare_images(split, ImageFormat(size=12, mean=(0,), std=(1,)))
