@@ -8,7 +8,7 @@ import json
 import fast
 import pytest
 import torch
-from fast.heads import forward_logits
+from fast.heads import forward_logits, task_head
 from fast.train.methods import METHODS
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 from safetensors.torch import load_file
@@ -183,3 +183,37 @@ def test_the_saved_model_loads_into_the_plain_architecture(tmp_path):
     assert saved["target_accuracy"] == result.target_accuracy
     lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_distillation_keeps_the_answers_of_the_source_head(name, kind):
+    """At a large weight the source's answers to the training inputs hardly change."""
+    torch.manual_seed(0)
+    source = {"method": "vanilla", "steps": 60, "lr": 1e-2}
+    start = fast.finetune(IMAGE_NETWORKS[name](), images(300, 5, seed=3), **source).model
+    fast.fold_head(start).eval()
+    x, _ = TRAIN
+    before = start(x).softmax(1)
+    train = TRAIN if kind == "tensors" else DataLoader(TensorDataset(*TRAIN), batch_size=60)
+    change = {}
+    for weight in (0.0, 100.0):
+        model = copy.deepcopy(start)
+        options = {"anchor_decay": 0.0, "stall": 0, "ramp": 0, "lr": 1e-2, "steps": 40}
+        fast.finetune(model, train, num_classes=4, distill=weight, **options)
+        with fast.source_task(model):
+            change[weight] = (model(x).softmax(1) - before).abs().mean().item()
+    assert change[100.0] < 0.3 * change[0.0]
+
+
+def test_distillation_adds_up_over_micro_batches():
+    start = ConvNet().double()
+    train = (TRAIN[0].double(), TRAIN[1])
+    runs = []
+    for parts in (1, 4):
+        model = copy.deepcopy(start)
+        options = {"method": "vanilla", "distill": 2.0, "grad_accum_steps": parts}
+        fast.finetune(model, train, steps=6, **options)
+        runs.append(torch.cat([v.double().flatten() for v in weights(model).values()]))
+    assert torch.allclose(*runs, rtol=1e-4, atol=1e-6)
+    assert not task_head(model)._forward_pre_hooks

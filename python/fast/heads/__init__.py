@@ -4,7 +4,15 @@ from fast.heads.batch_norm import set_batch_norm
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head
 from fast.heads.forward import evaluating, forward_logits
-from fast.heads.replace import TaskHead, calibrate, fold_head, replace_head, task_head
+from fast.heads.replace import (
+    TaskHead,
+    calibrate,
+    calibrate_from,
+    features_of,
+    fold_head,
+    replace_head,
+    task_head,
+)
 from fast.heads.task import source_task
 
 __all__ = [
@@ -12,7 +20,9 @@ __all__ = [
     "Head",
     "TaskHead",
     "calibrate",
+    "calibrate_from",
     "evaluating",
+    "features_of",
     "find_head",
     "fold_head",
     "forward_logits",

@@ -149,23 +149,27 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
     head = task_head(model)
     if head is None:
         raise ValueError("the model has no head to calibrate; call fast.replace_head first")
-    if head.norm is None:
-        return model
-    norm = head.norm
+    if head.norm is not None:
+        calibrate_from(head.norm, [features_of(model, head, inputs) for inputs in batches])
+    return model
+
+
+def features_of(model: nn.Module, head: TaskHead, inputs: Any) -> Tensor:
+    """What the head sees of a batch of inputs: `[B, D]`, or what the network has there."""
     seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor]) -> None:
-        x = args[0].movedim(norm.dim, -1)
-        seen.append(x.reshape(-1, x.shape[-1]).double())
-
-    hook = norm.register_forward_pre_hook(keep)
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         with evaluating(model):
-            for inputs in batches:
-                forward_logits(model, inputs)
+            forward_logits(model, inputs)
     finally:
         hook.remove()
-    features = torch.cat(seen) if seen else torch.empty(0)
+    return seen[-1]
+
+
+def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
+    """Set the statistics of `norm` to those of these features."""
+    rows = [x.movedim(norm.dim, -1).reshape(-1, norm.num_features).double() for x in batches]
+    features = torch.cat(rows) if rows else torch.empty(0)
     if features.shape[0] < 2:
         raise ValueError(
             f"the feature normaliser needs at least two samples; got {features.shape[0]}"
@@ -173,7 +177,6 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
     if not torch.isfinite(features).all():
         raise ValueError("the backbone gives non-finite features on these inputs")
     norm.set_statistics(features.mean(0), features.var(0))
-    return model
 
 
 @torch.no_grad()

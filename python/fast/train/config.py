@@ -42,6 +42,9 @@ class TrainConfig:
         None, "pull towards the pretrained weights, times lr (default: the method's)"
     )
     weight_decay: float = _option(0.0, "decoupled weight decay, times lr")
+    distill: float | None = _option(
+        None, "weight of staying with the source head's answers on target inputs"
+    )
     stall: int | None = _option(None, "steps before the backbone moves (default: the method's)")
     ramp: int | None = _option(
         None, "steps over which the backbone's lr then rises (default: the method's)"
@@ -88,7 +91,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        not_negative = ("anchor_decay", "weight_decay", "stall", "ramp", "warmup", "probe_steps")
+        not_negative = (
+            "anchor_decay",
+            "distill",
+            "weight_decay",
+            "stall",
+            "ramp",
+            "warmup",
+            "probe_steps",
+        )
         for name in not_negative:
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -205,23 +205,25 @@ class TrainBatches:
             self.batch_size = min(batch_size, cast(int, data.num_samples))
             self.steps_per_epoch = cast(int, data.num_samples) // self.batch_size
 
-    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
+    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+        """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader)."""
         epoch, skip = divmod(step, self.steps_per_epoch)
         while True:
             # Distinct for every (seed, epoch) below 2**31 epochs; torch wants a 64-bit seed.
             seed = (self.seed << 31 | epoch) % 2**63
             if self.data.loader is not None:
                 for batch in self._loader_epoch(self.data.loader, seed, skip):
-                    yield split_batch(batch, self.data.name)
+                    yield *split_batch(batch, self.data.name), None
             else:
-                yield from self._own_epoch(seed, skip)
+                order = self._order(seed)
+                for i in range(skip, self.steps_per_epoch):
+                    index = order[i * self.batch_size : (i + 1) * self.batch_size]
+                    yield *self.data.batch_at(index), index
             epoch, skip = epoch + 1, 0
 
-    def _own_epoch(self, seed: int, skip: int) -> Iterator[tuple[Any, Tensor]]:
+    def _order(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(cast(int, self.data.num_samples), generator=generator)
-        for i in range(skip, self.steps_per_epoch):
-            yield self.data.batch_at(order[i * self.batch_size : (i + 1) * self.batch_size])
+        return torch.randperm(cast(int, self.data.num_samples), generator=generator)
 
     def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
         # The sampler draws its seed with the first batch. Neither that nor reading again what was

@@ -15,6 +15,7 @@ class Method:
         max_entropy: zero head on normalised features, else a random head on raw ones.
         head_lr_scale: learning rate of the head, as a multiple of the backbone's.
         anchor_decay: pull towards the pretrained weights.
+        distill: weight of staying with the source head's answers on target inputs.
         stall: optimizer steps for which the backbone is not touched at all.
         ramp: steps over which the backbone's learning rate then rises, at most `MAX_RAMP` of a
             run. Steps, not a share: what it waits for is Adam's own transient.
@@ -24,6 +25,7 @@ class Method:
     max_entropy: bool = False
     head_lr_scale: float = 1.0
     anchor_decay: float = 0.0
+    distill: float = 0.0
     stall: int = 0
     ramp: int = 0
     probe: float = 0.0
@@ -53,6 +55,7 @@ class Plan:
     max_entropy: bool
     head_lr_scale: float
     anchor_decay: float
+    distill: float
     stall: int
     ramp: int
 
@@ -71,6 +74,8 @@ def plan_for(config: TrainConfig, steps: int) -> Plan:
         method.max_entropy,
         chosen(config.head_lr_scale, method.head_lr_scale),
         chosen(config.anchor_decay, method.anchor_decay),
+        # Per-task batch norm gives the source head features of its own: there is nothing to share.
+        chosen(config.distill, 0.0 if config.batch_norm == "per_task" else method.distill),
         int(stall),
         int(chosen(config.ramp, min(method.ramp, MAX_RAMP * steps))),
     )

@@ -1,22 +1,25 @@
-"""Before the first step: the new head, calibrated; the batch-norm policy; the optimizer."""
+"""Before the first step: the new head, calibrated; what the source head says; the optimizer."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fast.heads import calibrate, replace_head, set_batch_norm
+from fast.heads import calibrate_from, features_of, replace_head, set_batch_norm, task_head
 from fast.optim import SGD, AdamW
 from fast.optim.param_groups import param_groups
 from fast.train.config import TrainConfig
 from fast.train.data import TrainBatches, move
+from fast.train.distill import CachedDistillation, Distillation, LiveDistillation
 from fast.train.methods import Plan
 
 # Features of this many training samples set the normaliser's first statistics: the standard error
 # of a mean is then 3 % of a standard deviation, at the cost of a few forward passes.
 CALIBRATION_SAMPLES = 1024
+# Source outputs at w0 are computed for at most this share of the samples that the run will see: a
+# forward pass is a third of a step, so that is 5 % of the run. Calibration samples come anyway.
+DISTILL_SHARE = 0.15
+DISTILL_BYTES = 2**28
 
 
 def prepare_model(
@@ -25,19 +28,52 @@ def prepare_model(
     batches: TrainBatches,
     plan: Plan,
     batch_norm: str,
+    steps: int,
     device: torch.device,
-) -> None:
-    """Replace the head and calibrate it on target inputs, in place."""
-    inputs: list[Any] = []
-    seen = 0
-    for batch, labels in batches.from_step(0):
-        inputs.append(move(batch, device))
-        seen += len(labels)
-        if seen >= CALIBRATION_SAMPLES or len(inputs) >= batches.steps_per_epoch:
+) -> Distillation | None:
+    """Replace the head and calibrate it on target inputs, in place.
+
+    One pass over training inputs gives both the normaliser's statistics and the source outputs.
+
+    Returns:
+        the penalty of leaving the source outputs, or None where the plan has none.
+    """
+    stream = batches.from_step(0)
+    inputs, labels, index = next(stream)
+    inputs = move(inputs, device)
+    replace_head(model, num_classes, sample=inputs, max_entropy=plan.max_entropy)
+    head = task_head(model)
+    assert head is not None
+    wanted = CALIBRATION_SAMPLES if plan.max_entropy else 0
+    if plan.distill and index is not None:
+        wanted = max(wanted, int(DISTILL_SHARE * steps * len(labels)))
+    features: list[Tensor] = []
+    rows: list[Tensor] = []
+    outputs: list[Tensor] = []
+    seen = size = 0
+    for _ in range(batches.steps_per_epoch):
+        if seen >= wanted:
             break
-    replace_head(model, num_classes, sample=inputs[0], max_entropy=plan.max_entropy)
-    calibrate(model, inputs)
+        x = features_of(model, head, inputs)
+        if seen < CALIBRATION_SAMPLES:
+            features.append(x)
+        if plan.distill and index is not None and size < DISTILL_BYTES:
+            with torch.no_grad():
+                outputs.append(head.source(x))
+            rows.append(index)
+            size += outputs[-1].nbytes
+        seen += len(labels)
+        inputs, labels, index = next(stream)
+        inputs = move(inputs, device)
+    if head.norm is not None:
+        calibrate_from(head.norm, features)
     set_batch_norm(model, batch_norm)
+    if not plan.distill:
+        return None
+    if index is None:
+        return LiveDistillation(head, plan.distill, model)
+    n = batches.data.num_samples or 0
+    return CachedDistillation(head, plan.distill, torch.cat(rows), torch.cat(outputs), n)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, plan: Plan) -> AdamW | SGD:

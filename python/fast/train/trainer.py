@@ -145,7 +145,9 @@ class Trainer:
         self.model = model.to(self.device)
         self.before = self._source_score()
         plan = plan_for(config, self.steps)
-        prepare_model(model, self.num_classes, self.batches, plan, config.batch_norm, self.device)
+        self.distillation = prepare_model(
+            model, self.num_classes, self.batches, plan, config.batch_norm, self.steps, self.device
+        )
         self.optimizer = make_optimizer(model, config, plan)
         self.drift = Drift(self.optimizer)
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
@@ -181,6 +183,8 @@ class Trainer:
                 if self._saves_at(done):
                     self._save(done, log.history, losses)
         finally:
+            if self.distillation:
+                self.distillation.close()
             bar.close()
             log.close()
         self.stopping.restore(self.model)
@@ -193,7 +197,7 @@ class Trainer:
             chosen=self.stopping.best,
         )
 
-    def _step(self, step: int, inputs: Any, labels: Tensor) -> Tensor:
+    def _step(self, step: int, inputs: Any, labels: Tensor, index: Tensor | None) -> Tensor:
         """One optimizer step; returns the batch's mean loss, on the device."""
         factor = lr_factor(self.config.schedule, step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
@@ -204,6 +208,7 @@ class Trainer:
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
         denominator = self.loss.denominator(labels)
+        known = self.distillation.count(index, len(labels)) if self.distillation else 0
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         size = math.ceil(len(labels) / self.config.grad_accum_steps)
@@ -212,8 +217,12 @@ class Trainer:
             with torch.autocast(
                 self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
             ):
-                logits = forward_logits(self.model, move(pick(inputs, part), self.device))
-            loss = self.loss.part(logits, labels[part], denominator)
+                part_inputs = move(pick(inputs, part), self.device)
+                logits = forward_logits(self.model, part_inputs)
+                loss = self.loss.part(logits, labels[part], denominator)
+                if self.distillation and known:
+                    rows = None if index is None else index[part]
+                    loss = loss + self.distillation.part(rows, part_inputs, known)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.step(self.optimizer)

@@ -1,0 +1,132 @@
+"""Stay with what the source head said about target inputs before anything moved.
+
+Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282): the loss gets
+`weight * T^2 * KL(source outputs at w0 || source outputs now)`, both softened by T. The source head
+is a linear layer on features that the step computes anyway, and the outputs at w0 are computed once
+per sample, so a step costs no more than before. No source data is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.heads import TaskHead, features_of, task_head
+
+TEMPERATURE = 2.0
+
+
+def divergence(before: Tensor, now: Tensor) -> Tensor:
+    """Sum over samples of `T^2 KL(before || now)`, in nats.
+
+    Args:
+        before, now: source outputs `[B, C]`; or `[B, C, ...]`, then averaged over positions.
+    """
+    softened = ((x.float() / TEMPERATURE).log_softmax(1) for x in (before, now))
+    target, answer = softened
+    kl = F.kl_div(answer, target, log_target=True, reduction="none").sum(1)
+    return (
+        TEMPERATURE**2 * kl.flatten(1).mean(1).sum() if kl.dim() > 1 else TEMPERATURE**2 * kl.sum()
+    )
+
+
+class Distillation:
+    """The penalty of one run, in micro-batch parts that add up to the mean over a batch.
+
+    Args:
+        head: of the model that is trained; its input is watched from now on.
+        weight: of the penalty, in units of the target loss.
+    """
+
+    def __init__(self, head: TaskHead, weight: float) -> None:
+        self.head, self.weight = head, weight
+        self._features: Tensor | None = None
+        self._hook = head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _: nn.Module, args: tuple[Tensor]) -> None:
+        if self.head.training:
+            self._features = args[0]
+
+    def close(self) -> None:
+        """Stop watching the head."""
+        self._hook.remove()
+
+    def count(self, index: Tensor | None, size: int) -> int:
+        """Samples of a batch whose outputs at w0 are known."""
+        raise NotImplementedError
+
+    def before(self, index: Tensor | None, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+        """Rows of a micro-batch whose outputs at w0 are known, and these outputs."""
+        raise NotImplementedError
+
+    def part(self, index: Tensor | None, inputs: Any, count: int) -> Tensor:
+        """The penalty of the micro-batch that has just gone through the model.
+
+        Args:
+            index: rows of the training data, or None.
+            inputs: on the model's device.
+            count: of the whole batch.
+        """
+        assert self._features is not None
+        features, self._features = self._features, None
+        rows, outputs = self.before(index, inputs)
+        if not len(outputs):
+            return torch.zeros((), device=features.device)
+        return self.weight * divergence(outputs, self.head.source(features[rows])) / count
+
+
+class CachedDistillation(Distillation):
+    """Outputs at w0 of some training samples, computed beforehand.
+
+    Args:
+        index: their rows in the training data, `[M]`.
+        outputs: `[M, C, ...]`.
+        num_samples: N of the training data.
+    """
+
+    def __init__(
+        self, head: TaskHead, weight: float, index: Tensor, outputs: Tensor, num_samples: int
+    ) -> None:
+        super().__init__(head, weight)
+        self.outputs = outputs
+        self.place = torch.full((num_samples,), -1)
+        self.place[index] = torch.arange(len(index))
+
+    def count(self, index: Tensor | None, size: int) -> int:
+        assert index is not None
+        return int((self.place[index] >= 0).sum())
+
+    def before(self, index: Tensor | None, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+        assert index is not None
+        place = self.place[index]
+        rows = (place >= 0).nonzero().squeeze(1)
+        return rows.to(self.outputs.device), self.outputs[place[rows].to(self.outputs.device)]
+
+
+class LiveDistillation(Distillation):
+    """Outputs of a frozen copy of the pretrained network: for data that have no row numbers.
+
+    A third more work per step, and a copy of the weights.
+
+    Args:
+        model: with its new head, at the pretrained weights.
+    """
+
+    def __init__(self, head: TaskHead, weight: float, model: nn.Module) -> None:
+        self.pretrained = copy.deepcopy(model).requires_grad_(False)
+        frozen = task_head(self.pretrained)
+        assert frozen is not None
+        self.frozen: TaskHead = frozen
+        super().__init__(head, weight)
+
+    def count(self, index: Tensor | None, size: int) -> int:
+        return size
+
+    def before(self, index: Tensor | None, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+        with torch.no_grad():
+            features = features_of(self.pretrained, self.frozen, inputs)
+            return slice(None), self.frozen.source(features)
