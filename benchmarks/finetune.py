@@ -16,8 +16,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import fast
 import torch
+
+import fast
 from finetune_table import table
 from pairs import PAIRS, Folder
 

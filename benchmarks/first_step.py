@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fast.heads import forward_logits, replace_head, set_batch_norm, task_head
 from fast.train.data import pick
 from pairs import PAIRS, Folder
-from torch import Tensor, nn
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 HEAD_STEPS, BATCH = 10, 64

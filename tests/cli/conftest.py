@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fast.cli import main
 from safetensors.torch import save_file
 from torch import nn
+
+from fast.cli import main
 
 NETS = '''
 from torch import nn

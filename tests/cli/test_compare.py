@@ -7,8 +7,9 @@ import json
 import re
 import shutil
 
-import fast
 import pytest
+
+import fast
 from fast.cli import main
 
 COMPARE = ("--methods", "fast,vanilla", "--seeds", "0,1", "--steps", 6, "--output", "out")

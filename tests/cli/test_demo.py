@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fast.cli import demo, main
 
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn")

@@ -3,9 +3,9 @@
 import json
 
 import torch
-from fast.cli import main
 
 import fastkernels
+from fast.cli import main
 
 
 def test_json(capsys):

@@ -6,8 +6,9 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from fast.train.trainer import Trainer
 from safetensors.torch import load_file
+
+from fast.train.trainer import Trainer
 
 RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")
 

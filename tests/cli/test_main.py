@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fast import __version__
 from fast.cli import COMMANDS, main
 from fast.train.config import TrainConfig

@@ -1,6 +1,7 @@
 """Several runs condensed to a row, worked out by hand."""
 
 import pytest
+
 from fast.cli.summary import Run, steps_to, summarise
 from fast.cli.table import html_table, percent, text_table
 

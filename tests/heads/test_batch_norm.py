@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fast
 import pytest
 import torch
+from torch import nn
+
+import fast
 from fast.heads import set_batch_norm
 from networks import ConvNet, images
-from torch import nn
 
 
 def statistics(model):

@@ -6,12 +6,13 @@ import copy
 import math
 import pickle
 
-import fast
 import pytest
 import torch
+from torch import nn
+
+import fast
 from fast.heads import FeatureNorm, calibrate, find_head, forward_logits, task_head
 from networks import IMAGE_NETWORKS, ConvHead, ConvNet, SharedHead, TextNet, images, sentences
-from torch import nn
 
 HEAD_NAMES = {
     "conv, batch norm": "decide",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-import fast
 import pytest
 import torch
+from torch import nn
+
+import fast
 from fast.train.config import TrainConfig
 from networks import ConvNet, images
-from torch import nn
 
 X, Y = images(40, 4)
 

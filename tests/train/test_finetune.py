@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import json
 
-import fast
 import pytest
 import torch
-from fast.heads import forward_logits, task_head
-from fast.train.methods import METHODS
-from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+import fast
+from fast.heads import forward_logits, task_head
+from fast.train.methods import METHODS
+from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
 

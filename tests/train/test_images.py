@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from fast.train import images
 from fast.train.images import ImageFormat, PreparedImages, prepare_images
 from fast.train.sources import EncodedImages, Split

@@ -4,10 +4,11 @@ import importlib.util
 
 import pytest
 import torch
-from fast.train.models import load_model, parse_spec
-from fast.train.weights import load_weights
 from safetensors.torch import save_file
 from torch import nn
+
+from fast.train.models import load_model, parse_spec
+from fast.train.weights import load_weights
 
 NETS = """
 import torch

@@ -9,14 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fast
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fast
 from fast.train import checkpoint, trainer
 from fast.train.checkpoint import list_checkpoints
 from networks import ConvNet, images
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
 

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+
 from fast.train.sources import EncodedImages, Split, load_data, stratified_split
 
 Image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
