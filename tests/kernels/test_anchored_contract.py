@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CHUNK, FEATURES, Feature
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.update_harness import Run
 
 import fastkernels
+from cases import CHUNK, FEATURES, Feature
 from fastkernels import _backends
+from kernels.update_harness import Run
 
 pytestmark = pytest.mark.usefixtures("backend")
 RULES = ("adamw", "sgd")

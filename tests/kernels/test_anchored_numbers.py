@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cases import CHUNK, FEATURES, SHAPES, gradient_layouts
 from helpers import assert_no_worse_than_torch
 from kernels.update_harness import Run, torch_steps

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cases import FEATURES
+from fastkernels import _native
 from helpers import run_python
 from kernels.update_harness import Run
-
-from fastkernels import _native
 
 pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import FEATURES
-from kernels.update_harness import Run
 
 import fastkernels
+from cases import FEATURES
 from fastkernels import _backends, _schemas
+from kernels.update_harness import Run
 
 
 @pytest.mark.parametrize("name", _schemas.SCHEMAS)

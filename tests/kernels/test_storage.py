@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CHUNK, Feature
-from kernels.update_harness import Run
 
+from cases import CHUNK, Feature
 from fastkernels import _storage
+from kernels.update_harness import Run
 
 NEAREST = 1 << 19
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import Feature
 from torch import Tensor
 
 import fastkernels
+from cases import Feature
 from fastkernels import _storage
 
 LR = 0.01
