@@ -82,7 +82,7 @@ class Runner:
         return [best] + [self.one(method, seed, best.lr) for seed in seeds[1:]]
 
     def one(self, method: str, seed: int, lr: float) -> Run:
-        from fast.train.files import write_json
+        from fast.files import write_json
 
         key = fingerprint(self.args, self.options)
         file = self.folder / "runs" / f"{method}-lr{lr:g}-seed{seed}.json"
@@ -138,7 +138,7 @@ def _write(args: argparse.Namespace, job: Any, folder: Path, runs: list[Run]) ->
     from fast import plots
     from fast.cli.env import describe
     from fast.cli.report import write_report
-    from fast.train.files import atomic_file, write_json
+    from fast.files import atomic_file, write_json
 
     header, rows = summarise(runs)
     title = f"{job.name}: {len(runs)} runs"

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fast import plots
-    from fast.train.files import atomic_file
+    from fast.files import atomic_file
 
     start = time.monotonic()
     threads = torch.get_num_threads()

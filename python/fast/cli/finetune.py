@@ -106,7 +106,7 @@ def _new_folder(args: argparse.Namespace) -> Path:
 
 def _record(args: argparse.Namespace, folder: Path) -> None:
     """What --resume needs to build the same model and data again."""
-    from fast.train.files import write_json
+    from fast.files import write_json
 
     given = {k: v for k, v in vars(args).items() if k not in ("run", "unset", "output")}
     for name in ("weights", "data", "source", "model"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from fast.cli.summary import NOTES
 from fast.cli.table import html_table
-from fast.train.files import atomic_file
+from fast.files import atomic_file
 
 STYLE = """
 :root { color-scheme: light dark; }

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fast.train.files import atomic_folder
+from fast.files import atomic_folder
 
 PREFIX = "checkpoint-"
 FORMAT = 1

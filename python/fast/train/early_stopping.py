@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fast.files import atomic_file
 from fast.train.checkpoint import load_tensors, save_tensors
-from fast.train.files import atomic_file
 
 BEST_FILE = "best.safetensors"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from fast.files import atomic_file, write_json
 from fast.heads import fold_head
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
-from fast.train.files import atomic_file, write_json
 from fast.train.logs import HISTORY_FILE
 
 

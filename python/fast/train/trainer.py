@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.files import write_json
 from fast.heads import forward_logits, source_task
 from fast.train.checkpoint import load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, check_labels, length, move, pick
 from fast.train.early_stopping import EarlyStopping
-from fast.train.files import write_json
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
 from fast.train.methods import plan_for
