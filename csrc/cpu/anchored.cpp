@@ -109,10 +109,9 @@ bool step(const UpdateArgs& a, int columns, bool scaled,
 #pragma omp single
     derive_rules();
     for (int64_t c = begin; c < end && !skip; c++) {
-
       const Row& row = a.rows[a.chunks[c].row];
       update(row, a.chunks[c], rules[a.chunks[c].row], a.seed, static_cast<uint32_t>(*row.step),
-             a.stats ? a.partial + c * kStats : nullptr);
+             a.partial + c * kStats);
     }
   }
   if (skip) return false;

@@ -6,7 +6,7 @@
 
 namespace fast {
 
-// Each function updates one chunk. `sums` has kStats entries, or is null when nobody asked.
+// Each function updates one chunk and writes its kStats sums.
 struct AnchoredKernels {
   void (*adamw)(const Row&, const Chunk&, const AdamW<double>&, uint64_t seed, uint32_t step,
                 double* sums);

@@ -17,6 +17,26 @@ struct Draws {
   FAST_INLINE uint32_t at(int i) const { return mix32((first + static_cast<uint32_t>(i)) ^ key); }
 };
 
+// Element types of the streams that the update loop reads and writes directly.
+struct None {};
+struct Bf16 {
+  uint16_t bits;
+};
+
+FAST_INLINE float get(const float* p, int i) { return p[i]; }
+FAST_INLINE double get(const double* p, int i) { return p[i]; }
+FAST_INLINE float get(const Bf16* p, int i) { return from_bf16(p[i].bits); }
+
+FAST_INLINE void put(float* p, int i, float x) { p[i] = x; }
+FAST_INLINE void put(double* p, int i, double x) { p[i] = x; }
+FAST_INLINE void put(Bf16* p, int i, float x) { p[i].bits = to_bf16(x); }
+
+FAST_INLINE void put_second(float* p, int i, float x, const Draws&) { p[i] = x; }
+FAST_INLINE void put_second(double* p, int i, double x, const Draws&) { p[i] = x; }
+FAST_INLINE void put_second(Bf16* p, int i, float x, const Draws& draws) {
+  p[i].bits = to_bf16_stochastic(x, draws.at(i) & 0xffffu);
+}
+
 template <class Real, class Stored, class Convert>
 FAST_INLINE void convert(Real* __restrict to, const Stored* __restrict from, int n, Convert f) {
 #pragma omp simd
