@@ -255,7 +255,7 @@ def _row(entry: Tensor, leaves: list[Tensor]) -> Tensor:
 def difference(
     loss: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], v: Tensor
 ) -> Tensor:
-    """Hessian times v by central differences of the gradient: knows nothing of second derivatives."""
+    """Hessian times v by central differences of the gradient: no second derivatives at all."""
     names, shapes = list(params), [p.shape for p in params.values()]
     point = torch.cat([p.detach().reshape(-1) for p in params.values()])
 

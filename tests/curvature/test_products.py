@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from curvature_cases import (
     NETWORKS,
     build,
@@ -16,7 +18,6 @@ from curvature_cases import (
 )
 from fast.curvature import GGN, Fisher, Hessian, SymmetricOperator
 from fast.curvature.network import mask_seed
-from torch import Tensor, nn
 
 SEED = 3
 

@@ -71,7 +71,7 @@ def check(operator: SymmetricOperator, *, rtol: float | None = None, seed: int =
     again = operator.rows(torch.stack([u, v]))
     add("determinism", _relative(again, both), "the same product twice")
     size = float(u.norm() * av.norm() + v.norm() * au.norm()) or 1.0
-    # u.Av and v.Au cancel to about |.| / sqrt(P) of that size: compare on the scale of their spread.
+    # Random u and Av are nearly orthogonal: u.Av is about |u| |Av| / sqrt(P).
     spread = size / operator.shape[0] ** 0.5
     add(
         "symmetry",
@@ -132,7 +132,7 @@ def _drop_probability(module: nn.Module) -> float:
 
 
 def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float:
-    """Central difference against the product av: of the gradient (Hessian), of the outputs (GGN)."""
+    """Central difference, of the gradient (Hessian) or the outputs (GGN), against av."""
     model = copy.deepcopy(operator.network.model).double()
     data = [Batch(_double(b.inputs), _double(b.target)) for b in operator.data]
     exact = isinstance(operator, Hessian)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fast.curvature.data import Batch, Batches
 from fast.curvature.folded import FoldedGGN, FoldedHessian, UnsupportedOperation
@@ -45,6 +46,13 @@ class NetworkOperator(SymmetricOperator):
         params: which parameters, in the model's order; default all. Names, tensors, a regular
             expression for whole names, or a function (name, tensor) -> bool.
         reduction: "mean" (batches weighted by their samples) or "sum" (batch losses added up).
+        method: "folded" pushes all vectors through a record of the gradient at once, "loop"
+            differentiates the kept graph once per vector, "auto" takes the first where every
+            operation of the network has a rule. `explain()` tells.
+        chunk: vectors per pass of "folded"; "auto" from `memory_budget`.
+        memory_budget: bytes for their tangents; default 1 GiB, on a GPU a quarter of what is free.
+        cache: keep what the products of a single batch share (activations, the record) from one
+            product to the next, until parameters, modes or data change.
         seed: of dropout masks, the same at every product, and of sampled labels.
     """
 
@@ -57,17 +65,32 @@ class NetworkOperator(SymmetricOperator):
         *,
         reduction: str = "mean",
         method: str = "auto",
+        chunk: int | str = "auto",
+        memory_budget: int | None = None,
+        cache: bool = True,
         seed: int = 0,
     ):
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}; got {method!r}")
+        if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
+            raise ValueError(f"chunk must be 'auto' or a positive number of vectors; got {chunk!r}")
         self.method = method
+        self.chunk = chunk
+        self.memory_budget = memory_budget
         self.why_loop = ""  # with "auto": the operation that has no folded rule
         self.network = Network(model, params, seed)
         self.space = self.network.space
         self.loss = recognise(loss_fn, reduction)
         self.data = data if isinstance(data, Batches) else Batches(data)
-        self.options = {"reduction": reduction, "method": method, "seed": seed}
+        self.options = {
+            "reduction": reduction,
+            "method": method,
+            "chunk": chunk,
+            "memory_budget": memory_budget,
+            "cache": cache,
+            "seed": seed,
+        }
+        self._cache: tuple[Any, Linearization] | None = None
 
     @abc.abstractmethod
     def _loop(self, batch: Batch, index: int) -> Linearization: ...
@@ -88,8 +111,27 @@ class NetworkOperator(SymmetricOperator):
             return self._loop(batch, index)
 
     def linearizations(self) -> Iterator[Linearization]:
+        if self.data.single and self.options["cache"]:
+            yield self._cached(next(iter(self.data)))
+            return
         for index, batch in enumerate(self.data):
             yield self.linearize(batch.to(self.device), index)
+
+    def _cached(self, batch: Batch) -> Linearization:
+        """That of a single batch is kept for the next product, while nothing has changed."""
+        tensors = [t for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
+        key = (self.network.state(), [(t.data_ptr(), t._version) for t in tensors])
+        if self._cache is None or self._cache[0] != key:
+            self._cache = None
+            self._cache = (key, self.linearize(batch.to(self.device), 0))
+        return self._cache[1]
+
+    def explain(self) -> str:
+        """How products are computed: the method, vectors per pass, and why not the other method."""
+        part = next(self.linearizations())
+        if isinstance(part, FoldedHessian | FoldedGGN):
+            return f"folded, {part.chunk} vectors a pass"
+        return "loop" + (f": no folded rule for {self.why_loop}" if self.why_loop else "")
 
     def products(self, vectors: Blocks) -> Blocks:
         mean = WeightedMean(self.loss.reduction)
@@ -102,6 +144,9 @@ class NetworkOperator(SymmetricOperator):
         for part in self.linearizations():
             mean.add([part.quad(vectors)], part.weight)
         return mean.result()[0]
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        return (self.chunk if isinstance(self.chunk, int) else None), self.memory_budget
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all data, [P]."""
@@ -150,7 +195,7 @@ class Hessian(NetworkOperator):
 
     def _folded(self, batch: Batch, index: int) -> Linearization:
         hessian = self._output_hessian
-        return FoldedHessian(self.network, self.loss, batch, index, hessian)
+        return FoldedHessian(self.network, self.loss, batch, index, hessian, *self._limits())
 
     def _output_hessian(self, z: Tensor, batch: Batch) -> OutputHessian:
         return self.loss.hessian(z, batch.target)
@@ -166,7 +211,8 @@ class GGN(NetworkOperator):
         return GraphGGN(self.network, self.loss, batch, index, self._curvature)
 
     def _folded(self, batch: Batch, index: int) -> Linearization:
-        return FoldedGGN(self.network, self.loss, batch, index, self._curvature)
+        curvature = self._curvature
+        return FoldedGGN(self.network, self.loss, batch, index, curvature, *self._limits())
 
     def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
         return self.loss.hessian(z, batch.target)

@@ -40,7 +40,7 @@ class Spectrum:
     def density(
         self, grid: Tensor | None = None, sigma: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(grid [G], density [G]); a Gaussian of width `sigma` (default 1 % of the range) a node."""
+        """(grid [G], density [G]): a Gaussian of width `sigma` (1 % of the range) at every node."""
         low, high = float(self.nodes.min()), float(self.nodes.max())
         reach = max(high - low, 1e-12)
         sigma = sigma or 0.01 * reach

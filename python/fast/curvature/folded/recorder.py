@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fast.curvature.folded.rules import RULES, Call, UnsupportedOperation, decomposition
-
-# Derivative of one call: tangents of the arguments in (None where an argument has none; a list for
-# an argument that is a list), tangents of the outputs out.
-Derivative = Callable[..., Any]
-Slots = int | None | list[int | None]
-
-
-@dataclass
-class Step:
-    """One recorded call: read the slots `inputs`, apply, write the slots `outputs`."""
-
-    name: str
-    derivative: Derivative
-    inputs: tuple[Slots, ...]
-    outputs: tuple[int | None, ...]
-
-
-@dataclass
-class Tape:
-    """Recorded steps, and how to push tangents through them."""
-
-    steps: list[Step] = field(default_factory=list)
-    kept: list[tuple[Tensor, int, str]] = field(default_factory=list)
-    num_slots: int = 0
-
-    def new_slot(self) -> int:
-        self.num_slots += 1
-        return self.num_slots - 1
-
-    def verify(self) -> None:
-        """A value that a derivative relies on must not have been overwritten since."""
-        for tensor, version, name in self.kept:
-            if tensor._version != version:
-                raise UnsupportedOperation(f"{name}, an input of which is overwritten later on")
-        self.kept.clear()
+from fast.curvature.folded.tape import Slots, Step, Tape
 
 
 class Recorder(TorchDispatchMode):
     """Notes every operation on an active tensor, where active means: depends on the parameters."""
 
-    def __init__(self, tape: Tape):
+    def __init__(self, tape: Tape, exact: bool):
         super().__init__()
         self.tape = tape
+        self.exact = exact
         self.slots = WeakTensorKeyDictionary()
         self.forward = True
+        self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def activate(self, tensor: Tensor) -> int:
-        slot = self.tape.new_slot()
+        slot = self.tape.new_slot(tensor)
         self.slots[tensor] = slot
         return slot
 
@@ -96,14 +65,17 @@ class Recorder(TorchDispatchMode):
                 raise UnsupportedOperation(str(func))
             with self:
                 return decomposed(*args, **kwargs)
-        out = func(*args, **kwargs)
+        # The transposed pass of a GGN is linear in what moves: only its shapes matter.
+        run = func if self.forward or self.exact else functools.partial(_placeholder, func)
+        out = run(*args, **kwargs)
         self._note(func, rule, args, kwargs, slots, out)
         return out
 
     def _note(
         self, func: Any, rule: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], out: Any
     ) -> None:
-        call = Call(func, args, kwargs, out, tuple(_any(s) for s in slots), self.tape.kept)
+        active = tuple(_any(s) for s in slots)
+        call = Call(func, args, kwargs, out, active, self.tape.kept, self.cache, self.exact)
         derivative = rule(call)
         outs = out if isinstance(out, tuple | list) else (out,)
         which = call.differentiable_outputs
@@ -155,6 +127,25 @@ class Recorder(TorchDispatchMode):
                     )
 
 
+def _placeholder(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Uninitialised results of the right shapes; views are views."""
+    if any(r.alias_info is not None for r in func._schema.returns):
+        return func(*args, **kwargs)
+    device = next(t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+
+    def to_meta(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+    meta = func(*pytree.tree_map(to_meta, args), **pytree.tree_map(to_meta, kwargs))
+    return pytree.tree_map_only(
+        Tensor,
+        lambda m: torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device=device),
+        meta,
+    )
+
+
 def _any(slots: Slots) -> bool:
     return any(s is not None for s in slots) if isinstance(slots, list) else slots is not None
 
@@ -169,7 +160,7 @@ def _mutated(func: Any, args: Sequence[Any]) -> Tensor | None:
 def _functional(func: Any) -> Any:
     """aten.add.Tensor for aten.add_.Tensor; None where there is no such thing."""
     name = func._schema.name.removeprefix("aten::")
-    if not name.endswith("_") or not func.namespace == "aten":
+    if not name.endswith("_") or func.namespace != "aten":
         return None
     packet = getattr(torch.ops.aten, name[:-1], None)
     return getattr(packet, func._overloadname, None)

@@ -35,10 +35,8 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~keep, -math.inf)
     if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -math.inf)
-        else:
-            scores = scores + mask
+        boolean = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + mask
     return torch.softmax(scores, -1)
 
 
@@ -66,18 +64,22 @@ class _Attention:
 
     def __init__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        call: Call,
+        qkv: tuple[Tensor, Tensor, Tensor],
         mask: Tensor | None,
         causal: bool,
         scale: float | None,
     ):
+        q, k, v = qkv
         if q.shape[:-2] != k.shape[:-2] or q.shape[:-2] != v.shape[:-2]:
             raise UnsupportedOperation("attention with fewer key heads than query heads")
         self.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        self.p = _flat(_probabilities(q, k, mask, causal, self.scale))
+        self.p = call.shared(
+            "attention", (q, k), lambda: _flat(_probabilities(q, k, mask, causal, self.scale))
+        )
         self.q, self.k, self.v = _flat(q), _flat(k), _flat(v)
+        # Set by `prepare`, where queries, keys or values move.
+        self.g = self.gp = self.centred = self.gs = None
 
     def scores(self, dq: Tensor | None, dk: Tensor | None) -> Tensor | None:
         """dP, from dS = c (dq k^T + q dk^T)."""
@@ -98,7 +100,7 @@ class _Attention:
         self.g = _flat(g)
         self.gp = torch.bmm(self.g, self.v.transpose(-1, -2))
         self.centred = self.gp - (self.gp * self.p).sum(-1, keepdim=True)
-        self.gs = self.p * self.centred
+        self.gs = self.p * self.centred * self.scale
 
     def backward(
         self, dg: Tensor | None, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
@@ -121,10 +123,12 @@ class _Attention:
             dgs = moved if dgs is None else dgs.add_(moved)
         if dgs is not None:
             dgs = dgs.mul_(self.scale)
-        gs = self.gs if self.scale == 1 else self.gs * self.scale
-        by_q = _terms([(dgs, self.k), (gs, dk)])
+        by_q = _terms([(dgs, self.k), (self.gs, dk)])
         by_k = _terms(
-            [(None if dgs is None else dgs.transpose(-1, -2), self.q), (gs.transpose(-1, -2), dq)]
+            [
+                (None if dgs is None else dgs.transpose(-1, -2), self.q),
+                (None if dq is None else self.gs.transpose(-1, -2), dq),
+            ]
         )
         return by_q, by_k, by_v
 
@@ -135,8 +139,7 @@ def _no_dropout(p: float) -> None:
 
 
 def _forward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | None):
-    q, k, v = call.args[:3]
-    attention = _Attention(q, k, v, mask, causal, scale)
+    attention = _Attention(call, call.args[:3], mask, causal, scale)
     out = call.out[0]
     shape = out.shape
     call.differentiable_outputs = (0,)
@@ -151,13 +154,11 @@ def _forward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | 
 
 def _backward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | None):
     g, q, k, v = call.args[:4]
-    attention = _Attention(q, k, v, mask, causal, scale)
-    attention.prepare(g)
+    attention = _Attention(call, (q, k, v), mask, causal, scale)
     shapes = (q.shape, k.shape, v.shape)
-    moving = any(call.active[1:4])
+    if any(call.active[1:4]):
+        attention.prepare(g)
     call.differentiable_outputs = (0, 1, 2)
-    if not moving and not call.is_active(0):
-        call.differentiable_outputs = ()
     rest = (None,) * (len(call.out) - 3)
 
     def derivative(dg: Any, dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:

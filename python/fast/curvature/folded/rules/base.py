@@ -35,12 +35,22 @@ class Call:
     out: Any
     active: tuple[bool, ...]
     kept: list[tuple[Tensor, int, str]]
+    cache: dict[Any, tuple[Any, tuple[Tensor, ...]]]
+    exact: bool  # whether the backward pass will read moving values of the forward pass
     differentiable_outputs: tuple[int, ...] | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A value that the derivative reads; the record checks that nobody overwrites it."""
         self.kept.append((tensor, tensor._version, str(self.func)))
         return tensor
+
+    def shared(self, name: str, tensors: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """make(), computed once for the forward and the backward call on the same values."""
+        key = (name, *((t.data_ptr(), t.shape, t.stride(), t._version) for t in tensors))
+        if key not in self.cache:
+            # The entry holds the tensors, so that no other one can come to lie at their address.
+            self.cache[key] = (make(), tensors)
+        return self.cache[key][0]
 
     def constant(self) -> Callable[..., Any]:
         """The derivative of a call whose results do not depend on the parameters after all."""

@@ -18,24 +18,27 @@ from fast.curvature.folded.rules.base import Call, aten, rule, spread
 NARROW = 64
 
 
-def times_fixed(d: Tensor, b: Tensor) -> Tensor:
-    """d [K, m, k] times b [k, n]."""
+def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """d [K, m, k] times b [k, n], written to `into` when given."""
     num_vectors, m, k = d.shape
-    if d.is_contiguous():
-        return (d.view(num_vectors * m, k) @ b).view(num_vectors, m, b.shape[1])
-    return torch.bmm(d, b.expand(num_vectors, *b.shape))
+    if not d.is_contiguous():
+        return torch.bmm(d, b.expand(num_vectors, *b.shape), out=into)
+    rows = None if into is None else into.view(num_vectors * m, -1)
+    return torch.mm(d.view(num_vectors * m, k), b, out=rows).view(num_vectors, m, b.shape[1])
 
 
-def fixed_times(a: Tensor, d: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a [m, k] times d [K, k, n], added onto `onto` (in place) when given."""
+def fixed_times(
+    a: Tensor, d: Tensor, onto: Tensor | None = None, into: Tensor | None = None
+) -> Tensor:
+    """a [m, k] times d [K, k, n]: added onto `onto` in place, or written to `into`."""
     num_vectors, _, n = d.shape
     if onto is not None:
         return onto.baddbmm_(a.expand(num_vectors, *a.shape), d)
     flat = d.transpose(1, 2)
-    if n < NARROW and flat.is_contiguous():
+    if into is None and n < NARROW and flat.is_contiguous():
         out = torch.mm(a, flat.reshape(num_vectors * n, -1).T)
         return out.view(-1, num_vectors, n).transpose(0, 1).contiguous()
-    return torch.bmm(a.expand(num_vectors, *a.shape), d)
+    return torch.bmm(a.expand(num_vectors, *a.shape), d, out=into)
 
 
 def _product(call: Call, i: int, j: int):
@@ -43,16 +46,20 @@ def _product(call: Call, i: int, j: int):
     a = call.keep(call.args[i]) if call.is_active(j) else None
     b = call.keep(call.args[j]) if call.is_active(i) else None
 
-    def derivative(da: Tensor | None, db: Tensor | None) -> Tensor:
-        out = None if da is None else times_fixed(da, b)
-        return out if db is None else fixed_times(a, db, out)
+    def derivative(da: Tensor | None, db: Tensor | None, into: Tensor | None = None) -> Tensor:
+        if da is None:
+            return fixed_times(a, db, into=into)
+        out = times_fixed(da, b, into)
+        return out if db is None else fixed_times(a, db, onto=out)
 
     return derivative
 
 
 @rule(aten.mm.default)
 def mm(call: Call):
-    return _product(call, 0, 1)
+    derivative = _product(call, 0, 1)
+    derivative.writes_into = True  # a large gradient goes straight to where the caller wants it
+    return derivative
 
 
 @rule(aten.addmm.default)

@@ -22,16 +22,16 @@ from fast.curvature.folded.rules.base import Call, aten, rule
 class Normalised:
     """n and r of one input, and P, over the dimensions `dims` (of the tensor without K)."""
 
-    def __init__(self, x: Tensor, dims: list[int], eps: float, centred: bool = True):
+    def __init__(self, n: Tensor, r: Tensor, dims: list[int], centred: bool = True):
+        self.n, self.r = n, r
         self.dims = [d + 1 for d in dims]
         self.centred = centred
-        if centred:
-            var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-            self.r = torch.rsqrt(var + eps)
-            self.n = (x - mean) * self.r
-        else:
-            self.r = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-            self.n = x * self.r
+
+    @classmethod
+    def over(cls, x: Tensor, dims: list[int], eps: float) -> Normalised:
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        r = torch.rsqrt(var + eps)
+        return cls((x - mean) * r, r, dims)
 
     def mean(self, u: Tensor) -> Tensor:
         return u.mean(self.dims, keepdim=True)
@@ -110,7 +110,7 @@ def _backward(
     rows: list[int],
     mask: list[bool],
 ):
-    """Derivative of (gx, sum g n, sum g); `rows` are the dimensions that gw and gb are summed over."""
+    """Derivative of (gx, sum g n, sum g), the sums over the dimensions `rows`."""
     wide = None if w is None else w.view(shape)
     moving = call.is_active(1)
     h = (g if wide is None else g * wide) if moving else None
@@ -139,10 +139,15 @@ def _backward(
     return derivative
 
 
+def _layer(call: Call, x: Tensor, ndim: int, mean: Tensor, rstd: Tensor) -> Normalised:
+    n = call.shared("layer norm", (x,), lambda: (x - mean) * rstd)
+    return Normalised(n, rstd, list(range(x.ndim - ndim, x.ndim)))
+
+
 @rule(aten.native_layer_norm.default)
 def layer_norm(call: Call):
-    x, shape, w, _, eps = call.args
-    norm = Normalised(x, list(range(x.ndim - len(shape), x.ndim)), eps)
+    x, shape, w = call.args[:3]
+    norm = _layer(call, x, len(shape), *call.out[1:])
     call.differentiable_outputs = (0,)
     wide = [1] * (x.ndim - len(shape)) + list(shape)
     derivative = _forward(call, norm, w, wide)
@@ -153,9 +158,7 @@ def layer_norm(call: Call):
 def layer_norm_backward(call: Call):
     g, x, shape, mean, rstd, w, _, mask = call.args
     first = x.ndim - len(shape)
-    norm = Normalised.__new__(Normalised)
-    norm.dims, norm.centred, norm.r = [d + 1 for d in range(first, x.ndim)], True, rstd
-    norm.n = (x - mean) * rstd
+    norm = _layer(call, x, len(shape), mean, rstd)
     wide = [1] * first + list(shape)
     derivative = _backward(call, norm, g, w, wide, list(range(first)), mask)
     return lambda dg, dx, _, __, ___, dw, *____: derivative(dg, dx, dw)
@@ -163,8 +166,9 @@ def layer_norm_backward(call: Call):
 
 def _batch_norm(call: Call, x: Tensor, mean: Any, var: Any, train: bool, eps: float):
     if train:
-        return Normalised(x, [0, *range(2, x.ndim)], eps)
-    return Fixed(x, mean, var, eps)
+        dims = [0, *range(2, x.ndim)]
+        return call.shared("batch norm", (x,), lambda: Normalised.over(x, dims, eps))
+    return call.shared("batch norm", (x, mean, var), lambda: Fixed(x, mean, var, eps))
 
 
 @rule(aten.native_batch_norm.default, aten._native_batch_norm_legit.default)

@@ -38,8 +38,8 @@ _unary(aten.rsqrt.default, lambda x, y, c: -0.5 * y**3)
 _unary(aten.reciprocal.default, lambda x, y, c: -y * y)
 _unary(aten.abs.default, lambda x, y, c: x.sign())
 _unary(aten.erf.default, lambda x, y, c: (2 / math.pi**0.5) * torch.exp(-x * x))
-_unary(aten.gelu.default, lambda x, y, c: gelu_slopes(x, c.kwargs.get("approximate", "none"))[0])
-_unary(aten.silu.default, lambda x, y, c: silu_slopes(x)[0])
+_unary(aten.gelu.default, lambda x, y, c: gelu_slopes(x, c)[0])
+_unary(aten.silu.default, lambda x, y, c: silu_slopes(x, c)[0])
 
 
 @rule(aten.relu.default, ignores_self=True)
@@ -170,14 +170,14 @@ def masked_fill(call: Call):
     return lambda d, *_: d.masked_fill(mask, 0.0)
 
 
-def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor]]) -> None:
+def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor | None]]) -> None:
     """f_backward(g, x) = g f'(x), with `slopes` giving the derivatives by g and by x over g."""
 
     @rule(func)
     def backward(call: Call):
         g, x = call.args[:2]
         first, second = slopes(x, call)
-        by_x = second.mul_(g) if call.is_active(1) else None
+        by_x = second * g if call.is_active(1) else None
 
         def derivative(dg: Tensor | None, dx: Tensor | None = None, *_: Any) -> Tensor:
             if dg is None:
@@ -188,30 +188,42 @@ def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor]]
         return derivative
 
 
-def gelu_slopes(x: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """First and second derivative of GELU."""
-    if approximate == "none":
-        density = torch.exp(-0.5 * x * x) / (2 * math.pi) ** 0.5
-        cdf = 0.5 * (1 + torch.erf(x / 2**0.5))
-        return cdf + x * density, density * (2 - x * x)
+def gelu_slopes(x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    """First derivative of GELU and, where the call is for an exact Hessian, the second."""
+    approximate = call.kwargs.get("approximate", "none")
+    slopes = _gelu_tanh if approximate == "tanh" else _gelu
+    return call.shared(f"gelu {approximate}", (x,), lambda: slopes(x, call.exact))
+
+
+def _gelu(x: Tensor, second: bool) -> tuple[Tensor, Tensor | None]:
+    density = torch.exp(-0.5 * x * x).div_((2 * math.pi) ** 0.5)
+    cdf = torch.erf(x / 2**0.5).add_(1).mul_(0.5)
+    return cdf.addcmul_(x, density), density * (2 - x * x) if second else None
+
+
+def _gelu_tanh(x: Tensor, second: bool) -> tuple[Tensor, Tensor | None]:
     c, a = (2 / math.pi) ** 0.5, 0.044715
     t = torch.tanh(c * (x + a * x**3))
-    inner, inner2 = c * (1 + 3 * a * x * x), 6 * c * a * x
+    inner = c * (1 + 3 * a * x * x)
     dt = (1 - t * t) * inner
-    d2t = (1 - t * t) * inner2 - 2 * t * dt * inner
-    return 0.5 * (1 + t) + 0.5 * x * dt, dt + 0.5 * x * d2t
+    first = 0.5 * (1 + t) + 0.5 * x * dt
+    if not second:
+        return first, None
+    d2t = (1 - t * t) * (6 * c * a * x) - 2 * t * dt * inner
+    return first, dt + 0.5 * x * d2t
 
 
-def silu_slopes(x: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(x)
-    ds = s * (1 - s)
-    return s + x * ds, ds * (2 + x * (1 - 2 * s))
+def silu_slopes(x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def slopes() -> tuple[Tensor, Tensor | None]:
+        s = torch.sigmoid(x)
+        ds = s * (1 - s)
+        return s + x * ds, ds * (2 + x * (1 - 2 * s)) if call.exact else None
+
+    return call.shared("silu", (x,), slopes)
 
 
-_backward(
-    aten.gelu_backward.default, lambda x, c: gelu_slopes(x, c.kwargs.get("approximate", "none"))
-)
-_backward(aten.silu_backward.default, lambda x, c: silu_slopes(x))
+_backward(aten.gelu_backward.default, gelu_slopes)
+_backward(aten.silu_backward.default, silu_slopes)
 # These two read the output of their function, y.
 _backward(aten.tanh_backward.default, lambda y, c: (1 - y * y, -2 * y))
 _backward(aten.sigmoid_backward.default, lambda y, c: (y * (1 - y), 1 - 2 * y))
