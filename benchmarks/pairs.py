@@ -170,6 +170,6 @@ PAIRS: dict[str, Pair] = {
     "resnet20 -> gtsrb": Pair(lambda f: _cifar(20, "gtsrb_part", f), 150),
     "resnet32 -> fashion_mnist": Pair(lambda f: _cifar(32, "fashion_mnist_part", f), 150),
     "mobilenet 0.25 -> flowers": Pair(lambda f: _mobilenet("flowers5_96jpeg", f), 100),
-    "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", f), 100),
-    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", f), 100),
+    "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", f), 60),
+    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", f), 60),
 }
