@@ -65,14 +65,16 @@ void encode(uint8_t* __restrict codes, float* scales, const Real* __restrict fro
   constexpr float top = Signed ? kSignedTop : kUnsignedTop;
   for (int begin = 0; begin < n; begin += kCodeBlock) {
     const int end = begin + kCodeBlock < n ? begin + static_cast<int>(kCodeBlock) : n;
-    float largest = 0, poison = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : poison)
+    // Magnitudes order like their bits, and what is not finite comes last.
+    uint32_t top_bits = 0;
+#pragma omp simd reduction(max : top_bits)
     for (int i = begin; i < end; i++) {
-      const float x = absolute(static_cast<float>(from[i]));
-      largest = x > largest ? x : largest;
-      poison += x * 0.0f;  // NaN if anything is not finite: then the whole block becomes NaN
+      const uint32_t x = bits_of(static_cast<float>(from[i])) & 0x7fffffffu;
+      top_bits = x > top_bits ? x : top_bits;
     }
-    const float scale = largest / top + poison;
+    const float largest = float_of(top_bits);
+    // Anything not finite makes the whole block NaN.
+    const float scale = top_bits < 0x7f800000u ? largest / top : __builtin_nanf("");
     const float inverse = largest > 0 ? top / largest : 0.0f;
     scales[begin / kCodeBlock] = scale;
 #pragma omp simd
