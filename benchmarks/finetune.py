@@ -9,6 +9,7 @@ so `--workers` of them go side by side, one thread each.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import multiprocessing
 import platform
@@ -34,7 +35,8 @@ BASELINE_RATES = (3e-4, 1e-3)
 
 def run(task: tuple[str, str, float, int, Path]) -> dict[str, Any]:
     """One run; returns its record."""
-    pair, method, lr, seed, data = task
+    pair, spec, lr, seed, data = task
+    method, options = parse(spec)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     job = PAIRS[pair].make(Folder(data))
@@ -50,6 +52,7 @@ def run(task: tuple[str, str, float, int, Path]) -> dict[str, Any]:
         seed=seed,
         eval_every=EVAL_EVERY,
         progress=False,
+        **options,
     )
     keys = ("step", "loss", "target_accuracy", "source_accuracy", "drift", "seconds")
     history = [
@@ -57,13 +60,20 @@ def run(task: tuple[str, str, float, int, Path]) -> dict[str, Any]:
     ]
     return {
         "pair": pair,
-        "method": method,
+        "method": spec,
         "lr": lr,
         "seed": seed,
         "source_before": result.source_accuracy_before,
         "history": history,
         "commit": commit(),
     }
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Method and options of `method` or `method:option=value:option=value`."""
+    method, *settings = spec.split(":")
+    pairs = (setting.split("=", 1) for setting in settings)
+    return method, {name: ast.literal_eval(value) for name, value in pairs}
 
 
 def commit() -> str:
@@ -85,7 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the data folder")
     parser.add_argument("--pairs", default=ISSUE_PAIRS, help="names, separated by commas")
-    parser.add_argument("--methods", default="fast,vanilla")
+    parser.add_argument(
+        "--methods", default="fast,vanilla", help="e.g. fast,fast:distill=0:ramp=0,vanilla"
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--name", default="finetune", help="of the files in benchmarks/results/")
@@ -102,7 +114,7 @@ def main() -> None:
         for seed in args.seeds.split(",")
         for pair in args.pairs.split(",")
         for method in args.methods.split(",")
-        for lr in LEARNING_RATES.get(method, BASELINE_RATES)
+        for lr in LEARNING_RATES.get(parse(method)[0], BASELINE_RATES)
         if (pair, method, lr, int(seed)) not in done
     ]
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
