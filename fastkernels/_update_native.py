@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,15 +27,16 @@ def _addresses(tensors: Optionals) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _fits(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+def _fits(batch: Batch, layout: list[Any]) -> bool:
     """Whether the gradients can be read in the parameters' order; run at every step, so cheap."""
-    if list(map(_numel, params)) != list(map(_numel, grads)) or not all(g.is_cpu for g in grads):
+    grads, (numels, strides, *_) = batch.grads, layout
+    if numels != list(map(_numel, grads)) or not all(g.is_cpu for g in grads):
         return False
-    if all(map(_is_contiguous, params)) and all(map(_is_contiguous, grads)):
+    if not strides and all(map(_is_contiguous, grads)):
         return True
     return all(
         g.layout == torch.strided and p.shape == g.shape and _checks.same_layout(p, g)
-        for p, g in zip(params, grads, strict=True)
+        for p, g in zip(batch.params, grads, strict=True)
     )
 
 
@@ -86,7 +86,7 @@ def run(batch: Batch, rule: str) -> None:
     layout = _layout(batch)
     known = _plans.get(key)
     # Plans are kept only for lists that were checked and in which nothing but gradients was copied.
-    if known is not None and known[0] == layout and _fits(batch.params, batch.grads):
+    if known is not None and known[0] == layout and _fits(batch, layout):
         _call(batch, known[1], rule)
         return
     prepared, write_back = _checks.prepare(batch)

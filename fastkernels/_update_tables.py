@@ -1,0 +1,223 @@
+"""The tables of a list of tensors on the device, kept between steps: rows, chunks, gradients.
+
+A row is a `Row` of csrc/include/fast/anchored.h and a chunk a `Chunk`, so Triton and CUDA C++ read
+the same memory. Only the gradients' addresses change from step to step; they have a table of their
+own.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkernels import _checks, _update_native
+from fastkernels._update import STATS, Batch
+
+# sizeof(Row) / 8, and the words of a Row that hold its step and, in the low half, its group.
+WORDS, STEP, GROUP = 14, 10, 12
+# Elements of a chunk, the work of one program. A multiple of every code block, and a divisor of
+# 2^32: the rounding draws are keyed by the high half of an element's index.
+CHUNK = 16384
+# What 128-bit accesses need.
+ALIGNMENT = 16
+
+_MAX_PLANS = 16
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+# Plans a CUDA graph reads at every replay: they and their tables live as long as the process.
+_captured: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run of chunks whose rows are of one kind."""
+
+    kind: Hashable
+    first: int
+    count: int
+
+
+@dataclass(eq=False)
+class Plan:
+    """What one list of tensors needs on its device.
+
+    `partial` float64 `[4, chunks]`: the sums of each chunk; `control` float64 `[3]`: gradient norm,
+    what gradients are multiplied by, and whether the step is skipped; `seed` int64 `[1]` and
+    `max_norm` float64 `[1]`, which are part of the layout.
+    """
+
+    layout: list[Any]
+    misaligned: list[bool]
+    rows: Tensor
+    chunks: Tensor
+    launches: list[Launch]
+    grads: Tensor
+    partial: Tensor
+    control: Tensor
+    seed: Tensor
+    max_norm: Tensor
+    uploaded: list[int] = field(default_factory=list)
+    spare: Tensor | None = None
+
+    def upload(self, addresses: list[int]) -> Tensor:
+        """The table of these gradients' addresses, without a sync.
+
+        In a capture the copy becomes a node of the graph, which reads its pinned source again at
+        every replay: source and table are the graph's own, and stay.
+
+        Raises:
+            RuntimeError: a second capture without a step in between.
+        """
+        if not self.grads.is_cuda:
+            return torch.tensor(addresses, dtype=torch.int64)
+        if torch.cuda.is_current_stream_capturing():
+            if self.spare is None:
+                raise RuntimeError("run a step of this optimizer between two graph captures")
+            table, host, self.spare = torch.empty_like(self.grads), self.spare, None
+            host.copy_(torch.tensor(addresses, dtype=torch.int64))
+            _captured.append((self, host, table))
+            return table.copy_(host, non_blocking=True)
+        if self.spare is None:
+            self.spare = torch.empty(self.grads.shape, dtype=torch.int64, pin_memory=True)
+        if addresses != self.uploaded:
+            # torch's allocator keeps pinned memory until copies from it are done.
+            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+            self.grads.copy_(host, non_blocking=True)
+            self.uploaded = addresses
+        return self.grads
+
+
+def _pointers(tensors: Sequence[Tensor | None], i: int) -> int:
+    t = tensors[i] if tensors else None
+    return 0 if t is None else t.data_ptr()
+
+
+def _row(batch: Batch, i: int, types: bytes) -> tuple[int, ...]:
+    """A Row in words; the gradient's, and what is absent, is 0."""
+    moments = [_pointers(m, i) for m in batch.moments]
+    scales = [_pointers(s, i) for s in batch.moment_scales]
+    two = (0, 0)
+    lists = (batch.anchors, batch.curvature)
+    (*tail,) = struct.unpack("=2q", struct.pack("=i6s6x", batch.groups[i], types))
+    return (
+        batch.params[i].data_ptr(), 0, *[*moments, *two][:2], *[_pointers(t, i) for t in lists],
+        *[*scales, *two][:2], _pointers(batch.curvature_scales, i),
+        _pointers(batch.remainders, i), batch.steps[i].data_ptr(), batch.params[i].numel(), *tail,
+    )  # fmt: skip
+
+
+def _check_devices(batch: Batch) -> None:
+    """The kernels read raw addresses: everything must be on the parameters' device.
+
+    Raises:
+        ValueError: names the list and the entry.
+    """
+    device, name = batch.params[0].device, batch.op.name
+    lists: dict[str, Sequence[Tensor | None]] = {
+        "params": batch.params,
+        "steps": batch.steps,
+        "curvature_scales": batch.curvature_scales,
+    }
+    lists |= {f"scales of {m}": s for m, s in zip(batch.op.moments, batch.moment_scales)}
+    for key, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            if t is not None and t.numel() and t.device != device:
+                raise ValueError(f"{name}: {key}[{i}] is on {t.device}, params[0] on {device}")
+            if t is not None and key != "params" and not t.is_contiguous():
+                raise ValueError(f"{name}: {key}[{i}] must be contiguous")
+    if batch.stats is not None and batch.stats.device != device:
+        raise ValueError(f"{name}: stats is on {batch.stats.device}, params[0] on {device}")
+
+
+Kinds = Callable[[bytes, bool, bool], Hashable]
+
+
+def _build(batch: Batch, layout: list[Any], misaligned: list[bool], kind_of: Kinds) -> Plan:
+    device = batch.params[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{batch.op.name}: the tables of this list of tensors are not on the device yet; run "
+            "one step before capturing a graph"
+        )
+    _check_devices(batch)
+    types = _update_native._types(batch)
+    rows, by_kind = [], OrderedDict[Hashable, list[tuple[int, int]]]()
+    for i, p in enumerate(batch.params):
+        row = _row(batch, i, types[6 * i : 6 * i + 6])
+        rows.append(row)
+        aligned = not misaligned[i] and not any(a % ALIGNMENT for a in (row[0], *row[2:6], row[9]))
+        kind = kind_of(types[6 * i : 6 * i + 6], row[9] != 0, aligned)
+        for begin in range(0, p.numel(), CHUNK):
+            count = min(CHUNK, p.numel() - begin)
+            by_kind.setdefault(kind, []).append((begin, i | count << 32))
+    launches, chunks = [], []
+    for kind, members in by_kind.items():
+        launches.append(Launch(kind, len(chunks), len(members)))
+        chunks += members
+
+    def table(values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(device)
+
+    return Plan(
+        layout, misaligned, table(rows), table(chunks or [(0, 0)]), launches,
+        grads=torch.zeros(len(rows), dtype=torch.int64, device=device),
+        partial=torch.zeros(len(STATS), max(1, len(chunks)), dtype=torch.float64, device=device),
+        control=torch.zeros(3, dtype=torch.float64, device=device),
+        seed=table([_signed(batch.seed)]),
+        max_norm=torch.tensor([batch.max_grad_norm or 0.0], dtype=torch.float64).to(device),
+    )  # fmt: skip
+
+
+def _signed(seed: int) -> int:
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _layout(batch: Batch) -> list[Any]:
+    """What a plan depends on; dtypes too, as memory may be given to another tensor."""
+    lists = (batch.params, *batch.moments, batch.anchors, batch.curvature)
+    dtypes = [[None if t is None else t.dtype for t in tensors] for tensors in lists]
+    return [*_update_native._layout(batch), dtypes, batch.seed, batch.max_grad_norm]
+
+
+def plan_of(batch: Batch, rule: str, kind_of: Kinds) -> tuple[Plan, Batch, Callable[[], None]]:
+    """The plan of `batch`, built when it is not known; the batch to run, whose tensors all have
+    their parameter's layout; and what brings copies of mutated tensors back."""
+    layout = _layout(batch)
+    device = batch.params[0].device
+    key = (rule, device, *map(Tensor.data_ptr, batch.params))
+    known = _plans.get(key)
+    if known is not None and known.layout == layout and _same_layouts(batch, device):
+        write_back = _nothing
+    else:
+        batch, write_back = _checks.prepare(batch)
+        layout = _layout(batch)
+        key = (rule, device, *map(Tensor.data_ptr, batch.params))
+        known = _plans.get(key)
+    misaligned = [g.data_ptr() % ALIGNMENT != 0 for g in batch.grads]
+    if known is None or known.layout != layout or known.misaligned != misaligned:
+        known = _build(batch, layout, misaligned, kind_of)
+        _plans[key] = known
+        _plans.move_to_end(key)
+        while len(_plans) > _MAX_PLANS:
+            _plans.popitem(last=False)
+    return known, batch, write_back
+
+
+def _nothing() -> None:
+    return None
+
+
+def _same_layouts(batch: Batch, device: torch.device) -> bool:
+    """Whether the gradients can be read in the parameters' order; the rest is in the layout."""
+    return all(
+        g.device == device
+        and g.layout == torch.strided
+        and p.shape == g.shape
+        and _checks.same_layout(p, g)
+        for p, g in zip(batch.params, batch.grads, strict=True)
+    )
