@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fast.curvature.card import SourceCard
+    from fast.curvature.hessian import GGN, Fisher, Hessian
     from fast.heads import fold_head, replace_head, source_task
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
@@ -15,9 +17,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GGN",
     "SGD",
     "AdamW",
+    "Fisher",
+    "Hessian",
     "Result",
+    "SourceCard",
     "finetune",
     "fold_head",
     "param_groups",
@@ -27,9 +33,13 @@ __all__ = [
 
 # Loaded on first use: `fast --help` answers in 0.1 s, importing torch takes 2.
 _HOME = {
+    "GGN": "fast.curvature",
     "SGD": "fast.optim",
     "AdamW": "fast.optim",
+    "Fisher": "fast.curvature",
+    "Hessian": "fast.curvature",
     "Result": "fast.train.result",
+    "SourceCard": "fast.curvature.card",
     "finetune": "fast.train.trainer",
     "fold_head": "fast.heads",
     "param_groups": "fast.optim.param_groups",

@@ -1,0 +1,187 @@
+"""Source inputs of any kind, and what a network's source head answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fast.heads import evaluating, find_head, forward_logits, source_task, task_head
+from fast.heads.forward import logits_of
+
+LABEL_KEYS = ("labels", "label", "y", "targets", "target")
+
+
+class SourceInputs:
+    """The first few samples of source data, in memory, labelled or not.
+
+    Args:
+        data: inputs alone (a tensor, or a tuple or mapping of tensors), `(inputs, labels)`, a
+            map-style Dataset, or a DataLoader or other iterable of batches of either kind. Labels
+            are one-dimensional: that tells a pair of input and labels from a tuple of two inputs.
+        limit: samples taken, at most.
+
+    Raises:
+        TypeError, ValueError: something else, or nothing in it.
+    """
+
+    def __init__(self, data: Any, limit: int) -> None:
+        if limit < 2:
+            raise ValueError(f"num_samples must be at least 2; got {limit}")
+        if _is_batch(data):
+            batches: Iterable[Any] = [data]
+        elif isinstance(data, Dataset) and isinstance(data, Sized):
+            batches = DataLoader(data, batch_size=min(64, limit))  # type: ignore[arg-type]
+        elif isinstance(data, Iterable):
+            batches = data
+        else:
+            raise TypeError(
+                "source data must be inputs, (inputs, labels), a Dataset or a DataLoader; got "
+                f"{type(data).__name__}"
+            )
+        parts, labels, count = [], [], 0
+        for batch in batches:
+            x, y = _split(batch)
+            x = _rows(x, slice(limit - count))
+            size = _length(x)
+            parts.append(x)
+            labels.append(None if y is None else torch.as_tensor(y)[:size].long())
+            count += size
+            if count >= limit:
+                break
+        if count < 2:
+            raise ValueError(f"source data: {count} samples; a card needs at least 2")
+        self.inputs = _concatenate(parts)
+        kept = [y for y in labels if y is not None]
+        self.labels = torch.cat(kept) if len(kept) == len(parts) else None
+        self.size = count
+
+    def part(self, start: int, stop: int) -> SourceInputs:
+        """Samples `start` to `stop`, as another of these."""
+        other = object.__new__(SourceInputs)
+        rows = slice(start, stop)
+        other.inputs = _rows(self.inputs, rows)
+        other.labels = None if self.labels is None else self.labels[rows]
+        other.size = _length(other.inputs)
+        return other
+
+    def to(self, device: torch.device) -> SourceInputs:
+        other = object.__new__(SourceInputs)
+        other.inputs = _map(self.inputs, lambda t: t.to(device))
+        other.labels = None if self.labels is None else self.labels.to(device)
+        other.size = self.size
+        return other
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Tensor | None]]:
+        for start in range(0, self.size, size):
+            rows = slice(start, start + size)
+            yield _rows(self.inputs, rows), None if self.labels is None else self.labels[rows]
+
+
+class Answers(nn.Module):
+    """A network as a function from inputs to one tensor of source logits, over a temperature."""
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits = logits_of(self.model(*args, **kwargs))
+        return logits if self.temperature == 1 else logits / self.temperature
+
+
+@torch.no_grad()
+def source_answers(model: nn.Module, data: SourceInputs, batch_size: int = 128) -> Tensor:
+    """Source logits `[N, C]` in float32, in evaluation mode, with the weights as they are."""
+    with evaluating(model), source_task(model):
+        return torch.cat([forward_logits(model, x).float() for x, _ in data.batches(batch_size)])
+
+
+def divergence(before: Tensor, now: Tensor) -> Tensor:
+    """Mean KL(before || now) of source logits `[N, C, ...]`, in nats, as a float64 tensor `[]`.
+
+    It is the rise of the source loss under the labels that the pretrained network itself gives.
+    """
+    p, q = (x.double().log_softmax(1) for x in (before, now))
+    kl = F.kl_div(q, p, log_target=True, reduction="none").sum(1)
+    return kl.mean()
+
+
+def backbone_parameters(model: nn.Module, sample: Any) -> dict[str, nn.Parameter]:
+    """Trainable parameters but those of the target head and the source head, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    head = task_head(model)
+    own = head if head is not None else find_head(model, sample).module
+    skip = {id(p) for p in own.parameters()}
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in skip}
+    if not found:
+        raise ValueError("model has no trainable backbone parameter: there is nothing to protect")
+    return found
+
+
+def _is_batch(data: Any) -> bool:
+    if isinstance(data, (Tensor, Mapping)):
+        return True
+    if not isinstance(data, (tuple, list)) or not data:
+        return False
+    first, last = data[0], data[-1]
+    if len(data) > 1 and isinstance(last, Tensor) and last.dim() == 1:
+        return True
+    # A tuple of tensors is several inputs, a list of them several batches.
+    return isinstance(data, tuple) and isinstance(first, Tensor)
+
+
+def _is_labels(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and len(value) == size
+
+
+def _split(batch: Any) -> tuple[Any, Tensor | None]:
+    """(inputs, labels or None) of a batch."""
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        return dict(batch), None
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 1:
+            return batch[0], None
+        if _is_labels(batch[-1], _length(batch[0])):
+            return batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+        return tuple(batch), None
+    if isinstance(batch, Tensor):
+        return batch, None
+    raise TypeError(f"source data: a batch is a {type(batch).__name__}, not tensors of inputs")
+
+
+def _map(inputs: Any, function: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return {k: _map(v, function) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(_map(v, function) for v in inputs)
+    return function(inputs)
+
+
+def _rows(inputs: Any, rows: slice) -> Any:
+    return _map(inputs, lambda t: t[rows])
+
+
+def _length(inputs: Any) -> int:
+    while not isinstance(inputs, Tensor):
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
+    return len(inputs)
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Mapping):
+        return {k: _concatenate([p[k] for p in parts]) for k in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(_concatenate([p[i] for p in parts]) for i in range(len(first)))
+    return torch.cat(parts)

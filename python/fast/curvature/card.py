@@ -1,0 +1,303 @@
+"""`SourceCard`: what a few hundred source inputs say about which weights the source task needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.curvature.answers import Answers, SourceInputs, backbone_parameters, source_answers
+from fast.curvature.calibrate import Calibration, calibrate
+from fast.curvature.card_file import fingerprint, load_card, save_card
+from fast.curvature.diagonal import LABELS, fisher_diagonal
+from fast.curvature.losses import recognise
+from fast.curvature.network import Params, select, unwrap
+from fast.heads import evaluating, source_task
+from fastkernels import _storage
+
+TEMPERATURE = 3.0
+BATCH = 64
+ROUND_TO_NEAREST = 1 << 19
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One tensor's diagonal in 8 bits: `codes` uint8 of its shape, `scales` one per 128 entries."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> Codes:
+        flat = value.detach().float().cpu().contiguous().flatten()
+        codes, scales = _storage.encode(flat, ROUND_TO_NEAREST, signed=False)
+        return cls(codes.view(value.shape), scales)
+
+    def decode(self) -> Tensor:
+        flat = _storage.decode(self.codes.flatten(), self.scales, signed=False)
+        return flat.view(self.codes.shape)
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """Curvature of the source loss at the pretrained weights, as a diagonal, and what it is worth.
+
+    Made by `estimate`, kept by `save` and `load`. As `curvature=` of `fast.AdamW` it says how hard
+    each weight is pulled back; `forecast` turns a displacement into nats of source loss.
+
+    Attributes:
+        entries: backbone parameter -> its diagonal `C_ii >= 0`, nats per squared weight, in 8 bits.
+        fingerprints: backbone parameter -> hash of the weights that it is the curvature at.
+        num_samples, labels, temperature: how it was estimated.
+        calibration: from the diagonal's energy to nats.
+        source_loss, source_accuracy: of the samples, where they had labels.
+        seconds: that estimating took.
+    """
+
+    entries: dict[str, Codes]
+    fingerprints: dict[str, str]
+    num_samples: int
+    labels: str
+    temperature: float
+    calibration: Calibration
+    source_loss: float | None = None
+    source_accuracy: float | None = None
+    seconds: float = 0.0
+    # id of a parameter -> its name, of the model that this card was estimated on or bound to; and
+    # that model's weights at the time.
+    _names: dict[int, str] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    _anchors: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def estimate(
+        cls,
+        model: nn.Module,
+        data: Any,
+        loss_fn: Any = F.cross_entropy,
+        *,
+        labels: str = "sampled",
+        num_samples: int = 256,
+        temperature: float = TEMPERATURE,
+        seed: int = 0,
+        params: Params = None,
+    ) -> SourceCard:
+        """Estimate the card of `model`, which answers the source task.
+
+        The diagonal is that of the Gauss-Newton (Fisher) matrix, from squared gradients of single
+        samples. It needs about 2 gradients per sample, and the calibration as much as 600 more
+        samples' forward passes. The weights, modes and random state of the model stay as they are.
+
+        Target inputs will do where no source data are left: the card then says which weights the
+        source head's answers to the target's inputs need. That protects less.
+
+        Args:
+            model: a classifier with its original head, or after `fast.replace_head`.
+            data: source inputs: a tensor, or a tuple or mapping of tensors; `(inputs, labels)`; a
+                Dataset; a DataLoader. The first `num_samples` are used, so shuffle sorted data.
+            loss_fn: the source loss.
+            labels: "sampled" from the network's own answers (default; none needed), its "predicted"
+                ones, or those of the "data".
+            num_samples: at most.
+            temperature: of the source answers, with labels of its own. At 1 a network that is sure
+                of its training images has hardly any curvature left; what it will need to stay sure
+                of shows at 3.
+            seed: of the labels and of the calibration.
+            params: which parameters (default: those of the backbone that can be trained).
+
+        Raises:
+            ValueError, TypeError: an option or the data do not fit.
+        """
+        start = time.monotonic()
+        if labels not in LABELS:
+            raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive; got {temperature}")
+        model = unwrap(model)
+        samples = SourceInputs(data, num_samples)
+        if labels == "data" and samples.labels is None:
+            raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
+        device = next(model.parameters()).device
+        samples = samples.to(device)
+        chosen = backbone_parameters(model, samples.part(0, 2).inputs)
+        if params is not None:
+            chosen = {n: chosen[n] for n in select(chosen, params)}
+        diagonal = _diagonal(model, samples, chosen, loss_fn, labels, temperature, seed)
+        calibration = calibrate(model, chosen, diagonal, samples, temperature, seed)
+        loss = accuracy = None
+        if samples.labels is not None:
+            answers = source_answers(model, samples)
+            loss = float(recognise(loss_fn).value(answers, samples.labels))
+            accuracy = float((answers.argmax(1) == samples.labels).float().mean())
+        card = cls(
+            {n: Codes.of(d) for n, d in diagonal.items()},
+            {n: fingerprint(p) for n, p in chosen.items()},
+            samples.size,
+            labels,
+            temperature,
+            calibration,
+            loss,
+            accuracy,
+            round(time.monotonic() - start, 2),
+        )
+        return card._remember(chosen)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the card as safetensors, whole or not at all: 1.03 bytes per backbone weight."""
+        return save_card(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SourceCard:
+        """Read a card.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, or no card.
+        """
+        tensors, facts = load_card(Path(path))
+        facts["calibration"] = Calibration(**facts["calibration"])
+        entries = {n: Codes(*tensors[n]) for n in facts["fingerprints"]}
+        return cls(entries, **facts)
+
+    def bind(self, model: nn.Module) -> SourceCard:
+        """The same card, for this model: checks that it is the card of its weights.
+
+        Raises:
+            ValueError: of another model, or of other weights; the message names the first tensor.
+        """
+        own = dict(unwrap(model).named_parameters())
+        for name, codes in self.entries.items():
+            where = f"this card is of another model: its tensor {name!r}"
+            if name not in own:
+                raise ValueError(f"{where} is no parameter of {type(model).__name__}")
+            if own[name].shape != codes.codes.shape:
+                raise ValueError(
+                    f"{where} is {list(codes.codes.shape)}, the model's {list(own[name].shape)}"
+                )
+            if fingerprint(own[name]) != self.fingerprints[name]:
+                raise ValueError(
+                    f"this card is of other weights: {name!r} differs (first of "
+                    f"{len(self.entries)} tensors checked in order). Bind it to the pretrained "
+                    "checkpoint that it was estimated on, before training"
+                )
+        return self._remember({n: own[n] for n in self.entries})
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """Parameter name -> `C_ii`, float32 on the CPU, in nats per squared weight."""
+        return {name: codes.decode() for name, codes in self.entries.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean of the diagonal over all weights."""
+        total = sum(float(c.decode().double().sum()) for c in self.entries.values())
+        return total / max(1, sum(c.codes.numel() for c in self.entries.values()))
+
+    def curvature_for(self, params: Iterable[Tensor]) -> list[Tensor | None]:
+        """`F` of each parameter: its diagonal over the mean of all; None for those not in the card.
+
+        Mean 1 keeps the meaning of `anchor_decay` from network to network. Parameters are known by
+        identity on the model of `estimate` or `bind`, else by the hash of their values.
+
+        Raises:
+            ValueError: not one of the parameters is known.
+        """
+        found = self._match(list(params))
+        mean = self.mean or 1.0
+        return [
+            None if n is None else (self.entries[n].decode() / mean).to(p.device) for n, p in found
+        ]
+
+    def energy(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:
+        """`1/2 sum C_ii (w - w0)_i^2`: the forecast of the diagonal alone, before calibration.
+
+        Args:
+            anchors: the pretrained weights of `params` (default: as remembered by this card).
+        """
+        params = list(params)
+        total = 0.0
+        for i, (name, p) in enumerate(self._match(params)):
+            if name is None:
+                continue
+            before = anchors[i] if anchors is not None else self._anchors.get(name)
+            if before is None:
+                raise ValueError(
+                    "this card does not know the pretrained weights: card.bind(model) before "
+                    "training, or pass anchors="
+                )
+            c = self.entries[name].decode().to(p.device)
+            total += float((c.double() * (p - before).detach().double().square()).sum())
+        return 0.5 * total
+
+    def forecast(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:
+        """Forecast rise of the source loss at these weights, in nats.
+
+        Right within a factor of a few only (`calibration.spread`, and more for directions unlike
+        Adam's first steps): `Calibration.through` one measurement of the run makes it useful.
+        """
+        return self.calibration.nats(self.energy(params, anchors))
+
+    def __str__(self) -> str:
+        count = sum(c.codes.numel() for c in self.entries.values())
+        c = self.calibration
+        lines = [
+            f"Source card of {count:,} backbone weights in {len(self.entries)} tensors",
+            f"  {self.num_samples} source samples, labels {self.labels}, temperature "
+            f"{self.temperature:g}, estimated in {self.seconds:.1f} s",
+            f"  rise of source loss = {c.scale:.3g} * energy^{c.exponent:.2f} nats, within a "
+            f"factor {c.spread:.1f} on the steps it was measured on",
+            f"  coherence {c.coherence:.0f}: an exact Gauss-Newton product over the diagonal alone",
+        ]
+        if self.source_loss is not None:
+            lines.append(
+                f"  source loss {self.source_loss:.3f} nats, accuracy {self.source_accuracy:.1%}"
+            )
+        return "\n".join(lines)
+
+    def _remember(self, params: Mapping[str, nn.Parameter]) -> SourceCard:
+        names = {id(p): n for n, p in params.items()}
+        anchors = {n: p.detach().clone() for n, p in params.items()}
+        return dataclasses.replace(self, _names=names, _anchors=anchors)
+
+    def _match(self, params: list[Tensor]) -> list[tuple[str | None, Tensor]]:
+        if any(id(p) in self._names for p in params):
+            return [(self._names.get(id(p)), p) for p in params]
+        # Equal tensors (fresh biases) are told apart by their order, which is the model's.
+        known: dict[tuple[str, torch.Size], list[str]] = {}
+        for name, codes in self.entries.items():
+            known.setdefault((self.fingerprints[name], codes.codes.shape), []).append(name)
+        names: list[str | None] = []
+        for p in params:
+            same = known.get((fingerprint(p), p.shape))
+            names.append(same.pop(0) if same else None)
+        if params and not any(names):
+            first = next(iter(self.entries))
+            raise ValueError(
+                f"none of the {len(params)} parameters is one of this card (its first is "
+                f"{first!r}): another model, or weights that have moved. Call card.bind(model) on "
+                "the pretrained model before training"
+            )
+        return list(zip(names, params, strict=True))
+
+
+def _diagonal(
+    model: nn.Module,
+    samples: SourceInputs,
+    params: Mapping[str, nn.Parameter],
+    loss_fn: Any,
+    labels: str,
+    temperature: float,
+    seed: int,
+) -> dict[str, Tensor]:
+    """`C_ii`: at temperature T the curvature of `T^2 KL` of the softened answers."""
+    batches = [(x, y) if labels == "data" else (x, None) for x, y in samples.batches(BATCH)]
+    with evaluating(model), source_task(model):
+        network = Answers(model, temperature)
+        names = [f"model.{n}" for n in params]
+        found = fisher_diagonal(network, loss_fn, batches, names, labels=labels, seed=seed)
+    return {n: found[f"model.{n}"] * temperature**2 for n in params}
