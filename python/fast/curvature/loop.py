@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fast.curvature.blame import cut_off, explain_failure
 from fast.curvature.data import Batch
 from fast.curvature.losses import Loss, OutputHessian
 from fast.curvature.network import Network
 from fast.curvature.space import Blocks, dot
 
+ONCE = "its backward is marked once_differentiable"
 OutputCurvature = Callable[[Tensor, Batch], OutputHessian]
 
 
@@ -30,7 +33,9 @@ class GraphHessian:
             self.weight = loss.weight(z.detach(), batch.target, batch.size)
             self.loss = value.detach()
             self.grads = grad_or_none([value], self.params, create_graph=True)
-        self.gradient = _filled(self.grads, self.params)
+        self.explain = functools.partial(explain_failure, network, batch, index)
+        if cut_off(self.grads):
+            raise self.explain(ONCE)
 
     def quad(self, vectors: Blocks) -> Tensor:
         return dot(vectors, self.products(vectors))
@@ -43,9 +48,12 @@ class GraphHessian:
         ]
         out = [torch.zeros_like(v) for v in vectors]
         for k in range(vectors[0].shape[0] if pairs else 0):
-            rows = grad_or_none(
-                [g for g, _ in pairs], self.params, [v[k] for _, v in pairs], retain_graph=True
-            )
+            try:
+                rows = grad_or_none(
+                    [g for g, _ in pairs], self.params, [v[k] for _, v in pairs], retain_graph=True
+                )
+            except RuntimeError as error:
+                raise self.explain(str(error)) from error
             _write(out, k, rows)
         return out
 
@@ -67,6 +75,9 @@ class GraphGGN:
             self.pulled = grad_or_none(
                 [self.output], self.params, [self.cotangent], create_graph=True
             )
+        self.explain = functools.partial(explain_failure, network, batch, index)
+        if cut_off(self.pulled):
+            raise self.explain(ONCE)
 
     def jvp(self, vectors: Blocks) -> Tensor:
         """[K, *output]."""
@@ -74,12 +85,15 @@ class GraphGGN:
         num_vectors = vectors[0].shape[0]
         out = self.output.new_zeros((num_vectors, *self.output.shape))
         for k in range(num_vectors if pairs else 0):
-            (u,) = grad_or_none(
-                [p for p, _ in pairs],
-                [self.cotangent],
-                [v[k] for _, v in pairs],
-                retain_graph=True,
-            )
+            try:
+                (u,) = grad_or_none(
+                    [p for p, _ in pairs],
+                    [self.cotangent],
+                    [v[k] for _, v in pairs],
+                    retain_graph=True,
+                )
+            except RuntimeError as error:
+                raise self.explain(str(error)) from error
             if u is not None:
                 out[k] = u
         return out
@@ -124,12 +138,6 @@ def grad_or_none(
             allow_unused=True,
         )
     )
-
-
-def _filled(grads: list[Tensor | None], params: list[Tensor]) -> Blocks:
-    return [
-        torch.zeros_like(p) if g is None else g.detach() for g, p in zip(grads, params, strict=True)
-    ]
 
 
 def _write(out: Blocks, k: int, rows: list[Tensor | None]) -> None:

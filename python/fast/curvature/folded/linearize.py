@@ -17,9 +17,10 @@ from fast.curvature.space import Blocks, dot
 # Bytes of tangents held at a time on the CPU, unless the caller says otherwise.
 DEFAULT_BUDGET = 2**30
 # On a CPU a pass is fastest when its largest tangent stays below the size from which malloc maps
-# fresh, zeroed pages every time (32 MiB): gradients per product, exact, one thread, for 1 / 2 / 4
-# vectors a pass: ResNet-20 2.11 / 2.25 / 3.40, ViT 2.02 / 2.04 / 2.24, MLP 1.77 / 1.65 / 1.65.
-CPU_TANGENT = 16 * 2**20
+# fresh, zeroed pages every time (32 MiB, less what is alive). Gradients per product, exact, one
+# thread, for 1 / 2 / 4 vectors a pass: ResNet-20 2.11 / 2.25 / 3.40, ViT 2.02 / 2.04 / 2.24, MLP
+# 1.77 / 1.65 / 1.65.
+CPU_TANGENT = 8 * 2**20
 
 
 class _Folded:

@@ -1,0 +1,183 @@
+"""Lanczos, trace, diagonal, spectral density and conjugate gradients on matrices known in full."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from curvature_cases import build
+from fast.curvature import (
+    GGN,
+    Fisher,
+    Hessian,
+    MatrixOperator,
+    cg,
+    fisher_diagonal,
+    hutchinson_diagonal,
+    spectrum,
+    top,
+    trace,
+)
+
+
+def _matrix(values: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(
+        torch.randn(len(values), len(values), dtype=torch.float64, generator=generator)
+    )
+    a = q @ torch.diag(values) @ q.T
+    return (a + a.T) / 2
+
+
+DECAY = torch.cat([torch.tensor([-9.0, 8.0, 5.0, 5.0, -3.0]), torch.linspace(1, 0, 95)]).double()
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest"])
+def test_top_eigenpairs(which: str, block_size: int) -> None:
+    values = DECAY.clone()
+    if block_size == 1:
+        values[3] = 4.5  # one vector at a time cannot see that an eigenvalue is double
+    matrix = _matrix(values)
+    result = top(MatrixOperator(matrix), 4, which=which, tol=1e-9, block_size=block_size)
+    order = {"magnitude": -values.abs(), "largest": -values, "smallest": values}[which].argsort()
+    assert result.converged
+    torch.testing.assert_close(result.values, values[order[:4]], rtol=1e-8, atol=1e-8)
+    errors = (matrix @ result.vectors - result.vectors * result.values).norm(dim=0)
+    assert (errors < 1e-7).all()
+    torch.testing.assert_close(errors, result.residuals, rtol=0.1, atol=1e-8)
+    eye = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(result.vectors.T @ result.vectors, eye, rtol=0, atol=1e-10)
+
+
+def test_top_restarts_and_says_when_it_gave_up() -> None:
+    values = torch.linspace(1, 2, 300, dtype=torch.float64)
+    operator = MatrixOperator(_matrix(values))
+    result = top(operator, 2, subspace=12, max_matvecs=1500, tol=1e-6)
+    assert result.converged
+    assert result.num_matvecs > 24
+    torch.testing.assert_close(result.values, values[[299, 298]], rtol=1e-6, atol=0)
+    assert not top(operator, 2, max_matvecs=3, tol=1e-12).converged
+
+
+def test_top_of_tiny_and_degenerate_matrices() -> None:
+    one = top(MatrixOperator(torch.tensor([[3.0]])), 1)
+    assert one.values.tolist() == [3.0]
+    flat = top(MatrixOperator(2 * torch.eye(5, dtype=torch.float64)), 3)
+    torch.testing.assert_close(flat.values, torch.full((3,), 2.0, dtype=torch.float64))
+    nothing = top(MatrixOperator(torch.zeros(4, 4)), 2)
+    assert nothing.values.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])
+def test_top_agrees_with_scipy_on_a_network(kind) -> None:
+    model, x, y = build("conv")
+    operator = kind(model, F.cross_entropy, (x, y))
+    truth = eigsh(operator.to_scipy(), k=3, which="LM", return_eigenvectors=False)
+    values = operator.top(3, tol=1e-8).values
+    assert sorted(values.tolist()) == pytest.approx(sorted(truth), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["hutch++", "hutchinson"])
+def test_trace_is_within_its_own_error(method: str) -> None:
+    operator = MatrixOperator(_matrix(DECAY))
+    estimates = [trace(operator, 30, method=method, seed=10 * s) for s in range(40)]
+    z = torch.tensor([(e.value - float(DECAY.sum())) / e.stderr for e in estimates])
+    assert z.abs().median() < 1.5
+    assert abs(float(torch.tensor([e.value for e in estimates]).mean() - DECAY.sum())) < 2
+    assert all(e.num_matvecs == 30 for e in estimates)
+
+
+def test_hutch_plus_plus_is_exact_on_low_rank() -> None:
+    values = torch.cat([torch.tensor([5.0, 3.0, 1.0]), torch.zeros(97)]).double()
+    estimate = trace(MatrixOperator(_matrix(values)), 15)
+    assert float(estimate) == pytest.approx(9.0, abs=1e-9)
+    assert estimate.stderr < 1e-9
+
+
+def test_diagonal_of_an_operator() -> None:
+    matrix = _matrix(DECAY)
+    error = hutchinson_diagonal(MatrixOperator(matrix), 4000) - matrix.diag()
+    off = matrix.square().sum(1) - matrix.diag().square()
+    assert ((error / (off / 4000).sqrt()).square().mean()) < 1.5
+    eye = hutchinson_diagonal(MatrixOperator(torch.diag(DECAY)), 1)
+    torch.testing.assert_close(eye, DECAY)
+
+
+def test_spectrum_moments_and_density() -> None:
+    operator = MatrixOperator(_matrix(DECAY))
+    density = spectrum(operator, num_probes=20, num_lanczos_steps=30)
+    torch.testing.assert_close(density.weights.sum(1), torch.ones(20, dtype=torch.float64))
+    for function in (lambda t: t, torch.square):
+        value, stderr = density.expectation(function)
+        assert abs(value - float(function(DECAY).sum())) < 4 * stderr + 1e-9
+    assert float(density.nodes.max()) == pytest.approx(8.0, rel=1e-6)
+    assert float(density.nodes.min()) == pytest.approx(-9.0, rel=1e-6)
+    grid, height = density.density()
+    assert float(torch.trapezoid(height, grid)) == pytest.approx(1.0, abs=0.02)
+
+
+def test_spectrum_stops_at_an_invariant_subspace() -> None:
+    density = spectrum(MatrixOperator(torch.eye(50, dtype=torch.float64)), 2, 20)
+    assert density.nodes.shape == (2, 1)
+    torch.testing.assert_close(density.nodes, torch.ones(2, 1, dtype=torch.float64))
+
+
+def test_conjugate_gradients() -> None:
+    matrix = _matrix(DECAY.abs() + 0.1)
+    operator = MatrixOperator(matrix)
+    b = torch.randn(100, 3, dtype=torch.float64)
+    result = cg(operator, b, tol=1e-10, max_iterations=300)
+    assert result.converged
+    torch.testing.assert_close(result.solution, torch.linalg.solve(matrix, b), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(operator.solve(b[:, 0], tol=1e-10), result.solution[:, 0])
+    with pytest.raises(ValueError, match="negative"):
+        cg(MatrixOperator(-matrix), b)
+    assert not cg(operator, b, tol=1e-10, max_iterations=2).converged
+
+
+@pytest.mark.parametrize("method", ["samples", "signs"])
+@pytest.mark.parametrize("name", ["mlp-tanh", "conv", "attention", "layer-norm", "tied"])
+def test_fisher_diagonal_with_given_labels(name: str, method: str) -> None:
+    model, x, y = build(name)
+    data = [(x[:3], y[:3]), (x[3:], y[3:])]
+    truth = Fisher(model, F.cross_entropy, data, kind="empirical").dense().diag()
+    draws = 1 if method == "samples" else 3000
+    parts = fisher_diagonal(
+        model, F.cross_entropy, data, labels="data", method=method, num_draws=draws
+    )
+    assert [p.shape for p in parts.values()] == [p.shape for p in model.parameters()]
+    estimate = torch.cat([p.reshape(-1) for p in parts.values()])
+    tolerance = 1e-12 if method == "samples" else 0.1
+    assert float((estimate - truth).norm() / truth.norm()) < tolerance
+
+
+def test_fisher_diagonal_needs_no_labels() -> None:
+    model, x, y = build("mlp-tanh")
+    truth = GGN(model, F.cross_entropy, (x, y)).dense().diag()
+    parts = fisher_diagonal(model, F.cross_entropy, x, num_draws=800)
+    estimate = torch.cat([p.reshape(-1) for p in parts.values()])
+    assert float((estimate - truth).norm() / truth.norm()) < 0.1
+    again = fisher_diagonal(model, F.cross_entropy, x, num_draws=800)
+    torch.testing.assert_close(again, parts, rtol=0, atol=0)
+
+
+def test_fisher_diagonal_where_samples_mix() -> None:
+    model, x, y = build("batch-norm-train")
+    with pytest.raises(ValueError, match="1 \\(BatchNorm1d in train mode\\) mixes"):
+        fisher_diagonal(model, F.cross_entropy, (x, y), method="samples")
+    parts = fisher_diagonal(model, F.cross_entropy, (x, y))
+    assert all((p >= 0).all() for p in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"labels": "true"}, "labels"), ({"method": "x"}, "method"), ({"num_draws": 0}, "num_draws")],
+)
+def test_fisher_diagonal_names_the_bad_option(options: dict, match: str) -> None:
+    model, x, y = build("mlp-tanh")
+    with pytest.raises(ValueError, match=match):
+        fisher_diagonal(model, F.cross_entropy, (x, y), **options)

@@ -1,0 +1,124 @@
+"""`check` passes what is right and names what is wrong; bad input gets a message that helps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvature_cases import build
+from fast.curvature import GGN, Fisher, Hessian, MatrixOperator
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["mlp-tanh", "layer-norm", "attention", "batch-norm-train", "lstm"]
+)
+@pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])
+def test_check_passes_on_a_good_operator(kind, name: str, dtype: torch.dtype) -> None:
+    model, x, y = build(name, dtype)
+    report = kind(model, F.cross_entropy, [(x[:3], y[:3]), (x[3:], y[3:])]).check()
+    assert report.ok, str(report)
+
+
+def test_check_finds_an_asymmetry() -> None:
+    matrix = torch.randn(20, 20, dtype=torch.float64)
+    matrix = matrix + matrix.T
+    assert MatrixOperator(matrix).check().ok
+    matrix[3, 4] += 0.01
+    assert MatrixOperator(matrix).check().failures == ["symmetry"]
+
+
+def test_check_finds_a_shuffled_loader() -> None:
+    model, x, y = build("mlp-tanh")
+    loader = DataLoader(TensorDataset(x, y), batch_size=2, shuffle=True)
+    torch.manual_seed(0)
+    report = Hessian(model, F.cross_entropy, loader).check()
+    assert "data" in report.failures
+    with pytest.raises(ValueError, match="list\\(loader\\)"):
+        report.raise_if_failed()
+
+
+def test_check_finds_active_dropout() -> None:
+    model, x, y = build("dropout")
+    report = Hessian(model, F.cross_entropy, (x, y)).check()
+    assert report.failures == ["dropout"]
+    assert "['1']" in str(report)
+    model.eval()
+    assert Hessian(model, F.cross_entropy, (x, y)).check().ok
+
+
+def test_check_finds_a_network_that_is_not_a_function() -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.calls = nn.Linear(6, 4).double(), 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.out(x * (1 + self.calls))
+
+    _, x, y = build("mlp-tanh")
+    report = Hessian(Moody(), F.cross_entropy, [(x, y), (x, y)]).check()
+    assert "determinism" in report.failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"data": 3}, "data must be a batch"),
+        ({"data": []}, "no batch"),
+        ({"data": [{"x": 1}]}, "needs one of the keys"),
+        ({"loss_fn": "hinge"}, "loss_fn must be"),
+        ({"params": ["missing"]}, "'missing', which is no parameter"),
+        ({"params": "missing.*"}, "matches no parameter"),
+        ({"params": lambda n, p: False}, "selects no parameter"),
+        ({"reduction": "max"}, "reduction must be"),
+        ({"method": "magic"}, "method must be"),
+        ({"chunk": 0}, "chunk must be"),
+        ({"loss_fn": lambda z, y: z}, "one number per batch"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, match: str) -> None:
+    model, x, y = build("mlp-tanh")
+    given = {"loss_fn": F.cross_entropy, "data": (x, y), **arguments}
+    with pytest.raises((ValueError, TypeError), match=match):
+        Hessian(model, **given).matmat(torch.zeros(89, dtype=x.dtype))
+
+
+def test_bad_vectors_are_named() -> None:
+    model, x, y = build("mlp-tanh")
+    H = Hessian(model, F.cross_entropy, (x, y))
+    with pytest.raises(ValueError, match="V must be \\[P\\] or \\[P, K\\] with P = 89"):
+        H @ torch.zeros(3, dtype=x.dtype)
+    with pytest.raises(ValueError, match=r"pass V.to\('cpu', torch.float64\)"):
+        H @ torch.zeros(H.shape[0])
+    with pytest.raises(ValueError, match="missing"):
+        H @ {"0.weight": torch.zeros(1, 5, 6, dtype=x.dtype)}
+    with pytest.raises(TypeError, match="V must be a tensor or a dict"):
+        H @ [1.0]
+
+
+def test_a_function_that_cannot_be_differentiated_twice_is_named() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+    class Fancy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Once.apply(x)
+
+    model = nn.Sequential(nn.Linear(6, 5), Fancy(), nn.Linear(5, 4)).double()
+    _, x, y = build("mlp-tanh")
+    H = Hessian(model, F.cross_entropy, (x, y))
+    with pytest.raises(RuntimeError, match="'1' \\(Fancy\\)"):
+        H @ torch.zeros(H.shape[0], dtype=x.dtype)

@@ -1,0 +1,92 @@
+"""The folded method: which networks it takes, what it falls back from, chunks and the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from curvature_cases import NETWORKS, build
+from fast.curvature import GGN, Hessian
+from fast.curvature.folded import UnsupportedOperation
+from fast.curvature.folded.tape import Tape
+
+# Operations without a rule: these take the loop, and say why.
+BY_LOOP = {"activations", "group-norm", "lstm", "in-place"}
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_which_networks_are_folded(name: str, kind) -> None:
+    model, x, y = build(name)
+    said = kind(model, F.cross_entropy, (x, y)).explain()
+    assert said.startswith("loop: no folded rule for" if name in BY_LOOP else "folded"), said
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_chunks_give_the_same_products(kind, chunk: int) -> None:
+    model, x, y = build("encoder-layer")
+    whole = kind(model, F.cross_entropy, (x, y), chunk=100)
+    parts = kind(model, F.cross_entropy, (x, y), chunk=chunk)
+    V = torch.randn(whole.shape[0], 7, dtype=x.dtype)
+    torch.testing.assert_close(parts @ V, whole @ V, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(parts.quad(V), whole.quad(V), rtol=1e-11, atol=1e-13)
+    assert parts.explain() == f"folded, {chunk} vectors a pass"
+
+
+def test_a_memory_budget_bounds_the_chunk() -> None:
+    model, x, y = build("mlp-tanh")
+    assert (
+        Hessian(model, F.cross_entropy, (x, y), memory_budget=1)
+        .explain()
+        .endswith("1 vectors a pass")
+    )
+    roomy = Hessian(model, F.cross_entropy, (x, y), memory_budget=2**20).explain()
+    assert int(roomy.split()[1]) > 10
+
+
+def test_the_cache_follows_parameters_modes_and_data() -> None:
+    model, x, y = build("batch-norm-train")
+    H = Hessian(model, F.cross_entropy, (x, y))
+
+    def fresh() -> torch.Tensor:
+        return Hessian(model, F.cross_entropy, (x, y), cache=False).dense()
+
+    torch.testing.assert_close(H.dense(), fresh())
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)
+    torch.testing.assert_close(H.dense(), fresh())
+    # A write that no version counter sees, as native kernels make it.
+    model[0].weight.data.numpy()[0, 0] += 1
+    torch.testing.assert_close(H.dense(), fresh())
+    model.eval()
+    torch.testing.assert_close(H.dense(), fresh())
+    x.mul_(2)
+    torch.testing.assert_close(H.dense(), fresh())
+
+
+def test_a_value_that_is_overwritten_is_noticed() -> None:
+    value = torch.ones(3)
+    tape = Tape(kept=[(value, value._version, "aten.mul.Tensor")])
+    tape.verify()
+    tape.kept.append((value, value._version, "aten.mul.Tensor"))
+    value.add_(1)
+    with pytest.raises(UnsupportedOperation, match="aten.mul.Tensor, an input of which"):
+        tape.verify()
+
+
+def test_gradient_of_the_operator() -> None:
+    model, x, y = build("conv")
+    H = Hessian(model, F.cross_entropy, [(x[:3], y[:3]), (x[3:], y[3:])])
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(H.gradient(), torch.cat([g.reshape(-1) for g in grads]))
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_the_head_alone_starts_at_its_features(kind) -> None:
+    model, x, y = build("conv")
+    whole = kind(model, F.cross_entropy, (x, y))
+    head = kind(model, F.cross_entropy, (x, y), params=r"out\..*")
+    rows = slice(whole.space.slices()["out.weight"].start, None)
+    torch.testing.assert_close(head.dense(), whole.dense()[rows, rows])
