@@ -1,0 +1,41 @@
+"""The README's Python runs as it stands, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from networks import ConvNet, images
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    x, y = images(200, 5)
+    x_old, y_old = images(50, 5, seed=1)
+    names = {"x": x, "y": y, "x_val": x, "y_val": y, "x_old": x_old, "y_old": y_old}
+    torch.manual_seed(0)
+    for block in blocks:
+        names["model"] = ConvNet()
+        exec(block, names)
+    assert (tmp_path / "adapted" / "model.safetensors").is_file()
+    assert set(names["optimizer"].stats()) == {"grad_norm", "drift", "update_norm", "forgetting"}
+
+
+def test_the_two_commands_are_on_the_first_screen():
+    first_screen = README[: README.index("## In Python")]
+    assert "pip install -c constraints.txt . && fast demo" in first_screen
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in first_screen
+    assert re.search(r"^\| .* \|$", first_screen, flags=re.MULTILINE)
+
+
+def test_relative_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
