@@ -25,7 +25,6 @@ from fast.heads import evaluating, forward_logits, source_task
 # Sizes of the steps that are tried, as multiples of Adam's usual step of 1e-3 per weight.
 STEP_SIZES = (3e-4, 1e-3, 3e-3)
 DIRECTIONS = 2
-SAMPLES = 64
 # Beyond this the network is destroyed, and the loss says how sure it is of being wrong.
 CEILING = 5.0
 EXPONENTS = (0.5, 2.0)
@@ -73,11 +72,11 @@ def calibrate(
 ) -> Calibration:
     """Measure the rise along signs of gradients of random labels: what Adam's first steps are.
 
-    Costs, in samples of the data: 2 gradients, 2 Gauss-Newton products, 7 forward passes of
-    `SAMPLES`. The weights are put back exactly.
+    Costs two gradients, a Gauss-Newton product (4 gradients) and 7 forward passes of `data`. The
+    weights are put back exactly.
     """
     device = next(iter(params.values())).device
-    probe = data.part(0, SAMPLES).to(device)
+    probe = data.to(device)
     weights = list(params.values())
     before = [p.detach().clone() for p in weights]
     answers = source_answers(model, probe)
@@ -92,7 +91,8 @@ def calibrate(
         )
         if not unit > 0:
             continue
-        coherence.append(_exact(model, params, step, probe, answers, temperature) / unit)
+        if not coherence:
+            coherence.append(_exact(model, params, step, probe, answers, temperature) / unit)
         try:
             for size in STEP_SIZES:
                 with torch.no_grad():
@@ -105,7 +105,7 @@ def calibrate(
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(weights, before)
-    return fit(points, statistics.median(coherence) if coherence else math.nan)
+    return fit(points, coherence[0] if coherence else math.nan)
 
 
 def fit(points: Sequence[tuple[float, float]], coherence: float) -> Calibration:

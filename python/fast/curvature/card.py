@@ -84,6 +84,7 @@ class SourceCard:
         *,
         labels: str = "sampled",
         num_samples: int = 256,
+        calibration_samples: int = 64,
         temperature: float = TEMPERATURE,
         seed: int = 0,
         params: Params = None,
@@ -91,8 +92,7 @@ class SourceCard:
         """Estimate the card of `model`, which answers the source task.
 
         The diagonal is that of the Gauss-Newton (Fisher) matrix, from squared gradients of single
-        samples. It needs about 2 gradients per sample, and the calibration as much as 600 more
-        samples' forward passes. The weights, modes and random state of the model stay as they are.
+        samples: about 2 gradients per sample of `num_samples`, and 8 per calibration sample. The weights, modes and random state of the model stay as they are.
 
         Target inputs will do where no source data are left: the card then says which weights the
         source head's answers to the target's inputs need. That protects less.
@@ -104,7 +104,8 @@ class SourceCard:
             loss_fn: the source loss.
             labels: "sampled" from the network's own answers (default; none needed), its "predicted"
                 ones, or those of the "data".
-            num_samples: at most.
+            num_samples: at most; the standard error of an entry goes as its inverse root.
+            calibration_samples: of them, that the calibration measures on.
             temperature: of the source answers, with labels of its own. At 1 a network that is sure
                 of its training images has hardly any curvature left; what it will need to stay sure
                 of shows at 3.
@@ -129,7 +130,9 @@ class SourceCard:
         if params is not None:
             chosen = {n: chosen[n] for n in select(chosen, params)}
         diagonal = _diagonal(model, samples, chosen, loss_fn, labels, temperature, seed)
-        calibration = calibrate(model, chosen, diagonal, samples, temperature, seed)
+        calibration = calibrate(
+            model, chosen, diagonal, samples.part(0, calibration_samples), temperature, seed
+        )
         loss = accuracy = None
         if samples.labels is not None:
             answers = source_answers(model, samples)

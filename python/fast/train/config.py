@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-METHODS = ("fast", "vanilla", "lp-ft", "l2-sp")
+METHODS = ("fast", "vanilla", "lp-ft", "l2-sp", "ewc")
 BATCH_NORM_POLICIES = ("frozen", "per_task", "track")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be lost: nats of source loss, or points of source accuracy (0..1)."""
+
+    amount: float
+    points: bool = False
+
+    @classmethod
+    def parse(cls, value: float | str) -> Budget:
+        """0.1 and "0.1" are nats, "2%" is points of accuracy.
+
+        Raises:
+            ValueError: neither, or not positive.
+        """
+        text = str(value).strip()
+        number, points = (text[:-1], True) if text.endswith("%") else (text, False)
+        try:
+            amount = float(number) / (100 if points else 1)
+        except ValueError:
+            amount = math.nan
+        if not (amount > 0 and math.isfinite(amount)) or (points and amount >= 1):
+            raise ValueError(
+                "forget_budget must be nats of source loss (0.1) or points of source accuracy "
+                f"('2%'), more than zero; got {value!r}"
+            )
+        return cls(amount, points)
+
+    def __str__(self) -> str:
+        return f"{100 * self.amount:g} %" if self.points else f"{self.amount:g} nats"
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -44,6 +76,9 @@ class TrainConfig:
     weight_decay: float = _option(0.0, "decoupled weight decay, times lr")
     distill: float | None = _option(
         None, "weight of staying with the source head's answers on target inputs"
+    )
+    forget_budget: str | float | None = _option(
+        None, "what may be lost: nats of source loss (0.1) or points of accuracy (2%)"
     )
     stall: int | None = _option(None, "steps before the backbone moves (default: the method's)")
     ramp: int | None = _option(
@@ -108,6 +143,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive; got {value}")
+        if self.forget_budget is not None:
+            Budget.parse(self.forget_budget)
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.batch_size % self.grad_accum_steps:

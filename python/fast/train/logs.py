@@ -64,5 +64,10 @@ def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
 
 def summary(record: dict[str, Any]) -> dict[str, str]:
     """The few figures that a progress bar has room for."""
-    names = {"loss": "loss", "target_accuracy": "target", "source_accuracy": "source"}
+    names = {
+        "loss": "loss",
+        "target_accuracy": "target",
+        "source_accuracy": "source",
+        "forecast": "forgets",
+    }
     return {s: f"{record[k]:.3f}" for k, s in names.items() if record.get(k) is not None}

@@ -15,6 +15,8 @@ class Method:
         max_entropy: zero head on normalised features, else a random head on raw ones.
         head_lr_scale: learning rate of the head, as a multiple of the backbone's.
         anchor_decay: pull towards the pretrained weights.
+        card_decay: the pull where it is weighted by source curvature (of mean 1) instead, given a
+            card or source inputs; None: the method does not use them.
         distill: weight of staying with the source head's answers on target inputs.
         stall: optimizer steps for which the backbone is not touched at all.
         ramp: steps over which the backbone's learning rate then rises, at most `MAX_RAMP` of a
@@ -25,6 +27,7 @@ class Method:
     max_entropy: bool = False
     head_lr_scale: float = 1.0
     anchor_decay: float = 0.0
+    card_decay: float | None = None
     distill: float = 0.0
     stall: int = 0
     ramp: int = 0
@@ -39,13 +42,21 @@ METHODS: dict[str, Method] = {
     # distill and anchor_decay trade target for source along one curve; distill does it without
     # source data where the source head means something, the pull wherever it does not.
     "fast": Method(
-        max_entropy=True, head_lr_scale=10.0, anchor_decay=2.0, distill=0.05, stall=5, ramp=30
+        max_entropy=True,
+        head_lr_scale=10.0,
+        anchor_decay=2.0,
+        card_decay=100.0,
+        distill=0.05,
+        stall=5,
+        ramp=30,
     ),
     "vanilla": Method(),
     # Kumar et al. 2022 (arXiv 2202.10054): a linear probe first, then everything.
     "lp-ft": Method(head_lr_scale=10.0, probe=1 / 6),
     # Li et al. 2018 (arXiv 1802.01483), decoupled from the gradient.
     "l2-sp": Method(anchor_decay=10.0),
+    # Kirkpatrick et al. 2017 (arXiv 1612.00796), decoupled from the gradient.
+    "ewc": Method(card_decay=100.0),
 }
 
 
@@ -64,9 +75,14 @@ class Plan:
     ramp: int
 
 
-def plan_for(config: TrainConfig, steps: int) -> Plan:
-    """Settings of this run; steps that were not given follow the length of the run."""
+def plan_for(config: TrainConfig, steps: int, with_card: bool = False) -> Plan:
+    """Settings of this run; steps that were not given follow the length of the run.
+
+    Args:
+        with_card: the pull is weighted by source curvature.
+    """
     method = METHODS[config.method]
+    decay = method.card_decay if with_card and method.card_decay is not None else None
 
     def chosen(value: float | None, default: float) -> float:
         return default if value is None else value
@@ -77,7 +93,7 @@ def plan_for(config: TrainConfig, steps: int) -> Plan:
     return Plan(
         method.max_entropy,
         chosen(config.head_lr_scale, method.head_lr_scale),
-        chosen(config.anchor_decay, method.anchor_decay),
+        chosen(config.anchor_decay, method.anchor_decay if decay is None else decay),
         # Per-task batch norm gives the source head features of its own: there is nothing to share.
         chosen(config.distill, 0.0 if config.batch_norm == "per_task" else method.distill),
         int(stall),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fast.curvature.card import SourceCard
 from fast.heads import calibrate_from, features_of, replace_head, set_batch_norm, task_head
 from fast.optim import SGD, AdamW
 from fast.optim.param_groups import param_groups
@@ -76,8 +77,13 @@ def prepare_model(
     return CachedDistillation(head, plan.distill, torch.cat(rows), torch.cat(outputs), n)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, plan: Plan) -> AdamW | SGD:
-    """The fused optimizer over backbone and head, anchored at the weights as they are now."""
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, plan: Plan, curvature: SourceCard | None = None
+) -> AdamW | SGD:
+    """The fused optimizer over backbone and head, anchored at the weights as they are now.
+
+    The pull is weighted by `curvature`, where it is given.
+    """
     groups = param_groups(
         model,
         lr=config.lr,
@@ -89,6 +95,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, plan: Plan) -> AdamW |
     )
     for group in groups:
         group["initial_lr"] = group["lr"]
+        if curvature is not None and group["name"].startswith("backbone"):
+            group["curvature"] = curvature.curvature_for(group["params"])
     if config.optimizer == "sgd":
         return SGD(groups, momentum=0.9, max_grad_norm=config.max_grad_norm)
     return AdamW(groups, max_grad_norm=config.max_grad_norm)

@@ -27,8 +27,9 @@ class Result:
             (`fast.fold_head` makes it plain).
         history: one record per evaluation: step, loss (mean over the steps since the last record,
             nats), target_accuracy, target_loss, source_accuracy, source_loss, drift (`||w - w0||`),
-            forgetting (source accuracy lost so far), grad_norm, lr, seconds. What was not measured
-            is None.
+            forgetting (source accuracy lost so far), forecast (of the rise of source loss, nats, or
+            of the accuracy lost under a budget in points; with a card or a budget), grad_norm, lr,
+            seconds. What was not measured is None.
         config: the options of the run.
         source_accuracy_before: of the pretrained network, before anything was changed.
     """

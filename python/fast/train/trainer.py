@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.curvature.card import SourceCard
 from fast.files import write_json
 from fast.heads import forward_logits, source_task
 from fast.train.checkpoint import load_checkpoint, save_checkpoint
-from fast.train.config import TrainConfig
+from fast.train.config import Budget, TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, check_labels, length, move, pick
 from fast.train.early_stopping import EarlyStopping
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
-from fast.train.methods import plan_for
+from fast.train.methods import METHODS, plan_for
 from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
+from fast.train.protect import Protection, hold_back, make_card
 from fast.train.result import Result
 from fast.train.schedule import lr_factor
 
@@ -47,6 +49,8 @@ def finetune(
     eval_every: int | None = None,
     seed: int = 0,
     transform: Transform | None = None,
+    card: SourceCard | str | Path | None = None,
+    source_inputs: Any = None,
     **options: Any,
 ) -> Result:
     """Adapt a pretrained classifier to a new task.
@@ -63,13 +67,18 @@ def finetune(
         source: the same, of the source task, only measured, as `source_accuracy`, with the source
             head; or a function of the model that returns an accuracy in 0..1.
         num_classes: C (default: from the labels).
-        method: `fast`, `vanilla`, `lp-ft` or `l2-sp`.
+        method: `fast`, `vanilla`, `lp-ft`, `l2-sp` or `ewc`.
         steps, epochs: length of the run (default: 3 epochs).
         batch_size: samples per optimizer step.
         lr: peak learning rate of the backbone.
         eval_every: steps between evaluations (default: a tenth of the run).
         seed: of the head, the data order and dropout.
         transform: applied to each training batch of inputs, on the CPU: augmentation.
+        card: a `fast.SourceCard` of this checkpoint, or its file: weights the pull of `fast` and
+            `ewc` by what the source task needs, and forecasts what is forgotten.
+        source_inputs: a few hundred source inputs, with labels or without: the card is made of
+            them, and `forget_budget` checked on others of them. `ewc` without either makes its card
+            of the target's inputs, which protects less.
         **options: the other fields of `fast.train.config.TrainConfig`.
 
     Returns:
@@ -98,7 +107,10 @@ def finetune(
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=list(cuda)):
         torch.manual_seed(seed)
-        return Trainer(config, model, train, val, source, num_classes, transform).run()
+        trainer = Trainer(
+            config, model, train, val, source, num_classes, transform, card, source_inputs
+        )
+        return trainer.run()
 
 
 class Trainer:
@@ -113,6 +125,8 @@ class Trainer:
         source: Any,
         num_classes: int | None,
         transform: Transform | None,
+        card: SourceCard | str | Path | None = None,
+        source_inputs: Any = None,
     ) -> None:
         self.config, self.transform = config, transform
         self.train_data = as_data(train, "train")
@@ -144,12 +158,28 @@ class Trainer:
 
         self.model = model.to(self.device)
         self.before = self._source_score()
-        plan = plan_for(config, self.steps)
+        card = make_card(config, model, card, source_inputs, self.batches, self.steps)
+        gauge = None
+        if config.forget_budget is not None and source_inputs is not None:
+            gauge = hold_back(source_inputs, model, Budget.parse(config.forget_budget))
+        plan = plan_for(config, self.steps, with_card=card is not None)
         self.distillation = prepare_model(
             model, self.num_classes, self.batches, plan, config.batch_norm, self.steps, self.device
         )
-        self.optimizer = make_optimizer(model, config, plan)
+        self.optimizer = make_optimizer(
+            model, config, plan, card if METHODS[config.method].card_decay is not None else None
+        )
         self.drift = Drift(self.optimizer)
+        self.protection = Protection(
+            config,
+            self.steps,
+            plan.stall,
+            card,
+            gauge,
+            self.optimizer,
+            self.drift,
+            self.distillation,
+        )
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype == torch.float16
@@ -174,6 +204,7 @@ class Trainer:
                 losses.append(self._step(step, *next(stream)))
                 bar.update()
                 done = step + 1
+                self.protection.after_step(done, self.model)
                 if done % self.eval_every == 0 or done == self.steps:
                     record = self._record(done, losses)
                     losses = []
@@ -243,6 +274,7 @@ class Trainer:
             "source_accuracy": source.accuracy if source else None,
             "source_loss": source.loss if source else None,
             "forgetting": lost,
+            "forecast": self.protection.forecast(),
             "drift": self.drift(),
             "grad_norm": grad_norm,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -271,6 +303,7 @@ class Trainer:
             "losses": [float(x) for x in losses],
             "stopping": self.stopping.state(),
             "scaler": self.scaler.state_dict(),
+            "protection": self.protection.state(),
         }
         save_checkpoint(self.folder, step, self.model, self.optimizer, record)
 
@@ -283,6 +316,7 @@ class Trainer:
         step, record = load_checkpoint(folder, self.model, self.optimizer)
         self.stopping.load(record["stopping"])
         self.scaler.load_state_dict(record["scaler"])
+        self.protection.load(record["protection"])
         losses = [torch.tensor(x, device=self.device) for x in record["losses"]]
         return step, record["history"], losses
 
