@@ -27,7 +27,6 @@ RESULTS = Path(__file__).parent / "results"
 ISSUE_PAIRS = (
     "resnet20 -> sign_digits,resnet20 -> gtsrb,mobilenet 0.25 -> flowers,minilm -> banking77"
 )
-EVAL_EVERY = 10
 # FAST at its defaults; every baseline at the better of two learning rates.
 LEARNING_RATES = {"fast": (1e-3,)}
 BASELINE_RATES = (3e-4, 1e-3)
@@ -50,7 +49,7 @@ def run(task: tuple[str, str, float, int, Path]) -> dict[str, Any]:
         lr=lr,
         steps=steps,
         seed=seed,
-        eval_every=EVAL_EVERY,
+        eval_every=PAIRS[pair].eval_every,
         progress=False,
         **options,
     )

@@ -145,15 +145,15 @@ class NearestClassMean:
         return (answers == right).float().mean().item()
 
 
-def _minilm(target: str, skill: str, folder: Folder) -> Job:
+def _minilm(target: str, skill: str, known_texts: int, folder: Folder) -> Job:
     encoder = folder.module("minilm").MiniLM()
     encoder.load_state_dict(folder.weights("minilm_l6_fp16"))
     train = folder.texts(target, "train")
-    known = folder.texts(skill, "train", 1000)
+    known = folder.texts(skill, "train", known_texts)
     return Job(
         SentenceClassifier(encoder, int(train[1].max()) + 1),
         train,
-        folder.texts(target, "test", 600),
+        folder.texts(target, "test", 500),
         NearestClassMean(known, folder.texts(skill, "test", 500)),
         known[0],
     )
@@ -163,6 +163,7 @@ def _minilm(target: str, skill: str, folder: Folder) -> Job:
 class Pair:
     make: Callable[[Folder], Job]
     steps: int
+    eval_every: int = 10
 
 
 PAIRS: dict[str, Pair] = {
@@ -170,6 +171,6 @@ PAIRS: dict[str, Pair] = {
     "resnet20 -> gtsrb": Pair(lambda f: _cifar(20, "gtsrb_part", f), 150),
     "resnet32 -> fashion_mnist": Pair(lambda f: _cifar(32, "fashion_mnist_part", f), 150),
     "mobilenet 0.25 -> flowers": Pair(lambda f: _mobilenet("flowers5_96jpeg", f), 100),
-    "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", f), 60),
-    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", f), 60),
+    "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", 300, f), 60, 12),
+    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", 1000, f), 60, 12),
 }
