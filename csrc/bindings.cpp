@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fast/anchored.h"
+#include "fast/streams.h"
 
 namespace py = pybind11;
 
@@ -87,6 +88,33 @@ class AnchoredPlan {
   std::mutex mutex_;
 };
 
+// The streams of a list of tensors, walked as an update would and without its arithmetic.
+class StreamWalk {
+ public:
+  // widths[k] and written[k] hold for stream k of every tensor; bases[k][i] is its address.
+  StreamWalk(const std::vector<int64_t>& numels, const std::vector<int64_t>& widths,
+             const std::vector<bool>& written, const std::vector<Addresses>& bases) {
+    const auto kinds = static_cast<int64_t>(widths.size());
+    for (size_t i = 0; i < numels.size(); i++) {
+      const auto first = static_cast<int64_t>(streams_.size());
+      for (size_t k = 0; k < widths.size(); k++)
+        streams_.push_back({pointer<char>(bases.at(k), i), widths[k], written.at(k)});
+      for (int64_t begin = 0; begin < numels[i]; begin += kChunk)
+        chunks_.push_back({first, kinds, begin, std::min(kChunk, numels[i] - begin)});
+    }
+  }
+
+  uint64_t run(int threads) const {
+    py::gil_scoped_release release;
+    return walk_streams(streams_.data(), chunks_.data(), static_cast<int64_t>(chunks_.size()),
+                        threads);
+  }
+
+ private:
+  std::vector<Stream> streams_;
+  std::vector<StreamChunk> chunks_;
+};
+
 }  // namespace
 }  // namespace fast
 
@@ -111,4 +139,8 @@ PYBIND11_MODULE(_C, m) {
                     const fast::Addresses&>())
       .def("adamw", bind(&fast::anchored_adamw_cpu))
       .def("sgd", bind(&fast::anchored_sgd_cpu));
+  py::class_<fast::StreamWalk>(m, "StreamWalk")
+      .def(py::init<const std::vector<int64_t>&, const std::vector<int64_t>&,
+                    const std::vector<bool>&, const std::vector<fast::Addresses>&>())
+      .def("run", &fast::StreamWalk::run);
 }
