@@ -73,8 +73,8 @@ def _differentiable_twice(module: nn.Module, args: Any, kwargs: dict[str, Any]) 
     inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     inputs = [t for t in inputs if t.requires_grad] + list(params.values())
     out = torch.func.functional_call(module, {**params, **buffers}, args, kwargs)
-    total = sum(
-        (t * torch.rand_like(t)).sum()
+    total: Any = sum(
+        (t * torch.rand_like(t)).square().sum()  # the cotangent has to depend on the output
         for t in pytree.tree_leaves(out)
         if isinstance(t, Tensor) and t.requires_grad
     )
@@ -86,7 +86,7 @@ def _differentiable_twice(module: nn.Module, args: Any, kwargs: dict[str, Any]) 
             return False
         moving = [g for g in grads if g is not None and g.requires_grad]
         if moving:
-            again = sum(g.square().sum() for g in moving)
+            again: Any = sum(g.square().sum() for g in moving)
             torch.autograd.grad(again, inputs, allow_unused=True)
     except RuntimeError:
         return False

@@ -153,6 +153,6 @@ def _sample_squares(
                 return loss.unrows(r[None], z.shape)[0], scale / draws, weight
 
             part, weight = squared_sample_gradients(network, batch, cotangent)
-            total = part if total is None else torch._foreach_add(total, part)
+            total = part if total is None else list(torch._foreach_add(total, part))
         assert total is not None
         return total, weight

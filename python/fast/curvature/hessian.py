@@ -82,7 +82,7 @@ class NetworkOperator(SymmetricOperator):
         self.space = self.network.space
         self.loss = recognise(loss_fn, reduction)
         self.data = data if isinstance(data, Batches) else Batches(data)
-        self.options = {
+        self.options: dict[str, Any] = {
             "reduction": reduction,
             "method": method,
             "chunk": chunk,

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as torch_checkpoint
 
+from fast.curvature.memory import reuse_freed_pages
 from fast.curvature.space import ParameterSpace
 
 Params = None | str | Iterable[str] | Iterable[Tensor] | Callable[[str, Tensor], bool]
@@ -36,6 +37,8 @@ class Network:
         every = dict(self.model.named_parameters())
         self.names = select(every, params)
         self.space = ParameterSpace({n: every[n] for n in self.names})
+        if self.space.device.type == "cpu":
+            reuse_freed_pages()
         self.uses_cudnn_rnn = self.space.device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.model.modules()
         )
@@ -135,7 +138,7 @@ def select(every: Mapping[str, Tensor], params: Params) -> tuple[str, ...]:
         chosen = set()
         by_id = {id(p): n for n, p in every.items()}
         for item in params:
-            name = item if isinstance(item, str) else by_id.get(id(item))
+            name = item if isinstance(item, str) else by_id.get(id(item), "")
             if name not in every:
                 what = repr(item) if isinstance(item, str) else f"a tensor {list(item.shape)}"
                 raise ValueError(f"params has {what}, which is no parameter of the model")
@@ -192,6 +195,14 @@ def _checkpoint_inline() -> Iterator[None]:
             setattr(torch_checkpoint, n, value)
 
 
+_DETACHING = (
+    Tensor.detach,
+    Tensor.detach_,
+    torch.detach,
+    vars(torch._C.TensorBase)["data"].__get__,
+)
+
+
 class _StopGradients(TorchFunctionMode):
     def __init__(self, stopped: Callable[[Tensor], object]):
         super().__init__()
@@ -201,7 +212,7 @@ class _StopGradients(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (Tensor.detach, Tensor.detach_, torch.detach, Tensor.data.__get__):
+        if func in _DETACHING:
             self.stopped(out)
         return out
 

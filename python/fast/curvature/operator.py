@@ -186,7 +186,7 @@ class Sum(SymmetricOperator):
         self.space = first.space
 
     def products(self, vectors: Blocks) -> Blocks:
-        return torch._foreach_add(self.first.products(vectors), self.second.products(vectors))
+        return list(torch._foreach_add(self.first.products(vectors), self.second.products(vectors)))
 
     def _quad(self, vectors: Blocks) -> Tensor:
         return self.first._quad(vectors) + self.second._quad(vectors)
@@ -200,7 +200,7 @@ class Scaled(SymmetricOperator):
         self.space = base.space
 
     def products(self, vectors: Blocks) -> Blocks:
-        return torch._foreach_mul(self.base.products(vectors), self.factor)
+        return list(torch._foreach_mul(self.base.products(vectors), self.factor))
 
     def _quad(self, vectors: Blocks) -> Tensor:
         return self.base._quad(vectors) * self.factor

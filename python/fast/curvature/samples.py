@@ -41,7 +41,9 @@ def squared_sample_gradients(
                 for t, is_sample in zip(tensors, per_sample, strict=True)
             ]
             inputs = pytree.tree_unflatten(leaves_i, spec)
-            _, pull = vjp(lambda p: network.outputs({**fixed, **p}, inputs), chosen)
+            _, pull = vjp(  # type: ignore[misc]
+                lambda p: network.outputs({**fixed, **p}, inputs), chosen
+            )
             return pull(c_i[None])[0]
 
         samples = [t for t, is_sample in zip(tensors, per_sample, strict=True) if is_sample]

@@ -125,15 +125,17 @@ class _Folded:
         del u
         into = {}
         for slot, o in zip(self.grad_slots, out, strict=True):
-            source, transposed = self.sources.get(slot, (None, True))
-            if source is not None and not transposed and o.ndim == 3:
-                into[source] = o
+            if slot is not None and slot in self.sources and o.ndim == 3:
+                source, transposed = self.sources[slot]
+                if not transposed:
+                    into[source] = o
         self.backward.run(values, into)
         for slot, o in zip(self.grad_slots, out, strict=True):
-            if slot is None:
+            value = None if slot is None else values[slot]
+            if value is None:
                 o.zero_()
-            elif values[slot].data_ptr() != o.data_ptr():
-                o.copy_(values[slot])
+            elif value.data_ptr() != o.data_ptr():
+                o.copy_(value)
 
     @torch.no_grad()
     def quad(self, vectors: Blocks) -> Tensor:

@@ -46,9 +46,8 @@ class Recorder(TorchDispatchMode):
         slots = tuple(self._lookup(a) for a in args)
         if any(self._lookup(a) is not None for a in kwargs.values()):
             raise UnsupportedOperation(f"{func} with a keyword argument that depends on parameters")
-        active = any(_any(s) for s in slots)
-        if not active:
-            self._check_untracked(func, args)
+        self._check_untracked(func, args)
+        if not any(_any(s) for s in slots):
             return func(*args, **kwargs)
         mutated = _mutated(func, args)
         if self.forward and not torch.is_grad_enabled():
@@ -121,7 +120,7 @@ class Recorder(TorchDispatchMode):
             return
         for arg in args:
             for t in arg if isinstance(arg, list | tuple) else (arg,):
-                if isinstance(t, Tensor) and t.requires_grad:
+                if isinstance(t, Tensor) and t.requires_grad and t not in self.slots:
                     raise UnsupportedOperation(
                         f"the custom autograd function whose result goes into {func}"
                     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.folded.rules.base import Call, UnsupportedOperation, aten, rule
+from fast.curvature.folded.rules.base import Call, Tangent, UnsupportedOperation, aten, rule
 from fast.curvature.folded.rules.matmul import batched
 
 
@@ -24,7 +24,7 @@ def _flat(t: Tensor) -> Tensor:
     return t.reshape(-1, *t.shape[-2:])
 
 
-def _moving(d: Tensor | None) -> Tensor | None:
+def _moving(d: Tangent) -> Tangent:
     """[K, ..., T, d] -> [K, n, T, d]."""
     return None if d is None else d.reshape(d.shape[0], -1, *d.shape[-2:])
 
@@ -40,7 +40,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
     return torch.softmax(scores, -1)
 
 
-def _terms(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tensor | None:
+def _terms(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tangent:
     """Sum of a_i @ b_i over the pairs without None; fixed factors get a K axis of stride zero."""
     out = None
     for a, b in pairs:
@@ -79,9 +79,12 @@ class _Attention:
         )
         self.q, self.k, self.v = _flat(q), _flat(k), _flat(v)
         # Set by `prepare`, where queries, keys or values move.
-        self.g = self.gp = self.centred = self.gs = None
+        self.g: Any = None
+        self.gp: Any = None
+        self.centred: Any = None
+        self.gs: Any = None
 
-    def scores(self, dq: Tensor | None, dk: Tensor | None) -> Tensor | None:
+    def scores(self, dq: Tangent, dk: Tangent) -> Tangent:
         """dP, from dS = c (dq k^T + q dk^T)."""
         if dq is None and dk is None:
             return None
@@ -93,7 +96,7 @@ class _Attention:
         )
         return _softmax_tangent(self.p, ds.mul_(self.scale))
 
-    def forward(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Tensor:
+    def forward(self, dq: Tangent, dk: Tangent, dv: Tangent) -> Tensor:
         return _terms([(self.scores(dq, dk), self.v), (self.p, dv)])
 
     def prepare(self, g: Tensor) -> None:
@@ -102,9 +105,7 @@ class _Attention:
         self.centred = self.gp - (self.gp * self.p).sum(-1, keepdim=True)
         self.gs = self.p * self.centred * self.scale
 
-    def backward(
-        self, dg: Tensor | None, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(self, dg: Tangent, dq: Tangent, dk: Tangent, dv: Tangent) -> tuple[Tangent, ...]:
         dp = self.scores(dq, dk)
         by_v = _terms(
             [

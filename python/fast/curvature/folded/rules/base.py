@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 aten = torch.ops.aten
+# One tangent, [K, *shape], or None where the argument does not move.
+Tangent = Any
 Rule = Callable[["Call"], Callable[..., Any]]
 RULES: dict[Any, Rule] = {}
 

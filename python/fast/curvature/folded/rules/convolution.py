@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.folded.rules.base import Call, aten, batch_inner, rule
+from fast.curvature.folded.rules.base import Call, Tangent, aten, batch_inner, rule
 
 
 @rule(aten.convolution.default)
@@ -25,7 +25,7 @@ def convolution(call: Call):
     x = call.keep(x) if call.is_active(1) else x
     w = call.keep(w) if call.is_active(0) else w
 
-    def derivative(dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *_: Any) -> Tensor:
+    def derivative(dx: Tangent, dw: Tangent, db: Tangent, *_: Any) -> Tangent:
         out = None
         if dx is not None:
             inner = batch_inner(dx)
@@ -67,7 +67,7 @@ def convolution_backward(call: Call):
             g, x, w, bias_sizes if wanted[2] else None, *options, groups, wanted
         )
 
-    def input_gradient(dg: Tensor | None, dw: Tensor | None) -> Tensor | None:
+    def input_gradient(dg: Tangent, dw: Tangent) -> Tangent:
         out = None
         if dg is not None:
             inner = batch_inner(dg)
@@ -89,7 +89,7 @@ def convolution_backward(call: Call):
             out = moved if out is None else out.add_(moved)
         return None if out is None else out.transpose(0, 1)
 
-    def weight_gradient(dg: Tensor | None, dx: Tensor | None) -> Tensor | None:
+    def weight_gradient(dg: Tangent, dx: Tangent) -> Tangent:
         out = None
         if dg is not None and foldable:
             inner = batch_inner(dg)
@@ -111,9 +111,7 @@ def convolution_backward(call: Call):
             out = moved if out is None else out.add_(moved)
         return out
 
-    def derivative(
-        dg: Tensor | None, dx: Tensor | None, dw: Tensor | None, *_: Any
-    ) -> tuple[Tensor | None, ...]:
+    def derivative(dg: Tangent, dx: Tangent, dw: Tangent, *_: Any) -> tuple[Tangent, ...]:
         by_bias = None
         if mask[2] and dg is not None:
             by_bias = dg.sum([1, *range(3, dg.ndim)])

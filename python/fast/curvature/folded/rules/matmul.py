@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.folded.rules.base import Call, aten, rule, spread
+from fast.curvature.folded.rules.base import Call, Tangent, aten, rule, spread
 
 # Below this many columns a product per vector is mostly overhead: fold K into the columns.
 NARROW = 64
@@ -43,10 +43,10 @@ def fixed_times(
 
 def _product(call: Call, i: int, j: int):
     """Derivative of args[i] @ args[j], both matrices."""
-    a = call.keep(call.args[i]) if call.is_active(j) else None
-    b = call.keep(call.args[j]) if call.is_active(i) else None
+    a: Any = call.keep(call.args[i]) if call.is_active(j) else None
+    b: Any = call.keep(call.args[j]) if call.is_active(i) else None
 
-    def derivative(da: Tensor | None, db: Tensor | None, into: Tensor | None = None) -> Tensor:
+    def derivative(da: Tangent, db: Tangent, into: Tangent = None) -> Tangent:
         if da is None:
             return fixed_times(a, db, into=into)
         out = times_fixed(da, b, into)
@@ -68,7 +68,7 @@ def addmm(call: Call):
     beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
     shape, bias_ndim = call.out.shape, call.args[0].ndim
 
-    def derivative(d: Tensor | None, da: Tensor | None, db: Tensor | None) -> Tensor:
+    def derivative(d: Tangent, da: Tangent, db: Tangent) -> Tangent:
         out = None
         if da is not None or db is not None:
             out = product(da, db)
@@ -85,20 +85,18 @@ def addmm(call: Call):
 
 @rule(aten.bmm.default)
 def bmm(call: Call):
-    a = call.keep(call.args[0]) if call.is_active(1) else None
-    b = call.keep(call.args[1]) if call.is_active(0) else None
+    a: Any = call.keep(call.args[0]) if call.is_active(1) else None
+    b: Any = call.keep(call.args[1]) if call.is_active(0) else None
 
-    def derivative(da: Tensor | None, db: Tensor | None) -> Tensor:
+    def derivative(da: Tangent, db: Tangent) -> Tangent:
         return moving_product(da, db, a, b)
 
     return derivative
 
 
-def moving_product(
-    da: Tensor | None, db: Tensor | None, a: Tensor | None, b: Tensor | None
-) -> Tensor:
+def moving_product(da: Tangent, db: Tangent, a: Tangent, b: Tangent) -> Tangent:
     """da b + a db for a [n, p, q], b [n, q, r] and their tangents with K in front."""
-    out = None
+    out: Tangent = None
     if da is not None:
         out = batched(da, b.expand(da.shape[0], *b.shape))
     if db is not None:
@@ -119,10 +117,10 @@ def batched(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
 
 @rule(aten.dot.default, aten.mv.default)
 def vector_product(call: Call):
-    a = call.keep(call.args[0]) if call.is_active(1) else None
-    b = call.keep(call.args[1]) if call.is_active(0) else None
+    a: Any = call.keep(call.args[0]) if call.is_active(1) else None
+    b: Any = call.keep(call.args[1]) if call.is_active(0) else None
 
-    def derivative(da: Tensor | None, db: Tensor | None) -> Any:
+    def derivative(da: Tangent, db: Tangent) -> Any:
         first = 0.0 if da is None else da @ b
         second = 0.0 if db is None else (db @ a.T if a.ndim == 2 else db @ a)
         return first + second

@@ -1,4 +1,4 @@
-"""Layer norm, RMS norm and batch norm: one derivation for all of them.
+"""Layer norm and batch norm: one derivation for both.
 
 With n = (x - m(x)) r the normalised input and m the mean over the normalised entries, the
 derivative of n is the symmetric projection  P(u) = r (u - m(u) - n m(n u)),  so that
@@ -6,7 +6,7 @@ derivative of n is the symmetric projection  P(u) = r (u - m(u) - n m(n u)),  so
     y  = w n + b        dy  = w P(dx) + n dw + db
     gx = P(w g)         dgx = -r m(n dx) gx + r (dh - m(dh) - dn m(n h) - n m(dn h + n dh))
 
-with h = w g, dh = w dg + g dw, dn = P(dx); RMS norm leaves the plain means out.
+with h = w g, dh = w dg + g dw, dn = P(dx).
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.folded.rules.base import Call, aten, rule
+from fast.curvature.folded.rules.base import Call, Tangent, aten, rule
 
 
 class Normalised:
     """n and r of one input, and P, over the dimensions `dims` (of the tensor without K)."""
 
-    def __init__(self, n: Tensor, r: Tensor, dims: list[int], centred: bool = True):
+    def __init__(self, n: Tensor, r: Tensor, dims: list[int]):
         self.n, self.r = n, r
         self.dims = [d + 1 for d in dims]
-        self.centred = centred
 
     @classmethod
     def over(cls, x: Tensor, dims: list[int], eps: float) -> Normalised:
@@ -39,25 +38,26 @@ class Normalised:
     def project(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """P(u), and m(n u)."""
         overlap = self.mean(u * self.n)
-        out = u - self.mean(u) if self.centred else u.clone()
+        out = u - self.mean(u)
         return out.addcmul_(self.n, overlap, value=-1).mul_(self.r), overlap
 
-    def backward(
-        self, h: Tensor, dh: Tensor | None, dx: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, h: Tensor) -> None:
+        """What the tangent of P(h) needs of h, where the input moves as well."""
+        gx, along = self.project(h[None])
+        self.h = h * self.r
+        self.gx = gx[0] * -self.r
+        self.along = along[0] * self.r
+
+    def backward(self, dh: Tangent, dx: Tangent) -> tuple[Tangent, Tangent]:
         """Tangent of P(h), and P(dx)."""
         out, dn = None, None
         if dh is not None:
             out, _ = self.project(dh)
         if dx is not None:
             dn, overlap = self.project(dx)
-            along = (h * self.n).mean([d - 1 for d in self.dims], keepdim=True)
-            flat = h - h.mean([d - 1 for d in self.dims], keepdim=True) if self.centred else h
-            gx = (flat - self.n * along) * self.r
-            moved = gx * (overlap * -self.r)
-            moved.addcmul_(dn, along * self.r, value=-1)
-            moved.addcmul_(self.n, self.mean(dn * h) * self.r, value=-1)
-            out = moved if out is None else out.add_(moved)
+            out = self.gx * overlap if out is None else out.addcmul_(self.gx, overlap)
+            out.addcmul_(dn, self.along, value=-1)
+            out.addcmul_(self.n, self.mean(dn * self.h), value=-1)
         return out, dn
 
 
@@ -72,9 +72,10 @@ class Fixed:
     def project(self, u: Tensor) -> tuple[Tensor, None]:
         return u * self.r, None
 
-    def backward(
-        self, h: Tensor, dh: Tensor | None, dx: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def prepare(self, h: Tensor) -> None:
+        """P does not depend on the input."""
+
+    def backward(self, dh: Tangent, dx: Tangent) -> tuple[Tangent, Tangent]:
         return None if dh is None else dh * self.r, None if dx is None else dx * self.r
 
 
@@ -83,7 +84,7 @@ def _forward(call: Call, norm: Normalised | Fixed, w: Tensor | None, shape: list
     wide = None if w is None else w.view(shape)
     scale = norm.r if wide is None else norm.r * wide if isinstance(norm, Fixed) else None
 
-    def derivative(dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
+    def derivative(dx: Tangent, dw: Tangent, db: Tangent) -> Tangent:
         out = None
         if dx is not None and scale is not None and isinstance(norm, Fixed):
             out = dx * scale
@@ -113,18 +114,19 @@ def _backward(
     """Derivative of (gx, sum g n, sum g), the sums over the dimensions `rows`."""
     wide = None if w is None else w.view(shape)
     moving = call.is_active(1)
-    h = (g if wide is None else g * wide) if moving else None
+    if moving:
+        norm.prepare(g if wide is None else g * wide)
     over = [d + 1 for d in rows]
-    size = None if w is None else w.shape
+    size: Any = None if w is None else w.shape
 
-    def derivative(dg: Tensor | None, dx: Tensor | None, dw: Tensor | None) -> tuple[Any, ...]:
+    def derivative(dg: Tangent, dx: Tangent, dw: Tangent) -> tuple[Any, ...]:
         dh = None
         if dg is not None:
             dh = dg if wide is None else dg * wide
         if dw is not None:
             moved = g * dw.view(-1, *shape)
             dh = moved if dh is None else dh.add_(moved)
-        gx, dn = norm.backward(h, dh, dx)
+        gx, dn = norm.backward(dh, dx)
         gw = gb = None
         if mask[1]:
             parts = [] if dg is None else [(dg * norm.n).sum(over)]

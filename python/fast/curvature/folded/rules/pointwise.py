@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.folded.rules.base import Call, aten, rule, spread
+from fast.curvature.folded.rules.base import Call, Tangent, aten, rule, spread
 
 # f'(x), from the input x, the output y and the call.
 Slope = Callable[[Tensor, Tensor, Call], Tensor]
@@ -98,7 +98,7 @@ def add(call: Call):
     a_ndim = a.ndim
     b_ndim = b.ndim if isinstance(b, Tensor) else 0
 
-    def derivative(da: Tensor | None, db: Tensor | None, *_: Any) -> Tensor:
+    def derivative(da: Tangent, db: Tangent, *_: Any) -> Tangent:
         if da is not None and db is not None:
             out = torch.add(spread(da, a_ndim, ndim), spread(db, b_ndim, ndim), alpha=alpha)
         elif da is not None:
@@ -116,10 +116,10 @@ def mul(call: Call):
     a, b = call.args[:2]
     ndim, a_ndim = call.out.ndim, a.ndim
     b_ndim = b.ndim if isinstance(b, Tensor) else 0
-    keep_a = call.keep(a) if call.is_active(1) else None
-    keep_b = (call.keep(b) if isinstance(b, Tensor) else b) if call.is_active(0) else None
+    keep_a: Any = call.keep(a) if call.is_active(1) else None
+    keep_b: Any = (call.keep(b) if isinstance(b, Tensor) else b) if call.is_active(0) else None
 
-    def derivative(da: Tensor | None, db: Tensor | None) -> Tensor:
+    def derivative(da: Tangent, db: Tangent) -> Tangent:
         if da is None:
             return spread(db, b_ndim, ndim) * keep_a
         out = spread(da, a_ndim, ndim) * keep_b
@@ -139,9 +139,9 @@ def div(call: Call):
     ndim, a_ndim = call.out.ndim, a.ndim
     b_ndim = b.ndim if isinstance(b, Tensor) else 0
     inverse = 1 / b
-    slope = -call.out * inverse if call.is_active(1) else None
+    slope: Any = -call.out * inverse if call.is_active(1) else None
 
-    def derivative(da: Tensor | None, db: Tensor | None) -> Tensor:
+    def derivative(da: Tangent, db: Tangent) -> Tangent:
         if da is None:
             return spread(db, b_ndim, ndim) * slope
         out = spread(da, a_ndim, ndim) * inverse
@@ -156,7 +156,7 @@ def where(call: Call):
     ndim, a_ndim, b_ndim = call.out.ndim, a.ndim, b.ndim
     mask = call.keep(condition)
 
-    def derivative(_: None, da: Tensor | None, db: Tensor | None) -> Tensor:
+    def derivative(_: None, da: Tangent, db: Tangent) -> Tangent:
         x = 0.0 if da is None else spread(da, a_ndim, ndim)
         y = 0.0 if db is None else spread(db, b_ndim, ndim)
         return torch.where(mask, x, y)
@@ -179,7 +179,7 @@ def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor |
         first, second = slopes(x, call)
         by_x = second * g if call.is_active(1) else None
 
-        def derivative(dg: Tensor | None, dx: Tensor | None = None, *_: Any) -> Tensor:
+        def derivative(dg: Tangent, dx: Tangent = None, *_: Any) -> Tangent:
             if dg is None:
                 return dx * by_x
             out = dg * first

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.folded.rules.base import Call, aten, dims_of, rule
+from fast.curvature.folded.rules.base import Call, Tangent, aten, dims_of, rule
 
 
 @rule(aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default)
@@ -24,7 +24,7 @@ def total(call: Call):
 def softmax(call: Call):
     y, dim = call.keep(call.out), call.args[1] % max(call.out.ndim, 1) + 1
 
-    def derivative(d: Tensor, *_: Any) -> Tensor:
+    def derivative(d: Tensor, *_: Any) -> Tangent:
         out = d * y
         return out.sub_(out.sum(dim, keepdim=True) * y)
 
@@ -46,7 +46,7 @@ def softmax_backward(call: Call):
     centred = g - (g * y).sum(dim, keepdim=True) if call.is_active(1) else None
     g = call.keep(g) if call.is_active(1) else None
 
-    def derivative(dg: Tensor | None, dy: Tensor | None, *_: Any) -> Tensor:
+    def derivative(dg: Tangent, dy: Tangent, *_: Any) -> Tangent:
         out = None
         if dg is not None:
             out = dg * y
@@ -68,7 +68,7 @@ def log_softmax_backward(call: Call):
     p = y.exp()
     weighted = p * g.sum(dim, keepdim=True) if call.is_active(1) else None
 
-    def derivative(dg: Tensor | None, dy: Tensor | None, *_: Any) -> Tensor:
+    def derivative(dg: Tangent, dy: Tangent, *_: Any) -> Tangent:
         if dg is None:
             return -(dy * weighted)
         out = dg - dg.sum(dim + 1, keepdim=True) * p
@@ -81,7 +81,7 @@ def _over_images(call: Call):
     """Linear, images in the last three dimensions: K joins the batch."""
     func, rest, kwargs = call.func, call.args[1:], call.kwargs
 
-    def derivative(d: Tensor, *_: Any) -> Tensor:
+    def derivative(d: Tensor, *_: Any) -> Tangent:
         lead = d.shape[:-3]
         inner = d.transpose(0, 1) if d.ndim == 5 else d
         out = func(inner.reshape(-1, *d.shape[-3:]), *rest, **kwargs)
@@ -103,7 +103,7 @@ def pool_backward(call: Call):
     func, x, rest = call.func, call.args[1], call.args[2:]
     shape = x.shape
 
-    def derivative(dg: Tensor | None, *_: Any) -> Tensor:
+    def derivative(dg: Tangent, *_: Any) -> Tangent:
         num_vectors = dg.shape[0]
         like = dg.new_empty(()).expand(num_vectors * shape[0], *shape[1:])
         out = func(dg.reshape(-1, *dg.shape[2:]), like, *rest)
@@ -132,7 +132,7 @@ def max_pool_backward(call: Call):
         return call.constant()
     indices, shape = call.args[7].flatten(-2), call.args[1].shape
 
-    def derivative(dg: Tensor | None, *_: Any) -> Tensor:
+    def derivative(dg: Tangent, *_: Any) -> Tangent:
         num_vectors = dg.shape[0]
         out = dg.new_zeros(num_vectors, *shape).flatten(-2)
         out.scatter_add_(-1, indices.expand(num_vectors, *indices.shape), dg.flatten(-2))

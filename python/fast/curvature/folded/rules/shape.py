@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fast.curvature.folded.rules.base import Call, UnsupportedOperation, aten, rule, spread
+from fast.curvature.folded.rules.base import Call, Tangent, UnsupportedOperation, aten, rule, spread
 
 
 @rule(
@@ -50,7 +50,7 @@ def copy(call: Call):
     shape, ndim, dtype = call.out.shape, call.out.ndim, call.out.dtype
     source_ndim = call.args[1].ndim
 
-    def derivative(d: Tensor | None, source: Tensor | None, *_: Any) -> Tensor:
+    def derivative(d: Tangent, source: Tangent, *_: Any) -> Tensor:
         if source is None:
             return torch.zeros_like(d)
         source = spread(source, source_ndim, ndim)
@@ -107,7 +107,7 @@ def cat(call: Call):
     shapes = [t.shape for t in call.args[0]]
     dim = call.arg(1, 0) % call.out.ndim + 1
 
-    def derivative(parts: list[Tensor | None], *_: Any) -> Tensor:
+    def derivative(parts: list[Tangent], *_: Any) -> Tensor:
         return torch.cat(_filled(parts, shapes), dim)
 
     return derivative
@@ -118,7 +118,7 @@ def stack(call: Call):
     shapes = [t.shape for t in call.args[0]]
     dim = call.arg(1, 0) % call.out.ndim + 1
 
-    def derivative(parts: list[Tensor | None], *_: Any) -> Tensor:
+    def derivative(parts: list[Tangent], *_: Any) -> Tensor:
         return torch.stack(_filled(parts, shapes), dim)
 
     return derivative
