@@ -15,8 +15,8 @@ _CODES = {
     torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4, torch.uint8: 5,
 }  # fmt: skip
 
-# Plans by (rule, addresses of the parameters); a plan is tables only and holds no tensor. A stalled
-# and a full list, for a few optimizers.
+# Plans by (rule, addresses of the parameters and of the first step count: two optimizers may share
+# parameters); a plan is tables only and holds no tensor. A stalled and a full list, for a few.
 _plans: OrderedDict[tuple[Any, ...], tuple[list[Any], Any]] = OrderedDict()
 _MAX_PLANS = 16
 
@@ -82,7 +82,7 @@ def _build(batch: Batch, layout: list[Any]) -> Any:
 
 def run(batch: Batch, rule: str) -> None:
     """Step `batch` by `rule` ("adamw", "sgd") with the compiled kernel."""
-    key = (rule, tuple(map(_data_ptr, batch.params)))
+    key = (rule, batch.steps[0].data_ptr(), tuple(map(_data_ptr, batch.params)))
     layout = _layout(batch)
     known = _plans.get(key)
     # Plans are kept only for lists that were checked and in which nothing but gradients was copied.
