@@ -37,7 +37,7 @@ _captured: list[Any] = []
 class Launch:
     """A run of chunks whose rows are of one kind."""
 
-    kind: Hashable
+    kind: Any
     first: int
     count: int
 
@@ -123,7 +123,9 @@ def _check_devices(batch: Batch) -> None:
         "steps": batch.steps,
         "curvature_scales": batch.curvature_scales,
     }
-    lists |= {f"scales of {m}": s for m, s in zip(batch.op.moments, batch.moment_scales)}
+    lists |= {
+        f"scales of {m}": s for m, s in zip(batch.op.moments, batch.moment_scales, strict=False)
+    }
     for key, tensors in lists.items():
         for i, t in enumerate(tensors):
             if t is not None and t.numel() and t.device != device:
@@ -155,7 +157,8 @@ def _build(batch: Batch, layout: list[Any], misaligned: list[bool], kind_of: Kin
         for begin in range(0, p.numel(), CHUNK):
             count = min(CHUNK, p.numel() - begin)
             by_kind.setdefault(kind, []).append((begin, i | count << 32))
-    launches, chunks = [], []
+    launches: list[Launch] = []
+    chunks: list[tuple[int, int]] = []
     for kind, members in by_kind.items():
         launches.append(Launch(kind, len(chunks), len(members)))
         chunks += members

@@ -1,7 +1,7 @@
 """The anchored updates in Triton: one launch per kind of tensor, and what goes before and after.
 
-1. With clipping: `gradient_norm_kernel` reads the gradients, and `clip_kernel` makes of its sums the
-   norm, the scale of the gradients, and whether the step is skipped.
+1. With clipping: `gradient_norm_kernel` reads the gradients, and `clip_kernel` makes of its sums
+   the norm, the scale of the gradients, and whether the step is skipped.
 2. The update, a program per chunk of 16384 elements.
 3. `finish_kernel`: the four figures from the chunks' sums, and the step counts.
 
@@ -9,10 +9,11 @@ Every sum is in fixed order; nothing is read by the host. Hyper-parameters, loss
 are read from device memory, so a captured graph follows them.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import contextlib
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +23,23 @@ from torch import Tensor
 
 from fastkernels import _update_tables
 from fastkernels._update import Batch
-from fastkernels._update_triton_device import STEP, WORDS, chunk_of, gradient_scale, load
+from fastkernels._update_tables import ALIGNMENT
+from fastkernels._update_triton_device import STEP, WIDTH, WORDS, chunk_of, gradient_scale
+from fastkernels._update_triton_storage import load
 
-# Four elements per thread: 128-bit accesses of float32, and at most 64 registers with every
-# feature on (2048: up to 128, which halves the programs per multiprocessor).
+# Four elements per thread: 128-bit accesses of float32. ptxas takes up to 93 registers, and fits
+# them into 64 without a spill when asked: 4 programs of 256 threads then share a multiprocessor.
 BLOCK = 1024
-WARPS = 8
-_REDUCE = 1024
+REGISTERS = 64
+# What would spill at 64 registers (8-bit moments, remainders, float64) gets as many as it needs,
+# 72 to 138, and half the threads.
+HEAVY_BLOCK = 512
+_REDUCE, _WARPS = 1024, 8
 _TYPES = {1: tl.float32, 2: tl.float64, 3: tl.bfloat16, 4: tl.float16, 5: tl.uint8}
 
 
 class Kind(NamedTuple):
-    """What the update kernel is compiled for: storage types (None: absent) and alignment."""
+    """What the update kernel is compiled for: storage types (None: absent), alignment, block."""
 
     P: Any
     G: Any
@@ -44,6 +50,13 @@ class Kind(NamedTuple):
     REMAINDER: bool
     REAL: Any
     ALIGN: int
+    BLOCK: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the compiler."""
+        limit = {"maxnreg": REGISTERS} if self.BLOCK == BLOCK else {}
+        return {"num_warps": self.BLOCK // (32 * WIDTH.value), **limit}
 
 
 def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
@@ -52,7 +65,9 @@ def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
     if a is None:  # without an anchor there is nothing for the curvature to weigh
         f = None
     real = tl.float64 if p == tl.float64 else tl.float32
-    return Kind(p, g, m, v, a, f, remainder, real, _update_tables.ALIGNMENT if aligned else 1)
+    heavy = remainder or real == tl.float64 or tl.uint8 in (m, v)
+    block = HEAVY_BLOCK if heavy else BLOCK
+    return Kind(p, g, m, v, a, f, remainder, real, ALIGNMENT if aligned else 1, block)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -88,7 +103,7 @@ def sum_of(partial, count, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["chunk_count"])
 def clip_kernel(partial, chunk_count, max_norm, control, grad_scale, found_inf,
                 BLOCK: tl.constexpr):  # fmt: skip
-    """control = norm, what gradients are multiplied by, whether to skip. `max_norm`: float64 [1]."""
+    """control = norm, what gradients are multiplied by, whether to skip."""
     scale, skip = gradient_scale(control, grad_scale, found_inf, False)
     norm = tl.sqrt(sum_of(partial, chunk_count, BLOCK)) * scale
     if grad_scale is not None:
@@ -107,7 +122,7 @@ def finish_kernel(
     CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A single program, after the update: nothing else reads or writes the step counts then."""
-    scale, skip = gradient_scale(control, grad_scale, found_inf, CLIP)
+    _, skip = gradient_scale(control, grad_scale, found_inf, CLIP)
     if not skip:
         for at in range(0, row_count, BLOCK):
             o = at + tl.arange(0, BLOCK)
@@ -148,22 +163,22 @@ def run(batch: Batch, kernel: Any, rule: str) -> None:
             for launch in plan.launches:
                 gradient_norm_kernel[(launch.count,)](
                     grads, plan.chunks, launch.first, plan.partial, G=launch.kind.G,
-                    ALIGN=launch.kind.ALIGN, BLOCK=BLOCK, num_warps=WARPS,
+                    ALIGN=launch.kind.ALIGN, BLOCK=BLOCK, num_warps=_WARPS,
                 )  # fmt: skip
             clip_kernel[(1,)](
                 plan.partial, chunk_count, plan.max_norm, plan.control,
-                grad_scale, found_inf, BLOCK=_REDUCE, num_warps=WARPS,
+                grad_scale, found_inf, BLOCK=_REDUCE, num_warps=_WARPS,
             )  # fmt: skip
         for launch in plan.launches:
             kernel[(launch.count,)](
                 plan.rows, grads, plan.chunks, launch.first, chunk_count, hyper,
                 plan.seed, plan.control, grad_scale, found_inf, plan.partial,
-                **launch.kind._asdict(), CLIP=clip, STATS=batch.stats is not None, BLOCK=BLOCK,
-                WIDTH=BLOCK // WARPS // 32, num_warps=WARPS,
+                **launch.kind._asdict(), CLIP=clip, STATS=batch.stats is not None,
+                **launch.kind.options,
             )  # fmt: skip
         finish_kernel[(1,)](
             plan.rows, len(batch.params), plan.partial, chunk_count, plan.control,
-            grad_scale, found_inf, batch.stats, CLIP=clip, BLOCK=_REDUCE, num_warps=WARPS,
+            grad_scale, found_inf, batch.stats, CLIP=clip, BLOCK=_REDUCE, num_warps=_WARPS,
         )  # fmt: skip
     write_back()
     # The kernels write behind autograd's back: a graph that saved a parameter must notice.
