@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
-from fastkernels import _backends
+from fastkernels import _backends, _triton
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -20,7 +21,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _backends_on_cpu() -> list[str]:
-    return ["reference", "native"]
+    """Triton's kernels too under TRITON_INTERPRET=1; tests/kernels/test_triton.py asks for it."""
+    return ["reference", "native", *(["triton"] if _triton.interpreting() else [])]
 
 
 @pytest.fixture(params=_backends_on_cpu())
@@ -30,5 +32,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     for row in _backends.explain():
         if row.backend == name and row.device == "cpu" and not row.available:
             pytest.skip(f"{name}: {row.reason}")
+    if name == "triton":  # the interpreter is numpy, which warns where IEEE arithmetic is meant
+        request.getfixturevalue("_quiet_numpy")
     monkeypatch.setenv(_backends.ENVIRONMENT, name)
     return name
+
+
+@pytest.fixture
+def _quiet_numpy() -> Iterator[None]:
+    before = np.seterr(all="ignore")
+    yield
+    np.seterr(**before)
