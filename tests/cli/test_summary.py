@@ -22,9 +22,9 @@ def test_means_spreads_and_steps():
     table = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     steps = "steps to vanilla's 75.0"
     assert table["fast"]["target"] == "90.0 ± 0.0"
-    assert table["fast"]["source after"] == "87.0 ± 1.4"
-    assert table["fast"]["source lost"] == "3.0 ± 1.4"
-    assert table["vanilla"]["source lost"] == "50.0 ± 14.1"
+    assert table["fast"]["source after"] == "87.0 ± 12.7"  # t(0.975, 1) = 12.71
+    assert table["fast"]["source lost"] == "3.0 ± 12.7"
+    assert table["vanilla"]["source lost"] == "50.0 ± 127.1"
     assert table["fast"][steps] == "15 (0.50)"
     assert table["vanilla"][steps] == "30 (1.00), 1 of 2 seeds"
 
