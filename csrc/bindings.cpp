@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fast/anchored.h"
+#include "fast/cross_entropy.h"
 #include "fast/streams.h"
 
 namespace py = pybind11;
@@ -124,6 +125,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("chunk") = fast::kChunk;
   m.attr("code_block") = fast::kCodeBlock;
   m.def("cpu_instruction_set", &fast::cpu_instruction_set);
+  m.def("cross_entropy", [](uintptr_t u, uintptr_t p, uintptr_t scale, uintptr_t quad,
+                            int64_t vectors, int64_t rows, int64_t classes, bool f64, int threads) {
+    py::gil_scoped_release release;
+    fast::cross_entropy_cpu({reinterpret_cast<void*>(u), reinterpret_cast<const void*>(p),
+                             reinterpret_cast<const void*>(scale), reinterpret_cast<double*>(quad),
+                             vectors, rows, classes, f64, threads});
+  });
   const auto bind = [](auto update) {
     return [update](AnchoredPlan& plan, const fast::Addresses& grads, uintptr_t hyper,
                     uintptr_t stats, std::optional<double> grad_scale, double max_grad_norm,

@@ -30,6 +30,8 @@ SCHEMAS = {
         Tensor(d!)[] momentum_scales, Tensor(e!)[] remainders,
         Tensor? grad_scale=None, Tensor? found_inf=None, float? max_grad_norm=None,
         Tensor(f!)? stats=None, int seed=0) -> ()""",
+    "cross_entropy_hvp_": "(Tensor(a!) u, Tensor p, Tensor scale) -> ()",
+    "cross_entropy_quad": "(Tensor u, Tensor p, Tensor scale) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -49,5 +51,18 @@ def _fake_update(params: list[torch.Tensor], grads: list[torch.Tensor], *_: Any,
         )
 
 
+def _fake_cross_entropy_hvp(u: torch.Tensor, p: torch.Tensor, scale: torch.Tensor) -> None:
+    torch._check(u.shape[1:] == p.shape, lambda: "u must be [K, *p.shape]")
+
+
+def _fake_cross_entropy_quad(u: torch.Tensor, p: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return u.new_empty(u.shape[0], dtype=torch.float64)
+
+
+for _name, _fake in (
+    ("cross_entropy_hvp_", _fake_cross_entropy_hvp),
+    ("cross_entropy_quad", _fake_cross_entropy_quad),
+):
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
 for _name in ("anchored_adamw_", "anchored_sgd_"):
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake_update, lib=LIBRARY)

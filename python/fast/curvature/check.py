@@ -158,7 +158,7 @@ def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float
         return _relative(av.double(), tangents[0])
     mean = WeightedMean(reference.loss.reduction)
     for batch, z, t in zip(reference.data, _outputs(reference), tangents, strict=True):
-        form = (t * reference.loss.hessian(z, batch.target)(t[None])[0]).sum()
+        form = reference.loss.hessian(z, batch.target).quad(t[None])[0]
         mean.add([form], reference.loss.weight(z, batch.target, batch.size))
     quad = float(mean.result()[0])
     return abs(quad - float(v.double() @ av.double())) / max(abs(quad), 1e-30)

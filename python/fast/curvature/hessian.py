@@ -250,7 +250,7 @@ class Fisher(GGN):
             s = torch.linalg.vecdot(self.loss.rows(u), r[None])[..., None] * (r * scale)
             return self.loss.unrows(s, z.shape)
 
-        return product
+        return OutputHessian.of(product)
 
 
 class WeightedMean:

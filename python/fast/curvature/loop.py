@@ -109,12 +109,11 @@ class GraphGGN:
         return out
 
     def products(self, vectors: Blocks) -> Blocks:
-        return self.vjp(self.curvature(self.jvp(vectors)))
+        return self.vjp(self.curvature.product(self.jvp(vectors)))
 
     def quad(self, vectors: Blocks) -> Tensor:
         # (J v)^T S (J v): the half that pulls back to the parameters is not needed.
-        u = self.jvp(vectors)
-        return dot([u], [self.curvature(u)])
+        return self.curvature.quad(self.jvp(vectors))
 
 
 def grad_or_none(

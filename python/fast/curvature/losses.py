@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.curvature.space import dot
+from fastkernels import cross_entropy_hvp_, cross_entropy_quad
+
 LossFn = Callable[[Tensor, Any], Tensor]
-OutputHessian = Callable[[Tensor], Tensor]  # [K, *output] -> [K, *output]
+
+
+@dataclass(frozen=True)
+class OutputHessian:
+    """A symmetric matrix at the network's output, for K vectors u [K, *output] at once.
+
+    `product(u)` is [K, *output] and may overwrite u; `quad(u)` is u^T H u, [K], float64.
+    """
+
+    product: Callable[[Tensor], Tensor]
+    quad: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, product: Callable[[Tensor], Tensor]) -> OutputHessian:
+        return cls(product, lambda u: dot([u], [product(u.clone())]))
 
 
 class Loss:
@@ -54,13 +72,13 @@ class Loss:
         with torch.enable_grad():
             (g,) = torch.autograd.grad(self.value(z, y), z, create_graph=True)
         if not g.requires_grad:
-            return torch.zeros_like
+            return OutputHessian.of(torch.zeros_like)
 
         def product(u: Tensor) -> Tensor:
             out = [torch.autograd.grad(g, z, v, retain_graph=True)[0] for v in u]
             return torch.stack(out)
 
-        return product
+        return OutputHessian.of(product)
 
     def residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
         """r [n, d] and c with: empirical Fisher = c * sum_i J_i^T r_i r_i^T J_i.
@@ -165,15 +183,18 @@ class CrossEntropy(Loss):
     def hessian(self, z: Tensor, y: Any) -> OutputHessian:
         z = z.detach()
         logits = self.rows(z[None])[0]
-        p = torch.softmax(logits, -1)
-        scale = self.scaled_rows(z, y)[:, None]
+        p = torch.softmax(logits, -1).contiguous()
+        scale = self.scaled_rows(z, y)
 
         def product(u: Tensor) -> Tensor:
-            u = self.rows(u)
-            mean = torch.linalg.vecdot(u, p[None])[..., None]
-            return self.unrows((u - mean).mul_(p * scale), z.shape)
+            rows = self.rows(u).contiguous()
+            cross_entropy_hvp_(rows, p, scale)
+            return self.unrows(rows, z.shape)
 
-        return product
+        def quad(u: Tensor) -> Tensor:
+            return cross_entropy_quad(self.rows(u).contiguous(), p, scale)
+
+        return OutputHessian(product, quad)
 
     def residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
         # Every label is a sample of its own: positions of a sequence are not added up.
@@ -207,7 +228,7 @@ class SquaredError(Loss):
 
     def hessian(self, z: Tensor, y: Any) -> OutputHessian:
         factor = self._factor(z)
-        return lambda u: u * factor
+        return OutputHessian.of(lambda u: u * factor)
 
     def sample(self, z: Tensor, y: Any) -> Any:
         # The density with -log p = (z - y)^2 per sample mean: a Gaussian of variance d / 2.

@@ -79,6 +79,7 @@ class _Folded:
         later = backward.steps[split if self.exact else 0 :]
         self.backward = Program(later, backward.sizes, outputs)
         kept = self.backward.reads() | outputs if self.exact else set()
+        self.late = kept
         self.forward = Program(forward.steps[:split], forward.sizes, {self.output_slot} | kept)
         self.sources = self.backward.sources(outputs)
         self.chunk = chunk or self._chunk(network.space.device, budget)
@@ -119,9 +120,11 @@ class _Folded:
 
     def _product(self, vectors: Blocks, out: Blocks) -> None:
         u, values = self.jvp(vectors)
+        if self.output_slot is not None and self.output_slot not in self.late:
+            values[self.output_slot] = None
         if not self.exact:
             values = [None] * len(self.backward.sizes)
-        values[self.cotangent_slot] = self.curvature(u)
+        values[self.cotangent_slot] = self.curvature.product(_own(u, [*vectors, *values]))
         del u
         into = {}
         for slot, o in zip(self.grad_slots, out, strict=True):
@@ -144,7 +147,7 @@ class _Folded:
         values = []
         for start in range(0, vectors[0].shape[0], self.chunk):
             u, _ = self.jvp([v[start : start + self.chunk] for v in vectors])
-            values.append(dot([u], [self.curvature(u)]))
+            values.append(self.curvature.quad(u))
         return torch.cat(values)
 
 
@@ -158,3 +161,10 @@ class FoldedGGN(_Folded):
     """J^T S J of one batch: forward record, curvature at the output, transposed record."""
 
     exact = False
+
+
+def _own(u: Tensor, others: list[Tensor | None]) -> Tensor:
+    """u itself where nothing else reads its memory, else a copy: it will be overwritten."""
+    memory = u.untyped_storage().data_ptr()
+    used = any(t is not None and t.untyped_storage().data_ptr() == memory for t in others)
+    return u.clone() if used else u

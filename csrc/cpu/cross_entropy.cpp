@@ -1,0 +1,46 @@
+// Blocks of rows over the threads; the rows' code is in cross_entropy_isa.
+
+#include "fast/cross_entropy.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "fast/anchored.h"
+
+namespace fast {
+namespace {
+
+// A block's forms are summed alone and then in order, so the result is that of one thread.
+constexpr int64_t kBlock = 16;
+// Below this many logits the other threads cost more than they bring.
+constexpr int64_t kParallelFrom = 32768;
+
+const CrossEntropyKernels& kernels() {
+#ifdef FAST_X86
+  if (!std::strcmp(cpu_instruction_set(), "avx512")) return cross_entropy_kernels_avx512();
+  if (!std::strcmp(cpu_instruction_set(), "avx2")) return cross_entropy_kernels_avx2();
+#endif
+  return cross_entropy_kernels_baseline();
+}
+
+}  // namespace
+
+void cross_entropy_cpu(const CrossEntropyArgs& args) {
+  const CrossEntropyKernels& table = kernels();
+  const int64_t blocks = (args.rows + kBlock - 1) / kBlock;
+  std::vector<double> partial(args.quad ? blocks * args.vectors : 0, 0.0);
+  const int64_t work = args.vectors * args.rows * args.classes;
+  const int threads = work < kParallelFrom ? 1 : args.threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t b = 0; b < blocks; b++) {
+    double* quad = args.quad ? partial.data() + b * args.vectors : nullptr;
+    table.rows(args, b * kBlock, std::min(args.rows, (b + 1) * kBlock), quad);
+  }
+  if (!args.quad) return;
+  std::fill_n(args.quad, args.vectors, 0.0);
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t k = 0; k < args.vectors; k++) args.quad[k] += partial[b * args.vectors + k];
+}
+
+}  // namespace fast

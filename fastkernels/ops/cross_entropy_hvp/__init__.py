@@ -1,0 +1,82 @@
+"""`cross_entropy_hvp_` and `cross_entropy_quad`: the Hessian of cross-entropy in its logits, for K
+vectors at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkernels import _backends, _native, _schemas, _triton
+
+HVP, QUAD = "cross_entropy_hvp_", "cross_entropy_quad"
+for _op in (HVP, QUAD):
+    _backends.register(_op, "native", ("cpu",), f"{__name__}.native", _native.available)
+    _backends.register(_op, "triton", ("cuda",), f"{__name__}.triton", _triton.available)
+    _backends.register(_op, "reference", ("cpu", "cuda"), f"{__name__}.reference")
+    _backends.register(_op, "triton", ("cpu",), f"{__name__}.triton", _triton.available_on_cpu)
+
+
+def cross_entropy_hvp_(u: Tensor, p: Tensor, scale: Tensor) -> None:
+    """Overwrite every `u[k]` with the Hessian of the loss in the logits times `u[k]`.
+
+    The equation is in `.reference`; no logit is exponentiated here: `p` is computed once and
+    shared by the K vectors, and by all products at the same point.
+
+    Args:
+        u: `[K, N, C]`, contiguous: K vectors of N rows of C logits. Overwritten.
+        p: `[N, C]`, contiguous: the softmax of the logits.
+        scale: `[N]`: the share of each row in the loss; 1/N for a plain mean, 0 for an ignored row.
+            All three have one dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not fit; the message names the tensor.
+        RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
+    """
+    torch.ops.fastkernels.cross_entropy_hvp_(u, p, scale)
+
+
+def cross_entropy_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
+    """`[K]`, float64: `<u[k], H u[k]>` for every k; `u` is read once and nothing else is written.
+
+    Args:
+        u, p, scale: as for `cross_entropy_hvp_`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not fit; the message names the tensor.
+        RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
+    """
+    result: Tensor = torch.ops.fastkernels.cross_entropy_quad(u, p, scale)
+    return result
+
+
+def _check(op: str, u: Tensor, p: Tensor, scale: Tensor) -> None:
+    if u.dim() != 3 or p.shape != u.shape[1:] or scale.shape != u.shape[1:2]:
+        raise ValueError(
+            f"{op}: u must be [K, N, C], p [N, C] and scale [N]; got {list(u.shape)}, "
+            f"{list(p.shape)} and {list(scale.shape)}"
+        )
+    for name, t in {"u": u, "p": p, "scale": scale}.items():
+        if t.dtype != u.dtype or not t.is_floating_point():
+            raise ValueError(f"{op}: {name} is {t.dtype}; u, p and scale share one floating dtype")
+        if t.device != u.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, u on {u.device}")
+        if not t.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous; pass {name}.contiguous()")
+
+
+def _hvp(u: Tensor, p: Tensor, scale: Tensor) -> None:
+    _check(HVP, u, p, scale)
+    if u.numel():
+        _backends.choose(HVP, u.device.type)(u, p, scale)
+
+
+def _quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
+    _check(QUAD, u, p, scale)
+    if not u.numel():
+        return u.new_zeros(u.shape[0], dtype=torch.float64)
+    result: Tensor = _backends.choose(QUAD, u.device.type)(u, p, scale)
+    return result
+
+
+_schemas.implement(HVP, _hvp)
+_schemas.implement(QUAD, _quad)
