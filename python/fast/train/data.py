@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -209,8 +210,8 @@ class TrainBatches:
         """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader)."""
         epoch, skip = divmod(step, self.steps_per_epoch)
         while True:
-            # Distinct for every (seed, epoch) below 2**31 epochs; torch wants a 64-bit seed.
-            seed = (self.seed << 31 | epoch) % 2**63
+            # Hashed: torch's CPU generator takes 64 bits of seed and uses the lower 32.
+            seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
             if self.data.loader is not None:
                 for batch in self._loader_epoch(self.data.loader, seed, skip):
                     yield *split_batch(batch, self.data.name), None

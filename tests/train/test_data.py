@@ -1,0 +1,67 @@
+"""The order of training batches, and what data may come as."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from fast.train.data import TrainBatches, as_data, split_batch
+
+X, Y = torch.arange(40.0)[:, None], torch.arange(40) % 3
+
+
+def order(seed, start=0, count=10):
+    stream = TrainBatches(as_data((X, Y), "train"), 8, seed).from_step(start)
+    return [next(stream)[2].tolist() for _ in range(count)]
+
+
+def test_every_seed_has_its_own_order_and_every_epoch_too():
+    epochs = [tuple(map(tuple, order(seed)[i : i + 5])) for seed in range(40) for i in (0, 5)]
+    assert len(set(epochs)) == len(epochs)
+
+
+def test_an_epoch_sees_every_sample_once():
+    assert sorted(i for batch in order(3, count=5) for i in batch) == list(range(40))
+
+
+def test_the_order_can_start_anywhere():
+    assert order(1)[7:] == order(1, start=7, count=3)
+
+
+def test_a_data_set_smaller_than_a_batch_is_one_batch():
+    batches = TrainBatches(as_data((X[:5], Y[:5]), "train"), 64, 0)
+    assert batches.steps_per_epoch == 1
+    assert len(next(batches.from_step(0))[1]) == 5
+
+
+def test_batches_in_several_forms():
+    a, b, y = torch.ones(4, 2), torch.ones(4, 3), torch.zeros(4)
+    assert split_batch((a, y), "train")[0] is a
+    assert split_batch([a, b, y], "train")[0] == (a, b)
+    assert split_batch({"ids": a, "label": y}, "train")[0] == {"ids": a}
+    with pytest.raises(TypeError, match="without labels"):
+        split_batch({"ids": a}, "train")
+    with pytest.raises(TypeError, match="Tensor of shape"):
+        split_batch(a, "train")
+
+
+def test_an_empty_loader_and_a_stream_without_length():
+    with pytest.raises(ValueError, match="no batches"):
+        as_data(DataLoader(TensorDataset(X[:3], Y[:3]), batch_size=8, drop_last=True), "train")
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(zip(X, Y, strict=True))
+
+    with pytest.raises(TypeError, match="map-style"):
+        as_data(Stream(), "train")
+
+
+def test_classes_are_counted_or_asked_for():
+    assert as_data((X, Y), "train").infer_num_classes() == 3
+    named = TensorDataset(X, Y)
+    with pytest.raises(ValueError, match="pass num_classes="):
+        as_data(named, "train").infer_num_classes()
+    named.classes = ["a", "b", "c", "d"]
+    assert as_data(named, "train").infer_num_classes() == 4
