@@ -33,6 +33,16 @@ _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _captured: list[Any] = []
 
 
+def keep_for_graphs(*what: Any) -> None:
+    """Keep tables that a captured graph reads at every replay as long as the process."""
+    _captured.extend(what)
+
+
+def flag(t: Tensor | None, device: torch.device) -> Tensor | None:
+    """A loss scale or found_inf as the kernels read it; GradScaler's own need no copy."""
+    return None if t is None else t.to(device, torch.float32).reshape(1)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A run of chunks whose rows are of one kind."""
@@ -63,6 +73,7 @@ class Plan:
     max_norm: Tensor
     uploaded: list[int] = field(default_factory=list)
     spare: Tensor | None = None
+    replayed: bool = False
 
     def upload(self, addresses: list[int]) -> Tensor:
         """The table of these gradients' addresses, without a sync.
@@ -80,7 +91,7 @@ class Plan:
                 raise RuntimeError("run a step of this optimizer between two graph captures")
             table, host, self.spare = torch.empty_like(self.grads), self.spare, None
             host.copy_(torch.tensor(addresses, dtype=torch.int64))
-            _captured.append((self, host, table))
+            keep_for_graphs(self, host, table)
             return table.copy_(host, non_blocking=True)
         if self.spare is None:
             self.spare = torch.empty(self.grads.shape, dtype=torch.int64, pin_memory=True)
@@ -159,7 +170,7 @@ def _build(batch: Batch, layout: list[Any], misaligned: list[bool], kind_of: Kin
             by_kind.setdefault(kind, []).append((begin, i | count << 32))
     launches: list[Launch] = []
     chunks: list[tuple[int, int]] = []
-    for kind, members in by_kind.items():
+    for kind, members in sorted(by_kind.items(), key=lambda item: item[0] == "double"):
         launches.append(Launch(kind, len(chunks), len(members)))
         chunks += members
 

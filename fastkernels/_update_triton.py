@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastkernels import _update_tables
 from fastkernels._update import Batch
@@ -143,16 +142,12 @@ def finish_kernel(
             tl.store(stats + 3, 0.5 * forgetting)
 
 
-def _flag(t: Tensor | None, device: torch.device) -> Tensor | None:
-    """A loss scale or found_inf as the kernels read it; GradScaler's own need no copy."""
-    return None if t is None else t.to(device, torch.float32).reshape(1)
-
-
 def run(batch: Batch, kernel: Any, rule: str) -> None:
     """Step `batch` by the update kernel of one op."""
     plan, batch, write_back = _update_tables.plan_of(batch, f"triton {rule}", kind_of)
     device = batch.params[0].device
-    grad_scale, found_inf = _flag(batch.grad_scale, device), _flag(batch.found_inf, device)
+    grad_scale = _update_tables.flag(batch.grad_scale, device)
+    found_inf = _update_tables.flag(batch.found_inf, device)
     hyper = batch.hyper.to(device)
     grads = plan.upload([g.data_ptr() for g in batch.grads])
     clip = batch.max_grad_norm is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkernels import _backends, _native, _schemas, _triton, _update
+from fastkernels import _backends, _cuda, _native, _schemas, _triton, _update
 from fastkernels._update import Optionals
 
 OP = _update.Op(
@@ -17,6 +17,7 @@ OP = _update.Op(
     moments=("momentum_buffers",),
 )
 _backends.register(OP.name, "native", ("cpu",), f"{__name__}.native", _native.available)
+_backends.register(OP.name, "native", ("cuda",), f"{__name__}.cuda", _cuda.available)
 _backends.register(OP.name, "triton", ("cuda",), f"{__name__}.triton", _triton.available)
 _backends.register(OP.name, "reference", ("cpu", "cuda"), f"{__name__}.reference")
 _backends.register(OP.name, "triton", ("cpu",), f"{__name__}.triton", _triton.available_on_cpu)

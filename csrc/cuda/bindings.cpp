@@ -1,0 +1,74 @@
+// Python module of the CUDA kernels, apart from fastkernels._C so that the CPU kernels need no CUDA
+// library. Everything comes as an address; the stream is torch's.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fast/anchored_cuda.h"
+
+namespace py = pybind11;
+
+namespace fast {
+namespace {
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// This module has a CUDA runtime of its own, which has to be told torch's device.
+void use_device(int device) {
+  int current = -1;
+  check(cudaGetDevice(&current));
+  if (current != device) check(cudaSetDevice(device));
+}
+
+auto bind(cudaError_t (*update)(const CudaUpdateArgs&, cudaStream_t)) {
+  return [update](int device, uintptr_t stream, uintptr_t rows, uintptr_t grads, uintptr_t chunks,
+                  int64_t row_count, int64_t chunk_count, int64_t float_chunks, uintptr_t hyper,
+                  uintptr_t partial, uintptr_t control, uintptr_t stats, uintptr_t grad_scale,
+                  uintptr_t found_inf, double max_grad_norm, uint64_t seed) {
+    const py::gil_scoped_release release;
+    CudaUpdateArgs a{};
+    a.rows = reinterpret_cast<const Row*>(rows);
+    a.grads = reinterpret_cast<const void* const*>(grads);
+    a.chunks = reinterpret_cast<const Chunk*>(chunks);
+    a.row_count = row_count;
+    a.chunk_count = chunk_count;
+    a.float_chunks = float_chunks;
+    a.hyper = reinterpret_cast<const double*>(hyper);
+    a.partial = reinterpret_cast<double*>(partial);
+    a.control = reinterpret_cast<double*>(control);
+    a.stats = reinterpret_cast<double*>(stats);
+    a.grad_scale = reinterpret_cast<const float*>(grad_scale);
+    a.found_inf = reinterpret_cast<const float*>(found_inf);
+    a.max_grad_norm = max_grad_norm;
+    a.seed = seed;
+    use_device(device);
+    check(update(a, reinterpret_cast<cudaStream_t>(stream)));
+  };
+}
+
+}  // namespace
+}  // namespace fast
+
+PYBIND11_MODULE(_C_cuda, m) {
+  m.doc() = "CUDA kernels of fastkernels; see fastkernels/_update_cuda.py.";
+  m.attr("row_bytes") = sizeof(fast::Row);
+  m.attr("chunk_bytes") = sizeof(fast::Chunk);
+  m.attr("code_block") = fast::kCodeBlock;
+  m.def("adamw", fast::bind(&fast::anchored_adamw_cuda));
+  m.def("sgd", fast::bind(&fast::anchored_sgd_cuda));
+  m.def("write_addresses",
+        [](int device, uintptr_t stream, uintptr_t table, const std::vector<uint64_t>& addresses) {
+          const py::gil_scoped_release release;
+          fast::use_device(device);
+          fast::check(fast::write_addresses_cuda(
+              reinterpret_cast<uint64_t*>(table), addresses.data(),
+              static_cast<int64_t>(addresses.size()), reinterpret_cast<cudaStream_t>(stream)));
+        });
+}

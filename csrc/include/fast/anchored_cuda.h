@@ -1,0 +1,35 @@
+// The anchored updates on CUDA: arguments and launchers. All pointers are device pointers.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "fast/anchored.h"
+
+namespace fast {
+
+struct CudaUpdateArgs {
+  const Row* rows;           // [row_count]; `grad` is not read
+  const void* const* grads;  // [row_count]
+  const Chunk* chunks;       // [chunk_count]: those of float arithmetic, then those of double
+  int64_t row_count, chunk_count, float_chunks;
+  const double* hyper;      // [groups, columns]
+  double* partial;          // [kStats, chunk_count], scratch
+  double* control;          // [3], scratch: norm, what gradients are multiplied by, skip
+  double* stats;            // [kStats] or null
+  const float* grad_scale;  // [1] or null: gradients are divided by it
+  const float* found_inf;   // [1] or null: nonzero skips the step
+  double max_grad_norm;     // <= 0: no clipping
+  uint64_t seed;
+};
+
+cudaError_t anchored_adamw_cuda(const CudaUpdateArgs& args, cudaStream_t stream);
+cudaError_t anchored_sgd_cuda(const CudaUpdateArgs& args, cudaStream_t stream);
+
+// table[i] = addresses[i], through kernel arguments: needs no pinned memory and no sync, and a
+// captured graph keeps the addresses.
+cudaError_t write_addresses_cuda(uint64_t* table, const uint64_t* addresses, int64_t count,
+                                 cudaStream_t stream);
+
+}  // namespace fast

@@ -1,0 +1,61 @@
+"""The anchored updates in CUDA C++ (csrc/cuda/anchored.cu): one update launch for any list.
+
+Two when there are float64 parameters among others. Gradients' addresses come as kernel arguments,
+so a captured graph has them without pinned memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkernels import _cuda, _update_tables
+from fastkernels._update import Batch
+from fastkernels._update_tables import Plan
+
+_DOUBLE = 2  # csrc's Dtype::f64
+
+
+def kind_of(types: bytes, remainder: bool, aligned: bool) -> str:
+    """Of a row: all else is decided in the kernel."""
+    return "double" if types[0] == _DOUBLE else "float"
+
+
+def _upload(plan: Plan, addresses: list[int], device: int, stream: int) -> None:
+    capturing = torch.cuda.is_current_stream_capturing()
+    if addresses == plan.uploaded and not capturing:
+        return
+    _cuda.module().write_addresses(device, stream, plan.grads.data_ptr(), addresses)
+    if capturing:
+        # Every replay writes the table: what it holds afterwards is not known here.
+        _update_tables.keep_for_graphs(plan)
+        plan.replayed = True
+    plan.uploaded = [] if plan.replayed else addresses
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def run(batch: Batch, rule: str) -> None:
+    """Step `batch` by `rule` ("adamw", "sgd")."""
+    plan, batch, write_back = _update_tables.plan_of(batch, f"cuda {rule}", kind_of)
+    device = batch.params[0].device
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    grad_scale = _update_tables.flag(batch.grad_scale, device)
+    found_inf = _update_tables.flag(batch.found_inf, device)
+    hyper = batch.hyper.to(device)
+    floats = sum(launch.count for launch in plan.launches if launch.kind == "float")
+    with torch.cuda.device(device):
+        _upload(plan, [g.data_ptr() for g in batch.grads], index, stream)
+        getattr(_cuda.module(), rule)(
+            index, stream, plan.rows.data_ptr(), plan.grads.data_ptr(), plan.chunks.data_ptr(),
+            len(batch.params), sum(launch.count for launch in plan.launches), floats,
+            hyper.data_ptr(), plan.partial.data_ptr(), plan.control.data_ptr(),
+            _pointer(batch.stats), _pointer(grad_scale), _pointer(found_inf),
+            batch.max_grad_norm or 0.0, batch.seed % 2**64,
+        )  # fmt: skip
+    write_back()
+    # The kernels write behind autograd's back: a graph that saved a parameter must notice.
+    torch.autograd.graph.increment_version(batch.params)
