@@ -4,6 +4,10 @@ torch is not imported: the kernels know nothing of it, so ordinary build isolati
 module survives a torch upgrade. Without a C++ compiler the install goes through and the plain-torch
 kernels are used; FAST_REQUIRE_NATIVE=1 makes that an error. CXX picks the compiler, MAX_JOBS bounds
 the parallel jobs.
+
+The CUDA kernels, `fastkernels._C_cuda`, are built as well where nvcc (on PATH or in CUDA_HOME) and
+an NVIDIA driver are found; FAST_CUDA=1 does without the driver and makes a failure an error,
+FAST_CUDA=0 leaves them out.
 """
 
 import os
@@ -95,6 +99,46 @@ def ninja_file(compiler: str, folder: Path, target: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+# One cubin for each generation, and code the driver compiles for all others. -fmad=false: products
+# are fused where the source says so, as on the CPU.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DNDEBUG",
+              "-Xcompiler=-fPIC,-fvisibility=hidden",
+              "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
+              "-gencode=arch=compute_80,code=compute_80"]  # fmt: skip
+
+
+def find_nvcc() -> str | None:
+    """nvcc, where the CUDA kernels are to be built.
+
+    Raises:
+        FileNotFoundError: FAST_CUDA=1 and no nvcc.
+    """
+    asked = os.environ.get("FAST_CUDA", "")
+    driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+    if asked == "0" or not (asked == "1" or driver):
+        return None
+    home = os.environ.get("CUDA_HOME", os.environ.get("CUDA_PATH"))
+    found = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+    found = found or shutil.which("nvcc")
+    if found is None and asked == "1":
+        raise FileNotFoundError("FAST_CUDA=1 and no nvcc: put it on PATH or set CUDA_HOME")
+    return found
+
+
+def build_cuda(nvcc: str, folder: Path, target: Path) -> None:
+    """`_C_cuda`: kernels by nvcc, bindings by its host compiler, the CUDA runtime linked in."""
+    import pybind11
+
+    include = [f"-I{CSRC / 'include'}"]
+    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    objects = []
+    for source in [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "bindings.cpp"]:
+        objects.append(str(folder / f"cuda_{source.stem}.o"))
+        command = [nvcc, *NVCC_FLAGS, *include, *python, "-c", str(source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    subprocess.run([nvcc, "-shared", *objects, "-o", str(target)], check=True)
+
+
 class BuildNative(build_ext):
     """Compiles in parallel and incrementally with ninja, in build/native-<python>."""
 
@@ -103,6 +147,14 @@ class BuildNative(build_ext):
         folder = Path("build", f"native-{sys.implementation.cache_tag}").resolve()
         for path in (target.parent, folder):
             path.mkdir(parents=True, exist_ok=True)
+        if ext.name.endswith("_cuda"):
+            try:
+                build_cuda(str(find_nvcc()), folder, target)
+            except (OSError, ImportError, subprocess.CalledProcessError) as error:
+                if os.environ.get("FAST_CUDA") == "1":
+                    raise
+                print(f"warning: fastkernels is installed without CUDA C++ kernels: {error}")
+            return
         try:
             (folder / "build.ninja").write_text(ninja_file(find_compiler(), folder, target))
             jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
@@ -116,7 +168,11 @@ class BuildNative(build_ext):
 
 
 sources = [str(source) for source, _, _ in compile_steps()]
+extensions = [Extension("fastkernels._C", sources=sorted(set(sources)), optional=True)]
+if find_nvcc():
+    cuda = [str(CSRC / "cuda" / name) for name in ("anchored.cu", "bindings.cpp")]
+    extensions.append(Extension("fastkernels._C_cuda", sources=cuda, optional=True))
 setup(
-    ext_modules=[Extension("fastkernels._C", sources=sorted(set(sources)), optional=True)],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildNative},
 )
