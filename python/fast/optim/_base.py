@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fast.profiling import named_range
 from fastkernels._update import STATS
 
-from . import _state
+from . import _dtensor, _scaling, _state
 from ._batch import Batch, Group
+from ._dtensor import Place
 from ._state import State, Storage
 
 
@@ -54,8 +56,9 @@ class AnchoredOptimizer(Optimizer):
         self._forget_launches()
 
     def _forget_launches(self) -> None:
-        self._stats: dict[torch.device, Tensor] = {}
-        self._hyper: dict[torch.device, tuple[list[list[float]], Tensor]] = {}
+        self._stats: dict[Place, Tensor] = {}  # of this rank
+        self._totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
+        self._hyper: dict[Place, tuple[list[list[float]], Tensor]] = {}
         self._anchored = False
 
     # Hooks of the subclasses.
@@ -73,6 +76,11 @@ class AnchoredOptimizer(Optimizer):
                 raise ValueError(
                     f"params: {p.dtype} is not supported; for a complex parameter give "
                     "torch.view_as_real(parameter)"
+                )
+            if self.storage.codes and _dtensor.is_sharded(p):
+                raise ValueError(
+                    "state_dtype, curvature_dtype: the scales of 8-bit codes cannot be resharded "
+                    "with a DTensor parameter; use torch.bfloat16"
                 )
 
     def _group_moments(self, group: Group) -> tuple[str, ...]:
@@ -109,6 +117,10 @@ class AnchoredOptimizer(Optimizer):
         if group["anchor_decay"]:
             for p in group["params"]:
                 self._set_anchor(group, p, p)
+        if _dtensor.any_sharded(group["params"]):
+            # torch.distributed.checkpoint takes a state with any entry for a complete one.
+            for p in group["params"]:
+                self._ensure(group, p)
         self._absorb_curvature(group)
 
     def _absorb_curvature(self, group: Group) -> None:
@@ -241,28 +253,37 @@ class AnchoredOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = self._collect()
-        if self.max_grad_norm is not None and len(batches) > 1:
-            raise RuntimeError(
-                f"max_grad_norm needs all parameters on one device; they are on "
-                f"{sorted(map(str, batches))}: clip with torch.nn.utils.clip_grad_norm_ instead"
-            )
-        self._anchored = False
-        for device, batch in batches.items():
-            self._launch(batch, self._hyper_table(batch, device), self._options(batch, device))
-        for group in self.param_groups:
-            group["progress"] += 1
+        with named_range("fast::step"):
+            self._update()
         return loss
 
-    def _options(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        """The arguments that the update ops have in common."""
+    def _update(self) -> None:
+        with named_range("fast::collect"):
+            batches = self._collect()
+        scaling = _scaling.scale(
+            batches,
+            self.max_grad_norm,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        self._anchored = False
+        for place, batch in batches.items():
+            options = self._options(batch, place) | scaling.options()
+            self._launch(batch, self._hyper_table(batch, place), options)
+            if place.groups or scaling.shrink is not None:
+                self._totals[place] = scaling.totals(place, self._stats[place], self._totals)
+        for group in self.param_groups:
+            group["progress"] += 1
+
+    def _options(self, batch: Batch, place: Place) -> dict[str, Any]:
+        """The arguments that the update ops have in common, but for the scale of gradients."""
+        device = place.device
         if batch.states[0]["step"].device != device:  # the model was moved after the state was made
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
-        if device not in self._stats:
-            self._stats[device] = torch.full((len(STATS),), math.nan, dtype=torch.float64).to(
-                device
-            )
+        if place not in self._stats:
+            unknown = torch.full((len(STATS),), math.nan, dtype=torch.float64)
+            self._stats[place] = unknown.to(device)
         curvature, codes = batch.optional("curvature"), batch.optional("curvature_codes")
         if codes:
             curvature = curvature or [None] * len(codes)
@@ -274,16 +295,13 @@ class AnchoredOptimizer(Optimizer):
             "curvature": curvature,
             "curvature_scales": batch.optional("curvature_scales"),
             "remainders": batch.optional("remainder", batch.nothing),
-            "grad_scale": getattr(self, "grad_scale", None),
-            "found_inf": getattr(self, "found_inf", None),
-            "max_grad_norm": self.max_grad_norm,
-            "stats": self._stats[device],
+            "stats": self._stats[place],
             "seed": self.seed,
         }
 
-    def _collect(self) -> dict[torch.device, Batch]:
-        """What this step updates, by device. Kept lean: it is most of a step of small tensors."""
-        batches: dict[torch.device, Batch] = {}
+    def _collect(self) -> dict[Place, Batch]:
+        """What this step updates, by place. Kept lean: it is most of a step of small tensors."""
+        batches: dict[Place, Batch] = {}
         for group in self.param_groups:
             self._absorb_curvature(group)
             after_stall = group["progress"] - group["stall"]
@@ -298,6 +316,7 @@ class AnchoredOptimizer(Optimizer):
             if self.storage.state_dtype == torch.uint8 and moments:
                 last += "_codes"
             device = None
+            sharded = _dtensor.any_sharded(group["params"])
             for p in group["params"]:
                 grad = p.grad
                 if grad is None:
@@ -307,9 +326,10 @@ class AnchoredOptimizer(Optimizer):
                         f"{type(self).__name__} does not support {grad.layout} gradients; build "
                         "the embedding with sparse=False"
                     )
-                if p.device != device:
+                if sharded or p.device != device:
                     device = p.device
-                    batch = batches.setdefault(device, Batch(device))
+                    place = _dtensor.place(p) if sharded else Place(device)
+                    batch = batches.setdefault(place, Batch(device))
                     row = batch.row(group, ramp)
                 state = self.state.get(p)
                 if state is None or last not in state:
@@ -319,21 +339,30 @@ class AnchoredOptimizer(Optimizer):
                         "anchor_decay is set but a parameter has no anchor: call set_anchors(...); "
                         "it is not taken from weights that may have moved"
                     )
-                batch.add(p, grad, state, row)
+                if sharded:
+                    grad, state = _dtensor.like(grad, p), _dtensor.local_state(state)
+                    batch.add(_dtensor.local(p), _dtensor.local(grad), state, row)
+                else:
+                    batch.add(p, grad, state, row)
         return batches
 
-    def _hyper_table(self, batch: Batch, device: torch.device) -> Tensor:
+    def _hyper_table(self, batch: Batch, place: Place) -> Tensor:
         """The op's table `[groups, columns]`; kept between steps while nothing in it changes."""
         rows, device_lrs = [], {}
         for i, (group, ramp) in enumerate(batch.rows):
             lr = group["lr"]
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                device_lrs[i] = lr.reshape(()) * ramp  # reading it here would be a sync
+            if isinstance(lr, Tensor) and (
+                lr.device.type != "cpu" or torch.compiler.is_compiling()
+            ):
+                device_lrs[i] = (
+                    lr.reshape(()) * ramp
+                )  # reading it would be a sync, or a graph break
                 lr = 0.0
             rows.append(self._hyper_row(group, float(lr) * ramp))
-        known = self._hyper.get(device)
+        known = self._hyper.get(place)
         if known is None or known[0] != rows:
-            known = self._hyper[device] = rows, torch.tensor(rows, dtype=torch.float64).to(device)
+            table = torch.tensor(rows, dtype=torch.float64).to(place.device)
+            known = self._hyper[place] = rows, table
         for i, lr in device_lrs.items():
             known[1][i, 0].copy_(lr)
         return known[1]
@@ -344,9 +373,10 @@ class AnchoredOptimizer(Optimizer):
         `grad_norm` (unscaled, before clipping) and `update_norm` `||w' - w||` of the parameters the
         step updated; `drift` `||w - w0||` and `forgetting` `1/2 sum F (w - w0)^2` (`F` is 1 without
         curvature) of those of them with an anchor, NaN when there is none. A skipped step leaves
-        them as they were; before the first step they are NaN.
+        them as they were; before the first step they are NaN. With sharded parameters they are
+        those of all ranks.
         """
-        values = list(self._stats.values())
+        values = list((self._stats | self._totals).values())
         total = torch.full((len(STATS),), math.nan, dtype=torch.float64)
         if values:
             stacked = torch.stack([v.to(values[0].device) for v in values])

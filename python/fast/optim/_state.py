@@ -16,6 +16,8 @@ from torch import Tensor
 from fastkernels import _storage
 from fastkernels._update import compute_dtype
 
+from . import _dtensor
+
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19
 
@@ -41,6 +43,11 @@ class Storage:
             dtype = getattr(self, name)
             if dtype is not None and dtype not in known:
                 raise ValueError(f"{name} must be None or one of {known}; got {dtype!r}")
+
+    @property
+    def codes(self) -> bool:
+        """Whether anything is stored in 8-bit codes."""
+        return torch.uint8 in (self.state_dtype, self.curvature_dtype)
 
     def dtype(self, name: str, p: Tensor) -> torch.dtype:
         """The dtype that tensor `name` of the state of `p` is stored in."""
@@ -82,7 +89,7 @@ def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -
     """Store a copy of `value` (of the shape of `p`) as `dtype`, in the layout of `p`."""
     drop(state, name)
     if dtype != torch.uint8:
-        state[name] = dense_like(p, dtype).copy_(value.detach())
+        state[name] = dense_like(p, dtype).copy_(_dtensor.like(value.detach(), p))
         return
     dense = dense_like(p, torch.float32).copy_(value.detach())
     codes, scales = _storage.encode(_storage.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
@@ -97,6 +104,7 @@ def adopt(state: State, saved: Mapping[str, Any], name: str, p: Tensor, dtype: t
         value = saved.get(key)
         if value is None:
             continue
+        value = _dtensor.like(value, p)
         if value.dtype == dtype and value.device == p.device and value.stride() == p.stride():
             drop(state, name)
             state[key] = value
@@ -133,7 +141,8 @@ def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | N
             continue
         if f.shape != p.shape:
             raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
-        if f.numel() and not bool(((f >= 0) & f.isfinite()).all()):
+        own = _dtensor.local(f)
+        if own.numel() and not bool(((own >= 0) & own.isfinite()).all()):
             raise ValueError(
                 f"curvature[{i}] has negative or non-finite values; clamp it (a Hessian diagonal "
                 "may be negative, a GGN or Fisher diagonal is not)"

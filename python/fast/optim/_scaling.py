@@ -1,0 +1,90 @@
+"""What the gradients of a step are scaled by: loss scale and clipping, over several calls or ranks.
+
+An op clips by the norm of the gradients it is given. Where a step is several calls, or parameters
+are sharded over ranks, the norm is taken here, and clipping becomes part of the loss scale that the
+op divides by. Nothing here reads a value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _dtensor
+from ._batch import Batch
+from ._dtensor import Place
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """`shrink`: the clip coefficient, when it is already a part of `grad_scale`."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    max_grad_norm: float | None
+    shrink: Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "grad_scale": self.grad_scale,
+            "found_inf": self.found_inf,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def totals(self, place: Place, stats: Tensor, before: Mapping[Place, Tensor]) -> Tensor:
+        """The figures of all ranks, float64 `[4]` (three norms and a sum), from those of this."""
+        sums = torch.cat([stats[:3].square(), stats[3:]])
+        sums = _dtensor.sum_over(place.groups, sums)
+        total = torch.cat([sums[:3].sqrt(), sums[3:]])
+        if self.shrink is not None:
+            total[0] /= self.shrink  # the op saw clipped gradients
+        if self.found_inf is not None and place in before:
+            total = torch.where(self.found_inf.reshape(()) != 0, before[place], total)
+        return total
+
+
+def _norm(batches: Mapping[Place, Batch]) -> Tensor:
+    """float64 `[]`: the norm of all gradients of all ranks."""
+    total = torch.zeros((), dtype=torch.float64, device=next(iter(batches)).device)
+    for place, batch in batches.items():
+        norms = torch.stack(list(torch._foreach_norm(batch.grads, 2)))
+        total += _dtensor.sum_over(place.groups, norms.double().square().sum())
+    return total.sqrt()
+
+
+def scale(
+    batches: Mapping[Place, Batch],
+    max_grad_norm: float | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Scaling:
+    """How the step over `batches` scales its gradients.
+
+    Raises:
+        RuntimeError: `max_grad_norm` is set and the parameters are on several devices.
+    """
+    if found_inf is not None and _dtensor.is_sharded(found_inf):
+        found_inf = found_inf.full_tensor()  # type: ignore[attr-defined]
+    one_call = len(batches) == 1 and not next(iter(batches)).groups
+    if max_grad_norm is None or one_call or not batches:
+        return Scaling(grad_scale, found_inf, max_grad_norm)
+    devices = sorted({str(place.device) for place in batches})
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"max_grad_norm needs all parameters on one device; they are on {devices}: clip with "
+            "torch.nn.utils.clip_grad_norm_ instead"
+        )
+    norm = _norm(batches)
+    unscale = torch.ones_like(norm)
+    if grad_scale is not None:
+        unscale = grad_scale.double().reshape(())
+        overflow = ~norm.isfinite()
+        if found_inf is not None:
+            overflow = overflow | (found_inf.reshape(()) != 0)
+        found_inf = overflow.float()
+    shrink = (max_grad_norm / (norm / unscale + 1e-6)).clamp(max=1.0)
+    return Scaling((unscale / shrink).float(), found_inf, None, shrink)

@@ -1,0 +1,206 @@
+"""Runs on every rank: `python -m rank_cases CASE RANK WORLD FOLDER` (test_interplay_distributed).
+
+Each case trains the same network on the same whole batch without sharding beside it, and compares.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import fast
+
+BATCH, STEPS = 8, 4
+# The gradient is a sum over ranks in another order; Adam makes of a difference near zero up to lr.
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def network() -> nn.Module:
+    """Over two ranks: rows that do not divide evenly (5, 7), and one row, empty on the second."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+
+
+def batches() -> list[Tensor]:
+    return list(torch.randn(STEPS, BATCH, 6, generator=torch.Generator().manual_seed(1)))
+
+
+def groups(model: nn.Module, **keys: Any) -> list[dict[str, Any]]:
+    """A backbone with an anchor, a head without."""
+    *body, weight, bias = model.parameters()
+    return [{"params": body, "anchor_decay": 0.5, **keys}, {"params": [weight, bias], "lr": 0.05}]
+
+
+def train(model: nn.Module, opt: Any, xs: list[Tensor], share: slice = slice(None)) -> None:
+    for x in xs:
+        opt.zero_grad()
+        model(x[share]).square().mean().backward()
+        opt.step()
+
+
+def share_of(rank: int, world: int) -> slice:
+    return slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+
+
+def assert_same(sharded: nn.Module, whole: nn.Module) -> None:
+    for (name, a), b in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        full = a.full_tensor() if isinstance(a, DTensor) else a
+        torch.testing.assert_close(full.detach(), b.detach(), **CLOSE, msg=lambda m, n=name: n + m)
+
+
+def sharded_network(world: int) -> nn.Module:
+    mesh = init_device_mesh("cpu", (world,))
+    return fully_shard(network(), mesh=mesh)
+
+
+def options() -> list[dict[str, Any]]:
+    return [
+        {"lr": 0.01},
+        {"lr": 0.01, "max_grad_norm": 0.05},
+        {"lr": 0.01, "anchor_dtype": torch.bfloat16, "weight_decay": 0.1},
+    ]
+
+
+def fsdp(rank: int, world: int, folder: Path) -> None:
+    """Sharded steps, clip and figures are those of the whole network."""
+    for keys in options():
+        whole, model = network(), sharded_network(world)
+        curvature = [torch.rand_like(p) for p in list(whole.parameters())[:-2]]
+        a = fast.AdamW(groups(whole, curvature=curvature), **keys)
+        b = fast.AdamW(groups(model, curvature=curvature), **keys)
+        empty = [p for p in model.parameters() if p.to_local().numel() == 0]
+        assert bool(empty) == (rank == 1)
+        train(whole, a, batches())
+        train(model, b, batches(), share_of(rank, world))
+        assert_same(model, whole)
+        assert all(
+            isinstance(v, DTensor) and v.placements == p.placements
+            for p, state in b.state.items()
+            for key, v in state.items()
+            if key != "step"
+        )
+        for key, figure in a.stats().items():
+            torch.testing.assert_close(b.stats()[key], figure, rtol=1e-3, atol=1e-6)
+        steps = {float(state["step"]) for state in b.state.values()}
+        assert steps == {float(STEPS)}, steps
+
+
+def fsdp_sgd(rank: int, world: int, folder: Path) -> None:
+    whole, model = network(), sharded_network(world)
+    keys = {"lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.1}
+    train(whole, fast.SGD(groups(whole), **keys), batches())
+    train(model, fast.SGD(groups(model), **keys), batches(), share_of(rank, world))
+    assert_same(model, whole)
+
+
+def checkpoint(rank: int, world: int, folder: Path) -> None:
+    """Save, load into another optimizer over moved weights, go on: as if never stopped."""
+    for index, keys in enumerate(options()):
+        model = sharded_network(world)
+        opt = fast.AdamW(groups(model, stall=1), **keys)
+        train(model, opt, batches(), share_of(rank, world))
+        path = folder / f"checkpoint-{index}"
+        parts = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, opt)}
+        dcp.save(parts, checkpoint_id=path)
+        train(model, opt, batches(), share_of(rank, world))
+
+        again = sharded_network(world)
+        with torch.no_grad():
+            for p in again.parameters():
+                p.add_(1.0)
+        other = fast.AdamW(groups(again, stall=1), **keys)
+        parts = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, other)}
+        dcp.load(parts, checkpoint_id=path)
+        again.load_state_dict(parts["model"])
+        set_optimizer_state_dict(again, other, parts["optimizer"])
+        train(again, other, batches(), share_of(rank, world))
+        for p, q in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(p.to_local(), q.to_local())
+            for key, value in opt.state[p].items():
+                found = other.state[q][key]
+                assert type(found) is type(value), key
+                assert found.dtype == value.dtype, key
+                own, theirs = (t.to_local() if key != "step" else t for t in (value, found))
+                assert torch.equal(own, theirs), key
+
+
+def whole_into_sharded(rank: int, world: int, folder: Path) -> None:
+    """A state of one process loads into a sharded optimizer, and whole anchors are taken."""
+    whole, model = network(), sharded_network(world)
+    a, b = (fast.AdamW(groups(m), lr=0.01) for m in (whole, model))
+    train(whole, a, batches())
+    train(model, b, batches(), share_of(rank, world))
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    anchors = [torch.zeros_like(p) for p in whole.parameters()]
+    a.set_anchors(anchors)
+    b.set_anchors(anchors)
+    train(whole, a, batches())
+    train(model, b, batches(), share_of(rank, world))
+    assert_same(model, whole)
+
+
+def codes_are_refused(rank: int, world: int, folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"torch\.bfloat16"):
+        fast.AdamW(sharded_network(world).parameters(), state_dtype=torch.uint8)
+
+
+def ddp(rank: int, world: int, folder: Path) -> None:
+    """Gradients that are views of DDP's buckets, at any alignment."""
+    whole, inner = network(), network()
+    model = nn.parallel.DistributedDataParallel(inner, gradient_as_bucket_view=True)
+    keys: dict[str, Any] = {"lr": 0.01, "max_grad_norm": 0.05}
+    train(whole, fast.AdamW(groups(whole), **keys), batches())
+    train(model, fast.AdamW(groups(inner), **keys), batches(), share_of(rank, world))
+    assert any(p.grad.storage_offset() for p in inner.parameters())
+    assert_same(inner, whole)
+
+
+def scaler(rank: int, world: int, folder: Path) -> None:
+    """An overflow on one rank is skipped on all."""
+    model = sharded_network(world)
+    opt = fast.AdamW(groups(model), lr=0.01, max_grad_norm=1.0)
+    scaling = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for overflow in (False, True, False):
+        before = [p.to_local().clone() for p in model.parameters()]
+        opt.zero_grad()
+        scaling.scale(model(batches()[0][share_of(rank, world)]).square().mean()).backward()
+        weight = next(iter(model.parameters()))
+        if overflow and rank == 0:
+            weight.grad.to_local().view(-1)[0] = torch.inf
+        scaling.step(opt)
+        scaling.update()
+        now = [p.to_local() for p in model.parameters() if p.to_local().numel()]
+        was = [w for w in before if w.numel()]
+        same = [torch.equal(a, b) for a, b in zip(now, was, strict=True)]
+        assert all(same) if overflow else not any(same)
+    assert {float(s["step"]) for s in opt.state.values()} == {2.0}
+    assert scaling.get_scale() == 2.0
+
+
+CASES: dict[str, Callable[[int, int, Path], None]] = {
+    f.__name__: f
+    for f in (fsdp, fsdp_sgd, checkpoint, whole_into_sharded, codes_are_refused, ddp, scaler)
+}
+
+if __name__ == "__main__":
+    name, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    CASES[name](rank, world, folder)
+    dist.destroy_process_group()
