@@ -16,7 +16,7 @@ SHAPES = [(3, 5, 7), (1, 1, 1), (2, 33, 10), (4, 2, 1000), (0, 3, 4), (2, 0, 4),
 
 def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(shape))
-    vectors, rows, classes = shape
+    _, rows, classes = shape
     u = torch.randn(shape, dtype=torch.float64, generator=generator)
     logits = 3 * torch.randn(rows, classes, dtype=torch.float64, generator=generator)
     scale = torch.rand(rows, dtype=torch.float64, generator=generator)

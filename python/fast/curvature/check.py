@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fast.curvature.average import WeightedMean
 from fast.curvature.data import Batch
-from fast.curvature.hessian import GGN, Hessian, NetworkOperator, WeightedMean
+from fast.curvature.hessian import GGN, Hessian, NetworkOperator
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.probes import probe_block
 
@@ -136,7 +137,8 @@ def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float
     model = copy.deepcopy(operator.network.model).double()
     data = [Batch(_double(b.inputs), _double(b.target)) for b in operator.data]
     exact = isinstance(operator, Hessian)
-    reference = type(operator)(model, operator.loss, data, operator.space.names, **operator.options)
+    options = {**operator.options, "method": "loop"}
+    reference = type(operator)(model, operator.loss, data, operator.space.names, **options)
     params = dict(model.named_parameters())
     direction = dict(zip(operator.space.names, operator.space.split(v[None]), strict=True))
     norm = float(v.double().norm())

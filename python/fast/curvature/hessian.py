@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fast.curvature.average import WeightedMean
 from fast.curvature.data import Batch, Batches
 from fast.curvature.folded import FoldedGGN, FoldedHessian, UnsupportedOperation
 from fast.curvature.loop import GraphGGN, GraphHessian, grad_or_none
@@ -53,6 +55,9 @@ class NetworkOperator(SymmetricOperator):
         memory_budget: bytes for their tangents; default 1 GiB, on a GPU a quarter of what is free.
         cache: keep what the products of a single batch share (activations, the record) from one
             product to the next, until parameters, modes or data change.
+        process_group: each rank holds its own part of the data (and the same model); all ranks make
+            the same calls with the same vectors, and get the same product over all data by one
+            all-reduce (`torch.distributed.group.WORLD` for all ranks).
         seed: of dropout masks, the same at every product, and of sampled labels.
     """
 
@@ -68,6 +73,7 @@ class NetworkOperator(SymmetricOperator):
         chunk: int | str = "auto",
         memory_budget: int | None = None,
         cache: bool = True,
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
     ):
         if method not in METHODS:
@@ -77,6 +83,7 @@ class NetworkOperator(SymmetricOperator):
         self.method = method
         self.chunk = chunk
         self.memory_budget = memory_budget
+        self.process_group = process_group
         self.why_loop = ""  # with "auto": the operation that has no folded rule
         self.network = Network(model, params, seed)
         self.space = self.network.space
@@ -88,6 +95,7 @@ class NetworkOperator(SymmetricOperator):
             "chunk": chunk,
             "memory_budget": memory_budget,
             "cache": cache,
+            "process_group": process_group,
             "seed": seed,
         }
         self._cache: tuple[Any, Linearization] | None = None
@@ -134,23 +142,26 @@ class NetworkOperator(SymmetricOperator):
         return "loop" + (f": no folded rule for {self.why_loop}" if self.why_loop else "")
 
     def products(self, vectors: Blocks) -> Blocks:
-        mean = WeightedMean(self.loss.reduction)
+        mean = self._mean()
         for part in self.linearizations():
             mean.add(part.products(vectors), part.weight)
-        return mean.result()
+        return mean.result(vectors)
 
     def _quad(self, vectors: Blocks) -> Tensor:
-        mean = WeightedMean(self.loss.reduction)
+        mean = self._mean()
         for part in self.linearizations():
             mean.add([part.quad(vectors)], part.weight)
-        return mean.result()[0]
+        return mean.result([vectors[0].new_zeros(vectors[0].shape[0], dtype=torch.float64)])[0]
+
+    def _mean(self) -> WeightedMean:
+        return WeightedMean(self.loss.reduction, self.process_group)
 
     def _limits(self) -> tuple[int | None, int | None]:
         return (self.chunk if isinstance(self.chunk, int) else None), self.memory_budget
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all data, [P]."""
-        mean = WeightedMean(self.loss.reduction)
+        mean = self._mean()
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
             with self.network.scope(index, differentiable_twice=False):
@@ -163,7 +174,7 @@ class NetworkOperator(SymmetricOperator):
                 torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)
             ]
             mean.add([g.detach()[None] for g in rows], weight)
-        return self.space.join(mean.result())[0]
+        return self.space.join(mean.result(self.space.zeros(1)))[0]
 
     def blocks(self, by: str | Mapping[str, Params] = "layer") -> dict[str, NetworkOperator]:
         """Principal blocks, by "layer" (parameters of one module), "parameter", or your own groups.
@@ -251,28 +262,3 @@ class Fisher(GGN):
             return self.loss.unrows(s, z.shape)
 
         return OutputHessian.of(product)
-
-
-class WeightedMean:
-    """Running mean of blocks over batches (or their sum); one batch costs no pass of its own."""
-
-    def __init__(self, reduction: str):
-        self.reduction = reduction
-        self.total: Blocks | None = None
-        self.weight = 0.0
-
-    def add(self, part: Blocks, weight: float) -> None:
-        if weight == 0:  # every label ignored: the batch has no loss at all
-            return
-        self.weight += weight
-        if self.total is None:
-            self.total = part
-        elif self.reduction == "sum":
-            torch._foreach_add_(self.total, part)
-        else:
-            torch._foreach_lerp_(self.total, part, weight / self.weight)
-
-    def result(self) -> Blocks:
-        if self.total is None:
-            raise ValueError("no batch of data has a sample with a label: nothing to average")
-        return self.total
