@@ -1,0 +1,138 @@
+"""The Triton updates without a GPU: the suite in the interpreter, and what they compile to."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fastkernels import _triton
+from helpers import ROOT
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+needs_compiler = pytest.mark.skipif(
+    _triton.interpreting(), reason="TRITON_INTERPRET=1 replaces the compiler"
+)
+
+# All of tests/kernels takes minutes in the interpreter (TRITON_INTERPRET=1 pytest tests/kernels);
+# these cover every branch of the kernels.
+SELECTED = (
+    "triton_interpreted or (triton and (test_stats or optional_entries or groups or autograd"
+    " or found_inf_changes or fixed_point or layouts-adamw or test_momentum or large_index"
+    " or (test_dtypes and all and sgd) or (test_shapes and adamw and all and (three or odd))))"
+)
+
+
+@needs_triton
+def test_suite_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", SELECTED, "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "kernels")],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout[-2000:]
+    assert int(passed[1]) > 40
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+# (dtype codes of param, grad, moments, anchor, curvature as in csrc's Dtype; remainders).
+F32, F64, BF16, CODES = 1, 2, 3, 5
+VARIANTS = {
+    "plain": ((F32, F32, F32, F32, 0, 0), False),
+    "anchor": ((F32, F32, F32, F32, F32, 0), False),
+    "curvature": ((F32, F32, F32, F32, F32, F32), False),
+    "bf16_state": ((F32, F32, BF16, BF16, BF16, BF16), False),
+    "codes": ((F32, F32, CODES, CODES, BF16, CODES), False),
+    "remainders": ((BF16, BF16, BF16, BF16, BF16, CODES), True),
+    "float64": ((F64, F64, F64, F64, F64, F64), False),
+}
+MAIN = ("plain", "anchor", "curvature", "bf16_state")
+POINTERS = {
+    "table": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
+    "control": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "partial": "*fp64",
+}  # fmt: skip
+
+
+@functools.cache
+def compiled(rule: str, variant: str, clip: bool):
+    """The update kernel for sm_90, compiled without a device, and its kind."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastkernels import _update_triton
+
+    types, remainder = VARIANTS[variant]
+    if rule == "sgd":
+        types = (*types[:3], 0, *types[4:])
+    kind = _update_triton.kind_of(bytes(types), remainder, True)
+    module = importlib.import_module(f"fastkernels.ops.anchored_{rule}.triton")
+    kernel = getattr(module, f"anchored_{rule}_kernel")
+    constants = {**kind._asdict(), "CLIP": clip, "STATS": True}
+    signature = {
+        n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in POINTERS
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", 90, 32)
+    return compile_kernel(source, target=target, options=kind.options), kind
+
+
+def resources(kernel) -> dict[str, int]:
+    """Registers and bytes of stack and local memory per thread, by cuobjdump of the cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"this triton brings no cuobjdump ({tool})")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout + done.stderr)
+    assert found is not None, done.stdout
+    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_compiles_for_hopper_without_spills(rule, variant):
+    kernel, kind = compiled(rule, variant, False)
+    used = resources(kernel)
+    assert used["stack"] == used["local"] == 0, "registers are spilled"
+    assert used["registers"] <= (64 if variant in MAIN else 96 if variant != "float64" else 144)
+    ptx = kernel.asm["ptx"]
+    # Streams of the whole tiles, by what they take: .v4.b32 is 128 bits.
+    streams = [kind.P, kind.G, kind.M, kind.V, kind.A, kind.F]
+    widest = [s for s in streams if s is not None and str(s) == "fp32"]
+    wide = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
+    assert wide >= len(widest), f"{wide} 128-bit loads for {len(widest)} float32 streams"
+    stored = [s for s in (kind.P, kind.M, kind.V) if str(s) == "fp32"]
+    assert len(re.findall(r"st\.global\S*\.v4\.b32", ptx)) >= len(stored)
+
+
+@needs_triton
+@needs_compiler
+def test_clipping_needs_no_more():
+    used = resources(compiled("adamw", "curvature", True)[0])
+    assert used["registers"] <= 64
+    assert used["stack"] == used["local"] == 0
