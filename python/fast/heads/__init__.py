@@ -1,9 +1,9 @@
 """Heads: find a classifier's last layer, replace it, normalise what it sees, fold it back."""
 
-from fast.heads.batch_norm import set_batch_norm
+from fast.heads.batch_norm import plain_batch_norm, set_batch_norm
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head
-from fast.heads.forward import evaluating, forward_logits
+from fast.heads.forward import evaluating, forward_logits, pick
 from fast.heads.replace import (
     TaskHead,
     calibrate,
@@ -11,6 +11,7 @@ from fast.heads.replace import (
     features_of,
     fold_head,
     replace_head,
+    restore_head,
     task_head,
 )
 from fast.heads.task import source_task
@@ -26,7 +27,10 @@ __all__ = [
     "find_head",
     "fold_head",
     "forward_logits",
+    "pick",
+    "plain_batch_norm",
     "replace_head",
+    "restore_head",
     "set_batch_norm",
     "source_task",
     "task_head",

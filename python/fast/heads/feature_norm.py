@@ -32,7 +32,9 @@ class FeatureNorm(nn.Module):
         self.num_features = num_features
         self.dim = dim
         self.momentum = momentum
-        self.tracking = True
+        # A trainer that splits batches collects their features, and updates once per step.
+        self.deferred = False
+        self._pending: list[Tensor] = []
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
@@ -56,6 +58,13 @@ class FeatureNorm(nn.Module):
         self.var.lerp_(x.var(0).to(self.var.dtype), weight.to(self.var.dtype))
         self.num_batches_tracked += 1
 
+    def update_deferred(self) -> None:
+        """Update with all the features seen since the last call, as one batch."""
+        if self._pending:
+            rows = [x.movedim(self.dim, -1).reshape(-1, self.num_features) for x in self._pending]
+            self._pending = []
+            self.update(torch.cat(rows))
+
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Use these statistics, both `[D]`, from now on (tracking goes on from them)."""
@@ -68,8 +77,11 @@ class FeatureNorm(nn.Module):
         return (self.var + VARIANCE_FLOOR * self.var.mean()).clamp_min(1e-12).rsqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.tracking:
-            self.update(x)
+        if self.training:
+            if self.deferred:
+                self._pending.append(x.detach())
+            else:
+                self.update(x)
         shape = [1] * x.dim()
         shape[self.dim] = self.num_features
         mean, scale = self.mean.to(x.dtype), self.scale().to(x.dtype)

@@ -8,8 +8,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from fast.heads.forward import evaluating, forward_logits
+from fast.heads.forward import evaluating, forward_logits, pick
 
 # Where timm, torchvision, transformers and most hand-written networks keep their classifier.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
@@ -54,9 +55,10 @@ def classes_of(layer: HeadLayer) -> int:
 def find_head(model: nn.Module, sample: Any = None) -> Head:
     """Find the last linear layer (or 1x1 convolution) of a classifier.
 
-    With a sample the network is run once, in evaluation mode, and the layer whose output becomes
-    the logits is taken. Without one the customary names decide (`fc`, `classifier`, `head`,
-    `score`, ..., or timm's `get_classifier`), else the only linear layer there is.
+    With a sample the network is run once on two rows of it, in evaluation mode, and the layer whose
+    output becomes the logits is taken. Without one, timm's `get_classifier` decides, or a customary
+    name (`fc`, `classifier`, `head`, `score`, ...) where that is also the last linear layer, or
+    there being only one.
 
     Args:
         model: a classifier.
@@ -92,33 +94,32 @@ def _candidates(model: nn.Module) -> list[tuple[str, HeadLayer]]:
         raise ValueError(
             f"model {type(model).__name__} has no linear head: no nn.Linear and no 1x1 nn.Conv2d "
             f"among its layers ({', '.join(kinds) or 'none'}). Add one: nn.Sequential(model, "
-            "nn.LazyLinear(num_classes))"
+            "nn.LazyLinear(num_classes)), run once"
         )
+    lazy = [n for n, m in found if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()]
+    if lazy:
+        raise ValueError(f"{lazy[0]} is lazy: run the model once, so that it gets its weights")
     return found
 
 
 def _by_convention(model: nn.Module) -> HeadLayer:
     candidates = _candidates(model)
+    last = candidates[-1][1]
     get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
-    named = [get_classifier()] if get_classifier else []
-    named += [getattr(model, name, None) for name in CONVENTIONS]
+    if get_classifier is not None and is_head_layer(classifier := get_classifier()):
+        return classifier
+    named = [getattr(model, name, None) for name in CONVENTIONS]
     if isinstance(model, nn.Sequential):
         named.append(model)
-    for module in named:
-        layers = [m for m in module.modules() if is_head_layer(m)] if _is_module(module) else []
-        if layers:
-            return layers[-1]
-    if len(candidates) == 1:
-        return candidates[0][1]
+    by_name = [m for m in named if isinstance(m, nn.Module) and last in m.modules()]
+    # A hidden layer may be called `fc` too: the name alone is not enough.
+    if by_name or len({id(layer) for _, layer in candidates}) == 1:
+        return last
     names = ", ".join(name for name, _ in candidates[-5:])
     raise ValueError(
         f"cannot tell which layer of {type(model).__name__} makes the logits (linear layers: ... "
         f"{names}). Pass sample=, a batch of inputs, and it is found by running the model"
     )
-
-
-def _is_module(x: Any) -> bool:
-    return isinstance(x, nn.Module)
 
 
 @torch.no_grad()
@@ -132,7 +133,7 @@ def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
     hooks = [m.register_forward_hook(record) for m in dict.fromkeys(m for _, m in candidates)]
     try:
         with evaluating(model):
-            logits = forward_logits(model, sample)
+            logits = forward_logits(model, pick(sample, slice(2)))
     finally:
         for hook in hooks:
             hook.remove()

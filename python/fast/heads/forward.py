@@ -44,6 +44,15 @@ def forward_logits(model: nn.Module, inputs: Any) -> Tensor:
     return logits_of(call(model, inputs))
 
 
+def pick(inputs: Any, index: Any) -> Any:
+    """The rows `index` of a tensor, or of every tensor in a tuple or mapping."""
+    if isinstance(inputs, Mapping):
+        return {k: v[index] for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return tuple(v[index] for v in inputs)
+    return inputs[index]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module gets its own mode back afterwards."""

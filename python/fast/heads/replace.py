@@ -6,6 +6,7 @@ the backbone is W^T (p - y) = 0, so the first error stays in the head (arXiv 200
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, HeadLayer, classes_of, find_head, places_of
-from fast.heads.forward import evaluating, forward_logits
+from fast.heads.forward import evaluating, forward_logits, pick
 from fast.heads.task import TwoTask
 
 
@@ -32,6 +33,8 @@ class TaskHead(nn.Module, TwoTask):
         self.norm = norm
         self.linear = linear
         self.source = source
+        # transformers forgets the names of the labels when their number changes.
+        self.source_labels: dict[str, Any] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.answers_source:
@@ -44,7 +47,11 @@ class TaskHead(nn.Module, TwoTask):
 
     def announce(self, model: nn.Module) -> None:
         """Tell the model how many classes it answers, where timm and transformers look for it."""
-        announce_classes(model, classes_of(self.source if self.answers_source else self.linear))
+        source = self.answers_source
+        announce_classes(model, classes_of(self.source if source else self.linear))
+        if source:
+            for name, value in self.source_labels.items():
+                setattr(model.config, name, value)
 
     def train(self, mode: bool = True) -> TaskHead:
         super().train(mode)
@@ -90,17 +97,34 @@ def replace_head(
     if task_head(model) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
     found = find_head(model, sample)
-    head = _new_head(found.module, num_classes, max_entropy)
+    head = _new_head(model, found, num_classes, max_entropy)
+    trainable = found.module.weight.requires_grad
     found.put(head)
     announce_classes(model, num_classes)
     head.train(model.training)
-    if sample is not None:
-        calibrate(model, [sample])
-        _check_alive(model, head, sample, found)
+    try:
+        if sample is not None:
+            calibrate(model, [sample])
+            _check_alive(model, head, sample, found.name)
+    except BaseException:
+        restore_head(model, found.module, trainable)
+        raise
     return model
 
 
-def _new_head(source: HeadLayer, num_classes: int, max_entropy: bool) -> TaskHead:
+def restore_head(model: nn.Module, source: HeadLayer, trainable: bool = True) -> None:
+    """Undo `replace_head`: put the source's own layer back."""
+    head = task_head(model)
+    assert head is not None
+    head.answers_source = True
+    head.announce(model)
+    for parent, attribute, _ in places_of(model, head):
+        setattr(parent, attribute, source)
+    source.requires_grad_(trainable)
+
+
+def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool) -> TaskHead:
+    source = found.module
     options: Any = {"device": source.weight.device, "dtype": source.weight.dtype}
     linear: HeadLayer
     if isinstance(source, nn.Conv2d):
@@ -114,24 +138,39 @@ def _new_head(source: HeadLayer, num_classes: int, max_entropy: bool) -> TaskHea
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
         norm = FeatureNorm(features, dim).to(source.weight.device)
-    source.requires_grad_(False)
-    return TaskHead(norm, linear, source)
+    if _is_tied(model, source):
+        # Frozen weights in the head must not freeze the embedding that they are tied to.
+        source = copy.deepcopy(source)
+    head = TaskHead(norm, linear, source.requires_grad_(False))
+    config = getattr(model, "config", None)
+    names = ("id2label", "label2id")
+    head.source_labels = {n: getattr(config, n) for n in names if hasattr(config, n)}
+    return head
 
 
-def _check_alive(model: nn.Module, head: TaskHead, sample: Any, found: Head) -> None:
+def _is_tied(model: nn.Module, layer: HeadLayer) -> bool:
+    own = {id(p) for p in layer.parameters()}
+    others = (m for m in model.modules() if m is not layer)
+    return any(id(p) in own for m in others for p in m.parameters(recurse=False))
+
+
+def _check_alive(model: nn.Module, head: TaskHead, sample: Any, name: str) -> None:
     """A ReLU behind a zero head would never let it learn (SqueezeNet): say so up front."""
     if head.norm is None:
         return
-    weight = head.linear.weight
-    with evaluating(model), torch.enable_grad():
-        logits = forward_logits(model, sample)
-        (gradient,) = torch.autograd.grad(logits.sum(), [weight], allow_unused=True)
+    # Two rows, and no graph below the head: this may not need more memory than a training step.
+    cut = head.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
+    try:
+        with evaluating(model), torch.enable_grad():
+            logits = forward_logits(model, pick(sample, slice(2)))
+            # One row: over the sample that set the statistics, normalised features sum to zero.
+            first = logits[:1].sum()
+            (gradient,) = torch.autograd.grad(first, [head.linear.weight], allow_unused=True)
+    finally:
+        cut.remove()
     if gradient is None or not gradient.abs().sum() > 0:
-        found.put(head.source)
-        head.source.requires_grad_(True)
-        announce_classes(model, classes_of(head.source))
         raise ValueError(
-            f"the logits do not react to the zero head at {found.name}: a ReLU or a stop-gradient "
+            f"the logits do not react to the zero head at {name}: a ReLU or a stop-gradient "
             "follows it. Remove that, or pass max_entropy=False"
         )
 
@@ -184,8 +223,7 @@ def fold_head(model: nn.Module) -> nn.Module:
     """Make the target head a plain layer again, in place, and drop the source head.
 
     The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), batch
-    norms get their own class back, and every parameter of the model can be trained: nothing of this
-    library is left in the network.
+    norms get their own class back: nothing of this library is left in the network.
 
     Returns:
         `model`. A network whose head was never replaced is returned as it is.

@@ -8,9 +8,17 @@ from torch import nn
 
 from fast.heads import find_head, task_head
 
+OPTIMIZER_KEYS = {"betas", "eps", "momentum", "dampening", "nesterov", "maximize", "weight_decay"}
+KEYS = OPTIMIZER_KEYS | {"anchor_decay", "curvature", "stall", "ramp"}
+
 
 def param_groups(
-    model: nn.Module, lr: float = 1e-3, head_lr_scale: float = 10.0, **backbone: Any
+    model: nn.Module,
+    lr: float = 1e-3,
+    head_lr_scale: float = 10.0,
+    *,
+    sample: Any = None,
+    **backbone: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups `backbone` and `head` for `fast.AdamW` or `fast.SGD`.
 
@@ -24,6 +32,7 @@ def param_groups(
         lr: learning rate of the backbone.
         head_lr_scale: learning rate of the head, as a multiple of `lr`. Ten times is what lets the
             head carry signal before the backbone has moved.
+        sample: a batch of inputs, to find a head by that was not replaced and has no usual name.
         **backbone: further keys of the backbone group: `anchor_decay`, `stall`, `ramp`,
             `weight_decay`, ... `weight_decay` holds for the head too.
 
@@ -32,9 +41,14 @@ def param_groups(
 
     Raises:
         ValueError: no head was found, or nothing can be trained.
+        TypeError: a key that no optimizer here knows.
     """
+    if unknown := sorted(set(backbone) - KEYS):
+        raise TypeError(
+            f"param_groups: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(KEYS))}"
+        )
     replaced = task_head(model)
-    head_module = replaced.linear if replaced is not None else find_head(model).module
+    head_module = replaced.linear if replaced is not None else find_head(model, sample).module
     head_ids = {id(p) for p in head_module.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:

@@ -143,15 +143,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / "state.json").is_file())
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> tuple[int, Any]:
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: Optimizer, job: dict[str, Any]
+) -> tuple[int, Any]:
     """Restore the newest checkpoint of a run into `model`, `optimizer` and the random generators.
+
+    Args:
+        job: facts that must equal those that were saved as `record["job"]`.
 
     Returns:
         the step it was saved after, and the record saved with it.
 
     Raises:
         FileNotFoundError: no complete checkpoint there.
-        ValueError: a truncated file, or a checkpoint of another model; nothing is changed then.
+        ValueError: a truncated file, or a checkpoint of another model, optimizer or job; nothing is
+            changed then.
     """
     found = list_checkpoints(folder)
     if not found:
@@ -164,12 +170,25 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> tup
     weights = load_tensors(path / "model.safetensors")
     training = load_tensors(path / "training.safetensors")
     _check_same_model(model, weights, path)
+    _check_same_optimizer(optimizer, meta["optimizer"]["groups"], path)
+    for name, value in meta["record"]["job"].items():
+        if job[name] != value:
+            raise ValueError(f"{path} is of another job: {name} {value!r}, here {job[name]!r}")
     model.load_state_dict(weights)
     rng = {k: v for k, v in training.items() if k.startswith("rng.")}
     state = {k: v for k, v in training.items() if k not in rng}
     _unflatten(optimizer, state, meta["optimizer"])
     _set_random_state(rng, meta["rng"])
     return meta["step"], meta["record"]
+
+
+def _check_same_optimizer(optimizer: Optimizer, saved: list[dict[str, Any]], path: Path) -> None:
+    sizes = [len(g["params"]) for g in optimizer.param_groups]
+    if sizes != (found := [len(g["params"]) for g in saved]):
+        raise ValueError(
+            f"{path} was saved with {found} trained parameters per group, the model has {sizes}: "
+            "freeze the same layers"
+        )
 
 
 def _check_same_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

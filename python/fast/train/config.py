@@ -113,6 +113,18 @@ class TrainConfig:
             value = getattr(self, f.name)
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is None or isinstance(value, bool):
+                continue
+            if kind.startswith("int") and not isinstance(value, int):
+                raise ValueError(f"{f.name} must be a whole number; got {value!r}")
+            if (
+                kind.startswith("float")
+                and "str" not in kind
+                and not isinstance(value, (int, float))
+            ):
+                raise ValueError(f"{f.name} must be a number; got {value!r}")
         positive = (
             "batch_size",
             "grad_accum_steps",
@@ -141,10 +153,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative; got {value}")
         for name in ("lr", "head_lr_scale", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive; got {value}")
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.batch_size % self.grad_accum_steps:

@@ -10,7 +10,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from fast.heads import pick
 
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
@@ -60,15 +62,6 @@ def check_labels(labels: Tensor, num_classes: int | None, name: str) -> Tensor:
                 "Number the classes from 0, or pass num_classes"
             )
     return labels
-
-
-def pick(inputs: Any, index: Any) -> Any:
-    """The rows `index` of a tensor, or of every tensor in a tuple or mapping."""
-    if isinstance(inputs, Mapping):
-        return {k: v[index] for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(v[index] for v in inputs)
-    return inputs[index]
 
 
 def move(inputs: Any, device: torch.device) -> Any:
@@ -167,27 +160,46 @@ def as_data(data: Any, name: str) -> Data:
     if isinstance(data, Data):
         return data
     if isinstance(data, DataLoader):
+        if isinstance(data.dataset, IterableDataset):
+            raise TypeError(f"{name}: the DataLoader reads an IterableDataset; use a map-style one")
         if not len(data):
             raise ValueError(f"{name}: the DataLoader gives no batches")
         return Data(name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
-        labels = torch.as_tensor(labels)
-        if not isinstance(inputs, (Mapping, tuple, list, Tensor)):
-            inputs = torch.as_tensor(inputs)
+        labels = _tensor(labels, f"{name}: labels")
+        if not isinstance(inputs, (Mapping, tuple, list)):
+            inputs = _tensor(inputs, f"{name}: inputs")
         count = length(inputs)
         if count != len(labels):
             raise ValueError(f"{name}: {count} inputs but {len(labels)} labels")
         if not len(labels):
             raise ValueError(f"{name}: no samples")
         return Data(name, inputs=inputs, labels=check_labels(labels, None, name))
-    if isinstance(data, Dataset) and hasattr(data, "__getitem__") and isinstance(data, Sized):
+    iterable = isinstance(data, IterableDataset)
+    if isinstance(data, Dataset) and isinstance(data, Sized) and not iterable:
         if not len(data):
             raise ValueError(f"{name}: the data set is empty")
         return Data(name, dataset=data)
     raise TypeError(
         f"{name} must be (inputs, labels), a map-style Dataset or a DataLoader; got {_kind(data)}"
     )
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """Tensors as they are; arrays and lists in torch's default precision where they are float64.
+
+    Raises:
+        TypeError: what came cannot be a tensor (strings, ragged lists).
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError) as error:
+        kind = f"{type(values).__name__} of {type(values[0]).__name__}"
+        raise TypeError(f"{name} must be numbers, as a tensor or array; got {kind}") from error
+    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 
 class TrainBatches:
@@ -231,6 +243,10 @@ class TrainBatches:
         # used may move the generators of the run: a resumed run has restored them already.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            for owner in (loader, loader.sampler):
+                generator = getattr(owner, "generator", None)
+                if generator is not None:
+                    generator.manual_seed(seed)
             iterator = iter(loader)
             first = next(iterator)
             for _ in range(skip - 1):

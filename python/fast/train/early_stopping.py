@@ -52,7 +52,8 @@ class EarlyStopping:
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "since_best": self.since_best}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], folder: Path) -> None:
+        """Go on from the state of a run whose best weights are in `folder`."""
         self.best, self.since_best = state["best"], state["since_best"]
-        if self.best is not None and self.folder is not None:
-            self.weights = load_tensors(self.folder / BEST_FILE)
+        if self.best is not None:
+            self.weights = load_tensors(folder / BEST_FILE)

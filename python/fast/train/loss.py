@@ -60,7 +60,10 @@ class Loss:
 
     def denominator(self, labels: Tensor) -> Tensor | int:
         """What the mean over a whole batch divides by."""
-        return len(labels) if self.weights is None else self.weights[labels].sum()
+        if self.weights is None:
+            return len(labels)
+        # A batch of classes of weight 0 has no loss; 0 / 0 would spoil the weights.
+        return self.weights[labels].sum().clamp_min(1e-12)
 
     def part(self, logits: Tensor, labels: Tensor, denominator: Tensor | int) -> Tensor:
         total = F.cross_entropy(

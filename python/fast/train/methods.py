@@ -87,9 +87,13 @@ def plan_for(config: TrainConfig, steps: int, with_card: bool = False) -> Plan:
     def chosen(value: float | None, default: float) -> float:
         return default if value is None else value
 
-    stall = chosen(config.stall, method.stall)
+    stall = chosen(config.stall, min(method.stall, steps // 4))
     if method.probe:
-        stall = chosen(config.probe_steps, round(method.probe * steps))
+        if config.stall is not None:
+            raise ValueError(f"{config.method} has no stall; it has probe_steps")
+        stall = chosen(config.probe_steps, max(1, round(method.probe * steps)))
+    elif config.probe_steps is not None:
+        raise ValueError(f"probe_steps is for lp-ft; {config.method} has stall")
     return Plan(
         method.max_entropy,
         chosen(config.head_lr_scale, method.head_lr_scale),

@@ -14,10 +14,10 @@ from fast.train.data import Data, check_labels, move
 
 
 class Score(NamedTuple):
-    """Accuracy in 0..1 and mean cross-entropy in nats (NaN where only an accuracy is known)."""
+    """Accuracy in 0..1 and mean cross-entropy in nats (None where only an accuracy is known)."""
 
     accuracy: float
-    loss: float
+    loss: float | None
 
 
 Evaluator = Callable[[nn.Module], float]
@@ -33,7 +33,7 @@ def evaluate(
     """
     if not isinstance(data, Data):
         with evaluating(model):
-            return Score(float(data(model)), float("nan"))
+            return Score(float(data(model)), None)
     right = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     count = 0

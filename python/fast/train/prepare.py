@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from fast.curvature.card import SourceCard
-from fast.heads import calibrate_from, features_of, replace_head, set_batch_norm, task_head
+from fast.heads import (
+    TaskHead,
+    calibrate_from,
+    features_of,
+    find_head,
+    plain_batch_norm,
+    replace_head,
+    restore_head,
+    set_batch_norm,
+    task_head,
+)
 from fast.optim import SGD, AdamW
 from fast.optim.param_groups import param_groups
 from fast.train.config import TrainConfig
@@ -39,12 +49,32 @@ def prepare_model(
     Returns:
         the penalty of leaving the source outputs, or None where the plan has none.
     """
-    stream = batches.from_step(0)
-    inputs, labels, index = next(stream)
-    inputs = move(inputs, device)
+    inputs = move(next(batches.from_step(0))[0], device)
+    source = find_head(model, inputs).module
+    trainable = source.weight.requires_grad
     replace_head(model, num_classes, sample=inputs, max_entropy=plan.max_entropy)
     head = task_head(model)
     assert head is not None
+    try:
+        return _calibrated(model, head, batches, plan, batch_norm, steps, device)
+    except BaseException:
+        plain_batch_norm(model)
+        restore_head(model, source, trainable)
+        raise
+
+
+def _calibrated(
+    model: nn.Module,
+    head: TaskHead,
+    batches: TrainBatches,
+    plan: Plan,
+    batch_norm: str,
+    steps: int,
+    device: torch.device,
+) -> Distillation | None:
+    stream = batches.from_step(0)
+    inputs, labels, index = next(stream)
+    inputs = move(inputs, device)
     wanted = CALIBRATION_SAMPLES if plan.max_entropy else 0
     if plan.distill and index is not None:
         wanted = max(wanted, int(DISTILL_SHARE * steps * len(labels)))
@@ -68,6 +98,7 @@ def prepare_model(
         inputs = move(inputs, device)
     if head.norm is not None:
         calibrate_from(head.norm, features)
+        head.norm.deferred = True
     set_batch_norm(model, batch_norm)
     if not plan.distill:
         return None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fast.files import atomic_file, write_json
-from fast.heads import fold_head
+from fast.heads import fold_head, task_head
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
 from fast.train.logs import HISTORY_FILE
@@ -57,18 +57,23 @@ class Result:
         return self.final["source_accuracy"]
 
     def save(self, folder: str | Path) -> Path:
-        """Write `model.safetensors` (folded: loads into the plain architecture), `source_head`
-        beside it, `config.json`, `history.jsonl` and `result.json`; each file whole or not at all.
+        """Write the model and how it was made; each file whole or not at all.
+
+        `model.safetensors` is folded and loads into the plain architecture;
+        `source_head.safetensors` holds weight and bias of the layer that it replaced;
+        `config.json`, `result.json` and `history.jsonl` hold options, accuracies and history.
 
         Returns:
             the folder.
         """
         folder = Path(folder)
-        plain = fold_head(copy.deepcopy(self.model))
+        model = _unwrapped(self.model)
+        head = task_head(model)
+        if head is not None:
+            with atomic_file(folder / "source_head.safetensors") as path:
+                save_tensors(dict(head.source.state_dict()), path)
         with atomic_file(folder / "model.safetensors") as path:
-            save_tensors(dict(plain.state_dict()), path)
-        with atomic_file(folder / "adapted.safetensors") as path:
-            save_tensors(dict(self.model.state_dict()), path)
+            save_tensors(dict(fold_head(copy.deepcopy(model)).state_dict()), path)
         write_json(folder / "config.json", dataclasses.asdict(self.config))
         write_json(
             folder / "result.json",
@@ -83,3 +88,12 @@ class Result:
         with atomic_file(folder / HISTORY_FILE) as path:
             path.write_text("".join(json.dumps(r) + "\n" for r in self.history))
         return folder
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside `torch.compile`, DataParallel and DistributedDataParallel."""
+    while isinstance(
+        inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
+    ):
+        model = inner
+    return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from fast.curvature.card import SourceCard
 from fast.files import write_json
-from fast.heads import forward_logits, source_task
+from fast.heads import forward_logits, pick, source_task, task_head
 from fast.train.checkpoint import load_checkpoint, save_checkpoint
 from fast.train.config import Budget, TrainConfig
-from fast.train.data import Data, TrainBatches, Transform, as_data, check_labels, length, move, pick
+from fast.train.data import Data, TrainBatches, Transform, as_data, check_labels, length, move
 from fast.train.early_stopping import EarlyStopping
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
@@ -26,12 +25,11 @@ from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
 from fast.train.result import Result
+from fast.train.resume import CONFIG_FILE, check_folder
 from fast.train.schedule import lr_factor
+from fast.train.seeding import seeded
 
 DEFAULT_EPOCHS = 3
-CONFIG_FILE = "config.json"
-# Options that say where and how a run is shown, not what it computes: they may differ on resume.
-PLACE_OPTIONS = ("output", "resume", "progress", "device", "save_every")
 
 
 def finetune(
@@ -56,7 +54,8 @@ def finetune(
     """Adapt a pretrained classifier to a new task.
 
     The model is changed in place: it gets a new head for `num_classes` classes (the source head is
-    kept inside) and is trained. torch's global random state is left as it was found.
+    kept inside) and is trained; when the call fails before the first step it has its own head back.
+    The global random states of torch, numpy and `random` are left as they were found.
 
     Args:
         model: a pretrained classifier that ends in a linear layer or a 1x1 convolution.
@@ -104,9 +103,7 @@ def finetune(
         seed=seed,
         **options,
     )
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(cuda)):
-        torch.manual_seed(seed)
+    with seeded(seed):
         trainer = Trainer(
             config, model, train, val, source, num_classes, transform, card, source_inputs
         )
@@ -134,7 +131,9 @@ class Trainer:
         self.source: Data | Evaluator | None = source
         if source is not None and not callable(source):
             self.source = as_data(source, "source")
-        self.num_classes = num_classes or self.train_data.infer_num_classes()
+        self.num_classes = (
+            self.train_data.infer_num_classes() if num_classes is None else num_classes
+        )
         for data in (self.train_data, self.val):
             if data is not None and data.labels is not None:
                 check_labels(data.labels, self.num_classes, data.name)
@@ -144,6 +143,7 @@ class Trainer:
         self.folder: Path | None = None
         if config.output or config.resume:
             self.folder = Path(config.output or str(config.resume))
+            check_folder(config, self.folder)
         self.device = torch.device(
             config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         )
@@ -156,6 +156,7 @@ class Trainer:
             weights = weights.to(self.device)
         self.loss = Loss(weights, config.label_smoothing)
 
+        self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
         self.before = self._source_score()
         card = make_card(config, model, card, source_inputs, self.batches, self.steps)
@@ -163,9 +164,17 @@ class Trainer:
         if config.forget_budget is not None and source_inputs is not None:
             gauge = hold_back(source_inputs, model, Budget.parse(config.forget_budget))
         plan = plan_for(config, self.steps, with_card=card is not None)
-        self.distillation = prepare_model(
-            model, self.num_classes, self.batches, plan, config.batch_norm, self.steps, self.device
-        )
+        with self._autocast():
+            self.distillation = prepare_model(
+                model,
+                self.num_classes,
+                self.batches,
+                plan,
+                config.batch_norm,
+                self.steps,
+                self.device,
+            )
+        self.head = task_head(model)
         self.optimizer = make_optimizer(
             model, config, plan, card if METHODS[config.method].card_decay is not None else None
         )
@@ -180,7 +189,6 @@ class Trainer:
             self.drift,
             self.distillation,
         )
-        self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype == torch.float16
         )
@@ -188,13 +196,30 @@ class Trainer:
         self.started = time.monotonic()
 
     def run(self) -> Result:
-        first, history, losses = self._resume()
-        if self.folder is not None and not first:
-            write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
-        log = RunLog(self.folder, history)
-        bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
         try:
-            if not history:
+            first, history, losses = self._resume()
+            if self.folder is not None:
+                write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
+            log = RunLog(self.folder, history)
+            bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
+            self._train(first, losses, log, bar)
+        finally:
+            if self.distillation:
+                self.distillation.close()
+        self.stopping.restore(self.model)
+        self.optimizer.zero_grad()
+        self.model.eval()
+        return Result(
+            model=self.model,
+            history=log.history,
+            config=self.config,
+            source_accuracy_before=self.before.accuracy if self.before else None,
+            chosen=self.stopping.best,
+        )
+
+    def _train(self, first: int, losses: list[Tensor], log: RunLog, bar: Any) -> None:
+        try:
+            if not log.history:
                 log.add(self._record(0, []))
             stream = self.batches.from_step(first)
             self.model.train()
@@ -214,19 +239,8 @@ class Trainer:
                 if self._saves_at(done):
                     self._save(done, log.history, losses)
         finally:
-            if self.distillation:
-                self.distillation.close()
             bar.close()
             log.close()
-        self.stopping.restore(self.model)
-        self.model.eval()
-        return Result(
-            model=self.model,
-            history=log.history,
-            config=self.config,
-            source_accuracy_before=self.before.accuracy if self.before else None,
-            chosen=self.stopping.best,
-        )
 
     def _step(self, step: int, inputs: Any, labels: Tensor, index: Tensor | None) -> Tensor:
         """One optimizer step; returns the batch's mean loss, on the device."""
@@ -245,9 +259,7 @@ class Trainer:
         size = math.ceil(len(labels) / self.config.grad_accum_steps)
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            with torch.autocast(
-                self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-            ):
+            with self._autocast():
                 part_inputs = move(pick(inputs, part), self.device)
                 logits = forward_logits(self.model, part_inputs)
                 loss = self.loss.part(logits, labels[part], denominator)
@@ -258,17 +270,33 @@ class Trainer:
             total += loss.detach()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.head is not None and self.head.norm is not None:
+            self.head.norm.update_deferred()
         return total
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.autocast_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _record(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
         """One line of the history: everything that is known after `step` steps."""
-        target = self.val and evaluate(self.model, self.val, self._eval_batch, self.device)
+        loss = float(torch.stack(losses).mean()) if losses else None
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} in steps {step - len(losses) + 1}..{step}: look for "
+                f"non-finite inputs, lower lr ({self.config.lr:g}) or set max_grad_norm. "
+                "Checkpoints saved before are left as they are"
+            )
+        target = None
+        if self.val is not None:
+            with self._autocast():
+                target = evaluate(self.model, self.val, self._eval_batch, self.device)
         source = self._source_score()
         grad_norm = float(self.optimizer.stats()["grad_norm"]) if step else None
         lost = self.before.accuracy - source.accuracy if source and self.before else None
         return {
             "step": step,
-            "loss": float(torch.stack(losses).mean()) if losses else None,
+            "loss": loss,
             "target_accuracy": target.accuracy if target else None,
             "target_loss": target.loss if target else None,
             "source_accuracy": source.accuracy if source else None,
@@ -284,7 +312,7 @@ class Trainer:
     def _source_score(self) -> Score | None:
         if self.source is None:
             return None
-        with source_task(self.model):
+        with source_task(self.model), self._autocast():
             return evaluate(self.model, self.source, self._eval_batch, self.device)
 
     @property
@@ -304,6 +332,7 @@ class Trainer:
             "stopping": self.stopping.state(),
             "scaler": self.scaler.state_dict(),
             "protection": self.protection.state(),
+            "job": self._job(),
         }
         save_checkpoint(self.folder, step, self.model, self.optimizer, record)
 
@@ -312,20 +341,19 @@ class Trainer:
         if self.config.resume is None:
             return 0, [], []
         folder = Path(self.config.resume)
-        self._check_same_options(folder / CONFIG_FILE)
-        step, record = load_checkpoint(folder, self.model, self.optimizer)
-        self.stopping.load(record["stopping"])
+        step, record = load_checkpoint(folder, self.model, self.optimizer, self._job())
+        self.stopping.load(record["stopping"], folder)
         self.scaler.load_state_dict(record["scaler"])
         self.protection.load(record["protection"])
         losses = [torch.tensor(x, device=self.device) for x in record["losses"]]
         return step, record["history"], losses
 
-    def _check_same_options(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"nothing to resume from: no {path}")
-        saved = json.loads(path.read_text())
-        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        differ = [k for k in saved if k not in PLACE_OPTIONS and saved[k] != now.get(k)]
-        if differ:
-            changes = ", ".join(f"{k} was {saved[k]!r}, is {now.get(k)!r}" for k in differ)
-            raise ValueError(f"cannot resume {path.parent} with other options: {changes}")
+    def _job(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on from, besides its options."""
+        start = sum((a.double().sum() for a in self.drift.anchors), torch.zeros(()))
+        return {
+            "training samples": self.train_data.num_samples,
+            "classes": self.num_classes,
+            # Six digits: the sum of a million weights depends on the number of threads.
+            "sum of the pretrained weights": f"{float(start):.6e}",
+        }

@@ -1,0 +1,43 @@
+"""Which folder a run may write to, and which run it may go on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from fast.train.checkpoint import list_checkpoints
+from fast.train.config import TrainConfig
+
+CONFIG_FILE = "config.json"
+# Options that say where and how a run is shown, not what it computes: they may differ on resume.
+PLACE_OPTIONS = ("output", "resume", "progress", "device", "save_every")
+
+
+def check_folder(config: TrainConfig, folder: Path) -> None:
+    """Refuse, before anything is changed, a folder that does not fit what was asked for.
+
+    Raises:
+        FileNotFoundError: nothing to resume from.
+        ValueError: the run to resume had other options; or a new run would write into a folder that
+            holds checkpoints of another, which a later resume would take for its own.
+    """
+    if config.resume is None:
+        if list_checkpoints(folder):
+            raise ValueError(
+                f"output: {folder} holds checkpoints of another run; pass resume={str(folder)!r} "
+                "to go on with it, or another folder"
+            )
+        return
+    source = Path(config.resume)
+    path = source / CONFIG_FILE
+    if not path.is_file() or not list_checkpoints(source):
+        raise FileNotFoundError(
+            f"nothing to resume from: no checkpoint and {path.name} in {source}"
+        )
+    saved = json.loads(path.read_text())
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    differ = [k for k in saved if k not in PLACE_OPTIONS and saved[k] != now.get(k)]
+    if differ:
+        changes = ", ".join(f"{k} was {saved[k]!r}, is {now.get(k)!r}" for k in differ)
+        raise ValueError(f"cannot resume {source} with other options: {changes}")
