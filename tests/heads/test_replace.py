@@ -38,6 +38,32 @@ def test_a_head_of_unknown_name_asks_for_a_sample():
         find_head(ConvNet())
 
 
+def test_a_hidden_layer_called_fc_is_not_taken_for_the_head():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.decide = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.decide(torch.relu(self.fc(x)))
+
+    with pytest.raises(ValueError, match="Pass sample="):
+        find_head(Hidden())
+    assert find_head(Hidden(), torch.randn(4, 8)).name == "decide"
+    groups = fast.param_groups(Hidden(), sample=torch.randn(4, 8))
+    assert [len(g["params"]) for g in groups] == [2, 2]
+
+
+def test_a_lazy_head_is_refused():
+    with pytest.raises(ValueError, match="run the model once"):
+        find_head(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)))
+
+
+def test_unknown_keys_of_a_group_are_refused():
+    with pytest.raises(TypeError, match="unknown keys anchor_deacy"):
+        fast.param_groups(TextNet(), anchor_deacy=5.0)
+
+
 def test_timm_models_name_their_classifier():
     model = ConvNet()
     model.get_classifier = lambda: model.decide
@@ -122,6 +148,9 @@ def test_tied_weights_leave_the_other_user_alone():
     with fast.source_task(model):
         assert torch.equal(model(ids), before)
     assert model(ids).shape == (8, 3)
+    assert model.embed.weight.requires_grad
+    trained = [p for g in fast.param_groups(model) for p in g["params"]]
+    assert any(p is model.embed.weight for p in trained)
 
 
 def test_number_of_labels_is_announced_where_transformers_looks():
@@ -151,6 +180,47 @@ def test_a_relu_behind_the_head_is_refused_and_the_head_put_back():
         fast.replace_head(model, 3, sample=x)
     assert type(model[1]) is nn.Conv2d
     assert model(x).shape == (8, 5)
+
+
+def test_a_failed_replacement_puts_the_head_back():
+    model = TextNet()
+    layer = model.score
+    for _ in range(2):
+        with pytest.raises(ValueError, match="two samples"):
+            fast.replace_head(model, 3, sample=sentences(1, 5)[0])
+        assert model.score is layer
+        assert layer.weight.requires_grad
+        assert model.num_labels == 5
+
+
+def test_the_names_of_the_labels_come_back_with_the_source_task():
+    class Config:
+        """As in transformers: another number of labels resets their names."""
+
+        def __init__(self):
+            self._names = {0: "neg", 1: "pos"}
+            self.label2id = {"neg": 0, "pos": 1}
+
+        num_labels = property(lambda self: len(self.id2label))
+        id2label = property(lambda self: self._names)
+
+        @num_labels.setter
+        def num_labels(self, n):
+            self._names = {i: f"LABEL_{i}" for i in range(n)}
+            self.label2id = {v: k for k, v in self._names.items()}
+
+        @id2label.setter
+        def id2label(self, names):
+            self._names = names
+
+    model = TextNet(num_classes=2)
+    model.config = Config()
+    fast.replace_head(model, 3, sample=sentences(8, 2)[0])
+    assert model.config.num_labels == 3
+    with fast.source_task(model):
+        assert model.config.id2label == {0: "neg", 1: "pos"}
+        assert model.config.label2id == {"neg": 0, "pos": 1}
+    assert model.config.id2label[2] == "LABEL_2"
 
 
 def test_one_class_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,6 +37,24 @@ def test_labels_of_val_must_fit_the_classes():
         fast.finetune(ConvNet(), (X, Y.clamp(max=2)), (X, Y), steps=2)
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ((X, ["cat"] * 40), "train: labels must be numbers, as a tensor or array; got list of str"),
+        ((np.array(["a"] * 40), Y), "train: inputs must be numbers"),
+    ],
+)
+def test_what_is_not_a_number_is_refused(train, message):
+    with pytest.raises(TypeError, match=message):
+        fast.finetune(ConvNet(), train, steps=2)
+
+
+def test_arrays_in_double_precision_are_taken():
+    x, y = X.double().numpy(), Y.to(torch.uint8).numpy()
+    result = fast.finetune(ConvNet(), (x, y), (x, y), steps=2)
+    assert result.target_accuracy is not None
+
+
 def test_other_kinds_of_data_are_refused():
     with pytest.raises(TypeError, match=r"train must be .* got str"):
         fast.finetune(ConvNet(), "folder", steps=2)
@@ -59,6 +78,10 @@ def test_a_network_without_a_linear_head_is_refused():
         ({"steps": 1, "epochs": 1}, "steps or epochs, not both"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"lr": math.nan}, "lr must be positive"),
+        ({"lr": math.inf}, "lr must be positive"),
+        ({"lr": "1e-3"}, "lr must be a number"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+        ({"label_smoothing": 3.0}, "label_smoothing must be in"),
         ({"anchor_decay": -0.1}, "anchor_decay must not be negative"),
         ({"batch_size": 10, "grad_accum_steps": 3}, "multiple of grad_accum_steps"),
         ({"batch_norm": "off"}, "batch_norm must be one of frozen"),

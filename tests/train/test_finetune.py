@@ -117,6 +117,52 @@ def test_accumulating_gradients_changes_nothing_but_rounding():
     assert torch.allclose(*runs, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulation_updates_the_feature_statistics_once_per_step():
+    start = ConvNet().double()
+    train = (TRAIN[0].double(), TRAIN[1])
+    runs = []
+    for parts in (1, 4, 64):
+        model = copy.deepcopy(start)
+        fast.finetune(model, train, grad_accum_steps=parts, steps=6, stall=0, lr=1e-3)
+        runs.append(torch.cat([v.double().flatten() for v in weights(model).values()]))
+    assert torch.allclose(runs[0], runs[1], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(runs[0], runs[2], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps():
+    x, y = TRAIN
+    x = x.clone()
+    x[7] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"loss is nan in steps 1\.\.5"):
+        fast.finetune(ConvNet(), (x, y), method="vanilla", steps=10, eval_every=5)
+
+
+def test_a_batch_of_classes_of_weight_zero_changes_nothing_badly():
+    x, y = TRAIN
+    model = ConvNet()
+    only = (x[y == 0], y[y == 0])
+    options = {"num_classes": 4, "class_weights": (0.0, 1.0, 1.0, 1.0), "steps": 3}
+    fast.finetune(model, only, method="vanilla", **options)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_call_that_fails_before_the_first_step_leaves_the_head():
+    for x, y in (images(1, 4), (torch.full((30, 1, 8, 8), float("nan")), torch.zeros(30))):
+        model = ConvNet()
+        layer = model.decide
+        with pytest.raises(ValueError, match=r"two samples|non-finite"):
+            fast.finetune(model, (x, y), num_classes=4, steps=2)
+        assert model.decide is layer
+        assert type(model.features[1]) is nn.BatchNorm2d
+
+
+def test_very_short_runs_still_move_the_backbone():
+    model = ConvNet()
+    before = weights(model.features)
+    fast.finetune(model, TRAIN, steps=3, lr=1e-2)
+    assert not same(before, weights(model.features))
+
+
 def test_early_stopping_goes_back_to_the_best_weights():
     model = ConvNet()
     result = fast.finetune(

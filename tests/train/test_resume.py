@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,67 @@ def test_early_stopping_goes_on_where_it_was(tmp_path, monkeypatch):
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert resumed.target_accuracy == whole.target_accuracy
+
+
+def test_a_loader_with_its_own_generator_and_numpy_augmentation(tmp_path, monkeypatch):
+    class Augmented(TensorDataset):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return x + float(np.random.standard_normal()) + random.random(), y
+
+    def loader():
+        generator = torch.Generator().manual_seed(5)
+        return DataLoader(Augmented(*TRAIN), batch_size=64, shuffle=True, generator=generator)
+
+    options = {"num_classes": 4, "steps": 8, "eval_every": 4, "save_every": 3}
+    state = np.random.get_state()[1].copy(), random.getstate()
+    whole = fast.finetune(network(), loader(), output=str(tmp_path / "whole"), **options)
+    interrupted(monkeypatch, network(), 5, loader(), output=str(tmp_path / "cut"), **options)
+    resumed = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert (np.random.get_state()[1] == state[0]).all()
+    assert random.getstate() == state[1]
+
+
+def test_a_folder_with_checkpoints_is_not_written_over(tmp_path):
+    fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path))
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        fast.finetune(ConvNet(), TRAIN, steps=4, lr=1e-2, output=str(tmp_path))
+
+
+def test_a_resumed_run_may_go_on_in_another_folder(tmp_path, monkeypatch):
+    options = {"steps": 8, "eval_every": 2, "patience": 50}
+    interrupted(monkeypatch, ConvNet(), 5, TRAIN, VAL, output=str(tmp_path / "a"), **options)
+    torch.manual_seed(0)
+    model = ConvNet()
+    fast.finetune(model, TRAIN, VAL, output=str(tmp_path / "b"), **options)
+    b = str(tmp_path / "b")
+    torch.manual_seed(0)
+    again = fast.finetune(ConvNet(), TRAIN, VAL, resume=b, output=str(tmp_path / "c"), **options)
+    assert (tmp_path / "c" / "config.json").is_file()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.model.state_dict().items())
+
+
+def test_other_data_and_other_weights_are_refused(tmp_path):
+    torch.manual_seed(0)
+    start = ConvNet()
+    fast.finetune(copy.deepcopy(start), TRAIN, steps=4, output=str(tmp_path))
+    half = (TRAIN[0][:150], TRAIN[1][:150])
+    with pytest.raises(ValueError, match="training samples 200, here 150"):
+        fast.finetune(copy.deepcopy(start), half, num_classes=4, steps=4, resume=str(tmp_path))
+    with pytest.raises(ValueError, match="sum of the pretrained weights"):
+        fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
+
+
+def test_other_frozen_layers_are_refused(tmp_path):
+    torch.manual_seed(0)
+    fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path))
+    torch.manual_seed(0)
+    model = ConvNet()
+    model.features.requires_grad_(False)
+    with pytest.raises(ValueError, match="freeze the same layers"):
+        fast.finetune(model, TRAIN, steps=4, resume=str(tmp_path))
 
 
 def test_other_options_are_refused(tmp_path):

@@ -97,8 +97,8 @@ def replace_head(
     if task_head(model) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
     found = find_head(model, sample)
-    head = _new_head(model, found, num_classes, max_entropy)
     trainable = found.module.weight.requires_grad
+    head = _new_head(model, found, num_classes, max_entropy)
     found.put(head)
     announce_classes(model, num_classes)
     head.train(model.training)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from fast.heads import pick
+from fast.train.seeding import seeded
 
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
@@ -241,8 +242,7 @@ class TrainBatches:
     def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
         # The sampler draws its seed with the first batch. Neither that nor reading again what was
         # used may move the generators of the run: a resumed run has restored them already.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             for owner in (loader, loader.sampler):
                 generator = getattr(owner, "generator", None)
                 if generator is not None:
