@@ -283,7 +283,10 @@ def test_step_in_backward():
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
         ({"state_dtype": torch.int64}, "state_dtype must be None or one of"),
         ({"anchor_dtype": torch.uint8}, "anchor_dtype must be None or one of"),
-        ({"amsgrad": True}, "use torch.optim.AdamW"),
+        ({"amsgrad": True}, "amsgrad=True is not supported; use torch.optim.AdamW"),
+        ({"differentiable": True}, "differentiable=True is not supported; use torch.optim.AdamW"),
+        ({"betas": (0.9,)}, r"betas must be two numbers, \(beta1, beta2\); got \(0.9,\)"),
+        ({"betas": 0.9}, "betas must be two numbers"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -291,11 +294,19 @@ def test_bad_options_are_named(options, message):
         AdamW([nn.Parameter(torch.zeros(2))], **options)
 
 
+@pairs
+def test_options_of_torch_that_change_nothing(theirs, ours, options):
+    same = {"foreach": False, "fused": False, "differentiable": False}
+    ours(network().parameters(), **options, **same)
+
+
 def test_bad_sgd_options_are_named():
     with pytest.raises(ValueError, match="momentum must not be negative"):
         SGD([nn.Parameter(torch.zeros(2))], momentum=-1)
     with pytest.raises(ValueError, match="nesterov needs"):
         SGD([nn.Parameter(torch.zeros(2))], nesterov=True)
+    with pytest.raises(ValueError, match=r"differentiable=True is .*torch\.optim\.SGD"):
+        SGD([nn.Parameter(torch.zeros(2))], differentiable=True)
 
 
 def test_what_cannot_be_updated_is_refused():

@@ -17,6 +17,7 @@ from fastkernels._update import STATS
 from . import _dtensor, _scaling, _state
 from ._batch import Batch, Group
 from ._dtensor import Place
+from ._progress import Progress
 from ._state import State, Storage
 
 
@@ -48,6 +49,7 @@ class AnchoredOptimizer(Optimizer):
             self._set_curvature(self._members(), curvature)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._progress.settle(self.param_groups)
         kept = ("storage", "max_grad_norm", "seed", "_step_supports_amp_scaling")
         return super().__getstate__() | {key: getattr(self, key) for key in kept}  # type: ignore[no-any-return]
 
@@ -60,8 +62,17 @@ class AnchoredOptimizer(Optimizer):
         self._totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
         self._hyper: dict[Place, tuple[list[list[float]], Tensor]] = {}
         self._anchored = False
+        self._progress = Progress()
 
     # Hooks of the subclasses.
+
+    def _refuse(self, **options: bool) -> None:
+        """Raise a ValueError for an option of torch's that this optimizer does not have."""
+        for name, value in options.items():
+            if value:
+                raise ValueError(
+                    f"{name}=True is not supported; use torch.optim.{type(self).__name__} for it"
+                )
 
     def _check_group(self, group: Group) -> None:
         """Raise a ValueError that names the key when `group` has a value out of range."""
@@ -186,6 +197,11 @@ class AnchoredOptimizer(Optimizer):
         for (group, p), value in zip(members, values, strict=True):
             self._set_anchor(group, p, value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: `load_state_dict` of this class and of torch's take it. Waits for a step."""
+        self._progress.settle(self.param_groups)
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of torch's optimizer of the same name.
 
@@ -194,19 +210,51 @@ class AnchoredOptimizer(Optimizer):
         never taken from the weights.
 
         Raises:
-            ValueError: the groups do not fit, or the state needs what is not supported (amsgrad).
+            ValueError: the groups or a tensor do not fit (it is named), or the state needs what is
+                not supported (amsgrad). The optimizer is then as it was.
         """
+        before = self.__dict__.copy()
+        saved: dict[str, Any] = {}
+
+        def check(_: Optimizer, found: dict[str, Any]) -> None:
+            saved.update(found)
+            self._check_saved(found)
+
+        # As the last pre-hook and the first post-hook: those of others see what they should, the
+        # state as it was saved and as it is stored here.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._adopt_all(saved, before), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise a ValueError when a state cannot be loaded; torch checks the groups itself."""
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
             raise ValueError("state_dict: amsgrad=True is not supported; go on with torch's AdamW")
-        groups, states = [dict(g) for g in self.param_groups], dict(self.state)
-        super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, groups, strict=True):
+        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+        for i, (_, p) in zip(ids, self._members(), strict=False):
+            names = (*self.moments, "anchor", "curvature", "remainder")
+            _state.check_saved(state_dict["state"].get(i, {}), names, p, f"state_dict: state[{i}]")
+
+    def _adopt_all(self, state_dict: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Store what torch has loaded as this optimizer stores it."""
+        for group, old in zip(self.param_groups, before["param_groups"], strict=True):
             for key in old:
                 group.setdefault(key, old[key])
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         unanchored = 0
         for i, (group, p) in zip(ids, self._members(), strict=True):
-            old, saved = states.get(p, {}), state_dict["state"].get(i, {})
+            old, saved = before["state"].get(p, {}), state_dict["state"].get(i, {})
             state: State = {}
             self.state[p] = state
             for name in ("anchor", "curvature"):
@@ -220,7 +268,7 @@ class AnchoredOptimizer(Optimizer):
             warnings.warn(
                 f"the loaded state has no anchor for {unanchored} anchored parameters: they keep "
                 "the one they have (their weights when this optimizer was built, or set_anchors)",
-                stacklevel=2,
+                stacklevel=4,
             )
 
     def _adopt(self, group: Group, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
@@ -258,6 +306,7 @@ class AnchoredOptimizer(Optimizer):
         return loss
 
     def _update(self) -> None:
+        self._progress.settle(self.param_groups)
         with named_range("fast::collect"):
             batches = self._collect()
         scaling = _scaling.scale(
@@ -272,8 +321,7 @@ class AnchoredOptimizer(Optimizer):
             self._launch(batch, self._hyper_table(batch, place), options)
             if place.groups or scaling.shrink is not None:
                 self._totals[place] = scaling.totals(place, self._stats[place], self._totals)
-        for group in self.param_groups:
-            group["progress"] += 1
+        self._progress.count(self.param_groups, scaling.found_inf)
 
     def _options(self, batch: Batch, place: Place) -> dict[str, Any]:
         """The arguments that the update ops have in common, but for the scale of gradients."""

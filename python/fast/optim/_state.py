@@ -98,6 +98,30 @@ def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -
     state[f"{name}_codes"], state[f"{name}_scales"] = stored, scales
 
 
+def check_saved(saved: Mapping[str, Any], names: Sequence[str], p: Tensor, where: str) -> None:
+    """Raise a ValueError that names the entry when a saved state is not one of `p`."""
+    step = saved.get("step", 0)
+    if torch.as_tensor(step).numel() != 1:
+        raise ValueError(f"{where}['step'] must be one number; got {list(step.shape)}")
+    shapes: dict[str, Sequence[int]] = {}
+    for name in names:
+        shapes |= {name: p.shape, f"{name}_codes": p.shape}
+        shapes[f"{name}_scales"] = (_storage.code_scales(p.numel()),)
+        if f"{name}_codes" in saved and f"{name}_scales" not in saved:
+            raise ValueError(f"{where} has {name}_codes but no {name}_scales")
+    for key, shape in shapes.items():
+        value = saved.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where}[{key!r}] must be a tensor; got {type(value).__name__}")
+        if value.shape != torch.Size(shape):
+            raise ValueError(
+                f"{where}[{key!r}] is {list(value.shape)}, but must be {list(shape)} for its "
+                f"parameter {list(p.shape)}: the state is of another model or order of parameters"
+            )
+
+
 def adopt(state: State, saved: Mapping[str, Any], name: str, p: Tensor, dtype: torch.dtype) -> None:
     """Take `name` from a loaded state in whatever form; as it is (not copied) when it fits."""
     for key in (f"{name}_codes", name):

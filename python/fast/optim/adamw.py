@@ -35,8 +35,9 @@ class AdamW(AnchoredOptimizer):
             weights, or call `set_anchors`.
         curvature: `F`: tensors in the order and shapes of the parameters (None entries mean 1), or
             a `fast.SourceCard`.
-        stall: calls of `step` for which the group is skipped: no update, no moments, no step count.
-        ramp: calls of `step` over which the group's lr then rises linearly to its full value.
+        stall: steps for which the group is skipped: no update, no moments, no step count. A step
+            that a GradScaler skipped counts neither here nor in `ramp`.
+        ramp: steps over which the group's lr then rises linearly to its full value.
         maximize: ascend instead of descend.
         state_dtype: of the moments: None (float32, float64 for float64 parameters),
             torch.bfloat16 (the second one rounded stochastically) or torch.uint8 (8-bit codes).
@@ -46,8 +47,8 @@ class AdamW(AnchoredOptimizer):
         exact_bf16: keep the 16 bits that bfloat16 parameters lack, so that their updates are those
             of float32; without, an update below half a unit in the last place is lost.
         seed: of the stochastic rounding.
-        amsgrad, capturable, foreach, fused: accepted for torch's sake; there is one implementation,
-            and amsgrad=True raises.
+        amsgrad, capturable, foreach, fused, differentiable: accepted for torch's sake; there is one
+            implementation, and amsgrad=True or differentiable=True raises.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -78,9 +79,9 @@ class AdamW(AnchoredOptimizer):
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
-        if amsgrad:
-            raise ValueError("amsgrad=True is not supported; use torch.optim.AdamW for it")
+        self._refuse(amsgrad=amsgrad, differentiable=differentiable)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "anchor_decay": anchor_decay, "stall": stall, "ramp": ramp, "maximize": maximize,
@@ -99,7 +100,10 @@ class AdamW(AnchoredOptimizer):
         super()._check_group(group)
         if not group["eps"] >= 0:
             raise ValueError(f"eps must not be negative; got {group['eps']}")
-        for i, beta in enumerate(group["betas"]):
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, (beta1, beta2); got {betas!r}")
+        for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}] must be in [0, 1); got {beta}")
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 import fastkernels
 
+from . import _dtensor, _state
 from ._base import AnchoredOptimizer
 from ._batch import Batch, Group
-from ._state import Storage
+from ._state import State, Storage
 
 
 class SGD(AnchoredOptimizer):
@@ -53,7 +54,9 @@ class SGD(AnchoredOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
+        self._refuse(differentiable=differentiable)
         defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "anchor_decay": anchor_decay, "stall": stall, "ramp": ramp,
@@ -78,6 +81,27 @@ class SGD(AnchoredOptimizer):
     def _group_moments(self, group: Group) -> tuple[str, ...]:
         return self.moments if group["momentum"] else ()
 
+    def _ensure(self, group: Group, p: Tensor) -> State:
+        begun = _state.is_stored(self.state[p], "momentum_buffer")
+        state = super()._ensure(group, p)
+        if not begun and self._group_moments(group):
+            state["step"].zero_()  # at step 0 a momentum starts as the gradient, without dampening
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
+            # torch starts a momentum that is not there as we do at step 0, and dampens one of
+            # zeros. A sharded state stays complete, as torch.distributed.checkpoint needs it.
+            if not group["dampening"] or _dtensor.any_sharded(group["params"]):
+                continue
+            for i in saved["params"]:
+                state = found["state"].get(i, {})
+                if _state.is_stored(state, "momentum_buffer") and not state["step"].any():
+                    found["state"][i] = state = dict(state)
+                    _state.drop(state, "momentum_buffer")
+        return found
+
     def _hyper_row(self, group: Group, lr: float) -> list[float]:
         return [
             lr, group["momentum"], group["dampening"], float(group["nesterov"]),
@@ -86,6 +110,12 @@ class SGD(AnchoredOptimizer):
 
     def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
         momentum_buffers, momentum_scales = batch.moment("momentum_buffer")
+        if not all(group["momentum"] for group, _ in batch.rows):
+            # One that was switched off keeps its momentum, unused, as torch's does.
+            on = [bool(batch.rows[row][0]["momentum"]) for row in batch.groups]
+            momentum_buffers = [
+                b if use else batch.nothing for b, use in zip(momentum_buffers, on, strict=True)
+            ]
         fastkernels.anchored_sgd_(
             batch.params, batch.grads, momentum_buffers, batch.column("step"), hyper, batch.groups,
             momentum_scales=momentum_scales, **options,

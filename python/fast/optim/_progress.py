@@ -1,0 +1,49 @@
+"""Count the steps of each group, but not those that a GradScaler had skipped, without a sync."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._batch import Group
+
+
+class Progress:
+    """Advances the key `progress` of groups, by which they leave their stall and ramp.
+
+    Whether a step overflowed is known on its device only. The flag is copied to the host behind the
+    step, and read when it decides something: at the next step, which then waits for the step before
+    (not for the passes queued since), and only while a group stalls or ramps.
+    """
+
+    def __init__(self) -> None:
+        self._flag: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
+        """One step more; `found_inf` `[]` or `[1]` on any device: not 0 where it was skipped."""
+        warming = any(g["progress"] < g["stall"] + g["ramp"] for g in groups)
+        if found_inf is None or not warming:
+            _advance(groups)
+        elif found_inf.device.type == "cuda":
+            self._flag = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True)
+            self._flag.copy_(found_inf, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(found_inf.device).record_event()
+        else:
+            self._flag = found_inf.clone()
+
+    def settle(self, groups: Sequence[Group]) -> None:
+        """Count the last step if that is still open."""
+        flag, arrived = self._flag, self._arrived
+        self._flag = self._arrived = None
+        if arrived is not None:
+            arrived.synchronize()
+        if flag is not None and not flag.any():
+            _advance(groups)
+
+
+def _advance(groups: Sequence[Group]) -> None:
+    for group in groups:
+        group["progress"] += 1

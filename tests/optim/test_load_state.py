@@ -1,0 +1,224 @@
+"""Loading a state: what is refused changes nothing, and hooks see what torch's would."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fast.optim import SGD, AdamW
+from optim.test_against_torch import flat, network, train
+
+CLASSES = {"adamw": (AdamW, "exp_avg_sq"), "sgd": (SGD, "momentum_buffer")}
+classes = pytest.mark.parametrize(("cls", "last"), CLASSES.values(), ids=CLASSES)
+
+
+def trained(cls, **options):
+    model = network()
+    if cls is SGD:
+        options["momentum"] = 0.9
+    optimizer = cls(model.parameters(), lr=1e-2, anchor_decay=0.1, **options)
+    train(optimizer, model, 2)
+    return model, optimizer
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@classes
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s, n: s.update({n: s[n][..., :-1]}), r"is \[5, 63\], but must be \[5, 64\]"),
+        (lambda s, n: s.update({n: 0.5}), "must be a tensor; got float"),
+        (lambda s, n: s.update({f"{n}_codes": s.pop(n).byte()}), "codes but no .*scales"),
+        (lambda s, n: s.update(anchor=torch.zeros(3)), r"\['anchor'\] is \[3\]"),
+        (lambda s, n: s.update(step=torch.zeros(3)), r"\['step'\] must be one number"),
+    ],
+    ids=["shape", "type", "scales", "anchor", "step"],
+)
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(cls, last, spoil, message):
+    _, optimizer = trained(cls)
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy((state, optimizer.stats()))
+    state["param_groups"][0]["lr"] = 5.0
+    state["state"][0]["step"] = torch.tensor(77.0)
+    spoil(state["state"][2], last)
+    with pytest.raises(ValueError, match=r"state_dict: state\[2\].*" + message):
+        optimizer.load_state_dict(state)
+    assert same(before, (optimizer.state_dict(), optimizer.stats()))
+
+
+def test_a_failing_hook_changes_nothing():
+    def hook(_):
+        raise RuntimeError("no")
+
+    _, optimizer = trained(AdamW)
+    before = copy.deepcopy(optimizer.state_dict())
+    other = copy.deepcopy(before)
+    other["param_groups"][0]["lr"] = 5.0
+    optimizer.register_load_state_dict_post_hook(hook)
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.load_state_dict(other)
+    assert same(before, optimizer.state_dict())
+
+
+@classes
+def test_what_a_pre_hook_returns_is_loaded(cls, last):
+    def hook(_, state_dict):
+        changed = copy.deepcopy(state_dict)
+        changed["state"][0][last].fill_(3.0)
+        changed["state"][0]["anchor"].fill_(2.0)
+        changed["param_groups"][0]["lr"] = 0.5
+        return changed
+
+    model, optimizer = trained(cls)
+    optimizer.register_load_state_dict_pre_hook(hook)
+    optimizer.load_state_dict(optimizer.state_dict())
+    state = optimizer.state[next(model.parameters())]
+    assert (state[last] == 3).all()
+    assert (state["anchor"] == 2).all()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_pre_hook_may_repair_what_does_not_fit():
+    model, optimizer = trained(AdamW)
+    good = copy.deepcopy(optimizer.state_dict())
+    optimizer.register_load_state_dict_pre_hook(lambda *_: good)
+    optimizer.load_state_dict({"state": {0: {"exp_avg": torch.zeros(1)}}, "param_groups": []})
+    assert optimizer.state[next(model.parameters())]["step"] == 2
+
+
+@classes
+def test_a_post_hook_sees_and_may_change_the_final_state(cls, last):
+    """bfloat16 parameters: torch casts the moments to bfloat16, and here they are float32."""
+    model = network(torch.bfloat16)
+    p = next(model.parameters())
+    options = {"momentum": 0.9} if cls is SGD else {}
+    optimizer = cls(model.parameters(), **options)
+    train(optimizer, model, 2)
+    seen = []
+
+    def hook(optimizer):
+        seen.append(optimizer.state[p][last].dtype)
+        optimizer.state[p][last].fill_(7.0)
+
+    optimizer.register_load_state_dict_post_hook(hook)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert seen == [torch.float32]
+    assert (optimizer.state[p][last] == 7).all()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(seen) == 2, "the hooks of one load must not stay for the next"
+
+
+def damped(cls, model, momentum, **options):
+    return cls(model.parameters(), lr=0.1, momentum=momentum, dampening=0.5, **options)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.uint8])
+def test_momentum_may_be_switched_on_and_off(state_dtype):
+    """With dampening: torch starts a new momentum undamped, and keeps one that is not used."""
+    weights = []
+    for cls in (SGD, torch.optim.SGD):
+        model = network()
+        optimizer = damped(cls, model, 0.0, **({"state_dtype": state_dtype} if cls is SGD else {}))
+        for momentum in (0.0, 0.9, 0.0, 0.9):
+            optimizer.param_groups[0]["momentum"] = momentum
+            train(optimizer, model, 3)
+        weights.append(flat(model))
+    tolerance = 2e-6 if state_dtype is None else 8e-3  # 8-bit codes
+    torch.testing.assert_close(*weights, rtol=tolerance, atol=tolerance)
+
+
+def test_momentum_of_one_group_only():
+    weights = []
+    for cls in (SGD, torch.optim.SGD):
+        model = network()
+        groups = [
+            {"params": model[0].parameters(), "momentum": 0.9},
+            {"params": model[3].parameters()},
+        ]
+        optimizer = cls(groups, lr=0.1, dampening=0.5)
+        train(optimizer, model, 3)
+        optimizer.param_groups[0]["momentum"] = 0.0
+        optimizer.param_groups[1]["momentum"] = 0.9
+        train(optimizer, model, 3)
+        weights.append(flat(model))
+    torch.testing.assert_close(*weights, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("second", [SGD, torch.optim.SGD])
+def test_a_state_that_never_stepped_starts_its_momentum_undamped(second):
+    reference, model = network(), network()
+    train(damped(torch.optim.SGD, reference, 0.9), reference, 4)
+    fresh = damped(SGD, model, 0.9)
+    fresh.set_anchors()  # anchors alone make a state
+    optimizer = damped(second, model, 0.9)
+    optimizer.load_state_dict(fresh.state_dict())
+    train(optimizer, model, 4)
+    torch.testing.assert_close(flat(model), flat(reference), rtol=2e-6, atol=2e-6)
+    assert "momentum_buffer" in fresh.state[model[0].weight], "the state itself is not changed"
+
+
+def scaled_steps(device, overflows):
+    """[(progress, how far the weight moved)] of a run with `stall` 2, `ramp` 2."""
+    p = nn.Parameter(torch.ones(3, device=device))
+    optimizer = AdamW([p], lr=0.1, eps=0.0, stall=2, ramp=2)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**16)
+    seen = []
+    for overflow in overflows:
+        before = p.detach().clone()
+        optimizer.zero_grad()
+        loss = scaler.scale(p.sum())
+        (loss * float("inf") if overflow else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        progress = optimizer.state_dict()["param_groups"][0]["progress"]
+        seen.append((progress, round((before - p).mean().item(), 5)))
+    return seen
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_overflows_use_up_neither_stall_nor_ramp(device):
+    clean = [(1, 0.0), (2, 0.0), (3, 0.05), (4, 0.1)]
+    assert scaled_steps(device, [False] * 4) == clean
+    seen = scaled_steps(device, [True, True, False, True, False, True, False, True, False])
+    assert [row for i, row in enumerate(seen) if i in (2, 4, 6, 8)] == clean
+    assert [seen[i] for i in (0, 1, 3, 5, 7)] == [(0, 0), (0, 0), (1, 0), (2, 0), (3, 0)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_does_not_wait_for_itself():
+    """With GradScaler and in the ramp: a step waits for the one before it at most."""
+    p = nn.Parameter(torch.ones(3, device="cuda"))
+    optimizer = AdamW([p], lr=0.1, ramp=100)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.grad_scale = torch.ones((), device="cuda")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second of work queued before the step
+    queued = torch.cuda.Event()
+    queued.record()
+    optimizer.step()
+    assert not queued.query()
+    assert optimizer.state_dict()["param_groups"][0]["progress"] == 3
+    assert queued.query()
