@@ -201,9 +201,9 @@ def keep(folder):
         (keep, ["--model", "nets.py:headless", "--allow-missing"], "linear"),
         (keep, ["--mean", "0.5,0.5"], "mean has 2 values but the images have 1 channels"),
         (keep, ["--val-fraction", "2", "--data", "xy.npz"], "between 0 and 1"),
-        (changed(y_train=np.full(200, np.nan)), [], "target.npz: y_train: label 0 is NaN"),
+        (changed(y_train=np.full(200, np.nan)), [], "target.npz: y_train: 200 labels are NaN"),
         (changed(y_train=np.zeros(200, int), y_test=np.zeros(80, int)), [], "one class only"),
-        (changed(y_test=np.full(80, 7), classes=["a", "b", "c", "d"]), [], "label 7 of sample 0"),
+        (changed(y_test=np.full(80, 7), classes=["a", "b", "c", "d"]), [], "first 7 in row 0"),
         (changed(x_train=np.zeros((199, 8, 8), np.uint8)), [], "199 inputs but 200 labels"),
         (
             changed(x_train=np.zeros((200, 6), np.float32)),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from fast.heads import pick
+from fast.train.labels import check_labels
 from fast.train.seeding import seeded
 
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -36,33 +37,6 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
         inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
         return inputs, torch.as_tensor(batch[-1])
     raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {_kind(batch)}")
-
-
-def check_labels(labels: Tensor, num_classes: int | None, name: str) -> Tensor:
-    """Labels as int64 `[B]`.
-
-    Raises:
-        ValueError: NaN, fractional, not one-dimensional, or outside `0 .. num_classes - 1`.
-    """
-    if labels.dim() != 1:
-        raise ValueError(
-            f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
-        )
-    if labels.is_floating_point():
-        if labels.isnan().any():
-            raise ValueError(f"{name}: {int(labels.isnan().sum())} labels are NaN; drop those rows")
-        if (labels != labels.round()).any():
-            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
-    labels = labels.long()
-    if labels.numel():
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or (num_classes is not None and high >= num_classes):
-            bound = f"0..{num_classes - 1}" if num_classes is not None else "0 or more"
-            raise ValueError(
-                f"{name}: labels must be {bound}; got {low}..{high}. "
-                "Number the classes from 0, or pass num_classes"
-            )
-    return labels
 
 
 def move(inputs: Any, device: torch.device) -> Any:

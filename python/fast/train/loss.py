@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast.train.data import Data, check_labels
+from fast.train.data import Data
+from fast.train.labels import check_labels
 
 
 def class_weights(
@@ -44,7 +45,7 @@ def _targets(data: Data) -> Tensor:
             "class_weights='balanced' needs the labels: pass (x, y) tensors, a Dataset with "
             "`targets`, or the weights themselves"
         )
-    return check_labels(torch.as_tensor(targets), None, data.name)
+    return check_labels(targets, None, data.name)
 
 
 class Loss:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fast.heads import evaluating, forward_logits
-from fast.train.data import Data, check_labels, move
+from fast.train.data import Data, move
+from fast.train.labels import check_labels
 
 
 class Score(NamedTuple):

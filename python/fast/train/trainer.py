@@ -16,8 +16,9 @@ from fast.files import write_json
 from fast.heads import forward_logits, pick, source_task, task_head
 from fast.train.checkpoint import load_checkpoint, save_checkpoint
 from fast.train.config import Budget, TrainConfig
-from fast.train.data import Data, TrainBatches, Transform, as_data, check_labels, length, move
+from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.early_stopping import EarlyStopping
+from fast.train.labels import check_labels
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
 from fast.train.methods import METHODS, plan_for

@@ -15,11 +15,10 @@ from fast.train.sources.types import (
     EncodedImages,
     NamedData,
     Split,
-    check_labels,
     stratified_split,
 )
 
-__all__ = ["EncodedImages", "NamedData", "Split", "check_labels", "load_data", "stratified_split"]
+__all__ = ["EncodedImages", "NamedData", "Split", "load_data", "stratified_split"]
 
 
 def load_data(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split, check_labels
+from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split, labelled
 
 
 def read_hugging_face(name: str, input_column: str | None, label_column: str | None) -> NamedData:
@@ -62,13 +62,12 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     for part, table in parts.items():
         if table is None:
             continue
-        labels = check_labels(
+        splits[part] = labelled(
+            _hf_inputs(datasets, table, input_column),
             table[label_column],
-            len(table),
             f"{name}: {label_column}",
             len(classes) if classes else None,
         )
-        splits[part] = Split(_hf_inputs(datasets, table, input_column), labels)
     if not classes:
         classes = [str(i) for i in range(max(int(s.labels.max()) for s in splits.values()) + 1)]
     return NamedData(name, splits.get("train"), splits.get("val"), tuple(classes))

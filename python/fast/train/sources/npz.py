@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split, check_labels
+from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split, labelled
 
 
 def read_npz(path: Path) -> NamedData:
@@ -44,10 +44,8 @@ def _npz_split(
     inputs: Any
     if plain in arrays:
         inputs = _check_array(arrays[plain], f"{path}: {plain}")
-        count = len(inputs)
     elif packed in arrays:
         inputs = _packed_images(path, arrays, suffix)
-        count = len(inputs)
     else:
         inputs = {
             name.removeprefix(several): _check_array(value, f"{path}: {name}")
@@ -57,14 +55,13 @@ def _npz_split(
         if not inputs:
             return None
         counts = {name: len(value) for name, value in inputs.items()}
-        count = next(iter(counts.values()))
         if len(set(counts.values())) > 1:
             raise ValueError(f"{path}: inputs {several}* differ in length: {counts}")
     if f"y{suffix}" not in arrays:
         raise ValueError(f"{path}: has {plain} but no labels y{suffix}")
-    where = f"{path}: y{suffix}"
-    labels = check_labels(arrays[f"y{suffix}"], count, where, len(classes) if classes else None)
-    return Split(inputs, labels)
+    return labelled(
+        inputs, arrays[f"y{suffix}"], f"{path}: y{suffix}", len(classes) if classes else None
+    )
 
 
 def _check_array(x: np.ndarray, where: str) -> np.ndarray:

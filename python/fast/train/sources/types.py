@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fast.train.labels import check_labels
+
 VAL_NAMES = ("val", "valid", "validation", "test")
 
 
@@ -87,43 +89,15 @@ def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Spli
     return split.subset(np.flatnonzero(~held_out)), split.subset(np.flatnonzero(held_out))
 
 
-def check_labels(labels: Any, count: int, where: str, num_classes: int | None = None) -> np.ndarray:
-    """Labels as int64 `[count]`, or a ValueError that says what is wrong with which of them."""
-    labels = np.asarray(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1:
-        raise ValueError(
-            f"{where}: labels must have one dimension; got shape {labels.shape}"
-            + ("; for one-hot labels, store their argmax" if labels.ndim == 2 else "")
-        )
-    if len(labels) != count:
-        raise ValueError(f"{where}: {count} inputs but {len(labels)} labels")
+def labelled(inputs: Any, labels: Any, where: str, num_classes: int | None = None) -> Split:
+    """A `Split` of inputs and their labels as found, or a ValueError that says what is wrong."""
+    checked = check_labels(labels, num_classes, where)
+    count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+    if len(checked) != count:
+        raise ValueError(f"{where}: {count} inputs but {len(checked)} labels")
     if count == 0:
         raise ValueError(f"{where}: is empty")
-    if labels.dtype.kind == "f":
-        if np.isnan(labels).any():
-            first = int(np.flatnonzero(np.isnan(labels))[0])
-            raise ValueError(f"{where}: label {first} is NaN; drop or fix unlabelled samples")
-        if not (labels == np.trunc(labels)).all():
-            raise ValueError(
-                f"{where}: labels must be class numbers; got {labels.dtype} with fractions"
-            )
-    elif labels.dtype.kind not in "iub":
-        raise ValueError(
-            f"{where}: labels must be class numbers 0, 1, ...; got {labels.dtype} "
-            "(names go into an array `classes`)"
-        )
-    labels = labels.astype(np.int64)
-    limit = num_classes if num_classes is not None else np.iinfo(np.int64).max
-    wrong = np.flatnonzero((labels < 0) | (labels >= limit))
-    if len(wrong):
-        most = f"0 .. {limit - 1}" if num_classes is not None else "0 or more"
-        raise ValueError(
-            f"{where}: label {labels[wrong[0]]} of sample {wrong[0]} is out of range: must be "
-            f"{most}"
-        )
-    return labels
+    return Split(inputs, checked.numpy())
 
 
 def _take(inputs: Any, index: np.ndarray) -> Any:

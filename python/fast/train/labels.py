@@ -1,0 +1,66 @@
+"""The one check of class labels, for files, data sets and batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
+    """Labels as int64 `[N]`.
+
+    Args:
+        labels: a tensor, array or list of numbers `[N]` or `[N, 1]`.
+        num_classes: what they must be below; None: they only must not be negative.
+        name: of the data, for messages.
+
+    Raises:
+        ValueError: no numbers, NaN, fractional, of another shape, or out of range; the message says
+            which row is the first.
+    """
+    labels = labels if isinstance(labels, Tensor) else _from_array(np.asarray(labels), name)
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dim() != 1:
+        hint = "; of one-hot labels give the argmax" if labels.dim() == 2 else ""
+        raise ValueError(
+            f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
+            + hint
+        )
+    if labels.is_floating_point():
+        nan = labels.isnan()
+        if nan.any():
+            raise ValueError(
+                f"{name}: {int(nan.sum())} labels are NaN, the first in row {_first(nan)}; drop "
+                "those rows"
+            )
+        if (labels != labels.round()).any():
+            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
+    labels = labels.long()
+    if labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            bound = f"0..{num_classes - 1}" if num_classes is not None else "0 or more"
+            wrong = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
+            row = _first(wrong)
+            raise ValueError(
+                f"{name}: labels must be {bound}; got {low}..{high}, first {int(labels[row])} in "
+                f"row {row}. Number the classes from 0, or pass num_classes"
+            )
+    return labels
+
+
+def _from_array(labels: np.ndarray, name: str) -> Tensor:
+    if labels.dtype.kind not in "fiub":
+        raise ValueError(
+            f"{name}: labels must be class indices 0, 1, ...; got {labels.dtype}; number the names"
+        )
+    # Files hold types and byte orders that torch does not have.
+    return torch.from_numpy(labels.astype(np.float64 if labels.dtype.kind == "f" else np.int64))
+
+
+def _first(wrong: Tensor) -> int:
+    return int(wrong.nonzero()[0])
