@@ -1,9 +1,11 @@
 """`fast compare`: table, files, and runs that are not repeated."""
 
+import argparse
 import base64
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 
@@ -11,6 +13,7 @@ import pytest
 
 import fast
 from fast.cli import main
+from fast.cli.compare import fingerprint
 
 COMPARE = ("--methods", "fast,vanilla", "--seeds", "0,1", "--steps", 6, "--output", "out")
 
@@ -90,6 +93,36 @@ def test_another_job_is_run_again(done):
     assert {r["history"][-1]["step"] for r in runs} == {8}
 
 
+def test_a_changed_file_in_a_folder_is_another_job(tmp_path):
+    def key(data):
+        args = argparse.Namespace(
+            model="m.py:N", weights=None, data=str(data), source=None, val_fraction=0.2,
+            input_size=None, mean=None, std=None, flip=False, input_column=None,
+            label_column=None, max_length=128,
+        )  # fmt: skip
+        return fingerprint(args, {})
+
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for folder in (photos / "cat", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(b"1")
+    (photos / "dog").symlink_to(elsewhere)
+    (photos / "dangling").symlink_to(tmp_path / "nothing")
+    keys = [key(photos)]
+    assert key(photos) == keys[0]
+    (photos / "cat" / "2.png").write_bytes(b"2")
+    keys.append(key(photos))
+    (photos / "cat" / "1.png").write_bytes(b"longer")
+    keys.append(key(photos))
+    os.utime(photos / "cat" / "2.png", ns=(1, 1))
+    keys.append(key(photos))
+    (photos / "cat" / "1.png").rename(photos / "cat" / "3.png")
+    keys.append(key(photos))
+    (elsewhere / "1.png").write_bytes(b"other")
+    keys.append(key(photos))
+    assert len(set(keys)) == 6
+
+
 def test_each_method_runs_at_its_better_learning_rate(job):
     code, out, err = job.fast(
         "compare", *job.args, *COMPARE[2:], "--methods", "vanilla", "--lr", "1e-6,0.01"
@@ -107,6 +140,9 @@ def test_errors(job):
     code, _, err = job.fast("compare", *job.args, "--seeds", "0,x")
     assert code == 2
     assert "whole numbers separated by commas, not '0,x'" in err
+    code, _, err = job.fast("compare", *job.args, "--lr", "0.1,-1")
+    assert code == 2
+    assert "lr must be positive; got -1" in err
     code, _, err = job.fast("compare", "--data", "target.npz")
     assert code == 2
     assert "--model must be given" in err

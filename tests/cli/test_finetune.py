@@ -111,12 +111,12 @@ def test_texts_with_a_network_of_transformers(job):
     assert result["target_accuracy"] >= 0.75  # chance is 0.5
 
 
-def interrupt_at(monkeypatch, step):
+def fail_at(monkeypatch, step, error):
     original = Trainer._step
 
     def stop(self, now, *args):
         if now == step:
-            raise KeyboardInterrupt
+            raise error
         return original(self, now, *args)
 
     monkeypatch.setattr(Trainer, "_step", stop)
@@ -125,7 +125,7 @@ def interrupt_at(monkeypatch, step):
 def test_resume_gives_the_same_weights_as_an_uninterrupted_run(job, monkeypatch, tmp_path_factory):
     job.fast("finetune", *job.args, *RUN[:-1], "whole", "--flip")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 25)
+        fail_at(patch, 25, KeyboardInterrupt())
         code, _, err = job.fast("finetune", *job.args, *RUN[:-1], "cut", "--flip")
     assert code == 130
     assert "to go on: fast finetune --resume cut" in err
@@ -182,6 +182,47 @@ def corrupt_folder(folder):
             (folder / "photos" / name / f"{i}.jpg").write_bytes(b"no image")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("output", ["new/deep/out", "empty"])
+def test_a_run_without_a_checkpoint_leaves_nothing_and_can_be_run_again(
+    job, monkeypatch, error, output
+):
+    (job.folder / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        fail_at(patch, 5, error)
+        if isinstance(error, RuntimeError):
+            with pytest.raises(RuntimeError):
+                job.fast("finetune", *job.args, *RUN[:-1], output)
+        else:
+            code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)
+            assert code in (2, 130)
+            assert "--resume" not in err
+    assert not (job.folder / "new").exists()
+    assert list((job.folder / "empty").iterdir()) == []
+    code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)
+    assert code == 0, err
+
+
+def test_a_run_with_a_checkpoint_is_kept(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 25, ValueError("no"))
+        assert job.fast("finetune", *job.args, *RUN)[0] == 2
+    code, _, err = job.fast("finetune", "--resume", "out")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.longdouble, np.dtype(">f8"), np.float16])
+def test_arrays_of_any_precision_and_byte_order(job, dtype):
+    arrays = np.load("target.npz")
+    features = {
+        name: (value[:, None] / 255).astype(dtype) if name[0] == "x" else value.astype(">i2")
+        for name, value in arrays.items()
+    }
+    np.savez("features.npz", **features)
+    code, _, err = job.fast("finetune", *job.args[:4], "--data", "features.npz", "--steps", 2)
+    assert code == 0, err
+
+
 def keep(folder):
     pass
 
@@ -190,6 +231,12 @@ def keep(folder):
     ("spoil", "options", "message"),
     [
         (keep, ["--data", "no.npz"], "no.npz: no such file"),
+        (keep, ["--data", "nothere"], "nothere: no such file or folder"),
+        (keep, ["--device", "gpu"], "device 'gpu' cannot be used here: there is cpu"),
+        (keep, ["--device", "cuda:99"], "device 'cuda:99' cannot be used here: there is cpu"),
+        (keep, ["--device", "meta"], "device 'meta' cannot be used here: there is cpu"),
+        (keep, ["--label-smoothing", 3], "label_smoothing"),
+        (changed(y_train=np.array(["a", "b", "c", "d"] * 50)), [], "class indices 0, 1, ...; got"),
         (keep, ["--data", "nets.py"], "nets.py: unknown file type '.py'"),
         (keep, ["--data", "source.npz"], "source.npz: has no training split"),
         (keep, ["--source", "target.npz"], "source: labels must be 0..2"),

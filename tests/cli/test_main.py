@@ -69,6 +69,35 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class OutOfMemoryError(RuntimeError):
+    """By the name of torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n  lines"), "two lines"),
+        (OutOfMemoryError("20 GiB"), "out of memory: lower --batch-size (20 GiB)"),
+    ],
+)
+def test_an_error_of_several_lines_is_one(error, line, monkeypatch, capsys):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr("fast.cli.env.run", run)
+    assert main(["env"]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"fast: error: {line}"]
+
+
+def test_other_runtime_errors_are_ours_and_keep_their_traceback(monkeypatch):
+    def run(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fast.cli.env.run", run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["env"])
+
+
 def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("FAST_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):

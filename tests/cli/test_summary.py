@@ -15,6 +15,8 @@ def test_means_spreads_and_steps():
     runs = [
         run("fast", 0, [0.1, 0.6, 0.8, 0.9], after=0.88),
         run("fast", 1, [0.1, 0.9, 0.9, 0.9], after=0.86),
+        run("slow", 0, [0.1, 0.3, 0.8, 0.9], after=0.88),
+        run("slow", 1, [0.1, 0.3, 0.5, 0.7], after=0.86),
         run("vanilla", 0, [0.1, 0.3, 0.5, 0.7], after=0.5),
         run("vanilla", 1, [0.1, 0.3, 0.5, 0.8], after=0.3),
     ]
@@ -26,6 +28,7 @@ def test_means_spreads_and_steps():
     assert table["fast"]["source lost"] == "3.0 ± 12.7"
     assert table["vanilla"]["source lost"] == "50.0 ± 127.1"
     assert table["fast"][steps] == "15 (0.50)"
+    assert table["slow"][steps] == "25 (0.83), 1 of 2 seeds"  # 20, and a whole run of 30
     assert table["vanilla"][steps] == "30 (1.00), 1 of 2 seeds"
 
 

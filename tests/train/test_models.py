@@ -186,6 +186,29 @@ def test_a_checkpoint_runs_no_code(net, tmp_path):
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ModuleNotFoundError("No module named 'torchvision'", name="torchvision.ops"),
+            "models by timm need torchvision: pip install torchvision",
+        ),
+        (ModuleNotFoundError("", name="PIL"), "need PIL: pip install pillow"),
+        (
+            ImportError("\ncannot import name 'x'\n", name="torch"),
+            r"timm is installed but cannot be imported \(cannot import name 'x'\)",
+        ),
+    ],
+)
+def test_the_library_that_is_missing_is_named(error, message, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("fast.train.models.importlib.import_module", fail)
+    with pytest.raises(ImportError, match=message):
+        load_model("timm:resnet10t")
+
+
 def importable(library):
     """Installed and working: timm fails to import where torchvision is missing."""
     if importlib.util.find_spec(library) is None:
@@ -196,7 +219,7 @@ def importable(library):
 @pytest.mark.parametrize(("library", "name"), [("timm", "resnet10t"), ("torchvision", "resnet18")])
 def test_libraries_bring_their_input_format(library, name, tmp_path):
     if not importable(library):
-        with pytest.raises(ImportError, match=f"need `pip install {library}`"):
+        with pytest.raises(ImportError, match=f"models by {library} need torchvision: pip install"):
             load_model(f"{library}:{name}", tmp_path / "w.pt")
         return
     module = importlib.import_module("timm" if library == "timm" else "torchvision.models")

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 
+from fast.train import sources
 from fast.train.sources import EncodedImages, Split, load_data, stratified_split
 
 Image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
@@ -183,6 +184,23 @@ def test_missing_and_unknown_files(tmp_path):
     csv.write_text("1,2")
     with pytest.raises(ValueError, match=r"unknown file type '\.csv'"):
         load_data(str(csv))
+
+
+@pytest.mark.parametrize(
+    "name", ["nothere", "nothere:sub", "./a/b", "../a", "~/a/b", "a/", "a/b/c"]
+)
+def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
+    monkeypatch.setattr(sources, "read_hugging_face", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder \(.*OWNER/NAME, or hf:"):
+        load_data(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["owner/na-me_1.0", "owner/name:config", "hf:name", "hf:name:config"]
+)
+def test_names_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr(sources, "read_hugging_face", lambda *found: found)
+    assert load_data(name) == (name, None, None)
 
 
 def test_split_keeps_a_training_sample_of_every_class():

@@ -35,13 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get(TRACEBACK):
+        return _refuse(error, str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here for its name
             raise
-        print(f"fast: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _refuse(error, f"out of memory: lower --batch-size ({error})")
     except KeyboardInterrupt:
         print("fast: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refuse(error: Exception, message: str) -> int:
+    if os.environ.get(TRACEBACK):
+        raise error
+    print(f"fast: error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -13,12 +13,21 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from fast.cli.options import add_model_and_data, add_training, numbers, require, training_options
+from fast.cli.options import (
+    add_model_and_data,
+    add_training,
+    check_training,
+    numbers,
+    require,
+    training_options,
+)
 from fast.cli.summary import Run, summarise
 from fast.cli.table import text_table
 from fast.train.config import METHODS
@@ -56,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--methods: no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     methods = list(dict.fromkeys(args.methods))
+    for lr, seed in itertools.product(args.lr, args.seeds):
+        check_training(args, lr=lr, seed=seed)
 
     from fast.cli.job import load_job, short_name
 
@@ -74,6 +85,7 @@ class Runner:
         self.args, self.job, self.folder = args, job, folder
         self.options = training_options(args)
         self.options = {k: v for k, v in self.options.items() if k not in NOT_HERE}
+        self.key = fingerprint(args, self.options)
 
     def all_seeds(self, method: str) -> list[Run]:
         seeds, lrs = self.args.seeds, self.args.lr
@@ -84,9 +96,8 @@ class Runner:
     def one(self, method: str, seed: int, lr: float) -> Run:
         from fast.files import write_json
 
-        key = fingerprint(self.args, self.options)
         file = self.folder / "runs" / f"{method}-lr{lr:g}-seed{seed}.json"
-        kept = read_run(file, key)
+        kept = read_run(file, self.key)
         if kept is not None:
             print(f"{kept} (kept from before)")
             return kept
@@ -103,7 +114,7 @@ class Runner:
             lr=lr,
         )
         done = Run.of(result, time.monotonic() - start)
-        write_json(file, {"key": key, **vars(done)})
+        write_json(file, {"key": self.key, **vars(done)})
         print(f"{done} ({done.seconds:.0f} s)")
         return done
 
@@ -120,7 +131,10 @@ def read_run(file: Path, key: str) -> Run | None:
 
 
 def fingerprint(args: argparse.Namespace, options: dict[str, Any]) -> str:
-    """Hash of all that decides a run: model, data (by size and time of the files) and options."""
+    """Hash of all that decides a run: model, data (by name, size and time of every file), options.
+
+    A data set on the hub is taken to stay as it is.
+    """
     import fast
 
     parts: list[Any] = [fast.__version__, sorted(options.items())]
@@ -128,28 +142,29 @@ def fingerprint(args: argparse.Namespace, options: dict[str, Any]) -> str:
         parts.append((name, getattr(args, name)))
     parts += [args.flip, args.input_column, args.label_column, args.max_length]
     for name in (args.weights, args.data, args.source, (args.model or "").split(":")[0]):
-        path = Path(name or "")
-        if name and path.exists():
-            parts.append((path.stat().st_size, path.stat().st_mtime_ns))
+        parts.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(name)])
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
+def _files(name: str | None) -> list[Path]:
+    """The file called `name`, or all files below that folder (links to folders are followed)."""
+    path = Path(name or "").expanduser()
+    if not name or not path.is_dir():
+        return [path] if name and path.exists() else []
+    found = [
+        Path(root, file) for root, _, files in os.walk(path, followlinks=True) for file in files
+    ]
+    return sorted(file for file in found if file.exists())  # a dangling link is no file
+
+
 def _write(args: argparse.Namespace, job: Any, folder: Path, runs: list[Run]) -> None:
-    from fast import plots
     from fast.cli.env import describe
-    from fast.cli.report import write_report
-    from fast.files import atomic_file, write_json
+    from fast.cli.report import save_curves, write_report
+    from fast.files import write_json
 
     header, rows = summarise(runs)
     title = f"{job.name}: {len(runs)} runs"
-    histories: dict[str, list[Any]] = {}
-    for r in runs:
-        histories.setdefault(r.method, []).append(r.history)
-    figure = plots.comparison(
-        histories, title=job.name, source_before=runs[0].source_accuracy_before
-    )
-    with atomic_file(folder / "curves.png") as path:
-        plots.save(figure, path)
+    save_curves(runs, job.name, folder / "curves.png")
     options = {k: v for k, v in vars(args).items() if k != "run" and v is not None}
     machine = describe()
     write_json(

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fast.cli.report import save_curves
 from fast.cli.summary import NOTES, Run, summarise
 from fast.cli.table import text_table
 
@@ -35,9 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from fast import plots
-    from fast.files import atomic_file
-
     start = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -49,15 +47,9 @@ def run(args: argparse.Namespace) -> int:
     # The clock of runs this short says nothing about the methods.
     rows = [row[: header.index("seconds")] for row in rows]
     print("\n" + text_table(header[: header.index("seconds")], rows) + f"\n\n{NOTES}")
-    histories: dict[str, list[Any]] = {}
-    for r in runs:
-        histories.setdefault(r.method, []).append(r.history)
-    figure = plots.comparison(
-        histories, title="Digits 0-4, then 5-9", source_before=runs[0].source_accuracy_before
-    )
-    with atomic_file(Path(args.output) / "demo.png") as path:
-        plots.save(figure, path)
-    print(f"\n{Path(args.output) / 'demo.png'} ({time.monotonic() - start:.0f} s in all)")
+    figure = Path(args.output) / "demo.png"
+    save_curves(runs, "Digits 0-4, then 5-9", figure)
+    print(f"\n{figure} ({time.monotonic() - start:.0f} s in all)")
     return 0
 
 

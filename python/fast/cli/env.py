@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fast.cli.table import text_table
+from fast.errors import distribution
 
 # module -> what it is for
 OPTIONAL = {
@@ -24,7 +25,6 @@ OPTIONAL = {
     "datasets": "Hugging Face data sets",
     "tensorboard": "TensorBoard logs",
 }
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import fastkernels
 
     machine, kernels = describe(), [asdict(row) for row in fastkernels.explain()]
-    libraries = {name: version_of(DISTRIBUTIONS.get(name, name), name) for name in OPTIONAL}
+    libraries = {name: version_of(distribution(name), name) for name in OPTIONAL}
     if args.json:
         print(json.dumps({**machine, "kernels": kernels, "libraries": libraries}, indent=2))
         return 0

@@ -13,12 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fast.cli.options import add_model_and_data, add_training, require, training_options
+from fast.cli.options import (
+    add_model_and_data,
+    add_training,
+    check_training,
+    require,
+    training_options,
+)
 from fast.cli.table import percent, text_table
 
 JOB_FILE = "job.json"
@@ -40,27 +49,20 @@ def run(args: argparse.Namespace) -> int:
         require(args, "model", "data")
         folder = _new_folder(args)
 
+    check_training(args)
+
     from fast.cli.job import load_job
 
     job = load_job(args)
     options = training_options(args) | {"output": str(folder)}
-    made = not folder.exists()
-    if not hasattr(args, "resume"):
-        _record(args, folder)
 
     import fast
 
     start = time.monotonic()
-    try:
+    with _resumable_or_gone(folder):
+        if not hasattr(args, "resume"):
+            _record(args, folder)
         result = fast.finetune(job.loaded.model, **job.data, **options)
-    except KeyboardInterrupt:
-        print(f"\nto go on: fast finetune --resume {folder}", file=sys.stderr)
-        raise
-    except Exception:
-        if made and [p.name for p in folder.iterdir()] == [JOB_FILE]:
-            (folder / JOB_FILE).unlink()
-            folder.rmdir()
-        raise
     seconds = time.monotonic() - start
     result.classes = list(job.classes)
     result.save(folder)
@@ -102,6 +104,31 @@ def _new_folder(args: argparse.Namespace) -> Path:
         n += 1
         folder = base.with_name(f"{base.name}-{n}")
     return folder
+
+
+@contextmanager
+def _resumable_or_gone(folder: Path) -> Iterator[None]:
+    """A run that ends before its first checkpoint leaves nothing: the next may have its folder."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException as error:
+        from fast.train.checkpoint import list_checkpoints
+
+        if not list_checkpoints(folder):
+            _clear(folder, new)
+        elif isinstance(error, KeyboardInterrupt):
+            print(f"\nto go on: fast finetune --resume {folder}", file=sys.stderr)
+        raise
+
+
+def _clear(folder: Path, new: list[Path]) -> None:
+    """Remove what the run wrote into `folder`, which held nothing, and the folders made for it."""
+    for path in folder.iterdir() if folder.exists() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in new:
+        if path.exists() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _record(args: argparse.Namespace, folder: Path) -> None:

@@ -127,8 +127,10 @@ def random_flip(images: Tensor) -> Tensor:
 
 
 def _tensor(x: np.ndarray) -> Tensor:
-    x = np.ascontiguousarray(x)
-    return torch.from_numpy(x).float() if x.dtype.kind == "f" else torch.from_numpy(x).long()
+    # Files hold types and byte orders that torch does not have.
+    return torch.from_numpy(
+        np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64)
+    )
 
 
 def short_name(args: argparse.Namespace) -> str:

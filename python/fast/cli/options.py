@@ -95,6 +95,14 @@ def training_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
+def check_training(args: argparse.Namespace, **changed: Any) -> None:
+    """Raise what is wrong with the options of the training before anything is read or written."""
+    from fast.train.device import pick_device
+
+    TrainConfig(**(training_options(args) | changed))
+    pick_device(getattr(args, "device", None))
+
+
 def require(args: argparse.Namespace, *names: str) -> None:
     """Raise where an option is missing; argparse cannot, because --resume makes them optional."""
     missing = [f"--{name}" for name in names if not getattr(args, name)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fast.cli.summary import NOTES
+from fast.cli.summary import NOTES, Run
 from fast.cli.table import html_table
 from fast.files import atomic_file
 
@@ -24,6 +24,18 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 p.note { opacity: .75; font-size: 13px; max-width: 50rem; }
 """
+
+
+def save_curves(runs: Sequence[Run], title: str, path: Path) -> None:
+    """Target and source accuracy of each method over the steps, as a PNG."""
+    from fast import plots
+
+    histories: dict[str, list[Any]] = {}
+    for r in runs:
+        histories.setdefault(r.method, []).append(r.history)
+    figure = plots.comparison(histories, title=title, source_before=runs[0].source_accuracy_before)
+    with atomic_file(path) as temporary:
+        plots.save(figure, temporary)
 
 
 def write_report(

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from fast.errors import distribution, first_line
 from fast.train.weights import load_weights
 
 LIBRARIES = ("timm", "torchvision", "transformers")
@@ -147,8 +148,17 @@ def _transformers(
 def _library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
+    except ModuleNotFoundError as err:
+        # timm, say, may be there and lack torchvision.
+        missing = (err.name or package).split(".")[0]
+        raise ImportError(
+            f"models by {package} need {missing}: pip install {distribution(missing)}"
+        ) from err
     except ImportError as err:
-        raise ImportError(f"models by {package}: need `pip install {package}` ({err})") from err
+        raise ImportError(
+            f"{package} is installed but cannot be imported ({first_line(err)}); its version and "
+            "torch's may not fit"
+        ) from err
 
 
 @contextmanager
@@ -157,8 +167,7 @@ def _naming(spec: str) -> Iterator[None]:
     try:
         yield
     except Exception as err:
-        reason = (str(err).splitlines() or [type(err).__name__])[0]
-        raise ValueError(f"model {spec}: {reason}") from err
+        raise ValueError(f"model {spec}: {first_line(err)}") from err
 
 
 def _from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, Any]) -> nn.Module:

@@ -17,6 +17,7 @@ from fast.heads import forward_logits, pick, source_task, task_head
 from fast.train.checkpoint import load_checkpoint, save_checkpoint
 from fast.train.config import Budget, TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
+from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.labels import check_labels
 from fast.train.logs import RunLog, progress_bar, summary
@@ -145,9 +146,7 @@ class Trainer:
         if config.output or config.resume:
             self.folder = Path(config.output or str(config.resume))
             check_folder(config, self.folder)
-        self.device = torch.device(
-            config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        self.device = pick_device(config.device)
         self.batches = TrainBatches(self.train_data, config.batch_size, config.seed)
         epochs = config.epochs or DEFAULT_EPOCHS
         self.steps = config.steps or epochs * self.batches.steps_per_epoch

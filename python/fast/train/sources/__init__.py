@@ -6,6 +6,7 @@ depends on the network, and is done by `fast.train.images` and `fast.train.model
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fast.train.sources.folder import read_folder
@@ -19,6 +20,8 @@ from fast.train.sources.types import (
 )
 
 __all__ = ["EncodedImages", "NamedData", "Split", "load_data", "stratified_split"]
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.+)?")
 
 
 def load_data(
@@ -37,7 +40,8 @@ def load_data(
     `x_train.input_ids`, ...; encoded images are bytes `jpeg_train` with borders `offset_train`
     `[N + 1]`.
 
-    Else a Hugging Face data set: a folder written by `save_to_disk`, `NAME` or `NAME:CONFIG`.
+    Else a Hugging Face data set: a folder written by `save_to_disk`, or `OWNER/NAME` or `hf:NAME`,
+    with `:CONFIG` where it has several.
 
     Args:
         numeric_labels: integer names of class folders are labels, not just names (a folder that
@@ -59,6 +63,9 @@ def load_data(
             f"{name}: unknown file type {path.suffix!r}; give a folder of class folders, an .npz, "
             "or the name of a Hugging Face data set"
         )
-    if path.is_absolute() or name.startswith(".") or name.endswith("/") or name.count("/") > 1:
-        raise FileNotFoundError(f"{name}: no such file or folder")
+    # Asking the hub for what is only a misspelt file costs 23 s of back-off without a network.
+    if not name.startswith("hf:") and not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder (a Hugging Face data set is OWNER/NAME, or hf:NAME)"
+        )
     return read_hugging_face(name, input_column, label_column)

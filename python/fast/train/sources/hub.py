@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fast.errors import first_line
 from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split, labelled
 
 
@@ -26,10 +27,9 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
             repo, _, config = name.removeprefix("hf:").partition(":")
             loaded = datasets.load_dataset(repo, config or None)
     except Exception as err:  # the hub client raises its own, httpx's and requests' errors
-        reason = (str(err).splitlines() or [type(err).__name__])[0]
         raise FileNotFoundError(
             f"{name}: no such file or folder, nor can it be loaded as a Hugging Face data set "
-            f"({reason})"
+            f"({first_line(err)})"
         ) from err
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
