@@ -409,7 +409,10 @@ class AnchoredOptimizer(Optimizer):
             rows.append(self._hyper_row(group, float(lr) * ramp))
         known = self._hyper.get(place)
         if known is None or known[0] != rows:
-            table = torch.tensor(rows, dtype=torch.float64).to(place.device)
+            # Pinned: the lr changes at every step, and a plain copy waits for the device.
+            pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
+            table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin)
+            table = table.to(place.device, non_blocking=pin)
             known = self._hyper[place] = rows, table
         for i, lr in device_lrs.items():
             known[1][i, 0].copy_(lr)
