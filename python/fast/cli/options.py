@@ -30,7 +30,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data",
         metavar="DATA",
-        help="target task: folder of class folders, .npz, or Hugging Face data set",
+        help="target task: folder of class folders, .npz, or Hugging Face OWNER/NAME",
     )
     group.add_argument(
         "--source", metavar="DATA", help="source task, labelled as the network's own head is"
