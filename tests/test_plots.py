@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from fast import plots
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")

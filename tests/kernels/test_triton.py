@@ -27,8 +27,9 @@ needs_compiler = pytest.mark.skipif(
 # these cover every branch of the kernels.
 SELECTED = (
     "triton_interpreted or (triton and (test_stats or optional_entries or groups or autograd"
-    " or found_inf_changes or fixed_point or layouts-adamw or test_momentum or large_index"
-    " or (test_dtypes and all and sgd) or (test_shapes and adamw and all and (three or odd))))"
+    " or found_inf_changes or fixed_point or (test_layouts and adamw) or test_momentum"
+    " or large_index or (test_dtypes and all and sgd)"
+    " or (test_shapes and adamw and all and (three or odd))))"
 )
 
 
@@ -44,7 +45,7 @@ def test_suite_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-6000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None, done.stdout[-2000:]
-    assert int(passed[1]) > 40
+    assert int(passed[1]) >= 40
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 

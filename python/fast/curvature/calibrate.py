@@ -77,7 +77,7 @@ def calibrate(
     """
     device = next(iter(params.values())).device
     probe = data.to(device)
-    weights = list(params.values())
+    weights: list[Tensor] = list(params.values())
     before = [p.detach().clone() for p in weights]
     answers = source_answers(model, probe)
     generator = torch.Generator().manual_seed(seed)
@@ -136,7 +136,7 @@ def fit(points: Sequence[tuple[float, float]], coherence: float) -> Calibration:
 
 def _signs(
     model: nn.Module,
-    weights: Sequence[nn.Parameter],
+    weights: Sequence[Tensor],
     probe: SourceInputs,
     answers: Tensor,
     generator: torch.Generator,

@@ -92,7 +92,8 @@ class SourceCard:
         """Estimate the card of `model`, which answers the source task.
 
         The diagonal is that of the Gauss-Newton (Fisher) matrix, from squared gradients of single
-        samples: about 2 gradients per sample of `num_samples`, and 8 per calibration sample. The weights, modes and random state of the model stay as they are.
+        samples: about 2 gradients per sample of `num_samples`, and 8 per calibration sample. The
+        weights, modes and random state of the model stay as they are.
 
         Target inputs will do where no source data are left: the card then says which weights the
         source head's answers to the target's inputs need. That protects less.
