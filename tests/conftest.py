@@ -1,4 +1,4 @@
-"""Every test starts from the same seed."""
+"""Every test starts from the same seed, on one thread."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers, cases, networks
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Small tensors: torch's parallel regions cost more than they bring, above all under load."""
+    torch.set_num_threads(1)

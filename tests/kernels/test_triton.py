@@ -38,6 +38,7 @@ def test_suite_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", SELECTED, "-p", "no:cacheprovider"]
+    command += ["-m", "not gpu and not slow"]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "kernels")],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,

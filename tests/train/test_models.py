@@ -219,7 +219,8 @@ def importable(library):
 @pytest.mark.parametrize(("library", "name"), [("timm", "resnet10t"), ("torchvision", "resnet18")])
 def test_libraries_bring_their_input_format(library, name, tmp_path):
     if not importable(library):
-        with pytest.raises(ImportError, match=f"models by {library} need torchvision: pip install"):
+        missing = library if importlib.util.find_spec(library) is None else "torchvision"
+        with pytest.raises(ImportError, match=f"models by {library} need {missing}: pip install"):
             load_model(f"{library}:{name}", tmp_path / "w.pt")
         return
     module = importlib.import_module("timm" if library == "timm" else "torchvision.models")

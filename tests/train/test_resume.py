@@ -221,7 +221,7 @@ fast.finetune(ConvNet(), images(200, 4, seed=1), steps=9, eval_every=3, output=s
 
 def test_killed_in_the_middle_of_a_save(tmp_path):
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False
     )
