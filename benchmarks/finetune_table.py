@@ -40,9 +40,9 @@ def best_rate(records: Records, pair: str, method: str) -> Records:
 def table(records: Records, machine: str) -> str:
     """Markdown: one row per pair and method, with what the method is judged by against vanilla."""
     lines = [
-        "| pair | method, lr | target accuracy | source accuracy | lost, share of vanilla's "
-        "| steps to vanilla's final target, share |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| pair | method, lr | seeds | target accuracy | source accuracy "
+        "| lost, share of vanilla's | steps to vanilla's final target, share |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for pair in dict.fromkeys(r["pair"] for r in records):
         vanilla = best_rate(records, pair, "vanilla")
@@ -57,12 +57,11 @@ def table(records: Records, machine: str) -> str:
             share = (before - final(runs, "source_accuracy")) / lost if lost else float("nan")
             reached = "not reached" if steps is None else f"{steps / total:.2f}"
             lines.append(
-                f"| {pair} | {method}, {runs[0]['lr']:g} "
+                f"| {pair} | {method}, {runs[0]['lr']:g} | {len(runs)} "
                 f"| {100 * final(runs, 'target_accuracy'):.1f} % "
                 f"| {100 * before:.1f} -> {100 * final(runs, 'source_accuracy'):.1f} % "
                 f"| {share:.2f} | {reached} |"
             )
-    seeds = len({r["seed"] for r in records})
     commits = ", ".join(sorted({r["commit"] for r in records}))
-    lines += ["", f"Means over {seeds} seeds. {machine}. Commit {commits}."]
+    lines += ["", f"Means over seeds. {machine}. Commit {commits}."]
     return "\n".join(lines) + "\n"
