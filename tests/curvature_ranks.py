@@ -43,4 +43,5 @@ def rank_main(rank: int, folder: str, split: str) -> None:
             operator.top(2).values.tolist(),
         ]
     Path(folder, f"{rank}.json").write_text(json.dumps(out))
+    dist.barrier()  # a rank that leaves early aborts the other inside gloo
     dist.destroy_process_group()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from curvature_ranks import KINDS, SPLITS, data_of, rank_main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_ranks(tmp_path: Path, split: str) -> None:
     mp.spawn(rank_main, (str(tmp_path), split), nprocs=2)
