@@ -203,4 +203,5 @@ if __name__ == "__main__":
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     CASES[name](rank, world, folder)
+    dist.barrier()  # a rank that leaves early aborts the other inside gloo
     dist.destroy_process_group()

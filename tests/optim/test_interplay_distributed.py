@@ -17,11 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-QUICK = {"fsdp", "checkpoint", "ddp"}
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_on_two_ranks(case, tmp_path):
     run_on_ranks(case, tmp_path)
