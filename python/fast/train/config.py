@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-METHODS = ("fast", "vanilla", "lp-ft", "l2-sp", "ewc")
+METHODS = ("fast", "vanilla", "lp-ft", "l2-sp", "ewc", "replay")
 BATCH_NORM_POLICIES = ("frozen", "per_task", "track")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

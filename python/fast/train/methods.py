@@ -22,6 +22,7 @@ class Method:
         ramp: steps over which the backbone's learning rate then rises, at most `MAX_RAMP` of a
             run. Steps, not a share: what it waits for is Adam's own transient.
         probe: share of the run that trains the head alone (then `stall` is that).
+        replay: each step also trains on a batch of source inputs, at twice the cost.
     """
 
     max_entropy: bool = False
@@ -32,6 +33,7 @@ class Method:
     stall: int = 0
     ramp: int = 0
     probe: float = 0.0
+    replay: bool = False
 
 
 # Measured on ResNet-20/32, MobileNet and MiniLM: benchmarks/results/, docs/defaults.md.
@@ -57,6 +59,8 @@ METHODS: dict[str, Method] = {
     "l2-sp": Method(anchor_decay=10.0),
     # Kirkpatrick et al. 2017 (arXiv 1612.00796), decoupled from the gradient.
     "ewc": Method(card_decay=100.0),
+    # fast.train.replay. Nothing else holds the weights.
+    "replay": Method(replay=True),
 }
 
 

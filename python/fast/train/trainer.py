@@ -26,6 +26,7 @@ from fast.train.methods import METHODS, plan_for
 from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
+from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
 from fast.train.resume import CONFIG_FILE, check_folder
 from fast.train.schedule import lr_factor
@@ -68,7 +69,7 @@ def finetune(
         source: the same, of the source task, only measured, as `source_accuracy`, with the source
             head; or a function of the model that returns an accuracy in 0..1.
         num_classes: C (default: from the labels).
-        method: `fast`, `vanilla`, `lp-ft`, `l2-sp` or `ewc`.
+        method: `fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`.
         steps, epochs: length of the run (default: 3 epochs).
         batch_size: samples per optimizer step.
         lr: peak learning rate of the backbone.
@@ -79,7 +80,7 @@ def finetune(
             `ewc` by what the source task needs, and forecasts what is forgotten.
         source_inputs: a few hundred source inputs, with labels or without: the card is made of
             them, and `forget_budget` checked on others of them. `ewc` without either makes its card
-            of the target's inputs, which protects less.
+            of the target's inputs, which protects less. `replay` trains on them beside the target.
         **options: the other fields of `fast.train.config.TrainConfig`.
 
     Returns:
@@ -163,6 +164,12 @@ class Trainer:
         gauge = None
         if config.forget_budget is not None and source_inputs is not None:
             gauge = hold_back(source_inputs, model, Budget.parse(config.forget_budget))
+        self.replay: Replay | None = None
+        if METHODS[config.method].replay:
+            if source_inputs is None:
+                raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
+            size = config.batch_size
+            self.replay = Replay(model, source_inputs, size, config.seed, self.device)
         plan = plan_for(config, self.steps, with_card=card is not None)
         with self._autocast():
             self.distillation = prepare_model(
@@ -222,11 +229,13 @@ class Trainer:
             if not log.history:
                 log.add(self._record(0, []))
             stream = self.batches.from_step(first)
+            replayed = self.replay.from_step(first) if self.replay else None
             self.model.train()
             for step in range(first, self.steps):
                 if self.stopping.stop:
                     break
-                losses.append(self._step(step, *next(stream)))
+                source = next(replayed) if replayed else None
+                losses.append(self._step(step, *next(stream), source))
                 bar.update()
                 done = step + 1
                 self.protection.after_step(done, self.model)
@@ -242,8 +251,15 @@ class Trainer:
             bar.close()
             log.close()
 
-    def _step(self, step: int, inputs: Any, labels: Tensor, index: Tensor | None) -> Tensor:
-        """One optimizer step; returns the batch's mean loss, on the device."""
+    def _step(
+        self,
+        step: int,
+        inputs: Any,
+        labels: Tensor,
+        index: Tensor | None,
+        replayed: tuple[Any, Tensor] | None = None,
+    ) -> Tensor:
+        """One optimizer step; returns the batch's mean loss on the target, on the device."""
         factor = lr_factor(self.config.schedule, step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -268,6 +284,14 @@ class Trainer:
                     loss = loss + self.distillation.part(rows, part_inputs, known)
             self.scaler.scale(loss).backward()
             total += loss.detach()
+        if replayed is not None:
+            source_inputs, answers = replayed
+            for start in range(0, len(answers), size):
+                part = slice(start, start + size)
+                with self._autocast():
+                    sources = move(pick(source_inputs, part), self.device)
+                    loss = replay_loss(self.model, sources, answers[part]) / len(answers)
+                self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.head is not None and self.head.norm is not None:
