@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SOURCE_SAMPLES = 1000
+SOURCE_INPUTS = 500
+VAL_SAMPLES = 1000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Split = tuple[Any, Tensor]
@@ -84,12 +86,13 @@ def _cifar(depth: int, target: str, folder: Folder) -> Job:
     model = folder.module("cifar_resnet").CifarResNet(depth)
     model.load_state_dict(folder.weights(f"cifar_resnet{depth}"), strict=False)
     x, y = folder.images("cifar10_part", "test", None, True)
+    asked, right = folder.images(target, "test", 32, True)
     return Job(
         model,
         folder.images(target, "train", 32, True),
-        folder.images(target, "test", 32, True),
+        (asked[:VAL_SAMPLES], right[:VAL_SAMPLES]),
         (x[:SOURCE_SAMPLES], y[:SOURCE_SAMPLES]),
-        folder.images("cifar10_part", "train", None, True)[0],
+        folder.images("cifar10_part", "train", None, True)[0][:SOURCE_INPUTS],
     )
 
 
@@ -155,7 +158,7 @@ def _minilm(target: str, skill: str, known_texts: int, folder: Folder) -> Job:
         train,
         folder.texts(target, "test", 500),
         NearestClassMean(known, folder.texts(skill, "test", 500)),
-        known[0],
+        {name: rows[:SOURCE_INPUTS] for name, rows in known[0].items()},
     )
 
 
@@ -172,5 +175,5 @@ PAIRS: dict[str, Pair] = {
     "resnet32 -> fashion_mnist": Pair(lambda f: _cifar(32, "fashion_mnist_part", f), 150),
     "mobilenet 0.25 -> flowers": Pair(lambda f: _mobilenet("flowers5_96jpeg", f), 100),
     "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", 300, f), 60, 12),
-    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", 1000, f), 60, 12),
+    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", 600, f), 60, 12),
 }

@@ -1,0 +1,147 @@
+"""Fine-tuning runs on real pairs, kept in a file as they finish and never run twice.
+
+A run is told by pair, method with its options, learning rate and seed. Runs share nothing, so
+several go side by side, one thread each.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import multiprocessing
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fast
+from pairs import PAIRS, Folder, Job
+
+RESULTS = Path(__file__).parent / "results"
+# The default of `fast.finetune`, for FAST; every baseline at the better of two.
+DEFAULT_RATE = 1e-3
+BASELINE_RATES = (3e-4, 1e-3)
+FIGURES = (
+    "step", "loss", "target_accuracy", "target_loss", "source_accuracy", "source_loss",
+    "forecast", "drift", "seconds",
+)  # fmt: skip
+# Of the card that makes a forecast for methods that have none of their own.
+CARD_SAMPLES = {"num_samples": 64, "calibration_samples": 32}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run.
+
+    Attributes:
+        spec: `method` or `method:option=value:option=value`, options of `fast.finetune`.
+        protected: hand the source inputs of the pair to every method.
+    """
+
+    pair: str
+    spec: str
+    lr: float
+    seed: int
+    data: Path
+    protected: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        return self.pair, self.spec, self.lr, self.seed
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Method and options of `method:option=value:option=value`."""
+    method, *settings = spec.split(":")
+    pairs = (setting.split("=", 1) for setting in settings)
+    return method, {name: ast.literal_eval(value) for name, value in pairs}
+
+
+def learning_rates(spec: str) -> tuple[float, ...]:
+    """Those to try: the default for `fast`, unless its spec names another."""
+    method, options = parse(spec)
+    if "lr" in options:
+        return (options["lr"],)
+    return (DEFAULT_RATE,) if method == "fast" else BASELINE_RATES
+
+
+def run(task: Task) -> dict[str, Any]:
+    """One run; returns its record."""
+    method, options = parse(task.spec)
+    torch.set_num_threads(1)
+    torch.manual_seed(task.seed)
+    job = PAIRS[task.pair].make(Folder(task.data))
+    options = {"lr": task.lr} | options | (protection(job, method) if task.protected else {})
+    result = fast.finetune(
+        job.model,
+        job.train,
+        job.val,
+        job.source,
+        method=method,
+        steps=PAIRS[task.pair].steps,
+        seed=task.seed,
+        eval_every=PAIRS[task.pair].eval_every,
+        progress=False,
+        **options,
+    )
+    history = [
+        {k: round(r[k], 5) if r[k] is not None else None for k in FIGURES} for r in result.history
+    ]
+    return {
+        "pair": task.pair,
+        "method": task.spec,
+        "lr": task.lr,
+        "seed": task.seed,
+        "source_before": result.source_accuracy_before,
+        "history": history,
+        "commit": commit(),
+    }
+
+
+def protection(job: Job, method: str) -> dict[str, Any]:
+    """Source inputs; and a card, to forecast by, for the methods that do not make one."""
+    given: dict[str, Any] = {"source_inputs": job.source_inputs}
+    if method not in ("fast", "ewc"):
+        given["card"] = fast.SourceCard.estimate(job.model, job.source_inputs, **CARD_SAMPLES)
+    return given
+
+
+def load(store: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
+
+
+def complete(tasks: Iterable[Task], store: Path, workers: int) -> list[dict[str, Any]]:
+    """Run what `store` does not have yet; returns all its records."""
+    store.parent.mkdir(exist_ok=True)
+    records = load(store)
+    done = {(r["pair"], r["method"], r["lr"], r["seed"]) for r in records}
+    missing = [task for task in tasks if task.key not in done]
+    if not missing:
+        return records
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for record in pool.imap_unordered(run, missing):
+            records.append(record)
+            with store.open("a") as f:
+                f.write(json.dumps(record) + "\n")
+            last = record["history"][-1]
+            print(record["pair"], record["method"], record["lr"], record["seed"], last, flush=True)
+    return records
+
+
+def commit() -> str:
+    """Short hash of the checkout, with a plus where it has changes."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../python", "../fastkernels"])
+    return name.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def machine() -> str:
+    return (
+        f"{platform.processor() or platform.machine()}, one thread per run; torch "
+        f"{torch.__version__}, Python {platform.python_version()}"
+    )
