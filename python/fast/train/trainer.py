@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from fast.train.schedule import lr_factor
 from fast.train.seeding import seeded
 
 DEFAULT_EPOCHS = 3
+# Inputs, labels, rows of the training data (None from a loader); replayed inputs and answers.
+Batch = tuple[Any, Tensor, Tensor | None, tuple[Any, Tensor] | None]
 
 
 def finetune(
@@ -228,17 +232,14 @@ class Trainer:
         try:
             if not log.history:
                 log.add(self._record(0, []))
-            stream = self.batches.from_step(first)
-            replayed = self.replay.from_step(first) if self.replay else None
+            stream = self.stream(first)
             self.model.train()
             for step in range(first, self.steps):
                 if self.stopping.stop:
                     break
-                source = next(replayed) if replayed else None
-                losses.append(self._step(step, *next(stream), source))
+                losses.append(self.advance(step, next(stream)))
                 bar.update()
                 done = step + 1
-                self.protection.after_step(done, self.model)
                 if done % self.eval_every == 0 or done == self.steps:
                     record = self._record(done, losses)
                     losses = []
@@ -251,6 +252,18 @@ class Trainer:
             bar.close()
             log.close()
 
+    def stream(self, first: int) -> Iterator[Batch]:
+        """Batches from step `first` on, which depend on the seed and the step alone."""
+        replayed = self.replay.from_step(first) if self.replay else repeat(None)
+        for batch, source in zip(self.batches.from_step(first), replayed, strict=False):
+            yield *batch, source
+
+    def advance(self, step: int, batch: Batch) -> Tensor:
+        """Step number `step` (0-based) and what belongs to it; returns the batch's mean loss."""
+        loss = self._step(step, *batch)
+        self.protection.after_step(step + 1, self.model)
+        return loss
+
     def _step(
         self,
         step: int,
@@ -259,7 +272,12 @@ class Trainer:
         index: Tensor | None,
         replayed: tuple[Any, Tensor] | None = None,
     ) -> Tensor:
-        """One optimizer step; returns the batch's mean loss on the target, on the device."""
+        """One optimizer step; returns the batch's mean loss on the target, on the device.
+
+        Args:
+            index: rows of the training data, or None.
+            replayed: source inputs and what to answer, or None.
+        """
         factor = lr_factor(self.config.schedule, step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
