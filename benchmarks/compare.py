@@ -1,6 +1,9 @@
-"""Make Markdown tables of a benchmark's JSON.
+"""Make Markdown tables of the update benchmark's JSON.
 
-python benchmarks/compare.py RESULT.json [RESULT.json ...] [--targets]
+python benchmarks/compare.py RESULT.json [RESULT.json ...] [--targets] [--save NAME]
+
+`--save NAME` keeps what the tables are made of, and the tables, in `benchmarks/results/NAME.json`
+and `.md`; the kept file can be read again.
 """
 
 from __future__ import annotations
@@ -21,31 +24,43 @@ TARGETS = {
     "ours: whole job, bf16 state": 1.00,
 }
 FLOOR_TARGET = 1.10
+RESULTS = Path(__file__).parent / "results"
 SMALL_TARGET = 0.33
 # How many times slower than the whole job what the user writes for it has to be.
 USER, USER_TARGETS = "user: clip + EWC + drift + update norm", {"": 4.0, ", bf16 state": 5.0}
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The machine, and `extra_info` of each benchmark with `ms`, its median wall time."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """`extra_info` of each benchmark with `ms`, its median wall time, and the machine's name."""
     data = json.loads(path.read_text())
+    if "rows" in data:
+        return list(data["rows"])
+    name = machine(data["machine_info"])
     rows = [
-        b["extra_info"] | {"ms": b["stats"]["median"] * 1e3, "group": b["group"]}
+        b["extra_info"] | {"ms": b["stats"]["median"] * 1e3, "group": b["group"], "machine": name}
         for b in data["benchmarks"]
         if "to_fused" in b["extra_info"]
     ]
-    return data["machine_info"], rows
+    return [
+        {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in rows
+    ]
 
 
-def conditions(machine: dict[str, Any], row: dict[str, Any]) -> str:
-    cpu = machine.get("cpu", {})
+def machine(info: dict[str, Any]) -> str:
+    cpu = info.get("cpu", {})
+    return (
+        f"{cpu.get('brand_raw', info['processor'])}, {cpu.get('count', '?')} cores; Python "
+        f"{info['python_version']}, torch {info['torch']}, {info['native']}; commit "
+        f"{info['commit']}{' with changes' if info['changed'] else ''}"
+    )
+
+
+def conditions(row: dict[str, Any]) -> str:
     which = "quiet" if row["only_quiet"] else "no quiet enough, all used"
     return (
-        f"{cpu.get('brand_raw', machine['processor'])}, {cpu.get('count', '?')} cores, "
-        f"{row['threads']} threads; torch {machine['torch']}, {machine['native']}; commit "
-        f"{machine['commit']}{' with changes' if machine['changed'] else ''}; {row['rounds']} "
-        f"rounds, {row['quiet_rounds']} quiet ({which}); other processes "
-        f"took {row['others']:.0%} of a core"
+        f"{row['machine']}; {row['threads']} threads; {row['rounds']} rounds, "
+        f"{row['quiet_rounds']} quiet ({which}); other processes took {row['others']:.0%} of a core"
     )
 
 
@@ -104,20 +119,32 @@ def promises(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield line("small_2000, ours: whole job", bound, value, value <= SMALL_TARGET)
 
 
+def report(rows: list[dict[str, Any]], targets: bool) -> str:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    lines: list[str] = []
+    for found in groups.values():
+        lines += [*table(found), "", conditions(found[0]), ""]
+    if targets:
+        lines += [*promises(rows), ""]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--targets", action="store_true", help="what was promised, and is it met")
+    parser.add_argument("--save", metavar="NAME", help="of the files in benchmarks/results/")
     arguments = parser.parse_args()
-    for path in arguments.results:
-        machine, rows = read(path)
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            groups.setdefault(row["group"], []).append(row)
-        for found in groups.values():
-            print(*table(found), "", conditions(machine, found[0]), "", sep="\n")
-        if arguments.targets and rows:
-            print(*promises(rows), "", sep="\n")
+    rows = [row for path in arguments.results for row in read(path)]
+    text = report(rows, arguments.targets)
+    print(text)
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{arguments.save}.md").write_text(text)
+        kept = ",\n".join(json.dumps(row) for row in rows)
+        (RESULTS / f"{arguments.save}.json").write_text(f'{{"rows": [\n{kept}\n]}}\n')
 
 
 if __name__ == "__main__":
