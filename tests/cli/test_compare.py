@@ -13,7 +13,7 @@ import pytest
 
 import fast
 from fast.cli import main
-from fast.cli.compare import fingerprint
+from fast.cli.runs import fingerprint
 
 COMPARE = ("--methods", "fast,vanilla", "--seeds", "0,1", "--steps", 6, "--output", "out")
 

@@ -21,7 +21,10 @@ NOTES = (
 
 @dataclass
 class Run:
-    """One method, one seed. Accuracies in 0..1, seconds of wall clock with evaluations."""
+    """One method, one seed. Accuracies in 0..1, seconds of wall clock with evaluations.
+
+    `setting` is what it differs in from other runs of its method: a strength, a budget.
+    """
 
     method: str
     seed: int
@@ -31,9 +34,10 @@ class Run:
     source_accuracy: float | None
     source_accuracy_before: float | None
     seconds: float
+    setting: str = ""
 
     @classmethod
-    def of(cls, result: Result, seconds: float) -> Run:
+    def of(cls, result: Result, seconds: float, setting: str = "") -> Run:
         """From what `fast.finetune` gave back; it must have measured the target."""
         config = result.config
         if result.target_accuracy is None:
@@ -47,11 +51,13 @@ class Run:
             result.source_accuracy,
             result.source_accuracy_before,
             round(seconds, 2),
+            setting,
         )
 
     def __str__(self) -> str:
         kept = "" if self.source_accuracy is None else f", source {self.source_accuracy:.1%}"
-        head = f"{self.method:8} seed {self.seed} lr {self.lr:g}"
+        setting = f" {self.setting}" if self.setting else ""
+        head = f"{self.method:8}{setting} seed {self.seed} lr {self.lr:g}"
         return f"{head}: target {self.target_accuracy:.1%}{kept}"
 
     @property
@@ -75,17 +81,34 @@ def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for method in methods:
         mine = [r for r in runs if r.method == method]
-        row = [method, f"{mine[0].lr:g}", _spread([r.target_accuracy for r in mine])]
+        row = [method, f"{mine[0].lr:g}", spread([r.target_accuracy for r in mine])]
         if with_source:
             after = [r.source_accuracy for r in mine if r.source_accuracy is not None]
             row += [
-                _spread([before]),
-                _spread(after),
-                _spread([before - accuracy for accuracy in after]),
+                spread([before]),
+                spread(after),
+                spread([before - accuracy for accuracy in after]),
             ]
         row += [_steps(mine, goal, full), f"{statistics.mean(r.seconds for r in mine):.0f}"]
         rows.append(row)
     return header, rows
+
+
+def intervals(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each method and setting: mean and half interval of target and source, in 0..1.
+
+    A half interval is None where there is one seed, a source figure where none was measured.
+    """
+    found = []
+    for method, setting in dict.fromkeys((r.method, r.setting) for r in runs):
+        mine = [r for r in runs if (r.method, r.setting) == (method, setting)]
+        row: dict[str, Any] = {"method": method, "setting": setting, "seeds": len(mine)}
+        source = [r.source_accuracy for r in mine if r.source_accuracy is not None]
+        for name, values in (("target", [r.target_accuracy for r in mine]), ("source", source)):
+            row[name] = statistics.mean(values) if values else None
+            row[f"{name}_half"] = half_interval(values) if len(values) > 1 else None
+        found.append(row)
+    return found
 
 
 def steps_to(history: Sequence[dict[str, Any]], accuracy: float) -> int | None:
@@ -97,7 +120,8 @@ def steps_to(history: Sequence[dict[str, Any]], accuracy: float) -> int | None:
     return None
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean of accuracies in 0..1 and half of its confidence interval, in %: `90.1 ± 0.4`."""
     mean = f"{100 * statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * half_interval(values):.1f}"
 

@@ -1,0 +1,168 @@
+"""Single runs of a comparison or a sweep; a finished one is a JSON file and is not run again."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fast.cli.options import add_model_and_data, training_options
+from fast.cli.summary import Run
+from fast.train.config import METHODS
+
+# Given by the command itself, or of a single run.
+NOT_HERE = ("method", "seed", "lr", "output", "resume", "save_every")
+ALL = "all"
+
+
+class Runner:
+    """Runs, or reads back, single runs of one job.
+
+    Args:
+        folder: finished runs are kept in its `runs/`.
+    """
+
+    def __init__(self, args: argparse.Namespace, job: Any, folder: Path):
+        self.args, self.job, self.folder = args, job, folder
+        self.options = {k: v for k, v in training_options(args).items() if k not in NOT_HERE}
+
+    def all_seeds(
+        self, method: str, setting: str = "", options: dict[str, Any] | None = None
+    ) -> list[Run]:
+        """One run for each of `--seeds`, at the learning rate of `--lr` best on the first seed."""
+        seeds, lrs = self.args.seeds, self.args.lr
+        first = [self.one(method, seeds[0], lr, setting, options) for lr in lrs]
+        best = max(first, key=lambda r: (r.target_accuracy, r.source_accuracy or 0))
+        more = [self.one(method, seed, best.lr, setting, options) for seed in seeds[1:]]
+        return [best, *more]
+
+    def one(
+        self,
+        method: str,
+        seed: int,
+        lr: float,
+        setting: str = "",
+        options: dict[str, Any] | None = None,
+    ) -> Run:
+        """One run.
+
+        Args:
+            setting: what it differs in from other runs of this method, for its name.
+            options: of `fast.finetune`, over those of the command line.
+        """
+        from fast.files import write_json
+
+        chosen = self.options | (options or {})
+        key = fingerprint(self.args, chosen)
+        name = "-".join(part for part in (method, setting, f"lr{lr:g}", f"seed{seed}") if part)
+        file = self.folder / "runs" / f"{name}.json"
+        kept = read_run(file, key)
+        if kept is not None:
+            print(f"{kept} (kept from before)")
+            return kept
+
+        import fast
+
+        start = time.monotonic()
+        model = copy.deepcopy(self.job.loaded.model)
+        result = fast.finetune(model, **self.job.data, **chosen, method=method, seed=seed, lr=lr)
+        done = Run.of(result, time.monotonic() - start, setting)
+        write_json(file, {"key": key, **vars(done)})
+        print(f"{done} ({done.seconds:.0f} s)")
+        return done
+
+
+def read_run(file: Path, key: str) -> Run | None:
+    """A finished run of the same job; None where there is none, or the job has changed."""
+    if not file.is_file():
+        return None
+    try:
+        saved = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it to run it again") from error
+    return Run(**saved) if saved.pop("key", None) == key else None
+
+
+def fingerprint(args: argparse.Namespace, options: dict[str, Any]) -> str:
+    """Hash of all that decides a run: model, data (by name, size and time of every file), options.
+
+    A data set on the hub is taken to stay as it is.
+    """
+    import fast
+
+    given = {name: getattr(args, name, None) for name in _job_options()}
+    parts: list[Any] = [fast.__version__, sorted(options.items()), sorted(given.items())]
+    parts.append(getattr(args, "demo", False))
+    for name, value in sorted(given.items()):
+        if isinstance(value, str):
+            file = value.split(":")[0] if name == "model" else value
+            parts.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(file)])
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def method_names(text: str) -> list[str]:
+    """`"fast,vanilla"` -> `["fast", "vanilla"]`, without repetitions."""
+    return list(dict.fromkeys(text.split(",")))
+
+
+def check_methods(methods: list[str]) -> None:
+    """Raise ValueError where there is no such method."""
+    unknown = [m for m in methods if m not in (*METHODS, ALL)]
+    if unknown:
+        raise ValueError(f"--methods: no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+
+
+def runnable(methods: list[str], job: Any) -> list[str]:
+    """The methods to run, `all` spelled out: every one that has what it needs.
+
+    Raises:
+        ValueError: one was named that needs source inputs, and there are none.
+    """
+    from fast.train import methods as registry
+
+    lacking = (
+        []
+        if "source_inputs" in job.data
+        else [name for name, method in registry.METHODS.items() if method.replay]
+    )
+    if ALL in methods:
+        if lacking:
+            print(f"note: no source inputs were given: without {', '.join(lacking)}")
+        return [name for name in METHODS if name not in lacking]
+    for name in methods:
+        if name in lacking:
+            raise ValueError(f"--methods: {name} trains on source inputs, and none were given")
+    return methods
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """`"0,1,2"` -> `(0, 1, 2)`, without repetitions."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"whole numbers separated by commas, not {text!r}"
+        ) from None
+
+
+def _job_options() -> list[str]:
+    """Names of the options of model and data."""
+    parser = argparse.ArgumentParser()
+    add_model_and_data(parser)
+    return list(vars(parser.parse_args([])))
+
+
+def _files(name: str | None) -> list[Path]:
+    """The file called `name`, or all files below that folder (links to folders are followed)."""
+    path = Path(name or "").expanduser()
+    if not name or not path.is_dir():
+        return [path] if name and path.exists() else []
+    found = [
+        Path(root, file) for root, _, files in os.walk(path, followlinks=True) for file in files
+    ]
+    return sorted(file for file in found if file.exists())  # a dangling link is no file
