@@ -18,13 +18,20 @@ import argparse
 from pathlib import Path
 
 from retention_table import chosen_runs, report
-from runs import RESULTS, Task, complete, learning_rates, machine
+from runs import RESULTS, Task, complete, learning_rates, machine, parse
 
 ISSUE_PAIRS = (
     "resnet20 -> gtsrb,resnet20 -> sign_digits,resnet32 -> fashion_mnist,"
     "mobilenet 0.25 -> flowers,minilm -> sst2"
 )
 METHODS = "fast,vanilla,lp-ft,l2-sp,ewc,replay"
+# Of a baseline only the end is used: evaluating it as often as FAST would take as long as its run.
+BASELINE_EVALUATIONS = 3
+
+
+def task(pair: str, spec: str, lr: float, seed: int, data: Path) -> Task:
+    evaluations = None if parse(spec)[0] == "fast" else BASELINE_EVALUATIONS
+    return Task(pair, spec, lr, seed, data, True, evaluations)
 
 
 def main() -> None:
@@ -42,18 +49,10 @@ def main() -> None:
     data, store = args.data.resolve(), RESULTS / f"{args.name}.jsonl"
     # Pair by pair: what is finished when it is stopped makes whole rows.
     for pair in pairs:
-        tasks = [
-            Task(pair, spec, lr, first, data, protected=True)
-            for spec in specs
-            for lr in learning_rates(spec)
-        ]
+        tasks = [task(pair, spec, lr, first, data) for spec in specs for lr in learning_rates(spec)]
         records = complete(tasks, store, args.workers)
         chosen = {spec: chosen_runs(records, pair, spec)[0]["lr"] for spec in specs}
-        tasks = [
-            Task(pair, spec, chosen[spec], seed, data, protected=True)
-            for seed in others
-            for spec in specs
-        ]
+        tasks = [task(pair, spec, chosen[spec], seed, data) for seed in others for spec in specs]
         records = complete(tasks, store, args.workers)
     text = report([r for r in records if r["pair"] in pairs], machine())
     (RESULTS / f"{args.name}.md").write_text(text)

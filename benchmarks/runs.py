@@ -40,6 +40,7 @@ class Task:
     Attributes:
         spec: `method` or `method:option=value:option=value`, options of `fast.finetune`.
         protected: hand the source inputs of the pair to every method.
+        evaluations: during the run (default: the pair's).
     """
 
     pair: str
@@ -48,6 +49,7 @@ class Task:
     seed: int
     data: Path
     protected: bool = False
+    evaluations: int | None = None
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -74,7 +76,9 @@ def run(task: Task) -> dict[str, Any]:
     method, options = parse(task.spec)
     torch.set_num_threads(1)
     torch.manual_seed(task.seed)
-    job = PAIRS[task.pair].make(Folder(task.data))
+    pair = PAIRS[task.pair]
+    job = pair.make(Folder(task.data))
+    every = pair.steps // task.evaluations if task.evaluations else pair.eval_every
     options = {"lr": task.lr} | options | (protection(job, method) if task.protected else {})
     result = fast.finetune(
         job.model,
@@ -82,9 +86,9 @@ def run(task: Task) -> dict[str, Any]:
         job.val,
         job.source,
         method=method,
-        steps=PAIRS[task.pair].steps,
+        steps=pair.steps,
         seed=task.seed,
-        eval_every=PAIRS[task.pair].eval_every,
+        eval_every=every,
         progress=False,
         **options,
     )
