@@ -13,8 +13,9 @@ from helpers import ROOT, run_python
 LAYERS = (
     ("fastkernels", "fast.errors", "fast.files", "fast.profiling"),
     ("fast.optim", "fast.heads", "fast.curvature"),
-    ("fast.plots",),
+    ("fast.intervals", "fast.plots"),
     ("fast.train",),
+    ("fast.geometry",),
     ("fast.cli",),
 )
 FOLDERS = {"fastkernels": ROOT / "fastkernels", "fast": ROOT / "python" / "fast"}

@@ -58,6 +58,44 @@ def test_nothing_to_draw():
         plots.comparison({"fast": [[{"step": 0, "loss": 1.0}]]})
 
 
+def point(method, label, target, source, half=None):
+    halves = {"target_half": half, "source_half": half}
+    return {"method": method, "label": label, "target": target, "source": source, **halves}
+
+
+def test_retention_has_a_curve_for_each_method():
+    points = [point("l2-sp", "0", 0.9, 0.5), point("l2-sp", "1", 0.8, 0.7)]
+    points.append(point("vanilla", "", 0.85, 0.3))
+    (axis,) = plots.retention(points, title="job", source_before=0.9).axes
+    (curve,) = lines(axis, "l2-sp")
+    np.testing.assert_allclose(curve.get_xydata(), [[90, 50], [80, 70]])
+    assert len(lines(axis, "vanilla")) == 1
+    assert {t.get_text() for t in axis.texts} >= {"0", "1"}
+    assert axis.get_title(loc="left") == "job"
+
+
+def test_wide_intervals_do_not_widen_the_view():
+    narrow = [point("fast", "0", 0.9, 0.5), point("fast", "1", 0.8, 0.7)]
+    (axis,) = plots.retention(narrow).axes
+    (wide,) = plots.retention([{**p, "target_half": 3.0, "source_half": 4.0} for p in narrow]).axes
+    assert wide.get_xlim() == axis.get_xlim()
+    assert wide.get_ylim() == axis.get_ylim()
+    assert len(wide.containers) == 2
+    assert len(axis.containers) == 0
+
+
+def test_the_plane_shows_the_interval_of_several_seeds():
+    runs = {"fast": [history([0.1, 0.9], [0.9, 0.6]), history([0.1, 0.8], [0.9, 0.7])]}
+    assert len(plots.comparison(runs).axes[2].containers) == 1
+    runs["fast"].pop()
+    assert len(plots.comparison(runs).axes[2].containers) == 0
+
+
+def test_retention_with_nothing_to_draw():
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.retention([point("fast", "1", 0.9, None)])
+
+
 def test_saved_as_png_without_touching_the_backend(tmp_path):
     import matplotlib
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fast.intervals import half_interval
+
 History = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Sequence[History]]
 
@@ -18,8 +20,9 @@ COLOURS = {
     "l2-sp": "#009E73",
     "lp-ft": "#CC79A7",
     "ewc": "#56B4E9",
+    "replay": "#E69F00",
 }
-OTHER_COLOURS = ("#E69F00", "#000000", "#999999")
+OTHER_COLOURS = ("#000000", "#999999")
 # Shape as well as colour, for grey print.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE = {
@@ -81,6 +84,75 @@ def comparison(runs: Runs, *, title: str = "", source_before: float | None = Non
     return figure
 
 
+def retention(
+    points: Sequence[Mapping[str, Any]], *, title: str = "", source_before: float | None = None
+) -> Any:
+    """The matplotlib Figure of trade-off curves: source against target accuracy.
+
+    Args:
+        points: in the order of their curves; each with `method`, `label` (its strength, drawn
+            beside it), `target`, `source` in 0..1, and `target_half`, `source_half`, half of their
+            confidence intervals or None.
+        source_before: source accuracy before adaptation, drawn as a dashed line.
+
+    Raises:
+        ValueError: no point has both accuracies.
+    """
+    measured = [p for p in points if p["target"] is not None and p["source"] is not None]
+    if not measured:
+        raise ValueError("no point has target and source accuracy: there is nothing to draw")
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(5.4, 4.2), layout="constrained")
+        axis = figure.subplots()
+        if source_before is not None:
+            axis.axhline(100 * source_before, color="#666666", linestyle="--", linewidth=1)
+        methods = list(dict.fromkeys(p["method"] for p in measured))
+        for i, method in enumerate(methods):
+            _trade_off(axis, [p for p in measured if p["method"] == method], method, i)
+        axis.margins(0.08)
+        for point in measured:
+            _cross(axis, point, colour_of(point["method"], methods.index(point["method"])))
+        _labels(axis, measured, methods)
+        _better(axis)
+        axis.set(xlabel="target accuracy, %", ylabel="source accuracy, %")
+        axis.set_title(title)
+        axis.legend(loc="lower right")
+    return figure
+
+
+def _trade_off(axis: Any, points: Sequence[Mapping[str, Any]], method: str, i: int) -> None:
+    axis.plot(
+        [100 * p["target"] for p in points],
+        [100 * p["source"] for p in points],
+        color=colour_of(method, i),
+        marker=MARKERS[i % len(MARKERS)],
+        markersize=5,
+        label=method,
+        zorder=_order(method),
+    )
+
+
+def _labels(axis: Any, points: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> None:
+    """What stands beside each point, where it does not cover one that is there already."""
+    to_pixels = axis.transData.transform
+    taken: list[Any] = []
+    for point in points:
+        place = 100 * point["target"], 100 * point["source"]
+        pixels = to_pixels(place)
+        if not point["label"] or any(np.abs(pixels - t).max() < 14 for t in taken):
+            continue
+        taken.append(pixels)
+        axis.annotate(
+            point["label"],
+            place,
+            (4, 4),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour_of(point["method"], methods.index(point["method"])),
+        )
+
+
 def save(figure: Any, path: str | Path) -> Path:
     """Write `figure` as PNG."""
     path = Path(path)
@@ -134,7 +206,7 @@ def _source_panel(axis: Any, curves: Any, before: float | None) -> None:
 
 def _curve_panel(axis: Any, curves: Any, key: str) -> None:
     for i, (method, seeds) in enumerate(curves.items()):
-        colour = _colour(method, i)
+        colour = colour_of(method, i)
         if len(seeds) > 1:
             for curve in seeds:
                 if len(curve[key]):
@@ -155,14 +227,16 @@ def _curve_panel(axis: Any, curves: Any, key: str) -> None:
 
 
 def _plane_panel(axis: Any, curves: Any, before: float | None) -> None:
+    points: list[tuple[dict[str, Any], str]] = []
     for i, (method, seeds) in enumerate(curves.items()):
-        colour = _colour(method, i)
+        colour = colour_of(method, i)
         _, target = mean_curve(seeds, "target")
         _, source = mean_curve(seeds, "source")
         if not len(source):
             continue
         axis.plot(target, source, color=colour, linewidth=1.2, alpha=0.7, zorder=_order(method))
         ends = [(c["target"][-1], c["source"][-1]) for c in seeds if len(c["source"])]
+        points.append((_mean_point(ends), colour))
         axis.scatter(
             *zip(*ends, strict=True),
             color=colour,
@@ -172,6 +246,42 @@ def _plane_panel(axis: Any, curves: Any, before: float | None) -> None:
             linewidth=0.6,
             zorder=_order(method) + 1,
         )
+    for point, colour in points:
+        _cross(axis, point, colour)
+    _better(axis)
+    axis.set(title="Both: path and end", xlabel="target accuracy, %", ylabel="source accuracy, %")
+
+
+def _mean_point(ends: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Mean and half intervals, in 0..1, of `(target, source)` in %."""
+    point: dict[str, Any] = {}
+    for name, values in zip(("target", "source"), zip(*ends, strict=True), strict=True):
+        point[name] = float(np.mean(values)) / 100
+        point[f"{name}_half"] = half_interval(values) / 100 if len(values) > 1 else None
+    return point
+
+
+def _cross(axis: Any, point: Mapping[str, Any], colour: str) -> None:
+    """The 95 % intervals of both means. The view is not widened for them: of two or three seeds
+    they are wider than all curves together."""
+    if point["target_half"] is None:
+        return
+    axis.autoscale_view()
+    axis.set_autoscale_on(False)
+    axis.errorbar(
+        100 * point["target"],
+        100 * point["source"],
+        xerr=100 * point["target_half"],
+        yerr=100 * point["source_half"],
+        color=colour,
+        linewidth=0.8,
+        alpha=0.35,
+        capsize=2,
+        zorder=2,
+    )
+
+
+def _better(axis: Any) -> None:
     axis.annotate(
         "better",
         (0.17, 0.21),
@@ -181,10 +291,10 @@ def _plane_panel(axis: Any, curves: Any, before: float | None) -> None:
         color="#666666",
         arrowprops={"arrowstyle": "->", "color": "#666666"},
     )
-    axis.set(title="Both: path and end", xlabel="target accuracy, %", ylabel="source accuracy, %")
 
 
-def _colour(method: str, i: int) -> str:
+def colour_of(method: str, i: int) -> str:
+    """The colour of a method; of an unknown one, the i-th, one of its own."""
     return COLOURS.get(method, OTHER_COLOURS[i % len(OTHER_COLOURS)])
 
 

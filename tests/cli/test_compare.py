@@ -48,6 +48,10 @@ def test_table_and_results(done):
     mean = 50 * (runs[2]["target_accuracy"] + runs[3]["target_accuracy"])
     assert results["summary"][1]["target"].startswith(f"{mean:.1f} ± ")
     assert f"steps to vanilla's {mean:.1f}" in out
+    numbers = results["intervals"][1]
+    assert (numbers["method"], numbers["seeds"]) == ("vanilla", 2)
+    assert 100 * numbers["target"] == pytest.approx(mean)
+    assert f" ± {100 * numbers['target_half']:.1f}" in results["summary"][1]["target"]
     assert results["machine"]["fast"] == fast.__version__
     assert runs[0]["history"][-1]["step"] == 6
 
@@ -146,6 +150,16 @@ def test_errors(job):
     code, _, err = job.fast("compare", "--data", "target.npz")
     assert code == 2
     assert "--model must be given" in err
+
+
+def test_all_methods_are_those_that_have_what_they_need(job):
+    code, out, err = job.fast("compare", *job.args, "--methods", "all", "--steps", 2)
+    assert code == 0, err
+    assert "note: no source inputs were given: without replay" in out
+    assert all(f"\n{m} " in out for m in ("fast", "vanilla", "lp-ft", "l2-sp", "ewc"))
+    code, _, err = job.fast("compare", *job.args, "--methods", "vanilla,replay", "--steps", 2)
+    assert code == 2
+    assert "--methods: replay trains on source inputs, and none were given" in err
 
 
 def test_a_damaged_run_is_named(done):

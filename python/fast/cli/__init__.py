@@ -13,6 +13,7 @@ from fast import __version__
 COMMANDS = {
     "finetune": "adapt a pretrained classifier to new data",
     "compare": "run several methods on the same job: table, curves, report",
+    "retention": "the trade-off curve of a method: target against source",
     "env": "versions, hardware, and which kernels run here",
     "demo": "the effect in a minute: offline, on scikit-learn's digits",
 }
@@ -53,17 +54,20 @@ def _refuse(error: Exception, message: str) -> int:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    # argparse's own list gives the longest names a line of their own.
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"    {name:{width}}  {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fast",
-        description="Fine-tune a pretrained classifier fast, and keep what it knew.",
+        description="Fine-tune a pretrained classifier fast, and keep what it knew.\n\n"
+        f"commands:\n{commands}",
         epilog="`fast COMMAND --help` lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fast {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, help in COMMANDS.items():
-        sub = commands.add_parser(
-            name, help=help, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    choices = parser.add_subparsers(metavar="COMMAND", required=True, help="one of these")
+    for name in COMMANDS:
+        sub = choices.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in argv:  # the others need not be imported
             module = importlib.import_module(f"fast.cli.{name}")
             sub.description = module.__doc__

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from fast.intervals import half_interval
 
 if TYPE_CHECKING:
     from fast.train.result import Result
@@ -124,14 +125,6 @@ def spread(values: Sequence[float]) -> str:
     """Mean of accuracies in 0..1 and half of its confidence interval, in %: `90.1 ± 0.4`."""
     mean = f"{100 * statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * half_interval(values):.1f}"
-
-
-def half_interval(values: Sequence[float], confidence: float = 0.95) -> float:
-    """Half the width of the confidence interval of the mean of two or more values (Student's t)."""
-    from scipy.stats import t
-
-    n = len(values)
-    return float(t.ppf((1 + confidence) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
 
 
 def _steps(runs: Sequence[Run], goal: float, full: float) -> str:

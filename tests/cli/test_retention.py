@@ -1,0 +1,105 @@
+"""`fast retention`: the points of a curve, its files, and runs that are not repeated."""
+
+import argparse
+import csv
+import json
+
+import pytest
+
+import fast
+from fast.cli.retention import settings
+from fast.train.methods import METHODS
+
+SWEEP = ("--steps", 6, "--output", "out")
+
+
+def points(method, data=(), **options):
+    args = argparse.Namespace(**({"strengths": (0.5, 2), "budgets": None} | options))
+    return [(s.label, s.options) for s in settings(method, args, dict.fromkeys(data))]
+
+
+def test_strengths_multiply_what_the_method_itself_sets():
+    fast_ = METHODS["fast"]
+    assert points("fast") == [
+        (label, {"anchor_decay": s * fast_.anchor_decay, "distill": s * fast_.distill})
+        for label, s in (("0.5", 0.5), ("2", 2))
+    ]
+    informed = points("fast", data=["source_inputs"])
+    assert informed[0][1]["anchor_decay"] == 0.5 * fast_.card_decay
+    assert points("l2-sp", data=["source_inputs"]) == [
+        ("0.5", {"anchor_decay": 0.5 * METHODS["l2-sp"].anchor_decay}),
+        ("2", {"anchor_decay": 2 * METHODS["l2-sp"].anchor_decay}),
+    ]
+    # ewc makes its card of the target's inputs where there are no source inputs.
+    assert points("ewc", strengths=(0.0,)) == [("0", {"anchor_decay": 0.0})]
+
+
+def test_distillation_is_left_out_where_batch_norm_is_kept_per_task():
+    assert all("distill" not in o for _, o in points("fast", batch_norm="per_task"))
+
+
+def test_a_method_that_holds_nothing_is_one_point():
+    assert points("vanilla") == [("", {})]
+
+
+def test_budgets_start_with_the_largest():
+    budgets = points("fast", budgets=["0.1", "0.3"])
+    assert budgets == [("0.3", {"forget_budget": "0.3"}), ("0.1", {"forget_budget": "0.1"})]
+
+
+def test_sweep_is_drawn_written_and_kept(job, monkeypatch):
+    args = ("--methods", "l2-sp,vanilla", "--strengths", "100,0", "--seeds", "0,1", *SWEEP)
+    code, out, err = job.fast("retention", *job.args, *args)
+    assert code == 0, err
+    folder = job.folder / "out"
+    saved = json.loads((folder / "retention.json").read_text())
+    found = {(p["method"], p["label"]): p for p in saved["points"]}
+    assert list(found) == [("l2-sp", "0"), ("l2-sp", "100"), ("vanilla", "")]
+    # Without a pull it is vanilla; with a hundredfold one nothing moves.
+    for name in ("target", "source", "target_half"):
+        assert found["l2-sp", "0"][name] == pytest.approx(found["vanilla", ""][name])
+    assert saved["source_accuracy_before"] == found["l2-sp", "100"]["source"]
+    assert found["vanilla", ""]["seeds"] == 2
+    assert (folder / "retention.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((folder / "retention.csv").read_text().splitlines()))
+    assert [float(r["source"]) for r in rows] == [p["source"] for p in saved["points"]]
+    assert "\nl2-sp    100 " in out
+
+    monkeypatch.setattr(fast, "finetune", lambda *a, **k: pytest.fail("ran again"))
+    code, out, err = job.fast("retention", *job.args, *args)
+    assert code == 0, err
+    assert out.count("kept from before") == 6
+
+
+def test_demo_needs_no_files(job):
+    pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
+    code, out, err = job.fast("retention", "--demo", "--strengths", "1", "--steps", 2)
+    assert code == 0, err
+    assert (job.folder / "runs" / "retention-digits" / "retention.png").is_file()
+    assert "\nfast    1 " in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "fast,adam"], "--methods: no method 'adam'; there are fast,"),
+        (["--methods", "replay"], "replay trains on source inputs, and none were given"),
+        (["--strengths", "1,-2"], "--strengths must be 0 or more; got -2"),
+        (["--strengths", "1", "--budgets", "0.1"], "give --strengths or --budgets, not both"),
+        (["--budgets", "0.1,x"], "forget_budget must be nats of source loss"),
+        (["--demo"], "--demo brings its own model and data; drop --model"),
+        (["--steps", "0"], "steps must be at least 1; got 0"),
+    ],
+)
+def test_bad_input_says_so_and_writes_nothing(job, options, message):
+    code, _, err = job.fast("retention", *job.args, *SWEEP, *options)
+    assert code == 2
+    assert message in err
+    assert not (job.folder / "out").exists()
+
+
+def test_source_is_needed(job):
+    args = [a for a in job.args if a not in ("--source", "source.npz")]
+    code, _, err = job.fast("retention", *args, *SWEEP)
+    assert code == 2
+    assert "--source must be given" in err
