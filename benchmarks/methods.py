@@ -111,6 +111,8 @@ def torchs(**how: bool) -> Callable[[Arena], Method]:
 
 def compiled(arena: Arena) -> Method:
     """torch.compile of torch's foreach step: minutes to compile."""
+    if len(arena.params) > 1000:
+        raise Missing("compiling a step of so many tensors takes more than eight minutes")
     opt = torch_adamw(arena, foreach=True)
     step = torch.compile(opt.step)
 
