@@ -50,9 +50,21 @@ def squared_sample_gradients(
         chunk = max(1, SAMPLE_BYTES // (8 * network.space.numel))
         batched = vmap(squares, randomness="same")
         total = [torch.zeros_like(p) for p in chosen.values()]
+        together = True
         for start in range(0, batch.size, chunk):
             part = slice(start, start + chunk)
-            grads = batched(c[part], *(s[part] for s in samples))
+            given = (c[part], *(s[part] for s in samples))
+            if together:
+                try:
+                    grads = batched(*given)
+                except RuntimeError as error:
+                    if "vmap" not in str(error):
+                        raise
+                    # The forward pass reads a value (a batch's longest text): one sample at a time.
+                    together = False
+            if not together:
+                singles = [squares(*sample) for sample in zip(*given, strict=True)]
+                grads = {n: torch.stack([g[n] for g in singles]) for n in network.names}
             for t, g in zip(total, grads.values(), strict=True):
                 t += torch.linalg.vecdot(g, g, dim=0)
         torch._foreach_mul_(total, factor)
