@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fast.curvature.card import SourceCard
     from fast.curvature.hessian import GGN, Fisher, Hessian
+    from fast.geometry import PathRecorder, landscape
     from fast.heads import fold_head, replace_head, source_task
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
@@ -22,10 +23,12 @@ __all__ = [
     "AdamW",
     "Fisher",
     "Hessian",
+    "PathRecorder",
     "Result",
     "SourceCard",
     "finetune",
     "fold_head",
+    "landscape",
     "param_groups",
     "replace_head",
     "source_task",
@@ -38,10 +41,12 @@ _HOME = {
     "AdamW": "fast.optim",
     "Fisher": "fast.curvature",
     "Hessian": "fast.curvature",
+    "PathRecorder": "fast.geometry",
     "Result": "fast.train.result",
     "SourceCard": "fast.curvature.card",
     "finetune": "fast.train.trainer",
     "fold_head": "fast.heads",
+    "landscape": "fast.geometry",
     "param_groups": "fast.optim.param_groups",
     "replace_head": "fast.heads",
     "source_task": "fast.heads",

@@ -58,7 +58,7 @@ def comparison(runs: Runs, *, title: str = "", source_before: float | None = Non
     Raises:
         ValueError: there is no evaluated step in any history.
     """
-    matplotlib = _matplotlib()
+    matplotlib = matplotlib_()
     curves = {
         method: [c for c in (evaluations(h) for h in histories) if len(c["step"])]
         for method, histories in runs.items()
@@ -101,7 +101,7 @@ def retention(
     measured = [p for p in points if p["target"] is not None and p["source"] is not None]
     if not measured:
         raise ValueError("no point has target and source accuracy: there is nothing to draw")
-    matplotlib = _matplotlib()
+    matplotlib = matplotlib_()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(5.4, 4.2), layout="constrained")
         axis = figure.subplots()
@@ -302,7 +302,7 @@ def _order(method: str) -> int:
     return 5 if method == "fast" else 3
 
 
-def _matplotlib() -> Any:
+def matplotlib_() -> Any:
     """matplotlib without pyplot: no display is opened and the caller's backend stays as it is."""
     try:
         import matplotlib.figure

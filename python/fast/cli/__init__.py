@@ -14,6 +14,8 @@ COMMANDS = {
     "finetune": "adapt a pretrained classifier to new data",
     "compare": "run several methods on the same job: table, curves, report",
     "retention": "the trade-off curve of a method: target against source",
+    "curvature": "eigenvalues, trace and density of source and target loss",
+    "landscape": "both losses over the plane of an adaptation, its path and its stiff steps",
     "env": "versions, hardware, and which kernels run here",
     "demo": "the effect in a minute: offline, on scikit-learn's digits",
 }

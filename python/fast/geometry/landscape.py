@@ -1,0 +1,291 @@
+"""Source and target loss over the plane that runs have moved in, and how their steps lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.curvature.card import SourceCard
+from fast.curvature.hessian import NetworkOperator
+from fast.curvature.progress import bar
+from fast.geometry.path import WeightPath
+from fast.geometry.plane import Plane, grid
+from fast.geometry.walk import MATRICES, Walker, subset
+from fast.train.data import Data
+
+# Eigenvectors are wanted for the subspace they span: at a residual of 1 % of the largest eigenvalue
+# a share changes in its third digit.
+EIGEN_TOL = 1e-2
+BATCH = 128
+# What a path takes over from the history of its run.
+MEASURED = ("target_loss", "target_accuracy", "source_accuracy")
+
+
+@dataclass
+class PathGeometry:
+    """One run in the landscape; lists have one entry for each kept step, unless said otherwise.
+
+    Attributes:
+        name, steps: of the path.
+        x, y: its place in the plane, in units of `||w - w0||`.
+        in_plane: share of its squared displacements that lies in the plane, 0..1.
+        drift: `||w - w0||`.
+        stiff_share: one less: norm of each step's part in the source's stiff directions over the
+            norm of the step, 0..1; None where nothing moved. A step here is what lies between two
+            evaluations.
+        rise: of the source loss since w0, measured, nats.
+        forecast: the same by the exact product, `g.d + 1/2 d^T G d`.
+        card_forecast: by the diagonal of a source card, as it is calibrated before a run.
+        target_loss, target_accuracy, source_accuracy: as the run measured them (None: it did not),
+            with its own head and all its validation data.
+    """
+
+    name: str
+    steps: list[int]
+    x: list[float]
+    y: list[float]
+    in_plane: float
+    drift: list[float]
+    stiff_share: list[float | None]
+    rise: list[float]
+    forecast: list[float]
+    card_forecast: list[float]
+    target_loss: list[float | None]
+    target_accuracy: list[float | None]
+    source_accuracy: list[float | None]
+
+    @property
+    def mean_stiff_share(self) -> float | None:
+        """Root of the mean square over the steps; None where nothing moved."""
+        known = [s for s in self.stiff_share if s is not None]
+        return math.sqrt(sum(s * s for s in known) / len(known)) if known else None
+
+
+@dataclass
+class Landscape:
+    """Plain data of `landscape`: numbers, lists and strings only.
+
+    Attributes:
+        x, y: places of the grid, in units of `||w - w0||`; the origin is w0.
+        source_loss, target_loss: `[len(y)][len(x)]`, nats.
+        head_of: whose target head answers, all over the plane.
+        source_loss_before: at w0, nats.
+        matrix: "ggn" or "hessian", of the source loss at w0.
+        eigenvalues, residuals: of its stiff directions.
+        converged: to one per cent of the largest.
+        chance: the stiff share that a step of random direction would have, `sqrt(k / P)`.
+        num_parameters: P.
+        source_samples, target_samples: that all this was measured on.
+        paths: the runs.
+    """
+
+    x: list[float]
+    y: list[float]
+    source_loss: list[list[float]]
+    target_loss: list[list[float]]
+    head_of: str
+    source_loss_before: float
+    matrix: str
+    eigenvalues: list[float]
+    residuals: list[float]
+    converged: bool
+    chance: float
+    num_parameters: int
+    source_samples: int
+    target_samples: int
+    paths: list[PathGeometry] = field(default_factory=list)
+
+    def correlation(self, kind: str = "forecast") -> float | None:
+        """Pearson's, of forecast ("forecast" or "card_forecast") and measured rise over all steps;
+        None where it is not defined."""
+        pairs = [(a, b) for p in self.paths for a, b in zip(getattr(p, kind), p.rise, strict=True)]
+        table = torch.tensor(pairs, dtype=torch.float64).T
+        if table.shape[1] < 3 or not (table.std(1) > 0).all():
+            return None
+        return float(torch.corrcoef(table)[0, 1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+def landscape(
+    paths: WeightPath | Sequence[WeightPath],
+    source: Any,
+    target: Any,
+    *,
+    resolution: int = 21,
+    samples: int = 256,
+    num_stiff: int = 5,
+    matrix: str = "ggn",
+    card: SourceCard | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Landscape:
+    """Where adaptation went, and what it cost the source task.
+
+    The plane goes through the pretrained weights w0. Of one path it is the plane closest to all its
+    steps (their principal components about w0); of two it goes through their ends; of more it is
+    the one closest to their ends. The networks are copied: no weight, buffer or mode changes.
+
+    Costs `resolution^2` evaluations of both samples, about 15 products for each stiff direction and
+    one for each step.
+
+    Args:
+        paths: of runs that started from the same weights, by `fast.PathRecorder`.
+        source, target: labelled data: `(x, y)`, a Dataset or a DataLoader.
+        resolution: grid points along the longer side.
+        samples: of source and of target, at most: losses, curvature and forecasts are all of these.
+        num_stiff: k, eigenvectors of the largest eigenvalues of the source matrix at w0.
+        matrix: "ggn" (Gauss-Newton) or "hessian", for stiff directions and forecast.
+        card: for `card_forecast` (default: estimated on the source samples at w0).
+        seed: of the samples and of all random vectors.
+        progress: show bars; None: when stderr is a terminal.
+
+    Raises:
+        ValueError: an option is out of range, paths that do not start together, or weights that
+            never moved.
+    """
+    if isinstance(paths, WeightPath):
+        paths = [paths]
+    origin = _check(paths, resolution, num_stiff, matrix)
+    walker = Walker(paths[0].model, paths[0].parameters, BATCH)
+    source_data = subset(source, "source", samples, seed)
+    target_data = subset(target, "target", samples, seed)
+
+    spanning = paths[0].weights if len(paths) == 1 else torch.stack([p.weights[-1] for p in paths])
+    plane = Plane.through(origin, spanning - origin, seed)
+    x, y = grid([plane.coordinates(p.weights - origin) for p in paths], resolution)
+    surfaces = _surfaces(walker, plane, x, y, source_data, target_data, progress)
+
+    walker.put(origin)
+    before = walker.source_loss(source_data)
+    card = card.bind(walker.model) if card else walker.card(source_data, seed)
+    with walker.curvature(source_data, matrix) as operator:
+        stiff = operator.top(
+            num_stiff, which="largest", tol=EIGEN_TOL, seed=seed, progress=progress
+        )
+        gradient = operator.gradient()
+        orders = [_second_order(operator, gradient, p.weights - origin) for p in paths]
+    geometry = []
+    for path, forecast in zip(paths, orders, strict=True):
+        d = path.weights - origin
+        rise, by_card = _along(walker, path, source_data, card)
+        geometry.append(
+            PathGeometry(
+                name=path.name,
+                steps=path.steps,
+                x=plane.coordinates(d)[:, 0].tolist(),
+                y=plane.coordinates(d)[:, 1].tolist(),
+                in_plane=plane.share(d),
+                drift=d.double().norm(dim=1).tolist(),
+                stiff_share=_shares(d, stiff.vectors.cpu()),
+                rise=[loss - before for loss in rise],
+                forecast=forecast,
+                card_forecast=by_card,
+                **{name: [row.get(name) for row in path.history] for name in MEASURED},
+            )
+        )
+    return Landscape(
+        x=x,
+        y=y,
+        source_loss=surfaces[0],
+        target_loss=surfaces[1],
+        head_of=paths[0].name,
+        source_loss_before=before,
+        matrix=matrix,
+        eigenvalues=stiff.values.tolist(),
+        residuals=stiff.residuals.tolist(),
+        converged=stiff.converged,
+        chance=math.sqrt(num_stiff / len(origin)),
+        num_parameters=len(origin),
+        source_samples=source_data.num_samples or 0,
+        target_samples=target_data.num_samples or 0,
+        paths=geometry,
+    )
+
+
+def _check(paths: Sequence[WeightPath], resolution: int, num_stiff: int, matrix: str) -> Tensor:
+    """The weights that all paths start from."""
+    if not paths:
+        raise ValueError("paths is empty: record one with fast.PathRecorder")
+    if matrix not in MATRICES:
+        raise ValueError(f"matrix must be one of {', '.join(MATRICES)}; got {matrix!r}")
+    if resolution < 3:
+        raise ValueError(f"resolution must be at least 3; got {resolution}")
+    first = paths[0]
+    if not 1 <= num_stiff <= first.weights.shape[1]:
+        raise ValueError(
+            f"num_stiff must lie between 1 and P = {first.weights.shape[1]}; got {num_stiff}"
+        )
+    for path in paths:
+        if len(path.steps) < 2:
+            raise ValueError(f"path {path.name!r} has {len(path.steps)} points; it needs 2 or more")
+        if not torch.isfinite(path.weights).all():
+            raise ValueError(f"path {path.name!r} has weights that are not finite; lower its lr")
+        if path.parameters != first.parameters or not torch.equal(
+            path.weights[0], first.weights[0]
+        ):
+            raise ValueError(
+                f"paths {first.name!r} and {path.name!r} start from different weights: adapt the "
+                "same pretrained network"
+            )
+    return first.weights[0]
+
+
+def _surfaces(
+    walker: Walker,
+    plane: Plane,
+    x: list[float],
+    y: list[float],
+    source: Data,
+    target: Data,
+    progress: bool | None,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Source and target loss, `[len(y)][len(x)]`."""
+    over_source: list[list[float]] = []
+    over_target: list[list[float]] = []
+    with bar(len(x) * len(y), "landscape", progress) as ticks:
+        for v in y:
+            over_source.append([])
+            over_target.append([])
+            for u in x:
+                walker.put(plane.at(u, v))
+                over_source[-1].append(walker.source_loss(source))
+                over_target[-1].append(walker.target_loss(target))
+                ticks.update()
+    return over_source, over_target
+
+
+def _second_order(operator: NetworkOperator, gradient: Tensor, d: Tensor) -> list[float]:
+    """`g.d + 1/2 d^T A d` of each row of `d`, `[n, P]`."""
+    rows = d.to(operator.device, operator.dtype)
+    linear = (rows @ gradient).double()
+    return (linear + operator.quad(rows.T) / 2).tolist()
+
+
+def _along(
+    walker: Walker, path: WeightPath, source: Data, card: SourceCard
+) -> tuple[list[float], list[float]]:
+    """Source loss at each of the path's weights, and what the card forecasts to be its rise."""
+    losses, forecasts = [], []
+    for weights in path.weights:
+        walker.put(weights)
+        losses.append(walker.source_loss(source))
+        forecasts.append(walker.forecast(card))
+    return losses, forecasts
+
+
+def _shares(d: Tensor, stiff: Tensor) -> list[float | None]:
+    """Norm of each step's part in the columns of `stiff`, `[P, k]`, over the norm of the step."""
+    found: list[float | None] = []
+    for step in d.diff(dim=0):
+        norm = float(step.double().norm())
+        found.append(float((step @ stiff).double().norm()) / norm if norm else None)
+    return found
