@@ -7,6 +7,7 @@ H.top(5), H.trace(), H.spectrum(), H.check()
 ```
 """
 
+from fast.curvature.blame import SecondDerivativeError
 from fast.curvature.cg import Solution, cg
 from fast.curvature.check import CheckReport, check
 from fast.curvature.diagonal import fisher_diagonal, hutchinson_diagonal
@@ -16,7 +17,8 @@ from fast.curvature.losses import CrossEntropy, Loss, SquaredError
 from fast.curvature.operator import Identity, MatrixOperator, SymmetricOperator
 from fast.curvature.space import ParameterSpace
 from fast.curvature.spectrum import Spectrum, spectrum
-from fast.curvature.trace import Estimate, trace
+from fast.curvature.summary import Summary, summarise
+from fast.curvature.trace import Estimate, block_traces, trace
 
 __all__ = [
     "GGN",
@@ -30,15 +32,19 @@ __all__ = [
     "Loss",
     "MatrixOperator",
     "ParameterSpace",
+    "SecondDerivativeError",
     "Solution",
     "Spectrum",
     "SquaredError",
+    "Summary",
     "SymmetricOperator",
+    "block_traces",
     "cg",
     "check",
     "fisher_diagonal",
     "hutchinson_diagonal",
     "spectrum",
+    "summarise",
     "top",
     "trace",
 ]

@@ -18,6 +18,10 @@ WAY_OUT = (
 )
 
 
+class SecondDerivativeError(RuntimeError):
+    """A part of the network cannot be differentiated twice; the message names it."""
+
+
 def cut_off(tensors: list[Tensor | None]) -> bool:
     """Whether a once-differentiable function is in the graph of `tensors`.
 
@@ -37,8 +41,11 @@ def cut_off(tensors: list[Tensor | None]) -> bool:
     return False
 
 
-def explain_failure(network: Network, batch: Batch, index: int, reason: str) -> RuntimeError:
+def explain_failure(
+    network: Network, batch: Batch, index: int, reason: str
+) -> SecondDerivativeError:
     """An error that names the first module, innermost first, that fails on its own."""
+    what = f"cannot be differentiated twice: {reason}"
     calls: list[tuple[str, nn.Module, Any, dict[str, Any]]] = []
     handles = [
         module.register_forward_hook(
@@ -57,8 +64,12 @@ def explain_failure(network: Network, batch: Batch, index: int, reason: str) -> 
         for name, module, args, kwargs in calls:
             if not _differentiable_twice(module, args, kwargs):
                 where = f"module {name!r} ({type(module).__name__})"
-                return RuntimeError(f"{where} cannot be differentiated twice: {reason}. {WAY_OUT}")
-    return RuntimeError(f"the network or its loss cannot be differentiated twice: {reason}")
+                return SecondDerivativeError(
+                    f"{where} cannot be differentiated twice: {reason}. {WAY_OUT}"
+                )
+    return SecondDerivativeError(
+        f"the network or its loss cannot be differentiated twice: {reason}"
+    )
 
 
 def _differentiable_twice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:

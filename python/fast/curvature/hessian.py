@@ -161,6 +161,10 @@ class NetworkOperator(SymmetricOperator):
 
     def gradient(self) -> Tensor:
         """Gradient of the loss over all data, [P]."""
+        return self.value_and_gradient()[1]
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """The loss over all data, and its gradient, [P]."""
         mean = self._mean()
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
@@ -168,13 +172,16 @@ class NetworkOperator(SymmetricOperator):
                 leaves = self.network.leaves()
                 params = self.network.selected(leaves)
                 z = self.network.outputs(leaves, batch.inputs)
-                grads = grad_or_none([self.loss.value(z, batch.target)], params)
+                value = self.loss.value(z, batch.target)
+                grads = grad_or_none([value], params)
                 weight = self.loss.weight(z.detach(), batch.target, batch.size)
             rows = [
                 torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)
             ]
-            mean.add([g.detach()[None] for g in rows], weight)
-        return self.space.join(mean.result(self.space.zeros(1)))[0]
+            mean.add([value.detach()[None], *(g.detach()[None] for g in rows)], weight)
+        zeros = self.space.zeros(1)
+        loss, *gradient = mean.result([zeros[0].new_zeros(1), *zeros])
+        return float(loss), self.space.join(gradient)[0]
 
     def blocks(self, by: str | Mapping[str, Params] = "layer") -> dict[str, NetworkOperator]:
         """Principal blocks, by "layer" (parameters of one module), "parameter", or your own groups.

@@ -53,23 +53,20 @@ class Spectrum:
         return grid, bumps @ self.weights.reshape(-1) / self.nodes.shape[0]
 
     def plot(self, path: str | Path | None = None, *, ax: Any = None, label: str = "") -> Any:
-        """Draw the density on a logarithmic axis (matplotlib); save it when `path` is given."""
-        import matplotlib.pyplot as plt
-
-        figure = None
+        """Draw the density on a logarithmic axis (matplotlib); save a PNG when `path` is given."""
         if ax is None:
-            figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+            # Not pyplot: no display is opened, and the caller's backend stays as it is.
+            from matplotlib.figure import Figure
+
+            ax = Figure(figsize=(7, 4), layout="constrained").subplots()
         grid, density = self.density()
         ax.semilogy(grid, density, label=label or None)
         ax.set_ylim(bottom=max(1e-8, 0.1 / self.size) / max(float(grid[-1] - grid[0]), 1e-12))
-        ax.set_xlabel("eigenvalue")
-        ax.set_ylabel("density")
+        ax.set(xlabel="eigenvalue", ylabel="density")
         if label:
             ax.legend()
         if path is not None:
-            ax.figure.savefig(path, dpi=150)
-            if figure is not None:
-                plt.close(figure)
+            ax.figure.savefig(path, dpi=150, format="png")
         return ax
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.probes import draw_probes
 from fast.curvature.progress import bar
+from fast.curvature.space import dot
 
 METHODS = ("hutch++", "hutchinson")
 
@@ -78,6 +80,35 @@ def trace(
             values.append(operator._quad(operator.space.split(v)).cpu())
             ticks.update(v.shape[0])
         return _estimate(torch.cat(values), exact, num_matvecs)
+
+
+def block_traces(
+    operator: SymmetricOperator,
+    blocks: Mapping[str, Iterable[str]],
+    num_matvecs: int = 48,
+    *,
+    seed: int = 0,
+    chunk: int = 8,
+    progress: bool | None = None,
+) -> dict[str, Estimate]:
+    """Traces of principal blocks, all of them from the same products (Hutchinson, random signs).
+
+    Args:
+        blocks: name -> names of parameters, e.g. one layer's.
+    """
+    if num_matvecs < 2:
+        raise ValueError(f"num_matvecs must be at least 2, for an error; got {num_matvecs}")
+    place = {name: i for i, name in enumerate(operator.space.names)}
+    wanted = {name: [place[n] for n in names] for name, names in blocks.items()}
+    values: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    with bar(num_matvecs, "traces of layers", progress) as ticks:
+        for rows in draw_probes(operator, num_matvecs, seed=seed, chunk=chunk):
+            v = operator.space.split(rows)
+            av = operator.products(v)
+            for name, at in wanted.items():
+                values[name].append(dot([v[i] for i in at], [av[i] for i in at]).cpu())
+            ticks.update(rows.shape[0])
+    return {name: _estimate(torch.cat(parts), 0.0, num_matvecs) for name, parts in values.items()}
 
 
 def _estimate(values: torch.Tensor, exact: float, num_matvecs: int) -> Estimate:

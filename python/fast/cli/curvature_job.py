@@ -1,0 +1,113 @@
+"""From the options of `fast curvature` to networks with their batches."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.cli.job import image_format, prepare, try_forward
+from fast.train.data import Data, as_data, move
+from fast.train.device import pick_device
+from fast.train.labels import check_labels
+from fast.train.models import LoadedModel, load_model
+from fast.train.saved import load_saved
+from fast.train.sources import Split, load_data
+
+
+@dataclass
+class LossOf:
+    """A task's loss: the network that answers it, and batches (inputs, labels) of its data."""
+
+    name: str
+    model: nn.Module
+    batches: list[tuple[Any, Tensor]]
+    data: str
+
+    @property
+    def samples(self) -> int:
+        return sum(len(y) for _, y in self.batches)
+
+
+def losses_of(args: argparse.Namespace) -> list[LossOf]:
+    """Source and target loss, as far as there are data for them; the networks in eval mode."""
+    device = pick_device(args.device)
+    columns = {"input_column": args.input_column, "label_column": args.label_column}
+    splits: dict[str, Split] = {}
+    if args.source:
+        splits["source"] = _training_split(load_data(args.source, **columns, numeric_labels=True))
+    if args.data:
+        target = load_data(args.data, **columns).with_val(args.val_fraction)
+        splits["target"] = _training_split(target)
+
+    loaded = load_model(
+        args.model,
+        args.weights,
+        allow_missing=args.allow_missing,
+        pretrained=not args.checkpoint,
+    )
+    form = image_format(args, loaded)
+    data = {
+        name: as_data(prepare(split, loaded, form, args.max_length), f"--{_flag(name)}")
+        for name, split in splits.items()
+    }
+    networks = _networks(args, loaded, next(iter(data.values())))
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    found = []
+    for name, network in networks.items():
+        if name in data:
+            batches = list(_batches(args, data[name], device))
+            network = network.to(device).eval()
+            _check_classes(network, batches, f"--{_flag(name)}")
+            found.append(LossOf(name, network, batches, getattr(args, _flag(name))))
+    if not found:
+        raise ValueError("no loss to look at: " + "; ".join(loaded.notes))
+    return found
+
+
+def _flag(name: str) -> str:
+    return {"target": "data"}.get(name, name)
+
+
+def _training_split(data: Any) -> Split:
+    return data.train if data.train is not None else data.for_evaluation()
+
+
+def _networks(args: argparse.Namespace, loaded: LoadedModel, data: Data) -> dict[str, nn.Module]:
+    try_forward(loaded, data)
+    if not args.checkpoint:
+        return {"source": loaded.model}
+    sample, _ = data.batch_at(torch.arange(2))
+    saved = load_saved(args.checkpoint, loaded.model, sample)
+    networks = {"target": saved.target}
+    if saved.source is not None:
+        networks = {"source": saved.source, **networks}
+    elif args.source:
+        loaded.notes.append(f"the source loss is left out: {saved.note}")
+    return networks
+
+
+def _batches(
+    args: argparse.Namespace, data: Data, device: torch.device
+) -> Iterator[tuple[Any, Tensor]]:
+    count = data.num_samples
+    assert count is not None, "data read by name have a length"
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
+    for index in chosen[: args.samples].sort().values.split(args.batch_size):
+        x, y = data.batch_at(index)
+        yield move(x, device), y.to(device)
+
+
+def _check_classes(network: nn.Module, batches: list[tuple[Any, Tensor]], name: str) -> None:
+    from fast.heads import evaluating, forward_logits
+
+    with evaluating(network):
+        classes = forward_logits(network, batches[0][0]).shape[1]
+    for _, y in batches:
+        check_labels(y, classes, name)
