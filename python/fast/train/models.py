@@ -47,12 +47,17 @@ class LoadedModel:
 
 
 def load_model(
-    spec: str, weights: str | Path | None = None, *, allow_missing: bool = False
+    spec: str,
+    weights: str | Path | None = None,
+    *,
+    allow_missing: bool = False,
+    pretrained: bool = True,
 ) -> LoadedModel:
     """Build the network that `spec` names, on the CPU, and load `weights` into it.
 
-    Without `weights` a library's network comes with its pretrained ones, and a factory's as the
-    factory returns it. Arguments in brackets are Python literals: `timm:resnet18(num_classes=10)`.
+    Without `weights` a library's network comes with its pretrained ones (`pretrained=False`: with
+    none), and a factory's as the factory returns it. Arguments in brackets are Python literals:
+    `timm:resnet18(num_classes=10)`.
 
     Raises:
         ValueError: the spec cannot be read, or the weights do not fit.
@@ -60,7 +65,7 @@ def load_model(
         ImportError: the library is not installed, or the file cannot be imported.
     """
     where, name, args, kwargs = parse_spec(spec)
-    pretrained = weights is None
+    pretrained = pretrained and weights is None
     if where == "timm":
         loaded = _timm(name, pretrained, args, kwargs)
     elif where == "torchvision":
