@@ -26,7 +26,7 @@ ISSUE_PAIRS = (
 )
 METHODS = "fast,vanilla,lp-ft,l2-sp,ewc,replay"
 # Of a baseline only the end is used: evaluating it as often as FAST would take as long as its run.
-BASELINE_EVALUATIONS = 3
+BASELINE_EVALUATIONS = 1
 
 
 def task(pair: str, spec: str, lr: float, seed: int, data: Path) -> Task:

@@ -107,9 +107,9 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def protection(job: Job, method: str) -> dict[str, Any]:
-    """Source inputs; and a card, to forecast by, for the methods that do not make one."""
+    """Source inputs; and a card, to forecast by, where a source loss is measured."""
     given: dict[str, Any] = {"source_inputs": job.source_inputs}
-    if method not in ("fast", "ewc"):
+    if method not in ("fast", "ewc") and not callable(job.source):
         given["card"] = fast.SourceCard.estimate(job.model, job.source_inputs, **CARD_SAMPLES)
     return given
 
