@@ -18,7 +18,8 @@ def figure(kind: str, found: Mapping[str, Summary]) -> Any:
 
     from fast.plots import STYLE
 
-    with rc_context(STYLE):
+    style: Any = STYLE
+    with rc_context(style):
         drawn = Figure(figsize=(6.4, 2.6 * len(found) + 0.3), layout="constrained")
         axes = drawn.subplots(len(found), 1, squeeze=False)[:, 0]
         for ax, (name, s) in zip(axes, found.items(), strict=True):

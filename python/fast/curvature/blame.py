@@ -64,12 +64,8 @@ def explain_failure(
         for name, module, args, kwargs in calls:
             if not _differentiable_twice(module, args, kwargs):
                 where = f"module {name!r} ({type(module).__name__})"
-                return SecondDerivativeError(
-                    f"{where} cannot be differentiated twice: {reason}. {WAY_OUT}"
-                )
-    return SecondDerivativeError(
-        f"the network or its loss cannot be differentiated twice: {reason}"
-    )
+                return SecondDerivativeError(f"{where} {what}. {WAY_OUT}")
+    return SecondDerivativeError(f"the network or its loss {what}")
 
 
 def _differentiable_twice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool:

@@ -7,11 +7,13 @@ GFLOP/s), and the second term is added by the product itself (beta = 1) at no co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fast.curvature.folded.rules import gemm
 from fast.curvature.folded.rules.base import Call, Tangent, aten, rule, spread
 
 # Below this many columns a product per vector is mostly overhead: fold K into the columns.
@@ -22,9 +24,11 @@ def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """d [K, m, k] times b [k, n], written to `into` when given."""
     num_vectors, m, k = d.shape
     if not d.is_contiguous():
+        if gemm.preferred(d[0], b):
+            return _each(((v, b) for v in d), d, (m, b.shape[1]), into)
         return torch.bmm(d, b.expand(num_vectors, *b.shape), out=into)
     rows = None if into is None else into.view(num_vectors * m, -1)
-    return torch.mm(d.view(num_vectors * m, k), b, out=rows).view(num_vectors, m, b.shape[1])
+    return gemm.mm(d.view(num_vectors * m, k), b, rows).view(num_vectors, m, b.shape[1])
 
 
 def fixed_times(
@@ -32,6 +36,12 @@ def fixed_times(
 ) -> Tensor:
     """a [m, k] times d [K, k, n]: added onto `onto` in place, or written to `into`."""
     num_vectors, _, n = d.shape
+    if gemm.preferred(a, d[0]):
+        if onto is None:
+            return _each(((a, v) for v in d), d, (a.shape[0], n), into)
+        for o, v in zip(onto, d, strict=True):
+            o += gemm.mm(a, v)
+        return onto
     if onto is not None:
         return onto.baddbmm_(a.expand(num_vectors, *a.shape), d)
     flat = d.transpose(1, 2)
@@ -39,6 +49,15 @@ def fixed_times(
         out = torch.mm(a, flat.reshape(num_vectors * n, -1).T)
         return out.view(-1, num_vectors, n).transpose(0, 1).contiguous()
     return torch.bmm(a.expand(num_vectors, *a.shape), d, out=into)
+
+
+def _each(
+    pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor, shape: tuple[int, int], into: Tangent
+) -> Tensor:
+    out = like.new_empty((like.shape[0], *shape)) if into is None else into
+    for o, (a, b) in zip(out, pairs, strict=True):
+        gemm.mm(a, b, o)
+    return out
 
 
 def _product(call: Call, i: int, j: int):
