@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from fast.cli import demo
+
 RUN = ("--steps", 6, "--eval-every", 2, "--resolution", 3, "--samples", 40, "--output", "out")
 
 
@@ -30,8 +32,9 @@ def test_landscape_of_one_method_by_the_hessian(job):
     assert [p["name"] for p in saved["paths"]] == ["l2-sp"]
 
 
-def test_demo_needs_no_files(job):
+def test_demo_needs_no_files(job, monkeypatch):
     pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
+    monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", 1)
     code, out, err = job.fast("landscape", "--demo", *RUN[:-2], "--stiff", 1)
     assert code == 0, err
     assert (job.folder / "runs" / "landscape-digits" / "landscape.png").is_file()
@@ -49,6 +52,7 @@ def test_demo_needs_no_files(job):
         (["--stiff", "1000"], "num_stiff must lie between 1 and P = "),
         (["--source", "target.npz"], "source: labels must be 0..2"),
         (["--lr", "1e-30"], "the weights did not move"),
+        (["--batch-norm", "track"], "--batch-norm track changes the source loss"),
         (["--demo"], "--demo brings its own model and data; drop --model"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import pytest
 
 import fast
+from fast.cli import demo
 from fast.cli.retention import settings
 from fast.train.methods import METHODS
 
@@ -71,8 +72,9 @@ def test_sweep_is_drawn_written_and_kept(job, monkeypatch):
     assert out.count("kept from before") == 6
 
 
-def test_demo_needs_no_files(job):
+def test_demo_needs_no_files(job, monkeypatch):
     pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
+    monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", 1)
     code, out, err = job.fast("retention", "--demo", "--strengths", "1", "--steps", 2)
     assert code == 0, err
     assert (job.folder / "runs" / "retention-digits" / "retention.png").is_file()

@@ -289,6 +289,12 @@ def test_wrong_labels_are_named(paths):
         fast.landscape(paths, inputs, TARGET)
 
 
+def test_statistics_of_batch_norm_are_no_place():
+    with pytest.raises(ValueError, match="batch_norm='track' changes the source loss"):
+        adapt("vanilla", batch_norm="track")
+    adapt("vanilla", TextNet(5), (sentences(20, 5)), sentences(20, 3), batch_norm="track")
+
+
 def test_a_recorder_is_for_one_run():
     recorder = fast.PathRecorder(SOURCE)
     options = {"steps": 2, "source": recorder, "method": "vanilla"}

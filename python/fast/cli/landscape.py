@@ -68,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}; got {getattr(args, name)}")
     check_training(args)
+    if getattr(args, "batch_norm", None) == "track":  # said before training, not after
+        raise ValueError(
+            "--batch-norm track changes the source loss by statistics, not weights: use frozen"
+        )
     with job_for(args, "landscape", "source") as (job, folder):
         if job.source is None:
             raise ValueError("--source must be given; see --help")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.curvature.answers import backbone_parameters
 from fast.curvature.network import unwrap
@@ -76,8 +77,16 @@ class PathRecorder:
             name: default: of the method.
 
         Raises:
-            ValueError: it was given to another run, to several, or to a resumed one.
+            ValueError: it was given to another run, to several, or to a resumed one; or the run
+                changed the batch norms' statistics of the source task.
         """
+        if result.config.batch_norm == "track" and any(
+            isinstance(m, _BatchNorm) and m.track_running_stats for m in result.model.modules()
+        ):
+            raise ValueError(
+                "batch_norm='track' changes the source loss by statistics, which are no place in "
+                "a landscape of weights: use 'frozen' or 'per_task'"
+            )
         if len(self.rows) != len(result.history):
             raise ValueError(
                 f"the recorder has weights of {len(self.rows)} evaluations, the run made "
