@@ -3,6 +3,7 @@
   fast compare --methods fast,vanilla,l2-sp,lp-ft --seeds 0,1,2 \\
       --model nets.py:ResNet(20) --weights resnet20.safetensors \\
       --data signs.npz --source cifar10.npz --steps 150
+  fast compare --demo --methods all --seeds 0,1,2
 
 Finished runs are kept in --output: the same command goes on where it was interrupted, and one with
 more methods or seeds runs only what is new.
@@ -15,12 +16,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from fast.cli.offline import add_demo, job_for
 from fast.cli.options import (
     add_model_and_data,
     add_training,
     check_training,
     numbers,
-    require,
 )
 from fast.cli.runs import NOT_HERE, Runner, check_methods, method_names, runnable, whole_numbers
 from fast.cli.summary import Run, intervals, summarise
@@ -49,22 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "seed (default: 0.001)",
     )
     group.add_argument("--output", metavar="FOLDER", help="(default: runs/compare-MODEL-DATA)")
+    add_demo(group)
     add_model_and_data(parser)
     add_training(parser, skip=NOT_HERE)
 
 
 def run(args: argparse.Namespace) -> int:
-    require(args, "model", "data")
     check_methods(args.methods)
     for lr, seed in itertools.product(args.lr, args.seeds):
         check_training(args, lr=lr, seed=seed)
-
-    from fast.cli.job import load_job, short_name
-
-    job = load_job(args)
-    folder = Path(args.output or f"runs/compare-{short_name(args)}")
-    runner = Runner(args, job, folder)
-    runs = [r for method in runnable(args.methods, job) for r in runner.all_seeds(method)]
+    with job_for(args, "compare") as (job, folder):
+        runner = Runner(args, job, folder)
+        runs = [r for method in runnable(args.methods, job) for r in runner.all_seeds(method)]
     _write(args, job, folder, runs)
     return 0
 
