@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fast.geometry.landscape import Landscape, PathGeometry
+from fast.geometry.result import Landscape, PathGeometry
 from fast.plots import MARKERS, STYLE, colour_of, matplotlib_
 
 # Losses are drawn on a logarithmic scale that ends here: a destroyed network is a destroyed one.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from fast.curvature.hessian import NetworkOperator
 from fast.curvature.progress import bar
 from fast.geometry.path import WeightPath
 from fast.geometry.plane import Plane, grid
+from fast.geometry.result import Landscape, PathGeometry
 from fast.geometry.walk import MATRICES, Walker, subset
 from fast.train.data import Data
 
@@ -25,94 +24,6 @@ EIGEN_TOL = 1e-2
 BATCH = 128
 # What a path takes over from the history of its run.
 MEASURED = ("target_loss", "target_accuracy", "source_accuracy")
-
-
-@dataclass
-class PathGeometry:
-    """One run in the landscape; lists have one entry for each kept step, unless said otherwise.
-
-    Attributes:
-        name, steps: of the path.
-        x, y: its place in the plane, in units of `||w - w0||`.
-        in_plane: share of its squared displacements that lies in the plane, 0..1.
-        drift: `||w - w0||`.
-        stiff_share: one less: norm of each step's part in the source's stiff directions over the
-            norm of the step, 0..1; None where nothing moved. A step here is what lies between two
-            evaluations.
-        rise: of the source loss since w0, measured, nats.
-        forecast: the same by the exact product, `g.d + 1/2 d^T G d`.
-        card_forecast: by the diagonal of a source card, as it is calibrated before a run.
-        target_loss, target_accuracy, source_accuracy: as the run measured them (None: it did not),
-            with its own head and all its validation data.
-    """
-
-    name: str
-    steps: list[int]
-    x: list[float]
-    y: list[float]
-    in_plane: float
-    drift: list[float]
-    stiff_share: list[float | None]
-    rise: list[float]
-    forecast: list[float]
-    card_forecast: list[float]
-    target_loss: list[float | None]
-    target_accuracy: list[float | None]
-    source_accuracy: list[float | None]
-
-    @property
-    def mean_stiff_share(self) -> float | None:
-        """Root of the mean square over the steps; None where nothing moved."""
-        known = [s for s in self.stiff_share if s is not None]
-        return math.sqrt(sum(s * s for s in known) / len(known)) if known else None
-
-
-@dataclass
-class Landscape:
-    """Plain data of `landscape`: numbers, lists and strings only.
-
-    Attributes:
-        x, y: places of the grid, in units of `||w - w0||`; the origin is w0.
-        source_loss, target_loss: `[len(y)][len(x)]`, nats.
-        head_of: whose target head answers, all over the plane.
-        source_loss_before: at w0, nats.
-        matrix: "ggn" or "hessian", of the source loss at w0.
-        eigenvalues, residuals: of its stiff directions.
-        converged: to one per cent of the largest.
-        chance: the stiff share that a step of random direction would have, `sqrt(k / P)`.
-        num_parameters: P.
-        source_samples, target_samples: that all this was measured on.
-        paths: the runs.
-    """
-
-    x: list[float]
-    y: list[float]
-    source_loss: list[list[float]]
-    target_loss: list[list[float]]
-    head_of: str
-    source_loss_before: float
-    matrix: str
-    eigenvalues: list[float]
-    residuals: list[float]
-    converged: bool
-    chance: float
-    num_parameters: int
-    source_samples: int
-    target_samples: int
-    paths: list[PathGeometry] = field(default_factory=list)
-
-    def correlation(self, kind: str = "forecast") -> float | None:
-        """Pearson's, of forecast ("forecast" or "card_forecast") and measured rise over all steps;
-        None where it is not defined."""
-        pairs = [(a, b) for p in self.paths for a, b in zip(getattr(p, kind), p.rise, strict=True)]
-        table = torch.tensor(pairs, dtype=torch.float64).T
-        if table.shape[1] < 3 or not (table.std(1) > 0).all():
-            return None
-        return float(torch.corrcoef(table)[0, 1])
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
 
 
 def landscape(
