@@ -61,7 +61,7 @@ class Landscape:
         source_loss_before: at w0, nats.
         matrix: "ggn" or "hessian", of the source loss at w0.
         eigenvalues, residuals: of its stiff directions.
-        converged: to one per cent of the largest.
+        converged: to a thousandth of the largest.
         chance: the stiff share that a step of random direction would have, `sqrt(k / P)`.
         num_parameters: P.
         source_samples, target_samples: that all this was measured on.
