@@ -184,12 +184,12 @@ class CrossEntropy(Loss):
         z = z.detach()
         logits = self.rows(z[None])[0]
         p = torch.softmax(logits, -1).contiguous()
-        scale = self.scaled_rows(z, y)
+        scale, shape = self.scaled_rows(z, y), z.shape
 
         def product(u: Tensor) -> Tensor:
             rows = self.rows(u).contiguous()
             cross_entropy_hvp_(rows, p, scale)
-            return self.unrows(rows, z.shape)
+            return self.unrows(rows, shape)
 
         def quad(u: Tensor) -> Tensor:
             return cross_entropy_quad(self.rows(u).contiguous(), p, scale)

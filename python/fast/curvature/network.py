@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -83,7 +84,8 @@ class Network:
             # One mask per (operator, batch): products are of one matrix, not of a random one.
             torch.manual_seed(mask_seed(self.seed, index))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled; it weighs 128 MiB
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_no_mha_fastpath())
             stack.enter_context(_checkpoint_inline())
             if differentiable_twice:

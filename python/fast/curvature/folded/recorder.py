@@ -27,6 +27,12 @@ class Recorder(TorchDispatchMode):
         self.forward = True
         self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would load its compiler, 128 MiB, to keep it out of __torch_dispatch__; the scope
+        # that we record in turns it off where it is loaded.
+        return False
+
     def activate(self, tensor: Tensor) -> int:
         slot = self.tape.new_slot(tensor)
         self.slots[tensor] = slot

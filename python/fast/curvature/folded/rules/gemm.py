@@ -1,8 +1,9 @@
 """One matrix product, by the faster of the two libraries that torch has for it on a CPU.
 
 torch.mm is MKL's on x86, and MKL keeps to AVX2 on processors that Intel did not make. oneDNN does
-not, and is part of torch as well: on an EPYC of 2024 (Zen 5; 512 x 1024 x 1024, float32, one thread)
-it runs at 254 GFLOP/s where MKL runs at 119. Where MKL uses AVX-512 there is nothing to gain.
+not, and is part of torch as well: on an EPYC of 2024 (Zen 5, 512 x 1024 x 1024, one thread)
+it multiplies float32 at 254 GFLOP/s where MKL does at 119. Where MKL uses AVX-512 there is nothing
+to gain.
 """
 
 from __future__ import annotations
