@@ -12,8 +12,12 @@ from shapes import Shapes
 
 LR, BETAS, EPS, WEIGHT_DECAY, ANCHOR_DECAY, MAX_NORM = 1e-3, (0.9, 0.999), 1e-8, 0.01, 10.0, 1.0
 STEPS_DONE = 100
-# Of every tensor, this many elements are checked.
+# Of every tensor, about this many elements are checked, from all over it.
 CHECKED = 65536
+
+
+def checked(t: Tensor) -> Tensor:
+    return t.flatten()[:: max(1, t.numel() // CHECKED)]
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,13 @@ class Arena:
         return math.sqrt(sum(g.double().square().sum().item() for g in self.grads))
 
     def expected(self, job: Job) -> list[Tensor]:
-        """float64 `[min(numel, CHECKED)]` per parameter: its first elements after one step."""
+        """float64 per parameter: its `checked` elements after one step."""
         scale = min(1.0, MAX_NORM / (self.grad_norm() + 1e-6)) if job.clip else 1.0
         (beta1, beta2), t = BETAS, STEPS_DONE + 1
         result = []
         for i in range(len(self.values)):
             w, g, m, v, w0, f = (
-                x[i].flatten()[:CHECKED].double()
+                checked(x[i]).double()
                 for x in (self.values, self.grads, self.exp_avgs, self.exp_avg_sqs,
                           self.anchors, self.curvature)
             )  # fmt: skip

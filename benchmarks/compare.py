@@ -101,7 +101,7 @@ def promises(rows: list[dict[str, Any]]) -> Iterator[str]:
             value = resnet[method]["to_fused"]
             yield line(f"resnet50, {method}", f"<= {bound} x fused", value, value <= bound)
     for method, r in resnet.items():
-        if method.startswith("ours") and "8-bit" not in method and "to_floor" in r:
+        if method.startswith("ours") and "to_floor" in r:
             value = r["to_floor"]
             bound = f"<= {FLOOR_TARGET} x floor"
             yield line(f"resnet50, {method}", bound, value, value <= FLOOR_TARGET)

@@ -34,7 +34,11 @@ def torchao(name: str, tolerance: float) -> Any:
         import torchao.optim
 
         opt = getattr(torchao.optim, name)(arena.params, **COMMON)
-        return _with_copied_state(arena, opt, tolerance)
+        stored = {}
+        if "8bit" in name:
+            codes = [torch.zeros_like(w, dtype=torch.uint8) for w in arena.values]
+            stored = {"exp_avg": codes, "exp_avg_sq": codes}
+        return _with_copied_state(arena, opt, tolerance, stored)
 
     return make
 
@@ -50,8 +54,14 @@ def bitsandbytes(bits: int, tolerance: float) -> Any:
     return make
 
 
-def _with_copied_state(arena: Arena, opt: Any, tolerance: float) -> Method:
-    """These make their own state at the first step; its values are then the arena's."""
+def _with_copied_state(
+    arena: Arena, opt: Any, tolerance: float, stored: dict[str, list[torch.Tensor]] | None = None
+) -> Method:
+    """These make their own state at the first step; its values are then the arena's.
+
+    Args:
+        stored: tensors of the size of moments that are not float32.
+    """
     with torch.no_grad():
         opt.step()
     first = {id(p): dict(opt.state[p]) for p in arena.params}
@@ -66,4 +76,4 @@ def _with_copied_state(arena: Arena, opt: Any, tolerance: float) -> Method:
             state["step"] = step.fill_(STEPS_DONE) if torch.is_tensor(step) else STEPS_DONE
             opt.state[p].update(state)
 
-    return Method(opt.step, Job(), passes(arena, Job()), tolerance, reset)
+    return Method(opt.step, Job(), passes(arena, Job(), stored), tolerance, reset)

@@ -133,7 +133,8 @@ def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
         if t.dtype == torch.uint8:
             raise ValueError(
                 f"{batch.op.name}: 8-bit codes of strides {t.stride()} for a parameter of strides "
-                f"{p.stride()}; their blocks follow the storage, so both must be the same"
+                f"{p.stride()}; their blocks follow the storage, so both must be the same and "
+                "without gaps: make the parameter contiguous, or use torch.bfloat16 state"
             )
         copies.append((t, like(t, p)))
         return copies[-1][1]

@@ -113,7 +113,10 @@ def load_param(param: Tensor, remainder: Tensor | None) -> Tensor:
     """The float32 value of a bfloat16 parameter and its remainder; `param` without one."""
     if remainder is None:
         return param
-    return _from_bits(((param.view(torch.int16).long() & 0xFFFF) << 16) + remainder.long())
+    high, low = param.view(torch.int16).long() & 0xFFFF, remainder.long()
+    # A zero with a negative remainder was written by somebody else; it would become a NaN.
+    low = torch.where((high & 0x7FFF) == 0, low.clamp(min=0), low)
+    return _from_bits((high << 16) + low)
 
 
 def store_param(

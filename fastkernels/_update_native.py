@@ -18,7 +18,8 @@ _CODES = {
 # Plans by (rule, addresses of the parameters and of the first step count: two optimizers may share
 # parameters); a plan is tables only and holds no tensor. A stalled and a full list, for a few.
 _plans: OrderedDict[tuple[Any, ...], tuple[list[Any], Any]] = OrderedDict()
-_MAX_PLANS = 16
+# Stepping in the backward pass takes an optimizer per tensor.
+MAX_PLANS = 4096
 
 _data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 
@@ -40,19 +41,27 @@ def _fits(batch: Batch, layout: list[Any]) -> bool:
     )
 
 
-def _layout(batch: Batch) -> list[Any]:
+def _dtypes(tensors: Optionals) -> list[torch.dtype | None]:
+    return [None if t is None else t.dtype for t in tensors]
+
+
+def layout_of(batch: Batch) -> list[Any]:
     """Everything a plan depends on; compared at every step, so no tuple per tensor: the garbage
-    collector makes those dear."""
+    collector makes those dear. Dtypes too: memory may be given to another tensor."""
     return [
         list(map(_numel, batch.params)),
         [p.stride() for p in batch.params if not p.is_contiguous()],
         batch.groups,
-        [g.dtype for g in batch.grads],
+        _dtypes(batch.params),
+        _dtypes(batch.grads),
         [list(map(_data_ptr, m)) for m in batch.moments],
+        [_dtypes(m) for m in batch.moments],
         [list(map(_data_ptr, s)) for s in batch.moment_scales],
         list(map(_data_ptr, batch.steps)),
         _addresses(batch.anchors),
+        _dtypes(batch.anchors),
         _addresses(batch.curvature),
+        _dtypes(batch.curvature),
         _addresses(batch.curvature_scales),
         list(map(_data_ptr, batch.remainders)),
     ]
@@ -71,30 +80,38 @@ def _types(batch: Batch) -> bytes:
     return bytes(codes)
 
 
-def _build(batch: Batch, layout: list[Any]) -> Any:
-    *_, moments, scales, steps, anchors, curvature, curvature_scales, remainders = layout
+def _build(batch: Batch) -> Any:
     return _native.module().AnchoredPlan(
-        [p.numel() for p in batch.params], list(batch.groups), _types(batch),
-        list(map(_data_ptr, batch.params)), moments, scales, steps, anchors,
-        curvature, curvature_scales, remainders,
-    )  # fmt: skip
+        list(map(_numel, batch.params)),
+        list(batch.groups),
+        _types(batch),
+        list(map(_data_ptr, batch.params)),
+        [list(map(_data_ptr, m)) for m in batch.moments],
+        [list(map(_data_ptr, s)) for s in batch.moment_scales],
+        list(map(_data_ptr, batch.steps)),
+        _addresses(batch.anchors),
+        _addresses(batch.curvature),
+        _addresses(batch.curvature_scales),
+        list(map(_data_ptr, batch.remainders)),
+    )
 
 
 def run(batch: Batch, rule: str) -> None:
     """Step `batch` by `rule` ("adamw", "sgd") with the compiled kernel."""
     key = (rule, batch.steps[0].data_ptr(), tuple(map(_data_ptr, batch.params)))
-    layout = _layout(batch)
+    layout = layout_of(batch)
     known = _plans.get(key)
     # Plans are kept only for lists that were checked and in which nothing but gradients was copied.
     if known is not None and known[0] == layout and _fits(batch, layout):
+        _plans.move_to_end(key)
         _call(batch, known[1], rule)
         return
     prepared, write_back = _checks.prepare(batch)
-    prepared_layout = _layout(prepared)
-    plan = _build(prepared, prepared_layout)
+    prepared_layout = layout_of(prepared)
+    plan = _build(prepared)
     if prepared_layout == layout:
         _plans[key] = (layout, plan)
-        while len(_plans) > _MAX_PLANS:
+        while len(_plans) > MAX_PLANS:
             _plans.popitem(last=False)
     _call(prepared, plan, rule)
     write_back()

@@ -27,7 +27,6 @@ CHUNK = 16384
 # What 128-bit accesses need.
 ALIGNMENT = 16
 
-_MAX_PLANS = 16
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 # Plans a CUDA graph reads at every replay: they and their tables live as long as the process.
 _captured: list[Any] = []
@@ -192,10 +191,7 @@ def _signed(seed: int) -> int:
 
 
 def _layout(batch: Batch) -> list[Any]:
-    """What a plan depends on; dtypes too, as memory may be given to another tensor."""
-    lists = (batch.params, *batch.moments, batch.anchors, batch.curvature)
-    dtypes = [[None if t is None else t.dtype for t in tensors] for tensors in lists]
-    return [*_update_native._layout(batch), dtypes, batch.seed, batch.max_grad_norm]
+    return [*_update_native.layout_of(batch), batch.seed, batch.max_grad_norm]
 
 
 def plan_of(batch: Batch, rule: str, kind_of: Kinds) -> tuple[Plan, Batch, Callable[[], None]]:
@@ -216,9 +212,9 @@ def plan_of(batch: Batch, rule: str, kind_of: Kinds) -> tuple[Plan, Batch, Calla
     if known is None or known.layout != layout or known.misaligned != misaligned:
         known = _build(batch, layout, misaligned, kind_of)
         _plans[key] = known
-        _plans.move_to_end(key)
-        while len(_plans) > _MAX_PLANS:
+        while len(_plans) > _update_native.MAX_PLANS:
             _plans.popitem(last=False)
+    _plans.move_to_end(key)
     return known, batch, write_back
 
 

@@ -30,7 +30,7 @@ from fastkernels._update_triton_storage import load
 # them into 64 without a spill when asked: 4 programs of 256 threads then share a multiprocessor.
 BLOCK = 1024
 REGISTERS = 64
-# What would spill at 64 registers (8-bit moments, remainders, float64) gets as many as it needs,
+# What would spill at 64 registers (8-bit codes, remainders, float64) gets as many as it needs,
 # 72 to 138, and half the threads.
 HEAVY_BLOCK = 512
 _REDUCE, _WARPS = 1024, 8
@@ -64,7 +64,7 @@ def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
     if a is None:  # without an anchor there is nothing for the curvature to weigh
         f = None
     real = tl.float64 if p == tl.float64 else tl.float32
-    heavy = remainder or real == tl.float64 or tl.uint8 in (m, v)
+    heavy = remainder or real == tl.float64 or tl.uint8 in (m, v, f)
     block = HEAVY_BLOCK if heavy else BLOCK
     return Kind(p, g, m, v, a, f, remainder, real, ALIGNMENT if aligned else 1, block)
 

@@ -147,9 +147,11 @@ def load_param(at, remainders, o, keep, REAL: tl.constexpr):
     if remainders is None:
         return stored.to(REAL)
     else:
-        high = stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        low = load(remainders, o, keep).to(tl.int32).to(tl.uint32, bitcast=True)
-        return (high + low).to(tl.float32, bitcast=True)
+        high = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
+        low = load(remainders, o, keep).to(tl.int32)
+        # A zero with a negative remainder was written by somebody else; it would become a NaN.
+        low = tl.where((high & 0x7FFF) == 0, tl.maximum(low, 0), low)
+        return ((high << 16) + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

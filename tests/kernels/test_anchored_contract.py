@@ -186,6 +186,34 @@ def test_swapped_storage_is_noticed(rule):
     assert all(map(torch.equal, run.params, twin.params))
 
 
+def test_memory_that_was_given_to_another_dtype_is_noticed():
+    """An allocator hands the same address to the next optimizer's state."""
+    memory, start = torch.empty(1000, dtype=torch.float16), torch.randn(1000)
+    param, first, second = start.clone(), torch.zeros(1000), torch.zeros(1000)
+    step = torch.zeros(())
+    hyper = torch.tensor([[0.1, 0.9, 0.999, 1e-8, 0.0, 5.0, 0.0]], dtype=torch.float64)
+    for dtype in (torch.float16, torch.bfloat16):
+        anchor = memory.view(dtype).copy_(start)
+        param.copy_(start)
+        fastkernels.anchored_adamw_(
+            [param], [torch.zeros(1000)], [first], [second], [step], hyper, [0], anchors=[anchor]
+        )
+        # No gradient, and the anchor is the start but for its rounding.
+        assert (param - start).abs().max() < 0.01, dtype
+
+
+def test_a_smaller_moment_is_not_written_past_its_end():
+    memory = torch.zeros(2000, dtype=torch.bfloat16)
+    param, grad, step = torch.randn(1000), torch.ones(1000), torch.zeros(())
+    hyper = torch.tensor([[0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    for momentum in (memory.view(torch.float32), memory[:1000]):
+        memory.zero_()
+        step.zero_()
+        fastkernels.anchored_sgd_([param], [grad], [momentum], [step], hyper, [0])
+    assert torch.equal(memory[:1000].float(), grad)
+    assert not memory[1000:].any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

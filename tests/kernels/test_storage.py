@@ -122,3 +122,20 @@ def test_split_keeps_every_float():
         target.copy_(value)
     assert torch.equal(_storage.load_param(param, remainder), x)
     assert (param.float() - x).abs()[9:].max() <= x[9:].abs().max() * 2**-8
+
+
+def test_a_zero_that_somebody_wrote_over_an_exact_parameter(backend):
+    """Its remainder is still that of the value before, and must not borrow from the sign."""
+    torch.manual_seed(0)
+    run = Run("adamw", [torch.randn(1000).bfloat16()], Feature())
+    remainder = torch.zeros(1000, dtype=torch.int16)
+    run.options = {"remainders": [remainder]}
+    run.hyper[0, 0] = 1e-4
+    for _ in range(3):
+        run.step([torch.randn(1000)])
+    assert (remainder < 0).any(), "the case must need it"
+    run.params[0][:500] = 0.0
+    run.params[0][500:] = -0.0
+    run.step([torch.randn(1000)])
+    assert run.params[0].isfinite().all()
+    assert run.params[0].abs().max() < 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -65,25 +66,16 @@ MAIN = ("plain", "anchor", "curvature", "bf16_state")
 POINTERS = {
     "table": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
     "control": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "partial": "*fp64",
+    "max_norm": "*fp64", "stats": "*fp64",
 }  # fmt: skip
 
 
-@functools.cache
-def compiled(rule: str, variant: str, clip: bool):
-    """The update kernel for sm_90, compiled without a device, and its kind."""
+def offline(kernel, constants: dict, options: dict):
+    """A kernel for sm_90, compiled without a device."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastkernels import _update_triton
-
-    types, remainder = VARIANTS[variant]
-    if rule == "sgd":
-        types = (*types[:3], 0, *types[4:])
-    kind = _update_triton.kind_of(bytes(types), remainder, True)
-    module = importlib.import_module(f"fastkernels.ops.anchored_{rule}.triton")
-    kernel = getattr(module, f"anchored_{rule}_kernel")
-    constants = {**kind._asdict(), "CLIP": clip, "STATS": True}
     signature = {
         n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names
     }
@@ -91,8 +83,21 @@ def compiled(rule: str, variant: str, clip: bool):
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in POINTERS
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", 90, 32)
-    return compile_kernel(source, target=target, options=kind.options), kind
+    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@functools.cache
+def compiled(rule: str, types: tuple[int, ...], remainder: bool, clip: bool):
+    """The update kernel for sm_90 and its kind."""
+    from fastkernels import _update_triton
+
+    if rule == "sgd":
+        types = (*types[:3], 0, *types[4:])
+    kind = _update_triton.kind_of(bytes(types), remainder, True)
+    module = importlib.import_module(f"fastkernels.ops.anchored_{rule}.triton")
+    kernel = getattr(module, f"anchored_{rule}_kernel")
+    constants = {**kind._asdict(), "CLIP": clip, "STATS": True}
+    return offline(kernel, constants, kind.options), kind
 
 
 def resources(kernel) -> dict[str, int]:
@@ -118,7 +123,7 @@ def resources(kernel) -> dict[str, int]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_compiles_for_hopper_without_spills(rule, variant):
-    kernel, kind = compiled(rule, variant, False)
+    kernel, kind = compiled(rule, *VARIANTS[variant], clip=False)
     used = resources(kernel)
     assert used["stack"] == used["local"] == 0, "registers are spilled"
     assert used["registers"] <= (64 if variant in MAIN else 96 if variant != "float64" else 144)
@@ -135,6 +140,41 @@ def test_compiles_for_hopper_without_spills(rule, variant):
 @needs_triton
 @needs_compiler
 def test_clipping_needs_no_more():
-    used = resources(compiled("adamw", "curvature", True)[0])
+    used = resources(compiled("adamw", *VARIANTS["curvature"], clip=True)[0])
     assert used["registers"] <= 64
     assert used["stack"] == used["local"] == 0
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("name", ["gradient_norm", "clip", "finish"])
+def test_what_goes_before_and_after_compiles_too(name):
+    import triton.language as tl
+
+    from fastkernels import _update_triton
+
+    constants = {
+        "gradient_norm": {"G": tl.float32, "ALIGN": 16, "BLOCK": _update_triton.BLOCK},
+        "clip": {"BLOCK": _update_triton._REDUCE},
+        "finish": {"CLIP": True, "BLOCK": _update_triton._REDUCE},
+    }[name]
+    kernel = getattr(_update_triton, f"{name}_kernel")
+    options = {"num_warps": _update_triton._WARPS}
+    compiled_kernel = offline(kernel, constants, options)
+    used = resources(compiled_kernel)
+    assert used["stack"] == used["local"] == 0
+    assert used["registers"] <= 64
+    if name == "gradient_norm":
+        assert re.search(r"ld\.global\S*\.v4\.b32", compiled_kernel.asm["ptx"])
+
+
+@pytest.mark.slow
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("moment", [F32, BF16, CODES])
+@pytest.mark.parametrize(("param", "remainder"), [(F32, False), (BF16, False), (BF16, True)])
+def test_no_storage_spills(moment, param, remainder):
+    for anchor, curvature in itertools.product((0, F32, BF16), (0, F32, BF16, CODES)):
+        types = (param, param, moment, moment, anchor, curvature)
+        used = resources(compiled("adamw", types, remainder, clip=True)[0])
+        assert used["stack"] == used["local"] == 0, types

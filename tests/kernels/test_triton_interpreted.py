@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cases import Feature
-from fastkernels import _storage, _triton
+from fastkernels import _storage, _triton, _update_tables
 from kernels.update_harness import Run
 
 pytestmark = pytest.mark.skipif(
@@ -121,3 +121,21 @@ def test_one_list_of_many_kinds(monkeypatch):
     for a, b in zip(ours.params, theirs.params, strict=True):
         torch.testing.assert_close(a, b)
     assert [s.item() for s in ours.steps] == [1.0] * 4
+
+
+def test_one_launch_for_any_number_of_tensors(monkeypatch):
+    """Tensors of one kind: all of a network's, whatever their shapes."""
+    plans, plan_of = [], _update_tables.plan_of
+
+    def watched(*args):
+        plans.append(plan_of(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(_update_tables, "plan_of", watched)
+    shapes = [(64, 3, 7, 7), (64,), (), (1,), (0,), (3, 5)] * 20 + [(40000,)]
+    run = Run("adamw", [torch.randn(s) for s in shapes], Feature(anchor_decay=0.5))
+    run.step([torch.randn(s) for s in shapes])
+    ((plan, *_),) = plans
+    (launch,) = plan.launches
+    # A chunk of its own for each tensor that has elements, three for the last.
+    assert launch.count == len([s for s in shapes if 0 not in s]) + 2

@@ -330,9 +330,36 @@ def test_amsgrad_checkpoint_is_refused():
 
 def test_a_refused_group_is_not_kept():
     optimizer = AdamW([nn.Parameter(torch.zeros(2))])
+    p = nn.Parameter(torch.zeros(2))
+    for key, bad in (("lr", -1.0), ("curvature", [torch.ones(3)]), ("curvature", 5.0)):
+        with pytest.raises((ValueError, TypeError), match=key):
+            optimizer.add_param_group({"params": [p], "anchor_decay": 1.0, key: bad})
+        assert len(optimizer.param_groups) == 1
+        assert p not in optimizer.state
+    optimizer.add_param_group({"params": [p], "curvature": [torch.ones(2)]})
+
+
+@pytest.mark.parametrize(
+    "curvature", [5.0, {"w": torch.ones(2)}, torch.ones(1, 2), [1.0], [[1.0, 1.0]]]
+)
+def test_what_is_no_curvature_is_named(curvature):
+    with pytest.raises(TypeError, match="curvature"):
+        AdamW([nn.Parameter(torch.zeros(2))], curvature=curvature)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, 2**64])
+def test_seed_is_checked_at_once(seed):
+    with pytest.raises(ValueError, match="seed"):
+        AdamW([nn.Parameter(torch.zeros(2))], seed=seed)
+
+
+def test_a_loaded_group_is_checked():
+    optimizer = AdamW([nn.Parameter(torch.zeros(2))])
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = -1.0
     with pytest.raises(ValueError, match="lr"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": -1.0})
-    assert len(optimizer.param_groups) == 1
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_public_names():

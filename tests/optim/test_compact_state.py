@@ -153,3 +153,30 @@ def test_same_seed_same_bits_other_seed_other_bits():
         weights.append(flat(model))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_codes_under_another_default_dtype():
+    model = network()
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(make(AdamW, model, COMPACT["codes"]), model, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert flat(model).isfinite().all()
+
+
+def test_exact_parameters_that_are_float32_now():
+    """The bits that bf16 lacked are of no use to a model that was moved to float32."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, dtype=torch.bfloat16)
+    optimizer = AdamW(layer.parameters(), lr=1e-3, exact_bf16=True)
+    layer(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    layer.float()
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert all("remainder" not in state for state in optimizer.state.values())

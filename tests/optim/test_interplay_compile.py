@@ -63,6 +63,9 @@ def test_step_compiles_whole(kind, lr):
     train(a, opt_a, opt_a.step)
     train(b, opt_b, compiled)
     assert_same(a, b)
+    for name, figure in opt_a.stats().items():
+        assert figure.isfinite(), name
+        torch.testing.assert_close(opt_b.stats()[name], figure)
     # The first step, steps with state, and with a learning rate that has changed.
     assert 1 <= counter.frame_count <= 3
 

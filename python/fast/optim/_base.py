@@ -39,6 +39,8 @@ class AnchoredOptimizer(Optimizer):
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive; got {max_grad_norm}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be an integer in [0, 2**64); got {seed!r}")
         self.storage = storage
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -61,7 +63,8 @@ class AnchoredOptimizer(Optimizer):
         self._stats: dict[Place, Tensor] = {}  # of this rank
         self._totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
         self._hyper: dict[Place, tuple[list[list[float]], Tensor]] = {}
-        self._anchored = False
+        # A dict like the others: torch.compile keeps what is written into it, not an attribute.
+        self._anchored: dict[Place, bool] = {}
         self._progress = Progress()
 
     # Hooks of the subclasses.
@@ -122,17 +125,19 @@ class AnchoredOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-        except ValueError:
+            if group["anchor_decay"]:
+                for p in group["params"]:
+                    self._set_anchor(group, p, p)
+            if _dtensor.any_sharded(group["params"]):
+                # torch.distributed.checkpoint takes a state with any entry for a complete one.
+                for p in group["params"]:
+                    self._ensure(group, p)
+            self._absorb_curvature(group)
+        except Exception:
             self.param_groups.pop()
+            for p in group["params"]:
+                self.state.pop(p, None)
             raise
-        if group["anchor_decay"]:
-            for p in group["params"]:
-                self._set_anchor(group, p, p)
-        if _dtensor.any_sharded(group["params"]):
-            # torch.distributed.checkpoint takes a state with any entry for a complete one.
-            for p in group["params"]:
-                self._ensure(group, p)
-        self._absorb_curvature(group)
 
     def _absorb_curvature(self, group: Group) -> None:
         """Move curvature given as a group key into the state, where it is saved and loaded."""
@@ -186,7 +191,7 @@ class AnchoredOptimizer(Optimizer):
                 raise ValueError("anchors: a key is not a parameter of this optimizer")
             members, values = [(known[p], p) for p in anchors], list(anchors.values())
         else:
-            values = [p for _, p in members] if anchors is None else anchors
+            values = [p for _, p in members] if anchors is None else list(anchors)
         if len(values) != len(members):
             raise ValueError(f"anchors: {len(values)} tensors for {len(members)} parameters")
         for i, ((_, p), value) in enumerate(zip(members, values, strict=True)):
@@ -198,7 +203,11 @@ class AnchoredOptimizer(Optimizer):
             self._set_anchor(group, p, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: `load_state_dict` of this class and of torch's take it. Waits for a step."""
+        """As torch's: `load_state_dict` of this class and of torch's take it. Waits for a step.
+
+        Moments in 8-bit codes are ours alone: load them into an optimizer of this class with
+        `state_dtype=None` first, and its state into torch's.
+        """
         self._progress.settle(self.param_groups)
         return super().state_dict()
 
@@ -241,6 +250,8 @@ class AnchoredOptimizer(Optimizer):
         """Raise a ValueError when a state cannot be loaded; torch checks the groups itself."""
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
             raise ValueError("state_dict: amsgrad=True is not supported; go on with torch's AdamW")
+        for group in state_dict["param_groups"]:
+            self._check_group(self.defaults | group | {"params": []})
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         for i, (_, p) in zip(ids, self._members(), strict=False):
             names = (*self.moments, "anchor", "curvature", "remainder")
@@ -279,7 +290,8 @@ class AnchoredOptimizer(Optimizer):
             # torch's SGD counts no steps: where there is a momentum, it has begun.
             step = torch.as_tensor(saved.get("step", 1.0))
             state["step"] = step.to(dtype=torch.float32, device=p.device)
-        if self.storage.exact_bf16 and saved.get("remainder") is not None:
+        split = self.storage.exact_bf16 and p.dtype == torch.bfloat16
+        if split and saved.get("remainder") is not None:
             _state.adopt(state, saved, "remainder", p, torch.int16)
         if state:
             self._ensure(group, p)
@@ -315,7 +327,7 @@ class AnchoredOptimizer(Optimizer):
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
-        self._anchored = False
+        self._anchored.clear()
         for place, batch in batches.items():
             options = self._options(batch, place) | scaling.options()
             self._launch(batch, self._hyper_table(batch, place), options)
@@ -329,6 +341,12 @@ class AnchoredOptimizer(Optimizer):
         if batch.states[0]["step"].device != device:  # the model was moved after the state was made
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
+        remainders = batch.optional("remainder", batch.nothing)
+        if remainders:
+            for state, p in zip(batch.states, batch.params, strict=True):
+                if p.dtype != torch.bfloat16:  # model.float() after the state was made
+                    state.pop("remainder", None)
+            remainders = batch.optional("remainder", batch.nothing)
         if place not in self._stats:
             unknown = torch.full((len(STATS),), math.nan, dtype=torch.float64)
             self._stats[place] = unknown.to(device)
@@ -337,12 +355,12 @@ class AnchoredOptimizer(Optimizer):
             curvature = curvature or [None] * len(codes)
             curvature = [f if c is None else c for f, c in zip(curvature, codes, strict=True)]
         anchors = batch.optional("anchor")
-        self._anchored |= bool(anchors)
+        self._anchored[place] = bool(anchors)
         return {
             "anchors": anchors,
             "curvature": curvature,
             "curvature_scales": batch.optional("curvature_scales"),
-            "remainders": batch.optional("remainder", batch.nothing),
+            "remainders": remainders,
             "stats": self._stats[place],
             "seed": self.seed,
         }
@@ -433,7 +451,7 @@ class AnchoredOptimizer(Optimizer):
             stacked = torch.stack([v.to(values[0].device) for v in values])
             total = torch.cat([stacked[:, :3].square().sum(0).sqrt(), stacked[:, 3:].sum(0)])
         figures = dict(zip(STATS, total.unbind(), strict=True))
-        if not self._anchored:
+        if not any(self._anchored.values()):
             for name in ("drift", "forgetting"):
                 figures[name] = torch.full_like(figures[name], math.nan)
         return figures

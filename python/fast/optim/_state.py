@@ -6,7 +6,7 @@ would take codes for numbers, then finds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,9 @@ def put_zeros(state: State, name: str, p: Tensor, dtype: torch.dtype) -> None:
         state[name] = dense_like(p, dtype).zero_()
         return
     state[f"{name}_codes"] = dense_like(p, dtype).zero_()
-    state[f"{name}_scales"] = torch.zeros(_storage.code_scales(p.numel()), device=p.device)
+    state[f"{name}_scales"] = torch.zeros(
+        _storage.code_scales(p.numel()), dtype=torch.float32, device=p.device
+    )
 
 
 def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -> None:
@@ -101,8 +103,8 @@ def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -
 def check_saved(saved: Mapping[str, Any], names: Sequence[str], p: Tensor, where: str) -> None:
     """Raise a ValueError that names the entry when a saved state is not one of `p`."""
     step = saved.get("step", 0)
-    if torch.as_tensor(step).numel() != 1:
-        raise ValueError(f"{where}['step'] must be one number; got {list(step.shape)}")
+    if not isinstance(step, (int, float, Tensor)) or torch.as_tensor(step).numel() != 1:
+        raise ValueError(f"{where}['step'] must be one number; got {step!r}")
     shapes: dict[str, Sequence[int]] = {}
     for name in names:
         shapes |= {name: p.shape, f"{name}_codes": p.shape}
@@ -153,16 +155,24 @@ def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | N
             `curvature_for(params)` gives such a list (`fast.SourceCard`).
 
     Raises:
+        TypeError: it is no such list.
         ValueError: number or shapes do not fit, or a value is negative or not finite.
     """
     if hasattr(curvature, "curvature_for"):
         curvature = curvature.curvature_for(params)
+    if isinstance(curvature, (Tensor, Mapping)) or not isinstance(curvature, Iterable):
+        raise TypeError(
+            "curvature must be a SourceCard, or a list of a tensor (or None) per parameter; got "
+            f"{type(curvature).__name__}"
+        )
     found = list(curvature)
     if len(found) != len(params):
         raise ValueError(f"curvature: {len(found)} tensors for {len(params)} parameters")
     for i, (p, f) in enumerate(zip(params, found, strict=True)):
         if f is None:
             continue
+        if not isinstance(f, Tensor):
+            raise TypeError(f"curvature[{i}] must be a tensor or None; got {type(f).__name__}")
         if f.shape != p.shape:
             raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
         own = _dtensor.local(f)
