@@ -20,9 +20,10 @@ class SourceInputs:
     """The first few samples of source data, in memory, labelled or not.
 
     Args:
-        data: inputs alone (a tensor, or a tuple or mapping of tensors), `(inputs, labels)`, a
-            map-style Dataset, or a DataLoader or other iterable of batches of either kind. Labels
-            are one-dimensional: that tells a pair of input and labels from a tuple of two inputs.
+        data: another of these; inputs alone (a tensor, or a tuple or mapping of tensors),
+            `(inputs, labels)`, a map-style Dataset, or a DataLoader or other iterable of batches of
+            either kind. Labels are one-dimensional: that tells a pair of input and labels from a
+            tuple of two inputs.
         limit: samples taken, at most.
 
     Raises:
@@ -32,6 +33,8 @@ class SourceInputs:
     def __init__(self, data: Any, limit: int) -> None:
         if limit < 2:
             raise ValueError(f"num_samples must be at least 2; got {limit}")
+        if isinstance(data, SourceInputs):
+            data = data.inputs if data.labels is None else (data.inputs, data.labels)
         if _is_batch(data):
             batches: Iterable[Any] = [data]
         elif isinstance(data, Dataset) and isinstance(data, Sized):
@@ -43,7 +46,9 @@ class SourceInputs:
                 "source data must be inputs, (inputs, labels), a Dataset or a DataLoader; got "
                 f"{type(data).__name__}"
             )
-        parts, labels, count = [], [], 0
+        parts: list[Any] = []
+        labels: list[Tensor | None] = []
+        count = 0
         for batch in batches:
             x, y = _split(batch)
             x = _rows(x, slice(limit - count))
@@ -55,9 +60,9 @@ class SourceInputs:
                 break
         if count < 2:
             raise ValueError(f"source data: {count} samples; a card needs at least 2")
-        self.inputs = _concatenate(parts)
+        self.inputs: Any = _concatenate(parts)
         kept = [y for y in labels if y is not None]
-        self.labels = torch.cat(kept) if len(kept) == len(parts) else None
+        self.labels: Tensor | None = torch.cat(kept) if len(kept) == len(parts) else None
         self.size = count
 
     def part(self, start: int, stop: int) -> SourceInputs:
@@ -99,6 +104,25 @@ def source_answers(model: nn.Module, data: SourceInputs, batch_size: int = 128) 
     """Source logits `[N, C]` in float32, in evaluation mode, with the weights as they are."""
     with evaluating(model), source_task(model):
         return torch.cat([forward_logits(model, x).float() for x, _ in data.batches(batch_size)])
+
+
+@torch.no_grad()
+def source_features(model: nn.Module, data: SourceInputs, batch_size: int = 128) -> Tensor:
+    """What the head sees `[N, D]`, in float32, in evaluation mode; averaged over positions."""
+    head = task_head(model)
+    watched = head if head is not None else find_head(model, data.part(0, 2).inputs).module
+    seen: list[Tensor] = []
+    hook = watched.register_forward_pre_hook(lambda _, args: seen.append(args[0].float()))
+    try:
+        with evaluating(model), source_task(model):
+            for x, _ in data.batches(batch_size):
+                forward_logits(model, x)
+    finally:
+        hook.remove()
+    # A convolution's channels come first, a linear layer's features last.
+    layer = head.source if head is not None else watched
+    rows = [x.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1) for x in seen]
+    return torch.cat([x.flatten(1, -2).mean(1) if x.dim() > 2 else x for x in rows])
 
 
 def divergence(before: Tensor, now: Tensor) -> Tensor:

@@ -55,11 +55,16 @@ class Calibration:
         """The energy at which `nats` are forecast."""
         return (max(nats, 0.0) / self.scale) ** (1 / self.exponent)
 
-    def through(self, energy: float, nats: float) -> Calibration:
-        """The same exponent, through one more measurement: that of the run itself."""
+    def through(self, energy: float, nats: float, exponent: float | None = None) -> Calibration:
+        """The line through one more measurement, that of the run itself.
+
+        Args:
+            exponent: its slope (default: as it is).
+        """
         if not (energy > 0 and nats > 0):
             return self
-        return dataclasses.replace(self, scale=nats / energy**self.exponent)
+        slope = self.exponent if exponent is None else exponent
+        return dataclasses.replace(self, scale=nats / energy**slope, exponent=slope)
 
 
 def calibrate(

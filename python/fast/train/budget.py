@@ -1,71 +1,75 @@
-"""Keep what is forgotten inside a budget: the pull adjusts itself to the forecast.
+"""Keep what is forgotten inside a budget: the pull adjusts itself to what is measured.
 
-Checked now and then by the truth: the source answers to held-back source inputs, against those of
-the pretrained network. Between two checks the forecast follows the update's own telemetry.
+Measured now and then by the truth, `fast.train.gauge`. Between two checks the forecast follows the
+update's own telemetry.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fast.curvature.answers import SourceInputs, divergence, source_answers
-from fast.curvature.calibrate import Calibration
+from fast.curvature.calibrate import EXPONENTS, Calibration
+from fast.optim import SGD, AdamW
 from fast.train.config import Budget
-from fast.train.distill import Distillation
+from fast.train.function_pull import FunctionPull
 
 # Held-back source inputs are often training images of the network, which it forgets last: on
 # CIFAR-10 networks the loss of test images rose by 1.0 to 1.4 times what was measured on them.
 AIM = 0.8
-# Share of the run's time that checks may take; a forward pass is a third of a step.
-CHECK_SHARE = 0.05
-CHECK_SAMPLES = 128
-# The pull changes by at most this factor per check: it takes steps to act.
-MAX_CHANGE = 4.0
+# The pull lets more than the aim be lost, and the last search takes what is over exactly: the last
+# steps, at a small learning rate, win back a quarter or so of what was lost at their start.
+OVERSHOOT = 1.4
+# The pull gets stronger and weaker by at most these factors per check: it takes steps to act. What
+# was let go too far is taken back at the next check, what was held too hard is lost to the target.
+STRONGER, WEAKER = 4.0, 10.0
 RANGE = (1e-4, 1e4)
-# Beyond this multiple of the budget waiting for the pull is too slow: move back at once.
-EXCESS = 1.5
+# Two checks tell the exponent of the forecast where the energy grew by this factor between them.
+APART = 1.3
 
 
-class Gauge:
-    """The exact quantity that a budget limits, on some source inputs.
+@dataclass(frozen=True)
+class Effort:
+    """What checks may cost, and how many there are.
 
-    With labels: the rise of their cross-entropy, or the accuracy lost. Without: the divergence of
-    the answers from those of the pretrained network, or the share of answers that changed.
-
-    Args:
-        model: at the pretrained weights.
-        samples: on its device.
+    Attributes:
+        share: of the run's time; a forward pass is a third of a step.
+        least, most: checks per run.
+        samples: per check, at most, if the share allows.
     """
 
-    def __init__(self, model: nn.Module, samples: SourceInputs, points: bool) -> None:
-        self.samples, self.points = samples, points
-        self.answers = source_answers(model, samples)
+    share: float
+    least: int
+    most: int
+    samples: int = 128
 
-    def __call__(self, model: nn.Module) -> float:
-        now, before, y = source_answers(model, self.samples), self.answers, self.samples.labels
-        if self.points:
-            right = before.argmax(1) if y is None else y
-            return float(_accuracy(before, right) - _accuracy(now, right))
-        if y is None:
-            return float(divergence(before, now))
-        return float(F.cross_entropy(now, y) - F.cross_entropy(before, y))
+    def plan(self, held: int, steps: int, batch_size: int, whole: bool) -> tuple[int, int]:
+        """(checks, samples of each).
+
+        Args:
+            held: samples there are.
+            whole: a check needs them all.
+        """
+        allowed = int(self.share * 3 * batch_size * steps)
+        samples = held if whole else min(held, self.samples, max(32, allowed // self.least))
+        return min(max(allowed // samples, self.least), self.most, steps), samples
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels).double().mean()
+# A forecast alone must not show in the time of a step. A budget was asked for, and needs to see.
+FORECAST = Effort(share=0.01, least=2, most=8)
+BUDGET = Effort(share=0.05, least=8, most=16)
 
 
 class Forecast:
-    """From the energy of the displacement to what the budget counts, through the last check.
+    """From the energy of the displacement to what is counted, through the last checks.
 
     Args:
-        calibration: of the card, or a plain proportion where there is none.
+        calibration: of the card, or a plain proportion of unknown scale where there is none.
     """
 
     def __init__(self, calibration: Calibration) -> None:
@@ -77,76 +81,136 @@ class Forecast:
 
     def update(self, energy: float, measured: float) -> None:
         """Go through a new measurement from now on; one that shows no loss tells nothing."""
+        if not (energy > 0 and measured > 0 and math.isfinite(measured)):
+            return
+        exponent = self.calibration.exponent
+        if self.checked is not None:
+            before, lost = self.checked
+            if max(energy, before) > APART * min(energy, before):
+                slope = math.log(measured / lost) / math.log(energy / before)
+                exponent = min(max(slope, EXPONENTS[0]), EXPONENTS[1])
         self.checked = (energy, measured)
-        self.calibration = self.calibration.through(energy, measured)
+        self.calibration = self.calibration.through(energy, measured, exponent)
 
     def state(self) -> dict[str, Any]:
-        return {"scale": self.calibration.scale, "checked": self.checked}
+        c = self.calibration
+        return {"scale": c.scale, "exponent": c.exponent, "checked": self.checked}
 
     def load(self, state: dict[str, Any]) -> None:
+        c = self.calibration
         self.calibration = Calibration(
-            state["scale"],
-            self.calibration.exponent,
-            self.calibration.spread,
-            self.calibration.coherence,
-            self.calibration.points,
+            state["scale"], state["exponent"], c.spread, c.coherence, c.points
         )
         self.checked = None if state["checked"] is None else tuple(state["checked"])
 
 
 class Controller:
-    """Turns forecast over budget into the strength of the pull.
-
-    At rest the pull balances the gradient, so the displacement goes as 1 / pull and its energy as
-    1 / pull^2: the pull is multiplied by the square root of the excess.
+    """Turns what is lost, over what may be lost by now, into the strength of the pull.
 
     Args:
-        budget: that the forecast is held at, times `AIM`.
-        groups: the optimizer's backbone groups; their `anchor_decay` is adjusted,
-        distillation: and the weight of this, if there is one.
+        budget: that the end of the run is aimed at, times `AIM`.
+        optimizer: the `anchor_decay` of its backbone groups is adjusted,
+        pull: and the weight of this, if there is one.
     """
 
     def __init__(
-        self,
-        budget: Budget,
-        groups: Sequence[dict[str, Any]],
-        distillation: Distillation | None = None,
+        self, budget: Budget, optimizer: AdamW | SGD, pull: FunctionPull | None = None
     ) -> None:
-        self.budget, self.groups, self.distillation = budget, list(groups), distillation
-        self.base = [group["anchor_decay"] for group in groups]
-        self.base_weight = distillation.weight if distillation else 0.0
+        self.budget, self.optimizer, self.pull = budget, optimizer, pull
+        self.base = [group["anchor_decay"] for group in self._groups()]
+        self.base_weight = pull.weight if pull else 0.0
         self.factor = 1.0
+
+    def _groups(self) -> list[dict[str, Any]]:
+        # Asked for each time: loading a state makes new ones.
+        return [g for g in self.optimizer.param_groups if g["name"].startswith("backbone")]
 
     @property
     def aim(self) -> float:
         return AIM * self.budget.amount
 
-    def adjust(self, forecast: float) -> None:
-        """Stronger when more than the aim is forecast to be lost, weaker when less."""
-        if not math.isfinite(forecast):
+    def adjust(self, lost: float, done: float) -> None:
+        """Stronger when more is lost than was due by now, weaker when less.
+
+        Args:
+            lost: so far.
+            done: share of the way that the learning rates have gone: loss grows about as that.
+        """
+        if not math.isfinite(lost):
             return
-        change = math.sqrt(max(forecast, 0.0) / self.aim)
-        change = min(max(change, 1 / MAX_CHANGE), MAX_CHANGE)
+        change = max(lost, 0.0) / (OVERSHOOT * self.aim * done)
+        change = min(max(change, 1 / WEAKER), STRONGER)
         self.set(min(max(self.factor * change, RANGE[0]), RANGE[1]))
 
     def set(self, factor: float) -> None:
         self.factor = factor
-        for group, base in zip(self.groups, self.base, strict=True):
+        for group, base in zip(self._groups(), self.base, strict=True):
             group["anchor_decay"] = base * factor
-        if self.distillation:
-            self.distillation.weight = self.base_weight * factor
+        if self.pull:
+            self.pull.weight = self.base_weight * factor
 
 
-@torch.no_grad()
-def move_back(params: Sequence[Tensor], anchors: Sequence[Tensor], share: float) -> None:
-    """Undo a share (0..1) of the displacement of `params` from `anchors`."""
-    for p, a in zip(params, anchors, strict=True):
-        p.lerp_(a.to(p.dtype), share)
+class Segment:
+    """The way from the pretrained weights to those of now, and a place on it.
 
+    The loss rises along it (Wortsman et al. 2022, arXiv 2109.01903), so any smaller loss can be
+    chosen.
 
-def share_to_undo(excess: float, exponent: float) -> float:
-    """How much of the displacement makes the loss `excess` times too large.
-
-    The loss goes as energy^exponent, the energy as the square of the displacement.
+    Args:
+        params: trained; they move.
+        anchors: where they started.
     """
-    return 1 - excess ** (-0.5 / exponent)
+
+    def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor]) -> None:
+        self.params, self.anchors = params, anchors
+        self.place = 1.0
+        self._ends: list[Tensor] = []
+
+    @torch.no_grad()
+    def go(self, place: float) -> None:
+        """Place the parameters at a share (0..1) of the way; exact whatever came before."""
+        if not self._ends:
+            self._ends = [p.detach().clone() for p in self.params]
+        for p, a, end in zip(self.params, self.anchors, self._ends, strict=True):
+            p.copy_(torch.lerp(a.to(p.dtype), end, place))
+        self.place = place
+
+    def land(
+        self,
+        measure: Callable[[], float],
+        lost: float,
+        aim: float,
+        exponent: float,
+        checks: int,
+        tolerance: float = 0.1,
+    ) -> float:
+        """Go where `aim` is lost, within a tolerance, or less.
+
+        Args:
+            lost: at the end of the way, where the parameters are, more than `aim`.
+            exponent: a guess at how the loss grows with the place.
+
+        Returns:
+            what is lost there, as measured last.
+        """
+        low, high = (0.0, 0.0), (1.0, lost)
+        for _ in range(checks):
+            if low[1] > 0:
+                exponent = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
+            place = high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25))
+            # Inside what is known, and not at its edge, where nothing would be learned.
+            width = high[0] - low[0]
+            place = min(max(place, low[0] + 0.1 * width), high[0] - 0.02 * width)
+            self.go(place)
+            lost = measure()
+            if abs(lost - aim) <= tolerance * aim:
+                return lost
+            if lost > aim:
+                high = (place, lost)
+            else:
+                low = (place, lost)
+        if lost > aim:  # the best that is known to be inside, or a last guess
+            place = low[0] or high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25))
+            self.go(place)
+            lost = low[1] or aim
+        return lost

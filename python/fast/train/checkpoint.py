@@ -111,13 +111,19 @@ def _set_random_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> Non
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, record: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    record: dict[str, Any],
+    others: dict[str, Tensor] | None = None,
 ) -> Path:
     """Save a training state, then remove the checkpoints before it.
 
     Args:
         folder: of the run.
         record: anything else that JSON can hold; `load_checkpoint` returns it.
+        others: further tensors; `load_checkpoint` fills those that it is given.
 
     Returns:
         the new checkpoint's folder.
@@ -129,7 +135,9 @@ def save_checkpoint(
     rng_tensors, rng_values = _random_state()
     with atomic_folder(target) as temporary:
         save_tensors(dict(model.state_dict()), temporary / "model.safetensors")
-        save_tensors(state_tensors | rng_tensors, temporary / "training.safetensors")
+        save_tensors(
+            state_tensors | rng_tensors | (others or {}), temporary / "training.safetensors"
+        )
         meta = {"format": FORMAT, "step": step, "optimizer": state_values, "rng": rng_values}
         (temporary / "state.json").write_text(json.dumps({**meta, "record": record}))
     for old in list_checkpoints(folder):
@@ -144,12 +152,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, job: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    job: dict[str, Any],
+    others: dict[str, Tensor] | None = None,
 ) -> tuple[int, Any]:
     """Restore the newest checkpoint of a run into `model`, `optimizer` and the random generators.
 
     Args:
         job: facts that must equal those that were saved as `record["job"]`.
+        others: the further tensors, filled in place.
 
     Returns:
         the step it was saved after, and the record saved with it.
@@ -176,6 +189,8 @@ def load_checkpoint(
             raise ValueError(f"{path} is of another job: {name} {value!r}, here {job[name]!r}")
     model.load_state_dict(weights)
     rng = {k: v for k, v in training.items() if k.startswith("rng.")}
+    for key, value in (others or {}).items():
+        value.copy_(training.pop(key))
     state = {k: v for k, v in training.items() if k not in rng}
     _unflatten(optimizer, state, meta["optimizer"])
     _set_random_state(rng, meta["rng"])

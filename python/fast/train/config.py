@@ -12,6 +12,7 @@ BATCH_NORM_POLICIES = ("frozen", "per_task", "track")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
+SOURCE_SKILLS = ("auto", "answers", "features")
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,23 @@ class TrainConfig:
     forget_budget: str | float | None = _option(
         None, "what may be lost: nats of source loss (0.1) or points of accuracy (2%)"
     )
+    source_skill: str = _option(
+        "auto",
+        "what must not be forgotten: the source head's answers, or how features lie to each other",
+        SOURCE_SKILLS,
+    )
     stall: int | None = _option(None, "steps before the backbone moves (default: the method's)")
     ramp: int | None = _option(
         None, "steps over which the backbone's lr then rises (default: the method's)"
+    )
+    head_steps: int | None = _option(
+        None, "steps of the head alone on features computed beforehand (default: the method's)"
+    )
+    rehearse: float | None = _option(
+        None, "weight of keeping the features of the source inputs (default: the method's)"
+    )
+    average: int | None = _option(
+        None, "steps over which the weights are averaged; 0 keeps the last (default: the method's)"
     )
     probe_steps: int | None = _option(
         None, "lp-ft: steps of linear probing (default: 1/6 of the run)"
@@ -145,6 +160,9 @@ class TrainConfig:
             "stall",
             "ramp",
             "warmup",
+            "head_steps",
+            "rehearse",
+            "average",
             "probe_steps",
         )
         for name in not_negative:
@@ -157,6 +175,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive; got {value}")
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
+            if self.patience is not None:
+                raise ValueError(
+                    "patience goes back to weights that forget_budget has not checked: drop one"
+                )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.steps is not None and self.epochs is not None:

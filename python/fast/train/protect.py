@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +16,28 @@ from fast.curvature.answers import SourceInputs
 from fast.curvature.calibrate import Calibration
 from fast.curvature.card import SourceCard
 from fast.optim import SGD, AdamW
-from fast.train.budget import (
-    CHECK_SAMPLES,
-    CHECK_SHARE,
-    EXCESS,
-    Budget,
-    Controller,
-    Forecast,
-    Gauge,
-    move_back,
-    share_to_undo,
-)
-from fast.train.config import TrainConfig
+from fast.train.average import Average
+from fast.train.budget import BUDGET, FORECAST, OVERSHOOT, Controller, Forecast, Segment
+from fast.train.config import Budget, TrainConfig
 from fast.train.data import TrainBatches
-from fast.train.distill import Distillation
-from fast.train.methods import METHODS
+from fast.train.function_pull import FunctionPull
+from fast.train.gauge import Gauge
+from fast.train.methods import METHODS, Plan, rehearse_weight
 from fast.train.prepare import Drift
+from fast.train.schedule import lr_factor
 
 # A sample of a card costs two training samples: this keeps the card below 5 % of the run, with its
 # calibration on 32 samples.
 CARD_SHARE = 0.01
 CARD_SAMPLES = (64, 512)
 CALIBRATION_SAMPLES = 32
-# At the end the budget is met by exact checks, each of which moves back once.
+# Source inputs that are kept in memory, and those of them that are held back for checks: no more
+# than half, and with a budget as many as make the loss of the end known within a fifth or so.
+LIMIT = 4096
+HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
+# Over this multiple of the budget the weights are moved back at once, without waiting for the pull.
+EXCESS = 1.5
+# Exact checks of the last search, along the segment to the pretrained weights.
 LAST_CHECKS = 4
 
 
@@ -58,7 +60,8 @@ def make_card(
         loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
         return _without_weights(loaded.bind(model))
     method = METHODS[config.method]
-    if method.card_decay is None:
+    # Rehearsing source inputs keeps more than a card made of them: docs/research.md.
+    if method.card_decay is None or rehearse_weight(config):
         return None
     data = source_inputs
     if data is None and config.method == "ewc":
@@ -90,16 +93,29 @@ def _target_inputs(batches: TrainBatches) -> list[Any]:
     return parts
 
 
-def hold_back(source_inputs: Any, model: nn.Module, budget: Budget) -> Gauge:
-    """The last of the source inputs, for checks; the card is made of the first.
+def hold_back(
+    config: TrainConfig, model: nn.Module, source_inputs: Any
+) -> tuple[SourceInputs | None, Gauge | None]:
+    """The first source inputs, to work with, and the last, held back for checks.
+
+    Args:
+        model: at the pretrained weights, with its own head.
+        source_inputs: None for none: then there is no gauge.
 
     Raises:
         ValueError, TypeError: they are no inputs, or too few.
     """
-    samples = SourceInputs(source_inputs, CARD_SAMPLES[1] + CHECK_SAMPLES)
-    held = min(CHECK_SAMPLES, max(samples.size // 2, 2))
-    part = samples.part(samples.size - held, samples.size)
-    return Gauge(model, part.to(next(model.parameters()).device), budget.points)
+    if source_inputs is None:
+        return None, None
+    samples = SourceInputs(source_inputs, LIMIT)
+    if samples.size < 4:
+        raise ValueError(f"source_inputs: {samples.size} samples; give at least 4, better 500")
+    budget = None if config.forget_budget is None else Budget.parse(config.forget_budget)
+    wanted = HELD_FOR_FORECAST if budget is None else HELD_FOR_BUDGET
+    first = samples.size - min(wanted, samples.size // 2)
+    held = samples.part(first, samples.size).to(next(model.parameters()).device)
+    points = budget is not None and budget.points
+    return samples.part(0, first), Gauge(model, held, points, config.source_skill)
 
 
 class Protection:
@@ -107,44 +123,55 @@ class Protection:
 
     Args:
         gauge: exact checks, made before the head was replaced; or None.
+        average: what the run returns, where that is not its last weights. Checks look at it.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         steps: int,
-        stall: int,
+        plan: Plan,
         card: SourceCard | None,
         gauge: Gauge | None,
         optimizer: AdamW | SGD,
         drift: Drift,
-        distillation: Distillation | None,
+        pull: FunctionPull | None,
+        average: Average | None,
     ) -> None:
         self.card, self.gauge = card, gauge
-        self.optimizer, self.drift = optimizer, drift
-        self.steps, self.stall = steps, stall
+        self.optimizer, self.drift, self.average = optimizer, drift, average
         self.weighted = card is not None and METHODS[config.method].card_decay is not None
         # Without a card the energy is that of the drift, and the first check sets its scale.
         unknown = Calibration(math.nan, 1.0, math.inf, math.nan)
         self.forecast_of = Forecast(card.calibration if card is not None else unknown)
+        self.known: float | None = 0.0 if card is not None or gauge is not None else None
         self.controller: Controller | None = None
-        self.interval = 0
-        if config.forget_budget is None:
-            return
-        budget = Budget.parse(config.forget_budget)
-        if gauge is None and (card is None or budget.points):
-            raise ValueError(
-                "forget_budget needs source_inputs to check on, or (for nats) a card to forecast by"
-            )
-        groups = [g for g in optimizer.param_groups if g["name"].startswith("backbone")]
-        if not all(g["anchor_decay"] for g in groups):
-            raise ValueError(
-                f"forget_budget needs a pull to adjust: method {config.method!r} has none; use "
-                "'fast', 'ewc' or 'l2-sp', or set anchor_decay"
-            )
-        self.controller = Controller(budget, groups, distillation)
-        cost = CHECK_SAMPLES / (3 * config.batch_size * CHECK_SHARE)
-        self.interval = max(1, min(math.ceil(cost), steps // 4))
+        self.paths = _paths(config, steps, plan)
+        effort = FORECAST
+        if config.forget_budget is not None:
+            effort = BUDGET
+            budget = Budget.parse(config.forget_budget)
+            if gauge is None and (card is None or budget.points):
+                raise ValueError(
+                    "forget_budget needs source_inputs to check on, or (for nats) a card to "
+                    "forecast by"
+                )
+            if not plan.anchor_decay:
+                raise ValueError(
+                    f"forget_budget needs a pull to adjust: method {config.method!r} has none; use "
+                    "'fast', 'ewc' or 'l2-sp', or set anchor_decay"
+                )
+            self.controller = Controller(budget, optimizer, pull)
+        held, whole = (gauge.size, gauge.by_features) if gauge is not None else (1, False)
+        checks, self.samples = effort.plan(held, steps, config.batch_size, whole)
+        # A forecast learns most early: the loss starts from zero and the first check sets the
+        # scale. A budget is watched evenly.
+        bend = 1.0 if self.controller else 2.0
+        moving = steps - plan.stall
+        self.checks = {
+            plan.stall + math.ceil(moving * (k / checks) ** bend) for k in range(1, checks)
+        }
+        self.steps = steps
 
     def energy(self) -> float:
         """`1/2 sum C (w - w0)^2` after the last step, from the update's own figures."""
@@ -156,43 +183,79 @@ class Protection:
         return figure * self.card.mean if self.weighted and self.card is not None else figure
 
     def forecast(self) -> float | None:
-        """Forecast rise of the source loss (or loss of accuracy), None where nothing is known."""
-        value = self.forecast_of(self.energy())
+        """Forecast rise of the source loss (or loss of accuracy), None where nothing is known.
+
+        Right after a check it is what that has measured.
+        """
+        value = self.forecast_of(self.energy()) if self.known is None else self.known
         return value if math.isfinite(value) else None
 
     def after_step(self, done: int, model: nn.Module) -> None:
-        """Check and adjust, when it is time."""
-        if self.controller is None or done <= self.stall:
-            return
-        if done == self.steps:
-            self._settle(model)
-        elif done % self.interval == 0:
-            lost = self._check(model)
-            if lost > EXCESS * self.controller.budget.amount:
-                self._move_back(lost)
-            self.controller.adjust(lost)
+        """Check and adjust, when it is time.
 
-    def _check(self, model: nn.Module) -> float:
+        After the last step the weights are those that the run returns.
+        """
+        self.known = None
+        if done == self.steps:
+            self._finish(model)
+        elif done in self.checks:
+            with self.average.applied() if self.average else nullcontext():
+                lost = self._check(model)
+                place = 1.0
+                if self.controller and lost > EXCESS * self.controller.budget.amount:
+                    place = self._land(model, lost, OVERSHOOT * self.controller.aim, 1)
+            if self.controller is None:
+                return
+            if place < 1 and self.average:
+                Segment(self.drift.params, self.drift.anchors).go(place)
+            self.controller.adjust(lost, self.paths[done - 1])
+
+    def _check(self, model: nn.Module, samples: int | None = None) -> float:
         energy = self.energy()
         if self.gauge is None:
             return self.forecast_of(energy)
-        lost = self.gauge(model)
+        lost = self.gauge(model, self.samples if samples is None else samples)
         self.forecast_of.update(energy, lost)
+        self.known = lost
         return lost
 
-    def _move_back(self, lost: float) -> None:
-        assert self.controller is not None
-        share = share_to_undo(lost / self.controller.aim, self.forecast_of.calibration.exponent)
-        move_back(self.drift.params, self.drift.anchors, share)
-
-    def _settle(self, model: nn.Module) -> None:
+    def _finish(self, model: nn.Module) -> None:
         """Meet the budget at the end, whatever the pull could not do in time."""
-        assert self.controller is not None
-        for _ in range(LAST_CHECKS if self.gauge is not None else 1):
-            lost = self._check(model)
-            if not lost > self.controller.budget.amount:
-                return
-            self._move_back(lost)
+        if self.controller is None:
+            if self.gauge is not None:
+                self._check(model)
+            return
+        lost = self._check(model, self.gauge.size if self.gauge is not None else None)
+        self._land(model, lost, self.controller.aim, LAST_CHECKS)
+        if self.known is not None and self.known > self.controller.budget.amount:
+            warnings.warn(
+                f"forget_budget {self.controller.budget} is not met: {self.known:.3g} is lost with "
+                "the weights back near the pretrained ones, by batch norm statistics; use "
+                "batch_norm='frozen'",
+                stacklevel=2,
+            )
+
+    def _land(self, model: nn.Module, lost: float, aim: float, checks: int) -> float:
+        """Go back along the segment to the pretrained weights, to where `aim` is lost.
+
+        Returns:
+            the share of the way that is left.
+        """
+        if not lost > aim:
+            return 1.0
+        exponent = 2 * self.forecast_of.calibration.exponent
+        segment = Segment(self.drift.params, self.drift.anchors)
+        energy = self.energy()
+        gauge = self.gauge
+        if gauge is None:
+            self.known = segment.land(
+                lambda: self.forecast_of(energy * segment.place**2), lost, aim, exponent, checks
+            )
+            return segment.place
+        samples = gauge.size if checks > 1 else self.samples
+        self.known = segment.land(lambda: gauge(model, samples), lost, aim, exponent, checks)
+        self.forecast_of.update(energy * segment.place**2, self.known)
+        return segment.place
 
     def state(self) -> dict[str, Any]:
         factor = self.controller.factor if self.controller else 1.0
@@ -202,3 +265,13 @@ class Protection:
         self.forecast_of.load(state["forecast"])
         if self.controller:
             self.controller.set(state["factor"])
+
+
+def _paths(config: TrainConfig, steps: int, plan: Plan) -> list[float]:
+    """Share of the sum of all learning rates of the backbone that is behind after each step."""
+    rates = [0.0] * steps
+    for step in range(plan.stall, steps):
+        ramp = min(1.0, (step - plan.stall + 1) / plan.ramp) if plan.ramp else 1.0
+        rates[step] = ramp * lr_factor(config.schedule, step, steps, config.warmup)
+    total = sum(rates)
+    return [x / total for x in accumulate(rates)] if total else [1.0] * steps

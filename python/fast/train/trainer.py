@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,22 @@ from torch import Tensor, nn
 from fast.curvature.card import SourceCard
 from fast.files import write_json
 from fast.heads import forward_logits, pick, source_task, task_head
+from fast.train.average import Average
 from fast.train.checkpoint import load_checkpoint, save_checkpoint
-from fast.train.config import Budget, TrainConfig
+from fast.train.config import TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
+from fast.train.function_pull import shares
+from fast.train.head_start import head_is_last
 from fast.train.labels import check_labels
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
-from fast.train.methods import METHODS, plan_for
+from fast.train.methods import METHODS, plan_for, rehearse_weight
 from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
+from fast.train.rehearse import places_for
 from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
 from fast.train.resume import CONFIG_FILE, check_folder
@@ -35,7 +40,8 @@ from fast.train.schedule import lr_factor
 from fast.train.seeding import seeded
 
 DEFAULT_EPOCHS = 3
-# Inputs, labels, rows of the training data (None from a loader); replayed inputs and answers.
+# Inputs, labels, rows of the training data (None from a loader); source inputs with what they are
+# held to, or None.
 Batch = tuple[Any, Tensor, Tensor | None, tuple[Any, Tensor] | None]
 
 
@@ -164,42 +170,60 @@ class Trainer:
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
         self.before = self._source_score()
+        source_inputs, gauge = hold_back(config, self.model, source_inputs)
         card = make_card(config, model, card, source_inputs, self.batches, self.steps)
-        gauge = None
-        if config.forget_budget is not None and source_inputs is not None:
-            gauge = hold_back(source_inputs, model, Budget.parse(config.forget_budget))
         self.replay: Replay | None = None
         if METHODS[config.method].replay:
             if source_inputs is None:
                 raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
             size = config.batch_size
             self.replay = Replay(model, source_inputs, size, config.seed, self.device)
-        plan = plan_for(config, self.steps, with_card=card is not None)
+        sample = move(next(self.batches.from_step(0))[0], self.device)
+        rehearsed = source_inputs if rehearse_weight(config) else None
+        plan = plan_for(
+            config,
+            self.steps,
+            card is not None,
+            head_is_last(model, sample),
+            rehearsed is not None,
+        )
+        if rehearsed is not None:
+            # Source inputs take places in the batch, so that a step costs what it did.
+            target_size = config.batch_size - places_for(config.batch_size)
+            self.batches = TrainBatches(self.train_data, target_size, config.seed)
         with self._autocast():
-            self.distillation = prepare_model(
+            self.function_pull = prepare_model(
                 model,
                 self.num_classes,
                 self.batches,
                 plan,
-                config.batch_norm,
+                config,
                 self.steps,
-                self.device,
+                self.loss,
+                sample,
+                rehearsed,
             )
         self.head = task_head(model)
         self.optimizer = make_optimizer(
             model, config, plan, card if METHODS[config.method].card_decay is not None else None
         )
         self.drift = Drift(self.optimizer)
+        self.average: Average | None = None
+        if plan.average:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.average = Average(trained, plan.average)
         self.protection = Protection(
             config,
             self.steps,
-            plan.stall,
+            plan,
             card,
             gauge,
             self.optimizer,
             self.drift,
-            self.distillation,
+            self.function_pull,
+            self.average,
         )
+        self.stall = plan.stall
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype == torch.float16
         )
@@ -215,8 +239,8 @@ class Trainer:
             bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
             self._train(first, losses, log, bar)
         finally:
-            if self.distillation:
-                self.distillation.close()
+            if self.function_pull:
+                self.function_pull.close()
         self.stopping.restore(self.model)
         self.optimizer.zero_grad()
         self.model.eval()
@@ -241,11 +265,12 @@ class Trainer:
                 bar.update()
                 done = step + 1
                 if done % self.eval_every == 0 or done == self.steps:
-                    record = self._record(done, losses)
+                    with self._averaged(done):
+                        record = self._record(done, losses)
+                        self.stopping.update(record, self.model)
                     losses = []
                     log.add(record)
                     bar.set_postfix(summary(record))
-                    self.stopping.update(record, self.model)
                 if self._saves_at(done):
                     self._save(done, log.history, losses)
         finally:
@@ -254,15 +279,27 @@ class Trainer:
 
     def stream(self, first: int) -> Iterator[Batch]:
         """Batches from step `first` on, which depend on the seed and the step alone."""
-        replayed = self.replay.from_step(first) if self.replay else repeat(None)
-        for batch, source in zip(self.batches.from_step(first), replayed, strict=False):
+        sources: Iterator[Any] = repeat(None)
+        if self.replay:
+            sources = self.replay.from_step(first)
+        elif self.function_pull:
+            sources = self.function_pull.stream(first)
+        for batch, source in zip(self.batches.from_step(first), sources, strict=False):
             yield *batch, source
 
     def advance(self, step: int, batch: Batch) -> Tensor:
         """Step number `step` (0-based) and what belongs to it; returns the batch's mean loss."""
         loss = self._step(step, *batch)
+        if self.average:
+            self.average.update(step + 1 - self.stall)
+            if step + 1 == self.steps:
+                self.average.adopt()
         self.protection.after_step(step + 1, self.model)
         return loss
+
+    def _averaged(self, done: int) -> AbstractContextManager[None]:
+        """The averaged weights in place, as the run will return them."""
+        return self.average.applied() if self.average and done < self.steps else nullcontext()
 
     def _step(
         self,
@@ -270,13 +307,13 @@ class Trainer:
         inputs: Any,
         labels: Tensor,
         index: Tensor | None,
-        replayed: tuple[Any, Tensor] | None = None,
+        source: tuple[Any, Tensor] | None = None,
     ) -> Tensor:
         """One optimizer step; returns the batch's mean loss on the target, on the device.
 
         Args:
             index: rows of the training data, or None.
-            replayed: source inputs and what to answer, or None.
+            source: source inputs, and what to answer (replay) or their features at w0; or None.
         """
         factor = lr_factor(self.config.schedule, step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
@@ -287,34 +324,43 @@ class Trainer:
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
         denominator = self.loss.denominator(labels)
-        known = self.distillation.count(index, len(labels)) if self.distillation else 0
+        pull = self.function_pull
+        known = pull.count(index, len(labels)) if pull else 0
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         size = math.ceil(len(labels) / self.config.grad_accum_steps)
-        for start in range(0, len(labels), size):
-            part = slice(start, start + size)
+        parts = [slice(start, start + size) for start in range(0, len(labels), size)]
+        sources = shares(source, len(parts)) if pull else [None] * len(parts)
+        for part, source_part in zip(parts, sources, strict=True):
             with self._autocast():
                 part_inputs = move(pick(inputs, part), self.device)
-                logits = forward_logits(self.model, part_inputs)
-                loss = self.loss.part(logits, labels[part], denominator)
-                if self.distillation and known:
+                if pull:
                     rows = None if index is None else index[part]
-                    loss = loss + self.distillation.part(rows, part_inputs, known)
+                    logits, penalty = pull.forward(
+                        self.model, part_inputs, rows, known, source_part
+                    )
+                    loss = self.loss.part(logits, labels[part], denominator) + penalty
+                else:
+                    logits = forward_logits(self.model, part_inputs)
+                    loss = self.loss.part(logits, labels[part], denominator)
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        if replayed is not None:
-            source_inputs, answers = replayed
-            for start in range(0, len(answers), size):
-                part = slice(start, start + size)
-                with self._autocast():
-                    sources = move(pick(source_inputs, part), self.device)
-                    loss = replay_loss(self.model, sources, answers[part]) / len(answers)
-                self.scaler.scale(loss).backward()
+        if self.replay and source is not None:
+            self._replay(*source, size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.head is not None and self.head.norm is not None:
             self.head.norm.update_deferred()
         return total
+
+    def _replay(self, inputs: Any, answers: Tensor, size: int) -> None:
+        """Add the gradient of the source loss, in micro-batches."""
+        for start in range(0, len(answers), size):
+            part = slice(start, start + size)
+            with self._autocast():
+                sources = move(pick(inputs, part), self.device)
+                loss = replay_loss(self.model, sources, answers[part]) / len(answers)
+            self.scaler.scale(loss).backward()
 
     def _autocast(self) -> torch.autocast:
         dtype = self.autocast_dtype
@@ -376,14 +422,16 @@ class Trainer:
             "protection": self.protection.state(),
             "job": self._job(),
         }
-        save_checkpoint(self.folder, step, self.model, self.optimizer, record)
+        averages = self.average.state() if self.average else {}
+        save_checkpoint(self.folder, step, self.model, self.optimizer, record, averages)
 
     def _resume(self) -> tuple[int, list[dict[str, Any]], list[Tensor]]:
         """(steps done, history so far, losses since its last record)."""
         if self.config.resume is None:
             return 0, [], []
         folder = Path(self.config.resume)
-        step, record = load_checkpoint(folder, self.model, self.optimizer, self._job())
+        job, averages = self._job(), self.average.state() if self.average else {}
+        step, record = load_checkpoint(folder, self.model, self.optimizer, job, averages)
         self.stopping.load(record["stopping"], folder)
         self.scaler.load_state_dict(record["scaler"])
         self.protection.load(record["protection"])
