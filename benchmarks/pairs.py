@@ -33,6 +33,7 @@ class Job:
         source: held-out source data, or a function of the model that returns an accuracy.
         source_inputs: a few hundred other source inputs, to protect the source with; never the
             ones that measure.
+        source_labels: theirs, where the source skill is nothing without.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Job:
     val: Split
     source: Split | Callable[[nn.Module], float]
     source_inputs: Any
+    source_labels: Tensor | None = None
 
 
 class Folder:
@@ -159,6 +161,7 @@ def _minilm(target: str, skill: str, known_texts: int, folder: Folder) -> Job:
         folder.texts(target, "test", 500),
         NearestClassMean(known, folder.texts(skill, "test", 500)),
         {name: rows[:SOURCE_INPUTS] for name, rows in known[0].items()},
+        known[1][:SOURCE_INPUTS],
     )
 
 

@@ -41,6 +41,7 @@ class Task:
         spec: `method` or `method:option=value:option=value`, options of `fast.finetune`.
         protected: hand the source inputs of the pair to every method.
         evaluations: during the run (default: the pair's).
+        labelled: with their labels, where the pair has them.
     """
 
     pair: str
@@ -50,6 +51,7 @@ class Task:
     data: Path
     protected: bool = False
     evaluations: int | None = None
+    labelled: bool = False
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -79,7 +81,8 @@ def run(task: Task) -> dict[str, Any]:
     pair = PAIRS[task.pair]
     job = pair.make(Folder(task.data))
     every = pair.steps // task.evaluations if task.evaluations else pair.eval_every
-    options = {"lr": task.lr} | options | (protection(job, method) if task.protected else {})
+    given = protection(job, method, task.labelled) if task.protected else {}
+    options = {"lr": task.lr} | options | given
     result = fast.finetune(
         job.model,
         job.train,
@@ -106,9 +109,12 @@ def run(task: Task) -> dict[str, Any]:
     }
 
 
-def protection(job: Job, method: str) -> dict[str, Any]:
+def protection(job: Job, method: str, labelled: bool = False) -> dict[str, Any]:
     """Source inputs; and a card, to forecast by, where a source loss is measured."""
-    given: dict[str, Any] = {"source_inputs": job.source_inputs}
+    inputs = job.source_inputs
+    if labelled and job.source_labels is not None:
+        inputs = (inputs, job.source_labels)
+    given: dict[str, Any] = {"source_inputs": inputs}
     if method not in ("fast", "ewc") and not callable(job.source):
         given["card"] = fast.SourceCard.estimate(job.model, job.source_inputs, **CARD_SAMPLES)
     return given
