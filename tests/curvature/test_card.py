@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
@@ -45,8 +46,8 @@ def test_diagonal_is_the_fisher_diagonal_of_the_backbone(model):
     truth = fisher_diagonal(model, F.cross_entropy, (X[:60], Y[:60]), labels="data")
     assert list(card.entries) == list(backbone(model))
     for name, value in card.diagonal().items():
-        # Codes are an eighth of an octave apart, down to 2^-31 of the largest of their block.
-        assert torch.allclose(value, truth[name], rtol=1 / 16, atol=1e-9 * float(truth[name].max()))
+        # Codes are a quarter of an octave apart, down to 2^-30 of the largest of their block.
+        assert torch.allclose(value, truth[name], rtol=1 / 8, atol=1e-9 * float(truth[name].max()))
     loss = F.cross_entropy(model(X[:60]), Y[:60])
     assert card.source_loss == pytest.approx(float(loss.detach()), rel=1e-5)
 
@@ -137,9 +138,18 @@ def test_saved_and_loaded(tmp_path, model, card):
     assert str(other) == str(card)
     for name, value in other.diagonal().items():
         assert torch.equal(value, card.diagonal()[name])
-    count = sum(p.numel() for p in backbone(model).values())
-    codes = sum(e.codes.nbytes + e.scales.nbytes for e in card.entries.values())
-    assert codes <= 1.1 * count
+
+
+def test_a_file_takes_less_than_a_byte_per_weight(tmp_path):
+    """Names, hashes and the text included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 501), nn.ReLU(), nn.Linear(501, 5)).eval()
+    card = fast.SourceCard.estimate(model, X, num_samples=4)
+    path = card.save(tmp_path / "card.safetensors")
+    assert path.stat().st_size < 65 * 501
+    other = fast.SourceCard.load(path)
+    for name, value in other.diagonal().items():
+        assert torch.equal(value, card.diagonal()[name])
 
 
 def test_optimizer_takes_a_card_in_groups_and_before_it_is_bound(model, card, tmp_path):
@@ -192,7 +202,7 @@ def test_card_of_another_model(model, card):
     with pytest.raises(ValueError, match=r"of other weights: 'project\.bias' differs"):
         card.bind(other)
     with pytest.raises(ValueError, match="none of the 1 parameters is one of this card"):
-        card.curvature_for([torch.nn.Parameter(torch.ones(3))])
+        card.curvature_for([nn.Parameter(torch.ones(3))])
 
 
 @pytest.mark.parametrize(
