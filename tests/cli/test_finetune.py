@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fast
 from fast.train.trainer import Trainer
 
 RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")
@@ -54,6 +55,34 @@ def test_without_source(job):
     code, out, err = job.fast("finetune", *args, "--epochs", 1)
     assert code == 0, err
     assert "source" not in out.split("saved in")[0]
+
+
+def test_what_may_be_forgotten_of_source_inputs(job):
+    """Checked on them; their file is kept by its absolute path, to go on from anywhere."""
+    known = (*job.args, "--source-inputs", "source.npz")
+    for budget in (1e-4, "5%"):
+        options = ("--forget-budget", budget, "--output", f"run{budget}")
+        code, _, err = job.fast("finetune", *known, *RUN[:-2], *options)
+        assert code == 0, err
+        folder = job.folder / f"run{budget}"
+        history = (folder / "history.jsonl").read_text().splitlines()
+        assert json.loads(history[0])["forecast"] == 0
+        assert json.loads(history[-1])["forecast"] <= (0.05 if budget == "5%" else budget)
+        given = json.loads((folder / "job.json").read_text())
+        assert given["source_inputs"] == str(job.folder / "source.npz")
+
+
+def test_a_card_beside_the_weights(job):
+    net = runpy.run_path("nets.py")["Net"](3)
+    net.load_state_dict(load_file("net.safetensors"))
+    arrays = np.load("source.npz")
+    x = (torch.from_numpy(arrays["x_test"]) / 255 - 0.5) / 0.5
+    fast.SourceCard.estimate(net.eval(), x[:, None]).save("card.safetensors")
+    run = ("--method", "ewc", "--card", "card.safetensors", "--forget-budget", 0.05)
+    code, _, err = job.fast("finetune", *job.args, *RUN, *run)
+    assert code == 0, err
+    history = (job.folder / "out" / "history.jsonl").read_text().splitlines()
+    assert 0 < json.loads(history[-1])["forecast"] <= 0.05
 
 
 def test_image_folder_with_flip(job):
@@ -149,6 +178,14 @@ def test_resume_takes_no_other_options(job):
     assert "--resume nowhere: has no job.json" in err
 
 
+@pytest.mark.parametrize("name", ["max-length", "input-size"])
+def test_sizes_are_at_least_one(job, name):
+    code, _, err = job.fast("finetune", *job.args, f"--{name}", 0)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.endswith(f"argument --{name}: a whole number, at least 1, not '0'")
+
+
 def test_output_is_never_overwritten(job):
     (job.folder / "out").mkdir()
     (job.folder / "out" / "thesis.txt").write_text("x")
@@ -236,6 +273,11 @@ def keep(folder):
         (keep, ["--device", "cuda:99"], "device 'cuda:99' cannot be used here: there is cpu"),
         (keep, ["--device", "meta"], "device 'meta' cannot be used here: there is cpu"),
         (keep, ["--label-smoothing", 3], "label_smoothing"),
+        (keep, ["--seed", -1], "seed must not be negative; got -1"),
+        (keep, ["--source-inputs", "no.npz"], "no.npz: no such file"),
+        (keep, ["--card", "no.safetensors"], "no.safetensors: no such file"),
+        (keep, ["--forget-budget", "lots"], "forget_budget must be nats"),
+        (keep, ["--forget-budget", "0.1"], "forget_budget needs source_inputs"),
         (changed(y_train=np.array(["a", "b", "c", "d"] * 50)), [], "class indices 0, 1, ...; got"),
         (keep, ["--data", "nets.py"], "nets.py: unknown file type '.py'"),
         (keep, ["--data", "source.npz"], "source.npz: has no training split"),

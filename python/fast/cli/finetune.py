@@ -36,7 +36,7 @@ FREE_ON_RESUME = {"resume", "run", "device", "progress"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_and_data(parser)
+    add_model_and_data(parser, protection=True)
     add_training(parser)
     parser.set_defaults(unset=vars(parser.parse_args([])))
 
@@ -136,7 +136,7 @@ def _record(args: argparse.Namespace, folder: Path) -> None:
     from fast.files import write_json
 
     given = {k: v for k, v in vars(args).items() if k not in ("run", "unset", "output")}
-    for name in ("weights", "data", "source", "model"):
+    for name in ("weights", "data", "source", "source_inputs", "card", "model"):
         given[name] = _absolute(given[name])
     write_json(folder / JOB_FILE, given)
 

@@ -16,10 +16,16 @@ from fast.train.images import ImageFormat, is_image_split, prepare_images
 from fast.train.models import LoadedModel, load_model
 from fast.train.sources import Split, load_data
 
+# As many as a run keeps in memory, `fast.train.protect.LIMIT`.
+SOURCE_LIMIT = 4096
+
 
 @dataclass
 class Job:
-    """One network and its data, prepared. train, val, source: `(x, y)` tensors or Datasets."""
+    """One network and its data, prepared.
+
+    train, val, source, source_inputs: `(x, y)` tensors or Datasets.
+    """
 
     loaded: LoadedModel
     train: Any
@@ -29,13 +35,15 @@ class Job:
     name: str
     transform: Any | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    source_inputs: Any | None = None
+    card: str | None = None
 
     @property
     def data(self) -> dict[str, Any]:
         """Keyword arguments of `fast.finetune`."""
         given = {"train": self.train, "val": self.val, "source": self.source}
-        if self.transform is not None:
-            given["transform"] = self.transform
+        more = ("transform", "source_inputs", "card")
+        given |= {name: getattr(self, name) for name in more if getattr(self, name) is not None}
         return given | {"num_classes": len(self.classes)}
 
 
@@ -54,6 +62,8 @@ def load_job(args: argparse.Namespace) -> Job:
     splits = {"train": target.train, "val": target.for_evaluation()}
     if source is not None:
         splits["source"] = source.for_evaluation()
+    if getattr(args, "source_inputs", None):
+        splits["source_inputs"] = _source_inputs(args.source_inputs, columns)
     ready = {name: prepare(split, loaded, form, args.max_length) for name, split in splits.items()}
     try_forward(loaded, ready["train"])
     for note in loaded.notes:
@@ -67,7 +77,17 @@ def load_job(args: argparse.Namespace) -> Job:
         short_name(args),
         random_flip if args.flip else None,
         {name: len(split) for name, split in splits.items()},
+        ready.get("source_inputs"),
+        getattr(args, "card", None),
     )
+
+
+def _source_inputs(name: str, columns: dict[str, str | None]) -> Split:
+    """In random order: folders are sorted by class, and not all samples are used."""
+    data = load_data(name, **columns, numeric_labels=True)
+    split = data.train if data.train is not None else data.for_evaluation()
+    order = np.random.default_rng(0).permutation(len(split))
+    return split.subset(order[:SOURCE_LIMIT])
 
 
 def try_forward(loaded: LoadedModel, data: Any) -> None:

@@ -35,9 +35,10 @@ def job_for(args: argparse.Namespace, command: str, *needed: str) -> Iterator[tu
         name = short_name(args)
         yield load_job(args), Path(args.output or f"runs/{command}-{name}")
         return
-    given = [f"--{n}" for n in ("model", "weights", "data", "source") if getattr(args, n)]
+    own = ("model", "weights", "data", "source", "source_inputs", "card")
+    given = [name.replace("_", "-") for name in own if getattr(args, name, None)]
     if given:
-        raise ValueError(f"--demo brings its own model and data; drop {given[0]}")
+        raise ValueError(f"--demo brings its own model and data; drop --{given[0]}")
 
     import torch
 

@@ -12,7 +12,10 @@ from typing import Any
 from fast.train.config import TrainConfig
 
 
-def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+def add_model_and_data(parser: argparse.ArgumentParser, protection: bool = False) -> None:
+    """Args:
+    protection: also what a method may know of the source task.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -35,6 +38,16 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--source", metavar="DATA", help="source task, labelled as the network's own head is"
     )
+    if protection:
+        group.add_argument(
+            "--source-inputs",
+            metavar="DATA",
+            help="a few hundred other samples of the source task, labelled as --source is: what "
+            "must be kept; its training split where there is one",
+        )
+        group.add_argument(
+            "--card", metavar="FILE", help="fast.SourceCard of these weights: what must be kept"
+        )
     group.add_argument(
         "--val-fraction",
         type=float,
@@ -44,7 +57,7 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--input-size",
-        type=int,
+        type=at_least_one,
         metavar="N",
         help="side of the images (default: the network's, else as they are)",
     )
@@ -61,7 +74,11 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--label-column", metavar="NAME", help="its labels (default: found)")
     group.add_argument(
-        "--max-length", type=int, default=128, metavar="N", help="tokens of a text (default: 128)"
+        "--max-length",
+        type=at_least_one,
+        default=128,
+        metavar="N",
+        help="tokens of a text (default: 128)",
     )
 
 
@@ -108,6 +125,13 @@ def require(args: argparse.Namespace, *names: str) -> None:
     missing = [f"--{name}" for name in names if not getattr(args, name)]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given; see --help")
+
+
+def at_least_one(text: str) -> int:
+    """`"12"` -> 12."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number, at least 1, not {text!r}")
+    return int(text)
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -153,7 +153,7 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 def _job_options() -> list[str]:
     """Names of the options of model and data."""
     parser = argparse.ArgumentParser()
-    add_model_and_data(parser)
+    add_model_and_data(parser, protection=True)
     return list(vars(parser.parse_args([])))
 
 

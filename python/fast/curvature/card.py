@@ -139,8 +139,10 @@ class SourceCard:
         loss = accuracy = None
         if samples.labels is not None:
             answers = source_answers(model, samples)
-            loss = float(recognise(loss_fn).value(answers, samples.labels))
-            accuracy = float((answers.argmax(1) == samples.labels).float().mean())
+            # Labels that the source head cannot give are of a skill that is in the features.
+            if int(samples.labels.max()) < answers.shape[1]:
+                loss = float(recognise(loss_fn).value(answers, samples.labels))
+                accuracy = float((answers.argmax(1) == samples.labels).float().mean())
         card = cls(
             {n: Codes.of(d) for n, d in diagonal.items()},
             {n: fingerprint(p) for n, p in chosen.items()},

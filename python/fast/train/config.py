@@ -154,6 +154,7 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         not_negative = (
+            "seed",
             "anchor_decay",
             "distill",
             "weight_decay",
