@@ -246,7 +246,8 @@ def test_distillation_keeps_the_answers_of_the_source_head(name, kind):
     change = {}
     for weight in (0.0, 100.0):
         model = copy.deepcopy(start)
-        options = {"anchor_decay": 0.0, "stall": 0, "ramp": 0, "lr": 1e-2, "steps": 40}
+        options = {"anchor_decay": 0.0, "stall": 0, "ramp": 0, "head_steps": 0, "lr": 1e-2}
+        options["steps"] = 40
         fast.finetune(model, train, num_classes=4, distill=weight, **options)
         with fast.source_task(model):
             change[weight] = (model(x).softmax(1) - before).abs().mean().item()

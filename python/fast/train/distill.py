@@ -38,22 +38,12 @@ class Distillation:
     """The penalty of one run, in micro-batch parts that add up to the mean over a batch.
 
     Args:
-        head: of the model that is trained; its input is watched from now on.
+        head: of the model that is trained.
         weight: of the penalty, in units of the target loss.
     """
 
     def __init__(self, head: TaskHead, weight: float) -> None:
         self.head, self.weight = head, weight
-        self._features: Tensor | None = None
-        self._hook = head.register_forward_pre_hook(self._keep)
-
-    def _keep(self, _: nn.Module, args: tuple[Tensor]) -> None:
-        if self.head.training:
-            self._features = args[0]
-
-    def close(self) -> None:
-        """Stop watching the head."""
-        self._hook.remove()
 
     def count(self, index: Tensor | None, size: int) -> int:
         """Samples of a batch whose outputs at w0 are known."""
@@ -63,20 +53,18 @@ class Distillation:
         """Rows of a micro-batch whose outputs at w0 are known, and these outputs."""
         raise NotImplementedError
 
-    def part(self, index: Tensor | None, inputs: Any, count: int) -> Tensor:
-        """The penalty of the micro-batch that has just gone through the model.
+    def penalty(self, features: Tensor, index: Tensor | None, inputs: Any) -> Tensor:
+        """Sum over the samples whose outputs at w0 are known, `[]`.
 
         Args:
-            index: rows of the training data, or None.
+            features: of a micro-batch, as the head sees them now.
+            index: its rows in the training data, or None.
             inputs: on the model's device.
-            count: of the whole batch.
         """
-        assert self._features is not None
-        features, self._features = self._features, None
         rows, outputs = self.before(index, inputs)
         if not len(outputs):
             return torch.zeros((), device=features.device)
-        return self.weight * divergence(outputs, self.head.source(features[rows])) / count
+        return self.weight * divergence(outputs, self.head.source(features[rows]))
 
 
 class CachedDistillation(Distillation):

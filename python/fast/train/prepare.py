@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from fast.curvature.answers import SourceInputs
 from fast.curvature.card import SourceCard
 from fast.heads import (
     TaskHead,
@@ -22,7 +26,12 @@ from fast.optim.param_groups import param_groups
 from fast.train.config import TrainConfig
 from fast.train.data import TrainBatches, move
 from fast.train.distill import CachedDistillation, Distillation, LiveDistillation
+from fast.train.function_pull import FunctionPull
+from fast.train.head_start import start_head
+from fast.train.labels import check_labels
+from fast.train.loss import Loss
 from fast.train.methods import Plan
+from fast.train.rehearse import Rehearsal, places_for
 
 # Features of this many training samples set the normaliser's first statistics: the standard error
 # of a mean is then 3 % of a standard deviation, at the cost of a few forward passes.
@@ -38,40 +47,72 @@ def prepare_model(
     num_classes: int,
     batches: TrainBatches,
     plan: Plan,
-    batch_norm: str,
+    config: TrainConfig,
     steps: int,
-    device: torch.device,
-) -> Distillation | None:
+    loss: Loss,
+    sample: Any,
+    source_inputs: SourceInputs | None,
+) -> FunctionPull | None:
     """Replace the head and calibrate it on target inputs, in place.
 
-    One pass over training inputs gives both the normaliser's statistics and the source outputs.
+    One pass over training inputs gives the normaliser's statistics, the source outputs, and the
+    features that the head starts on.
+
+    Args:
+        sample: a batch of target inputs, on the model's device.
+        source_inputs: to rehearse, or None.
 
     Returns:
-        the penalty of leaving the source outputs, or None where the plan has none.
+        the penalty of leaving what the network computes, or None where the plan has none.
     """
-    inputs = move(next(batches.from_step(0))[0], device)
-    source = find_head(model, inputs).module
+    source = find_head(model, sample).module
     trainable = source.weight.requires_grad
-    replace_head(model, num_classes, sample=inputs, max_entropy=plan.max_entropy)
+    replace_head(model, num_classes, sample=sample, max_entropy=plan.max_entropy)
     head = task_head(model)
     assert head is not None
     try:
-        return _calibrated(model, head, batches, plan, batch_norm, steps, device)
+        pass_ = _calibrated(model, head, batches, plan, steps)
+        if plan.head_steps:
+            labels = check_labels(pass_.labels, num_classes, "train").to(pass_.features.device)
+            start_head(head, pass_.features, labels, loss, plan.head_steps, config.seed)
+        rehearsal = None
+        if source_inputs is not None:
+            size = places_for(config.batch_size)
+            apart = config.batch_norm == "per_task"
+            rehearsal = Rehearsal(
+                model, head, source_inputs, size, plan.rehearse, config.seed, apart
+            )
+        set_batch_norm(model, config.batch_norm)
+        distillation = _distillation(model, head, batches, plan, pass_)
+        if distillation is None and rehearsal is None:
+            return None
+        return FunctionPull(head, distillation, rehearsal)
     except BaseException:
         plain_batch_norm(model)
         restore_head(model, source, trainable)
         raise
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What a pass over training inputs at w0 gave, sample by sample.
+
+    Attributes:
+        features: what the head sees, of the first ones.
+        labels: of these, `[N]`.
+        index, outputs: rows of the training data and what the source head says about them.
+    """
+
+    features: Tensor
+    labels: Tensor
+    index: Tensor | None
+    outputs: Tensor | None
+
+
 def _calibrated(
-    model: nn.Module,
-    head: TaskHead,
-    batches: TrainBatches,
-    plan: Plan,
-    batch_norm: str,
-    steps: int,
-    device: torch.device,
-) -> Distillation | None:
+    model: nn.Module, head: TaskHead, batches: TrainBatches, plan: Plan, steps: int
+) -> Pass:
+    device = next(model.parameters()).device
     stream = batches.from_step(0)
     inputs, labels, index = next(stream)
     inputs = move(inputs, device)
@@ -79,6 +120,7 @@ def _calibrated(
     if plan.distill and index is not None:
         wanted = max(wanted, int(DISTILL_SHARE * steps * len(labels)))
     features: list[Tensor] = []
+    known: list[Tensor] = []
     rows: list[Tensor] = []
     outputs: list[Tensor] = []
     seen = size = 0
@@ -86,8 +128,10 @@ def _calibrated(
         if seen >= wanted:
             break
         x = features_of(model, head, inputs)
-        if seen < CALIBRATION_SAMPLES:
+        # A normaliser needs 1024 samples; a head that starts on them takes what there is.
+        if seen < CALIBRATION_SAMPLES or plan.head_steps:
             features.append(x)
+            known.append(labels)
         if plan.distill and index is not None and size < DISTILL_BYTES:
             with torch.no_grad():
                 outputs.append(head.source(x))
@@ -99,13 +143,23 @@ def _calibrated(
     if head.norm is not None:
         calibrate_from(head.norm, features)
         head.norm.deferred = True
-    set_batch_norm(model, batch_norm)
+    return Pass(
+        torch.cat(features) if features else torch.empty(0, device=device),
+        torch.cat(known) if known else torch.empty(0, dtype=torch.int64),
+        torch.cat(rows) if rows else None,
+        torch.cat(outputs) if outputs else None,
+    )
+
+
+def _distillation(
+    model: nn.Module, head: TaskHead, batches: TrainBatches, plan: Plan, pass_: Pass
+) -> Distillation | None:
     if not plan.distill:
         return None
-    if index is None:
+    if pass_.index is None or pass_.outputs is None:
         return LiveDistillation(head, plan.distill, model)
     n = batches.data.num_samples or 0
-    return CachedDistillation(head, plan.distill, torch.cat(rows), torch.cat(outputs), n)
+    return CachedDistillation(head, plan.distill, pass_.index, pass_.outputs, n)
 
 
 def make_optimizer(

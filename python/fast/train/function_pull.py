@@ -1,0 +1,97 @@
+"""The pull in function space: stay with what the network computed before the first step.
+
+The pull of the optimizer holds the weights; this holds what they do, on target inputs (the source
+head's answers, `fast.train.distill`) and on source inputs (features, `fast.train.rehearse`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.heads import TaskHead, pick
+from fast.train.data import move
+from fast.train.distill import Distillation
+from fast.train.rehearse import HeadInput, Rehearsal
+
+
+class FunctionPull:
+    """Both penalties of a run, at no forward pass of their own.
+
+    Args:
+        head: of the model that is trained; its input is watched from now on.
+        distillation, rehearsal: or None.
+
+    Attributes:
+        weight: factor on both, for a controller to turn.
+    """
+
+    def __init__(
+        self, head: TaskHead, distillation: Distillation | None, rehearsal: Rehearsal | None
+    ) -> None:
+        self.distillation, self.rehearsal = distillation, rehearsal
+        self.weight = 1.0
+        self._seen = HeadInput(head)
+
+    def stream(self, step: int) -> Iterator[Any]:
+        """Source inputs and their features at w0, step by step; or None for ever."""
+        if self.rehearsal is None:
+            while True:
+                yield None
+        yield from self.rehearsal.from_step(step)
+
+    def count(self, index: Tensor | None, size: int) -> int:
+        """Target samples of a batch that distillation knows."""
+        return self.distillation.count(index, size) if self.distillation else 0
+
+    def forward(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        index: Tensor | None,
+        known: int,
+        source: tuple[Any, Tensor, int] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run a micro-batch.
+
+        Args:
+            inputs: of the target, on the model's device.
+            index: their rows in the training data, or None.
+            known: `count` of the whole batch.
+            source: source inputs, their features at w0, and how many the whole batch has; or None.
+
+        Returns:
+            target logits, and this part's share of the penalty, `[]`.
+        """
+        device = next(model.parameters()).device
+        sources = move(source[0], device) if source is not None else None
+        apart = self.rehearsal is not None and self.rehearsal.apart
+        logits, features, source_features = self._seen.forward(model, inputs, sources, apart)
+        penalty = torch.zeros((), device=device)
+        if self.distillation and known:
+            penalty = penalty + self.distillation.penalty(features, index, inputs) / known
+        if self.rehearsal and source is not None and source_features is not None:
+            part = self.rehearsal.penalty(source[1], source_features)
+            penalty = penalty + part / source[2]
+        return logits, self.weight * penalty
+
+    def close(self) -> None:
+        """Stop watching the head."""
+        self._seen.close()
+
+
+def shares(source: tuple[Any, Tensor] | None, parts: int) -> list[tuple[Any, Tensor, int] | None]:
+    """Source samples of a step for each of its micro-batches; None where there are none."""
+    if source is None:
+        return [None] * parts
+    inputs, features = source
+    n = len(features)
+    bounds = [n * i // parts for i in range(parts + 1)]
+    return [
+        (pick(inputs, slice(a, b)), features[a:b], n) if b > a else None
+        for a, b in itertools.pairwise(bounds)
+    ]

@@ -1,0 +1,156 @@
+"""Rehearse the features of source inputs inside the batches of the target.
+
+Each batch gives an eighth of its places to source inputs, and the loss gets
+
+    weight * mean over samples of e^2 / (2 * TOLERANCE),  e = |f(x) - f0(x)|^2 / variance of f0
+
+over them: f is what the head sees, f0 what it saw at the pretrained weights. It is feature
+distillation (FitNets, Romero et al. 2015, arXiv 1412.6550) on replayed inputs, with e squared: the
+pull is `weight * e / TOLERANCE` times that of e itself, so it is gentle where features hardly move
+and hard where they run away, and one weight does for robust and for fragile networks. A step costs
+what it cost before; no label and no source head is needed. docs/research.md has what was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.curvature.answers import SourceInputs
+from fast.heads import TaskHead, features_of, forward_logits, pick, source_task
+from fast.train.data import Data, TrainBatches, length, move
+
+SHARE = 1 / 8
+# The e that is pulled back at the plain weight. Of ResNet-20 on
+# signs it came to 0.03-0.05 at the end of a run, of MobileNet without norm layers to 0.4.
+TOLERANCE = 0.1
+# Of features that are kept: maps of a fully convolutional network are large.
+FEATURE_BYTES = 2**28
+CHUNK = 128
+
+
+def places_for(batch_size: int) -> int:
+    """How many places of a batch source inputs get."""
+    return max(1, round(SHARE * batch_size)) if batch_size > 1 else 0
+
+
+class Rehearsal:
+    """Source inputs and the features they had at the pretrained weights.
+
+    Args:
+        model: with its new head, at the pretrained weights.
+        head: its head.
+        samples: source inputs.
+        size: of them per step.
+        weight: of the penalty, in units of the target loss.
+        seed: of their order.
+        apart: never run them in one batch with target inputs (batch norm is kept per task).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: TaskHead,
+        samples: SourceInputs,
+        size: int,
+        weight: float,
+        seed: int,
+        apart: bool = False,
+    ) -> None:
+        self.weight, self.apart = weight, apart
+        device = next(model.parameters()).device
+        parts: list[Tensor] = []
+        for inputs, _ in samples.batches(CHUNK):
+            parts.append(features_of(model, head, move(inputs, device)).float())
+            if sum(p.nbytes for p in parts) > FEATURE_BYTES:
+                break
+        self.features = torch.cat(parts)
+        # Of one feature on average. A constant feature would blow up a variance of its own.
+        self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
+        count = len(self.features)
+        inputs = pick(samples.inputs, slice(count))
+        self.batches = TrainBatches(
+            Data("source_inputs", inputs=inputs, labels=torch.arange(count)), size, seed
+        )
+
+    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and their features at w0, from `step` on."""
+        for inputs, rows, _ in self.batches.from_step(step):
+            yield inputs, self.features[rows.to(self.features.device)]
+
+    def penalty(self, before: Tensor, now: Tensor) -> Tensor:
+        """Sum over samples, `[]`."""
+        change = self.scale * (now.float() - before).square().flatten(1).mean(1)
+        return self.weight / (2 * TOLERANCE) * change.square().sum()
+
+
+class HeadInput:
+    """Watches what the head of a model is given in training steps, and holds back the last rows."""
+
+    def __init__(self, head: TaskHead) -> None:
+        self.head = head
+        self.rows: int | None = None
+        self._features: Tensor | None = None
+        self._hook = head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self.head.training:
+            return None
+        self._features = args[0]
+        return None if self.rows is None else (args[0][: self.rows], *args[1:])
+
+    def forward(
+        self, model: nn.Module, inputs: Any, source: Any | None, apart: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run target inputs, and source inputs with them where their shapes allow it.
+
+        Returns:
+            target logits; features of the target inputs; features of the source inputs, or None.
+        """
+        if source is None:
+            logits = forward_logits(model, inputs)
+            return logits, self._take(), None
+        both = None if apart else joined(inputs, source)
+        if both is None:
+            logits = forward_logits(model, inputs)
+            features = self._take()
+            with source_task(model):
+                forward_logits(model, source)
+            return logits, features, self._take()
+        self.rows = length(inputs)
+        try:
+            logits = forward_logits(model, both)
+        finally:
+            rows, self.rows = self.rows, None
+        features = self._take()
+        return logits, features[:rows], features[rows:]
+
+    def _take(self) -> Tensor:
+        features, self._features = self._features, None
+        assert features is not None
+        return features
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._hook.remove()
+
+
+def joined(a: Any, b: Any) -> Any | None:
+    """Two batches of inputs as one, or None where they do not fit together."""
+    if isinstance(a, Mapping):
+        if not isinstance(b, Mapping) or set(a) != set(b):
+            return None
+        parts = {k: joined(a[k], b[k]) for k in a}
+        return None if any(v is None for v in parts.values()) else parts
+    if isinstance(a, (tuple, list)):
+        if not isinstance(b, (tuple, list)) or len(a) != len(b):
+            return None
+        items = [joined(x, y) for x, y in zip(a, b, strict=True)]
+        return None if any(v is None for v in items) else tuple(items)
+    fits = isinstance(a, Tensor) and isinstance(b, Tensor)
+    if not fits or a.dim() < 1 or a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
+        return None
+    return torch.cat([a, b])

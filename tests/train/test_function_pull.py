@@ -1,0 +1,175 @@
+"""Rehearsal in the batch, the head's start, and averaged weights: each does what it says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import fast
+from fast.heads import features_of, find_head, set_batch_norm, task_head
+from fast.train.average import Average
+from fast.train.head_start import head_is_last
+from fast.train.rehearse import HeadInput, joined, places_for
+from fast.train.trainer import Trainer
+from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
+
+TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
+KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
+RUN = {"steps": 60, "lr": 1e-2, "eval_every": 60}
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    torch.manual_seed(0)
+    model = ConvNet()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    x, y = KNOWN
+    for index in torch.arange(300).repeat(20).split(100):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def lost(pretrained, train=TRAIN, **options):
+    """Rise of the source loss on inputs that were not rehearsed, in nats."""
+    model = copy.deepcopy(pretrained)
+    history = fast.finetune(model, train, source=ASKED, num_classes=4, **RUN, **options).history
+    return history[-1]["source_loss"] - history[0]["source_loss"]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+@pytest.mark.parametrize("batch_norm", ["frozen", "per_task"])
+def test_rehearsal_alone_keeps_most_of_the_source(pretrained, kind, batch_norm):
+    x, y = TRAIN[0], (TRAIN[1] + 1) % 4
+    train = (x, y) if kind == "tensors" else DataLoader(TensorDataset(x, y), batch_size=60)
+    options = {"distill": 0.0, "anchor_decay": 0.0, "batch_norm": batch_norm}
+    without = lost(pretrained, train, rehearse=0.0, **options)
+    kept = lost(pretrained, train, source_inputs=KNOWN[0], **options)
+    assert kept < 0.3 * without
+
+
+def test_a_step_sees_no_more_samples_than_before(pretrained):
+    seen = []
+    model = copy.deepcopy(pretrained)
+    model.features.register_forward_pre_hook(
+        lambda m, args: seen.append(len(args[0])) if torch.is_grad_enabled() else None
+    )
+    fast.finetune(model, TRAIN, steps=3, batch_size=32, source_inputs=KNOWN[0])
+    assert seen[-3:] == [32, 32, 32]
+    assert places_for(32) == 4
+
+
+def test_the_head_never_sees_the_source_rows():
+    model = fast.replace_head(ConvNet(), 4, sample=TRAIN[0][:64]).train()
+    head = task_head(model)
+    watched = HeadInput(head)
+    target, source = TRAIN[0][:6], KNOWN[0][:2]
+    set_batch_norm(model, "frozen")
+    logits, features, kept = watched.forward(model, target, source, apart=False)
+    assert logits.shape == (6, 4)
+    assert torch.allclose(features, features_of(model, head, target), atol=1e-5)
+    assert torch.allclose(kept, features_of(model, head, source), atol=1e-5)
+    watched.close()
+    assert not head._forward_pre_hooks
+
+
+def test_source_inputs_of_another_shape_go_through_the_network_apart():
+    assert joined(torch.zeros(2, 3), torch.zeros(2, 4)) is None
+    assert joined({"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}) is None
+    assert joined((torch.zeros(2, 3),), (torch.ones(1, 3),))[0].shape == (3, 3)
+    known = {k: v[:, :4] for k, v in sentences(60, 5, 3)[0].items()}
+    train, val = sentences(300, 4, 1), sentences(100, 4, 2)
+    result = fast.finetune(TextNet(), train, val, steps=60, lr=3e-3, source_inputs=known)
+    assert result.target_accuracy > 0.8
+
+
+def test_rehearsal_adds_up_over_micro_batches():
+    start = ConvNet().double()
+    train, known = (TRAIN[0].double(), TRAIN[1]), KNOWN[0].double()
+    runs = []
+    for parts in (1, 4):
+        model = copy.deepcopy(start)
+        options = {"rehearse": 3.0, "grad_accum_steps": parts, "source_inputs": known}
+        fast.finetune(model, train, steps=6, stall=0, **options)
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*runs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_whether_the_head_makes_the_logits(name):
+    model = IMAGE_NETWORKS[name]()
+    assert head_is_last(model, TRAIN[0]) == (name != "conv head")
+    assert not find_head(model, TRAIN[0][:2]).module._forward_hooks
+
+
+def test_the_head_starts_with_what_features_alone_can_tell(pretrained):
+    accuracy = {}
+    for steps in (0, 200):
+        model = copy.deepcopy(pretrained)
+        result = fast.finetune(model, TRAIN, VAL, steps=1, head_steps=steps, stall=1)
+        accuracy[steps] = result.history[0]["target_accuracy"]
+    assert accuracy[0] < 0.5 < 0.8 < accuracy[200]
+
+
+def test_the_average_of_the_first_steps_is_their_mean():
+    weights = torch.nn.Parameter(torch.zeros(3))
+    average = Average([weights], horizon=100)
+    for step in range(1, 11):
+        with torch.no_grad():
+            weights.fill_(float(step))
+        average.update(step)
+    # Every other step: 2, 4, ..., 10.
+    assert torch.allclose(average.values[0], torch.full((3,), 6.0))
+    with average.applied():
+        assert torch.allclose(weights, torch.full((3,), 6.0))
+    assert torch.equal(weights, torch.full((3,), 10.0))
+
+
+def test_what_is_evaluated_in_the_middle_is_the_average():
+    torch.manual_seed(0)
+    model = ConvNet()
+    options = {"steps": 40, "lr": 1e-2, "eval_every": 20, "schedule": "constant", "val": VAL}
+    averaged = fast.finetune(copy.deepcopy(model), TRAIN, **options)
+    plain = fast.finetune(copy.deepcopy(model), TRAIN, average=0, **options)
+    # The same steps are taken; only what is shown of them differs.
+    assert averaged.history[1]["loss"] == plain.history[1]["loss"]
+    assert averaged.history[1]["target_loss"] != plain.history[1]["target_loss"]
+    differ = [
+        not torch.equal(a, b)
+        for a, b in zip(averaged.model.parameters(), plain.model.parameters(), strict=True)
+    ]
+    assert any(differ)
+
+
+def test_class_weights_hold_for_the_head_start():
+    answers = {}
+    for weight in (0.0, 1.0):
+        config = {"num_classes": 4, "class_weights": (weight, 1.0, 1.0, 1.0)}
+        result = fast.finetune(ConvNet(), TRAIN, VAL, steps=1, stall=1, **config)
+        with torch.no_grad():
+            answers[weight] = (result.model(VAL[0]).argmax(1) == 0).float().mean().item()
+    assert answers[0.0] < 0.5 * answers[1.0]
+
+
+def test_stream_and_advance_are_a_run(pretrained):
+    """What `benchmarks/step_time.py` drives is what `finetune` does."""
+    from fast.train.config import TrainConfig
+    from fast.train.seeding import seeded
+
+    whole = copy.deepcopy(pretrained)
+    fast.finetune(whole, TRAIN, steps=5, source_inputs=KNOWN[0])
+    model = copy.deepcopy(pretrained)
+    with seeded(0):
+        config = TrainConfig(steps=5)
+        trainer = Trainer(config, model, TRAIN, None, None, None, None, None, KNOWN[0])
+        stream = trainer.stream(0)
+        model.train()
+        for step in range(5):
+            trainer.advance(step, next(stream))
+    expected = whole.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
