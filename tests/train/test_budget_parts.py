@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
-from fast.curvature.answers import SourceInputs
+from fast.curvature.answers import SourceInputs, divergence, expected_rise
 from fast.curvature.calibrate import Calibration
 from fast.train.budget import (
     AIM,
@@ -56,21 +56,36 @@ def test_a_budget_is_nats_or_points(value, amount, points):
     assert Budget.parse(value) == Budget(pytest.approx(amount), points)
 
 
-def test_with_labels_the_gauge_is_the_rise_of_the_loss(networks):
+def test_without_labels_the_gauge_doubts_the_answers(networks):
+    """Twice the divergence at temperature 2."""
+    gauge = Gauge(networks[0], SourceInputs(X, 60), points=False)
+    p, q = ((z.double() / 2).log_softmax(1) for z in answers(networks))
+    assert gauge(networks[1]) == pytest.approx(2 * (p.exp() * (p - q)).sum(1).mean().item())
+    part = 2 * (p.exp() * (p - q)).sum(1)[:20].mean().item()
+    assert gauge(networks[1], 20) == pytest.approx(part)
+    assert gauge(networks[0]) == 0
+
+
+def test_with_labels_it_is_the_rise_of_the_loss(networks):
     gauge = Gauge(networks[0], SourceInputs((X, Y), 60), points=False)
     z0, z = answers(networks)
     expected = F.cross_entropy(z, Y) - F.cross_entropy(z0, Y)
     assert gauge(networks[1]) == pytest.approx(expected.item(), rel=1e-5)
-    part = F.cross_entropy(z[:20], Y[:20]) - F.cross_entropy(z0[:20], Y[:20])
-    assert gauge(networks[1], 20) == pytest.approx(part.item(), rel=1e-5)
     assert gauge(networks[0]) == 0
 
 
-def test_without_labels_it_is_the_divergence(networks):
-    gauge = Gauge(networks[0], SourceInputs(X, 60), points=False)
-    p, q = (z.double().log_softmax(1) for z in answers(networks))
-    assert gauge(networks[1]) == pytest.approx((p.exp() * (p - q)).sum(1).mean().item())
-    assert gauge(networks[0]) == 0
+@pytest.mark.parametrize("size", [0.01, 30.0])
+def test_doubt_matters_for_small_losses_only(size):
+    """Of sure answers: where the margin of each is lost by `size`."""
+    z0 = torch.zeros(4, 2)
+    z0[:, 0] = 8.0
+    z = z0.clone()
+    z[:, 1] += size
+    plain, doubted = divergence(z0, z).item(), expected_rise(z0, z).item()
+    if size > 1:
+        assert doubted == pytest.approx(plain, rel=0.05)
+    else:
+        assert doubted > 20 * plain
 
 
 def test_points_are_the_accuracy_lost(networks):

@@ -13,6 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from fast.heads import evaluating, find_head, forward_logits, source_task, task_head
 from fast.heads.forward import logits_of
 
+# Over this temperature the entropy of ResNet-20's answers to its training images (0.096 nats) is
+# that of its plain ones to test images (0.086). The rise of the loss of test images was 0.8 to 1.4
+# times what this measures on training images, from 0.03 to 26 nats; at temperature 1, 1.1 to 3.1
+# times. Of MobileNet on images that it does not know it was 0.6 to 1.2 times (at 1: 0.5 to 1.0).
+DOUBT = 2.0
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
 
@@ -125,14 +130,22 @@ def source_features(model: nn.Module, data: SourceInputs, batch_size: int = 128)
     return torch.cat([x.flatten(1, -2).mean(1) if x.dim() > 2 else x for x in rows])
 
 
-def divergence(before: Tensor, now: Tensor) -> Tensor:
-    """Mean KL(before || now) of source logits `[N, C, ...]`, in nats, as a float64 tensor `[]`.
-
-    It is the rise of the source loss under the labels that the pretrained network itself gives.
-    """
-    p, q = (x.double().log_softmax(1) for x in (before, now))
+def divergence(before: Tensor, now: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL(before || now) of logits `[N, C, ...]` over a temperature, nats, float64 `[]`."""
+    p, q = ((x.double() / temperature).log_softmax(1) for x in (before, now))
     kl = F.kl_div(q, p, log_target=True, reduction="none").sum(1)
     return kl.mean()
+
+
+def expected_rise(before: Tensor, now: Tensor) -> Tensor:
+    """Rise of the source loss on inputs that were never seen, from the answers to any, `[]`.
+
+    `T KL(before || now)` of the source logits `[N, C, ...]` over T. At T = 1 it is the rise under
+    the labels that the pretrained network itself gives, and right where it is as sure as it should
+    be; of its training inputs it is much surer. Large losses are linear in the logits, and T falls
+    out.
+    """
+    return DOUBT * divergence(before, now, DOUBT)
 
 
 def backbone_parameters(model: nn.Module, sample: Any) -> dict[str, nn.Parameter]:

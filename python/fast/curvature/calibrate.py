@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.answers import Answers, SourceInputs, divergence, source_answers
+from fast.curvature.answers import Answers, SourceInputs, expected_rise, source_answers
 from fast.curvature.hessian import GGN
 from fast.heads import evaluating, forward_logits, source_task
 
@@ -103,7 +103,7 @@ def calibrate(
                 with torch.no_grad():
                     torch._foreach_add_(weights, step, alpha=-size)
                 now = source_answers(model, probe)
-                nats = float(divergence(answers, now))
+                nats = float(expected_rise(answers, now))
                 with torch.no_grad():
                     torch._foreach_copy_(weights, before)
                 points.append((unit * size**2, nats))

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.answers import SourceInputs, divergence, source_answers, source_features
+from fast.curvature.answers import (
+    SourceInputs,
+    divergence,
+    expected_rise,
+    source_answers,
+    source_features,
+)
 
 # Of cosines, as contrastively trained encoders use it (MoCo, He et al. 2020, arXiv 1911.05722).
 TEMPERATURE = 0.07
@@ -20,10 +26,11 @@ class Gauge:
     for are its features, by neighbourhood: to which class mean a feature vector is nearest, with
     labels, or to which other sample, without.
 
-    Nats: the rise of the cross-entropy, with labels; without, the divergence of the answers from
-    those of the pretrained network. Points: the accuracy lost; without labels, what the pretrained
-    network itself expects to lose, the mean of `p0(its answer) - p0(the answer now)`; features have
-    no accuracy without labels.
+    Nats: with labels, the rise of the cross-entropy, so they had better be of data that the network
+    was not trained on. Without, what the divergence of its answers makes expect of such data
+    (`expected_rise`); of features, the divergence. Points: the accuracy lost; without labels, what
+    the pretrained network itself expects to lose, the mean of `p0(its answer) - p0(the answer
+    now)`; features have no accuracy without labels.
 
     Args:
         model: at the pretrained weights.
@@ -88,9 +95,9 @@ class Gauge:
         y = None if self.labels is None else self.labels[:size]
         if self.points:
             return _accuracy_lost(before, now, y)
-        if y is None:
-            return float(divergence(before, now))
-        return float(F.cross_entropy(now, y) - F.cross_entropy(before, y))
+        if y is not None:
+            return float(F.cross_entropy(now, y) - F.cross_entropy(before, y))
+        return float((divergence if self.by_features else expected_rise)(before, now))
 
     def _answers(self, model: nn.Module, size: int) -> Tensor:
         part = self.samples if size == self.size else self.samples.part(0, size)
