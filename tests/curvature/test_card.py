@@ -227,3 +227,11 @@ def test_str_says_what_the_forecast_is_worth(card):
     assert f"{card.num_samples} source samples" in text
     assert "within a factor" in text
     assert math.isfinite(card.calibration.coherence)
+    assert f"coherence {card.calibration.coherence:.0f}" in text
+
+
+def test_a_card_without_the_exact_product(model, card):
+    cheap = fast.SourceCard.estimate(model, X, coherence=False, **OPTIONS)
+    assert math.isnan(cheap.calibration.coherence)
+    assert cheap.calibration.points == card.calibration.points
+    assert "coherence" not in str(cheap)

@@ -15,6 +15,7 @@ from fast.curvature.answers import SourceInputs, divergence, expected_rise
 from fast.curvature.calibrate import Calibration
 from fast.train.budget import (
     AIM,
+    LAST_CHECKS,
     OVERSHOOT,
     STRONGER,
     WEAKER,
@@ -22,6 +23,7 @@ from fast.train.budget import (
     Effort,
     Forecast,
     Segment,
+    last_samples,
 )
 from fast.train.config import Budget
 from fast.train.gauge import TEMPERATURE, Gauge, by_neighbours
@@ -231,3 +233,4 @@ def test_checks_cost_no_more_than_their_share(steps, held):
     assert samples <= held
     if steps > 100:
         assert checks * samples / 3 <= 0.05 * 64 * steps
+        assert (1 + LAST_CHECKS) * last_samples(held, steps, 64) / 3 <= 0.03 * 64 * steps

@@ -37,7 +37,7 @@ class Calibration:
     Attributes:
         spread: factor by which the measured steps lie around this line, at worst.
         coherence: `d^T G d / sum G_ii d_i^2` of these steps, by exact Gauss-Newton products: what
-            a diagonal alone is too small by.
+            a diagonal alone is too small by; NaN where it was not measured.
         points: the measurements, `(energy, nats)`.
     """
 
@@ -72,13 +72,16 @@ def calibrate(
     params: Mapping[str, nn.Parameter],
     diagonal: Mapping[str, Tensor],
     data: SourceInputs,
-    temperature: float,
+    temperature: float | None,
     seed: int,
 ) -> Calibration:
     """Measure the rise along signs of gradients of random labels: what Adam's first steps are.
 
     Costs two gradients, a Gauss-Newton product (4 gradients) and 7 forward passes of `data`. The
     weights are put back exactly.
+
+    Args:
+        temperature: of the Gauss-Newton matrix; None for no product, and no coherence.
     """
     device = next(iter(params.values())).device
     probe = data.to(device)
@@ -96,7 +99,7 @@ def calibrate(
         )
         if not unit > 0:
             continue
-        if not coherence:
+        if temperature is not None and not coherence:
             coherence.append(_exact(model, params, step, probe, answers, temperature) / unit)
         try:
             for size in STEP_SIZES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class SourceCard:
         num_samples: int = 256,
         calibration_samples: int = 64,
         temperature: float = TEMPERATURE,
+        coherence: bool = True,
         seed: int = 0,
         params: Params = None,
     ) -> SourceCard:
@@ -112,6 +114,8 @@ class SourceCard:
             temperature: of the source answers, with labels of its own. At 1 a network that is sure
                 of its training images has hardly any curvature left; what it will need to stay sure
                 of shows at 3.
+            coherence: measure it by an exact product, half of the cost of a calibration sample; it
+                is only reported.
             seed: of the labels and of the calibration.
             params: which parameters (default: those of the backbone that can be trained).
 
@@ -134,7 +138,12 @@ class SourceCard:
             chosen = {n: chosen[n] for n in select(chosen, params)}
         diagonal = _diagonal(model, samples, chosen, loss_fn, labels, temperature, seed)
         calibration = calibrate(
-            model, chosen, diagonal, samples.part(0, calibration_samples), temperature, seed
+            model,
+            chosen,
+            diagonal,
+            samples.part(0, calibration_samples),
+            temperature if coherence else None,
+            seed,
         )
         loss = accuracy = None
         if samples.labels is not None:
@@ -259,8 +268,12 @@ class SourceCard:
             f"{self.temperature:g}, estimated in {self.seconds:.1f} s",
             f"  rise of source loss = {c.scale:.3g} * energy^{c.exponent:.2f} nats, within a "
             f"factor {c.spread:.1f} on the steps it was measured on",
-            f"  coherence {c.coherence:.0f}: an exact Gauss-Newton product over the diagonal alone",
         ]
+        if math.isfinite(c.coherence):
+            lines.append(
+                f"  coherence {c.coherence:.0f}: an exact Gauss-Newton product over the diagonal "
+                "alone"
+            )
         if self.source_loss is not None:
             lines.append(
                 f"  source loss {self.source_loss:.3f} nats, accuracy {self.source_accuracy:.1%}"

@@ -54,14 +54,27 @@ class Effort:
             held: samples there are.
             whole: a check needs them all.
         """
-        allowed = int(self.share * 3 * batch_size * steps)
+        allowed = _forwards(self.share, steps, batch_size)
         samples = held if whole else min(held, self.samples, max(32, allowed // self.least))
         return min(max(allowed // samples, self.least), self.most, steps), samples
 
 
+def last_samples(held: int, steps: int, batch_size: int) -> int:
+    """Samples of each of the checks that decide where the run ends."""
+    allowed = _forwards(LAST_SHARE, steps, batch_size)
+    return min(held, max(128, allowed // (1 + LAST_CHECKS)))
+
+
+def _forwards(share: float, steps: int, batch_size: int) -> int:
+    """Forward passes of samples that take this share of a run's time."""
+    return int(share * 3 * batch_size * steps)
+
+
 # A forecast alone must not show in the time of a step. A budget was asked for, and needs to see.
 FORECAST = Effort(share=0.01, least=2, most=8)
-BUDGET = Effort(share=0.05, least=8, most=16)
+BUDGET = Effort(share=0.03, least=8, most=16)
+# Exact checks of the last search, along the segment to the pretrained weights, and their share.
+LAST_CHECKS, LAST_SHARE = 4, 0.03
 
 
 class Forecast:

@@ -17,7 +17,16 @@ from fast.curvature.calibrate import Calibration
 from fast.curvature.card import SourceCard
 from fast.optim import SGD, AdamW
 from fast.train.average import Average
-from fast.train.budget import BUDGET, FORECAST, OVERSHOOT, Controller, Forecast, Segment
+from fast.train.budget import (
+    BUDGET,
+    FORECAST,
+    LAST_CHECKS,
+    OVERSHOOT,
+    Controller,
+    Forecast,
+    Segment,
+    last_samples,
+)
 from fast.train.config import Budget, TrainConfig
 from fast.train.data import TrainBatches
 from fast.train.function_pull import FunctionPull
@@ -26,19 +35,17 @@ from fast.train.methods import METHODS, Plan, rehearse_weight
 from fast.train.prepare import Drift
 from fast.train.schedule import lr_factor
 
-# A sample of a card costs two training samples: this keeps the card below 5 % of the run, with its
-# calibration on 32 samples.
+# A sample of a card costs two training samples, one of its calibration four: this keeps the card of
+# a run of a hundred steps below 5 % of it (benchmarks/results/card_cost.md).
 CARD_SHARE = 0.01
-CARD_SAMPLES = (64, 512)
-CALIBRATION_SAMPLES = 32
+CARD_SAMPLES = (48, 512)
+CALIBRATION_SAMPLES = 16
 # Source inputs that are kept in memory, and those of them that are held back for checks: no more
 # than half, and with a budget as many as make the loss of the end known within a fifth or so.
 LIMIT = 4096
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
 # Over this multiple of the budget the weights are moved back at once, without waiting for the pull.
 EXCESS = 1.5
-# Exact checks of the last search, along the segment to the pretrained weights.
-LAST_CHECKS = 4
 
 
 def make_card(
@@ -75,6 +82,7 @@ def make_card(
         data,
         num_samples=count,
         calibration_samples=CALIBRATION_SAMPLES,
+        coherence=False,
         seed=config.seed,
     )
     return _without_weights(estimated)
@@ -164,6 +172,7 @@ class Protection:
             self.controller = Controller(budget, optimizer, pull)
         held, whole = (gauge.size, gauge.by_features) if gauge is not None else (1, False)
         checks, self.samples = effort.plan(held, steps, config.batch_size, whole)
+        self.last_samples = last_samples(held, steps, config.batch_size)
         # A forecast learns most early: the loss starts from zero and the first check sets the
         # scale. A budget is watched evenly.
         bend = 1.0 if self.controller else 2.0
@@ -225,7 +234,7 @@ class Protection:
             if self.gauge is not None:
                 self._check(model)
             return
-        lost = self._check(model, self.gauge.size if self.gauge is not None else None)
+        lost = self._check(model, self.last_samples)
         self._land(model, lost, self.controller.aim, LAST_CHECKS)
         if self.known is not None and self.known > self.controller.budget.amount:
             warnings.warn(
@@ -252,7 +261,7 @@ class Protection:
                 lambda: self.forecast_of(energy * segment.place**2), lost, aim, exponent, checks
             )
             return segment.place
-        samples = gauge.size if checks > 1 else self.samples
+        samples = self.last_samples if checks > 1 else self.samples
         self.known = segment.land(lambda: gauge(model, samples), lost, aim, exponent, checks)
         self.forecast_of.update(energy * segment.place**2, self.known)
         return segment.place
