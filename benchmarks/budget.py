@@ -15,7 +15,7 @@ from statistics import correlation, mean
 from typing import Any
 
 from fast.train.config import Budget
-from runs import DEFAULT_RATE, RESULTS, Task, complete, machine, parse
+from runs import RESULTS, Task, complete, learning_rates, machine, parse
 
 # MiniLM has no source head, so it has no source loss: what it knows is counted as the accuracy by
 # nearest class mean, and its budgets are points.
@@ -106,7 +106,9 @@ def main() -> None:
 
     pairs, data = args.pairs.split(","), args.data.resolve()
     tasks = [
-        Task(pair, spec, DEFAULT_RATE, seed, data, True, EVALUATIONS, labelled=True)
+        Task(
+            pair, spec, learning_rates(spec, True)[0], seed, data, True, EVALUATIONS, labelled=True
+        )
         for seed in map(int, args.seeds.split(","))
         for pair in pairs
         for spec in specs(pair, args.nats, args.points)

@@ -25,8 +25,9 @@ ISSUE_PAIRS = (
     "mobilenet 0.25 -> flowers,minilm -> sst2"
 )
 METHODS = "fast,vanilla,lp-ft,l2-sp,ewc,replay"
-# Of a baseline only the end is used: evaluating it as often as FAST would take as long as its run.
-BASELINE_EVALUATIONS = 1
+# Of a baseline only the end is used, and two forecasts on the way: evaluating it as often as FAST
+# would take as long as its run.
+BASELINE_EVALUATIONS = 3
 
 
 def task(pair: str, spec: str, lr: float, seed: int, data: Path) -> Task:
@@ -49,7 +50,9 @@ def main() -> None:
     data, store = args.data.resolve(), RESULTS / f"{args.name}.jsonl"
     # Pair by pair: what is finished when it is stopped makes whole rows.
     for pair in pairs:
-        tasks = [task(pair, spec, lr, first, data) for spec in specs for lr in learning_rates(spec)]
+        tasks = [
+            task(pair, spec, lr, first, data) for spec in specs for lr in learning_rates(spec, True)
+        ]
         records = complete(tasks, store, args.workers)
         chosen = {spec: chosen_runs(records, pair, spec)[0]["lr"] for spec in specs}
         tasks = [task(pair, spec, chosen[spec], seed, data) for seed in others for spec in specs]

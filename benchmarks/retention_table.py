@@ -30,14 +30,33 @@ def lost(runs: Records) -> float:
     return mean(r["source_before"] for r in runs) - final(runs, "source_accuracy")
 
 
-def forecasts(records: Records) -> list[tuple[float, float]]:
-    """(forecast, measured) rise of the source loss at the end of every run that has both, nats."""
-    pairs = []
+def forecasts(records: Records) -> dict[str, list[tuple[float, float]]]:
+    """(forecast, measured) rises of the source loss, nats, at the ends of runs and on the way."""
+    pairs: dict[str, list[tuple[float, float]]] = {"at the end": [], "on the way": []}
     for r in records:
-        start, end = r["history"][0], r["history"][-1]
-        if end["source_loss"] is not None and end["forecast"] is not None:
-            pairs.append((end["forecast"], end["source_loss"] - start["source_loss"]))
+        start, *between, end = r["history"]
+        for where, rows in (("at the end", [end]), ("on the way", between)):
+            pairs[where] += [
+                (row["forecast"], row["source_loss"] - start["source_loss"])
+                for row in rows
+                if row["source_loss"] is not None and row["forecast"] is not None
+            ]
     return pairs
+
+
+def _forecast_lines(records: Records) -> list[str]:
+    lines = []
+    for where, pairs in forecasts(records).items():
+        if len(pairs) < 3:
+            continue
+        sides = list(zip(*pairs, strict=True))
+        logs = [[math.log(max(x, 1e-6)) for x in side] for side in sides]
+        lines += [
+            "",
+            f"Forecast against measured rise of the source loss {where}, {len(pairs)} pairs: "
+            f"correlation {correlation(*sides):.2f}, of their logarithms {correlation(*logs):.2f}.",
+        ]
+    return lines
 
 
 def report(records: Records, machine: str) -> str:
@@ -47,15 +66,7 @@ def report(records: Records, machine: str) -> str:
         names = dict.fromkeys(r["method"] for r in records if r["pair"] == pair)
         by_pair[pair] = {m: chosen_runs(records, pair, m) for m in names}
     lines = [*_methods(by_pair), "", *_figures(by_pair)]
-    measured = forecasts(records)
-    if len(measured) > 2:
-        pairs = list(zip(*measured, strict=True))
-        logs = [[math.log(max(x, 1e-6)) for x in side] for side in pairs]
-        lines += [
-            "",
-            f"Forecast against measured rise of the source loss, {len(measured)} runs: correlation "
-            f"{correlation(*pairs):.2f}, of their logarithms {correlation(*logs):.2f}.",
-        ]
+    lines += _forecast_lines(records)
     commits = ", ".join(sorted({r["commit"] for r in records}))
     lines += ["", f"Means over seeds. {machine}. Commit {commits}."]
     return "\n".join(lines) + "\n"

@@ -19,18 +19,16 @@ from typing import Any
 import torch
 
 import fast
-from pairs import PAIRS, Folder, Job
+from fast.train.methods import DEFAULT_LR, REHEARSING_LR
+from pairs import PAIRS, Folder
 
 RESULTS = Path(__file__).parent / "results"
-# The default of `fast.finetune`, for FAST; every baseline at the better of two.
-DEFAULT_RATE = 1e-3
+# FAST runs at its default; every baseline at the better of two.
 BASELINE_RATES = (3e-4, 1e-3)
 FIGURES = (
     "step", "loss", "target_accuracy", "target_loss", "source_accuracy", "source_loss",
     "forecast", "drift", "seconds",
 )  # fmt: skip
-# Of the card that makes a forecast for methods that have none of their own.
-CARD_SAMPLES = {"num_samples": 64, "calibration_samples": 32}
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,14 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     return method, {name: ast.literal_eval(value) for name, value in pairs}
 
 
-def learning_rates(spec: str) -> tuple[float, ...]:
-    """Those to try: the default for `fast`, unless its spec names another."""
+def learning_rates(spec: str, protected: bool = False) -> tuple[float, ...]:
+    """Those to try: the default for `fast`, unless its spec names another; two for baselines."""
     method, options = parse(spec)
     if "lr" in options:
         return (options["lr"],)
-    return (DEFAULT_RATE,) if method == "fast" else BASELINE_RATES
+    if method != "fast":
+        return BASELINE_RATES
+    return (REHEARSING_LR if protected and options.get("rehearse") != 0 else DEFAULT_LR,)
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -81,8 +81,11 @@ def run(task: Task) -> dict[str, Any]:
     pair = PAIRS[task.pair]
     job = pair.make(Folder(task.data))
     every = pair.steps // task.evaluations if task.evaluations else pair.eval_every
-    given = protection(job, method, task.labelled) if task.protected else {}
-    options = {"lr": task.lr} | options | given
+    options = {"lr": task.lr} | options
+    if task.protected:
+        labels = job.source_labels if task.labelled else None
+        inputs = job.source_inputs
+        options["source_inputs"] = inputs if labels is None else (inputs, labels)
     result = fast.finetune(
         job.model,
         job.train,
@@ -107,17 +110,6 @@ def run(task: Task) -> dict[str, Any]:
         "history": history,
         "commit": commit(),
     }
-
-
-def protection(job: Job, method: str, labelled: bool = False) -> dict[str, Any]:
-    """Source inputs; and a card, to forecast by, where a source loss is measured."""
-    inputs = job.source_inputs
-    if labelled and job.source_labels is not None:
-        inputs = (inputs, job.source_labels)
-    given: dict[str, Any] = {"source_inputs": inputs}
-    if method not in ("fast", "ewc") and not callable(job.source):
-        given["card"] = fast.SourceCard.estimate(job.model, job.source_inputs, **CARD_SAMPLES)
-    return given
 
 
 def load(store: Path) -> list[dict[str, Any]]:

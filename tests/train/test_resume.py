@@ -154,7 +154,7 @@ def test_other_frozen_layers_are_refused(tmp_path):
 
 def test_other_options_are_refused(tmp_path):
     fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path))
-    with pytest.raises(ValueError, match=r"lr was 0\.001, is 0\.01"):
+    with pytest.raises(ValueError, match=r"lr was the default, is 0\.01"):
         fast.finetune(ConvNet(), TRAIN, steps=4, lr=1e-2, resume=str(tmp_path))
 
 

@@ -80,7 +80,7 @@ def _summary(job: Any, result: Any, seconds: float) -> str:
     steps = result.history[-1]["step"]
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
     return (
-        f"{job.name}: {config.method}, {steps} steps of {config.batch_size}, lr {config.lr:g}, "
+        f"{job.name}: {config.method}, {steps} steps of {config.batch_size}, lr {result.lr:g}, "
         f"{seconds:.0f} s{kept}\n\n"
         + text_table(["accuracy, %", "before", "after", "samples"], rows)
         + "\n"

@@ -46,7 +46,7 @@ class Run:
         return cls(
             config.method,
             config.seed,
-            config.lr,
+            result.lr,
             result.history,
             result.target_accuracy,
             result.source_accuracy,

@@ -62,7 +62,10 @@ class TrainConfig:
     steps: int | None = _option(None, "optimizer steps (default: from --epochs)")
     epochs: int | None = _option(None, "passes over the training data (default: 3)")
     batch_size: int = _option(64, "samples per optimizer step")
-    lr: float = _option(1e-3, "peak learning rate of the backbone")
+    lr: float | None = _option(
+        None,
+        "peak learning rate of the backbone (default: 1e-3; fast with source inputs 1.5e-3)",
+    )
     eval_every: int | None = _option(
         None, "optimizer steps between evaluations (default: 1/10 run)"
     )

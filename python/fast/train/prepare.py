@@ -171,7 +171,7 @@ def make_optimizer(
     """
     groups = param_groups(
         model,
-        lr=config.lr,
+        lr=plan.lr,
         head_lr_scale=plan.head_lr_scale,
         anchor_decay=plan.anchor_decay,
         stall=plan.stall,

@@ -7,8 +7,9 @@ Each batch gives an eighth of its places to source inputs, and the loss gets
 over them: f is what the head sees, f0 what it saw at the pretrained weights. It is feature
 distillation (FitNets, Romero et al. 2015, arXiv 1412.6550) on replayed inputs, with e squared: the
 pull is `weight * e / TOLERANCE` times that of e itself, so it is gentle where features hardly move
-and hard where they run away, and one weight does for robust and for fragile networks. A step costs
-what it cost before; no label and no source head is needed. docs/research.md has what was tried.
+and hard where they run away, and one weight does for robust and for fragile networks. It grows no
+further beyond `STEEPEST`, so that a step too far is not answered by a larger one. A step costs what
+it cost before; no label and no source head is needed. docs/research.md has what was tried.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.curvature.answers import SourceInputs
@@ -27,6 +29,8 @@ SHARE = 1 / 8
 # The e that is pulled back at the plain weight. Of ResNet-20 on
 # signs it came to 0.03-0.05 at the end of a run, of MobileNet without norm layers to 0.4.
 TOLERANCE = 0.1
+# Of the pull, as a multiple of that of e.
+STEEPEST = 3.0
 # Of features that are kept: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
@@ -84,7 +88,12 @@ class Rehearsal:
     def penalty(self, before: Tensor, now: Tensor) -> Tensor:
         """Sum over samples, `[]`."""
         change = self.scale * (now.float() - before).square().flatten(1).mean(1)
-        return self.weight / (2 * TOLERANCE) * change.square().sum()
+        bend = STEEPEST * TOLERANCE
+        return (
+            self.weight
+            / TOLERANCE
+            * F.huber_loss(change, torch.zeros_like(change), reduction="sum", delta=bend)
+        )
 
 
 class HeadInput:

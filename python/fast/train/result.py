@@ -30,13 +30,15 @@ class Result:
             forgetting (source accuracy lost so far), forecast (of the rise of source loss, nats, or
             of the accuracy lost under a budget in points; with a card or a budget), grad_norm, lr,
             seconds. What was not measured is None.
-        config: the options of the run.
+        config: the options of the run, as they were given.
+        lr: the peak learning rate of the backbone.
         source_accuracy_before: of the pretrained network, before anything was changed.
     """
 
     model: nn.Module
     history: list[dict[str, Any]]
     config: TrainConfig
+    lr: float
     source_accuracy_before: float | None = None
     classes: list[str] | None = field(default=None)
     chosen: dict[str, Any] | None = None

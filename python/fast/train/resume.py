@@ -39,5 +39,9 @@ def check_folder(config: TrainConfig, folder: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     differ = [k for k in saved if k not in PLACE_OPTIONS and saved[k] != now.get(k)]
     if differ:
-        changes = ", ".join(f"{k} was {saved[k]!r}, is {now.get(k)!r}" for k in differ)
+        changes = ", ".join(f"{k} was {_told(saved[k])}, is {_told(now.get(k))}" for k in differ)
         raise ValueError(f"cannot resume {source} with other options: {changes}")
+
+
+def _told(value: object) -> str:
+    return "the default" if value is None else repr(value)

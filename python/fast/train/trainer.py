@@ -56,7 +56,7 @@ def finetune(
     steps: int | None = None,
     epochs: int | None = None,
     batch_size: int = 64,
-    lr: float = 1e-3,
+    lr: float | None = None,
     eval_every: int | None = None,
     seed: int = 0,
     transform: Transform | None = None,
@@ -82,7 +82,7 @@ def finetune(
         method: `fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`.
         steps, epochs: length of the run (default: 3 epochs).
         batch_size: samples per optimizer step.
-        lr: peak learning rate of the backbone.
+        lr: peak learning rate of the backbone (default: 1e-3; `fast` with source inputs 1.5e-3).
         eval_every: steps between evaluations (default: a tenth of the run).
         seed: of the head, the data order and dropout.
         transform: applied to each training batch of inputs, on the CPU: augmentation.
@@ -223,7 +223,7 @@ class Trainer:
             self.function_pull,
             self.average,
         )
-        self.stall = plan.stall
+        self.stall, self.lr = plan.stall, plan.lr
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype == torch.float16
         )
@@ -248,6 +248,7 @@ class Trainer:
             model=self.model,
             history=log.history,
             config=self.config,
+            lr=self.lr,
             source_accuracy_before=self.before.accuracy if self.before else None,
             chosen=self.stopping.best,
         )
@@ -372,7 +373,7 @@ class Trainer:
         if loss is not None and not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} in steps {step - len(losses) + 1}..{step}: look for "
-                f"non-finite inputs, lower lr ({self.config.lr:g}) or set max_grad_norm. "
+                f"non-finite inputs, lower lr ({self.lr:g}) or set max_grad_norm. "
                 "Checkpoints saved before are left as they are"
             )
         target = None
