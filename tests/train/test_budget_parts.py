@@ -17,6 +17,7 @@ from fast.train.budget import (
     AIM,
     LAST_CHECKS,
     OVERSHOOT,
+    SETTLED,
     STRONGER,
     WEAKER,
     Controller,
@@ -208,9 +209,9 @@ def test_the_pull_follows_what_is_lost():
     optimizer = Optimizer()
     controller = Controller(Budget(0.1), optimizer)
     due = OVERSHOOT * AIM * 0.1
-    controller.adjust(0.5 * due, done=0.5)
+    controller.adjust(0.5 * due, done=0.5 * SETTLED)
     assert optimizer.pull == pytest.approx(5.0)
-    controller.adjust(due, done=0.5)
+    controller.adjust(2 * due, done=0.5)
     assert optimizer.pull == pytest.approx(10.0)
     controller.adjust(math.nan, done=0.6)
     assert optimizer.pull == pytest.approx(10.0)

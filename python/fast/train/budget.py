@@ -24,6 +24,9 @@ AIM = 0.9
 # The pull lets more than the aim be lost, and the last search takes what is over exactly: the last
 # steps, at a small learning rate, win back a quarter or so of what was lost at their start.
 OVERSHOOT = 1.4
+# By this share of the way a free run has lost about what it will have lost in the end; in between it
+# loses up to half as much again, which a falling learning rate wins back.
+SETTLED = 0.4
 # The pull gets stronger and weaker by at most these factors per check: it takes steps to act. What
 # was let go too far is taken back at the next check, what was held too hard is lost to the target.
 STRONGER, WEAKER = 4.0, 10.0
@@ -146,11 +149,12 @@ class Controller:
 
         Args:
             lost: so far.
-            done: share of the way that the learning rates have gone: loss grows about as that.
+            done: share of the way that the learning rates have gone.
         """
         if not math.isfinite(lost):
             return
-        change = max(lost, 0.0) / (OVERSHOOT * self.aim * done)
+        due = OVERSHOOT * self.aim * min(1.0, done / SETTLED)
+        change = max(lost, 0.0) / due
         change = min(max(change, 1 / WEAKER), STRONGER)
         self.set(min(max(self.factor * change, RANGE[0]), RANGE[1]))
 

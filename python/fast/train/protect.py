@@ -45,7 +45,7 @@ CALIBRATION_SAMPLES = 16
 LIMIT = 4096
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
 # Over this multiple of the budget the weights are moved back at once, without waiting for the pull.
-EXCESS = 1.5
+EXCESS = 2.0
 
 
 def make_card(
