@@ -31,9 +31,9 @@ INSIDE = (0.5, 1.5)
 
 
 def specs(pair: str, nats: str, points: str) -> list[str]:
-    """`fast` without a budget, and with each."""
+    """`fast` with each budget, and without."""
     amounts = [f"'{p}%'" for p in points.split(",")] if pair in POINTS else nats.split(",")
-    return [FREE, *(f"{FREE}:forget_budget={amount}" for amount in amounts)]
+    return [*(f"{FREE}:forget_budget={amount}" for amount in amounts), FREE]
 
 
 def lost(record: dict[str, Any]) -> float:

@@ -24,8 +24,8 @@ AIM = 0.9
 # The pull lets more than the aim be lost, and the last search takes what is over exactly: the last
 # steps, at a small learning rate, win back a quarter or so of what was lost at their start.
 OVERSHOOT = 1.4
-# By this share of the way a free run has lost about what it will have lost in the end; in between it
-# loses up to half as much again, which a falling learning rate wins back.
+# By this share of the way a free run has lost about what it loses in the end; in between it loses up
+# to half as much again, which a falling learning rate wins back.
 SETTLED = 0.4
 # The pull gets stronger and weaker by at most these factors per check: it takes steps to act. What
 # was let go too far is taken back at the next check, what was held too hard is lost to the target.

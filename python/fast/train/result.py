@@ -28,8 +28,8 @@ class Result:
         history: one record per evaluation: step, loss (mean over the steps since the last record,
             nats), target_accuracy, target_loss, source_accuracy, source_loss, drift (`||w - w0||`),
             forgetting (source accuracy lost so far), forecast (of the rise of source loss, nats, or
-            of the accuracy lost under a budget in points; with a card or a budget), grad_norm, lr,
-            seconds. What was not measured is None.
+            of the accuracy lost under a budget in points; with a card or source inputs; what is
+            measured at a check), grad_norm, lr, seconds. What was not measured is None.
         config: the options of the run, as they were given.
         lr: the peak learning rate of the backbone.
         source_accuracy_before: of the pretrained network, before anything was changed.
