@@ -19,13 +19,13 @@ from fast.optim import SGD, AdamW
 from fast.train.config import Budget
 from fast.train.function_pull import FunctionPull
 
-# A budget is a limit, and what is measured has an error: of ten.
-AIM = 0.9
+# The last search ends within a twentieth of what it aims at: inside the budget.
+AIM, TOLERANCE = 0.95, 0.05
 # The pull lets more than the aim be lost, and the last search takes what is over exactly: the last
 # steps, at a small learning rate, win back a quarter or so of what was lost at their start.
 OVERSHOOT = 1.4
-# By this share of the way a free run has lost about what it loses in the end; in between it loses up
-# to half as much again, which a falling learning rate wins back.
+# By this share of the way a free run has lost about what it loses in the end; in between it loses
+# up to half as much again, which a falling learning rate wins back.
 SETTLED = 0.4
 # The pull gets stronger and weaker by at most these factors per check: it takes steps to act. What
 # was let go too far is taken back at the next check, what was held too hard is lost to the target.
@@ -77,7 +77,7 @@ def _forwards(share: float, steps: int, batch_size: int) -> int:
 FORECAST = Effort(share=0.01, least=2, most=8)
 BUDGET = Effort(share=0.03, least=8, most=16)
 # Exact checks of the last search, along the segment to the pretrained weights, and their share.
-LAST_CHECKS, LAST_SHARE = 4, 0.03
+LAST_CHECKS, LAST_SHARE = 5, 0.03
 
 
 class Forecast:
@@ -198,7 +198,7 @@ class Segment:
         aim: float,
         exponent: float,
         checks: int,
-        tolerance: float = 0.1,
+        tolerance: float = TOLERANCE,
     ) -> float:
         """Go where `aim` is lost, within a tolerance, or less.
 
