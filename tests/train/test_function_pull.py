@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
+from fast.curvature.answers import SourceInputs
 from fast.heads import features_of, find_head, set_batch_norm, task_head
 from fast.train.average import Average
 from fast.train.head_start import head_is_last
-from fast.train.rehearse import HeadInput, joined, places_for
+from fast.train.rehearse import TOLERANCE, HeadInput, Rehearsal, joined, places_for
 from fast.train.trainer import Trainer
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 
@@ -144,6 +145,39 @@ def test_what_is_evaluated_in_the_middle_is_the_average():
         for a, b in zip(averaged.model.parameters(), plain.model.parameters(), strict=True)
     ]
     assert any(differ)
+
+
+def test_features_that_run_away_lower_the_learning_rate(pretrained):
+    rates = {}
+    for lr in (1e-4, 1e-1):
+        model = copy.deepcopy(pretrained)
+        options = {"schedule": "constant", "source_inputs": KNOWN[0], "rehearse": 1e-3}
+        history = fast.finetune(model, TRAIN, steps=40, lr=lr, **options).history
+        rates[lr] = min(record["lr"] for record in history)
+    assert rates[1e-4] == 1e-4
+    assert 0.1 * 1e-1 <= rates[1e-1] < 0.8 * 1e-1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_how_far_features_are_is_a_mean_over_samples_and_steps(pretrained, parts):
+    model = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
+    samples = SourceInputs(KNOWN[0], 300)
+    rehearsal = Rehearsal(model, task_head(model), samples, 8, 1.0, 0)
+    before = rehearsal.features[:8]
+    step = torch.full_like(before, (0.4 / rehearsal.scale) ** 0.5)
+    step[4:] *= 0.5
+    for done in range(1, 101):
+        for part in torch.arange(8).chunk(parts):
+            rehearsal.penalty(before[part], (before + step)[part])
+        rehearsal.after_step(done)
+    assert float(rehearsal.moved) == pytest.approx(0.25, rel=1e-3)
+    assert rehearsal.restraint == pytest.approx(TOLERANCE / 0.25, rel=1e-3)
+    # A pull that no longer grows: three times that of plain feature distillation.
+    far = (before + 10 * step).requires_grad_()
+    rehearsal.penalty(before, far).backward()
+    plain = before.clone().add_(10 * step).requires_grad_()
+    (rehearsal.scale * (plain - before).square().mean(1)).sum().backward()
+    assert torch.allclose(far.grad, 3 * plain.grad, rtol=1e-4)
 
 
 def test_class_weights_hold_for_the_head_start():

@@ -59,6 +59,9 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, method, o
         "num_classes": 4,
         "method": "fast" if method == "rehearsing" else method,
         "source_inputs": images(40, 5, seed=3)[0] if method[:2] == "re" else None,
+        # So high and so weak that the rehearsal lowers the learning rate.
+        "lr": 3e-2 if method == "rehearsing" else None,
+        "rehearse": 1e-3 if method == "rehearsing" else None,
         "optimizer": optimizer,
         "steps": 14,
         "eval_every": 4,

@@ -79,6 +79,22 @@ class FunctionPull:
             penalty = penalty + part / source[2]
         return logits, self.weight * penalty
 
+    @property
+    def restraint(self) -> float:
+        """Factor on the learning rate that the rehearsal asks for."""
+        return self.rehearsal.restraint if self.rehearsal else 1.0
+
+    def after_step(self, done: int) -> None:
+        if self.rehearsal:
+            self.rehearsal.after_step(done)
+
+    def state(self) -> dict[str, float]:
+        return self.rehearsal.state() if self.rehearsal else {}
+
+    def load(self, state: dict[str, float]) -> None:
+        if self.rehearsal:
+            self.rehearsal.load(state)
+
     def close(self) -> None:
         """Stop watching the head."""
         self._seen.close()

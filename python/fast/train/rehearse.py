@@ -8,8 +8,12 @@ over them: f is what the head sees, f0 what it saw at the pretrained weights. It
 distillation (FitNets, Romero et al. 2015, arXiv 1412.6550) on replayed inputs, with e squared: the
 pull is `weight * e / TOLERANCE` times that of e itself, so it is gentle where features hardly move
 and hard where they run away, and one weight does for robust and for fragile networks. It grows no
-further beyond `STEEPEST`, so that a step too far is not answered by a larger one. A step costs what
-it cost before; no label and no source head is needed. docs/research.md has what was tried.
+further beyond `STEEPEST`, so that a step too far is not answered by a larger one.
+
+Where e is above `TOLERANCE` all the same, the learning rate of the run is too high for this network
+and is divided by as much: one rate does for ResNets, which bear 1.5e-3, and for a MobileNet or a
+transformer, which do not. A step costs what it cost before; no label and no source head is needed.
+docs/research.md has what was tried.
 """
 
 from __future__ import annotations
@@ -31,9 +35,14 @@ SHARE = 1 / 8
 TOLERANCE = 0.1
 # Of the pull, as a multiple of that of e.
 STEEPEST = 3.0
+# Features that are lost have to find back: the learning rate falls by no more than this.
+LEAST = 0.1
 # Of features that are kept: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
+# Steps over which e is averaged, and between two looks at it: on a GPU a look waits for the device.
+HORIZON = 10
+DECIDE_EVERY = 5
 
 
 def places_for(batch_size: int) -> int:
@@ -43,6 +52,9 @@ def places_for(batch_size: int) -> int:
 
 class Rehearsal:
     """Source inputs and the features they had at the pretrained weights.
+
+    Attributes:
+        restraint: factor on the learning rate, at most 1.
 
     Args:
         model: with its new head, at the pretrained weights.
@@ -72,6 +84,9 @@ class Rehearsal:
             if sum(p.nbytes for p in parts) > FEATURE_BYTES:
                 break
         self.features = torch.cat(parts)
+        self.moved = torch.zeros((), device=device)
+        self.restraint = 1.0
+        self._seen = torch.zeros(2, device=device)
         # Of one feature on average. A constant feature would blow up a variance of its own.
         self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
         count = len(self.features)
@@ -87,13 +102,30 @@ class Rehearsal:
 
     def penalty(self, before: Tensor, now: Tensor) -> Tensor:
         """Sum over samples, `[]`."""
-        change = self.scale * (now.float() - before).square().flatten(1).mean(1)
-        bend = STEEPEST * TOLERANCE
-        return (
-            self.weight
-            / TOLERANCE
-            * F.huber_loss(change, torch.zeros_like(change), reduction="sum", delta=bend)
-        )
+        e = self.scale * (now.float() - before).square().flatten(1).mean(1)
+        with torch.no_grad():
+            self._seen += torch.stack([e.sum(), e.new_tensor(len(e))])
+        pull = F.huber_loss(e, torch.zeros_like(e), reduction="sum", delta=STEEPEST * TOLERANCE)
+        return self.weight / TOLERANCE * pull
+
+    def after_step(self, done: int) -> None:
+        """Take in what the step has seen; now and then, decide on the learning rate.
+
+        Args:
+            done: steps so far.
+        """
+        e = self._seen[0] / self._seen[1].clamp_min(1.0)
+        self.moved.lerp_(e, 1 / HORIZON)
+        self._seen.zero_()
+        if done % DECIDE_EVERY == 0:
+            self.restraint = max(LEAST, min(1.0, TOLERANCE / max(float(self.moved), 1e-12)))
+
+    def state(self) -> dict[str, float]:
+        return {"moved": float(self.moved), "restraint": self.restraint}
+
+    def load(self, state: dict[str, float]) -> None:
+        self.moved.fill_(state["moved"])
+        self.restraint = state["restraint"]
 
 
 class HeadInput:

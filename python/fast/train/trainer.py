@@ -291,6 +291,8 @@ class Trainer:
     def advance(self, step: int, batch: Batch) -> Tensor:
         """Step number `step` (0-based) and what belongs to it; returns the batch's mean loss."""
         loss = self._step(step, *batch)
+        if self.function_pull:
+            self.function_pull.after_step(step + 1)
         if self.average:
             self.average.update(step + 1 - self.stall)
             if step + 1 == self.steps:
@@ -316,7 +318,10 @@ class Trainer:
             index: rows of the training data, or None.
             source: source inputs, and what to answer (replay) or their features at w0; or None.
         """
+        pull = self.function_pull
         factor = lr_factor(self.config.schedule, step, self.steps, self.config.warmup)
+        if pull:
+            factor *= pull.restraint
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         labels = check_labels(labels, self.num_classes, "train").to(self.device)
@@ -325,7 +330,6 @@ class Trainer:
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
         denominator = self.loss.denominator(labels)
-        pull = self.function_pull
         known = pull.count(index, len(labels)) if pull else 0
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
@@ -421,6 +425,7 @@ class Trainer:
             "stopping": self.stopping.state(),
             "scaler": self.scaler.state_dict(),
             "protection": self.protection.state(),
+            "function_pull": self.function_pull.state() if self.function_pull else {},
             "job": self._job(),
         }
         averages = self.average.state() if self.average else {}
@@ -436,6 +441,8 @@ class Trainer:
         self.stopping.load(record["stopping"], folder)
         self.scaler.load_state_dict(record["scaler"])
         self.protection.load(record["protection"])
+        if self.function_pull:
+            self.function_pull.load(record["function_pull"])
         losses = [torch.tensor(x, device=self.device) for x in record["losses"]]
         return step, record["history"], losses
 
