@@ -97,8 +97,8 @@ def _figures(by_pair: dict[str, dict[str, Records]]) -> list[str]:
     variants = dict.fromkeys(m for ms in by_pair.values() for m in ms if m.startswith(NAME))
     lines = [
         "| method | pair | best baseline | steps to its final target accuracy, share of its steps "
-        "| final target minus its, points | source accuracy lost, share of what it lost |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| final target minus its, points | source accuracy lost, points: ours / its | share |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in variants:
         rows = []
@@ -112,14 +112,20 @@ def _figures(by_pair: dict[str, dict[str, Records]]) -> list[str]:
             # Not reached counts as the whole run.
             share = (steps or best[0]["history"][-1]["step"]) / best[0]["history"][-1]["step"]
             ahead = 100 * (final(runs, "target_accuracy") - goal)
-            gone = lost(runs) / lost(best) if lost(best) > 0 else math.nan
-            rows.append((share, ahead, gone))
+            ours, its = 100 * lost(runs), 100 * lost(best)
+            rows.append((share, ahead, ours, its))
             reached = f"{share:.2f}" if steps else "not reached"
-            lines.append(f"| {variant} | {pair} | {name} | {reached} | {ahead:+.1f} | {gone:.2f} |")
+            gone = f"{ours / its:.2f}" if its > 0 else "-"
+            lines.append(
+                f"| {variant} | {pair} | {name} | {reached} | {ahead:+.1f} "
+                f"| {ours:.1f} / {its:.1f} | {gone} |"
+            )
         if rows:
-            share, ahead, gone = (mean(column) for column in zip(*rows, strict=True))
+            share, ahead, ours, its = (mean(column) for column in zip(*rows, strict=True))
+            shares = [o / i for _, _, o, i in rows if i > 0]
             lines.append(
                 f"| {variant} | **mean** (wanted: 0.5, -0.5, 0.25) | | **{share:.2f}** "
-                f"| **{ahead:+.1f}** | **{gone:.2f}** |"
+                f"| **{ahead:+.1f}** | **{ours:.1f} / {its:.1f}** "
+                f"| **{mean(shares):.2f}**, of the means {ours / its:.2f} |"
             )
     return lines
