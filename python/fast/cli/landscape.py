@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--output", metavar="FOLDER", help="(default: runs/landscape-MODEL-DATA)")
     add_demo(group)
-    add_model_and_data(parser)
+    add_model_and_data(parser, protection=True)
     add_training(parser, skip=NOT_HERE)
 
 
