@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from fast.heads import fold_head, replace_head, source_task
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
+    from fast.train.finetune import finetune
     from fast.train.result import Result
-    from fast.train.trainer import finetune
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ _HOME = {
     "PathRecorder": "fast.geometry",
     "Result": "fast.train.result",
     "SourceCard": "fast.curvature.card",
-    "finetune": "fast.train.trainer",
+    "finetune": "fast.train.finetune",
     "fold_head": "fast.heads",
     "landscape": "fast.geometry",
     "param_groups": "fast.optim.param_groups",

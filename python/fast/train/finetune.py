@@ -1,0 +1,94 @@
+"""`fast.finetune`: one call from a pretrained classifier to an adapted one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fast.curvature.card import SourceCard
+from fast.train.config import TrainConfig
+from fast.train.data import Transform
+from fast.train.result import Result
+from fast.train.seeding import seeded
+from fast.train.trainer import Trainer
+
+
+def finetune(
+    model: nn.Module,
+    train: Any,
+    val: Any = None,
+    source: Any = None,
+    *,
+    num_classes: int | None = None,
+    method: str = "fast",
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 64,
+    lr: float | None = None,
+    eval_every: int | None = None,
+    seed: int = 0,
+    transform: Transform | None = None,
+    card: SourceCard | str | Path | None = None,
+    source_inputs: Any = None,
+    **options: Any,
+) -> Result:
+    """Adapt a pretrained classifier to a new task.
+
+    The model is changed in place: it gets a new head for `num_classes` classes (the source head is
+    kept inside) and is trained; when the call fails before the first step it has its own head back.
+    The global random states of torch, numpy and `random` are left as they were found.
+
+    Args:
+        model: a pretrained classifier that ends in a linear layer or a 1x1 convolution.
+        train: (inputs, labels) tensors, a map-style Dataset, or a DataLoader. Inputs may be a
+            tensor, or a tuple or mapping of tensors, which the model then takes as several
+            arguments.
+        val: the same, of the target task; measured as `target_accuracy`.
+        source: the same, of the source task, only measured, as `source_accuracy`, with the source
+            head; or a function of the model that returns an accuracy in 0..1.
+        num_classes: C (default: from the labels).
+        method: `fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`.
+        steps, epochs: length of the run (default: 3 epochs).
+        batch_size: samples per optimizer step.
+        lr: peak learning rate of the backbone (default: 1e-3; `fast` with source inputs 1.5e-3).
+        eval_every: steps between evaluations (default: a tenth of the run).
+        seed: of the head, the data order and dropout.
+        transform: applied to each training batch of inputs, on the CPU: augmentation.
+        card: a `fast.SourceCard` of this checkpoint, or its file: weights the pull of `fast` and
+            `ewc` by what the source task needs, and forecasts what is forgotten.
+        source_inputs: a few hundred source inputs, with labels or without: the card is made of
+            them, and `forget_budget` checked on others of them. `ewc` without either makes its card
+            of the target's inputs, which protects less. `replay` trains on them beside the target.
+        **options: the other fields of `fast.train.config.TrainConfig`.
+
+    Returns:
+        `Result`: model, history, accuracies, `save(folder)`.
+
+    Raises:
+        ValueError, TypeError: an option, the data or the model does not fit; the message names it.
+        FileNotFoundError: nothing to resume from.
+    """
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(
+            f"finetune got unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
+        )
+    config = TrainConfig(
+        method=method,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        eval_every=eval_every,
+        seed=seed,
+        **options,
+    )
+    with seeded(seed):
+        trainer = Trainer(
+            config, model, train, val, source, num_classes, transform, card, source_inputs
+        )
+        return trainer.run()
