@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lr",
         type=numbers,
-        default=(1e-3,),
+        default=(None,),
         metavar="X[,X]",
         help="with several, each method runs at the one best for its target accuracy on the first "
-        "seed (default: 0.001)",
+        "seed (default: the method's own)",
     )
     group.add_argument("--output", metavar="FOLDER", help="(default: runs/compare-MODEL-DATA)")
     add_demo(group)

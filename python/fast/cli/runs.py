@@ -36,22 +36,23 @@ class Runner:
     ) -> list[Run]:
         """One run for each of `--seeds`, at the learning rate of `--lr` best on the first seed."""
         seeds, lrs = self.args.seeds, self.args.lr
-        first = [self.one(method, seeds[0], lr, setting, options) for lr in lrs]
-        best = max(first, key=lambda r: (r.target_accuracy, r.source_accuracy or 0))
-        more = [self.one(method, seed, best.lr, setting, options) for seed in seeds[1:]]
-        return [best, *more]
+        first = {lr: self.one(method, seeds[0], lr, setting, options) for lr in lrs}
+        best = max(first, key=lambda x: (first[x].target_accuracy, first[x].source_accuracy or 0))
+        more = [self.one(method, seed, best, setting, options) for seed in seeds[1:]]
+        return [first[best], *more]
 
     def one(
         self,
         method: str,
         seed: int,
-        lr: float,
+        lr: float | None,
         setting: str = "",
         options: dict[str, Any] | None = None,
     ) -> Run:
         """One run.
 
         Args:
+            lr: None: the method's default.
             setting: what it differs in from other runs of this method, for its name.
             options: of `fast.finetune`, over those of the command line.
         """
@@ -59,7 +60,8 @@ class Runner:
 
         chosen = self.options | (options or {})
         key = fingerprint(self.args, chosen)
-        name = "-".join(part for part in (method, setting, f"lr{lr:g}", f"seed{seed}") if part)
+        rate = "" if lr is None else f"lr{lr:g}"
+        name = "-".join(part for part in (method, setting, rate, f"seed{seed}") if part)
         file = self.folder / "runs" / f"{name}.json"
         kept = read_run(file, key)
         if kept is not None:
