@@ -86,7 +86,7 @@ class FunctionPull:
 
     def after_step(self, done: int) -> None:
         if self.rehearsal:
-            self.rehearsal.after_step(done)
+            self.rehearsal.after_step(done, self.weight)
 
     def state(self) -> dict[str, float]:
         return self.rehearsal.state() if self.rehearsal else {}

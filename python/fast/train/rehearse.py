@@ -108,17 +108,20 @@ class Rehearsal:
         pull = F.huber_loss(e, torch.zeros_like(e), reduction="sum", delta=STEEPEST * TOLERANCE)
         return self.weight / TOLERANCE * pull
 
-    def after_step(self, done: int) -> None:
+    def after_step(self, done: int, strength: float = 1.0) -> None:
         """Take in what the step has seen; now and then, decide on the learning rate.
 
         Args:
             done: steps so far.
+            strength: factor on the penalty at present; a budget that leaves more room leaves it
+                the learning rate too.
         """
         e = self._seen[0] / self._seen[1].clamp_min(1.0)
         self.moved.lerp_(e, 1 / HORIZON)
         self._seen.zero_()
         if done % DECIDE_EVERY == 0:
-            self.restraint = max(LEAST, min(1.0, TOLERANCE / max(float(self.moved), 1e-12)))
+            allowed = TOLERANCE / strength
+            self.restraint = max(LEAST, min(1.0, allowed / max(float(self.moved), 1e-12)))
 
     def state(self) -> dict[str, float]:
         return {"moved": float(self.moved), "restraint": self.restraint}
