@@ -57,6 +57,8 @@ def report(records: list[dict[str, Any]], machine: str) -> str:
     for pair in dict.fromkeys(r["pair"] for r in records):
         runs = [r for r in records if r["pair"] == pair]
         free = [r for r in runs if r["method"] == FREE]
+        without = f"{mean(map(lost, free)):.3f}" if free else "-"
+        aim = f"{target(free):.1f}" if free else "-"
         for spec in dict.fromkeys(r["method"] for r in runs if r["method"] != FREE):
             chosen = [r for r in runs if r["method"] == spec]
             budget = Budget.parse(parse(spec)[1]["forget_budget"])
@@ -65,9 +67,9 @@ def report(records: list[dict[str, Any]], machine: str) -> str:
             spread = f" ({min(ratios):.2f}..{max(ratios):.2f})" if len(ratios) > 1 else ""
             held = mean(r["history"][-1]["forecast"] for r in chosen)
             lines.append(
-                f"| {pair} | {budget} | {len(chosen)} | {mean(map(lost, free)):.3f} "
+                f"| {pair} | {budget} | {len(chosen)} | {without} "
                 f"| {mean(map(lost, chosen)):.3f} | **{mean(ratios):.2f}**{spread} | {held:.3f} "
-                f"| {target(free):.1f}, {target(chosen):.1f} % |"
+                f"| {aim}, {target(chosen):.1f} % |"
             )
     whole = sum(all(inside) for inside in kept.values())
     lines += [
@@ -113,6 +115,7 @@ def main() -> None:
         for pair in pairs
         for spec in specs(pair, args.nats, args.points)
     ]
+    tasks.sort(key=lambda task: (task.seed, task.spec == FREE))  # what counts comes first
     records = complete(tasks, RESULTS / f"{args.name}.jsonl", args.workers)
     text = report([r for r in records if r["pair"] in pairs], machine())
     (RESULTS / f"{args.name}.md").write_text(text)
