@@ -208,10 +208,12 @@ class Optimizer:
 def test_the_pull_follows_what_is_lost():
     optimizer = Optimizer()
     controller = Controller(Budget(0.1), optimizer)
-    due = OVERSHOOT * AIM * 0.1
-    controller.adjust(0.5 * due, done=0.5 * SETTLED)
+    assert controller.due(1.0) == pytest.approx(OVERSHOOT * AIM * 0.1)
+    assert controller.due(SETTLED) > controller.due(0.5) > controller.due(1.0)
+    assert controller.due(0.1) < controller.due(0.2) < controller.due(SETTLED)
+    controller.adjust(controller.due(0.2), done=0.2)
     assert optimizer.pull == pytest.approx(5.0)
-    controller.adjust(2 * due, done=0.5)
+    controller.adjust(2 * controller.due(0.5), done=0.5)
     assert optimizer.pull == pytest.approx(10.0)
     controller.adjust(math.nan, done=0.6)
     assert optimizer.pull == pytest.approx(10.0)

@@ -21,12 +21,11 @@ from fast.train.function_pull import FunctionPull
 
 # The last search ends within a twentieth of what it aims at: inside the budget.
 AIM, TOLERANCE = 0.95, 0.05
-# The pull lets more than the aim be lost, and the last search takes what is over exactly: the last
-# steps, at a small learning rate, win back a quarter or so of what was lost at their start.
-OVERSHOOT = 1.4
-# By this share of the way a free run has lost about what it loses in the end; in between it loses
-# up to half as much again, which a falling learning rate wins back.
-SETTLED = 0.4
+# The pull lets more than the aim be lost, and the last search takes what is over exactly. By
+# `SETTLED` of the way a free run has lost about what it loses in the end; in between it loses up to
+# half as much again, which a falling learning rate wins back: hence twice the aim, less at the end.
+OVERSHOOT = 1.3
+SETTLED, HEIGHT = 0.4, 0.7
 # The pull gets stronger and weaker by at most these factors per check: it takes steps to act. What
 # was let go too far is taken back at the next check, what was held too hard is lost to the target.
 STRONGER, WEAKER = 4.0, 10.0
@@ -144,6 +143,11 @@ class Controller:
     def aim(self) -> float:
         return AIM * self.budget.amount
 
+    def due(self, done: float) -> float:
+        """What may be lost when this share of the way is behind."""
+        high = OVERSHOOT + HEIGHT * (1 - done)
+        return high * self.aim * min(1.0, done / SETTLED)
+
     def adjust(self, lost: float, done: float) -> None:
         """Stronger when more is lost than was due by now, weaker when less.
 
@@ -153,8 +157,7 @@ class Controller:
         """
         if not math.isfinite(lost):
             return
-        due = OVERSHOOT * self.aim * min(1.0, done / SETTLED)
-        change = max(lost, 0.0) / due
+        change = max(lost, 0.0) / self.due(done)
         change = min(max(change, 1 / WEAKER), STRONGER)
         self.set(min(max(self.factor * change, RANGE[0]), RANGE[1]))
 

@@ -21,7 +21,6 @@ from fast.train.budget import (
     BUDGET,
     FORECAST,
     LAST_CHECKS,
-    OVERSHOOT,
     Controller,
     Forecast,
     Segment,
@@ -45,7 +44,7 @@ CALIBRATION_SAMPLES = 16
 LIMIT = 4096
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
 # Over this multiple of the budget the weights are moved back at once, without waiting for the pull.
-EXCESS = 2.0
+EXCESS = 3.0
 
 
 def make_card(
@@ -212,7 +211,8 @@ class Protection:
                 lost = self._check(model)
                 place = 1.0
                 if self.controller and lost > EXCESS * self.controller.budget.amount:
-                    place = self._land(model, lost, OVERSHOOT * self.controller.aim, 1)
+                    due = max(self.controller.aim, self.controller.due(self.paths[done - 1]))
+                    place = self._land(model, lost, due, 1)
             if self.controller is None:
                 return
             if place < 1 and self.average:
