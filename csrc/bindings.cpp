@@ -1,5 +1,4 @@
-// The only file that knows Python. Tensors come as addresses; the GIL is released while kernels
-// run.
+// With tensors.h, all that knows Python. Kernels get tensors as addresses, and run without the GIL.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +10,7 @@
 #include "fast/anchored.h"
 #include "fast/cross_entropy.h"
 #include "fast/streams.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -89,6 +89,28 @@ class AnchoredPlan {
   std::mutex mutex_;
 };
 
+using Tensors = std::vector<py::list>;
+
+// params, then grads, then lists of the same layouts, then others.
+std::vector<Signature::List> lists_of(const py::list& params, const py::list& grads,
+                                      const Tensors& shaped, const Tensors& others) {
+  std::vector<Signature::List> lists = {{params.ptr(), true}, {grads.ptr(), true, true}};
+  for (const py::list& list : shaped) lists.push_back({list.ptr(), true});
+  for (const py::list& list : others) lists.push_back({list.ptr(), false});
+  return lists;
+}
+
+// Binds `record` and `match`: the gradients' addresses, or None.
+auto bind_signature(bool (Signature::*walk)(const std::vector<Signature::List>&, Addresses*)) {
+  return [walk](Signature& self, const py::list& params, const py::list& grads,
+                const Tensors& shaped, const Tensors& others) -> std::optional<Addresses> {
+    Addresses addresses;
+    addresses.reserve(grads.size());
+    if (!(self.*walk)(lists_of(params, grads, shaped, others), &addresses)) return std::nullopt;
+    return addresses;
+  };
+}
+
 // The streams of a list of tensors, walked as an update would and without its arithmetic.
 class StreamWalk {
  public:
@@ -147,6 +169,10 @@ PYBIND11_MODULE(_C, m) {
                     const fast::Addresses&>())
       .def("adamw", bind(&fast::anchored_adamw_cpu))
       .def("sgd", bind(&fast::anchored_sgd_cpu));
+  py::class_<fast::Signature>(m, "Signature")
+      .def(py::init([](const py::object& capsule) { return fast::Signature(capsule.ptr()); }))
+      .def("record", fast::bind_signature(&fast::Signature::record))
+      .def("match", fast::bind_signature(&fast::Signature::match));
   py::class_<fast::StreamWalk>(m, "StreamWalk")
       .def(py::init<const std::vector<int64_t>&, const std::vector<int64_t>&,
                     const std::vector<bool>&, const std::vector<fast::Addresses>&>())

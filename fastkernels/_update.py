@@ -50,6 +50,23 @@ class Batch:
     seed: int = 0
 
 
+# csrc's Dtype; 0 is "none".
+DTYPE_CODES = {
+    torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4, torch.uint8: 5,
+}  # fmt: skip
+
+
+def dtype_codes(batch: Batch) -> bytes:
+    """Six for each tensor: parameter, gradient, two moments, anchor, curvature."""
+    none: list[None] = [None] * len(batch.params)
+    moments = [*batch.moments, none][:2]
+    columns = (batch.params, batch.grads, *moments, batch.anchors or none, batch.curvature or none)
+    codes = bytearray()
+    for row in zip(*columns, strict=True):
+        codes += bytes(0 if t is None or not t.numel() else DTYPE_CODES[t.dtype] for t in row)
+    return bytes(codes)
+
+
 def compute_dtype(param: Tensor) -> torch.dtype:
     """The dtype of the arithmetic, and of state by default."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32

@@ -39,7 +39,8 @@ def _pointer(t: Tensor | None) -> int:
 
 def run(batch: Batch, rule: str) -> None:
     """Step `batch` by `rule` ("adamw", "sgd")."""
-    plan, batch, write_back = _update_tables.plan_of(batch, f"cuda {rule}", kind_of)
+    what = kind_of, batch.seed, batch.max_grad_norm
+    plan, batch, addresses, write_back = _update_tables.PLANS.find(batch, *what)
     device = batch.params[0].device
     index = device.index if device.index is not None else torch.cuda.current_device()
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -48,7 +49,7 @@ def run(batch: Batch, rule: str) -> None:
     hyper = batch.hyper.to(device)
     floats = sum(launch.count for launch in plan.launches if launch.kind == "float")
     with torch.cuda.device(device):
-        _upload(plan, [g.data_ptr() for g in batch.grads], index, stream)
+        _upload(plan, addresses, index, stream)
         getattr(_cuda.module(), rule)(
             index, stream, plan.rows.data_ptr(), plan.grads.data_ptr(), plan.chunks.data_ptr(),
             len(batch.params), sum(launch.count for launch in plan.launches), floats,

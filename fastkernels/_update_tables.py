@@ -16,18 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkernels import _checks, _update_native
-from fastkernels._update import STATS, Batch
+from fastkernels._plans import Plans
+from fastkernels._signature import ALIGNMENT
+from fastkernels._update import STATS, Batch, dtype_codes
 
 # sizeof(Row) / 8, and the words of a Row that hold its step and, in the low half, its group.
 WORDS, STEP, GROUP = 14, 10, 12
 # Elements of a chunk, the work of one program. A multiple of every code block, and a divisor of
 # 2^32: the rounding draws are keyed by the high half of an element's index.
 CHUNK = 16384
-# What 128-bit accesses need.
-ALIGNMENT = 16
 
-_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 # Plans a CUDA graph reads at every replay: they and their tables live as long as the process.
 _captured: list[Any] = []
 
@@ -57,11 +55,9 @@ class Plan:
 
     `partial` float64 `[4, chunks]`: the sums of each chunk; `control` float64 `[3]`: gradient norm,
     what gradients are multiplied by, and whether the step is skipped; `seed` int64 `[1]` and
-    `max_norm` float64 `[1]`, which are part of the layout.
+    `max_norm` float64 `[1]`.
     """
 
-    layout: list[Any]
-    misaligned: list[bool]
     rows: Tensor
     chunks: Tensor
     launches: list[Launch]
@@ -149,7 +145,9 @@ def _check_devices(batch: Batch) -> None:
 Kinds = Callable[[bytes, bool, bool], Hashable]
 
 
-def _build(batch: Batch, layout: list[Any], misaligned: list[bool], kind_of: Kinds) -> Plan:
+def _build(batch: Batch, kind_of: Kinds, seed: int, max_grad_norm: float | None) -> Plan:
+    """Chunks are sorted into launches by their row's kind; ALIGNMENT is what 128-bit accesses
+    need."""
     device = batch.params[0].device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -157,12 +155,13 @@ def _build(batch: Batch, layout: list[Any], misaligned: list[bool], kind_of: Kin
             "one step before capturing a graph"
         )
     _check_devices(batch)
-    types = _update_native._types(batch)
+    types = dtype_codes(batch)
     rows, by_kind = [], OrderedDict[Hashable, list[tuple[int, int]]]()
     for i, p in enumerate(batch.params):
         row = _row(batch, i, types[6 * i : 6 * i + 6])
         rows.append(row)
-        aligned = not misaligned[i] and not any(a % ALIGNMENT for a in (row[0], *row[2:6], row[9]))
+        addresses = (row[0], batch.grads[i].data_ptr(), *row[2:6], row[9])
+        aligned = not any(a % ALIGNMENT for a in addresses)
         kind = kind_of(types[6 * i : 6 * i + 6], row[9] != 0, aligned)
         for begin in range(0, p.numel(), CHUNK):
             count = min(CHUNK, p.numel() - begin)
@@ -177,12 +176,12 @@ def _build(batch: Batch, layout: list[Any], misaligned: list[bool], kind_of: Kin
         return torch.tensor(values, dtype=torch.int64).to(device)
 
     return Plan(
-        layout, misaligned, table(rows), table(chunks or [(0, 0)]), launches,
+        table(rows), table(chunks or [(0, 0)]), launches,
         grads=torch.zeros(len(rows), dtype=torch.int64, device=device),
         partial=torch.zeros(len(STATS), max(1, len(chunks)), dtype=torch.float64, device=device),
         control=torch.zeros(3, dtype=torch.float64, device=device),
-        seed=table([_signed(batch.seed)]),
-        max_norm=torch.tensor([batch.max_grad_norm or 0.0], dtype=torch.float64).to(device),
+        seed=table([_signed(seed)]),
+        max_norm=torch.tensor([max_grad_norm or 0.0], dtype=torch.float64).to(device),
     )  # fmt: skip
 
 
@@ -190,44 +189,4 @@ def _signed(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _layout(batch: Batch) -> list[Any]:
-    return [*_update_native.layout_of(batch), batch.seed, batch.max_grad_norm]
-
-
-def plan_of(batch: Batch, rule: str, kind_of: Kinds) -> tuple[Plan, Batch, Callable[[], None]]:
-    """The plan of `batch`, built when it is not known; the batch to run, whose tensors all have
-    their parameter's layout; and what brings copies of mutated tensors back."""
-    layout = _layout(batch)
-    device = batch.params[0].device
-    key = (rule, device, *map(Tensor.data_ptr, batch.params))
-    known = _plans.get(key)
-    if known is not None and known.layout == layout and _same_layouts(batch, device):
-        write_back = _nothing
-    else:
-        batch, write_back = _checks.prepare(batch)
-        layout = _layout(batch)
-        key = (rule, device, *map(Tensor.data_ptr, batch.params))
-        known = _plans.get(key)
-    misaligned = [g.data_ptr() % ALIGNMENT != 0 for g in batch.grads]
-    if known is None or known.layout != layout or known.misaligned != misaligned:
-        known = _build(batch, layout, misaligned, kind_of)
-        _plans[key] = known
-        while len(_plans) > _update_native.MAX_PLANS:
-            _plans.popitem(last=False)
-    _plans.move_to_end(key)
-    return known, batch, write_back
-
-
-def _nothing() -> None:
-    return None
-
-
-def _same_layouts(batch: Batch, device: torch.device) -> bool:
-    """Whether the gradients can be read in the parameters' order; the rest is in the layout."""
-    return all(
-        g.device == device
-        and g.layout == torch.strided
-        and p.shape == g.shape
-        and _checks.same_layout(p, g)
-        for p, g in zip(batch.params, batch.grads, strict=True)
-    )
+PLANS = Plans(_build)

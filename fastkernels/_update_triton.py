@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from fastkernels import _update_tables
+from fastkernels._signature import ALIGNMENT
 from fastkernels._update import Batch
-from fastkernels._update_tables import ALIGNMENT
 from fastkernels._update_triton_device import STEP, WIDTH, WORDS, chunk_of, gradient_scale
 from fastkernels._update_triton_storage import load
 
@@ -142,14 +142,15 @@ def finish_kernel(
             tl.store(stats + 3, 0.5 * forgetting)
 
 
-def run(batch: Batch, kernel: Any, rule: str) -> None:
+def run(batch: Batch, kernel: Any) -> None:
     """Step `batch` by the update kernel of one op."""
-    plan, batch, write_back = _update_tables.plan_of(batch, f"triton {rule}", kind_of)
+    what = kind_of, batch.seed, batch.max_grad_norm
+    plan, batch, addresses, write_back = _update_tables.PLANS.find(batch, *what)
     device = batch.params[0].device
     grad_scale = _update_tables.flag(batch.grad_scale, device)
     found_inf = _update_tables.flag(batch.found_inf, device)
     hyper = batch.hyper.to(device)
-    grads = plan.upload([g.data_ptr() for g in batch.grads])
+    grads = plan.upload(addresses)
     clip = batch.max_grad_norm is not None
     chunk_count = plan.partial.shape[1]
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -125,13 +125,13 @@ def test_one_list_of_many_kinds(monkeypatch):
 
 def test_one_launch_for_any_number_of_tensors(monkeypatch):
     """Tensors of one kind: all of a network's, whatever their shapes."""
-    plans, plan_of = [], _update_tables.plan_of
+    plans, find = [], _update_tables.PLANS.find
 
     def watched(*args):
-        plans.append(plan_of(*args))
+        plans.append(find(*args))
         return plans[-1]
 
-    monkeypatch.setattr(_update_tables, "plan_of", watched)
+    monkeypatch.setattr(_update_tables.PLANS, "find", watched)
     shapes = [(64, 3, 7, 7), (64,), (), (1,), (0,), (3, 5)] * 20 + [(40000,)]
     run = Run("adamw", [torch.randn(s) for s in shapes], Feature(anchor_decay=0.5))
     run.step([torch.randn(s) for s in shapes])

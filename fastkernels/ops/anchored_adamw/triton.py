@@ -56,4 +56,4 @@ def anchored_adamw_kernel(
 
 def anchored_adamw_(batch: _update.Batch) -> None:
     """Update every tensor of `batch` in place."""
-    _update_triton.run(batch, anchored_adamw_kernel, "adamw")
+    _update_triton.run(batch, anchored_adamw_kernel)

@@ -58,4 +58,4 @@ def anchored_sgd_kernel(
 
 def anchored_sgd_(batch: _update.Batch) -> None:
     """Update every tensor of `batch` in place."""
-    _update_triton.run(batch, anchored_sgd_kernel, "sgd")
+    _update_triton.run(batch, anchored_sgd_kernel)

@@ -20,6 +20,9 @@ from ._dtensor import Place
 from ._progress import Progress
 from ._state import State, Storage
 
+# As functions: a step of thousands of small tensors is mostly Python, which calls these faster.
+_device_of, _layout_of = Tensor.device.__get__, Tensor.layout.__get__  # type: ignore[attr-defined]
+
 
 class AnchoredOptimizer(Optimizer):
     """Base of the optimizers that pull parameters towards anchors; not used by itself."""
@@ -341,32 +344,32 @@ class AnchoredOptimizer(Optimizer):
         if batch.states[0]["step"].device != device:  # the model was moved after the state was made
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
-        remainders = batch.optional("remainder", batch.nothing)
-        if remainders:
+        split = self.storage.exact_bf16
+        if split:
             for state, p in zip(batch.states, batch.params, strict=True):
                 if p.dtype != torch.bfloat16:  # model.float() after the state was made
                     state.pop("remainder", None)
-            remainders = batch.optional("remainder", batch.nothing)
         if place not in self._stats:
             unknown = torch.full((len(STATS),), math.nan, dtype=torch.float64)
             self._stats[place] = unknown.to(device)
-        curvature, codes = batch.optional("curvature"), batch.optional("curvature_codes")
-        if codes:
+        curvature, scales = batch.optional("curvature"), []
+        if self.storage.curvature_dtype == torch.uint8:
+            codes, scales = batch.optional("curvature_codes"), batch.optional("curvature_scales")
             curvature = curvature or [None] * len(codes)
-            curvature = [f if c is None else c for f, c in zip(curvature, codes, strict=True)]
+            curvature = [f if c is None else c for f, c in zip(curvature, codes, strict=False)]
         anchors = batch.optional("anchor")
         self._anchored[place] = bool(anchors)
         return {
             "anchors": anchors,
             "curvature": curvature,
-            "curvature_scales": batch.optional("curvature_scales"),
-            "remainders": remainders,
+            "curvature_scales": scales,
+            "remainders": batch.optional("remainder", batch.nothing) if split else [],
             "stats": self._stats[place],
             "seed": self.seed,
         }
 
     def _collect(self) -> dict[Place, Batch]:
-        """What this step updates, by place. Kept lean: it is most of a step of small tensors."""
+        """What this step updates, by place."""
         batches: dict[Place, Batch] = {}
         for group in self.param_groups:
             self._absorb_curvature(group)
@@ -375,42 +378,42 @@ class AnchoredOptimizer(Optimizer):
                 continue
             # The first step after the stall already moves: 1/ramp, 2/ramp, ..., 1.
             ramp = min(1.0, (after_stall + 1) / group["ramp"]) if group["ramp"] else 1.0
-            anchored = bool(group["anchor_decay"])
-            # Moments are made together, so the last one stands for all.
-            moments = self._group_moments(group)
-            last = moments[-1] if moments else "step"
-            if self.storage.state_dtype == torch.uint8 and moments:
-                last += "_codes"
-            device = None
-            sharded = _dtensor.any_sharded(group["params"])
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
+            params, grads = _with_gradients(group["params"])
+            if any(layout is not torch.strided for layout in set(map(_layout_of, grads))):
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients; build the embedding "
+                    "with sparse=False"
+                )
+            states = self._states(group, params)
+            for place, members in _by_place(params).items():
+                batch = batches.setdefault(place, Batch(place.device))
+                row = batch.row(group, ramp)
+                if members is None:
+                    batch.add(params, grads, states, row)
                     continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support {grad.layout} gradients; build "
-                        "the embedding with sparse=False"
-                    )
-                if sharded or p.device != device:
-                    device = p.device
-                    place = _dtensor.place(p) if sharded else Place(device)
-                    batch = batches.setdefault(place, Batch(device))
-                    row = batch.row(group, ramp)
-                state = self.state.get(p)
-                if state is None or last not in state:
-                    state = self._ensure(group, p)
-                if anchored and "anchor" not in state:
-                    raise RuntimeError(
-                        "anchor_decay is set but a parameter has no anchor: call set_anchors(...); "
-                        "it is not taken from weights that may have moved"
-                    )
-                if sharded:
-                    grad, state = _dtensor.like(grad, p), _dtensor.local_state(state)
-                    batch.add(_dtensor.local(p), _dtensor.local(grad), state, row)
-                else:
-                    batch.add(p, grad, state, row)
+                for i in members:
+                    p, grad = params[i], _dtensor.like(grads[i], params[i])
+                    state = _dtensor.local_state(states[i])
+                    batch.add([_dtensor.local(p)], [_dtensor.local(grad)], [state], row)
         return batches
+
+    def _states(self, group: Group, params: list[Tensor]) -> list[State]:
+        """The states of these parameters of `group`, complete."""
+        states: list[Any] = list(map(self.state.get, params))
+        # Moments are made together, so the last one stands for all.
+        moments = self._group_moments(group)
+        last = moments[-1] if moments else "step"
+        if self.storage.state_dtype == torch.uint8 and moments:
+            last += "_codes"
+        for i, state in enumerate(states):
+            if state is None or last not in state:
+                states[i] = self._ensure(group, params[i])
+        if group["anchor_decay"] and not all("anchor" in state for state in states):
+            raise RuntimeError(
+                "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is "
+                "not taken from weights that may have moved"
+            )
+        return states
 
     def _hyper_table(self, batch: Batch, place: Place) -> Tensor:
         """The op's table `[groups, columns]`; kept between steps while nothing in it changes."""
@@ -455,3 +458,23 @@ class AnchoredOptimizer(Optimizer):
             for name in ("drift", "forgetting"):
                 figures[name] = torch.full_like(figures[name], math.nan)
         return figures
+
+
+def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    grads = [p.grad for p in params]
+    found = [g for g in grads if g is not None]
+    if len(found) < len(params):
+        params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+    return params, found
+
+
+def _by_place(params: list[Tensor]) -> dict[Place, list[int] | None]:
+    """The places of these parameters, each with their indices; None: all of them."""
+    if not _dtensor.any_sharded(params):
+        devices = set(map(_device_of, params))
+        if len(devices) < 2:
+            return {Place(device): None for device in devices}
+    places: dict[Place, list[int] | None] = {}
+    for i, p in enumerate(params):
+        places.setdefault(_dtensor.place(p), []).append(i)  # type: ignore[union-attr]
+    return places

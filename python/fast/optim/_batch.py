@@ -26,11 +26,13 @@ class Batch:
         self.rows.append((group, ramp))
         return len(self.rows) - 1
 
-    def add(self, p: Tensor, grad: Tensor, state: dict[str, Any], row: int) -> None:
-        self.params.append(p)
-        self.grads.append(grad)
-        self.states.append(state)
-        self.groups.append(row)
+    def add(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], row: int
+    ) -> None:
+        self.params += params
+        self.grads += grads
+        self.states += states
+        self.groups += [row] * len(params)
 
     def column(self, name: str) -> list[Tensor]:
         """Entry `name` of every state.
@@ -42,9 +44,9 @@ class Batch:
 
     def optional(self, name: str, nothing: Tensor | None = None) -> list[Any]:
         """Entry `name` of every state, or `nothing`; empty when no state has it."""
-        if not any(name in state for state in self.states):
-            return []
-        return [state.get(name, nothing) for state in self.states]
+        found = [state.get(name, nothing) for state in self.states]
+        missing = sum(t is nothing for t in found)
+        return [] if missing == len(found) else found
 
     def moment(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
         """Moment `name` of every state, stored plain, as codes, or not at all; and its scales."""

@@ -1,0 +1,111 @@
+"""Whether the tensors of a call are still those that tables were made for: asked at every step.
+
+Compared are addresses, dtypes, devices and layouts; of gradients all but the address.
+Tensors may be given new storage behind our back (`.data =`, `share_memory_()`), so identity is not
+enough, and addresses alone are not: memory is given to other tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastkernels import _checks, _native
+from fastkernels._update import Batch, Optionals
+
+ALIGNMENT = 16
+
+_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+
+
+class Signature(Protocol):
+    """`record` remembers a batch whose tensors have their parameter's layout; `match` tells whether
+    another one is the same. Both return the gradients' addresses, or None: no."""
+
+    def record(self, batch: Batch) -> list[int] | None: ...
+
+    def match(self, batch: Batch) -> list[int] | None: ...
+
+
+class NativeSignature:
+    """By csrc/tensors.h: 2.2 ms for 14 000 tensors out of cache, where torch's own took 3.7."""
+
+    def __init__(self) -> None:
+        self._native = _native.module().Signature(Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
+        self._groups: Sequence[int] = ()
+
+    def record(self, batch: Batch) -> list[int] | None:
+        self._groups = list(batch.groups)
+        found: list[int] | None = self._native.record(*_lists(batch))
+        return found
+
+    def match(self, batch: Batch) -> list[int] | None:
+        if self._groups != batch.groups:
+            return None
+        found: list[int] | None = self._native.match(*_lists(batch))
+        return found
+
+
+def _lists(batch: Batch) -> tuple[list[Any], list[Any], list[list[Any]], list[list[Any]]]:
+    shaped = [*batch.moments, batch.anchors, batch.curvature, batch.remainders]
+    others = [batch.steps, *batch.moment_scales, batch.curvature_scales]
+    return list(batch.params), list(batch.grads), [*map(list, shaped)], [*map(list, others)]
+
+
+class TorchSignature:
+    """Without a compiled module, or a torch older than the exchange table (2.10)."""
+
+    def __init__(self) -> None:
+        self._layout: list[Any] = []
+
+    def record(self, batch: Batch) -> list[int] | None:
+        self._layout = _layout_of(batch)
+        return list(map(_data_ptr, batch.grads))
+
+    def match(self, batch: Batch) -> list[int] | None:
+        if not _grads_fit(batch) or self._layout != _layout_of(batch):
+            return None
+        return list(map(_data_ptr, batch.grads))
+
+
+def _addresses(tensors: Optionals) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _dtypes(tensors: Optionals) -> list[torch.dtype | None]:
+    return [None if t is None else t.dtype for t in tensors]
+
+
+def _layout_of(batch: Batch) -> list[Any]:
+    """No tuple per tensor: the garbage collector makes those dear."""
+    plain = [batch.anchors, batch.curvature, batch.curvature_scales]
+    return [
+        list(batch.groups),
+        list(map(_numel, batch.params)),
+        [p.stride() for p in batch.params if not p.is_contiguous()],
+        [g.data_ptr() % ALIGNMENT for g in batch.grads],
+        [_dtypes(t) for t in (batch.params, batch.grads, *batch.moments, *plain)],
+        [_addresses(t) for t in (batch.params, *batch.moments, *batch.moment_scales, batch.steps)],
+        [_addresses(t) for t in (*plain, batch.remainders)],
+    ]
+
+
+def _grads_fit(batch: Batch) -> bool:
+    """Whether the gradients can be read in the parameters' order."""
+    return len(batch.params) == len(batch.grads) and all(
+        g.device == p.device
+        and g.layout == torch.strided
+        and p.shape == g.shape
+        and _checks.same_layout(p, g)
+        for p, g in zip(batch.params, batch.grads, strict=True)
+    )
+
+
+def new() -> Signature:
+    """The faster one that works here."""
+    if _native.available()[0] and hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return NativeSignature()
+    return TorchSignature()

@@ -1,0 +1,102 @@
+"""Plans are used again only for the tensors they were made for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkernels
+from fastkernels import _native, _plans, _signature
+from fastkernels._update import Batch
+
+OP = fastkernels.ops.anchored_adamw.OP
+
+
+def batch(*shapes: tuple[int, ...]) -> Batch:
+    def each() -> list[Tensor]:
+        return [torch.randn(s) for s in shapes]
+
+    steps = [torch.zeros(()) for _ in shapes]
+    hyper = torch.zeros(1, 7, dtype=torch.float64)
+    return Batch(
+        OP, each(), each(), (each(), each()), steps, hyper, [0] * len(shapes), anchors=each()
+    )
+
+
+@pytest.fixture(params=["NativeSignature", "TorchSignature"])
+def signature(request):
+    if request.param == "NativeSignature":
+        if not _native.available()[0]:
+            pytest.skip(_native.available()[1])
+        if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+            pytest.skip("this torch has no DLPack exchange table")
+    return getattr(_signature, request.param)()
+
+
+def test_gradients_may_move_and_nothing_else(signature):
+    b = batch((3, 4), (5,), (), (0, 2))
+    addresses = signature.record(b)
+    assert addresses == [g.data_ptr() for g in b.grads] == signature.match(b)
+    b.grads = [g.clone() for g in b.grads]
+    assert signature.match(b) == [g.data_ptr() for g in b.grads]
+
+
+def swap(tensors: list[Tensor], new: Tensor) -> None:
+    tensors[0] = new
+
+
+CHANGES = {
+    "a parameter in other memory": lambda b: swap(b.params, b.params[0].clone()),
+    "a parameter with new storage": lambda b: setattr(b.params[0], "data", b.params[0].clone()),
+    "a moment with new storage": lambda b: setattr(b.moments[1][0], "data", torch.zeros(3, 4)),
+    "a moment of another dtype": lambda b: swap(b.moments[0], b.moments[0][0].view(torch.int32)),
+    "an anchor that is gone": lambda b: swap(b.anchors, None),
+    "no anchors": lambda b: setattr(b, "anchors", []),
+    "a step count in other memory": lambda b: swap(b.steps, torch.zeros(())),
+    "a gradient of another dtype": lambda b: swap(b.grads, b.grads[0].bfloat16()),
+    "a gradient of another shape": lambda b: swap(b.grads, torch.zeros(4, 3)),
+    "a gradient in another order": lambda b: swap(b.grads, b.grads[0].t().contiguous().t()),
+    "an expanded gradient": lambda b: swap(b.grads, torch.zeros(()).expand(3, 4)),
+    "a sparse gradient": lambda b: swap(b.grads, torch.zeros(3, 4).to_sparse()),
+    "another group": lambda b: setattr(b, "groups", [0, 0, 1, 0]),
+    "a tensor more": lambda b: [x.append(torch.zeros(2)) for x in (b.params, b.grads, *b.moments)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_changed_is_seen(signature, change):
+    b = batch((3, 4), (5,), (), (0, 2))
+    signature.record(b)
+    change(b)
+    assert signature.match(b) is None
+
+
+def test_strides_of_dimensions_of_size_one_mean_nothing(signature):
+    b = batch((1, 4, 1, 3))
+    signature.record(b)
+    b.grads[0] = torch.randn(12).as_strided((1, 4, 1, 3), (77, 3, 5, 1))
+    assert signature.match(b) is not None
+
+
+def test_a_plan_is_built_once_and_again_when_something_moved():
+    built = []
+    plans = _plans.Plans(lambda b: built.append(len(b.params)) or len(built))
+    b = batch((3, 4), (5,))
+    assert [plans.find(b)[0] for _ in range(3)] == [1, 1, 1]
+    b.grads[0] = torch.zeros(()).expand(3, 4)  # copied to the parameter's layout: the plan holds
+    plan, used, addresses, _ = plans.find(b)
+    assert plan == 1
+    assert used.grads[0].is_contiguous()
+    assert addresses[0] == used.grads[0].data_ptr()
+    b.moments[0][1] = b.moments[0][1].clone()
+    assert [plans.find(b)[0] for _ in range(2)] == [2, 2]
+
+
+def test_plans_do_not_grow_for_ever(monkeypatch):
+    monkeypatch.setattr(_plans, "MAX_PLANS", 3)
+    plans = _plans.Plans(lambda b: object())
+    kept = [batch((2,)) for _ in range(5)]
+    for b in kept:
+        plans.find(b)
+    assert len(plans._known) == 3
