@@ -70,6 +70,8 @@ def name(value: object) -> str:
     return str(value).replace(" ", "-")
 
 
+# Other libraries warn of what they do.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("case", "kind", "method", "count"), VARIANTS, ids=name)
 def bench_products(benchmark, case: str, kind: str, method: str, count: int) -> None:
     if why := missing(method):

@@ -31,7 +31,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         "native": _native.available()[1],
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "csrc", "fastkernels")
+            _git("status", "--porcelain", "--untracked-files=no", "csrc", "fastkernels", "python")
         ),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),

@@ -22,9 +22,14 @@ SAMPLES = 4  # all arithmetic counted here grows with the batch: counted on a pa
 
 
 def _count(run: Callable[[], object]) -> int:
-    # Nothing counts what the CPU's fused attention does.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
+    # Nothing counts what the CPU's fused attention and encoder layers do.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops()
 
 
