@@ -49,11 +49,12 @@ class Signature {
       : table_(static_cast<const ExchangeTable*>(
             PyCapsule_GetPointer(capsule, "dlpack_exchange_api"))) {
     if (!table_) PyErr_Clear();
-    if (!table_ || table_->major != 1) throw std::invalid_argument("no DLPack 1 exchange table");
+    if (!table_ || table_->major != 1 || !table_->view)
+      throw std::invalid_argument("no DLPack 1 exchange table that shows tensors");
   }
 
-  // Both return false where a tensor has no plain memory (it is sparse, say) or another layout than
-  // its parameter. `addresses` receives those of the lists that move.
+  // Both return false where a tensor has no plain memory (it is sparse, or a wrapper) or another
+  // layout than its parameter. `addresses` receives those of the lists that move.
   bool record(const std::vector<List>& lists, std::vector<uintptr_t>* addresses) {
     known_.clear();
     layouts_.clear();
@@ -74,15 +75,32 @@ class Signature {
   struct Known {
     uintptr_t data;  // of a list that moves: its alignment
     uint64_t type;   // dtype and device
+    int64_t size;    // of a list that is not shaped: elements, or -1 where not contiguous
 
-    bool operator==(const Known& other) const { return data == other.data && type == other.type; }
+    bool operator==(const Known& other) const {
+      return data == other.data && type == other.type && size == other.size;
+    }
   };
 
-  static Known of(const TensorView& t, bool moves) {
+  static Known of(const TensorView& t, const List& list) {
     const auto data = reinterpret_cast<uintptr_t>(t.data);
     const uint64_t device =
         uint64_t{static_cast<uint16_t>(t.device_type)} << 16 | static_cast<uint16_t>(t.device_id);
-    return {moves ? data % 16 : data, device << 16 | uint64_t{t.type_code} << 8 | t.type_bits};
+    return {list.moves ? data % 16 : data, device << 16 | uint64_t{t.type_code} << 8 | t.type_bits,
+            list.shaped ? 0 : contiguous_size(t)};
+  }
+
+  static int64_t contiguous_size(const TensorView& t) {
+    int64_t size = 1;
+    for (int32_t k = t.ndim; k-- > 0; size *= t.shape[k])
+      if (t.shape[k] != 1 && t.strides[k] != size) return -1;
+    return size;
+  }
+
+  static bool is_empty(const TensorView& t) {
+    for (int32_t k = 0; k < t.ndim; k++)
+      if (t.shape[k] == 0) return true;
+    return false;
   }
 
   bool walk(const std::vector<List>& lists, std::vector<uintptr_t>* addresses) {
@@ -99,7 +117,8 @@ class Signature {
           PyErr_Clear();
           return false;
         }
-        const Known found = of(t, list.moves);
+        if (object != Py_None && !t.data && !is_empty(t)) return false;
+        const Known found = of(t, list);
         if (recording_) known_.push_back(found);
         if (recording_ && l == 0) remember_layout(t);
         if (!(known_[next] == found)) return false;
@@ -117,7 +136,7 @@ class Signature {
     layouts_.insert(layouts_.end(), t.strides, t.strides + t.ndim);
   }
 
-  // Strides of dimensions of size 1 mean nothing.
+  // Strides of dimensions of size 1, and of tensors without elements, mean nothing.
   bool has_layout(const TensorView& t, size_t i, bool elements) const {
     if (i >= starts_.size()) return false;
     if (!elements && t.ndim == 1 && t.shape[0] == 0) return true;
@@ -125,7 +144,10 @@ class Signature {
     const int64_t *shape = known + 1, *strides = shape + known[0];
     if (t.ndim != known[0]) return false;
     for (int32_t k = 0; k < t.ndim; k++)
-      if (t.shape[k] != shape[k] || (t.shape[k] != 1 && t.strides[k] != strides[k])) return false;
+      if (t.shape[k] != shape[k]) return false;
+    if (is_empty(t)) return true;
+    for (int32_t k = 0; k < t.ndim; k++)
+      if (t.shape[k] != 1 && t.strides[k] != strides[k]) return false;
     return true;
   }
 

@@ -12,7 +12,16 @@ from torch import Tensor
 from fastkernels._storage import code_scales
 from fastkernels._update import STATS, Batch, Optionals
 
-_MOMENT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
+# What each list may be stored as.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "grads": _REAL,
+    "anchors": _REAL,
+    "curvature": (*_REAL, torch.uint8),
+    "remainders": (torch.int16,),
+}
+_OPTIONAL = ("anchors", "curvature", "curvature_scales", "remainders")
 
 
 def check_table(batch: Batch) -> None:
@@ -28,63 +37,75 @@ def check_table(batch: Batch) -> None:
     groups = batch.groups
     if groups and not 0 <= min(groups) <= max(groups) < hyper.shape[0]:
         raise ValueError(f"{name}: groups must index the {hyper.shape[0]} rows of hyper")
+    device = batch.params[0].device if batch.params else hyper.device
+    if hyper.device.type not in ("cpu", device.type):
+        raise ValueError(f"{name}: hyper is on {hyper.device}, params[0] on {device}")
     stats = batch.stats
-    if stats is not None and (stats.dtype, stats.shape) != (torch.float64, (len(STATS),)):
+    if stats is None:
+        return
+    if (stats.dtype, stats.shape) != (torch.float64, (len(STATS),)) or not stats.is_contiguous():
         raise ValueError(
-            f"{name}: stats must be float64 [{len(STATS)}]; got {stats.dtype} {list(stats.shape)}"
+            f"{name}: stats must be float64 [{len(STATS)}], contiguous; got {stats.dtype} "
+            f"{list(stats.shape)}"
         )
+    if stats.device != device:
+        raise ValueError(f"{name}: stats is on {stats.device}, params[0] on {device}")
 
 
 def check_tensors(batch: Batch) -> None:
     """Raise a ValueError that names the list and the entry that does not fit its parameter."""
     name, count = batch.op.name, len(batch.params)
     moments = dict(zip(batch.op.moments, batch.moments, strict=True))
-    lists: dict[str, Optionals] = {"grads": batch.grads, **moments}
-    lists |= {"anchors": batch.anchors, "curvature": batch.curvature}
-    lists |= {"remainders": batch.remainders}
-    optional = ("anchors", "curvature", "remainders", "curvature_scales")
-    scales = {
-        m: batch.moment_scales[k] if batch.moment_scales else () for k, m in enumerate(moments)
-    }
-    sizes = {**lists, "steps": batch.steps, "groups": batch.groups}
+    scales = dict(zip(moments, batch.moment_scales or ((),) * len(moments), strict=True))
+    shaped: dict[str, Optionals] = {"grads": batch.grads, **moments}
+    shaped |= {"anchors": batch.anchors, "curvature": batch.curvature}
+    shaped |= {"remainders": batch.remainders}
+    sizes = {**shaped, "steps": batch.steps, "groups": batch.groups}
     sizes |= {"curvature_scales": batch.curvature_scales}
     for key, entries in sizes.items():
-        if len(entries) != count and not (key in optional and not entries):
+        if len(entries) != count and not (key in _OPTIONAL and not entries):
             raise ValueError(f"{name}: {key} has {len(entries)} entries for {count} params")
     for i, p in enumerate(batch.params):
-        if not p.is_floating_point():
-            raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be a real floating type")
-        if batch.steps[i].dtype != torch.float32 or batch.steps[i].numel() != 1:
-            raise ValueError(f"{name}: steps[{i}] must be float32 []")
-        for key, tensors in lists.items():
+        if p.dtype not in _REAL:
+            known = ", ".join(map(str, _REAL))
+            raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {known}")
+        _check_flat(f"{name}: steps[{i}]", batch.steps[i], 1, p.device)
+        for key, tensors in shaped.items():
             t = tensors[i] if tensors else None
             if t is None or (t.numel() == 0 and key in (*moments, "remainders")):
                 continue
-            if t.layout is not p.layout:
-                raise ValueError(f"{name}: {key}[{i}] is {t.layout}, params[{i}] {p.layout}")
-            if t.shape != p.shape:
-                raise ValueError(
-                    f"{name}: {key}[{i}] is {list(t.shape)}, params[{i}] is {list(p.shape)}"
-                )
-            if t.device != p.device:
-                raise ValueError(f"{name}: {key}[{i}] is on {t.device}, params[{i}] on {p.device}")
-            if key in moments:
-                if t.dtype not in _MOMENT_DTYPES:
-                    known = ", ".join(map(str, _MOMENT_DTYPES))
-                    raise ValueError(f"{name}: {key}[{i}] is {t.dtype}; it must be one of {known}")
-                _check_scales(f"{name}: scales of {key}", i, t, scales[key])
-            elif key == "curvature":
-                _check_scales(f"{name}: curvature_scales", i, t, batch.curvature_scales)
-            elif key == "remainders" and (t.dtype, p.dtype) != (torch.int16, torch.bfloat16):
-                raise ValueError(f"{name}: remainders[{i}] must be int16, of a bfloat16 parameter")
+            _check_shaped(f"{name}: {key}[{i}]", t, i, p, _DTYPES.get(key, _MOMENTS))
+            if key == "remainders" and p.dtype != torch.bfloat16:
+                raise ValueError(f"{name}: remainders[{i}] must be of a bfloat16 parameter")
+            if t.dtype == torch.uint8:
+                own = scales.get(key, batch.curvature_scales)
+                found = own[i] if own else None
+                what = f"{name}: scales of {key}[{i}], which are 8-bit codes,"
+                if found is None:
+                    raise ValueError(f"{what} are missing")
+                _check_flat(what, found, code_scales(t.numel()), p.device)
 
 
-def _check_scales(what: str, i: int, t: Tensor, scales: Optionals) -> None:
-    if t.dtype != torch.uint8:
-        return
-    found = scales[i] if scales else None
-    if found is None or found.dtype != torch.float32 or found.numel() != code_scales(t.numel()):
-        raise ValueError(f"{what}[{i}] must be float32 [{code_scales(t.numel())}] for 8-bit codes")
+def _check_shaped(what: str, t: Tensor, i: int, p: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if t.layout is not p.layout:
+        raise ValueError(f"{what} is {t.layout}, params[{i}] {p.layout}")
+    if t.shape != p.shape:
+        raise ValueError(f"{what} is {list(t.shape)}, params[{i}] is {list(p.shape)}")
+    if t.device != p.device:
+        raise ValueError(f"{what} is on {t.device}, params[{i}] on {p.device}")
+    if t.dtype not in dtypes:
+        raise ValueError(f"{what} is {t.dtype}; it must be one of {', '.join(map(str, dtypes))}")
+
+
+def _check_flat(what: str, t: Tensor, size: int, device: torch.device) -> None:
+    """Of a step count or scales."""
+    if t.dtype != torch.float32 or t.numel() != size or not t.is_contiguous():
+        raise ValueError(
+            f"{what} must be float32 with {size} elements, contiguous; got {t.dtype} "
+            f"{list(t.shape)}"
+        )
+    if t.device != device:
+        raise ValueError(f"{what} must be on {device}; got {t.device}")
 
 
 def is_dense(t: Tensor) -> bool:
@@ -121,8 +142,9 @@ def like(t: Tensor, param: Tensor) -> Tensor:
 def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
     """Check `batch`, and give every tensor its parameter's layout, by copies where it has another.
 
-    Returns the batch to work on, and what to call afterwards: it brings copies of mutated tensors
-    back. Only gradients may be copied while every other tensor stays: then nothing is brought back.
+    Returns:
+        the batch to work on, and what to call after the update: it brings copies of tensors that
+        were written back to where they came from.
     """
     check_tensors(batch)
     copies: list[tuple[Tensor, Tensor]] = []

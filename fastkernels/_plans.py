@@ -9,10 +9,12 @@ from typing import Any
 from fastkernels import _checks, _signature
 from fastkernels._update import Batch
 
-# Stepping in the backward pass takes an optimizer, and a plan, per tensor.
-MAX_PLANS = 4096
+# Tensors in all plans that are kept, 0.3 KB each: stepping in the backward pass takes an optimizer,
+# and a plan, per tensor.
+MAX_TENSORS = 1 << 16
 
 WriteBack = Callable[[], None]
+Entry = tuple[_signature.Signature, Any, int]
 
 
 class Plans:
@@ -20,7 +22,8 @@ class Plans:
 
     def __init__(self, build: Callable[..., Any]) -> None:
         self._build = build
-        self._known: OrderedDict[tuple[Any, ...], tuple[_signature.Signature, Any]] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], Entry] = OrderedDict()
+        self._tensors = 0
 
     def find(self, batch: Batch, *what: Any) -> tuple[Any, Batch, list[int], WriteBack]:
         """The plan of `batch`, by `build(batch, *what)` where it is not known; the batch to run,
@@ -28,27 +31,38 @@ class Plans:
         copies of mutated tensors back.
 
         Raises:
-            ValueError: the tensors do not fit each other.
+            ValueError: the tensors do not fit each other, or one has no memory of its own.
         """
-        first = batch.params[0]
-        # Two optimizers may share parameters, and a list may be stalled in part.
-        key = (what, first.device, first.data_ptr(), batch.steps[0].data_ptr(), len(batch.params))
-        signature, plan = self._known.get(key, (None, None))
-        addresses = signature.match(batch) if signature is not None else None
+        # Two optimizers may share parameters, and each step may have gradients for others of them.
+        who = hash(tuple(map(id, batch.params)))
+        first_step = batch.steps[0].data_ptr() if batch.steps else 0
+        key = (what, batch.params[0].device, len(batch.params), who, first_step)
+        known = self._known.get(key)
+        addresses = known[0].match(batch) if known is not None else None
         write_back: WriteBack = _nothing
         if addresses is None:
             batch, write_back = _checks.prepare(batch)
-            addresses = signature.match(batch) if signature is not None else None
-        if addresses is None:
+            addresses = known[0].match(batch) if known is not None else None
+        if known is None or addresses is None:
             signature = _signature.new()
             addresses = signature.record(batch)
-            assert addresses is not None, "prepared tensors have their parameters' layouts"
-            plan = self._build(batch, *what)
-            self._known[key] = signature, plan
-            while len(self._known) > MAX_PLANS:
-                self._known.popitem(last=False)
+            if addresses is None:
+                raise ValueError(
+                    f"{batch.op.name}: a tensor has no memory of its own; call "
+                    f"torch.ops.fastkernels.{batch.op.name} with wrapper subclasses"
+                )
+            known = (signature, self._build(batch, *what), len(batch.params))
+            self._keep(key, known)
         self._known.move_to_end(key)
-        return plan, batch, addresses, write_back
+        return known[1], batch, addresses, write_back
+
+    def _keep(self, key: tuple[Any, ...], entry: Entry) -> None:
+        if key in self._known:
+            self._tensors -= self._known.pop(key)[2]
+        self._known[key] = entry
+        self._tensors += entry[2]
+        while self._tensors > MAX_TENSORS and len(self._known) > 1:
+            self._tensors -= self._known.popitem(last=False)[1][2]
 
 
 def _nothing() -> None:

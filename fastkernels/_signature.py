@@ -7,6 +7,7 @@ enough, and addresses alone are not: memory is given to other tensors.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastkernels import _checks, _native
-from fastkernels._update import Batch, Optionals
+from fastkernels._update import Batch, addresses
 
 ALIGNMENT = 16
 
-_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+_data_ptr = Tensor.data_ptr
 
 
 class Signature(Protocol):
@@ -62,6 +63,8 @@ class TorchSignature:
         self._layout: list[Any] = []
 
     def record(self, batch: Batch) -> list[int] | None:
+        if not _grads_fit(batch):
+            return None
         self._layout = _layout_of(batch)
         return list(map(_data_ptr, batch.grads))
 
@@ -71,26 +74,20 @@ class TorchSignature:
         return list(map(_data_ptr, batch.grads))
 
 
-def _addresses(tensors: Optionals) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _dtypes(tensors: Optionals) -> list[torch.dtype | None]:
-    return [None if t is None else t.dtype for t in tensors]
-
-
 def _layout_of(batch: Batch) -> list[Any]:
     """No tuple per tensor: the garbage collector makes those dear."""
-    plain = [batch.anchors, batch.curvature, batch.curvature_scales]
+    moved = [batch.params, *batch.moments, batch.anchors, batch.curvature, batch.remainders]
+    lists = [*moved, batch.steps, *batch.moment_scales, batch.curvature_scales]
     return [
         list(batch.groups),
-        list(map(_numel, batch.params)),
-        [p.stride() for p in batch.params if not p.is_contiguous()],
         [g.data_ptr() % ALIGNMENT for g in batch.grads],
-        [_dtypes(t) for t in (batch.params, batch.grads, *batch.moments, *plain)],
-        [_addresses(t) for t in (batch.params, *batch.moments, *batch.moment_scales, batch.steps)],
-        [_addresses(t) for t in (*plain, batch.remainders)],
-    ]
+        [g.dtype for g in batch.grads],
+        [addresses(tensors) for tensors in lists],
+        [[None if t is None else t.dtype for t in tensors] for tensors in lists],
+        [[None if t is None else t.shape for t in tensors] for tensors in lists],
+        [[t.stride() for t in tensors if t is not None and not t.is_contiguous()]
+         for tensors in lists],
+    ]  # fmt: skip
 
 
 def _grads_fit(batch: Batch) -> bool:
@@ -107,5 +104,6 @@ def _grads_fit(batch: Batch) -> bool:
 def new() -> Signature:
     """The faster one that works here."""
     if _native.available()[0] and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-        return NativeSignature()
+        with contextlib.suppress(ValueError):  # a table of another version
+            return NativeSignature()
     return TorchSignature()

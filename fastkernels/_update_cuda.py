@@ -7,10 +7,9 @@ so a captured graph has them without pinned memory.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fastkernels import _cuda, _update_tables
-from fastkernels._update import Batch
+from fastkernels._update import Batch, addresses
 from fastkernels._update_tables import Plan
 
 _DOUBLE = 2  # csrc's Dtype::f64
@@ -21,26 +20,22 @@ def kind_of(types: bytes, remainder: bool, aligned: bool) -> str:
     return "double" if types[0] == _DOUBLE else "float"
 
 
-def _upload(plan: Plan, addresses: list[int], device: int, stream: int) -> None:
+def _upload(plan: Plan, grads: list[int], device: int, stream: int) -> None:
     capturing = torch.cuda.is_current_stream_capturing()
-    if addresses == plan.uploaded and not capturing:
+    if grads == plan.uploaded and not capturing:
         return
-    _cuda.module().write_addresses(device, stream, plan.grads.data_ptr(), addresses)
+    _cuda.module().write_addresses(device, stream, plan.grads.data_ptr(), grads)
     if capturing:
         # Every replay writes the table: what it holds afterwards is not known here.
         _update_tables.keep_for_graphs(plan)
         plan.replayed = True
-    plan.uploaded = [] if plan.replayed else addresses
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    plan.uploaded = [] if plan.replayed else grads
 
 
 def run(batch: Batch, rule: str) -> None:
     """Step `batch` by `rule` ("adamw", "sgd")."""
     what = kind_of, batch.seed, batch.max_grad_norm
-    plan, batch, addresses, write_back = _update_tables.PLANS.find(batch, *what)
+    plan, batch, grads, write_back = _update_tables.PLANS.find(batch, *what)
     device = batch.params[0].device
     index = device.index if device.index is not None else torch.cuda.current_device()
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -49,12 +44,12 @@ def run(batch: Batch, rule: str) -> None:
     hyper = batch.hyper.to(device)
     floats = sum(launch.count for launch in plan.launches if launch.kind == "float")
     with torch.cuda.device(device):
-        _upload(plan, addresses, index, stream)
+        _upload(plan, grads, index, stream)
         getattr(_cuda.module(), rule)(
             index, stream, plan.rows.data_ptr(), plan.grads.data_ptr(), plan.chunks.data_ptr(),
             len(batch.params), sum(launch.count for launch in plan.launches), floats,
             hyper.data_ptr(), plan.partial.data_ptr(), plan.control.data_ptr(),
-            _pointer(batch.stats), _pointer(grad_scale), _pointer(found_inf),
+            *addresses((batch.stats, grad_scale, found_inf)),
             batch.max_grad_norm or 0.0, batch.seed % 2**64,
         )  # fmt: skip
     write_back()

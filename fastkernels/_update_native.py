@@ -9,11 +9,7 @@ from torch import Tensor
 
 from fastkernels import _native
 from fastkernels._plans import Plans
-from fastkernels._update import Batch, Optionals, dtype_codes
-
-
-def _addresses(tensors: Optionals) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
+from fastkernels._update import Batch, addresses, dtype_codes
 
 
 def _build(batch: Batch) -> Any:
@@ -21,14 +17,14 @@ def _build(batch: Batch) -> Any:
         list(map(Tensor.numel, batch.params)),
         list(batch.groups),
         dtype_codes(batch),
-        _addresses(batch.params),
-        list(map(_addresses, batch.moments)),
-        list(map(_addresses, batch.moment_scales)),
-        _addresses(batch.steps),
-        _addresses(batch.anchors),
-        _addresses(batch.curvature),
-        _addresses(batch.curvature_scales),
-        _addresses(batch.remainders),
+        addresses(batch.params),
+        list(map(addresses, batch.moments)),
+        list(map(addresses, batch.moment_scales)),
+        addresses(batch.steps),
+        addresses(batch.anchors),
+        addresses(batch.curvature),
+        addresses(batch.curvature_scales),
+        addresses(batch.remainders),
     )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from fastkernels import _checks, _storage
 from fastkernels._update import Batch, compute_dtype
 
+HARDEST = 1e30  # csrc's kHardest: a pull beyond it leaves nothing of w, and must not overflow
+
 # (row of hyper, step [], w, g, *moments or None) -> (new w, *new moments), flat, compute dtype
 Rule = Callable[..., tuple[Any, ...]]
 
@@ -76,6 +78,7 @@ def run(batch: Batch, rule: Rule) -> None:
             if f is not None:
                 f = _storage.load(_storage.flat(f), _entry(batch.curvature_scales, i), signed=False)
                 c = c * f.to(dtype)
+            c = c.clamp(max=HARDEST)
             new_w = new_w + c / (1 + c) * (w0 - new_w)
             away = (new_w - w0).double().square()
             squares[1] += away.sum()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastkernels._plans import Plans
 from fastkernels._signature import ALIGNMENT
-from fastkernels._update import STATS, Batch, dtype_codes
+from fastkernels._update import STATS, Batch, addresses, dtype_codes
 
 # sizeof(Row) / 8, and the words of a Row that hold its step and, in the low half, its group.
 WORDS, STEP, GROUP = 14, 10, 12
@@ -98,48 +98,20 @@ class Plan:
         return self.grads
 
 
-def _pointers(tensors: Sequence[Tensor | None], i: int) -> int:
-    t = tensors[i] if tensors else None
-    return 0 if t is None else t.data_ptr()
-
-
 def _row(batch: Batch, i: int, types: bytes) -> tuple[int, ...]:
     """A Row in words; the gradient's, and what is absent, is 0."""
-    moments = [_pointers(m, i) for m in batch.moments]
-    scales = [_pointers(s, i) for s in batch.moment_scales]
+
+    def at(tensors: Sequence[Tensor | None]) -> int:
+        return addresses([tensors[i]])[0] if tensors else 0
+
+    moments, scales = map(at, batch.moments), map(at, batch.moment_scales)
     two = (0, 0)
-    lists = (batch.anchors, batch.curvature)
     (*tail,) = struct.unpack("=2q", struct.pack("=i6s6x", batch.groups[i], types))
     return (
-        batch.params[i].data_ptr(), 0, *[*moments, *two][:2], *[_pointers(t, i) for t in lists],
-        *[*scales, *two][:2], _pointers(batch.curvature_scales, i),
-        _pointers(batch.remainders, i), batch.steps[i].data_ptr(), batch.params[i].numel(), *tail,
+        batch.params[i].data_ptr(), 0, *[*moments, *two][:2],
+        at(batch.anchors), at(batch.curvature), *[*scales, *two][:2], at(batch.curvature_scales),
+        at(batch.remainders), batch.steps[i].data_ptr(), batch.params[i].numel(), *tail,
     )  # fmt: skip
-
-
-def _check_devices(batch: Batch) -> None:
-    """The kernels read raw addresses: everything must be on the parameters' device.
-
-    Raises:
-        ValueError: names the list and the entry.
-    """
-    device, name = batch.params[0].device, batch.op.name
-    lists: dict[str, Sequence[Tensor | None]] = {
-        "params": batch.params,
-        "steps": batch.steps,
-        "curvature_scales": batch.curvature_scales,
-    }
-    lists |= {
-        f"scales of {m}": s for m, s in zip(batch.op.moments, batch.moment_scales, strict=False)
-    }
-    for key, tensors in lists.items():
-        for i, t in enumerate(tensors):
-            if t is not None and t.numel() and t.device != device:
-                raise ValueError(f"{name}: {key}[{i}] is on {t.device}, params[0] on {device}")
-            if t is not None and key != "params" and not t.is_contiguous():
-                raise ValueError(f"{name}: {key}[{i}] must be contiguous")
-    if batch.stats is not None and batch.stats.device != device:
-        raise ValueError(f"{name}: stats is on {batch.stats.device}, params[0] on {device}")
 
 
 Kinds = Callable[[bytes, bool, bool], Hashable]
@@ -154,14 +126,13 @@ def _build(batch: Batch, kind_of: Kinds, seed: int, max_grad_norm: float | None)
             f"{batch.op.name}: the tables of this list of tensors are not on the device yet; run "
             "one step before capturing a graph"
         )
-    _check_devices(batch)
     types = dtype_codes(batch)
     rows, by_kind = [], OrderedDict[Hashable, list[tuple[int, int]]]()
     for i, p in enumerate(batch.params):
         row = _row(batch, i, types[6 * i : 6 * i + 6])
         rows.append(row)
-        addresses = (row[0], batch.grads[i].data_ptr(), *row[2:6], row[9])
-        aligned = not any(a % ALIGNMENT for a in addresses)
+        read = (row[0], batch.grads[i].data_ptr(), *row[2:6], row[9])
+        aligned = not any(address % ALIGNMENT for address in read)
         kind = kind_of(types[6 * i : 6 * i + 6], row[9] != 0, aligned)
         for begin in range(0, p.numel(), CHUNK):
             count = min(CHUNK, p.numel() - begin)

@@ -219,7 +219,7 @@ def test_a_smaller_moment_is_not_written_past_its_end():
     [
         ({"grads": [torch.zeros(3)]}, r"grads\[0\] is \[3\], params\[0\] is \[4\]"),
         ({"grads": []}, "grads has 0 entries for 1 params"),
-        ({"params": [torch.zeros(4, dtype=torch.complex64)]}, "real floating"),
+        ({"params": [torch.zeros(4, dtype=torch.complex64)]}, "must be one of"),
         ({"grads": [torch.eye(4)[0].to_sparse()]}, r"grads\[0\] is torch.sparse_coo"),
         ({"hyper": torch.zeros(1, 3)}, r"hyper must be float64 \[groups, 7\]"),
         ({"groups": [1]}, "index the 1 rows"),

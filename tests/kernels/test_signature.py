@@ -60,6 +60,10 @@ CHANGES = {
     "an expanded gradient": lambda b: swap(b.grads, torch.zeros(()).expand(3, 4)),
     "a sparse gradient": lambda b: swap(b.grads, torch.zeros(3, 4).to_sparse()),
     "another group": lambda b: setattr(b, "groups", [0, 0, 1, 0]),
+    "a moment transposed in place": lambda b: b.moments[0][0].t_(),
+    "a moment cut in place": lambda b: b.moments[0][1].resize_(2),
+    "an anchor transposed in place": lambda b: b.anchors[0].t_(),
+    "a step count of another dtype": lambda b: swap(b.steps, b.steps[0].view(torch.int32)),
     "a tensor more": lambda b: [x.append(torch.zeros(2)) for x in (b.params, b.grads, *b.moments)],
 }
 
@@ -94,7 +98,7 @@ def test_a_plan_is_built_once_and_again_when_something_moved():
 
 
 def test_plans_do_not_grow_for_ever(monkeypatch):
-    monkeypatch.setattr(_plans, "MAX_PLANS", 3)
+    monkeypatch.setattr(_plans, "MAX_TENSORS", 3)
     plans = _plans.Plans(lambda b: object())
     kept = [batch((2,)) for _ in range(5)]
     for b in kept:

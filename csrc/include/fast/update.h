@@ -101,9 +101,13 @@ struct Sgd {
   }
 };
 
-// The proximal step of c/2 (w - w0)^2, in the form that is exact at c = 0 and at w = w0.
+// The proximal step of c/2 (w - w0)^2, in the form that is exact at c = 0 and at w = w0. A pull
+// beyond kHardest leaves nothing of w, and must not overflow.
+constexpr float kHardest = 1e30f;
+
 template <class Real>
 FAST_INLINE Real pull_to(Real w, Real w0, Real c) {
+  c = c > kHardest ? Real(kHardest) : c;
   return multiply_add(c / (1 + c), w0 - w, w);
 }
 

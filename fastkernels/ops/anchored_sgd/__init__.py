@@ -58,7 +58,7 @@ def anchored_sgd_(
         ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    step = _step if _update.direct(params) else torch.ops.fastkernels.anchored_sgd_
+    step = _step if _update.direct(params, grads) else torch.ops.fastkernels.anchored_sgd_
     step(
         params, grads, momentum_buffers, steps, hyper, groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,

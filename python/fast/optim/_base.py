@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from fast.profiling import named_range
 from fastkernels._update import STATS
@@ -17,6 +15,7 @@ from fastkernels._update import STATS
 from . import _dtensor, _scaling, _state
 from ._batch import Batch, Group
 from ._dtensor import Place
+from ._loading import LoadingOptimizer
 from ._progress import Progress
 from ._state import State, Storage
 
@@ -24,11 +23,8 @@ from ._state import State, Storage
 _device_of, _layout_of = Tensor.device.__get__, Tensor.layout.__get__  # type: ignore[attr-defined]
 
 
-class AnchoredOptimizer(Optimizer):
+class AnchoredOptimizer(LoadingOptimizer):
     """Base of the optimizers that pull parameters towards anchors; not used by itself."""
-
-    # Names of the moments in the state, as torch's optimizer of the same name has them.
-    moments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -40,10 +36,10 @@ class AnchoredOptimizer(Optimizer):
         max_grad_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not number("max_grad_norm", max_grad_norm) > 0:
             raise ValueError(f"max_grad_norm must be positive; got {max_grad_norm}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be an integer in [0, 2**64); got {seed!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
         self.storage = storage
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -83,17 +79,13 @@ class AnchoredOptimizer(Optimizer):
     def _check_group(self, group: Group) -> None:
         """Raise a ValueError that names the key when `group` has a value out of range."""
         for key in ("lr", "weight_decay", "anchor_decay", "stall", "ramp"):
-            value = group[key]
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"{key} must have one element; got a tensor {list(value.shape)}")
+            value = number(key, group[key])
             if not value >= 0:
                 raise ValueError(f"{key} must not be negative; got {value}")
         for p in group["params"]:
             if not p.is_floating_point():
-                raise ValueError(
-                    f"params: {p.dtype} is not supported; for a complex parameter give "
-                    "torch.view_as_real(parameter)"
-                )
+                way = "give torch.view_as_real(parameter)" if p.is_complex() else "leave it out"
+                raise ValueError(f"params: {p.dtype} is not supported; {way}")
             if self.storage.codes and _dtensor.is_sharded(p):
                 raise ValueError(
                     "state_dtype, curvature_dtype: the scales of 8-bit codes cannot be resharded "
@@ -124,6 +116,7 @@ class AnchoredOptimizer(Optimizer):
         Raises:
             ValueError: a value is out of range, or a parameter is complex.
         """
+        self._progress.settle(self.param_groups)  # an open step is none of the new group's
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -198,6 +191,8 @@ class AnchoredOptimizer(Optimizer):
         if len(values) != len(members):
             raise ValueError(f"anchors: {len(values)} tensors for {len(members)} parameters")
         for i, ((_, p), value) in enumerate(zip(members, values, strict=True)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"anchors[{i}] must be a tensor; got {type(value).__name__}")
             if p.shape != value.shape:
                 raise ValueError(
                     f"anchors[{i}] is {list(value.shape)}, its parameter {list(p.shape)}"
@@ -213,91 +208,6 @@ class AnchoredOptimizer(Optimizer):
         """
         self._progress.settle(self.param_groups)
         return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of torch's optimizer of the same name.
-
-        Tensors are stored in the dtypes this optimizer was built with. Group options, anchors and
-        curvature that the state does not have stay as they are, anchors with a warning: they are
-        never taken from the weights.
-
-        Raises:
-            ValueError: the groups or a tensor do not fit (it is named), or the state needs what is
-                not supported (amsgrad). The optimizer is then as it was.
-        """
-        before = self.__dict__.copy()
-        saved: dict[str, Any] = {}
-
-        def check(_: Optimizer, found: dict[str, Any]) -> None:
-            saved.update(found)
-            self._check_saved(found)
-
-        # As the last pre-hook and the first post-hook: those of others see what they should, the
-        # state as it was saved and as it is stored here.
-        handles = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(
-                lambda _: self._adopt_all(saved, before), prepend=True
-            ),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        except BaseException:
-            self.__dict__.update(before)
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise a ValueError when a state cannot be loaded; torch checks the groups itself."""
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError("state_dict: amsgrad=True is not supported; go on with torch's AdamW")
-        for group in state_dict["param_groups"]:
-            self._check_group(self.defaults | group | {"params": []})
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for i, (_, p) in zip(ids, self._members(), strict=False):
-            names = (*self.moments, "anchor", "curvature", "remainder")
-            _state.check_saved(state_dict["state"].get(i, {}), names, p, f"state_dict: state[{i}]")
-
-    def _adopt_all(self, state_dict: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        """Store what torch has loaded as this optimizer stores it."""
-        for group, old in zip(self.param_groups, before["param_groups"], strict=True):
-            for key in old:
-                group.setdefault(key, old[key])
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        unanchored = 0
-        for i, (group, p) in zip(ids, self._members(), strict=True):
-            old, saved = before["state"].get(p, {}), state_dict["state"].get(i, {})
-            state: State = {}
-            self.state[p] = state
-            for name in ("anchor", "curvature"):
-                dtype = self.storage.dtype(name, p)
-                _state.adopt(state, saved if _state.is_stored(saved, name) else old, name, p, dtype)
-            unanchored += bool(saved) and "anchor" in old and "anchor" not in saved
-            self._adopt(group, p, state, saved)
-            if not state:
-                del self.state[p]
-        if unanchored:
-            warnings.warn(
-                f"the loaded state has no anchor for {unanchored} anchored parameters: they keep "
-                "the one they have (their weights when this optimizer was built, or set_anchors)",
-                stacklevel=4,
-            )
-
-    def _adopt(self, group: Group, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
-        """Take moments, step and whatever else was saved, without torch's cast to p's dtype."""
-        for name in self.moments:
-            _state.adopt(state, saved, name, p, self.storage.dtype(name, p))
-        if "step" in saved or any(_state.is_stored(saved, name) for name in self.moments):
-            # torch's SGD counts no steps: where there is a momentum, it has begun.
-            step = torch.as_tensor(saved.get("step", 1.0))
-            state["step"] = step.to(dtype=torch.float32, device=p.device)
-        split = self.storage.exact_bf16 and p.dtype == torch.bfloat16
-        if split and saved.get("remainder") is not None:
-            _state.adopt(state, saved, "remainder", p, torch.int16)
-        if state:
-            self._ensure(group, p)
 
     # The step.
 
@@ -324,6 +234,7 @@ class AnchoredOptimizer(Optimizer):
         self._progress.settle(self.param_groups)
         with named_range("fast::collect"):
             batches = self._collect()
+        self._check_capture(batches)
         scaling = _scaling.scale(
             batches,
             self.max_grad_norm,
@@ -336,7 +247,19 @@ class AnchoredOptimizer(Optimizer):
             self._launch(batch, self._hyper_table(batch, place), options)
             if place.groups or scaling.shrink is not None:
                 self._totals[place] = scaling.totals(place, self._stats[place], self._totals)
+            else:
+                self._totals.pop(place, None)
         self._progress.count(self.param_groups, scaling.found_inf)
+
+    def _check_capture(self, batches: Mapping[Place, Batch]) -> None:
+        """A graph replays what is decided here, once and for all."""
+        if not any(place.device.type == "cuda" for place in batches):
+            return
+        if torch.cuda.is_current_stream_capturing() and self._progress.warming(self.param_groups):
+            raise RuntimeError(
+                "a group is still in its stall or ramp, which a captured graph would repeat for "
+                "ever: step until it is over before capturing"
+            )
 
     def _options(self, batch: Batch, place: Place) -> dict[str, Any]:
         """The arguments that the update ops have in common, but for the scale of gradients."""
@@ -345,12 +268,8 @@ class AnchoredOptimizer(Optimizer):
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
         split = self.storage.exact_bf16
-        if split:
-            for state, p in zip(batch.states, batch.params, strict=True):
-                if p.dtype != torch.bfloat16:  # model.float() after the state was made
-                    state.pop("remainder", None)
         if place not in self._stats:
-            unknown = torch.full((len(STATS),), math.nan, dtype=torch.float64)
+            unknown = torch.full((len(STATS),), math.nan, dtype=torch.float64, device="cpu")
             self._stats[place] = unknown.to(device)
         curvature, scales = batch.optional("curvature"), []
         if self.storage.curvature_dtype == torch.uint8:
@@ -385,7 +304,7 @@ class AnchoredOptimizer(Optimizer):
                     "with sparse=False"
                 )
             states = self._states(group, params)
-            for place, members in _by_place(params).items():
+            for place, members in _by_place(params, grads).items():
                 batch = batches.setdefault(place, Batch(place.device))
                 row = batch.row(group, ramp)
                 if members is None:
@@ -408,6 +327,12 @@ class AnchoredOptimizer(Optimizer):
         for i, state in enumerate(states):
             if state is None or last not in state:
                 states[i] = self._ensure(group, params[i])
+        if self.storage.exact_bf16:
+            for state, p in zip(states, params, strict=True):
+                if p.dtype != torch.bfloat16:  # model.float() after the state was made
+                    state.pop("remainder", None)
+                elif "remainder" not in state:  # model.bfloat16() after
+                    self._ensure(group, p)
         if group["anchor_decay"] and not all("anchor" in state for state in states):
             raise RuntimeError(
                 "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is "
@@ -423,16 +348,17 @@ class AnchoredOptimizer(Optimizer):
             if isinstance(lr, Tensor) and (
                 lr.device.type != "cpu" or torch.compiler.is_compiling()
             ):
-                device_lrs[i] = (
-                    lr.reshape(()) * ramp
-                )  # reading it would be a sync, or a graph break
-                lr = 0.0
-            rows.append(self._hyper_row(group, float(lr) * ramp))
+                # Reading it would be a sync, or a graph break.
+                device_lrs[i] = lr.reshape(()) * ramp
+                value = math.nan  # not a rate that a group may have later; equal to itself in rows
+            else:
+                value = float(lr) * ramp
+            rows.append(self._hyper_row(group, value))
         known = self._hyper.get(place)
         if known is None or known[0] != rows:
             # Pinned: the lr changes at every step, and a plain copy waits for the device.
             pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
-            table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin)
+            table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
             table = table.to(place.device, non_blocking=pin)
             known = self._hyper[place] = rows, table
         for i, lr in device_lrs.items():
@@ -448,8 +374,9 @@ class AnchoredOptimizer(Optimizer):
         them as they were; before the first step they are NaN. With sharded parameters they are
         those of all ranks.
         """
-        values = list((self._stats | self._totals).values())
-        total = torch.full((len(STATS),), math.nan, dtype=torch.float64)
+        known = self._stats | self._totals
+        values = [known[place] for place in self._anchored]
+        total = torch.full((len(STATS),), math.nan, dtype=torch.float64, device="cpu")
         if values:
             stacked = torch.stack([v.to(values[0].device) for v in values])
             total = torch.cat([stacked[:, :3].square().sum(0).sqrt(), stacked[:, 3:].sum(0)])
@@ -468,9 +395,9 @@ def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return params, found
 
 
-def _by_place(params: list[Tensor]) -> dict[Place, list[int] | None]:
-    """The places of these parameters, each with their indices; None: all of them."""
-    if not _dtensor.any_sharded(params):
+def _by_place(params: list[Tensor], grads: list[Tensor]) -> dict[Place, list[int] | None]:
+    """The places of these parameters, each with their indices; None: all of them, as they are."""
+    if not _dtensor.any_sharded(params) and not _dtensor.any_sharded(grads):
         devices = set(map(_device_of, params))
         if len(devices) < 2:
             return {Place(device): None for device in devices}
@@ -478,3 +405,16 @@ def _by_place(params: list[Tensor]) -> dict[Place, list[int] | None]:
     for i, p in enumerate(params):
         places.setdefault(_dtensor.place(p), []).append(i)  # type: ignore[union-attr]
     return places
+
+
+def number(name: str, value: Any) -> Any:
+    """`value`, a number or a tensor of one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must have one element; got a tensor {list(value.shape)}")
+    if not isinstance(value, (int, float, Tensor)):
+        raise ValueError(f"{name} must be a number; got {value!r}")
+    return value

@@ -24,15 +24,20 @@ class Progress:
 
     def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
         """One step more; `found_inf` `[]` or `[1]` on any device: not 0 where it was skipped."""
-        warming = any(g["progress"] < g["stall"] + g["ramp"] for g in groups)
-        if found_inf is None or not warming:
+        if found_inf is None or not self.warming(groups):
             _advance(groups)
         elif found_inf.device.type == "cuda":
-            self._flag = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True)
+            self._flag = torch.empty(
+                found_inf.shape, dtype=found_inf.dtype, pin_memory=True, device="cpu"
+            )
             self._flag.copy_(found_inf, non_blocking=True)
             self._arrived = torch.cuda.current_stream(found_inf.device).record_event()
         else:
             self._flag = found_inf.clone()
+
+    def warming(self, groups: Sequence[Group]) -> bool:
+        """Whether a group is still in its stall or ramp."""
+        return any(g["progress"] < g["stall"] + g["ramp"] for g in groups)
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Count the last step if that is still open."""

@@ -51,8 +51,9 @@ def _norm(batches: Mapping[Place, Batch]) -> Tensor:
     """float64 `[]`: the norm of all gradients of all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=next(iter(batches)).device)
     for place, batch in batches.items():
-        norms = torch.stack(list(torch._foreach_norm(batch.grads, 2)))
-        total += _dtensor.sum_over(place.groups, norms.double().square().sum())
+        # In float64: squares of float16 overflow, and each norm of its own would be rounded.
+        norms = torch.stack(list(torch._foreach_norm(batch.grads, 2, dtype=torch.float64)))
+        total += _dtensor.sum_over(place.groups, norms.square().sum())
     return total.sqrt()
 
 

@@ -91,7 +91,13 @@ def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -
     """Store a copy of `value` (of the shape of `p`) as `dtype`, in the layout of `p`."""
     drop(state, name)
     if dtype != torch.uint8:
-        state[name] = dense_like(p, dtype).copy_(_dtensor.like(value.detach(), p))
+        value = _dtensor.like(value.detach(), p)
+        stored = dense_like(p, dtype).copy_(value)
+        if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+            lost = ~_dtensor.local(stored).isfinite() & _dtensor.local(value).isfinite()
+            if bool(lost.any()):
+                raise ValueError(f"{name}: a value is too large for {dtype}; choose another dtype")
+        state[name] = stored
         return
     dense = dense_like(p, torch.float32).copy_(value.detach())
     codes, scales = _storage.encode(_storage.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
@@ -175,6 +181,8 @@ def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | N
             raise TypeError(f"curvature[{i}] must be a tensor or None; got {type(f).__name__}")
         if f.shape != p.shape:
             raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
+        if f.layout is not torch.strided or not f.is_floating_point():
+            raise ValueError(f"curvature[{i}] is {f.layout} {f.dtype}; it must be dense and real")
         own = _dtensor.local(f)
         if own.numel() and not bool(((own >= 0) & own.isfinite()).all()):
             raise ValueError(

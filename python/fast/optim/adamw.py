@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastkernels
 
-from ._base import AnchoredOptimizer
+from ._base import AnchoredOptimizer, number
 from ._batch import Batch, Group
 from ._state import Storage
 
@@ -55,6 +55,7 @@ class AdamW(AnchoredOptimizer):
     """
 
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    own_keys: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
 
     def __init__(
         self,
@@ -98,13 +99,13 @@ class AdamW(AnchoredOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        if not group["eps"] >= 0:
+        if not number("eps", group["eps"]) >= 0:
             raise ValueError(f"eps must not be negative; got {group['eps']}")
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, (beta1, beta2); got {betas!r}")
         for i, beta in enumerate(betas):
-            if not 0 <= beta < 1:
+            if not 0 <= number(f"betas[{i}]", beta) < 1:
                 raise ValueError(f"betas[{i}] must be in [0, 1); got {beta}")
 
     def _hyper_row(self, group: Group, lr: float) -> list[float]:

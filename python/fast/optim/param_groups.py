@@ -34,13 +34,14 @@ def param_groups(
             head carry signal before the backbone has moved.
         sample: a batch of inputs, to find a head by that was not replaced and has no usual name.
         **backbone: further keys of the backbone group: `anchor_decay`, `stall`, `ramp`,
-            `weight_decay`, ... `weight_decay` holds for the head too.
+            `weight_decay`, ... `weight_decay` holds for the head too; a list `curvature` is in the
+            order of the backbone's trainable parameters.
 
     Returns:
         dicts with `params`, `name`, `lr` and the given keys; empty groups are left out.
 
     Raises:
-        ValueError: no head was found, or nothing can be trained.
+        ValueError: no head was found, nothing can be trained, or `curvature` has another length.
         TypeError: a key that no optimizer here knows.
     """
     if unknown := sorted(set(backbone) - KEYS):
@@ -58,14 +59,23 @@ def param_groups(
     def groups(name: str, params: list[nn.Parameter], **keys: Any) -> list[dict[str, Any]]:
         if not weight_decay:
             return [{"params": params, "name": name, "weight_decay": 0.0, **keys}]
-        decayed = [p for p in params if p.dim() > 1]
-        plain = [p for p in params if p.dim() <= 1]
-        return [
-            {"params": decayed, "name": name, "weight_decay": weight_decay, **keys},
-            {"params": plain, "name": f"{name}_no_decay", "weight_decay": 0.0, **keys},
-        ]
+        found = []
+        for suffix, decay, part in (
+            ("", weight_decay, [i for i, p in enumerate(params) if p.dim() > 1]),
+            ("_no_decay", 0.0, [i for i, p in enumerate(params) if p.dim() <= 1]),
+        ):
+            group = {"params": [params[i] for i in part], "name": name + suffix, **keys}
+            if isinstance(keys.get("curvature"), (list, tuple)):
+                group["curvature"] = [keys["curvature"][i] for i in part]
+            found.append(group | {"weight_decay": decay})
+        return found
 
     body = [p for p in trainable if id(p) not in head_ids]
+    given = backbone.get("curvature")
+    if isinstance(given, (list, tuple)) and len(given) != len(body):
+        raise ValueError(
+            f"param_groups: curvature has {len(given)} entries for {len(body)} backbone parameters"
+        )
     head = [p for p in trainable if id(p) in head_ids]
     result = groups("backbone", body, lr=lr, **backbone)
     result += groups("head", head, lr=lr * head_lr_scale, anchor_decay=0.0)

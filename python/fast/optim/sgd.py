@@ -10,7 +10,7 @@ from torch import Tensor
 import fastkernels
 
 from . import _dtensor, _state
-from ._base import AnchoredOptimizer
+from ._base import AnchoredOptimizer, number
 from ._batch import Batch, Group
 from ._state import State, Storage
 
@@ -31,6 +31,7 @@ class SGD(AnchoredOptimizer):
     """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    own_keys: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class SGD(AnchoredOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        if not group["momentum"] >= 0:
+        if not number("momentum", group["momentum"]) >= 0:
             raise ValueError(f"momentum must not be negative; got {group['momentum']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov needs a momentum and zero dampening")
