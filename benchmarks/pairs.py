@@ -98,14 +98,28 @@ def _cifar(depth: int, target: str, folder: Folder) -> Job:
     )
 
 
-def _mobilenet(target: str, folder: Folder) -> Job:
-    model = folder.module("mobilenet_v1").MobileNetV1(0.25)
-    model.load_state_dict(folder.weights("mobilenet_v1_0.25_128"))
-    x, y = folder.images("imagenet_samples500_192jpeg", "test", 128, False)
+def _mobilenet(width: float, folder: Folder) -> nn.Module:
+    model = folder.module("mobilenet_v1").MobileNetV1(width)
+    size = {0.25: 128, 0.5: 160}[width]
+    model.load_state_dict(folder.weights(f"mobilenet_v1_{width}_{size}"))
+    return model
+
+
+def _efficientnet(folder: Folder) -> nn.Module:
+    model = folder.module("efficientnet_lite").EfficientNetLite(0)
+    model.load_state_dict(folder.weights("efficientnet_lite0_fp16"), strict=False)
+    return model
+
+
+def _imagenet(
+    network: Callable[[Folder], nn.Module], target: str, size: int, folder: Folder
+) -> Job:
+    x, y = folder.images("imagenet_samples500_192jpeg", "test", size, False)
+    asked, right = folder.images(target, "test", size, False)
     return Job(
-        model,
-        folder.images(target, "train", 128, False),
-        folder.images(target, "test", 128, False),
+        network(folder),
+        folder.images(target, "train", size, False),
+        (asked[:VAL_SAMPLES], right[:VAL_SAMPLES]),
         # One image of each of 500 classes: half to measure with, half to protect with.
         (x[::2], y[::2]),
         x[1::2],
@@ -176,7 +190,18 @@ PAIRS: dict[str, Pair] = {
     "resnet20 -> sign_digits": Pair(lambda f: _cifar(20, "sign_digits_32", f), 150),
     "resnet20 -> gtsrb": Pair(lambda f: _cifar(20, "gtsrb_part", f), 150),
     "resnet32 -> fashion_mnist": Pair(lambda f: _cifar(32, "fashion_mnist_part", f), 150),
-    "mobilenet 0.25 -> flowers": Pair(lambda f: _mobilenet("flowers5_96jpeg", f), 100),
+    "mobilenet 0.25 -> flowers": Pair(
+        lambda f: _imagenet(lambda g: _mobilenet(0.25, g), "flowers5_96jpeg", 128, f), 100
+    ),
     "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", 300, f), 60, 12),
     "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", 600, f), 60, 12),
+    # Nothing was chosen by these.
+    "efficientnet lite0 -> flowers": Pair(
+        lambda f: _imagenet(_efficientnet, "flowers5_96jpeg", 96, f), 60
+    ),
+    "mobilenet 0.5 -> gtsrb": Pair(
+        lambda f: _imagenet(lambda g: _mobilenet(0.5, g), "gtsrb_part", 96, f), 100
+    ),
+    "resnet44 -> flowers": Pair(lambda f: _cifar(44, "flowers5_96jpeg", f), 100),
+    "minilm -> sms_spam": Pair(lambda f: _minilm("sms_spam", "banking77", 600, f), 40, 10),
 }

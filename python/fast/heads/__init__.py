@@ -3,7 +3,7 @@
 from fast.heads.batch_norm import plain_batch_norm, set_batch_norm
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head
-from fast.heads.forward import evaluating, forward_logits, pick
+from fast.heads.forward import evaluating, forward_logits, in_mode, pick
 from fast.heads.replace import (
     TaskHead,
     calibrate,
@@ -27,6 +27,7 @@ __all__ = [
     "find_head",
     "fold_head",
     "forward_logits",
+    "in_mode",
     "pick",
     "plain_batch_norm",
     "replace_head",

@@ -54,13 +54,19 @@ def pick(inputs: Any, index: Any) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode; every module gets its own mode back afterwards."""
     modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    model.train(training)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own mode back afterwards."""
+    with in_mode(model, False), torch.no_grad():
+        yield

@@ -31,7 +31,7 @@ from fast.train.head_start import start_head
 from fast.train.labels import check_labels
 from fast.train.loss import Loss
 from fast.train.methods import Plan
-from fast.train.rehearse import Rehearsal, places_for
+from fast.train.rehearse import Rehearsal, depends_on_mode, places_for
 
 # Features of this many training samples set the normaliser's first statistics: the standard error
 # of a mean is then 3 % of a standard deviation, at the cost of a few forward passes.
@@ -78,11 +78,11 @@ def prepare_model(
         rehearsal = None
         if source_inputs is not None:
             size = places_for(config.batch_size)
-            apart = config.batch_norm == "per_task"
-            rehearsal = Rehearsal(
-                model, head, source_inputs, size, plan.rehearse, config.seed, apart
-            )
+            rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
         set_batch_norm(model, config.batch_norm)
+        if rehearsal is not None and source_inputs is not None:
+            few = move(source_inputs.part(0, 8).inputs, next(model.parameters()).device)
+            rehearsal.apart = config.batch_norm != "frozen" or depends_on_mode(model, few)
         distillation = _distillation(model, head, batches, plan, pass_)
         if distillation is None and rehearsal is None:
             return None

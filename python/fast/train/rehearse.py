@@ -26,7 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.curvature.answers import SourceInputs
-from fast.heads import TaskHead, features_of, forward_logits, pick, source_task
+from fast.heads import (
+    TaskHead,
+    features_of,
+    forward_logits,
+    in_mode,
+    pick,
+    source_task,
+    task_head,
+)
 from fast.train.data import Data, TrainBatches, length, move
 
 SHARE = 1 / 8
@@ -63,7 +71,8 @@ class Rehearsal:
         size: of them per step.
         weight: of the penalty, in units of the target loss.
         seed: of their order.
-        apart: never run them in one batch with target inputs (batch norm is kept per task).
+        apart: run them by themselves, in evaluation mode, as `depends_on_mode` wants it; else in
+            one batch with target inputs.
     """
 
     def __init__(
@@ -131,17 +140,43 @@ class Rehearsal:
         self.restraint = state["restraint"]
 
 
+@torch.no_grad()
+def depends_on_mode(model: nn.Module, inputs: Any) -> bool:
+    """Whether training mode changes what the head sees: by dropout, stochastic depth, statistics of
+    the batch. Random state, modes and buffers stay as they are.
+
+    Features in training mode would then not be what they were in evaluation mode though no weight
+    has moved: with dropout of 0.2 before the head, e is a third from the first step on.
+    """
+    head = task_head(model)
+    assert head is not None
+    device = next(model.parameters()).device
+    seen = HeadInput(head)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    found = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for training in (False, True):
+            with in_mode(model, training), source_task(model):
+                found.append(seen.features(model, inputs).float())
+    seen.close()
+    for name, b in model.named_buffers():
+        b.copy_(buffers[name])
+    asked, trained = found
+    return bool((trained - asked).square().mean() > 1e-4 * asked.square().mean())
+
+
 class HeadInput:
-    """Watches what the head of a model is given in training steps, and holds back the last rows."""
+    """Watches what the head of a model is given, where it is asked to, and holds back the last
+    rows."""
 
     def __init__(self, head: TaskHead) -> None:
-        self.head = head
         self.rows: int | None = None
+        self._watching = False
         self._features: Tensor | None = None
         self._hook = head.register_forward_pre_hook(self._keep)
 
     def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not self.head.training:
+        if not self._watching:
             return None
         self._features = args[0]
         return None if self.rows is None else (args[0][: self.rows], *args[1:])
@@ -154,28 +189,30 @@ class HeadInput:
         Returns:
             target logits; features of the target inputs; features of the source inputs, or None.
         """
+        both = None if source is None or apart else joined(inputs, source)
+        if both is not None:
+            rows = length(inputs)
+            logits, features = self._run(model, both, rows)
+            return logits, features[:rows], features[rows:]
+        logits, features = self._run(model, inputs)
         if source is None:
-            logits = forward_logits(model, inputs)
-            return logits, self._take(), None
-        both = None if apart else joined(inputs, source)
-        if both is None:
-            logits = forward_logits(model, inputs)
-            features = self._take()
-            with source_task(model):
-                forward_logits(model, source)
-            return logits, features, self._take()
-        self.rows = length(inputs)
-        try:
-            logits = forward_logits(model, both)
-        finally:
-            rows, self.rows = self.rows, None
-        features = self._take()
-        return logits, features[:rows], features[rows:]
+            return logits, features, None
+        with source_task(model), in_mode(model, False):
+            return logits, features, self.features(model, source)
 
-    def _take(self) -> Tensor:
+    def features(self, model: nn.Module, inputs: Any) -> Tensor:
+        """What the head sees of these inputs, in the mode and for the task that the model is in."""
+        return self._run(model, inputs)[1]
+
+    def _run(self, model: nn.Module, inputs: Any, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        self._watching, self.rows = True, rows
+        try:
+            logits = forward_logits(model, inputs)
+        finally:
+            self._watching, self.rows = False, None
         features, self._features = self._features, None
         assert features is not None
-        return features
+        return logits, features
 
     def close(self) -> None:
         """Stop watching."""
