@@ -28,7 +28,7 @@ from fastkernels._storage import code_scales
 from shapes import SETS as SHAPES
 from shapes import Shapes
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 BF16, CODES, F32 = torch.bfloat16, torch.uint8, torch.float32
 
 

@@ -23,7 +23,7 @@ Vectors = dict[str, Tensor]  # name -> [K, *shape]
 def probes(model: nn.Module, count: int) -> Vectors:
     generator = torch.Generator().manual_seed(1)
     return {
-        n: torch.randn(count, *p.shape, generator=generator).to(p.dtype)
+        n: torch.randn(count, *p.shape, generator=generator).to(p)
         for n, p in model.named_parameters()
     }
 

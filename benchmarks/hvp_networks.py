@@ -46,14 +46,23 @@ class ResNet20(nn.Module):
 
 
 class ViT(nn.Module):
-    """Width 192, 6 layers, 3 heads, 65 tokens, torch's default attention."""
+    """Tokens [N, T, inputs] are embedded, a class token leads; torch's default attention, heads of
+    64. By default width 192, 6 layers, 3 heads, 65 tokens."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        width: int = 192,
+        depth: int = 6,
+        tokens: int = 64,
+        inputs: int = 48,
+        classes: int = 10,
+    ) -> None:
         super().__init__()
-        self.embed, self.cls = nn.Linear(48, 192), nn.Parameter(0.02 * torch.randn(1, 1, 192))
-        self.position = nn.Parameter(0.02 * torch.randn(1, 65, 192))
-        self.blocks = nn.Sequential(*(ViTBlock() for _ in range(6)))
-        self.norm, self.fc = nn.LayerNorm(192), nn.Linear(192, 10)
+        self.embed = nn.Linear(inputs, width)
+        self.cls = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens + 1, width))
+        self.blocks = nn.Sequential(*(ViTBlock(width) for _ in range(depth)))
+        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.cls.expand(len(x), -1, -1), self.embed(x)], 1) + self.position
@@ -61,14 +70,18 @@ class ViT(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.qkv, self.out = nn.LayerNorm(192), nn.Linear(192, 576), nn.Linear(192, 192)
-        self.norm2, self.up, self.down = nn.LayerNorm(192), nn.Linear(192, 768), nn.Linear(768, 192)
+        self.heads = width // 64
+        self.norm1, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2, self.up = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, 3, 64).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, 64)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.out(a)
         return x + self.down(F.gelu(self.up(self.norm2(x))))

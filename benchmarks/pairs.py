@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,8 @@ class Job:
 class Folder:
     """Reads networks and data from the data folder."""
 
+    _images: ClassVar[dict[tuple[str, str, int | None, bool], Split]] = {}
+
     def __init__(self, path: Path) -> None:
         if not (path / "code").is_dir():
             raise FileNotFoundError(f"{path} is no data folder: it has no code/")
@@ -64,6 +66,13 @@ class Folder:
 
     def images(self, name: str, split: str, size: int | None, cifar: bool) -> Split:
         """Images `[N, 3, H, W]`, normalised as the network was trained, and labels."""
+        # Once per process: the larger sets take longer to decode than a run on a GPU takes.
+        key = (name, split, size, cifar)
+        if key not in self._images:
+            self._images[key] = self._read_images(*key)
+        return self._images[key]
+
+    def _read_images(self, name: str, split: str, size: int | None, cifar: bool) -> Split:
         x, y, _ = self.module("load").images(self.path / "images" / f"{name}.npz", split, size)
         x = torch.from_numpy(x)
         if x.dim() == 3:
@@ -153,9 +162,10 @@ class NearestClassMean:
 
     def __call__(self, model: nn.Module) -> float:
         def vectors(x: dict[str, Tensor]) -> Tensor:
+            device = next(model.parameters()).device
             parts = zip(x["ids"].split(100), x["mask"].split(100), strict=True)
-            encoded = [model.encode(i, m) for i, m in parts]  # type: ignore[operator]
-            return F.normalize(torch.cat(encoded), dim=1)
+            encoded = [model.encode(i.to(device), m.to(device)) for i, m in parts]  # type: ignore[operator]
+            return F.normalize(torch.cat(encoded), dim=1).cpu()
 
         (x, y), (asked, right) = self.known, self.asked
         features, classes = vectors(x), int(y.max()) + 1

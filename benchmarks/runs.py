@@ -124,7 +124,7 @@ def complete(tasks: Iterable[Task], store: Path, workers: int) -> list[dict[str,
     missing = [task for task in tasks if task.key not in done]
     if not missing:
         return records
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for record in pool.imap_unordered(run, missing):
             records.append(record)
             with store.open("a") as f:
