@@ -75,11 +75,8 @@ def stream(table, row, begin, WORD: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.
 
     The alignment has to be told after the cast and the offset: on the integer it is lost.
     """
-    if TYPE is None:
-        return None
-    else:
-        base = tl.load(table + row * WORDS + WORD).to(tl.pointer_type(TYPE)) + begin
-        return tl.multiple_of(base, ALIGN)
+    base = tl.load(table + row * WORDS + WORD).to(tl.pointer_type(TYPE)) + begin
+    return tl.multiple_of(base, ALIGN)
 
 
 @triton.jit
@@ -114,13 +111,13 @@ def update_tile(
     grad_scale, pull = rule[0], rule[1]
     old = load_param(p, remainder, o, keep, REAL)
     grad = load(g, o, keep).to(REAL) * grad_scale
-    first = None
-    second = None
+    # Where there is no moment, a stand-in: Triton 3.6 cannot return None from APPLY.
+    first, second = grad, grad
     if m is not None:
         first = load_state(m, m_scale, o, keep, True, REAL)
     if v is not None:
         second = load_state(v, v_scale, o, keep, False, REAL)
-    new, first, second = APPLY(rule, old, grad, first, second)
+    new, first, second = APPLY(rule, old, grad, first, second, m is not None)
     if a is not None:
         w0 = load(a, o, keep).to(REAL)
         if f is not None:
@@ -170,17 +167,19 @@ def update_chunk(
         rule = DERIVE(hyper + group * HYPER, step, scale, REAL)
         key = rounding_key(tl.load(seed), step.to(tl.int32), begin)
         g = tl.load(grads + row).to(tl.pointer_type(G)) + begin
+        # Not inside of `stream`: Triton 3.6 cannot return None.
+        coded = begin // CODE_BLOCK
         streams = (
             stream(table, row, begin, 0, P, ALIGN),
-            stream(table, row, begin, 9, tl.int16 if REMAINDER else None, ALIGN),
+            stream(table, row, begin, 9, tl.int16, ALIGN) if REMAINDER else None,
             tl.multiple_of(g, ALIGN),
-            stream(table, row, begin, 2, M, ALIGN),
-            stream(table, row, begin // CODE_BLOCK, 6, tl.float32 if M == tl.uint8 else None, 4),
-            stream(table, row, begin, 3, V, ALIGN),
-            stream(table, row, begin // CODE_BLOCK, 7, tl.float32 if V == tl.uint8 else None, 4),
-            stream(table, row, begin, 4, A, ALIGN),
-            stream(table, row, begin, 5, F, ALIGN),
-            stream(table, row, begin // CODE_BLOCK, 8, tl.float32 if F == tl.uint8 else None, 4),
+            stream(table, row, begin, 2, M, ALIGN) if M is not None else None,
+            stream(table, row, coded, 6, tl.float32, 4) if M == tl.uint8 else None,
+            stream(table, row, begin, 3, V, ALIGN) if V is not None else None,
+            stream(table, row, coded, 7, tl.float32, 4) if V == tl.uint8 else None,
+            stream(table, row, begin, 4, A, ALIGN) if A is not None else None,
+            stream(table, row, begin, 5, F, ALIGN) if F is not None else None,
+            stream(table, row, coded, 8, tl.float32, 4) if F == tl.uint8 else None,
         )
         zero = tl.zeros((BLOCK // WIDTH,), REAL)
         sums = (zero, zero, zero, zero)

@@ -32,7 +32,7 @@ def derive(h, step, scale, REAL: tl.constexpr):
 
 
 @triton.jit
-def apply(rule, w, g, m, v):
+def apply(rule, w, g, m, v, MOMENTS: tl.constexpr):
     _, _, one_minus_beta1, beta2, one_minus_beta2, correction, eps, step_size, decay = rule
     m = m + one_minus_beta1 * (g - m)
     v = beta2 * v + one_minus_beta2 * (g * g)

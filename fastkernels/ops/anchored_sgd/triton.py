@@ -31,15 +31,15 @@ def derive(h, step, scale, REAL: tl.constexpr):
 
 
 @triton.jit
-def apply(rule, w, g, b, v):
+def apply(rule, w, g, b, v, MOMENTUM: tl.constexpr):
     _, _, lr, momentum, share, nesterov, indirect, weight_decay = rule
     g = g + weight_decay * w
-    if b is None:
-        return w - lr * g, b, v
-    else:
+    if MOMENTUM:
         b = momentum * b + share * g
         # Not nesterov * g: an infinite g must not make NaN.
         return w - lr * (indirect * b + tl.where(nesterov, g, 0.0)), b, v
+    else:
+        return w - lr * g, b, v
 
 
 @triton.jit(do_not_specialize=["first_chunk", "chunk_count"])

@@ -139,6 +139,11 @@ def _no_dropout(p: float) -> None:
         raise UnsupportedOperation("fused attention with dropout")
 
 
+def _fixed_mask(call: Call, at: int) -> None:
+    if call.is_active(at):
+        raise UnsupportedOperation("attention with a mask that depends on parameters")
+
+
 def _forward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | None):
     attention = _Attention(call, call.args[:3], mask, causal, scale)
     out = call.out[0]
@@ -184,3 +189,33 @@ def flash_cpu_backward(call: Call):
     return _backward_rule(
         call, call.kwargs.get("attn_mask"), call.arg(7, False), call.kwargs.get("scale")
     )
+
+
+@rule(aten._scaled_dot_product_efficient_attention.default)
+def efficient(call: Call):
+    """What CUDA takes for float32: q, k, v, bias, compute_log_sumexp, dropout, causal."""
+    _no_dropout(call.arg(5, 0.0))
+    _fixed_mask(call, 3)
+    return _forward_rule(call, call.arg(3, None), call.arg(6, False), call.kwargs.get("scale"))
+
+
+@rule(aten._scaled_dot_product_efficient_attention_backward.default)
+def efficient_backward(call: Call):
+    """Of g, q, k, v, bias, out, log-sum-exp, random state (2), dropout, output mask, causal."""
+    _no_dropout(call.arg(9, 0.0))
+    _fixed_mask(call, 4)
+    return _backward_rule(call, call.arg(4, None), call.arg(11, False), call.kwargs.get("scale"))
+
+
+@rule(aten._scaled_dot_product_flash_attention.default)
+def flash(call: Call):
+    """What CUDA takes for half precision: q, k, v, dropout, causal."""
+    _no_dropout(call.arg(3, 0.0))
+    return _forward_rule(call, None, call.arg(4, False), call.kwargs.get("scale"))
+
+
+@rule(aten._scaled_dot_product_flash_attention_backward.default)
+def flash_backward(call: Call):
+    """Of g, q, k, v, out, log-sum-exp, lengths (4), dropout, causal, random state (2)."""
+    _no_dropout(call.arg(10, 0.0))
+    return _backward_rule(call, None, call.arg(11, False), call.kwargs.get("scale"))
