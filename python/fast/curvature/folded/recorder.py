@@ -25,6 +25,7 @@ class Recorder(TorchDispatchMode):
         self.exact = exact
         self.slots = WeakTensorKeyDictionary()
         self.forward = True
+        self.below_autograd = False  # inside a decomposition
         self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     @classmethod
@@ -68,13 +69,20 @@ class Recorder(TorchDispatchMode):
             decomposed = decomposition(func)
             if decomposed is None:
                 raise UnsupportedOperation(str(func))
-            with self:
-                return decomposed(*args, **kwargs)
+            return self._decompose(decomposed, args, kwargs)
         # The transposed pass of a GGN is linear in what moves: only its shapes matter.
         run = func if self.forward or self.exact else functools.partial(_placeholder, func)
         out = run(*args, **kwargs)
         self._note(func, rule, args, kwargs, slots, out)
         return out
+
+    def _decompose(self, decomposed: Any, args: Any, kwargs: Any) -> Any:
+        before, self.below_autograd = self.below_autograd, True
+        try:
+            with self:
+                return decomposed(*args, **kwargs)
+        finally:
+            self.below_autograd = before
 
     def _note(
         self, func: Any, rule: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], out: Any
@@ -114,10 +122,19 @@ class Recorder(TorchDispatchMode):
 
     def _lookup(self, arg: Any) -> Slots:
         if isinstance(arg, Tensor):
-            return self.slots.get(arg)
+            return self._slot_of(arg)
         if isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg):
-            found = [self.slots.get(a) if isinstance(a, Tensor) else None for a in arg]
+            found = [self._slot_of(a) if isinstance(a, Tensor) else None for a in arg]
             return found if any(f is not None for f in found) else None
+        return None
+
+    def _slot_of(self, tensor: Tensor) -> int | None:
+        slot: int | None = self.slots.get(tensor)
+        if slot is None or tensor.requires_grad or not self.forward or self.below_autograd:
+            return slot
+        # Detached where no function mode sees it: in scripted code, by torch.tensor(h), in vmap.
+        # Gone for good: the backward pass reads it as the constant that it is.
+        del self.slots[tensor]
         return None
 
     def _check_untracked(self, func: Any, args: Sequence[Any]) -> None:

@@ -154,11 +154,13 @@ def div(call: Call):
 def where(call: Call):
     condition, a, b = call.args
     ndim, a_ndim, b_ndim = call.out.ndim, a.ndim, b.ndim
-    mask = call.keep(condition)
+    # A constant side may be what gives the result its shape and its type.
+    shape, dtype = call.out.shape, call.out.dtype
+    mask = call.keep(condition).expand(shape)
 
     def derivative(_: None, da: Tangent, db: Tangent) -> Tangent:
-        x = 0.0 if da is None else spread(da, a_ndim, ndim)
-        y = 0.0 if db is None else spread(db, b_ndim, ndim)
+        x = 0.0 if da is None else spread(da, a_ndim, ndim).to(dtype)
+        y = 0.0 if db is None else spread(db, b_ndim, ndim).to(dtype)
         return torch.where(mask, x, y)
 
     return derivative
@@ -166,8 +168,14 @@ def where(call: Call):
 
 @rule(aten.masked_fill.Scalar, ignores_self=True)
 def masked_fill(call: Call):
-    mask = call.keep(call.args[1])
-    return lambda d, *_: d.masked_fill(mask, 0.0)
+    mask, ndim, own = call.keep(call.args[1]), call.out.ndim, call.args[0].ndim
+    shape = call.out.shape
+
+    def derivative(d: Tensor, *_: Any) -> Tensor:
+        d = spread(d, own, ndim)
+        return d.expand(d.shape[0], *shape).masked_fill(mask, 0.0)
+
+    return derivative
 
 
 def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor | None]]) -> None:
