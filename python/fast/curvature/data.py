@@ -47,11 +47,18 @@ class Batches:
                 f"data must be a batch (x, y), a dict with {LABEL_KEYS[0]!r}, or an iterable of "
                 f"batches; got {type(data).__name__} (a Dataset: wrap it in a DataLoader)"
             )
-        self.single = isinstance(self._source, list) and len(self._source) == 1
+
+    @property
+    def single(self) -> bool:
+        return isinstance(self._source, list) and len(self._source) == 1
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for item in self._source:
+        # A DataLoader draws a seed for its workers from the global generator, even without any.
+        before = torch.get_rng_state()
+        items = iter(self._source)
+        torch.set_rng_state(before)
+        for item in items:
             count += 1
             yield _as_batch(item, self.labels)
         if not count:
@@ -93,4 +100,9 @@ def _as_batch(item: Any, labels: bool) -> Batch:
 
 
 def _to(tree: Any, device: torch.device) -> Any:
-    return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, tree)
+    return pytree.tree_map(lambda t: _usable(t, device) if isinstance(t, Tensor) else t, tree)
+
+
+def _usable(t: Tensor, device: torch.device) -> Tensor:
+    """On the device, and not of inference mode, of which autograd saves nothing."""
+    return t.clone().to(device) if t.is_inference() else t.to(device)

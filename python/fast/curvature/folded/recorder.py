@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fast.curvature.folded.rules import RULES, Call, UnsupportedOperation, decomposition
 from fast.curvature.folded.tape import Slots, Step, Tape
+from fast.curvature.network import StrayParameter
 
 
 class Recorder(TorchDispatchMode):
@@ -25,6 +26,8 @@ class Recorder(TorchDispatchMode):
         self.exact = exact
         self.slots = WeakTensorKeyDictionary()
         self.forward = True
+        # Parameters of the model by id, which leaves stand for: nothing should read them.
+        self.originals: dict[int, str] = {}
         self.below_autograd = False  # inside a decomposition
         self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
@@ -143,7 +146,11 @@ class Recorder(TorchDispatchMode):
             return
         for arg in args:
             for t in arg if isinstance(arg, list | tuple) else (arg,):
-                if isinstance(t, Tensor) and t.requires_grad and t not in self.slots:
+                if not isinstance(t, Tensor):
+                    continue
+                if id(t) in self.originals:
+                    raise StrayParameter(self.originals[id(t)])
+                if t.requires_grad and t not in self.slots:
                     raise UnsupportedOperation(
                         f"the custom autograd function whose result goes into {func}"
                     )
