@@ -31,9 +31,13 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The data of an operator: every pass over it gives the same batches."""
+    """The data of an operator: every pass over it gives the same batches.
 
-    def __init__(self, data: Any, labels: bool = True):
+    Args:
+        labels: whether batches must have them; None: they may.
+    """
+
+    def __init__(self, data: Any, labels: bool | None = True):
         self.labels = labels
         if _is_batch(data, labels):
             self._source: Iterable[Any] = [data]
@@ -65,7 +69,7 @@ class Batches:
             raise ValueError("data has no batch: a product over nothing is undefined")
 
 
-def _is_batch(data: Any, labels: bool) -> bool:
+def _is_batch(data: Any, labels: bool | None) -> bool:
     if isinstance(data, Mapping):
         return True
     if not labels and isinstance(data, Tensor):
@@ -75,11 +79,11 @@ def _is_batch(data: Any, labels: bool) -> bool:
     first, second = data
     if isinstance(first, Tensor):
         # Without labels, [x1, x2] is a list of two inputs, (x, y) is a pair.
-        return labels or isinstance(data, tuple)
+        return labels is not False or isinstance(data, tuple)
     return isinstance(first, Mapping | tuple) and not isinstance(second, Mapping | tuple | list)
 
 
-def _as_batch(item: Any, labels: bool) -> Batch:
+def _as_batch(item: Any, labels: bool | None) -> Batch:
     if isinstance(item, Batch):
         return item
     if isinstance(item, Mapping):

@@ -48,7 +48,8 @@ class NetworkOperator(SymmetricOperator):
             (`model(**x)`).
         params: which parameters, in the model's order; default all. Names, tensors, a regular
             expression for whole names, or a function (name, tensor) -> bool.
-        reduction: "mean" (batches weighted by their samples) or "sum" (batch losses added up).
+        reduction: "mean" (batches weighted by what their mean is over) or "sum" (batch losses
+            added up; the known losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
             differentiates the kept graph once per vector, "auto" takes the first where every
             operation of the network has a rule, but for single exact products of batches that are
@@ -308,16 +309,19 @@ class Fisher(GGN):
     ):
         if kind not in ("mc", "empirical"):
             raise ValueError(f"kind must be 'mc' or 'empirical'; got {kind!r}")
+        if kind == "mc" and not isinstance(data, Batches):
+            data = Batches(data, labels=None)
         super().__init__(model, loss_fn, data, params, **options)
         self.kind = kind
         self.options["kind"] = kind
 
     def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
-        target = batch.target if self.kind == "empirical" else self.loss.sample(z, batch.target)
-        r, scale = self.loss.residual(z, target)
+        loss = self.loss
+        residual = loss.residual if self.kind == "empirical" else loss.sampled_residual
+        r, scale = residual(z, batch.target)
 
         def product(u: Tensor) -> Tensor:
-            s = torch.linalg.vecdot(self.loss.rows(u), r[None])[..., None] * (r * scale)
-            return self.loss.unrows(s, z.shape)
+            s = torch.linalg.vecdot(loss.rows(u), r[None])[..., None] * (r * scale)
+            return loss.unrows(s, z.shape)
 
         return OutputHessian.of(product)

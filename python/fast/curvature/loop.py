@@ -73,7 +73,9 @@ class GraphGGN:
             z = self.output.detach()
             self.curvature = curvature(z, batch)
             self.weight = loss.weight(z, batch.target, batch.size)
-            self.cotangent = torch.zeros_like(self.output, requires_grad=True)
+            # u -> J^T u has the same derivative everywhere, but not every operation has one at zero
+            # (logcumsumexp takes the logarithm of its gradient).
+            self.cotangent = torch.ones_like(self.output, requires_grad=True)
             self.pulled = grad_or_none(
                 [self.output], self.params, [self.cotangent], create_graph=True
             )

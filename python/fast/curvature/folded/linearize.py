@@ -62,7 +62,10 @@ class _Folded:
             detached = z.detach()
             self.weight = loss.weight(detached, batch.target, batch.size)
             self.curvature = curvature(detached, batch)
-            cotangent = loss.gradient(detached, batch.target)
+            # Of a GGN's only the shape matters, and there may be no label to have one from.
+            cotangent = torch.zeros_like(detached)
+            if self.exact:
+                cotangent = loss.gradient(detached, batch.target)
             recorder.forward = False
             if self.exact:
                 backward = forward
