@@ -161,8 +161,11 @@ def _placeholder(func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(r.alias_info is not None for r in func._schema.returns):
         return func(*args, **kwargs)
     device = next(t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+    device = kwargs.get("device") or device
 
     def to_meta(t: Any) -> Any:
+        if isinstance(t, torch.device):
+            return torch.device("meta")
         if not isinstance(t, Tensor):
             return t
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")

@@ -183,6 +183,26 @@ def linear(call: Call):
     return derivative
 
 
+@rule(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    *(
+        getattr(getattr(aten, f), k)
+        for f in ("eq", "ne", "lt", "le", "gt", "ge")
+        for k in ("Scalar", "Tensor")
+    ),
+)
+def constant(call: Call):
+    """Of the values of the arguments nothing is left that could be differentiated."""
+    return call.constant()
+
+
 @rule(aten.constant_pad_nd.default)
 def constant_pad(call: Call):
     """The padding is a constant, whatever its value: a tangent is padded with zeros."""
