@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fast.curvature.data import Batch
+from fast.curvature.graph import nodes
 from fast.curvature.network import Network
 
 WAY_OUT = (
@@ -28,17 +29,7 @@ def cut_off(tensors: list[Tensor | None]) -> bool:
     torch raises for those only when a path through them leads to the inputs asked for, and the
     path ends there: autograd.grad then leaves the term out and says nothing.
     """
-    stack = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node.name() == "torch::autograd::Error":
-            return True
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return False
+    return any(node.name() == "torch::autograd::Error" for node in nodes(tensors))
 
 
 def explain_failure(

@@ -31,9 +31,13 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """The data of an operator: every pass over it gives the same batches."""
+    """The data of an operator: every pass over it gives the same batches.
 
-    def __init__(self, data: Any, labels: bool = True):
+    Args:
+        labels: whether batches must have them; None: they may.
+    """
+
+    def __init__(self, data: Any, labels: bool | None = True):
         self.labels = labels
         if _is_batch(data, labels):
             self._source: Iterable[Any] = [data]
@@ -47,18 +51,25 @@ class Batches:
                 f"data must be a batch (x, y), a dict with {LABEL_KEYS[0]!r}, or an iterable of "
                 f"batches; got {type(data).__name__} (a Dataset: wrap it in a DataLoader)"
             )
-        self.single = isinstance(self._source, list) and len(self._source) == 1
+
+    @property
+    def single(self) -> bool:
+        return isinstance(self._source, list) and len(self._source) == 1
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for item in self._source:
+        # A DataLoader draws a seed for its workers from the global generator, even without any.
+        before = torch.get_rng_state()
+        items = iter(self._source)
+        torch.set_rng_state(before)
+        for item in items:
             count += 1
             yield _as_batch(item, self.labels)
         if not count:
             raise ValueError("data has no batch: a product over nothing is undefined")
 
 
-def _is_batch(data: Any, labels: bool) -> bool:
+def _is_batch(data: Any, labels: bool | None) -> bool:
     if isinstance(data, Mapping):
         return True
     if not labels and isinstance(data, Tensor):
@@ -68,11 +79,11 @@ def _is_batch(data: Any, labels: bool) -> bool:
     first, second = data
     if isinstance(first, Tensor):
         # Without labels, [x1, x2] is a list of two inputs, (x, y) is a pair.
-        return labels or isinstance(data, tuple)
+        return labels is not False or isinstance(data, tuple)
     return isinstance(first, Mapping | tuple) and not isinstance(second, Mapping | tuple | list)
 
 
-def _as_batch(item: Any, labels: bool) -> Batch:
+def _as_batch(item: Any, labels: bool | None) -> Batch:
     if isinstance(item, Batch):
         return item
     if isinstance(item, Mapping):
@@ -93,4 +104,9 @@ def _as_batch(item: Any, labels: bool) -> Batch:
 
 
 def _to(tree: Any, device: torch.device) -> Any:
-    return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, tree)
+    return pytree.tree_map(lambda t: _usable(t, device) if isinstance(t, Tensor) else t, tree)
+
+
+def _usable(t: Tensor, device: torch.device) -> Tensor:
+    """On the device, and not of inference mode, of which autograd saves nothing."""
+    return t.clone().to(device) if t.is_inference() else t.to(device)

@@ -106,12 +106,17 @@ def mixes_samples(model: nn.Module) -> str:
     return ""
 
 
-def _targets(loss: Loss, z: Tensor, batch: Batch, labels: str) -> Any:
-    if labels == "data":
-        if batch.target is None:
-            raise ValueError("labels='data' needs labelled batches (x, y); or use 'sampled'")
-        return batch.target
-    return loss.sample(z, batch.target) if labels == "sampled" else loss.predict(z, batch.target)
+def _residual(loss: Loss, z: Tensor, batch: Batch, labels: str) -> tuple[Tensor, float, float]:
+    """The rows r and their factor (see `Loss.residual`), and the weight of the batch."""
+    if labels == "sampled":
+        weight = loss.weight(z, batch.target, batch.size)
+        return *loss.sampled_residual(z, batch.target), weight
+    target = batch.target
+    if labels == "predicted":
+        target = loss.predict(z, batch.target)
+    elif target is None:
+        raise ValueError("labels='data' needs labelled batches (x, y); or use 'sampled'")
+    return *loss.residual(z, target), loss.weight(z, target, batch.size)
 
 
 def _signed_squares(
@@ -124,8 +129,7 @@ def _signed_squares(
         z = output.detach()
         total = [torch.zeros_like(p) for p in params]
         for draw in range(draws):
-            target = _targets(loss, z, batch, labels)
-            r, scale = loss.residual(z, target)
+            r, scale, weight = _residual(loss, z, batch, labels)
             signs = torch.randint(0, 2, (r.shape[0], 1), device=r.device).to(r) * 2 - 1
             cotangent = loss.unrows((r * signs)[None], z.shape)[0]
             grads = torch.autograd.grad(
@@ -134,7 +138,7 @@ def _signed_squares(
             for t, g in zip(total, grads, strict=True):
                 if g is not None:
                     t.addcmul_(g, g, value=scale / draws)
-        return total, loss.weight(z, target, batch.size)
+        return total, weight
 
 
 def _sample_squares(
@@ -147,9 +151,7 @@ def _sample_squares(
         for _ in range(draws):
 
             def cotangent(z: Tensor) -> tuple[Tensor, float, float]:
-                target = _targets(loss, z, batch, labels)
-                r, scale = loss.residual(z, target)
-                weight = loss.weight(z, target, batch.size)
+                r, scale, weight = _residual(loss, z, batch, labels)
                 return loss.unrows(r[None], z.shape)[0], scale / draws, weight
 
             part, weight = squared_sample_gradients(network, batch, cotangent)

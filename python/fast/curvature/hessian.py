@@ -13,10 +13,11 @@ from torch.utils import _pytree as pytree
 
 from fast.curvature.average import WeightedMean
 from fast.curvature.data import Batch, Batches
+from fast.curvature.fingerprint import fingerprint, same
 from fast.curvature.folded import FoldedGGN, FoldedHessian, UnsupportedOperation
 from fast.curvature.loop import GraphGGN, GraphHessian, grad_or_none
-from fast.curvature.losses import OutputHessian, recognise
-from fast.curvature.network import Network, Params
+from fast.curvature.losses import Loss, OutputHessian, recognise
+from fast.curvature.network import Network, Params, StrayParameter
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.space import Blocks
 
@@ -47,7 +48,8 @@ class NetworkOperator(SymmetricOperator):
             (`model(**x)`).
         params: which parameters, in the model's order; default all. Names, tensors, a regular
             expression for whole names, or a function (name, tensor) -> bool.
-        reduction: "mean" (batches weighted by their samples) or "sum" (batch losses added up).
+        reduction: "mean" (batches weighted by what their mean is over) or "sum" (batch losses
+            added up; the known losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
             differentiates the kept graph once per vector, "auto" takes the first where every
             operation of the network has a rule, but for single exact products of batches that are
@@ -55,7 +57,9 @@ class NetworkOperator(SymmetricOperator):
         chunk: vectors per pass of "folded"; "auto" from `memory_budget`.
         memory_budget: bytes for their tangents; default 1 GiB, on a GPU a quarter of what is free.
         cache: keep what the products of a single batch share (activations, the record) from one
-            product to the next, until parameters, modes or data change.
+            product to the next, until parameters, buffers, data or the make-up of the modules
+            (parts, modes, hooks, plain attributes) change. What a function or an object that is no
+            module reads is not seen: call `refresh()` after changing that.
         process_group: each rank holds its own part of the data (and the same model); all ranks make
             the same calls with the same vectors, and get the same product over all data by one
             all-reduce (`torch.distributed.group.WORLD` for all ranks).
@@ -88,7 +92,8 @@ class NetworkOperator(SymmetricOperator):
         self.why_loop = ""  # with "auto": the operation that has no folded rule
         self.network = Network(model, params, seed)
         self.space = self.network.space
-        self.loss = recognise(loss_fn, reduction)
+        self.loss_fn = loss_fn
+        recognise(loss_fn, reduction)  # an unknown one is refused here, not at the first product
         self.data = data if isinstance(data, Batches) else Batches(data)
         self.options: dict[str, Any] = {
             "reduction": reduction,
@@ -99,7 +104,12 @@ class NetworkOperator(SymmetricOperator):
             "process_group": process_group,
             "seed": seed,
         }
-        self._cache: tuple[Any, Linearization] | None = None
+        self._cache: tuple[list[Any], Linearization] | None = None
+
+    @property
+    def loss(self) -> Loss:
+        """As `loss_fn` is now: weights of a loss module may be exchanged."""
+        return recognise(self.loss_fn, self.options["reduction"])
 
     @abc.abstractmethod
     def _loop(self, batch: Batch, index: int) -> Linearization: ...
@@ -113,18 +123,26 @@ class NetworkOperator(SymmetricOperator):
             return self._loop(batch, index)
         try:
             return self._folded(batch, index)
-        except UnsupportedOperation as error:
+        except StrayParameter:
+            raise
+        except Exception as error:
             if self.method == "folded":
                 raise
-            self.why_loop = str(error)
+            # Whatever is wrong with the network itself, the loop will say as well.
+            self._take_loop(error)
             return self._loop(batch, index)
+
+    def _take_loop(self, error: Exception) -> None:
+        unknown = isinstance(error, UnsupportedOperation)
+        said = str(error) if unknown else f"{type(error).__name__}: {error}"
+        self.why_loop = f"no folded rule for {said}" if unknown else f"the record failed ({said})"
 
     def linearizations(self, num_vectors: int) -> Iterator[Linearization]:
         """Those of all batches, for so many products each."""
-        if self.data.single and self.options["cache"]:
-            yield self._cached(next(iter(self.data)))
-            return
         for index, batch in enumerate(self.data):
+            if self.data.single and self.options["cache"]:
+                yield self._cached(batch)
+                return
             batch = batch.to(self.device)
             if self.method == "auto" and self._prefers_loop(num_vectors):
                 yield self._loop(batch, index)
@@ -137,31 +155,49 @@ class NetworkOperator(SymmetricOperator):
 
     def _cached(self, batch: Batch) -> Linearization:
         """That of a single batch is kept for the next product, while nothing has changed."""
-        tensors = [t for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
-        key = (self.network.state(), [(t.data_ptr(), t._version) for t in tensors])
-        if self._cache is None or self._cache[0] != key:
-            self._cache = None
-            self._cache = (key, self.linearize(batch.to(self.device), 0))
-        return self._cache[1]
+        if self._cache is not None and same(self._cache[0], self._state(batch)):
+            return self._cache[1]
+        self._cache = None
+        part = self.linearize(batch.to(self.device), 0)
+        # Of afterwards: a forward pass may itself count or keep something in the model.
+        self._cache = (self._state(batch), part)
+        return part
+
+    def _state(self, batch: Batch) -> list[Any]:
+        loss = self.loss
+        own = loss.fn if type(loss) is Loss else [v for v in vars(loss).values() if not callable(v)]
+        return fingerprint(self.network.model, pytree.tree_leaves(tuple(batch)), own)
+
+    def refresh(self) -> None:
+        """Forget what is kept of a single batch, after a change that `cache` cannot see."""
+        self._cache = None
 
     def explain(self) -> str:
         """How products are computed: the method, vectors per pass, and why not the other method."""
-        part = next(self.linearizations(2))
+        with torch.inference_mode(False):
+            part = next(self.linearizations(2))
         if isinstance(part, FoldedHessian | FoldedGGN):
             return f"folded, {part.chunk} vectors a pass"
-        return "loop" + (f": no folded rule for {self.why_loop}" if self.why_loop else "")
+        return "loop" + (f": {self.why_loop}" if self.why_loop else "")
 
+    @torch.inference_mode(False)
     def products(self, vectors: Blocks) -> Blocks:
+        vectors = [v.clone() if v.is_inference() else v for v in vectors]
         mean = self._mean()
         for part in self.linearizations(vectors[0].shape[0]):
             mean.add(part.products(vectors), part.weight)
         return mean.result(vectors)
 
+    @torch.inference_mode(False)
     def _quad(self, vectors: Blocks) -> Tensor:
+        vectors = [v.clone() if v.is_inference() else v for v in vectors]
         mean = self._mean()
+        zeros = vectors[0].new_zeros(vectors[0].shape[0], dtype=torch.float64)
+        if not len(zeros):
+            return zeros
         for part in self.linearizations(vectors[0].shape[0]):
             mean.add([part.quad(vectors)], part.weight)
-        return mean.result([vectors[0].new_zeros(vectors[0].shape[0], dtype=torch.float64)])[0]
+        return mean.result([zeros])[0]
 
     def _mean(self) -> WeightedMean:
         return WeightedMean(self.loss.reduction, self.process_group)
@@ -173,6 +209,7 @@ class NetworkOperator(SymmetricOperator):
         """Gradient of the loss over all data, [P]."""
         return self.value_and_gradient()[1]
 
+    @torch.inference_mode(False)
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient, [P]."""
         mean = self._mean()
@@ -182,6 +219,7 @@ class NetworkOperator(SymmetricOperator):
                 leaves = self.network.leaves()
                 params = self.network.selected(leaves)
                 z = self.network.outputs(leaves, batch.inputs)
+                self.network.refuse_strays(z, leaves)
                 value = self.loss.value(z, batch.target)
                 grads = grad_or_none([value], params)
                 weight = self.loss.weight(z.detach(), batch.target, batch.size)
@@ -212,7 +250,7 @@ class NetworkOperator(SymmetricOperator):
 
     def block(self, params: Params) -> NetworkOperator:
         """The principal block of some of the parameters, as an operator of its own."""
-        return type(self)(self.network.model, self.loss, self.data, params, **self.options)
+        return type(self)(self.network.model, self.loss_fn, self.data, params, **self.options)
 
 
 class Hessian(NetworkOperator):
@@ -271,16 +309,19 @@ class Fisher(GGN):
     ):
         if kind not in ("mc", "empirical"):
             raise ValueError(f"kind must be 'mc' or 'empirical'; got {kind!r}")
+        if kind == "mc" and not isinstance(data, Batches):
+            data = Batches(data, labels=None)
         super().__init__(model, loss_fn, data, params, **options)
         self.kind = kind
         self.options["kind"] = kind
 
     def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
-        target = batch.target if self.kind == "empirical" else self.loss.sample(z, batch.target)
-        r, scale = self.loss.residual(z, target)
+        loss = self.loss
+        residual = loss.residual if self.kind == "empirical" else loss.sampled_residual
+        r, scale = residual(z, batch.target)
 
         def product(u: Tensor) -> Tensor:
-            s = torch.linalg.vecdot(self.loss.rows(u), r[None])[..., None] * (r * scale)
-            return self.loss.unrows(s, z.shape)
+            s = torch.linalg.vecdot(loss.rows(u), r[None])[..., None] * (r * scale)
+            return loss.unrows(s, z.shape)
 
         return OutputHessian.of(product)

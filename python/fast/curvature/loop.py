@@ -29,6 +29,7 @@ class GraphHessian:
             leaves = network.leaves()
             self.params = network.selected(leaves)
             z = network.outputs(leaves, batch.inputs)
+            network.refuse_strays(z, leaves)
             value = loss.value(z, batch.target)
             self.weight = loss.weight(z.detach(), batch.target, batch.size)
             self.loss = value.detach()
@@ -68,10 +69,13 @@ class GraphGGN:
             leaves = network.leaves()
             self.params = network.selected(leaves)
             self.output = network.outputs(leaves, batch.inputs)
+            network.refuse_strays(self.output, leaves)
             z = self.output.detach()
             self.curvature = curvature(z, batch)
             self.weight = loss.weight(z, batch.target, batch.size)
-            self.cotangent = torch.zeros_like(self.output, requires_grad=True)
+            # u -> J^T u has the same derivative everywhere, but not every operation has one at zero
+            # (logcumsumexp takes the logarithm of its gradient).
+            self.cotangent = torch.ones_like(self.output, requires_grad=True)
             self.pulled = grad_or_none(
                 [self.output], self.params, [self.cotangent], create_graph=True
             )

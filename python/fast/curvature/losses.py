@@ -85,10 +85,17 @@ class Loss:
 
         The n rows of z are the samples, its first dimension.
         """
-        size = z.shape[0]
+        size = z.shape[0] if z.ndim else 1
         scale = float(size) if self.reduction == "mean" else 1.0
         rows = self.gradient(z, y).reshape(size, -1) * scale
         return rows, 1.0 / scale
+
+    def sampled_residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
+        """As `residual`, with targets drawn so that its expectation is the GGN.
+
+        y: the given target, for what it says besides the label (weights, ignored); may be None.
+        """
+        return self.residual(z, self.sample(z, y))
 
     def rows(self, u: Tensor) -> Tensor:
         """[K, *z] -> [K, n, d], rows as in `residual`."""
@@ -132,10 +139,11 @@ class CrossEntropy(Loss):
         super().__init__(self._cross_entropy, reduction)
 
     def _cross_entropy(self, z: Tensor, y: Any) -> Tensor:
+        _needs_target(y)
         w = None if self.class_weight is None else self.class_weight.to(z)
         return F.cross_entropy(
             z,
-            y,
+            y if y.is_floating_point() else y.long(),  # torch wants int64, and takes uint8 on CPUs
             weight=w,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -143,20 +151,28 @@ class CrossEntropy(Loss):
         )
 
     def _row_scale(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """a [n] of every row before division by the denominator, and that denominator (0-d)."""
-        if z.ndim < 1 or not isinstance(y, Tensor):
+        """a [n] of every row before division by the denominator, and that denominator (0-d).
+
+        Without labels (y None), what is expected of them where the network draws them itself.
+        """
+        if z.ndim < 1 or not (y is None or isinstance(y, Tensor)):
             raise ValueError("cross-entropy needs logits [N, C, ...] and a tensor of labels")
         classes = z.shape[1] if z.ndim > 1 else z.shape[0]
         w = self.class_weight
         w = torch.ones(classes, dtype=z.dtype, device=z.device) if w is None else w.to(z)
         smooth = self.label_smoothing
+        if y is None:
+            own = torch.softmax(self.rows(z[None])[0], -1) @ w
+            return (1 - smooth) * own + smooth / classes * w.sum(), own.sum()
         if y.is_floating_point():
             soft = self.rows(y.to(z)[None])[0]
             scale = ((1 - smooth) * soft + smooth / classes) @ w
             return scale, scale.new_tensor(float(scale.numel()))
         y = y.reshape(-1)
+        y = y.long()
         kept = y != self.ignore_index
-        own = w[y.where(kept, y.new_zeros(()))] * kept
+        plain = self.class_weight is None
+        own = kept.to(w) if plain else w[y.where(kept, y.new_zeros(()))] * kept
         scale = (1 - smooth) * own + smooth / classes * w.sum() * kept
         return scale, own.sum()
 
@@ -173,7 +189,7 @@ class CrossEntropy(Loss):
         return u.reshape(u.shape[0], *moved).movedim(-1, 2)
 
     def weight(self, z: Tensor, y: Any, size: int) -> float:
-        return float(self._row_scale(z, y)[1]) if isinstance(y, Tensor) else float(size)
+        return float(self._row_scale(z.detach(), y)[1])
 
     def scaled_rows(self, z: Tensor, y: Tensor) -> Tensor:
         """a / denominator, [n]: what each row's diag(p) - p p^T is multiplied by."""
@@ -200,7 +216,19 @@ class CrossEntropy(Loss):
         # Every label is a sample of its own: positions of a sequence are not added up.
         g = self.rows(self.gradient(z, y)[None])[0]
         scale = float(self._row_scale(z, y)[1]) if self.reduction == "mean" else 1.0
+        if not scale:  # every label is ignored
+            return torch.zeros_like(g), 1.0
         return g * scale, 1.0 / scale
+
+    def sampled_residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
+        # The row's own weight belongs to the given label. With that of the drawn label, squared,
+        # the expectation would be another matrix than the GGN, a (diag(p) - p p^T) in every row.
+        logits = self.rows(z.detach()[None])[0]
+        p = torch.softmax(logits, -1)
+        scale, denominator = self._row_scale(z.detach(), y)
+        drawn = F.one_hot(torch.multinomial(p, 1)[:, 0], p.shape[-1]).to(p)
+        whole = float(denominator) if self.reduction == "mean" else 1.0
+        return (p - drawn) * scale.sqrt()[:, None], 1.0 / (whole or 1.0)
 
     def sample(self, z: Tensor, y: Any) -> Any:
         logits = self.rows(z.detach()[None])[0]
@@ -221,26 +249,51 @@ class SquaredError(Loss):
     """torch.nn.functional.mse_loss: mean or sum of (z - y)^2 over all entries."""
 
     def __init__(self, reduction: str = "mean"):
-        super().__init__(functools.partial(F.mse_loss, reduction=reduction), reduction)
+        super().__init__(self._squares, reduction)
 
-    def _factor(self, z: Tensor) -> float:
-        return 2.0 / z.numel() if self.reduction == "mean" else 2.0
+    def _squares(self, z: Tensor, y: Any) -> Tensor:
+        _needs_target(y)
+        return F.mse_loss(z, y, reduction=self.reduction)
+
+    def weight(self, z: Tensor, y: Any, size: int) -> float:
+        # torch divides by the number of entries, and samples may have more or fewer of them.
+        return float(_entries(z, y))
 
     def hessian(self, z: Tensor, y: Any) -> OutputHessian:
-        factor = self._factor(z)
+        # A target that z broadcasts against counts every entry of z so many times.
+        mean = self.reduction == "mean"
+        factor = 2.0 / max(z.numel(), 1) * (1 if mean else _entries(z, y))
         return OutputHessian.of(lambda u: u * factor)
 
     def sample(self, z: Tensor, y: Any) -> Any:
         # The density with -log p = (z - y)^2 per sample mean: a Gaussian of variance d / 2.
-        outputs = z[0].numel() if self.reduction == "mean" else 1
+        size = max(z.shape[0] if z.ndim else 1, 1)
+        outputs = z.numel() / size if self.reduction == "mean" else _entries(z, y) / z.numel()
         return z.detach() + torch.randn_like(z) * (outputs / 2) ** 0.5
 
     def predict(self, z: Tensor, y: Any) -> Any:
         return z.detach()
 
 
+def _entries(z: Tensor, y: Any) -> int:
+    """Entries of z - y; of z where there is no y."""
+    if not isinstance(y, Tensor):
+        return z.numel()
+    return torch.broadcast_shapes(z.shape, y.shape).numel()
+
+
+def _needs_target(y: Any) -> None:
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f"the loss needs labels, a tensor; got {type(y).__name__}: give data as batches (x, y)"
+        )
+
+
 def recognise(loss_fn: Any, reduction: str = "mean") -> Loss:
-    """The closed form behind `loss_fn`, where there is one; else autograd's."""
+    """The closed form behind `loss_fn`, where there is one; else autograd's.
+
+    The known losses are summed where either `reduction` or their own is "sum".
+    """
     if isinstance(loss_fn, Loss):
         return loss_fn
     if loss_fn in ("cross_entropy", F.cross_entropy):
@@ -249,7 +302,7 @@ def recognise(loss_fn: Any, reduction: str = "mean") -> Loss:
         return SquaredError(reduction=reduction)
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
         options = dict(loss_fn.keywords)
-        chosen = options.pop("reduction", reduction)
+        chosen = _either(options.pop("reduction", reduction), reduction)
         if chosen in ("mean", "sum"):
             if loss_fn.func is F.cross_entropy and not options.keys() - _CE_OPTIONS:
                 return CrossEntropy(reduction=chosen, **options)
@@ -257,16 +310,23 @@ def recognise(loss_fn: Any, reduction: str = "mean") -> Loss:
                 return SquaredError(chosen)
     if type(loss_fn) is nn.CrossEntropyLoss and loss_fn.reduction in ("mean", "sum"):
         return CrossEntropy(
-            loss_fn.weight, loss_fn.ignore_index, loss_fn.reduction, loss_fn.label_smoothing
+            loss_fn.weight,
+            loss_fn.ignore_index,
+            _either(loss_fn.reduction, reduction),
+            loss_fn.label_smoothing,
         )
     if type(loss_fn) is nn.MSELoss and loss_fn.reduction in ("mean", "sum"):
-        return SquaredError(loss_fn.reduction)
+        return SquaredError(_either(loss_fn.reduction, reduction))
     if not callable(loss_fn):
         raise TypeError(
             "loss_fn must be a function of (output, target), 'cross_entropy' or 'mse'; got "
             f"{loss_fn!r}"
         )
     return Loss(loss_fn, reduction)
+
+
+def _either(own: str, reduction: str) -> str:
+    return reduction if (own, reduction) == ("mean", "sum") else own
 
 
 _CE_OPTIONS = {"weight", "ignore_index", "label_smoothing"}

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint as torch_checkpoint
 
+from fast.curvature.graph import graph_leaves
 from fast.curvature.memory import reuse_freed_pages
+from fast.curvature.scope import evaluation
 from fast.curvature.space import ParameterSpace
 
 Params = None | str | Iterable[str] | Iterable[Tensor] | Callable[[str, Tensor], bool]
@@ -35,7 +32,13 @@ class Network:
     def __init__(self, model: nn.Module, params: Params = None, seed: int = 0):
         self.model = unwrap(model)
         self.seed = seed
+        self.everything = params is None
         every = dict(self.model.named_parameters())
+        if frozen := [n for n, p in every.items() if p.is_inference()]:
+            raise ValueError(
+                f"parameter {frozen[0]!r} was made under torch.inference_mode, and cannot be "
+                "differentiated by: make the model outside of it"
+            )
         self.names = select(every, params)
         self.space = ParameterSpace({n: every[n] for n in self.names})
         if self.space.device.type == "cpu":
@@ -57,7 +60,8 @@ class Network:
         # Train-mode batch norm writes its running statistics: let it write into copies.
         buffers = {n: b.clone() for n, b in self.model.named_buffers()}
         args, kwargs = _arguments(inputs)
-        out = functional_call(self.model, ({**leaves}, buffers), args, kwargs)
+        with _attributes_kept(self.model):
+            out = functional_call(self.model, ({**leaves}, buffers), args, kwargs)
         if not isinstance(out, Tensor):
             logits = getattr(out, "logits", None)
             if logits is None and isinstance(out, Mapping):
@@ -77,37 +81,55 @@ class Network:
         `differentiable_twice`: choose implementations that autograd can differentiate twice
         (attention by plain products, recurrent layers without cuDNN); else the user's own.
         """
-        device = self.space.device
-        with contextlib.ExitStack() as stack:
-            cuda = [device] if device.type == "cuda" else []
-            stack.enter_context(torch.random.fork_rng(devices=cuda))
-            # One mask per (operator, batch): products are of one matrix, not of a random one.
-            torch.manual_seed(mask_seed(self.seed, index))
-            stack.enter_context(torch.enable_grad())
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled; it weighs 128 MiB
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_no_mha_fastpath())
-            stack.enter_context(_checkpoint_inline())
-            if differentiable_twice:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                if self.uses_cudnn_rnn:
-                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        # One mask per (operator, batch): products are of one matrix, not of a random one.
+        with evaluation(
+            self.space.device,
+            mask_seed(self.seed, index),
+            differentiable_twice=differentiable_twice,
+            cudnn=not self.uses_cudnn_rnn,
+        ):
             yield
 
-    def state(self) -> tuple[Any, ...]:
-        """Changes when the function changes: modes, and versions and values of parameters.
+    def refuse_strays(self, output: Tensor, leaves: Mapping[str, Tensor]) -> None:
+        """Raise where `output` depends on a parameter that is not reached through its module.
 
-        Values, not versions alone: kernels that write through raw pointers bump no version.
+        Such a parameter cannot be replaced by a leaf: products would take it for a constant.
         """
-        params = [p.detach() for p in self.model.parameters()]
-        norms = torch.stack(torch._foreach_norm(params)).tolist() if params else []
-        modes = tuple(m.training for m in self.model.modules())
-        return (modes, tuple(p._version for p in params), tuple(norms))
+        known = {id(t) for t in leaves.values()}
+        for leaf in graph_leaves([output]):
+            if id(leaf) in known:
+                continue
+            name = self.names_by_id().get(id(leaf))
+            if name is not None and name in self.names:
+                raise StrayParameter(name)
+            if name is None and isinstance(leaf, nn.Parameter) and self.everything:
+                raise StrayParameter(
+                    f"{list(leaf.shape)}",
+                    f"the model uses a parameter {list(leaf.shape)} that model.parameters() does "
+                    "not list (kept in a plain list, perhaps): register it (nn.ParameterList, "
+                    "nn.ModuleList), set its requires_grad to False, or say with params= which "
+                    "parameters are meant",
+                )
+
+    def names_by_id(self) -> dict[int, str]:
+        return {id(p): n for n, p in self.model.named_parameters()}
 
 
 def mask_seed(seed: int, index: int) -> int:
     """Random state that batch `index` of an operator with `seed` is evaluated in."""
     return seed * 1_000_003 + index
+
+
+class StrayParameter(ValueError):
+    """A parameter is used that a leaf cannot stand for; the message names it."""
+
+    def __init__(self, name: str, message: str = ""):
+        super().__init__(
+            message
+            or f"parameter {name!r} is also used past its module (through a plain list or another "
+            "object that holds it): read it as an attribute of its module, or leave it out with "
+            "params="
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -157,71 +179,16 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _no_mha_fastpath() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back tensors that are plain attributes, as old-style weight norm writes its weight."""
+    before = [
+        (vars(m), name, value)
+        for m in model.modules()
+        for name, value in vars(m).items()
+        if isinstance(value, Tensor)
+    ]
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-class _InlineCheckpoint:
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-@contextlib.contextmanager
-def _checkpoint_inline() -> Iterator[None]:
-    """Run checkpointed segments as plain code.
-
-    A second derivative through a segment that is recomputed in the backward pass either fails
-    (reentrant) or is recomputed once per vector; the graph is kept for all vectors anyway.
-    """
-
-    def inline(fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-    names = {
-        "CheckpointFunction": _InlineCheckpoint,
-        "_checkpoint_without_reentrant_generator": inline,
-    }
-    before = {n: getattr(torch_checkpoint, n) for n in names}
-    for n, value in names.items():
-        setattr(torch_checkpoint, n, value)
-    try:
-        yield
-    finally:
-        for n, value in before.items():
-            setattr(torch_checkpoint, n, value)
-
-
-_DETACHING = (
-    Tensor.detach,
-    Tensor.detach_,
-    torch.detach,
-    vars(torch._C.TensorBase)["data"].__get__,
-)
-
-
-class _StopGradients(TorchFunctionMode):
-    def __init__(self, stopped: Callable[[Tensor], object]):
-        super().__init__()
-        self.stopped = stopped
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _DETACHING:
-            self.stopped(out)
-        return out
-
-
-def stop_gradients(stopped: Callable[[Tensor], object]) -> TorchFunctionMode:
-    """Tell `stopped` of every tensor that the model's own code detaches.
-
-    Below autograd, such a detach looks the same as the ones that autograd makes for itself.
-    """
-    return _StopGradients(stopped)
+        for attributes, name, value in before:
+            attributes[name] = value

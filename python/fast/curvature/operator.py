@@ -213,7 +213,7 @@ class Identity(SymmetricOperator):
         self.space = space
 
     def products(self, vectors: Blocks) -> Blocks:
-        return list(vectors)
+        return [v.clone() for v in vectors]
 
 
 class MatrixOperator(SymmetricOperator):

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fast.curvature.data import Batch
 from fast.curvature.network import Network
+from fast.curvature.scope import ATTENTION
 
 # Bytes of per-sample gradients held at a time.
 SAMPLE_BYTES = 256 * 2**20
@@ -24,7 +24,7 @@ def squared_sample_gradients(
     network: Network, batch: Batch, cotangent: Cotangent
 ) -> tuple[list[Tensor], float]:
     """factor * sum over samples of (J_i^T c_i)^2, elementwise, one tensor per parameter."""
-    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels
+    with ATTENTION:  # vmap has no rule for the fused kernels
         leaves = network.leaves()
         with torch.no_grad():
             z = network.outputs(leaves, batch.inputs)

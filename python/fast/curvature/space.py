@@ -145,8 +145,8 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Inner product per vector, [K], summed in float64 where the device has it."""
     total: Tensor | float = 0.0
     for x, y in zip(a, b, strict=True):
-        num_vectors = x.shape[0]
-        part = torch.linalg.vecdot(x.reshape(num_vectors, -1), y.reshape(num_vectors, -1))
+        rows = (x.shape[0], x.shape[1:].numel())
+        part = torch.linalg.vecdot(x.reshape(rows), y.reshape(rows))
         total = total + (part.double() if part.device.type != "mps" else part)
     assert isinstance(total, Tensor)
     return total

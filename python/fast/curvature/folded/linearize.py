@@ -11,7 +11,8 @@ from fast.curvature.folded.rules import UnsupportedOperation
 from fast.curvature.folded.tape import Program, Tape
 from fast.curvature.loop import OutputCurvature, grad_or_none
 from fast.curvature.losses import Loss
-from fast.curvature.network import Network, stop_gradients
+from fast.curvature.network import Network
+from fast.curvature.scope import stop_gradients
 from fast.curvature.space import Blocks, dot
 
 # Bytes of tangents held at a time on the CPU, unless the caller says otherwise.
@@ -48,6 +49,9 @@ class _Folded:
         with network.scope(index, differentiable_twice=False):
             leaves = network.leaves()
             params = network.selected(leaves)
+            recorder.originals = {
+                i: n for i, n in network.names_by_id().items() if n in network.names
+            }
             self.param_slots = [recorder.activate(p) for p in params]
             with stop_gradients(lambda t: recorder.slots.pop(t, None)), recorder:
                 z = network.outputs(leaves, batch.inputs)
@@ -58,7 +62,10 @@ class _Folded:
             detached = z.detach()
             self.weight = loss.weight(detached, batch.target, batch.size)
             self.curvature = curvature(detached, batch)
-            cotangent = loss.gradient(detached, batch.target)
+            # Of a GGN's only the shape matters, and there may be no label to have one from.
+            cotangent = torch.zeros_like(detached)
+            if self.exact:
+                cotangent = loss.gradient(detached, batch.target)
             recorder.forward = False
             if self.exact:
                 backward = forward

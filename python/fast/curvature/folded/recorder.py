@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fast.curvature.folded.rules import RULES, Call, UnsupportedOperation, decomposition
 from fast.curvature.folded.tape import Slots, Step, Tape
+from fast.curvature.network import StrayParameter
 
 
 class Recorder(TorchDispatchMode):
@@ -25,6 +26,9 @@ class Recorder(TorchDispatchMode):
         self.exact = exact
         self.slots = WeakTensorKeyDictionary()
         self.forward = True
+        # Parameters of the model by id, which leaves stand for: nothing should read them.
+        self.originals: dict[int, str] = {}
+        self.below_autograd = False  # inside a decomposition
         self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     @classmethod
@@ -68,13 +72,20 @@ class Recorder(TorchDispatchMode):
             decomposed = decomposition(func)
             if decomposed is None:
                 raise UnsupportedOperation(str(func))
-            with self:
-                return decomposed(*args, **kwargs)
+            return self._decompose(decomposed, args, kwargs)
         # The transposed pass of a GGN is linear in what moves: only its shapes matter.
         run = func if self.forward or self.exact else functools.partial(_placeholder, func)
         out = run(*args, **kwargs)
         self._note(func, rule, args, kwargs, slots, out)
         return out
+
+    def _decompose(self, decomposed: Any, args: Any, kwargs: Any) -> Any:
+        before, self.below_autograd = self.below_autograd, True
+        try:
+            with self:
+                return decomposed(*args, **kwargs)
+        finally:
+            self.below_autograd = before
 
     def _note(
         self, func: Any, rule: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], out: Any
@@ -114,10 +125,19 @@ class Recorder(TorchDispatchMode):
 
     def _lookup(self, arg: Any) -> Slots:
         if isinstance(arg, Tensor):
-            return self.slots.get(arg)
+            return self._slot_of(arg)
         if isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg):
-            found = [self.slots.get(a) if isinstance(a, Tensor) else None for a in arg]
+            found = [self._slot_of(a) if isinstance(a, Tensor) else None for a in arg]
             return found if any(f is not None for f in found) else None
+        return None
+
+    def _slot_of(self, tensor: Tensor) -> int | None:
+        slot: int | None = self.slots.get(tensor)
+        if slot is None or tensor.requires_grad or not self.forward or self.below_autograd:
+            return slot
+        # Detached where no function mode sees it: in scripted code, by torch.tensor(h), in vmap.
+        # Gone for good: the backward pass reads it as the constant that it is.
+        del self.slots[tensor]
         return None
 
     def _check_untracked(self, func: Any, args: Sequence[Any]) -> None:
@@ -126,7 +146,11 @@ class Recorder(TorchDispatchMode):
             return
         for arg in args:
             for t in arg if isinstance(arg, list | tuple) else (arg,):
-                if isinstance(t, Tensor) and t.requires_grad and t not in self.slots:
+                if not isinstance(t, Tensor):
+                    continue
+                if id(t) in self.originals:
+                    raise StrayParameter(self.originals[id(t)])
+                if t.requires_grad and t not in self.slots:
                     raise UnsupportedOperation(
                         f"the custom autograd function whose result goes into {func}"
                     )
@@ -137,8 +161,11 @@ def _placeholder(func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(r.alias_info is not None for r in func._schema.returns):
         return func(*args, **kwargs)
     device = next(t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+    device = kwargs.get("device") or device
 
     def to_meta(t: Any) -> Any:
+        if isinstance(t, torch.device):
+            return torch.device("meta")
         if not isinstance(t, Tensor):
             return t
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")

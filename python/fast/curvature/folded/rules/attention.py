@@ -37,7 +37,11 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
     if mask is not None:
         boolean = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + mask
-    return torch.softmax(scores, -1)
+    p = torch.softmax(scores, -1)
+    if mask is not None:
+        # A row that may look nowhere: the kernels answer zero, the softmax nan.
+        p = p.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    return p
 
 
 def _terms(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tangent:
@@ -75,7 +79,9 @@ class _Attention:
             raise UnsupportedOperation("attention with fewer key heads than query heads")
         self.scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         self.p = call.shared(
-            "attention", (q, k), lambda: _flat(_probabilities(q, k, mask, causal, self.scale))
+            ("attention", causal, self.scale),
+            (q, k) if mask is None else (q, k, mask),
+            lambda: _flat(_probabilities(q, k, mask, causal, self.scale)),
         )
         self.q, self.k, self.v = _flat(q), _flat(k), _flat(v)
         # Set by `prepare`, where queries, keys or values move.

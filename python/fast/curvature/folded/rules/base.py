@@ -46,9 +46,13 @@ class Call:
         self.kept.append((tensor, tensor._version, str(self.func)))
         return tensor
 
-    def shared(self, name: str, tensors: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """make(), computed once for the forward and the backward call on the same values."""
-        key = (name, *((t.data_ptr(), t.shape, t.stride(), t._version) for t in tensors))
+    def shared(self, name: Any, tensors: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """make(), computed once for the forward and the backward call on the same values.
+
+        `name` holds all that make() reads besides the tensors: two calls on one tensor may have
+        other masks, scales or epsilons.
+        """
+        key = (name, *((t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors))
         if key not in self.cache:
             # The entry holds the tensors, so that no other one can come to lie at their address.
             self.cache[key] = (make(), tensors)

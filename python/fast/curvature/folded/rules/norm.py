@@ -142,7 +142,7 @@ def _backward(
 
 
 def _layer(call: Call, x: Tensor, ndim: int, mean: Tensor, rstd: Tensor) -> Normalised:
-    n = call.shared("layer norm", (x,), lambda: (x - mean) * rstd)
+    n = call.shared("layer norm", (x, mean, rstd), lambda: (x - mean) * rstd)
     return Normalised(n, rstd, list(range(x.ndim - ndim, x.ndim)))
 
 
@@ -169,8 +169,8 @@ def layer_norm_backward(call: Call):
 def _batch_norm(call: Call, x: Tensor, mean: Any, var: Any, train: bool, eps: float):
     if train:
         dims = [0, *range(2, x.ndim)]
-        return call.shared("batch norm", (x,), lambda: Normalised.over(x, dims, eps))
-    return call.shared("batch norm", (x, mean, var), lambda: Fixed(x, mean, var, eps))
+        return call.shared(("batch norm", eps), (x,), lambda: Normalised.over(x, dims, eps))
+    return call.shared(("batch norm", eps), (x, mean, var), lambda: Fixed(x, mean, var, eps))
 
 
 @rule(aten.native_batch_norm.default, aten._native_batch_norm_legit.default)

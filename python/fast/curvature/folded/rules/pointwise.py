@@ -80,8 +80,14 @@ def clamp_min(call: Call):
 @rule(aten.pow.Tensor_Scalar)
 def power(call: Call):
     x, p = call.args
+    if p == 0:  # where x is zero, p x^(p - 1) is no number
+        return lambda d, *_: torch.zeros_like(d)
     factor = p * x ** (p - 1)
     return lambda d, *_: d * factor
+
+
+def _ndim(x: Any) -> int:
+    return x.ndim if isinstance(x, Tensor) else 0
 
 
 @rule(aten.neg.default, ignores_self=True)
@@ -95,8 +101,8 @@ def add(call: Call):
     sign = -1.0 if call.func in (aten.sub.Tensor, aten.sub.Scalar) else 1.0
     alpha = sign * call.kwargs.get("alpha", call.arg(2, 1))
     shape, ndim = call.out.shape, call.out.ndim
-    a_ndim = a.ndim
-    b_ndim = b.ndim if isinstance(b, Tensor) else 0
+    a_ndim, b_ndim = _ndim(a), _ndim(b)
+    dtype = call.out.dtype
 
     def derivative(da: Tangent, db: Tangent, *_: Any) -> Tangent:
         if da is not None and db is not None:
@@ -106,6 +112,7 @@ def add(call: Call):
         else:
             out = spread(db, b_ndim, ndim)
             out = out if alpha == 1 else out * alpha
+        out = out.to(dtype)  # a constant side may be what gives the result its type
         return out if out.shape[1:] == shape else out.expand(out.shape[0], *shape)
 
     return derivative
@@ -114,9 +121,8 @@ def add(call: Call):
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(call: Call):
     a, b = call.args[:2]
-    ndim, a_ndim = call.out.ndim, a.ndim
-    b_ndim = b.ndim if isinstance(b, Tensor) else 0
-    keep_a: Any = call.keep(a) if call.is_active(1) else None
+    ndim, a_ndim, b_ndim = call.out.ndim, _ndim(a), _ndim(b)
+    keep_a: Any = (call.keep(a) if isinstance(a, Tensor) else a) if call.is_active(1) else None
     keep_b: Any = (call.keep(b) if isinstance(b, Tensor) else b) if call.is_active(0) else None
 
     def derivative(da: Tangent, db: Tangent) -> Tangent:
@@ -136,8 +142,7 @@ def mul(call: Call):
 @rule(aten.div.Tensor, aten.div.Scalar)
 def div(call: Call):
     a, b = call.args[:2]
-    ndim, a_ndim = call.out.ndim, a.ndim
-    b_ndim = b.ndim if isinstance(b, Tensor) else 0
+    ndim, a_ndim, b_ndim = call.out.ndim, _ndim(a), _ndim(b)
     inverse = 1 / b
     slope: Any = -call.out * inverse if call.is_active(1) else None
 
@@ -154,11 +159,13 @@ def div(call: Call):
 def where(call: Call):
     condition, a, b = call.args
     ndim, a_ndim, b_ndim = call.out.ndim, a.ndim, b.ndim
-    mask = call.keep(condition)
+    # A constant side may be what gives the result its shape and its type.
+    shape, dtype = call.out.shape, call.out.dtype
+    mask = call.keep(condition).expand(shape)
 
     def derivative(_: None, da: Tangent, db: Tangent) -> Tangent:
-        x = 0.0 if da is None else spread(da, a_ndim, ndim)
-        y = 0.0 if db is None else spread(db, b_ndim, ndim)
+        x = 0.0 if da is None else spread(da, a_ndim, ndim).to(dtype)
+        y = 0.0 if db is None else spread(db, b_ndim, ndim).to(dtype)
         return torch.where(mask, x, y)
 
     return derivative
@@ -166,8 +173,14 @@ def where(call: Call):
 
 @rule(aten.masked_fill.Scalar, ignores_self=True)
 def masked_fill(call: Call):
-    mask = call.keep(call.args[1])
-    return lambda d, *_: d.masked_fill(mask, 0.0)
+    mask, ndim, own = call.keep(call.args[1]), call.out.ndim, call.args[0].ndim
+    shape = call.out.shape
+
+    def derivative(d: Tensor, *_: Any) -> Tensor:
+        d = spread(d, own, ndim)
+        return d.expand(d.shape[0], *shape).masked_fill(mask, 0.0)
+
+    return derivative
 
 
 def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor | None]]) -> None:

@@ -155,7 +155,6 @@ LINEAR = (
     aten.tril.default,
     aten.triu.default,
     aten.cumsum.default,
-    aten.constant_pad_nd.default,
     aten.slice_backward.default,
     aten.select_backward.default,
     aten.unfold.default,
@@ -163,7 +162,6 @@ LINEAR = (
     aten.diagonal.default,
     aten.native_dropout_backward.default,
     aten.embedding_dense_backward.default,
-    aten.embedding.default,
     aten.upsample_nearest2d.default,
     aten.upsample_nearest2d_backward.default,
     aten.upsample_bilinear2d.default,
@@ -181,6 +179,48 @@ def linear(call: Call):
 
     def derivative(d: Tensor, *_: Any) -> Tensor:
         return vmap(lambda v: func(v, *rest, **kwargs))(d)
+
+    return derivative
+
+
+@rule(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+    *(
+        getattr(getattr(aten, f), k)
+        for f in ("eq", "ne", "lt", "le", "gt", "ge")
+        for k in ("Scalar", "Tensor")
+    ),
+)
+def constant(call: Call):
+    """Of the values of the arguments nothing is left that could be differentiated."""
+    return call.constant()
+
+
+@rule(aten.constant_pad_nd.default)
+def constant_pad(call: Call):
+    """The padding is a constant, whatever its value: a tangent is padded with zeros."""
+    pad = call.args[1]
+    return lambda d, *_: aten.constant_pad_nd(d, pad, 0)
+
+
+@rule(aten.embedding.default)
+def embedding(call: Call):
+    """Rows of the tangent; as in autograd, the row `padding_idx` does not move."""
+    if not call.is_active(0):
+        return call.constant()
+    index, padding = call.args[1], call.arg(2, -1)
+    ignored = index[..., None] == padding if padding >= 0 else None
+
+    def derivative(d: Tensor, *_: Any) -> Tensor:
+        out = d[:, index]
+        return out if ignored is None else out.masked_fill_(ignored, 0.0)
 
     return derivative
 

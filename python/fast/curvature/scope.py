@@ -1,0 +1,209 @@
+"""What a network is evaluated in: exact forms of operations, settings of torch, random state."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint as torch_checkpoint
+
+
+class _Counted:
+    """A setting of the whole process, made while any thread is inside.
+
+    Threads that enter and leave in turn would each put back what another one had set.
+    """
+
+    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]):
+        self.enter = enter
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.held: contextlib.AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.held = self.enter()
+                self.held.__enter__()
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside and self.held is not None:
+                self.held.__exit__(None, None, None)
+                self.held = None
+
+
+@contextlib.contextmanager
+def _no_mha_fastpath() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def _checkpoint_inline() -> Iterator[None]:
+    """Run checkpointed segments as plain code, in threads that are inside `evaluation`.
+
+    A second derivative through a segment that is recomputed in the backward pass either fails
+    (reentrant) or is recomputed once per vector; the graph is kept for all vectors anyway.
+    """
+    reentrant = torch_checkpoint.CheckpointFunction
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            if getattr(_here, "depth", 0):
+                return function(*args)
+            return reentrant.apply(function, preserve, *args)
+
+    def inline(fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if not getattr(_here, "depth", 0):
+            yield from generator(fn, *args, **kwargs)
+        else:
+            yield
+
+    module: Any = torch_checkpoint
+    module.CheckpointFunction = Reentrant
+    module._checkpoint_without_reentrant_generator = inline
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = reentrant
+        module._checkpoint_without_reentrant_generator = generator
+
+
+MHA, CHECKPOINT = _Counted(_no_mha_fastpath), _Counted(_checkpoint_inline)
+ATTENTION = _Counted(lambda: sdpa_kernel(SDPBackend.MATH))
+CUDNN = _Counted(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
+@contextlib.contextmanager
+def evaluation(
+    device: torch.device, seed: int, *, differentiable_twice: bool, cudnn: bool = True
+) -> Iterator[None]:
+    """Gradients on, compiled code and shortcuts off, random state that of `seed`, put back after.
+
+    `differentiable_twice`: attention by plain products, recurrent layers without cuDNN where
+    `cudnn` is false.
+    """
+    with contextlib.ExitStack() as stack:
+        cuda = device.type == "cuda"
+        stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
+        # torch.manual_seed would seed the generators of all devices, which nobody puts back.
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; it weighs 128 MiB
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(MHA)
+        stack.enter_context(CHECKPOINT)
+        if differentiable_twice:
+            stack.enter_context(ATTENTION)
+            if not cudnn:
+                stack.enter_context(CUDNN)
+        stack.enter_context(ExactForms())
+        _here.depth = getattr(_here, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            _here.depth -= 1
+
+
+class ExactForms(TorchFunctionMode):
+    """Replaces operations whose derivatives torch has wrong, or that change the model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        if func is F.embedding or func is F.embedding_bag:
+            kwargs = _plain_embedding(func, args, kwargs)
+            args = ()
+        return func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """v g / |v|: torch's own second derivative of this is wrong on the CPU (torch 2.13)."""
+    dims = [d for d in range(v.ndim) if d != dim % v.ndim] if dim != -1 else list(range(v.ndim))
+    return v * (g / v.square().sum(dims, keepdim=True).sqrt())
+
+
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
+              "sparse")  # fmt: skip
+_BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode",
+        "sparse", "per_sample_weights", "include_last_offset", "padding_idx")  # fmt: skip
+
+
+def _plain_embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an embedding that changes nothing and has a dense, true gradient."""
+    names = _EMBEDDING if func is F.embedding else _BAG
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("scale_grad_by_freq"):
+        raise ValueError(
+            "an embedding of model has scale_grad_by_freq=True: what its backward pass gives is no "
+            "gradient of the loss, and has no symmetric derivative; set it to False"
+        )
+    limit, weight = given.pop("max_norm", None), given["weight"]
+    if limit is not None:
+        used = weight.detach()[given["input"].reshape(-1)]
+        norms = torch.linalg.vector_norm(used, given.get("norm_type", 2.0), dim=-1)
+        # What torch's own rescaling leaves is the limit to within rounding.
+        slack = 1 + 16 * torch.finfo(weight.dtype).eps
+        if bool((norms > limit * slack).any()):
+            raise ValueError(
+                f"an embedding of model has max_norm={limit} and rows that are longer: evaluating "
+                "it would rescale them. Run model(inputs) once, which does, or set max_norm=None"
+            )
+    return {**given, "sparse": False}
+
+
+_DETACHING = (
+    Tensor.detach,
+    Tensor.detach_,
+    torch.detach,
+    vars(torch._C.TensorBase)["data"].__get__,
+)
+
+
+class _StopGradients(TorchFunctionMode):
+    def __init__(self, stopped: Callable[[Tensor], object]):
+        super().__init__()
+        self.stopped = stopped
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _DETACHING:
+            self.stopped(out)
+        return out
+
+
+def stop_gradients(stopped: Callable[[Tensor], object]) -> TorchFunctionMode:
+    """Tell `stopped` of every tensor that the model's own code detaches.
+
+    Below autograd, such a detach looks the same as the ones that autograd makes for itself.
+    """
+    return _StopGradients(stopped)

@@ -1,0 +1,128 @@
+"""Rules of the record where shapes, options and values are not the usual ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvature_truth import Net, batch, linear, parameter, relative, truths
+from fast.curvature import GGN, Hessian
+
+MASK = torch.tensor([[True, False, True], [True, True, False], [False, False, True]])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return torch.stack([x, x.flip(1), x * x], 1)[:, None]
+
+
+def _shared_attention(net: Net, x: Tensor) -> Tensor:
+    """Three attentions of the same queries and keys, that differ in their options."""
+    q, k, v = (_tokens(x) * w for w in net.w)
+    attend = F.scaled_dot_product_attention
+    a = attend(q, k, v, is_causal=True) + attend(q, k, v, scale=0.1)
+    a = a + attend(q, k, v, attn_mask=MASK)
+    return net.out(a.flatten(2).mean(1)[:, :6])
+
+
+def _masked_attention(mask: Tensor):
+    def forward(net: Net, x: Tensor) -> Tensor:
+        q, k, v = (_tokens(x) * w for w in net.w)
+        return net.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0].mean(1))
+
+    return forward
+
+
+def _two_layer_norms(net: Net, x: Tensor) -> Tensor:
+    h = net.first(x)
+    halves = F.layer_norm(h.view(5, 2, 2), (2,)).view(5, 4)
+    return F.layer_norm(h, (4,)) + F.layer_norm(h, (4,), eps=1.0) + halves
+
+
+def _two_batch_norms(net: Net, x: Tensor) -> Tensor:
+    h = net.first(x)
+    return F.batch_norm(h, None, None, training=True) + F.batch_norm(
+        h, None, None, training=True, eps=1.0
+    )
+
+
+def _indices(x: Tensor) -> Tensor:
+    return (x.abs() * 10).long() % 5
+
+
+@torch.jit.script
+def _scripted(h: Tensor) -> Tensor:
+    return h * h.detach().exp()
+
+
+NOTHING = MASK.clone()
+NOTHING[1] = False
+COLUMNS = torch.tensor([True, False, True, True])
+ADDITIVE = torch.zeros(3, 3, dtype=torch.float64).masked_fill(~MASK, -1.5)
+NETS = {
+    "attention shared": lambda: Net(_shared_attention, w=parameter(3, 6), out=linear(6, 4)),
+    "attention mask": lambda: Net(_masked_attention(MASK), w=parameter(3, 6), out=linear(6, 4)),
+    "attention to nothing": lambda: Net(
+        _masked_attention(NOTHING), w=parameter(3, 6), out=linear(6, 4)
+    ),
+    "attention bias": lambda: Net(_masked_attention(ADDITIVE), w=parameter(3, 6), out=linear(6, 4)),
+    "layer norms": lambda: Net(_two_layer_norms, first=linear(6, 4)),
+    "batch norms": lambda: Net(_two_batch_norms, first=linear(6, 4)),
+    "pad": lambda: Net(
+        lambda n, x: n.out(F.pad(n.first(x).tanh(), (1, 2), value=1.5)),
+        first=linear(6, 4),
+        out=linear(7, 4),
+    ),
+    "padding index": lambda: Net(
+        lambda n, x: n.out(n.embed(_indices(x)).mean(1).tanh()),
+        embed=nn.Embedding(5, 6, padding_idx=2, dtype=torch.float64),
+        out=linear(6, 4),
+    ),
+    "detach in a script": lambda: Net(lambda n, x: _scripted(n.first(x)), first=linear(6, 4)),
+    "detach under vmap": lambda: Net(
+        lambda n, x: torch.vmap(lambda h: h * h.detach().exp())(n.first(x)), first=linear(6, 4)
+    ),
+    "new_tensor": lambda: Net(
+        lambda n, x: (lambda h: h * h.new_tensor(h).exp())(n.first(x)), first=linear(6, 4)
+    ),
+    "1 - h": lambda: Net(lambda n, x: (1 - n.first(x)).sin() * 2 / n.first(x), first=linear(6, 4)),
+    "powers": lambda: Net(
+        lambda n, x: n.out(sum(torch.relu(n.first(x)) ** p for p in (0, 1, 2, 3))),
+        first=linear(6, 4),
+        out=linear(4, 4),
+    ),
+    "comparison": lambda: Net(
+        lambda n, x: (lambda h: torch.where(h > 0, h.sin(), torch.full_like(h, 2.0)))(n.first(x)),
+        first=linear(6, 4),
+    ),
+    "types": lambda: Net(
+        lambda n, x: n.out(n.first(x).float().double().tanh() + n.w.double()),
+        first=linear(6, 4),
+        out=linear(4, 4),
+        w=parameter(4),
+    ),
+    "where": lambda: Net(
+        lambda n, x: torch.where(COLUMNS, n.w.sin(), x[:, :4]).sum(0) * n.first(x).exp(),
+        w=parameter(4),
+        first=linear(6, 4),
+    ),
+    "masked_fill": lambda: Net(
+        lambda n, x: n.w.sin().masked_fill(x[:, :4] > 0, 2.0) * n.first(x).exp(),
+        w=parameter(4),
+        first=linear(6, 4),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct")
+@pytest.mark.parametrize("name", NETS)
+def test_products_equal_the_explicit_matrices(name: str) -> None:
+    torch.manual_seed(1)
+    model, (x, y) = NETS[name](), batch()
+    for kind, truth in zip((Hessian, GGN), truths(model, x, y), strict=True):
+        # torch may run a script as an autograd function of its own, which has no rule.
+        for method in ("auto" if name == "detach in a script" else "folded", "loop"):
+            product = kind(model, F.cross_entropy, (x, y), method=method).dense()
+            limit = 1e-6 if name == "types" else 1e-10
+            assert relative(product, truth) < limit, (kind.__name__, method)
