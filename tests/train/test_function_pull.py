@@ -131,6 +131,15 @@ def test_the_average_of_the_first_steps_is_their_mean():
     assert torch.equal(weights, torch.full((3,), 10.0))
 
 
+@pytest.mark.parametrize("steps", [5, 6])
+def test_the_average_of_a_run_that_ends_in_its_stall_has_the_head_that_was_learned(steps):
+    model = ConvNet()
+    options = {"head_steps": 0, "stall": 5, "ramp": 0, "average": 4, "lr": 1e-2}
+    result = fast.finetune(model, TRAIN, VAL, steps=steps, eval_every=1, **options)
+    assert task_head(model).linear.weight.abs().sum() > 0
+    assert result.history[3]["target_loss"] < result.history[0]["target_loss"]
+
+
 def test_what_is_evaluated_in_the_middle_is_the_average():
     torch.manual_seed(0)
     model = ConvNet()
