@@ -15,6 +15,7 @@ from torch import nn
 from fast.curvature.answers import SourceInputs
 from fast.curvature.calibrate import Calibration
 from fast.curvature.card import SourceCard
+from fast.heads import running_statistics
 from fast.optim import SGD, AdamW
 from fast.train.average import Average
 from fast.train.budget import (
@@ -43,7 +44,8 @@ CALIBRATION_SAMPLES = 16
 # than half, and with a budget as many as make the loss of the end known within a fifth or so.
 LIMIT = 4096
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
-# Over this multiple of the budget the weights are moved back at once, without waiting for the pull.
+# Where a check finds more than this multiple of the budget lost, the weights are moved back there and
+# then to what was due by now; else it is left to the pull, and to the search at the end.
 EXCESS = 3.0
 
 
@@ -129,6 +131,7 @@ class Protection:
     """Forecast and budget of one run.
 
     Args:
+        model: at the pretrained weights and statistics.
         gauge: exact checks, made before the head was replaced; or None.
         average: what the run returns, where that is not its last weights. Checks look at it.
     """
@@ -136,6 +139,7 @@ class Protection:
     def __init__(
         self,
         config: TrainConfig,
+        model: nn.Module,
         steps: int,
         plan: Plan,
         card: SourceCard | None,
@@ -147,6 +151,10 @@ class Protection:
     ) -> None:
         self.card, self.gauge = card, gauge
         self.optimizer, self.drift, self.average = optimizer, drift, average
+        # Tracked batch norm forgets by its statistics too: they go back with the weights.
+        tracked = config.batch_norm == "track" and config.forget_budget is not None
+        self.statistics = running_statistics(model) if tracked else []
+        self.first_statistics = [x.clone() for x in self.statistics]
         self.weighted = card is not None and METHODS[config.method].card_decay is not None
         # Without a card the energy is that of the drift, and the first check sets its scale.
         unknown = Calibration(math.nan, 1.0, math.inf, math.nan)
@@ -238,9 +246,9 @@ class Protection:
         self._land(model, lost, self.controller.aim, LAST_CHECKS)
         if self.known is not None and self.known > self.controller.budget.amount:
             warnings.warn(
-                f"forget_budget {self.controller.budget} is not met: {self.known:.3g} is lost with "
-                "the weights back near the pretrained ones, by batch norm statistics; use "
-                "batch_norm='frozen'",
+                f"forget_budget {self.controller.budget} is not met: {self.known:.3g} is lost even "
+                "with the weights and batch norm statistics back at the pretrained ones, so the "
+                "network answers otherwise for another reason: buffers of its own, or chance",
                 stacklevel=2,
             )
 
@@ -253,16 +261,26 @@ class Protection:
         if not lost > aim:
             return 1.0
         exponent = 2 * self.forecast_of.calibration.exponent
-        segment = Segment(self.drift.params, self.drift.anchors)
+        segment = Segment(
+            [*self.drift.params, *self.statistics], [*self.drift.anchors, *self.first_statistics]
+        )
+        surely = checks > 1
         energy = self.energy()
         gauge = self.gauge
         if gauge is None:
             self.known = segment.land(
-                lambda: self.forecast_of(energy * segment.place**2), lost, aim, exponent, checks
+                lambda: self.forecast_of(energy * segment.place**2),
+                lost,
+                aim,
+                exponent,
+                checks,
+                surely=surely,
             )
             return segment.place
-        samples = self.last_samples if checks > 1 else self.samples
-        self.known = segment.land(lambda: gauge(model, samples), lost, aim, exponent, checks)
+        samples = self.last_samples if surely else self.samples
+        self.known = segment.land(
+            lambda: gauge(model, samples), lost, aim, exponent, checks, surely=surely
+        )
         self.forecast_of.update(energy * segment.place**2, self.known)
         return segment.place
 

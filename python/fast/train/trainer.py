@@ -145,6 +145,7 @@ class Trainer:
             self.average = Average(trained, plan.average)
         self.protection = Protection(
             config,
+            model,
             self.steps,
             plan,
             card,
