@@ -44,8 +44,8 @@ CALIBRATION_SAMPLES = 16
 # than half, and with a budget as many as make the loss of the end known within a fifth or so.
 LIMIT = 4096
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
-# Where a check finds more than this multiple of the budget lost, the weights are moved back there and
-# then to what was due by now; else it is left to the pull, and to the search at the end.
+# Where a check finds more than this multiple of the budget lost, the weights are moved back at once
+# to what was due by now; less is left to the pull, and to the search at the end.
 EXCESS = 3.0
 
 
