@@ -288,7 +288,7 @@ class SourceCard:
         return {**self.__dict__, "_names": {}}
 
     def _remember(self, params: Mapping[str, nn.Parameter]) -> SourceCard:
-        names = {n: weakref.ref(p) for n, p in params.items()}
+        names: dict[str, weakref.ref[Tensor]] = {n: weakref.ref(p) for n, p in params.items()}
         anchors = {n: p.detach().clone() for n, p in params.items()}
         return dataclasses.replace(self, _names=names, _anchors=anchors)
 

@@ -31,7 +31,7 @@ from fast.train.config import Budget, TrainConfig
 from fast.train.data import TrainBatches
 from fast.train.function_pull import FunctionPull
 from fast.train.gauge import Gauge
-from fast.train.methods import METHODS, Plan, rehearse_weight
+from fast.train.methods import METHODS, Plan, uses_card
 from fast.train.prepare import Drift
 from fast.train.schedule import lr_factor
 
@@ -67,15 +67,9 @@ def make_card(
     if card is not None:
         loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
         return _without_weights(loaded.bind(model))
-    method = METHODS[config.method]
-    # Rehearsing source inputs keeps more than a card made of them: docs/research.md.
-    if method.card_decay is None or rehearse_weight(config):
+    if not uses_card(config, False, source_inputs is not None):
         return None
-    data = source_inputs
-    if data is None and config.method == "ewc":
-        data = _target_inputs(batches)
-    if data is None:
-        return None
+    data = _target_inputs(batches) if source_inputs is None else source_inputs
     low, high = CARD_SAMPLES
     count = min(max(int(CARD_SHARE * steps * config.batch_size), low), high)
     estimated = SourceCard.estimate(

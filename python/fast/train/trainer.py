@@ -109,6 +109,8 @@ class Trainer:
                 raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
             size = config.batch_size
             self.replay = Replay(model, source_inputs, size, config.seed, self.device)
+        if config.rehearse and source_inputs is None:
+            raise ValueError("rehearse keeps the features of source inputs: pass source_inputs=")
         sample = move(next(self.batches.from_step(0))[0], self.device)
         rehearsed = source_inputs if rehearse_weight(config) else None
         plan = plan_for(
