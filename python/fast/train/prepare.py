@@ -14,10 +14,7 @@ from fast.heads import (
     TaskHead,
     calibrate_from,
     features_of,
-    find_head,
-    plain_batch_norm,
     replace_head,
-    restore_head,
     set_batch_norm,
     task_head,
 )
@@ -53,7 +50,7 @@ def prepare_model(
     sample: Any,
     source_inputs: SourceInputs | None,
 ) -> FunctionPull | None:
-    """Replace the head and calibrate it on target inputs, in place.
+    """Replace the head and calibrate it on target inputs, in place (`fast.train.undo` undoes it).
 
     One pass over training inputs gives the normaliser's statistics, the source outputs, and the
     features that the head starts on.
@@ -65,32 +62,25 @@ def prepare_model(
     Returns:
         the penalty of leaving what the network computes, or None where the plan has none.
     """
-    source = find_head(model, sample).module
-    trainable = source.weight.requires_grad
     replace_head(model, num_classes, sample=sample, max_entropy=plan.max_entropy)
     head = task_head(model)
     assert head is not None
-    try:
-        pass_ = _calibrated(model, head, batches, plan, steps)
-        if plan.head_steps:
-            labels = check_labels(pass_.labels, num_classes, "train").to(pass_.features.device)
-            start_head(head, pass_.features, labels, loss, plan.head_steps, config.seed)
-        rehearsal = None
-        if source_inputs is not None:
-            size = places_for(config.batch_size)
-            rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
-        set_batch_norm(model, config.batch_norm)
-        if rehearsal is not None and source_inputs is not None:
-            few = move(source_inputs.part(0, 8).inputs, next(model.parameters()).device)
-            rehearsal.apart = config.batch_norm != "frozen" or depends_on_mode(model, few)
-        distillation = _distillation(model, head, batches, plan, pass_)
-        if distillation is None and rehearsal is None:
-            return None
-        return FunctionPull(head, distillation, rehearsal)
-    except BaseException:
-        plain_batch_norm(model)
-        restore_head(model, source, trainable)
-        raise
+    pass_ = _calibrated(model, head, batches, plan, steps)
+    if plan.head_steps:
+        labels = check_labels(pass_.labels, num_classes, "train").to(pass_.features.device)
+        start_head(head, pass_.features, labels, loss, plan.head_steps, config.seed)
+    rehearsal = None
+    if source_inputs is not None:
+        size = places_for(config.batch_size)
+        rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
+    set_batch_norm(model, config.batch_norm)
+    if rehearsal is not None and source_inputs is not None:
+        few = move(source_inputs.part(0, 8).inputs, next(model.parameters()).device)
+        rehearsal.apart = config.batch_norm != "frozen" or depends_on_mode(model, few)
+    distillation = _distillation(model, head, batches, plan, pass_)
+    if distillation is None and rehearsal is None:
+        return None
+    return FunctionPull(head, distillation, rehearsal)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from pathlib import Path
@@ -96,6 +96,7 @@ class Trainer:
             self.device.type, enabled=self.autocast_dtype == torch.float16
         )
         self.stopping = EarlyStopping(config.patience, self.folder)
+        self._began: Callable[[], None] = lambda: None
         self.started = time.monotonic()
 
     def _prepare(self, card: SourceCard | str | Path | None, source_inputs: Any) -> None:
@@ -159,7 +160,13 @@ class Trainer:
         )
         self.stall, self.lr = plan.stall, plan.lr
 
-    def run(self) -> Result:
+    def run(self, began: Callable[[], None] = lambda: None) -> Result:
+        """Train to the end.
+
+        Args:
+            began: called before weights change, after all that can be checked beforehand.
+        """
+        self._began = began
         try:
             first, history, losses = self._resume()
             if self.folder is not None:
@@ -170,6 +177,8 @@ class Trainer:
         finally:
             if self.function_pull:
                 self.function_pull.close()
+            if self.head is not None and self.head.norm is not None:
+                self.head.norm.stop_deferring()
         self.stopping.restore(self.model)
         self.optimizer.zero_grad()
         self.model.eval()
@@ -281,6 +290,7 @@ class Trainer:
             total += loss.detach()
         if self.replay and source is not None:
             self._replay(*source, size)
+        self._began()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.head is not None and self.head.norm is not None:
