@@ -14,18 +14,21 @@ from fast.heads.replace import (
     restore_head,
     task_head,
 )
+from fast.heads.rows import by_sample, folds_positions
 from fast.heads.task import source_task
 
 __all__ = [
     "FeatureNorm",
     "Head",
     "TaskHead",
+    "by_sample",
     "calibrate",
     "calibrate_from",
     "evaluating",
     "features_of",
     "find_head",
     "fold_head",
+    "folds_positions",
     "forward_logits",
     "in_mode",
     "pick",

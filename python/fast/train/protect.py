@@ -31,6 +31,7 @@ from fast.train.config import Budget, TrainConfig
 from fast.train.data import TrainBatches
 from fast.train.function_pull import FunctionPull
 from fast.train.gauge import Gauge
+from fast.train.known import known_inputs
 from fast.train.methods import METHODS, Plan, uses_card
 from fast.train.prepare import Drift
 from fast.train.schedule import lr_factor
@@ -40,9 +41,8 @@ from fast.train.schedule import lr_factor
 CARD_SHARE = 0.01
 CARD_SAMPLES = (48, 512)
 CALIBRATION_SAMPLES = 16
-# Source inputs that are kept in memory, and those of them that are held back for checks: no more
-# than half, and with a budget as many as make the loss of the end known within a fifth or so.
-LIMIT = 4096
+# Source inputs that are held back for checks: no more than half, and with a budget as many as make
+# the loss of the end known within a fifth or so.
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
 # Where a check finds more than this multiple of the budget lost, the weights are moved back at once
 # to what was due by now; less is left to the pull, and to the search at the end.
@@ -106,13 +106,11 @@ def hold_back(
         source_inputs: None for none: then there is no gauge.
 
     Raises:
-        ValueError, TypeError: they are no inputs, or too few.
+        ValueError, TypeError: what `known_inputs` and `Gauge` refuse.
     """
     if source_inputs is None:
         return None, None
-    samples = SourceInputs(source_inputs, LIMIT)
-    if samples.size < 4:
-        raise ValueError(f"source_inputs: {samples.size} samples; give at least 4, better 500")
+    samples = known_inputs(model, source_inputs)
     budget = None if config.forget_budget is None else Budget.parse(config.forget_budget)
     wanted = HELD_FOR_FORECAST if budget is None else HELD_FOR_BUDGET
     first = samples.size - min(wanted, samples.size // 2)

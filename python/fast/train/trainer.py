@@ -32,7 +32,7 @@ from fast.train.methods import METHODS, plan_for, rehearse_weight
 from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
-from fast.train.rehearse import places_for
+from fast.train.rehearse import joined, places_for
 from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
 from fast.train.resume import CONFIG_FILE, check_folder
@@ -112,17 +112,22 @@ class Trainer:
             self.replay = Replay(model, source_inputs, size, config.seed, self.device)
         if config.rehearse and source_inputs is None:
             raise ValueError("rehearse keeps the features of source inputs: pass source_inputs=")
-        sample = move(next(self.batches.from_step(0))[0], self.device)
+        sample = move(self._first_inputs(), self.device)
         rehearsed = source_inputs if rehearse_weight(config) else None
-        plan = plan_for(
-            config,
-            self.steps,
-            card is not None,
-            head_is_last(model, sample),
-            rehearsed is not None,
-        )
+        last = head_is_last(model, sample)
+        if config.head_steps and not last:
+            raise ValueError(
+                "head_steps: something follows the head of this network, so that it cannot learn "
+                "from its features alone; use stall="
+            )
+        plan = plan_for(config, self.steps, card is not None, last, rehearsed is not None)
         if rehearsed is not None:
             # Source inputs take places in the batch, so that a step costs what it did.
+            if config.batch_size < 2:
+                raise ValueError(
+                    "batch_size must be at least 2 to rehearse source inputs beside the target; "
+                    "or set rehearse=0"
+                )
             target_size = config.batch_size - places_for(config.batch_size)
             self.batches = TrainBatches(self.train_data, target_size, config.seed)
         with self._autocast():
@@ -159,6 +164,15 @@ class Trainer:
             self.average,
         )
         self.stall, self.lr = plan.stall, plan.lr
+
+    def _first_inputs(self) -> Any:
+        """Of the first batch, or of the first two where that is a single sample."""
+        stream = self.batches.from_step(0)
+        inputs = next(stream)[0]
+        if length(inputs) > 1 or self.batches.steps_per_epoch == 1:
+            return inputs
+        both = joined(inputs, next(stream)[0])
+        return inputs if both is None else both
 
     def run(self, began: Callable[[], None] = lambda: None) -> Result:
         """Train to the end.
