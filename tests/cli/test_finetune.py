@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 
 import numpy as np
 import pytest
@@ -246,6 +247,18 @@ def test_a_run_with_a_checkpoint_is_kept(job, monkeypatch):
         assert job.fast("finetune", *job.args, *RUN)[0] == 2
     code, _, err = job.fast("finetune", "--resume", "out")
     assert code == 0, err
+
+
+def test_resuming_a_folder_without_checkpoints_leaves_it(job):
+    code, _, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 0, err
+    (checkpoint,) = (job.folder / "out").glob("checkpoint-*")
+    shutil.rmtree(checkpoint)
+    kept = sorted(p.name for p in (job.folder / "out").iterdir())
+    code, _, err = job.fast("finetune", "--resume", "out")
+    assert code == 2
+    assert "nothing to resume from" in err
+    assert sorted(p.name for p in (job.folder / "out").iterdir()) == kept
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.longdouble, np.dtype(">f8"), np.float16])

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -9,13 +10,14 @@ import pytest
 import fast
 from fast.cli import demo
 from fast.cli.retention import settings
-from fast.train.methods import METHODS
+from fast.train.config import TrainConfig
+from fast.train.methods import EASED, METHODS, REHEARSING_LR, plan_for
 
 SWEEP = ("--steps", 6, "--output", "out")
 
 
 def points(method, data=(), **options):
-    args = argparse.Namespace(**({"strengths": (0.5, 2), "budgets": None} | options))
+    args = argparse.Namespace(**({"strengths": (0.5, 2), "budgets": None, "steps": 60} | options))
     return [(s.label, s.options) for s in settings(method, args, dict.fromkeys(data))]
 
 
@@ -25,7 +27,7 @@ def test_strengths_multiply_what_the_method_itself_sets():
         (label, {"anchor_decay": s * fast_.anchor_decay, "distill": s * fast_.distill})
         for label, s in (("0.5", 0.5), ("2", 2))
     ]
-    informed = points("fast", data=["source_inputs"])
+    informed = points("fast", data=["card"])
     assert informed[0][1]["anchor_decay"] == 0.5 * fast_.card_decay
     assert points("l2-sp", data=["source_inputs"]) == [
         ("0.5", {"anchor_decay": 0.5 * METHODS["l2-sp"].anchor_decay}),
@@ -33,6 +35,29 @@ def test_strengths_multiply_what_the_method_itself_sets():
     ]
     # ewc makes its card of the target's inputs where there are no source inputs.
     assert points("ewc", strengths=(0.0,)) == [("0", {"anchor_decay": 0.0})]
+
+
+def test_strengths_multiply_what_holds_a_method_that_rehearses():
+    """Strength 1 is the run without the sweep; 0 differs in nothing but what holds the source."""
+    data = {"source_inputs", "train"}
+    (none, one) = (options for _, options in points("fast", data, strengths=(0, 1)))
+    config = TrainConfig(steps=60)
+    plan = plan_for(config, 60, False, True, True)
+    assert one == {name: getattr(plan, name) for name in ("anchor_decay", "distill", "rehearse")}
+    weak = plan_for(dataclasses.replace(config, **none), 60, True, True, False)
+    held = dict.fromkeys(one, 0.0)
+    assert dataclasses.asdict(weak) == dataclasses.asdict(plan) | held
+    (_, ewc) = points("ewc", data, strengths=(1,), **{"rehearse": 1.0})[0]
+    assert ewc == {"anchor_decay": EASED * METHODS["ewc"].card_decay, "rehearse": 1.0}
+
+
+def test_a_strength_of_nought_keeps_the_learning_rate(job):
+    args = ("--methods", "fast", "--strengths", "0,1", "--source-inputs", "source.npz")
+    code, _, err = job.fast("retention", *job.args, *SWEEP, *args)
+    assert code == 0, err
+    saved = json.loads((job.folder / "out" / "retention.json").read_text())
+    assert [p["lr"] for p in saved["points"]] == [REHEARSING_LR] * 2
+    assert [p["rehearse"] for p in saved["points"]] == [0, 1]
 
 
 def test_distillation_is_left_out_where_batch_norm_is_kept_per_task():

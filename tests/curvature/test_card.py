@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import pickle
 
 import pytest
 import torch
@@ -203,6 +205,30 @@ def test_card_of_another_model(model, card):
         card.bind(other)
     with pytest.raises(ValueError, match="none of the 1 parameters is one of this card"):
         card.curvature_for([nn.Parameter(torch.ones(3))])
+
+
+def test_a_parameter_in_the_place_of_a_freed_one_is_not_taken_for_it(model, card):
+    net = copy.deepcopy(model)
+    bound = card.bind(net)
+    freed = {id(p) for p in backbone(net).values()}
+    del net
+    gc.collect()
+    others: list[nn.Parameter] = []
+    while not others or id(others[-1]) not in freed:
+        others.append(nn.Parameter(torch.ones(3)))
+        assert len(others) < 100_000, "no memory was used again"
+    with pytest.raises(ValueError, match="none of the 1 parameters is one of this card"):
+        bound.energy(others[-1:])
+
+
+def test_a_copied_card_is_bound_again(model, card):
+    net = copy.deepcopy(model)
+    again = pickle.loads(pickle.dumps(card.bind(net)))
+    with torch.no_grad():
+        net.project.bias += 1
+    with pytest.raises(ValueError, match=r"Call card.bind\(model\)"):
+        again.energy([net.project.bias])
+    assert again.bind(model).energy(model.parameters()) == 0
 
 
 @pytest.mark.parametrize(

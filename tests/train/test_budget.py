@@ -226,3 +226,20 @@ def test_what_a_budget_needs(pretrained):
 def test_a_budget_that_is_none(pretrained, value):
     with pytest.raises(ValueError, match=r"forget_budget must be nats .* got"):
         run(pretrained, forget_budget=value, source_inputs=KNOWN[0])
+
+
+def test_tracked_statistics_go_back_with_the_weights(pretrained):
+    """They forget by themselves, and no pull holds them."""
+    options = {"method": "l2-sp", "batch_norm": "track", "source_inputs": KNOWN, "lr": 1e-3}
+    budget = rise(run(pretrained, **options)) / 5
+    result = run(pretrained, forget_budget=budget, **options)
+    assert 0 < result.history[-1]["forecast"] <= budget
+    assert rise(result) <= 1.3 * budget
+
+
+def test_a_budget_that_cannot_be_met_is_said(pretrained, monkeypatch):
+    gauge = protect.Gauge.__call__
+    monkeypatch.setattr(protect.Gauge, "__call__", lambda *args: 1.0 + gauge(*args))
+    options = {"method": "l2-sp", "source_inputs": KNOWN, "forget_budget": 0.1}
+    with pytest.warns(UserWarning, match=r"forget_budget 0\.1 nats is not met: 1 is lost even"):
+        run(pretrained, **options)

@@ -166,6 +166,19 @@ def test_a_segment_goes_far_back_where_all_is_lost_at_once():
     assert p.item() < 0.05
 
 
+@pytest.mark.parametrize("surely", [True, False])
+def test_what_a_segment_says_is_lost_was_measured(surely):
+    """Everywhere but at the very start more is lost than the aim: no guess passes for the aim."""
+    p = nn.Parameter(torch.ones(1))
+    segment = Segment([p], [torch.zeros(1)])
+
+    def loss():
+        return 9.0 if p.item() > 0 else 0.02
+
+    lost = segment.land(loss, 9.0, 0.1, 2.0, checks=3, surely=surely)
+    assert lost == loss() == (0.02 if surely else 9.0)
+
+
 def test_landing_is_the_same_from_any_number_of_looks():
     start, end = torch.randn(50), torch.randn(50)
     p, q = nn.Parameter(end.clone()), nn.Parameter(end.clone())

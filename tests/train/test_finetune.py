@@ -232,6 +232,27 @@ def test_the_saved_model_loads_into_the_plain_architecture(tmp_path):
     assert [json.loads(line) for line in lines] == result.history
 
 
+class Wrapping(nn.Module):
+    """A part of it is called `module`, and it is no wrapper for all that."""
+
+    def __init__(self):
+        super().__init__()
+        self.module, self.fc = nn.Sequential(nn.Flatten(), nn.Linear(64, 16)), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.fc(self.module(x).relu())
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile])
+def test_a_network_with_a_part_called_module_is_saved_whole(tmp_path, wrap):
+    model = Wrapping()
+    result = fast.finetune(model, TRAIN, steps=2)
+    result.model = wrap(model)
+    saved = load_file(result.save(tmp_path) / "model.safetensors")
+    assert set(saved) == {"module.1.weight", "module.1.bias", "fc.weight", "fc.bias"}
+    assert (tmp_path / "source_head.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", IMAGE_NETWORKS)
 @pytest.mark.parametrize("kind", ["tensors", "loader"])
 def test_distillation_keeps_the_answers_of_the_source_head(name, kind):

@@ -13,6 +13,7 @@ import fast
 from fast.curvature.answers import SourceInputs
 from fast.heads import features_of, find_head, set_batch_norm, task_head
 from fast.train.average import Average
+from fast.train.config import TrainConfig
 from fast.train.head_start import head_is_last
 from fast.train.rehearse import TOLERANCE, HeadInput, Rehearsal, joined, places_for
 from fast.train.trainer import Trainer
@@ -131,6 +132,15 @@ def test_the_average_of_the_first_steps_is_their_mean():
     assert torch.equal(weights, torch.full((3,), 10.0))
 
 
+@pytest.mark.parametrize("steps", [5, 6])
+def test_the_average_of_a_run_that_ends_in_its_stall_has_the_head_that_was_learned(steps):
+    model = ConvNet()
+    options = {"head_steps": 0, "stall": 5, "ramp": 0, "average": 4, "lr": 1e-2}
+    result = fast.finetune(model, TRAIN, VAL, steps=steps, eval_every=1, **options)
+    assert task_head(model).linear.weight.abs().sum() > 0
+    assert result.history[3]["target_loss"] < result.history[0]["target_loss"]
+
+
 def test_what_is_evaluated_in_the_middle_is_the_average():
     torch.manual_seed(0)
     model = ConvNet()
@@ -192,7 +202,6 @@ def test_class_weights_hold_for_the_head_start():
 
 def test_stream_and_advance_are_a_run(pretrained):
     """What `benchmarks/step_time.py` drives is what `finetune` does."""
-    from fast.train.config import TrainConfig
     from fast.train.seeding import seeded
 
     whole = copy.deepcopy(pretrained)
@@ -207,3 +216,19 @@ def test_stream_and_advance_are_a_run(pretrained):
             trainer.advance(step, next(stream))
     expected = whole.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("method", "card"), [("fast", False), ("ewc", True)])
+def test_ewc_keeps_its_card_when_it_rehearses(method, card):
+    config = TrainConfig(method=method, rehearse=1.0, steps=20)
+    trainer = Trainer(config, ConvNet(), TRAIN, None, None, None, None, None, KNOWN[0])
+    assert (trainer.protection.card is not None) == card
+    assert trainer.function_pull.rehearsal is not None
+    weights = [g for g in trainer.optimizer.param_groups if g["name"].startswith("backbone")]
+    assert all(g["anchor_decay"] > 0 for g in weights)
+    assert any("curvature" in state for state in trainer.optimizer.state.values()) == card
+
+
+def test_rehearsing_needs_source_inputs():
+    with pytest.raises(ValueError, match=r"rehearse .* pass source_inputs="):
+        fast.finetune(ConvNet(), TRAIN, steps=2, rehearse=0.5)

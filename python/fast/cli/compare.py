@@ -26,7 +26,7 @@ from fast.cli.options import (
 from fast.cli.runs import NOT_HERE, Runner, check_methods, method_names, runnable, whole_numbers
 from fast.cli.summary import Run, intervals, summarise
 from fast.cli.table import text_table
-from fast.train.config import METHODS
+from fast.train.methods import METHODS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

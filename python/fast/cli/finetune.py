@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     import fast
 
     start = time.monotonic()
-    with _resumable_or_gone(folder):
+    with _resumable_or_gone(folder, resumed=hasattr(args, "resume")):
         if not hasattr(args, "resume"):
             _record(args, folder)
         result = fast.finetune(job.loaded.model, **job.data, **options)
@@ -107,17 +107,22 @@ def _new_folder(args: argparse.Namespace) -> Path:
 
 
 @contextmanager
-def _resumable_or_gone(folder: Path) -> Iterator[None]:
-    """A run that ends before its first checkpoint leaves nothing: the next may have its folder."""
+def _resumable_or_gone(folder: Path, resumed: bool) -> Iterator[None]:
+    """A run that ends before its first checkpoint leaves nothing: the next may have its folder.
+
+    Args:
+        resumed: what is in the folder was there before, and stays whatever becomes of this run.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BaseException as error:
         from fast.train.checkpoint import list_checkpoints
 
-        if not list_checkpoints(folder):
+        kept = bool(list_checkpoints(folder))
+        if not kept and not resumed:
             _clear(folder, new)
-        elif isinstance(error, KeyboardInterrupt):
+        elif kept and isinstance(error, KeyboardInterrupt):
             print(f"\nto go on: fast finetune --resume {folder}", file=sys.stderr)
         raise
 

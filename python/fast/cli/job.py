@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from fast.train.images import ImageFormat, is_image_split, prepare_images
+from fast.train.known import LIMIT
 from fast.train.models import LoadedModel, load_model
 from fast.train.sources import Split, load_data
-
-# As many as a run keeps in memory, `fast.train.protect.LIMIT`.
-SOURCE_LIMIT = 4096
 
 
 @dataclass
@@ -87,7 +85,7 @@ def _source_inputs(name: str, columns: dict[str, str | None]) -> Split:
     data = load_data(name, **columns, numeric_labels=True)
     split = data.train if data.train is not None else data.for_evaluation()
     order = np.random.default_rng(0).permutation(len(split))
-    return split.subset(order[:SOURCE_LIMIT])
+    return split.subset(order[:LIMIT])
 
 
 def try_forward(loaded: LoadedModel, data: Any) -> None:

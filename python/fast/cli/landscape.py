@@ -21,7 +21,7 @@ from fast.cli.offline import add_demo, job_for
 from fast.cli.options import add_model_and_data, add_training, check_training, training_options
 from fast.cli.runs import check_methods, method_names, runnable
 from fast.cli.table import percent, text_table
-from fast.train.config import METHODS
+from fast.train.methods import METHODS
 
 NOT_HERE = ("method", "output", "resume", "save_every", "patience")
 MATRICES = ("ggn", "hessian")

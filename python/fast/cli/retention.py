@@ -5,9 +5,9 @@
       --data signs.npz --source cifar10.npz --steps 150
 
 Strength 1 is the method as it is; others multiply what it holds the source with: its pull towards
-the pretrained weights and its distillation. With --budgets the curve is drawn over forget_budget.
-A method that holds nothing (vanilla, lp-ft, replay) is one point. Finished runs are kept in
---output: the same command goes on where it was interrupted.
+the pretrained weights, its distillation and its rehearsal of source inputs. With --budgets the
+curve is drawn over forget_budget. A method that holds nothing (vanilla, lp-ft, replay) is one
+point. Finished runs are kept in --output: the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from fast.cli.offline import add_demo, job_for
-from fast.cli.options import add_model_and_data, add_training, check_training, numbers
+from fast.cli.options import (
+    add_model_and_data,
+    add_training,
+    check_training,
+    numbers,
+    training_options,
+)
 from fast.cli.runs import (
     NOT_HERE,
     Runner,
@@ -32,10 +38,11 @@ from fast.cli.runs import (
 )
 from fast.cli.summary import Run, intervals, spread
 from fast.cli.table import text_table
-from fast.train.config import METHODS, Budget
+from fast.train.config import Budget, TrainConfig
+from fast.train.methods import METHODS, plan_for, rehearse_weight, uses_card
 
 STRENGTHS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-SWEPT = ("anchor_decay", "distill", "forget_budget")
+SWEPT = ("anchor_decay", "distill", "rehearse", "forget_budget")
 
 
 @dataclass(frozen=True)
@@ -108,16 +115,12 @@ def run(args: argparse.Namespace) -> int:
 
 def settings(method: str, args: argparse.Namespace, data: dict[str, Any]) -> list[Setting]:
     """The points of one method's curve, weakest first."""
-    from fast.train.methods import METHODS as REGISTRY
-
-    its = REGISTRY[method]
-    informed = its.card_decay is not None and (
-        method == "ewc" or "card" in data or "source_inputs" in data
-    )
-    decay = its.card_decay if informed else its.anchor_decay
-    # Per-task batch norm leaves nothing to distil (fast.train.methods.plan_for).
-    distill = 0.0 if getattr(args, "batch_norm", None) == "per_task" else its.distill
-    own = {"anchor_decay": decay or 0.0, "distill": distill}
+    given = {k: v for k, v in training_options(args).items() if k not in NOT_HERE}
+    config = TrainConfig(**given, method=method)
+    informed = uses_card(config, "card" in data, "source_inputs" in data)
+    rehearses = "source_inputs" in data and rehearse_weight(config) > 0
+    plan = plan_for(config, _steps(config, data), informed, True, rehearses)
+    own = {"anchor_decay": plan.anchor_decay, "distill": plan.distill, "rehearse": plan.rehearse}
     held = {name: value for name, value in own.items() if value}
     if not held:
         return [Setting("")]
@@ -126,9 +129,22 @@ def settings(method: str, args: argparse.Namespace, data: dict[str, Any]) -> lis
         return [Setting(b, f"budget{b.replace('%', 'p')}", {"forget_budget": b}) for b in ordered]
     found = []
     for strength in sorted(dict.fromkeys(args.strengths or STRENGTHS)):
-        options = {name: strength * value for name, value in held.items()}
+        options: dict[str, Any] = {name: strength * value for name, value in held.items()}
+        if rehearses and not strength:  # what rehearses has another rate and ramp: they stay
+            options |= {"lr": plan.lr, "ramp": plan.ramp}
         found.append(Setting(f"{strength:g}", f"strength{strength:g}", options))
     return found
+
+
+def _steps(config: TrainConfig, data: dict[str, Any]) -> int:
+    """Length of a run."""
+    from fast.train.data import TrainBatches, as_data
+    from fast.train.trainer import DEFAULT_EPOCHS
+
+    if config.steps is not None:
+        return config.steps
+    batches = TrainBatches(as_data(data["train"], "train"), config.batch_size, config.seed)
+    return (config.epochs or DEFAULT_EPOCHS) * batches.steps_per_epoch
 
 
 def _write(
@@ -146,7 +162,7 @@ def _write(
     rows: list[list[str]] = []
     for setting, seeds in curves:
         (row,) = intervals(seeds)
-        points.append({**row, "label": setting.label, "lr": seeds[0].lr, **setting.options})
+        points.append({**row, "label": setting.label, **setting.options, "lr": seeds[0].lr})
         after = [r.source_accuracy for r in seeds if r.source_accuracy is not None]
         target = spread([r.target_accuracy for r in seeds])
         lost = spread([before - a for a in after])

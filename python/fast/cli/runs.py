@@ -13,7 +13,7 @@ from typing import Any
 
 from fast.cli.options import add_model_and_data, training_options
 from fast.cli.summary import Run
-from fast.train.config import METHODS
+from fast.train.methods import METHODS
 
 # Given by the command itself, or of a single run.
 NOT_HERE = ("method", "seed", "lr", "output", "resume", "save_every")
@@ -70,6 +70,9 @@ class Runner:
 
         import fast
 
+        # A setting may come with a rate of its own, where changing the rest would change it.
+        own = chosen.pop("lr", None)
+        lr = own if lr is None else lr
         start = time.monotonic()
         model = copy.deepcopy(self.job.loaded.model)
         result = fast.finetune(model, **self.job.data, **chosen, method=method, seed=seed, lr=lr)
@@ -125,12 +128,10 @@ def runnable(methods: list[str], job: Any) -> list[str]:
     Raises:
         ValueError: one was named that needs source inputs, and there are none.
     """
-    from fast.train import methods as registry
-
     lacking = (
         []
         if "source_inputs" in job.data
-        else [name for name, method in registry.METHODS.items() if method.replay]
+        else [name for name, method in METHODS.items() if method.replay]
     )
     if ALL in methods:
         if lacking:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,11 @@ class SourceCard:
     source_loss: float | None = None
     source_accuracy: float | None = None
     seconds: float = 0.0
-    # id of a parameter -> its name, of the model that this card was estimated on or bound to; and
-    # that model's weights at the time.
-    _names: dict[int, str] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    # Name -> parameter, of the model that this card was estimated on or bound to; and that model's
+    # weights at the time. Weak: an id alone may by now be that of another tensor.
+    _names: dict[str, weakref.ref[Tensor]] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
     _anchors: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -280,14 +283,19 @@ class SourceCard:
             )
         return "\n".join(lines)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled, a card is of no model's parameters until it is bound."""
+        return {**self.__dict__, "_names": {}}
+
     def _remember(self, params: Mapping[str, nn.Parameter]) -> SourceCard:
-        names = {id(p): n for n, p in params.items()}
+        names: dict[str, weakref.ref[Tensor]] = {n: weakref.ref(p) for n, p in params.items()}
         anchors = {n: p.detach().clone() for n, p in params.items()}
         return dataclasses.replace(self, _names=names, _anchors=anchors)
 
     def _match(self, params: list[Tensor]) -> list[tuple[str | None, Tensor]]:
-        if any(id(p) in self._names for p in params):
-            return [(self._names.get(id(p)), p) for p in params]
+        bound = {id(p): n for n, reference in self._names.items() if (p := reference()) is not None}
+        if any(id(p) in bound for p in params):
+            return [(bound.get(id(p)), p) for p in params]
         # Equal tensors (fresh biases) are told apart by their order, which is the model's.
         known: dict[tuple[str, torch.Size], list[str]] = {}
         for name, codes in self.entries.items():

@@ -1,6 +1,6 @@
 """Heads: find a classifier's last layer, replace it, normalise what it sees, fold it back."""
 
-from fast.heads.batch_norm import plain_batch_norm, set_batch_norm
+from fast.heads.batch_norm import plain_batch_norm, running_statistics, set_batch_norm
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head
 from fast.heads.forward import evaluating, forward_logits, in_mode, pick
@@ -14,24 +14,28 @@ from fast.heads.replace import (
     restore_head,
     task_head,
 )
+from fast.heads.rows import by_sample, folds_positions
 from fast.heads.task import source_task
 
 __all__ = [
     "FeatureNorm",
     "Head",
     "TaskHead",
+    "by_sample",
     "calibrate",
     "calibrate_from",
     "evaluating",
     "features_of",
     "find_head",
     "fold_head",
+    "folds_positions",
     "forward_logits",
     "in_mode",
     "pick",
     "plain_batch_norm",
     "replace_head",
     "restore_head",
+    "running_statistics",
     "set_batch_norm",
     "source_task",
     "task_head",

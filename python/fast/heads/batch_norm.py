@@ -110,6 +110,12 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
     return model
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances `[C]` of the batch norms, as they are, not copied."""
+    found = [(m.running_mean, m.running_var) for m in _batch_norms(model)]
+    return [x for pair in found for x in pair if x is not None]
+
+
 def _restore(norm: _BatchNorm) -> None:
     if isinstance(norm, _Policy):
         norm.__class__ = norm.plain_class  # type: ignore[assignment]

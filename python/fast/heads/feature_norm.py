@@ -65,6 +65,10 @@ class FeatureNorm(nn.Module):
             self._pending = []
             self.update(torch.cat(rows))
 
+    def stop_deferring(self) -> None:
+        """Update with every batch again; what was seen and not used is dropped."""
+        self.deferred, self._pending = False, []
+
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Use these statistics, both `[D]`, from now on (tracking goes on from them)."""

@@ -145,6 +145,10 @@ def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
     for module, _ in reversed(calls):
         if logits.dim() > 1 and classes_of(module) == logits.shape[1]:
             return module
+    # A head padded to a round number of classes, of which the first are the logits.
+    for module, output in reversed(calls):
+        if logits.dim() == 2 == output.dim() and torch.equal(output[:, : logits.shape[1]], logits):
+            return module
     raise ValueError(
         f"no linear layer of {type(model).__name__} makes its logits of shape "
         f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear "

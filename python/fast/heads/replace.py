@@ -106,6 +106,7 @@ def replace_head(
         if sample is not None:
             calibrate(model, [sample])
             _check_alive(model, head, sample, found.name)
+            _check_width(model, head, sample, found.name)
     except BaseException:
         restore_head(model, found.module, trainable)
         raise
@@ -164,7 +165,8 @@ def _check_alive(model: nn.Module, head: TaskHead, sample: Any, name: str) -> No
         with evaluating(model), torch.enable_grad():
             logits = forward_logits(model, pick(sample, slice(2)))
             # One row: over the sample that set the statistics, normalised features sum to zero.
-            first = logits[:1].sum()
+            # One logit: over all, those of a log-softmax do not react to the head at its start.
+            first = logits[0].flatten()[0]
             (gradient,) = torch.autograd.grad(first, [head.linear.weight], allow_unused=True)
     finally:
         cut.remove()
@@ -172,6 +174,17 @@ def _check_alive(model: nn.Module, head: TaskHead, sample: Any, name: str) -> No
         raise ValueError(
             f"the logits do not react to the zero head at {name}: a ReLU or a stop-gradient "
             "follows it. Remove that, or pass max_entropy=False"
+        )
+
+
+def _check_width(model: nn.Module, head: TaskHead, sample: Any, name: str) -> None:
+    """A network may cut the outputs of a padded head, or count its classes on its own."""
+    with evaluating(model):
+        shape = list(forward_logits(model, pick(sample, slice(2))).shape)
+    if head.num_classes not in shape[1:]:
+        raise ValueError(
+            f"with a head of {head.num_classes} classes at {name} the logits have shape {shape}: "
+            f"its forward counts the classes on its own. Let it take them from the head"
         )
 
 

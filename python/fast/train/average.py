@@ -2,7 +2,8 @@
 
 With a cosine schedule the weights of the middle of a run are noisy, at the learning rate's height;
 their average already answers like weights at a small one (Polyak and Juditsky 1992; Izmailov et al.
-2018, arXiv 1803.05407). Batch norm keeps its statistics, so averages need no new ones.
+2018, arXiv 1803.05407). Frozen batch norm keeps its statistics, so averages need no new ones; those
+that are tracked stay as the last steps left them, which is an average of its own.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class Average:
         """Take in the weights after a step.
 
         Args:
-            moved: steps in which the backbone has moved.
+            moved: steps in which the backbone has moved; before that the weights are taken over.
         """
-        if moved < 1:
-            return
-        if moved % EVERY == 0 or moved < EVERY:
+        if moved < 1:  # the head learns during a stall, and may learn fast: the last is the best
+            torch._foreach_copy_(self.values, self._current())
+        elif moved % EVERY == 0 or moved < EVERY:
             weight = min(1.0, EVERY / min(self.horizon, moved))
             torch._foreach_lerp_(self.values, self._current(), weight)
 

@@ -176,7 +176,7 @@ class Segment:
     chosen.
 
     Args:
-        params: trained; they move.
+        params: trained, and statistics that are tracked; they move.
         anchors: where they started.
     """
 
@@ -202,15 +202,17 @@ class Segment:
         exponent: float,
         checks: int,
         tolerance: float = TOLERANCE,
+        surely: bool = True,
     ) -> float:
         """Go where `aim` is lost, within a tolerance, or less.
 
         Args:
             lost: at the end of the way, where the parameters are, more than `aim`.
             exponent: a guess at how the loss grows with the place.
+            surely: all the way back, where nothing else was found to be inside; else to a guess.
 
         Returns:
-            what is lost there, as measured last.
+            what is lost there, as measured.
         """
         low, high = (0.0, 0.0), (1.0, lost)
         for _ in range(checks):
@@ -228,8 +230,14 @@ class Segment:
                 high = (place, lost)
             else:
                 low = (place, lost)
-        if lost > aim:  # the best that is known to be inside, or a last guess
-            place = low[0] or high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25))
-            self.go(place)
-            lost = low[1] or aim
+        if not lost > aim:
+            return lost
+        if low[0] > 0:  # the best that is known to be inside
+            self.go(low[0])
+            return low[1]
+        self.go(high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25)))
+        lost = measure()
+        if surely and lost > aim:
+            self.go(0.0)
+            lost = measure()
         return lost

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-METHODS = ("fast", "vanilla", "lp-ft", "l2-sp", "ewc", "replay")
+from fast.train.methods import METHODS
+
 BATCH_NORM_POLICIES = ("frozen", "per_task", "track")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -58,7 +59,7 @@ class TrainConfig:
         ValueError: an option is out of range; the message names it.
     """
 
-    method: str = _option("fast", "how to adapt", METHODS)
+    method: str = _option("fast", "how to adapt", tuple(METHODS))
     steps: int | None = _option(None, "optimizer steps (default: from --epochs)")
     epochs: int | None = _option(None, "passes over the training data (default: 3)")
     batch_size: int = _option(64, "samples per optimizer step")

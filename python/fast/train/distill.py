@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.heads import TaskHead, features_of, task_head
+from fast.heads import TaskHead, by_sample, features_of, task_head
+from fast.train.data import length
 
 TEMPERATURE = 2.0
 
@@ -57,14 +58,19 @@ class Distillation:
         """Sum over the samples whose outputs at w0 are known, `[]`.
 
         Args:
-            features: of a micro-batch, as the head sees them now.
+            features: of a micro-batch, as the head sees them now; one row of a sample or several.
             index: its rows in the training data, or None.
             inputs: on the model's device.
         """
         rows, outputs = self.before(index, inputs)
         if not len(outputs):
             return torch.zeros((), device=features.device)
-        return self.weight * divergence(outputs, self.head.source(features[rows]))
+        # Several rows of a sample (tokens, pixels) count as one, on average.
+        positions = len(features) // length(inputs)
+        features = by_sample(features, length(inputs))[rows]
+        if positions > 1:
+            features, outputs = features.flatten(0, 1), outputs.flatten(0, 1)
+        return self.weight * divergence(outputs, self.head.source(features)) / positions
 
 
 class CachedDistillation(Distillation):
@@ -72,7 +78,7 @@ class CachedDistillation(Distillation):
 
     Args:
         index: their rows in the training data, `[M]`.
-        outputs: `[M, C, ...]`.
+        outputs: `[M, C, ...]`, or `[M, T, C, ...]` where the head sees T rows of a sample.
         num_samples: N of the training data.
     """
 
@@ -117,4 +123,4 @@ class LiveDistillation(Distillation):
     def before(self, index: Tensor | None, inputs: Any) -> tuple[Tensor | slice, Tensor]:
         with torch.no_grad():
             features = features_of(self.pretrained, self.frozen, inputs)
-            return slice(None), self.frozen.source(features)
+            return slice(None), by_sample(self.frozen.source(features), length(inputs))

@@ -14,6 +14,7 @@ from fast.train.data import Transform
 from fast.train.result import Result
 from fast.train.seeding import seeded
 from fast.train.trainer import Trainer
+from fast.train.undo import Untouched
 
 
 def finetune(
@@ -38,7 +39,8 @@ def finetune(
     """Adapt a pretrained classifier to a new task.
 
     The model is changed in place: it gets a new head for `num_classes` classes (the source head is
-    kept inside) and is trained; when the call fails before the first step it has its own head back.
+    kept inside) and is trained; when the call fails before the first step it is again what it was,
+    but for its device.
     The global random states of torch, numpy and `random` are left as they were found.
 
     Args:
@@ -77,6 +79,8 @@ def finetune(
         raise TypeError(
             f"finetune got unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
         )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     config = TrainConfig(
         method=method,
         steps=steps,
@@ -87,8 +91,8 @@ def finetune(
         seed=seed,
         **options,
     )
-    with seeded(seed):
+    with seeded(seed), Untouched(model, weights=config.resume is not None) as untouched:
         trainer = Trainer(
             config, model, train, val, source, num_classes, transform, card, source_inputs
         )
-        return trainer.run()
+        return trainer.run(untouched.keep)

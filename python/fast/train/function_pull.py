@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.heads import TaskHead, pick
-from fast.train.data import move
+from fast.heads import TaskHead, by_sample, evaluating, forward_logits, pick
+from fast.train.data import length, move
 from fast.train.distill import Distillation
-from fast.train.rehearse import HeadInput, Rehearsal
+from fast.train.rehearse import HeadInput, Rehearsal, joined
 
 
 class FunctionPull:
@@ -75,6 +75,7 @@ class FunctionPull:
         if self.distillation and known:
             penalty = penalty + self.distillation.penalty(features, index, inputs) / known
         if self.rehearsal and source is not None and source_features is not None:
+            source_features = by_sample(source_features, len(source[1]))
             part = self.rehearsal.penalty(source[1], source_features)
             penalty = penalty + part / source[2]
         return logits, self.weight * penalty
@@ -111,3 +112,27 @@ def shares(source: tuple[Any, Tensor] | None, parts: int) -> list[tuple[Any, Ten
         (pick(inputs, slice(a, b)), features[a:b], n) if b > a else None
         for a, b in itertools.pairwise(bounds)
     ]
+
+
+@torch.no_grad()
+def cuts_at_head(model: nn.Module, head: TaskHead, target: Any, source: Any) -> bool:
+    """Whether target and source inputs can run together up to the head, and only the target beyond.
+
+    Not where what follows the head counts the samples for itself, by its inputs.
+
+    Args:
+        target, source: batches of inputs, on the model's device; a few of the first are used.
+    """
+    few = pick(target, slice(4))
+    both = joined(few, source)
+    if both is None:
+        return True
+    seen = HeadInput(head)
+    try:
+        with evaluating(model):
+            alone = forward_logits(model, few)
+            return seen.cut(model, both, length(few)).shape == alone.shape
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    finally:
+        seen.close()

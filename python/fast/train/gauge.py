@@ -40,8 +40,8 @@ class Gauge:
             head cannot give.
 
     Raises:
-        ValueError: labels that the head cannot give; features and hardly two labels of a kind, or
-            points of them without labels.
+        ValueError: answers that are not finite; labels that the head cannot give; features and
+            hardly two labels of a kind, or points of them without labels.
     """
 
     def __init__(
@@ -78,6 +78,15 @@ class Gauge:
             answers = self._answers(model, samples.size)
         if self.by_features and answers.dim() != 2:
             raise ValueError("source_inputs: features must be vectors")
+        if len(answers) != samples.size:
+            raise ValueError(
+                f"source_inputs: {len(answers)} feature vectors of {samples.size} samples, and one "
+                "of each is needed to compare them: set source_skill='answers'"
+            )
+        if not answers.isfinite().all():
+            raise ValueError(
+                "source_inputs: the network's answers to them are not finite (NaN or infinite)"
+            )
         self.before = answers
 
     @property

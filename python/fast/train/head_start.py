@@ -33,6 +33,9 @@ def head_is_last(model: nn.Module, sample: Any) -> bool:
 
     Args:
         sample: a batch of inputs; two of them are used.
+
+    Raises:
+        ValueError: the model returns probabilities, and cross-entropy needs logits.
     """
     rows = pick(sample, slice(2))
     seen: list[Tensor] = []
@@ -42,7 +45,18 @@ def head_is_last(model: nn.Module, sample: Any) -> bool:
             logits = forward_logits(model, rows)
     finally:
         hook.remove()
+    _check_no_probabilities(model, logits, seen[-1])
     return seen[-1].shape == logits.shape and logits.dim() == 2 and torch.equal(seen[-1], logits)
+
+
+def _check_no_probabilities(model: nn.Module, logits: Tensor, outputs: Tensor) -> None:
+    if logits.dim() != 2 or torch.equal(logits, outputs) or not (logits >= 0).all():
+        return
+    if torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3):
+        raise ValueError(
+            f"{type(model).__name__} returns probabilities (a softmax follows its head), and "
+            "training needs logits: take the softmax out of its forward. A log-softmax may stay"
+        )
 
 
 def start_head(

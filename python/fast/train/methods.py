@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fast.train.config import TrainConfig
+if TYPE_CHECKING:  # its choices are the methods here
+    from fast.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,24 @@ class Plan:
 def rehearse_weight(config: TrainConfig) -> float:
     """Of rehearsing source inputs, where there are some."""
     return METHODS[config.method].rehearse if config.rehearse is None else config.rehearse
+
+
+def uses_card(config: TrainConfig, card: bool, source_inputs: bool) -> bool:
+    """Whether a run has a card: it was given one, or makes its own.
+
+    A method that rehearses by itself keeps more by that than by a card (docs/research.md); one that
+    was only told to, such as `ewc`, still makes its own. `ewc` makes it of target inputs where
+    there are no others.
+
+    Args:
+        card, source_inputs: there is one, there are some.
+    """
+    method = METHODS[config.method]
+    if card:
+        return True
+    if method.card_decay is None or (method.rehearse and rehearse_weight(config)):
+        return False
+    return source_inputs or config.method == "ewc"
 
 
 def plan_for(

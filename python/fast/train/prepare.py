@@ -12,12 +12,11 @@ from fast.curvature.answers import SourceInputs
 from fast.curvature.card import SourceCard
 from fast.heads import (
     TaskHead,
+    by_sample,
     calibrate_from,
     features_of,
-    find_head,
-    plain_batch_norm,
+    folds_positions,
     replace_head,
-    restore_head,
     set_batch_norm,
     task_head,
 )
@@ -26,7 +25,7 @@ from fast.optim.param_groups import param_groups
 from fast.train.config import TrainConfig
 from fast.train.data import TrainBatches, move
 from fast.train.distill import CachedDistillation, Distillation, LiveDistillation
-from fast.train.function_pull import FunctionPull
+from fast.train.function_pull import FunctionPull, cuts_at_head
 from fast.train.head_start import start_head
 from fast.train.labels import check_labels
 from fast.train.loss import Loss
@@ -53,7 +52,7 @@ def prepare_model(
     sample: Any,
     source_inputs: SourceInputs | None,
 ) -> FunctionPull | None:
-    """Replace the head and calibrate it on target inputs, in place.
+    """Replace the head and calibrate it on target inputs, in place (`fast.train.undo` undoes it).
 
     One pass over training inputs gives the normaliser's statistics, the source outputs, and the
     features that the head starts on.
@@ -64,33 +63,37 @@ def prepare_model(
 
     Returns:
         the penalty of leaving what the network computes, or None where the plan has none.
+
+    Raises:
+        ValueError: the network or the inputs do not fit what was asked for.
     """
-    source = find_head(model, sample).module
-    trainable = source.weight.requires_grad
     replace_head(model, num_classes, sample=sample, max_entropy=plan.max_entropy)
     head = task_head(model)
     assert head is not None
-    try:
-        pass_ = _calibrated(model, head, batches, plan, steps)
-        if plan.head_steps:
-            labels = check_labels(pass_.labels, num_classes, "train").to(pass_.features.device)
-            start_head(head, pass_.features, labels, loss, plan.head_steps, config.seed)
-        rehearsal = None
-        if source_inputs is not None:
-            size = places_for(config.batch_size)
-            rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
-        set_batch_norm(model, config.batch_norm)
-        if rehearsal is not None and source_inputs is not None:
-            few = move(source_inputs.part(0, 8).inputs, next(model.parameters()).device)
-            rehearsal.apart = config.batch_norm != "frozen" or depends_on_mode(model, few)
-        distillation = _distillation(model, head, batches, plan, pass_)
-        if distillation is None and rehearsal is None:
-            return None
-        return FunctionPull(head, distillation, rehearsal)
-    except BaseException:
-        plain_batch_norm(model)
-        restore_head(model, source, trainable)
-        raise
+    asked = plan.distill or source_inputs is not None
+    folded = bool(asked) and folds_positions(model, head, sample)
+    pass_ = _calibrated(model, head, batches, plan, steps)
+    if plan.head_steps:
+        labels = check_labels(pass_.labels, num_classes, "train").to(pass_.features.device)
+        start_head(head, pass_.features, labels, loss, plan.head_steps, config.seed)
+    rehearsal = None
+    if source_inputs is not None:
+        size = places_for(config.batch_size)
+        rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
+        _check_features(rehearsal.features)
+    set_batch_norm(model, config.batch_norm)
+    if rehearsal is not None and source_inputs is not None:
+        few = move(source_inputs.part(0, 8).inputs, next(model.parameters()).device)
+        rehearsal.apart = (
+            config.batch_norm != "frozen"
+            or folded
+            or depends_on_mode(model, few)
+            or not cuts_at_head(model, head, sample, few)
+        )
+    distillation = _distillation(model, head, batches, plan, pass_)
+    if distillation is None and rehearsal is None:
+        return None
+    return FunctionPull(head, distillation, rehearsal)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _calibrated(
     stream = batches.from_step(0)
     inputs, labels, index = next(stream)
     inputs = move(inputs, device)
-    wanted = CALIBRATION_SAMPLES if plan.max_entropy else 0
+    wanted = CALIBRATION_SAMPLES if plan.max_entropy or plan.head_steps else 0
     if plan.distill and index is not None:
         wanted = max(wanted, int(DISTILL_SHARE * steps * len(labels)))
     features: list[Tensor] = []
@@ -134,7 +137,7 @@ def _calibrated(
             known.append(labels)
         if plan.distill and index is not None and size < DISTILL_BYTES:
             with torch.no_grad():
-                outputs.append(head.source(x))
+                outputs.append(by_sample(head.source(x), len(labels)))
             rows.append(index)
             size += outputs[-1].nbytes
         seen += len(labels)
@@ -149,6 +152,20 @@ def _calibrated(
         torch.cat(rows) if rows else None,
         torch.cat(outputs) if outputs else None,
     )
+
+
+def _check_features(features: Tensor) -> None:
+    """Raise ValueError where those of source inputs `[N, ...]` give nothing to rehearse."""
+    if not features.isfinite().all():
+        raise ValueError(
+            "source_inputs: the network gives them features that are not finite (NaN or infinite)"
+        )
+    # Rehearsal measures by their variance, which must be more than rounding.
+    if not features.var(0).mean() > 1e-10 * features.square().mean():
+        raise ValueError(
+            f"source_inputs: the network gives all {len(features)} the same features; give samples "
+            "that differ, or set rehearse=0"
+        )
 
 
 def _distillation(

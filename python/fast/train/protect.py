@@ -15,6 +15,7 @@ from torch import nn
 from fast.curvature.answers import SourceInputs
 from fast.curvature.calibrate import Calibration
 from fast.curvature.card import SourceCard
+from fast.heads import running_statistics
 from fast.optim import SGD, AdamW
 from fast.train.average import Average
 from fast.train.budget import (
@@ -30,7 +31,8 @@ from fast.train.config import Budget, TrainConfig
 from fast.train.data import TrainBatches
 from fast.train.function_pull import FunctionPull
 from fast.train.gauge import Gauge
-from fast.train.methods import METHODS, Plan, rehearse_weight
+from fast.train.known import known_inputs
+from fast.train.methods import METHODS, Plan, uses_card
 from fast.train.prepare import Drift
 from fast.train.schedule import lr_factor
 
@@ -39,11 +41,11 @@ from fast.train.schedule import lr_factor
 CARD_SHARE = 0.01
 CARD_SAMPLES = (48, 512)
 CALIBRATION_SAMPLES = 16
-# Source inputs that are kept in memory, and those of them that are held back for checks: no more
-# than half, and with a budget as many as make the loss of the end known within a fifth or so.
-LIMIT = 4096
+# Source inputs that are held back for checks: no more than half, and with a budget as many as make
+# the loss of the end known within a fifth or so.
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
-# Over this multiple of the budget the weights are moved back at once, without waiting for the pull.
+# Where a check finds more than this multiple of the budget lost, the weights are moved back at once
+# to what was due by now; less is left to the pull, and to the search at the end.
 EXCESS = 3.0
 
 
@@ -65,15 +67,9 @@ def make_card(
     if card is not None:
         loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
         return _without_weights(loaded.bind(model))
-    method = METHODS[config.method]
-    # Rehearsing source inputs keeps more than a card made of them: docs/research.md.
-    if method.card_decay is None or rehearse_weight(config):
+    if not uses_card(config, False, source_inputs is not None):
         return None
-    data = source_inputs
-    if data is None and config.method == "ewc":
-        data = _target_inputs(batches)
-    if data is None:
-        return None
+    data = _target_inputs(batches) if source_inputs is None else source_inputs
     low, high = CARD_SAMPLES
     count = min(max(int(CARD_SHARE * steps * config.batch_size), low), high)
     estimated = SourceCard.estimate(
@@ -110,13 +106,11 @@ def hold_back(
         source_inputs: None for none: then there is no gauge.
 
     Raises:
-        ValueError, TypeError: they are no inputs, or too few.
+        ValueError, TypeError: what `known_inputs` and `Gauge` refuse.
     """
     if source_inputs is None:
         return None, None
-    samples = SourceInputs(source_inputs, LIMIT)
-    if samples.size < 4:
-        raise ValueError(f"source_inputs: {samples.size} samples; give at least 4, better 500")
+    samples = known_inputs(model, source_inputs)
     budget = None if config.forget_budget is None else Budget.parse(config.forget_budget)
     wanted = HELD_FOR_FORECAST if budget is None else HELD_FOR_BUDGET
     first = samples.size - min(wanted, samples.size // 2)
@@ -129,6 +123,7 @@ class Protection:
     """Forecast and budget of one run.
 
     Args:
+        model: at the pretrained weights and statistics.
         gauge: exact checks, made before the head was replaced; or None.
         average: what the run returns, where that is not its last weights. Checks look at it.
     """
@@ -136,6 +131,7 @@ class Protection:
     def __init__(
         self,
         config: TrainConfig,
+        model: nn.Module,
         steps: int,
         plan: Plan,
         card: SourceCard | None,
@@ -147,6 +143,10 @@ class Protection:
     ) -> None:
         self.card, self.gauge = card, gauge
         self.optimizer, self.drift, self.average = optimizer, drift, average
+        # Tracked batch norm forgets by its statistics too: they go back with the weights.
+        tracked = config.batch_norm == "track" and config.forget_budget is not None
+        self.statistics = running_statistics(model) if tracked else []
+        self.first_statistics = [x.clone() for x in self.statistics]
         self.weighted = card is not None and METHODS[config.method].card_decay is not None
         # Without a card the energy is that of the drift, and the first check sets its scale.
         unknown = Calibration(math.nan, 1.0, math.inf, math.nan)
@@ -238,9 +238,9 @@ class Protection:
         self._land(model, lost, self.controller.aim, LAST_CHECKS)
         if self.known is not None and self.known > self.controller.budget.amount:
             warnings.warn(
-                f"forget_budget {self.controller.budget} is not met: {self.known:.3g} is lost with "
-                "the weights back near the pretrained ones, by batch norm statistics; use "
-                "batch_norm='frozen'",
+                f"forget_budget {self.controller.budget} is not met: {self.known:.3g} is lost even "
+                "with the weights and batch norm statistics back at the pretrained ones, so the "
+                "network answers otherwise for another reason: buffers of its own, or chance",
                 stacklevel=2,
             )
 
@@ -253,16 +253,26 @@ class Protection:
         if not lost > aim:
             return 1.0
         exponent = 2 * self.forecast_of.calibration.exponent
-        segment = Segment(self.drift.params, self.drift.anchors)
+        segment = Segment(
+            [*self.drift.params, *self.statistics], [*self.drift.anchors, *self.first_statistics]
+        )
+        surely = checks > 1
         energy = self.energy()
         gauge = self.gauge
         if gauge is None:
             self.known = segment.land(
-                lambda: self.forecast_of(energy * segment.place**2), lost, aim, exponent, checks
+                lambda: self.forecast_of(energy * segment.place**2),
+                lost,
+                aim,
+                exponent,
+                checks,
+                surely=surely,
             )
             return segment.place
-        samples = self.last_samples if checks > 1 else self.samples
-        self.known = segment.land(lambda: gauge(model, samples), lost, aim, exponent, checks)
+        samples = self.last_samples if surely else self.samples
+        self.known = segment.land(
+            lambda: gauge(model, samples), lost, aim, exponent, checks, surely=surely
+        )
         self.forecast_of.update(energy * segment.place**2, self.known)
         return segment.place
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fast.curvature.answers import SourceInputs
 from fast.heads import (
     TaskHead,
+    by_sample,
     features_of,
     forward_logits,
     in_mode,
@@ -89,7 +90,8 @@ class Rehearsal:
         device = next(model.parameters()).device
         parts: list[Tensor] = []
         for inputs, _ in samples.batches(CHUNK):
-            parts.append(features_of(model, head, move(inputs, device)).float())
+            rows = features_of(model, head, move(inputs, device)).float()
+            parts.append(by_sample(rows, length(inputs)))
             if sum(p.nbytes for p in parts) > FEATURE_BYTES:
                 break
         self.features = torch.cat(parts)
@@ -203,6 +205,10 @@ class HeadInput:
     def features(self, model: nn.Module, inputs: Any) -> Tensor:
         """What the head sees of these inputs, in the mode and for the task that the model is in."""
         return self._run(model, inputs)[1]
+
+    def cut(self, model: nn.Module, inputs: Any, rows: int) -> Tensor:
+        """Logits of the first `rows` of these inputs; all of them go as far as the head."""
+        return self._run(model, inputs, rows)[0]
 
     def _run(self, model: nn.Module, inputs: Any, rows: int | None = None) -> tuple[Tensor, Tensor]:
         self._watching, self.rows = True, rows

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fast.curvature.answers import SourceInputs, source_answers
 from fast.heads import forward_logits, source_task
 from fast.train.data import Data, TrainBatches
-
-LIMIT = 4096
+from fast.train.known import LIMIT, classes_of_source
+from fast.train.labels import check_labels
 
 
 class Replay:
@@ -33,6 +33,9 @@ class Replay:
         batch_size: source samples per step; all of them where there are fewer.
         seed: of their order.
         device: of the model.
+
+    Raises:
+        ValueError: labels that the source head cannot give.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class Replay:
     ) -> None:
         samples = SourceInputs(data, LIMIT).to(device)
         labels = samples.labels
+        if labels is not None:
+            check_labels(labels, classes_of_source(model, samples), "source_inputs")
         self.answers = source_answers(model, samples).softmax(1) if labels is None else labels
         rows = torch.arange(samples.size)
         self.batches = TrainBatches(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fast.curvature.network import unwrap
 from fast.files import atomic_file, write_json
 from fast.heads import fold_head, task_head
 from fast.train.checkpoint import save_tensors
@@ -69,7 +70,7 @@ class Result:
             the folder.
         """
         folder = Path(folder)
-        model = _unwrapped(self.model)
+        model = unwrap(self.model)
         head = task_head(model)
         if head is not None:
             with atomic_file(folder / "source_head.safetensors") as path:
@@ -90,12 +91,3 @@ class Result:
         with atomic_file(folder / HISTORY_FILE) as path:
             path.write_text("".join(json.dumps(r) + "\n" for r in self.history))
         return folder
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside `torch.compile`, DataParallel and DistributedDataParallel."""
-    while isinstance(
-        inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
-    ):
-        model = inner
-    return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from pathlib import Path
@@ -32,7 +32,7 @@ from fast.train.methods import METHODS, plan_for, rehearse_weight
 from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
-from fast.train.rehearse import places_for
+from fast.train.rehearse import joined, places_for
 from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
 from fast.train.resume import CONFIG_FILE, check_folder
@@ -96,6 +96,7 @@ class Trainer:
             self.device.type, enabled=self.autocast_dtype == torch.float16
         )
         self.stopping = EarlyStopping(config.patience, self.folder)
+        self._began: Callable[[], None] = lambda: None
         self.started = time.monotonic()
 
     def _prepare(self, card: SourceCard | str | Path | None, source_inputs: Any) -> None:
@@ -109,17 +110,24 @@ class Trainer:
                 raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
             size = config.batch_size
             self.replay = Replay(model, source_inputs, size, config.seed, self.device)
-        sample = move(next(self.batches.from_step(0))[0], self.device)
+        if config.rehearse and source_inputs is None:
+            raise ValueError("rehearse keeps the features of source inputs: pass source_inputs=")
+        sample = move(self._first_inputs(), self.device)
         rehearsed = source_inputs if rehearse_weight(config) else None
-        plan = plan_for(
-            config,
-            self.steps,
-            card is not None,
-            head_is_last(model, sample),
-            rehearsed is not None,
-        )
+        last = head_is_last(model, sample)
+        if config.head_steps and not last:
+            raise ValueError(
+                "head_steps: something follows the head of this network, so that it cannot learn "
+                "from its features alone; use stall="
+            )
+        plan = plan_for(config, self.steps, card is not None, last, rehearsed is not None)
         if rehearsed is not None:
             # Source inputs take places in the batch, so that a step costs what it did.
+            if config.batch_size < 2:
+                raise ValueError(
+                    "batch_size must be at least 2 to rehearse source inputs beside the target; "
+                    "or set rehearse=0"
+                )
             target_size = config.batch_size - places_for(config.batch_size)
             self.batches = TrainBatches(self.train_data, target_size, config.seed)
         with self._autocast():
@@ -145,6 +153,7 @@ class Trainer:
             self.average = Average(trained, plan.average)
         self.protection = Protection(
             config,
+            model,
             self.steps,
             plan,
             card,
@@ -156,7 +165,22 @@ class Trainer:
         )
         self.stall, self.lr = plan.stall, plan.lr
 
-    def run(self) -> Result:
+    def _first_inputs(self) -> Any:
+        """Of the first batch, or of the first two where that is a single sample."""
+        stream = self.batches.from_step(0)
+        inputs = next(stream)[0]
+        if length(inputs) > 1 or self.batches.steps_per_epoch == 1:
+            return inputs
+        both = joined(inputs, next(stream)[0])
+        return inputs if both is None else both
+
+    def run(self, began: Callable[[], None] = lambda: None) -> Result:
+        """Train to the end.
+
+        Args:
+            began: called before weights change, after all that can be checked beforehand.
+        """
+        self._began = began
         try:
             first, history, losses = self._resume()
             if self.folder is not None:
@@ -167,6 +191,8 @@ class Trainer:
         finally:
             if self.function_pull:
                 self.function_pull.close()
+            if self.head is not None and self.head.norm is not None:
+                self.head.norm.stop_deferring()
         self.stopping.restore(self.model)
         self.optimizer.zero_grad()
         self.model.eval()
@@ -278,6 +304,7 @@ class Trainer:
             total += loss.detach()
         if self.replay and source is not None:
             self._replay(*source, size)
+        self._began()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.head is not None and self.head.norm is not None:

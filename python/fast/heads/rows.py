@@ -1,0 +1,52 @@
+"""Rows of features by the sample they are of: some networks fold positions into the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.heads.forward import pick
+from fast.heads.replace import TaskHead, features_of
+
+
+def by_sample(rows: Tensor, size: int) -> Tensor:
+    """`[B, ...]` as it is, and `[B * T, ...]` of tokens or pixels as `[B, T, ...]`.
+
+    Args:
+        size: B, the number of samples.
+
+    Raises:
+        ValueError: the rows are no multiple of the samples.
+    """
+    if len(rows) == size:
+        return rows
+    if not size or len(rows) % size:
+        raise ValueError(
+            f"the head sees {len(rows)} rows of {size} samples, not as many of each: rehearsal and "
+            "distillation cannot tell whose they are. Set rehearse=0 and distill=0"
+        )
+    return rows.unflatten(0, (size, -1))
+
+
+def folds_positions(model: nn.Module, head: TaskHead, sample: Any) -> bool:
+    """Whether the head sees several rows of a sample.
+
+    Args:
+        sample: a batch of inputs; two of them are used.
+
+    Raises:
+        ValueError: they are mixed with those of other samples.
+    """
+    both = features_of(model, head, pick(sample, slice(2)))
+    if len(both) == 2:
+        return False
+    first = features_of(model, head, pick(sample, slice(1)))
+    apart = by_sample(both, 2)[0]
+    if apart.shape != first.shape or not torch.allclose(apart, first, rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            "the head sees rows of several samples mixed: rehearsal and distillation need those of "
+            "each together. Set rehearse=0 and distill=0, or fold positions behind samples"
+        )
+    return len(first) > 1
