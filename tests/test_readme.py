@@ -16,15 +16,18 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     x, y = images(200, 5)
     x_old, y_old = images(50, 5, seed=1)
     names = {"x": x, "y": y, "x_val": x, "y_val": y, "x_old": x_old, "y_old": y_old}
+    names |= {"x_kept": images(40, 5, seed=2)[0]}
     torch.manual_seed(0)
     for block in blocks:
-        names["model"] = ConvNet()
+        names["model"] = model = ConvNet()
+        names["V"] = torch.ones(sum(p.numel() for p in model.parameters()))
         exec(block, names)
     assert (tmp_path / "adapted" / "model.safetensors").is_file()
+    assert (tmp_path / "model.card.safetensors").is_file()
     assert set(names["optimizer"].stats()) == {"grad_norm", "drift", "update_norm", "forgetting"}
 
 

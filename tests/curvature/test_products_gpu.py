@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fast
 from curvature_cases import NETWORKS, build
@@ -52,6 +54,41 @@ def test_products_in_float32(kind: type[SymmetricOperator]) -> None:
     V = torch.randn(size, 8)
     truth = kind(model.double(), F.cross_entropy, (x.double(), y)) @ V.double()
     found = kind(model.float().cuda(), F.cross_entropy, (x.cuda(), y.cuda())) @ V.cuda()
+    assert float((found.cpu() - truth).norm() / truth.norm()) < 1e-4
+
+
+class Attending(nn.Module):
+    """Heads of 64: CUDA's memory-efficient kernels take it in float32, and cuDNN the batch norm."""
+
+    def __init__(self, causal: bool, masked: bool) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv1d(8, 128, 1), nn.BatchNorm1d(128)
+        self.qkv, self.out = nn.Linear(128, 384), nn.Linear(128, 5)
+        self.causal, self.masked = causal, masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.embed(x)).transpose(1, 2)
+        q, k, v = self.qkv(h).unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+        mask = None
+        if self.masked:
+            keys = torch.arange(h.shape[1], device=x.device)
+            mask = (keys < h.shape[1] - 2).expand(len(x), 1, 1, -1)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return self.out(a.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("train", [False, True])
+def test_fused_attention_and_batch_norm_have_folded_rules(kind, causal, masked, train) -> None:
+    torch.manual_seed(0)
+    model = Attending(causal, masked).train(train)
+    x, y = torch.randn(6, 8, 16), torch.randint(5, (6,))
+    V = torch.randn(sum(p.numel() for p in model.parameters()), 3)
+    truth = kind(copy.deepcopy(model).double(), F.cross_entropy, (x.double(), y)) @ V.double()
+    operator = kind(model.cuda(), F.cross_entropy, (x.cuda(), y.cuda()))
+    assert operator.explain().startswith("folded")
+    found = operator @ V.cuda()
     assert float((found.cpu() - truth).norm() / truth.norm()) < 1e-4
 
 

@@ -12,8 +12,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
 ]
-# (K, N, C): odd sizes, one, nothing, the widest row on chip, and rows that are swept twice.
-SHAPES = [(3, 5, 7), (1, 1, 1), (0, 3, 4), (2, 0, 4), (2, 33, 1000), (2, 3, 16384), (2, 3, 16385)]
+# (K, N, C): odd sizes, one, nothing, the widest rows on chip, and rows that are swept twice.
+SHAPES = [(3, 5, 7), (1, 1, 1), (0, 3, 4), (2, 0, 4), (2, 33, 1000), (2, 3, 16384), (2, 3, 32000),
+          (2, 3, 32769)]  # fmt: skip
 RELATIVE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 

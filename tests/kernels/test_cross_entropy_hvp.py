@@ -11,7 +11,16 @@ from fastkernels import cross_entropy_hvp_, cross_entropy_quad
 from fastkernels.ops.cross_entropy_hvp import reference
 
 # (K, N, C): odd sizes, one of everything, nothing, a width that sweeps twice in Triton.
-SHAPES = [(3, 5, 7), (1, 1, 1), (2, 33, 10), (4, 2, 1000), (0, 3, 4), (2, 0, 4), (2, 2, 16500)]
+SHAPES = [
+    (3, 5, 7),
+    (1, 1, 1),
+    (2, 33, 10),
+    (4, 2, 1000),
+    (0, 3, 4),
+    (2, 0, 4),
+    (2, 2, 16500),
+    (2, 1, 33000),
+]
 
 
 def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

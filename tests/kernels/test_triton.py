@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastkernels import _triton
 from helpers import ROOT
@@ -70,17 +71,17 @@ POINTERS = {
 }  # fmt: skip
 
 
-def offline(kernel, constants: dict, options: dict):
+def offline(kernel, constants: dict, options: dict, pointers: dict[str, str] = POINTERS):
     """A kernel for sm_90, compiled without a device."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {
-        n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in kernel.arg_names
+        n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names
     }
     attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in POINTERS
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in pointers
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -178,3 +179,30 @@ def test_no_storage_spills(moment, param, remainder):
         types = (param, param, moment, moment, anchor, curvature)
         used = resources(compiled("adamw", types, remainder, clip=True)[0])
         assert used["stack"] == used["local"] == 0, types
+
+
+# Classes, dtype, and the widest access that their number allows, in 32-bit words.
+ROWS = [
+    (1000, "fp32", 4), (1000, "bf16", 4), (100, "fp32", 4), (7, "fp32", 1),
+    (16384, "fp32", 4), (32000, "fp32", 4), (128256, "bf16", 4),
+]  # fmt: skip
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("write", [True, False], ids=["hvp", "quad"])
+@pytest.mark.parametrize(("classes", "dtype", "words"), ROWS)
+def test_cross_entropy_compiles_without_spills(classes, dtype, words, write):
+    from fastkernels.ops.cross_entropy_hvp import triton as op
+
+    kernel, launch = op.launch(classes, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    constants = {**launch, "C": classes, "WRITE": write}
+    options = {"num_warps": constants.pop("num_warps")}
+    pointers = {n: f"*{dtype}" for n in ("u", "p", "scale")} | {"quad": "*fp64"}
+    if write:
+        pointers["quad"] = pointers["u"]
+    found = offline(kernel, constants, options, pointers)
+    used = resources(found)
+    assert used["stack"] == used["local"] == 0, "registers are spilled"
+    wide = len(re.findall(rf"ld\.global\S*\.v{words}\.b32", found.asm["ptx"]))
+    assert words == 1 or wide >= 2, "rows of p and u by 128 bits"
