@@ -186,6 +186,7 @@ def main() -> None:
         "op": bandwidth(20, copy_rate),
         "products": [],
     }
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
     for case in options.cases:
         report["products"] += products(case, options.rounds)
         options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -134,9 +134,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 5 : 1)
   Sums<Real> sums;
   // Every thread runs every tile: warps share the scales of codes.
   for (int at = 0; at < chunk.count; at += kTile) {
-    const int left = chunk.count - at - static_cast<int>(threadIdx.x) * kWidth;
-    const int n = left < 0 ? 0 : left < kWidth ? left : kWidth;
-    const bool whole = vector && n == kWidth;
+    const int n = chunk.count - at - static_cast<int>(threadIdx.x) * kWidth;
+    const bool whole = vector && n >= kWidth;
     const int64_t i = chunk.begin + at + static_cast<int>(threadIdx.x) * kWidth;
     const int64_t block = i / kCodeBlock;
     typename RawOf<Real>::Type sw, sg, sr = {}, sm = {}, sv = {}, sa = {}, sf = {};
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 5 : 1)
     if (anchored) fetch(&sa, row.anchor, row.anchor_type, i, n, whole);
     if (curved) fetch(&sf, row.curvature, row.curvature_type, i, n, whole);
     const auto scale_of = [&](const float* scales, Dtype type) {
-      return type == Dtype::codes8 && n ? scales[block] : 0.0f;
+      return type == Dtype::codes8 && n > 0 ? scales[block] : 0.0f;
     };
     Real w[kWidth], g[kWidth], m[kWidth] = {}, v[kWidth] = {}, w0[kWidth] = {}, f[kWidth] = {};
     decode<true>(w, sw, row.param_type, 0);
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kThreads) gradient_norm_kernel(const CudaUpdat
   const bool vector = aligned(grad, type);
   double sum = 0;
   for (int at = static_cast<int>(threadIdx.x) * kWidth; at < chunk.count; at += kTile) {
-    const int n = chunk.count - at < kWidth ? chunk.count - at : kWidth;
+    const int n = chunk.count - at;
     double g[kWidth];
     if (type == Dtype::f64) {
       StoredWide s;
@@ -207,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) gradient_norm_kernel(const CudaUpdat
       decode<true>(g, s, type, 0);
     } else {
       float narrow[kWidth];
-      decode<true>(narrow, fetch(grad, type, chunk.begin + at, n, vector && n == kWidth), type, 0);
+      decode<true>(narrow, fetch(grad, type, chunk.begin + at, n, vector && n >= kWidth), type, 0);
 #pragma unroll
       for (int k = 0; k < kWidth; k++) g[k] = narrow[k];
     }

@@ -28,7 +28,12 @@ __device__ __forceinline__ bool aligned(const void* p, Dtype type) {
   return (reinterpret_cast<uintptr_t>(p) & mask) == 0;
 }
 
-// Elements i to i + n of a tensor, n <= 4; `whole` when there are four and they are aligned.
+// Elements i to i + n of a tensor, at most four, none where n is negative; `whole` when there are
+// four and they are aligned.
+//
+// n is what is left of the chunk, not clamped to 0..4: of a clamped n, ptxas 13.0 for sm_90 takes
+// `n == 4` from the predicate of its VIMNMX.RELU, which holds for ragged ends too. They were read
+// and written by 16 bytes, past the end of the tensor (compute-sanitizer, H200).
 __device__ __forceinline__ Stored fetch(const void* from, Dtype type, int64_t i, int n,
                                         bool whole) {
   __builtin_assume(__isGlobal(from));  // else generic loads: the address comes from a table
