@@ -117,3 +117,17 @@ def test_a_rule_that_fails_leaves_it_to_the_loop(kind, rule, monkeypatch) -> Non
         assert operator.explain() == "loop: the record failed (KeyError: 'boom')"
     with pytest.raises(KeyError, match="boom"):
         kind(model, F.cross_entropy, (x, y), method="folded").dense()
+
+
+def test_single_products_of_tables_take_the_loop(monkeypatch) -> None:
+    model, x, y = build("embedding")
+    taken = []
+    loop = GGN._loop
+    monkeypatch.setattr(GGN, "_loop", lambda *args: taken.append(args) or loop(*args))
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    for params, count in ((["embed.weight"], 2), (["out.weight"], 0)):
+        taken.clear()
+        operator = GGN(model, F.cross_entropy, batches, params)
+        one = operator @ torch.ones(operator.shape[0], dtype=x.dtype)
+        assert len(taken) == count
+        torch.testing.assert_close(one, operator.dense().sum(1))

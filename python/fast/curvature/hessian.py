@@ -46,8 +46,8 @@ class NetworkOperator(SymmetricOperator):
         data: one batch (x, y), a dict with "labels", or an iterable of batches that gives the same
             batches each time it is read. x may be a tensor, a tuple (`model(*x)`) or a dict
             (`model(**x)`).
-        params: which parameters, in the model's order; default all. Names, tensors, a regular
-            expression for whole names, or a function (name, tensor) -> bool.
+        params: which parameters, in the model's order; default all. Names, tensors, a module of
+            the model, a regular expression for whole names, or a function (name, tensor) -> bool.
         reduction: "mean" (batches weighted by what their mean is over) or "sum" (batch losses
             added up; the known losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
@@ -127,6 +127,10 @@ class NetworkOperator(SymmetricOperator):
             raise
         except Exception as error:
             if self.method == "folded":
+                if isinstance(error, UnsupportedOperation):
+                    raise UnsupportedOperation(
+                        f"no folded rule for {error}: use method='auto' or 'loop'"
+                    ) from error
                 raise
             # Whatever is wrong with the network itself, the loop will say as well.
             self._take_loop(error)
@@ -285,6 +289,11 @@ class GGN(NetworkOperator):
     the network linearised at its parameters. Positive semidefinite for a convex loss; equal to the
     Fisher matrix for cross-entropy and squared error.
     """
+
+    def _prefers_loop(self, num_vectors: int) -> bool:
+        # A table of 30,000 x 128 and a head, 512 tokens: 6.2 ms recorded, 4.9 by the loop, most of
+        # it for writing gradients that are nearly all zero.
+        return num_vectors == 1 and self.network.mostly_embeddings
 
     def _loop(self, batch: Batch, index: int) -> Linearization:
         return GraphGGN(self.network, self.loss, batch, index, self._curvature)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fast.curvature.operator import SymmetricOperator
-from fast.curvature.probes import probe_block
+from fast.curvature.probes import probe_block, require_finite
 from fast.curvature.progress import bar
 
 WHICH = ("magnitude", "largest", "smallest")
@@ -134,13 +133,7 @@ class _Subspace:
     def expand(self) -> int:
         """Multiply with the newest rows and take the run's Ritz pairs; the products it took."""
         known, used = self.known, self.used
-        w = self.operator.rows(self.basis[known:used])
-        size = float(w.norm())
-        if not math.isfinite(size):
-            raise ValueError(
-                "a product of the operator is not finite: there is nan or infinity in its "
-                "parameters or data, or the products overflow its dtype"
-            )
+        w = require_finite(self.operator.rows(self.basis[known:used]))
         w, coefficients = _orthogonalise(w, self.basis[:used])
         self.projected[:used, known:used] = coefficients
         self.projected[known:used, :used] = coefficients.T
