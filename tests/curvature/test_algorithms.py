@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,51 @@ def test_top_of_tiny_and_degenerate_matrices() -> None:
     torch.testing.assert_close(flat.values, torch.full((3,), 2.0, dtype=torch.float64))
     nothing = top(MatrixOperator(torch.zeros(4, 4)), 2)
     assert nothing.values.tolist() == [0.0, 0.0]
+
+
+def _low_rank(size: int, rank: int) -> Tensor:
+    b = torch.randn(size, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return b @ b.T
+
+
+DEGENERATE = {
+    "rank 3": (_low_rank(30, 3), 10),
+    "rank 3, all": (_low_rank(30, 3), 30),
+    "rank 3 of 400": (_low_rank(400, 3), 60),
+    "multiple of the identity": (2 * torch.eye(5, dtype=torch.float64), 5),
+    "zero": (torch.zeros(6, 6, dtype=torch.float64), 6),
+    "two values": (_matrix(torch.tensor([5.0] * 3 + [1.0] * 27).double()), 4),
+    "two values of 300": (_matrix(torch.tensor([5.0] * 3 + [1.0] * 297).double()), 5),
+    "signs": (_matrix(torch.tensor([-4.0] * 3 + [3.0] * 4 + [0.0] * 30).double()), 7),
+    "small": (_matrix(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]).double()), 3),
+    "small, all": (_matrix(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]).double()), 5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest"])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_top_of_krylov_spaces_that_end(name: str, block_size: int, which: str, dtype) -> None:
+    matrix, k = DEGENERATE[name]
+    matrix = matrix.to(dtype)
+    result = top(MatrixOperator(matrix), k, which=which, block_size=block_size, tol=1e-5)
+    truth = torch.from_numpy(np.linalg.eigvalsh(matrix.double().numpy()))
+    order = {"magnitude": -truth.abs(), "largest": -truth, "smallest": truth}[which].argsort()
+    size = float(truth.abs().max())
+    assert result.converged
+    assert result.num_matvecs <= max(len(matrix), 100)
+    small = {"rtol": 0, "atol": size * (1e-8 if dtype == torch.float64 else 2e-5)}
+    torch.testing.assert_close(result.values, truth[order[:k]], **small)
+    x = result.vectors.double()
+    torch.testing.assert_close(x.T @ x, torch.eye(k).double(), rtol=0, atol=1e-5)
+    errors = matrix.double() @ x - x * result.values
+    assert float(errors.abs().max()) <= 1e-4 * size
+
+
+def test_top_of_products_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        top(MatrixOperator(torch.full((4, 4), torch.nan)), 1)
 
 
 @pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])

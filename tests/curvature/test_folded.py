@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from curvature_cases import NETWORKS, build
 from fast.curvature import GGN, Hessian
 from fast.curvature.folded import UnsupportedOperation
+from fast.curvature.folded.rules import RULES
 from fast.curvature.folded.tape import Tape
 
 # Operations without a rule: these take the loop, and say why.
@@ -90,3 +91,43 @@ def test_the_head_alone_starts_at_its_features(kind) -> None:
     head = kind(model, F.cross_entropy, (x, y), params=r"out\..*")
     rows = slice(whole.space.slices()["out.weight"].start, None)
     torch.testing.assert_close(head.dense(), whole.dense()[rows, rows])
+
+
+def _fails_at_once(call):
+    raise KeyError("boom")
+
+
+def _fails_later(call):
+    def derivative(*tangents):
+        raise KeyError("boom")
+
+    return derivative
+
+
+@pytest.mark.parametrize("rule", [_fails_at_once, _fails_later])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_rule_that_fails_leaves_it_to_the_loop(kind, rule, monkeypatch) -> None:
+    model, x, y = build("mlp-tanh")
+    truth = kind(model, F.cross_entropy, (x, y)).dense()
+    monkeypatch.setitem(RULES, torch.ops.aten.tanh.default, rule)
+    for data in ((x, y), [(x[:2], y[:2]), (x[2:], y[2:])]):
+        operator = kind(model, F.cross_entropy, data)
+        torch.testing.assert_close(operator.dense(), truth)
+        torch.testing.assert_close(operator.quad(torch.eye(len(truth)).double()), truth.diag())
+        assert operator.explain() == "loop: the record failed (KeyError: 'boom')"
+    with pytest.raises(KeyError, match="boom"):
+        kind(model, F.cross_entropy, (x, y), method="folded").dense()
+
+
+def test_single_products_of_tables_take_the_loop(monkeypatch) -> None:
+    model, x, y = build("embedding")
+    taken = []
+    loop = GGN._loop
+    monkeypatch.setattr(GGN, "_loop", lambda *args: taken.append(args) or loop(*args))
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    for params, count in ((["embed.weight"], 2), (["out.weight"], 0)):
+        taken.clear()
+        operator = GGN(model, F.cross_entropy, batches, params)
+        one = operator @ torch.ones(operator.shape[0], dtype=x.dtype)
+        assert len(taken) == count
+        torch.testing.assert_close(one, operator.dense().sum(1))

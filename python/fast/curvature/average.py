@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -41,11 +43,16 @@ class WeightedMean:
         """One all-reduce of the weighted sum and the weight; the same bits on every rank."""
         blocks = self.total if self.total is not None else [torch.zeros_like(b) for b in like or []]
         factor = 1.0 if self.reduction == "sum" else self.weight
+        # Half precision would round the weight, and sums of several ranks.
+        dtype = functools.reduce(torch.promote_types, (b.dtype for b in blocks), torch.float32)
         flat = torch.cat(
-            [b.reshape(-1) * factor for b in blocks] + [blocks[0].new_tensor([self.weight])]
+            [b.reshape(-1).to(dtype) * factor for b in blocks]
+            + [torch.tensor([self.weight], dtype=dtype, device=blocks[0].device)]
         )
         dist.all_reduce(flat, group=self.group)
         *parts, weight = flat.split([b.numel() for b in blocks] + [1])
         self.weight = float(weight)
         divisor = 1.0 if self.reduction == "sum" else self.weight or 1.0
-        self.total = [(p / divisor).view_as(b) for p, b in zip(parts, blocks, strict=True)]
+        self.total = [
+            (p / divisor).view_as(b).to(b.dtype) for p, b in zip(parts, blocks, strict=True)
+        ]

@@ -38,6 +38,10 @@ def cg(
     """
     blocks, restore = operator.space.unpack(b)
     rhs = operator.space.join(blocks)
+    # Squares of tiny (huge) numbers underflow (overflow): every column is solved at size one.
+    size = rhs.abs().amax(dim=1, keepdim=True) if rhs.numel() else rhs.new_ones((len(rhs), 1))
+    size = torch.where(size > 0, size, 1)
+    rhs = rhs / size
     x = torch.zeros_like(rhs)
     r, p = rhs.clone(), rhs.clone()
     scale = rhs.norm(dim=1).clamp_min(torch.finfo(rhs.dtype).tiny)
@@ -65,5 +69,8 @@ def cg(
             rr = new
     residuals = (rr.sqrt() / scale).double().cpu()
     return Solution(
-        restore(operator.space.split(x)), residuals, iterations, bool((residuals <= tol).all())
+        restore(operator.space.split(x * size)),
+        residuals,
+        iterations,
+        bool((residuals <= tol).all()),
     )

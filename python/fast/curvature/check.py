@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from fast.curvature.data import Batch
 from fast.curvature.hessian import GGN, Hessian, NetworkOperator
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.probes import probe_block
+
+RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# A difference has an error of its own, and the float64 copy is not the rounded network.
+DIFFERENCE_RTOL = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 0.25,
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,11 @@ def check(operator: SymmetricOperator, *, rtol: float | None = None, seed: int =
     central difference in float64 on a copy of the model.
 
     Args:
-        rtol: largest relative error to accept; default 1e-4 in float32, 1e-8 in float64. A network
-            with kinks (ReLU) may fail the difference, and only that, by a kink inside the step.
+        rtol: largest relative error to accept; default 1e-8 in float64, 1e-4 in float32, 1e-2 in
+            float16, 5e-2 in bfloat16. A network with kinks (ReLU) may fail the difference, and only
+            that, by a kink inside the step.
     """
-    rtol = rtol or (1e-8 if operator.dtype == torch.float64 else 1e-4)
+    rtol = rtol or RTOL[operator.dtype]
     report = CheckReport()
     generator = torch.Generator().manual_seed(seed)
     u, v = probe_block(operator, 2, generator=generator, distribution="normal")
@@ -85,7 +96,7 @@ def check(operator: SymmetricOperator, *, rtol: float | None = None, seed: int =
         report.findings += _mode_findings(operator)
         if isinstance(operator, Hessian) or type(operator) is GGN:
             error = _difference_error(operator, v, av)
-            limit = max(rtol, 1e-3 if operator.dtype == torch.float32 else 1e-6)
+            limit = max(rtol, DIFFERENCE_RTOL[operator.dtype])
             add("difference", error, "central difference in float64", limit)
     return report
 
@@ -134,7 +145,7 @@ def _drop_probability(module: nn.Module) -> float:
 
 def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float:
     """Central difference, of the gradient (Hessian) or the outputs (GGN), against av."""
-    model = copy.deepcopy(operator.network.model).double()
+    model = _copy(operator.network.model).double()
     data = [Batch(_double(b.inputs), _double(b.target)) for b in operator.data]
     exact = isinstance(operator, Hessian)
     options = {**operator.options, "method": "loop"}
@@ -158,12 +169,23 @@ def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float
     tangents = [(a - b) / (2 * step) for a, b in zip(at(1.0), at(-1.0), strict=True)]
     if exact:
         return _relative(av.double(), tangents[0])
-    mean = WeightedMean(reference.loss.reduction)
+    mean = WeightedMean(reference.loss.reduction, operator.process_group)
     for batch, z, t in zip(reference.data, _outputs(reference), tangents, strict=True):
         form = reference.loss.hessian(z, batch.target).quad(t[None])[0]
         mean.add([form], reference.loss.weight(z, batch.target, batch.size))
-    quad = float(mean.result()[0])
+    quad = float(mean.result([torch.zeros((), dtype=torch.float64, device=v.device)])[0])
     return abs(quad - float(v.double() @ av.double())) / max(abs(quad), 1e-30)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, of modules too that keep a computed tensor (old-style weight and spectral norm):
+    deepcopy refuses those, and they are computed anew anyway."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _outputs(operator: NetworkOperator) -> list[Tensor]:

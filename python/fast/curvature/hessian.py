@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -46,8 +46,8 @@ class NetworkOperator(SymmetricOperator):
         data: one batch (x, y), a dict with "labels", or an iterable of batches that gives the same
             batches each time it is read. x may be a tensor, a tuple (`model(*x)`) or a dict
             (`model(**x)`).
-        params: which parameters, in the model's order; default all. Names, tensors, a regular
-            expression for whole names, or a function (name, tensor) -> bool.
+        params: which parameters, in the model's order; default all. Names, tensors, a module of
+            the model, a regular expression for whole names, or a function (name, tensor) -> bool.
         reduction: "mean" (batches weighted by what their mean is over) or "sum" (batch losses
             added up; the known losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
@@ -127,6 +127,10 @@ class NetworkOperator(SymmetricOperator):
             raise
         except Exception as error:
             if self.method == "folded":
+                if isinstance(error, UnsupportedOperation):
+                    raise UnsupportedOperation(
+                        f"no folded rule for {error}: use method='auto' or 'loop'"
+                    ) from error
                 raise
             # Whatever is wrong with the network itself, the loop will say as well.
             self._take_loop(error)
@@ -137,17 +141,38 @@ class NetworkOperator(SymmetricOperator):
         said = str(error) if unknown else f"{type(error).__name__}: {error}"
         self.why_loop = f"no folded rule for {said}" if unknown else f"the record failed ({said})"
 
-    def linearizations(self, num_vectors: int) -> Iterator[Linearization]:
-        """Those of all batches, for so many products each."""
+    def linearizations(self, num_vectors: int) -> Iterator[tuple[int, Batch, Linearization]]:
+        """Those of all batches, for so many products each, with index and batch."""
         for index, batch in enumerate(self.data):
             if self.data.single and self.options["cache"]:
-                yield self._cached(batch)
+                yield index, batch, self._cached(batch)
                 return
             batch = batch.to(self.device)
             if self.method == "auto" and self._prefers_loop(num_vectors):
-                yield self._loop(batch, index)
+                yield index, batch, self._loop(batch, index)
             else:
-                yield self.linearize(batch, index)
+                yield index, batch, self.linearize(batch, index)
+
+    @torch.inference_mode(False)
+    def _sum(
+        self, vectors: Blocks, apply: Callable[[Linearization, Blocks], Blocks]
+    ) -> WeightedMean:
+        """The mean over batches of what `apply` makes of a linearisation."""
+        vectors = [v.clone() if v.is_inference() else v for v in vectors]
+        mean = WeightedMean(self.loss.reduction, self.process_group)
+        for index, batch, part in self.linearizations(vectors[0].shape[0]):
+            try:
+                value = apply(part, vectors)
+            except Exception as error:
+                if self.method != "auto" or not isinstance(part, FoldedHessian | FoldedGGN):
+                    raise
+                # A rule that fails at a tangent, as of types that it does not expect.
+                self._take_loop(error)
+                self._cache = None
+                part = self._loop(batch.to(self.device), index)
+                value = apply(part, vectors)
+            mean.add(value, part.weight)
+        return mean
 
     def _prefers_loop(self, num_vectors: int) -> bool:
         """Whether recording a batch for so few products costs more than it saves."""
@@ -175,32 +200,19 @@ class NetworkOperator(SymmetricOperator):
     def explain(self) -> str:
         """How products are computed: the method, vectors per pass, and why not the other method."""
         with torch.inference_mode(False):
-            part = next(self.linearizations(2))
+            part = next(self.linearizations(2))[2]
         if isinstance(part, FoldedHessian | FoldedGGN):
             return f"folded, {part.chunk} vectors a pass"
         return "loop" + (f": {self.why_loop}" if self.why_loop else "")
 
-    @torch.inference_mode(False)
     def products(self, vectors: Blocks) -> Blocks:
-        vectors = [v.clone() if v.is_inference() else v for v in vectors]
-        mean = self._mean()
-        for part in self.linearizations(vectors[0].shape[0]):
-            mean.add(part.products(vectors), part.weight)
-        return mean.result(vectors)
+        return self._sum(vectors, lambda part, v: part.products(v)).result(vectors)
 
-    @torch.inference_mode(False)
     def _quad(self, vectors: Blocks) -> Tensor:
-        vectors = [v.clone() if v.is_inference() else v for v in vectors]
-        mean = self._mean()
         zeros = vectors[0].new_zeros(vectors[0].shape[0], dtype=torch.float64)
         if not len(zeros):
             return zeros
-        for part in self.linearizations(vectors[0].shape[0]):
-            mean.add([part.quad(vectors)], part.weight)
-        return mean.result([zeros])[0]
-
-    def _mean(self) -> WeightedMean:
-        return WeightedMean(self.loss.reduction, self.process_group)
+        return self._sum(vectors, lambda part, v: [part.quad(v)]).result([zeros])[0]
 
     def _limits(self) -> tuple[int | None, int | None]:
         return (self.chunk if isinstance(self.chunk, int) else None), self.memory_budget
@@ -212,7 +224,7 @@ class NetworkOperator(SymmetricOperator):
     @torch.inference_mode(False)
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient, [P]."""
-        mean = self._mean()
+        mean = WeightedMean(self.loss.reduction, self.process_group)
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
             with self.network.scope(index, differentiable_twice=False):
@@ -277,6 +289,11 @@ class GGN(NetworkOperator):
     the network linearised at its parameters. Positive semidefinite for a convex loss; equal to the
     Fisher matrix for cross-entropy and squared error.
     """
+
+    def _prefers_loop(self, num_vectors: int) -> bool:
+        # A table of 30,000 x 128 and a head, 512 tokens: 6.2 ms recorded, 4.9 by the loop, most of
+        # it for writing gradients that are nearly all zero.
+        return num_vectors == 1 and self.network.mostly_embeddings
 
     def _loop(self, batch: Batch, index: int) -> Linearization:
         return GraphGGN(self.network, self.loss, batch, index, self._curvature)

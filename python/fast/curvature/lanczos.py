@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fast.curvature.operator import SymmetricOperator
-from fast.curvature.probes import probe_block
+from fast.curvature.probes import probe_block, require_finite
 from fast.curvature.progress import bar
 
 WHICH = ("magnitude", "largest", "smallest")
@@ -46,6 +46,9 @@ def top(
 ) -> Eigenpairs:
     """The k extreme eigenpairs (thick-restart Lanczos: Wu and Simon 2000).
 
+    A matrix of low rank, or with few different eigenvalues, has a Krylov space that ends early: a
+    random vector orthogonal to it then goes on, at least once more than was needed.
+
     Args:
         which: of largest "magnitude", or the algebraically "largest" or "smallest".
         tol: a pair has converged when its residual is below tol times the largest |eigenvalue|
@@ -53,7 +56,8 @@ def top(
         max_matvecs: products after which the best pairs so far are returned with
             `converged=False`; default 40 k + 200.
         block_size: vectors per product. More find clustered eigenvalues and make better use of
-            batched products, at more products in all.
+            batched products, at more products in all. One vector at a time sees a multiple
+            eigenvalue only once, unless its Krylov space ends before.
         subspace: basis vectors kept, each of P numbers; default max(2 k + 20, 4 block_size).
     """
     size = operator.shape[0]
@@ -68,54 +72,156 @@ def top(
     if limit < min(k + block_size, size):
         raise ValueError(f"subspace must be at least k + block_size; got {subspace}")
     max_matvecs = max_matvecs or 40 * k + 200
-
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.empty((limit + block_size, size), dtype=operator.dtype, device=operator.device)
-    start = probe_block(operator, block_size, generator=generator, distribution="normal")
-    basis[:block_size] = _orthonormal_rows(start)[0]
-    projected = torch.zeros((limit + block_size,) * 2, dtype=torch.float64)
-    used, known, matvecs = block_size, 0, 0
-
+    space = _Subspace(operator, k, which, limit, block_size, seed)
+    matvecs = 0
     with bar(max_matvecs, f"top {k}", progress) as ticks:
         while True:
-            block = basis[known:used]
-            w = operator.rows(block)
-            matvecs += block.shape[0]
-            ticks.update(block.shape[0])
-            w, coefficients = _orthogonalise(w, basis[:used])
-            projected[:used, known:used] = coefficients
-            projected[known:used, :used] = coefficients.T
-            known = used
-            following, coupling = _orthonormal_rows(w)
+            count = space.expand()
+            matvecs += count
+            ticks.update(count)
+            done, full = space.converged(tol), space.used >= size
+            if (done or full or matvecs >= max_matvecs) and space.used >= k:
+                return Eigenpairs(*space.best(), matvecs, converged=done or full)
+            space.advance()
 
-            theta, s = torch.linalg.eigh(projected[:used, :used])
-            order = _order(theta, which)
-            theta, s = theta[order], s[:, order]
-            # Only the last block couples to the vectors outside the basis.
-            residuals = (coupling @ s[used - block.shape[0] : used]).norm(dim=0)
-            scale = theta.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-            full = used >= size
-            enough = used >= k
-            done = enough and bool((residuals[:k] <= tol * scale).all())
-            if (done or full or matvecs >= max_matvecs) and enough:
-                vectors = s[:, :k].T.to(basis) @ basis[:used]
-                return Eigenpairs(
-                    theta[:k], vectors.T, residuals[:k], matvecs, converged=done or full
-                )
-            if used + block.shape[0] > limit:
-                keep = min(k + max(4, k // 2), limit - block.shape[0])
-                basis[:keep] = s[:, :keep].T.to(basis) @ basis[:used]
-                projected.zero_()
-                projected[:keep, :keep] = torch.diag(theta[:keep])
-                used = known = keep
-            room = min(following.shape[0], size - used)
-            basis[used : used + room] = following[:room]
-            used += room
+
+class _Subspace:
+    """Rows of an orthonormal basis: first `lock` eigenvectors, then the Krylov run in progress.
+
+    A run that finds an invariant subspace ends there: what it found is locked, and a random block
+    orthogonal to that starts the next one, which finds what the first could not see: other copies
+    of the same eigenvalue, and the rest of the spectrum.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        k: int,
+        which: str,
+        limit: int,
+        block_size: int,
+        seed: int,
+    ):
+        self.operator, self.k, self.which = operator, k, which
+        self.limit, self.block_size = limit, block_size
+        self.generator = torch.Generator().manual_seed(seed)
+        shape = (limit + block_size, operator.shape[0])
+        self.basis = torch.empty(shape, dtype=operator.dtype, device=operator.device)
+        self.projected = torch.zeros((shape[0],) * 2, dtype=torch.float64)
+        self.locked = torch.zeros(0, dtype=torch.float64)
+        self.locked_residuals = torch.zeros(0, dtype=torch.float64)
+        self.known = self.used = 0
+        self.scale = 0.0
+        self._start()
+
+    @property
+    def lock(self) -> int:
+        return len(self.locked)
+
+    def _start(self) -> None:
+        count = min(self.block_size, self.operator.shape[0] - self.lock)
+        rows = probe_block(self.operator, count, generator=self.generator, distribution="normal")
+        rows = _orthogonalise(rows, self.basis[: self.lock])[0]
+        fresh = _orthonormal_rows(rows, self.basis[: self.lock], 0.0)[0]
+        self.known = self.lock
+        self._append(fresh)
+
+    def _append(self, rows: Tensor) -> None:
+        self.basis[self.known : self.known + len(rows)] = rows
+        self.used = self.known + len(rows)
+
+    def expand(self) -> int:
+        """Multiply with the newest rows and take the run's Ritz pairs; the products it took."""
+        known, used = self.known, self.used
+        w = require_finite(self.operator.rows(self.basis[known:used]))
+        w, coefficients = _orthogonalise(w, self.basis[:used])
+        self.projected[:used, known:used] = coefficients
+        self.projected[known:used, :used] = coefficients.T
+        run = slice(self.lock, used)
+        self.theta, self.s = torch.linalg.eigh(self.projected[run, run])
+        self.scale = max(self.scale, float(self.theta.abs().max()), torch.finfo(torch.float64).tiny)
+        self.following, coupling = _orthonormal_rows(w, self.basis[:used], self.scale)
+        # Only the newest rows couple to what lies outside of the basis.
+        self.residuals = (coupling @ self.s[known - self.lock :]).norm(dim=0)
+        self.known = used
+        return used - known
+
+    def _chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The best k: values, residuals, and places (locked rows, then the pairs of the run)."""
+        values = torch.cat([self.locked, self.theta])
+        residuals = torch.cat([self.locked_residuals, self.residuals])
+        order = _order(values, self.which)[: self.k]
+        return values[order], residuals[order], order
+
+    def converged(self, tol: float) -> bool:
+        limit = tol * self.scale
+        if bool((self.residuals <= limit).all()):  # within `tol` the run has ended
+            self.following = self.following[:0]
+        if self.used < self.k or not bool((self._chosen()[1] <= limit).all()):
+            return False
+        if len(self.following) and not self.lock:
+            return True
+        # Of a run from a random block its best pair tells what is left of the spectrum.
+        lead = _order(self.theta, self.which)[0]
+        if len(self.following):
+            return bool(self.residuals[lead] <= limit)
+        if self.lock < self.k:
+            return False
+        worst = self.locked[_order(self.locked, self.which)[self.k - 1]]
+        gap = _key(self.theta[lead], self.which) - _key(worst, self.which)
+        return bool(gap >= -limit)
+
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """values [k], vectors [P, k], residuals [k]."""
+        values, residuals, order = self._chosen()
+        mix = torch.zeros((len(order), self.used), dtype=torch.float64)
+        for row, place in zip(mix, order.tolist(), strict=True):
+            if place < self.lock:
+                row[place] = 1.0
+            else:
+                row[self.lock :] = self.s[:, place - self.lock]
+        return values, (mix.to(self.basis) @ self.basis[: self.used]).T, residuals
+
+    def advance(self) -> None:
+        """The next rows to multiply with; a restart where there is no room for them."""
+        if not len(self.following):
+            self._lock_run()
+            self._start()
+            return
+        if self.used + len(self.following) > self.limit:
+            wanted = self.k + max(4, self.k // 2)
+            room = self.limit - self.lock - len(self.following)
+            self._keep(max(1, min(wanted, room)))
+        self._append(self.following)
+
+    def _keep(self, count: int) -> None:
+        """Restart the run from its best Ritz vectors."""
+        order = _order(self.theta, self.which)[:count]
+        first, last = self.lock, self.lock + len(order)
+        self.basis[first:last] = self.s[:, order].T.to(self.basis) @ self.basis[first : self.used]
+        self.projected[first:, first:] = 0
+        self.projected[first:last, first:last] = torch.diag(self.theta[order])
+        self.theta, self.residuals = self.theta[order], self.residuals[order]
+        self.known = self.used = last
+
+    def _lock_run(self) -> None:
+        self._keep(len(self.theta))
+        self.locked = torch.cat([self.locked, self.theta])
+        self.locked_residuals = torch.cat([self.locked_residuals, self.residuals])
+        # Where the next run would have no room, only what is asked for stays.
+        if self.lock > max(self.k, self.limit - self.block_size - self.k - 4):
+            order = _order(self.locked, self.which)[: self.k]
+            self.basis[: len(order)] = self.basis[order.to(self.basis.device)]
+            self.locked, self.locked_residuals = self.locked[order], self.locked_residuals[order]
+        self.projected.zero_()
+
+
+def _key(theta: Tensor, which: str) -> Tensor:
+    return {"magnitude": -theta.abs(), "largest": -theta, "smallest": theta}[which]
 
 
 def _order(theta: Tensor, which: str) -> Tensor:
-    key = {"magnitude": -theta.abs(), "largest": -theta, "smallest": theta}[which]
-    return key.argsort()
+    return _key(theta, which).argsort()
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +237,28 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return w, coefficients
 
 
-def _orthonormal_rows(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Q [b, P] with orthonormal rows and R [b, b] with w = R^T Q; R in float64.
+def _orthonormal_rows(w: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Q [r, P] with orthonormal rows, r <= b, and R [r, b] with w = R^T Q; R in float64.
 
-    Rows that vanish (an invariant subspace was found) come out as directions of their own, and
-    their entries of R as zero.
+    Rows of w, a product of size `scale` less its part in `basis`, of which only rounding is left
+    bring no direction of their own: that may lie anywhere, inside of `basis` too.
     """
-    q, r = torch.linalg.qr(w.T)
-    return q.T, r.double().cpu()
+    noise = 10 * torch.finfo(w.dtype).eps * scale
+    coupling = torch.zeros((w.shape[0],) * 2, dtype=torch.float64)
+    q = w.new_empty(w.shape)
+    count = 0
+    for i, row in enumerate(w):
+        v, c = _orthogonalise(row[None], q[:count])
+        coupling[:count, i] = c[:, 0]
+        norm = float(v.norm())
+        if norm <= noise:
+            continue
+        coupling[count, i] = norm
+        v = v / norm
+        if norm <= 1e-2 * scale:  # rounding has grown with the division
+            for others in (basis, q[:count]):
+                v, _ = _orthogonalise(v, others)
+            v = v / v.norm()
+        q[count] = v[0]
+        count += 1
+    return q[:count], coupling[:count]

@@ -33,7 +33,9 @@ class GraphHessian:
             value = loss.value(z, batch.target)
             self.weight = loss.weight(z.detach(), batch.target, batch.size)
             self.loss = value.detach()
-            self.grads = grad_or_none([value], self.params, create_graph=True)
+            # What `cut_off` looks for is only made where the cotangent requires a gradient.
+            one = torch.ones_like(value, requires_grad=True)
+            self.grads = grad_or_none([value], self.params, [one], create_graph=True)
         self.explain = functools.partial(explain_failure, network, batch, index)
         if cut_off(self.grads):
             raise self.explain(ONCE)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.curvature.blame import SecondDerivativeError, cut_off
 from fast.curvature.space import dot
 from fastkernels import cross_entropy_hvp_, cross_entropy_quad
 
@@ -70,12 +71,33 @@ class Loss:
         """U [K, *z.shape] -> (d2L/dz2) U_k for every k."""
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            (g,) = torch.autograd.grad(self.value(z, y), z, create_graph=True)
-        if not g.requires_grad:
+            # A cotangent that requires a gradient: a backward marked once_differentiable is silent
+            # about what it saved, but not about that.
+            value = self.value(z, y)
+            one = torch.ones_like(value, requires_grad=True)
+            (g,) = torch.autograd.grad(value, z, one, create_graph=True, allow_unused=True)
+            if cut_off([g]):
+                raise SecondDerivativeError(
+                    "loss_fn cannot be differentiated twice: its backward is marked "
+                    "once_differentiable. Write it with operations that can, or use "
+                    "fast.curvature.Fisher(..., kind='empirical')"
+                )
+        if g is None or not g.requires_grad:
             return OutputHessian.of(torch.zeros_like)
 
         def product(u: Tensor) -> Tensor:
-            out = [torch.autograd.grad(g, z, v, retain_graph=True)[0] for v in u]
+            try:
+                out = [
+                    torch.autograd.grad(
+                        g, z, v, retain_graph=True, allow_unused=True, materialize_grads=True
+                    )[0]
+                    for v in u
+                ]
+            except RuntimeError as error:
+                raise SecondDerivativeError(
+                    f"loss_fn cannot be differentiated twice: {error}. Write it with operations "
+                    "that can, or use fast.curvature.Fisher(..., kind='empirical')"
+                ) from error
             return torch.stack(out)
 
         return OutputHessian.of(product)

@@ -15,7 +15,15 @@ from fast.curvature.memory import reuse_freed_pages
 from fast.curvature.scope import evaluation
 from fast.curvature.space import ParameterSpace
 
-Params = None | str | Iterable[str] | Iterable[Tensor] | Callable[[str, Tensor], bool]
+Params = (
+    None
+    | str
+    | nn.Module
+    | Tensor
+    | Iterable[str]
+    | Iterable[Tensor]
+    | Callable[[str, Tensor], bool]
+)
 
 
 class Network:
@@ -23,9 +31,9 @@ class Network:
 
     Args:
         model: any module; of a compiled or data-parallel one, the original is evaluated.
-        params: None for all of `model.parameters()`; or names, tensors, a regular expression that a
-            whole name must match, or a function (name, tensor) -> bool. Order and tying are those
-            of `model.named_parameters()`.
+        params: None for all of `model.parameters()`; or names, tensors, a module of the model, a
+            regular expression that a whole name must match, or a function (name, tensor) -> bool.
+            Order and tying are those of `model.named_parameters()`.
         seed: of the random masks (dropout), the same at every evaluation of the same batch.
     """
 
@@ -43,6 +51,9 @@ class Network:
         self.space = ParameterSpace({n: every[n] for n in self.names})
         if self.space.device.type == "cpu":
             reuse_freed_pages()
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        embedded = sum(every[n].numel() for n in self.names if id(every[n]) in tables)
+        self.mostly_embeddings = 2 * embedded > self.space.numel
         self.uses_cudnn_rnn = self.space.device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.model.modules()
         )
@@ -149,8 +160,18 @@ def select(every: Mapping[str, Tensor], params: Params) -> tuple[str, ...]:
     """Names of the selected parameters, in the model's order."""
     if params is None:
         return tuple(every)
+    if isinstance(params, nn.Module):
+        params = list(params.parameters())
+    elif isinstance(params, Tensor):
+        params = [params]
     if isinstance(params, str):
-        pattern = re.compile(params)
+        try:
+            pattern = re.compile(params)
+        except re.error as error:
+            raise ValueError(
+                f"params={params!r} is no regular expression ({error}); for names as they are, "
+                "pass a list of them"
+            ) from error
         chosen = {n for n in every if pattern.fullmatch(n)}
         if not chosen:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +115,22 @@ class SymmetricOperator(abc.ABC):
         return spectrum(self, **options)
 
     def solve(self, b: Vectors, **options: Any) -> Vectors:
-        """A^-1 b by conjugate gradients; see `fast.curvature.cg`."""
+        """A^-1 b by conjugate gradients; see `fast.curvature.cg`.
+
+        Warns (RuntimeWarning) where the iterations ran out before `tol` was reached.
+        """
         from fast.curvature.cg import cg
 
-        return cg(self, b, **options).solution
+        found = cg(self, b, **options)
+        if not found.converged:
+            warnings.warn(
+                f"solve: after {found.num_iterations} iterations the relative residual is "
+                f"{float(found.residuals.max()):.1e}: raise max_iterations, add damping with "
+                ".damped(...), or take fast.curvature.cg, which returns the residuals",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return found.solution
 
     def check(self, **options: Any) -> CheckReport:
         """Symmetry, linearity, determinism and more; see `fast.curvature.check`."""
@@ -133,9 +146,11 @@ class SymmetricOperator(abc.ABC):
             tensor = torch.as_tensor(v, dtype=self.dtype).to(self.device)
             result = self.matmat(tensor)
             assert isinstance(result, Tensor)
-            return result.cpu().numpy()
+            return result.cpu().to(plain).numpy()
 
-        dtype = torch.empty((), dtype=self.dtype).numpy().dtype
+        # numpy has no bfloat16.
+        plain = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+        dtype = torch.empty((), dtype=plain).numpy().dtype
         return LinearOperator(
             self.shape,
             matvec=lambda v: matmat(v.reshape(-1)),
@@ -165,6 +180,11 @@ class SymmetricOperator(abc.ABC):
         return Scaled(self, float(factor))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> SymmetricOperator:
+        if not isinstance(divisor, int | float):
+            return NotImplemented
+        return Scaled(self, 1.0 / divisor)
 
     def __neg__(self) -> SymmetricOperator:
         return self * -1.0

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from fast.curvature.operator import SymmetricOperator
 
 
+def require_finite(products: Tensor) -> Tensor:
+    """The same; what follows (factorisations, mostly) would fail with messages of its own."""
+    if not bool(products.isfinite().all()):
+        raise ValueError(
+            "a product of the operator is not finite: there is nan or infinity in its parameters, "
+            "data or derivatives (as of sqrt at zero), or the products overflow its dtype"
+        )
+    return products
+
+
 def draw_probes(
     operator: SymmetricOperator,
     count: int,

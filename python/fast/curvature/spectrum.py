@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fast.curvature.operator import SymmetricOperator
-from fast.curvature.probes import probe_block
+from fast.curvature.probes import probe_block, require_finite
 from fast.curvature.progress import bar
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def spectrum(
                 nodes.append(theta)
                 weights.append(s[0] ** 2)
     width = max(len(n) for n in nodes)
-    return Spectrum(_pad(nodes, width), _pad(weights, width), size)
+    return Spectrum(_pad(nodes, width, weights=False), _pad(weights, width, weights=True), size)
 
 
 def tridiagonals(
@@ -119,7 +119,7 @@ def tridiagonals(
     alpha = torch.zeros((count, steps), dtype=torch.float64)
     beta = torch.zeros((count, steps), dtype=torch.float64)
     for j in range(steps):
-        w = operator.rows(basis[j])
+        w = require_finite(operator.rows(basis[j]))
         ticks.update(count)
         alpha[:, j] = torch.linalg.vecdot(w, basis[j]).double().cpu()
         for _ in range(2):
@@ -140,9 +140,10 @@ def tridiagonals(
     return out
 
 
-def _pad(rows: list[Tensor], width: int) -> Tensor:
+def _pad(rows: list[Tensor], width: int, *, weights: bool) -> Tensor:
     """Equal lengths: a shorter run repeats its last node with weight zero."""
     padded = torch.zeros((len(rows), width), dtype=torch.float64)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row
+        target[len(row) :] = 0.0 if weights else row[-1]
     return padded

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fast.curvature.operator import SymmetricOperator
-from fast.curvature.probes import draw_probes
+from fast.curvature.probes import draw_probes, require_finite
 from fast.curvature.progress import bar
 from fast.curvature.space import dot
 
@@ -66,7 +66,7 @@ def trace(
         third = num_matvecs // 3
         images = []
         for v in draw_probes(operator, third, seed=seed, chunk=chunk):
-            images.append(operator.rows(v))
+            images.append(require_finite(operator.rows(v)))
             ticks.update(v.shape[0])
         basis = torch.linalg.qr(torch.cat(images).T)[0].T.contiguous()
         exact = 0.0
