@@ -3,6 +3,7 @@ resume."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
@@ -182,7 +183,8 @@ class TrainBatches:
 
     A full batch always: the tail of an epoch is left to the next shuffle. A user's DataLoader keeps
     its own batches; its shuffling is made repeatable by seeding torch with (seed, epoch) as it
-    starts, and resuming reads and drops what was used.
+    starts, and the generators that it and its samplers have of their own; resuming reads and drops
+    what was used.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
@@ -217,10 +219,9 @@ class TrainBatches:
         # The sampler draws its seed with the first batch. Neither that nor reading again what was
         # used may move the generators of the run: a resumed run has restored them already.
         with seeded(seed):
-            for owner in (loader, loader.sampler):
-                generator = getattr(owner, "generator", None)
-                if generator is not None:
-                    generator.manual_seed(seed)
+            for owner in _sampling(loader):
+                for value in vars(owner).values():
+                    _reseed(value, seed)
             iterator = iter(loader)
             first = next(iterator)
             for _ in range(skip - 1):
@@ -228,6 +229,32 @@ class TrainBatches:
         if skip == 0:
             yield first
         yield from iterator
+
+
+def _sampling(loader: DataLoader[Any]) -> list[Any]:
+    """All that has a say in which samples a loader gives: itself, its samplers, and theirs."""
+    found: list[Any] = [loader]
+    for owner in found:
+        for name in ("sampler", "batch_sampler"):
+            inner = getattr(owner, name, None)
+            if (
+                inner is not None
+                and hasattr(inner, "__dict__")
+                and all(inner is not o for o in found)
+            ):
+                found.append(inner)
+    return found
+
+
+def _reseed(generator: Any, seed: int) -> None:
+    """Set a generator of torch, numpy or `random` to a seed; anything else is left."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        bits.state = type(bits)(seed).state
+    elif isinstance(generator, (np.random.RandomState, random.Random)):
+        generator.seed(seed)
 
 
 Transform = Callable[[Any], Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fast.curvature.network import unwrap
-from fast.files import atomic_file, write_json
+from fast.files import atomic_file, to_json, write_json
 from fast.heads import fold_head, task_head
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
@@ -89,5 +88,5 @@ class Result:
             },
         )
         with atomic_file(folder / HISTORY_FILE) as path:
-            path.write_text("".join(json.dumps(r) + "\n" for r in self.history))
+            path.write_text("".join(to_json(r) + "\n" for r in self.history))
         return folder

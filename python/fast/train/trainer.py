@@ -18,13 +18,14 @@ from fast.curvature.card import SourceCard
 from fast.files import write_json
 from fast.heads import forward_logits, pick, source_task, task_head
 from fast.train.average import Average
-from fast.train.checkpoint import load_checkpoint, save_checkpoint
+from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.function_pull import shares
 from fast.train.head_start import head_is_last
+from fast.train.identity import card_identity, data_identity, model_identity
 from fast.train.labels import check_labels
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
@@ -90,6 +91,14 @@ class Trainer:
 
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
+        self.identity: dict[str, str | None] = {}
+        if self.folder is not None:
+            self.identity = {
+                "pretrained weights": model_identity(model),
+                "training data": data_identity(self.train_data),
+                "validation data": data_identity(self.val),
+                "source data": data_identity(self.source),
+            }
         self.before = self._source_score()
         self._prepare(card, source_inputs)
         self.scaler = torch.amp.GradScaler(
@@ -103,7 +112,11 @@ class Trainer:
         """What is measured at the pretrained weights, and then the new head and the optimizer."""
         config, model = self.config, self.model
         source_inputs, gauge = hold_back(config, model, source_inputs)
+        given = card is not None
         card = make_card(config, model, card, source_inputs, self.batches, self.steps)
+        if self.folder is not None:
+            self.identity["source inputs"] = data_identity(source_inputs)
+            self.identity["card"] = card_identity(card) if card is not None and given else None
         self.replay: Replay | None = None
         if METHODS[config.method].replay:
             if source_inputs is None:
@@ -184,6 +197,7 @@ class Trainer:
         try:
             first, history, losses = self._resume()
             if self.folder is not None:
+                clear_unfinished(self.folder)
                 write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
             log = RunLog(self.folder, history)
             bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
@@ -376,6 +390,7 @@ class Trainer:
             "history": history,
             "losses": [float(x) for x in losses],
             "stopping": self.stopping.state(),
+            "seconds": time.monotonic() - self.started,
             "scaler": self.scaler.state_dict(),
             "protection": self.protection.state(),
             "function_pull": self.function_pull.state() if self.function_pull else {},
@@ -392,6 +407,7 @@ class Trainer:
         job, averages = self._job(), self.average.state() if self.average else {}
         step, record = load_checkpoint(folder, self.model, self.optimizer, job, averages)
         self.stopping.load(record["stopping"], folder)
+        self.started -= record.get("seconds", 0.0)
         self.scaler.load_state_dict(record["scaler"])
         self.protection.load(record["protection"])
         if self.function_pull:
@@ -401,10 +417,8 @@ class Trainer:
 
     def _job(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from, besides its options."""
-        start = sum((a.double().sum() for a in self.drift.anchors), torch.zeros(()))
         return {
             "training samples": self.train_data.num_samples,
             "classes": self.num_classes,
-            # Six digits: the sum of a million weights depends on the number of threads.
-            "sum of the pretrained weights": f"{float(start):.6e}",
+            **self.identity,
         }
