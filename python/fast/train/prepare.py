@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from fast.heads import (
     TaskHead,
     by_sample,
     calibrate_from,
+    estimate_statistics,
     features_of,
     folds_positions,
     replace_head,
     set_batch_norm,
+    source_task,
     task_head,
 )
 from fast.optim import SGD, AdamW
@@ -70,6 +74,10 @@ def prepare_model(
     replace_head(model, num_classes, sample=sample, max_entropy=plan.max_entropy)
     head = task_head(model)
     assert head is not None
+    set_batch_norm(model, config.batch_norm)
+    if config.batch_norm == "per_task":
+        # Normaliser and head start on the features that the target will have.
+        estimate_statistics(model, _first_inputs(batches, next(model.parameters()).device))
     asked = plan.distill or source_inputs is not None
     folded = bool(asked) and folds_positions(model, head, sample)
     pass_ = _calibrated(model, head, batches, plan, steps)
@@ -79,9 +87,9 @@ def prepare_model(
     rehearsal = None
     if source_inputs is not None:
         size = places_for(config.batch_size)
-        rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
+        with source_task(model):
+            rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
         _check_features(rehearsal.features)
-    set_batch_norm(model, config.batch_norm)
     if rehearsal is not None and source_inputs is not None:
         few = move(source_inputs.part(0, 8).inputs, next(model.parameters()).device)
         rehearsal.apart = (
@@ -110,6 +118,16 @@ class Pass:
     labels: Tensor
     index: Tensor | None
     outputs: Tensor | None
+
+
+def _first_inputs(batches: TrainBatches, device: torch.device) -> Iterator[Any]:
+    """Batches of about `CALIBRATION_SAMPLES` training inputs, on the device."""
+    seen = 0
+    for inputs, labels, _ in islice(batches.from_step(0), batches.steps_per_epoch):
+        yield move(inputs, device)
+        seen += len(labels)
+        if seen >= CALIBRATION_SAMPLES:
+            return
 
 
 def _calibrated(
