@@ -189,8 +189,12 @@ class TrainBatches:
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
         self.data, self.seed = data, seed
+        # Of a loader's own batches, where it says so.
+        self.given_size: int | None = None
         if data.loader is not None:
             self.steps_per_epoch = len(data.loader)
+            made = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
+            self.given_size = made if isinstance(made, int) else None
         else:
             self.batch_size = min(batch_size, cast(int, data.num_samples))
             self.steps_per_epoch = cast(int, data.num_samples) // self.batch_size

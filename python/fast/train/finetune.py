@@ -54,7 +54,8 @@ def finetune(
         num_classes: C (default: from the labels).
         method: `fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`.
         steps, epochs: length of the run (default: 3 epochs).
-        batch_size: samples per optimizer step.
+        batch_size: samples per optimizer step; a DataLoader for `train` has its own, and source
+            inputs that are rehearsed then come on top of them.
         lr: peak learning rate of the backbone (default: 1e-3; `fast` with source inputs 1.5e-3).
         eval_every: steps between evaluations (default: a tenth of the run).
         seed: of the head, the data order and dropout.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
@@ -26,6 +27,7 @@ from fast.train.early_stopping import EarlyStopping
 from fast.train.function_pull import shares
 from fast.train.head_start import head_is_last
 from fast.train.identity import card_identity, data_identity, model_identity
+from fast.train.job import Job
 from fast.train.labels import check_labels
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
@@ -81,6 +83,13 @@ class Trainer:
             check_folder(config, self.folder)
         self.device = pick_device(config.device)
         self.batches = TrainBatches(self.train_data, config.batch_size, config.seed)
+        self.batch_size = self.batches.given_size or config.batch_size
+        if config.batch_size not in (self.batch_size, TrainConfig.batch_size):
+            warnings.warn(
+                f"batch_size={config.batch_size} is not used: train is a DataLoader, with batches "
+                f"of {self.batch_size}",
+                stacklevel=3,
+            )
         epochs = config.epochs or DEFAULT_EPOCHS
         self.steps = config.steps or epochs * self.batches.steps_per_epoch
         self.eval_every = config.eval_every or max(1, self.steps // 10)
@@ -113,15 +122,18 @@ class Trainer:
         config, model = self.config, self.model
         source_inputs, gauge = hold_back(config, model, source_inputs)
         given = card is not None
-        card = make_card(config, model, card, source_inputs, self.batches, self.steps)
+        seen = self.steps * self.batch_size
+        card = make_card(config, model, card, source_inputs, self.batches, seen)
         if self.folder is not None:
             self.identity["source inputs"] = data_identity(source_inputs)
+            held = data_identity(gauge.samples) if gauge is not None else None
+            self.identity["held-back source inputs"] = held
             self.identity["card"] = card_identity(card) if card is not None and given else None
         self.replay: Replay | None = None
         if METHODS[config.method].replay:
             if source_inputs is None:
                 raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
-            size = config.batch_size
+            size = self.batch_size
             self.replay = Replay(model, source_inputs, size, config.seed, self.device)
         if config.rehearse and source_inputs is None:
             raise ValueError("rehearse keeps the features of source inputs: pass source_inputs=")
@@ -136,25 +148,27 @@ class Trainer:
         plan = plan_for(config, self.steps, card is not None, last, rehearsed is not None)
         if rehearsed is not None:
             # Source inputs take places in the batch, so that a step costs what it did.
-            if config.batch_size < 2:
+            if self.batch_size < 2:
                 raise ValueError(
                     "batch_size must be at least 2 to rehearse source inputs beside the target; "
                     "or set rehearse=0"
                 )
-            target_size = config.batch_size - places_for(config.batch_size)
+            target_size = self.batch_size - places_for(self.batch_size)
             self.batches = TrainBatches(self.train_data, target_size, config.seed)
+        job = Job(
+            config,
+            plan,
+            model,
+            self.num_classes,
+            self.batches,
+            self.batch_size,
+            self.steps,
+            self.loss,
+            sample,
+            rehearsed,
+        )
         with self._autocast():
-            self.function_pull = prepare_model(
-                model,
-                self.num_classes,
-                self.batches,
-                plan,
-                config,
-                self.steps,
-                self.loss,
-                sample,
-                rehearsed,
-            )
+            self.function_pull = prepare_model(job)
         self.head = task_head(model)
         self.optimizer = make_optimizer(
             model, config, plan, card if METHODS[config.method].card_decay is not None else None
@@ -165,16 +179,7 @@ class Trainer:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             self.average = Average(trained, plan.average)
         self.protection = Protection(
-            config,
-            model,
-            self.steps,
-            plan,
-            card,
-            gauge,
-            self.optimizer,
-            self.drift,
-            self.function_pull,
-            self.average,
+            job, card, gauge, self.optimizer, self.drift, self.function_pull, self.average
         )
         self.stall, self.lr = plan.stall, plan.lr
 
@@ -377,7 +382,7 @@ class Trainer:
 
     @property
     def _eval_batch(self) -> int:
-        return max(128, self.config.batch_size)
+        return max(128, self.batch_size)
 
     def _saves_at(self, done: int) -> bool:
         if self.folder is None:
