@@ -26,10 +26,12 @@ class Result:
         model: the adapted network, in evaluation mode, with the source head inside
             (`fast.fold_head` makes it plain).
         history: one record per evaluation: step, loss (mean over the steps since the last record,
-            nats), target_accuracy, target_loss, source_accuracy, source_loss, drift (`||w - w0||`),
-            forgetting (source accuracy lost so far), forecast (of the rise of source loss, nats, or
-            of the accuracy lost under a budget in points; with a card or source inputs; what is
-            measured at a check), grad_norm, lr, seconds. What was not measured is None.
+            nats: the target's, with the penalties of distillation and rehearsal, without the loss
+            of replayed inputs), target_accuracy, target_loss, source_accuracy, source_loss, drift
+            (`||w - w0||`), forgetting (source accuracy lost so far), forecast (of the rise of
+            source loss, nats, or of the accuracy lost under a budget in points; with a card or
+            source inputs; what is measured at a check), grad_norm, lr, seconds. What was not
+            measured is None.
         config: the options of the run, as they were given.
         lr: the peak learning rate of the backbone.
         source_accuracy_before: of the pretrained network, before anything was changed.
@@ -61,7 +63,8 @@ class Result:
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made; each file whole or not at all.
 
-        `model.safetensors` is folded and loads into the plain architecture;
+        `model.safetensors` is folded and loads into the plain architecture, with as many classes
+        and a bias in its head (the mean of the features becomes part of it);
         `source_head.safetensors` holds weight and bias of the layer that it replaced;
         `config.json`, `result.json` and `history.jsonl` hold options, accuracies and history.
 

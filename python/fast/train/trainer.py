@@ -260,7 +260,7 @@ class Trainer:
             yield *batch, source
 
     def advance(self, step: int, batch: Batch) -> Tensor:
-        """Step number `step` (0-based) and what belongs to it; returns the batch's mean loss."""
+        """Step number `step` (0-based) and what belongs to it; returns what `_step` does."""
         loss = self._step(step, *batch)
         if self.function_pull:
             self.function_pull.after_step(step + 1)
@@ -283,7 +283,11 @@ class Trainer:
         index: Tensor | None,
         source: tuple[Any, Tensor] | None = None,
     ) -> Tensor:
-        """One optimizer step; returns the batch's mean loss on the target, on the device.
+        """One optimizer step.
+
+        Returns:
+            the batch's mean loss on the target and the penalties of the function pull, on the
+            device; the loss of replayed inputs is not in it.
 
         Args:
             index: rows of the training data, or None.
