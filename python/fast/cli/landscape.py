@@ -169,8 +169,8 @@ def _notes(found: Any) -> str:
     short = "" if found.converged else " (not converged)"
     count = undrawn(found)
     left_out = (
-        f"\n{count} points are not in the figure of forecasts, whose axes are logarithmic: there the "
-        f"source loss did not rise, or was not forecast to, by {SMALLEST_RISE:g} nats."
+        f"\n{count} points are not in the figure of forecasts, whose axes are logarithmic: the "
+        f"source loss did not rise there, or was not forecast to, by {SMALLEST_RISE:g} nats."
         if count
         else ""
     )

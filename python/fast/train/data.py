@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from fast.curvature.answers import LABEL_KEYS
 from fast.heads import pick
 from fast.train.labels import check_labels
 from fast.train.seeding import seeded
-
-LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
 
 def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:

@@ -21,7 +21,7 @@ from fast.train.data import length
 TEMPERATURE = 2.0
 
 
-def divergence(before: Tensor, now: Tensor) -> Tensor:
+def summed_kl(before: Tensor, now: Tensor) -> Tensor:
     """Sum over samples of `T^2 KL(before || now)`, in nats.
 
     Args:
@@ -70,7 +70,7 @@ class Distillation:
         features = by_sample(features, length(inputs))[rows]
         if positions > 1:
             features, outputs = features.flatten(0, 1), outputs.flatten(0, 1)
-        return self.weight * divergence(outputs, self.head.source(features)) / positions
+        return self.weight * summed_kl(outputs, self.head.source(features)) / positions
 
 
 class CachedDistillation(Distillation):
