@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from fast.curvature.answers import LABEL_KEYS
+from fast.errors import first_line
 from fast.heads import pick
 from fast.train.labels import check_labels
 from fast.train.seeding import seeded
@@ -45,6 +47,32 @@ def move(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, (tuple, list)):
         return tuple(move(v, device) for v in inputs)
     return inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+
+
+@contextmanager
+def taking(name: str, inputs: Any) -> Iterator[None]:
+    """Name the data in what a network raises that does not take them.
+
+    Raises:
+        ValueError: in place of an error of shape, type or number of inputs.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{name}: the network does not take these inputs ({_shapes(inputs)}): "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _shapes(inputs: Any) -> str:
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{k} {_shapes(v)}" for k, v in inputs.items())
+    if isinstance(inputs, (tuple, list)):
+        return ", ".join(map(_shapes, inputs))
+    return f"{list(inputs.shape)} {inputs.dtype}" if isinstance(inputs, Tensor) else _kind(inputs)
 
 
 def length(inputs: Any) -> int:

@@ -69,6 +69,8 @@ def make_card(
         ValueError: the card is of another model, or the inputs do not fit.
     """
     if card is not None:
+        if not isinstance(card, (SourceCard, str, Path)):
+            raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
         loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
         return _without_weights(loaded.bind(model))
     if not uses_card(config, False, source_inputs is not None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from fast.heads import forward_logits, pick, source_task, task_head
 from fast.train.average import Average
 from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
-from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
+from fast.train.data import Data, TrainBatches, Transform, as_data, length, move, taking
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.function_pull import shares
@@ -68,9 +69,7 @@ class Trainer:
         self.source: Data | Evaluator | None = source
         if source is not None and not callable(source):
             self.source = as_data(source, "source")
-        self.num_classes = (
-            self.train_data.infer_num_classes() if num_classes is None else num_classes
-        )
+        self.num_classes = _classes(self.train_data, num_classes)
         for data in (self.train_data, self.val):
             if data is not None and data.labels is not None:
                 check_labels(data.labels, self.num_classes, data.name)
@@ -139,7 +138,8 @@ class Trainer:
             raise ValueError("rehearse keeps the features of source inputs: pass source_inputs=")
         sample = move(self._first_inputs(), self.device)
         rehearsed = source_inputs if rehearse_weight(config) else None
-        last = head_is_last(model, sample)
+        with taking("train", sample):
+            last = head_is_last(model, sample)
         if config.head_steps and not last:
             raise ValueError(
                 "head_steps: something follows the head of this network, so that it cannot learn "
@@ -302,6 +302,8 @@ class Trainer:
         labels = check_labels(labels, self.num_classes, "train").to(self.device)
         if self.transform is not None:
             inputs = self.transform(inputs)
+            if inputs is None:
+                raise TypeError("transform returned None; it must return the batch of inputs")
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
         denominator = self.loss.denominator(labels)
@@ -431,3 +433,12 @@ class Trainer:
             "classes": self.num_classes,
             **self.identity,
         }
+
+
+def _classes(train: Data, given: int | None) -> int:
+    if given is None:
+        return train.infer_num_classes()
+    try:
+        return operator.index(given)
+    except TypeError as error:
+        raise TypeError(f"num_classes must be a whole number; got {given!r}") from error
