@@ -16,7 +16,6 @@ from fast.heads.replace import (
     features_of,
     fold_head,
     replace_head,
-    restore_head,
     task_head,
 )
 from fast.heads.rows import by_sample, folds_positions
@@ -40,7 +39,6 @@ __all__ = [
     "pick",
     "plain_batch_norm",
     "replace_head",
-    "restore_head",
     "running_statistics",
     "set_batch_norm",
     "source_task",
