@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 import fast
-from fast.cli import main
+from fast.cli import main, runs
 from fast.cli.runs import fingerprint
 
 COMPARE = ("--methods", "fast,vanilla", "--seeds", "0,1", "--steps", 6, "--output", "out")
@@ -125,6 +125,25 @@ def test_a_changed_file_in_a_folder_is_another_job(tmp_path):
     (elsewhere / "1.png").write_bytes(b"other")
     keys.append(key(photos))
     assert len(set(keys)) == 6
+
+
+def test_all_that_decides_a_run_is_in_its_key(tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text("from parts import Net")
+    (tmp_path / "parts.py").write_text("class Net: pass")
+    args = argparse.Namespace(model=f"{tmp_path}/nets.py:Net(3)")
+    run = {"method": "fast", "seed": 0, "lr": 0.1}
+    keys = [fingerprint(args, {}, run)]
+    assert fingerprint(args, {}, dict(run)) == keys[0]
+    keys += [fingerprint(args, {}, run | other) for other in ({"lr": 0.1000001}, {"seed": 1})]
+    keys.append(fingerprint(args, {"head_steps": 3}, run))
+    (tmp_path / "parts.py").write_text("class Net: changed = True")
+    keys.append(fingerprint(args, {}, run))
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.__version__", "9.9")
+        keys.append(fingerprint(args, {}, run))
+    monkeypatch.setattr(runs, "code_identity", lambda: "other code")
+    keys.append(fingerprint(args, {}, run))
+    assert len(set(keys)) == len(keys)
 
 
 def test_each_method_runs_at_its_better_learning_rate(job):

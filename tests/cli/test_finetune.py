@@ -73,6 +73,26 @@ def test_what_may_be_forgotten_of_source_inputs(job):
         assert given["source_inputs"] == str(job.folder / "source.npz")
 
 
+def test_the_budget_is_printed_beside_what_was_lost(job):
+    known = (*job.args, *RUN[:-2], "--source-inputs", "source.npz")
+    code, out, err = job.fast("finetune", *known, "--forget-budget", "5%", "--output", "points")
+    assert code == 0, err
+    final = json.loads((job.folder / "points" / "result.json").read_text())["final"]
+    lost = f"forget budget 5 %: {100 * final['forecast']:.2g} % lost at the end, measured on held"
+    assert lost in out
+    code, out, err = job.fast("finetune", *known, "--forget-budget", "0.01", "--output", "nats")
+    assert code == 0, err
+    assert "forget budget 0.01 nats: " in out
+    code, out, err = job.fast("finetune", *known, "--output", "none")
+    assert "forget budget" not in out
+
+
+def test_a_loss_that_is_not_finite_is_an_error_of_one_line(job):
+    code, _, err = job.fast("finetune", *job.args, *RUN[:2], "--lr", 1e30, "--method", "vanilla")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("fast: error: the loss is ")
+
+
 def test_a_card_beside_the_weights(job):
     net = runpy.run_path("nets.py")["Net"](3)
     net.load_state_dict(load_file("net.safetensors"))
@@ -277,6 +297,14 @@ def keep(folder):
     pass
 
 
+def named_folders(folder):
+    image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
+    for name in ("cat", "dog"):
+        (folder / "animals" / name).mkdir(parents=True)
+        for i in range(4):
+            image.new("L", (8, 8), 20 * i).save(folder / "animals" / name / f"{i}.png")
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
@@ -294,7 +322,11 @@ def keep(folder):
         (changed(y_train=np.array(["a", "b", "c", "d"] * 50)), [], "class indices 0, 1, ...; got"),
         (keep, ["--data", "nets.py"], "nets.py: unknown file type '.py'"),
         (keep, ["--data", "source.npz"], "source.npz: has no training split"),
-        (keep, ["--source", "target.npz"], "source: labels must be 0..2"),
+        (keep, ["--source", "target.npz"], "--source target.npz: labels must be 0..2, as the"),
+        (named_folders, ["--source", "animals"], "--source animals: 2 class folders with names"),
+        (named_folders, ["--source-inputs", "animals"], "2 class folders with names, and the net"),
+        (keep, ["--input-column", "text"], "--input-column is for Hugging Face data sets; target"),
+        (keep, ["--label-column", "y"], "--label-column is for Hugging Face data sets"),
         (keep, ["--weights", "no.safetensors"], "no.safetensors: no such file"),
         (truncate("net.safetensors"), [], "net.safetensors: truncated"),
         (truncate("target.npz"), [], "target.npz: not a readable .npz"),

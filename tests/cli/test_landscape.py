@@ -50,7 +50,7 @@ def test_demo_needs_no_files(job, monkeypatch):
         (["--samples", "1"], "--samples must be at least 2; got 1"),
         (["--stiff", "0"], "--stiff must be at least 1; got 0"),
         (["--stiff", "1000"], "num_stiff must lie between 1 and P = "),
-        (["--source", "target.npz"], "source: labels must be 0..2"),
+        (["--source", "target.npz"], "--source target.npz: labels must be 0..2"),
         (["--lr", "1e-30"], "the weights did not move"),
         (["--batch-norm", "track"], "--batch-norm track changes the source loss"),
         (["--demo"], "--demo brings its own model and data; drop --model"),
@@ -69,3 +69,18 @@ def test_source_is_needed(job):
     code, _, err = job.fast("landscape", *args, *RUN)
     assert code == 2
     assert "--source must be given" in err
+
+
+def test_points_without_a_place_on_logarithmic_axes_are_counted(job):
+    code, out, err = job.fast("landscape", *job.args, *RUN, "--stiff", 1, "--lr", 1e-6)
+    assert code == 0, err
+    paths = json.loads((job.folder / "out" / "landscape.json").read_text())["paths"]
+    pairs = [
+        pair
+        for p in paths
+        for kind in ("forecast", "card_forecast")
+        for pair in zip(p["rise"][1:], p[kind][1:], strict=True)
+    ]
+    count = sum(min(pair) <= 1e-4 for pair in pairs)
+    assert count > 0
+    assert f"\n{count} points are not in the figure of forecasts" in out

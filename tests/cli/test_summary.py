@@ -2,7 +2,7 @@
 
 import pytest
 
-from fast.cli.summary import Run, steps_to, summarise
+from fast.cli.summary import NOTES, Run, steps_to, summarise
 from fast.cli.table import html_table, percent, text_table
 
 
@@ -64,3 +64,7 @@ def test_html_is_escaped():
 @pytest.mark.parametrize(("value", "text"), [(0.9171, "91.7"), (0, "0.0"), (None, "")])
 def test_percent(value, text):
     assert percent(value) == text
+
+
+def test_the_notes_say_what_is_not_counted_as_a_step():
+    assert "head_steps, of fast), are not counted" in NOTES

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fast
-from fast.heads import set_batch_norm
+from fast.heads import estimate_statistics, set_batch_norm
 from networks import ConvNet, images
 
 
@@ -61,3 +61,21 @@ def test_statistics_per_task_leave_the_source_alone():
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match="frozen, per_task or track"):
         set_batch_norm(ConvNet(), "freeze")
+
+
+def test_target_statistics_are_those_of_the_inputs_and_the_sources_stay():
+    torch.manual_seed(0)
+    model = fast.replace_head(ConvNet(), 3, sample=images(20, 3)[0]).train()
+    set_batch_norm(model, "per_task")
+    x = [3 * images(40, 3, seed=s)[0] + 2 for s in (1, 2)]
+    norm, plain = model.features[1], model.features[0]
+    with torch.no_grad():
+        before = norm.source_norm.running_mean.clone()
+        found = [plain(part).transpose(0, 1).flatten(1) for part in x]
+    estimate_statistics(model, x)
+    mean = torch.stack([f.mean(1) for f in found]).mean(0)
+    var = torch.stack([f.var(1) for f in found]).mean(0)
+    assert torch.allclose(norm.running_mean, mean, atol=1e-5)
+    assert torch.allclose(norm.running_var, var, rtol=1e-4)
+    assert torch.equal(norm.source_norm.running_mean, before)
+    assert (norm.momentum, norm.training, norm.source_norm.training) == (0.1, True, False)

@@ -110,3 +110,47 @@ def test_a_bad_option_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="class_weights"):
         fast.finetune(model, (X, Y), steps=2, class_weights="heavy")
     assert type(model.decide) is nn.Linear
+
+
+WIDE = (torch.zeros(40, 2, 8, 8), Y)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": WIDE}, r"train: the network does not take these inputs \(\[40, 2, 8, 8\]"),
+        ({"val": WIDE}, r"val: the network does not take these inputs \(\[40, 2, 8, 8\] torch.fl"),
+        ({"source": WIDE}, r"source: the network does not take these inputs"),
+        ({"val": ((X, X), Y)}, r"val: the network .* takes? .*positional arguments"),
+    ],
+)
+def test_inputs_that_the_network_does_not_take_are_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        fast.finetune(ConvNet(), **({"train": (X, Y)} | data), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"card": 3}, "card must be a SourceCard or its file; got int"),
+        ({"transform": lambda x: None}, "transform returned None"),
+        ({"num_classes": 4.0}, r"num_classes must be a whole number; got 4\.0"),
+    ],
+)
+def test_what_is_of_another_type_is_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        fast.finetune(ConvNet(), (X, Y), steps=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": True}, "steps must be a whole number; got True"),
+        ({"lr": True}, "lr must be a number; got True"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite; got nan"),
+        ({"class_weights": 3}, "class_weights must be 'balanced' or one weight per class; got 3"),
+    ],
+)
+def test_values_that_would_pass_for_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
+import fast
+from fast.train.config import TrainConfig
 from fast.train.data import TrainBatches, as_data, split_batch
+from fast.train.trainer import Trainer
+from networks import ConvNet, images
 
 X, Y = torch.arange(40.0)[:, None], torch.arange(40) % 3
 
@@ -65,3 +75,22 @@ def test_classes_are_counted_or_asked_for():
         as_data(named, "train").infer_num_classes()
     named.classes = ["a", "b", "c", "d"]
     assert as_data(named, "train").infer_num_classes() == 4
+
+
+def test_the_batches_of_a_loader_are_what_a_step_is_measured_by():
+    """Places for source inputs follow them, not batch_size, which is not used and said to be so."""
+    known = images(80, 5, seed=3)[0]
+
+    def sizes(**options):
+        loader = DataLoader(TensorDataset(*images(96, 4)), **options)
+        config = TrainConfig(steps=2)
+        trainer = Trainer(config, ConvNet(), loader, None, None, 4, None, None, known)
+        inputs, _, _, (sources, _) = next(trainer.stream(0))
+        return len(inputs), len(sources)
+
+    assert sizes(batch_size=16) == (16, 2)
+    assert sizes(batch_size=48) == (48, 6)
+    assert sizes(batch_sampler=BatchSampler(SequentialSampler(range(96)), 24, True)) == (24, 3)
+    loader = DataLoader(TensorDataset(*images(32, 4)), batch_size=16)
+    with pytest.warns(UserWarning, match=r"batch_size=8 is not used.*batches of 16"):
+        fast.finetune(ConvNet(), loader, num_classes=4, steps=1, batch_size=8)

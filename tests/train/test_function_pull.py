@@ -232,3 +232,19 @@ def test_ewc_keeps_its_card_when_it_rehearses(method, card):
 def test_rehearsing_needs_source_inputs():
     with pytest.raises(ValueError, match=r"rehearse .* pass source_inputs="):
         fast.finetune(ConvNet(), TRAIN, steps=2, rehearse=0.5)
+
+
+def test_per_task_batch_norm_starts_from_the_statistics_of_the_target(pretrained):
+    """Head start and normaliser see what the target's own batch norms give."""
+    (x, y), (asked, right) = TRAIN, VAL
+    train, val = (5 * x + 3, y), (5 * asked + 3, right)
+    model = copy.deepcopy(pretrained)
+    before = copy.deepcopy(pretrained).eval()(KNOWN[0])
+    options = {"batch_norm": "per_task", "steps": 2, "stall": 2, "source_inputs": KNOWN}
+    result = fast.finetune(model, train, val, **options)
+    assert result.history[0]["target_accuracy"] > 0.8
+    head = task_head(model)
+    features = features_of(model, head, train[0])
+    assert (features.mean(0) - head.norm.mean).abs().max() < 0.3 * features.std()
+    with fast.source_task(model):
+        assert torch.allclose(model(KNOWN[0]), before, atol=1e-5)

@@ -20,8 +20,8 @@ HOLED[-3] = float("nan")
     ("known", "message"),
     [
         (HOLED, "1 samples are not finite (NaN or infinite), the first is number 37; drop"),
-        (X[:, :, :, 0], "the network does not take them ([40, 1, 8] torch.float32)"),
-        (X.to(torch.uint8), "does not take them"),
+        (X[:, :, :, 0], "the network does not take these inputs ([40, 1, 8] torch.float32)"),
+        (X.to(torch.uint8), "does not take these inputs"),
         (X[:0], "0 samples; give inputs, (inputs, labels)"),
         (X[:3], "3 samples; give at least 4"),
         ([], "0 samples; give"),
@@ -31,7 +31,10 @@ HOLED[-3] = float("nan")
         ((X, Y + 0.5), "labels must be whole numbers"),
         ((X, torch.full((40,), float("nan"))), "40 labels are NaN"),
         ((X, Y[:-1]), "40 inputs but 39 labels"),
-        ((X, Y[:, None]), "labels beside them must be one-dimensional"),
+        (
+            (X, Y[:, None]),
+            "does not take these inputs ([40, 1, 8, 8] torch.float32, [40, 1] torch.in",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(method, known, message):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fast
 from fast.heads import by_sample, folds_positions, forward_logits, task_head
@@ -72,13 +73,18 @@ class Padded(nn.Module):
 
 def run(kind, **options):
     torch.manual_seed(0)
-    return fast.finetune(kind(), TRAIN, VAL, **({"steps": 6, "lr": 1e-2} | options))
+    return fast.finetune(kind(), **({"train": TRAIN, "val": VAL, "steps": 6, "lr": 1e-2} | options))
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"source_inputs": KNOWN}, {"source_inputs": KNOWN[0], "grad_accum_steps": 4}],
-    ids=["distilling", "rehearsing", "in parts"],
+    [
+        {},
+        {"source_inputs": KNOWN},
+        {"source_inputs": KNOWN[0], "grad_accum_steps": 4},
+        {"train": DataLoader(TensorDataset(*TRAIN), 25), "num_classes": 4, "distill": 1.0},
+    ],
+    ids=["distilling", "rehearsing", "in parts", "without row numbers"],
 )
 def test_rows_of_a_sample_count_as_one_however_they_are_laid_out(options):
     plain, folded = (run(kind, **options) for kind in (Positions, Folded))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 import fast
 from fast.train import checkpoint, trainer
 from fast.train.checkpoint import list_checkpoints
+from fast.train.logs import RunLog
 from networks import ConvNet, images
 
 TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
@@ -141,7 +145,7 @@ def test_other_data_and_other_weights_are_refused(tmp_path):
     half = (TRAIN[0][:150], TRAIN[1][:150])
     with pytest.raises(ValueError, match="training samples 200, here 150"):
         fast.finetune(copy.deepcopy(start), half, num_classes=4, steps=4, resume=str(tmp_path))
-    with pytest.raises(ValueError, match="sum of the pretrained weights"):
+    with pytest.raises(ValueError, match="of another job: pretrained weights"):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
 
 
@@ -238,3 +242,147 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
     whole = fast.finetune(ConvNet(), TRAIN, **options)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_what_else_makes_another_job_is_refused(tmp_path):
+    """As many samples of as many classes, but others; labels exchanged; other known inputs."""
+    known = images(40, 5, seed=3)
+    torch.manual_seed(0)
+    start, options = ConvNet(), {"num_classes": 4, "steps": 4}
+
+    def run(train=TRAIN, val=VAL, source=VAL, source_inputs=known, **more):
+        model = copy.deepcopy(start)
+        return fast.finetune(
+            model, train, val, source, source_inputs=source_inputs, **options, **more
+        )
+
+    run(output=str(tmp_path))
+    others = {
+        "training data": {"train": images(200, 4, seed=7)},
+        "training data ": {"train": (TRAIN[0], TRAIN[1].flip(0))},
+        "training data  ": {"train": TensorDataset(*TRAIN)},
+        "validation data": {"val": images(60, 4, seed=7)},
+        "source data": {"source": None},
+        "source inputs": {"source_inputs": images(40, 5, seed=4)},
+        "card": {"card": fast.SourceCard.estimate(start, known[0])},
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"of another job: {name.strip()} "):
+            run(resume=str(tmp_path), **other)
+    run(resume=tmp_path)
+
+
+def test_an_option_that_a_run_did_not_know_must_be_at_its_default(tmp_path):
+    fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path), average=3)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["average"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="average was the default, is 3"):
+        fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path), average=3)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
+
+
+def test_options_of_any_type_are_saved_and_compared(tmp_path):
+    weights = torch.tensor([1.0, 2.0, 1.0, 0.5])
+    options = {"steps": np.int64(4), "device": torch.device("cpu"), "lr": np.float32(0.5)}
+    torch.manual_seed(0)
+    start = ConvNet()
+    run = options | {"class_weights": weights}
+    fast.finetune(copy.deepcopy(start), TRAIN, output=tmp_path / "a", **run)
+    again = options | {"class_weights": weights.tolist()}
+    resumed = fast.finetune(copy.deepcopy(start), TRAIN, resume=tmp_path / "a", **again)
+    assert resumed.config.class_weights == (1.0, 2.0, 1.0, 0.5)
+    with pytest.raises(ValueError, match=r"class_weights was \[1.0, 2.0"):
+        fast.finetune(copy.deepcopy(start), TRAIN, resume=tmp_path / "a", **options)
+
+
+class Shuffled(Sampler):
+    """Batches drawn by a generator of its own."""
+
+    def __init__(self, generator):
+        self.own = generator
+
+    def __iter__(self):
+        own = self.own
+        if isinstance(own, torch.Generator):
+            order = torch.randperm(200, generator=own).tolist()
+        elif isinstance(own, random.Random):
+            order = own.sample(range(200), 200)
+        else:
+            order = own.permutation(200).tolist()
+        return (order[i : i + 64] for i in range(0, 192, 64))
+
+    def __len__(self):
+        return 3
+
+
+GENERATORS = {
+    "torch": lambda: torch.Generator().manual_seed(5),
+    "numpy": lambda: np.random.default_rng(5),
+    "numpy, old": lambda: np.random.RandomState(5),
+    "random": lambda: random.Random(5),
+    "nested": lambda: BatchSampler(
+        RandomSampler(range(200), generator=torch.Generator().manual_seed(5)), 64, True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_batch_sampler_with_a_generator_of_its_own(tmp_path, monkeypatch, kind):
+    def loader():
+        made = GENERATORS[kind]()
+        sampler = made if kind == "nested" else Shuffled(made)
+        return DataLoader(TensorDataset(*TRAIN), batch_sampler=sampler)
+
+    options = {"num_classes": 4, "steps": 8, "eval_every": 4, "save_every": 3}
+    whole = fast.finetune(network(), loader(), output=str(tmp_path / "whole"), **options)
+    interrupted(monkeypatch, network(), 5, loader(), output=str(tmp_path / "cut"), **options)
+    resumed = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_best_weights_follow_into_another_folder(tmp_path, monkeypatch):
+    """From there the run can be gone on with once more, without the folder that it began in."""
+    options = {"steps": 60, "eval_every": 2, "patience": 3, "lr": 3e-2, "method": "vanilla"}
+    whole = fast.finetune(network(), TRAIN, VAL, output=str(tmp_path / "whole"), **options)
+    last = whole.history[-1]["step"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    interrupted(monkeypatch, network(), last - 3, TRAIN, VAL, output=a, **options)
+    interrupted(monkeypatch, network(), last - 1, TRAIN, VAL, resume=a, output=b, **options)
+    shutil.rmtree(a)
+    resumed = fast.finetune(network(), TRAIN, VAL, resume=b, **options)
+    x, y = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(x[k], y[k]) for k in x)
+    with pytest.raises(ValueError, match="holds checkpoints of another run than"):
+        fast.finetune(network(), TRAIN, VAL, resume=b, output=tmp_path / "whole", **options)
+
+
+def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path, monkeypatch):
+    options = {"steps": 8, "eval_every": 2}
+    interrupted(monkeypatch, network(), 5, TRAIN, VAL, output=tmp_path, **options)
+    (tmp_path / ".checkpoint-00000006-x").mkdir()
+    (tmp_path / ".checkpoint-00000006-x" / "model.safetensors").write_text("half")
+    state = list_checkpoints(tmp_path)[-1] / "state.json"
+    saved = json.loads(state.read_text())
+    saved["record"]["seconds"] += 1000
+    state.write_text(json.dumps(saved))
+    resumed = fast.finetune(network(), TRAIN, VAL, resume=tmp_path, **options)
+    seconds = [r["seconds"] for r in resumed.history]
+    assert seconds == sorted(seconds)
+    assert seconds[2] < 1000 < seconds[3]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_files_have_null_for_what_is_not_finite(tmp_path):
+    (tmp_path / "history").mkdir()
+    log = RunLog(tmp_path / "history", [{"step": 0, "loss": None, "target_loss": math.nan}])
+    log.add({"step": 1, "loss": 0.5, "target_loss": math.inf, "points": [(1.0, math.nan)]})
+    log.close()
+    lines = (tmp_path / "history" / "history.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert found[0] == {"step": 0, "loss": None, "target_loss": None}
+    assert found[1] == {"step": 1, "loss": 0.5, "target_loss": None, "points": [[1.0, None]]}
+    assert math.isinf(log.history[1]["target_loss"])

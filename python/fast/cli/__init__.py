@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     try:
         return args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         return _refuse(error, str(error))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here for its name

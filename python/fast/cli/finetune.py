@@ -77,14 +77,31 @@ def _summary(job: Any, result: Any, seconds: float) -> str:
     if job.source is not None:
         before, after = result.source_accuracy_before, result.source_accuracy
         rows.append(["source", percent(before), percent(after), str(job.sizes["source"])])
+    budget = _budget_line(job, config.forget_budget, final["forecast"])
     steps = result.history[-1]["step"]
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
     return (
         f"{job.name}: {config.method}, {steps} steps of {config.batch_size}, lr {result.lr:g}, "
         f"{seconds:.0f} s{kept}\n\n"
         + text_table(["accuracy, %", "before", "after", "samples"], rows)
-        + "\n"
+        + f"\n{budget}"
     )
+
+
+def _budget_line(job: Any, option: str | float | None, lost: float | None) -> str:
+    """What was allowed to be forgotten, and what was measured, or forecast, at the end."""
+    if option is None or lost is None:
+        return ""
+    from fast.train.config import Budget
+
+    budget = Budget.parse(option)
+    shown = f"{100 * lost:.2g} %" if budget.points else f"{lost:.2g} nats"
+    how = (
+        "forecast by the card: there were no source inputs to check on"
+        if job.source_inputs is None
+        else "measured on held-back source inputs"
+    )
+    return f"forget budget {budget}: {shown} lost at the end, {how}\n"
 
 
 def _new_folder(args: argparse.Namespace) -> Path:

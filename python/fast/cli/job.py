@@ -15,7 +15,7 @@ from torch import Tensor
 from fast.train.images import ImageFormat, is_image_split, prepare_images
 from fast.train.known import LIMIT
 from fast.train.models import LoadedModel, load_model
-from fast.train.sources import Split, load_data
+from fast.train.sources import NamedData, Split, has_columns, load_data
 
 
 @dataclass
@@ -48,6 +48,13 @@ class Job:
 def load_job(args: argparse.Namespace) -> Job:
     """Read model and data; what is wrong with them is raised here, before training."""
     columns = {"input_column": args.input_column, "label_column": args.label_column}
+    names = [args.data, args.source, getattr(args, "source_inputs", None)]
+    for option, column in columns.items():
+        if column is not None and not any(has_columns(name) for name in names if name):
+            flag = option.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is for Hugging Face data sets; {args.data} is none: drop it"
+            )
     target = load_data(args.data, **columns).with_val(args.val_fraction)
     if target.train is None:
         raise ValueError(f"--data {args.data}: has no training split")
@@ -60,10 +67,16 @@ def load_job(args: argparse.Namespace) -> Job:
     splits = {"train": target.train, "val": target.for_evaluation()}
     if source is not None:
         splits["source"] = source.for_evaluation()
+    known = None
     if getattr(args, "source_inputs", None):
-        splits["source_inputs"] = _source_inputs(args.source_inputs, columns)
+        known = load_data(args.source_inputs, **columns, numeric_labels=True)
+        splits["source_inputs"] = _source_inputs(known)
     ready = {name: prepare(split, loaded, form, args.max_length) for name, split in splits.items()}
-    try_forward(loaded, ready["train"])
+    classes = try_forward(loaded, ready["train"])
+    if source is not None:
+        check_source(f"--source {args.source}", source, classes)
+    if known is not None:
+        check_source(f"--source-inputs {args.source_inputs}", known, classes, more=True)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return Job(
@@ -80,23 +93,49 @@ def load_job(args: argparse.Namespace) -> Job:
     )
 
 
-def _source_inputs(name: str, columns: dict[str, str | None]) -> Split:
+def check_source(option: str, data: NamedData, classes: int, more: bool = False) -> None:
+    """Raise ValueError where the labels cannot be the network's own, before anything is run.
+
+    Args:
+        option: with its value, for the message.
+        classes: that the network's head answers.
+        more: labels beyond these are of a skill that is in the features, and taken as such.
+    """
+    own = f"the network's own head has {classes} classes"
+    named = Path(data.name).is_dir() and not all(name.isdigit() for name in data.classes)
+    if named and len(data.classes) != classes and not (more and len(data.classes) > classes):
+        raise ValueError(
+            f"{option}: {len(data.classes)} class folders with names, and {own}: which is which "
+            f"cannot be told. Name the folders by the classes' numbers, 0..{classes - 1}"
+        )
+    top = max(int(s.labels.max()) for s in (data.train, data.val) if s is not None)
+    if top >= classes and not more:
+        raise ValueError(
+            f"{option}: labels must be 0..{classes - 1}, as {own}; got {top}. Is it the data that "
+            "the network was trained for?"
+        )
+
+
+def _source_inputs(data: NamedData) -> Split:
     """In random order: folders are sorted by class, and not all samples are used."""
-    data = load_data(name, **columns, numeric_labels=True)
     split = data.train if data.train is not None else data.for_evaluation()
     order = np.random.default_rng(0).permutation(len(split))
     return split.subset(order[:LIMIT])
 
 
-def try_forward(loaded: LoadedModel, data: Any) -> None:
-    """Raise ValueError where the network cannot take the data, before anything is written."""
+def try_forward(loaded: LoadedModel, data: Any) -> int:
+    """Number of classes that the network answers.
+
+    Raises:
+        ValueError: the network cannot take the data; before anything is written.
+    """
     from fast.heads import evaluating, forward_logits
     from fast.train.data import as_data
 
     inputs, _ = as_data(data, "train").batch_at(torch.arange(2))
     try:
         with evaluating(loaded.model):
-            forward_logits(loaded.model, inputs)
+            return forward_logits(loaded.model, inputs).shape[1]
     except Exception as error:
         shown = inputs if isinstance(inputs, dict) else {"x": inputs}
         shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in shown.items())

@@ -159,12 +159,21 @@ def _table(found: Any) -> tuple[list[str], list[list[str]]]:
 
 
 def _notes(found: Any) -> str:
+    from fast.geometry.draw import SMALLEST_RISE, undrawn
+
     def correlation(kind: str) -> str:
         value = found.correlation(kind)
         return "undefined" if value is None else f"{value:.2f}"
 
     eigenvalues = ", ".join(f"{v:.3g}" for v in found.eigenvalues)
     short = "" if found.converged else " (not converged)"
+    count = undrawn(found)
+    left_out = (
+        f"\n{count} points are not in the figure of forecasts, whose axes are logarithmic: the "
+        f"source loss did not rise there, or was not forecast to, by {SMALLEST_RISE:g} nats."
+        if count
+        else ""
+    )
     return f"""
 Accuracies in %, drift ||w - w0||. Rise of the source loss in nats on {
         found.source_samples
@@ -174,4 +183,4 @@ Stiff share: of a step's norm, in the top {len(found.eigenvalues)} eigenvectors 
 {found.matrix} (a random direction: {found.chance:.4f}); eigenvalues {eigenvalues}{short}.
 Correlation of forecast and rise over all steps: {correlation("forecast")} by product, {
         correlation("card_forecast")
-    } by card."""
+    } by card.{left_out}"""

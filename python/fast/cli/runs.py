@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Runner:
         from fast.files import write_json
 
         chosen = self.options | (options or {})
-        key = fingerprint(self.args, chosen)
+        key = fingerprint(self.args, chosen, {"method": method, "seed": seed, "lr": lr})
         rate = "" if lr is None else f"lr{lr:g}"
         name = "-".join(part for part in (method, setting, rate, f"seed{seed}") if part)
         file = self.folder / "runs" / f"{name}.json"
@@ -93,21 +94,55 @@ def read_run(file: Path, key: str) -> Run | None:
     return Run(**saved) if saved.pop("key", None) == key else None
 
 
-def fingerprint(args: argparse.Namespace, options: dict[str, Any]) -> str:
-    """Hash of all that decides a run: model, data (by name, size and time of every file), options.
+def fingerprint(
+    args: argparse.Namespace, options: dict[str, Any], run: dict[str, Any] | None = None
+) -> str:
+    """Hash of all that decides a run: model, data (by name, size and time of every file), options,
+    the code that runs it, torch's version and the device.
 
-    A data set on the hub is taken to stay as it is.
+    A data set on the hub is taken to stay as it is, and what a model file imports from elsewhere
+    than its own folder.
+
+    Args:
+        run: what tells it from other runs of the same options.
     """
-    import fast
+    import torch
+
+    from fast.train.device import pick_device
 
     given = {name: getattr(args, name, None) for name in _job_options()}
-    parts: list[Any] = [fast.__version__, sorted(options.items()), sorted(given.items())]
-    parts.append(getattr(args, "demo", False))
+    parts: list[Any] = [code_identity(), sorted(options.items()), sorted(given.items())]
+    parts += [getattr(args, "demo", False), sorted((run or {}).items()), torch.__version__]
+    parts.append(str(pick_device(options.get("device"))))
     for name, value in sorted(given.items()):
         if isinstance(value, str):
-            file = value.split(":")[0] if name == "model" else value
-            parts.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(file)])
+            files = _files(value) if name != "model" else _model_files(value)
+            parts.append([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+@cache
+def code_identity() -> str:
+    """Hash of the version and the source of all that takes part in a run."""
+    import fast
+    import fastkernels
+
+    digest = hashlib.sha256(fast.__version__.encode())
+    homes = [Path(package.__file__ or "").parent for package in (fast, fastkernels)]
+    parts = ("curvature", "heads", "optim", "train")
+    folders = [homes[0] / part for part in parts] + [homes[1]]
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _model_files(spec: str) -> list[Path]:
+    """The file that `path/file.py:Factory` names, and those beside it, which it may import; for a
+    library's network, none."""
+    file, found, _ = spec.partition(".py:")
+    path = Path(f"{file}.py").expanduser()
+    return sorted(path.parent.glob("*.py")) if found and path.exists() else []
 
 
 def method_names(text: str) -> list[str]:

@@ -112,6 +112,17 @@ def _stiff_panel(axis: Any, found: Landscape) -> None:
     )
 
 
+def undrawn(found: Landscape) -> int:
+    """Points of the forecast panel, after the start, that have no place on its logarithmic axes."""
+    pairs = [
+        pair
+        for path in found.paths
+        for forecast in (path.forecast, path.card_forecast)
+        for pair in list(zip(path.rise, forecast, strict=True))[1:]
+    ]
+    return sum(not min(pair) > SMALLEST_RISE for pair in pairs)
+
+
 def _forecast_panel(axis: Any, found: Landscape) -> None:
     drawn: list[float] = []
     for i, path in enumerate(found.paths):

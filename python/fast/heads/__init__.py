@@ -1,6 +1,11 @@
 """Heads: find a classifier's last layer, replace it, normalise what it sees, fold it back."""
 
-from fast.heads.batch_norm import plain_batch_norm, running_statistics, set_batch_norm
+from fast.heads.batch_norm import (
+    estimate_statistics,
+    plain_batch_norm,
+    running_statistics,
+    set_batch_norm,
+)
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head
 from fast.heads.forward import evaluating, forward_logits, in_mode, pick
@@ -11,7 +16,6 @@ from fast.heads.replace import (
     features_of,
     fold_head,
     replace_head,
-    restore_head,
     task_head,
 )
 from fast.heads.rows import by_sample, folds_positions
@@ -24,6 +28,7 @@ __all__ = [
     "by_sample",
     "calibrate",
     "calibrate_from",
+    "estimate_statistics",
     "evaluating",
     "features_of",
     "find_head",
@@ -34,7 +39,6 @@ __all__ = [
     "pick",
     "plain_batch_norm",
     "replace_head",
-    "restore_head",
     "running_statistics",
     "set_batch_norm",
     "source_task",

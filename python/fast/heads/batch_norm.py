@@ -11,11 +11,13 @@ called, survives `copy.deepcopy`, and `isinstance(module, nn.BatchNorm2d)` stays
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fast.heads.forward import evaluating, forward_logits
 from fast.heads.task import TwoTask
 
 
@@ -114,6 +116,29 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances `[C]` of the batch norms, as they are, not copied."""
     found = [(m.running_mean, m.running_var) for m in _batch_norms(model)]
     return [x for pair in found for x in pair if x is not None]
+
+
+def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Set the target statistics of batch norms kept per task to those of these inputs.
+
+    One forward pass each, of which each counts the same; everything else stays in evaluation mode.
+    The source's statistics stay, and batch norms of other policies.
+
+    Args:
+        batches: of target inputs, at least two values per channel in each.
+    """
+    norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: the mean over batches
+        try:
+            for inputs in batches if norms else ():
+                forward_logits(model, inputs)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _restore(norm: _BatchNorm) -> None:

@@ -97,7 +97,7 @@ def replace_head(
     if task_head(model) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
     found = find_head(model, sample)
-    trainable = found.module.weight.requires_grad
+    trainable = [p.requires_grad for p in found.module.parameters()]
     head = _new_head(model, found, num_classes, max_entropy)
     found.put(head)
     announce_classes(model, num_classes)
@@ -108,20 +108,21 @@ def replace_head(
             _check_alive(model, head, sample, found.name)
             _check_width(model, head, sample, found.name)
     except BaseException:
-        restore_head(model, found.module, trainable)
+        _restore(model, found.module, trainable)
         raise
     return model
 
 
-def restore_head(model: nn.Module, source: HeadLayer, trainable: bool = True) -> None:
-    """Undo `replace_head`: put the source's own layer back."""
+def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None:
+    """Put the source's own layer back, its parameters trainable as they were."""
     head = task_head(model)
     assert head is not None
     head.answers_source = True
     head.announce(model)
     for parent, attribute, _ in places_of(model, head):
         setattr(parent, attribute, source)
-    source.requires_grad_(trainable)
+    for parameter, before in zip(source.parameters(), trainable, strict=True):
+        parameter.requires_grad_(before)
 
 
 def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool) -> TaskHead:

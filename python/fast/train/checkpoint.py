@@ -146,6 +146,12 @@ def save_checkpoint(
     return target
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a run that was killed in the middle of a save has left."""
+    for path in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / "state.json").is_file())
@@ -185,7 +191,7 @@ def load_checkpoint(
     _check_same_model(model, weights, path)
     _check_same_optimizer(optimizer, meta["optimizer"]["groups"], path)
     for name, value in meta["record"]["job"].items():
-        if job[name] != value:
+        if name in job and job[name] != value:  # those of other versions are not known here
             raise ValueError(f"{path} is of another job: {name} {value!r}, here {job[name]!r}")
     model.load_state_dict(weights)
     rng = {k: v for k, v in training.items() if k.startswith("rng.")}

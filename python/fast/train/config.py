@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from fast.train.methods import METHODS
@@ -127,23 +128,12 @@ class TrainConfig:
     progress: bool | None = _option(None, "progress bar (default: when stderr is a terminal)")
 
     def __post_init__(self) -> None:
+        self._make_plain()
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             value = getattr(self, f.name)
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), str(f.type)
-            if value is None or isinstance(value, bool):
-                continue
-            if kind.startswith("int") and not isinstance(value, int):
-                raise ValueError(f"{f.name} must be a whole number; got {value!r}")
-            if (
-                kind.startswith("float")
-                and "str" not in kind
-                and not isinstance(value, (int, float))
-            ):
-                raise ValueError(f"{f.name} must be a number; got {value!r}")
         positive = (
             "batch_size",
             "grad_accum_steps",
@@ -172,8 +162,9 @@ class TrainConfig:
         )
         for name in not_negative:
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative; got {value}")
+            if value is not None and not 0 <= value < math.inf:
+                wrong = "must not be negative" if value < 0 else "must be finite"
+                raise ValueError(f"{name} {wrong}; got {value}")
         for name in ("lr", "head_lr_scale", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -193,3 +184,33 @@ class TrainConfig:
                 f"batch_size ({self.batch_size}) must be a multiple of grad_accum_steps "
                 f"({self.grad_accum_steps}): every micro-batch has the same size"
             )
+
+    def _make_plain(self) -> None:
+        """Paths, devices, numpy's numbers and tensors of weights as JSON has them.
+
+        A run is then what its saved options say, and can be compared with them.
+        """
+        plain: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), str(f.type)
+            if value is None:
+                continue
+            if f.name in ("output", "resume", "device"):
+                plain[f.name] = str(value)
+            elif kind.startswith("int"):
+                if isinstance(value, bool) or not isinstance(value, Integral):
+                    raise ValueError(f"{f.name} must be a whole number; got {value!r}")
+                plain[f.name] = int(value)
+            elif kind.startswith("float"):
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    raise ValueError(f"{f.name} must be a number; got {value!r}")
+                plain[f.name] = float(value)
+            elif f.name == "class_weights" and not isinstance(value, str):
+                try:
+                    plain[f.name] = tuple(float(weight) for weight in value)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"class_weights must be 'balanced' or one weight per class; got {value!r}"
+                    ) from error
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)  # the record is frozen

@@ -3,7 +3,9 @@ resume."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from fast.curvature.answers import LABEL_KEYS
+from fast.errors import first_line
 from fast.heads import pick
 from fast.train.labels import check_labels
 from fast.train.seeding import seeded
-
-LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
 
 def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
@@ -45,6 +47,32 @@ def move(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, (tuple, list)):
         return tuple(move(v, device) for v in inputs)
     return inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+
+
+@contextmanager
+def taking(name: str, inputs: Any) -> Iterator[None]:
+    """Name the data in what a network raises that does not take them.
+
+    Raises:
+        ValueError: in place of an error of shape, type or number of inputs.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{name}: the network does not take these inputs ({_shapes(inputs)}): "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _shapes(inputs: Any) -> str:
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{k} {_shapes(v)}" for k, v in inputs.items())
+    if isinstance(inputs, (tuple, list)):
+        return ", ".join(map(_shapes, inputs))
+    return f"{list(inputs.shape)} {inputs.dtype}" if isinstance(inputs, Tensor) else _kind(inputs)
 
 
 def length(inputs: Any) -> int:
@@ -182,13 +210,18 @@ class TrainBatches:
 
     A full batch always: the tail of an epoch is left to the next shuffle. A user's DataLoader keeps
     its own batches; its shuffling is made repeatable by seeding torch with (seed, epoch) as it
-    starts, and resuming reads and drops what was used.
+    starts, and the generators that it and its samplers have of their own; resuming reads and drops
+    what was used.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
         self.data, self.seed = data, seed
+        # Of a loader's own batches, where it says so.
+        self.given_size: int | None = None
         if data.loader is not None:
             self.steps_per_epoch = len(data.loader)
+            made = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
+            self.given_size = made if isinstance(made, int) else None
         else:
             self.batch_size = min(batch_size, cast(int, data.num_samples))
             self.steps_per_epoch = cast(int, data.num_samples) // self.batch_size
@@ -217,10 +250,9 @@ class TrainBatches:
         # The sampler draws its seed with the first batch. Neither that nor reading again what was
         # used may move the generators of the run: a resumed run has restored them already.
         with seeded(seed):
-            for owner in (loader, loader.sampler):
-                generator = getattr(owner, "generator", None)
-                if generator is not None:
-                    generator.manual_seed(seed)
+            for owner in _sampling(loader):
+                for value in vars(owner).values():
+                    _reseed(value, seed)
             iterator = iter(loader)
             first = next(iterator)
             for _ in range(skip - 1):
@@ -228,6 +260,32 @@ class TrainBatches:
         if skip == 0:
             yield first
         yield from iterator
+
+
+def _sampling(loader: DataLoader[Any]) -> list[Any]:
+    """All that has a say in which samples a loader gives: itself, its samplers, and theirs."""
+    found: list[Any] = [loader]
+    for owner in found:
+        for name in ("sampler", "batch_sampler"):
+            inner = getattr(owner, name, None)
+            if (
+                inner is not None
+                and hasattr(inner, "__dict__")
+                and all(inner is not o for o in found)
+            ):
+                found.append(inner)
+    return found
+
+
+def _reseed(generator: Any, seed: int) -> None:
+    """Set a generator of torch, numpy or `random` to a seed; anything else is left."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        bits.state = type(bits)(seed).state
+    elif isinstance(generator, (np.random.RandomState, random.Random)):
+        generator.seed(seed)
 
 
 Transform = Callable[[Any], Any]

@@ -21,7 +21,7 @@ from fast.train.data import length
 TEMPERATURE = 2.0
 
 
-def divergence(before: Tensor, now: Tensor) -> Tensor:
+def summed_kl(before: Tensor, now: Tensor) -> Tensor:
     """Sum over samples of `T^2 KL(before || now)`, in nats.
 
     Args:
@@ -70,7 +70,12 @@ class Distillation:
         features = by_sample(features, length(inputs))[rows]
         if positions > 1:
             features, outputs = features.flatten(0, 1), outputs.flatten(0, 1)
-        return self.weight * divergence(outputs, self.head.source(features)) / positions
+        now = self.head.source(features)
+        if isinstance(
+            self.head.source, nn.Linear
+        ):  # has its classes last, where there are positions
+            outputs, now = outputs.movedim(-1, 1), now.movedim(-1, 1)
+        return self.weight * summed_kl(outputs, now) / positions
 
 
 class CachedDistillation(Distillation):

@@ -37,8 +37,12 @@ class EarlyStopping:
         self.best, self.since_best = record, 0
         self.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         if self.folder is not None:
-            with atomic_file(self.folder / BEST_FILE) as path:
-                save_tensors(self.weights, path)
+            self._write(self.folder)
+
+    def _write(self, folder: Path) -> None:
+        assert self.weights is not None
+        with atomic_file(folder / BEST_FILE) as path:
+            save_tensors(self.weights, path)
 
     @property
     def stop(self) -> bool:
@@ -55,5 +59,9 @@ class EarlyStopping:
     def load(self, state: dict[str, Any], folder: Path) -> None:
         """Go on from the state of a run whose best weights are in `folder`."""
         self.best, self.since_best = state["best"], state["since_best"]
-        if self.best is not None:
-            self.weights = load_tensors(folder / BEST_FILE)
+        if self.best is None:
+            return
+        self.weights = load_tensors(folder / BEST_FILE)
+        if self.folder is not None and self.folder.resolve() != folder.resolve():
+            # A later resume looks for them here.
+            self._write(self.folder)

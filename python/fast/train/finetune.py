@@ -54,16 +54,18 @@ def finetune(
         num_classes: C (default: from the labels).
         method: `fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`.
         steps, epochs: length of the run (default: 3 epochs).
-        batch_size: samples per optimizer step.
+        batch_size: samples per optimizer step; a DataLoader for `train` has its own, and source
+            inputs that are rehearsed then come on top of them.
         lr: peak learning rate of the backbone (default: 1e-3; `fast` with source inputs 1.5e-3).
         eval_every: steps between evaluations (default: a tenth of the run).
         seed: of the head, the data order and dropout.
         transform: applied to each training batch of inputs, on the CPU: augmentation.
         card: a `fast.SourceCard` of this checkpoint, or its file: weights the pull of `fast` and
             `ewc` by what the source task needs, and forecasts what is forgotten.
-        source_inputs: a few hundred source inputs, with labels or without: the card is made of
-            them, and `forget_budget` checked on others of them. `ewc` without either makes its card
-            of the target's inputs, which protects less. `replay` trains on them beside the target.
+        source_inputs: a few hundred source inputs, with labels or without: `fast` rehearses their
+            features in its batches, `ewc` makes its card of them, `replay` trains on them beside
+            the target, and forecasts and `forget_budget` are checked on others of them, held back.
+            `ewc` without either makes its card of the target's inputs, which protects less.
         **options: the other fields of `fast.train.config.TrainConfig`.
 
     Returns:

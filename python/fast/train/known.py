@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fast.curvature.answers import SourceInputs
 from fast.errors import first_line
 from fast.heads import evaluating, forward_logits, pick, source_task
-from fast.train.data import move
+from fast.train.data import move, taking
 from fast.train.labels import check_labels
 
 # Kept in memory, at most.
@@ -50,7 +50,8 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")
     _check_finite(samples.inputs)
-    _check_taken(model, samples)
+    with taking("source_inputs", samples.inputs):
+        _try(model, samples)
     return samples
 
 
@@ -87,17 +88,6 @@ def _check_finite(inputs: Any) -> None:
                     f"source_inputs: {int(wrong.sum())} samples are not finite (NaN or infinite), "
                     f"the first is number {int(wrong.nonzero()[0])}; drop them"
                 )
-
-
-def _check_taken(model: nn.Module, samples: SourceInputs) -> None:
-    try:
-        _try(model, samples)
-    except Exception as error:
-        shapes = ", ".join(f"{list(x.shape)} {x.dtype}" for x in _leaves(samples.inputs))
-        raise ValueError(
-            f"source_inputs: the network does not take them ({shapes}): {first_line(error)}. "
-            "Prepare them as for the network; labels beside them must be one-dimensional"
-        ) from error
 
 
 @torch.no_grad()

@@ -4,12 +4,13 @@ one."""
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from fast.files import to_json
 
 HISTORY_FILE = "history.jsonl"
 
@@ -31,7 +32,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / HISTORY_FILE).open("w")
         for record in kept:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json(record) + "\n")
         self._file.flush()
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -41,7 +42,7 @@ class RunLog:
     def add(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json(record) + "\n")
             self._file.flush()
         if self._board:
             for key, value in record.items():

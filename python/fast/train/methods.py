@@ -18,7 +18,7 @@ class Method:
         head_lr_scale: learning rate of the head, as a multiple of the backbone's.
         anchor_decay: pull towards the pretrained weights.
         card_decay: the pull where it is weighted by source curvature (of mean 1) instead, given a
-            card or source inputs; None: the method does not use them.
+            card, or source inputs that are not rehearsed; None: the method does not use them.
         distill: weight of staying with the source head's answers on target inputs. Where source
             inputs are rehearsed, this, the pull and the ramp are taken times `EASED`.
         stall: optimizer steps for which the backbone is not touched at all.

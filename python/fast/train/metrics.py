@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fast.heads import evaluating, forward_logits
-from fast.train.data import Data, move
+from fast.train.data import Data, move, taking
 from fast.train.labels import check_labels
 
 
@@ -31,6 +31,10 @@ def evaluate(
 
     Args:
         data: a data set, or a function of the model that returns an accuracy in 0..1.
+
+    Raises:
+        ValueError: no samples, labels out of range, or inputs that the network does not take; the
+            message names the data.
     """
     if not isinstance(data, Data):
         with evaluating(model):
@@ -40,7 +44,8 @@ def evaluate(
     count = 0
     with evaluating(model):
         for inputs, labels in data.eval_batches(batch_size):
-            logits = forward_logits(model, move(inputs, device)).float()
+            with taking(data.name, inputs):
+                logits = forward_logits(model, move(inputs, device)).float()
             labels = check_labels(labels, logits.shape[1], data.name).to(device)
             right += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits, labels, reduction="sum").double()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fast.curvature.answers import SourceInputs
 from fast.curvature.card import SourceCard
 from fast.heads import (
     TaskHead,
     by_sample,
     calibrate_from,
+    estimate_statistics,
     features_of,
     folds_positions,
     replace_head,
     set_batch_norm,
+    source_task,
     task_head,
 )
 from fast.optim import SGD, AdamW
@@ -27,8 +30,8 @@ from fast.train.data import TrainBatches, move
 from fast.train.distill import CachedDistillation, Distillation, LiveDistillation
 from fast.train.function_pull import FunctionPull, cuts_at_head
 from fast.train.head_start import start_head
+from fast.train.job import Job
 from fast.train.labels import check_labels
-from fast.train.loss import Loss
 from fast.train.methods import Plan
 from fast.train.rehearse import Rehearsal, depends_on_mode, places_for
 
@@ -41,25 +44,11 @@ DISTILL_SHARE = 0.15
 DISTILL_BYTES = 2**28
 
 
-def prepare_model(
-    model: nn.Module,
-    num_classes: int,
-    batches: TrainBatches,
-    plan: Plan,
-    config: TrainConfig,
-    steps: int,
-    loss: Loss,
-    sample: Any,
-    source_inputs: SourceInputs | None,
-) -> FunctionPull | None:
+def prepare_model(job: Job) -> FunctionPull | None:
     """Replace the head and calibrate it on target inputs, in place (`fast.train.undo` undoes it).
 
     One pass over training inputs gives the normaliser's statistics, the source outputs, and the
     features that the head starts on.
-
-    Args:
-        sample: a batch of target inputs, on the model's device.
-        source_inputs: to rehearse, or None.
 
     Returns:
         the penalty of leaving what the network computes, or None where the plan has none.
@@ -67,33 +56,46 @@ def prepare_model(
     Raises:
         ValueError: the network or the inputs do not fit what was asked for.
     """
-    replace_head(model, num_classes, sample=sample, max_entropy=plan.max_entropy)
+    config, plan, model, batches = job.config, job.plan, job.model, job.batches
+    replace_head(model, job.num_classes, sample=job.sample, max_entropy=plan.max_entropy)
     head = task_head(model)
     assert head is not None
-    asked = plan.distill or source_inputs is not None
-    folded = bool(asked) and folds_positions(model, head, sample)
-    pass_ = _calibrated(model, head, batches, plan, steps)
-    if plan.head_steps:
-        labels = check_labels(pass_.labels, num_classes, "train").to(pass_.features.device)
-        start_head(head, pass_.features, labels, loss, plan.head_steps, config.seed)
-    rehearsal = None
-    if source_inputs is not None:
-        size = places_for(config.batch_size)
-        rehearsal = Rehearsal(model, head, source_inputs, size, plan.rehearse, config.seed)
-        _check_features(rehearsal.features)
     set_batch_norm(model, config.batch_norm)
-    if rehearsal is not None and source_inputs is not None:
-        few = move(source_inputs.part(0, 8).inputs, next(model.parameters()).device)
-        rehearsal.apart = (
-            config.batch_norm != "frozen"
-            or folded
-            or depends_on_mode(model, few)
-            or not cuts_at_head(model, head, sample, few)
-        )
+    if config.batch_norm == "per_task":
+        # Normaliser and head start on the features that the target will have.
+        estimate_statistics(model, _first_inputs(batches, next(model.parameters()).device))
+    asked = plan.distill or job.rehearsed is not None
+    folded = bool(asked) and folds_positions(model, head, job.sample)
+    pass_ = _calibrated(model, head, batches, plan, job.steps)
+    if plan.head_steps:
+        labels = check_labels(pass_.labels, job.num_classes, "train").to(pass_.features.device)
+        start_head(head, pass_.features, labels, job.loss, plan.head_steps, config.seed)
+    rehearsal = _rehearsal(job, head, folded)
     distillation = _distillation(model, head, batches, plan, pass_)
     if distillation is None and rehearsal is None:
         return None
     return FunctionPull(head, distillation, rehearsal)
+
+
+def _rehearsal(job: Job, head: TaskHead, folded: bool) -> Rehearsal | None:
+    """Args:
+    folded: the head sees several rows of a sample.
+    """
+    model, samples = job.model, job.rehearsed
+    if samples is None:
+        return None
+    size = places_for(job.batch_size)
+    with source_task(model):
+        made = Rehearsal(model, head, samples, size, job.plan.rehearse, job.config.seed)
+    _check_features(made.features)
+    few = move(samples.part(0, 8).inputs, next(model.parameters()).device)
+    made.apart = (
+        job.config.batch_norm != "frozen"
+        or folded
+        or depends_on_mode(model, few)
+        or not cuts_at_head(model, head, job.sample, few)
+    )
+    return made
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ class Pass:
     labels: Tensor
     index: Tensor | None
     outputs: Tensor | None
+
+
+def _first_inputs(batches: TrainBatches, device: torch.device) -> Iterator[Any]:
+    """Batches of about `CALIBRATION_SAMPLES` training inputs, on the device."""
+    seen = 0
+    for inputs, labels, _ in islice(batches.from_step(0), batches.steps_per_epoch):
+        yield move(inputs, device)
+        seen += len(labels)
+        if seen >= CALIBRATION_SAMPLES:
+            return
 
 
 def _calibrated(

@@ -31,6 +31,7 @@ from fast.train.config import Budget, TrainConfig
 from fast.train.data import TrainBatches
 from fast.train.function_pull import FunctionPull
 from fast.train.gauge import Gauge
+from fast.train.job import Job
 from fast.train.known import known_inputs
 from fast.train.methods import METHODS, Plan, uses_card
 from fast.train.prepare import Drift
@@ -55,23 +56,28 @@ def make_card(
     card: SourceCard | str | Path | None,
     source_inputs: Any,
     batches: TrainBatches,
-    steps: int,
+    seen: int,
 ) -> SourceCard | None:
     """The card of this run, bound to `model`, or None where nothing was given to make it of.
 
     Without source inputs `ewc` takes the target's, answered by the source head.
 
+    Args:
+        seen: samples that the run trains on, one at each of its places.
+
     Raises:
         ValueError: the card is of another model, or the inputs do not fit.
     """
     if card is not None:
+        if not isinstance(card, (SourceCard, str, Path)):
+            raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
         loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
         return _without_weights(loaded.bind(model))
     if not uses_card(config, False, source_inputs is not None):
         return None
     data = _target_inputs(batches) if source_inputs is None else source_inputs
     low, high = CARD_SAMPLES
-    count = min(max(int(CARD_SHARE * steps * config.batch_size), low), high)
+    count = min(max(int(CARD_SHARE * seen), low), high)
     estimated = SourceCard.estimate(
         model,
         data,
@@ -123,17 +129,14 @@ class Protection:
     """Forecast and budget of one run.
 
     Args:
-        model: at the pretrained weights and statistics.
+        job: whose model has its new head, and still the pretrained weights and statistics.
         gauge: exact checks, made before the head was replaced; or None.
         average: what the run returns, where that is not its last weights. Checks look at it.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        model: nn.Module,
-        steps: int,
-        plan: Plan,
+        job: Job,
         card: SourceCard | None,
         gauge: Gauge | None,
         optimizer: AdamW | SGD,
@@ -141,11 +144,12 @@ class Protection:
         pull: FunctionPull | None,
         average: Average | None,
     ) -> None:
+        config, plan, steps = job.config, job.plan, job.steps
         self.card, self.gauge = card, gauge
         self.optimizer, self.drift, self.average = optimizer, drift, average
         # Tracked batch norm forgets by its statistics too: they go back with the weights.
         tracked = config.batch_norm == "track" and config.forget_budget is not None
-        self.statistics = running_statistics(model) if tracked else []
+        self.statistics = running_statistics(job.model) if tracked else []
         self.first_statistics = [x.clone() for x in self.statistics]
         self.weighted = card is not None and METHODS[config.method].card_decay is not None
         # Without a card the energy is that of the drift, and the first check sets its scale.
@@ -170,8 +174,8 @@ class Protection:
                 )
             self.controller = Controller(budget, optimizer, pull)
         held, whole = (gauge.size, gauge.by_features) if gauge is not None else (1, False)
-        checks, self.samples = effort.plan(held, steps, config.batch_size, whole)
-        self.last_samples = last_samples(held, steps, config.batch_size)
+        checks, self.samples = effort.plan(held, steps, job.batch_size, whole)
+        self.last_samples = last_samples(held, steps, job.batch_size)
         # A forecast learns most early: the loss starts from zero and the first check sets the
         # scale. A budget is watched evenly.
         bend = 1.0 if self.controller else 2.0

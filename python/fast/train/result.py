@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fast.curvature.network import unwrap
-from fast.files import atomic_file, write_json
+from fast.files import atomic_file, to_json, write_json
 from fast.heads import fold_head, task_head
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
@@ -27,10 +26,12 @@ class Result:
         model: the adapted network, in evaluation mode, with the source head inside
             (`fast.fold_head` makes it plain).
         history: one record per evaluation: step, loss (mean over the steps since the last record,
-            nats), target_accuracy, target_loss, source_accuracy, source_loss, drift (`||w - w0||`),
-            forgetting (source accuracy lost so far), forecast (of the rise of source loss, nats, or
-            of the accuracy lost under a budget in points; with a card or source inputs; what is
-            measured at a check), grad_norm, lr, seconds. What was not measured is None.
+            nats: the target's, with the penalties of distillation and rehearsal, without the loss
+            of replayed inputs), target_accuracy, target_loss, source_accuracy, source_loss, drift
+            (`||w - w0||`), forgetting (source accuracy lost so far), forecast (of the rise of
+            source loss, nats, or of the accuracy lost under a budget in points; with a card or
+            source inputs; what is measured at a check), grad_norm, lr, seconds. What was not
+            measured is None.
         config: the options of the run, as they were given.
         lr: the peak learning rate of the backbone.
         source_accuracy_before: of the pretrained network, before anything was changed.
@@ -62,7 +63,8 @@ class Result:
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made; each file whole or not at all.
 
-        `model.safetensors` is folded and loads into the plain architecture;
+        `model.safetensors` is folded and loads into the plain architecture, with as many classes
+        and a bias in its head (the mean of the features becomes part of it);
         `source_head.safetensors` holds weight and bias of the layer that it replaced;
         `config.json`, `result.json` and `history.jsonl` hold options, accuracies and history.
 
@@ -89,5 +91,5 @@ class Result:
             },
         )
         with atomic_file(folder / HISTORY_FILE) as path:
-            path.write_text("".join(json.dumps(r) + "\n" for r in self.history))
+            path.write_text("".join(to_json(r) + "\n" for r in self.history))
         return folder

@@ -35,11 +35,20 @@ def check_folder(config: TrainConfig, folder: Path) -> None:
         raise FileNotFoundError(
             f"nothing to resume from: no checkpoint and {path.name} in {source}"
         )
-    saved = json.loads(path.read_text())
+    if folder.resolve() != source.resolve() and list_checkpoints(folder):
+        raise ValueError(
+            f"output: {folder} holds checkpoints of another run than {source}; name another folder"
+        )
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    differ = [k for k in saved if k not in PLACE_OPTIONS and saved[k] != now.get(k)]
+    # Options that this version has and that one had not were at their defaults.
+    were = json.loads(json.dumps(dataclasses.asdict(TrainConfig()))) | saved
+    differ = [k for k in were if k not in PLACE_OPTIONS and were[k] != now.get(k)]
     if differ:
-        changes = ", ".join(f"{k} was {_told(saved[k])}, is {_told(now.get(k))}" for k in differ)
+        changes = ", ".join(f"{k} was {_told(were[k])}, is {_told(now.get(k))}" for k in differ)
         raise ValueError(f"cannot resume {source} with other options: {changes}")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
@@ -18,13 +20,15 @@ from fast.curvature.card import SourceCard
 from fast.files import write_json
 from fast.heads import forward_logits, pick, source_task, task_head
 from fast.train.average import Average
-from fast.train.checkpoint import load_checkpoint, save_checkpoint
+from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
-from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
+from fast.train.data import Data, TrainBatches, Transform, as_data, length, move, taking
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.function_pull import shares
 from fast.train.head_start import head_is_last
+from fast.train.identity import card_identity, data_identity, model_identity
+from fast.train.job import Job
 from fast.train.labels import check_labels
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
@@ -65,9 +69,7 @@ class Trainer:
         self.source: Data | Evaluator | None = source
         if source is not None and not callable(source):
             self.source = as_data(source, "source")
-        self.num_classes = (
-            self.train_data.infer_num_classes() if num_classes is None else num_classes
-        )
+        self.num_classes = _classes(self.train_data, num_classes)
         for data in (self.train_data, self.val):
             if data is not None and data.labels is not None:
                 check_labels(data.labels, self.num_classes, data.name)
@@ -80,6 +82,13 @@ class Trainer:
             check_folder(config, self.folder)
         self.device = pick_device(config.device)
         self.batches = TrainBatches(self.train_data, config.batch_size, config.seed)
+        self.batch_size = self.batches.given_size or config.batch_size
+        if config.batch_size not in (self.batch_size, TrainConfig.batch_size):
+            warnings.warn(
+                f"batch_size={config.batch_size} is not used: train is a DataLoader, with batches "
+                f"of {self.batch_size}",
+                stacklevel=3,
+            )
         epochs = config.epochs or DEFAULT_EPOCHS
         self.steps = config.steps or epochs * self.batches.steps_per_epoch
         self.eval_every = config.eval_every or max(1, self.steps // 10)
@@ -90,6 +99,14 @@ class Trainer:
 
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
+        self.identity: dict[str, str | None] = {}
+        if self.folder is not None:
+            self.identity = {
+                "pretrained weights": model_identity(model),
+                "training data": data_identity(self.train_data),
+                "validation data": data_identity(self.val),
+                "source data": data_identity(self.source),
+            }
         self.before = self._source_score()
         self._prepare(card, source_inputs)
         self.scaler = torch.amp.GradScaler(
@@ -103,18 +120,26 @@ class Trainer:
         """What is measured at the pretrained weights, and then the new head and the optimizer."""
         config, model = self.config, self.model
         source_inputs, gauge = hold_back(config, model, source_inputs)
-        card = make_card(config, model, card, source_inputs, self.batches, self.steps)
+        given = card is not None
+        seen = self.steps * self.batch_size
+        card = make_card(config, model, card, source_inputs, self.batches, seen)
+        if self.folder is not None:
+            self.identity["source inputs"] = data_identity(source_inputs)
+            held = data_identity(gauge.samples) if gauge is not None else None
+            self.identity["held-back source inputs"] = held
+            self.identity["card"] = card_identity(card) if card is not None and given else None
         self.replay: Replay | None = None
         if METHODS[config.method].replay:
             if source_inputs is None:
                 raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
-            size = config.batch_size
+            size = self.batch_size
             self.replay = Replay(model, source_inputs, size, config.seed, self.device)
         if config.rehearse and source_inputs is None:
             raise ValueError("rehearse keeps the features of source inputs: pass source_inputs=")
         sample = move(self._first_inputs(), self.device)
         rehearsed = source_inputs if rehearse_weight(config) else None
-        last = head_is_last(model, sample)
+        with taking("train", sample):
+            last = head_is_last(model, sample)
         if config.head_steps and not last:
             raise ValueError(
                 "head_steps: something follows the head of this network, so that it cannot learn "
@@ -123,25 +148,27 @@ class Trainer:
         plan = plan_for(config, self.steps, card is not None, last, rehearsed is not None)
         if rehearsed is not None:
             # Source inputs take places in the batch, so that a step costs what it did.
-            if config.batch_size < 2:
+            if self.batch_size < 2:
                 raise ValueError(
                     "batch_size must be at least 2 to rehearse source inputs beside the target; "
                     "or set rehearse=0"
                 )
-            target_size = config.batch_size - places_for(config.batch_size)
+            target_size = self.batch_size - places_for(self.batch_size)
             self.batches = TrainBatches(self.train_data, target_size, config.seed)
+        job = Job(
+            config,
+            plan,
+            model,
+            self.num_classes,
+            self.batches,
+            self.batch_size,
+            self.steps,
+            self.loss,
+            sample,
+            rehearsed,
+        )
         with self._autocast():
-            self.function_pull = prepare_model(
-                model,
-                self.num_classes,
-                self.batches,
-                plan,
-                config,
-                self.steps,
-                self.loss,
-                sample,
-                rehearsed,
-            )
+            self.function_pull = prepare_model(job)
         self.head = task_head(model)
         self.optimizer = make_optimizer(
             model, config, plan, card if METHODS[config.method].card_decay is not None else None
@@ -152,16 +179,7 @@ class Trainer:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             self.average = Average(trained, plan.average)
         self.protection = Protection(
-            config,
-            model,
-            self.steps,
-            plan,
-            card,
-            gauge,
-            self.optimizer,
-            self.drift,
-            self.function_pull,
-            self.average,
+            job, card, gauge, self.optimizer, self.drift, self.function_pull, self.average
         )
         self.stall, self.lr = plan.stall, plan.lr
 
@@ -184,6 +202,7 @@ class Trainer:
         try:
             first, history, losses = self._resume()
             if self.folder is not None:
+                clear_unfinished(self.folder)
                 write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
             log = RunLog(self.folder, history)
             bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
@@ -241,7 +260,7 @@ class Trainer:
             yield *batch, source
 
     def advance(self, step: int, batch: Batch) -> Tensor:
-        """Step number `step` (0-based) and what belongs to it; returns the batch's mean loss."""
+        """Step number `step` (0-based) and what belongs to it; returns what `_step` does."""
         loss = self._step(step, *batch)
         if self.function_pull:
             self.function_pull.after_step(step + 1)
@@ -264,7 +283,11 @@ class Trainer:
         index: Tensor | None,
         source: tuple[Any, Tensor] | None = None,
     ) -> Tensor:
-        """One optimizer step; returns the batch's mean loss on the target, on the device.
+        """One optimizer step.
+
+        Returns:
+            the batch's mean loss on the target and the penalties of the function pull, on the
+            device; the loss of replayed inputs is not in it.
 
         Args:
             index: rows of the training data, or None.
@@ -279,6 +302,8 @@ class Trainer:
         labels = check_labels(labels, self.num_classes, "train").to(self.device)
         if self.transform is not None:
             inputs = self.transform(inputs)
+            if inputs is None:
+                raise TypeError("transform returned None; it must return the batch of inputs")
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
         denominator = self.loss.denominator(labels)
@@ -363,7 +388,7 @@ class Trainer:
 
     @property
     def _eval_batch(self) -> int:
-        return max(128, self.config.batch_size)
+        return max(128, self.batch_size)
 
     def _saves_at(self, done: int) -> bool:
         if self.folder is None:
@@ -376,6 +401,7 @@ class Trainer:
             "history": history,
             "losses": [float(x) for x in losses],
             "stopping": self.stopping.state(),
+            "seconds": time.monotonic() - self.started,
             "scaler": self.scaler.state_dict(),
             "protection": self.protection.state(),
             "function_pull": self.function_pull.state() if self.function_pull else {},
@@ -392,6 +418,7 @@ class Trainer:
         job, averages = self._job(), self.average.state() if self.average else {}
         step, record = load_checkpoint(folder, self.model, self.optimizer, job, averages)
         self.stopping.load(record["stopping"], folder)
+        self.started -= record.get("seconds", 0.0)
         self.scaler.load_state_dict(record["scaler"])
         self.protection.load(record["protection"])
         if self.function_pull:
@@ -401,10 +428,17 @@ class Trainer:
 
     def _job(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from, besides its options."""
-        start = sum((a.double().sum() for a in self.drift.anchors), torch.zeros(()))
         return {
             "training samples": self.train_data.num_samples,
             "classes": self.num_classes,
-            # Six digits: the sum of a million weights depends on the number of threads.
-            "sum of the pretrained weights": f"{float(start):.6e}",
+            **self.identity,
         }
+
+
+def _classes(train: Data, given: int | None) -> int:
+    if given is None:
+        return train.infer_num_classes()
+    try:
+        return operator.index(given)
+    except TypeError as error:
+        raise TypeError(f"num_classes must be a whole number; got {given!r}") from error

@@ -19,9 +19,24 @@ from fast.train.sources.types import (
     stratified_split,
 )
 
-__all__ = ["EncodedImages", "NamedData", "Split", "load_data", "stratified_split"]
+__all__ = [
+    "EncodedImages",
+    "NamedData",
+    "Split",
+    "has_columns",
+    "load_data",
+    "stratified_split",
+]
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.+)?")
+
+
+def has_columns(name: str) -> bool:
+    """Whether this names a Hugging Face data set, and no file or folder of another kind."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return any((path / f"dataset_{part}.json").exists() for part in ("dict", "info"))
+    return path.suffix != ".npz" and not path.exists()
 
 
 def load_data(
@@ -52,9 +67,9 @@ def load_data(
         ValueError: the data are unusable; the message names the file and what is wrong.
     """
     path = Path(name).expanduser()
+    if has_columns(name) and path.is_dir():
+        return read_hugging_face(name, input_column, label_column)
     if path.is_dir():
-        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-            return read_hugging_face(name, input_column, label_column)
         return read_folder(path, numeric_labels)
     if path.suffix == ".npz":
         return read_npz(path)
