@@ -92,7 +92,7 @@ class InPlace(nn.Module):
         h = F.relu(self.first(x), inplace=True)
         h = h * 2
         h += 1
-        buffer = torch.zeros(len(x), 5, dtype=x.dtype)
+        buffer = x.new_zeros(len(x), 5)
         buffer[:, 1:] = h[:, :-1]
         return self.out(buffer.sin())
 

@@ -31,7 +31,9 @@ def test_the_matrix_is_that_of_the_cpu(name, kind: type[SymmetricOperator], meth
     # The data may lie elsewhere than the network.
     found = kind(model, F.cross_entropy, (x, y), method=method).dense()
     assert found.device.type == "cuda"
-    torch.testing.assert_close(found.cpu(), truth, rtol=1e-9, atol=1e-10)
+    # CUDA's hardswish divides by a 6 in float32, in float64 too.
+    rtol, atol = (1e-6, 1e-7) if name == "activations" else (1e-9, 1e-10)
+    torch.testing.assert_close(found.cpu(), truth, rtol=rtol, atol=atol)
 
 
 def test_dropout_has_one_mask_and_random_state_stays() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -123,12 +125,38 @@ def test_no_synchronisation(backend):
         run.step([g * 1.0 for g in grads], **options)
     scaled = [[g * 1.0 for g in grads] for grads in gradients(2)]
     run.feature = Feature(0.5, True, 0.1, 0.01)  # run.step would scale, which makes a tensor
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         for grads in scaled:
             run.step(grads, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtypes", STATES.values(), ids=STATES)
+def test_nothing_is_written_past_the_end(backend, rule, dtypes):
+    """Tensors are followed, in the same allocation, by numbers that must stay."""
+    run = make(rule, dtypes=dtypes)
+    guards: list[torch.Tensor] = []
+
+    def guarded(t: torch.Tensor) -> torch.Tensor:
+        size = -(-t.numel() * t.element_size() // 16) * 16 // t.element_size() + 64
+        whole = torch.full((size,), 77, dtype=t.dtype, device="cuda")
+        whole[: t.numel()] = t.flatten()
+        guards.append(whole[t.numel() :])
+        return whole[: t.numel()].view_as(t)
+
+    for name in ("params", "anchors", "curvature"):
+        setattr(run, name, [guarded(t) for t in getattr(run, name)])
+    run.moments = [[guarded(m) for m in moments] for moments in run.moments]
+    run.scales = [[guarded(s) for s in scales] for scales in run.scales]
+    for grads in gradients(2):
+        run.step(grads, **flags(run))
+    assert guards
+    assert all(bool((g == 77).all()) for g in guards)
 
 
 def test_unaligned_gradients(backend):

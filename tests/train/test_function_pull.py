@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
@@ -15,7 +16,14 @@ from fast.heads import features_of, find_head, set_batch_norm, task_head
 from fast.train.average import Average
 from fast.train.config import TrainConfig
 from fast.train.head_start import head_is_last
-from fast.train.rehearse import TOLERANCE, HeadInput, Rehearsal, joined, places_for
+from fast.train.rehearse import (
+    TOLERANCE,
+    HeadInput,
+    Rehearsal,
+    depends_on_mode,
+    joined,
+    places_for,
+)
 from fast.train.trainer import Trainer
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 
@@ -176,18 +184,48 @@ def test_how_far_features_are_is_a_mean_over_samples_and_steps(pretrained, parts
     before = rehearsal.features[:8]
     step = torch.full_like(before, (0.4 / rehearsal.scale) ** 0.5)
     step[4:] *= 0.5
-    for done in range(1, 101):
+    for _ in range(100):
         for part in torch.arange(8).chunk(parts):
             rehearsal.penalty(before[part], (before + step)[part])
-        rehearsal.after_step(done)
-    assert float(rehearsal.moved) == pytest.approx(0.25, rel=1e-3)
+        rehearsal.after_step()
+    assert rehearsal.moved == pytest.approx(0.25, rel=1e-3)
     assert rehearsal.restraint == pytest.approx(TOLERANCE / 0.25, rel=1e-3)
+    rehearsal.after_step()  # of a step without source inputs
+    assert rehearsal.moved == pytest.approx(0.25, rel=1e-3)
     # A pull that no longer grows: three times that of plain feature distillation.
     far = (before + 10 * step).requires_grad_()
     rehearsal.penalty(before, far).backward()
     plain = before.clone().add_(10 * step).requires_grad_()
     (rehearsal.scale * (plain - before).square().mean(1)).sum().backward()
     assert torch.allclose(far.grad, 3 * plain.grad, rtol=1e-4)
+
+
+class Dropping(nn.Module):
+    """A network whose head sees features through a dropout."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.drop, self.fc = body, nn.Dropout(0.5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.fc(self.drop(self.body(x)))
+
+
+def test_dropout_is_no_movement_of_features(pretrained):
+    """Where training mode changes features, source rows run apart, in evaluation mode: at a rate
+    that hardly moves the weights, they are where they were."""
+    torch.manual_seed(0)
+    model = Dropping(copy.deepcopy(pretrained)).eval()
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    assert depends_on_mode(fast.replace_head(copy.deepcopy(model), 4, sample=TRAIN[0]), TRAIN[0])
+    plain = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
+    assert depends_on_mode(plain, TRAIN[0])  # batch norm
+    set_batch_norm(plain, "frozen")
+    assert not depends_on_mode(plain, TRAIN[0])
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    options = {"steps": 20, "lr": 1e-6, "schedule": "constant", "ramp": 0, "eval_every": 5}
+    history = fast.finetune(model, TRAIN, source_inputs=KNOWN[0], **options).history
+    assert {record["lr"] for record in history[1:]} == {1e-6}
 
 
 def test_class_weights_hold_for_the_head_start():

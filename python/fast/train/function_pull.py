@@ -85,9 +85,9 @@ class FunctionPull:
         """Factor on the learning rate that the rehearsal asks for."""
         return self.rehearsal.restraint if self.rehearsal else 1.0
 
-    def after_step(self, done: int) -> None:
+    def after_step(self) -> None:
         if self.rehearsal:
-            self.rehearsal.after_step(done, self.weight)
+            self.rehearsal.after_step(self.weight)
 
     def state(self) -> dict[str, float]:
         return self.rehearsal.state() if self.rehearsal else {}

@@ -263,7 +263,7 @@ class Trainer:
         """Step number `step` (0-based) and what belongs to it; returns what `_step` does."""
         loss = self._step(step, *batch)
         if self.function_pull:
-            self.function_pull.after_step(step + 1)
+            self.function_pull.after_step()
         if self.average:
             self.average.update(step + 1 - self.stall)
             if step + 1 == self.steps:
