@@ -36,9 +36,10 @@ from hvp_networks import ViT
 Problem = tuple[nn.Module, Tensor, Tensor]
 COUNTS = (1, 8, 32)
 EXACT = 1e-8
-# Compiling takes minutes on networks of this depth, and vmap memory that grows with K.
+# Compiling takes minutes on networks of this depth.
 COMPILED = ("head",)
-ONE_BY_ONE = ("PyHessian", "hessian-eigenthings", "kept-graph loop", "fast, loop")
+# 32 vectors: of a loop they are 8 four times over, and vmap takes 8 GiB a vector.
+MANY = ("fast",)
 # [rows, classes] of the op, and its dtype.
 ROWS = [
     (16384, 1000, torch.float32), (16384, 1000, torch.bfloat16), (65536, 100, torch.float32),
@@ -57,8 +58,8 @@ def _resnet50() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "vit_s": (lambda: ViT(384, 12, 196, 768, 1000), (196, 768), 64),
-    "resnet50": (_resnet50, (3, 224, 224), 32),
+    "vit_s": (lambda: ViT(384, 12, 196, 768, 1000), (196, 768), 32),
+    "resnet50": (_resnet50, (3, 224, 224), 16),
     "head": (lambda: nn.Sequential(nn.Linear(768, 1000)), (768,), 4096),
 }
 
@@ -102,7 +103,7 @@ def measure(problem: Problem, kind: str, method: str, count: int, rounds: int) -
     first = seconds(products)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     gradients, times = [], []
-    for _ in range(rounds if first < 5 else 1):
+    for _ in range(rounds if first < 1 else 2):
         # Several gradients: one is shorter than what the host needs to launch it.
         gradients.append(seconds(lambda: [one_gradient() for _ in range(5)]) / 5)
         times.append(seconds(products))
@@ -116,8 +117,8 @@ def measure(problem: Problem, kind: str, method: str, count: int, rounds: int) -
     }
 
 
-def products(case: str, rounds: int) -> list[dict[str, Any]]:
-    rows = []
+def products(case: str, rounds: int, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Hand every row to `keep` as it comes."""
     problem = build(case)
     for kind, methods in METHODS.items():
         for method in methods:
@@ -126,20 +127,19 @@ def products(case: str, rounds: int) -> list[dict[str, Any]]:
             row = {"case": case, "kind": kind, "method": method}
             try:
                 error = relative_error(problem, kind, method)
-                counts = COUNTS[:2] if method in ONE_BY_ONE and case != "head" else COUNTS
+                counts = COUNTS if method in MANY or case == "head" else COUNTS[:2]
                 for count in counts:
                     row |= {"count": count, "relative_error": error, "wrong": error > EXACT}
                     row |= measure(problem, kind, method, count, rounds)
-                    rows.append(dict(row))
+                    keep(dict(row))
                     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()
                            if k not in ("range", "gradient_ms")}, error, flush=True)  # fmt: skip
             except Exception as failure:  # noqa: BLE001 - a peer that fails is a row of the table
                 said = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
-                rows.append(row | {"failed": said})
+                keep(row | {"failed": said})
                 print(case, kind, method, said, flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-    return rows
 
 
 def bandwidth(rounds: int, copy_rate: float) -> list[dict[str, Any]]:
@@ -186,10 +186,14 @@ def main() -> None:
         "op": bandwidth(20, copy_rate),
         "products": [],
     }
+
+    def keep(row: dict[str, Any]) -> None:
+        report["products"].append(row)
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
     options.output.write_text(json.dumps(report, indent=1) + "\n")
     for case in options.cases:
-        report["products"] += products(case, options.rounds)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        products(case, options.rounds, keep)
     print(f"wrote {options.output}")
 
 

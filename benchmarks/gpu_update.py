@@ -226,7 +226,7 @@ def main() -> None:
                        and r.op == "anchored_adamw_"} - {"reference"})  # fmt: skip
     copy = copy_bandwidth(options.rounds)
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s; backends {', '.join(backends)}")
-    report = {
+    report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -234,10 +234,12 @@ def main() -> None:
         "commit": commit(),
         "rounds": options.rounds,
         "copy_gb_per_s": copy,
-        "results": [r for s in options.sets for r in measure(s, backends, options.rounds, copy)],
+        "results": [],
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    for name in options.sets:
+        report["results"] += measure(name, backends, options.rounds, copy)
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {options.output}")
 
 
