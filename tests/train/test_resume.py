@@ -356,7 +356,7 @@ def test_the_best_weights_follow_into_another_folder(tmp_path, monkeypatch):
     resumed = fast.finetune(network(), TRAIN, VAL, resume=b, **options)
     x, y = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(x[k], y[k]) for k in x)
-    with pytest.raises(ValueError, match="holds checkpoints of another run than"):
+    with pytest.raises(ValueError, match="whole holds checkpoints already; pass resume="):
         fast.finetune(network(), TRAIN, VAL, resume=b, output=tmp_path / "whole", **options)
 
 

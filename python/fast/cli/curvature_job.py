@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.cli.job import image_format, prepare, try_forward
+from fast.cli.job import data_columns, image_format, prepare, try_forward
 from fast.train.data import Data, as_data, move
 from fast.train.device import pick_device
 from fast.train.labels import check_labels
@@ -37,7 +37,7 @@ class LossOf:
 def losses_of(args: argparse.Namespace) -> list[LossOf]:
     """Source and target loss, as far as there are data for them; the networks in eval mode."""
     device = pick_device(args.device)
-    columns = {"input_column": args.input_column, "label_column": args.label_column}
+    columns = data_columns(args)
     splits: dict[str, Split] = {}
     if args.source:
         splits["source"] = _training_split(load_data(args.source, **columns, numeric_labels=True))

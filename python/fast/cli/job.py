@@ -47,14 +47,7 @@ class Job:
 
 def load_job(args: argparse.Namespace) -> Job:
     """Read model and data; what is wrong with them is raised here, before training."""
-    columns = {"input_column": args.input_column, "label_column": args.label_column}
-    names = [args.data, args.source, getattr(args, "source_inputs", None)]
-    for option, column in columns.items():
-        if column is not None and not any(has_columns(name) for name in names if name):
-            flag = option.replace("_", "-")
-            raise ValueError(
-                f"--{flag} is for Hugging Face data sets; {args.data} is none: drop it"
-            )
+    columns = data_columns(args)
     target = load_data(args.data, **columns).with_val(args.val_fraction)
     if target.train is None:
         raise ValueError(f"--data {args.data}: has no training split")
@@ -75,7 +68,8 @@ def load_job(args: argparse.Namespace) -> Job:
     classes = try_forward(loaded, ready["train"])
     if source is not None:
         check_source(f"--source {args.source}", source, classes)
-    if known is not None:
+    # Where the skill is in the features, labels need not be the head's.
+    if known is not None and getattr(args, "source_skill", None) != "features":
         check_source(f"--source-inputs {args.source_inputs}", known, classes, more=True)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -93,6 +87,22 @@ def load_job(args: argparse.Namespace) -> Job:
     )
 
 
+def data_columns(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load_data`.
+
+    Raises:
+        ValueError: columns are named, and none of the data sets has any.
+    """
+    names = [getattr(args, option, None) for option in ("data", "source", "source_inputs")]
+    columns = {"input_column": args.input_column, "label_column": args.label_column}
+    for option, column in columns.items():
+        if column is not None and not any(has_columns(name) for name in names if name):
+            flag = option.replace("_", "-")
+            given = next(name for name in names if name)
+            raise ValueError(f"--{flag} is for Hugging Face data sets; {given} is none: drop it")
+    return columns
+
+
 def check_source(option: str, data: NamedData, classes: int, more: bool = False) -> None:
     """Raise ValueError where the labels cannot be the network's own, before anything is run.
 
@@ -102,7 +112,8 @@ def check_source(option: str, data: NamedData, classes: int, more: bool = False)
         more: labels beyond these are of a skill that is in the features, and taken as such.
     """
     own = f"the network's own head has {classes} classes"
-    named = Path(data.name).is_dir() and not all(name.isdigit() for name in data.classes)
+    folders = Path(data.name).expanduser().is_dir() and not has_columns(data.name)
+    named = folders and not all(name.isdigit() for name in data.classes)
     if named and len(data.classes) != classes and not (more and len(data.classes) > classes):
         raise ValueError(
             f"{option}: {len(data.classes)} class folders with names, and {own}: which is which "

@@ -37,7 +37,8 @@ def check_folder(config: TrainConfig, folder: Path) -> None:
         )
     if folder.resolve() != source.resolve() and list_checkpoints(folder):
         raise ValueError(
-            f"output: {folder} holds checkpoints of another run than {source}; name another folder"
+            f"output: {folder} holds checkpoints already; pass resume={str(folder)!r} to go on "
+            f"with those, not {source}'s, or another folder"
         )
     try:
         saved = json.loads(path.read_text())
