@@ -203,7 +203,8 @@ def measure(name: str, backends: list[str], rounds: int, copy: float) -> list[di
             row["wrong"] = errors.get(method, "")
             rows.append(row)
             print(f"{name:9} {variant:24} {method:14} {ms:8.3f} ms (eager {eager[method]:8.3f}) "
-                  f"{gbs:7.0f} GB/s {gbs / copy:5.1%} of copy {row['wrong'][:60]}", flush=True)  # fmt: skip
+                  f"{gbs:7.0f} GB/s {gbs / copy:5.1%} of copy {row['wrong'][:60]}",
+                  flush=True)  # fmt: skip
         del steps, cases, graphs
         torch.cuda.empty_cache()
     return rows
