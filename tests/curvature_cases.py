@@ -46,6 +46,31 @@ class Recurrent(nn.Module):
         return self.out(self.rnn(x.view(-1, 2, 3))[0][:, -1])
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True, bidirectional=True)
+        self.out = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x.view(-1, 2, 3))[0].mean(1))
+
+
+class Padded(nn.Module):
+    """An encoder that may not look at padding: a boolean mask of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.stack([x[:, 0] > 9, x[:, 1] > 0, x[:, 2] > 0.5], 1)
+        tokens = torch.stack([x, x.flip(1), x * x], 1)
+        h = self.layer(tokens, src_key_padding_mask=padding)
+        return self.out(h.masked_fill(padding[..., None], 0.0).mean(1))
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -173,6 +198,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "encoder-layer": Encoder,
     "encoder-layer-train": lambda: _train(Encoder()),
     "lstm": Recurrent,
+    "gru": Gated,
+    "padding-mask": Padded,
     "checkpoint": lambda: Checkpointed(False),
     "checkpoint-reentrant": lambda: Checkpointed(True),
     "tied": Tied,

@@ -42,6 +42,7 @@ def rank_main(rank: int, folder: str, split: str) -> None:
             operator.gradient().tolist(),
             operator.top(2).values.tolist(),
         ]
+        out[f"{name} check"] = str(operator.check())
     Path(folder, f"{rank}.json").write_text(json.dumps(out))
     dist.barrier()  # a rank that leaves early aborts the other inside gloo
     dist.destroy_process_group()

@@ -98,6 +98,19 @@ def no_model_file(folder):
     (folder / "out" / "model.safetensors").unlink()
 
 
+def one_sample(folder):
+    arrays = np.load(folder / "source.npz")
+    np.savez(folder / "source.npz", **{name: part[:1] for name, part in arrays.items()})
+
+
+def flat_root(folder):
+    """The square root of zero has an infinite slope."""
+    (folder / "root.py").write_text(
+        "from nets import Net\n\n\nclass Root(Net):\n    def forward(self, x):\n"
+        "        return super().forward(x).mul(0).sqrt()\n"
+    )
+
+
 def keep(folder):
     pass
 
@@ -111,6 +124,11 @@ def keep(folder):
         (keep, ["--checkpoint", "out", "--model", "nets.py:Net(3, 4)"], "out/model.safetensors"),
         (keep, ["--checkpoint", "out", "--samples", 0], "--samples must be at least 1; got 0"),
         (keep, ["--checkpoint", "out", "--params", "x"], "matches no parameter"),
+        (keep, ["--checkpoint", "out", "--params", "("], "'(' is no regular expression"),
+        (one_sample, ["--checkpoint", "out", "--source", "source.npz"], "--source: 1 sample;"),
+        (keep, ["--checkpoint", "out", "--output", "/proc/new/er"], "/proc/new/er: cannot be wr"),
+        (keep, ["--checkpoint", "out", "--output", "nets.py/new"], "nets.py/new: cannot be wr"),
+        (flat_root, ["--model", "root.py:Root(3)", "--source", "source.npz"], "is not finite"),
         (keep, ["--checkpoint", "out", "--source", "target.npz"], "--source: labels must be 0..2"),
         (keep, ["--checkpoint", "out", "--device", "cuda:99"], "there is cpu"),
         (keep, ["--model", "nets.py:Net(3)"], "--source or --data must be given"),

@@ -113,6 +113,24 @@ def test_top_of_krylov_spaces_that_end(name: str, block_size: int, which: str, d
     assert float(errors.abs().max()) <= 1e-4 * size
 
 
+@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("which", ["magnitude", "largest", "smallest"])
+def test_top_finds_every_copy_when_asked_to(which: str, block_size: int) -> None:
+    values = torch.cat(
+        [torch.tensor([3.0, 3.0, 3.0, 3.0, -2.0, -2.0, -2.0]), torch.linspace(0, 1, 93)]
+    )
+    matrix = _matrix(values.double())
+    options = {"which": which, "block_size": block_size, "tol": 1e-6}
+    result = top(MatrixOperator(matrix), 5, multiple=True, **options)
+    key = {"magnitude": -values.abs(), "largest": -values, "smallest": values}[which]
+    assert result.converged
+    torch.testing.assert_close(result.values, values.double()[key.argsort()[:5]], rtol=0, atol=1e-6)
+    errors = (matrix @ result.vectors - result.vectors * result.values).norm(dim=0)
+    assert float(errors.max()) < 1e-4
+    fewer = top(MatrixOperator(matrix), 5, **options)
+    assert fewer.num_matvecs < result.num_matvecs
+
+
 def test_top_of_products_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="not finite"):
         top(MatrixOperator(torch.full((4, 4), torch.nan)), 1)

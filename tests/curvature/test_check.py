@@ -70,6 +70,7 @@ def test_check_finds_a_network_that_is_not_a_function() -> None:
     [
         ({"data": 3}, "data must be a batch"),
         ({"data": []}, "no batch"),
+        ({"model": torch.jit.trace(torch.nn.ReLU(), torch.ones(1))}, "is a TorchScript module"),
         ({"data": [{"x": 1}]}, "needs one of the keys"),
         ({"loss_fn": "hinge"}, "loss_fn must be"),
         ({"params": ["missing"]}, "'missing', which is no parameter"),
@@ -83,9 +84,9 @@ def test_check_finds_a_network_that_is_not_a_function() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict, match: str) -> None:
     model, x, y = build("mlp-tanh")
-    given = {"loss_fn": F.cross_entropy, "data": (x, y), **arguments}
+    given = {"model": model, "loss_fn": F.cross_entropy, "data": (x, y), **arguments}
     with pytest.raises((ValueError, TypeError), match=match):
-        Hessian(model, **given).matmat(torch.zeros(89, dtype=x.dtype))
+        Hessian(**given).matmat(torch.zeros(89, dtype=x.dtype))
 
 
 def test_bad_vectors_are_named() -> None:

@@ -27,4 +27,5 @@ def test_two_ranks(tmp_path: Path, split: str) -> None:
         torch.testing.assert_close(product, operator @ V, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(quad, operator.quad(V), rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(gradient, operator.gradient(), rtol=1e-6, atol=1e-8)
+        assert "FAIL" not in first[f"{name} check"], first[f"{name} check"]
         torch.testing.assert_close(values, operator.top(2).values, rtol=1e-5, atol=1e-8)

@@ -13,7 +13,7 @@ from fast.curvature.folded.rules import RULES
 from fast.curvature.folded.tape import Tape
 
 # Operations without a rule: these take the loop, and say why.
-BY_LOOP = {"activations", "group-norm", "lstm", "in-place"}
+BY_LOOP = {"activations", "group-norm", "lstm", "gru", "in-place"}
 
 
 @pytest.mark.parametrize("kind", [Hessian, GGN])

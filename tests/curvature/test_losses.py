@@ -103,6 +103,11 @@ def test_the_fisher_matrix_needs_no_label(method: str) -> None:
     for data in (x, [x], {"input": x}, (x, None)):
         operator = Fisher(model, F.cross_entropy, data, method=method)
         torch.testing.assert_close(operator.dense(), truth)
+    halves = Fisher(model, F.cross_entropy, [(x[:2], None), (x[2:], None)], method=method)
+    labelled = Fisher(model, F.cross_entropy, [(x[:2], y[:2]), (x[2:], y[2:])], method=method)
+    torch.testing.assert_close(halves.dense(), labelled.dense())
+    with pytest.raises(ValueError, match="soft labels must have the shape of the logits"):
+        Fisher(model, F.cross_entropy, [x[:2], x[2:]], method=method).dense()
     weighted = Fisher(model, nn.CrossEntropyLoss(weight=WEIGHTS), x, method=method)
     assert bool((torch.linalg.eigvalsh(weighted.dense()) > -1e-12).all())
     with pytest.raises(ValueError, match="loss needs labels"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,23 @@ def _output(args: argparse.Namespace) -> Path:
         folder = Path("runs") / f"curvature-{short_name(named)}"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder}: is a file; name a folder")
+    _check_writable(folder)
     return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Now, and not after the products of an hour; leaves nothing there."""
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be written to ({error.strerror})") from error
+    finally:
+        for part in made:
+            if part.is_dir():
+                part.rmdir()
 
 
 def _write(

@@ -56,6 +56,11 @@ def losses_of(args: argparse.Namespace) -> list[LossOf]:
         name: as_data(prepare(split, loaded, form, args.max_length), f"--{_flag(name)}")
         for name, split in splits.items()
     }
+    for name, part in data.items():
+        if part.num_samples is not None and part.num_samples < 2:
+            raise ValueError(
+                f"--{_flag(name)}: {part.num_samples} sample; curvature needs at least 2"
+            )
     networks = _networks(args, loaded, next(iter(data.values())))
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -310,7 +310,9 @@ class Fisher(GGN):
     """Fisher matrix from per-sample gradients: mean over samples of g g^T.
 
     kind="mc": labels drawn from the network's predictive distribution (seeded, the same at every
-    product); an unbiased estimate of the GGN for cross-entropy and squared error, no label needed.
+    product); an unbiased estimate of the GGN for cross-entropy and squared error. No label needed:
+    data may be x, or batches of x (two of them as [(x1, None), (x2, None)], for [x, y] is one
+    labelled batch).
     kind="empirical": the labels of the data (Kunstner et al. 2019 on why that is another matrix).
     """
 

@@ -40,6 +40,7 @@ def top(
     tol: float = 1e-4,
     max_matvecs: int | None = None,
     block_size: int = 1,
+    multiple: bool = False,
     subspace: int | None = None,
     seed: int = 0,
     progress: bool | None = None,
@@ -58,6 +59,9 @@ def top(
         block_size: vectors per product. More find clustered eigenvalues and make better use of
             batched products, at more products in all. One vector at a time sees a multiple
             eigenvalue only once, unless its Krylov space ends before.
+        multiple: after convergence, look for further copies of the eigenvalues from random vectors
+            orthogonal to what was found, until one brings nothing new. For networks with
+            symmetries; about the products of one more eigenpair per look.
         subspace: basis vectors kept, each of P numbers; default max(2 k + 20, 4 block_size).
     """
     size = operator.shape[0]
@@ -72,7 +76,7 @@ def top(
     if limit < min(k + block_size, size):
         raise ValueError(f"subspace must be at least k + block_size; got {subspace}")
     max_matvecs = max_matvecs or 40 * k + 200
-    space = _Subspace(operator, k, which, limit, block_size, seed)
+    space = _Subspace(operator, k, which, limit, block_size, multiple, seed)
     matvecs = 0
     with bar(max_matvecs, f"top {k}", progress) as ticks:
         while True:
@@ -100,10 +104,11 @@ class _Subspace:
         which: str,
         limit: int,
         block_size: int,
+        multiple: bool,
         seed: int,
     ):
         self.operator, self.k, self.which = operator, k, which
-        self.limit, self.block_size = limit, block_size
+        self.limit, self.block_size, self.multiple = limit, block_size, multiple
         self.generator = torch.Generator().manual_seed(seed)
         shape = (limit + block_size, operator.shape[0])
         self.basis = torch.empty(shape, dtype=operator.dtype, device=operator.device)
@@ -111,7 +116,7 @@ class _Subspace:
         self.locked = torch.zeros(0, dtype=torch.float64)
         self.locked_residuals = torch.zeros(0, dtype=torch.float64)
         self.known = self.used = 0
-        self.scale = 0.0
+        self.scale = self.tolerance = 0.0
         self._start()
 
     @property
@@ -154,22 +159,25 @@ class _Subspace:
         return values[order], residuals[order], order
 
     def converged(self, tol: float) -> bool:
-        limit = tol * self.scale
+        limit = self.tolerance = tol * self.scale
         if bool((self.residuals <= limit).all()):  # within `tol` the run has ended
             self.following = self.following[:0]
         if self.used < self.k or not bool((self._chosen()[1] <= limit).all()):
             return False
-        if len(self.following) and not self.lock:
-            return True
         # Of a run from a random block its best pair tells what is left of the spectrum.
         lead = _order(self.theta, self.which)[0]
-        if len(self.following):
-            return bool(self.residuals[lead] <= limit)
-        if self.lock < self.k:
+        if self.residuals[lead] > limit:
             return False
-        worst = self.locked[_order(self.locked, self.which)[self.k - 1]]
-        gap = _key(self.theta[lead], self.which) - _key(worst, self.which)
-        return bool(gap >= -limit)
+        if self.lock < self.k:
+            if len(self.following) and not self.multiple:
+                return True
+        else:
+            worst = self.locked[_order(self.locked, self.which)[self.k - 1]]
+            gap = _key(self.theta[lead], self.which) - _key(worst, self.which)
+            if gap >= -limit:
+                return True
+        self.following = self.following[:0]  # keep what converged, and look again
+        return False
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
         """values [k], vectors [P, k], residuals [k]."""
@@ -191,12 +199,11 @@ class _Subspace:
         if self.used + len(self.following) > self.limit:
             wanted = self.k + max(4, self.k // 2)
             room = self.limit - self.lock - len(self.following)
-            self._keep(max(1, min(wanted, room)))
+            self._keep(_order(self.theta, self.which)[: max(1, min(wanted, room))])
         self._append(self.following)
 
-    def _keep(self, count: int) -> None:
-        """Restart the run from its best Ritz vectors."""
-        order = _order(self.theta, self.which)[:count]
+    def _keep(self, order: Tensor) -> None:
+        """Restart the run from some of its Ritz vectors."""
         first, last = self.lock, self.lock + len(order)
         self.basis[first:last] = self.s[:, order].T.to(self.basis) @ self.basis[first : self.used]
         self.projected[first:, first:] = 0
@@ -205,7 +212,8 @@ class _Subspace:
         self.known = self.used = last
 
     def _lock_run(self) -> None:
-        self._keep(len(self.theta))
+        done = (self.residuals <= self.tolerance).nonzero()[:, 0]
+        self._keep(done[_order(self.theta[done], self.which)])
         self.locked = torch.cat([self.locked, self.theta])
         self.locked_residuals = torch.cat([self.locked_residuals, self.residuals])
         # Where the next run would have no room, only what is asked for stays.

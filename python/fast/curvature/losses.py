@@ -187,6 +187,12 @@ class CrossEntropy(Loss):
             own = torch.softmax(self.rows(z[None])[0], -1) @ w
             return (1 - smooth) * own + smooth / classes * w.sum(), own.sum()
         if y.is_floating_point():
+            if y.shape != z.shape:
+                raise ValueError(
+                    f"soft labels must have the shape of the logits, {list(z.shape)}; got "
+                    f"{list(y.shape)} (class labels are integers; two batches without labels are "
+                    "[(x1, None), (x2, None)])"
+                )
             soft = self.rows(y.to(z)[None])[0]
             scale = ((1 - smooth) * soft + smooth / classes) @ w
             return scale, scale.new_tensor(float(scale.numel()))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -152,6 +153,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
+        elif isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a TorchScript module, whose parameters cannot be replaced: pass the "
+                "Python module that it was made of, or nn.Sequential(model)"
+            )
         else:
             return model
 
