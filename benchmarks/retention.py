@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from retention_table import chosen_runs, report
-from runs import RESULTS, Task, complete, learning_rates, machine, parse
+from runs import RESULTS, Task, complete, learning_rates, parse
 
 ISSUE_PAIRS = (
     "resnet20 -> gtsrb,resnet20 -> sign_digits,resnet32 -> fashion_mnist,"
@@ -57,7 +57,7 @@ def main() -> None:
         chosen = {spec: chosen_runs(records, pair, spec)[0]["lr"] for spec in specs}
         tasks = [task(pair, spec, chosen[spec], seed, data) for seed in others for spec in specs]
         records = complete(tasks, store, args.workers)
-    text = report([r for r in records if r["pair"] in pairs], machine())
+    text = report([r for r in records if r["pair"] in pairs])
     (RESULTS / f"{args.name}.md").write_text(text)
     print(text)
 

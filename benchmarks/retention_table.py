@@ -59,7 +59,7 @@ def _forecast_lines(records: Records) -> list[str]:
     return lines
 
 
-def report(records: Records, machine: str) -> str:
+def report(records: Records) -> str:
     """Markdown."""
     by_pair: dict[str, dict[str, Records]] = {}
     for pair in dict.fromkeys(r["pair"] for r in records):
@@ -68,7 +68,8 @@ def report(records: Records, machine: str) -> str:
     lines = [*_methods(by_pair), "", *_figures(by_pair)]
     lines += _forecast_lines(records)
     commits = ", ".join(sorted({r["commit"] for r in records}))
-    lines += ["", f"Means over seeds. {machine}. Commit {commits}."]
+    machines = dict.fromkeys(r["pair"] + ": " + r["machine"] for r in records)
+    lines += ["", f"Means over seeds. Commit {commits}.", *(f"\n{m}" for m in machines)]
     return "\n".join(lines) + "\n"
 
 

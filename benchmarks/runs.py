@@ -109,6 +109,7 @@ def run(task: Task) -> dict[str, Any]:
         "source_before": result.source_accuracy_before,
         "history": history,
         "commit": commit(),
+        "machine": machine(result.model),
     }
 
 
@@ -142,8 +143,9 @@ def commit() -> str:
     return name.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def machine() -> str:
-    return (
-        f"{platform.processor() or platform.machine()}, one thread per run; torch "
-        f"{torch.__version__}, Python {platform.python_version()}"
-    )
+def machine(model: torch.nn.Module | None = None) -> str:
+    """Where `model` is; None: this processor."""
+    place = f"{platform.processor() or platform.machine()}, one thread per run"
+    if model is not None and next(model.parameters()).is_cuda:
+        place = torch.cuda.get_device_name()
+    return f"{place}; torch {torch.__version__}, Python {platform.python_version()}"
