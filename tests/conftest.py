@@ -16,6 +16,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are on the CPU, also where there is a GPU: what they learn is compared with numbers.
+    Tests marked gpu name their device."""
+    monkeypatch.setenv("FAST_DEVICE", "cpu")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Small tensors: torch's parallel regions cost more than they bring, above all under load."""

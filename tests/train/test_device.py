@@ -8,13 +8,21 @@ from fast.train.device import pick_device
 from networks import ConvNet, images
 
 
-def test_devices_that_are_there():
+def test_the_environment_names_the_default(monkeypatch):
+    monkeypatch.setenv("FAST_DEVICE", "nowhere")
+    with pytest.raises(ValueError, match="device 'nowhere' cannot be used here"):
+        pick_device(None)
+    assert pick_device("cpu").type == "cpu"
+
+
+def test_devices_that_are_there(monkeypatch):
+    monkeypatch.delenv("FAST_DEVICE")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert pick_device(None).type == expected
     assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x"])
 def test_devices_that_are_not(name):
     with pytest.raises(ValueError, match=f"device '{name}' cannot be used here: there is cpu"):
         pick_device(name)

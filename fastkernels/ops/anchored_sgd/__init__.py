@@ -17,8 +17,9 @@ OP = _update.Op(
     moments=("momentum_buffers",),
 )
 _backends.register(OP.name, "native", ("cpu",), f"{__name__}.native", _native.available)
-_backends.register(OP.name, "native", ("cuda",), f"{__name__}.cuda", _cuda.available)
+# On an H200 Triton's takes 0.4 to 0.65 of the time of CUDA C++ (docs/update.md).
 _backends.register(OP.name, "triton", ("cuda",), f"{__name__}.triton", _triton.available)
+_backends.register(OP.name, "native", ("cuda",), f"{__name__}.cuda", _cuda.available)
 _backends.register(OP.name, "reference", ("cpu", "cuda"), f"{__name__}.reference")
 _backends.register(OP.name, "triton", ("cpu",), f"{__name__}.triton", _triton.available_on_cpu)
 

@@ -121,7 +121,9 @@ class TrainConfig:
     )
     patience: int | None = _option(None, "stop after this many evaluations without a better val")
 
-    device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)")
+    device: str | None = _option(
+        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)"
+    )
     output: str | None = _option(None, "folder for model, checkpoints, config and log")
     save_every: int | None = _option(None, "steps between checkpoints (default: at evaluations)")
     resume: str | None = _option(None, "folder of an interrupted run to go on with")

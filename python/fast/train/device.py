@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fast.errors import first_line
 
+ENVIRONMENT = "FAST_DEVICE"
+
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device called `name`, tried out; None: CUDA when there is one, else the CPU.
+    """The device called `name`, tried out; None: that of the environment variable FAST_DEVICE, else
+    CUDA when there is one, else the CPU.
 
     Raises:
         ValueError: no such device, or none that can compute here; the message says which can.
     """
+    name = name or os.environ.get(ENVIRONMENT) or None
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
