@@ -80,6 +80,9 @@ def test_settings_of_threads_that_overlap() -> None:
     """The first to enter leaves last: what it finds is what it puts back."""
     fast, segment = torch.backends.mha.get_fastpath_enabled(), torch_checkpoint.CheckpointFunction
     flash = torch.backends.cuda.flash_sdp_enabled()
+    from torch._dynamo.testing import CompileCounter  # loads the compiler: not for all tests
+
+    counter = CompileCounter()
     entered, leave = threading.Event(), threading.Event()
 
     def inner() -> None:
@@ -101,6 +104,8 @@ def test_settings_of_threads_that_overlap() -> None:
     assert torch.backends.cuda.flash_sdp_enabled() == flash
     assert torch.backends.mha.get_fastpath_enabled() == fast
     assert torch_checkpoint.CheckpointFunction is segment
+    torch.compile(torch.sin, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 1  # torch compiles again
 
 
 def test_generators_of_other_devices_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,7 @@ def _checkpoint_inline() -> Iterator[None]:
 
 MHA, CHECKPOINT = _Counted(_no_mha_fastpath), _Counted(_checkpoint_inline)
 ATTENTION = _Counted(lambda: sdpa_kernel(SDPBackend.MATH))
+EAGER = _Counted(lambda: torch.compiler.set_stance("force_eager"))
 CUDNN = _Counted(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
@@ -114,7 +115,7 @@ def evaluation(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled; it weighs 128 MiB
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(EAGER)
         stack.enter_context(MHA)
         stack.enter_context(CHECKPOINT)
         if differentiable_twice:
