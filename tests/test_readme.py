@@ -19,7 +19,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert len(blocks) == 3
     x, y = images(200, 5)
     x_old, y_old = images(50, 5, seed=1)
-    names = {"x": x, "y": y, "x_val": x, "y_val": y, "x_old": x_old, "y_old": y_old}
+    names = {"torch": torch, "x": x, "y": y, "x_val": x, "y_val": y, "x_old": x_old, "y_old": y_old}
     names |= {"x_kept": images(40, 5, seed=2)[0]}
     torch.manual_seed(0)
     for block in blocks:

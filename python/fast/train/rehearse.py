@@ -51,7 +51,7 @@ FEATURE_BYTES = 2**28
 CHUNK = 128
 # Steps over which e is averaged while it falls, and while it rises: features that run away have to
 # be caught within the ramp. Against 10 for both and a look at every fifth step, on five pairs: the
-# source kept 0.6 points more, the target the same (docs/research.md).
+# source kept 0.5 points more, the target the same.
 FALL, RISE = 10, 3
 
 
