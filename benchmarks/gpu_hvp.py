@@ -15,7 +15,6 @@ import copy
 import functools
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from fast.curvature import GGN, Hessian
 from fastkernels import cross_entropy_hvp_, cross_entropy_quad
-from gpu_update import commit, copy_bandwidth, graphed, interleaved
+from gpu_update import copy_bandwidth, graphed, interleaved, where
 from hvp_cases import METHODS, gradient, missing, probes
 from hvp_floor import gemm_rate
 from hvp_networks import ViT
@@ -175,12 +174,7 @@ def main() -> None:
         raise SystemExit("gpu_hvp.py needs a CUDA device; torch finds none")
     torch.backends.cudnn.allow_tf32 = False
     copy_rate = copy_bandwidth(20)
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": commit(),
+    report = where() | {
         "copy_gb_per_s": copy_rate,
         "gemm_gflops": gemm_rate("cuda") / 1e9,
         "op": bandwidth(20, copy_rate),

@@ -216,6 +216,17 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def where() -> dict[str, Any]:
+    """What the figures of a report belong to."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=50)
@@ -232,12 +243,7 @@ def main() -> None:
                        and r.op == "anchored_adamw_"} - {"reference"})  # fmt: skip
     copy = copy_bandwidth(options.rounds)
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s; backends {', '.join(backends)}")
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": commit(),
+    report = where() | {
         "rounds": options.rounds,
         "copy_gb_per_s": copy,
         "results": [],
