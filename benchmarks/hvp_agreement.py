@@ -96,7 +96,7 @@ def eigenvalue_methods(
         import curvlinops
 
         def theirs(tol: float) -> list[float]:
-            params = dict(model.named_parameters())
+            params = list(model.parameters())
             A = curvlinops.HessianLinearOperator(
                 model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False
             )
