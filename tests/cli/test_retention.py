@@ -18,7 +18,7 @@ SWEEP = ("--steps", 6, "--output", "out")
 
 def points(method, data=(), **options):
     args = argparse.Namespace(**({"strengths": (0.5, 2), "budgets": None, "steps": 60} | options))
-    return [(s.label, s.options) for s in settings(method, args, dict.fromkeys(data))]
+    return [(s.label, s.options) for s in settings(method, args, dict.fromkeys(data), True)]
 
 
 def test_strengths_multiply_what_the_method_itself_sets():
@@ -42,9 +42,10 @@ def test_strengths_multiply_what_holds_a_method_that_rehearses():
     data = {"source_inputs", "train"}
     (none, one) = (options for _, options in points("fast", data, strengths=(0, 1)))
     config = TrainConfig(steps=60)
-    plan = plan_for(config, 60, False, True, True)
-    assert one == {name: getattr(plan, name) for name in ("anchor_decay", "distill", "rehearse")}
-    weak = plan_for(dataclasses.replace(config, **none), 60, True, True, False)
+    plan = plan_for(config, 60, False, True, True, True)
+    assert plan.batch_norm == "per_task"
+    assert one == {name: getattr(plan, name) for name in ("anchor_decay", "rehearse")}
+    weak = plan_for(dataclasses.replace(config, **none), 60, True, True, False, True)
     held = dict.fromkeys(one, 0.0)
     assert dataclasses.asdict(weak) == dataclasses.asdict(plan) | held
     (_, ewc) = points("ewc", data, strengths=(1,), **{"rehearse": 1.0})[0]

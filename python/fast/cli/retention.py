@@ -38,6 +38,7 @@ from fast.cli.runs import (
 )
 from fast.cli.summary import Run, intervals, spread
 from fast.cli.table import text_table
+from fast.heads import has_batch_norm
 from fast.train.config import Budget, TrainConfig
 from fast.train.methods import METHODS, plan_for, rehearse_weight, uses_card
 
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
         for lr, seed in itertools.product(args.lr, args.seeds):
             check_training(args, lr=lr, seed=seed)
         methods = runnable(args.methods, job)
-        plan = {method: settings(method, args, job.data) for method in methods}
+        norms = has_batch_norm(job.loaded.model)
+        plan = {method: settings(method, args, job.data, norms) for method in methods}
         runner = Runner(args, job, folder)
         curves = [
             (setting, runner.all_seeds(method, setting.name, setting.options))
@@ -113,13 +115,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def settings(method: str, args: argparse.Namespace, data: dict[str, Any]) -> list[Setting]:
-    """The points of one method's curve, weakest first."""
+def settings(
+    method: str, args: argparse.Namespace, data: dict[str, Any], batch_norms: bool
+) -> list[Setting]:
+    """The points of one method's curve, weakest first; `batch_norms`: the network has some."""
     given = {k: v for k, v in training_options(args).items() if k not in NOT_HERE}
     config = TrainConfig(**given, method=method)
     informed = uses_card(config, "card" in data, "source_inputs" in data)
     rehearses = "source_inputs" in data and rehearse_weight(config) > 0
-    plan = plan_for(config, _steps(config, data), informed, True, rehearses)
+    plan = plan_for(config, _steps(config, data), informed, True, rehearses, batch_norms)
     own = {"anchor_decay": plan.anchor_decay, "distill": plan.distill, "rehearse": plan.rehearse}
     held = {name: value for name, value in own.items() if value}
     if not held:
@@ -130,8 +134,9 @@ def settings(method: str, args: argparse.Namespace, data: dict[str, Any]) -> lis
     found = []
     for strength in sorted(dict.fromkeys(args.strengths or STRENGTHS)):
         options: dict[str, Any] = {name: strength * value for name, value in held.items()}
-        if rehearses and not strength:  # what rehearses has another rate and ramp: they stay
-            options |= {"lr": plan.lr, "ramp": plan.ramp}
+        if rehearses and not strength:
+            # What rehearses has another rate, ramp and batch norm: they stay.
+            options |= {"lr": plan.lr, "ramp": plan.ramp, "batch_norm": plan.batch_norm}
         found.append(Setting(f"{strength:g}", f"strength{strength:g}", options))
     return found
 

@@ -2,9 +2,11 @@
 
 from fast.heads.batch_norm import (
     estimate_statistics,
+    has_batch_norm,
     plain_batch_norm,
     running_statistics,
     set_batch_norm,
+    source_norms,
 )
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head
@@ -35,12 +37,14 @@ __all__ = [
     "fold_head",
     "folds_positions",
     "forward_logits",
+    "has_batch_norm",
     "in_mode",
     "pick",
     "plain_batch_norm",
     "replace_head",
     "running_statistics",
     "set_batch_norm",
+    "source_norms",
     "source_task",
     "task_head",
 ]

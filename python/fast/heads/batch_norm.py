@@ -112,6 +112,22 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
     return model
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a policy would change anything: a batch norm with running statistics."""
+    return bool(_batch_norms(model))
+
+
+def source_norms(model: nn.Module) -> dict[str, Tensor]:
+    """State of the source's batch norms, where they are kept per task, by the names of the plain
+    network's; empty otherwise."""
+    return {
+        f"{name}.{key}": value
+        for name, norm in model.named_modules()
+        if isinstance(norm, _PerTask)
+        for key, value in norm.source_norm.state_dict().items()
+    }
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances `[C]` of the batch norms, as they are, not copied."""
     found = [(m.running_mean, m.running_var) for m in _batch_norms(model)]

@@ -107,7 +107,12 @@ class TrainConfig:
     probe_steps: int | None = _option(
         None, "lp-ft: steps of linear probing (default: 1/6 of the run)"
     )
-    batch_norm: str = _option("frozen", "what backbone batch norm does", BATCH_NORM_POLICIES)
+    batch_norm: str | None = _option(
+        None,
+        "what backbone batch norm does (default: per_task where source inputs are rehearsed, else "
+        "frozen)",
+        BATCH_NORM_POLICIES,
+    )
 
     optimizer: str = _option("adamw", "update rule", OPTIMIZERS)
     schedule: str = _option("cosine", "learning-rate schedule", SCHEDULES)
@@ -134,7 +139,7 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
             value = getattr(self, f.name)
-            if choices and value not in choices:
+            if choices and value not in choices and (value is not None or f.default is not None):
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
         positive = (
             "batch_size",

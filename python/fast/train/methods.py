@@ -102,6 +102,7 @@ class Plan:
     head_steps: int
     rehearse: float
     average: int
+    batch_norm: str
 
 
 def rehearse_weight(config: TrainConfig) -> float:
@@ -133,6 +134,7 @@ def plan_for(
     with_card: bool = False,
     head_is_last: bool = False,
     rehearses: bool = False,
+    batch_norms: bool = False,
 ) -> Plan:
     """Settings of this run; steps that were not given follow the length of the run.
 
@@ -140,6 +142,7 @@ def plan_for(
         with_card: the pull is weighted by source curvature.
         head_is_last: the head's outputs are the logits.
         rehearses: there are source inputs, and the method rehearses what it is given.
+        batch_norms: the network has batch norm.
     """
     method = METHODS[config.method]
     ease = EASED if rehearses else 1.0
@@ -156,16 +159,21 @@ def plan_for(
         stall = chosen(config.probe_steps, max(1, round(method.probe * steps)))
     elif config.probe_steps is not None:
         raise ValueError(f"probe_steps is for lp-ft; {config.method} has stall")
+    # Statistics of the target's own let features of the target differ from the source's without any
+    # weight moving. Rehearsal holds the source under its own statistics, which nothing else does.
+    kept_apart = rehearses and batch_norms
+    batch_norm = config.batch_norm or ("per_task" if kept_apart else "frozen")
     return Plan(
         chosen(config.lr, REHEARSING_LR if rehearses else DEFAULT_LR),
         method.max_entropy,
         chosen(config.head_lr_scale, method.head_lr_scale),
         chosen(config.anchor_decay, ease * (method.anchor_decay if decay is None else decay)),
         # Per-task batch norm gives the source head features of its own: there is nothing to share.
-        chosen(config.distill, 0.0 if config.batch_norm == "per_task" else ease * method.distill),
+        chosen(config.distill, 0.0 if batch_norm == "per_task" else ease * method.distill),
         int(stall),
         int(chosen(config.ramp, min(ease * method.ramp, MAX_RAMP * steps))),
         head_steps,
         rehearse_weight(config) if rehearses else 0.0,
         int(chosen(config.average, min(method.average, steps // 4))),
+        batch_norm,
     )

@@ -18,6 +18,7 @@ from fast.heads import (
     estimate_statistics,
     features_of,
     folds_positions,
+    has_batch_norm,
     replace_head,
     set_batch_norm,
     source_task,
@@ -60,8 +61,8 @@ def prepare_model(job: Job) -> FunctionPull | None:
     replace_head(model, job.num_classes, sample=job.sample, max_entropy=plan.max_entropy)
     head = task_head(model)
     assert head is not None
-    set_batch_norm(model, config.batch_norm)
-    if config.batch_norm == "per_task":
+    set_batch_norm(model, plan.batch_norm)
+    if plan.batch_norm == "per_task":
         # Normaliser and head start on the features that the target will have.
         estimate_statistics(model, _first_inputs(batches, next(model.parameters()).device))
     asked = plan.distill or job.rehearsed is not None
@@ -90,7 +91,7 @@ def _rehearsal(job: Job, head: TaskHead, folded: bool) -> Rehearsal | None:
     _check_features(made.features)
     few = move(samples.part(0, 8).inputs, next(model.parameters()).device)
     made.apart = (
-        job.config.batch_norm != "frozen"
+        (job.plan.batch_norm == "per_task" and has_batch_norm(model))
         or folded
         or depends_on_mode(model, few)
         or not cuts_at_head(model, head, job.sample, few)

@@ -12,10 +12,11 @@ from torch import nn
 
 from fast.curvature.network import unwrap
 from fast.files import atomic_file, to_json, write_json
-from fast.heads import fold_head, task_head
+from fast.heads import fold_head, source_norms, task_head
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
 from fast.train.logs import HISTORY_FILE
+from fast.train.saved import SOURCE_NORMS_FILE
 
 
 @dataclass
@@ -65,7 +66,8 @@ class Result:
 
         `model.safetensors` is folded and loads into the plain architecture, with as many classes
         and a bias in its head (the mean of the features becomes part of it);
-        `source_head.safetensors` holds weight and bias of the layer that it replaced;
+        `source_head.safetensors` holds weight and bias of the layer that it replaced, and
+        `source_norms.safetensors` the source's batch norms where each task has its own;
         `config.json`, `result.json` and `history.jsonl` hold options, accuracies and history.
 
         Returns:
@@ -77,6 +79,12 @@ class Result:
         if head is not None:
             with atomic_file(folder / "source_head.safetensors") as path:
                 save_tensors(dict(head.source.state_dict()), path)
+        norms = source_norms(model)
+        if norms:
+            with atomic_file(folder / SOURCE_NORMS_FILE) as path:
+                save_tensors(norms, path)
+        else:  # of a run before
+            (folder / SOURCE_NORMS_FILE).unlink(missing_ok=True)
         with atomic_file(folder / "model.safetensors") as path:
             save_tensors(dict(fold_head(copy.deepcopy(model)).state_dict()), path)
         write_json(folder / "config.json", dataclasses.asdict(self.config))

@@ -14,6 +14,8 @@ from fast.heads.find import Head, HeadLayer, find_head
 from fast.heads.replace import announce_classes
 from fast.train.checkpoint import load_tensors
 
+SOURCE_NORMS_FILE = "source_norms.safetensors"
+
 
 @dataclass
 class SavedNetworks:
@@ -29,7 +31,8 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     """Read the networks of a saved run.
 
     Args:
-        folder: with `model.safetensors`, and `source_head.safetensors` beside it.
+        folder: with `model.safetensors`, and `source_head.safetensors` beside it; and
+            `source_norms.safetensors` where each task had batch norms of its own.
         model: the plain architecture, with a head for any number of classes; becomes the target
             network.
         sample: a batch of inputs, to find the head by.
@@ -59,10 +62,16 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     source_file = folder / "source_head.safetensors"
     if not source_file.is_file():
         return SavedNetworks(model, None, f"{folder} has no source_head.safetensors")
-    if _batch_norm_policy(folder) == "per_task":
+    norms_file = folder / SOURCE_NORMS_FILE
+    norms = load_tensors(norms_file) if norms_file.is_file() else {}
+    if not norms and _batch_norm_policy(folder) == "per_task":
         why = "the source's batch norm statistics were kept per task, and are not in the folder"
         return SavedNetworks(model, None, f"{folder}: {why}")
     source = copy.deepcopy(model)
+    odd = [n for n, t in norms.items() if n not in own or own[n].shape != t.shape]
+    if odd:
+        raise ValueError(f"{norms_file} is of another network: it has {odd[0]}")
+    source.load_state_dict(norms, strict=False)
     old = find_head(source, sample)
     weights = load_tensors(source_file)
     layer = _fit_head(source, old, weights, "", source_file)

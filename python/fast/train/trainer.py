@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fast.curvature.card import SourceCard
 from fast.files import write_json
-from fast.heads import forward_logits, pick, source_task, task_head
+from fast.heads import forward_logits, has_batch_norm, pick, source_task, task_head
 from fast.train.average import Average
 from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
@@ -145,7 +145,14 @@ class Trainer:
                 "head_steps: something follows the head of this network, so that it cannot learn "
                 "from its features alone; use stall="
             )
-        plan = plan_for(config, self.steps, card is not None, last, rehearsed is not None)
+        plan = plan_for(
+            config,
+            self.steps,
+            card is not None,
+            last,
+            rehearsed is not None,
+            has_batch_norm(model),
+        )
         if rehearsed is not None:
             # Source inputs take places in the batch, so that a step costs what it did.
             if self.batch_size < 2:
