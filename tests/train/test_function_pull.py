@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fast
 from fast.curvature.answers import SourceInputs
-from fast.heads import features_of, find_head, set_batch_norm, task_head
+from fast.heads import features_of, find_head, set_batch_norm, source_task, task_head
 from fast.train.average import Average
 from fast.train.config import TrainConfig
 from fast.train.head_start import head_is_last
@@ -24,6 +24,7 @@ from fast.train.rehearse import (
     joined,
     places_for,
 )
+from fast.train.saved import load_saved
 from fast.train.trainer import Trainer
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 
@@ -291,3 +292,20 @@ def test_per_task_batch_norm_starts_from_the_statistics_of_the_target(pretrained
     assert (features.mean(0) - head.norm.mean).abs().max() < 0.3 * features.std()
     with fast.source_task(model):
         assert torch.allclose(model(KNOWN[0]), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "per_task"])
+def test_a_saved_run_answers_both_tasks(pretrained, tmp_path, batch_norm):
+    model = copy.deepcopy(pretrained)
+    options = {"batch_norm": batch_norm, "steps": 5, "source_inputs": KNOWN[0]}
+    result = fast.finetune(model, TRAIN, **options)
+    result.save(tmp_path)
+    saved = load_saved(tmp_path, ConvNet(), VAL[0][:2])
+    x = VAL[0]
+    result.model.eval()
+    with torch.no_grad(), source_task(result.model):
+        asked = result.model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(saved.source.eval()(x), asked)
+        torch.testing.assert_close(saved.target.eval()(x), result.model(x), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "source_norms.safetensors").exists() == (batch_norm == "per_task")
