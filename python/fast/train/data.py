@@ -75,6 +75,15 @@ def _shapes(inputs: Any) -> str:
     return f"{list(inputs.shape)} {inputs.dtype}" if isinstance(inputs, Tensor) else _kind(inputs)
 
 
+def leaves(inputs: Any) -> list[Tensor]:
+    """The tensors in inputs, in order."""
+    if isinstance(inputs, Mapping):
+        inputs = list(inputs.values())
+    if isinstance(inputs, (tuple, list)):
+        return [x for part in inputs for x in leaves(part)]
+    return [inputs] if isinstance(inputs, Tensor) else []
+
+
 def length(inputs: Any) -> int:
     """Number of rows of a tensor, or of the first tensor in a tuple or mapping."""
     first = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), None)
