@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fast
+from fast.cli import finetune
 from fast.train.trainer import Trainer
 
 RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")
@@ -194,6 +195,9 @@ def test_resume_takes_no_other_options(job):
     code, _, err = job.fast("finetune", "--resume", "out", "--lr", 0.1)
     assert code == 2
     assert "--resume goes on exactly as out/job.json says; drop --lr" in err
+    code, _, err = job.fast("finetune", "--resume", "out", "--val-fraction", 0.2)  # the default
+    assert code == 2
+    assert "drop --val-fraction" in err
     code, _, err = job.fast("finetune", "--resume", "nowhere")
     assert code == 2
     assert "--resume nowhere: has no job.json" in err
@@ -213,6 +217,52 @@ def test_output_is_never_overwritten(job):
     code, _, err = job.fast("finetune", *job.args, *RUN)
     assert code == 2
     assert "--output out: exists" in err
+
+
+def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
+    """The second looks for its folder while the first has just taken its own, and fails."""
+    claim, results = finetune._claim, []
+
+    def claim_and_start_another(args):
+        folder = claim(args)
+        if not results:
+            results.append(None)
+            with pytest.MonkeyPatch.context() as patch:
+                fail_at(patch, 0, ValueError("no"))
+                results.append(job.fast("finetune", *job.args, "--steps", 4)[0])
+            (folder / "notes.txt").write_text("mine")
+        return folder
+
+    monkeypatch.setattr(finetune, "_claim", claim_and_start_another)
+    code, out, err = job.fast("finetune", *job.args, "--steps", 4)
+    assert code == 0, err
+    assert results[1] == 2
+    assert "saved in runs/Net-target-fast\n" in out
+    assert [p.name for p in (job.folder / "runs").iterdir()] == ["Net-target-fast"]
+
+
+def test_a_failing_run_removes_its_own_files_only(job, monkeypatch):
+    fail_at(monkeypatch, 5, ValueError("no"))
+    claim = finetune._claim
+
+    def claim_with_notes(args):
+        folder = claim(args)
+        (folder / "notes.txt").write_text("mine")
+        return folder
+
+    monkeypatch.setattr(finetune, "_claim", claim_with_notes)
+    assert job.fast("finetune", *job.args, *RUN)[0] == 2
+    assert [p.name for p in (job.folder / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_claimed_by_another_is_refused(job, monkeypatch):
+    monkeypatch.setattr(finetune, "_check_new", lambda folder: None)  # both saw it empty
+    (job.folder / "out").mkdir()
+    (job.folder / "out" / "job.json").write_text("{}")
+    code, _, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 2
+    assert "--output out: another run has just started there" in err
+    assert (job.folder / "out" / "job.json").read_text() == "{}"
 
 
 def changed(**arrays):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast.cli.curvature_report import figure, text
-from fast.cli.options import add_model_and_data, require
+from fast.cli.options import add_model_and_data, fill_defaults, mark_unset, require
 
 if TYPE_CHECKING:
     from fast.curvature import Summary
@@ -62,12 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-progress", dest="progress", action="store_const", const=False, help="no bars"
     )
     add_model_and_data(parser)
-    parser.set_defaults(unset=vars(parser.parse_args([])))
+    mark_unset(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    given = fill_defaults(args)
     if args.checkpoint:
-        _fill_from_job(args, Path(args.checkpoint))
+        _fill_from_job(args, Path(args.checkpoint), given)
     require(args, "model")
     _check(args)
     folder = _output(args)
@@ -125,7 +126,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--weights: the checkpoint has the weights; drop one of the two")
 
 
-def _fill_from_job(args: argparse.Namespace, folder: Path) -> None:
+def _fill_from_job(args: argparse.Namespace, folder: Path, given: set[str]) -> None:
     """Model and data as `fast finetune` had them, where the command line does not say."""
     from fast.cli.finetune import JOB_FILE
 
@@ -144,7 +145,7 @@ def _fill_from_job(args: argparse.Namespace, folder: Path) -> None:
         if named and name in ("data", "source"):
             continue
         value = saved.get(name)
-        if value is not None and getattr(args, name) == args.unset[name]:
+        if value is not None and name not in given:
             setattr(args, name, tuple(value) if isinstance(value, list) else value)
 
 
