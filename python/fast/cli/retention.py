@@ -33,7 +33,9 @@ from fast.cli.runs import (
     Runner,
     check_methods,
     method_names,
+    note_replaced,
     runnable,
+    shown_options,
     whole_numbers,
 )
 from fast.cli.summary import Run, intervals, spread
@@ -103,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             check_training(args, lr=lr, seed=seed)
         methods = runnable(args.methods, job)
         plan = {method: settings(method, args, job.data) for method in methods}
+        note_replaced(folder / "retention.json", args)
         runner = Runner(args, job, folder)
         curves = [
             (setting, runner.all_seeds(method, setting.name, setting.options))
@@ -177,7 +180,7 @@ def _write(
     write_json(
         folder / "retention.json",
         {
-            "options": {k: v for k, v in vars(args).items() if k != "run" and v is not None},
+            "options": shown_options(args),
             "samples": job.sizes,
             "machine": describe(),
             "source_accuracy_before": before,
