@@ -88,6 +88,18 @@ def test_the_budget_is_printed_beside_what_was_lost(job):
     assert "forget budget" not in out
 
 
+def test_what_source_inputs_measure_is_said(job):
+    known = (*job.args, "--steps", 2, "--source-inputs")
+    code, _, err = job.fast("finetune", *known, "source.npz")
+    assert code == 0, err
+    assert "note: --source-inputs source.npz: the same samples as --source: what is kept" in err
+    assert "by its features" not in err
+    code, _, err = job.fast("finetune", *known, "target.npz")  # labels 0..3
+    assert code == 0, err
+    assert "target.npz: label 3, and the network's own head has 3 classes: what is forgo" in err
+    assert "the same samples" not in err
+
+
 def test_a_loss_that_is_not_finite_is_an_error_of_one_line(job):
     code, _, err = job.fast("finetune", *job.args, *RUN[:2], "--lr", 1e30, "--method", "vanilla")
     assert code == 2
@@ -355,6 +367,12 @@ def named_folders(folder):
             image.new("L", (8, 8), 20 * i).save(folder / "animals" / name / f"{i}.png")
 
 
+def floats(folder):
+    arrays = np.load(folder / "target.npz")
+    x = (arrays["x_train"][:, None] / 255).astype(np.float32)
+    np.savez(folder / "floats.npz", x=x, y=arrays["y_train"] % 3)
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
@@ -390,10 +408,23 @@ def named_folders(folder):
         (changed(y_test=np.full(80, 7), classes=["a", "b", "c", "d"]), [], "first 7 in row 0"),
         (changed(x_train=np.zeros((199, 8, 8), np.uint8)), [], "199 inputs but 200 labels"),
         (
-            changed(x_train=np.zeros((200, 6), np.float32)),
+            changed(x_train=np.zeros((200, 6), np.float32), x_test=np.zeros((80, 6), np.float32)),
             [],
             "does not take these inputs (x [2, 6]",
         ),
+        (
+            changed(x_test=np.zeros((80, 8, 8), np.float32)),
+            [],
+            "--data target.npz: the training split is images, the validation split an array of fl",
+        ),
+        (
+            changed(x_test=np.zeros((80, 9, 8), np.uint8)),
+            [],
+            "training samples are [1, 8, 8], validation samples [1, 9, 8]; they must be of one sh",
+        ),
+        (floats, ["--data", "floats.npz", "--mean", "0.5"], "--mean is for images, and --data is"),
+        (floats, ["--data", "floats.npz", "--input-size", 8], "--input-size is for images, and"),
+        (floats, ["--source-inputs", "floats.npz", "--std", 1], "and --source-inputs is an array"),
         (corrupt_folder, ["--data", "photos"], "photos/a/0.jpg: not a readable image"),
     ],
 )
