@@ -88,6 +88,14 @@ def test_the_budget_is_printed_beside_what_was_lost(job):
     assert "forget budget" not in out
 
 
+def test_classes_without_samples_are_said(job):
+    y = np.load("target.npz")["y_train"]
+    changed(y_train=np.where(y == 3, 9, y))(job.folder)
+    code, _, err = job.fast("finetune", *job.args, "--steps", 2)
+    assert code == 0, err
+    assert "--data target.npz: 6 of 10 classes have no training sample (3, 4, 5, ...)" in err
+
+
 def test_what_source_inputs_measure_is_said(job):
     known = (*job.args, "--steps", 2, "--source-inputs")
     code, _, err = job.fast("finetune", *known, "source.npz")
@@ -425,6 +433,7 @@ def floats(folder):
         (floats, ["--data", "floats.npz", "--mean", "0.5"], "--mean is for images, and --data is"),
         (floats, ["--data", "floats.npz", "--input-size", 8], "--input-size is for images, and"),
         (floats, ["--source-inputs", "floats.npz", "--std", 1], "and --source-inputs is an array"),
+        (changed(y_train=np.full(200, 2**40)), [], "label 1099511627776 among 280 samples"),
         (corrupt_folder, ["--data", "photos"], "photos/a/0.jpg: not a readable image"),
     ],
 )

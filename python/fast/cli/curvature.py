@@ -16,17 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast.cli.curvature_report import figure, text
 from fast.cli.options import add_model_and_data, fill_defaults, mark_unset, require
+from fast.files import check_writable
 
 if TYPE_CHECKING:
     from fast.curvature import Summary
 
 KINDS = ("hessian", "ggn")
+MOST_TOP = 200
 # Of job.json, what says which network on which data.
 FROM_JOB = (
     "model", "data", "source", "val_fraction", "input_size", "mean", "std", "input_column",
@@ -115,6 +116,11 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < bound:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be at least {bound}; got {getattr(args, name)}")
+    if args.top > MOST_TOP:
+        raise ValueError(
+            f"--top must be at most {MOST_TOP}; got {args.top}: each is a vector of the size of "
+            "the network. --probes gives the density of all"
+        )
     if not (args.data or args.source):
         raise ValueError("--source or --data must be given; see --help")
     if args.data and not args.checkpoint:
@@ -159,25 +165,8 @@ def _output(args: argparse.Namespace) -> Path:
 
         named = argparse.Namespace(model=args.model, data=args.source)
         folder = Path("runs") / f"curvature-{short_name(named)}"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder}: is a file; name a folder")
-    _check_writable(folder)
+    check_writable(folder, "--output")
     return folder
-
-
-def _check_writable(folder: Path) -> None:
-    """Now, and not after the products of an hour; leaves nothing there."""
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output {folder}: cannot be written to ({error.strerror})") from error
-    finally:
-        for part in made:
-            if part.is_dir():
-                part.rmdir()
 
 
 def _write(

@@ -86,6 +86,7 @@ def load_job(args: argparse.Namespace) -> Job:
                 f"has {classes} classes: what is forgotten is measured by its features, not by its "
                 "answers (--source-skill)"
             )
+    loaded.notes += _gaps(args, target)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return Job(
@@ -202,6 +203,20 @@ def _check_shapes(
             f"--data {args.data}: training samples are {train}, validation samples {val}; they "
             "must be of one shape" + (" (--input-size)" if is_image_split(splits["train"]) else "")
         )
+
+
+def _gaps(args: argparse.Namespace, target: NamedData) -> list[str]:
+    assert target.train is not None
+    missing = np.setdiff1d(np.arange(len(target.classes)), target.train.labels)
+    if not len(missing):
+        return []
+    shown = ", ".join(target.classes[i] for i in missing[:3]) + (
+        ", ..." if len(missing) > 3 else ""
+    )
+    return [
+        f"--data {args.data}: {len(missing)} of {len(target.classes)} classes have no training "
+        f"sample ({shown}); the head has a place for each"
+    ]
 
 
 def _same_samples(source: NamedData, known: NamedData) -> bool:
