@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fast.curvature.answers import SourceInputs
 from fast.curvature.card import SourceCard
 from fast.curvature.card_file import fingerprint
-from fast.train.data import Data, leaves
+from fast.inputs import leaves
+from fast.train.data import Data
 
 
 def model_identity(model: nn.Module) -> str:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fast.heads import evaluating, forward_logits
-from fast.train.data import Data, leaves, move, taking
+from fast.inputs import broken_rows, kind, taking
+from fast.train.data import Data, move
 from fast.train.labels import check_labels
 
 
@@ -33,14 +34,16 @@ def evaluate(
         data: a data set, or a function of the model that returns an accuracy in 0..1.
 
     Raises:
-        ValueError: no samples, labels out of range, or inputs that the network does not take; the
-            message names the data.
+        TypeError: a function that returns no number.
+        ValueError: no accuracy from a function; no samples, labels out of range, or inputs that the
+            network does not take. The message names the data.
         FloatingPointError: answers that are not finite (ValueError where inputs are not); the
             message says how many.
     """
     if not isinstance(data, Data):
         with evaluating(model):
-            return Score(float(data(model)), None)
+            found = data(model)
+        return Score(_accuracy(found), None)
     right = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
@@ -65,7 +68,8 @@ def evaluate(
 
 def _refuse(data: Data, wrong: int, count: int, batch_size: int) -> None:
     told = f"{data.name}: the network's answers to {wrong} of {count} samples are NaN or infinite"
-    broken = sum(_broken(inputs) for inputs, _ in data.eval_batches(batch_size))
+    rows = [broken_rows(inputs) for inputs, _ in data.eval_batches(batch_size)]
+    broken = sum(int(r.sum()) for r in rows if r is not None)
     if broken:
         raise ValueError(f"{told}: {broken} samples hold NaN or infinite inputs; drop or mend them")
     raise FloatingPointError(
@@ -74,11 +78,14 @@ def _refuse(data: Data, wrong: int, count: int, batch_size: int) -> None:
     )
 
 
-def _broken(inputs: Any) -> int:
-    """Samples of a batch with an input that is not finite."""
-    rows: Tensor | None = None
-    for x in leaves(inputs):
-        if x.is_floating_point():
-            found = ~x.isfinite().flatten(1).all(1) if x.dim() > 1 else ~x.isfinite()
-            rows = found if rows is None else rows | found
-    return 0 if rows is None else int(rows.sum())
+def _accuracy(found: Any) -> float:
+    try:
+        accuracy = float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            "source: the function must return the accuracy, a number in 0..1; it returned "
+            f"{kind(found)}"
+        ) from error
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"source: the function must return an accuracy in 0..1; got {accuracy:g}")
+    return accuracy

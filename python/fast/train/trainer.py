@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from fast.curvature.card import SourceCard
 from fast.files import write_json
 from fast.heads import forward_logits, pick, source_task, task_head
+from fast.inputs import taking
 from fast.train.average import Average
 from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
-from fast.train.data import Data, TrainBatches, Transform, as_data, length, move, taking
+from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.finite import check_finite
