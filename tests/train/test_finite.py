@@ -80,3 +80,12 @@ def test_source_data_are_named():
     x, y = images(50, 5)
     with pytest.raises(ValueError, match=r"source: .* hold NaN or infinite inputs"):
         fast.finetune(ConvNet(), TRAIN, VAL, source=(x * math.nan, y), steps=2)
+
+
+def test_an_absurd_loss_at_the_end_is_warned_of(recwarn):
+    options = {"method": "lp-ft", "steps": 6, "probe_steps": 1, "eval_every": 3}
+    fast.finetune(ConvNet(), TRAIN, VAL, lr=1e-2, **options)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"loss at the end is .* 1000 times .* Lower lr") as caught:
+        fast.finetune(ConvNet(), TRAIN, VAL, lr=1e3, **options)
+    assert caught[0].filename == __file__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fast.train.checkpoint import PREFIX, list_checkpoints
+
+# Times the loss of guessing.
+ABSURD = 1e3
 
 
 def check_finite(
@@ -39,6 +43,22 @@ def check_finite(
             "max_grad_norm" + _kept(folder)
         )
     return loss
+
+
+def warn_diverged(loss: float | None, num_classes: int) -> None:
+    """Warn, on behalf of the caller of `finetune`, of a loss that is finite and absurd.
+
+    Args:
+        loss: the mean over the last steps.
+    """
+    guessing = math.log(max(num_classes, 2))
+    if loss is not None and loss > ABSURD * guessing:
+        warnings.warn(
+            f"the loss at the end is {loss:.3g}, more than {ABSURD:g} times that of guessing "
+            f"({guessing:.2g}): the run diverged. Lower lr, set max_grad_norm, or look at the "
+            "scale of the inputs",
+            stacklevel=4,
+        )
 
 
 def _kept(folder: Path | None) -> str:

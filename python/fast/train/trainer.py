@@ -26,7 +26,7 @@ from fast.train.config import TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
-from fast.train.finite import check_finite
+from fast.train.finite import check_finite, warn_diverged
 from fast.train.function_pull import shares
 from fast.train.head_start import head_is_last
 from fast.train.identity import card_identity, data_identity, model_identity
@@ -214,6 +214,7 @@ class Trainer:
                 self.function_pull.close()
             if self.head is not None and self.head.norm is not None:
                 self.head.norm.stop_deferring()
+        warn_diverged(log.history[-1]["loss"], self.num_classes)
         self.stopping.restore(self.model)
         self.optimizer.zero_grad()
         self.model.eval()
