@@ -15,6 +15,10 @@ from typing import Any
 ENVIRONMENT = "FASTKERNELS_BACKEND"
 
 
+class BackendError(RuntimeError):
+    """There is no implementation of an op that may run."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one op: `function` of the module `module`, for tensors on `device`."""
@@ -71,7 +75,7 @@ def choose(op: str, device: str) -> Callable[..., Any]:
     """The function that runs `op` on `device` ("cpu", "cuda").
 
     Raises:
-        RuntimeError: FASTKERNELS_BACKEND names a backend that is not there; the message says why.
+        BackendError: FASTKERNELS_BACKEND names a backend that is not there; the message says why.
     """
     forced = os.environ.get(ENVIRONMENT)
     found = candidates(op, device)
@@ -87,7 +91,7 @@ def choose(op: str, device: str) -> Callable[..., Any]:
         refusals.append(f"{backend.name}: {reason}")
     asked = f"{ENVIRONMENT}={forced}" if forced else f"the device {device!r}"
     why = "; ".join(refusals) or f"backends there are: {[b.name for b in found] or 'none'}"
-    raise RuntimeError(f"{op} has no backend for {asked}: {why}")
+    raise BackendError(f"{op} has no backend for {asked}: {why}")
 
 
 def explain() -> list[Row]:

@@ -44,6 +44,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Now, and not after the work of an hour; leaves nothing there.
+
+    Args:
+        option: that named the folder, for the message.
+
+    Raises:
+        ValueError: it is a file, or cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option} {folder}: is a file; name a folder")
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
+    finally:
+        for part in made:
+            if part.is_dir():
+                part.rmdir()
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(to_json(value, indent=2) + "\n")

@@ -86,15 +86,44 @@ def test_finished_runs_are_kept_and_only_new_ones_are_run(done, monkeypatch):
     assert json.loads((job.folder / "out" / "results.json").read_text())["runs"][:4] == before
 
 
-def test_another_job_is_run_again(done):
+def test_another_job_is_run_again_and_the_runs_of_the_first_are_kept(done):
     job, _ = done
+    first = {f: f.read_bytes() for f in (job.folder / "out" / "runs").iterdir()}
     args = [*job.args, *COMPARE]
     args[args.index(6)] = 8
     code, out, _ = job.fast("compare", *args)
     assert code == 0
-    assert "kept" not in out
+    assert "kept from before" not in out
+    assert "note: replaces out/results.json of other options (steps 6)" in out
+    assert all(f.read_bytes() == content for f, content in first.items())
     runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
     assert {r["history"][-1]["step"] for r in runs} == {8}
+    code, out, _ = job.fast("compare", *job.args, *COMPARE)
+    assert code == 0
+    assert out.count("kept from before") == 4
+
+
+def test_results_of_something_else_are_not_replaced(job):
+    (job.folder / "out").mkdir()
+    for text in ("[1]", "{", '{"options": 1}'):
+        (job.folder / "out" / "results.json").write_text(text)
+        code, _, err = job.fast("compare", *job.args, *COMPARE)
+        assert code == 2
+        assert "out/results.json " in err
+        assert "move it away" in err
+        assert (job.folder / "out" / "results.json").read_text() == text
+
+
+def test_a_rate_that_diverges_is_not_chosen(job):
+    options = (*COMPARE[4:], "--methods", "lp-ft,vanilla", "--eval-every", 3, "--lr")
+    code, out, err = job.fast("compare", *job.args, *options, "1e30,0.001")
+    assert code == 0, err
+    assert "note: vanilla seed 0 lr 1e+30 diverged: " in out
+    runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
+    assert [r["lr"] for r in runs] == [0.001, 0.001]
+    code, _, err = job.fast("compare", *job.args, *options, "1e30")
+    assert code == 2
+    assert "lower lr (1e+30)" in err
 
 
 def test_a_changed_file_in_a_folder_is_another_job(tmp_path):
@@ -183,8 +212,14 @@ def test_all_methods_are_those_that_have_what_they_need(job):
 
 def test_a_damaged_run_is_named(done):
     job, _ = done
-    file = next((job.folder / "out" / "runs").glob("fast*seed0.json"))
+    file = next((job.folder / "out" / "runs").glob("fast-seed0-*.json"))
+    whole = json.loads(file.read_text())
     file.write_text(file.read_text()[:-20])
     code, _, err = job.fast("compare", *job.args, *COMPARE)
     assert code == 2
     assert f"{file.relative_to(job.folder)} is damaged" in err
+    for wrong in ([1], {"key": whole["key"], "method": "fast"}):
+        file.write_text(json.dumps(wrong))
+        code, _, err = job.fast("compare", *job.args, *COMPARE)
+        assert code == 2
+        assert f"{file.relative_to(job.folder)} is damaged" in err

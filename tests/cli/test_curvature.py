@@ -123,6 +123,7 @@ def keep(folder):
         (keep, ["--checkpoint", "nowhere"], "--checkpoint nowhere: no such folder"),
         (keep, ["--checkpoint", "out", "--weights", "net.safetensors"], "drop one of the two"),
         (keep, ["--checkpoint", "out", "--model", "nets.py:Net(3, 4)"], "out/model.safetensors"),
+        (keep, ["--checkpoint", "out", "--top", 201], "--top must be at most 200; got 201"),
         (keep, ["--checkpoint", "out", "--samples", 0], "--samples must be at least 1; got 0"),
         (keep, ["--checkpoint", "out", "--params", "x"], "matches no parameter"),
         (keep, ["--checkpoint", "out", "--params", "("], "'(' is no regular expression"),

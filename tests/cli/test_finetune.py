@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fast
+from fast.cli import finetune
 from fast.train.trainer import Trainer
 
 RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")
@@ -85,6 +86,26 @@ def test_the_budget_is_printed_beside_what_was_lost(job):
     assert "forget budget 0.01 nats: " in out
     code, out, err = job.fast("finetune", *known, "--output", "none")
     assert "forget budget" not in out
+
+
+def test_classes_without_samples_are_said(job):
+    y = np.load("target.npz")["y_train"]
+    changed(y_train=np.where(y == 3, 9, y))(job.folder)
+    code, _, err = job.fast("finetune", *job.args, "--steps", 2)
+    assert code == 0, err
+    assert "--data target.npz: 6 of 10 classes have no training sample (3, 4, 5, ...)" in err
+
+
+def test_what_source_inputs_measure_is_said(job):
+    known = (*job.args, "--steps", 2, "--source-inputs")
+    code, _, err = job.fast("finetune", *known, "source.npz")
+    assert code == 0, err
+    assert "note: --source-inputs source.npz: the same samples as --source: what is kept" in err
+    assert "by its features" not in err
+    code, _, err = job.fast("finetune", *known, "target.npz")  # labels 0..3
+    assert code == 0, err
+    assert "target.npz: label 3, and the network's own head has 3 classes: what is forgo" in err
+    assert "the same samples" not in err
 
 
 def test_a_loss_that_is_not_finite_is_an_error_of_one_line(job):
@@ -194,6 +215,9 @@ def test_resume_takes_no_other_options(job):
     code, _, err = job.fast("finetune", "--resume", "out", "--lr", 0.1)
     assert code == 2
     assert "--resume goes on exactly as out/job.json says; drop --lr" in err
+    code, _, err = job.fast("finetune", "--resume", "out", "--val-fraction", 0.2)  # the default
+    assert code == 2
+    assert "drop --val-fraction" in err
     code, _, err = job.fast("finetune", "--resume", "nowhere")
     assert code == 2
     assert "--resume nowhere: has no job.json" in err
@@ -213,6 +237,52 @@ def test_output_is_never_overwritten(job):
     code, _, err = job.fast("finetune", *job.args, *RUN)
     assert code == 2
     assert "--output out: exists" in err
+
+
+def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
+    """The second looks for its folder while the first has just taken its own, and fails."""
+    claim, results = finetune._claim, []
+
+    def claim_and_start_another(args):
+        folder = claim(args)
+        if not results:
+            results.append(None)
+            with pytest.MonkeyPatch.context() as patch:
+                fail_at(patch, 0, ValueError("no"))
+                results.append(job.fast("finetune", *job.args, "--steps", 4)[0])
+            (folder / "notes.txt").write_text("mine")
+        return folder
+
+    monkeypatch.setattr(finetune, "_claim", claim_and_start_another)
+    code, out, err = job.fast("finetune", *job.args, "--steps", 4)
+    assert code == 0, err
+    assert results[1] == 2
+    assert "saved in runs/Net-target-fast\n" in out
+    assert [p.name for p in (job.folder / "runs").iterdir()] == ["Net-target-fast"]
+
+
+def test_a_failing_run_removes_its_own_files_only(job, monkeypatch):
+    fail_at(monkeypatch, 5, ValueError("no"))
+    claim = finetune._claim
+
+    def claim_with_notes(args):
+        folder = claim(args)
+        (folder / "notes.txt").write_text("mine")
+        return folder
+
+    monkeypatch.setattr(finetune, "_claim", claim_with_notes)
+    assert job.fast("finetune", *job.args, *RUN)[0] == 2
+    assert [p.name for p in (job.folder / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_claimed_by_another_is_refused(job, monkeypatch):
+    monkeypatch.setattr(finetune, "_check_new", lambda folder: None)  # both saw it empty
+    (job.folder / "out").mkdir()
+    (job.folder / "out" / "job.json").write_text("{}")
+    code, _, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 2
+    assert "--output out: another run has just started there" in err
+    assert (job.folder / "out" / "job.json").read_text() == "{}"
 
 
 def changed(**arrays):
@@ -305,6 +375,12 @@ def named_folders(folder):
             image.new("L", (8, 8), 20 * i).save(folder / "animals" / name / f"{i}.png")
 
 
+def floats(folder):
+    arrays = np.load(folder / "target.npz")
+    x = (arrays["x_train"][:, None] / 255).astype(np.float32)
+    np.savez(folder / "floats.npz", x=x, y=arrays["y_train"] % 3)
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
@@ -340,10 +416,24 @@ def named_folders(folder):
         (changed(y_test=np.full(80, 7), classes=["a", "b", "c", "d"]), [], "first 7 in row 0"),
         (changed(x_train=np.zeros((199, 8, 8), np.uint8)), [], "199 inputs but 200 labels"),
         (
-            changed(x_train=np.zeros((200, 6), np.float32)),
+            changed(x_train=np.zeros((200, 6), np.float32), x_test=np.zeros((80, 6), np.float32)),
             [],
             "does not take these inputs (x [2, 6]",
         ),
+        (
+            changed(x_test=np.zeros((80, 8, 8), np.float32)),
+            [],
+            "--data target.npz: the training split is images, the validation split an array of fl",
+        ),
+        (
+            changed(x_test=np.zeros((80, 9, 8), np.uint8)),
+            [],
+            "training samples are [1, 8, 8], validation samples [1, 9, 8]; they must be of one sh",
+        ),
+        (floats, ["--data", "floats.npz", "--mean", "0.5"], "--mean is for images, and --data is"),
+        (floats, ["--data", "floats.npz", "--input-size", 8], "--input-size is for images, and"),
+        (floats, ["--source-inputs", "floats.npz", "--std", 1], "and --source-inputs is an array"),
+        (changed(y_train=np.full(200, 2**40)), [], "label 1099511627776 among 280 samples"),
         (corrupt_folder, ["--data", "photos"], "photos/a/0.jpg: not a readable image"),
     ],
 )

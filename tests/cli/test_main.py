@@ -98,6 +98,53 @@ def test_other_runtime_errors_are_ours_and_keep_their_traceback(monkeypatch):
         main(["env"])
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def __init__(self):\n        {}['a']", "nets.py: Net() raised KeyError: 'a'"),
+        ("def forward(self, x):\n        return self.gone", "no attribute 'gone' (nets.py:"),
+        (
+            "def forward(self, x):\n        return {0: super().forward(x)}[self.training]",
+            "nets.py:27 raised KeyError: True (FAST_TRACEBACK=1 shows where)",
+        ),
+        ("x = {}['a']", "nets.py raised KeyError: 'a'"),
+    ],
+)
+def test_errors_of_a_model_file_name_it_in_one_line(job, body, message):
+    with (job.folder / "nets.py").open("a") as file:
+        file.write(f"\n\nBase = Net\n\nclass Net(Base):\n    {body}\n")
+    code, _, err = job.fast("finetune", "--model", "nets.py:Net", *job.args[4:], "--steps", 2)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+
+
+def test_a_backend_that_is_not_there_is_one_line(job, monkeypatch):
+    monkeypatch.setenv("FASTKERNELS_BACKEND", "foo")
+    code, _, err = job.fast("finetune", *job.args, "--steps", 2)
+    assert code == 2
+    assert "has no backend for FASTKERNELS_BACKEND=foo: backends" in err.splitlines()[-1]
+
+
+def test_a_misspelt_option_shows_the_usage_of_its_command(capsys):
+    assert main(["finetune", "--modle", "x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("usage: fast finetune ")
+    assert "--model SPEC" in err
+    assert err.splitlines()[-1] == "fast finetune: error: unrecognized arguments: --modle x"
+
+
+@pytest.mark.parametrize("command", [["landscape", "--demo"], ["retention", "--demo"], ["demo"]])
+def test_where_to_write_is_checked_before_anything_is_run(tmp_path, capsys, command, monkeypatch):
+    monkeypatch.setattr("fast.cli.demo.pretrain", None)  # not called
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main([*command, "--output", str(file)]) == 2
+    assert f"--output {file}: is a file; name a folder" in capsys.readouterr().err
+    assert main([*command, "--output", str(file / "folder")]) == 2
+    assert "cannot be written to (Not a directory)" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
 def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("FAST_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):

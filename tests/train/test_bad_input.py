@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import fast
 from fast.train.config import TrainConfig
 from networks import ConvNet, images
 
 X, Y = images(40, 4)
+
+
+class Targets(TensorDataset):
+    """Records its labels, of which one is this."""
+
+    def __init__(self, x, y, one):
+        super().__init__(x, y)
+        self.targets = [*y.tolist()[1:], one]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +34,9 @@ X, Y = images(40, 4)
         ((X, nn.functional.one_hot(Y)), r"train: labels must be class indices of shape \[N\]"),
         ((X, Y[:-1]), "train: 40 inputs but 39 labels"),
         ((X[:0], Y[:0]), "train: no samples"),
+        (({"a": X, "b": X[:10]}, Y), "train: inputs differ in their number of samples: 40, 10"),
+        ((X, Y + 2**40), "train: label 10995116277[0-9]* among 40 samples"),
+        (Targets(X, Y, 10_000), "train: label 10000 among 40 samples"),
     ],
 )
 def test_bad_training_data(train, message):
@@ -154,3 +166,33 @@ def test_what_is_of_another_type_is_named(options, message):
 def test_values_that_would_pass_for_numbers(options, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (None, TypeError, r"source: the function must return the accuracy, .* returned NoneType"),
+        (torch.ones(2), TypeError, r"returned Tensor of shape \[2\]"),
+        (math.nan, ValueError, r"source: .* an accuracy in 0\.\.1; got nan"),
+        (93.0, ValueError, "got 93"),
+    ],
+)
+def test_what_a_function_of_the_source_task_returns_is_checked(answer, error, message):
+    with pytest.raises(error, match=message):
+        fast.finetune(ConvNet(), (X, Y), source=lambda model: answer, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (X * math.nan, "source data: 40 samples are not finite"),
+        (X[:, :, :, 0], r"source data: the network does not take these inputs \(\[40, 1, 8\]"),
+    ],
+)
+def test_cards_name_what_is_wrong_with_the_data(data, message):
+    with pytest.raises(ValueError, match=message):
+        fast.SourceCard.estimate(ConvNet(), data)
+    broken = ConvNet()
+    next(broken.parameters()).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="answers are not finite"):
+        fast.SourceCard.estimate(broken, X)

@@ -26,8 +26,9 @@ from fast.train.budget import (
     Segment,
     last_samples,
 )
-from fast.train.config import Budget
+from fast.train.config import Budget, TrainConfig
 from fast.train.gauge import TEMPERATURE, Gauge, by_neighbours
+from fast.train.protect import hold_back
 from networks import ConvNet, images
 
 X, Y = images(60, 5, seed=4)
@@ -139,6 +140,18 @@ def test_labels_that_the_head_cannot_give(networks):
     alone = SourceInputs((X, torch.arange(60)), 60)
     with pytest.raises(ValueError, match="60 held-back samples of 60 classes"):
         Gauge(networks[0], alone, points=False)
+
+
+def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
+    """Also where it is not among the samples held back to measure on."""
+    network = copy.deepcopy(networks[0])
+    _, gauge = hold_back(TrainConfig(), network, (X, Y % 2))
+    assert not gauge.by_features
+    labels = Y % 2
+    labels[0] = 7
+    _, gauge = hold_back(TrainConfig(), network, (X, labels))
+    assert int(gauge.samples.labels.max()) < 5
+    assert gauge.by_features
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 6.0])

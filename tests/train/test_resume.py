@@ -149,6 +149,16 @@ def test_other_data_and_other_weights_are_refused(tmp_path):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
 
 
+def test_one_changed_sample_is_other_data(tmp_path):
+    torch.manual_seed(0)
+    start = ConvNet()
+    fast.finetune(copy.deepcopy(start), TRAIN, steps=4, output=str(tmp_path))
+    x = TRAIN[0].clone()
+    x[77, 0, 2, 3] += 0.25
+    with pytest.raises(ValueError, match="of another job: training data"):
+        fast.finetune(copy.deepcopy(start), (x, TRAIN[1]), steps=4, resume=str(tmp_path))
+
+
 def test_other_frozen_layers_are_refused(tmp_path):
     torch.manual_seed(0)
     fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path))

@@ -6,7 +6,9 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from fast import __version__
 
@@ -32,17 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser(argv).parse_args(argv)
+        args = _parsed(argv)
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     try:
         return args.run(args)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
-        return _refuse(error, str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; not imported here for its name
+        place = _in_model_file(error.__cause__ or error, getattr(args, "model", None))
+        return _refuse(error, f"{error} ({place})" if place else str(error))
+    except (RuntimeError, LookupError, AttributeError, NameError, AssertionError) as error:
+        kind = type(error).__name__  # torch's and fastkernels' own are not imported here
+        if kind == "OutOfMemoryError":
+            return _refuse(error, f"out of memory: lower --batch-size ({error})")
+        if kind == "BackendError":
+            return _refuse(error, str(error))
+        place = _in_model_file(error, getattr(args, "model", None))
+        if place is None:
             raise
-        return _refuse(error, f"out of memory: lower --batch-size ({error})")
+        return _refuse(error, f"{place} raised {kind}: {error} ({TRACEBACK}=1 shows where)")
     except KeyboardInterrupt:
         print("fast: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -55,7 +64,35 @@ def _refuse(error: Exception, message: str) -> int:
     return USER_ERROR
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _in_model_file(error: BaseException, model: str | None) -> str | None:
+    """`file.py:12`, the last line that ran of the file that --model names, or of one beside it;
+    None where the error is not theirs."""
+    name, colon, _ = (model or "").partition(".py:")
+    if not colon:
+        return None
+    folder = Path(f"{name}.py").expanduser().resolve().parent
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        if file.is_absolute() and file.resolve().parent == folder:
+            place = f"{file.name}:{line}"
+    return place
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parser(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        # The parser of all commands would show its own usage, which has none of the options.
+        chosen = [sub for sub in commands if sub.get_default("run") is args.run]
+        (chosen or [parser])[0].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def _parser(
+    argv: Sequence[str],
+) -> tuple[argparse.ArgumentParser, list[argparse.ArgumentParser]]:
+    """The parser, and those of the commands that are named in `argv`."""
     # argparse's own list gives the longest names a line of their own.
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"    {name:{width}}  {text}" for name, text in COMMANDS.items())
@@ -68,6 +105,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fast {__version__}")
     choices = parser.add_subparsers(metavar="COMMAND", required=True, help="one of these")
+    named = []
     for name in COMMANDS:
         sub = choices.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in argv:  # the others need not be imported
@@ -75,4 +113,5 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             sub.description = module.__doc__
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
-    return parser
+            named.append(sub)
+    return parser, named

@@ -23,7 +23,16 @@ from fast.cli.options import (
     check_training,
     numbers,
 )
-from fast.cli.runs import NOT_HERE, Runner, check_methods, method_names, runnable, whole_numbers
+from fast.cli.runs import (
+    NOT_HERE,
+    Runner,
+    check_methods,
+    method_names,
+    note_replaced,
+    runnable,
+    shown_options,
+    whole_numbers,
+)
 from fast.cli.summary import Run, intervals, summarise
 from fast.cli.table import text_table
 from fast.train.methods import METHODS
@@ -60,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     for lr, seed in itertools.product(args.lr, args.seeds):
         check_training(args, lr=lr, seed=seed)
     with job_for(args, "compare") as (job, folder):
+        note_replaced(folder / "results.json", args)
         runner = Runner(args, job, folder)
         runs = [r for method in runnable(args.methods, job) for r in runner.all_seeds(method)]
     _write(args, job, folder, runs)
@@ -74,7 +84,7 @@ def _write(args: argparse.Namespace, job: Any, folder: Path, runs: list[Run]) ->
     header, rows = summarise(runs)
     title = f"{job.name}: {len(runs)} runs"
     save_curves(runs, job.name, folder / "curves.png")
-    options = {k: v for k, v in vars(args).items() if k != "run" and v is not None}
+    options = shown_options(args)
     machine = describe()
     write_json(
         folder / "results.json",

@@ -16,17 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast.cli.curvature_report import figure, text
-from fast.cli.options import add_model_and_data, require
+from fast.cli.options import add_model_and_data, fill_defaults, mark_unset, require
+from fast.files import check_writable
 
 if TYPE_CHECKING:
     from fast.curvature import Summary
 
 KINDS = ("hessian", "ggn")
+MOST_TOP = 200
 # Of job.json, what says which network on which data.
 FROM_JOB = (
     "model", "data", "source", "val_fraction", "input_size", "mean", "std", "input_column",
@@ -62,12 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-progress", dest="progress", action="store_const", const=False, help="no bars"
     )
     add_model_and_data(parser)
-    parser.set_defaults(unset=vars(parser.parse_args([])))
+    mark_unset(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    given = fill_defaults(args)
     if args.checkpoint:
-        _fill_from_job(args, Path(args.checkpoint))
+        _fill_from_job(args, Path(args.checkpoint), given)
     require(args, "model")
     _check(args)
     folder = _output(args)
@@ -114,6 +116,11 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < bound:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be at least {bound}; got {getattr(args, name)}")
+    if args.top > MOST_TOP:
+        raise ValueError(
+            f"--top must be at most {MOST_TOP}; got {args.top}: each is a vector of the size of "
+            "the network. --probes gives the density of all"
+        )
     if not (args.data or args.source):
         raise ValueError("--source or --data must be given; see --help")
     if args.data and not args.checkpoint:
@@ -125,7 +132,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--weights: the checkpoint has the weights; drop one of the two")
 
 
-def _fill_from_job(args: argparse.Namespace, folder: Path) -> None:
+def _fill_from_job(args: argparse.Namespace, folder: Path, given: set[str]) -> None:
     """Model and data as `fast finetune` had them, where the command line does not say."""
     from fast.cli.finetune import JOB_FILE
 
@@ -144,7 +151,7 @@ def _fill_from_job(args: argparse.Namespace, folder: Path) -> None:
         if named and name in ("data", "source"):
             continue
         value = saved.get(name)
-        if value is not None and getattr(args, name) == args.unset[name]:
+        if value is not None and name not in given:
             setattr(args, name, tuple(value) if isinstance(value, list) else value)
 
 
@@ -158,25 +165,8 @@ def _output(args: argparse.Namespace) -> Path:
 
         named = argparse.Namespace(model=args.model, data=args.source)
         folder = Path("runs") / f"curvature-{short_name(named)}"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder}: is a file; name a folder")
-    _check_writable(folder)
+    check_writable(folder, "--output")
     return folder
-
-
-def _check_writable(folder: Path) -> None:
-    """Now, and not after the products of an hour; leaves nothing there."""
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output {folder}: cannot be written to ({error.strerror})") from error
-    finally:
-        for part in made:
-            if part.is_dir():
-                part.rmdir()
 
 
 def _write(

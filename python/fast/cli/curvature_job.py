@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.cli.job import data_columns, image_format, prepare, try_forward
+from fast.cli.job import check_kinds, data_columns, image_format, prepare, try_forward
 from fast.train.data import Data, as_data, move
 from fast.train.device import pick_device
 from fast.train.labels import check_labels
@@ -51,6 +51,7 @@ def losses_of(args: argparse.Namespace) -> list[LossOf]:
         allow_missing=args.allow_missing,
         pretrained=not args.checkpoint,
     )
+    check_kinds(args, splits)
     form = image_format(args, loaded)
     data = {
         name: as_data(prepare(split, loaded, form, args.max_length), f"--{_flag(name)}")

@@ -16,6 +16,7 @@ from typing import Any
 from fast.cli.report import save_curves
 from fast.cli.summary import NOTES, Run, summarise
 from fast.cli.table import text_table
+from fast.files import check_writable
 
 SEEDS = (0, 1, 2)
 VANILLA_LRS = (3e-4, 1e-3)
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_writable(Path(args.output), "--output")
+
     import torch
 
     start = time.monotonic()

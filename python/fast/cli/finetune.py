@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,8 @@ from fast.cli.options import (
     add_model_and_data,
     add_training,
     check_training,
+    fill_defaults,
+    mark_unset,
     require,
     training_options,
 )
@@ -32,36 +33,36 @@ from fast.cli.table import percent, text_table
 
 JOB_FILE = "job.json"
 # With --resume everything else is as it was.
-FREE_ON_RESUME = {"resume", "run", "device", "progress"}
+FREE_ON_RESUME = {"resume", "device", "progress"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_and_data(parser, protection=True)
     add_training(parser)
-    parser.set_defaults(unset=vars(parser.parse_args([])))
+    mark_unset(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if hasattr(args, "resume"):
-        folder = Path(args.resume)
-        _restore(args, folder)
+    given = fill_defaults(args)
+    resumed = Path(args.resume) if "resume" in given else None
+    if resumed is not None:
+        _restore(args, resumed, given)
     else:
         require(args, "model", "data")
-        folder = _new_folder(args)
+        if getattr(args, "output", None):
+            _check_new(Path(args.output))
 
     check_training(args)
 
     from fast.cli.job import load_job
 
     job = load_job(args)
-    options = training_options(args) | {"output": str(folder)}
 
     import fast
 
     start = time.monotonic()
-    with _resumable_or_gone(folder, resumed=hasattr(args, "resume")):
-        if not hasattr(args, "resume"):
-            _record(args, folder)
+    with _going_on(resumed) if resumed is not None else _claimed(args) as folder:
+        options = training_options(args) | {"output": str(folder)}
         result = fast.finetune(job.loaded.model, **job.data, **options)
     seconds = time.monotonic() - start
     result.classes = list(job.classes)
@@ -104,63 +105,112 @@ def _budget_line(job: Any, option: str | float | None, lost: float | None) -> st
     return f"forget budget {budget}: {shown} lost at the end, {how}\n"
 
 
-def _new_folder(args: argparse.Namespace) -> Path:
-    """--output, which must not hold anything yet; else a new folder under runs/."""
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"--output {folder}: exists; name another, or go on with --resume {folder}"
+        )
+
+
+def _claim(args: argparse.Namespace) -> Path:
+    """Make the folder of a new run, with its job file: --output, else a new one under runs/.
+
+    Runs that start at the same time may look for the same folder. The one that makes it, or the job
+    file in it, has it.
+    """
     if getattr(args, "output", None):
         folder = Path(args.output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        _check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _record(args, folder)
+        except FileExistsError as error:
             raise ValueError(
-                f"--output {folder}: exists; name another, or go on with --resume {folder}"
-            )
+                f"--output {folder}: another run has just started there; name another"
+            ) from error
         return folder
     from fast.cli.job import short_name
 
     base = Path("runs") / f"{short_name(args)}-{getattr(args, 'method', 'fast')}"
     folder, n = base, 1
-    while folder.exists():
-        n += 1
-        folder = base.with_name(f"{base.name}-{n}")
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            n += 1
+            folder = base.with_name(f"{base.name}-{n}")
+        else:
+            _record(args, folder)
+            return folder
 
 
 @contextmanager
-def _resumable_or_gone(folder: Path, resumed: bool) -> Iterator[None]:
-    """A run that ends before its first checkpoint leaves nothing: the next may have its folder.
-
-    Args:
-        resumed: what is in the folder was there before, and stays whatever becomes of this run.
-    """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+def _claimed(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder of a new run; of one that ends before its first checkpoint nothing is left, and
+    the next may have its folder."""
+    named = Path(args.output) if getattr(args, "output", None) else Path("runs")
+    new = [path for path in (named, *named.parents) if not path.exists()]
+    folder = _claim(args)
+    if folder not in new and not getattr(args, "output", None):
+        new.insert(0, folder)
     try:
-        yield
-    except BaseException as error:
+        with _going_on(folder):
+            yield folder
+    except BaseException:
         from fast.train.checkpoint import list_checkpoints
 
-        kept = bool(list_checkpoints(folder))
-        if not kept and not resumed:
+        if not list_checkpoints(folder):
             _clear(folder, new)
-        elif kept and isinstance(error, KeyboardInterrupt):
+        raise
+
+
+@contextmanager
+def _going_on(folder: Path) -> Iterator[Path]:
+    """The folder of a run, and how to go on with it where it is interrupted."""
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        from fast.train.checkpoint import list_checkpoints
+
+        if list_checkpoints(folder):
             print(f"\nto go on: fast finetune --resume {folder}", file=sys.stderr)
         raise
 
 
 def _clear(folder: Path, new: list[Path]) -> None:
-    """Remove what the run wrote into `folder`, which held nothing, and the folders made for it."""
-    for path in folder.iterdir() if folder.exists() else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Remove what the run wrote into `folder`, and of the folders made for it those left empty.
+
+    Args:
+        new: the folders, the innermost first.
+    """
+    from fast.train.checkpoint import clear_unfinished
+    from fast.train.early_stopping import BEST_FILE
+    from fast.train.logs import HISTORY_FILE
+    from fast.train.resume import CONFIG_FILE
+
+    clear_unfinished(folder)
+    for name in (BEST_FILE, HISTORY_FILE, CONFIG_FILE, JOB_FILE):
+        (folder / name).unlink(missing_ok=True)
     for path in new:
-        if path.exists() and not any(path.iterdir()):
+        try:
             path.rmdir()
+        except OSError:  # something of another's is in it
+            return
 
 
 def _record(args: argparse.Namespace, folder: Path) -> None:
-    """What --resume needs to build the same model and data again."""
-    from fast.files import write_json
+    """What --resume needs to build the same model and data again.
+
+    Raises:
+        FileExistsError: the folder has it already.
+    """
+    from fast.files import to_json
 
     given = {k: v for k, v in vars(args).items() if k not in ("run", "unset", "output")}
     for name in ("weights", "data", "source", "source_inputs", "card", "model"):
         given[name] = _absolute(given[name])
-    write_json(folder / JOB_FILE, given)
+    with (folder / JOB_FILE).open("x") as file:
+        file.write(to_json(given, indent=2) + "\n")
 
 
 def _absolute(name: str | None) -> str | None:
@@ -174,9 +224,8 @@ def _absolute(name: str | None) -> str | None:
     return str(path.resolve()) if path.exists() else name
 
 
-def _restore(args: argparse.Namespace, folder: Path) -> None:
-    given = {k for k, v in vars(args).items() if k not in args.unset or args.unset[k] != v}
-    changed = sorted(given - FREE_ON_RESUME - {"unset"})
+def _restore(args: argparse.Namespace, folder: Path, given: set[str]) -> None:
+    changed = sorted(given - FREE_ON_RESUME)
     if changed:
         flag = changed[0].replace("_", "-")
         raise ValueError(f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop --{flag}")

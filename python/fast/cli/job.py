@@ -17,6 +17,8 @@ from fast.train.known import LIMIT
 from fast.train.models import LoadedModel, load_model
 from fast.train.sources import NamedData, Split, has_columns, load_data
 
+IMAGES = "images"
+
 
 @dataclass
 class Job:
@@ -64,13 +66,27 @@ def load_job(args: argparse.Namespace) -> Job:
     if getattr(args, "source_inputs", None):
         known = load_data(args.source_inputs, **columns, numeric_labels=True)
         splits["source_inputs"] = _source_inputs(known)
+        if source is not None and _same_samples(source, known):
+            loaded.notes.append(
+                f"--source-inputs {args.source_inputs}: the same samples as --source: what is kept "
+                "is measured on what it is kept with, and looks better than it is; name others"
+            )
+    check_kinds(args, splits)
     ready = {name: prepare(split, loaded, form, args.max_length) for name, split in splits.items()}
+    _check_shapes(args, splits, ready)
     classes = try_forward(loaded, ready["train"])
     if source is not None:
         check_source(f"--source {args.source}", source, classes)
     # Where the skill is in the features, labels need not be the head's.
     if known is not None and getattr(args, "source_skill", None) != "features":
-        check_source(f"--source-inputs {args.source_inputs}", known, classes, more=True)
+        top = check_source(f"--source-inputs {args.source_inputs}", known, classes, more=True)
+        if top >= classes and getattr(args, "source_skill", "auto") == "auto":
+            loaded.notes.append(
+                f"--source-inputs {args.source_inputs}: label {top}, and the network's own head "
+                f"has {classes} classes: what is forgotten is measured by its features, not by its "
+                "answers (--source-skill)"
+            )
+    loaded.notes += _gaps(args, target)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return Job(
@@ -103,13 +119,19 @@ def data_columns(args: argparse.Namespace) -> dict[str, Any]:
     return columns
 
 
-def check_source(option: str, data: NamedData, classes: int, more: bool = False) -> None:
-    """Raise ValueError where the labels cannot be the network's own, before anything is run.
+def check_source(option: str, data: NamedData, classes: int, more: bool = False) -> int:
+    """Refuse labels that cannot be the network's own, before anything is run.
 
     Args:
         option: with its value, for the message.
         classes: that the network's head answers.
         more: labels beyond these are of a skill that is in the features, and taken as such.
+
+    Returns:
+        the largest label.
+
+    Raises:
+        ValueError: they cannot.
     """
     own = f"the network's own head has {classes} classes"
     folders = Path(data.name).expanduser().is_dir() and not has_columns(data.name)
@@ -125,6 +147,82 @@ def check_source(option: str, data: NamedData, classes: int, more: bool = False)
             f"{option}: labels must be 0..{classes - 1}, as {own}; got {top}. Is it the data that "
             "the network was trained for?"
         )
+    return top
+
+
+def check_kinds(args: argparse.Namespace, splits: dict[str, Split]) -> None:
+    """Of data as they were read, by the options that named them.
+
+    Raises:
+        ValueError: training and validation data are of different kinds; or options of images are
+            given, and there are none to apply them to.
+    """
+    kinds = {name: _kind(split) for name, split in splits.items()}
+    if "val" in kinds and kinds["val"] != kinds["train"]:
+        raise ValueError(
+            f"--data {args.data}: the training split is {kinds['train']}, the validation split "
+            f"{kinds['val']}: they would be prepared differently; store both alike"
+        )
+    given = [name for name in ("input_size", "mean", "std") if getattr(args, name)]
+    other = next((name for name, kind in kinds.items() if kind != IMAGES), None)
+    if given and other is not None:
+        option = {"source": "source", "source_inputs": "source-inputs"}.get(other, "data")
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} is for images, and --{option} is {kinds[other]}, "
+            "handed to the network as it is: store uint8 images, or prepare the data and drop it"
+        )
+
+
+def _kind(split: Split) -> str:
+    x = split.inputs
+    if is_image_split(split):
+        return IMAGES
+    if isinstance(x, list):
+        return "texts"
+    if isinstance(x, dict):
+        return f"arrays {', '.join(sorted(x))}"
+    return "an array of floats" if x.dtype.kind == "f" else "an array of whole numbers"
+
+
+def _check_shapes(
+    args: argparse.Namespace, splits: dict[str, Split], ready: dict[str, Any]
+) -> None:
+    """Raise ValueError where samples of training and validation differ in shape. Those of whole
+    numbers may be tokens, and padded to another length.
+    """
+    x = splits["train"].inputs
+    if not is_image_split(splits["train"]) and (isinstance(x, (list, dict)) or x.dtype.kind != "f"):
+        return
+    first = {name: ready[name][0] for name in ("train", "val")}
+    train, val = (
+        list(part.shape[1:] if isinstance(part, Tensor) else part[0].shape)
+        for part in first.values()
+    )
+    if train != val:
+        raise ValueError(
+            f"--data {args.data}: training samples are {train}, validation samples {val}; they "
+            "must be of one shape" + (" (--input-size)" if is_image_split(splits["train"]) else "")
+        )
+
+
+def _gaps(args: argparse.Namespace, target: NamedData) -> list[str]:
+    assert target.train is not None
+    missing = np.setdiff1d(np.arange(len(target.classes)), target.train.labels)
+    if not len(missing):
+        return []
+    shown = ", ".join(target.classes[i] for i in missing[:3]) + (
+        ", ..." if len(missing) > 3 else ""
+    )
+    return [
+        f"--data {args.data}: {len(missing)} of {len(target.classes)} classes have no training "
+        f"sample ({shown}); the head has a place for each"
+    ]
+
+
+def _same_samples(source: NamedData, known: NamedData) -> bool:
+    """Whether both come from the one split of one file or folder."""
+    a, b = (Path(data.name).expanduser().resolve() for data in (source, known))
+    return a == b and (source.train is None or source.val is None)
 
 
 def _source_inputs(data: NamedData) -> Split:

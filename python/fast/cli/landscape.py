@@ -19,7 +19,7 @@ from typing import Any
 
 from fast.cli.offline import add_demo, job_for
 from fast.cli.options import add_model_and_data, add_training, check_training, training_options
-from fast.cli.runs import check_methods, method_names, runnable
+from fast.cli.runs import check_methods, method_names, runnable, shown_options
 from fast.cli.table import percent, text_table
 from fast.train.methods import METHODS
 
@@ -126,7 +126,7 @@ def _write(args: argparse.Namespace, job: Any, folder: Path, found: Any) -> None
     write_json(
         folder / "landscape.json",
         {
-            "options": {k: v for k, v in vars(args).items() if k != "run" and v is not None},
+            "options": shown_options(args),
             "machine": describe(),
             **found.to_dict(),
         },

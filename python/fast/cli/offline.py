@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fast.cli.options import require
+from fast.files import check_writable
 
 NAME = "digits"
 
@@ -27,13 +28,16 @@ def job_for(args: argparse.Namespace, command: str, *needed: str) -> Iterator[tu
 
     Args:
         needed: options besides model and data that must be given.
+
+    Raises:
+        ValueError: of the folder: it cannot be written to.
     """
     if not args.demo:
         require(args, "model", "data", *needed)
         from fast.cli.job import load_job, short_name
 
-        name = short_name(args)
-        yield load_job(args), Path(args.output or f"runs/{command}-{name}")
+        folder = _folder(args, f"runs/{command}-{short_name(args)}")
+        yield load_job(args), folder
         return
     own = ("model", "weights", "data", "source", "source_inputs", "card")
     given = [name.replace("_", "-") for name in own if getattr(args, name, None)]
@@ -47,12 +51,19 @@ def job_for(args: argparse.Namespace, command: str, *needed: str) -> Iterator[tu
     for name, value in (("steps", demo.STEPS), ("eval_every", demo.EVAL_EVERY)):
         if not hasattr(args, name) and not hasattr(args, "epochs"):
             setattr(args, name, value)
+    folder = _folder(args, f"runs/{command}-{NAME}")
     threads = torch.get_num_threads()
     torch.set_num_threads(demo.THREADS)
     try:
-        yield _job(), Path(args.output or f"runs/{command}-{NAME}")
+        yield _job(), folder
     finally:
         torch.set_num_threads(threads)
+
+
+def _folder(args: argparse.Namespace, default: str) -> Path:
+    folder = Path(args.output or default)
+    check_writable(folder, "--output")
+    return folder
 
 
 def _job() -> Any:

@@ -120,6 +120,32 @@ def check_training(args: argparse.Namespace, **changed: Any) -> None:
     pick_device(getattr(args, "device", None))
 
 
+_UNSET = object()
+
+
+def mark_unset(parser: argparse.ArgumentParser) -> None:
+    """Let `fill_defaults` tell an option that is given at its default from one that is not given.
+
+    Call it when all options are there.
+    """
+    defaults = vars(parser.parse_args([]))
+    parser.set_defaults(**dict.fromkeys(defaults, _UNSET), unset=defaults)
+
+
+def fill_defaults(args: argparse.Namespace) -> set[str]:
+    """Set what was not given to its default.
+
+    Returns:
+        names of the options that were given.
+    """
+    given = set(vars(args)) - {"run", "unset"}
+    for name, default in args.unset.items():
+        if getattr(args, name) is _UNSET:
+            setattr(args, name, default)
+            given.remove(name)
+    return given
+
+
 def require(args: argparse.Namespace, *names: str) -> None:
     """Raise where an option is missing; argparse cannot, because --resume makes them optional."""
     missing = [f"--{name}" for name in names if not getattr(args, name)]

@@ -33,7 +33,9 @@ from fast.cli.runs import (
     Runner,
     check_methods,
     method_names,
+    note_replaced,
     runnable,
+    shown_options,
     whole_numbers,
 )
 from fast.cli.summary import Run, intervals, spread
@@ -105,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         methods = runnable(args.methods, job)
         norms = has_batch_norm(job.loaded.model)
         plan = {method: settings(method, args, job.data, norms) for method in methods}
+        note_replaced(folder / "retention.json", args)
         runner = Runner(args, job, folder)
         curves = [
             (setting, runner.all_seeds(method, setting.name, setting.options))
@@ -182,7 +185,7 @@ def _write(
     write_json(
         folder / "retention.json",
         {
-            "options": {k: v for k, v in vars(args).items() if k != "run" and v is not None},
+            "options": shown_options(args),
             "samples": job.sizes,
             "machine": describe(),
             "source_accuracy_before": before,

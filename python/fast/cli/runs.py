@@ -19,6 +19,8 @@ from fast.train.methods import METHODS
 # Given by the command itself, or of a single run.
 NOT_HERE = ("method", "seed", "lr", "output", "resume", "save_every")
 ALL = "all"
+KEY_DIGITS = 8
+SHOWN_ONLY = ("output", "progress")
 
 
 class Runner:
@@ -35,9 +37,20 @@ class Runner:
     def all_seeds(
         self, method: str, setting: str = "", options: dict[str, Any] | None = None
     ) -> list[Run]:
-        """One run for each of `--seeds`, at the learning rate of `--lr` best on the first seed."""
+        """One run for each of `--seeds`, at the learning rate of `--lr` best on the first seed.
+
+        Raises:
+            FloatingPointError: a run diverged, and there is no other rate to choose.
+        """
         seeds, lrs = self.args.seeds, self.args.lr
-        first = {lr: self.one(method, seeds[0], lr, setting, options) for lr in lrs}
+        first: dict[float | None, Run] = {}
+        for lr in lrs:
+            try:
+                first[lr] = self.one(method, seeds[0], lr, setting, options)
+            except FloatingPointError as error:
+                if not first and lr == lrs[-1]:
+                    raise
+                print(f"note: {method} seed {seeds[0]} lr {lr:g} diverged: {error}")
         best = max(first, key=lambda x: (first[x].target_accuracy, first[x].source_accuracy or 0))
         more = [self.one(method, seed, best, setting, options) for seed in seeds[1:]]
         return [first[best], *more]
@@ -62,7 +75,9 @@ class Runner:
         chosen = self.options | (options or {})
         key = fingerprint(self.args, chosen, {"method": method, "seed": seed, "lr": lr})
         rate = "" if lr is None else f"lr{lr:g}"
-        name = "-".join(part for part in (method, setting, rate, f"seed{seed}") if part)
+        # With the key, so that the same folder keeps the runs of other options.
+        parts = (method, setting, rate, f"seed{seed}", key[:KEY_DIGITS])
+        name = "-".join(part for part in parts if part)
         file = self.folder / "runs" / f"{name}.json"
         kept = read_run(file, key)
         if kept is not None:
@@ -84,14 +99,52 @@ class Runner:
 
 
 def read_run(file: Path, key: str) -> Run | None:
-    """A finished run of the same job; None where there is none, or the job has changed."""
+    """A finished run of the same job; None where there is none, or the job has changed.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     if not file.is_file():
         return None
     try:
         saved = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is damaged ({error}); delete it to run it again") from error
-    return Run(**saved) if saved.pop("key", None) == key else None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file} is damaged (it holds no run); delete it to run it again")
+    if saved.pop("key", None) != key:
+        return None
+    try:
+        return Run(**saved)
+    except TypeError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it to run it again") from error
+
+
+def note_replaced(file: Path, args: argparse.Namespace) -> None:
+    """Say which options the results had that are about to be replaced; their runs are kept.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not file.is_file():
+        return
+    try:
+        saved = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error}); move it away") from error
+    were = saved.get("options") if isinstance(saved, dict) else None
+    if not isinstance(were, dict):
+        raise ValueError(f"{file} holds no results of fast; move it away")
+    now = json.loads(json.dumps(shown_options(args), default=str))
+    differ = [k for k in {**were, **now} if k not in SHOWN_ONLY and were.get(k) != now.get(k)]
+    if differ:
+        told = ", ".join(f"{name} {were.get(name, 'not given')}" for name in differ)
+        print(f"note: replaces {file} of other options ({told}); its runs stay in runs/")
+
+
+def shown_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given, for the files of results."""
+    return {k: v for k, v in vars(args).items() if k != "run" and v is not None}
 
 
 def fingerprint(

@@ -32,7 +32,7 @@ class SourceInputs:
         limit: samples taken, at most.
 
     Raises:
-        TypeError, ValueError: something else, or nothing in it.
+        TypeError, ValueError: something else, nothing in it, or labels that are no whole numbers.
     """
 
     def __init__(self, data: Any, limit: int) -> None:
@@ -59,7 +59,7 @@ class SourceInputs:
             x = _rows(x, slice(limit - count))
             size = _length(x)
             parts.append(x)
-            labels.append(None if y is None else torch.as_tensor(y)[:size].long())
+            labels.append(None if y is None else _whole(torch.as_tensor(y)[:size]))
             count += size
             if count >= limit:
                 break
@@ -195,6 +195,18 @@ def _split(batch: Any) -> tuple[Any, Tensor | None]:
     if isinstance(batch, Tensor):
         return batch, None
     raise TypeError(f"source data: a batch is a {type(batch).__name__}, not tensors of inputs")
+
+
+def _whole(labels: Tensor) -> Tensor:
+    """Labels as int64; those that are fractional or NaN would be cut to another class."""
+    if labels.is_floating_point():
+        wrong = labels != labels.round()
+        if wrong.any():
+            raise ValueError(
+                "source data: labels must be whole numbers (class indices), not "
+                f"{float(labels[wrong][0]):g}"
+            )
+    return labels.long()
 
 
 def _map(inputs: Any, function: Any) -> Any:

@@ -22,6 +22,7 @@ from fast.curvature.diagonal import LABELS, fisher_diagonal
 from fast.curvature.losses import recognise
 from fast.curvature.network import Params, select, unwrap
 from fast.heads import evaluating, source_task
+from fast.inputs import check_finite_inputs, taking
 from fastkernels import _storage
 
 TEMPERATURE = 3.0
@@ -136,6 +137,14 @@ class SourceCard:
             raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
         device = next(model.parameters()).device
         samples = samples.to(device)
+        check_finite_inputs(samples.inputs, "source data")
+        with taking("source data", samples.inputs):
+            first = source_answers(model, samples.part(0, 2))
+        if not first.isfinite().all():
+            raise ValueError(
+                "source data: the network's answers are not finite (NaN or infinite), the inputs "
+                "are: look at its weights and at the scale of the inputs"
+            )
         chosen = backbone_parameters(model, samples.part(0, 2).inputs)
         if params is not None:
             chosen = {n: chosen[n] for n in select(chosen, params)}

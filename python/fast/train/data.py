@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from fast.curvature.answers import LABEL_KEYS
-from fast.errors import first_line
 from fast.heads import pick
-from fast.train.labels import check_labels
+from fast.inputs import kind, leaves
+from fast.train.labels import check_labels, count_classes
 from fast.train.seeding import seeded
 
 
@@ -38,7 +37,7 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
         return inputs, torch.as_tensor(batch[-1])
-    raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {_kind(batch)}")
+    raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {kind(batch)}")
 
 
 def move(inputs: Any, device: torch.device) -> Any:
@@ -49,40 +48,10 @@ def move(inputs: Any, device: torch.device) -> Any:
     return inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
 
 
-@contextmanager
-def taking(name: str, inputs: Any) -> Iterator[None]:
-    """Name the data in what a network raises that does not take them.
-
-    Raises:
-        ValueError: in place of an error of shape, type or number of inputs.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{name}: the network does not take these inputs ({_shapes(inputs)}): "
-            f"{first_line(error)}"
-        ) from error
-
-
-def _shapes(inputs: Any) -> str:
-    if isinstance(inputs, Mapping):
-        return ", ".join(f"{k} {_shapes(v)}" for k, v in inputs.items())
-    if isinstance(inputs, (tuple, list)):
-        return ", ".join(map(_shapes, inputs))
-    return f"{list(inputs.shape)} {inputs.dtype}" if isinstance(inputs, Tensor) else _kind(inputs)
-
-
 def length(inputs: Any) -> int:
     """Number of rows of a tensor, or of the first tensor in a tuple or mapping."""
     first = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), None)
     return len(inputs) if isinstance(inputs, Tensor) else len(cast(Sized, first))
-
-
-def _kind(x: Any) -> str:
-    return f"{type(x).__name__}" + (f" of shape {list(x.shape)}" if isinstance(x, Tensor) else "")
 
 
 @dataclass
@@ -137,17 +106,19 @@ class Data:
         """Number of classes, from the labels or from the data set's own record of them.
 
         Raises:
-            ValueError: it cannot be told without reading everything; pass num_classes.
+            ValueError: it cannot be told without reading everything; pass num_classes. Or labels
+                that are no class indices.
         """
         if self.labels is not None:
-            return int(check_labels(self.labels, None, self.name).max()) + 1
+            top = int(check_labels(self.labels, None, self.name).max())
+            return count_classes(top, len(self.labels), self.name)
         source = self._source
         classes = getattr(source, "classes", None)
         if classes is not None:
             return len(classes)
         targets = self.recorded_targets()
         if targets is not None:
-            return int(torch.as_tensor(targets).max()) + 1
+            return count_classes(int(torch.as_tensor(targets).max()), len(targets), self.name)
         raise ValueError(
             f"num_classes is not given and {type(source).__name__} has neither `classes` nor "
             "`targets`; pass num_classes="
@@ -173,6 +144,11 @@ def as_data(data: Any, name: str) -> Data:
         labels = _tensor(labels, f"{name}: labels")
         if not isinstance(inputs, (Mapping, tuple, list)):
             inputs = _tensor(inputs, f"{name}: inputs")
+        counts = [len(x) for x in leaves(inputs)]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{name}: inputs differ in their number of samples: {', '.join(map(str, counts))}"
+            )
         count = length(inputs)
         if count != len(labels):
             raise ValueError(f"{name}: {count} inputs but {len(labels)} labels")
@@ -185,7 +161,7 @@ def as_data(data: Any, name: str) -> Data:
             raise ValueError(f"{name}: the data set is empty")
         return Data(name, dataset=data)
     raise TypeError(
-        f"{name} must be (inputs, labels), a map-style Dataset or a DataLoader; got {_kind(data)}"
+        f"{name} must be (inputs, labels), a map-style Dataset or a DataLoader; got {kind(data)}"
     )
 
 
@@ -200,8 +176,8 @@ def _tensor(values: Any, name: str) -> Tensor:
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError) as error:
-        kind = f"{type(values).__name__} of {type(values[0]).__name__}"
-        raise TypeError(f"{name} must be numbers, as a tensor or array; got {kind}") from error
+        got = f"{type(values).__name__} of {type(values[0]).__name__}"
+        raise TypeError(f"{name} must be numbers, as a tensor or array; got {got}") from error
     return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 
 

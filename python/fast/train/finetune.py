@@ -74,6 +74,7 @@ def finetune(
     Raises:
         ValueError, TypeError: an option, the data or the model does not fit; the message names it.
         FileNotFoundError: nothing to resume from.
+        FloatingPointError: the run diverged: a loss, a weight or an answer is NaN or infinite.
     """
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     unknown = sorted(set(options) - known)

@@ -38,6 +38,8 @@ class Gauge:
         points: of accuracy (0..1), not nats.
         skill: "answers", "features", or "auto": features where there are labels that the source
             head cannot give.
+        top: the largest label of all source inputs, of which `samples` may be a part: which of them
+            are held back must not decide what is measured. None: that of the samples.
 
     Raises:
         ValueError: answers that are not finite; labels that the head cannot give; features and
@@ -45,7 +47,12 @@ class Gauge:
     """
 
     def __init__(
-        self, model: nn.Module, samples: SourceInputs, points: bool, skill: str = "auto"
+        self,
+        model: nn.Module,
+        samples: SourceInputs,
+        points: bool,
+        skill: str = "auto",
+        top: int | None = None,
     ) -> None:
         self.samples, self.points = samples, points
         y = samples.labels
@@ -53,10 +60,12 @@ class Gauge:
         self.by_features = skill == "features"
         if not self.by_features:
             answers = source_answers(model, samples)
-            if y is not None and int(y.max()) >= answers.shape[1]:
+            if y is not None and top is None:
+                top = int(y.max())
+            if y is not None and top is not None and top >= answers.shape[1]:
                 if skill == "answers":
                     raise ValueError(
-                        f"source_inputs: label {int(y.max())}, and the source head has "
+                        f"source_inputs: label {top}, and the source head has "
                         f"{answers.shape[1]} classes. Where the source skill is in the features, "
                         "set source_skill='features'"
                     )

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fast.curvature.answers import SourceInputs
 from fast.curvature.card import SourceCard
 from fast.curvature.card_file import fingerprint
-from fast.train.data import Data, length
-
-# Of the inputs in memory, spread over all: other data differ in one of them.
-ROWS = 16
+from fast.inputs import leaves
+from fast.train.data import Data
 
 
 def model_identity(model: nn.Module) -> str:
@@ -27,9 +23,9 @@ def model_identity(model: nn.Module) -> str:
 
 
 def data_identity(data: Any) -> str | None:
-    """Hash of labels and of some inputs; of a data set, of the labels that it records.
+    """Hash of inputs and labels in memory; of a data set, of the labels that it records.
 
-    Its samples are not read: they may be drawn at random.
+    A data set's samples are not read: they may be drawn at random.
 
     Args:
         data: `Data`, `SourceInputs`, a function that measures, or None.
@@ -42,10 +38,8 @@ def data_identity(data: Any) -> str | None:
         return "a function"
     digest = hashlib.blake2b(digest_size=8)
     if data.inputs is not None:
-        count = length(data.inputs)
-        rows = torch.linspace(0, count - 1, min(count, ROWS), dtype=torch.float64).long()
-        for x in _leaves(data.inputs):
-            digest.update(f"{list(x.shape)} {fingerprint(x[rows.to(x.device)])}\n".encode())
+        for x in leaves(data.inputs):
+            digest.update(f"{list(x.shape)} {fingerprint(x)}\n".encode())
         if data.labels is not None:
             digest.update(fingerprint(data.labels).encode())
         return digest.hexdigest()
@@ -62,11 +56,3 @@ def card_identity(card: SourceCard) -> str:
     """Of which weights a card is, and from what it was estimated."""
     facts = [sorted(card.fingerprints.items()), card.num_samples, card.labels, card.temperature]
     return hashlib.blake2b(f"{facts} {card.mean!r}".encode(), digest_size=8).hexdigest()
-
-
-def _leaves(inputs: Any) -> list[Tensor]:
-    if isinstance(inputs, Mapping):
-        inputs = list(inputs.values())
-    if isinstance(inputs, (tuple, list)):
-        return [x for part in inputs for x in _leaves(part)]
-    return [inputs] if isinstance(inputs, Tensor) else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from fast.curvature.answers import SourceInputs
 from fast.errors import first_line
 from fast.heads import evaluating, forward_logits, pick, source_task
-from fast.train.data import move, taking
+from fast.inputs import check_finite_inputs, taking
+from fast.train.data import move
 from fast.train.labels import check_labels
 
 # Kept in memory, at most.
@@ -49,7 +49,7 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
         )
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")
-    _check_finite(samples.inputs)
+    check_finite_inputs(samples.inputs, "source_inputs")
     with taking("source_inputs", samples.inputs):
         _try(model, samples)
     return samples
@@ -79,25 +79,8 @@ def _check_pair(inputs: Any, labels: Any) -> None:
         raise ValueError(f"source_inputs: {len(inputs)} inputs but {len(labels)} labels")
 
 
-def _check_finite(inputs: Any) -> None:
-    for x in _leaves(inputs):
-        if x.is_floating_point():
-            wrong = ~x.flatten(1).isfinite().all(1) if x.dim() > 1 else ~x.isfinite()
-            if wrong.any():
-                raise ValueError(
-                    f"source_inputs: {int(wrong.sum())} samples are not finite (NaN or infinite), "
-                    f"the first is number {int(wrong.nonzero()[0])}; drop them"
-                )
-
-
 @torch.no_grad()
 def _try(model: nn.Module, samples: SourceInputs) -> Tensor:
     device = next(model.parameters()).device
     with evaluating(model), source_task(model):
         return forward_logits(model, move(pick(samples.inputs, slice(2)), device))
-
-
-def _leaves(inputs: Any) -> list[Tensor]:
-    if isinstance(inputs, Mapping):
-        inputs = tuple(inputs.values())
-    return [x for part in inputs for x in _leaves(part)] if isinstance(inputs, tuple) else [inputs]

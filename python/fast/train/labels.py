@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# A head of so many classes may be that of the source task, of which there are few samples.
+FEW_CLASSES, MOST_CLASSES = 10_000, 1_000_000
+
 
 def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
     """Labels as int64 `[N]`.
@@ -51,6 +54,25 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
                 f"row {row}. Number the classes from 0, or pass num_classes"
             )
     return labels
+
+
+def count_classes(top: int, samples: int, name: str) -> int:
+    """`top + 1`, of classes that are numbered.
+
+    Args:
+        top: the largest label.
+        samples: labelled with them.
+        name: of the data, for the message.
+
+    Raises:
+        ValueError: far more classes than samples: a network with such a head would fill the memory.
+    """
+    if top >= min(MOST_CLASSES, max(FEW_CLASSES, 10 * samples)):
+        raise ValueError(
+            f"{name}: label {top} among {samples} samples: labels are class indices, and a head of "
+            f"{top + 1} classes is none that these can teach; number the classes from 0"
+        )
+    return top + 1
 
 
 def _from_array(labels: np.ndarray, name: str) -> Tensor:

@@ -190,6 +190,9 @@ def _from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, Any]) -
             model = factory(*args, **kwargs)
         except TypeError as err:
             raise ValueError(f"{path}: {name} does not take these arguments: {err}") from err
+        except Exception as err:  # whatever the user's code raises
+            kind = type(err).__name__
+            raise ValueError(f"{path}: {name}() raised {kind}: {first_line(err)}") from err
     finally:
         sys.path.remove(folder)
     if not isinstance(model, nn.Module):
@@ -210,4 +213,8 @@ def _import_file(path: Path) -> Any:
     except (ImportError, SyntaxError) as err:
         del sys.modules[name]
         raise ImportError(f"model file {path}: {err}") from err
+    except Exception as err:  # whatever the user's code raises
+        del sys.modules[name]
+        kind = type(err).__name__
+        raise ImportError(f"model file {path} raised {kind}: {first_line(err)}") from err
     return module

@@ -122,7 +122,8 @@ def hold_back(
     first = samples.size - min(wanted, samples.size // 2)
     held = samples.part(first, samples.size).to(next(model.parameters()).device)
     points = budget is not None and budget.points
-    return samples.part(0, first), Gauge(model, held, points, config.source_skill)
+    top = None if samples.labels is None else int(samples.labels.max())
+    return samples.part(0, first), Gauge(model, held, points, config.source_skill, top)
 
 
 class Protection:

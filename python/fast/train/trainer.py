@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from fast.curvature.card import SourceCard
 from fast.files import write_json
 from fast.heads import forward_logits, has_batch_norm, pick, source_task, task_head
+from fast.inputs import taking
 from fast.train.average import Average
 from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
-from fast.train.data import Data, TrainBatches, Transform, as_data, length, move, taking
+from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
+from fast.train.finite import check_finite, warn_diverged
 from fast.train.function_pull import shares
 from fast.train.head_start import head_is_last
 from fast.train.identity import card_identity, data_identity, model_identity
@@ -103,9 +105,9 @@ class Trainer:
         if self.folder is not None:
             self.identity = {
                 "pretrained weights": model_identity(model),
-                "training data": data_identity(self.train_data),
-                "validation data": data_identity(self.val),
-                "source data": data_identity(self.source),
+                "training data (hash)": data_identity(self.train_data),
+                "validation data (hash)": data_identity(self.val),
+                "source data (hash)": data_identity(self.source),
             }
         self.before = self._source_score()
         self._prepare(card, source_inputs)
@@ -124,9 +126,9 @@ class Trainer:
         seen = self.steps * self.batch_size
         card = make_card(config, model, card, source_inputs, self.batches, seen)
         if self.folder is not None:
-            self.identity["source inputs"] = data_identity(source_inputs)
+            self.identity["source inputs (hash)"] = data_identity(source_inputs)
             held = data_identity(gauge.samples) if gauge is not None else None
-            self.identity["held-back source inputs"] = held
+            self.identity["held-back source inputs (hash)"] = held
             self.identity["card"] = card_identity(card) if card is not None and given else None
         self.replay: Replay | None = None
         if METHODS[config.method].replay:
@@ -219,6 +221,7 @@ class Trainer:
                 self.function_pull.close()
             if self.head is not None and self.head.norm is not None:
                 self.head.norm.stop_deferring()
+        warn_diverged(log.history[-1]["loss"], self.num_classes)
         self.stopping.restore(self.model)
         self.optimizer.zero_grad()
         self.model.eval()
@@ -358,13 +361,7 @@ class Trainer:
 
     def _record(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
         """One line of the history: everything that is known after `step` steps."""
-        loss = float(torch.stack(losses).mean()) if losses else None
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} in steps {step - len(losses) + 1}..{step}: look for "
-                f"non-finite inputs, lower lr ({self.lr:g}) or set max_grad_norm. "
-                "Checkpoints saved before are left as they are"
-            )
+        loss = self._check_finite(step, losses)
         target = None
         if self.val is not None:
             with self._autocast():
@@ -387,6 +384,10 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started, 3),
         }
 
+    def _check_finite(self, step: int, losses: list[Tensor]) -> float | None:
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return check_finite(step, losses, weights, self.lr, self.folder)
+
     def _source_score(self) -> Score | None:
         if self.source is None:
             return None
@@ -404,6 +405,7 @@ class Trainer:
 
     def _save(self, step: int, history: list[dict[str, Any]], losses: list[Tensor]) -> None:
         assert self.folder is not None
+        self._check_finite(step, losses)  # it takes the place of a good one
         record = {
             "history": history,
             "losses": [float(x) for x in losses],

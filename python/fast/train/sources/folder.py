@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fast.train.labels import count_classes
 from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split
 
 IMAGE_SUFFIXES = frozenset(
@@ -29,7 +30,9 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
     names = sorted({name for name, _ in files.get("train", files.get("val", []))}, key=_natural)
     if numeric_labels and all(name.isdigit() for name in names):
         number = {name: int(name) for name in names}
-        classes = tuple(str(i) for i in range(max(number.values()) + 1))
+        samples = sum(map(len, files.values()))
+        count = count_classes(max(number.values()), samples, str(root))
+        classes = tuple(str(i) for i in range(count))
     else:
         number = {name: i for i, name in enumerate(names)}
         classes = tuple(names)

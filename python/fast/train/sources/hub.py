@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from fast.errors import first_line
-from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split, labelled
+from fast.train.sources.types import (
+    VAL_NAMES,
+    EncodedImages,
+    NamedData,
+    Split,
+    labelled,
+    numbered_classes,
+)
 
 
 def read_hugging_face(name: str, input_column: str | None, label_column: str | None) -> NamedData:
@@ -69,7 +76,7 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
             len(classes) if classes else None,
         )
     if not classes:
-        classes = [str(i) for i in range(max(int(s.labels.max()) for s in splits.values()) + 1)]
+        classes = numbered_classes(list(splits.values()), f"{name}: {label_column}")
     return NamedData(name, splits.get("train"), splits.get("val"), tuple(classes))
 
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fast.train.sources.types import VAL_NAMES, EncodedImages, NamedData, Split, labelled
+from fast.train.sources.types import (
+    VAL_NAMES,
+    EncodedImages,
+    NamedData,
+    Split,
+    labelled,
+    numbered_classes,
+)
 
 
 def read_npz(path: Path) -> NamedData:
@@ -32,8 +39,7 @@ def read_npz(path: Path) -> NamedData:
             f"and y; got {', '.join(sorted(arrays)) or 'nothing'}"
         )
     if classes is None:
-        top = max(int(s.labels.max()) for s in (train, val) if s)
-        classes = tuple(str(i) for i in range(top + 1))
+        classes = numbered_classes([s for s in (train, val) if s], str(path))
     return NamedData(str(path), train, val, classes)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fast.train.labels import check_labels
+from fast.train.labels import check_labels, count_classes
 
 VAL_NAMES = ("val", "valid", "validation", "test")
 
@@ -98,6 +98,12 @@ def labelled(inputs: Any, labels: Any, where: str, num_classes: int | None = Non
     if count == 0:
         raise ValueError(f"{where}: is empty")
     return Split(inputs, checked.numpy())
+
+
+def numbered_classes(splits: Sequence[Split], where: str) -> tuple[str, ...]:
+    """`("0", "1", ...)` up to the largest label; a ValueError where that cannot be meant."""
+    top = max(int(s.labels.max()) for s in splits)
+    return tuple(map(str, range(count_classes(top, sum(map(len, splits)), where))))
 
 
 def _take(inputs: Any, index: np.ndarray) -> Any:

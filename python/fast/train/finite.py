@@ -1,0 +1,69 @@
+"""What a run that has diverged is told, before it spoils what was saved."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fast.train.checkpoint import PREFIX, list_checkpoints
+
+# Times the loss of guessing.
+ABSURD = 1e3
+
+
+def check_finite(
+    step: int, losses: list[Tensor], weights: Iterable[Tensor], lr: float, folder: Path | None
+) -> float | None:
+    """The mean of the losses of the last steps; None without any.
+
+    Args:
+        step: steps done.
+        losses: of the last of them.
+        weights: that are trained. A loss is of the weights before its step, which may have made
+            NaN of them.
+        folder: of the run's checkpoints, for the message; or None.
+
+    Raises:
+        FloatingPointError: a loss or a weight is NaN or infinite.
+    """
+    loss = float(torch.stack(losses).mean()) if losses else None
+    if loss is not None and not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} in steps {step - len(losses) + 1}..{step}: look for "
+            f"non-finite inputs, lower lr ({lr:g}) or set max_grad_norm" + _kept(folder)
+        )
+    if not all(bool(w.isfinite().all()) for w in weights):
+        raise FloatingPointError(
+            f"weights are not finite (NaN or infinite) after step {step}: lower lr ({lr:g}) or set "
+            "max_grad_norm" + _kept(folder)
+        )
+    return loss
+
+
+def warn_diverged(loss: float | None, num_classes: int) -> None:
+    """Warn, on behalf of the caller of `finetune`, of a loss that is finite and absurd.
+
+    Args:
+        loss: the mean over the last steps.
+    """
+    guessing = math.log(max(num_classes, 2))
+    if loss is not None and loss > ABSURD * guessing:
+        warnings.warn(
+            f"the loss at the end is {loss:.3g}, more than {ABSURD:g} times that of guessing "
+            f"({guessing:.2g}): the run diverged. Lower lr, set max_grad_norm, or look at the "
+            "scale of the inputs",
+            stacklevel=4,
+        )
+
+
+def _kept(folder: Path | None) -> str:
+    found = [] if folder is None else list_checkpoints(folder)
+    if not found:
+        return ""
+    step = int(found[-1].name.removeprefix(PREFIX))
+    return f". The checkpoint of step {step} in {folder} is left as it is"
