@@ -12,7 +12,7 @@ from helpers import ROOT, run_python
 # Each layer may import itself and those before it.
 LAYERS = (
     ("fastkernels", "fast.errors", "fast.files", "fast.profiling"),
-    ("fast.optim", "fast.heads", "fast.curvature"),
+    ("fast.inputs", "fast.optim", "fast.heads", "fast.curvature"),
     ("fast.intervals", "fast.plots"),
     ("fast.train",),
     ("fast.geometry",),
