@@ -39,10 +39,21 @@ def fingerprint(*things: Any) -> list[Any]:
 
 def same(a: list[Any], b: list[Any]) -> bool:
     """Whether two fingerprints are equal; nan is not."""
-    return len(a) == len(b) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
-        for x, y in zip(a, b, strict=True)
-    )
+    if len(a) != len(b):
+        return False
+    # Checksums of one kind are compared at once: on a GPU each comparison waits for the device.
+    sums: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            kind = (x.dtype, x.device)
+            if kind != (y.dtype, y.device) or x.shape != y.shape:
+                return False
+            xs, ys = sums.setdefault(kind, ([], []))
+            xs.append(x)
+            ys.append(y)
+        elif isinstance(x, Tensor) or isinstance(y, Tensor) or x != y:
+            return False
+    return all(torch.equal(torch.cat(xs), torch.cat(ys)) for xs, ys in sums.values())
 
 
 def _tensor(t: Tensor) -> list[Any]:

@@ -79,9 +79,7 @@ def prepare_model(job: Job) -> FunctionPull | None:
 
 
 def _rehearsal(job: Job, head: TaskHead, folded: bool) -> Rehearsal | None:
-    """Args:
-    folded: the head sees several rows of a sample.
-    """
+    """None without source inputs. `folded`: the head sees several rows of a sample."""
     model, samples = job.model, job.rehearsed
     if samples is None:
         return None

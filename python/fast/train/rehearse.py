@@ -98,7 +98,8 @@ class Rehearsal:
         self.features = torch.cat(parts)
         self.moved = 0.0
         self.restraint = 1.0
-        self._seen = torch.zeros(2, device=device)
+        # Of this step: the sum of e, on the device, and over how many samples.
+        self._seen, self._count = torch.zeros((), device=device), 0
         # Of one feature on average. A constant feature would blow up a variance of its own.
         self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
         count = len(self.features)
@@ -116,7 +117,8 @@ class Rehearsal:
         """Sum over samples, `[]`."""
         e = self.scale * (now.float() - before).square().flatten(1).mean(1)
         with torch.no_grad():
-            self._seen += torch.stack([e.sum(), e.new_tensor(len(e))])
+            self._seen += e.sum()
+        self._count += len(e)
         pull = F.huber_loss(e, torch.zeros_like(e), reduction="sum", delta=STEEPEST * TOLERANCE)
         return self.weight / TOLERANCE * pull
 
@@ -129,11 +131,11 @@ class Rehearsal:
             strength: factor on the penalty at present; a budget that leaves more room leaves it
                 the learning rate too.
         """
-        seen, count = self._seen.tolist()
-        if not count:
+        if not self._count:
             return
+        e = self._seen.item() / self._count
         self._seen.zero_()
-        e = seen / count
+        self._count = 0
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)
         self.restraint = max(LEAST, min(1.0, TOLERANCE / strength / max(self.moved, 1e-12)))
 
