@@ -11,7 +11,7 @@ import fast
 from fast.cli import demo
 from fast.cli.retention import settings
 from fast.train.config import TrainConfig
-from fast.train.methods import EASED, METHODS, REHEARSING_LR, plan_for
+from fast.train.methods import EASED, METHODS, REHEARSING_LR, SETTLED, plan_for
 
 SWEEP = ("--steps", 6, "--output", "out")
 
@@ -23,11 +23,11 @@ def points(method, data=(), **options):
 
 def test_strengths_multiply_what_the_method_itself_sets():
     fast_ = METHODS["fast"]
-    assert points("fast") == [
+    assert points("fast", rehearse=0.0) == [
         (label, {"anchor_decay": s * fast_.anchor_decay, "distill": s * fast_.distill})
         for label, s in (("0.5", 0.5), ("2", 2))
     ]
-    informed = points("fast", data=["card"])
+    informed = points("fast", data=["card"], rehearse=0.0)
     assert informed[0][1]["anchor_decay"] == 0.5 * fast_.card_decay
     assert points("l2-sp", data=["source_inputs"]) == [
         ("0.5", {"anchor_decay": 0.5 * METHODS["l2-sp"].anchor_decay}),
@@ -41,12 +41,14 @@ def test_strengths_multiply_what_holds_a_method_that_rehearses():
     """Strength 1 is the run without the sweep; 0 differs in nothing but what holds the source."""
     data = {"source_inputs", "train"}
     (none, one) = (options for _, options in points("fast", data, strengths=(0, 1)))
+    facts = {"steps": 60, "head_is_last": True, "batch_norms": True, "rehearsed": "source inputs"}
     config = TrainConfig(steps=60)
-    plan = plan_for(config, 60, False, True, True, True)
+    plan = plan_for(config, **facts)
     assert plan.batch_norm == "per_task"
     assert one == {name: getattr(plan, name) for name in ("anchor_decay", "rehearse")}
-    weak = plan_for(dataclasses.replace(config, **none), 60, True, True, False, True)
-    held = dict.fromkeys(one, 0.0)
+    without = facts | {"rehearsed": ""}
+    weak = plan_for(dataclasses.replace(config, **none), weighted=True, **without)
+    held = dict.fromkeys(one, 0.0) | {"rehearsed": ""}
     assert dataclasses.asdict(weak) == dataclasses.asdict(plan) | held
     (_, ewc) = points("ewc", data, strengths=(1,), **{"rehearse": 1.0})[0]
     assert ewc == {"anchor_decay": EASED * METHODS["ewc"].card_decay, "rehearse": 1.0}
@@ -57,7 +59,7 @@ def test_a_strength_of_nought_keeps_the_learning_rate(job):
     code, _, err = job.fast("retention", *job.args, *SWEEP, *args)
     assert code == 0, err
     saved = json.loads((job.folder / "out" / "retention.json").read_text())
-    assert [p["lr"] for p in saved["points"]] == [REHEARSING_LR] * 2
+    assert [p["lr"] for p in saved["points"]] == [REHEARSING_LR * 6 / SETTLED] * 2
     assert [p["rehearse"] for p in saved["points"]] == [0, 1]
 
 

@@ -45,6 +45,21 @@ def test_a_data_set_smaller_than_a_batch_is_one_batch():
     assert len(next(batches.from_step(0))[1]) == 5
 
 
+def test_every_batch_is_full_and_no_sample_waits_for_the_next_epoch():
+    """19 samples by 8: the third batch takes the end of one epoch and the start of the next."""
+    batches = TrainBatches(as_data((X[:19], Y[:19]), "train"), 8, 0)
+    assert batches.steps_per_epoch == 3
+    assert batches.steps_for(8) == 19
+    stream = [next_[2].tolist() for next_, _ in zip(batches.from_step(0), range(19), strict=False)]
+    assert {len(rows) for rows in stream} == {8}
+    rows = [i for batch in stream for i in batch]
+    for start in range(0, 152, 19):
+        assert sorted(rows[start : start + 19]) == list(range(19))
+    later = batches.from_step(5)
+    assert [next(later)[2].tolist() for _ in range(3)] == stream[5:8]
+    assert sorted(i for _, _, part in batches.once() for i in part.tolist()) == list(range(19))
+
+
 def test_batches_in_several_forms():
     a, b, y = torch.ones(4, 2), torch.ones(4, 3), torch.zeros(4)
     assert split_batch((a, y), "train")[0] is a

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
-from fast.curvature.answers import SourceInputs
+from fast.curvature.answers import SourceInputs, source_features
 from fast.heads import features_of, find_head, set_batch_norm, source_task, task_head
 from fast.train.average import Average
 from fast.train.config import TrainConfig
@@ -273,9 +273,17 @@ def test_ewc_keeps_its_card_when_it_rehearses(method, card):
     assert any("curvature" in state for state in trainer.optimizer.state.values()) == card
 
 
-def test_rehearsing_needs_source_inputs():
-    with pytest.raises(ValueError, match=r"rehearse .* pass source_inputs="):
-        fast.finetune(ConvNet(), TRAIN, steps=2, rehearse=0.5)
+def test_without_source_inputs_the_targets_own_are_rehearsed(pretrained):
+    """Under the source's statistics: their features stay where they were."""
+    moved = {}
+    for weight in (0.0, 10.0):
+        model = copy.deepcopy(pretrained)
+        options = {"rehearse": weight, "anchor_decay": 0.0, "distill": 0.0}
+        result = fast.finetune(model, TRAIN, steps=60, lr=3e-3, **options)
+        assert result.plan.rehearsed == ("target inputs" if weight else "")
+        before, now = (source_features(m, SourceInputs(TRAIN[0], 200)) for m in (pretrained, model))
+        moved[weight] = float((now - before).square().mean() / before.var(0).mean())
+    assert moved[10.0] < 0.3 * moved[0.0]
 
 
 def test_per_task_batch_norm_starts_from_the_statistics_of_the_target(pretrained):

@@ -61,7 +61,7 @@ def test_labels_that_are_replayed_must_be_the_source_heads():
 
 def test_the_same_sample_over_and_over_gives_nothing_to_rehearse():
     same = torch.ones_like(X)
-    with pytest.raises(ValueError, match="source_inputs: the network gives all 20 the same feat"):
+    with pytest.raises(ValueError, match="source_inputs: the network gives all 20 inputs the same"):
         fast.finetune(ConvNet(), TRAIN, steps=2, source_inputs=same)
     result = fast.finetune(ConvNet(), TRAIN, steps=2, source_inputs=same, rehearse=0)
     assert result.history[-1]["loss"] < 10

@@ -42,7 +42,7 @@ from fast.cli.summary import Run, intervals, spread
 from fast.cli.table import text_table
 from fast.heads import has_batch_norm
 from fast.train.config import Budget, TrainConfig
-from fast.train.methods import METHODS, plan_for, rehearse_weight, uses_card
+from fast.train.methods import METHODS, plan_for, rehearsed_by, steps_for, uses_card
 
 STRENGTHS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 SWEPT = ("anchor_decay", "distill", "rehearse", "forget_budget")
@@ -125,8 +125,15 @@ def settings(
     given = {k: v for k, v in training_options(args).items() if k not in NOT_HERE}
     config = TrainConfig(**given, method=method)
     informed = uses_card(config, "card" in data, "source_inputs" in data)
-    rehearses = "source_inputs" in data and rehearse_weight(config) > 0
-    plan = plan_for(config, _steps(config, data), informed, True, rehearses, batch_norms)
+    rehearsed = rehearsed_by(config, "source_inputs" in data)
+    plan = plan_for(
+        config,
+        steps=_steps(config, data),
+        weighted=informed,
+        head_is_last=True,
+        rehearsed=rehearsed,
+        batch_norms=batch_norms,
+    )
     own = {"anchor_decay": plan.anchor_decay, "distill": plan.distill, "rehearse": plan.rehearse}
     held = {name: value for name, value in own.items() if value}
     if not held:
@@ -137,7 +144,7 @@ def settings(
     found = []
     for strength in sorted(dict.fromkeys(args.strengths or STRENGTHS)):
         options: dict[str, Any] = {name: strength * value for name, value in held.items()}
-        if rehearses and not strength:
+        if rehearsed and not strength:
             # What rehearses has another rate, ramp and batch norm: they stay.
             options |= {"lr": plan.lr, "ramp": plan.ramp, "batch_norm": plan.batch_norm}
         found.append(Setting(f"{strength:g}", f"strength{strength:g}", options))
@@ -147,12 +154,12 @@ def settings(
 def _steps(config: TrainConfig, data: dict[str, Any]) -> int:
     """Length of a run."""
     from fast.train.data import TrainBatches, as_data
-    from fast.train.trainer import DEFAULT_EPOCHS
 
     if config.steps is not None:
         return config.steps
-    batches = TrainBatches(as_data(data["train"], "train"), config.batch_size, config.seed)
-    return (config.epochs or DEFAULT_EPOCHS) * batches.steps_per_epoch
+    return steps_for(
+        config, TrainBatches(as_data(data["train"], "train"), config.batch_size, config.seed)
+    )
 
 
 def _write(

@@ -70,6 +70,14 @@ class SourceInputs:
         self.labels: Tensor | None = torch.cat(kept) if len(kept) == len(parts) else None
         self.size = count
 
+    @classmethod
+    def of(cls, parts: list[Any]) -> SourceInputs:
+        """Batches of inputs alone, `[N, ...]` each, as one of these without labels."""
+        new = object.__new__(cls)
+        new.inputs, new.labels = _concatenate(parts), None
+        new.size = _length(new.inputs)
+        return new
+
     def part(self, start: int, stop: int) -> SourceInputs:
         """Samples `start` to `stop`, as another of these."""
         other = object.__new__(SourceInputs)

@@ -62,11 +62,13 @@ class TrainConfig:
 
     method: str = _option("fast", "how to adapt", tuple(METHODS))
     steps: int | None = _option(None, "optimizer steps (default: from --epochs)")
-    epochs: int | None = _option(None, "passes over the training data (default: 3)")
+    epochs: int | None = _option(
+        None, "passes over the training data (default: 3, and at least 100 steps)"
+    )
     batch_size: int = _option(64, "samples per optimizer step")
     lr: float | None = _option(
         None,
-        "peak learning rate of the backbone (default: 1e-3; fast with source inputs 1.5e-3)",
+        "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3)",
     )
     eval_every: int | None = _option(
         None, "optimizer steps between evaluations (default: 1/10 run)"
@@ -99,7 +101,9 @@ class TrainConfig:
         None, "steps of the head alone on features computed beforehand (default: the method's)"
     )
     rehearse: float | None = _option(
-        None, "weight of keeping the features of the source inputs (default: the method's)"
+        None,
+        "weight of keeping the features of source inputs, or without them of the target's own "
+        "(default: the method's)",
     )
     average: int | None = _option(
         None, "steps over which the weights are averaged; 0 keeps the last (default: the method's)"
@@ -109,7 +113,7 @@ class TrainConfig:
     )
     batch_norm: str | None = _option(
         None,
-        "what backbone batch norm does (default: per_task where source inputs are rehearsed, else "
+        "what backbone batch norm does (default: per_task where features are rehearsed, else "
         "frozen)",
         BATCH_NORM_POLICIES,
     )

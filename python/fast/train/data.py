@@ -3,6 +3,8 @@ resume."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -184,43 +186,73 @@ def _tensor(values: Any, name: str) -> Tensor:
 class TrainBatches:
     """The endless stream of training batches; batch `step` depends on the seed and on `step` alone.
 
-    A full batch always: the tail of an epoch is left to the next shuffle. A user's DataLoader keeps
-    its own batches; its shuffling is made repeatable by seeding torch with (seed, epoch) as it
-    starts, and the generators that it and its samplers have of their own; resuming reads and drops
-    what was used.
+    Every batch is full, and every epoch uses every sample: the shuffled epochs follow each other
+    without a seam, so one batch may hold the end of an epoch and the beginning of the next. A
+    user's DataLoader keeps its own batches; its shuffling is made repeatable by seeding torch with
+    (seed, epoch) as it starts, and the generators that it and its samplers have of their own;
+    resuming reads and drops what was used.
+
+    Attributes:
+        batch_size: samples of a batch, at most as many as there are; of a loader what it says.
+        given_size: of a loader's own batches, where it says so.
+        steps_per_epoch: batches until every sample was used.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
         self.data, self.seed = data, seed
-        # Of a loader's own batches, where it says so.
         self.given_size: int | None = None
         if data.loader is not None:
             self.steps_per_epoch = len(data.loader)
             made = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
             self.given_size = made if isinstance(made, int) else None
+            self.batch_size = self.given_size or batch_size
         else:
             self.batch_size = min(batch_size, cast(int, data.num_samples))
-            self.steps_per_epoch = cast(int, data.num_samples) // self.batch_size
+            self.steps_per_epoch = self.steps_for(1)
+
+    def steps_for(self, epochs: int) -> int:
+        """Batches that use every sample `epochs` times."""
+        if self.data.loader is not None:
+            return epochs * self.steps_per_epoch
+        return math.ceil(epochs * cast(int, self.data.num_samples) / self.batch_size)
 
     def from_step(self, step: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader)."""
+        if self.data.loader is not None:
+            yield from self._loader_batches(self.data.loader, step)
+        epoch, first = divmod(step * self.batch_size, cast(int, self.data.num_samples))
+        rows = self._order(epoch)[first:]
+        while True:
+            while len(rows) < self.batch_size:
+                epoch += 1
+                rows = torch.cat([rows, self._order(epoch)])
+            index, rows = rows[: self.batch_size], rows[self.batch_size :]
+            yield *self.data.batch_at(index), index
+
+    def once(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+        """The samples of the first epoch, each once: what `from_step` gives, the last part cut."""
+        if self.data.loader is not None:
+            yield from itertools.islice(self.from_step(0), self.steps_per_epoch)
+            return
+        for index in self._order(0).split(self.batch_size):
+            yield *self.data.batch_at(index), index
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed_of(epoch))
+        return torch.randperm(cast(int, self.data.num_samples), generator=generator)
+
+    def _seed_of(self, epoch: int) -> int:
+        # Hashed: torch's CPU generator takes 64 bits of seed and uses the lower 32.
+        return int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
+
+    def _loader_batches(
+        self, loader: DataLoader[Any], step: int
+    ) -> Iterator[tuple[Any, Tensor, None]]:
         epoch, skip = divmod(step, self.steps_per_epoch)
         while True:
-            # Hashed: torch's CPU generator takes 64 bits of seed and uses the lower 32.
-            seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
-            if self.data.loader is not None:
-                for batch in self._loader_epoch(self.data.loader, seed, skip):
-                    yield *split_batch(batch, self.data.name), None
-            else:
-                order = self._order(seed)
-                for i in range(skip, self.steps_per_epoch):
-                    index = order[i * self.batch_size : (i + 1) * self.batch_size]
-                    yield *self.data.batch_at(index), index
+            for batch in self._loader_epoch(loader, self._seed_of(epoch), skip):
+                yield *split_batch(batch, self.data.name), None
             epoch, skip = epoch + 1, 0
-
-    def _order(self, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(cast(int, self.data.num_samples), generator=generator)
 
     def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
         # The sampler draws its seed with the first batch. Neither that nor reading again what was

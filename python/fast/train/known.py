@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from fast.curvature.answers import SourceInputs
 from fast.errors import first_line
 from fast.heads import evaluating, forward_logits, pick, source_task
-from fast.inputs import check_finite_inputs, taking
-from fast.train.data import move
+from fast.inputs import check_finite_inputs, leaves, taking
+from fast.train.data import TrainBatches, length, move
 from fast.train.labels import check_labels
 
 # Kept in memory, at most.
 LIMIT = 4096
+BYTES = 2**28
 # Half of them are held back, and a loss of one sample says nothing.
 LEAST = 4
 
@@ -53,6 +54,23 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
     with taking("source_inputs", samples.inputs):
         _try(model, samples)
     return samples
+
+
+def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
+    """The first training inputs, in the order of the first epoch, on the CPU.
+
+    Args:
+        limit: samples, at most; a batch more, and no more than `BYTES`.
+    """
+    parts: list[Any] = []
+    count = size = 0
+    for inputs, _, _ in batches.once():
+        parts.append(inputs)
+        count += length(inputs)
+        size += sum(x.nbytes for x in leaves(inputs))
+        if count >= limit or size >= BYTES:
+            break
+    return SourceInputs.of(parts)
 
 
 def classes_of_source(model: nn.Module, samples: SourceInputs) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -86,7 +85,9 @@ def _rehearsal(job: Job, head: TaskHead, folded: bool) -> Rehearsal | None:
     size = places_for(job.batch_size)
     with source_task(model):
         made = Rehearsal(model, head, samples, size, job.plan.rehearse, job.config.seed)
-    _check_features(made.features)
+    _check_features(
+        made.features, "train" if job.plan.rehearsed == "target inputs" else "source_inputs"
+    )
     few = move(samples.part(0, 8).inputs, next(model.parameters()).device)
     made.apart = (
         (job.plan.batch_norm == "per_task" and has_batch_norm(model))
@@ -116,7 +117,7 @@ class Pass:
 def _first_inputs(batches: TrainBatches, device: torch.device) -> Iterator[Any]:
     """Batches of about `CALIBRATION_SAMPLES` training inputs, on the device."""
     seen = 0
-    for inputs, labels, _ in islice(batches.from_step(0), batches.steps_per_epoch):
+    for inputs, labels, _ in batches.once():
         yield move(inputs, device)
         seen += len(labels)
         if seen >= CALIBRATION_SAMPLES:
@@ -127,21 +128,18 @@ def _calibrated(
     model: nn.Module, head: TaskHead, batches: TrainBatches, plan: Plan, steps: int
 ) -> Pass:
     device = next(model.parameters()).device
-    stream = batches.from_step(0)
-    inputs, labels, index = next(stream)
-    inputs = move(inputs, device)
     wanted = CALIBRATION_SAMPLES if plan.max_entropy or plan.head_steps else 0
-    if plan.distill and index is not None:
-        wanted = max(wanted, int(DISTILL_SHARE * steps * len(labels)))
+    if plan.distill and batches.data.loader is None:
+        wanted = max(wanted, int(DISTILL_SHARE * steps * batches.batch_size))
     features: list[Tensor] = []
     known: list[Tensor] = []
     rows: list[Tensor] = []
     outputs: list[Tensor] = []
     seen = size = 0
-    for _ in range(batches.steps_per_epoch):
+    for inputs, labels, index in batches.once():
         if seen >= wanted:
             break
-        x = features_of(model, head, inputs)
+        x = features_of(model, head, move(inputs, device))
         # A normaliser needs 1024 samples; a head that starts on them takes what there is.
         if seen < CALIBRATION_SAMPLES or plan.head_steps:
             features.append(x)
@@ -152,8 +150,6 @@ def _calibrated(
             rows.append(index)
             size += outputs[-1].nbytes
         seen += len(labels)
-        inputs, labels, index = next(stream)
-        inputs = move(inputs, device)
     if head.norm is not None:
         calibrate_from(head.norm, features)
         head.norm.deferred = True
@@ -165,16 +161,16 @@ def _calibrated(
     )
 
 
-def _check_features(features: Tensor) -> None:
-    """Raise ValueError where those of source inputs `[N, ...]` give nothing to rehearse."""
+def _check_features(features: Tensor, name: str) -> None:
+    """Raise ValueError where features `[N, ...]` of the inputs `name` give nothing to rehearse."""
     if not features.isfinite().all():
         raise ValueError(
-            "source_inputs: the network gives them features that are not finite (NaN or infinite)"
+            f"{name}: the network gives the inputs features that are not finite (NaN or infinite)"
         )
     # Rehearsal measures by their variance, which must be more than rounding.
     if not features.var(0).mean() > 1e-10 * features.square().mean():
         raise ValueError(
-            f"source_inputs: the network gives all {len(features)} the same features; give samples "
+            f"{name}: the network gives all {len(features)} inputs the same features; give inputs "
             "that differ, or set rehearse=0"
         )
 
@@ -208,6 +204,8 @@ def make_optimizer(
     )
     for group in groups:
         group["initial_lr"] = group["lr"]
+        if plan.head_steps and group["name"].startswith("head"):
+            group["ramp"] = plan.ramp  # it has learned: Adam's first step would undo that, too
         if curvature is not None and group["name"].startswith("backbone"):
             group["curvature"] = curvature.curvature_for(group["params"])
     if config.optimizer == "sgd":

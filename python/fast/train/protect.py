@@ -32,7 +32,7 @@ from fast.train.data import TrainBatches
 from fast.train.function_pull import FunctionPull
 from fast.train.gauge import Gauge
 from fast.train.job import Job
-from fast.train.known import known_inputs
+from fast.train.known import known_inputs, target_inputs
 from fast.train.methods import METHODS, Plan, uses_card
 from fast.train.prepare import Drift
 from fast.train.schedule import lr_factor
@@ -75,8 +75,8 @@ def make_card(
         return _without_weights(loaded.bind(model))
     if not uses_card(config, False, source_inputs is not None):
         return None
-    data = _target_inputs(batches) if source_inputs is None else source_inputs
     low, high = CARD_SAMPLES
+    data = target_inputs(batches, high) if source_inputs is None else source_inputs
     count = min(max(int(CARD_SHARE * seen), low), high)
     estimated = SourceCard.estimate(
         model,
@@ -92,14 +92,6 @@ def make_card(
 def _without_weights(card: SourceCard) -> SourceCard:
     """The optimizer keeps the pretrained weights of a run already."""
     return dataclasses.replace(card, _anchors={})
-
-
-def _target_inputs(batches: TrainBatches) -> list[Any]:
-    parts: list[Any] = []
-    stream = batches.from_step(0)
-    for _ in range(min(batches.steps_per_epoch, 1 + CARD_SAMPLES[1] // 16)):
-        parts.append(next(stream)[0])
-    return parts
 
 
 def hold_back(

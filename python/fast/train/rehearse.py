@@ -49,6 +49,8 @@ LEAST = 0.1
 # Of features that are kept: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
+# Target inputs whose features are kept where there are no source inputs.
+OWN_INPUTS = 512
 # Steps over which e is averaged while it falls, and while it rises: features that run away have to
 # be caught within the ramp. Against 10 for both and a look at every fifth step, on five pairs: the
 # source kept 0.5 points more, the target the same.

@@ -16,6 +16,7 @@ from fast.heads import fold_head, source_norms, task_head
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
 from fast.train.logs import HISTORY_FILE
+from fast.train.methods import Plan
 from fast.train.saved import SOURCE_NORMS_FILE
 
 
@@ -35,6 +36,7 @@ class Result:
             measured is None.
         config: the options of the run, as they were given.
         lr: the peak learning rate of the backbone.
+        plan: the settings that the options came to.
         source_accuracy_before: of the pretrained network, before anything was changed.
     """
 
@@ -45,10 +47,12 @@ class Result:
     source_accuracy_before: float | None = None
     classes: list[str] | None = field(default=None)
     chosen: dict[str, Any] | None = None
+    plan: Plan | None = None
 
     @property
     def final(self) -> dict[str, Any]:
-        """The record of the weights in `model`: the last, or the best one under early stopping."""
+        """The record of the weights in `model`: the last; or the best one under early stopping; or
+        the first, where training has made the head start worse on `val`."""
         return self.chosen or self.history[-1]
 
     @property

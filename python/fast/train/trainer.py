@@ -31,20 +31,21 @@ from fast.train.function_pull import shares
 from fast.train.head_start import head_is_last
 from fast.train.identity import card_identity, data_identity, model_identity
 from fast.train.job import Job
+from fast.train.known import target_inputs
 from fast.train.labels import check_labels
 from fast.train.logs import RunLog, progress_bar, summary
 from fast.train.loss import Loss, class_weights
-from fast.train.methods import METHODS, plan_for, rehearse_weight
+from fast.train.methods import LEAST_FOR_STATISTICS, METHODS, plan_for, rehearsed_by, steps_for
 from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
-from fast.train.rehearse import joined, places_for
+from fast.train.rehearse import OWN_INPUTS, joined, places_for
 from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
 from fast.train.resume import CONFIG_FILE, check_folder
+from fast.train.rollback import HeadStart
 from fast.train.schedule import lr_factor
 
-DEFAULT_EPOCHS = 3
 # Inputs, labels, rows of the training data (None from a loader); source inputs with what they are
 # held to, or None.
 Batch = tuple[Any, Tensor, Tensor | None, tuple[Any, Tensor] | None]
@@ -83,7 +84,8 @@ class Trainer:
             self.folder = Path(config.output or str(config.resume))
             check_folder(config, self.folder)
         self.device = pick_device(config.device)
-        self.batches = TrainBatches(self.train_data, config.batch_size, config.seed)
+        self.rehearsed = rehearsed_by(config, source_inputs is not None)
+        self.batches, self.source_size = self._places(config)
         self.batch_size = self.batches.given_size or config.batch_size
         if config.batch_size not in (self.batch_size, TrainConfig.batch_size):
             warnings.warn(
@@ -91,8 +93,7 @@ class Trainer:
                 f"of {self.batch_size}",
                 stacklevel=3,
             )
-        epochs = config.epochs or DEFAULT_EPOCHS
-        self.steps = config.steps or epochs * self.batches.steps_per_epoch
+        self.steps = steps_for(config, self.batches)
         self.eval_every = config.eval_every or max(1, self.steps // 10)
         weights = class_weights(config.class_weights, self.train_data, self.num_classes)
         if weights is not None:
@@ -118,6 +119,25 @@ class Trainer:
         self._began: Callable[[], None] = lambda: None
         self.started = time.monotonic()
 
+    def _places(self, config: TrainConfig) -> tuple[TrainBatches, int]:
+        """Target batches, and how many places beside them are for rehearsal.
+
+        These are taken from the target's, so that a step costs what it did.
+        """
+        batches = TrainBatches(self.train_data, config.batch_size, config.seed)
+        size = batches.given_size or config.batch_size
+        if self.rehearsed == "target inputs" and size < 2:
+            self.rehearsed = ""  # there is no place for them
+        if not self.rehearsed:
+            return batches, 0
+        if size < 2:
+            raise ValueError(
+                "batch_size must be at least 2 to rehearse features beside the target; or set "
+                "rehearse=0"
+            )
+        places = places_for(size)
+        return TrainBatches(self.train_data, size - places, config.seed), places
+
     def _prepare(self, card: SourceCard | str | Path | None, source_inputs: Any) -> None:
         """What is measured at the pretrained weights, and then the new head and the optimizer."""
         config, model = self.config, self.model
@@ -136,10 +156,10 @@ class Trainer:
                 raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
             size = self.batch_size
             self.replay = Replay(model, source_inputs, size, config.seed, self.device)
-        if config.rehearse and source_inputs is None:
-            raise ValueError("rehearse keeps the features of source inputs: pass source_inputs=")
         sample = move(self._first_inputs(), self.device)
-        rehearsed = source_inputs if rehearse_weight(config) else None
+        rehearsed = source_inputs if self.rehearsed else None
+        if self.rehearsed == "target inputs":
+            rehearsed = target_inputs(self.batches, min(OWN_INPUTS, self.steps * self.source_size))
         with taking("train", sample):
             last = head_is_last(model, sample)
         if config.head_steps and not last:
@@ -147,23 +167,17 @@ class Trainer:
                 "head_steps: something follows the head of this network, so that it cannot learn "
                 "from its features alone; use stall="
             )
-        plan = plan_for(
+        self.plan = plan = plan_for(
             config,
-            self.steps,
-            card is not None,
-            last,
-            rehearsed is not None,
-            has_batch_norm(model),
+            steps=self.steps,
+            target_size=self.batches.batch_size,
+            source_size=self.source_size,
+            weighted=card is not None,
+            head_is_last=last,
+            rehearsed=self.rehearsed,
+            batch_norms=has_batch_norm(model)
+            and self.batches.batch_size // config.grad_accum_steps >= LEAST_FOR_STATISTICS,
         )
-        if rehearsed is not None:
-            # Source inputs take places in the batch, so that a step costs what it did.
-            if self.batch_size < 2:
-                raise ValueError(
-                    "batch_size must be at least 2 to rehearse source inputs beside the target; "
-                    "or set rehearse=0"
-                )
-            target_size = self.batch_size - places_for(self.batch_size)
-            self.batches = TrainBatches(self.train_data, target_size, config.seed)
         job = Job(
             config,
             plan,
@@ -191,6 +205,8 @@ class Trainer:
             job, card, gauge, self.optimizer, self.drift, self.function_pull, self.average
         )
         self.stall, self.lr = plan.stall, plan.lr
+        # What a run without a better end goes back to.
+        self.head_start = HeadStart(model, self.drift) if plan.head_steps and self.val else None
 
     def _first_inputs(self) -> Any:
         """Of the first batch, or of the first two where that is a single sample."""
@@ -223,6 +239,9 @@ class Trainer:
                 self.head.norm.stop_deferring()
         warn_diverged(log.history[-1]["loss"], self.num_classes)
         self.stopping.restore(self.model)
+        chosen = self.stopping.best
+        if self.head_start is not None:
+            chosen = self.head_start.better(log.history[0], chosen or log.history[-1]) or chosen
         self.optimizer.zero_grad()
         self.model.eval()
         return Result(
@@ -231,7 +250,8 @@ class Trainer:
             config=self.config,
             lr=self.lr,
             source_accuracy_before=self.before.accuracy if self.before else None,
-            chosen=self.stopping.best,
+            chosen=chosen,
+            plan=self.plan,
         )
 
     def _train(self, first: int, losses: list[Tensor], log: RunLog, bar: Any) -> None:

@@ -1,0 +1,69 @@
+"""How long a run is, how fast it goes, and what it goes back to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fast
+from fast.train.config import TrainConfig
+from fast.train.data import TrainBatches, as_data
+from fast.train.methods import LEAST_STEPS, METHODS, SETTLED, plan_for, steps_for
+from networks import ConvNet, images
+
+TRAIN, VAL = images(120, 4, seed=1), images(100, 4, seed=2)
+
+
+def steps(samples, **options):
+    config = TrainConfig(**options)
+    data = as_data((torch.zeros(samples, 1), torch.arange(samples) % 2), "train")
+    return steps_for(config, TrainBatches(data, config.batch_size, 0))
+
+
+def test_the_default_length_suits_the_data():
+    assert steps(20) == steps(1000) == LEAST_STEPS
+    assert steps(64_000) == 3 * 1000
+    assert steps(120, epochs=3) == 6  # 5.6: all of the last epoch is used
+    assert steps(120, steps=7) == 7
+
+
+@pytest.mark.parametrize("length", [1, 3, 10, 1000])
+def test_what_protects_the_backbone_does_not_shrink_with_the_run(length):
+    facts = {"head_is_last": True, "rehearsed": "target inputs"}
+    plan = plan_for(TrainConfig(), steps=length, **facts)
+    assert plan.ramp == plan_for(TrainConfig(), steps=1000, **facts).ramp > 10
+    later = plan_for(TrainConfig(), steps=length)
+    assert later.stall == METHODS["fast"].stall
+
+
+def test_a_short_run_has_a_lower_rate_unless_it_was_given_one():
+    whole = plan_for(TrainConfig(), steps=SETTLED).lr
+    assert plan_for(TrainConfig(), steps=SETTLED // 10).lr == pytest.approx(whole / 10)
+    assert plan_for(TrainConfig(lr=1e-2), steps=6).lr == 1e-2
+    assert plan_for(TrainConfig(method="vanilla"), steps=6).lr == 1e-3
+
+
+def test_the_plan_is_part_of_the_result_and_says_what_is_done():
+    result = fast.finetune(ConvNet(), TRAIN, steps=3)
+    assert (result.plan.steps, result.plan.target_size, result.plan.source_size) == (3, 56, 8)
+    assert "3 steps of 56 samples" in str(result.plan)
+    assert "8 target inputs" in str(result.plan)
+
+
+def test_training_that_makes_the_validation_worse_returns_the_head_start():
+    torch.manual_seed(0)
+    model = ConvNet()
+    bad = {"lr": 0.3, "ramp": 0, "anchor_decay": 0.0, "max_grad_norm": 1.0, "rehearse": 0.0}
+    result = fast.finetune(model, TRAIN, VAL, steps=3, eval_every=1, **bad)
+    first, last = result.history[0], result.history[-1]
+    assert last["target_accuracy"] < first["target_accuracy"]
+    assert result.final is first
+    assert result.target_accuracy == first["target_accuracy"]
+    with torch.no_grad():
+        now = (model(VAL[0]).argmax(1) == VAL[1]).float().mean().item()
+    assert now == pytest.approx(first["target_accuracy"])
+
+
+def test_a_run_that_improves_keeps_its_end():
+    result = fast.finetune(ConvNet(), TRAIN, VAL, steps=40, lr=1e-2)
+    assert result.final is result.history[-1]
