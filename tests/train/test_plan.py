@@ -50,6 +50,14 @@ def test_the_plan_is_part_of_the_result_and_says_what_is_done():
     assert "8 target inputs" in str(result.plan)
 
 
+def test_the_plan_is_told_before_the_first_step(capsys):
+    fast.finetune(ConvNet(), TRAIN, steps=3, progress=False)
+    told = capsys.readouterr().err
+    assert "3 steps of 56 samples and 8 target inputs, whose features are kept" in told
+    assert "so short a run reaches" in told
+    assert "4 classes, 120 training samples" in told
+
+
 def test_training_that_makes_the_validation_worse_returns_the_head_start():
     torch.manual_seed(0)
     model = ConvNet()

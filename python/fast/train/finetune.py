@@ -53,10 +53,11 @@ def finetune(
             head; or a function of the model that returns an accuracy in 0..1.
         num_classes: C (default: from the labels).
         method: `fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`.
-        steps, epochs: length of the run (default: 3 epochs).
-        batch_size: samples per optimizer step; a DataLoader for `train` has its own, and source
-            inputs that are rehearsed then come on top of them.
-        lr: peak learning rate of the backbone (default: 1e-3; `fast` with source inputs 1.5e-3).
+        steps, epochs: length of the run (default: 3 epochs, and at least 100 steps).
+        batch_size: samples per optimizer step; a DataLoader for `train` has its own, and inputs
+            that are rehearsed then come on top of them.
+        lr: peak learning rate of the backbone (default: 1e-3; `fast` 1.5e-3, less in runs of fewer
+            than 60 steps).
         eval_every: steps between evaluations (default: a tenth of the run).
         seed: of the head, the data order and dropout.
         transform: applied to each training batch of inputs, on the CPU: augmentation.
@@ -65,7 +66,8 @@ def finetune(
         source_inputs: a few hundred source inputs, with labels or without: `fast` rehearses their
             features in its batches, `ewc` makes its card of them, `replay` trains on them beside
             the target, and forecasts and `forget_budget` are checked on others of them, held back.
-            `ewc` without either makes its card of the target's inputs, which protects less.
+            Without them `fast` rehearses features of the target's inputs, and `ewc` makes its card
+            of these, which protects less.
         **options: the other fields of `fast.train.config.TrainConfig`.
 
     Returns:

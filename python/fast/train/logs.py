@@ -4,6 +4,7 @@ one."""
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,26 @@ from tqdm import tqdm
 from fast.files import to_json
 
 HISTORY_FILE = "history.jsonl"
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to whatever `sys.stderr` is at the time."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+# What a run is about to do. `logging.getLogger("fast").setLevel("WARNING")` silences it.
+log = logging.getLogger("fast")
+if not log.handlers:
+    log.addHandler(_Stderr())
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 class RunLog:

@@ -133,19 +133,18 @@ class Plan:
     batch_norm: str
 
     def __str__(self) -> str:
-        """One sentence of what will be done."""
-        parts = [f"{self.method}: {self.steps} steps of {self.target_size} samples"]
+        """One line of what will be done."""
+        steps = f"{self.steps} steps of {self.target_size} samples"
         if self.rehearsed:
-            parts.append(f"features of {self.source_size} {self.rehearsed} a step kept")
+            steps += f" and {self.source_size} {self.rehearsed}, whose features are kept"
         rate = f"lr {self.lr:g}"
-        waits = self.stall + self.ramp
-        if self.steps < waits:
-            reached = max(0, self.steps - self.stall) / (self.ramp + 1)
+        if self.steps < self.stall + self.ramp:
+            reached = max(0, self.steps - self.stall) / self.ramp if self.ramp else 0.0
             rate += f", of which so short a run reaches {100 * reached:.0f} %"
-        parts.append(rate)
-        if self.head_steps:
-            parts.append(f"after at most {self.head_steps} steps of the head alone")
-        return "; ".join(parts)
+        first = (
+            f"the head alone for up to {self.head_steps} steps, then " if self.head_steps else ""
+        )
+        return f"{self.method}: {first}{steps}; {rate}"
 
 
 def rehearse_weight(config: TrainConfig, source_inputs: bool = True) -> float:

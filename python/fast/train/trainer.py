@@ -33,7 +33,7 @@ from fast.train.identity import card_identity, data_identity, model_identity
 from fast.train.job import Job
 from fast.train.known import target_inputs
 from fast.train.labels import check_labels
-from fast.train.logs import RunLog, progress_bar, summary
+from fast.train.logs import RunLog, log, progress_bar, summary
 from fast.train.loss import Loss, class_weights
 from fast.train.methods import LEAST_FOR_STATISTICS, METHODS, plan_for, rehearsed_by, steps_for
 from fast.train.metrics import Evaluator, Score, evaluate
@@ -224,29 +224,32 @@ class Trainer:
             began: called before weights change, after all that can be checked beforehand.
         """
         self._began = began
+        count = self.train_data.num_samples
+        log.info("%s; %s classes, %s training samples", self.plan, self.num_classes, count)
         try:
             first, history, losses = self._resume()
             if self.folder is not None:
                 clear_unfinished(self.folder)
                 write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
-            log = RunLog(self.folder, history)
+            run_log = RunLog(self.folder, history)
             bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
-            self._train(first, losses, log, bar)
+            self._train(first, losses, run_log, bar)
         finally:
             if self.function_pull:
                 self.function_pull.close()
             if self.head is not None and self.head.norm is not None:
                 self.head.norm.stop_deferring()
-        warn_diverged(log.history[-1]["loss"], self.num_classes)
+        history = run_log.history
+        warn_diverged(history[-1]["loss"], self.num_classes)
         self.stopping.restore(self.model)
         chosen = self.stopping.best
         if self.head_start is not None:
-            chosen = self.head_start.better(log.history[0], chosen or log.history[-1]) or chosen
+            chosen = self.head_start.better(history[0], chosen or history[-1]) or chosen
         self.optimizer.zero_grad()
         self.model.eval()
         return Result(
             model=self.model,
-            history=log.history,
+            history=history,
             config=self.config,
             lr=self.lr,
             source_accuracy_before=self.before.accuracy if self.before else None,
@@ -254,10 +257,10 @@ class Trainer:
             plan=self.plan,
         )
 
-    def _train(self, first: int, losses: list[Tensor], log: RunLog, bar: Any) -> None:
+    def _train(self, first: int, losses: list[Tensor], run_log: RunLog, bar: Any) -> None:
         try:
-            if not log.history:
-                log.add(self._record(0, []))
+            if not run_log.history:
+                run_log.add(self._record(0, []))
             stream = self.stream(first)
             self.model.train()
             for step in range(first, self.steps):
@@ -271,13 +274,13 @@ class Trainer:
                         record = self._record(done, losses)
                         self.stopping.update(record, self.model)
                     losses = []
-                    log.add(record)
+                    run_log.add(record)
                     bar.set_postfix(summary(record))
                 if self._saves_at(done):
-                    self._save(done, log.history, losses)
+                    self._save(done, run_log.history, losses)
         finally:
             bar.close()
-            log.close()
+            run_log.close()
 
     def stream(self, first: int) -> Iterator[Batch]:
         """Batches from step `first` on, which depend on the seed and the step alone."""
