@@ -10,11 +10,12 @@ from fast.heads.batch_norm import (
 )
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head
-from fast.heads.forward import evaluating, forward_logits, in_mode, pick
+from fast.heads.forward import evaluating, forward_logits, in_mode, pick, unwrap
 from fast.heads.replace import (
     TaskHead,
     calibrate,
     calibrate_from,
+    check_num_classes,
     features_of,
     fold_head,
     replace_head,
@@ -30,6 +31,7 @@ __all__ = [
     "by_sample",
     "calibrate",
     "calibrate_from",
+    "check_num_classes",
     "estimate_statistics",
     "evaluating",
     "features_of",
@@ -47,4 +49,5 @@ __all__ = [
     "source_norms",
     "source_task",
     "task_head",
+    "unwrap",
 ]

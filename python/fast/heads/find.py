@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fast.heads.forward import evaluating, forward_logits, pick
+from fast.heads.forward import evaluating, forward_logits, pick, unwrap
 
 # Where timm, torchvision, transformers and most hand-written networks keep their classifier.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
@@ -52,7 +53,7 @@ def classes_of(layer: HeadLayer) -> int:
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
-def find_head(model: nn.Module, sample: Any = None) -> Head:
+def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> Head:
     """Find the last linear layer (or 1x1 convolution) of a classifier.
 
     With a sample the network is run once on two rows of it, in evaluation mode, and the layer whose
@@ -61,14 +62,26 @@ def find_head(model: nn.Module, sample: Any = None) -> Head:
     there being only one.
 
     Args:
-        model: a classifier.
+        model: a classifier; of a compiled or data-parallel one, the module inside is looked at.
         sample: a batch of inputs, as `model` takes them (a tuple or mapping is unpacked).
+        name: of the layer, where it is known.
 
     Raises:
-        ValueError: there is no such layer, or several could be it.
+        ValueError: there is no such layer, several could be it, or it is part of compiled code.
     """
-    layer = _by_convention(model) if sample is None else _by_trace(model, sample)
-    return Head(layer, places_of(model, layer))
+    model = unwrap(model)
+    if name is not None:
+        layer = _by_name(model, name)
+    else:
+        layer = _by_convention(model) if sample is None else _by_trace(model, sample)
+    head = Head(layer, places_of(model, layer))
+    if "_orig_mod" in head.name.split("."):
+        part, _, _ = head.name.partition("._orig_mod")
+        raise ValueError(
+            f"the head {head.name} is in a compiled part of the network, where it cannot be "
+            f"replaced: put the module inside in its place (model.{part} = model.{part}._orig_mod)"
+        )
+    return head
 
 
 def places_of(model: nn.Module, layer: nn.Module) -> tuple[tuple[nn.Module, str, str], ...]:
@@ -102,6 +115,19 @@ def _candidates(model: nn.Module) -> list[tuple[str, HeadLayer]]:
     return found
 
 
+def _by_name(model: nn.Module, name: str) -> HeadLayer:
+    candidates = _candidates(model)
+    known = dict(model.named_modules())
+    layer = known.get(name)
+    if layer is None or not is_head_layer(layer):
+        found = "no layer of that name" if layer is None else f"a {type(layer).__name__} there"
+        raise ValueError(
+            f"head={name!r}: {type(model).__name__} has {found}; a head is an nn.Linear or a 1x1 "
+            f"nn.Conv2d, such as {', '.join(n for n, _ in candidates[-5:])}"
+        )
+    return layer
+
+
 def _by_convention(model: nn.Module) -> HeadLayer:
     candidates = _candidates(model)
     last = candidates[-1][1]
@@ -118,8 +144,16 @@ def _by_convention(model: nn.Module) -> HeadLayer:
     names = ", ".join(name for name, _ in candidates[-5:])
     raise ValueError(
         f"cannot tell which layer of {type(model).__name__} makes the logits (linear layers: ... "
-        f"{names}). Pass sample=, a batch of inputs, and it is found by running the model"
+        f"{names}). Pass sample=, a batch of inputs, and it is found by running the model; or its "
+        "name, head="
     )
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled parts run as they are written, and so run hooks."""
+    if any(hasattr(m, "_orig_mod") for m in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 @torch.no_grad()
@@ -132,7 +166,7 @@ def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
 
     hooks = [m.register_forward_hook(record) for m in dict.fromkeys(m for _, m in candidates)]
     try:
-        with evaluating(model):
+        with evaluating(model), _uncompiled(model):
             logits = forward_logits(model, pick(sample, slice(2)))
     finally:
         for hook in hooks:

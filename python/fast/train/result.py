@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fast.curvature.network import unwrap
 from fast.files import atomic_file, to_json, write_json
-from fast.heads import fold_head, source_norms, task_head
+from fast.heads import fold_head, source_norms, task_head, unwrap
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
 from fast.train.logs import HISTORY_FILE
