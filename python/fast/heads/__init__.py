@@ -9,7 +9,7 @@ from fast.heads.batch_norm import (
     source_norms,
 )
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, find_head
+from fast.heads.find import Head, find_head, own_parameters, places_of
 from fast.heads.forward import evaluating, forward_logits, in_mode, pick, unwrap
 from fast.heads.replace import (
     TaskHead,
@@ -41,7 +41,9 @@ __all__ = [
     "forward_logits",
     "has_batch_norm",
     "in_mode",
+    "own_parameters",
     "pick",
+    "places_of",
     "plain_batch_norm",
     "replace_head",
     "running_statistics",

@@ -11,6 +11,7 @@ from fast.heads.find import Head, classes_of, is_head_layer
 from fast.heads.forward import call, evaluating, logits_of, pick
 
 
+@torch.enable_grad()
 def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learns: bool) -> None:
     """Raise where replacing `head` would not replace the classifier.
 
@@ -37,11 +38,16 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
 
     hook = head.module.register_forward_hook(silence)
     try:
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad():  # which evaluating switches off
             output = call(model, pick(sample, slice(2)))
     finally:
         hook.remove()
     logits = logits_of(output)
+    if logits.dim() < 2:
+        raise ValueError(
+            f"the network answers with shape {list(logits.shape)} for 2 samples, and a classifier "
+            "has logits [B, C]: let its forward return them as they are, not squeezed"
+        )
     if not named:
         _check_one_answer(output, logits, head)
     own = {id(p) for p in head.module.parameters()}

@@ -27,10 +27,12 @@ class Head:
     Attributes:
         module: `nn.Linear`, or a 1x1 `nn.Conv2d`.
         places: (parent module, attribute name, qualified name), several when the layer is shared.
+        auxiliary: names of layers with as many outputs that did not run: heads for training alone.
     """
 
     module: HeadLayer
     places: tuple[tuple[nn.Module, str, str], ...]
+    auxiliary: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,6 +48,14 @@ def is_head_layer(module: nn.Module) -> TypeGuard[HeadLayer]:
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)
+
+
+def own_parameters(model: nn.Module, layer: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a layer that no other layer of the model holds (as a tied embedding does)."""
+    inside = {id(m) for m in layer.modules()}
+    others = (m for m in model.modules() if id(m) not in inside)
+    taken = {id(p) for m in others for p in m.parameters(recurse=False)}
+    return [p for p in layer.parameters() if id(p) not in taken]
 
 
 def classes_of(layer: HeadLayer) -> int:
@@ -70,11 +80,14 @@ def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> 
         ValueError: there is no such layer, several could be it, or it is part of compiled code.
     """
     model = unwrap(model)
+    auxiliary: tuple[str, ...] = ()
     if name is not None:
         layer = _by_name(model, name)
+    elif sample is None:
+        layer = _by_convention(model)
     else:
-        layer = _by_convention(model) if sample is None else _by_trace(model, sample)
-    head = Head(layer, places_of(model, layer))
+        layer, auxiliary = _by_trace(model, sample)
+    head = Head(layer, places_of(model, layer), auxiliary)
     if "_orig_mod" in head.name.split("."):
         part, _, _ = head.name.partition("._orig_mod")
         raise ValueError(
@@ -157,7 +170,8 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
+def _by_trace(model: nn.Module, sample: Any) -> tuple[HeadLayer, tuple[str, ...]]:
+    """The layer that makes the logits, and the names of auxiliary heads."""
     candidates = _candidates(model)
     calls: list[tuple[HeadLayer, Tensor]] = []
 
@@ -171,9 +185,34 @@ def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
     finally:
         for hook in hooks:
             hook.remove()
+    layer = _exactly(calls, logits)
+    if layer is None and getattr(model, "num_classes", None) == 0:
+        raise ValueError(
+            f"{type(model).__name__} has no head (num_classes=0) and ends in features: add one, "
+            f"nn.Sequential(model, nn.Linear({logits.shape[-1]}, num_classes))"
+        )
+    layer = layer or _most_likely(calls, logits)
+    if layer is None:
+        raise ValueError(
+            f"no linear layer of {type(model).__name__} makes its logits of shape "
+            f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear "
+            "or a 1x1 nn.Conv2d"
+        )
+    ran = {id(m) for m, _ in calls}
+    width = classes_of(layer)
+    return layer, tuple(n for n, m in candidates if id(m) not in ran and classes_of(m) == width)
+
+
+def _exactly(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer | None:
+    """The layer whose output is the logits."""
     for module, output in reversed(calls):
         if output.numel() == logits.numel() and torch.equal(output.flatten(), logits.flatten()):
             return module
+    return None
+
+
+def _most_likely(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer | None:
+    """The layer whose output may become the logits; `check_alone` tells whether it does."""
     # Something follows the layer (a log-softmax, a mean over positions): the last one of that
     # width.
     for module, _ in reversed(calls):
@@ -183,8 +222,4 @@ def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
     for module, output in reversed(calls):
         if logits.dim() == 2 == output.dim() and torch.equal(output[:, : logits.shape[1]], logits):
             return module
-    raise ValueError(
-        f"no linear layer of {type(model).__name__} makes its logits of shape "
-        f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear "
-        "or a 1x1 nn.Conv2d"
-    )
+    return None

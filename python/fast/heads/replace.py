@@ -17,7 +17,7 @@ from fast.errors import first_line
 from fast.heads.alone import check_alone
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, HeadLayer, classes_of, find_head, places_of
+from fast.heads.find import Head, HeadLayer, classes_of, find_head, own_parameters, places_of
 from fast.heads.forward import evaluating, forward_logits, pick, unwrap
 from fast.heads.task import TwoTask
 
@@ -32,6 +32,7 @@ class TaskHead(nn.Module, TwoTask):
         norm: `FeatureNorm`, or None for a plain head.
         linear: the target layer, of the source layer's kind.
         source: the source head, frozen.
+        auxiliary: names of further heads of the network, which only run in training mode.
     """
 
     def __init__(self, norm: FeatureNorm | None, linear: HeadLayer, source: HeadLayer) -> None:
@@ -41,11 +42,17 @@ class TaskHead(nn.Module, TwoTask):
         self.source = source
         # transformers forgets the names of the labels when their number changes.
         self.source_labels: dict[str, Any] = {}
+        self.auxiliary: tuple[str, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.answers_source:
             return self.source(x)
         return self.linear(x if self.norm is None else self.norm(x))
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer that answers; networks look here for the dtype of their head."""
+        return (self.source if self.answers_source else self.linear).weight
 
     @property
     def num_classes(self) -> int:
@@ -163,6 +170,7 @@ def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None
 def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool) -> TaskHead:
     source = found.module
     options: Any = {"device": source.weight.device, "dtype": source.weight.dtype}
+    options["bias"] = max_entropy or source.bias is not None  # the mean of the features goes there
     linear: HeadLayer
     if isinstance(source, nn.Conv2d):
         features, dim = source.in_channels, 1
@@ -175,32 +183,30 @@ def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
         norm = FeatureNorm(features, dim).to(source.weight.device)
-    if _is_tied(model, source):
+    if len(own_parameters(model, source)) < len(list(source.parameters())):
         # Frozen weights in the head must not freeze the embedding that they are tied to.
         source = copy.deepcopy(source)
     head = TaskHead(norm, linear, source.requires_grad_(False))
+    head.auxiliary = found.auxiliary
     config = getattr(model, "config", None)
     names = ("id2label", "label2id")
     head.source_labels = {n: getattr(config, n) for n in names if hasattr(config, n)}
     return head
 
 
-def _is_tied(model: nn.Module, layer: HeadLayer) -> bool:
-    own = {id(p) for p in layer.parameters()}
-    others = (m for m in model.modules() if m is not layer)
-    return any(id(p) in own for m in others for p in m.parameters(recurse=False))
-
-
 def _check_width(model: nn.Module, head: TaskHead, sample: Any, name: str) -> None:
     """A network may cut the outputs of a padded head, or count its classes on its own."""
     told = f"with a head of {head.num_classes} classes at {name}"
-    way = "its forward counts the classes on its own. Let it take them from the head"
+    way = (
+        "its forward counts the classes on its own (let it take them from the head), or it ends in "
+        "features (give it a head: nn.Sequential(model, nn.Linear(D, num_classes)))"
+    )
     try:
         with evaluating(model):
             shape = list(forward_logits(model, pick(sample, slice(2))).shape)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{told} the network fails ({first_line(error)}): {way}") from error
     if head.num_classes not in shape[1:]:
         raise ValueError(f"{told} the logits have shape {shape}: {way}")
@@ -252,16 +258,15 @@ def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
     mean, var = features.mean(0), features.var(0)
     if not bool(torch.stack([mean, var]).float().isfinite().all()):
         raise ValueError(
-            "the backbone gives non-finite features on these inputs (NaN, infinite, or up to "
-            f"{float(features.abs().max()):.0e}): look at the scale of the inputs, and at the "
+            "the backbone gives non-finite features on the training inputs (NaN, infinite, or up "
+            f"to {float(features.abs().max()):.0e}): look at the scale of the inputs, and at the "
             "weights and batch norm statistics of the network"
         )
     # More than rounding.
     if not bool((var > 1e-12 * features.square().mean(0)).any()):
         raise ValueError(
-            f"the backbone gives the same features to all {len(features)} inputs, of which no head "
-            "can learn: inputs that are all alike, or a last ReLU or batch norm that lets nothing "
-            "through"
+            f"the backbone gives all {len(features)} training inputs the same features, of which "
+            "no head can learn: the inputs are all alike, or a last ReLU lets nothing through"
         )
     norm.set_statistics(mean, var)
 

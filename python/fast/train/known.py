@@ -50,7 +50,7 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")
     check_finite_inputs(samples.inputs, "source_inputs")
-    with taking("source_inputs", samples.inputs):
+    with taking("source_inputs", samples.inputs, model):
         _try(model, samples)
     return samples
 

@@ -165,7 +165,7 @@ def plan_for(
     batch_norm = config.batch_norm or ("per_task" if kept_apart else "frozen")
     return Plan(
         chosen(config.lr, REHEARSING_LR if rehearses else DEFAULT_LR),
-        method.max_entropy,
+        method.max_entropy if config.max_entropy is None else config.max_entropy,
         chosen(config.head_lr_scale, method.head_lr_scale),
         chosen(config.anchor_decay, ease * (method.anchor_decay if decay is None else decay)),
         # Per-task batch norm gives the source head features of its own: there is nothing to share.
