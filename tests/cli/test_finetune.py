@@ -447,3 +447,14 @@ def test_bad_input_says_so_and_writes_nothing(job, spoil, options, message):
     assert err.splitlines()[-1].startswith("fast: error: ")
     after = sorted(p.name for p in job.folder.iterdir() if p.name != "__pycache__")
     assert after == before
+
+
+def test_the_head_is_named_and_starts_as_asked(job):
+    run = (*job.args, "--steps", 2, "--output", "named")
+    code, _, err = job.fast("finetune", *run, "--head", "none")
+    assert code != 0
+    assert "head='none': Net has no layer of that name" in err
+    code, _, err = job.fast("finetune", *run, "--head", "fc", "--no-max-entropy")
+    assert code == 0, err
+    config = json.loads((job.folder / "named" / "config.json").read_text())
+    assert (config["head"], config["max_entropy"]) == ("fc", False)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fast
-from fast.heads import estimate_statistics, set_batch_norm
+from fast.heads import estimate_statistics, plain_batch_norm, set_batch_norm
 from networks import ConvNet, images
 
 
@@ -79,3 +79,27 @@ def test_target_statistics_are_those_of_the_inputs_and_the_sources_stay():
     assert torch.allclose(norm.running_var, var, rtol=1e-4)
     assert torch.equal(norm.source_norm.running_mean, before)
     assert (norm.momentum, norm.training, norm.source_norm.training) == (0.1, True, False)
+
+
+@pytest.mark.parametrize("policy", ["track", "per_task"])
+@pytest.mark.parametrize("x", [torch.randn(1, 3), torch.randn(1, 3, 1, 1)], ids=["1-D", "1x1 map"])
+def test_one_value_per_channel_takes_the_statistics_that_are_there(policy, x):
+    kind = nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d
+    model = nn.Sequential(kind(3))
+    model[0].running_mean.fill_(2.0)
+    set_batch_norm(model, policy)
+    with torch.no_grad():
+        answer = model.train()(x)
+    assert torch.equal(answer, model.eval()(x))
+    assert int(model[0].num_batches_tracked) == 0
+    model.train()(torch.cat([x, x + 1]))
+    assert int(model[0].num_batches_tracked) == 1
+    assert type(plain_batch_norm(model)[0]) is kind
+
+
+def test_statistics_of_single_values_alone_are_not_estimated():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))
+    model[1].running_mean.fill_(2.0)
+    set_batch_norm(model, "per_task")
+    estimate_statistics(model, images(1, 3)[0].split(1))
+    assert model[1].running_mean.eq(2.0).all()

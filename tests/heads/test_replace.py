@@ -144,6 +144,9 @@ def test_tied_weights_leave_the_other_user_alone():
 
     model, ids = Tied(), torch.randint(20, (8, 4))
     before = model(ids)
+    # Weights that the backbone uses too are anchored with it.
+    (group,) = fast.param_groups(model, anchor_decay=5.0, sample=ids)
+    assert (group["name"], group["anchor_decay"]) == ("backbone", 5.0)
     fast.replace_head(model, 3, sample=ids)
     with fast.source_task(model):
         assert torch.equal(model(ids), before)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fast
 from fast.train.config import TrainConfig
@@ -110,7 +110,15 @@ def test_patience_needs_val():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [("heavy", "'balanced'"), ((1.0, 2.0), "2 weights for 4 classes")]
+    ("weights", "message"),
+    [
+        ("heavy", "'balanced'"),
+        ((1.0, 2.0), "2 weights for 4 classes"),
+        ((1.0, -1.0, 1.0, 1.0), "not negative; class 1 has -1"),
+        ((1.0, 1.0, math.nan, 1.0), "must be finite .* class 2 has nan"),
+        ((math.inf, 1.0, 1.0, 1.0), "must be finite .* class 0 has inf"),
+        ((0.0,) * 4, "0 for every class in train"),
+    ],
 )
 def test_class_weights(weights, message):
     with pytest.raises(ValueError, match=message):
@@ -196,3 +204,149 @@ def test_cards_name_what_is_wrong_with_the_data(data, message):
     next(broken.parameters()).data.fill_(math.nan)
     with pytest.raises(ValueError, match="answers are not finite"):
         fast.SourceCard.estimate(broken, X)
+
+
+def test_class_weights_that_leave_nothing_to_learn():
+    weights = (0.0, 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="0 for every class in train"):
+        fast.finetune(ConvNet(), (X, 0 * Y), steps=2, num_classes=4, class_weights=weights)
+
+
+class Rows(Dataset):
+    """Samples one by one, of which number 29 is broken."""
+
+    def __len__(self):
+        return len(Y)
+
+    def __getitem__(self, i):
+        return X[i] if i != 29 else X[i] * math.inf, int(Y[i])
+
+
+@pytest.mark.parametrize("method", ["fast", "vanilla", "ewc"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: (torch.stack([x for x, _ in Rows()]), Y), "number 29"),
+        (Rows, "number 29"),
+        (lambda: DataLoader(Rows(), 8), "number 5"),
+    ],
+    ids=["tensors", "Dataset", "loader"],
+)
+def test_a_sample_that_is_not_finite_is_named_before_it_spoils_the_weights(method, data, message):
+    model = ConvNet()
+    with pytest.raises(ValueError, match=rf"train: 1 samples are not finite .* {message}; drop"):
+        fast.finetune(model, data(), num_classes=4, steps=8, method=method)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_transform_that_spoils_a_batch_is_named():
+    with pytest.raises(ValueError, match="train: 40 samples are not finite"):
+        fast.finetune(ConvNet(), (X, Y), steps=2, transform=lambda x: x / 0)
+
+
+def spoiled(change):
+    model = ConvNet()
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.project.weight.data[1, 2:4].fill_(math.nan), "2 of 512 values of project.wei"),
+        (
+            lambda m: m.features[1].running_var.fill_(math.inf),
+            r"8 of 8 .* features\.1\.running_var",
+        ),
+        (lambda m: m.to("meta"), r"features\.0\.weight is on the meta device"),
+        (lambda m: inferred(m), r"project\.weight was made under torch\.inference_mode"),
+    ],
+    ids=["NaN weights", "infinite variance", "meta", "inference"],
+)
+def test_networks_that_cannot_be_trained_are_named(change, message):
+    with pytest.raises(ValueError, match=f"model: {message}"):
+        fast.finetune(spoiled(change), (X, Y), steps=2, method="vanilla")
+
+
+def inferred(model):
+    with torch.inference_mode():
+        model.project = nn.Linear(32, 16)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X.to("meta"), "train: inputs on the meta device"),
+        (X.to_sparse(), r"train: inputs of layout torch\.sparse_coo; .*to_dense"),
+    ],
+)
+def test_inputs_that_hold_no_plain_numbers_are_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        fast.finetune(ConvNet(), (x, Y), steps=2)
+
+
+def test_inputs_made_for_inference_are_named():
+    with torch.inference_mode():
+        x = X + 0
+    with pytest.raises(ValueError, match=r"train: .*inference_mode; give x\.clone"):
+        fast.finetune(ConvNet(), (x, Y), steps=2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_call_where_nothing_can_be_trained_says_so(mode):
+    with mode(), pytest.raises(ValueError, match=f"under torch.{mode.__name__}"):
+        fast.finetune(ConvNet(), (X, Y), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [((X[:1], Y[:1]), "train: 1 sample; give at least 2"), ((X, 0 * Y), "train: all labels are 0")],
+)
+def test_too_little_to_learn_is_not_blamed_on_val(train, message):
+    with pytest.raises(ValueError, match=message):
+        fast.finetune(ConvNet(), train, (X, Y), steps=2)
+
+
+@pytest.mark.parametrize("part", ["features", "all"])
+def test_a_frozen_backbone_is_said(part):
+    model = ConvNet().requires_grad_(False)
+    before = model.features[0].weight.clone()
+    with pytest.warns(UserWarning, match="no parameter of the backbone .*only the head is trained"):
+        fast.finetune(model, (X, Y), steps=2)
+    assert torch.equal(model.features[0].weight, before)
+
+
+@pytest.mark.parametrize("ending", [nn.Sigmoid(), nn.Softmax(1)])
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_probabilities_in_the_place_of_logits_are_refused(ending, outputs):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, outputs), ending)
+    with pytest.raises(ValueError, match=r"returns probabilities .* follows its head"):
+        fast.finetune(model, (X, Y), steps=2, method="vanilla")
+
+
+class Text(nn.Module):
+    """Takes token ids by name, as transformers has it."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(9, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, **more):
+        batch, tokens = input_ids.shape
+        return self.fc(self.embed(input_ids).view(batch, tokens, -1).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "message"),
+    [
+        (Text(), X, "it is a text network .it takes input_ids., and these look like images"),
+        (Text(), {"pixel_values": X}, "text network"),
+        (Text(), {"tokens": Y[:, None]}, "it takes input_ids"),
+        (ConvNet(), {"pixel_values": X}, r"its forward takes \(x\)"),
+    ],
+)
+def test_what_the_network_takes_is_said(model, x, message):
+    with pytest.raises(ValueError, match=rf"train: the network does not take .*{message}"):
+        fast.finetune(model, (x, Y), steps=2)

@@ -131,19 +131,16 @@ def test_accumulation_updates_the_feature_statistics_once_per_step():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps():
-    x, y = TRAIN
-    x = x.clone()
-    x[7] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"loss is nan in steps 1\.\.5"):
-        fast.finetune(ConvNet(), (x, y), method="vanilla", steps=10, eval_every=5)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) in steps 1\.\.5"):
+        fast.finetune(ConvNet(), TRAIN, method="vanilla", steps=10, eval_every=5, lr=1e30)
 
 
 def test_a_batch_of_classes_of_weight_zero_changes_nothing_badly():
     x, y = TRAIN
     model = ConvNet()
-    only = (x[y == 0], y[y == 0])
-    options = {"num_classes": 4, "class_weights": (0.0, 1.0, 1.0, 1.0), "steps": 3}
-    fast.finetune(model, only, method="vanilla", **options)
+    mostly = torch.cat([(y == 0).nonzero(), (y == 1).nonzero()[:1]]).squeeze(1)
+    options = {"num_classes": 4, "class_weights": (0.0, 1.0, 1.0, 1.0), "steps": 9}
+    fast.finetune(model, (x[mostly], y[mostly]), method="vanilla", batch_size=8, **options)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -151,7 +148,7 @@ def test_a_call_that_fails_before_the_first_step_leaves_the_head():
     for x, y in (images(1, 4), (torch.full((30, 1, 8, 8), float("nan")), torch.zeros(30))):
         model = ConvNet()
         layer = model.decide
-        with pytest.raises(ValueError, match=r"two samples|non-finite"):
+        with pytest.raises(ValueError, match=r"1 sample;|samples are not finite"):
             fast.finetune(model, (x, y), num_classes=4, steps=2)
         assert model.decide is layer
         assert type(model.features[1]) is nn.BatchNorm2d

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fast
 from fast.curvature.answers import SourceInputs, source_features
 from fast.heads import features_of, find_head, set_batch_norm, source_task, task_head
 from fast.train.average import Average
 from fast.train.config import TrainConfig
+from fast.train.distill import CachedDistillation, LiveDistillation, digest
 from fast.train.head_start import head_is_last
 from fast.train.rehearse import (
     TOLERANCE,
@@ -317,3 +319,67 @@ def test_a_saved_run_answers_both_tasks(pretrained, tmp_path, batch_norm):
         torch.testing.assert_close(saved.source.eval()(x), asked)
         torch.testing.assert_close(saved.target.eval()(x), result.model(x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "source_norms.safetensors").exists() == (batch_norm == "per_task")
+
+
+class Views(Dataset):
+    """Mirrors the samples whose number `mirrors` answers, at every second reading."""
+
+    def __init__(self, mirrors):
+        self.mirrors, self.read = mirrors, Counter()
+
+    def __len__(self):
+        return len(TRAIN[1])
+
+    def __getitem__(self, i):
+        self.read[i] += 1
+        x = TRAIN[0][i]
+        return x.flip(-1) if self.mirrors(i) and self.read[i] % 2 else x, int(TRAIN[1][i])
+
+
+def flipped(x):
+    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "live"),
+    [
+        (lambda: TRAIN, {}, False),
+        (lambda: TRAIN, {"transform": flipped}, True),
+        (lambda: Views(lambda i: False), {}, False),
+        (lambda: Views(lambda i: True), {}, True),
+        (lambda: Views(lambda i: i == LATE), {}, False),
+        (lambda: DataLoader(Views(lambda i: True), 60), {}, True),
+    ],
+    ids=["tensors", "transform", "Dataset", "it augments", "it augments one", "loader"],
+)
+def test_what_is_remembered_of_one_view_is_not_held_against_another(
+    pretrained, monkeypatch, data, options, live
+):
+    """Before anything has moved, staying what it was costs nothing, whatever the view."""
+    made = []
+    for kind in (CachedDistillation, LiveDistillation):
+        start = kind.__init__
+        monkeypatch.setattr(
+            kind, "__init__", lambda self, *a, s=start: (made.append(type(self)), s(self, *a))[1]
+        )
+    still = {"steps": 9, "eval_every": 9, "stall": 99, "head_steps": 0, "average": 0, "lr": 1e-9}
+    still |= {"num_classes": 4, "batch_size": 60, "ramp": 0, "batch_norm": "frozen"}
+    loss = [
+        fast.finetune(copy.deepcopy(pretrained), data(), distill=d, **still, **options).history[-1]
+        for d in (0.0, 100.0)
+    ]
+    assert loss[1]["loss"] == pytest.approx(loss[0]["loss"], abs=1e-5)
+    assert made == [LiveDistillation if live else CachedDistillation]
+
+
+# Not in the first batch, by which augmentation is recognised.
+LATE = int(torch.randperm(300, generator=torch.Generator().manual_seed(0))[-1])
+
+
+def test_a_view_that_is_not_known_is_left_out():
+    head = task_head(fast.replace_head(ConvNet(), 4, sample=TRAIN[0]))
+    x = TRAIN[0][:3]
+    known = CachedDistillation(
+        head, 1.0, torch.tensor([4, 2, 7]), torch.zeros(3, 5), 9, [digest(row) for row in x]
+    )
+    assert known.places(torch.tensor([2, 4, 0, 7]), x[[1, 1, 0, 2]]).tolist() == [1, -1, -1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -145,6 +146,7 @@ def test_a_head_without_bias_is_saved_with_the_one_it_needs(tmp_path):
     start = Ends(head=nn.Linear(16, 5, bias=False))
     result = fast.finetune(copy.deepcopy(start), TRAIN, VAL, steps=6, source_inputs=KNOWN)
     result.save(tmp_path)
+    assert "3 has a bias" in json.loads((tmp_path / "result.json").read_text())["notes"][0]
     assert set(load_file(tmp_path / "source_head.safetensors")) == {"weight"}
     saved = load_saved(tmp_path, copy.deepcopy(start), VAL[0])
     result.model.eval()
@@ -160,3 +162,178 @@ def test_head_steps_are_for_heads_that_come_last():
     options = {"method": "vanilla", "steps": 1, "stall": 1}
     loss = {n: run(Ends, head_steps=n, **options).history[0]["target_loss"] for n in (0, 200)}
     assert loss[200] < 0.5 * loss[0]
+
+
+def test_a_random_head_has_a_bias_only_where_the_own_one_has(tmp_path):
+    start = Ends(head=nn.Linear(16, 5, bias=False))
+    result = fast.finetune(start, TRAIN, steps=2, method="vanilla")
+    result.save(tmp_path)
+    assert result.notes == []
+    plain = Ends(head=nn.Linear(16, 4, bias=False))
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
+def test_auxiliary_heads_are_noted():
+    class Auxiliary(Padded):
+        """Answers with a second head in training, as GoogLeNet does."""
+
+        def __init__(self):
+            super().__init__(kept=8)
+            self.side = nn.Linear(16, 8)
+
+        def forward(self, x):
+            f = self.body(x.flatten(1)).relu()
+            return (self.fc(f), self.side(f)) if self.training else self.fc(f)
+
+    assert "side: auxiliary heads keep" in fast.finetune(Auxiliary(), TRAIN, steps=2).notes[0]
+
+
+NORMS = {
+    "weight norm": nn.utils.parametrizations.weight_norm,
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "old weight norm": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_normed_head_is_saved_as_the_plain_layer_that_it_is(tmp_path, name, bias):
+    def normed():
+        model = Ends(head=nn.Linear(16, 5, bias=bias))
+        NORMS[name](model[3])
+        return model.eval()
+
+    start = normed()
+    with torch.no_grad():
+        before = start(VAL[0])
+    result = fast.finetune(start, TRAIN, steps=2, lr=1e-12)
+    result.save(tmp_path)
+    for model in (normed(), Ends(head=nn.Linear(16, 5, bias=bias))):
+        saved = load_saved(tmp_path, model, VAL[0])
+        with torch.no_grad():
+            assert torch.allclose(saved.source.eval()(VAL[0]), before, atol=1e-6)
+            assert torch.allclose(saved.target.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
+
+
+class Mixed16(nn.Module):
+    """Norms in float32 in a network of 16 bits, as large networks have it."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.body, self.norm = nn.Linear(64, 16).to(dtype), nn.LayerNorm(16)
+        self.fc = nn.Linear(16, 5).to(dtype)
+
+    def forward(self, x):
+        y = self.norm(self.body(x.flatten(1)).float()).relu()
+        return self.fc(y.to(self.fc.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "vanilla"}, {"source_inputs": KNOWN}, {"method": "ewc"}],
+    ids=["fast", "vanilla", "rehearsing", "ewc"],
+)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_network_of_16_bits_learns_as_one_of_32(dtype, options, mixed):
+    make = (lambda: Mixed16(dtype)) if mixed else (lambda: Ends().to(dtype))
+    torch.manual_seed(0)
+    start = make()
+    half = {k: (v[0].to(dtype), v[1]) for k, v in (("train", TRAIN), ("val", VAL))}
+    wide = {k: (x.float(), y) for k, (x, y) in half.items()}
+    if "source_inputs" in options:
+        half["source_inputs"] = (KNOWN[0].to(dtype), KNOWN[1])
+        wide["source_inputs"] = (half["source_inputs"][0].float(), KNOWN[1])
+    options = options | {"steps": 5, "lr": 1e-4}
+    expected = fast.finetune(copy.deepcopy(start).float(), **(options | wide))
+    with pytest.warns(UserWarning, match=r"returned in float32.*result\.model\.to"):
+        result = fast.finetune(start, **(options | half))
+    assert result.history[-1]["target_loss"] == expected.history[-1]["target_loss"]
+    pairs = zip(start.state_dict().values(), expected.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not start._forward_pre_hooks
+
+
+def test_a_call_that_fails_gives_the_16_bits_back():
+    start = Mixed16(torch.bfloat16)
+    before = {k: v.clone() for k, v in start.state_dict().items()}
+    with pytest.warns(UserWarning, match="bfloat16"), pytest.raises(ValueError, match="body"):
+        fast.finetune(start, TRAIN, steps=2, head="body")
+    after = start.state_dict()
+    assert all(v.dtype == after[k].dtype and torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_a_card_of_16_bits_is_still_of_its_weights():
+    start = Ends().bfloat16()
+    card = fast.SourceCard.estimate(
+        start, KNOWN[0].bfloat16(), num_samples=16, calibration_samples=8
+    )
+    with pytest.warns(UserWarning, match="bfloat16"):
+        result = fast.finetune(start, TRAIN, steps=2, card=card)
+    assert result.final["forecast"] is not None
+
+
+WRAPPERS = {
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "data-parallel": nn.DataParallel,
+    "both": lambda m: nn.DataParallel(torch.compile(m, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"source_inputs": KNOWN}, {"source_inputs": KNOWN, "method": "replay"}],
+    ids=["fast", "rehearsing", "replay"],
+)
+def test_of_a_wrapped_network_the_one_inside_is_trained(name, options):
+    torch.manual_seed(0)
+    start = Ends().eval()
+    expected = fast.finetune(copy.deepcopy(start), TRAIN, steps=3, **options).model
+    wrapped = WRAPPERS[name](start)
+    with torch.no_grad():
+        wrapped(VAL[0])  # compiled code has no hooks that come later
+    with pytest.warns(UserWarning, match="the Ends inside is trained"):
+        result = fast.finetune(wrapped, TRAIN, steps=3, **options)
+    assert result.model is start
+    with torch.no_grad():
+        assert torch.equal(wrapped(VAL[0]), expected(VAL[0]))
+        with fast.source_task(wrapped), fast.source_task(expected):
+            assert torch.equal(wrapped(VAL[0]), expected(VAL[0]))
+
+
+def test_compiled_parts_are_saved_under_plain_names_and_may_not_hold_the_head(tmp_path):
+    start = Ends()
+    start[1] = torch.compile(start[1], backend="eager")
+    result = fast.finetune(start, TRAIN, steps=2)
+    result.save(tmp_path)
+    plain = load_saved(tmp_path, Ends(), VAL[0]).target.eval()
+    assert torch.allclose(plain(VAL[0]), result.model(VAL[0]), atol=1e-5)
+    start = Ends()
+    start[3] = torch.compile(start[3], backend="eager")
+    with pytest.raises(ValueError, match=r"head 3\._orig_mod is in a compiled part"):
+        fast.finetune(start, TRAIN, steps=2)
+
+
+def batch_normed():
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
+    return nn.Sequential(body, nn.Linear(16, 5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"source_inputs": KNOWN},
+        {"batch_norm": "track"},
+        {"batch_norm": "track", "train": (TRAIN[0][:24], TRAIN[1][:24]), "grad_accum_steps": 8},
+        {"batch_norm": "track", "method": "replay", "source_inputs": KNOWN},
+    ],
+    ids=["per task", "tracked", "in parts of one", "replay"],
+)
+def test_a_batch_of_one_sample_is_a_batch(options):
+    loader = DataLoader(TensorDataset(TRAIN[0][:25], TRAIN[1][:25]), 8)
+    options = {"train": loader, "batch_size": 8, "num_classes": 4, "steps": 9} | options
+    result = fast.finetune(batch_normed(), **options)
+    assert all(b.isfinite().all() for b in result.model.state_dict().values())

@@ -89,3 +89,10 @@ def test_accumulating_gradients_changes_nothing_but_rounding():
 def test_without_source_inputs_it_says_so():
     with pytest.raises(ValueError, match="'replay' trains on source inputs: pass source_inputs="):
         fast.finetune(ConvNet(), TRAIN, method="replay", steps=2)
+
+
+def test_a_frozen_backbone_leaves_nothing_to_replay(pretrained):
+    model = copy.deepcopy(pretrained).requires_grad_(False)
+    model.decide.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"no parameter of the backbone .* 'replay' to hold"):
+        fast.finetune(model, TRAIN, steps=2, method="replay", source_inputs=KNOWN)

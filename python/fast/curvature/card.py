@@ -20,8 +20,8 @@ from fast.curvature.calibrate import Calibration, calibrate
 from fast.curvature.card_file import fingerprint, load_card, save_card
 from fast.curvature.diagonal import LABELS, fisher_diagonal
 from fast.curvature.losses import recognise
-from fast.curvature.network import Params, select, unwrap
-from fast.heads import evaluating, source_task
+from fast.curvature.network import Params, select
+from fast.heads import evaluating, source_task, unwrap
 from fast.inputs import check_finite_inputs, taking
 from fastkernels import _storage
 

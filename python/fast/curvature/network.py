@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,6 +14,7 @@ from fast.curvature.graph import graph_leaves
 from fast.curvature.memory import reuse_freed_pages
 from fast.curvature.scope import evaluation
 from fast.curvature.space import ParameterSpace
+from fast.heads import unwrap
 
 Params = (
     None
@@ -142,24 +142,6 @@ class StrayParameter(ValueError):
             "object that holds it): read it as an attribute of its module, or leave it out with "
             "params="
         )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module under torch.compile, DataParallel and DistributedDataParallel."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch.jit.ScriptModule):
-            raise TypeError(
-                "model is a TorchScript module, whose parameters cannot be replaced: pass the "
-                "Python module that it was made of, or nn.Sequential(model)"
-            )
-        else:
-            return model
 
 
 def select(every: Mapping[str, Tensor], params: Params) -> tuple[str, ...]:

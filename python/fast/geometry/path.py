@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.curvature.answers import backbone_parameters
-from fast.curvature.network import unwrap
-from fast.heads import source_task, task_head
+from fast.heads import source_task, task_head, unwrap
 from fast.train.data import as_data
 from fast.train.metrics import evaluate
 from fast.train.result import Result

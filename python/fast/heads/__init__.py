@@ -9,12 +9,13 @@ from fast.heads.batch_norm import (
     source_norms,
 )
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, find_head
-from fast.heads.forward import evaluating, forward_logits, in_mode, pick
+from fast.heads.find import Head, find_head, own_parameters, places_of
+from fast.heads.forward import evaluating, forward_logits, in_mode, pick, unwrap
 from fast.heads.replace import (
     TaskHead,
     calibrate,
     calibrate_from,
+    check_num_classes,
     features_of,
     fold_head,
     replace_head,
@@ -30,6 +31,7 @@ __all__ = [
     "by_sample",
     "calibrate",
     "calibrate_from",
+    "check_num_classes",
     "estimate_statistics",
     "evaluating",
     "features_of",
@@ -39,7 +41,9 @@ __all__ = [
     "forward_logits",
     "has_batch_norm",
     "in_mode",
+    "own_parameters",
     "pick",
+    "places_of",
     "plain_batch_norm",
     "replace_head",
     "running_statistics",
@@ -47,4 +51,5 @@ __all__ = [
     "source_norms",
     "source_task",
     "task_head",
+    "unwrap",
 ]

@@ -37,7 +37,21 @@ class _Frozen(_Policy):
         return cast(Any, super()).train(False)
 
 
-class _PerTask(_Policy, TwoTask):
+class _Track(_Policy):
+    """Plain torch, but that a batch of one value per channel, which has no variance, takes the
+    statistics that were tracked and adds nothing to them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self
+        learns = norm.training
+        norm.training = learns and x.numel() != x.shape[1]
+        try:
+            return cast(Any, super()).forward(x)
+        finally:
+            norm.training = learns
+
+
+class _PerTask(_Track, TwoTask):
     """Target statistics and affine, with the source's kept beside them as `source_norm`."""
 
     source_norm: nn.Module
@@ -85,7 +99,8 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
         model: any network; one without batch norm is left as it is.
         policy: `"frozen"`: source statistics, also in train mode. `"per_task"`: target statistics
             and affine parameters, the source's kept beside them and used inside `fast.source_task`.
-            `"track"`: plain torch.
+            `"track"`: plain torch. A batch of one value per channel, which torch refuses, takes the
+            statistics as they are.
 
     Raises:
         ValueError: an unknown policy, or one that would throw away statistics kept per task.
@@ -105,7 +120,9 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
             mode = norm.training
             norm.__class__ = _combined(_Frozen, type(norm))
             norm.train(mode)
-        elif policy == "per_task":
+        elif policy == "track":
+            norm.__class__ = _combined(_Track, type(norm))
+        else:
             source = copy.deepcopy(norm).eval().requires_grad_(False)
             norm.__class__ = _combined(_PerTask, type(norm))
             norm.add_module("source_norm", source)
@@ -141,10 +158,11 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     The source's statistics stay, and batch norms of other policies.
 
     Args:
-        batches: of target inputs, at least two values per channel in each.
+        batches: of target inputs; one of a single value per channel does not count.
     """
     norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
     momenta = [norm.momentum for norm in norms]
+    before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
     with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
@@ -153,8 +171,11 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
             for inputs in batches if norms else ():
                 forward_logits(model, inputs)
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
+                if not int(cast(Tensor, norm.num_batches_tracked)):
+                    for name, value in buffers.items():
+                        getattr(norm, name).copy_(value)
 
 
 def _restore(norm: _BatchNorm) -> None:

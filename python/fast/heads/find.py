@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fast.heads.forward import evaluating, forward_logits, pick
+from fast.heads.forward import evaluating, forward_logits, pick, unwrap
 
 # Where timm, torchvision, transformers and most hand-written networks keep their classifier.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
@@ -26,10 +27,12 @@ class Head:
     Attributes:
         module: `nn.Linear`, or a 1x1 `nn.Conv2d`.
         places: (parent module, attribute name, qualified name), several when the layer is shared.
+        auxiliary: names of layers with as many outputs that did not run: heads for training alone.
     """
 
     module: HeadLayer
     places: tuple[tuple[nn.Module, str, str], ...]
+    auxiliary: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -47,12 +50,20 @@ def is_head_layer(module: nn.Module) -> TypeGuard[HeadLayer]:
     return isinstance(module, nn.Linear)
 
 
+def own_parameters(model: nn.Module, layer: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a layer that no other layer of the model holds (as a tied embedding does)."""
+    inside = {id(m) for m in layer.modules()}
+    others = (m for m in model.modules() if id(m) not in inside)
+    taken = {id(p) for m in others for p in m.parameters(recurse=False)}
+    return [p for p in layer.parameters() if id(p) not in taken]
+
+
 def classes_of(layer: HeadLayer) -> int:
     """Number of logits that a head layer makes."""
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
-def find_head(model: nn.Module, sample: Any = None) -> Head:
+def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> Head:
     """Find the last linear layer (or 1x1 convolution) of a classifier.
 
     With a sample the network is run once on two rows of it, in evaluation mode, and the layer whose
@@ -61,14 +72,29 @@ def find_head(model: nn.Module, sample: Any = None) -> Head:
     there being only one.
 
     Args:
-        model: a classifier.
+        model: a classifier; of a compiled or data-parallel one, the module inside is looked at.
         sample: a batch of inputs, as `model` takes them (a tuple or mapping is unpacked).
+        name: of the layer, where it is known.
 
     Raises:
-        ValueError: there is no such layer, or several could be it.
+        ValueError: there is no such layer, several could be it, or it is part of compiled code.
     """
-    layer = _by_convention(model) if sample is None else _by_trace(model, sample)
-    return Head(layer, places_of(model, layer))
+    model = unwrap(model)
+    auxiliary: tuple[str, ...] = ()
+    if name is not None:
+        layer = _by_name(model, name)
+    elif sample is None:
+        layer = _by_convention(model)
+    else:
+        layer, auxiliary = _by_trace(model, sample)
+    head = Head(layer, places_of(model, layer), auxiliary)
+    if "_orig_mod" in head.name.split("."):
+        part, _, _ = head.name.partition("._orig_mod")
+        raise ValueError(
+            f"the head {head.name} is in a compiled part of the network, where it cannot be "
+            f"replaced: put the module inside in its place (model.{part} = model.{part}._orig_mod)"
+        )
+    return head
 
 
 def places_of(model: nn.Module, layer: nn.Module) -> tuple[tuple[nn.Module, str, str], ...]:
@@ -102,6 +128,19 @@ def _candidates(model: nn.Module) -> list[tuple[str, HeadLayer]]:
     return found
 
 
+def _by_name(model: nn.Module, name: str) -> HeadLayer:
+    candidates = _candidates(model)
+    known = dict(model.named_modules())
+    layer = known.get(name)
+    if layer is None or not is_head_layer(layer):
+        found = "no layer of that name" if layer is None else f"a {type(layer).__name__} there"
+        raise ValueError(
+            f"head={name!r}: {type(model).__name__} has {found}; a head is an nn.Linear or a 1x1 "
+            f"nn.Conv2d, such as {', '.join(n for n, _ in candidates[-5:])}"
+        )
+    return layer
+
+
 def _by_convention(model: nn.Module) -> HeadLayer:
     candidates = _candidates(model)
     last = candidates[-1][1]
@@ -118,12 +157,21 @@ def _by_convention(model: nn.Module) -> HeadLayer:
     names = ", ".join(name for name, _ in candidates[-5:])
     raise ValueError(
         f"cannot tell which layer of {type(model).__name__} makes the logits (linear layers: ... "
-        f"{names}). Pass sample=, a batch of inputs, and it is found by running the model"
+        f"{names}). Pass sample=, a batch of inputs, and it is found by running the model; or its "
+        "name, head="
     )
 
 
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled parts run as they are written, and so run hooks."""
+    if any(hasattr(m, "_orig_mod") for m in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
 @torch.no_grad()
-def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
+def _by_trace(model: nn.Module, sample: Any) -> tuple[HeadLayer, tuple[str, ...]]:
+    """The layer that makes the logits, and the names of auxiliary heads."""
     candidates = _candidates(model)
     calls: list[tuple[HeadLayer, Tensor]] = []
 
@@ -132,14 +180,39 @@ def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
 
     hooks = [m.register_forward_hook(record) for m in dict.fromkeys(m for _, m in candidates)]
     try:
-        with evaluating(model):
+        with evaluating(model), _uncompiled(model):
             logits = forward_logits(model, pick(sample, slice(2)))
     finally:
         for hook in hooks:
             hook.remove()
+    layer = _exactly(calls, logits)
+    if layer is None and getattr(model, "num_classes", None) == 0:
+        raise ValueError(
+            f"{type(model).__name__} has no head (num_classes=0) and ends in features: add one, "
+            f"nn.Sequential(model, nn.Linear({logits.shape[-1]}, num_classes))"
+        )
+    layer = layer or _most_likely(calls, logits)
+    if layer is None:
+        raise ValueError(
+            f"no linear layer of {type(model).__name__} makes its logits of shape "
+            f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear "
+            "or a 1x1 nn.Conv2d"
+        )
+    ran = {id(m) for m, _ in calls}
+    width = classes_of(layer)
+    return layer, tuple(n for n, m in candidates if id(m) not in ran and classes_of(m) == width)
+
+
+def _exactly(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer | None:
+    """The layer whose output is the logits."""
     for module, output in reversed(calls):
         if output.numel() == logits.numel() and torch.equal(output.flatten(), logits.flatten()):
             return module
+    return None
+
+
+def _most_likely(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer | None:
+    """The layer whose output may become the logits; `check_alone` tells whether it does."""
     # Something follows the layer (a log-softmax, a mean over positions): the last one of that
     # width.
     for module, _ in reversed(calls):
@@ -149,8 +222,4 @@ def _by_trace(model: nn.Module, sample: Any) -> HeadLayer:
     for module, output in reversed(calls):
         if logits.dim() == 2 == output.dim() and torch.equal(output[:, : logits.shape[1]], logits):
             return module
-    raise ValueError(
-        f"no linear layer of {type(model).__name__} makes its logits of shape "
-        f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear "
-        "or a 1x1 nn.Conv2d"
-    )
+    return None

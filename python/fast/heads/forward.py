@@ -19,6 +19,24 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module under torch.compile, DataParallel and DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is a TorchScript module, whose parameters cannot be replaced: pass the "
+                "Python module that it was made of, or nn.Sequential(model)"
+            )
+        else:
+            return model
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in a model's output: a tensor, `.logits`, `["logits"]` or the first of a tuple.
 

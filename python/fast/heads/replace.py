@@ -7,16 +7,22 @@ the backbone is W^T (p - y) = 0, so the first error stays in the head (arXiv 200
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast.errors import first_line
+from fast.heads.alone import check_alone
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, HeadLayer, classes_of, find_head, places_of
-from fast.heads.forward import evaluating, forward_logits, pick
+from fast.heads.find import Head, HeadLayer, classes_of, find_head, own_parameters, places_of
+from fast.heads.forward import evaluating, forward_logits, pick, unwrap
 from fast.heads.task import TwoTask
+
+# A head of more would fill the memory before anything is said.
+MOST_CLASSES = 1_000_000
 
 
 class TaskHead(nn.Module, TwoTask):
@@ -26,6 +32,7 @@ class TaskHead(nn.Module, TwoTask):
         norm: `FeatureNorm`, or None for a plain head.
         linear: the target layer, of the source layer's kind.
         source: the source head, frozen.
+        auxiliary: names of further heads of the network, which only run in training mode.
     """
 
     def __init__(self, norm: FeatureNorm | None, linear: HeadLayer, source: HeadLayer) -> None:
@@ -35,11 +42,17 @@ class TaskHead(nn.Module, TwoTask):
         self.source = source
         # transformers forgets the names of the labels when their number changes.
         self.source_labels: dict[str, Any] = {}
+        self.auxiliary: tuple[str, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.answers_source:
             return self.source(x)
         return self.linear(x if self.norm is None else self.norm(x))
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer that answers; networks look here for the dtype of their head."""
+        return (self.source if self.answers_source else self.linear).weight
 
     @property
     def num_classes(self) -> int:
@@ -71,8 +84,31 @@ def task_head(model: nn.Module) -> TaskHead | None:
     return next((m for m in model.modules() if isinstance(m, TaskHead)), None)
 
 
+def check_num_classes(num_classes: Any) -> int:
+    """The number of classes of a head, as an int.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: fewer than 2, or more than `MOST_CLASSES`.
+    """
+    try:
+        number = operator.index(num_classes)
+    except TypeError as error:
+        raise TypeError(f"num_classes must be a whole number; got {num_classes!r}") from error
+    if number < 2:
+        raise ValueError(f"num_classes must be at least 2; got {number}")
+    if number > MOST_CLASSES:
+        raise ValueError(f"num_classes must be at most {MOST_CLASSES}; got {number}")
+    return number
+
+
 def replace_head(
-    model: nn.Module, num_classes: int, *, sample: Any = None, max_entropy: bool = True
+    model: nn.Module,
+    num_classes: int,
+    *,
+    sample: Any = None,
+    max_entropy: bool = True,
+    head: str | None = None,
 ) -> nn.Module:
     """Give a pretrained classifier a new head, in place; the source head is kept inside it.
 
@@ -81,34 +117,40 @@ def replace_head(
             transformers, or your own.
         num_classes: C, of the target task.
         sample: a batch of target inputs, as `model` takes them. Finds the head by running the model
-            once, and sets the statistics of the feature normaliser. Without it the head is found by
-            its customary name, and the first training batch sets the statistics.
+            once, checks that it alone makes the logits, and sets the statistics of the feature
+            normaliser. Without it the head is found by its customary name, and the first training
+            batch sets the statistics.
         max_entropy: zero weights behind a feature normaliser; False gives the layer's own random
             initialisation on raw features (the usual baseline).
+        head: name of the layer that makes the logits, where it cannot be found.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: no head was found, the head was replaced before, or `num_classes` < 2.
+        ValueError: no head was found, several layers make the logits together, the head was
+            replaced before, or `num_classes` is not in 2..1,000,000. The model is as it was.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2; got {num_classes}")
-    if task_head(model) is not None:
+    num_classes = check_num_classes(num_classes)
+    inner = unwrap(model)
+    if task_head(inner) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
-    found = find_head(model, sample)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("a head made under torch.inference_mode cannot learn: replace it outside")
+    found = find_head(inner, sample, head)
+    if sample is not None:
+        check_alone(inner, found, sample, named=head is not None, learns=max_entropy)
     trainable = [p.requires_grad for p in found.module.parameters()]
-    head = _new_head(model, found, num_classes, max_entropy)
-    found.put(head)
-    announce_classes(model, num_classes)
-    head.train(model.training)
+    made = _new_head(inner, found, num_classes, max_entropy)
+    found.put(made)
+    announce_classes(inner, num_classes)
+    made.train(inner.training)
     try:
         if sample is not None:
-            calibrate(model, [sample])
-            _check_alive(model, head, sample, found.name)
-            _check_width(model, head, sample, found.name)
+            _check_width(inner, made, sample, found.name)
+            calibrate(inner, [sample])
     except BaseException:
-        _restore(model, found.module, trainable)
+        _restore(inner, found.module, trainable)
         raise
     return model
 
@@ -128,6 +170,7 @@ def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None
 def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool) -> TaskHead:
     source = found.module
     options: Any = {"device": source.weight.device, "dtype": source.weight.dtype}
+    options["bias"] = max_entropy or source.bias is not None  # the mean of the features goes there
     linear: HeadLayer
     if isinstance(source, nn.Conv2d):
         features, dim = source.in_channels, 1
@@ -140,53 +183,33 @@ def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
         norm = FeatureNorm(features, dim).to(source.weight.device)
-    if _is_tied(model, source):
+    if len(own_parameters(model, source)) < len(list(source.parameters())):
         # Frozen weights in the head must not freeze the embedding that they are tied to.
         source = copy.deepcopy(source)
     head = TaskHead(norm, linear, source.requires_grad_(False))
+    head.auxiliary = found.auxiliary
     config = getattr(model, "config", None)
     names = ("id2label", "label2id")
     head.source_labels = {n: getattr(config, n) for n in names if hasattr(config, n)}
     return head
 
 
-def _is_tied(model: nn.Module, layer: HeadLayer) -> bool:
-    own = {id(p) for p in layer.parameters()}
-    others = (m for m in model.modules() if m is not layer)
-    return any(id(p) in own for m in others for p in m.parameters(recurse=False))
-
-
-def _check_alive(model: nn.Module, head: TaskHead, sample: Any, name: str) -> None:
-    """A ReLU behind a zero head would never let it learn (SqueezeNet): say so up front."""
-    if head.norm is None:
-        return
-    # Two rows, and no graph below the head: this may not need more memory than a training step.
-    cut = head.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
-    try:
-        with evaluating(model), torch.enable_grad():
-            logits = forward_logits(model, pick(sample, slice(2)))
-            # One row: over the sample that set the statistics, normalised features sum to zero.
-            # One logit: over all, those of a log-softmax do not react to the head at its start.
-            first = logits[0].flatten()[0]
-            (gradient,) = torch.autograd.grad(first, [head.linear.weight], allow_unused=True)
-    finally:
-        cut.remove()
-    if gradient is None or not gradient.abs().sum() > 0:
-        raise ValueError(
-            f"the logits do not react to the zero head at {name}: a ReLU or a stop-gradient "
-            "follows it. Remove that, or pass max_entropy=False"
-        )
-
-
 def _check_width(model: nn.Module, head: TaskHead, sample: Any, name: str) -> None:
     """A network may cut the outputs of a padded head, or count its classes on its own."""
-    with evaluating(model):
-        shape = list(forward_logits(model, pick(sample, slice(2))).shape)
+    told = f"with a head of {head.num_classes} classes at {name}"
+    way = (
+        "its forward counts the classes on its own (let it take them from the head), or it ends in "
+        "features (give it a head: nn.Sequential(model, nn.Linear(D, num_classes)))"
+    )
+    try:
+        with evaluating(model):
+            shape = list(forward_logits(model, pick(sample, slice(2))).shape)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{told} the network fails ({first_line(error)}): {way}") from error
     if head.num_classes not in shape[1:]:
-        raise ValueError(
-            f"with a head of {head.num_classes} classes at {name} the logits have shape {shape}: "
-            f"its forward counts the classes on its own. Let it take them from the head"
-        )
+        raise ValueError(f"{told} the logits have shape {shape}: {way}")
 
 
 def calibrate(model: nn.Module, batches: Any) -> nn.Module:
@@ -197,7 +220,8 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
         batches: an iterable of batches of target inputs.
 
     Raises:
-        ValueError: the head was not replaced, or the inputs give fewer than two feature vectors.
+        ValueError: the head was not replaced; the inputs give fewer than two feature vectors, or
+            features that are all the same or not finite.
     """
     head = task_head(model)
     if head is None:
@@ -213,23 +237,38 @@ def features_of(model: nn.Module, head: TaskHead, inputs: Any) -> Tensor:
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         with evaluating(model):
-            forward_logits(model, inputs)
+            forward_logits(unwrap(model), inputs)
     finally:
         hook.remove()
     return seen[-1]
 
 
 def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
-    """Set the statistics of `norm` to those of these features."""
+    """Set the statistics of `norm` to those of these features.
+
+    Raises:
+        ValueError: fewer than two, all the same, or not finite.
+    """
     rows = [x.movedim(norm.dim, -1).reshape(-1, norm.num_features).double() for x in batches]
     features = torch.cat(rows) if rows else torch.empty(0)
     if features.shape[0] < 2:
         raise ValueError(
             f"the feature normaliser needs at least two samples; got {features.shape[0]}"
         )
-    if not torch.isfinite(features).all():
-        raise ValueError("the backbone gives non-finite features on these inputs")
-    norm.set_statistics(features.mean(0), features.var(0))
+    mean, var = features.mean(0), features.var(0)
+    if not bool(torch.stack([mean, var]).float().isfinite().all()):
+        raise ValueError(
+            "the backbone gives non-finite features on the training inputs (NaN, infinite, or up "
+            f"to {float(features.abs().max()):.0e}): look at the scale of the inputs, and at the "
+            "weights and batch norm statistics of the network"
+        )
+    # More than rounding.
+    if not bool((var > 1e-12 * features.square().mean(0)).any()):
+        raise ValueError(
+            f"the backbone gives all {len(features)} training inputs the same features, of which "
+            "no head can learn: the inputs are all alike, or a last ReLU lets nothing through"
+        )
+    norm.set_statistics(mean, var)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fast.heads.forward import unwrap
+
 
 class TwoTask:
     """Mixin of modules that can answer the source task in place of the target task."""
@@ -38,12 +40,13 @@ def source_task(model: nn.Module) -> Iterator[nn.Module]:
     for m in modules:
         m.answers_source = True
     labels = [m for m in modules if hasattr(m, "announce")]
+    inner = unwrap(model)
     for m in labels:
-        m.announce(model)
+        m.announce(inner)
     try:
         yield model
     finally:
         for m, state in zip(modules, before, strict=True):
             m.answers_source = state
         for m in labels:
-            m.announce(model)
+            m.announce(inner)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fast.heads import find_head, task_head
+from fast.heads import find_head, own_parameters, task_head
 
 OPTIMIZER_KEYS = {"betas", "eps", "momentum", "dampening", "nesterov", "maximize", "weight_decay"}
 KEYS = OPTIMIZER_KEYS | {"anchor_decay", "curvature", "stall", "ramp"}
@@ -24,7 +24,8 @@ def param_groups(
 
     The head is what `fast.replace_head` made, or else the layer that makes the logits. It has no
     anchor: there is nothing to be pulled back to. Frozen parameters (the source head among them)
-    are left out; shared ones are listed once. With weight decay, biases and norms (one dimension or
+    are left out; shared ones are listed once, and weights that the head shares with the backbone (a
+    tied embedding) are the backbone's. With weight decay, biases and norms (one dimension or
     none) go to groups of their own without it.
 
     Args:
@@ -50,7 +51,7 @@ def param_groups(
         )
     replaced = task_head(model)
     head_module = replaced.linear if replaced is not None else find_head(model, sample).module
-    head_ids = {id(p) for p in head_module.parameters()}
+    head_ids = {id(p) for p in own_parameters(model, head_module)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter with requires_grad=True: nothing can be trained")

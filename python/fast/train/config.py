@@ -75,6 +75,13 @@ class TrainConfig:
     )
     seed: int = _option(0, "seed of head, data order and augmentation")
 
+    head: str | None = _option(
+        None, "name of the layer that makes the logits (default: found by running the network)"
+    )
+    max_entropy: bool | None = _option(
+        None,
+        "head of zeros on normalised features, else a random one (default: the method's)",
+    )
     head_lr_scale: float | None = _option(
         None, "head's lr as a multiple of lr (default: the method's)"
     )

@@ -4,6 +4,9 @@ Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282): the loss gets
 `weight * T^2 * KL(source outputs at w0 || source outputs now)`, both softened by T. The source head
 is a linear layer on features that the step computes anyway, and the outputs at w0 are computed once
 per sample, so a step costs no more than before. No source data is needed.
+
+What is remembered of one view of a sample holds for no other: where inputs are augmented, the
+outputs at w0 come from a frozen copy of the network, which sees what the network sees.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.heads import TaskHead, by_sample, features_of, task_head
+from fast.curvature.card_file import fingerprint
+from fast.heads import TaskHead, by_sample, features_of, pick, task_head
+from fast.inputs import leaves
 from fast.train.data import length
 
 TEMPERATURE = 2.0
@@ -46,23 +51,28 @@ class Distillation:
     def __init__(self, head: TaskHead, weight: float) -> None:
         self.head, self.weight = head, weight
 
-    def count(self, index: Tensor | None, size: int) -> int:
-        """Samples of a batch whose outputs at w0 are known."""
+    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
+        """Where the outputs at w0 of each sample of a batch are, `[B]` on the CPU; -1: not known.
+
+        Args:
+            index: rows in the training data, or None.
+            inputs: as the network will see them.
+        """
         raise NotImplementedError
 
-    def before(self, index: Tensor | None, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+    def before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
         """Rows of a micro-batch whose outputs at w0 are known, and these outputs."""
         raise NotImplementedError
 
-    def penalty(self, features: Tensor, index: Tensor | None, inputs: Any) -> Tensor:
+    def penalty(self, features: Tensor, places: Tensor, inputs: Any) -> Tensor:
         """Sum over the samples whose outputs at w0 are known, `[]`.
 
         Args:
             features: of a micro-batch, as the head sees them now; one row of a sample or several.
-            index: its rows in the training data, or None.
+            places: of its samples.
             inputs: on the model's device.
         """
-        rows, outputs = self.before(index, inputs)
+        rows, outputs = self.before(places, inputs)
         if not len(outputs):
             return torch.zeros((), device=features.device)
         # Several rows of a sample (tokens, pixels) count as one, on average.
@@ -78,6 +88,11 @@ class Distillation:
         return self.weight * summed_kl(outputs, now) / positions
 
 
+def digest(inputs: Any) -> str:
+    """Hash of one sample's inputs."""
+    return " ".join(fingerprint(x) for x in leaves(inputs))
+
+
 class CachedDistillation(Distillation):
     """Outputs at w0 of some training samples, computed beforehand.
 
@@ -85,29 +100,41 @@ class CachedDistillation(Distillation):
         index: their rows in the training data, `[M]`.
         outputs: `[M, C, ...]`, or `[M, T, C, ...]` where the head sees T rows of a sample.
         num_samples: N of the training data.
+        digests: of the M inputs; None where a row has the same inputs always. Of other inputs than
+            these, nothing is known.
     """
 
     def __init__(
-        self, head: TaskHead, weight: float, index: Tensor, outputs: Tensor, num_samples: int
+        self,
+        head: TaskHead,
+        weight: float,
+        index: Tensor,
+        outputs: Tensor,
+        num_samples: int,
+        digests: list[str] | None = None,
     ) -> None:
         super().__init__(head, weight)
-        self.outputs = outputs
+        self.outputs, self.digests = outputs, digests
         self.place = torch.full((num_samples,), -1)
         self.place[index] = torch.arange(len(index))
 
-    def count(self, index: Tensor | None, size: int) -> int:
+    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
         assert index is not None
-        return int((self.place[index] >= 0).sum())
+        places = self.place[index]
+        if self.digests is not None:
+            for i, place in enumerate(places.tolist()):
+                if place >= 0 and digest(pick(inputs, i)) != self.digests[place]:
+                    places[i] = -1
+        return places
 
-    def before(self, index: Tensor | None, inputs: Any) -> tuple[Tensor | slice, Tensor]:
-        assert index is not None
-        place = self.place[index]
-        rows = (place >= 0).nonzero().squeeze(1)
-        return rows.to(self.outputs.device), self.outputs[place[rows].to(self.outputs.device)]
+    def before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+        rows = (places >= 0).nonzero().squeeze(1)
+        return rows.to(self.outputs.device), self.outputs[places[rows].to(self.outputs.device)]
 
 
 class LiveDistillation(Distillation):
-    """Outputs of a frozen copy of the pretrained network: for data that have no row numbers.
+    """Outputs of a frozen copy of the pretrained network: for inputs that are not seen twice, or
+    data that have no row numbers.
 
     A third more work per step, and a copy of the weights.
 
@@ -122,10 +149,10 @@ class LiveDistillation(Distillation):
         self.frozen: TaskHead = frozen
         super().__init__(head, weight)
 
-    def count(self, index: Tensor | None, size: int) -> int:
-        return size
+    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
+        return torch.arange(length(inputs))
 
-    def before(self, index: Tensor | None, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+    def before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
         with torch.no_grad():
             features = features_of(self.pretrained, self.frozen, inputs)
             return slice(None), by_sample(self.frozen.source(features), length(inputs))

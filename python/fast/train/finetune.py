@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fast.curvature.card import SourceCard
+from fast.heads import unwrap
 from fast.train.config import TrainConfig
 from fast.train.data import Transform
+from fast.train.finite import check_model
+from fast.train.precision import in_float32
+from fast.train.protect import bound_card
 from fast.train.result import Result
 from fast.train.seeding import seeded
 from fast.train.trainer import Trainer
@@ -44,7 +50,9 @@ def finetune(
     The global random states of torch, numpy and `random` are left as they were found.
 
     Args:
-        model: a pretrained classifier that ends in a linear layer or a 1x1 convolution.
+        model: a pretrained classifier that ends in a linear layer or a 1x1 convolution. Of one that
+            is compiled or data-parallel the module inside is trained, as it is written; one with
+            16-bit weights is trained and returned in float32.
         train: (inputs, labels) tensors, a map-style Dataset, or a DataLoader. Inputs may be a
             tensor, or a tuple or mapping of tensors, which the model then takes as several
             arguments.
@@ -96,8 +104,27 @@ def finetune(
         seed=seed,
         **options,
     )
-    with seeded(seed), Untouched(model, weights=config.resume is not None) as untouched:
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        raise ValueError(f"finetune was called under torch.{mode}, where nothing can be trained")
+    model = _module_inside(model)
+    check_model(model)
+    untouched = Untouched(model, weights=config.resume is not None)
+    if card is not None:  # of the weights as they were saved, which may be of 16 bits
+        card = bound_card(card, model)
+    with seeded(seed), untouched, in_float32(model):
         trainer = Trainer(
             config, model, train, val, source, num_classes, transform, card, source_inputs
         )
         return trainer.run(untouched.keep)
+
+
+def _module_inside(model: nn.Module) -> nn.Module:
+    inside = unwrap(model)
+    if inside is not model:
+        warnings.warn(
+            f"model is a {type(model).__name__}: the {type(inside).__name__} inside is trained, as "
+            "it is written and on one device",
+            stacklevel=3,
+        )
+    return inside

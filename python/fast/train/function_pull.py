@@ -44,15 +44,22 @@ class FunctionPull:
                 yield None
         yield from self.rehearsal.from_step(step)
 
-    def count(self, index: Tensor | None, size: int) -> int:
-        """Target samples of a batch that distillation knows."""
-        return self.distillation.count(index, size) if self.distillation else 0
+    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
+        """What distillation knows of each target sample of a batch, `[B]`; -1: nothing.
+
+        Args:
+            index: rows of the training data, or None.
+            inputs: of the batch, as the network will see them.
+        """
+        if self.distillation is None:
+            return torch.full((length(inputs),), -1)
+        return self.distillation.places(index, inputs)
 
     def forward(
         self,
         model: nn.Module,
         inputs: Any,
-        index: Tensor | None,
+        places: Tensor,
         known: int,
         source: tuple[Any, Tensor, int] | None,
     ) -> tuple[Tensor, Tensor]:
@@ -60,8 +67,8 @@ class FunctionPull:
 
         Args:
             inputs: of the target, on the model's device.
-            index: their rows in the training data, or None.
-            known: `count` of the whole batch.
+            places: of its samples.
+            known: samples of the whole batch that distillation knows.
             source: source inputs, their features at w0, and how many the whole batch has; or None.
 
         Returns:
@@ -73,7 +80,7 @@ class FunctionPull:
         logits, features, source_features = self._seen.forward(model, inputs, sources, apart)
         penalty = torch.zeros((), device=device)
         if self.distillation and known:
-            penalty = penalty + self.distillation.penalty(features, index, inputs) / known
+            penalty = penalty + self.distillation.penalty(features, places, inputs) / known
         if self.rehearsal and source is not None and source_features is not None:
             source_features = by_sample(source_features, len(source[1]))
             part = self.rehearsal.penalty(source[1], source_features)

@@ -28,18 +28,20 @@ LOOK_EVERY = 20
 PATIENCE = 2
 
 
-def head_is_last(model: nn.Module, sample: Any) -> bool:
+def head_is_last(model: nn.Module, sample: Any, name: str | None = None) -> bool:
     """Whether the outputs of the model's head, as it is now, are the logits.
 
     Args:
         sample: a batch of inputs; two of them are used.
+        name: of the head, where the user gave it.
 
     Raises:
         ValueError: the model returns probabilities, and cross-entropy needs logits.
     """
     rows = pick(sample, slice(2))
     seen: list[Tensor] = []
-    hook = find_head(model, rows).module.register_forward_hook(lambda *args: seen.append(args[2]))
+    layer = find_head(model, rows, name).module
+    hook = layer.register_forward_hook(lambda *args: seen.append(args[2]))
     try:
         with evaluating(model):
             logits = forward_logits(model, rows)
@@ -50,13 +52,18 @@ def head_is_last(model: nn.Module, sample: Any) -> bool:
 
 
 def _check_no_probabilities(model: nn.Module, logits: Tensor, outputs: Tensor) -> None:
-    if logits.dim() != 2 or torch.equal(logits, outputs) or not (logits >= 0).all():
+    if logits.shape != outputs.shape or logits.dim() != 2 or torch.equal(logits, outputs):
         return
-    if torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3):
-        raise ValueError(
-            f"{type(model).__name__} returns probabilities (a softmax follows its head), and "
-            "training needs logits: take the softmax out of its forward. A log-softmax may stay"
-        )
+    for name, function in (("softmax", torch.softmax), ("sigmoid", _sigmoid)):
+        if torch.allclose(logits.float(), function(outputs.float(), 1), atol=1e-3):
+            raise ValueError(
+                f"{type(model).__name__} returns probabilities (a {name} follows its head), and "
+                "training needs logits: take it out of its forward. A log-softmax may stay"
+            )
+
+
+def _sigmoid(x: Tensor, _: int) -> Tensor:
+    return x.sigmoid()
 
 
 def start_head(

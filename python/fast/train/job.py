@@ -28,6 +28,7 @@ class Job:
         loss: of the target.
         sample: a batch of target inputs, on the model's device.
         rehearsed: source inputs to rehearse, or None.
+        transforms: training batches go through a function of the user's.
     """
 
     config: TrainConfig
@@ -40,3 +41,4 @@ class Job:
     loss: Loss
     sample: Any
     rehearsed: SourceInputs | None
+    transforms: bool

@@ -51,7 +51,7 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")
     check_finite_inputs(samples.inputs, "source_inputs")
-    with taking("source_inputs", samples.inputs):
+    with taking("source_inputs", samples.inputs, model):
         _try(model, samples)
     return samples
 
@@ -64,7 +64,8 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
     """
     parts: list[Any] = []
     count = size = 0
-    for inputs, _, _ in batches.once():
+    for inputs, _, index in batches.once():
+        check_finite_inputs(inputs, "train", index)
         parts.append(inputs)
         count += length(inputs)
         size += sum(x.nbytes for x in leaves(inputs))

@@ -20,7 +20,8 @@ def class_weights(
             convention of scikit-learn; classes without samples get 0.
 
     Raises:
-        ValueError: a wrong number of weights, or no labels at hand to balance by.
+        ValueError: a wrong number of weights, one that is negative or not finite, none for any
+            class that there is; or no labels at hand to balance by.
     """
     if option is None:
         return None
@@ -35,6 +36,16 @@ def class_weights(
     weights = torch.as_tensor(option, dtype=torch.float32)
     if weights.shape != (num_classes,):
         raise ValueError(f"class_weights has {weights.numel()} weights for {num_classes} classes")
+    wrong = ~(weights.isfinite() & (weights >= 0))
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"class_weights must be finite and not negative; class {first} has "
+            f"{float(weights[first]):g}"
+        )
+    present = weights if data.labels is None else weights[data.labels.unique()]
+    if not present.any():
+        raise ValueError(f"class_weights are 0 for every class in {data.name}: nothing would learn")
     return weights
 
 

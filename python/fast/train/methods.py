@@ -235,7 +235,7 @@ def plan_for(
         source_size=source_size,
         rehearsed=rehearsed,
         lr=chosen(config.lr, lr),
-        max_entropy=method.max_entropy,
+        max_entropy=method.max_entropy if config.max_entropy is None else config.max_entropy,
         head_lr_scale=chosen(config.head_lr_scale, method.head_lr_scale),
         anchor_decay=chosen(
             config.anchor_decay, ease * (method.anchor_decay if decay is None else decay)

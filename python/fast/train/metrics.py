@@ -50,7 +50,7 @@ def evaluate(
     count = 0
     with evaluating(model):
         for inputs, labels in data.eval_batches(batch_size):
-            with taking(data.name, inputs):
+            with taking(data.name, inputs, model):
                 logits = forward_logits(model, move(inputs, device)).float()
             labels = check_labels(labels, logits.shape[1], data.name).to(device)
             right += (logits.argmax(1) == labels).sum()

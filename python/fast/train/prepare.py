@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +19,23 @@ from fast.heads import (
     features_of,
     folds_positions,
     has_batch_norm,
+    pick,
     replace_head,
     set_batch_norm,
     source_task,
     task_head,
 )
+from fast.inputs import check_finite_inputs
 from fast.optim import SGD, AdamW
 from fast.optim.param_groups import param_groups
 from fast.train.config import TrainConfig
 from fast.train.data import TrainBatches, move
-from fast.train.distill import CachedDistillation, Distillation, LiveDistillation
+from fast.train.distill import CachedDistillation, Distillation, LiveDistillation, digest
 from fast.train.function_pull import FunctionPull, cuts_at_head
 from fast.train.head_start import start_head
 from fast.train.job import Job
 from fast.train.labels import check_labels
-from fast.train.methods import Plan
+from fast.train.methods import METHODS, Plan
 from fast.train.rehearse import Rehearsal, depends_on_mode, places_for
 
 # Features of this many training samples set the normaliser's first statistics: the standard error
@@ -57,16 +60,24 @@ def prepare_model(job: Job) -> FunctionPull | None:
         ValueError: the network or the inputs do not fit what was asked for.
     """
     config, plan, model, batches = job.config, job.plan, job.model, job.batches
-    replace_head(model, job.num_classes, sample=job.sample, max_entropy=plan.max_entropy)
+    replace_head(
+        model,
+        job.num_classes,
+        sample=job.sample,
+        max_entropy=plan.max_entropy,
+        head=config.head,
+    )
     head = task_head(model)
     assert head is not None
+    _check_backbone(model, head, config.method)
     set_batch_norm(model, plan.batch_norm)
     if plan.batch_norm == "per_task":
         # Normaliser and head start on the features that the target will have.
         estimate_statistics(model, _first_inputs(batches, next(model.parameters()).device))
     asked = plan.distill or job.rehearsed is not None
     folded = bool(asked) and folds_positions(model, head, job.sample)
-    pass_ = _calibrated(model, head, batches, plan, job.steps)
+    remembers = bool(plan.distill) and not job.transforms and _same_at_each_visit(batches)
+    pass_ = _calibrated(model, head, batches, plan, job.steps, remembers)
     if plan.head_steps:
         labels = check_labels(pass_.labels, job.num_classes, "train").to(pass_.features.device)
         start_head(head, pass_.features, labels, job.loss, plan.head_steps, config.seed)
@@ -75,6 +86,20 @@ def prepare_model(job: Job) -> FunctionPull | None:
     if distillation is None and rehearsal is None:
         return None
     return FunctionPull(head, distillation, rehearsal)
+
+
+def _check_backbone(model: nn.Module, head: TaskHead, method: str) -> None:
+    """Say that only the head can learn; and refuse to hold what does not move."""
+    own = {id(p) for p in head.linear.parameters()}
+    if any(p.requires_grad and id(p) not in own for p in model.parameters()):
+        return
+    told = "no parameter of the backbone is trainable (requires_grad)"
+    if METHODS[method].replay:
+        raise ValueError(
+            f"{told}: there is nothing for method {method!r} to hold. Unfreeze some, or use "
+            "'vanilla'"
+        )
+    warnings.warn(f"{told}: only the head is trained", stacklevel=6)
 
 
 def _rehearsal(job: Job, head: TaskHead, folded: bool) -> Rehearsal | None:
@@ -106,12 +131,14 @@ class Pass:
         features: what the head sees, of the first ones.
         labels: of these, `[N]`.
         index, outputs: rows of the training data and what the source head says about them.
+        digests: of the inputs of these rows, where they may be others at the next visit.
     """
 
     features: Tensor
     labels: Tensor
     index: Tensor | None
     outputs: Tensor | None
+    digests: list[str] | None
 
 
 def _first_inputs(batches: TrainBatches, device: torch.device) -> Iterator[Any]:
@@ -124,30 +151,53 @@ def _first_inputs(batches: TrainBatches, device: torch.device) -> Iterator[Any]:
             return
 
 
+def _same_at_each_visit(batches: TrainBatches) -> bool:
+    """Whether a row of the training data has the same inputs whenever it is read, by its number.
+
+    Of a data set, the first batch tells, read twice: one that augments shows other views.
+    """
+    if batches.data.dataset is None:
+        return batches.data.loader is None
+    inputs, _, index = next(batches.from_step(0))
+    assert index is not None
+    return digest(inputs) == digest(batches.data.batch_at(index)[0])
+
+
 def _calibrated(
-    model: nn.Module, head: TaskHead, batches: TrainBatches, plan: Plan, steps: int
+    model: nn.Module,
+    head: TaskHead,
+    batches: TrainBatches,
+    plan: Plan,
+    steps: int,
+    remembers: bool,
 ) -> Pass:
+    """`remembers`: what the source head says holds for later visits of the same rows."""
     device = next(model.parameters()).device
     wanted = CALIBRATION_SAMPLES if plan.max_entropy or plan.head_steps else 0
-    if plan.distill and batches.data.loader is None:
+    if remembers:
         wanted = max(wanted, int(DISTILL_SHARE * steps * batches.batch_size))
     features: list[Tensor] = []
     known: list[Tensor] = []
     rows: list[Tensor] = []
     outputs: list[Tensor] = []
+    digests: list[str] | None = None if batches.data.dataset is None else []
     seen = size = 0
     for inputs, labels, index in batches.once():
         if seen >= wanted:
             break
+        if batches.data.inputs is None:
+            check_finite_inputs(inputs, "train", index)
         x = features_of(model, head, move(inputs, device))
         # A normaliser needs 1024 samples; a head that starts on them takes what there is.
         if seen < CALIBRATION_SAMPLES or plan.head_steps:
             features.append(x)
             known.append(labels)
-        if plan.distill and index is not None and size < DISTILL_BYTES:
+        if remembers and index is not None and size < DISTILL_BYTES:
             with torch.no_grad():
                 outputs.append(by_sample(head.source(x), len(labels)))
             rows.append(index)
+            if digests is not None:
+                digests += [digest(pick(inputs, i)) for i in range(len(labels))]
             size += outputs[-1].nbytes
         seen += len(labels)
     if head.norm is not None:
@@ -158,6 +208,7 @@ def _calibrated(
         torch.cat(known) if known else torch.empty(0, dtype=torch.int64),
         torch.cat(rows) if rows else None,
         torch.cat(outputs) if outputs else None,
+        digests,
     )
 
 
@@ -183,7 +234,7 @@ def _distillation(
     if pass_.index is None or pass_.outputs is None:
         return LiveDistillation(head, plan.distill, model)
     n = batches.data.num_samples or 0
-    return CachedDistillation(head, plan.distill, pass_.index, pass_.outputs, n)
+    return CachedDistillation(head, plan.distill, pass_.index, pass_.outputs, n, pass_.digests)
 
 
 def make_optimizer(
@@ -238,15 +289,3 @@ class Drift:
         pairs = zip(self.params, self.anchors, strict=True)
         total = sum(((p.double() - a.double()).square().sum() for p, a in pairs), torch.zeros(()))
         return float(total.sqrt())
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The forward pass's dtype; None for full precision.
-
-    `auto` is bfloat16 on a GPU that has it in hardware, full precision elsewhere: bfloat16 in
-    software on a CPU is slower than fp32.
-    """
-    if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -50,29 +50,39 @@ HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
 EXCESS = 3.0
 
 
+def bound_card(card: Any, model: nn.Module) -> SourceCard:
+    """A card that was given, or its file, for this model.
+
+    Raises:
+        TypeError: something else; ValueError: the card is of another model.
+    """
+    if not isinstance(card, (SourceCard, str, Path)):
+        raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
+    loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
+    return _without_weights(loaded.bind(model))
+
+
 def make_card(
     config: TrainConfig,
     model: nn.Module,
-    card: SourceCard | str | Path | None,
+    card: SourceCard | None,
     source_inputs: Any,
     batches: TrainBatches,
     seen: int,
 ) -> SourceCard | None:
-    """The card of this run, bound to `model`, or None where nothing was given to make it of.
+    """The card of this run, or None where nothing was given to make it of.
 
     Without source inputs `ewc` takes the target's, answered by the source head.
 
     Args:
+        card: the one that was given, bound to `model`.
         seen: samples that the run trains on, one at each of its places.
 
     Raises:
-        ValueError: the card is of another model, or the inputs do not fit.
+        ValueError: the inputs do not fit.
     """
     if card is not None:
-        if not isinstance(card, (SourceCard, str, Path)):
-            raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
-        loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
-        return _without_weights(loaded.bind(model))
+        return card
     if not uses_card(config, False, source_inputs is not None):
         return None
     low, high = CARD_SAMPLES

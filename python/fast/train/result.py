@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fast.curvature.network import unwrap
 from fast.files import atomic_file, to_json, write_json
-from fast.heads import fold_head, source_norms, task_head
+from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
 from fast.train.logs import HISTORY_FILE
@@ -65,6 +64,26 @@ class Result:
         """Accuracy on `source` with the source head, or None without source data."""
         return self.final["source_accuracy"]
 
+    @property
+    def notes(self) -> list[str]:
+        """What `model.safetensors` has that the plain architecture of as many classes has not."""
+        model = unwrap(self.model)
+        head = task_head(model)
+        if head is None:
+            return []
+        name, found = places_of(model, head)[0][2], []
+        if head.source.bias is None and head.linear.bias is not None:
+            found.append(
+                f"{name} has a bias (the mean of the features is part of it), and the network's "
+                f"own head has none: give it one before loading, or {name}.bias is lost"
+            )
+        if head.auxiliary:
+            found.append(
+                f"{', '.join(head.auxiliary)}: auxiliary heads keep the source's classes; give "
+                "them as many before loading"
+            )
+        return found
+
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made; each file whole or not at all.
 
@@ -72,7 +91,8 @@ class Result:
         and a bias in its head (the mean of the features becomes part of it);
         `source_head.safetensors` holds weight and bias of the layer that it replaced, and
         `source_norms.safetensors` the source's batch norms where each task has its own;
-        `config.json`, `result.json` and `history.jsonl` hold options, accuracies and history.
+        `config.json`, `result.json` and `history.jsonl` hold options, accuracies, `notes` and
+        history.
 
         Returns:
             the folder.
@@ -82,15 +102,15 @@ class Result:
         head = task_head(model)
         if head is not None:
             with atomic_file(folder / "source_head.safetensors") as path:
-                save_tensors(dict(head.source.state_dict()), path)
+                save_tensors(_plain_layer(head.source), path)
         norms = source_norms(model)
         if norms:
             with atomic_file(folder / SOURCE_NORMS_FILE) as path:
-                save_tensors(norms, path)
+                save_tensors(_plain_names(norms), path)
         else:  # of a run before
             (folder / SOURCE_NORMS_FILE).unlink(missing_ok=True)
         with atomic_file(folder / "model.safetensors") as path:
-            save_tensors(dict(fold_head(copy.deepcopy(model)).state_dict()), path)
+            save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
         write_json(folder / "config.json", dataclasses.asdict(self.config))
         write_json(
             folder / "result.json",
@@ -100,8 +120,20 @@ class Result:
                 "source_accuracy_before": self.source_accuracy_before,
                 "classes": self.classes,
                 "final": self.final,
+                "notes": self.notes,
             },
         )
         with atomic_file(folder / HISTORY_FILE) as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
         return folder
+
+
+def _plain_layer(layer: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias, also where they are computed of others (weight norm)."""
+    tensors = {"weight": layer.weight, "bias": layer.bias}
+    return {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+
+
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of a network as it is without `torch.compile` around its parts."""
+    return {name.replace("_orig_mod.", ""): x for name, x in state.items()}

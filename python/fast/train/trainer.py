@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,15 +17,23 @@ from torch import Tensor, nn
 
 from fast.curvature.card import SourceCard
 from fast.files import write_json
-from fast.heads import forward_logits, has_batch_norm, pick, source_task, task_head
-from fast.inputs import taking
+from fast.heads import (
+    check_num_classes,
+    evaluating,
+    forward_logits,
+    has_batch_norm,
+    pick,
+    source_task,
+    task_head,
+)
+from fast.inputs import check_finite_inputs, taking
 from fast.train.average import Average
 from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
-from fast.train.finite import check_finite, warn_diverged
+from fast.train.finite import check_data, check_finite, warn_diverged
 from fast.train.function_pull import shares
 from fast.train.head_start import head_is_last
 from fast.train.identity import card_identity, data_identity, model_identity
@@ -37,7 +44,8 @@ from fast.train.logs import RunLog, log, progress_bar, summary
 from fast.train.loss import Loss, class_weights
 from fast.train.methods import LEAST_FOR_STATISTICS, METHODS, plan_for, rehearsed_by, steps_for
 from fast.train.metrics import Evaluator, Score, evaluate
-from fast.train.prepare import Drift, autocast_dtype, make_optimizer, prepare_model
+from fast.train.precision import autocast_dtype
+from fast.train.prepare import Drift, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
 from fast.train.rehearse import OWN_INPUTS, joined, places_for
 from fast.train.replay import Replay, replay_loss
@@ -63,11 +71,12 @@ class Trainer:
         source: Any,
         num_classes: int | None,
         transform: Transform | None,
-        card: SourceCard | str | Path | None = None,
+        card: SourceCard | None = None,
         source_inputs: Any = None,
     ) -> None:
         self.config, self.transform = config, transform
         self.train_data = as_data(train, "train")
+        check_data(self.train_data)
         self.val = None if val is None else as_data(val, "val")
         self.source: Data | Evaluator | None = source
         if source is not None and not callable(source):
@@ -138,7 +147,7 @@ class Trainer:
         places = places_for(size)
         return TrainBatches(self.train_data, size - places, config.seed), places
 
-    def _prepare(self, card: SourceCard | str | Path | None, source_inputs: Any) -> None:
+    def _prepare(self, card: SourceCard | None, source_inputs: Any) -> None:
         """What is measured at the pretrained weights, and then the new head and the optimizer."""
         config, model = self.config, self.model
         source_inputs, gauge = hold_back(config, model, source_inputs)
@@ -160,8 +169,9 @@ class Trainer:
         rehearsed = source_inputs if self.rehearsed else None
         if self.rehearsed == "target inputs":
             rehearsed = target_inputs(self.batches, min(OWN_INPUTS, self.steps * self.source_size))
-        with taking("train", sample):
-            last = head_is_last(model, sample)
+        with taking("train", sample, model), evaluating(model):
+            forward_logits(model, pick(sample, slice(2)))
+        last = head_is_last(model, sample, config.head)
         if config.head_steps and not last:
             raise ValueError(
                 "head_steps: something follows the head of this network, so that it cannot learn "
@@ -189,6 +199,7 @@ class Trainer:
             self.loss,
             sample,
             rehearsed,
+            self.transform is not None,
         )
         with self._autocast():
             self.function_pull = prepare_model(job)
@@ -211,7 +222,9 @@ class Trainer:
     def _first_inputs(self) -> Any:
         """Of the first batch, or of the first two where that is a single sample."""
         stream = self.batches.from_step(0)
-        inputs = next(stream)[0]
+        inputs, _, index = next(stream)
+        if self.train_data.inputs is None:
+            check_finite_inputs(inputs, "train", index)
         if length(inputs) > 1 or self.batches.steps_per_epoch == 1:
             return inputs
         both = joined(inputs, next(stream)[0])
@@ -337,10 +350,13 @@ class Trainer:
             inputs = self.transform(inputs)
             if inputs is None:
                 raise TypeError("transform returned None; it must return the batch of inputs")
+        if self.transform is not None or self.train_data.inputs is None:  # else seen beforehand
+            check_finite_inputs(inputs, "train", index)
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
         denominator = self.loss.denominator(labels)
-        known = pull.count(index, len(labels)) if pull else 0
+        places = pull.places(index, inputs) if pull else torch.empty(0)
+        known = int((places >= 0).sum())
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         size = math.ceil(len(labels) / self.config.grad_accum_steps)
@@ -350,9 +366,8 @@ class Trainer:
             with self._autocast():
                 part_inputs = move(pick(inputs, part), self.device)
                 if pull:
-                    rows = None if index is None else index[part]
                     logits, penalty = pull.forward(
-                        self.model, part_inputs, rows, known, source_part
+                        self.model, part_inputs, places[part], known, source_part
                     )
                     loss = self.loss.part(logits, labels[part], denominator) + penalty
                 else:
@@ -468,9 +483,11 @@ class Trainer:
 
 
 def _classes(train: Data, given: int | None) -> int:
-    if given is None:
-        return train.infer_num_classes()
-    try:
-        return operator.index(given)
-    except TypeError as error:
-        raise TypeError(f"num_classes must be a whole number; got {given!r}") from error
+    if given is not None:
+        return check_num_classes(given)
+    found = train.infer_num_classes()
+    if found < 2:
+        raise ValueError(
+            "train: all labels are 0, one class; pass num_classes= where there are others"
+        )
+    return found

@@ -25,7 +25,7 @@ class Untouched:
     def __init__(self, model: nn.Module, weights: bool) -> None:
         self.model = model
         self._parts = [(m, type(m), dict(m._modules), m.training) for m in model.modules()]
-        self._trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self._trainable = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
         copied = model.parameters() if weights else ()
         self._weights = [(p, p.detach().clone()) for p in copied]
         # By name: moving a module to a device makes new buffers, and keeps its parameters.
@@ -66,9 +66,11 @@ class Untouched:
             module._modules.clear()
             module._modules.update(children)
             module.training = training
-        for parameter, trainable in self._trainable:
+        for parameter, trainable, dtype in self._trainable:
             parameter.requires_grad_(trainable)
+            if parameter.dtype != dtype:  # 16-bit weights, made wider and not yet changed
+                parameter.data = parameter.data.to(dtype)
         for parameter, value in self._weights:
             parameter.copy_(value)
         for module, name, value in self._buffers:
-            module._buffers[name].copy_(value)  # type: ignore[union-attr]
+            module._buffers[name] = module._buffers[name].to(value.dtype).copy_(value)  # type: ignore[union-attr]
