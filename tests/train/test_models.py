@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fast.train.models import load_model, parse_spec
+from fast.train.models import load_model
+from fast.train.spec import parse_spec
 from fast.train.weights import load_weights
 
 NETS = """
@@ -204,7 +205,7 @@ def test_the_library_that_is_missing_is_named(error, message, monkeypatch):
     def fail(name):
         raise error
 
-    monkeypatch.setattr("fast.train.models.importlib.import_module", fail)
+    monkeypatch.setattr("fast.train.libraries.importlib.import_module", fail)
     with pytest.raises(ImportError, match=message):
         load_model("timm:resnet10t")
 

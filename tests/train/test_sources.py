@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fast.train import sources
-from fast.train.sources import EncodedImages, Split, load_data, stratified_split
+from fast.train.sources import EncodedImages, NamedData, Split, load_data, stratified_split
 
 Image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
 
@@ -199,8 +199,11 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
     "name", ["owner/na-me_1.0", "owner/name:config", "hf:name", "hf:name:config"]
 )
 def test_names_of_the_hub(name, monkeypatch):
-    monkeypatch.setattr(sources, "read_hugging_face", lambda *found: found)
-    assert load_data(name) == (name, None, None)
+    asked = []
+    empty = NamedData(name, None, None, ())
+    monkeypatch.setattr(sources, "read_hugging_face", lambda *found: asked.append(found) or empty)
+    load_data(name)
+    assert asked == [(name, None, None)]
 
 
 def test_split_keeps_a_training_sample_of_every_class():
