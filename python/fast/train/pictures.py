@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 # Pillow's raster formats. EPS, say, is not among them: it runs a program on the file.
+FORMATS: tuple[str, ...]
 FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG")
 FORMATS += ("PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM")
 # Known as images, but not to every Pillow.

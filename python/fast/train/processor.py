@@ -7,6 +7,7 @@ the input goes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,15 @@ def measure(processor: Any) -> Preprocessing:
     gain = gains.fliplr().diagonal() if bgr else gains.diagonal()
     if gains.abs().sum() > 1.001 * gain.sum() or gain.min() <= 0:
         raise _refusal(processor, "mixes or inverts the colours")
-    colours = {"mean": _rounded(-offset / gain), "std": _rounded(1 / gain), "bgr": bool(bgr)}
+    colours = Preprocessing(
+        mean=_rounded(-offset / gain),
+        std=_rounded(1 / gain),
+        bgr=bool(bgr),
+        origin="the image processor",
+    )
 
     if (height, width) == (HEIGHT, WIDTH):
-        return Preprocessing(**colours, origin="the image processor")
+        return colours
     if height != width:
         raise _refusal(processor, f"gives pictures of {width}x{height}, which are not square")
     seen = ((ramp - offset[:, None, None]) / gain[:, None, None]).double()
@@ -49,13 +55,12 @@ def measure(processor: Any) -> Preprocessing:
     if resize < height or (not stretch and abs(resized[0] - resize * WIDTH / HEIGHT) > 2):
         raise _refusal(processor, "pads pictures, or crops them without resizing them")
     resample = getattr(processor, "resample", None)
-    return Preprocessing(
-        **colours,
+    return replace(
+        colours,
         size=height,
         resize=resize,
         stretch=stretch,
         interpolation="bilinear" if resample is None else _RESAMPLING[int(resample)],
-        origin="the image processor",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
@@ -24,7 +25,7 @@ def recorded_labels(dataset: Any) -> Any:
         return known if len(known) == len(dataset) else None
     for name in ("targets", "labels"):
         values = getattr(dataset, name, None)
-        if hasattr(values, "__len__") and len(values) == len(dataset):
+        if isinstance(values, Sized) and len(values) == len(dataset):
             transform = getattr(dataset, "target_transform", None)
             return values if transform is None else [transform(v) for v in _plain(values)]
     if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:

@@ -114,7 +114,8 @@ def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Spli
     held_out[np.concatenate(part)] = True
     if not held_out.any():
         raise ValueError(
-            f"cannot hold out validation data: each class has a single sample ({len(split)} in all)"
+            f"cannot hold out validation data: each class has a single sample ({len(split)} in "
+            "all); --val-fraction 0 trains on all of them"
         )
     return split.subset(np.flatnonzero(~held_out)), split.subset(np.flatnonzero(held_out))
 
