@@ -78,7 +78,7 @@ def test_classes_are_counted_or_asked_for():
         def __getitem__(self, i):
             return X[i], Y[i]
 
-    with pytest.raises(ValueError, match=r"train: num_classes is not given and Bare has.*pass num_"):
+    with pytest.raises(ValueError, match=r"train: num_classes is not given and Bare .*pass num_"):
         as_data(Bare(), "train").infer_num_classes()
     named = TensorDataset(X, Y)
     named.classes = ["a", "b", "c", "d"]

@@ -23,7 +23,7 @@ from fast.cli.prepare import (
     random_flip,
 )
 from fast.errors import first_line, printable
-from fast.train.images import ImageReport, is_image_split
+from fast.train.images import ImageReport, is_image_split, merged
 from fast.train.known import LIMIT
 from fast.train.models import LoadedModel, load_model
 from fast.train.sources import DataWarning, NamedData, Split, has_columns, load_data
@@ -102,9 +102,12 @@ def load_job(args: argparse.Namespace, measured: bool = True) -> Job:
             )
     check_kinds(args, splits)
     form = image_format(args, loaded, splits)
-    report = ImageReport()
-    ready = {name: prepare(s, loaded, form, args.max_length, report) for name, s in splits.items()}
-    notes += broken_images(args, report)
+    reports = {name: ImageReport() for name in splits}
+    ready = {
+        name: prepare(split, loaded, form, args.max_length, reports[name])
+        for name, split in splits.items()
+    }
+    notes += broken_images(args, *reports.values())
     _check_shapes(args, splits, ready)
     classes = try_forward(loaded, ready["train"])
     if source is not None:
@@ -121,9 +124,12 @@ def load_job(args: argparse.Namespace, measured: bool = True) -> Job:
     read = {part: Split(None, labels_of(ready[part])) for part in PARTS if part in ready}
     data = replace(target, train=read["train"], val=read.get("val")).description
     images = is_image_split(target.train)
+    target_report = merged(reports[part] for part in PARTS if part in reports)
     description: dict[str, Any] = {
         "data": data,
-        "images": image_facts(form, loaded.says, given_form(args), report) if images else None,
+        "images": image_facts(form, loaded.says, given_form(args), target_report)
+        if images
+        else None,
     }
     loaded.notes += notes + [f"--data {args.data}: {note}" for note in gaps(data)]
     print(lines(description))

@@ -15,6 +15,7 @@ from fast.train.images import (
     ImageReport,
     PreparedImages,
     is_image_split,
+    merged,
     prepare_images,
 )
 from fast.train.models import LoadedModel
@@ -114,12 +115,13 @@ def labels_of(data: Any) -> np.ndarray:
     return (data.labels if isinstance(data, PreparedImages) else data[1]).numpy()
 
 
-def broken_images(args: argparse.Namespace, report: ImageReport) -> list[str]:
+def broken_images(args: argparse.Namespace, *reports: ImageReport) -> list[str]:
     """A note on those that are left out.
 
     Raises:
         ValueError: they are not to be left out.
     """
+    report = merged(reports)
     if not args.skip_broken:
         report.refuse_broken()
     if not report.broken:

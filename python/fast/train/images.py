@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -90,6 +90,13 @@ class ImageFormat:
         std = torch.tensor(self.std, dtype=torch.float32).view(1, -1, 1, 1)
         return x.sub_(mean).div_(std)
 
+    def prepared(self, picture: Picture) -> Tensor:
+        """A picture in mode L or RGB as `[channels, size, size]`."""
+        array = np.array(self.fit_picture(picture))
+        image = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+        # What is fit already is not to be resized again.
+        return replace(self, size=None, resize=None)(torch.from_numpy(image.copy())[None])[0]
+
     def fit_picture(self, picture: Picture) -> Picture:
         """As arrays are fit, but on 8-bit values and without torch's threads."""
         if self.size is None:
@@ -155,6 +162,15 @@ class ImageReport:
             others = some(list(self.broken)[1:], 9)
             message += f"; {len(self.broken)} cannot be read, also {others}"
         raise ValueError(f"{message} (or go on without: --skip-broken)")
+
+
+def merged(reports: Iterable[ImageReport]) -> ImageReport:
+    """One of several splits."""
+    whole = ImageReport()
+    for report in reports:
+        whole.broken |= report.broken
+        whole.sizes |= report.sizes
+    return whole
 
 
 def is_image_split(split: Split) -> bool:

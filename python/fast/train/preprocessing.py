@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.train.images import INTERPOLATIONS
+from fast.train.images import INTERPOLATIONS, ImageFormat
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,20 @@ class Preprocessing:
     stretch: bool = False
     interpolation: str = "bicubic"
     origin: str = ""
+
+    def format(self, channels: int | str | None) -> ImageFormat:
+        """For a network that says it all."""
+        assert self.mean is not None
+        assert self.std is not None
+        return ImageFormat(
+            self.size,
+            self.mean,
+            self.std,
+            channels,
+            self.resize,
+            self.stretch,
+            self.interpolation,
+        )
 
 
 def from_config(config: Mapping[str, Any], origin: str) -> Preprocessing:

@@ -13,6 +13,7 @@ from fast.errors import first_line, printable, some
 
 # What trainers put weights under, the best first: averaged weights are what is evaluated.
 STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+STATE_KEYS += ("checkpoint",)
 # What wrappers put before each name: DataParallel, torch.compile, Lightning, students of teachers.
 WRAPPERS = frozenset(("module", "_orig_mod", "model", "net", "network", "backbone", "base_model"))
 WRAPPERS |= {"ema", "student", "teacher"}
