@@ -23,7 +23,7 @@ def run(job, *options):
 
 def test_classes_samples_and_preprocessing_are_printed_and_saved(job):
     photos(job.folder / "photos" / "Train", {"cat": 4, "dog": 3}, (12, 10))
-    photos(job.folder / "photos" / "Test", {"cat": 2})
+    photos(job.folder / "photos" / "Test", {"cat": 2}, (12, 10))
     code, out, err = run(job, "--input-size", 8, "--std", "0.25")
     assert code == 0, err
     assert out.startswith(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fast.errors import first_line, printable, some
 
 # What trainers put weights under, the best first: averaged weights are what is evaluated.
+STATE_KEYS: tuple[str, ...]
 STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 STATE_KEYS += ("checkpoint",)
 # What wrappers put before each name: DataParallel, torch.compile, Lightning, students of teachers.
