@@ -157,7 +157,9 @@ class ImageReport:
         if not self.broken:
             return
         name, reason = next(iter(self.broken.items()))
-        message = f"{printable(name)}: not a readable image ({reason}); remove or replace it"
+        message = (
+            f"{printable(name)}: not a readable image ({printable(reason)}); remove or replace it"
+        )
         if len(self.broken) > 1:
             others = some(list(self.broken)[1:], 9)
             message += f"; {len(self.broken)} cannot be read, also {others}"

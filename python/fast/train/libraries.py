@@ -153,7 +153,8 @@ def _naming(spec: str, downloads: bool) -> Iterator[None]:
         hint = "; weights that are on this machine: --weights FILE" if downloads else ""
         if spec.startswith("transformers:"):
             hint = "; a network that is on this machine: transformers:FOLDER, and --weights FILE"
-        raise ValueError(f"model {spec}: {printable(first_line(err))}{hint}") from err
+        reason = printable(first_line(err)).rstrip(".")
+        raise ValueError(f"model {spec}: {reason}{hint}") from err
 
 
 @contextmanager
