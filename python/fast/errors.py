@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+# Colours and styles that libraries put into their messages.
+_STYLES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def distribution(module: str) -> str:
@@ -12,5 +17,21 @@ def distribution(module: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of its message that says anything; libraries write pages."""
-    lines = (line.strip() for line in str(error).splitlines())
+    lines = (line.strip() for line in _STYLES.sub("", str(error)).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def printable(text: object) -> str:
+    r"""`text` in one line that a terminal shows as it is.
+
+    File and class names come from strangers. What would move the cursor, clear the screen, end the
+    line or turn the direction of writing is shown by its code, such as `\x1b`.
+    """
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
+
+
+def some(names: Sequence[object], most: int = 3, separator: str = ", ") -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(map(printable, names[:most])) + more

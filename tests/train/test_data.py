@@ -85,9 +85,17 @@ def test_an_empty_loader_and_a_stream_without_length():
 
 def test_classes_are_counted_or_asked_for():
     assert as_data((X, Y), "train").infer_num_classes() == 3
+
+    class Bare:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return X[i], Y[i]
+
+    with pytest.raises(ValueError, match=r"train: num_classes is not given and Bare .*pass num_"):
+        as_data(Bare(), "train").infer_num_classes()
     named = TensorDataset(X, Y)
-    with pytest.raises(ValueError, match="pass num_classes="):
-        as_data(named, "train").infer_num_classes()
     named.classes = ["a", "b", "c", "d"]
     assert as_data(named, "train").infer_num_classes() == 4
 

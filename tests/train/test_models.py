@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fast.train.models import load_model, parse_spec
+from fast.train.models import load_model
+from fast.train.spec import parse_spec
 from fast.train.weights import load_weights
 
 NETS = """
@@ -204,7 +205,7 @@ def test_the_library_that_is_missing_is_named(error, message, monkeypatch):
     def fail(name):
         raise error
 
-    monkeypatch.setattr("fast.train.models.importlib.import_module", fail)
+    monkeypatch.setattr("fast.train.libraries.importlib.import_module", fail)
     with pytest.raises(ImportError, match=message):
         load_model("timm:resnet10t")
 
@@ -262,3 +263,43 @@ class TestTransformers:
     def test_a_name_that_is_not_there(self, transformers, tmp_path):
         with pytest.raises(ValueError, match="model transformers:"):
             load_model(f"transformers:{tmp_path}/nothing")
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("my nets (1).py:Net(10)", ("my nets (1).py", "Net", [10], {})),
+        ("C:\\work (old)\\nets.py:Net", ("C:\\work (old)\\nets.py", "Net", [], {})),
+        ("timm:hf_hub:timm/r18", ("timm", "hf_hub:timm/r18", [], {})),
+        ("hf-hub:timm/r18(num_classes=3)", ("timm", "hf-hub:timm/r18", [], {"num_classes": 3})),
+        (" timm:resnet18 ( num_classes=3 ) ", ("timm", "resnet18", [], {"num_classes": 3})),
+    ],
+)
+def test_specs_with_colons_brackets_and_spaces(spec, expected):
+    assert parse_spec(spec) == expected
+
+
+def test_a_folder_with_brackets_is_a_name(tmp_path):
+    folder = tmp_path / "bert (1)"
+    folder.mkdir()
+    assert parse_spec(f"transformers:{folder}") == ("transformers", str(folder), [], {})
+
+
+def test_a_text_network_without_padding(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    words = tokenizers.models.WordLevel({"<eos>": 0, "good": 1, "film": 2}, unk_token="<eos>")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<eos>"
+    ).save_pretrained(tmp_path)
+    config = transformers.GPT2Config(vocab_size=3, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    loaded = load_model(f"transformers:{tmp_path}")
+    assert "no padding token: texts are padded with <eos>" in loaded.notes
+    tokens = loaded.tokenizer(["good film", "good"], padding=True, return_tensors="pt")
+    single = loaded.tokenizer(["good"], return_tensors="pt")
+    with torch.no_grad():
+        both, alone = loaded.model.eval()(**tokens).logits, loaded.model(**single).logits
+    torch.testing.assert_close(both[1], alone[0])

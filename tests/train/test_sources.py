@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from fast.train import sources
-from fast.train.sources import EncodedImages, Split, load_data, stratified_split
+from fast.train.sources import (
+    DataWarning,
+    EncodedImages,
+    NamedData,
+    Split,
+    load_data,
+    stratified_split,
+)
 
 Image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
 
@@ -199,8 +206,11 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
     "name", ["owner/na-me_1.0", "owner/name:config", "hf:name", "hf:name:config"]
 )
 def test_names_of_the_hub(name, monkeypatch):
-    monkeypatch.setattr(sources, "read_hugging_face", lambda *found: found)
-    assert load_data(name) == (name, None, None)
+    asked = []
+    empty = NamedData(name, None, None, ())
+    monkeypatch.setattr(sources, "read_hugging_face", lambda *found: asked.append(found) or empty)
+    load_data(name)
+    assert asked == [(name, None, None)]
 
 
 def test_split_keeps_a_training_sample_of_every_class():
@@ -250,3 +260,44 @@ class TestHuggingFace:
         with pytest.raises(ValueError, match="--label-column: text, stars"):
             load_data(str(tmp_path / "d"))
         assert load_data(str(tmp_path / "d"), label_column="stars").train.labels.tolist() == [1]
+
+    def test_splits(self, datasets, tmp_path):
+        table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+        unknown = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]})
+        splits = {"train": table, "dev": table, "test": unknown}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "dev")
+        with pytest.warns(DataWarning, match="split test is not used: its labels are all -1"):
+            data = load_data(str(tmp_path / "dev"))
+        assert (len(data.val), data.held_out) == (2, "split dev")
+        datasets.DatasetDict(train=table, test=unknown).save_to_disk(tmp_path / "test")
+        with pytest.warns(DataWarning, match="all -1"):
+            assert load_data(str(tmp_path / "test")).val is None
+        datasets.DatasetDict(train=unknown, test=table).save_to_disk(tmp_path / "train")
+        with pytest.raises(ValueError, match="split train: label: labels must be 0 or more"):
+            load_data(str(tmp_path / "train"))
+
+    @pytest.mark.parametrize(
+        ("column", "message"),
+        [
+            ([[1], [1, 2]], "split train: x: rows differ in length"),
+            (["a", None], "split train: x: 1 cells are empty, the first in row 1"),
+        ],
+    )
+    def test_columns_that_are_no_inputs(self, datasets, tmp_path, column, message):
+        datasets.Dataset.from_dict({"x": column, "label": [0, 1]}).save_to_disk(tmp_path / "d")
+        with pytest.raises(ValueError, match=message):
+            load_data(str(tmp_path / "d"), input_column="x")
+
+
+def test_a_hub_that_cannot_be_reached_is_found_out_at_once(monkeypatch):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    switches = ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE")
+    for switch in switches:
+        monkeypatch.setattr(switch, False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is tried again"))
+    with pytest.raises(FileNotFoundError, match="nor can it be loaded as a Hugging Face data set"):
+        load_data("owner/name-that-is-nowhere")
+    assert not constants.HF_HUB_OFFLINE

@@ -30,8 +30,8 @@ KINDS = ("hessian", "ggn")
 MOST_TOP = 200
 # Of job.json, what says which network on which data.
 FROM_JOB = (
-    "model", "data", "source", "val_fraction", "input_size", "mean", "std", "input_column",
-    "label_column", "max_length",
+    "model", "data", "source", "val_fraction", "input_size", "resize", "interpolation", "mean",
+    "std", "skip_broken", "input_column", "label_column", "max_length",
 )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.cli.job import check_kinds, data_columns, image_format, prepare, try_forward
+from fast.cli.job import check_kinds, data_columns, held_out, read_data, tell, try_forward
+from fast.cli.prepare import broken_images, image_format, prepare
 from fast.train.data import Data, as_data, move
 from fast.train.device import pick_device
+from fast.train.images import ImageReport
 from fast.train.labels import check_labels
 from fast.train.models import LoadedModel, load_model
 from fast.train.saved import load_saved
-from fast.train.sources import Split, load_data
+from fast.train.sources import Split
 
 
 @dataclass
@@ -39,10 +40,12 @@ def losses_of(args: argparse.Namespace) -> list[LossOf]:
     device = pick_device(args.device)
     columns = data_columns(args)
     splits: dict[str, Split] = {}
+    notes: list[str] = []
     if args.source:
-        splits["source"] = _training_split(load_data(args.source, **columns, numeric_labels=True))
+        source = read_data("source", args.source, notes, **columns, numeric_labels=True)
+        splits["source"] = _training_split(source)
     if args.data:
-        target = load_data(args.data, **columns).with_val(args.val_fraction)
+        target = held_out(args, read_data("data", args.data, notes, **columns))
         splits["target"] = _training_split(target)
 
     loaded = load_model(
@@ -52,19 +55,20 @@ def losses_of(args: argparse.Namespace) -> list[LossOf]:
         pretrained=not args.checkpoint,
     )
     check_kinds(args, splits)
-    form = image_format(args, loaded)
+    form = image_format(args, loaded, splits)
+    report = ImageReport()
     data = {
-        name: as_data(prepare(split, loaded, form, args.max_length), f"--{_flag(name)}")
+        name: as_data(prepare(split, loaded, form, args.max_length, report), f"--{_flag(name)}")
         for name, split in splits.items()
     }
+    notes += broken_images(args, report)
     for name, part in data.items():
         if part.num_samples is not None and part.num_samples < 2:
             raise ValueError(
                 f"--{_flag(name)}: {part.num_samples} sample; curvature needs at least 2"
             )
     networks = _networks(args, loaded, next(iter(data.values())))
-    for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+    tell([*loaded.notes, *notes])
     found = []
     for name, network in networks.items():
         if name in data:

@@ -6,7 +6,8 @@
   fast finetune --resume runs/ResNet-signs-fast
 
 The folder --output then holds model.safetensors (loads into the plain network), result.json,
-history.jsonl, the options in config.json and job.json, and the last checkpoint.
+history.jsonl, the options in config.json and job.json, classes and preprocessing in data.json, and
+the last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from fast.cli.options import (
 from fast.cli.table import percent, text_table
 
 JOB_FILE = "job.json"
+# What was read: classes, samples of each, preprocessing.
+DATA_FILE = "data.json"
 # With --resume everything else is as it was.
 FREE_ON_RESUME = {"resume", "device", "progress"}
 
@@ -56,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
     from fast.cli.job import load_job
 
-    job = load_job(args)
+    job = load_job(args, measured=False)
 
     import fast
+    from fast.files import write_json
 
     start = time.monotonic()
     with _going_on(resumed) if resumed is not None else _claimed(args) as folder:
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     result.classes = list(job.classes)
     result.save(folder)
+    write_json(folder / DATA_FILE, job.description)
     print(_summary(job, result, seconds))
     print(f"saved in {folder}")
     return 0
@@ -74,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(job: Any, result: Any, seconds: float) -> str:
     config, final = result.config, result.final
-    rows = [["target", "", percent(result.target_accuracy), str(job.sizes["val"])]]
+    rows = []
+    if job.val is not None:
+        rows.append(["target", "", percent(result.target_accuracy), str(job.sizes["val"])])
     if job.source is not None:
         before, after = result.source_accuracy_before, result.source_accuracy
         rows.append(["source", percent(before), percent(after), str(job.sizes["source"])])

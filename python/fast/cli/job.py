@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.train.images import ImageFormat, is_image_split, prepare_images
+from fast.cli.data_summary import gaps, image_facts, lines
+from fast.cli.prepare import (
+    broken_images,
+    given_form,
+    image_format,
+    labels_of,
+    prepare,
+    random_flip,
+)
+from fast.errors import first_line, printable
+from fast.train.images import ImageReport, is_image_split, merged
 from fast.train.known import LIMIT
 from fast.train.models import LoadedModel, load_model
-from fast.train.sources import NamedData, Split, has_columns, load_data
+from fast.train.sources import DataWarning, NamedData, Split, has_columns, load_data
 
 IMAGES = "images"
+PARTS = ("train", "val")
 
 
 @dataclass
 class Job:
     """One network and its data, prepared.
 
-    train, val, source, source_inputs: `(x, y)` tensors or Datasets.
+    train, val, source, source_inputs: `(x, y)` tensors or Datasets; val is None where all samples
+        are trained on.
+    description: classes, samples of each, preprocessing, as plain values.
     """
 
     loaded: LoadedModel
@@ -37,6 +51,7 @@ class Job:
     sizes: dict[str, int] = field(default_factory=dict)
     source_inputs: Any | None = None
     card: str | None = None
+    description: dict[str, Any] = field(default_factory=dict)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -47,32 +62,52 @@ class Job:
         return given | {"num_classes": len(self.classes)}
 
 
-def load_job(args: argparse.Namespace) -> Job:
-    """Read model and data; what is wrong with them is raised here, before training."""
+def load_job(args: argparse.Namespace, measured: bool = True) -> Job:
+    """Read model and data, and print what they are; what is wrong with them is raised here, before
+    training.
+
+    Args:
+        measured: there must be samples held out.
+    """
     columns = data_columns(args)
-    target = load_data(args.data, **columns).with_val(args.val_fraction)
+    notes: list[str] = []
+    target = held_out(args, read_data("data", args.data, notes, **columns))
     if target.train is None:
         raise ValueError(f"--data {args.data}: has no training split")
+    if measured and target.val is None:
+        raise ValueError("--val-fraction 0: what is compared is measured on held-out samples")
     if len(target.classes) < 2:
-        raise ValueError(f"--data {args.data}: has one class only, {target.classes[0]!r}")
-    source = load_data(args.source, **columns, numeric_labels=True) if args.source else None
+        raise ValueError(
+            f"--data {args.data}: has one class only, {printable(target.classes[0])!r}"
+        )
+    source = None
+    if args.source:
+        source = read_data("source", args.source, notes, **columns, numeric_labels=True)
 
     loaded = load_model(args.model, args.weights, allow_missing=args.allow_missing)
-    form = image_format(args, loaded)
-    splits = {"train": target.train, "val": target.for_evaluation()}
+    splits = {"train": target.train}
+    if target.val is not None:
+        splits["val"] = target.val
     if source is not None:
         splits["source"] = source.for_evaluation()
     known = None
     if getattr(args, "source_inputs", None):
-        known = load_data(args.source_inputs, **columns, numeric_labels=True)
+        name = args.source_inputs
+        known = read_data("source-inputs", name, notes, **columns, numeric_labels=True)
         splits["source_inputs"] = _source_inputs(known)
         if source is not None and _same_samples(source, known):
-            loaded.notes.append(
+            notes.append(
                 f"--source-inputs {args.source_inputs}: the same samples as --source: what is kept "
                 "is measured on what it is kept with, and looks better than it is; name others"
             )
     check_kinds(args, splits)
-    ready = {name: prepare(split, loaded, form, args.max_length) for name, split in splits.items()}
+    form = image_format(args, loaded, splits)
+    reports = {name: ImageReport() for name in splits}
+    ready = {
+        name: prepare(split, loaded, form, args.max_length, reports[name])
+        for name, split in splits.items()
+    }
+    notes += broken_images(args, *reports.values())
     _check_shapes(args, splits, ready)
     classes = try_forward(loaded, ready["train"])
     if source is not None:
@@ -81,26 +116,62 @@ def load_job(args: argparse.Namespace) -> Job:
     if known is not None and getattr(args, "source_skill", None) != "features":
         top = check_source(f"--source-inputs {args.source_inputs}", known, classes, more=True)
         if top >= classes and getattr(args, "source_skill", "auto") == "auto":
-            loaded.notes.append(
+            notes.append(
                 f"--source-inputs {args.source_inputs}: label {top}, and the network's own head "
                 f"has {classes} classes: what is forgotten is measured by its features, not by its "
                 "answers (--source-skill)"
             )
-    loaded.notes += _gaps(args, target)
-    for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+    read = {part: Split(None, labels_of(ready[part])) for part in PARTS if part in ready}
+    data = replace(target, train=read["train"], val=read.get("val")).description
+    images = is_image_split(target.train)
+    target_report = merged(reports[part] for part in PARTS if part in reports)
+    description: dict[str, Any] = {
+        "data": data,
+        "images": image_facts(form, loaded.says, given_form(args), target_report)
+        if images
+        else None,
+    }
+    loaded.notes += notes + [f"--data {args.data}: {note}" for note in gaps(data)]
+    print(lines(description))
+    tell(loaded.notes)
+    description["notes"] = loaded.notes
     return Job(
         loaded,
         ready["train"],
-        ready["val"],
+        ready.get("val"),
         ready.get("source"),
         target.classes,
         short_name(args),
         random_flip if args.flip else None,
-        {name: len(split) for name, split in splits.items()},
+        {name: len(labels_of(part)) for name, part in ready.items()},
         ready.get("source_inputs"),
         getattr(args, "card", None),
+        description,
     )
+
+
+def read_data(option: str, name: str, notes: list[str], **columns: Any) -> NamedData:
+    """`load_data`, what it leaves out told in notes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        data = load_data(name, **columns)
+    notes += [f"--{option} {name}: {note}" for note in data.notes]
+    return data
+
+
+def tell(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
+def held_out(args: argparse.Namespace, data: NamedData) -> NamedData:
+    """With a share of its training samples held out, where it has none of its own."""
+    if not 0 <= args.val_fraction < 1:
+        raise ValueError(
+            f"--val-fraction must be between 0 and 1 (0: all are trained on); got "
+            f"{args.val_fraction}"
+        )
+    return data.with_val(args.val_fraction)
 
 
 def data_columns(args: argparse.Namespace) -> dict[str, Any]:
@@ -163,7 +234,8 @@ def check_kinds(args: argparse.Namespace, splits: dict[str, Split]) -> None:
             f"--data {args.data}: the training split is {kinds['train']}, the validation split "
             f"{kinds['val']}: they would be prepared differently; store both alike"
         )
-    given = [name for name in ("input_size", "mean", "std") if getattr(args, name)]
+    form = ("input_size", "resize", "interpolation", "mean", "std")
+    given = [name for name in form if getattr(args, name)]
     other = next((name for name, kind in kinds.items() if kind != IMAGES), None)
     if given and other is not None:
         option = {"source": "source", "source_inputs": "source-inputs"}.get(other, "data")
@@ -193,7 +265,9 @@ def _check_shapes(
     x = splits["train"].inputs
     if not is_image_split(splits["train"]) and (isinstance(x, (list, dict)) or x.dtype.kind != "f"):
         return
-    first = {name: ready[name][0] for name in ("train", "val")}
+    if "val" not in ready:
+        return
+    first = {name: ready[name][0] for name in PARTS}
     train, val = (
         list(part.shape[1:] if isinstance(part, Tensor) else part[0].shape)
         for part in first.values()
@@ -203,20 +277,6 @@ def _check_shapes(
             f"--data {args.data}: training samples are {train}, validation samples {val}; they "
             "must be of one shape" + (" (--input-size)" if is_image_split(splits["train"]) else "")
         )
-
-
-def _gaps(args: argparse.Namespace, target: NamedData) -> list[str]:
-    assert target.train is not None
-    missing = np.setdiff1d(np.arange(len(target.classes)), target.train.labels)
-    if not len(missing):
-        return []
-    shown = ", ".join(target.classes[i] for i in missing[:3]) + (
-        ", ..." if len(missing) > 3 else ""
-    )
-    return [
-        f"--data {args.data}: {len(missing)} of {len(target.classes)} classes have no training "
-        f"sample ({shown}); the head has a place for each"
-    ]
 
 
 def _same_samples(source: NamedData, known: NamedData) -> bool:
@@ -249,54 +309,9 @@ def try_forward(loaded: LoadedModel, data: Any) -> int:
         shown = inputs if isinstance(inputs, dict) else {"x": inputs}
         shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in shown.items())
         raise ValueError(
-            f"the network does not take these inputs ({shapes}, a batch of two): {error}"
+            f"the network does not take these inputs ({shapes}, a batch of two): "
+            f"{first_line(error)}"
         ) from error
-
-
-def image_format(args: argparse.Namespace, loaded: LoadedModel) -> ImageFormat:
-    """What was asked for, else what the network says, else the images as they are, in -1..1."""
-    return ImageFormat(
-        args.input_size or loaded.size,
-        args.mean or loaded.mean or (0.5,),
-        args.std or loaded.std or (0.5,),
-        loaded.channels,
-    )
-
-
-def prepare(split: Split, loaded: LoadedModel, form: ImageFormat, max_length: int) -> Any:
-    """One split as `(x, y)` tensors, or a Dataset where it is too large for memory."""
-    if is_image_split(split):
-        return prepare_images(split, form)
-    labels = torch.from_numpy(split.labels)
-    if isinstance(split.inputs, list):
-        if loaded.tokenizer is None:
-            raise ValueError("the data are texts: only a transformers: network brings a tokenizer")
-        tokens = loaded.tokenizer(
-            split.inputs,
-            padding=True,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        )
-        return dict(tokens), labels
-    if isinstance(split.inputs, dict):
-        return {name: _tensor(value) for name, value in split.inputs.items()}, labels
-    return _tensor(split.inputs), labels
-
-
-def random_flip(images: Tensor) -> Tensor:
-    """Mirror each image `[B, C, H, W]` with probability 1/2."""
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        raise ValueError("--flip needs images")
-    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(chosen, images.flip(3), images)
-
-
-def _tensor(x: np.ndarray) -> Tensor:
-    # Files hold types and byte orders that torch does not have.
-    return torch.from_numpy(
-        np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64)
-    )
 
 
 def short_name(args: argparse.Namespace) -> str:

@@ -11,6 +11,11 @@ from typing import Any
 
 from fast.train.config import TrainConfig
 
+NORMALISATIONS: dict[str, dict[str, tuple[float, ...]]] = {
+    "mean": {"imagenet": (0.485, 0.456, 0.406), "none": (0.0,)},
+    "std": {"imagenet": (0.229, 0.224, 0.225), "none": (1.0,)},
+}
+
 
 def add_model_and_data(parser: argparse.ArgumentParser, protection: bool = False) -> None:
     """Args:
@@ -53,7 +58,8 @@ def add_model_and_data(parser: argparse.ArgumentParser, protection: bool = False
         type=float,
         default=0.2,
         metavar="X",
-        help="share of each class held out where there is no val or test split (default: 0.2)",
+        help="share of each class held out where there is no val or test split; 0: train on all "
+        "(default: 0.2)",
     )
     group.add_argument(
         "--input-size",
@@ -61,13 +67,31 @@ def add_model_and_data(parser: argparse.ArgumentParser, protection: bool = False
         metavar="N",
         help="side of the images (default: the network's, else as they are)",
     )
+    group.add_argument(
+        "--resize",
+        type=at_least_one,
+        metavar="N",
+        help="their shorter side before the central square is taken (default: as the network was "
+        "trained, else --input-size)",
+    )
+    group.add_argument(
+        "--interpolation",
+        choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
+        help="of resized images (default: the network's, else bicubic)",
+    )
     for name in ("mean", "std"):
         group.add_argument(
             f"--{name}",
-            type=numbers,
+            type=_named_values(name),
             metavar="X[,X,X]",
-            help=f"{name} of images in 0..1, by channel (default: the network's, else 0.5)",
+            help=f"{name} of images in 0..1, by channel; or imagenet, or none (default: the "
+            "network's; needed where it does not say)",
         )
+    group.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out images that cannot be read, and count them",
+    )
     group.add_argument("--flip", action="store_true", help="mirror training images at random")
     group.add_argument(
         "--input-column", metavar="NAME", help="inputs of a Hugging Face data set (default: found)"
@@ -166,6 +190,16 @@ def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"numbers separated by commas, not {text!r}") from None
+
+
+def _named_values(name: str) -> Callable[[str], tuple[float, ...]]:
+    """Reads the values of --mean or --std."""
+    known = NORMALISATIONS[name]
+
+    def parse(text: str) -> tuple[float, ...]:
+        return known[text] if text in known else numbers(text)
+
+    return parse
 
 
 def _class_weights(text: str) -> str | tuple[float, ...]:

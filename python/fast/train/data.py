@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,12 +14,21 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+)
 
 from fast.curvature.answers import LABEL_KEYS
+from fast.errors import first_line, printable, some
 from fast.heads import pick
-from fast.inputs import kind, leaves
+from fast.inputs import kind, leaves, shapes
+from fast.train.arrays import as_tensor, warn_unscaled
 from fast.train.labels import check_labels, count_classes
+from fast.train.recorded import is_table, recorded_classes, recorded_labels
 from fast.train.seeding import seeded
 
 
@@ -38,8 +48,19 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
         )
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
-        return inputs, torch.as_tensor(batch[-1])
+        try:
+            return inputs, torch.as_tensor(batch[-1])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name}: a sample ends in {_first_kind(batch[-1])}, where its label is expected; "
+                "give (inputs, label), or several inputs and then the label"
+            ) from error
     raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {kind(batch)}")
+
+
+def _first_kind(values: Any) -> str:
+    """What the first of a batch is."""
+    return kind(values[0]) if isinstance(values, (list, tuple)) and values else kind(values)
 
 
 def move(inputs: Any, device: torch.device) -> Any:
@@ -84,20 +105,49 @@ class Data:
         return self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
 
     def recorded_targets(self) -> Any:
-        """The labels that a data set keeps as `targets` or `labels` (torchvision), or None."""
-        return getattr(self._source, "targets", getattr(self._source, "labels", None))
+        """The labels that a data set keeps beside its samples, or None."""
+        try:
+            return recorded_labels(self._source)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: reading the labels raised {type(error).__name__}: "
+                f"{printable(first_line(error))}"
+            ) from error
 
     def batch_at(self, index: Tensor) -> tuple[Any, Tensor]:
         """Inputs and labels of these rows (in memory or map-style only)."""
         if self.labels is not None:
             return pick(self.inputs, index), self.labels[index]
-        rows = [cast(Any, self.dataset)[int(i)] for i in index]
-        return split_batch(default_collate(rows), self.name)
+        return split_batch(self._collated({int(i): self._sample(int(i)) for i in index}), self.name)
+
+    def _sample(self, i: int) -> Any:
+        try:
+            return cast(Any, self.dataset)[i]
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: sample {i} cannot be read: {type(error).__name__}: "
+                f"{printable(first_line(error))}"
+            ) from error
+
+    def _collated(self, samples: dict[int, Any]) -> Any:
+        try:
+            return default_collate(list(samples.values()))
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:
+            (first, a), *others = samples.items()
+            for i, b in others:
+                if shapes(a) != shapes(b):
+                    raise ValueError(
+                        f"{self.name}: samples {first} and {i} do not fit into one batch: "
+                        f"({shapes(a)}) and ({shapes(b)}); make them alike"
+                    ) from error
+            raise TypeError(
+                f"{self.name}: sample {first} is ({shapes(a)}); give tensors, arrays or numbers"
+            ) from error
 
     def eval_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
         """Every sample once, in order."""
         if self.loader is not None:
-            for batch in self.loader:
+            for batch in _from_loader(iter(self.loader), self.name):
                 yield split_batch(batch, self.name)
             return
         n = cast(int, self.num_samples)
@@ -111,20 +161,28 @@ class Data:
             ValueError: it cannot be told without reading everything; pass num_classes. Or labels
                 that are no class indices.
         """
-        if self.labels is not None:
-            top = int(check_labels(self.labels, None, self.name).max())
-            return count_classes(top, len(self.labels), self.name)
-        source = self._source
-        classes = getattr(source, "classes", None)
-        if classes is not None:
-            return len(classes)
-        targets = self.recorded_targets()
-        if targets is not None:
-            return count_classes(int(torch.as_tensor(targets).max()), len(targets), self.name)
-        raise ValueError(
-            f"num_classes is not given and {type(source).__name__} has neither `classes` nor "
-            "`targets`; pass num_classes="
-        )
+        labels = self.labels
+        if labels is None:
+            classes = recorded_classes(self._source)
+            if classes is not None:
+                return classes
+            labels = self.recorded_targets()
+        if labels is None:
+            raise ValueError(
+                f"{self.name}: num_classes is not given and {type(self._source).__name__} has "
+                "neither `classes` nor one of `targets` for each sample; pass num_classes="
+            )
+        labels = check_labels(labels, None, self.name)
+        count = count_classes(int(labels.max()), len(labels), self.name)
+        missing = sorted(set(range(count)) - set(labels.unique().tolist()))
+        if missing:
+            warnings.warn(
+                f"{self.name}: no sample of {len(missing)} classes ({some(missing)}), and labels "
+                f"up to {count - 1}: the head has {count} classes; number them from 0, or pass "
+                "num_classes=",
+                stacklevel=2,
+            )
+        return count
 
 
 def as_data(data: Any, name: str) -> Data:
@@ -143,9 +201,9 @@ def as_data(data: Any, name: str) -> Data:
         return Data(name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
-        labels = _tensor(labels, f"{name}: labels")
+        labels = as_tensor(labels, f"{name}: labels")
         if not isinstance(inputs, (Mapping, tuple, list)):
-            inputs = _tensor(inputs, f"{name}: inputs")
+            inputs = as_tensor(inputs, f"{name}: inputs")
         counts = [len(x) for x in leaves(inputs)]
         if len(set(counts)) > 1:
             raise ValueError(
@@ -156,31 +214,74 @@ def as_data(data: Any, name: str) -> Data:
             raise ValueError(f"{name}: {count} inputs but {len(labels)} labels")
         if not len(labels):
             raise ValueError(f"{name}: no samples")
+        if name == "train":
+            warn_unscaled(inputs, name)
         return Data(name, inputs=inputs, labels=check_labels(labels, None, name))
-    iterable = isinstance(data, IterableDataset)
-    if isinstance(data, Dataset) and isinstance(data, Sized) and not iterable:
-        if not len(data):
-            raise ValueError(f"{name}: the data set is empty")
-        return Data(name, dataset=data)
-    raise TypeError(
-        f"{name} must be (inputs, labels), a map-style Dataset or a DataLoader; got {kind(data)}"
-    )
+    dataset = map_style(data, name)
+    if dataset is None:
+        raise TypeError(
+            f"{name} must be (inputs, labels), a map-style Dataset or a DataLoader; got "
+            f"{kind(data)}"
+            + (f" of {some(list(data))}: pass one of them" if isinstance(data, Mapping) else "")
+        )
+    if not len(dataset):
+        raise ValueError(f"{name}: the data set is empty")
+    if name == "train" and isinstance(dataset, TensorDataset):
+        warn_unscaled(dataset.tensors[0], name)
+    return Data(name, dataset=dataset)
 
 
-def _tensor(values: Any, name: str) -> Tensor:
-    """Tensors as they are; arrays and lists in torch's default precision where they are float64.
+def map_style(data: Any, name: str) -> Any:
+    """A data set with `len` and samples by number, of torch or of another library; None where
+    `data` is something else.
+
+    A table of the `datasets` library gives tensors, as `with_format("torch")` does.
 
     Raises:
-        TypeError: what came cannot be a tensor (strings, ragged lists).
+        TypeError: a column of the table holds texts or pictures.
     """
-    if isinstance(values, Tensor):
-        return values
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError) as error:
-        got = f"{type(values).__name__} of {type(values[0]).__name__}"
-        raise TypeError(f"{name} must be numbers, as a tensor or array; got {got}") from error
-    return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        return None
+    if isinstance(data, (str, bytes, list, tuple, Mapping, np.ndarray, Tensor, IterableDataset)):
+        return None
+    if hasattr(data, "to_numpy"):  # a table of inputs alone
+        return None
+    if not is_table(data) or data.format["type"] == "custom":
+        return data
+    raw = [c for c in data.format["columns"] if not _numeric(data.features[c])]
+    if raw:
+        raise TypeError(
+            f"{name}: columns of the Dataset hold no numbers: {some(raw)}; make inputs of them "
+            "(map, with_transform) and drop them (remove_columns)"
+        )
+    return data if data.format["type"] == "torch" else data.with_format("torch")
+
+
+def _numeric(feature: Any) -> bool:
+    """Of a column of the `datasets` library: numbers, or lists of them."""
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return _numeric(inner)
+    return getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool"))
+
+
+def _from_loader(batches: Iterator[Any], name: str) -> Iterator[Any]:
+    """Batches of a DataLoader; what its data set raises names the data."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(
+                f"{name}: the DataLoader raised {type(error).__name__}: {_last_line(error)}"
+            ) from error
+        yield batch
+
+
+def _last_line(error: Exception) -> str:
+    """A worker's error ends with what went wrong, after its traceback."""
+    return (str(error).strip().splitlines() or [""])[-1]
 
 
 class TrainBatches:
@@ -261,7 +362,7 @@ class TrainBatches:
             for owner in _sampling(loader):
                 for value in vars(owner).values():
                     _reseed(value, seed)
-            iterator = iter(loader)
+            iterator = _from_loader(iter(loader), self.data.name)
             first = next(iterator)
             for _ in range(skip - 1):
                 next(iterator)

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from fast.curvature.answers import SourceInputs
 from fast.errors import first_line
 from fast.heads import evaluating, forward_logits, pick, source_task
 from fast.inputs import check_finite_inputs, leaves, taking
-from fast.train.data import TrainBatches, length, move
+from fast.train.arrays import as_tensor
+from fast.train.data import TrainBatches, length, map_style, move
 from fast.train.labels import check_labels
 
 # Kept in memory, at most.
@@ -80,13 +82,17 @@ def classes_of_source(model: nn.Module, samples: SourceInputs) -> int:
 
 
 def _tensors(data: Any) -> Any:
-    """Arrays as tensors, in torch's default precision where they are float64."""
-    if isinstance(data, np.ndarray):
-        tensor = torch.as_tensor(data)
-        return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+    """Arrays and tables as tensors; data sets of other libraries as torch's loader takes them."""
+    if isinstance(data, np.ndarray) or hasattr(data, "to_numpy"):
+        return as_tensor(data, "source_inputs")
     if isinstance(data, tuple):
         return tuple(_tensors(x) for x in data)
-    return {k: _tensors(v) for k, v in data.items()} if type(data) is dict else data
+    if type(data) is dict:
+        return {k: _tensors(v) for k, v in data.items()}
+    if isinstance(data, (Dataset, SourceInputs, DataLoader)):
+        return data
+    found = map_style(data, "source_inputs")
+    return data if found is None else DataLoader(found, batch_size=64)
 
 
 def _check_pair(inputs: Any, labels: Any) -> None:

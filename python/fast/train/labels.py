@@ -33,12 +33,22 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
             f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
             + hint
         )
+    if labels.is_complex():
+        raise ValueError(
+            f"{name}: labels must be whole numbers (class indices), not {labels.dtype}"
+        )
     if labels.is_floating_point():
         nan = labels.isnan()
         if nan.any():
             raise ValueError(
                 f"{name}: {int(nan.sum())} labels are NaN, the first in row {_first(nan)}; drop "
                 "those rows"
+            )
+        infinite = labels.isinf()
+        if infinite.any():
+            raise ValueError(
+                f"{name}: {int(infinite.sum())} labels are infinite, the first in row "
+                f"{_first(infinite)}; drop those rows"
             )
         if (labels != labels.round()).any():
             raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fast.errors import first_line, printable, some
+
+# What trainers put weights under, the best first: averaged weights are what is evaluated.
+STATE_KEYS: tuple[str, ...]
+STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+STATE_KEYS += ("checkpoint",)
+# What wrappers put before each name: DataParallel, torch.compile, Lightning, students of teachers.
+WRAPPERS = frozenset(("module", "_orig_mod", "model", "net", "network", "backbone", "base_model"))
+WRAPPERS |= {"ema", "student", "teacher"}
 
 
 def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = False) -> list[str]:
     """Load a safetensors or torch checkpoint in place; returns notes on what did not match.
 
-    Stored values are cast to the dtype of the model. A checkpoint may hold the state under
-    `state_dict`, `model` or `model_state_dict`, and its names may start with `module.`.
+    Stored values are cast to the dtype of the model. A checkpoint may hold the state under a key
+    (`state_dict`, `model`, ...), and all of its names may have one prefix more, or less, than the
+    network's (`module.`, `_orig_mod.`, `backbone.`).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, shapes differ, or names are missing (beyond batch norm's
-            `num_batches_tracked`) and `allow_missing` is not set. The model is then unchanged.
+        ValueError: the file is damaged, shapes differ, none of its tensors is the network's, or
+            names are missing (beyond batch norm's `num_batches_tracked`) and `allow_missing` is not
+            set. The model is then unchanged.
     """
     path = Path(path).expanduser()
-    state = _read_state(path)
+    state, notes = _read_state(path)
     own = model.state_dict()
-    if not set(state) & set(own) and any(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    state, renamed = _matched(state, own, path)
+    notes += renamed
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in own]
     shapes = [
@@ -31,27 +45,46 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
         for n in own
         if n in state and state[n].shape != own[n].shape
     ]
+    kinds = [
+        f"{n} ({state[n].dtype})"
+        for n in own
+        if n in state and own[n].is_floating_point() and not state[n].is_floating_point()
+    ]
+    parameters = [name for name, _ in model.named_parameters()]
+    if parameters and not any(name in state for name in parameters):
+        raise ValueError(
+            f"{path}: none of its {len(state)} tensors is one of this network's: it has "
+            f"{some(list(state))}; the network {some(parameters)}. Rename them, or build the "
+            "network that they are of"
+        )
     if shapes:
         raise ValueError(
-            f"{path}: shapes differ: {_some(shapes, '; ')}; build the network that the weights are "
-            "of, for example with (num_classes=...)"
+            f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
+            "are of, for example with (num_classes=...)"
         )
+    if kinds:
+        raise ValueError(f"{path}: tensors that are no floats: {some(kinds, 4)}; unpack them first")
     if missing and not allow_missing:
         raise ValueError(
-            f"{path}: lacks {len(missing)} of {len(own)} tensors of the network: {_some(missing)}"
-            + (f"; it has others that do not belong: {_some(unexpected)}" if unexpected else "")
+            f"{path}: lacks {len(missing)} of {len(own)} tensors of the network: "
+            f"{some(missing, 4)}"
+            + (f"; it has others that do not belong: {some(unexpected, 4)}" if unexpected else "")
             + "; --allow-missing leaves them as they are"
         )
     model.load_state_dict(state, strict=False)
-    notes = []
     if missing:
-        notes.append(f"{path}: {len(missing)} tensors missing, left as built: {_some(missing)}")
+        loaded = sum(n in state for n in own)
+        notes.append(
+            f"{path}: {loaded} of {len(own)} tensors loaded, {len(missing)} tensors missing, left "
+            f"as built: {some(missing, 4)}"
+        )
     if unexpected:
-        notes.append(f"{path}: {len(unexpected)} tensors not used: {_some(unexpected)}")
+        notes.append(f"{path}: {len(unexpected)} tensors not used: {some(unexpected, 4)}")
     return notes
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a file, and notes on which it is."""
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: no such file")
     if path.suffix == ".safetensors":
@@ -59,24 +92,78 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return load_file(path), []
         except SafetensorError as err:
             raise ValueError(f"{path}: truncated or not a safetensors file ({err})") from err
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch raises pickle, zip, EOF and runtime errors of its own here
-        reason = (str(err).splitlines() or [type(err).__name__])[0]
         raise ValueError(
-            f"{path}: not a readable checkpoint of plain tensors ({reason}); weights are read as "
-            ".safetensors, else with torch.load(weights_only=True)"
+            f"{path}: not a readable checkpoint of plain tensors ({printable(first_line(err))}); "
+            "weights are read as .safetensors, else with torch.load(weights_only=True)"
         ) from err
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds no state dict of tensors, but a {type(state).__name__}")
-    return state
+    return _unpacked(state, path)
 
 
-def _some(names: list[str], separator: str = ", ") -> str:
-    return separator.join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _unpacked(state: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict among what a trainer stored."""
+    if _is_state(state):
+        return state, []
+    found = {k: v for k, v in state.items() if isinstance(v, dict)} if _is_named(state) else {}
+    key = next((key for key in STATE_KEYS if found.get(key)), None)
+    if key is None:
+        states = [k for k, v in found.items() if _is_state(v)]
+        if len(states) != 1:
+            what = f"several: {some(states)}" if states else f"but a {type(state).__name__}"
+            raise ValueError(f"{path}: holds no state dict of tensors, {what}")
+        key = states[0]
+    inner, notes = _unpacked(found[key], path)
+    others = [k for k, v in found.items() if k != key and _is_state(v)]
+    if others:
+        notes.append(f"{path}: the weights under {key!r} are used, not {some(others)}")
+    return inner, notes
+
+
+def _is_named(state: Any) -> bool:
+    return isinstance(state, dict) and all(isinstance(name, str) for name in state)
+
+
+def _is_state(state: Any) -> bool:
+    return bool(state) and _is_named(state) and all(isinstance(v, Tensor) for v in state.values())
+
+
+def _matched(
+    state: dict[str, Tensor], own: dict[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The state with the one prefix taken off, or put before, that makes its names the network's.
+
+    Raises:
+        ValueError: two prefixes do so: the file has several networks.
+    """
+    matches = sum(name in own for name in state)
+    taken, put = _prefixes(state, own), _prefixes(own, state)
+    found = max(taken, put, key=lambda counts: max(counts.values(), default=0))
+    if matches >= max(found.values(), default=0):
+        return state, []
+    (best, count), *others = found.most_common()
+    if others and others[0][1] == count:
+        raise ValueError(
+            f"{path}: holds several networks, {printable(best)} and {printable(others[0][0])}: "
+            "store one of them"
+        )
+    if found is taken:
+        return {name.removeprefix(best): v for name, v in state.items()}, []
+    return {best + n: v for n, v in state.items()}, [f"{path}: its names lack {printable(best)}"]
+
+
+def _prefixes(long: dict[str, Tensor], short: dict[str, Tensor]) -> Counter[str]:
+    """Prefixes by wrappers that names in `long` have before one in `short`, counted."""
+    counts: Counter[str] = Counter()
+    for name in long:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            if parts[i - 1] not in WRAPPERS:
+                break
+            if ".".join(parts[i:]) in short:
+                counts[".".join(parts[:i]) + "."] += 1
+    return counts

@@ -7,6 +7,7 @@ depends on the network, and is done by `fast.train.images` and `fast.train.model
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 from fast.train.sources.folder import read_folder
@@ -20,6 +21,7 @@ from fast.train.sources.types import (
 )
 
 __all__ = [
+    "DataWarning",
     "EncodedImages",
     "NamedData",
     "Split",
@@ -27,6 +29,11 @@ __all__ = [
     "load_data",
     "stratified_split",
 ]
+
+
+class DataWarning(UserWarning):
+    """Something in the data is not used."""
+
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.+)?")
 
@@ -48,7 +55,9 @@ def load_data(
 ) -> NamedData:
     """Read the data set called `name`.
 
-    A folder: `CLASS/*.jpg`, or `train/CLASS/*.jpg` with `val/` (`valid/`, `validation/`, `test/`).
+    A folder: `CLASS/*.jpg`, or `train/CLASS/*.jpg` with `val/` or `test/`, under these or any of
+    the names that they are published by (`Training/`, `dev/`, `seg_test/`), alone or in a folder
+    that holds everything. Hidden files and those that systems leave behind are no data.
 
     An `.npz`: `x_train`, `y_train` with `x_val`, `y_val` (or `_test`), or `x`, `y`; names `classes`
     are optional. `x` is uint8 images, or what the network takes as it is; several inputs are
@@ -62,10 +71,23 @@ def load_data(
         numeric_labels: integer names of class folders are labels, not just names (a folder that
             holds some of the classes of a source task).
 
+    Returns:
+        what was read; `description` says it in plain values. What was left out is in `notes`, and
+        each of them is also a `DataWarning`.
+
     Raises:
         FileNotFoundError: no such file, and no such data set.
         ValueError: the data are unusable; the message names the file and what is wrong.
     """
+    data = _read(name, input_column, label_column, numeric_labels)
+    for note in data.notes:
+        warnings.warn(f"{name}: {note}", DataWarning, stacklevel=2)
+    return data
+
+
+def _read(
+    name: str, input_column: str | None, label_column: str | None, numeric_labels: bool
+) -> NamedData:
     path = Path(name).expanduser()
     if has_columns(name) and path.is_dir():
         return read_hugging_face(name, input_column, label_column)

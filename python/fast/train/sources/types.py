@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fast.train.labels import check_labels, count_classes
-
-VAL_NAMES = ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -49,25 +47,57 @@ class Split:
 
 @dataclass(frozen=True)
 class NamedData:
-    """What a name on the command line stands for: up to two splits, and the class names."""
+    """What a name on the command line stands for.
+
+    name: as it was given.
+    train, val: splits; at least one is there.
+    classes: names of the labels 0, 1, ...
+    held_out: where val comes from.
+    notes: what was left out, or guessed, while reading; one line each.
+    """
 
     name: str
     train: Split | None
     val: Split | None
     classes: tuple[str, ...]
+    held_out: str = ""
+    notes: tuple[str, ...] = ()
 
     def with_val(self, fraction: float, seed: int = 0) -> NamedData:
-        """Itself if it has a val split; else with `fraction` of each class moved there."""
-        if self.val is not None or self.train is None:
+        """Itself if it has a val split; else with `fraction` of each class moved there.
+
+        With a fraction of 0 all samples stay in train.
+        """
+        if self.val is not None or self.train is None or fraction == 0:
             return self
         train, val = stratified_split(self.train, fraction, seed)
-        return NamedData(self.name, train, val, self.classes)
+        held_out = f"{100 * fraction:g} % of each class"
+        return replace(self, train=train, val=val, held_out=held_out)
 
     def for_evaluation(self) -> Split:
         """The held-out split; all there is where nothing is held out."""
         split = self.val if self.val is not None else self.train
         assert split is not None, "load_data returns at least one split"
         return split
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What was read, as plain values: classes in the order of their labels, samples of each by
+        split, where val comes from, notes.
+        """
+        splits = {"train": self.train, "val": self.val}
+        count = len(self.classes)
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "samples": {
+                name: np.bincount(split.labels, minlength=count).tolist()
+                for name, split in splits.items()
+                if split is not None
+            },
+            "held_out": self.held_out,
+            "notes": list(self.notes),
+        }
 
 
 def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
@@ -79,12 +109,13 @@ def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Spli
     for label in np.unique(split.labels):
         members = rng.permutation(np.flatnonzero(split.labels == label))
         count = max(round(len(members) * fraction), 1) if len(members) > 1 else 0
-        part.append(members[:count])
+        part.append(members[: min(count, len(members) - 1)])
     held_out = np.zeros(len(split), dtype=bool)
     held_out[np.concatenate(part)] = True
     if not held_out.any():
         raise ValueError(
-            f"cannot hold out validation data: each class has a single sample ({len(split)} in all)"
+            f"cannot hold out validation data: each class has a single sample ({len(split)} in "
+            "all); --val-fraction 0 trains on all of them"
         )
     return split.subset(np.flatnonzero(~held_out)), split.subset(np.flatnonzero(held_out))
 

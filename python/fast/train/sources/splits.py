@@ -1,0 +1,66 @@
+"""Names by which published data sets call their splits."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+TRAIN = "train"
+# Held-out splits, the best first: the first that is there is used.
+HELD_OUT = ("val", "eval", "test")
+# What is predicted, or learned from without labels.
+REST = "rest"
+ROLES = (TRAIN, *HELD_OUT, REST)
+_WORDS = {
+    TRAIN: "train training trn trainval",
+    "val": "val valid validation validate validating dev devel development holdout heldout",
+    "eval": "eval evaluation evaluate",
+    "test": "test testing tst",
+    REST: "pred predict prediction unlabeled unlabelled unsupervised",
+}
+_ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
+# What a name says besides: `training_set`, `val-images`.
+_FILLERS = frozenset(
+    ("set", "sets", "data", "dataset", "split", "folder", "images", "image", "imgs", "img")
+)
+_GLUED = re.compile(rf"({'|'.join(sorted(_ROLES, key=len, reverse=True))})({'|'.join(_FILLERS)})")
+
+
+def role_of(name: str) -> str | None:
+    """`Training_Set` -> `train`, `seg_test` -> `test`, `dev` -> `val`; None of another name."""
+    return _read(name)[0]
+
+
+def roles_of(names: Iterable[str]) -> dict[str, str]:
+    """Roles of those names that are split names.
+
+    One more word may say what is split, where two of them have it: `seg_train` beside `seg_test`,
+    but not `train_station` beside `test_tube`.
+    """
+    read = {name: _read(name) for name in names}
+    common = Counter(other for role, other in read.values() if role is not None)
+    return {
+        name: role
+        for name, (role, other) in read.items()
+        if role is not None and (not other or common[other] > 1)
+    }
+
+
+def _read(name: str) -> tuple[str | None, str]:
+    """(role, the other word in it)."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    if words in (["hold", "out"], ["held", "out"]):
+        return "val", ""
+    words = [part for word in words for part in _unglued(word)]
+    roles = [_ROLES[word] for word in words if word in _ROLES]
+    others = [word for word in words if word not in _ROLES and word not in _FILLERS]
+    if len(roles) != 1 or len(others) > 1:
+        return None, ""
+    return roles[0], " ".join(others)
+
+
+def _unglued(word: str) -> list[str]:
+    """`trainset` -> `train`, `set`."""
+    match = _GLUED.fullmatch(word)
+    return list(match.groups()) if match else [word]

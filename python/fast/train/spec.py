@@ -1,0 +1,55 @@
+"""`timm:NAME(arguments)` and the other ways to name a network."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("timm", "torchvision", "transformers")
+_OF_LIBRARY = re.compile(r"([^()]+?)\s*(?:\((.*)\))?", re.DOTALL)
+# Paths may have brackets, colons and spaces: `C:\\nets (1).py:Net(20)`.
+_OF_FILE = re.compile(r"(.+\.py):\s*(\w+)\s*(?:\((.*)\))?", re.DOTALL)
+
+
+def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:
+    """`"where:name(1, k=2)"` -> `(where, name, [1], {"k": 2})`; only literals are evaluated.
+
+    `hf-hub:OWNER/NAME` is timm's name for a network on the hub, with or without `timm:` before it.
+
+    Raises:
+        ValueError: it names no network.
+    """
+    where, _, rest = spec.strip().partition(":")
+    if where in ("hf-hub", "hf_hub"):
+        where, rest = "timm", spec.strip()
+    if where in LIBRARIES:
+        if where == "transformers" and Path(rest).expanduser().is_dir():
+            return where, rest, [], {}  # a folder's name may have brackets
+        match = _OF_LIBRARY.fullmatch(rest.strip())
+        found = (where, match[1], match[2]) if match else None
+    else:
+        match = _OF_FILE.fullmatch(spec.strip())
+        found = (match[1], match[2], match[3]) if match else None
+    if found is None:
+        raise ValueError(
+            f"model {spec!r}: must be timm:NAME, torchvision:NAME, transformers:NAME or "
+            "path/file.py:Factory(args)"
+        )
+    where, name, arguments = found
+    return where, name, *_literals(spec, arguments or "")
+
+
+def _literals(spec: str, arguments: str) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or any(k.arg is None for k in call.keywords):
+            raise ValueError("not a plain argument list")
+        args = [ast.literal_eval(a) for a in call.args]
+        return args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
+        raise ValueError(
+            f"model {spec!r}: arguments must be literals such as (20, width=0.5, name='a'); "
+            f"got ({arguments})"
+        ) from err

@@ -1,0 +1,132 @@
+"""What the command line says of the data before it trains, and what it cannot be given."""
+
+import json
+
+import numpy as np
+import pytest
+
+Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
+SHORT = ("--steps", 2, "--output", "out")
+
+
+def photos(folder, counts, size=(8, 8)):
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, size[::-1], np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+def run(job, *options):
+    return job.fast("finetune", *job.args[:4], "--data", "photos", *options, *SHORT)
+
+
+def test_classes_samples_and_preprocessing_are_printed_and_saved(job):
+    photos(job.folder / "photos" / "Train", {"cat": 4, "dog": 3}, (12, 10))
+    photos(job.folder / "photos" / "Test", {"cat": 2}, (12, 10))
+    code, out, err = run(job, "--input-size", 8, "--std", "0.25")
+    assert code == 0, err
+    assert out.startswith(
+        "data: 2 classes, 7 training samples, 2 held out (folder Test)\n"
+        "classes, in order: cat 4+2, dog 3+0\n"
+        "images: 12x10, shorter side to 8 (bicubic), central 8x8, mean 0.5 (the network's mean and "
+        "std), std 0.25 (option)\n"
+    )
+    assert "1 of 2 classes have no held-out sample (dog)" in err
+    saved = json.loads((job.folder / "out" / "data.json").read_text())
+    assert saved["data"]["samples"] == {"train": [4, 3], "val": [2, 0]}
+    assert saved["images"]["std"] == [0.25]
+    assert saved["images"]["origin"] == {
+        "size": "option",
+        "mean": "the network's mean and std",
+        "std": "option",
+    }
+
+
+def test_many_classes_are_counted(job):
+    photos(job.folder / "photos", {f"{i:02}": 2 + i % 3 for i in range(20)})
+    code, out, err = run(job)
+    assert code == 0, err
+    assert "classes, in order: 00, 01, 02 and 17 more; 1 to 3 samples each" in out
+
+
+def test_an_unknown_normalisation_is_asked_for(job):
+    nets = job.folder / "nets.py"
+    nets.write_text(nets.read_text().replace("mean = std = 0.5", ""))
+    code, _, err = job.fast("finetune", *job.args, *SHORT)
+    assert code == 2
+    assert "--mean and --std: the network nets.py:Net(3) does not say how" in err
+    assert "pass both: imagenet" in err
+    code, _, err = job.fast("finetune", *job.args, *SHORT, "--mean", "none")
+    assert code == 2
+    assert "pass the other, too" in err
+    code, out, err = job.fast("finetune", *job.args, *SHORT, "--mean", "none", "--std", "none")
+    assert code == 0, err
+    assert "mean 0 (option), std 1 (option)" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mean", "123.7"], "mean is (123.7,), and images are in 0..1"),
+        (["--val-fraction", 1.5], "--val-fraction must be between 0 and 1"),
+        (["--val-fraction", "nan"], "--val-fraction must be between 0 and 1"),
+        (["--resize", 4, "--input-size", 8], "resize is 4: less than the input size 8"),
+    ],
+)
+def test_options_that_cannot_be_meant(job, options, message):
+    photos(job.folder / "photos", {"cat": 4, "dog": 4})
+    code, _, err = run(job, *options)
+    assert code == 2
+    assert message in err
+
+
+def test_broken_images_are_left_out_where_asked(job):
+    photos(job.folder / "photos", {"cat": 6, "dog": 6})
+    for name in ("cat/1.png", "dog/4.png"):
+        (job.folder / "photos" / name).write_bytes(b"no image")
+    code, _, err = run(job)
+    assert code == 2
+    assert "2 cannot be read" in err
+    assert "cat/1.png" in err
+    assert "dog/4.png" in err
+    code, _, err = run(job, "--skip-broken")
+    assert code == 0, err
+    assert "--skip-broken: 2 images cannot be read, and are left out: " in err
+    saved = json.loads((job.folder / "out" / "data.json").read_text())
+    assert sum(map(sum, saved["data"]["samples"].values())) == 10
+    assert len(saved["images"]["skipped"]) == 2
+
+
+def test_all_may_be_trained_on(job):
+    photos(job.folder / "photos", {"cat": 4, "dog": 1})
+    code, out, err = run(job, "--val-fraction", 0)
+    assert code == 0, err
+    assert "data: 2 classes, 5 training samples, none held out" in out
+    assert (job.folder / "out" / "model.safetensors").exists()
+    code, _, err = job.fast("compare", *job.args[:4], "--data", "photos", "--val-fraction", 0)
+    assert code == 2
+    assert "--val-fraction 0: what is compared is measured on held-out samples" in err
+
+
+def test_names_do_not_reach_the_terminal_raw(job):
+    photos(job.folder / "photos", {"\x1b[2Jcat": 4, "dog\nfast: error: no": 1})
+    (job.folder / "photos" / "\x1b[2Jcat" / "a.\x1b[3J").write_bytes(b"")
+    code, out, err = run(job)
+    assert code == 0, err
+    assert "\x1b" not in out + err
+    assert not any(line.startswith("fast: error") for line in (out + err).splitlines())
+
+
+def test_a_text_network_is_not_given_images(job):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=8, intermediate_size=16, **shape)
+    transformers.BertForSequenceClassification(config).save_pretrained("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    (job.folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer("vocab.txt").save_pretrained("bert")
+    spec = ("--model", "transformers:bert", "--data", "target.npz", "--mean", "0.5", "--std", "1")
+    code, _, err = job.fast("finetune", *spec, *SHORT)
+    assert code == 2
+    assert "the data are images, and the network reads texts" in err
