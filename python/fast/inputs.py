@@ -21,6 +21,15 @@ def leaves(inputs: Any) -> list[Tensor]:
     return [inputs] if isinstance(inputs, Tensor) else []
 
 
+def plain(inputs: Any) -> Any:
+    """The same with dicts for mappings of any other kind, which torch's trees do not know."""
+    if isinstance(inputs, Mapping):
+        return {k: plain(v) for k, v in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(plain(v) for v in inputs)
+    return inputs
+
+
 def kind(x: Any) -> str:
     """What it is, for messages."""
     return f"{type(x).__name__}" + (f" of shape {list(x.shape)}" if isinstance(x, Tensor) else "")

@@ -7,14 +7,15 @@ import functools
 import torch
 import torch.distributed as dist
 
+from fast.curvature.losses import Loss
 from fast.curvature.space import Blocks
 
 
 class WeightedMean:
     """Running mean of blocks over batches (or their sum); one batch costs no pass of its own."""
 
-    def __init__(self, reduction: str, group: dist.ProcessGroup | None = None):
-        self.reduction = reduction
+    def __init__(self, loss: Loss, group: dist.ProcessGroup | None = None):
+        self.loss = loss  # whether it is a sum may show at the second batch only
         self.group = group
         self.total: Blocks | None = None
         self.weight = 0.0
@@ -25,7 +26,7 @@ class WeightedMean:
         self.weight += weight
         if self.total is None:
             self.total = part
-        elif self.reduction == "sum":
+        elif self.loss.reduction == "sum":
             torch._foreach_add_(self.total, part)
         else:
             torch._foreach_lerp_(self.total, part, weight / self.weight)
@@ -42,7 +43,7 @@ class WeightedMean:
     def _reduce(self, like: Blocks | None) -> None:
         """One all-reduce of the weighted sum and the weight; the same bits on every rank."""
         blocks = self.total if self.total is not None else [torch.zeros_like(b) for b in like or []]
-        factor = 1.0 if self.reduction == "sum" else self.weight
+        factor = 1.0 if self.loss.reduction == "sum" else self.weight
         # Half precision would round the weight, and sums of several ranks.
         dtype = functools.reduce(torch.promote_types, (b.dtype for b in blocks), torch.float32)
         flat = torch.cat(
@@ -52,7 +53,7 @@ class WeightedMean:
         dist.all_reduce(flat, group=self.group)
         *parts, weight = flat.split([b.numel() for b in blocks] + [1])
         self.weight = float(weight)
-        divisor = 1.0 if self.reduction == "sum" else self.weight or 1.0
+        divisor = 1.0 if self.loss.reduction == "sum" else self.weight or 1.0
         self.total = [
             (p / divisor).view_as(b).to(b.dtype) for p, b in zip(parts, blocks, strict=True)
         ]

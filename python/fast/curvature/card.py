@@ -19,14 +19,16 @@ from fast.curvature.answers import Answers, SourceInputs, backbone_parameters, s
 from fast.curvature.calibrate import Calibration, calibrate
 from fast.curvature.card_file import fingerprint, load_card, save_card
 from fast.curvature.diagonal import LABELS, fisher_diagonal
-from fast.curvature.losses import recognise
+from fast.curvature.losses import Loss
 from fast.curvature.network import Params, select, unwrap
+from fast.curvature.recognise import recognise
 from fast.heads import evaluating, source_task
 from fast.inputs import check_finite_inputs, taking
 from fastkernels import _storage
 
 TEMPERATURE = 3.0
 BATCH = 64
+IGNORED = -100  # the label that torch leaves out
 # Codes of 8 bits, of which the last is left out: a file packs 7, and takes less than a byte per
 # weight. They are a quarter of an octave apart, which is finer than an entry's sampling error.
 LAST_OF_7 = 1 << 20
@@ -159,11 +161,7 @@ class SourceCard:
         )
         loss = accuracy = None
         if samples.labels is not None:
-            answers = source_answers(model, samples)
-            # Labels that the source head cannot give are of a skill that is in the features.
-            if int(samples.labels.max()) < answers.shape[1]:
-                loss = float(recognise(loss_fn).value(answers, samples.labels))
-                accuracy = float((answers.argmax(1) == samples.labels).float().mean())
+            loss, accuracy = _performance(model, samples, recognise(loss_fn))
         card = cls(
             {n: Codes.of(d) for n, d in diagonal.items()},
             {n: fingerprint(p) for n, p in chosen.items()},
@@ -321,6 +319,20 @@ class SourceCard:
                 "the pretrained model before training"
             )
         return list(zip(names, params, strict=True))
+
+
+def _performance(
+    model: nn.Module, samples: SourceInputs, loss: Loss
+) -> tuple[float | None, float | None]:
+    """Loss and accuracy, where the labels are of the source head's answers."""
+    answers, labels = source_answers(model, samples), samples.labels
+    assert labels is not None
+    # Labels that the source head cannot give are of a skill that is in the features.
+    if labels.shape != answers.argmax(1).shape or int(labels.max()) >= answers.shape[1]:
+        return None, None
+    counted = labels != getattr(loss, "ignore_index", IGNORED)
+    right = (answers.argmax(1) == labels)[counted].float().mean()
+    return float(loss.value(answers, labels)), float(right)
 
 
 def _diagonal(
