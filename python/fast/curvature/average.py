@@ -7,15 +7,17 @@ import functools
 import torch
 import torch.distributed as dist
 
-from fast.curvature.losses import Loss
 from fast.curvature.space import Blocks
 
 
 class WeightedMean:
-    """Running mean of blocks over batches (or their sum); one batch costs no pass of its own."""
+    """Running mean of blocks over batches (or their sum); one batch costs no pass of its own.
 
-    def __init__(self, loss: Loss, group: dist.ProcessGroup | None = None):
-        self.loss = loss  # whether it is a sum may show at the second batch only
+    `reduction` may be set as late as before the second batch is added: one is what it is.
+    """
+
+    def __init__(self, reduction: str, group: dist.ProcessGroup | None = None):
+        self.reduction = reduction
         self.group = group
         self.total: Blocks | None = None
         self.weight = 0.0
@@ -26,7 +28,7 @@ class WeightedMean:
         self.weight += weight
         if self.total is None:
             self.total = part
-        elif self.loss.reduction == "sum":
+        elif self.reduction == "sum":
             torch._foreach_add_(self.total, part)
         else:
             torch._foreach_lerp_(self.total, part, weight / self.weight)
@@ -43,7 +45,7 @@ class WeightedMean:
     def _reduce(self, like: Blocks | None) -> None:
         """One all-reduce of the weighted sum and the weight; the same bits on every rank."""
         blocks = self.total if self.total is not None else [torch.zeros_like(b) for b in like or []]
-        factor = 1.0 if self.loss.reduction == "sum" else self.weight
+        factor = 1.0 if self.reduction == "sum" else self.weight
         # Half precision would round the weight, and sums of several ranks.
         dtype = functools.reduce(torch.promote_types, (b.dtype for b in blocks), torch.float32)
         flat = torch.cat(
@@ -53,7 +55,7 @@ class WeightedMean:
         dist.all_reduce(flat, group=self.group)
         *parts, weight = flat.split([b.numel() for b in blocks] + [1])
         self.weight = float(weight)
-        divisor = 1.0 if self.loss.reduction == "sum" else self.weight or 1.0
+        divisor = 1.0 if self.reduction == "sum" else self.weight or 1.0
         self.total = [
             (p / divisor).view_as(b).to(b.dtype) for p, b in zip(parts, blocks, strict=True)
         ]

@@ -121,11 +121,16 @@ def _data_findings(operator: NetworkOperator) -> list[Finding]:
 
 def _fingerprint(batch: Batch) -> str:
     digest = hashlib.blake2b()
-    for leaf in pytree.tree_leaves((batch.inputs, batch.target)):
+    for leaf in map(_padded, pytree.tree_leaves((batch.inputs, batch.target))):
         if isinstance(leaf, Tensor):
             digest.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
             digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _padded(leaf: Any) -> Any:
+    nested = isinstance(leaf, Tensor) and leaf.is_nested
+    return torch.nested.to_padded_tensor(leaf.detach(), 0) if nested else leaf
 
 
 def _mode_findings(operator: NetworkOperator) -> list[Finding]:
@@ -198,9 +203,11 @@ def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float
     if exact:
         return _relative(av.double(), tangents[0])
     loss = reference.loss
-    mean = WeightedMean(loss, operator.process_group)
+    mean = WeightedMean(loss.reduction, operator.process_group)
     for (z, y, size), t in zip(_answers(reference), tangents, strict=True):
-        mean.add([loss.hessian(z, y).quad(t[None])[0]], loss.weight(z, y, size))
+        weight = loss.weight(z, y, size)
+        mean.reduction = loss.reduction
+        mean.add([loss.hessian(z, y).quad(t[None])[0]], weight)
     quad = float(mean.result([torch.zeros((), dtype=torch.float64, device=v.device)])[0])
     return abs(quad - float(v.double() @ av.double())) / max(abs(quad), 1e-30)
 

@@ -12,6 +12,7 @@ from fast.curvature.losses import Loss
 from fast.curvature.network import Network, Params, laid_out
 from fast.curvature.probes import draw_probes
 from fast.curvature.recognise import recognise
+from fast.inputs import leaves
 
 if TYPE_CHECKING:
     from fast.curvature.operator import SymmetricOperator
@@ -90,6 +91,8 @@ def fisher_diagonal(
     for index, batch in enumerate(Batches(data, labels=labels == "data")):
         batch = batch.to(network.space.device)
         network.look_for_classes(batch, loss)
+        if method == "samples" and any(x.is_nested for x in leaves(batch.inputs)):
+            raise ValueError("nested tensors do not come apart into samples: use method='signs'")
         part, w = squares(network, loss, batch, index, labels, draws)
         weight += w
         if loss.reduction == "sum":
@@ -123,9 +126,9 @@ def _signed_squares(
     network: Network, loss: Loss, batch: Batch, index: int, labels: str, draws: int
 ) -> tuple[list[Tensor], float]:
     with network.scope(index, differentiable_twice=False):
-        leaves = network.leaves()
-        params = network.selected(leaves)
-        output, y = network.answers(leaves, batch, loss)
+        weights = network.leaves()
+        params = network.selected(weights)
+        output, y = network.answers(weights, batch, loss)
         z = output.detach()
         y = _target(loss, z, y, labels)
         total = [torch.zeros_like(p) for p in params]
@@ -148,17 +151,17 @@ def _sample_squares(
     from fast.curvature.samples import squared_sample_gradients
 
     with network.scope(index, differentiable_twice=False):
-        leaves = network.leaves()
+        weights = network.leaves()
         with torch.no_grad():
-            output = network.outputs(leaves, batch.inputs)
+            output = network.outputs(weights, batch.inputs)
         dim = loss.class_dim(output, batch.target, network.class_dim)
         z, y = laid_out(output, batch.target, dim)
         y = _target(loss, z, y, labels)
-        total = [torch.zeros_like(p) for p in network.selected(leaves)]
+        total = [torch.zeros_like(p) for p in network.selected(weights)]
         for _ in range(draws):
             r, scale = _residual(loss, z, y, labels)
             c = loss.unrows(r[None], z.shape)[0]
             c = c if dim == 1 else c.movedim(1, dim)
-            part = squared_sample_gradients(network, leaves, batch, c)
+            part = squared_sample_gradients(network, weights, batch, c)
             torch._foreach_add_(total, part, alpha=scale / draws)
         return total, loss.weight(z, y, batch.size)

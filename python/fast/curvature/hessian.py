@@ -192,7 +192,7 @@ class NetworkOperator(SymmetricOperator):
         """The mean over batches of what `apply` makes of a linearisation."""
         vectors = [v.clone() if v.is_inference() else v for v in vectors]
         loss = self.loss
-        mean = WeightedMean(loss, self.process_group)
+        mean = WeightedMean(loss.reduction, self.process_group)
         for index, batch, part in self.linearizations(vectors[0].shape[0], loss):
             try:
                 value = apply(part, vectors)
@@ -203,6 +203,7 @@ class NetworkOperator(SymmetricOperator):
                 self._take_loop(error)
                 self._cache = None
                 value = apply(self._loop(batch.to(self.device), index, loss), vectors)
+            mean.reduction = loss.reduction
             mean.add(value, part.weight)
         return mean
 
@@ -283,7 +284,7 @@ class NetworkOperator(SymmetricOperator):
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient, [P]."""
         loss_fn = self.loss
-        mean = WeightedMean(loss_fn, self.process_group)
+        mean = WeightedMean(loss_fn.reduction, self.process_group)
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
             with self.network.scope(index, differentiable_twice=False):
@@ -297,6 +298,7 @@ class NetworkOperator(SymmetricOperator):
             rows = [
                 torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)
             ]
+            mean.reduction = loss_fn.reduction
             mean.add([value.detach()[None], *(g.detach()[None] for g in rows)], weight)
         zeros = self.space.zeros(1)
         loss, *gradient = mean.result([zeros[0].new_zeros(1), *zeros])
