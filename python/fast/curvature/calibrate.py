@@ -66,6 +66,15 @@ class Calibration:
             return math.inf
         return (max(nats, 0.0) / self.scale) ** (1 / self.exponent)
 
+    def reaches(self, energy: float) -> bool:
+        """Whether steps of this energy were measured: beyond them a forecast is extrapolated.
+
+        Steps are measured along signs of gradients, as Adam's first ones are. Those of a run turn,
+        and are held to the source: within reach too, they cost less than is forecast.
+        """
+        seen = [e for e, nats in self.points if nats < CEILING]
+        return not seen or energy <= max(seen)
+
     def through(self, energy: float, nats: float, exponent: float | None = None) -> Calibration:
         """The line through one more measurement, that of the run itself.
 

@@ -34,12 +34,15 @@ IGNORED = -100  # the label that torch leaves out
 LAST_OF_7 = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Codes:
     """One tensor's diagonal: even `codes`, uint8 of its shape; `scales`, one per 128 entries."""
 
     codes: Tensor
     scales: Tensor
+
+    def __repr__(self) -> str:
+        return f"Codes({list(self.codes.shape)})"
 
     @classmethod
     def of(cls, value: Tensor) -> Codes:
@@ -52,7 +55,7 @@ class Codes:
         return flat.view(self.codes.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SourceCard:
     """Curvature of the source loss at the pretrained weights, as a diagonal, and what it is worth.
 
@@ -131,8 +134,14 @@ class SourceCard:
         start = time.monotonic()
         if labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive; got {temperature}")
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {temperature!r}")
+        for name, number in (
+            ("num_samples", num_samples),
+            ("calibration_samples", calibration_samples),
+        ):
+            if not isinstance(number, int) or number < 2:
+                raise ValueError(f"{name} must be at least 2, a whole number; got {number!r}")
         model = unwrap(model)
         samples = SourceInputs(data, num_samples)
         if labels == "data" and samples.labels is None:
@@ -185,7 +194,7 @@ class SourceCard:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: truncated, or no card.
+            ValueError: truncated, damaged, no card, or with anything in it that no card says.
         """
         tensors, facts = load_card(Path(path))
         facts["calibration"] = Calibration(**facts["calibration"])
@@ -268,6 +277,13 @@ class SourceCard:
         Adam's first steps): `Calibration.through` one measurement of the run makes it useful.
         """
         return self.calibration.nats(self.energy(params, anchors))
+
+    def __repr__(self) -> str:
+        count = sum(c.codes.numel() for c in self.entries.values())
+        return (
+            f"SourceCard({count:,} weights in {len(self.entries)} tensors, {self.num_samples} "
+            f"samples, labels {self.labels!r})"
+        )
 
     def __str__(self) -> str:
         count = sum(c.codes.numel() for c in self.entries.values())
