@@ -71,6 +71,11 @@ class _OfClasses(Loss):
         y = y.reshape(-1).long()
         kept = y != self.ignore_index
         w = self._class_weights(z)
+        if bool((kept & ((y < 0) | (y >= len(w)))).any()):
+            raise ValueError(
+                f"labels must be classes 0..{len(w) - 1}, or {self.ignore_index} for none; got "
+                f"{int(y.min())}..{int(y.max())}"
+            )
         plain = self.class_weight is None
         return kept, kept.to(w) if plain else w[y.where(kept, y.new_zeros(()))] * kept
 

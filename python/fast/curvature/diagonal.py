@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fast.curvature.arguments import check_whole
 from fast.curvature.data import Batch, Batches
 from fast.curvature.losses import Loss
 from fast.curvature.network import Network, Params, laid_out
@@ -28,6 +29,7 @@ def hutchinson_diagonal(
     Unbiased; the variance of entry i is the sum of the squared off-diagonal entries of row i,
     divided by `num_matvecs`.
     """
+    check_whole(num_matvecs=num_matvecs, seed=seed)
     if num_matvecs < 1:
         raise ValueError(f"num_matvecs must be at least 1; got {num_matvecs}")
     total = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
@@ -83,6 +85,7 @@ def fisher_diagonal(
         )
     squares = _sample_squares if method == "samples" else _signed_squares
     draws = num_draws if num_draws is not None else (1 if method == "samples" else 8)
+    check_whole(num_draws=draws)
     if draws < 1:
         raise ValueError(f"num_draws must be at least 1; got {draws}")
 

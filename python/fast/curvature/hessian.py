@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fast.curvature.arguments import check_whole
 from fast.curvature.average import WeightedMean
 from fast.curvature.blame import explain_not_finite
 from fast.curvature.data import Batch, Batches
@@ -52,14 +53,16 @@ class NetworkOperator(SymmetricOperator):
             of the product, at the parameters of that time. Nothing of it is changed: modes,
             buffers, `.grad` and random state stay as they were.
         loss_fn: a function (output, target) -> scalar; `F.cross_entropy`, `nn.CrossEntropyLoss`,
-            `F.mse_loss`, `nn.MSELoss` (and partials of them) take closed forms.
+            `F.mse_loss`, `nn.MSELoss` (and partials of them) take closed forms. Classes are in
+            dimension 1 of the output, or last where the labels' shape says so.
         data: one batch (x, y), a dict with "labels", or an iterable of batches that gives the same
             batches each time it is read. x may be a tensor, a tuple (`model(*x)`) or a dict
             (`model(**x)`).
         params: which parameters, in the model's order; default all. Names, tensors, a module of
             the model, a regular expression for whole names, or a function (name, tensor) -> bool.
-        reduction: "mean" (batches weighted by what their mean is over) or "sum" (batch losses
-            added up; the known losses are then sums themselves).
+        reduction: "mean" (batches weighted by what their mean is over, which is measured of losses
+            that are not torch's; see `fast.curvature.Loss`) or "sum" (batch losses added up; the
+            known losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
             differentiates the kept graph once per vector, "auto" takes the first where every
             operation of the network has a rule, but for single exact products of batches that are
@@ -74,6 +77,12 @@ class NetworkOperator(SymmetricOperator):
             the same calls with the same vectors, and get the same product over all data by one
             all-reduce (`torch.distributed.group.WORLD` for all ranks).
         seed: of dropout masks, the same at every product, and of sampled labels.
+
+    Raises (at a product):
+        SecondDerivativeError: the network or the loss has no second derivative, or none that is
+            finite; the message names the module.
+        ValueError: V, the parameters or the output are not finite, or what the loss divides
+            several batches by cannot be known.
     """
 
     def __init__(
@@ -95,6 +104,11 @@ class NetworkOperator(SymmetricOperator):
             raise ValueError(f"method must be one of {METHODS}; got {method!r}")
         if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
             raise ValueError(f"chunk must be 'auto' or a positive number of vectors; got {chunk!r}")
+        check_whole(seed=seed)
+        if memory_budget is not None and not (
+            isinstance(memory_budget, int) and memory_budget >= 1
+        ):
+            raise ValueError(f"memory_budget must be a number of bytes; got {memory_budget!r}")
         self.method = method
         self.chunk = chunk
         self.memory_budget = memory_budget
@@ -271,7 +285,10 @@ class NetworkOperator(SymmetricOperator):
         zeros = vectors[0].new_zeros(vectors[0].shape[0], dtype=torch.float64)
         if not len(zeros):
             return zeros
-        return self._sum(vectors, lambda part, v: [part.quad(v)]).result([zeros])[0]
+        found = self._sum(vectors, lambda part, v: [part.quad(v)]).result([zeros])[0]
+        if not _finite([found]):
+            raise self._not_finite(vectors)
+        return found
 
     def _limits(self) -> tuple[int | None, int | None]:
         return (self.chunk if isinstance(self.chunk, int) else None), self.memory_budget
@@ -355,7 +372,10 @@ def _output_hessian(loss: Loss, z: Tensor, y: Any) -> OutputHessian:
 class GGN(NetworkOperator):
     """Generalised Gauss-Newton matrix J^T H_L J (Schraudolph 2002): the Hessian of the loss with
     the network linearised at its parameters. Positive semidefinite for a convex loss; equal to the
-    Fisher matrix for cross-entropy and squared error.
+    Fisher matrix for cross-entropy and squared error. Needs one derivative of the network only.
+
+    Of a loss that is linear in the output, as NLLLoss is in log-probabilities, it is zero: take the
+    logits for the output, and CrossEntropyLoss.
     """
 
     def _prefers_loop(self, num_vectors: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,9 @@ class Loss:
         denominator: Callable[[Tensor, Any], float | Tensor] | None = None,
     ):
         check_reduction(reduction)
+        for name, function in (("loss_fn", fn), ("denominator", denominator)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function of (output, target); got {function!r}")
         self.fn = fn
         self.reduction = reduction
         self.denominator = denominator
@@ -102,11 +106,18 @@ class Loss:
             ValueError: the denominator is neither given nor can be measured.
         """
         if self.denominator is not None:
-            return float(self.denominator(z, y))
+            return self._given_denominator(z, y)
         if self.reduction == "sum":
             return float(size)
         found = self._measured.weight(z, y, size)
         self.reduction = self._measured.reduction or self.reduction
+        return found
+
+    def _given_denominator(self, z: Tensor, y: Any) -> float:
+        assert self.denominator is not None
+        found = float(self.denominator(z, y))
+        if not 0 <= found < math.inf:
+            raise ValueError(f"denominator must give a number of at least 0; it gave {found:g}")
         return found
 
     def gradient(self, z: Tensor, y: Any) -> Tensor:
@@ -163,7 +174,7 @@ class Loss:
     def per_sample(self, z: Tensor, y: Any, size: int) -> float:
         """What makes the gradient in one of `size` rows that of the row's own loss."""
         if self.denominator is not None:
-            return float(self.denominator(z, y)) if self.reduction == "mean" else 1.0
+            return self._given_denominator(z, y) if self.reduction == "mean" else 1.0
         if self.reduction == "mean":
             self.reduction = self._measured.of_samples(z, y)
         return float(size) if self.reduction == "mean" else 1.0

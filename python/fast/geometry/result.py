@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-@dataclass
+@dataclass(repr=False)
 class PathGeometry:
     """One run in the landscape; lists have one entry for each kept step, unless said otherwise.
 
@@ -48,6 +48,9 @@ class PathGeometry:
     target_accuracy: list[float | None]
     source_accuracy: list[float | None]
 
+    def __repr__(self) -> str:
+        return f"PathGeometry({self.name!r}, {len(self.steps)} steps, drift {self.drift[-1]:.3g})"
+
     @property
     def card_shown(self) -> list[float | None]:
         """`card_forecast`, None where the card does not reach."""
@@ -61,7 +64,7 @@ class PathGeometry:
         return math.sqrt(sum(s * s for s in known) / len(known)) if known else None
 
 
-@dataclass
+@dataclass(repr=False)
 class Landscape:
     """Plain data of `landscape`: numbers, lists and strings only.
 
@@ -95,9 +98,16 @@ class Landscape:
     target_samples: int
     paths: list[PathGeometry] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        names = ", ".join(p.name for p in self.paths)
+        return f"Landscape({len(self.x)} x {len(self.y)} points, paths {names})"
+
     def correlation(self, kind: str = "forecast") -> float | None:
-        """Pearson's, of forecast ("forecast" or "card_forecast", where it reaches) and measured rise;
-        None where it is not defined."""
+        """Pearson's, of forecast and measured rise over all steps; None where it is not defined.
+
+        Args:
+            kind: "forecast", or "card_forecast" (as far as the card reaches).
+        """
         pairs = [
             (forecast, rise)
             for p in self.paths
