@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fast.curvature.answers import SourceInputs
+from fast.curvature.answers import SourceInputs, source_answers
 from fast.errors import first_line
 from fast.heads import evaluating, forward_logits, pick, source_task
 from fast.inputs import check_finite_inputs, taking
@@ -57,7 +57,8 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
 
 def classes_of_source(model: nn.Module, samples: SourceInputs) -> int:
     """Number of classes that the source head can answer."""
-    return _try(model, samples).shape[1]
+    device = next(model.parameters()).device
+    return source_answers(model, samples.part(0, 2).to(device)).shape[1]
 
 
 def _tensors(data: Any) -> Any:
