@@ -34,6 +34,15 @@ def mapped(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
     return function(inputs) if isinstance(inputs, Tensor) else inputs
 
 
+def plain(inputs: Any) -> Any:
+    """The same with dicts for mappings of any other kind, which torch's trees do not know."""
+    if isinstance(inputs, Mapping):
+        return {k: plain(v) for k, v in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(plain(v) for v in inputs)
+    return inputs
+
+
 def kind(x: Any) -> str:
     """What it is, for messages."""
     return f"{type(x).__name__}" + (f" of shape {list(x.shape)}" if isinstance(x, Tensor) else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature_cases import build
-from fast.curvature import GGN, Fisher, Hessian, MatrixOperator
+from fast.curvature import GGN, Fisher, Hessian, Loss, MatrixOperator
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -123,3 +125,30 @@ def test_a_function_that_cannot_be_differentiated_twice_is_named() -> None:
     H = Hessian(model, F.cross_entropy, (x, y))
     with pytest.raises(RuntimeError, match="'1' \\(Fancy\\)"):
         H @ torch.zeros(H.shape[0], dtype=x.dtype)
+
+
+MODEL = nn.Linear(6, 4)
+X, LABELS = torch.randn(5, 6), torch.arange(5) % 4
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda H: H.top(1.5), "k must be a whole number; got 1.5"),
+        (lambda H: H.top(1, tol=float("nan")), "tol must be a finite number"),
+        (lambda H: H.trace(num_matvecs=6.5), "num_matvecs must be a whole number"),
+        (lambda H: H.spectrum(num_probes="4"), "num_probes must be a whole number"),
+        (lambda H: H.solve(torch.full((28,), torch.nan)), "b holds NaN"),
+        (lambda H: H.quad(torch.full((28,), torch.nan)), "V holds NaN"),
+        (lambda H: H.damped(float("nan")), "damping must be a finite number"),
+        (lambda H: H * float("inf"), "factor must be a finite number"),
+        (lambda H: GGN(MODEL, F.cross_entropy, (X, LABELS - 2)).dense(), "labels must be classes"),
+        (lambda H: Hessian(MODEL, "mse", (X, X), memory_budget="1GB"), "memory_budget must be"),
+        (lambda H: Hessian(MODEL, "mse", (X, X), seed="a"), "seed must be a whole number"),
+        (lambda H: Hessian(MODEL, Loss(F.mse_loss), (X, X), reduction="sum"), "reduction='sum'"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_named(call, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call(Hessian(MODEL, F.cross_entropy, (X, LABELS)))
+    assert len(str(caught.value).splitlines()) == 1

@@ -152,7 +152,7 @@ def _table(found: Any) -> tuple[list[str], list[list[str]]]:
                 "" if share is None else f"{share:.3f}",
                 f"{path.rise[-1]:.3g}",
                 f"{path.forecast[-1]:.3g}",
-                f"{path.card_forecast[-1]:.3g}",
+                "" if (card := path.card_shown[-1]) is None else f"{card:.3g}",
             ]
         )
     return header, rows
@@ -178,7 +178,9 @@ def _notes(found: Any) -> str:
 Accuracies in %, drift ||w - w0||. Rise of the source loss in nats on {
         found.source_samples
     } samples:
-measured, by the exact product of the {found.matrix} at w0, by a source card.
+measured, by the exact product of the {found.matrix} at w0, by a source card. The card is
+calibrated on steps like Adam's first ones: a run that turns, or is held to its source, loses less
+than it says, and of a run that went further than those steps it says nothing.
 Stiff share: of a step's norm, in the top {len(found.eigenvalues)} eigenvectors of the source
 {found.matrix} (a random direction: {found.chance:.4f}); eigenvalues {eigenvalues}{short}.
 Correlation of forecast and rise over all steps: {correlation("forecast")} by product, {

@@ -7,13 +7,14 @@ H.top(5), H.trace(), H.spectrum(), H.check()
 ```
 """
 
-from fast.curvature.blame import SecondDerivativeError
 from fast.curvature.cg import Solution, cg
 from fast.curvature.check import CheckReport, check
+from fast.curvature.closed_forms import CrossEntropy, SquaredError
 from fast.curvature.diagonal import fisher_diagonal, hutchinson_diagonal
+from fast.curvature.graph import SecondDerivativeError
 from fast.curvature.hessian import GGN, Fisher, Hessian
 from fast.curvature.lanczos import Eigenpairs, top
-from fast.curvature.losses import CrossEntropy, Loss, SquaredError
+from fast.curvature.losses import Loss
 from fast.curvature.operator import Identity, MatrixOperator, SymmetricOperator
 from fast.curvature.space import ParameterSpace
 from fast.curvature.spectrum import Spectrum, spectrum

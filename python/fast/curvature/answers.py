@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fast.heads import evaluating, find_head, forward_logits, source_task, task_head
+from fast.heads.find import classes_of
 from fast.heads.forward import logits_of
 
 # Over this temperature the entropy of ResNet-20's answers to its training images (0.096 nats) is
@@ -114,9 +115,36 @@ class Answers(nn.Module):
 
 @torch.no_grad()
 def source_answers(model: nn.Module, data: SourceInputs, batch_size: int = 128) -> Tensor:
-    """Source logits `[N, C]` in float32, in evaluation mode, with the weights as they are."""
+    """Source logits `[N, C, ...]` in float32, in evaluation mode, with the weights as they are."""
     with evaluating(model), source_task(model):
-        return torch.cat([forward_logits(model, x).float() for x, _ in data.batches(batch_size)])
+        logits = [forward_logits(model, x).float() for x, _ in data.batches(batch_size)]
+        return classes_second(model, torch.cat(logits), data.part(0, 2).inputs)
+
+
+def class_dim(model: nn.Module, logits: Tensor, sample: Any) -> int:
+    """The dimension of `logits` that holds the classes.
+
+    Linear heads put classes last, `[N, ..., C]`; convolutions, and networks that transpose for
+    torch's cross-entropy, second, `[N, C, ...]`. Where both are as long as the head is wide, the
+    kind of the head decides.
+
+    Args:
+        sample: inputs, to find the head by.
+    """
+    if logits.dim() <= 2:
+        return 1
+    head = task_head(model)
+    try:
+        layer = head.source if head is not None else find_head(model, sample).module
+    except ValueError:  # no linear layer: as torch has it
+        return 1
+    places = (logits.dim() - 1, 1) if isinstance(layer, nn.Linear) else (1, logits.dim() - 1)
+    return next((d for d in places if logits.shape[d] == classes_of(layer)), places[0])
+
+
+def classes_second(model: nn.Module, logits: Tensor, sample: Any) -> Tensor:
+    """Logits of any network as `[N, C, ...]`; see `class_dim`."""
+    return logits.movedim(class_dim(model, logits, sample), 1)
 
 
 @torch.no_grad()

@@ -11,7 +11,10 @@ from fast.curvature.space import Blocks
 
 
 class WeightedMean:
-    """Running mean of blocks over batches (or their sum); one batch costs no pass of its own."""
+    """Running mean of blocks over batches (or their sum); one batch costs no pass of its own.
+
+    `reduction` may be set as late as before the second batch is added: one is what it is.
+    """
 
     def __init__(self, reduction: str, group: dist.ProcessGroup | None = None):
         self.reduction = reduction

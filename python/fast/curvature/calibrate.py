@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.answers import Answers, SourceInputs, expected_rise, source_answers
+from fast.curvature.answers import (
+    Answers,
+    SourceInputs,
+    classes_second,
+    expected_rise,
+    source_answers,
+)
+from fast.curvature.data import Batches
 from fast.curvature.hessian import GGN
 from fast.heads import evaluating, forward_logits, source_task
 
@@ -28,6 +36,7 @@ DIRECTIONS = 2
 # Beyond this the network is destroyed, and the loss says how sure it is of being wrong.
 CEILING = 5.0
 EXPONENTS = (0.5, 2.0)
+LEAST = 1e-9  # nats that are no rounding
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,19 @@ class Calibration:
         return self.scale * max(energy, 0.0) ** self.exponent
 
     def energy(self, nats: float) -> float:
-        """The energy at which `nats` are forecast."""
+        """The energy at which `nats` are forecast; infinite where no step was seen to cost any."""
+        if not self.scale:
+            return math.inf
         return (max(nats, 0.0) / self.scale) ** (1 / self.exponent)
+
+    def reaches(self, energy: float) -> bool:
+        """Whether steps of this energy were measured: beyond them a forecast is extrapolated.
+
+        Steps are measured along signs of gradients, as Adam's first ones are. Those of a run turn,
+        and are held to the source: within reach too, they cost less than is forecast.
+        """
+        seen = [e for e, nats in self.points if nats < CEILING]
+        return not seen or energy <= max(seen)
 
     def through(self, energy: float, nats: float, exponent: float | None = None) -> Calibration:
         """The line through one more measurement, that of the run itself.
@@ -100,7 +120,7 @@ def calibrate(
         if not unit > 0:
             continue
         if temperature is not None and not coherence:
-            coherence.append(_exact(model, params, step, probe, answers, temperature) / unit)
+            coherence.append(_exact(model, params, step, probe, temperature) / unit)
         try:
             for size in STEP_SIZES:
                 with torch.no_grad():
@@ -113,6 +133,14 @@ def calibrate(
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(weights, before)
+    if all(abs(nats) < LEAST for _, nats in points):
+        warnings.warn(
+            "source card: no step of the backbone changes the source answers, so nothing is "
+            "forecast to be lost; is the source head connected?",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return Calibration(0.0, 1.0, 1.0, math.nan, tuple(points))
     return fit(points, coherence[0] if coherence else math.nan)
 
 
@@ -122,7 +150,7 @@ def fit(points: Sequence[tuple[float, float]], coherence: float) -> Calibration:
     Raises:
         ValueError: no step changed the answers.
     """
-    usable = [(e, n) for e, n in points if e > 0 and 1e-9 < n < CEILING]
+    usable = [(e, n) for e, n in points if e > 0 and LEAST < n < CEILING]
     usable = usable or [(e, n) for e, n in points if e > 0 and n > 0 and math.isfinite(n)]
     if not usable:
         raise ValueError(
@@ -152,7 +180,7 @@ def _signs(
     classes = answers.shape[1]
     labels = torch.randint(classes, (answers.shape[0],), generator=generator).to(answers.device)
     with evaluating(model), source_task(model), torch.enable_grad():
-        logits = forward_logits(model, probe.inputs).float()
+        logits = classes_second(model, forward_logits(model, probe.inputs).float(), probe.inputs)
         if logits.dim() > 2:
             logits = logits.flatten(2).mean(2)
         loss = F.cross_entropy(logits, labels)
@@ -166,13 +194,13 @@ def _exact(
     params: Mapping[str, nn.Parameter],
     step: Sequence[Tensor],
     probe: SourceInputs,
-    answers: Tensor,
     temperature: float,
 ) -> float:
     """`1/2 d^T G d` of what the diagonal is the diagonal of."""
     names = [f"model.{n}" for n in params]
     with evaluating(model), source_task(model):
-        batch = (probe.inputs, answers.argmax(1))
-        operator = GGN(Answers(model, temperature), "cross_entropy", [batch], names)
+        batch = (probe.inputs, None)  # of cross-entropy, a Gauss-Newton matrix needs no label
+        data = Batches([batch], labels=None)
+        operator = GGN(Answers(model, temperature), "cross_entropy", data, names)
         quad = float(operator.quad(dict(zip(names, step, strict=True))))
         return 0.5 * temperature**2 * quad

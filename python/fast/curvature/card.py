@@ -19,25 +19,30 @@ from fast.curvature.answers import Answers, SourceInputs, backbone_parameters, s
 from fast.curvature.calibrate import Calibration, calibrate
 from fast.curvature.card_file import fingerprint, load_card, save_card
 from fast.curvature.diagonal import LABELS, fisher_diagonal
-from fast.curvature.losses import recognise
+from fast.curvature.losses import Loss
 from fast.curvature.network import Params, select
+from fast.curvature.recognise import recognise
 from fast.heads import evaluating, source_task, unwrap
 from fast.inputs import check_finite_inputs, taking
 from fastkernels import _storage
 
 TEMPERATURE = 3.0
 BATCH = 64
+IGNORED = -100  # the label that torch leaves out
 # Codes of 8 bits, of which the last is left out: a file packs 7, and takes less than a byte per
 # weight. They are a quarter of an octave apart, which is finer than an entry's sampling error.
 LAST_OF_7 = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Codes:
     """One tensor's diagonal: even `codes`, uint8 of its shape; `scales`, one per 128 entries."""
 
     codes: Tensor
     scales: Tensor
+
+    def __repr__(self) -> str:
+        return f"Codes({list(self.codes.shape)})"
 
     @classmethod
     def of(cls, value: Tensor) -> Codes:
@@ -50,7 +55,7 @@ class Codes:
         return flat.view(self.codes.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SourceCard:
     """Curvature of the source loss at the pretrained weights, as a diagonal, and what it is worth.
 
@@ -129,8 +134,14 @@ class SourceCard:
         start = time.monotonic()
         if labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive; got {temperature}")
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {temperature!r}")
+        for name, number in (
+            ("num_samples", num_samples),
+            ("calibration_samples", calibration_samples),
+        ):
+            if not isinstance(number, int) or number < 2:
+                raise ValueError(f"{name} must be at least 2, a whole number; got {number!r}")
         model = unwrap(model)
         samples = SourceInputs(data, num_samples)
         if labels == "data" and samples.labels is None:
@@ -159,11 +170,7 @@ class SourceCard:
         )
         loss = accuracy = None
         if samples.labels is not None:
-            answers = source_answers(model, samples)
-            # Labels that the source head cannot give are of a skill that is in the features.
-            if int(samples.labels.max()) < answers.shape[1]:
-                loss = float(recognise(loss_fn).value(answers, samples.labels))
-                accuracy = float((answers.argmax(1) == samples.labels).float().mean())
+            loss, accuracy = _performance(model, samples, recognise(loss_fn))
         card = cls(
             {n: Codes.of(d) for n, d in diagonal.items()},
             {n: fingerprint(p) for n, p in chosen.items()},
@@ -187,7 +194,7 @@ class SourceCard:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: truncated, or no card.
+            ValueError: truncated, damaged, no card, or with anything in it that no card says.
         """
         tensors, facts = load_card(Path(path))
         facts["calibration"] = Calibration(**facts["calibration"])
@@ -271,6 +278,13 @@ class SourceCard:
         """
         return self.calibration.nats(self.energy(params, anchors))
 
+    def __repr__(self) -> str:
+        count = sum(c.codes.numel() for c in self.entries.values())
+        return (
+            f"SourceCard({count:,} weights in {len(self.entries)} tensors, {self.num_samples} "
+            f"samples, labels {self.labels!r})"
+        )
+
     def __str__(self) -> str:
         count = sum(c.codes.numel() for c in self.entries.values())
         c = self.calibration
@@ -321,6 +335,20 @@ class SourceCard:
                 "the pretrained model before training"
             )
         return list(zip(names, params, strict=True))
+
+
+def _performance(
+    model: nn.Module, samples: SourceInputs, loss: Loss
+) -> tuple[float | None, float | None]:
+    """Loss and accuracy, where the labels are of the source head's answers."""
+    answers, labels = source_answers(model, samples), samples.labels
+    assert labels is not None
+    # Labels that the source head cannot give are of a skill that is in the features.
+    if labels.shape != answers.argmax(1).shape or int(labels.max()) >= answers.shape[1]:
+        return None, None
+    counted = labels != getattr(loss, "ignore_index", IGNORED)
+    right = (answers.argmax(1) == labels)[counted].float().mean()
+    return float(loss.value(answers, labels)), float(right)
 
 
 def _diagonal(

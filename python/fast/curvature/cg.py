@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fast.curvature.arguments import check_finite, check_whole
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.progress import bar
 from fast.curvature.space import Vectors
@@ -16,7 +17,7 @@ from fast.curvature.space import Vectors
 class Solution:
     """solution in the form of b; residuals [K] = |b - A x| / |b|."""
 
-    solution: Vectors
+    solution: Vectors = field(repr=False)
     residuals: Tensor
     num_iterations: int
     converged: bool
@@ -34,10 +35,15 @@ def cg(
 
     Raises:
         ValueError: a direction of negative curvature was met: A is not positive definite. Use
-            fast.GGN instead of fast.Hessian, or `.damped(...)`.
+            fast.GGN instead of fast.Hessian, or `.damped(...)`. Or b is not finite, or an option
+            is no number.
     """
+    check_whole(max_iterations=max_iterations)
+    check_finite(tol=tol)
     blocks, restore = operator.space.unpack(b)
     rhs = operator.space.join(blocks)
+    if not bool(rhs.isfinite().all()):
+        raise ValueError("b holds NaN or infinity")
     # Squares of tiny (huge) numbers underflow (overflow): every column is solved at size one.
     size = rhs.abs().amax(dim=1, keepdim=True) if rhs.numel() else rhs.new_ones((len(rhs), 1))
     size = torch.where(size > 0, size, 1)

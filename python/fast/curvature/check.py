@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fast.curvature.average import WeightedMean
 from fast.curvature.data import Batch
+from fast.curvature.denominators import joint, tolerance
 from fast.curvature.hessian import GGN, Hessian, NetworkOperator
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.probes import probe_block
@@ -25,6 +26,9 @@ DIFFERENCE_RTOL = {
     torch.float16: 5e-2,
     torch.bfloat16: 0.25,
 }
+
+# Batches that are put into one call with the first.
+NUM_JOINED = 8
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ class CheckReport:
 
 
 def check(operator: SymmetricOperator, *, rtol: float | None = None, seed: int = 0) -> CheckReport:
-    """Determinism, symmetry and linearity of any operator; for networks also the data and a
-    central difference in float64 on a copy of the model.
+    """Determinism, symmetry and linearity of any operator; for networks also the data, what the
+    loss divides batches by, and a central difference in float64 on a copy of the model.
 
     Args:
         rtol: largest relative error to accept; default 1e-8 in float64, 1e-4 in float32, 1e-2 in
@@ -94,6 +98,7 @@ def check(operator: SymmetricOperator, *, rtol: float | None = None, seed: int =
     if isinstance(operator, NetworkOperator):
         report.findings += _data_findings(operator)
         report.findings += _mode_findings(operator)
+        report.findings += _denominator_findings(operator)
         if isinstance(operator, Hessian) or type(operator) is GGN:
             error = _difference_error(operator, v, av)
             limit = max(rtol, DIFFERENCE_RTOL[operator.dtype])
@@ -116,11 +121,16 @@ def _data_findings(operator: NetworkOperator) -> list[Finding]:
 
 def _fingerprint(batch: Batch) -> str:
     digest = hashlib.blake2b()
-    for leaf in pytree.tree_leaves((batch.inputs, batch.target)):
+    for leaf in map(_padded, pytree.tree_leaves((batch.inputs, batch.target))):
         if isinstance(leaf, Tensor):
             digest.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
             digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _padded(leaf: Any) -> Any:
+    nested = isinstance(leaf, Tensor) and leaf.is_nested
+    return torch.nested.to_padded_tensor(leaf.detach(), 0) if nested else leaf
 
 
 def _mode_findings(operator: NetworkOperator) -> list[Finding]:
@@ -134,6 +144,29 @@ def _mode_findings(operator: NetworkOperator) -> list[Finding]:
     detail = f"active in {active[:3]}: the products are of one random thinned network (seed "
     detail += f"{operator.network.seed}); call model.eval() for the network itself"
     return [Finding("dropout", False, detail)]
+
+
+def _denominator_findings(operator: NetworkOperator) -> list[Finding]:
+    """Whether batches weigh what they do in a loss of two of them in one call."""
+    loss, answers = operator.loss, _answers(operator)
+    batches = [(z, y, w) for z, y, size in answers if (w := loss.weight(z, y, size))]
+    seen, largest = 0, 0.0
+    for z, y, weight in batches[1 : 1 + NUM_JOINED]:
+        first, first_y, unit = batches[0]
+        try:
+            both = joint(loss.value, (first, first_y), (z, y))
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            continue  # batches of different shapes are no batch together
+        expected = 1.0 if loss.reduction == "sum" else unit / (unit + weight)
+        if both.first == both.first:
+            seen += 1
+            largest = max(largest, abs(both.first - expected) if both.additive else 1.0)
+    if not seen:
+        return []
+    detail = f"{seen} batches, each in one call with the first, off by {largest:.1e}"
+    if not (ok := largest < tolerance(batches[0][0])):
+        detail += ": the loss of all data is another mean than the one over batches"
+    return [Finding("denominators", ok, detail)]
 
 
 def _drop_probability(module: nn.Module) -> float:
@@ -160,7 +193,7 @@ def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float
         with torch.no_grad():
             for n, d in direction.items():
                 params[n].add_(d[0].double(), alpha=sign * step)
-        result = [reference.gradient()] if exact else _outputs(reference)
+        result = [reference.gradient()] if exact else [z for z, _, _ in _answers(reference)]
         with torch.no_grad():
             for n, d in direction.items():
                 params[n].sub_(d[0].double(), alpha=sign * step)
@@ -169,10 +202,12 @@ def _difference_error(operator: NetworkOperator, v: Tensor, av: Tensor) -> float
     tangents = [(a - b) / (2 * step) for a, b in zip(at(1.0), at(-1.0), strict=True)]
     if exact:
         return _relative(av.double(), tangents[0])
-    mean = WeightedMean(reference.loss.reduction, operator.process_group)
-    for batch, z, t in zip(reference.data, _outputs(reference), tangents, strict=True):
-        form = reference.loss.hessian(z, batch.target).quad(t[None])[0]
-        mean.add([form], reference.loss.weight(z, batch.target, batch.size))
+    loss = reference.loss
+    mean = WeightedMean(loss.reduction, operator.process_group)
+    for (z, y, size), t in zip(_answers(reference), tangents, strict=True):
+        weight = loss.weight(z, y, size)
+        mean.reduction = loss.reduction
+        mean.add([loss.hessian(z, y).quad(t[None])[0]], weight)
     quad = float(mean.result([torch.zeros((), dtype=torch.float64, device=v.device)])[0])
     return abs(quad - float(v.double() @ av.double())) / max(abs(quad), 1e-30)
 
@@ -188,12 +223,15 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _outputs(operator: NetworkOperator) -> list[Tensor]:
-    network = operator.network
-    out = []
+def _answers(operator: NetworkOperator) -> list[tuple[Tensor, Any, int]]:
+    """Output, target and size of every batch."""
+    network, out = operator.network, []
     for index, batch in enumerate(operator.data):
+        batch = batch.to(operator.device)
+        network.look_for_classes(batch, operator.loss)
         with network.scope(index, differentiable_twice=True):
-            out.append(network.outputs(network.leaves(), batch.inputs).detach())
+            z, y = network.answers(network.leaves(), batch, operator.loss)
+        out.append((z.detach(), y, batch.size))
     return out
 
 

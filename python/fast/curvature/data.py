@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fast.inputs import plain
+
 LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 
 
@@ -23,7 +25,7 @@ class Batch(NamedTuple):
         """Number of samples: the first dimension of the first tensor of the inputs."""
         for leaf in pytree.tree_leaves(self.inputs):
             if isinstance(leaf, Tensor) and leaf.ndim:
-                return leaf.shape[0]
+                return leaf.size(0)  # a nested tensor has no shape
         raise ValueError("a batch needs at least one tensor with a batch dimension in its inputs")
 
     def to(self, device: torch.device) -> Batch:
@@ -86,12 +88,13 @@ def _is_batch(data: Any, labels: bool | None) -> bool:
 def _as_batch(item: Any, labels: bool | None) -> Batch:
     if isinstance(item, Batch):
         return item
+    item = plain(item)
     if isinstance(item, Mapping):
         for key in LABEL_KEYS:
             if key in item:
                 return Batch({k: v for k, v in item.items() if k != key}, item[key])
         if not labels:
-            return Batch(dict(item), None)
+            return Batch(item, None)
         raise ValueError(f"a dict batch needs one of the keys {LABEL_KEYS}; got {list(item)}")
     if isinstance(item, tuple | list) and len(item) == 2:
         return Batch(item[0], item[1])

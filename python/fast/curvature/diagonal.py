@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fast.curvature.arguments import check_whole
 from fast.curvature.data import Batch, Batches
-from fast.curvature.losses import Loss, recognise
-from fast.curvature.network import Network, Params
+from fast.curvature.losses import Loss
+from fast.curvature.network import Network, Params, laid_out
 from fast.curvature.probes import draw_probes
+from fast.curvature.recognise import recognise
+from fast.inputs import leaves
 
 if TYPE_CHECKING:
     from fast.curvature.operator import SymmetricOperator
@@ -26,6 +29,7 @@ def hutchinson_diagonal(
     Unbiased; the variance of entry i is the sum of the squared off-diagonal entries of row i,
     divided by `num_matvecs`.
     """
+    check_whole(num_matvecs=num_matvecs, seed=seed)
     if num_matvecs < 1:
         raise ValueError(f"num_matvecs must be at least 1; got {num_matvecs}")
     total = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
@@ -81,6 +85,7 @@ def fisher_diagonal(
         )
     squares = _sample_squares if method == "samples" else _signed_squares
     draws = num_draws if num_draws is not None else (1 if method == "samples" else 8)
+    check_whole(num_draws=draws)
     if draws < 1:
         raise ValueError(f"num_draws must be at least 1; got {draws}")
 
@@ -88,6 +93,9 @@ def fisher_diagonal(
     weight = 0.0
     for index, batch in enumerate(Batches(data, labels=labels == "data")):
         batch = batch.to(network.space.device)
+        network.look_for_classes(batch, loss)
+        if method == "samples" and any(x.is_nested for x in leaves(batch.inputs)):
+            raise ValueError("nested tensors do not come apart into samples: use method='signs'")
         part, w = squares(network, loss, batch, index, labels, draws)
         weight += w
         if loss.reduction == "sum":
@@ -106,30 +114,29 @@ def mixes_samples(model: nn.Module) -> str:
     return ""
 
 
-def _residual(loss: Loss, z: Tensor, batch: Batch, labels: str) -> tuple[Tensor, float, float]:
-    """The rows r and their factor (see `Loss.residual`), and the weight of the batch."""
-    if labels == "sampled":
-        weight = loss.weight(z, batch.target, batch.size)
-        return *loss.sampled_residual(z, batch.target), weight
-    target = batch.target
-    if labels == "predicted":
-        target = loss.predict(z, batch.target)
-    elif target is None:
+def _target(loss: Loss, z: Tensor, y: Any, labels: str) -> Any:
+    if labels == "data" and y is None:
         raise ValueError("labels='data' needs labelled batches (x, y); or use 'sampled'")
-    return *loss.residual(z, target), loss.weight(z, target, batch.size)
+    return loss.predict(z, y) if labels == "predicted" else y
+
+
+def _residual(loss: Loss, z: Tensor, y: Any, labels: str) -> tuple[Tensor, float]:
+    """The rows r and their factor; see `Loss.residual`."""
+    return loss.sampled_residual(z, y) if labels == "sampled" else loss.residual(z, y)
 
 
 def _signed_squares(
     network: Network, loss: Loss, batch: Batch, index: int, labels: str, draws: int
 ) -> tuple[list[Tensor], float]:
     with network.scope(index, differentiable_twice=False):
-        leaves = network.leaves()
-        params = network.selected(leaves)
-        output = network.outputs(leaves, batch.inputs)
+        weights = network.leaves()
+        params = network.selected(weights)
+        output, y = network.answers(weights, batch, loss)
         z = output.detach()
+        y = _target(loss, z, y, labels)
         total = [torch.zeros_like(p) for p in params]
         for draw in range(draws):
-            r, scale, weight = _residual(loss, z, batch, labels)
+            r, scale = _residual(loss, z, y, labels)
             signs = torch.randint(0, 2, (r.shape[0], 1), device=r.device).to(r) * 2 - 1
             cotangent = loss.unrows((r * signs)[None], z.shape)[0]
             grads = torch.autograd.grad(
@@ -138,7 +145,7 @@ def _signed_squares(
             for t, g in zip(total, grads, strict=True):
                 if g is not None:
                     t.addcmul_(g, g, value=scale / draws)
-        return total, weight
+        return total, loss.weight(z, y, batch.size)
 
 
 def _sample_squares(
@@ -147,14 +154,17 @@ def _sample_squares(
     from fast.curvature.samples import squared_sample_gradients
 
     with network.scope(index, differentiable_twice=False):
-        total: list[Tensor] | None = None
+        weights = network.leaves()
+        with torch.no_grad():
+            output = network.outputs(weights, batch.inputs)
+        dim = loss.class_dim(output, batch.target, network.class_dim)
+        z, y = laid_out(output, batch.target, dim)
+        y = _target(loss, z, y, labels)
+        total = [torch.zeros_like(p) for p in network.selected(weights)]
         for _ in range(draws):
-
-            def cotangent(z: Tensor) -> tuple[Tensor, float, float]:
-                r, scale, weight = _residual(loss, z, batch, labels)
-                return loss.unrows(r[None], z.shape)[0], scale / draws, weight
-
-            part, weight = squared_sample_gradients(network, batch, cotangent)
-            total = part if total is None else list(torch._foreach_add(total, part))
-        assert total is not None
-        return total, weight
+            r, scale = _residual(loss, z, y, labels)
+            c = loss.unrows(r[None], z.shape)[0]
+            c = c if dim == 1 else c.movedim(1, dim)
+            part = squared_sample_gradients(network, weights, batch, c)
+            torch._foreach_add_(total, part, alpha=scale / draws)
+        return total, loss.weight(z, y, batch.size)

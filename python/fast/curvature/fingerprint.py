@@ -57,6 +57,8 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 def _tensor(t: Tensor) -> list[Any]:
+    if t.is_nested:
+        return [id(t), *(found for part in t.unbind() for found in _tensor(part))]
     version = None if t.is_inference() else t._version
     where = (t.data_ptr(), version, t.shape, t.stride(), t.dtype) if _dense(t) else (id(t), version)
     return [where, checksum(t.detach())] if _dense(t) and t.numel() else [where]

@@ -27,3 +27,16 @@ def graph_leaves(tensors: Iterable[Tensor | None]) -> Iterator[Tensor]:
         leaf = getattr(node, "variable", None)
         if isinstance(leaf, Tensor):
             yield leaf
+
+
+class SecondDerivativeError(RuntimeError):
+    """A part of the network cannot be differentiated twice; the message names it."""
+
+
+def cut_off(tensors: list[Tensor | None]) -> bool:
+    """Whether a once-differentiable function is in the graph of `tensors`.
+
+    torch raises for those only when a path through them leads to the inputs asked for, and the
+    path ends there: autograd.grad then leaves the term out and says nothing.
+    """
+    return any(node.name() == "torch::autograd::Error" for node in nodes(tensors))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -11,22 +13,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fast.curvature.arguments import check_whole
 from fast.curvature.average import WeightedMean
+from fast.curvature.blame import explain_not_finite
 from fast.curvature.data import Batch, Batches
 from fast.curvature.fingerprint import fingerprint, same
 from fast.curvature.folded import FoldedGGN, FoldedHessian, UnsupportedOperation
 from fast.curvature.loop import GraphGGN, GraphHessian, grad_or_none
-from fast.curvature.losses import Loss, OutputHessian, recognise
+from fast.curvature.losses import Loss, OutputHessian
 from fast.curvature.network import Network, Params, StrayParameter
 from fast.curvature.operator import SymmetricOperator
+from fast.curvature.recognise import recognise
 from fast.curvature.space import Blocks
 
 METHODS = ("auto", "loop", "folded")
 
 
 class Linearization(Protocol):
-    """One batch at fixed parameters: cheap to multiply with, again and again."""
+    """One batch at fixed parameters: cheap to multiply with, again and again.
 
+    Attributes:
+        answers: output, detached, and target, as the loss takes them.
+        weight: of the batch in the mean over all data.
+    """
+
+    answers: tuple[Tensor, Any]
     weight: float
 
     def products(self, vectors: Blocks) -> Blocks: ...
@@ -42,14 +53,16 @@ class NetworkOperator(SymmetricOperator):
             of the product, at the parameters of that time. Nothing of it is changed: modes,
             buffers, `.grad` and random state stay as they were.
         loss_fn: a function (output, target) -> scalar; `F.cross_entropy`, `nn.CrossEntropyLoss`,
-            `F.mse_loss`, `nn.MSELoss` (and partials of them) take closed forms.
+            `F.mse_loss`, `nn.MSELoss` (and partials of them) take closed forms. Classes are in
+            dimension 1 of the output, or last where the labels' shape says so.
         data: one batch (x, y), a dict with "labels", or an iterable of batches that gives the same
             batches each time it is read. x may be a tensor, a tuple (`model(*x)`) or a dict
             (`model(**x)`).
         params: which parameters, in the model's order; default all. Names, tensors, a module of
             the model, a regular expression for whole names, or a function (name, tensor) -> bool.
-        reduction: "mean" (batches weighted by what their mean is over) or "sum" (batch losses
-            added up; the known losses are then sums themselves).
+        reduction: "mean" (batches weighted by what their mean is over, which is measured of losses
+            that are not torch's; see `fast.curvature.Loss`) or "sum" (batch losses added up; the
+            known losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
             differentiates the kept graph once per vector, "auto" takes the first where every
             operation of the network has a rule, but for single exact products of batches that are
@@ -64,6 +77,12 @@ class NetworkOperator(SymmetricOperator):
             the same calls with the same vectors, and get the same product over all data by one
             all-reduce (`torch.distributed.group.WORLD` for all ranks).
         seed: of dropout masks, the same at every product, and of sampled labels.
+
+    Raises (at a product):
+        SecondDerivativeError: the network or the loss has no second derivative, or none that is
+            finite; the message names the module.
+        ValueError: V, the parameters or the output are not finite, or what the loss divides
+            several batches by cannot be known.
     """
 
     def __init__(
@@ -85,6 +104,11 @@ class NetworkOperator(SymmetricOperator):
             raise ValueError(f"method must be one of {METHODS}; got {method!r}")
         if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
             raise ValueError(f"chunk must be 'auto' or a positive number of vectors; got {chunk!r}")
+        check_whole(seed=seed)
+        if memory_budget is not None and not (
+            isinstance(memory_budget, int) and memory_budget >= 1
+        ):
+            raise ValueError(f"memory_budget must be a number of bytes; got {memory_budget!r}")
         self.method = method
         self.chunk = chunk
         self.memory_budget = memory_budget
@@ -93,7 +117,14 @@ class NetworkOperator(SymmetricOperator):
         self.network = Network(model, params, seed)
         self.space = self.network.space
         self.loss_fn = loss_fn
-        recognise(loss_fn, reduction)  # an unknown one is refused here, not at the first product
+        loss = recognise(loss_fn, reduction)  # an unknown one is refused here, not at a product
+        ranks = 1 if process_group is None else dist.get_world_size(process_group)
+        if loss.is_measured and ranks > 1:
+            raise ValueError(
+                "loss_fn in a process group: what its mean divides by is measured against the "
+                "first batch, which each rank has another of. Give it, fast.curvature.Loss("
+                "loss_fn, denominator=lambda output, target: ...), or reduction='sum'"
+            )
         self.data = data if isinstance(data, Batches) else Batches(data)
         self.options: dict[str, Any] = {
             "reduction": reduction,
@@ -112,17 +143,34 @@ class NetworkOperator(SymmetricOperator):
         return recognise(self.loss_fn, self.options["reduction"])
 
     @abc.abstractmethod
-    def _loop(self, batch: Batch, index: int) -> Linearization: ...
+    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization: ...
 
     @abc.abstractmethod
-    def _folded(self, batch: Batch, index: int) -> Linearization: ...
+    def _folded(self, batch: Batch, index: int, loss: Loss) -> Linearization: ...
 
-    def linearize(self, batch: Batch, index: int) -> Linearization:
-        """Everything about one batch that its products share."""
-        if self.method == "loop" or self.why_loop:
-            return self._loop(batch, index)
+    def linearize(
+        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None = None
+    ) -> Linearization:
+        """Everything about one batch that its products share.
+
+        Args:
+            loss: of this pass over the data.
+            num_vectors: that it will be used for; None: it is kept.
+        """
+        batch = batch.to(self.device)
+        self.network.look_for_classes(batch, loss)
+        part = self._linearize(batch, index, loss, num_vectors)
+        part.weight = loss.weight(*part.answers, batch.size)
+        return part
+
+    def _linearize(
+        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
+    ) -> Linearization:
+        dear = num_vectors is not None and self._prefers_loop(num_vectors)
+        if self.method == "loop" or self.why_loop or (dear and self.method == "auto"):
+            return self._loop(batch, index, loss)
         try:
-            return self._folded(batch, index)
+            return self._folded(batch, index, loss)
         except StrayParameter:
             raise
         except Exception as error:
@@ -134,24 +182,22 @@ class NetworkOperator(SymmetricOperator):
                 raise
             # Whatever is wrong with the network itself, the loop will say as well.
             self._take_loop(error)
-            return self._loop(batch, index)
+            return self._loop(batch, index, loss)
 
     def _take_loop(self, error: Exception) -> None:
         unknown = isinstance(error, UnsupportedOperation)
         said = str(error) if unknown else f"{type(error).__name__}: {error}"
         self.why_loop = f"no folded rule for {said}" if unknown else f"the record failed ({said})"
 
-    def linearizations(self, num_vectors: int) -> Iterator[tuple[int, Batch, Linearization]]:
+    def linearizations(
+        self, num_vectors: int, loss: Loss
+    ) -> Iterator[tuple[int, Batch, Linearization]]:
         """Those of all batches, for so many products each, with index and batch."""
         for index, batch in enumerate(self.data):
             if self.data.single and self.options["cache"]:
-                yield index, batch, self._cached(batch)
+                yield index, batch, self._cached(batch, loss)
                 return
-            batch = batch.to(self.device)
-            if self.method == "auto" and self._prefers_loop(num_vectors):
-                yield index, batch, self._loop(batch, index)
-            else:
-                yield index, batch, self.linearize(batch, index)
+            yield index, batch, self.linearize(batch, index, loss, num_vectors)
 
     @torch.inference_mode(False)
     def _sum(
@@ -159,8 +205,9 @@ class NetworkOperator(SymmetricOperator):
     ) -> WeightedMean:
         """The mean over batches of what `apply` makes of a linearisation."""
         vectors = [v.clone() if v.is_inference() else v for v in vectors]
-        mean = WeightedMean(self.loss.reduction, self.process_group)
-        for index, batch, part in self.linearizations(vectors[0].shape[0]):
+        loss = self.loss
+        mean = WeightedMean(loss.reduction, self.process_group)
+        for index, batch, part in self.linearizations(vectors[0].shape[0], loss):
             try:
                 value = apply(part, vectors)
             except Exception as error:
@@ -169,8 +216,8 @@ class NetworkOperator(SymmetricOperator):
                 # A rule that fails at a tangent, as of types that it does not expect.
                 self._take_loop(error)
                 self._cache = None
-                part = self._loop(batch.to(self.device), index)
-                value = apply(part, vectors)
+                value = apply(self._loop(batch.to(self.device), index, loss), vectors)
+            mean.reduction = loss.reduction
             mean.add(value, part.weight)
         return mean
 
@@ -178,20 +225,18 @@ class NetworkOperator(SymmetricOperator):
         """Whether recording a batch for so few products costs more than it saves."""
         return False
 
-    def _cached(self, batch: Batch) -> Linearization:
+    def _cached(self, batch: Batch, loss: Loss) -> Linearization:
         """That of a single batch is kept for the next product, while nothing has changed."""
         if self._cache is not None and same(self._cache[0], self._state(batch)):
             return self._cache[1]
         self._cache = None
-        part = self.linearize(batch.to(self.device), 0)
+        part = self.linearize(batch, 0, loss)
         # Of afterwards: a forward pass may itself count or keep something in the model.
         self._cache = (self._state(batch), part)
         return part
 
     def _state(self, batch: Batch) -> list[Any]:
-        loss = self.loss
-        own = loss.fn if type(loss) is Loss else [v for v in vars(loss).values() if not callable(v)]
-        return fingerprint(self.network.model, pytree.tree_leaves(tuple(batch)), own)
+        return fingerprint(self.network.model, pytree.tree_leaves(tuple(batch)), self.loss.state())
 
     def refresh(self) -> None:
         """Forget what is kept of a single batch, after a change that `cache` cannot see."""
@@ -200,19 +245,50 @@ class NetworkOperator(SymmetricOperator):
     def explain(self) -> str:
         """How products are computed: the method, vectors per pass, and why not the other method."""
         with torch.inference_mode(False):
-            part = next(self.linearizations(2))[2]
+            part = next(self.linearizations(2, self.loss))[2]
         if isinstance(part, FoldedHessian | FoldedGGN):
             return f"folded, {part.chunk} vectors a pass"
         return "loop" + (f": {self.why_loop}" if self.why_loop else "")
 
     def products(self, vectors: Blocks) -> Blocks:
-        return self._sum(vectors, lambda part, v: part.products(v)).result(vectors)
+        found = self._sum(vectors, lambda part, v: part.products(v)).result(vectors)
+        if not _finite(found) and self.method == "auto" and not self.why_loop:
+            self.why_loop = "the record gave NaN or infinity"
+            self._cache = None
+            found = self._sum(vectors, lambda part, v: part.products(v)).result(vectors)
+        if not _finite(found):
+            raise self._not_finite(vectors)
+        return found
+
+    def _not_finite(self, vectors: Blocks) -> Exception:
+        """What to say of products that are not."""
+        if not _finite(vectors):
+            return ValueError("V holds NaN or infinity: a product with it is not finite")
+        if not _finite(self.network.selected(self.network.leaves())):
+            return ValueError("a product is not finite: the parameters hold NaN or infinity")
+        for index, batch in enumerate(self.data):
+            batch = batch.to(self.device)
+            loss = self.loss
+            self.network.look_for_classes(batch, loss)
+            part = self._loop(batch, index, loss)
+            if not bool(part.answers[0].isfinite().all()):
+                return ValueError(
+                    f"a product is not finite: the network's output for batch {index} holds NaN or "
+                    "infinity"
+                )
+            again = functools.partial(part.products, vectors)
+            if (error := explain_not_finite(self.network, batch, index, again)) is not None:
+                return error
+        return ValueError(f"a product is not finite: it overflows {self.dtype}")
 
     def _quad(self, vectors: Blocks) -> Tensor:
         zeros = vectors[0].new_zeros(vectors[0].shape[0], dtype=torch.float64)
         if not len(zeros):
             return zeros
-        return self._sum(vectors, lambda part, v: [part.quad(v)]).result([zeros])[0]
+        found = self._sum(vectors, lambda part, v: [part.quad(v)]).result([zeros])[0]
+        if not _finite([found]):
+            raise self._not_finite(vectors)
+        return found
 
     def _limits(self) -> tuple[int | None, int | None]:
         return (self.chunk if isinstance(self.chunk, int) else None), self.memory_budget
@@ -224,20 +300,22 @@ class NetworkOperator(SymmetricOperator):
     @torch.inference_mode(False)
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient, [P]."""
-        mean = WeightedMean(self.loss.reduction, self.process_group)
+        loss_fn = self.loss
+        mean = WeightedMean(loss_fn.reduction, self.process_group)
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
             with self.network.scope(index, differentiable_twice=False):
                 leaves = self.network.leaves()
                 params = self.network.selected(leaves)
-                z = self.network.outputs(leaves, batch.inputs)
+                z, y = self.network.answers(leaves, batch, loss_fn)
                 self.network.refuse_strays(z, leaves)
-                value = self.loss.value(z, batch.target)
+                value = loss_fn.value(z, y)
                 grads = grad_or_none([value], params)
-                weight = self.loss.weight(z.detach(), batch.target, batch.size)
+                weight = loss_fn.weight(z.detach(), y, batch.size)
             rows = [
                 torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)
             ]
+            mean.reduction = loss_fn.reduction
             mean.add([value.detach()[None], *(g.detach()[None] for g in rows)], weight)
         zeros = self.space.zeros(1)
         loss, *gradient = mean.result([zeros[0].new_zeros(1), *zeros])
@@ -275,21 +353,29 @@ class Hessian(NetworkOperator):
         # more than the loop starts with, and a product 0.57 less.
         return num_vectors < (5 if self.device.type == "cuda" else 2)
 
-    def _loop(self, batch: Batch, index: int) -> Linearization:
-        return GraphHessian(self.network, self.loss, batch, index)
+    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
+        return GraphHessian(self.network, loss, batch, index)
 
-    def _folded(self, batch: Batch, index: int) -> Linearization:
-        hessian = self._output_hessian
-        return FoldedHessian(self.network, self.loss, batch, index, hessian, *self._limits())
+    def _folded(self, batch: Batch, index: int, loss: Loss) -> Linearization:
+        return FoldedHessian(self.network, loss, batch, index, _output_hessian, *self._limits())
 
-    def _output_hessian(self, z: Tensor, batch: Batch) -> OutputHessian:
-        return self.loss.hessian(z, batch.target)
+
+def _finite(blocks: Blocks) -> bool:
+    """With one wait for the device."""
+    return bool(torch.stack(torch._foreach_norm(blocks, math.inf)).isfinite().all())
+
+
+def _output_hessian(loss: Loss, z: Tensor, y: Any) -> OutputHessian:
+    return loss.hessian(z, y)
 
 
 class GGN(NetworkOperator):
     """Generalised Gauss-Newton matrix J^T H_L J (Schraudolph 2002): the Hessian of the loss with
     the network linearised at its parameters. Positive semidefinite for a convex loss; equal to the
-    Fisher matrix for cross-entropy and squared error.
+    Fisher matrix for cross-entropy and squared error. Needs one derivative of the network only.
+
+    Of a loss that is linear in the output, as NLLLoss is in log-probabilities, it is zero: take the
+    logits for the output, and CrossEntropyLoss.
     """
 
     def _prefers_loop(self, num_vectors: int) -> bool:
@@ -299,15 +385,14 @@ class GGN(NetworkOperator):
             return num_vectors < 4
         return num_vectors == 1 and self.network.mostly_embeddings
 
-    def _loop(self, batch: Batch, index: int) -> Linearization:
-        return GraphGGN(self.network, self.loss, batch, index, self._curvature)
+    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
+        return GraphGGN(self.network, loss, batch, index, self._curvature)
 
-    def _folded(self, batch: Batch, index: int) -> Linearization:
-        curvature = self._curvature
-        return FoldedGGN(self.network, self.loss, batch, index, curvature, *self._limits())
+    def _folded(self, batch: Batch, index: int, loss: Loss) -> Linearization:
+        return FoldedGGN(self.network, loss, batch, index, self._curvature, *self._limits())
 
-    def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
-        return self.loss.hessian(z, batch.target)
+    def _curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
+        return loss.hessian(z, y)
 
 
 class Fisher(GGN):
@@ -338,10 +423,9 @@ class Fisher(GGN):
         self.kind = kind
         self.options["kind"] = kind
 
-    def _curvature(self, z: Tensor, batch: Batch) -> OutputHessian:
-        loss = self.loss
+    def _curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
         residual = loss.residual if self.kind == "empirical" else loss.sampled_residual
-        r, scale = residual(z, batch.target)
+        r, scale = residual(z, y)
 
         def product(u: Tensor) -> Tensor:
             s = torch.linalg.vecdot(loss.rows(u), r[None])[..., None] * (r * scale)

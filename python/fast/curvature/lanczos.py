@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fast.curvature.arguments import check_finite, check_whole
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.probes import probe_block, require_finite
 from fast.curvature.progress import bar
@@ -65,6 +66,8 @@ def top(
         subspace: basis vectors kept, each of P numbers; default max(2 k + 20, 4 block_size).
     """
     size = operator.shape[0]
+    check_whole(k=k, block_size=block_size, seed=seed)
+    check_finite(tol=tol)
     if not 1 <= k <= size:
         raise ValueError(f"k must lie between 1 and P = {size}; got {k}")
     if which not in WHICH:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fast.curvature.blame import cut_off, explain_failure
+from fast.curvature.blame import explain_failure
 from fast.curvature.data import Batch
+from fast.curvature.graph import cut_off
 from fast.curvature.losses import Loss, OutputHessian
 from fast.curvature.network import Network
 from fast.curvature.space import Blocks, dot
 
 ONCE = "its backward is marked once_differentiable"
-OutputCurvature = Callable[[Tensor, Batch], OutputHessian]
+OutputCurvature = Callable[[Loss, Tensor, Any], OutputHessian]
 
 
 class GraphHessian:
@@ -28,10 +33,10 @@ class GraphHessian:
         with network.scope(index, differentiable_twice=True):
             leaves = network.leaves()
             self.params = network.selected(leaves)
-            z = network.outputs(leaves, batch.inputs)
+            z, y = network.answers(leaves, batch, loss)
             network.refuse_strays(z, leaves)
-            value = loss.value(z, batch.target)
-            self.weight = loss.weight(z.detach(), batch.target, batch.size)
+            value = loss.value(z, y)
+            self.answers, self.weight = (z.detach(), y), 0.0
             self.loss = value.detach()
             # What `cut_off` looks for is only made where the cotangent requires a gradient.
             one = torch.ones_like(value, requires_grad=True)
@@ -62,47 +67,88 @@ class GraphHessian:
 
 
 class GraphGGN:
-    """J^T S J of one batch, S the curvature at the output; J by differentiating u -> J^T u."""
+    """J^T S J of one batch, S the curvature at the output.
+
+    J by differentiating u -> J^T u, where the network can be differentiated twice; else in forward
+    mode, or where that fails too, row by row.
+    """
 
     def __init__(
         self, network: Network, loss: Loss, batch: Batch, index: int, curvature: OutputCurvature
     ):
+        def evaluate(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+            with network.scope(index, differentiable_twice=True):
+                return network.answers(leaves, batch, loss)
+
+        self.network, self.evaluate = network, evaluate
+        leaves = network.leaves()
+        self.params = network.selected(leaves)
+        self.output, y = evaluate(leaves)
+        network.refuse_strays(self.output, leaves)
         with network.scope(index, differentiable_twice=True):
-            leaves = network.leaves()
-            self.params = network.selected(leaves)
-            self.output = network.outputs(leaves, batch.inputs)
-            network.refuse_strays(self.output, leaves)
             z = self.output.detach()
-            self.curvature = curvature(z, batch)
-            self.weight = loss.weight(z, batch.target, batch.size)
+            self.curvature = curvature(loss, z, y)
+            self.answers, self.weight = (z, y), 0.0
             # u -> J^T u has the same derivative everywhere, but not every operation has one at zero
             # (logcumsumexp takes the logarithm of its gradient).
             self.cotangent = torch.ones_like(self.output, requires_grad=True)
             self.pulled = grad_or_none(
                 [self.output], self.params, [self.cotangent], create_graph=True
             )
-        self.explain = functools.partial(explain_failure, network, batch, index)
+        self.ways = [self._twice, self._forward_mode, self._by_rows]
         if cut_off(self.pulled):
-            raise self.explain(ONCE)
+            self.ways.remove(self._twice)
 
     def jvp(self, vectors: Blocks) -> Tensor:
         """[K, *output]."""
+        while len(self.ways) > 1:
+            try:
+                found = self.ways[0](vectors)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an operation that has no such derivative
+                del self.ways[0]
+                continue
+            # Where torch masks a NaN in its derivative, it does not in that of the derivative.
+            if bool(found.isfinite().all()):
+                return found
+            del self.ways[0]
+        return self.ways[0](vectors)
+
+    def _twice(self, vectors: Blocks) -> Tensor:
         pairs = [(p, v) for p, v in zip(self.pulled, vectors, strict=True) if p is not None]
         num_vectors = vectors[0].shape[0]
         out = self.output.new_zeros((num_vectors, *self.output.shape))
         for k in range(num_vectors if pairs else 0):
-            try:
-                (u,) = grad_or_none(
-                    [p for p, _ in pairs],
-                    [self.cotangent],
-                    [v[k] for _, v in pairs],
-                    retain_graph=True,
-                )
-            except RuntimeError as error:
-                raise self.explain(str(error)) from error
+            (u,) = grad_or_none(
+                [p for p, _ in pairs], [self.cotangent], [v[k] for _, v in pairs], retain_graph=True
+            )
             if u is not None:
                 out[k] = u
         return out
+
+    def _forward_mode(self, vectors: Blocks) -> Tensor:
+        rows = []
+        for tangents in zip(*vectors, strict=True):
+            with _dual_level(), torch.no_grad():
+                leaves = {n: p.detach() for n, p in self.network.leaves().items()}
+                for name, v in zip(self.network.names, tangents, strict=True):
+                    leaves[name] = forward_ad.make_dual(leaves[name], v)
+                u = forward_ad.unpack_dual(self.evaluate(leaves)[0]).tangent
+            rows.append(torch.zeros_like(self.output) if u is None else u)
+        return torch.stack(rows)
+
+    def _by_rows(self, vectors: Blocks) -> Tensor:
+        """One gradient for each entry of the output, for all vectors together."""
+        entries = self.output.reshape(-1)
+        out = entries.new_zeros((vectors[0].shape[0], len(entries)))
+        for i, entry in enumerate(entries if entries.requires_grad else ()):
+            for v, r in zip(
+                vectors, grad_or_none([entry], self.params, retain_graph=True), strict=True
+            ):
+                if r is not None:
+                    out[:, i] += v.flatten(1) @ r.flatten()
+        return out.view(-1, *self.output.shape)
 
     def vjp(self, cotangents: Tensor) -> Blocks:
         """[K, *output] -> one [K, *shape] per parameter."""
@@ -120,6 +166,16 @@ class GraphGGN:
     def quad(self, vectors: Blocks) -> Tensor:
         # (J v)^T S (J v): the half that pulls back to the parameters is not needed.
         return self.curvature.quad(self.jvp(vectors))
+
+
+@contextlib.contextmanager
+def _dual_level() -> Iterator[None]:
+    with forward_ad.dual_level():
+        with warnings.catch_warnings():
+            # The first dual of a process compiles scripts of torch's own, which warn of themselves.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+        yield
 
 
 def grad_or_none(

@@ -1,23 +1,20 @@
-"""What curvature needs of a loss: its gradient and its Hessian in the network's output.
-
-Cross-entropy and squared error have closed forms; any other function of (output, target) is
-differentiated twice by autograd, at the output only.
-"""
+"""What curvature needs of a loss: its gradient and its Hessian in the network's output."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fast.curvature.blame import SecondDerivativeError, cut_off
+from fast.curvature.denominators import Denominators, check_reduction
+from fast.curvature.graph import SecondDerivativeError, cut_off
 from fast.curvature.space import dot
-from fastkernels import cross_entropy_hvp_, cross_entropy_quad
 
 LossFn = Callable[[Tensor, Any], Tensor]
 
@@ -40,16 +37,57 @@ class OutputHessian:
 class Loss:
     """A scalar loss of (output, target), the mean or the sum over a batch.
 
-    `weight` is what one batch weighs in the mean over all data: its number of samples, or the
-    loss's own denominator where that is known, so that the weighted mean over the batches is the
-    loss of all data at once. With `reduction="sum"` every batch weighs one and nothing is divided.
+    Over several batches a loss is what it is over all data at once: the mean of the batches'
+    values, weighted by what each of them was divided by, or their sum.
+
+    Args:
+        fn: (output, target) -> one number.
+        reduction: "mean" or "sum". What a mean divides by is measured where it is not given, and a
+            function that turns out to be a sum over samples is added up (see `Denominators`).
+        denominator: (output, target) -> number, what the mean over this batch divides by: the
+            number of samples, of labels that count, the sum of their weights.
     """
 
-    def __init__(self, fn: LossFn, reduction: str = "mean"):
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum'; got {reduction!r}")
+    def __init__(
+        self,
+        fn: LossFn,
+        reduction: str = "mean",
+        denominator: Callable[[Tensor, Any], float | Tensor] | None = None,
+    ):
+        check_reduction(reduction)
+        for name, function in (("loss_fn", fn), ("denominator", denominator)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function of (output, target); got {function!r}")
         self.fn = fn
         self.reduction = reduction
+        self.denominator = denominator
+        self._measured = Denominators(self.value)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether nothing but measurements tells what the mean divides by."""
+        known = type(self).weight is not Loss.weight or self.denominator is not None
+        return self.reduction == "mean" and not known
+
+    def fresh(self) -> Loss:
+        """The same loss for another pass over the data."""
+        other = copy.copy(self)
+        other._measured = Denominators(other.value)
+        return other
+
+    def state(self) -> list[Any]:
+        """What the loss depends on besides output and target."""
+        return [*parts(self.fn), *parts(self.denominator), self.reduction]
+
+    of_classes = False  # whether one dimension of the output holds classes
+
+    def class_dim(self, z: Tensor, y: Any, default: int | None = None) -> int:
+        """The dimension of z [N, ...] that has to become its dimension 1.
+
+        Args:
+            default: where the target does not tell.
+        """
+        return 1
 
     def value(self, z: Tensor, y: Any) -> Tensor:
         loss = self.fn(z, y)
@@ -59,7 +97,28 @@ class Loss:
         return loss.reshape(())
 
     def weight(self, z: Tensor, y: Any, size: int) -> float:
-        return float(size)
+        """What a batch of `size` samples weighs in the mean over all data; 0: it has no label.
+
+        Batches have to come in the order of the data, and every pass over the data needs a `Loss`
+        of its own: denominators are measured against the first batch.
+
+        Raises:
+            ValueError: the denominator is neither given nor can be measured.
+        """
+        if self.denominator is not None:
+            return self._given_denominator(z, y)
+        if self.reduction == "sum":
+            return float(size)
+        found = self._measured.weight(z, y, size)
+        self.reduction = self._measured.reduction or self.reduction
+        return found
+
+    def _given_denominator(self, z: Tensor, y: Any) -> float:
+        assert self.denominator is not None
+        found = float(self.denominator(z, y))
+        if not 0 <= found < math.inf:
+            raise ValueError(f"denominator must give a number of at least 0; it gave {found:g}")
+        return found
 
     def gradient(self, z: Tensor, y: Any) -> Tensor:
         """dL/dz, shaped as z."""
@@ -108,9 +167,17 @@ class Loss:
         The n rows of z are the samples, its first dimension.
         """
         size = z.shape[0] if z.ndim else 1
-        scale = float(size) if self.reduction == "mean" else 1.0
+        scale = self.per_sample(z, y, size)
         rows = self.gradient(z, y).reshape(size, -1) * scale
-        return rows, 1.0 / scale
+        return rows, 1.0 / (scale or 1.0)
+
+    def per_sample(self, z: Tensor, y: Any, size: int) -> float:
+        """What makes the gradient in one of `size` rows that of the row's own loss."""
+        if self.denominator is not None:
+            return self._given_denominator(z, y) if self.reduction == "mean" else 1.0
+        if self.reduction == "mean":
+            self.reduction = self._measured.of_samples(z, y)
+        return float(size) if self.reduction == "mean" else 1.0
 
     def sampled_residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
         """As `residual`, with targets drawn so that its expectation is the GGN.
@@ -141,220 +208,8 @@ class Loss:
         )
 
 
-class CrossEntropy(Loss):
-    """torch.nn.functional.cross_entropy with any of its options.
-
-    Per row with probabilities p the Hessian is a (diag(p) - p p^T), a = the row's share of the
-    loss; label smoothing, class weights, ignored and soft labels only change a.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ):
-        self.class_weight = weight
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        super().__init__(self._cross_entropy, reduction)
-
-    def _cross_entropy(self, z: Tensor, y: Any) -> Tensor:
-        _needs_target(y)
-        w = None if self.class_weight is None else self.class_weight.to(z)
-        return F.cross_entropy(
-            z,
-            y if y.is_floating_point() else y.long(),  # torch wants int64, and takes uint8 on CPUs
-            weight=w,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
-
-    def _row_scale(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """a [n] of every row before division by the denominator, and that denominator (0-d).
-
-        Without labels (y None), what is expected of them where the network draws them itself.
-        """
-        if z.ndim < 1 or not (y is None or isinstance(y, Tensor)):
-            raise ValueError("cross-entropy needs logits [N, C, ...] and a tensor of labels")
-        classes = z.shape[1] if z.ndim > 1 else z.shape[0]
-        w = self.class_weight
-        w = torch.ones(classes, dtype=z.dtype, device=z.device) if w is None else w.to(z)
-        smooth = self.label_smoothing
-        if y is None:
-            own = torch.softmax(self.rows(z[None])[0], -1) @ w
-            return (1 - smooth) * own + smooth / classes * w.sum(), own.sum()
-        if y.is_floating_point():
-            if y.shape != z.shape:
-                raise ValueError(
-                    f"soft labels must have the shape of the logits, {list(z.shape)}; got "
-                    f"{list(y.shape)} (class labels are integers; two batches without labels are "
-                    "[(x1, None), (x2, None)])"
-                )
-            soft = self.rows(y.to(z)[None])[0]
-            scale = ((1 - smooth) * soft + smooth / classes) @ w
-            return scale, scale.new_tensor(float(scale.numel()))
-        y = y.reshape(-1)
-        y = y.long()
-        kept = y != self.ignore_index
-        plain = self.class_weight is None
-        own = kept.to(w) if plain else w[y.where(kept, y.new_zeros(()))] * kept
-        scale = (1 - smooth) * own + smooth / classes * w.sum() * kept
-        return scale, own.sum()
-
-    def rows(self, u: Tensor) -> Tensor:
-        """[K, *z] with classes in dimension 1 of z -> [K, n, C]."""
-        if u.ndim == 2:
-            return u[:, None]
-        return u.flatten(1, -2) if u.ndim == 3 else u.movedim(2, -1).flatten(1, -2)
-
-    def unrows(self, u: Tensor, shape: torch.Size) -> Tensor:
-        if len(shape) <= 2:
-            return u.reshape(u.shape[0], *shape)
-        moved = (shape[0], *shape[2:], shape[1])
-        return u.reshape(u.shape[0], *moved).movedim(-1, 2)
-
-    def weight(self, z: Tensor, y: Any, size: int) -> float:
-        return float(self._row_scale(z.detach(), y)[1])
-
-    def scaled_rows(self, z: Tensor, y: Tensor) -> Tensor:
-        """a / denominator, [n]: what each row's diag(p) - p p^T is multiplied by."""
-        scale, denominator = self._row_scale(z, y)
-        return scale / denominator if self.reduction == "mean" else scale
-
-    def hessian(self, z: Tensor, y: Any) -> OutputHessian:
-        z = z.detach()
-        logits = self.rows(z[None])[0]
-        p = torch.softmax(logits, -1).contiguous()
-        scale, shape = self.scaled_rows(z, y), z.shape
-
-        def product(u: Tensor) -> Tensor:
-            rows = self.rows(u).contiguous()
-            cross_entropy_hvp_(rows, p, scale)
-            return self.unrows(rows, shape)
-
-        def quad(u: Tensor) -> Tensor:
-            return cross_entropy_quad(self.rows(u).contiguous(), p, scale)
-
-        return OutputHessian(product, quad)
-
-    def residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
-        # Every label is a sample of its own: positions of a sequence are not added up.
-        g = self.rows(self.gradient(z, y)[None])[0]
-        scale = float(self._row_scale(z, y)[1]) if self.reduction == "mean" else 1.0
-        if not scale:  # every label is ignored
-            return torch.zeros_like(g), 1.0
-        return g * scale, 1.0 / scale
-
-    def sampled_residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
-        # The row's own weight belongs to the given label. With that of the drawn label, squared,
-        # the expectation would be another matrix than the GGN, a (diag(p) - p p^T) in every row.
-        logits = self.rows(z.detach()[None])[0]
-        p = torch.softmax(logits, -1)
-        scale, denominator = self._row_scale(z.detach(), y)
-        drawn = F.one_hot(torch.multinomial(p, 1)[:, 0], p.shape[-1]).to(p)
-        whole = float(denominator) if self.reduction == "mean" else 1.0
-        return (p - drawn) * scale.sqrt()[:, None], 1.0 / (whole or 1.0)
-
-    def sample(self, z: Tensor, y: Any) -> Any:
-        logits = self.rows(z.detach()[None])[0]
-        return self._labels(torch.multinomial(torch.softmax(logits, -1), 1)[:, 0], z, y)
-
-    def predict(self, z: Tensor, y: Any) -> Any:
-        return self._labels(self.rows(z.detach()[None])[0].argmax(-1), z, y)
-
-    def _labels(self, labels: Tensor, z: Tensor, y: Any) -> Tensor:
-        shape = (z.shape[0], *z.shape[2:]) if z.ndim > 1 else ()
-        labels = labels.reshape(shape)
-        if isinstance(y, Tensor) and not y.is_floating_point():
-            labels = labels.where(y.reshape(shape) != self.ignore_index, self.ignore_index)
-        return labels
-
-
-class SquaredError(Loss):
-    """torch.nn.functional.mse_loss: mean or sum of (z - y)^2 over all entries."""
-
-    def __init__(self, reduction: str = "mean"):
-        super().__init__(self._squares, reduction)
-
-    def _squares(self, z: Tensor, y: Any) -> Tensor:
-        _needs_target(y)
-        return F.mse_loss(z, y, reduction=self.reduction)
-
-    def weight(self, z: Tensor, y: Any, size: int) -> float:
-        # torch divides by the number of entries, and samples may have more or fewer of them.
-        return float(_entries(z, y))
-
-    def hessian(self, z: Tensor, y: Any) -> OutputHessian:
-        # A target that z broadcasts against counts every entry of z so many times.
-        mean = self.reduction == "mean"
-        factor = 2.0 / max(z.numel(), 1) * (1 if mean else _entries(z, y))
-        return OutputHessian.of(lambda u: u * factor)
-
-    def sample(self, z: Tensor, y: Any) -> Any:
-        # The density with -log p = (z - y)^2 per sample mean: a Gaussian of variance d / 2.
-        size = max(z.shape[0] if z.ndim else 1, 1)
-        outputs = z.numel() / size if self.reduction == "mean" else _entries(z, y) / z.numel()
-        return z.detach() + torch.randn_like(z) * (outputs / 2) ** 0.5
-
-    def predict(self, z: Tensor, y: Any) -> Any:
-        return z.detach()
-
-
-def _entries(z: Tensor, y: Any) -> int:
-    """Entries of z - y; of z where there is no y."""
-    if not isinstance(y, Tensor):
-        return z.numel()
-    return torch.broadcast_shapes(z.shape, y.shape).numel()
-
-
-def _needs_target(y: Any) -> None:
-    if not isinstance(y, Tensor):
-        raise ValueError(
-            f"the loss needs labels, a tensor; got {type(y).__name__}: give data as batches (x, y)"
-        )
-
-
-def recognise(loss_fn: Any, reduction: str = "mean") -> Loss:
-    """The closed form behind `loss_fn`, where there is one; else autograd's.
-
-    The known losses are summed where either `reduction` or their own is "sum".
-    """
-    if isinstance(loss_fn, Loss):
-        return loss_fn
-    if loss_fn in ("cross_entropy", F.cross_entropy):
-        return CrossEntropy(reduction=reduction)
-    if loss_fn in ("mse", F.mse_loss):
-        return SquaredError(reduction=reduction)
-    if isinstance(loss_fn, functools.partial) and not loss_fn.args:
-        options = dict(loss_fn.keywords)
-        chosen = _either(options.pop("reduction", reduction), reduction)
-        if chosen in ("mean", "sum"):
-            if loss_fn.func is F.cross_entropy and not options.keys() - _CE_OPTIONS:
-                return CrossEntropy(reduction=chosen, **options)
-            if loss_fn.func is F.mse_loss and not options:
-                return SquaredError(chosen)
-    if type(loss_fn) is nn.CrossEntropyLoss and loss_fn.reduction in ("mean", "sum"):
-        return CrossEntropy(
-            loss_fn.weight,
-            loss_fn.ignore_index,
-            _either(loss_fn.reduction, reduction),
-            loss_fn.label_smoothing,
-        )
-    if type(loss_fn) is nn.MSELoss and loss_fn.reduction in ("mean", "sum"):
-        return SquaredError(_either(loss_fn.reduction, reduction))
-    if not callable(loss_fn):
-        raise TypeError(
-            "loss_fn must be a function of (output, target), 'cross_entropy' or 'mse'; got "
-            f"{loss_fn!r}"
-        )
-    return Loss(loss_fn, reduction)
-
-
-def _either(own: str, reduction: str) -> str:
-    return reduction if (own, reduction) == ("mean", "sum") else own
-
-
-_CE_OPTIONS = {"weight", "ignore_index", "label_smoothing"}
+def parts(fn: Any) -> list[Any]:
+    """A function; of a partial, what it was made of."""
+    if isinstance(fn, functools.partial):
+        return [fn.func, *fn.args, *fn.keywords.values()]
+    return [fn]

@@ -7,10 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fast.curvature.answers import class_dim
+from fast.curvature.data import Batch
 from fast.curvature.graph import graph_leaves
+from fast.curvature.losses import Loss
 from fast.curvature.memory import reuse_freed_pages
 from fast.curvature.scope import evaluation
 from fast.curvature.space import ParameterSpace
@@ -55,6 +59,7 @@ class Network:
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         embedded = sum(every[n].numel() for n in self.names if id(every[n]) in tables)
         self.mostly_embeddings = 2 * embedded > self.space.numel
+        self.class_dim: int | None = None
         self.uses_cudnn_rnn = self.space.device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.model.modules()
         )
@@ -85,6 +90,19 @@ class Network:
                 )
             out = logits
         return out
+
+    def answers(self, leaves: Mapping[str, Tensor], batch: Batch, loss: Loss) -> tuple[Tensor, Any]:
+        """Output and target of a batch, laid out as the loss wants them."""
+        z = self.outputs(leaves, batch.inputs)
+        return laid_out(z, batch.target, loss.class_dim(z, batch.target, self.class_dim))
+
+    def look_for_classes(self, batch: Batch, loss: Loss) -> None:
+        """Find out where outputs have their classes, which a batch without labels does not tell."""
+        if batch.target is not None or self.class_dim is not None or not loss.of_classes:
+            return
+        with self.scope(0, differentiable_twice=False), torch.no_grad():
+            z = self.outputs(self.leaves(), batch.inputs)
+            self.class_dim = class_dim(self.model, z, batch.inputs)
 
     @contextlib.contextmanager
     def scope(self, index: int, *, differentiable_twice: bool) -> Iterator[None]:
@@ -125,6 +143,14 @@ class Network:
 
     def names_by_id(self) -> dict[int, str]:
         return {id(p): n for n, p in self.model.named_parameters()}
+
+
+def laid_out(z: Tensor, y: Any, dim: int) -> tuple[Tensor, Any]:
+    """Output and target with dimension `dim` as dimension 1."""
+    if dim == 1:
+        return z, y
+    soft = isinstance(y, Tensor) and y.ndim == z.ndim
+    return z.movedim(dim, 1), y.movedim(dim, 1) if soft else y
 
 
 def mask_seed(seed: int, index: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fast.curvature.arguments import check_finite
 from fast.curvature.space import Blocks, ParameterSpace, Vectors, dot
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class SymmetricOperator(abc.ABC):
 
     def damped(self, damping: float) -> SymmetricOperator:
         """A + damping * I."""
+        check_finite(damping=damping)
         return Sum(self, Identity(self.space) * damping)
 
     def __add__(self, other: SymmetricOperator) -> SymmetricOperator:
@@ -177,6 +179,7 @@ class SymmetricOperator(abc.ABC):
     def __mul__(self, factor: float) -> SymmetricOperator:
         if not isinstance(factor, int | float):
             return NotImplemented
+        check_finite(factor=factor)
         return Scaled(self, float(factor))
 
     __rmul__ = __mul__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,19 +16,17 @@ from fast.curvature.scope import ATTENTION
 # Bytes of per-sample gradients held at a time.
 SAMPLE_BYTES = 256 * 2**20
 
-# z -> (cotangent shaped as z, factor of the squares, weight of the batch)
-Cotangent = Callable[[Tensor], tuple[Tensor, float, float]]
-
 
 def squared_sample_gradients(
-    network: Network, batch: Batch, cotangent: Cotangent
-) -> tuple[list[Tensor], float]:
-    """factor * sum over samples of (J_i^T c_i)^2, elementwise, one tensor per parameter."""
+    network: Network, leaves: Mapping[str, Tensor], batch: Batch, cotangent: Tensor
+) -> list[Tensor]:
+    """Sum over samples of (J_i^T c_i)^2, elementwise, one tensor per parameter.
+
+    Args:
+        leaves: all parameters.
+        cotangent: shaped as the output.
+    """
     with ATTENTION:  # vmap has no rule for the fused kernels
-        leaves = network.leaves()
-        with torch.no_grad():
-            z = network.outputs(leaves, batch.inputs)
-        c, factor, weight = cotangent(z)
         chosen = {n: leaves[n].detach() for n in network.names}
         fixed = {n: p.detach() for n, p in leaves.items() if n not in chosen}
         tensors, spec = pytree.tree_flatten(batch.inputs)
@@ -53,7 +51,7 @@ def squared_sample_gradients(
         together = True
         for start in range(0, batch.size, chunk):
             part = slice(start, start + chunk)
-            given = (c[part], *(s[part] for s in samples))
+            given = (cotangent[part], *(s[part] for s in samples))
             if together:
                 try:
                     grads = batched(*given)
@@ -67,5 +65,4 @@ def squared_sample_gradients(
                 grads = {n: torch.stack([g[n] for g in singles]) for n in network.names}
             for t, g in zip(total, grads.values(), strict=True):
                 t += torch.linalg.vecdot(g, g, dim=0)
-        torch._foreach_mul_(total, factor)
-        return total, weight
+        return total

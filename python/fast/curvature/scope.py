@@ -137,8 +137,8 @@ class ExactForms(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch._weight_norm:
-            return _weight_norm(*args, **kwargs)
+        if (exact := _EXACT.get(func)) is not None:
+            return exact(*args, **kwargs)
         if func is F.embedding or func is F.embedding_bag:
             kwargs = _plain_embedding(func, args, kwargs)
             args = ()
@@ -150,6 +150,31 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     dims = [d for d in range(v.ndim) if d != dim % v.ndim] if dim != -1 else list(range(v.ndim))
     return v * (g / v.square().sum(dims, keepdim=True).sqrt())
 
+
+def _logaddexp(input: Tensor, other: Tensor) -> Tensor:
+    """log(e^a + e^b): torch's own second derivative of this is NaN where b - a is large."""
+    return input - F.logsigmoid(input - other)
+
+
+def _logcumsumexp(input: Tensor, dim: int) -> Tensor:
+    """By doubling steps: torch's own second derivative takes logarithms of the first one."""
+    length, step = input.shape[dim] if input.ndim else 1, 1
+    while step < length:
+        start, rest = input.narrow(dim, 0, step), length - step
+        input = torch.cat(
+            [start, _logaddexp(input.narrow(dim, step, rest), input.narrow(dim, 0, rest))], dim
+        )
+        step *= 2
+    return input
+
+
+_EXACT: dict[Any, Callable[..., Tensor]] = {
+    torch._weight_norm: _weight_norm,
+    torch.logaddexp: _logaddexp,
+    Tensor.logaddexp: _logaddexp,
+    torch.logcumsumexp: _logcumsumexp,
+    Tensor.logcumsumexp: _logcumsumexp,
+}
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq",
               "sparse")  # fmt: skip

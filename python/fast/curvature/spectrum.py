@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fast.curvature.arguments import check_whole
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.probes import probe_block, require_finite
 from fast.curvature.progress import bar
@@ -27,8 +28,8 @@ class Spectrum:
     trace of f(A).
     """
 
-    nodes: Tensor
-    weights: Tensor
+    nodes: Tensor = field(repr=False)
+    weights: Tensor = field(repr=False)
     size: int
 
     def expectation(self, function: Any) -> tuple[float, float]:
@@ -84,6 +85,7 @@ def spectrum(
     reorthogonalised, which holds num_lanczos_steps vectors of P numbers per probe.
     """
     size = operator.shape[0]
+    check_whole(num_probes=num_probes, num_lanczos_steps=num_lanczos_steps, seed=seed)
     if num_probes < 1 or num_lanczos_steps < 1:
         raise ValueError(
             f"num_probes and num_lanczos_steps must be at least 1; got {num_probes}, "

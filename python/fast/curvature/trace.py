@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fast.curvature.arguments import check_whole
 from fast.curvature.operator import SymmetricOperator
 from fast.curvature.probes import draw_probes, require_finite
 from fast.curvature.progress import bar
@@ -50,6 +51,7 @@ def trace(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}; got {method!r}")
     least = 6 if method == "hutch++" else 2
+    check_whole(num_matvecs=num_matvecs, seed=seed)
     if num_matvecs < least:
         raise ValueError(
             f"num_matvecs must be at least {least} with {method}, for an error estimate; got "
@@ -96,6 +98,7 @@ def block_traces(
     Args:
         blocks: name -> names of parameters, e.g. one layer's.
     """
+    check_whole(num_matvecs=num_matvecs, seed=seed)
     if num_matvecs < 2:
         raise ValueError(f"num_matvecs must be at least 2, for an error; got {num_matvecs}")
     place = {name: i for i, name in enumerate(operator.space.names)}

@@ -117,19 +117,19 @@ def undrawn(found: Landscape) -> int:
     pairs = [
         pair
         for path in found.paths
-        for forecast in (path.forecast, path.card_forecast)
+        for forecast in ([*path.forecast], path.card_shown)
         for pair in list(zip(path.rise, forecast, strict=True))[1:]
     ]
-    return sum(not min(pair) > SMALLEST_RISE for pair in pairs)
+    return sum(f is not None and not min(m, f) > SMALLEST_RISE for m, f in pairs)
 
 
 def _forecast_panel(axis: Any, found: Landscape) -> None:
     drawn: list[float] = []
     for i, path in enumerate(found.paths):
         colour, marker = colour_of(path.name, i), MARKERS[i % len(MARKERS)]
-        for forecast, full in ((path.forecast, True), (path.card_forecast, False)):
+        for forecast, full in (([*path.forecast], True), (path.card_shown, False)):
             pairs = zip(path.rise, forecast, strict=True)
-            points = [(m, f) for m, f in pairs if m > SMALLEST_RISE and f > SMALLEST_RISE]
+            points = [(m, f) for m, f in pairs if f is not None and min(m, f) > SMALLEST_RISE]
             if not points:
                 continue
             drawn += [v for pair in points for v in pair]

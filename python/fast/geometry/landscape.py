@@ -99,7 +99,8 @@ def landscape(
                 stiff_share=_shares(d, stiff.vectors.cpu()),
                 rise=[loss - before for loss in rise],
                 forecast=forecast,
-                card_forecast=by_card,
+                card_forecast=[nats for nats, _ in by_card],
+                card_reaches=[within for _, within in by_card],
                 **{name: [row.get(name) for row in path.history] for name in MEASURED},
             )
         )
@@ -183,7 +184,7 @@ def _second_order(operator: NetworkOperator, gradient: Tensor, d: Tensor) -> lis
 
 def _along(
     walker: Walker, path: WeightPath, source: Data, card: SourceCard
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[float], list[tuple[float, bool]]]:
     """Source loss at each of the path's weights, and what the card forecasts to be its rise."""
     losses, forecasts = [], []
     for weights in path.weights:

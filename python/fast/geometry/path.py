@@ -31,10 +31,10 @@ class WeightPath:
 
     name: str
     steps: list[int]
-    weights: Tensor
-    parameters: tuple[str, ...]
-    model: nn.Module
-    history: list[dict[str, Any]] = field(default_factory=list)
+    weights: Tensor = field(repr=False)
+    parameters: tuple[str, ...] = field(repr=False)
+    model: nn.Module = field(repr=False)
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 class PathRecorder:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-@dataclass
+@dataclass(repr=False)
 class PathGeometry:
     """One run in the landscape; lists have one entry for each kept step, unless said otherwise.
 
@@ -24,7 +24,11 @@ class PathGeometry:
             evaluations.
         rise: of the source loss since w0, measured, nats.
         forecast: the same by the exact product, `g.d + 1/2 d^T G d`.
-        card_forecast: by the diagonal of a source card, as it is calibrated before a run.
+        card_forecast: by the diagonal of a source card, as it is calibrated before a run: on steps
+            like Adam's first ones, which cost more than those of a run that turns or is held to
+            its source.
+        card_reaches: whether the card was calibrated on steps that far; beyond, its forecast is
+            extrapolated, and neither shown nor counted.
         target_loss, target_accuracy, source_accuracy: as the run measured them (None: it did not),
             with its own head and all its validation data.
     """
@@ -39,9 +43,19 @@ class PathGeometry:
     rise: list[float]
     forecast: list[float]
     card_forecast: list[float]
+    card_reaches: list[bool]
     target_loss: list[float | None]
     target_accuracy: list[float | None]
     source_accuracy: list[float | None]
+
+    def __repr__(self) -> str:
+        return f"PathGeometry({self.name!r}, {len(self.steps)} steps, drift {self.drift[-1]:.3g})"
+
+    @property
+    def card_shown(self) -> list[float | None]:
+        """`card_forecast`, None where the card does not reach."""
+        pairs = zip(self.card_forecast, self.card_reaches, strict=True)
+        return [nats if within else None for nats, within in pairs]
 
     @property
     def mean_stiff_share(self) -> float | None:
@@ -50,7 +64,7 @@ class PathGeometry:
         return math.sqrt(sum(s * s for s in known) / len(known)) if known else None
 
 
-@dataclass
+@dataclass(repr=False)
 class Landscape:
     """Plain data of `landscape`: numbers, lists and strings only.
 
@@ -84,11 +98,25 @@ class Landscape:
     target_samples: int
     paths: list[PathGeometry] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        names = ", ".join(p.name for p in self.paths)
+        return f"Landscape({len(self.x)} x {len(self.y)} points, paths {names})"
+
     def correlation(self, kind: str = "forecast") -> float | None:
-        """Pearson's, of forecast ("forecast" or "card_forecast") and measured rise over all steps;
-        None where it is not defined."""
-        pairs = [(a, b) for p in self.paths for a, b in zip(getattr(p, kind), p.rise, strict=True)]
-        table = torch.tensor(pairs, dtype=torch.float64).T
+        """Pearson's, of forecast and measured rise over all steps; None where it is not defined.
+
+        Args:
+            kind: "forecast", or "card_forecast" (as far as the card reaches).
+        """
+        pairs = [
+            (forecast, rise)
+            for p in self.paths
+            for forecast, rise in zip(
+                p.card_shown if kind == "card_forecast" else p.forecast, p.rise, strict=True
+            )
+            if forecast is not None
+        ]
+        table = torch.tensor(pairs, dtype=torch.float64).view(-1, 2).T
         if table.shape[1] < 3 or not (table.std(1) > 0).all():
             return None
         return float(torch.corrcoef(table)[0, 1])

@@ -82,9 +82,10 @@ class Walker:
         samples = (data.inputs, data.labels)
         return SourceCard.estimate(self.model, samples, seed=seed)
 
-    def forecast(self, card: SourceCard) -> float:
-        """What `card` says that has been lost here, in nats."""
-        return card.forecast(self.params)
+    def forecast(self, card: SourceCard) -> tuple[float, bool]:
+        """What `card` says that has been lost here, in nats; whether it was calibrated so far."""
+        energy = card.energy(self.params)
+        return card.calibration.nats(energy), card.calibration.reaches(energy)
 
 
 def subset(data: Any, name: str, samples: int, seed: int) -> Data:

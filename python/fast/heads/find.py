@@ -216,7 +216,8 @@ def _most_likely(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadL
     # Something follows the layer (a log-softmax, a mean over positions): the last one of that
     # width.
     for module, _ in reversed(calls):
-        if logits.dim() > 1 and classes_of(module) == logits.shape[1]:
+        width = classes_of(module)
+        if logits.dim() > 1 and width in (logits.shape[1], logits.shape[-1]):
             return module
     # A head padded to a round number of classes, of which the first are the logits.
     for module, output in reversed(calls):

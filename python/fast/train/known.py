@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fast.curvature.answers import SourceInputs
+from fast.curvature.answers import SourceInputs, source_answers
 from fast.errors import first_line
 from fast.heads import evaluating, forward_logits, pick, source_task
 from fast.inputs import check_finite_inputs, leaves, taking
@@ -78,7 +78,8 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
 
 def classes_of_source(model: nn.Module, samples: SourceInputs) -> int:
     """Number of classes that the source head can answer."""
-    return _try(model, samples).shape[1]
+    device = next(model.parameters()).device
+    return source_answers(model, samples.part(0, 2).to(device)).shape[1]
 
 
 def _tensors(data: Any) -> Any:

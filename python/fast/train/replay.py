@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.answers import SourceInputs, source_answers
+from fast.curvature.answers import SourceInputs, classes_second, source_answers
 from fast.heads import forward_logits, source_task
 from fast.train.data import Data, TrainBatches
 from fast.train.known import LIMIT, classes_of_source
@@ -64,6 +64,6 @@ def replay_loss(model: nn.Module, inputs: Any, answers: Tensor) -> Tensor:
         answers: classes `[B]`, or probabilities in the shape of the source logits.
     """
     with source_task(model):
-        logits = forward_logits(model, inputs).float()
+        logits = classes_second(model, forward_logits(model, inputs).float(), inputs)
     per_sample = F.cross_entropy(logits, answers, reduction="none")
     return per_sample.flatten(1).mean(1).sum() if per_sample.dim() > 1 else per_sample.sum()

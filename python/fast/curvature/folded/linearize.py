@@ -54,18 +54,18 @@ class _Folded:
             }
             self.param_slots = [recorder.activate(p) for p in params]
             with stop_gradients(lambda t: recorder.slots.pop(t, None)), recorder:
-                z = network.outputs(leaves, batch.inputs)
+                z, y = network.answers(leaves, batch, loss)
             self.output_shape = z.shape
             self.output_slot = recorder.slot(z)
             if z.requires_grad != (self.output_slot is not None):
                 raise UnsupportedOperation("the custom autograd function that makes the output")
             detached = z.detach()
-            self.weight = loss.weight(detached, batch.target, batch.size)
-            self.curvature = curvature(detached, batch)
+            self.answers, self.weight = (detached, y), 0.0
+            self.curvature = curvature(loss, detached, y)
             # Of a GGN's only the shape matters, and there may be no label to have one from.
             cotangent = torch.zeros_like(detached)
             if self.exact:
-                cotangent = loss.gradient(detached, batch.target)
+                cotangent = loss.gradient(detached, y)
             recorder.forward = False
             if self.exact:
                 backward = forward
