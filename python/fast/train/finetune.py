@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fast.curvature.card import SourceCard
+from fast.errors import did_you_mean
 from fast.train.config import TrainConfig
 from fast.train.data import Transform
 from fast.train.result import Result
+from fast.train.run_folder import RunFolder
 from fast.train.seeding import seeded
 from fast.train.trainer import Trainer
 from fast.train.undo import Untouched
+
+_running = threading.RLock()
 
 
 def finetune(
@@ -73,15 +80,15 @@ def finetune(
 
     Raises:
         ValueError, TypeError: an option, the data or the model does not fit; the message names it.
-        FileNotFoundError: nothing to resume from.
+        FileNotFoundError: nothing to resume from; or the folder of the run is no longer there.
+        RuntimeError: another thread of this process is in here.
         FloatingPointError: the run diverged: a loss, a weight or an answer is NaN or infinite.
     """
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise TypeError(
-            f"finetune got unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
-        )
+        hint = did_you_mean(unknown[0], known) or f". Known: {', '.join(sorted(known))}"
+        raise TypeError(f"finetune got unknown options: {', '.join(unknown)}{hint}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     config = TrainConfig(
@@ -94,8 +101,28 @@ def finetune(
         seed=seed,
         **options,
     )
-    with seeded(seed), Untouched(model, weights=config.resume is not None) as untouched:
+    with (
+        _alone(),
+        seeded(seed),
+        Untouched(model, weights=config.resume is not None) as untouched,
+        RunFolder(config) if config.output or config.resume else nullcontext() as folder,
+    ):
         trainer = Trainer(
-            config, model, train, val, source, num_classes, transform, card, source_inputs
+            config, model, train, val, source, num_classes, transform, card, source_inputs, folder
         )
         return trainer.run(untouched.keep)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Raise RuntimeError where another thread is in here: a run seeds the generators of the whole
+    process."""
+    if not _running.acquire(blocking=False):
+        raise RuntimeError(
+            "another thread of this process is in fast.finetune, and both would draw from the same "
+            "random generators: run one after the other, or each in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _running.release()

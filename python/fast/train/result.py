@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from fast.curvature.network import unwrap
-from fast.files import atomic_file, to_json, write_json
+from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import fold_head, source_norms, task_head
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
 from fast.train.logs import HISTORY_FILE
-from fast.train.saved import SOURCE_NORMS_FILE
+from fast.train.run_folder import is_going_on, options_of
+from fast.train.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Result:
         config: the options of the run, as they were given.
         lr: the peak learning rate of the backbone.
         source_accuracy_before: of the pretrained network, before anything was changed.
+        run: id of the run, where it had a folder.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Result:
     source_accuracy_before: float | None = None
     classes: list[str] | None = field(default=None)
     chosen: dict[str, Any] | None = None
+    run: str | None = None
 
     @property
     def final(self) -> dict[str, Any]:
@@ -68,16 +71,23 @@ class Result:
         and a bias in its head (the mean of the features becomes part of it);
         `source_head.safetensors` holds weight and bias of the layer that it replaced, and
         `source_norms.safetensors` the source's batch norms where each task has its own;
-        `config.json`, `result.json` and `history.jsonl` hold options, accuracies and history.
+        `config.json`, `result.json` and `history.jsonl` hold options, accuracies and history;
+        `manifest.json` the hashes of all.
 
         Returns:
             the folder.
+
+        Raises:
+            ValueError: a run is going on there.
         """
         folder = Path(folder)
+        if is_going_on(folder):
+            raise ValueError(f"{folder}: a run is going on there; name another folder")
+        clear_unfinished(folder)
         model = unwrap(self.model)
         head = task_head(model)
         if head is not None:
-            with atomic_file(folder / "source_head.safetensors") as path:
+            with atomic_file(folder / SOURCE_HEAD_FILE) as path:
                 save_tensors(dict(head.source.state_dict()), path)
         norms = source_norms(model)
         if norms:
@@ -85,7 +95,7 @@ class Result:
                 save_tensors(norms, path)
         else:  # of a run before
             (folder / SOURCE_NORMS_FILE).unlink(missing_ok=True)
-        with atomic_file(folder / "model.safetensors") as path:
+        with atomic_file(folder / MODEL_FILE) as path:
             save_tensors(dict(fold_head(copy.deepcopy(model)).state_dict()), path)
         write_json(folder / "config.json", dataclasses.asdict(self.config))
         write_json(
@@ -100,4 +110,5 @@ class Result:
         )
         with atomic_file(folder / HISTORY_FILE) as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
+        write_manifest(folder, self.run, options_of(self.config))
         return folder

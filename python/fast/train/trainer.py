@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 import time
@@ -17,22 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from fast.curvature.card import SourceCard
-from fast.files import write_json
+from fast.files import reading
 from fast.heads import forward_logits, has_batch_norm, pick, source_task, task_head
 from fast.inputs import taking
 from fast.train.average import Average
-from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
+from fast.train.checkpoint import Facts, State, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.finite import check_finite, warn_diverged
 from fast.train.function_pull import shares
+from fast.train.generators import find_generators
 from fast.train.head_start import head_is_last
-from fast.train.identity import card_identity, data_identity, model_identity
+from fast.train.identity import (
+    card_identity,
+    code_identity,
+    data_identity,
+    environment,
+    model_identity,
+)
+from fast.train.interrupt import Interruption
 from fast.train.job import Job
 from fast.train.labels import check_labels
-from fast.train.logs import RunLog, progress_bar, summary
+from fast.train.logs import History, RunLog, progress_bar, read_history, summary
 from fast.train.loss import Loss, class_weights
 from fast.train.methods import METHODS, plan_for, rehearse_weight
 from fast.train.metrics import Evaluator, Score, evaluate
@@ -41,7 +48,7 @@ from fast.train.protect import Protection, hold_back, make_card
 from fast.train.rehearse import joined, places_for
 from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
-from fast.train.resume import CONFIG_FILE, check_folder
+from fast.train.run_folder import RunFolder, options_of, run_of
 from fast.train.schedule import lr_factor
 
 DEFAULT_EPOCHS = 3
@@ -64,8 +71,9 @@ class Trainer:
         transform: Transform | None,
         card: SourceCard | str | Path | None = None,
         source_inputs: Any = None,
+        folder: RunFolder | None = None,
     ) -> None:
-        self.config, self.transform = config, transform
+        self.config, self.transform, self.folder = config, transform, folder
         self.train_data = as_data(train, "train")
         self.val = None if val is None else as_data(val, "val")
         self.source: Data | Evaluator | None = source
@@ -78,10 +86,6 @@ class Trainer:
         if config.patience is not None and self.val is None:
             raise ValueError("patience needs val: early stopping watches the validation accuracy")
 
-        self.folder: Path | None = None
-        if config.output or config.resume:
-            self.folder = Path(config.output or str(config.resume))
-            check_folder(config, self.folder)
         self.device = pick_device(config.device)
         self.batches = TrainBatches(self.train_data, config.batch_size, config.seed)
         self.batch_size = self.batches.given_size or config.batch_size
@@ -103,8 +107,12 @@ class Trainer:
         self.model = model.to(self.device)
         self.identity: dict[str, str | None] = {}
         if self.folder is not None:
-            self.identity = {
-                "pretrained weights": model_identity(model),
+            self.environment = environment(self.device, transform)
+            self.generators = find_generators(
+                train=train, val=val, source=source, transform=transform, model=model
+            )
+            self.identity = code_identity(model, transform) | {
+                "pretrained weights (hash)": model_identity(model),
                 "training data (hash)": data_identity(self.train_data),
                 "validation data (hash)": data_identity(self.val),
                 "source data (hash)": data_identity(self.source),
@@ -114,7 +122,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype == torch.float16
         )
-        self.stopping = EarlyStopping(config.patience, self.folder)
+        self.stopping = EarlyStopping(config.patience)
         self._began: Callable[[], None] = lambda: None
         self.started = time.monotonic()
 
@@ -211,9 +219,8 @@ class Trainer:
         try:
             first, history, losses = self._resume()
             if self.folder is not None:
-                clear_unfinished(self.folder)
-                write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
-            log = RunLog(self.folder, history)
+                self.folder.start()
+            log = RunLog(self.folder.path if self.folder else None, history)
             bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
             self._train(first, losses, log, bar)
         finally:
@@ -232,6 +239,7 @@ class Trainer:
             lr=self.lr,
             source_accuracy_before=self.before.accuracy if self.before else None,
             chosen=self.stopping.best,
+            run=self.folder.run if self.folder else None,
         )
 
     def _train(self, first: int, losses: list[Tensor], log: RunLog, bar: Any) -> None:
@@ -240,21 +248,28 @@ class Trainer:
                 log.add(self._record(0, []))
             stream = self.stream(first)
             self.model.train()
-            for step in range(first, self.steps):
-                if self.stopping.stop:
-                    break
-                losses.append(self.advance(step, next(stream)))
-                bar.update()
-                done = step + 1
-                if done % self.eval_every == 0 or done == self.steps:
-                    with self._averaged(done):
-                        record = self._record(done, losses)
-                        self.stopping.update(record, self.model)
-                    losses = []
-                    log.add(record)
-                    bar.set_postfix(summary(record))
-                if self._saves_at(done):
-                    self._save(done, log.history, losses)
+            # Without a folder there is nothing to save, and nothing to wait for.
+            with Interruption() if self.folder else nullcontext() as interruption:
+                for step in range(first, self.steps):
+                    if self.stopping.stop:
+                        break
+                    losses.append(self.advance(step, next(stream)))
+                    bar.update()
+                    done = step + 1
+                    if done % self.eval_every == 0 or done == self.steps:
+                        if self.folder:
+                            self.folder.check()
+                        with self._averaged(done):
+                            record = self._record(done, losses)
+                            self.stopping.update(record, self.model)
+                        losses = []
+                        log.add(record)
+                        bar.set_postfix(summary(record))
+                    stop = interruption is not None and interruption.waiting
+                    if stop or self._saves_at(done):
+                        self._save(done, log, losses)
+                    if interruption is not None:
+                        interruption.deliver()
         finally:
             bar.close()
             log.close()
@@ -386,7 +401,8 @@ class Trainer:
 
     def _check_finite(self, step: int, losses: list[Tensor]) -> float | None:
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return check_finite(step, losses, weights, self.lr, self.folder)
+        folder = self.folder.path if self.folder else None
+        return check_finite(step, losses, weights, self.lr, folder)
 
     def _source_score(self) -> Score | None:
         if self.source is None:
@@ -403,45 +419,51 @@ class Trainer:
             return False
         return done % (self.config.save_every or self.eval_every) == 0 or done == self.steps
 
-    def _save(self, step: int, history: list[dict[str, Any]], losses: list[Tensor]) -> None:
+    def _save(self, step: int, log: RunLog, losses: list[Tensor]) -> None:
         assert self.folder is not None
         self._check_finite(step, losses)  # it takes the place of a good one
+        self.folder.check()
         record = {
-            "history": history,
+            "history": log.state(),
             "losses": [float(x) for x in losses],
             "stopping": self.stopping.state(),
             "seconds": time.monotonic() - self.started,
             "scaler": self.scaler.state_dict(),
             "protection": self.protection.state(),
             "function_pull": self.function_pull.state() if self.function_pull else {},
-            "job": self._job(),
         }
-        averages = self.average.state() if self.average else {}
-        save_checkpoint(self.folder, step, self.model, self.optimizer, record, averages)
+        facts, best = self._facts(self.folder.run), self.stopping.tensors()
+        save_checkpoint(self.folder.path, step, self._state(), facts, record, best)
 
-    def _resume(self) -> tuple[int, list[dict[str, Any]], list[Tensor]]:
+    def _resume(self) -> tuple[int, History | None, list[Tensor]]:
         """(steps done, history so far, losses since its last record)."""
-        if self.config.resume is None:
-            return 0, [], []
-        folder = Path(self.config.resume)
-        job, averages = self._job(), self.average.state() if self.average else {}
-        step, record = load_checkpoint(folder, self.model, self.optimizer, job, averages)
-        self.stopping.load(record["stopping"], folder)
-        self.started -= record.get("seconds", 0.0)
-        self.scaler.load_state_dict(record["scaler"])
-        self.protection.load(record["protection"])
-        if self.function_pull:
-            self.function_pull.load(record["function_pull"])
-        losses = [torch.tensor(x, device=self.device) for x in record["losses"]]
-        return step, record["history"], losses
+        if self.folder is None or self.folder.source is None:
+            return 0, None, []
+        source = self.folder.source
+        facts = self._facts(run_of(source))
+        file, step, record, best = load_checkpoint(source, self._state(), facts, self.steps)
+        with reading(file):
+            self.stopping.load(record["stopping"], best)
+            self.started -= float(record["seconds"])
+            self.scaler.load_state_dict(record["scaler"])
+            self.protection.load(record["protection"])
+            if self.function_pull:
+                self.function_pull.load(record["function_pull"])
+            losses = [torch.tensor(float(x), device=self.device) for x in record["losses"]]
+        return step, read_history(source, record["history"]), losses
 
-    def _job(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it goes on from, besides its options."""
-        return {
+    def _state(self) -> State:
+        averages = self.average.state() if self.average else {}
+        return State(self.model, self.optimizer, averages, self.generators)
+
+    def _facts(self, run: str) -> Facts:
+        """What a resumed run must share with the one it goes on from."""
+        job = {
             "training samples": self.train_data.num_samples,
             "classes": self.num_classes,
             **self.identity,
         }
+        return Facts(run, options_of(self.config), job, self.environment)
 
 
 def _classes(train: Data, given: int | None) -> int:
