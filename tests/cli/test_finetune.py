@@ -227,8 +227,7 @@ def test_resume_takes_no_other_options(job):
 def test_sizes_are_at_least_one(job, name):
     code, _, err = job.fast("finetune", *job.args, f"--{name}", 0)
     assert code == 2
-    last = err.splitlines()[-1]
-    assert last.endswith(f"argument --{name}: a whole number, at least 1, not '0'")
+    assert f"error: argument --{name}: a whole number, at least 1, not '0'" in err
 
 
 def test_output_is_never_overwritten(job):
@@ -318,13 +317,9 @@ def test_a_run_without_a_checkpoint_leaves_nothing_and_can_be_run_again(
     (job.folder / "empty").mkdir()
     with monkeypatch.context() as patch:
         fail_at(patch, 5, error)
-        if isinstance(error, RuntimeError):
-            with pytest.raises(RuntimeError):
-                job.fast("finetune", *job.args, *RUN[:-1], output)
-        else:
-            code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)
-            assert code in (2, 130)
-            assert "--resume" not in err
+        code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)
+        assert code in (1, 2, 130)
+        assert "--resume" not in err
     assert not (job.folder / "new").exists()
     assert list((job.folder / "empty").iterdir()) == []
     code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.cli.job import check_kinds, data_columns, image_format, prepare, try_forward
+from fast.errors import printable
 from fast.train.data import Data, as_data, move
 from fast.train.device import pick_device
 from fast.train.labels import check_labels
@@ -64,7 +65,7 @@ def losses_of(args: argparse.Namespace) -> list[LossOf]:
             )
     networks = _networks(args, loaded, next(iter(data.values())))
     for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     found = []
     for name, network in networks.items():
         if name in data:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast.errors import printable
 from fast.train.images import ImageFormat, is_image_split, prepare_images
 from fast.train.known import LIMIT
 from fast.train.models import LoadedModel, load_model
@@ -88,7 +89,7 @@ def load_job(args: argparse.Namespace) -> Job:
             )
     loaded.notes += _gaps(args, target)
     for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     return Job(
         loaded,
         ready["train"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from fast.curvature.card import SourceCard
 from fast.errors import did_you_mean
-from fast.train.config import TrainConfig
+from fast.train.config import Budget, TrainConfig
 from fast.train.data import Transform
 from fast.train.result import Result
 from fast.train.run_folder import RunFolder
@@ -101,6 +102,7 @@ def finetune(
         seed=seed,
         **options,
     )
+    _note_budget(config)
     with (
         _alone(),
         seeded(seed),
@@ -111,6 +113,16 @@ def finetune(
             config, model, train, val, source, num_classes, transform, card, source_inputs, folder
         )
         return trainer.run(untouched.keep)
+
+
+def _note_budget(config: TrainConfig) -> None:
+    budget = None if config.forget_budget is None else Budget.parse(config.forget_budget)
+    if budget and not budget.points and budget.amount >= 1:
+        warnings.warn(
+            f"forget_budget {budget} lets the source loss rise by as much; points of accuracy "
+            f"are written '{budget.amount:g}%'",
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from fast.train.identity import (
 )
 from fast.train.interrupt import Interruption
 from fast.train.job import Job
-from fast.train.labels import check_labels
+from fast.train.labels import MOST_CLASSES, check_labels
 from fast.train.logs import History, RunLog, progress_bar, read_history, summary
 from fast.train.loss import Loss, class_weights
 from fast.train.methods import METHODS, plan_for, rehearse_weight
@@ -470,6 +470,9 @@ def _classes(train: Data, given: int | None) -> int:
     if given is None:
         return train.infer_num_classes()
     try:
-        return operator.index(given)
+        count = operator.index(given)
     except TypeError as error:
         raise TypeError(f"num_classes must be a whole number; got {given!r}") from error
+    if not 1 <= count <= MOST_CLASSES:
+        raise ValueError(f"num_classes must be in 1..{MOST_CLASSES}; got {count}")
+    return count
