@@ -63,9 +63,18 @@ def test_version(capsys):
         ([], "the following arguments are required: COMMAND (fast --help lists the options)"),
         (["fintune"], "no command 'fintune'; did you mean finetune? (fast --help)"),
         (["zzz"], "no command 'zzz'; there are finetune, compare, "),
-        (["finetune", "--steps", "x"], "argument --steps: invalid int value: 'x' (fast finetune --"),
-        (["finetune", "--modle", "x"], "arguments: --modle x; did you mean --model? (fast finetune"),
-        (["finetune", "--method", "lora"], "argument --method: invalid choice: 'lora' (choose from"),
+        (
+            ["finetune", "--steps", "x"],
+            "argument --steps: invalid int value: 'x' (fast finetune --",
+        ),
+        (
+            ["finetune", "--modle", "x"],
+            "arguments: --modle x; did you mean --model? (fast finetune",
+        ),
+        (
+            ["finetune", "--method", "lora"],
+            "argument --method: invalid choice: 'lora' (choose from",
+        ),
         (["env", "--nope\x1b[2J"], "unrecognized arguments: --nope\\x1b[2J (fast env --help"),
     ],
 )

@@ -182,6 +182,7 @@ def load_checkpoint(
     if best:
         own = {BEST + name: value for name, value in state.model.state_dict().items()}
         _check_tensors(path / TRAINING_FILE, best, own)
+        best = {name: best[name] for name in own}
     if sorted(generators) != sorted(state.generators):
         raise ValueError(
             f"{path} is of another job: the data, transform and network held the generators "

@@ -51,13 +51,12 @@ class RunFolder:
         self.source = Path(config.resume) if config.resume else None
         _check(config, self.path, self.source)
         check_writable(self.path, "output" if config.output else "resume")
+        goes_on = self.source if self.goes_on else None
+        self.run = run_of(goes_on) if goes_on else secrets.token_hex(8)
         self.new = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         self._file = _locked(self.path)
-        self.run = secrets.token_hex(8)
-        if self.goes_on and self.source:
-            self.run = run_of(self.source)
-        else:
+        if not goes_on:
             self._write()
         clear_unfinished(self.path)
 
