@@ -114,6 +114,59 @@ def test_a_loss_that_is_not_finite_is_an_error_of_one_line(job):
     assert err.splitlines()[-1].startswith("fast: error: the loss is ")
 
 
+def test_a_run_that_diverged_is_saved_and_fails(job, monkeypatch):
+    monkeypatch.setattr("fast.train.finite.ABSURD", 1e-6)
+    code, out, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("fast: error: the loss at the end is ")
+    assert "the run diverged" in last
+    assert "warn" not in err
+    assert "saved in out" in out
+    assert (job.folder / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "/proc/x"], "--output /proc/x: cannot be written to"),
+        (["--output", "nets.py"], "--output nets.py: is a file; name a folder"),
+        (["--val-fraction", "0"], "argument --val-fraction: a share between 0 and 1, as 0.2, not"),
+        (["--val-fraction", "x"], "argument --val-fraction: a share between 0 and 1, as 0.2, not"),
+        (["--steps", 10**20], "steps must be at most 10000000; got 100000000000000000000"),
+        (["--seed", 2**70], f"seed must be at most {2**63 - 1}; got {2**70}"),
+        (
+            ["--forget-budget", 50],
+            "points of source accuracy ('2%'), more than zero, and less than",
+        ),
+    ],
+)
+def test_options_are_looked_at_before_anything_is_read(job, monkeypatch, options, message):
+    monkeypatch.setattr("fast.cli.job.load_job", None)  # not called
+    code, _, err = job.fast("finetune", *job.args, *options)
+    assert code == 2
+    (line,) = err.splitlines()
+    assert message in line
+
+
+def test_a_home_is_expanded_after_the_equals_sign(job, monkeypatch):
+    monkeypatch.setenv("HOME", str(job.folder))
+    code, _, err = job.fast("finetune", *job.args, "--steps", 2, "--output=~/there")
+    assert code == 0, err
+    assert (job.folder / "there" / "result.json").is_file()
+
+
+def test_names_never_reach_the_terminal_raw(job):
+    shutil.copy("target.npz", "evil\x1b[2J\nfast: error: .npz")
+    args = [*job.args[:4], "--data", "evil\x1b[2J\nfast: error: .npz", "--steps", 2]
+    code, out, err = job.fast("finetune", *args)
+    assert code == 0, err
+    assert "evil\\x1b[2J" in out
+    assert "\x1b" not in out + err
+    code, out, err = job.fast("finetune", *args[:4], "--data", "no\x1b[2J\x9b.npz")
+    assert err.splitlines() == ["fast: error: no\\x1b[2J\\x9b.npz: no such file"]
+
+
 def test_a_card_beside_the_weights(job):
     net = runpy.run_path("nets.py")["Net"](3)
     net.load_state_dict(load_file("net.safetensors"))

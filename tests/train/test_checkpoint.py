@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are damaged, mixed or made up: refused, and the model left as it was."""
+"""Files of a checkpoint that are damaged, mixed or made up are refused; the model stays."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def signalling(number, at, times=1):
 @pytest.mark.parametrize("at", [1, 4, 6])
 def test_ctrl_c_saves_the_step_that_it_came_in(tmp_path, at):
     whole = fast.finetune(start(), TRAIN, VAL, **OPTIONS, transform=signalling(0, 99))
+    options = OPTIONS | {"transform": signalling(signal.SIGINT, at)}
     with pytest.raises(KeyboardInterrupt):
-        options = OPTIONS | {"transform": signalling(signal.SIGINT, at)}
         fast.finetune(start(), TRAIN, VAL, output=tmp_path, **options)
     assert [p.name for p in list_checkpoints(tmp_path)] == [f"checkpoint-{at:08d}"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -54,8 +54,8 @@ def test_ctrl_c_saves_the_step_that_it_came_in(tmp_path, at):
 
 
 def test_a_second_one_stops_at_once(tmp_path):
+    transform = signalling(signal.SIGINT, 4, times=2)
     with pytest.raises(KeyboardInterrupt):
-        transform = signalling(signal.SIGINT, 4, times=2)
         fast.finetune(start(), TRAIN, VAL, output=tmp_path, **OPTIONS, transform=transform)
     assert list(tmp_path.iterdir()) == []
 

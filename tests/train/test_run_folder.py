@@ -46,7 +46,7 @@ def test_two_runs_into_one_folder(tmp_path, at):
     def second():
         assert is_going_on(tmp_path)
         before = sorted(p.name for p in tmp_path.iterdir())
-        with pytest.raises(ValueError, match="another run is going on in|holds checkpoints"):
+        with pytest.raises(ValueError, match=r"another run is going on in|holds checkpoints"):
             fast.finetune(start(), TRAIN, output=tmp_path, **OPTIONS, seed=1)
         with pytest.raises(ValueError, match="a run is going on there"):
             result.save(tmp_path)
@@ -91,7 +91,7 @@ def test_the_claim_of_a_killed_run_is_no_obstacle(tmp_path):
     options = OPTIONS | {"transform": at_step(99, die)}
     killed(tmp_path, 1)
     assert (tmp_path / "run.json").is_file()
-    with pytest.raises(FileNotFoundError, match="pass output=.* to start from the beginning"):
+    with pytest.raises(FileNotFoundError, match=r"pass output=.* to start from the beginning"):
         fast.finetune(start(), TRAIN, resume=tmp_path, **options)
     (tmp_path / ".checkpoint-00000002-ab.unfinished").mkdir()
     (tmp_path / ".config.json-ab.unfinished").mkdir()
@@ -133,8 +133,8 @@ def test_a_failing_run_leaves_nothing(tmp_path):
     def fail():
         raise OSError("no")
 
+    transform = at_step(1, fail)
     with pytest.raises(OSError, match="no"):
-        transform = at_step(1, fail)
         fast.finetune(start(), TRAIN, output=tmp_path / "a" / "b", **OPTIONS, transform=transform)
     with pytest.raises(TypeError):
         fast.finetune(start(), "no data", output=tmp_path / "a" / "b", **OPTIONS)

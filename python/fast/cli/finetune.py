@@ -214,6 +214,8 @@ def _restore(args: argparse.Namespace, folder: Path, given: set[str]) -> None:
         raise ValueError(f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop --{flag}")
     saved = read_record(folder, "--resume", args.parser, "model" in given)
     fill_defaults(saved)
+    if not saved.data:
+        raise ValueError(f"{folder / JOB_FILE} is damaged or was changed: it names no data")
     for name, value in vars(saved).items():
         if name not in given:
             setattr(args, name, value)

@@ -84,6 +84,8 @@ def _argv(record: dict[str, Any]) -> list[str]:
             found += [f"--{flag}"] if value else [f"--no-{flag}"] if name == "progress" else []
         elif isinstance(value, list):
             found.append(f"--{flag}={','.join(map(str, value))}")
+        elif isinstance(value, dict):
+            raise ValueError(f"{name} is {value}")
         elif value is not None:
             found.append(f"--{flag}={value}")
     return found
