@@ -134,11 +134,11 @@ def _in_model_file(error: BaseException, model: str | None) -> str | None:
     name, colon, _ = (model or "").partition(".py:")
     if not colon:
         return None
-    folder = Path(f"{name}.py").expanduser().resolve().parent
+    folder = Path(os.path.realpath(os.path.expanduser(f"{name}.py"))).parent
     place = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = Path(frame.f_code.co_filename)
-        if file.is_absolute() and file.resolve().parent == folder:
+        if file.is_absolute() and Path(os.path.realpath(file)).parent == folder:
             place = f"{file.name}:{line}"
     return place
 

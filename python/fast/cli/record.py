@@ -106,9 +106,9 @@ def _absolute(name: str | None) -> str | None:
         return name
     file, colon, rest = name.partition(".py:")
     if colon:
-        return str(Path(f"{file}.py").expanduser().resolve()) + colon[3:] + rest
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+        return os.path.realpath(os.path.expanduser(f"{file}.py")) + colon[3:] + rest
+    path = os.path.expanduser(name)
+    return os.path.realpath(path) if os.path.exists(path) else name
 
 
 def _sign(record: dict[str, Any]) -> str | None:

@@ -34,6 +34,9 @@ from fast.train.reachable import Generator
 PREFIX = "checkpoint-"
 FORMAT = 2
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
+# Of the model's bytes: two moments in fp32 of bf16 weights are 4, and there are averages; and a
+# header. A stranger's file is not read beyond these.
+MOST_COPIES, MOST_HEADER = 16, 64 << 20
 HINTS = {
     "pretrained weights (hash)": ". The network does not begin with the weights that the run began "
     "with: where they are drawn at random, seed that, or give them as a file (--weights)",
@@ -172,7 +175,7 @@ def load_checkpoint(
         if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
             raise ValueError(f"step {step!r} of {steps}, in {path.name}")
     _check_run(path, saved, facts)
-    _check_files(path, hashes)
+    _check_files(path, hashes, state.model)
     weights, training = load_tensors(path / MODEL_FILE), load_tensors(path / TRAINING_FILE)
     best = {name: training.pop(name) for name in list(training) if name.startswith(BEST)}
     _check_same_model(state.model, weights, path)
@@ -232,10 +235,13 @@ def _check_job(path: Path, saved: Facts, now: Facts) -> None:
         )
 
 
-def _check_files(path: Path, hashes: dict[str, str]) -> None:
+def _check_files(path: Path, hashes: dict[str, str], model: nn.Module) -> None:
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     for name in (MODEL_FILE, TRAINING_FILE):
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing")
+        if (path / name).stat().st_size > MOST_COPIES * size + MOST_HEADER:
+            raise ValueError(f"{path / name} is larger than a checkpoint of this model can be")
         if file_hash(path / name) != hashes.get(name):
             raise ValueError(
                 f"{path / name} is damaged, or was not saved together with the {STATE_FILE} beside "

@@ -127,8 +127,11 @@ def _transformers(
     name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
 ) -> LoadedModel:
     transformers = _library("transformers", "transformers")
+    # Else it would ask, or wait for an answer, where a repository brings code of its own.
+    kwargs = {"trust_remote_code": False, **kwargs}
+    trust = kwargs["trust_remote_code"]
     with _naming(f"transformers:{name}"):
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
         images = type(config) in transformers.AutoModelForImageClassification._model_mapping
         auto = (
             transformers.AutoModelForImageClassification
@@ -139,12 +142,13 @@ def _transformers(
             model = auto.from_pretrained(name, *args, **kwargs)
         else:
             for key, value in kwargs.items():
-                setattr(config, key, value)
-            model = auto.from_config(config)
+                if key != "trust_remote_code":
+                    setattr(config, key, value)
+            model = auto.from_config(config, trust_remote_code=trust)
         if not images:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
             return LoadedModel(model, tokenizer=tokenizer)
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=trust)
     size = getattr(processor, "crop_size", None) or processor.size
     side = size.get("height") or size.get("shortest_edge")
     return LoadedModel(model, side, tuple(processor.image_mean), tuple(processor.image_std))

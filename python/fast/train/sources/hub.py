@@ -27,6 +27,11 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
         raise FileNotFoundError(
             f"{name}: no such file or folder (to read Hugging Face data sets: pip install datasets)"
         ) from err
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise ImportError(
+            f"{name}: datasets {datasets.__version__} runs the scripts of data sets: pip install "
+            "'datasets>=4'"
+        )
     try:
         if Path(name).is_dir():
             loaded = datasets.load_from_disk(name)
