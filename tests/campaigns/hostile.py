@@ -1,7 +1,4 @@
-"""Files that no friend would send, by what reads them: `(name, build, argv)`.
-
-`build(folder, files)` writes into the folder of the case; `files` has a good one of each kind.
-"""
+"""Files that no friend would send, by what reads them."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import runpy
 import struct
 import zipfile
 import zlib
@@ -16,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+import fast
 from fast.files import read_sealed, write_sealed
 
 MODEL = ("--model", "nets.py:Net(3)", "--weights", "net.safetensors", "--steps", "2")
@@ -167,7 +167,8 @@ def photos(name="bad.png", build=lambda path: None, folder="a"):
         for label in {"a", "b", folder}:
             (path / label).mkdir(parents=True, exist_ok=True)
             for i in range(5):
-                (path / label / f"{i}.png").write_bytes(png(8, 8, bytes(range(72))))
+                rows = b"".join(b"\0" + os.urandom(8) for _ in range(8))
+                (path / label / f"{i}.png").write_bytes(png(8, 8, rows))
         build(path / folder / name)
 
     return make
@@ -228,18 +229,15 @@ def torch_pickled(path):
 
 
 def card(change):
-    """A card in its format, with facts of one's own."""
+    """A good card, with facts of one's own."""
 
     def build(path):
-        facts = {
-            "shapes": {"fc.weight": [2]}, "calibration": {"points": []}, "fingerprints": {},
-            "num_samples": 4, "labels": "none", "temperature": 1.0, "mean": 1.0,
-        }  # fmt: skip
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(metadata["card"])
         change(facts)
-        tensors = {"fc.weight:codes": torch.zeros(2, dtype=torch.uint8)}
-        tensors["fc.weight:scales"] = torch.ones(1)
-        metadata = {"format": "fast-source-card-2", "card": json.dumps(facts)}
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, metadata | {"card": json.dumps(facts)})
 
     return build
 
@@ -251,7 +249,12 @@ CARDS = SAFETENSORS | {
     "no fingerprints": card(lambda f: f.pop("fingerprints")),
     "no calibration": card(lambda f: f.pop("calibration")),
     "unknown facts": card(lambda f: f.update(_anchors={}, more=1)),
-    "no numbers": card(lambda f: f.update(mean="x", temperature="nan", num_samples="many")),
+    "a mean of no type": card(lambda f: f.update(mean="x")),
+    "a temperature of no type": card(lambda f: f.update(temperature="hot")),
+    "samples of no type": card(lambda f: f.update(num_samples="many")),
+    "a temperature that is not finite": card(lambda f: f.update(temperature=float("nan"))),
+    "a scale that is not finite": card(lambda f: f["calibration"].update(scale=float("inf"))),
+    "a short shape": card(lambda f: f.update(shapes={n: [1] for n in f["shapes"]})),
 }
 
 
@@ -285,7 +288,7 @@ def at(name):
 
 
 def all_cases():
-    """(name, build(folder), argv) of every case."""
+    """(name, place of the file, build(folder), argv) of every case."""
     resume = ("finetune", "--resume", "run", "--model", "nets.py:Net(3)")
     data = ("finetune", *MODEL, "--data")
     weights = ("finetune", "--model", "nets.py:Net(3)", "--data", "good.npz", "--weights")
@@ -320,14 +323,16 @@ def all_cases():
     )
     for group, (builders, place, argv) in groups.items():
         for what, build in builders.items():
-            yield f"{group}: {what}", at(place)(build), argv
+            yield f"{group}: {what}", place, at(place)(build), argv
     for build in (pickled, torch_pickled):
-        yield f"weights: {build.__name__}", at("w.pt")(build), (*weights, "w.pt")
+        yield f"weights: {build.__name__}", "w.pt", at("w.pt")(build), (*weights, "w.pt")
 
 
 def prepare(folder: Path) -> None:
     """Good files of every kind, and a run that was stopped, for cases to spoil."""
     npz()(folder / "good.npz")
     (folder / "data.npz").write_bytes((folder / "good.npz").read_bytes())
-    for name in ("w.safetensors", "c.safetensors"):
-        (folder / name).write_bytes((folder / "net.safetensors").read_bytes())
+    (folder / "w.safetensors").write_bytes((folder / "net.safetensors").read_bytes())
+    net = runpy.run_path(str(folder / "nets.py"))["Net"](3)
+    net.load_state_dict(load_file(folder / "net.safetensors"))
+    fast.SourceCard.estimate(net.eval(), torch.rand(32, 1, 8, 8)).save(folder / "c.safetensors")

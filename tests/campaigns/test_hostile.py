@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from campaigns.campaign import Campaign
 from campaigns.hostile import all_cases, prepare
 from cli.conftest import NETS
-from fast.cli import main
+from fast.cli import FAILED, main
 
 SECONDS, MEGABYTES, HANGS = 2.0, 500, 60.0
 # Files that may be read as they are: names are shown with their escapes, a link is followed.
@@ -83,8 +83,8 @@ def command(folder, argv):
     return os.waitstatus_to_exitcode(status), err, out, seconds, usage.ru_maxrss / 1024
 
 
-def faults(code, err, out, seconds, megabytes, may_work):
-    """What was wrong with an answer, in words."""
+def faults(place, code, err, out, seconds, megabytes, may_work):
+    """What was wrong with an answer about the file at `place`, in words."""
     lines = err.splitlines()
     if code < 0:
         yield "hangs" if code == -signal.SIGKILL else f"dies of signal {-code}"
@@ -94,6 +94,10 @@ def faults(code, err, out, seconds, megabytes, may_work):
         yield "a traceback"
     elif code and sum(line.startswith("fast: error:") for line in lines) != 1:
         yield f"{len(lines)} lines"
+    elif code == FAILED:
+        yield "no message was written for it"
+    elif code and not any(part in lines[-1] for part in (place.split("/")[0], "card")):
+        yield "the file is not named"
     if any(not c.isprintable() and c != "\n" for c in err + out):
         yield "raw control characters"
     if seconds > SECONDS:
@@ -106,13 +110,13 @@ def faults(code, err, out, seconds, megabytes, may_work):
 def test_hostile_files(files, tmp_path, capsys):
     campaign = Campaign("hostile files")
     *_, base = command(tmp_path, [])
-    for name, build, argv in all_cases():
+    for name, place, build, argv in all_cases():
         folder = tmp_path / "case"
         shutil.copytree(files, folder)
         build(folder)
         code, err, out, seconds, megabytes = command(folder, list(argv))
         may_work = any(part in name for part in MAY_WORK)
-        found = list(faults(code, err, out, seconds, megabytes - base, may_work))
+        found = list(faults(place, code, err, out, seconds, megabytes - base, may_work))
         if (folder / "ran").exists():
             found.append("runs code")
         told = err.splitlines()[-1][:200] if err else ""

@@ -250,3 +250,10 @@ class TestHuggingFace:
         with pytest.raises(ValueError, match="--label-column: text, stars"):
             load_data(str(tmp_path / "d"))
         assert load_data(str(tmp_path / "d"), label_column="stars").train.labels.tolist() == [1]
+
+
+def test_a_version_that_runs_the_scripts_of_data_sets_is_refused(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setattr(datasets, "__version__", "2.18.0")
+    with pytest.raises(ImportError, match=r"datasets 2.18.0 runs the scripts .*'datasets>=4'"):
+        load_data("hf:owner/name")
