@@ -107,8 +107,9 @@ def faults(place, code, err, out, seconds, megabytes, may_work):
 
 
 @pytest.mark.slow
-def test_hostile_files(files, tmp_path, capsys):
+def test_hostile_files(files, tmp_path, capsys, monkeypatch):
     campaign = Campaign("hostile files")
+    monkeypatch.setenv("XDG_STATE_HOME", str(files / "state"))
     *_, base = command(tmp_path, [])
     for name, place, build, argv in all_cases():
         folder = tmp_path / "case"
