@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Colours and styles that libraries put into their messages.
@@ -35,3 +36,9 @@ def some(names: Sequence[object], most: int = 3, separator: str = ", ") -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(map(printable, names[:most])) + more
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean lr?` where a known name is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,10 +1,13 @@
-"""Write a file or a folder so that it is there whole or not at all."""
+"""Write a file or a folder so that it is there whole or not at all, and tell what is read from what
+was written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,36 +15,58 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+UNFINISHED = ".unfinished"
+# What is read as JSON is never that long; a stranger's file may be.
+MOST_JSON_BYTES = 16 << 20
+CHECKSUM = "checksum"
+# What comes of values that are not there, or of other types than were written.
+_DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
+)  # fmt: skip
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed to it when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """A temporary path; renamed to `path` when the block ends without an error."""
+    with _scratch(path) as folder:
+        temporary = folder / path.name
         yield temporary
-        _sync(temporary)
-        temporary.chmod(0o644)
+        _settle(temporary, folder)
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` (which must not exist); renamed to it at the end."""
+    with _scratch(path) as folder:
+        yield folder
+        for file in folder.iterdir():
+            _settle(file, folder)
+        folder.rename(path)
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    folder = path.with_name(f".{path.name[:100]}-{secrets.token_hex(4)}{UNFINISHED}")
+    folder.mkdir()
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        temporary.chmod(0o755)
-        temporary.rename(path)
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed in the middle of a write has left in `folder`."""
+    for path in folder.glob(f".*{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _settle(file: Path, folder: Path) -> None:
+    """On the disk, and readable by whom the user's umask lets read (safetensors has its own)."""
+    file.chmod(folder.stat().st_mode & 0o666)
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -53,10 +78,11 @@ def check_writable(folder: Path, option: str) -> None:
     Raises:
         ValueError: it is a file, or cannot be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{option} {folder}: is a file; name a folder")
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    made: list[Path] = []
     try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{option} {folder}: is a file; name a folder")
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -89,6 +115,65 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the file in what is raised by values that it does not have, or has otherwise.
+
+    Raises:
+        ValueError: in place of all of these.
+    """
+    try:
+        yield
+    except _DAMAGE as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{path} is damaged or was changed ({reason})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds anything else; the message names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with reading(path):
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes are too many")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds a {type(value).__name__}")
+        return value
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """JSON with a checksum of itself, which `read_sealed` compares."""
+    with path.open("x") as file:
+        json.dump({**value, CHECKSUM: _checksum(value)}, file)
+
+
+def read_sealed(path: Path, format: int) -> dict[str, Any]:
+    """What `write_sealed` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it has changed since, or is not of this `format`; the message names the file.
+    """
+    value = read_json(path)
+    found = value.get("format")
+    if found != format:
+        raise ValueError(f"{path} is of format {found!r}; this version of fast reads {format}")
+    if value.pop(CHECKSUM, None) != _checksum(value):
+        raise ValueError(f"{path} is damaged or was changed: its checksum is another")
+    return value
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -37,6 +37,14 @@ def headless():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _state_home(tmp_path_factory):
+    """The key that signs runs is not the user's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Too small for two: with other processes on the cores these tests took 10 times as long."""
     threads = torch.get_num_threads()

@@ -1,9 +1,12 @@
 """The entry point: help, exit codes, and what it must not import."""
 
+import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 
 from fast import __version__
 from fast.cli import COMMANDS, main
@@ -54,10 +57,32 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"fast {__version__}"
 
 
-@pytest.mark.parametrize("argv", [[], ["train"], ["finetune", "--steps", "x"], ["env", "--nope"]])
-def test_usage_errors(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (fast --help lists the options)"),
+        (["fintune"], "no command 'fintune'; did you mean finetune? (fast --help)"),
+        (["zzz"], "no command 'zzz'; there are finetune, compare, "),
+        (
+            ["finetune", "--steps", "x"],
+            "argument --steps: invalid int value: 'x' (fast finetune --",
+        ),
+        (
+            ["finetune", "--modle", "x"],
+            "arguments: --modle x; did you mean --model? (fast finetune",
+        ),
+        (
+            ["finetune", "--method", "lora"],
+            "argument --method: invalid choice: 'lora' (choose from",
+        ),
+        (["env", "--nope\x1b[2J"], "unrecognized arguments: --nope\\x1b[2J (fast env --help"),
+    ],
+)
+def test_a_misspelt_command_line_is_one_line(argv, message, capsys):
     assert main(argv) == 2
-    assert "usage: fast" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fast: error: ")
+    assert message in line
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
@@ -89,13 +114,36 @@ def test_an_error_of_several_lines_is_one(error, line, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [f"fast: error: {line}"]
 
 
-def test_other_runtime_errors_are_ours_and_keep_their_traceback(monkeypatch):
+def test_what_no_message_was_written_for_is_one_line_with_its_place(monkeypatch, capsys):
     def run(args):
-        raise RuntimeError("a bug")
+        torch.ones(2, 3) @ torch.ones(2, 3)
 
     monkeypatch.setattr("fast.cli.env.run", run)
-    with pytest.raises(RuntimeError, match="a bug"):
+    assert main(["env"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fast: error: test_main.py:")
+    assert "raised RuntimeError: mat1 and mat2 shapes" in line
+    monkeypatch.setenv("FAST_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="mat1"):
         main(["env"])
+
+
+def test_a_warning_is_a_note_without_its_source_line(monkeypatch, capsys):
+    def run(args):
+        warnings.simplefilter("always")
+        warnings.warn("look\n out\x1b[2J", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("fast.cli.env.run", run)
+    assert main(["env"]) == 0
+    assert capsys.readouterr().err == "fast: note: look out\\x1b[2J\n"
+
+
+def test_sigterm_has_an_exit_code_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr("fast.cli.env.run", lambda args: signal.raise_signal(signal.SIGTERM))
+    assert main(["env"]) == 143
+    assert capsys.readouterr().err == "fast: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
@@ -123,14 +171,6 @@ def test_a_backend_that_is_not_there_is_one_line(job, monkeypatch):
     code, _, err = job.fast("finetune", *job.args, "--steps", 2)
     assert code == 2
     assert "has no backend for FASTKERNELS_BACKEND=foo: backends" in err.splitlines()[-1]
-
-
-def test_a_misspelt_option_shows_the_usage_of_its_command(capsys):
-    assert main(["finetune", "--modle", "x"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("usage: fast finetune ")
-    assert "--model SPEC" in err
-    assert err.splitlines()[-1] == "fast finetune: error: unrecognized arguments: --modle x"
 
 
 @pytest.mark.parametrize("command", [["landscape", "--demo"], ["retention", "--demo"], ["demo"]])

@@ -350,3 +350,28 @@ class Text(nn.Module):
 def test_what_the_network_takes_is_said(model, x, message):
     with pytest.raises(ValueError, match=rf"train: the network does not take .*{message}"):
         fast.finetune(model, (x, Y), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 10**20}, "steps must be at most 10000000; got 1"),
+        ({"seed": 2**70}, "seed must be at most"),
+        ({"num_classes": 2**63}, r"num_classes must be in 1\.\.1000000; got 9223372036854775808"),
+        ({"num_classes": 0}, r"num_classes must be in 1\.\.1000000; got 0"),
+        ({"forget_budget": 50}, "less than 20 nats or 100%; got 50"),
+    ],
+)
+def test_absurd_numbers_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fast.finetune(ConvNet(), (X, Y), **options)
+
+
+def test_a_budget_of_nats_that_may_be_meant_as_points_is_said():
+    with pytest.warns(UserWarning, match=r"forget_budget 2 nats lets .* points .* written '2%'"):
+        fast.finetune(ConvNet(), (X, Y), steps=2, source_inputs=X, forget_budget=2)
+
+
+def test_a_misspelt_option_has_a_suggestion():
+    with pytest.raises(TypeError, match=r"unknown options: warm_up; did you mean warmup\?"):
+        fast.finetune(ConvNet(), (X, Y), warm_up=2)

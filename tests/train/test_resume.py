@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 import fast
+from fast.files import read_sealed, write_sealed
 from fast.train import checkpoint, trainer
 from fast.train.checkpoint import list_checkpoints
 from fast.train.logs import RunLog
@@ -290,7 +291,7 @@ def test_an_option_that_a_run_did_not_know_must_be_at_its_default(tmp_path):
     with pytest.raises(ValueError, match="average was the default, is 3"):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path), average=3)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
+    with pytest.raises(ValueError, match=r"config.json is damaged or was changed"):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
 
 
@@ -373,12 +374,13 @@ def test_the_best_weights_follow_into_another_folder(tmp_path, monkeypatch):
 def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path, monkeypatch):
     options = {"steps": 8, "eval_every": 2}
     interrupted(monkeypatch, network(), 5, TRAIN, VAL, output=tmp_path, **options)
-    (tmp_path / ".checkpoint-00000006-x").mkdir()
-    (tmp_path / ".checkpoint-00000006-x" / "model.safetensors").write_text("half")
+    (tmp_path / ".checkpoint-00000006-x.unfinished").mkdir()
+    (tmp_path / ".checkpoint-00000006-x.unfinished" / "model.safetensors").write_text("half")
     state = list_checkpoints(tmp_path)[-1] / "state.json"
-    saved = json.loads(state.read_text())
+    saved = read_sealed(state, checkpoint.FORMAT)
     saved["record"]["seconds"] += 1000
-    state.write_text(json.dumps(saved))
+    state.unlink()
+    write_sealed(state, saved)
     resumed = fast.finetune(network(), TRAIN, VAL, resume=tmp_path, **options)
     seconds = [r["seconds"] for r in resumed.history]
     assert seconds == sorted(seconds)
@@ -388,7 +390,8 @@ def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path, monk
 
 def test_files_have_null_for_what_is_not_finite(tmp_path):
     (tmp_path / "history").mkdir()
-    log = RunLog(tmp_path / "history", [{"step": 0, "loss": None, "target_loss": math.nan}])
+    log = RunLog(tmp_path / "history")
+    log.add({"step": 0, "loss": None, "target_loss": math.nan})
     log.add({"step": 1, "loss": 0.5, "target_loss": math.inf, "points": [(1.0, math.nan)]})
     log.close()
     lines = (tmp_path / "history" / "history.jsonl").read_text().splitlines()

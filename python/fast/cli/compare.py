@@ -21,6 +21,7 @@ from fast.cli.options import (
     add_model_and_data,
     add_training,
     check_training,
+    folder_name,
     numbers,
 )
 from fast.cli.runs import (
@@ -58,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with several, each method runs at the one best for its target accuracy on the first "
         "seed (default: the method's own)",
     )
-    group.add_argument("--output", metavar="FOLDER", help="(default: runs/compare-MODEL-DATA)")
+    group.add_argument(
+        "--output", type=folder_name, metavar="FOLDER", help="(default: runs/compare-MODEL-DATA)"
+    )
     add_demo(group)
     add_model_and_data(parser, protection=True)
     add_training(parser, skip=NOT_HERE)

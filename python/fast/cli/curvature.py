@@ -14,13 +14,15 @@ Writes curvature.json and spectrum.png to --output.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fast.cli import finetune
 from fast.cli.curvature_report import figure, text
-from fast.cli.options import add_model_and_data, fill_defaults, mark_unset, require
+from fast.cli.options import add_model_and_data, fill_defaults, folder_name, mark_unset, require
+from fast.cli.parser import Parser
+from fast.cli.record import JOB_FILE, read_record
 from fast.files import check_writable
 
 if TYPE_CHECKING:
@@ -37,8 +39,15 @@ FROM_JOB = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("curvature")
-    group.add_argument("--checkpoint", metavar="FOLDER", help="of an adapted network")
-    group.add_argument("--output", metavar="FOLDER", help="(default: curvature/ in the checkpoint)")
+    group.add_argument(
+        "--checkpoint", type=folder_name, metavar="FOLDER", help="of an adapted network"
+    )
+    group.add_argument(
+        "--output",
+        type=folder_name,
+        metavar="FOLDER",
+        help="(default: curvature/ in the checkpoint)",
+    )
     group.add_argument(
         "--kind", choices=KINDS, default="hessian", help="which matrix (default: hessian)"
     )
@@ -134,25 +143,22 @@ def _check(args: argparse.Namespace) -> None:
 
 def _fill_from_job(args: argparse.Namespace, folder: Path, given: set[str]) -> None:
     """Model and data as `fast finetune` had them, where the command line does not say."""
-    from fast.cli.finetune import JOB_FILE
-
     if not folder.is_dir():
         raise FileNotFoundError(f"--checkpoint {folder}: no such folder")
-    file = folder / JOB_FILE
-    if not file.is_file():
+    if not (folder / JOB_FILE).is_file():
         return
-    try:
-        saved = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error})") from error
+    parser = Parser()
+    finetune.add_arguments(parser)
+    saved = read_record(folder, "--checkpoint", parser, "model" in given)
+    fill_defaults(saved)
     # Who names data means those, and no others.
     named = args.data or args.source
     for name in FROM_JOB:
         if named and name in ("data", "source"):
             continue
-        value = saved.get(name)
+        value = getattr(saved, name)
         if value is not None and name not in given:
-            setattr(args, name, tuple(value) if isinstance(value, list) else value)
+            setattr(args, name, value)
 
 
 def _output(args: argparse.Namespace) -> Path:
@@ -176,7 +182,7 @@ def _write(
     from fast.cli.env import describe
     from fast.files import atomic_file, write_json
 
-    hidden = ("run", "unset", "progress")
+    hidden = ("run", "unset", "parser", "progress")
     options = {k: v for k, v in vars(args).items() if k not in hidden and v is not None}
     losses = {name: s.as_dict() | {"method": methods[name]} for name, s in found.items()}
     write_json(

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fast.cli.options import folder_name
 from fast.cli.report import save_curves
 from fast.cli.summary import NOTES, Run, summarise
 from fast.cli.table import text_table
@@ -30,7 +31,11 @@ THREADS = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", default="fast-demo", metavar="FOLDER", help="of demo.png (default: fast-demo)"
+        "--output",
+        type=folder_name,
+        default="fast-demo",
+        metavar="FOLDER",
+        help="of demo.png (default: fast-demo)",
     )
 
 

@@ -13,9 +13,9 @@ the last checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,13 +30,13 @@ from fast.cli.options import (
     require,
     training_options,
 )
+from fast.cli.record import JOB_FILE, read_record, write_record
 from fast.cli.table import percent, text_table
+from fast.errors import printable
+from fast.files import check_writable
 
-JOB_FILE = "job.json"
-# What was read: classes, samples of each, preprocessing.
-DATA_FILE = "data.json"
-# With --resume everything else is as it was.
-FREE_ON_RESUME = {"resume", "device", "progress"}
+# With --resume everything else is as it was; the model may be named again, and is compared.
+FREE_ON_RESUME = {"resume", "device", "progress", "model"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,18 +62,23 @@ def run(args: argparse.Namespace) -> int:
     job = load_job(args, measured=False)
 
     import fast
-    from fast.files import write_json
+    from fast.train.finite import Diverged, diverged
 
     start = time.monotonic()
     with _going_on(resumed) if resumed is not None else _claimed(args) as folder:
         options = training_options(args) | {"output": str(folder)}
-        result = fast.finetune(job.loaded.model, **job.data, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Diverged)  # an error here, when all is saved
+            result = fast.finetune(job.loaded.model, **job.data, **options)
     seconds = time.monotonic() - start
     result.classes = list(job.classes)
+    result.data = job.description
     result.save(folder)
-    write_json(folder / DATA_FILE, job.description)
     print(_summary(job, result, seconds))
-    print(f"saved in {folder}")
+    print(f"saved in {printable(folder)}")
+    message = diverged(result.history[-1]["loss"], len(job.classes))
+    if message:
+        raise FloatingPointError(message)
     return 0
 
 
@@ -88,9 +93,11 @@ def _summary(job: Any, result: Any, seconds: float) -> str:
     budget = _budget_line(job, config.forget_budget, final["forecast"])
     steps = result.history[-1]["step"]
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
+    if not final["step"]:
+        kept = ", kept the head start: training made the validation accuracy worse"
     return (
-        f"{job.name}: {config.method}, {steps} steps of {config.batch_size}, lr {result.lr:g}, "
-        f"{seconds:.0f} s{kept}\n\n"
+        f"{printable(job.name)}: {config.method}, {steps} steps of {config.batch_size}, "
+        f"lr {result.lr:g}, {seconds:.0f} s{kept}\n\n"
         + text_table(["accuracy, %", "before", "after", "samples"], rows)
         + f"\n{budget}"
     )
@@ -113,10 +120,22 @@ def _budget_line(job: Any, option: str | float | None, lost: float | None) -> st
 
 
 def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_writable(folder, "--output")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    from fast.train.checkpoint import list_checkpoints
+    from fast.train.run_folder import is_going_on
+    from fast.train.saved import MANIFEST_FILE
+
+    if is_going_on(folder):
+        raise ValueError(f"--output {folder}: another run is going on there; name another")
+    begun = (folder / JOB_FILE).is_file() and not (folder / MANIFEST_FILE).exists()
+    if begun and not list_checkpoints(folder):
         raise ValueError(
-            f"--output {folder}: exists; name another, or go on with --resume {folder}"
+            f"--output {folder}: its run was stopped before its first checkpoint; fast finetune "
+            f"--resume {folder} starts it from the beginning"
         )
+    raise ValueError(f"--output {folder}: exists; name another, or go on with --resume {folder}")
 
 
 def _claim(args: argparse.Namespace) -> Path:
@@ -130,7 +149,7 @@ def _claim(args: argparse.Namespace) -> Path:
         _check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _record(args, folder)
+            write_record(folder, args)
         except FileExistsError as error:
             raise ValueError(
                 f"--output {folder}: another run has just started there; name another"
@@ -147,7 +166,7 @@ def _claim(args: argparse.Namespace) -> Path:
             n += 1
             folder = base.with_name(f"{base.name}-{n}")
         else:
-            _record(args, folder)
+            write_record(folder, args)
             return folder
 
 
@@ -167,7 +186,8 @@ def _claimed(args: argparse.Namespace) -> Iterator[Path]:
         from fast.train.checkpoint import list_checkpoints
 
         if not list_checkpoints(folder):
-            _clear(folder, new)
+            (folder / JOB_FILE).unlink(missing_ok=True)
+            _clear(new)
         raise
 
 
@@ -180,24 +200,12 @@ def _going_on(folder: Path) -> Iterator[Path]:
         from fast.train.checkpoint import list_checkpoints
 
         if list_checkpoints(folder):
-            print(f"\nto go on: fast finetune --resume {folder}", file=sys.stderr)
+            print(f"\nto go on: fast finetune --resume {printable(folder)}", file=sys.stderr)
         raise
 
 
-def _clear(folder: Path, new: list[Path]) -> None:
-    """Remove what the run wrote into `folder`, and of the folders made for it those left empty.
-
-    Args:
-        new: the folders, the innermost first.
-    """
-    from fast.train.checkpoint import clear_unfinished
-    from fast.train.early_stopping import BEST_FILE
-    from fast.train.logs import HISTORY_FILE
-    from fast.train.resume import CONFIG_FILE
-
-    clear_unfinished(folder)
-    for name in (BEST_FILE, HISTORY_FILE, CONFIG_FILE, JOB_FILE):
-        (folder / name).unlink(missing_ok=True)
+def _clear(new: list[Path]) -> None:
+    """Remove those of the folders made for a run that are empty, the innermost first."""
     for path in new:
         try:
             path.rmdir()
@@ -205,44 +213,24 @@ def _clear(folder: Path, new: list[Path]) -> None:
             return
 
 
-def _record(args: argparse.Namespace, folder: Path) -> None:
-    """What --resume needs to build the same model and data again.
-
-    Raises:
-        FileExistsError: the folder has it already.
-    """
-    from fast.files import to_json
-
-    given = {k: v for k, v in vars(args).items() if k not in ("run", "unset", "output")}
-    for name in ("weights", "data", "source", "source_inputs", "card", "model"):
-        given[name] = _absolute(given[name])
-    with (folder / JOB_FILE).open("x") as file:
-        file.write(to_json(given, indent=2) + "\n")
-
-
-def _absolute(name: str | None) -> str | None:
-    """Files by their absolute path, so that --resume works from anywhere; other names as is."""
-    if not name:
-        return name
-    file, colon, rest = name.partition(".py:")
-    if colon:
-        return str(Path(file).expanduser().resolve()) + colon + rest
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
 def _restore(args: argparse.Namespace, folder: Path, given: set[str]) -> None:
     changed = sorted(given - FREE_ON_RESUME)
     if changed:
         flag = changed[0].replace("_", "-")
         raise ValueError(f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop --{flag}")
-    file = folder / JOB_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"--resume {folder}: has no {JOB_FILE}; not a run of fast finetune")
-    try:
-        saved = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error})") from error
-    for name, value in saved.items():
+    saved = read_record(folder, "--resume", args.parser, "model" in given)
+    fill_defaults(saved)
+    if not saved.data:
+        raise ValueError(f"{folder / JOB_FILE} is damaged or was changed: it names no data")
+    for name, value in vars(saved).items():
         if name not in given:
-            setattr(args, name, tuple(value) if isinstance(value, list) else value)
+            setattr(args, name, value)
+    from fast.train.checkpoint import list_checkpoints
+    from fast.train.saved import MANIFEST_FILE
+
+    if not list_checkpoints(folder) and not (folder / MANIFEST_FILE).exists():
+        print(
+            f"note: {printable(folder)} has no checkpoint yet: the run starts from the beginning",
+            file=sys.stderr,
+        )
+        del args.resume

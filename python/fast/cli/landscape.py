@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from fast.cli.offline import add_demo, job_for
-from fast.cli.options import add_model_and_data, add_training, check_training, training_options
+from fast.cli.options import (
+    add_model_and_data,
+    add_training,
+    check_training,
+    folder_name,
+    training_options,
+)
 from fast.cli.runs import check_methods, method_names, runnable, shown_options
 from fast.cli.table import percent, text_table
 from fast.train.methods import METHODS
@@ -56,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ggn",
         help="of the source loss: ggn (Gauss-Newton) or hessian (default: ggn)",
     )
-    group.add_argument("--output", metavar="FOLDER", help="(default: runs/landscape-MODEL-DATA)")
+    group.add_argument(
+        "--output", type=folder_name, metavar="FOLDER", help="(default: runs/landscape-MODEL-DATA)"
+    )
     add_demo(group)
     add_model_and_data(parser, protection=True)
     add_training(parser, skip=NOT_HERE)

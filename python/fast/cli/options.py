@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -55,7 +57,7 @@ def add_model_and_data(parser: argparse.ArgumentParser, protection: bool = False
         )
     group.add_argument(
         "--val-fraction",
-        type=float,
+        type=share,
         default=0.2,
         metavar="X",
         help="share of each class held out where there is no val or test split; 0: train on all "
@@ -126,6 +128,8 @@ def add_training(parser: argparse.ArgumentParser, skip: Iterable[str] = ()) -> N
         elif field.name == "class_weights":
             group.add_argument(flag, type=_class_weights, metavar="X,X,...", **common)
         else:
+            if field.name in ("output", "resume"):
+                kind = folder_name
             metavar = "N" if kind is int else "X" if kind is float else "NAME"
             group.add_argument(flag, type=kind, metavar=metavar, **common)
 
@@ -153,7 +157,7 @@ def mark_unset(parser: argparse.ArgumentParser) -> None:
     Call it when all options are there.
     """
     defaults = vars(parser.parse_args([]))
-    parser.set_defaults(**dict.fromkeys(defaults, _UNSET), unset=defaults)
+    parser.set_defaults(**dict.fromkeys(defaults, _UNSET), unset=defaults, parser=parser)
 
 
 def fill_defaults(args: argparse.Namespace) -> set[str]:
@@ -162,7 +166,7 @@ def fill_defaults(args: argparse.Namespace) -> set[str]:
     Returns:
         names of the options that were given.
     """
-    given = set(vars(args)) - {"run", "unset"}
+    given = set(vars(args)) - {"run", "unset", "parser"}
     for name, default in args.unset.items():
         if getattr(args, name) is _UNSET:
             setattr(args, name, default)
@@ -175,6 +179,22 @@ def require(args: argparse.Namespace, *names: str) -> None:
     missing = [f"--{name}" for name in names if not getattr(args, name)]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given; see --help")
+
+
+def folder_name(text: str) -> str:
+    """With `~` as the user's home, also after `--output=`, where shells leave it."""
+    return os.path.expanduser(text)
+
+
+def share(text: str) -> float:
+    """`"0.2"` -> 0.2."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"a share between 0 and 1, as 0.2, not {text!r}")
+    return value
 
 
 def at_least_one(text: str) -> int:

@@ -25,6 +25,7 @@ from fast.cli.options import (
     add_model_and_data,
     add_training,
     check_training,
+    folder_name,
     numbers,
     training_options,
 )
@@ -89,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with several, each point is taken at the one best for its target accuracy on the "
         "first seed (default: the method's own)",
     )
-    group.add_argument("--output", metavar="FOLDER", help="(default: runs/retention-MODEL-DATA)")
+    group.add_argument(
+        "--output", type=folder_name, metavar="FOLDER", help="(default: runs/retention-MODEL-DATA)"
+    )
     add_demo(group)
     add_model_and_data(parser, protection=True)
     add_training(parser, skip=(*NOT_HERE, *SWEPT))

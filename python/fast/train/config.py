@@ -15,6 +15,8 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
 SOURCE_SKILLS = ("auto", "answers", "features")
+# More than these are a slip of the pen: a loss of 20 nats is that of guessing among 10^8 classes.
+MOST_NATS, MOST, MOST_SEED = 20.0, 10**7, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Budget:
             amount = float(number) / (100 if points else 1)
         except ValueError:
             amount = math.nan
-        if not (amount > 0 and math.isfinite(amount)) or (points and amount >= 1):
+        if not 0 < amount < (1 if points else MOST_NATS):
             raise ValueError(
                 "forget_budget must be nats of source loss (0.1) or points of source accuracy "
-                f"('2%'), more than zero; got {value!r}"
+                f"('2%'), more than zero, and less than {MOST_NATS:g} nats or 100%; got {value!r}"
             )
         return cls(amount, points)
 
@@ -218,6 +220,9 @@ class TrainConfig:
             elif kind.startswith("int"):
                 if isinstance(value, bool) or not isinstance(value, Integral):
                     raise ValueError(f"{f.name} must be a whole number; got {value!r}")
+                most = MOST_SEED if f.name == "seed" else MOST
+                if int(value) > most:
+                    raise ValueError(f"{f.name} must be at most {most}; got {value}")
                 plain[f.name] = int(value)
             elif kind.startswith("float"):
                 if isinstance(value, bool) or not isinstance(value, Real):

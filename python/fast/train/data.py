@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from fast.errors import first_line, printable, some
 from fast.heads import pick
 from fast.inputs import kind, leaves, shapes
 from fast.train.arrays import as_tensor, warn_unscaled
+from fast.train.generators import find_generators, held, reseed
 from fast.train.labels import check_labels, count_classes
+from fast.train.reachable import GENERATORS
 from fast.train.recorded import is_table, recorded_classes, recorded_labels
 from fast.train.seeding import seeded
 
@@ -358,10 +359,12 @@ class TrainBatches:
     def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
         # The sampler draws its seed with the first batch. Neither that nor reading again what was
         # used may move the generators of the run: a resumed run has restored them already.
-        with seeded(seed):
+        own = find_generators(loader=loader).values() if skip else []
+        with seeded(seed), held(own):
             for owner in _sampling(loader):
                 for value in vars(owner).values():
-                    _reseed(value, seed)
+                    if isinstance(value, GENERATORS):
+                        reseed(value, seed)
             iterator = _from_loader(iter(loader), self.data.name)
             first = next(iterator)
             for _ in range(skip - 1):
@@ -384,17 +387,6 @@ def _sampling(loader: DataLoader[Any]) -> list[Any]:
             ):
                 found.append(inner)
     return found
-
-
-def _reseed(generator: Any, seed: int) -> None:
-    """Set a generator of torch, numpy or `random` to a seed; anything else is left."""
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-    elif isinstance(generator, np.random.Generator):
-        bits = generator.bit_generator
-        bits.state = type(bits)(seed).state
-    elif isinstance(generator, (np.random.RandomState, random.Random)):
-        generator.seed(seed)
 
 
 Transform = Callable[[Any], Any]

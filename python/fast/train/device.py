@@ -6,8 +6,6 @@ import os
 
 import torch
 
-from fast.errors import first_line
-
 ENVIRONMENT = "FAST_DEVICE"
 
 
@@ -27,7 +25,6 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for it
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(
-            f"device {str(name)!r} cannot be used here: there is {', '.join(here)} "
-            f"({first_line(error)})"
+            f"device {str(name)!r} cannot be used here: there is {', '.join(here)}"
         ) from error
     return device

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fast.files import atomic_file
-from fast.train.checkpoint import load_tensors, save_tensors
-
-BEST_FILE = "best.safetensors"
+BEST = "best."
 
 
 class EarlyStopping:
@@ -19,13 +15,12 @@ class EarlyStopping:
     Args:
         patience: evaluations without a better one after which to stop; None never stops and keeps
             nothing.
-        folder: where the best weights are kept for a resumed run, or None.
     """
 
-    def __init__(self, patience: int | None, folder: Path | None) -> None:
-        self.patience, self.folder = patience, folder
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
         self.best: dict[str, Any] | None = None
-        self.weights: dict[str, Tensor] | None = None
+        self.weights: dict[str, Tensor] = {}
         self.since_best = 0
 
     def update(self, record: dict[str, Any], model: nn.Module) -> None:
@@ -36,13 +31,6 @@ class EarlyStopping:
             return
         self.best, self.since_best = record, 0
         self.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-        if self.folder is not None:
-            self._write(self.folder)
-
-    def _write(self, folder: Path) -> None:
-        assert self.weights is not None
-        with atomic_file(folder / BEST_FILE) as path:
-            save_tensors(self.weights, path)
 
     @property
     def stop(self) -> bool:
@@ -50,18 +38,17 @@ class EarlyStopping:
 
     def restore(self, model: nn.Module) -> None:
         """Put the best weights back into the model."""
-        if self.weights is not None:
+        if self.weights:
             model.load_state_dict(self.weights)
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "since_best": self.since_best}
 
-    def load(self, state: dict[str, Any], folder: Path) -> None:
-        """Go on from the state of a run whose best weights are in `folder`."""
-        self.best, self.since_best = state["best"], state["since_best"]
-        if self.best is None:
-            return
-        self.weights = load_tensors(folder / BEST_FILE)
-        if self.folder is not None and self.folder.resolve() != folder.resolve():
-            # A later resume looks for them here.
-            self._write(self.folder)
+    def tensors(self) -> dict[str, Tensor]:
+        """The best weights so far, by names of their own, for a checkpoint."""
+        return {BEST + name: value for name, value in self.weights.items()}
+
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` and `tensors` gave."""
+        self.best, self.since_best = state["best"], int(state["since_best"])
+        self.weights = {name.removeprefix(BEST): value for name, value in tensors.items()}

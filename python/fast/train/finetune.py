@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,20 @@ import torch
 from torch import nn
 
 from fast.curvature.card import SourceCard
+from fast.errors import did_you_mean
 from fast.heads import unwrap
-from fast.train.config import TrainConfig
+from fast.train.config import Budget, TrainConfig
 from fast.train.data import Transform
 from fast.train.finite import check_model
 from fast.train.precision import in_float32
 from fast.train.protect import bound_card
 from fast.train.result import Result
+from fast.train.run_folder import RunFolder
 from fast.train.seeding import seeded
 from fast.train.trainer import Trainer
 from fast.train.undo import Untouched
+
+_running = threading.RLock()
 
 
 def finetune(
@@ -83,15 +90,15 @@ def finetune(
 
     Raises:
         ValueError, TypeError: an option, the data or the model does not fit; the message names it.
-        FileNotFoundError: nothing to resume from.
+        FileNotFoundError: nothing to resume from; or the folder of the run is no longer there.
+        RuntimeError: another thread of this process is in here.
         FloatingPointError: the run diverged: a loss, a weight or an answer is NaN or infinite.
     """
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise TypeError(
-            f"finetune got unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
-        )
+        hint = did_you_mean(unknown[0], known) or f". Known: {', '.join(sorted(known))}"
+        raise TypeError(f"finetune got unknown options: {', '.join(unknown)}{hint}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     config = TrainConfig(
@@ -104,6 +111,7 @@ def finetune(
         seed=seed,
         **options,
     )
+    _note_budget(config)
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
         raise ValueError(f"finetune was called under torch.{mode}, where nothing can be trained")
@@ -112,9 +120,15 @@ def finetune(
     untouched = Untouched(model, weights=config.resume is not None)
     if card is not None:  # of the weights as they were saved, which may be of 16 bits
         card = bound_card(card, model)
-    with seeded(seed), untouched, in_float32(model):
+    with (
+        _alone(),
+        seeded(seed),
+        untouched,
+        in_float32(model),
+        RunFolder(config) if config.output or config.resume else nullcontext() as folder,
+    ):
         trainer = Trainer(
-            config, model, train, val, source, num_classes, transform, card, source_inputs
+            config, model, train, val, source, num_classes, transform, card, source_inputs, folder
         )
         return trainer.run(untouched.keep)
 
@@ -128,3 +142,28 @@ def _module_inside(model: nn.Module) -> nn.Module:
             stacklevel=3,
         )
     return inside
+
+
+def _note_budget(config: TrainConfig) -> None:
+    budget = None if config.forget_budget is None else Budget.parse(config.forget_budget)
+    if budget and not budget.points and budget.amount >= 1:
+        warnings.warn(
+            f"forget_budget {budget} lets the source loss rise by as much; points of accuracy "
+            f"are written '{budget.amount:g}%'",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Raise RuntimeError where another thread is in here: a run seeds the generators of the whole
+    process."""
+    if not _running.acquire(blocking=False):
+        raise RuntimeError(
+            "another thread of this process is in fast.finetune, and both would draw from the same "
+            "random generators: run one after the other, or each in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _running.release()

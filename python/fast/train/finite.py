@@ -83,20 +83,31 @@ def check_finite(
     return loss
 
 
-def warn_diverged(loss: float | None, num_classes: int) -> None:
-    """Warn, on behalf of the caller of `finetune`, of a loss that is finite and absurd.
+class Diverged(UserWarning):
+    """The loss at the end is finite and absurd."""
+
+
+def diverged(loss: float | None, num_classes: int) -> str | None:
+    """What is to be said of a loss that is finite and absurd; None of any other.
 
     Args:
         loss: the mean over the last steps.
     """
     guessing = math.log(max(num_classes, 2))
-    if loss is not None and loss > ABSURD * guessing:
-        warnings.warn(
-            f"the loss at the end is {loss:.3g}, more than {ABSURD:g} times that of guessing "
-            f"({guessing:.2g}): the run diverged. Lower lr, set max_grad_norm, or look at the "
-            "scale of the inputs",
-            stacklevel=4,
-        )
+    if loss is None or loss <= ABSURD * guessing:
+        return None
+    return (
+        f"the loss at the end is {loss:.3g}, more than {ABSURD:g} times that of guessing "
+        f"({guessing:.2g}): the run diverged. Lower lr, set max_grad_norm, or look at the scale of "
+        "the inputs"
+    )
+
+
+def warn_diverged(loss: float | None, num_classes: int) -> None:
+    """Warn, on behalf of the caller of `finetune`."""
+    message = diverged(loss, num_classes)
+    if message:
+        warnings.warn(message, Diverged, stacklevel=4)
 
 
 def _kept(folder: Path | None) -> str:

@@ -75,8 +75,10 @@ def _transformers(name: str, pretrained: bool, args: list[Any], kwargs: dict[str
     wanted = bool(kwargs.pop("pretrained", True))
     pretrained = pretrained and wanted
     notes = [] if wanted else [_untrained(f"transformers:{name}")]
+    # Else a repository that brings code of its own would be asked about, and waited for.
+    trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
     with _naming(f"transformers:{name}", True), _quiet(transformers):
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, **trust)
         images = type(config) in transformers.AutoModelForImageClassification._model_mapping
         auto = (
             transformers.AutoModelForImageClassification
@@ -84,7 +86,9 @@ def _transformers(name: str, pretrained: bool, args: list[Any], kwargs: dict[str
             else transformers.AutoModelForSequenceClassification
         )
         if pretrained:
-            model, info = auto.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            model, info = auto.from_pretrained(
+                name, *args, output_loading_info=True, **trust, **kwargs
+            )
             missing = sorted(info["missing_keys"])
             if missing:
                 notes.append(
@@ -94,11 +98,11 @@ def _transformers(name: str, pretrained: bool, args: list[Any], kwargs: dict[str
         else:
             for key, value in kwargs.items():
                 setattr(config, key, value)
-            model = auto.from_config(config)
+            model = auto.from_config(config, **trust)
         if images:
-            processor = transformers.AutoImageProcessor.from_pretrained(name)
+            processor = transformers.AutoImageProcessor.from_pretrained(name, **trust)
             return model, measure(processor), None, notes
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
         notes += _padded(tokenizer, model.config)
         return model, Preprocessing(), tokenizer, notes
 

@@ -3,17 +3,22 @@ one."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from fast.files import to_json
+from fast.files import reading, to_json
 
 HISTORY_FILE = "history.jsonl"
+BOARD_FOLDER = "tensorboard"
 
 
 class _Stderr(logging.StreamHandler[Any]):
@@ -41,40 +46,101 @@ class RunLog:
 
     Args:
         folder: of the run, or None for nowhere.
-        kept: records of an interrupted run that this one goes on from; later ones are dropped.
+        kept: lines of an interrupted run that this one goes on from, as `read_history` gave them;
+            later ones, which that run wrote after its checkpoint, are dropped.
     """
 
-    def __init__(self, folder: Path | None, kept: list[dict[str, Any]]) -> None:
-        self.history = list(kept)
+    def __init__(self, folder: Path | None, kept: History | None = None) -> None:
+        self.history = list(kept.records) if kept else []
         self._file = None
         self._board: Any = None
+        self._length, self._hash = 0, _hash()
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / HISTORY_FILE).open("w")
-        for record in kept:
-            self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        path = folder / HISTORY_FILE
+        path.touch()
+        self._file = path.open("r+b")
+        if kept and self._file.read(len(kept.lines)) != kept.lines:  # another folder
+            self._file.seek(0)
+            self._file.write(kept.lines)
+        self._file.truncate()
+        if kept:
+            self._count(kept.lines)
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / BOARD_FOLDER))
 
     def add(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         if self._file:
-            self._file.write(to_json(record) + "\n")
+            line = f"{to_json(record)}\n".encode()
+            self._file.write(line)
             self._file.flush()
+            self._count(line)
         if self._board:
             for key, value in record.items():
                 if key != "step" and isinstance(value, float):
                     self._board.add_scalar(key, value, record["step"])
+
+    def _count(self, lines: bytes) -> None:
+        self._length += len(lines)
+        self._hash.update(lines)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the history: how much of the file it is, and its hash; and
+        the numbers that JSON does not have."""
+        if self._file:
+            os.fsync(self._file.fileno())
+        odd = [
+            (i, key, repr(value))
+            for i, record in enumerate(self.history)
+            for key, value in record.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+        return {"bytes": self._length, "hash": self._hash.hexdigest(), "not finite": odd}
 
     def close(self) -> None:
         if self._file:
             self._file.close()
         if self._board:
             self._board.close()
+
+
+class History:
+    """The lines of a history file, and the records that they hold."""
+
+    def __init__(self, lines: bytes) -> None:
+        self.lines = lines
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines.splitlines()]
+
+
+def read_history(folder: Path, state: dict[str, Any]) -> History:
+    """The history of a run at its checkpoint.
+
+    Args:
+        state: of its `RunLog` then.
+
+    Raises:
+        ValueError: the file is not what it was; the message names it.
+    """
+    path = folder / HISTORY_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint goes on from it")
+    with path.open("rb") as file:
+        lines = file.read(state["bytes"])
+    if _hash(lines).hexdigest() != state["hash"]:
+        raise ValueError(f"{path} is damaged, or is not of the run whose checkpoint is beside it")
+    with reading(path):
+        history = History(lines)
+        for i, key, value in state["not finite"]:
+            history.records[i][key] = float(value)
+    return history
+
+
+def _hash(data: bytes = b"") -> Any:
+    return hashlib.blake2b(data, digest_size=16)
 
 
 def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:

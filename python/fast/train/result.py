@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.files import atomic_file, to_json, write_json
+from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
 from fast.train.checkpoint import save_tensors
 from fast.train.config import TrainConfig
 from fast.train.logs import HISTORY_FILE
 from fast.train.methods import Plan
-from fast.train.saved import SOURCE_NORMS_FILE
+from fast.train.run_folder import is_going_on, options_of
+from fast.train.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Result:
         lr: the peak learning rate of the backbone.
         plan: the settings that the options came to.
         source_accuracy_before: of the pretrained network, before anything was changed.
+        run: id of the run, where it had a folder.
+        data: what the command line read: classes, samples of each, preprocessing.
     """
 
     model: nn.Module
@@ -47,6 +50,8 @@ class Result:
     classes: list[str] | None = field(default=None)
     chosen: dict[str, Any] | None = None
     plan: Plan | None = None
+    run: str | None = None
+    data: dict[str, Any] | None = None
 
     @property
     def final(self) -> dict[str, Any]:
@@ -91,17 +96,23 @@ class Result:
         and a bias in its head (the mean of the features becomes part of it);
         `source_head.safetensors` holds weight and bias of the layer that it replaced, and
         `source_norms.safetensors` the source's batch norms where each task has its own;
-        `config.json`, `result.json` and `history.jsonl` hold options, accuracies, `notes` and
-        history.
+        `config.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes`
+        and history; `data.json` what was read; `manifest.json` the hashes of all.
 
         Returns:
             the folder.
+
+        Raises:
+            ValueError: a run is going on there.
         """
         folder = Path(folder)
+        if is_going_on(folder):
+            raise ValueError(f"{folder}: a run is going on there; name another folder")
+        clear_unfinished(folder)
         model = unwrap(self.model)
         head = task_head(model)
         if head is not None:
-            with atomic_file(folder / "source_head.safetensors") as path:
+            with atomic_file(folder / SOURCE_HEAD_FILE) as path:
                 save_tensors(_plain_layer(head.source), path)
         norms = source_norms(model)
         if norms:
@@ -109,7 +120,7 @@ class Result:
                 save_tensors(_plain_names(norms), path)
         else:  # of a run before
             (folder / SOURCE_NORMS_FILE).unlink(missing_ok=True)
-        with atomic_file(folder / "model.safetensors") as path:
+        with atomic_file(folder / MODEL_FILE) as path:
             save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
         write_json(folder / "config.json", dataclasses.asdict(self.config))
         write_json(
@@ -120,11 +131,15 @@ class Result:
                 "source_accuracy_before": self.source_accuracy_before,
                 "classes": self.classes,
                 "final": self.final,
+                "plan": dataclasses.asdict(self.plan) if self.plan else None,
                 "notes": self.notes,
             },
         )
+        if self.data is not None:
+            write_json(folder / "data.json", self.data)
         with atomic_file(folder / HISTORY_FILE) as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
+        write_manifest(folder, self.run, options_of(self.config))
         return folder
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fast.files import atomic_file, file_hash, read_json, read_sealed, reading, write_sealed
 from fast.heads.find import Head, HeadLayer, find_head
 from fast.heads.replace import announce_classes
 from fast.train.checkpoint import load_tensors
 
+MODEL_FILE = "model.safetensors"
+SOURCE_HEAD_FILE = "source_head.safetensors"
 SOURCE_NORMS_FILE = "source_norms.safetensors"
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+# What belongs to a result, where it is there; checkpoints and pictures beside it do not.
+FILES = (
+    MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, "config.json", "result.json", "history.jsonl",
+    "job.json", "data.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -39,14 +48,12 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
 
     Raises:
         FileNotFoundError: no `model.safetensors` there.
-        ValueError: the weights are of another network; the message names the first that differ.
+        ValueError: a file is damaged, or not of the same result as the others; or the weights are
+            of another network; the message names the first that differ.
     """
     folder = Path(folder)
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors: not a folder of Result.save or fast finetune"
-        )
+    file = folder / MODEL_FILE
+    check_manifest(folder)
     head = find_head(model, sample)
     state = load_tensors(file)
     _fit_head(model, head, state, f"{head.name}.", file)
@@ -59,7 +66,7 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
             f"{', '.join(wrong[:3])}"
         )
     model.load_state_dict(state, strict=False)
-    source_file = folder / "source_head.safetensors"
+    source_file = folder / SOURCE_HEAD_FILE
     if not source_file.is_file():
         return SavedNetworks(model, None, f"{folder} has no source_head.safetensors")
     norms_file = folder / SOURCE_NORMS_FILE
@@ -104,9 +111,43 @@ def _fit_head(
 
 
 def _batch_norm_policy(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text()).get("batch_norm")
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged ({error})") from error
+    path = folder / "config.json"
+    return read_json(path).get("batch_norm") if path.is_file() else None
+
+
+def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:
+    """Tie the files of a result together: their hashes, in a file with a checksum of itself.
+
+    Args:
+        run: id of the run that they are of.
+        options: of that run.
+    """
+    files = {name: file_hash(folder / name) for name in FILES if (folder / name).is_file()}
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    facts = {"format": FORMAT, "run": run, "options": options, "files": files}
+    with atomic_file(folder / MANIFEST_FILE) as path:
+        write_sealed(path, facts)
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare the files of a result with what was written; files that were taken away are no harm.
+
+    Raises:
+        FileNotFoundError: no result there.
+        ValueError: a file is damaged, or was not saved together with the others.
+    """
+    for name in (MODEL_FILE, MANIFEST_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}: not a folder of Result.save or fast finetune"
+            )
+    path = folder / MANIFEST_FILE
+    manifest = read_sealed(path, FORMAT)
+    with reading(path):
+        hashes = dict(manifest["files"])
+    for name in FILES:
+        if (folder / name).is_file() and file_hash(folder / name) != hashes.get(name):
+            raise ValueError(
+                f"{folder / name} is damaged, or was not saved together with {MANIFEST_FILE}: its "
+                "hash is another"
+            )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fast.curvature.card import SourceCard
-from fast.files import write_json
+from fast.files import reading
 from fast.heads import (
     check_num_classes,
     evaluating,
@@ -28,19 +26,27 @@ from fast.heads import (
 )
 from fast.inputs import check_finite_inputs, taking
 from fast.train.average import Average
-from fast.train.checkpoint import clear_unfinished, load_checkpoint, save_checkpoint
+from fast.train.checkpoint import Facts, State, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
 from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.finite import check_data, check_finite, warn_diverged
 from fast.train.function_pull import shares
+from fast.train.generators import find_generators
 from fast.train.head_start import head_is_last
-from fast.train.identity import card_identity, data_identity, model_identity
+from fast.train.identity import (
+    card_identity,
+    code_identity,
+    data_identity,
+    environment,
+    model_identity,
+)
+from fast.train.interrupt import Interruption
 from fast.train.job import Job
 from fast.train.known import target_inputs
 from fast.train.labels import check_labels
-from fast.train.logs import RunLog, log, progress_bar, summary
+from fast.train.logs import History, RunLog, log, progress_bar, read_history, summary
 from fast.train.loss import Loss, class_weights
 from fast.train.methods import LEAST_FOR_STATISTICS, METHODS, plan_for, rehearsed_by, steps_for
 from fast.train.metrics import Evaluator, Score, evaluate
@@ -50,8 +56,8 @@ from fast.train.protect import Protection, hold_back, make_card
 from fast.train.rehearse import OWN_INPUTS, joined, places_for
 from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
-from fast.train.resume import CONFIG_FILE, check_folder
 from fast.train.rollback import HeadStart
+from fast.train.run_folder import RunFolder, options_of, run_of
 from fast.train.schedule import lr_factor
 
 # Inputs, labels, rows of the training data (None from a loader); source inputs with what they are
@@ -73,8 +79,9 @@ class Trainer:
         transform: Transform | None,
         card: SourceCard | None = None,
         source_inputs: Any = None,
+        folder: RunFolder | None = None,
     ) -> None:
-        self.config, self.transform = config, transform
+        self.config, self.transform, self.folder = config, transform, folder
         self.train_data = as_data(train, "train")
         check_data(self.train_data)
         self.val = None if val is None else as_data(val, "val")
@@ -88,10 +95,6 @@ class Trainer:
         if config.patience is not None and self.val is None:
             raise ValueError("patience needs val: early stopping watches the validation accuracy")
 
-        self.folder: Path | None = None
-        if config.output or config.resume:
-            self.folder = Path(config.output or str(config.resume))
-            check_folder(config, self.folder)
         self.device = pick_device(config.device)
         self.rehearsed = rehearsed_by(config, source_inputs is not None)
         self.batches, self.source_size = self._places(config)
@@ -113,8 +116,12 @@ class Trainer:
         self.model = model.to(self.device)
         self.identity: dict[str, str | None] = {}
         if self.folder is not None:
-            self.identity = {
-                "pretrained weights": model_identity(model),
+            self.environment = environment(self.device, transform)
+            self.generators = find_generators(
+                train=train, val=val, source=source, transform=transform, model=model
+            )
+            self.identity = code_identity(model, transform) | {
+                "pretrained weights (hash)": model_identity(model),
                 "training data (hash)": data_identity(self.train_data),
                 "validation data (hash)": data_identity(self.val),
                 "source data (hash)": data_identity(self.source),
@@ -124,7 +131,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.autocast_dtype == torch.float16
         )
-        self.stopping = EarlyStopping(config.patience, self.folder)
+        self.stopping = EarlyStopping(config.patience)
         self._began: Callable[[], None] = lambda: None
         self.started = time.monotonic()
 
@@ -240,11 +247,10 @@ class Trainer:
         count = self.train_data.num_samples
         log.info("%s; %s classes, %s training samples", self.plan, self.num_classes, count)
         try:
-            first, history, losses = self._resume()
+            first, earlier, losses = self._resume()
             if self.folder is not None:
-                clear_unfinished(self.folder)
-                write_json(self.folder / CONFIG_FILE, dataclasses.asdict(self.config))
-            run_log = RunLog(self.folder, history)
+                self.folder.start()
+            run_log = RunLog(self.folder.path if self.folder else None, earlier)
             bar = progress_bar(self.config.progress, first, self.steps, self.config.method)
             self._train(first, losses, run_log, bar)
         finally:
@@ -268,6 +274,7 @@ class Trainer:
             source_accuracy_before=self.before.accuracy if self.before else None,
             chosen=chosen,
             plan=self.plan,
+            run=self.folder.run if self.folder else None,
         )
 
     def _train(self, first: int, losses: list[Tensor], run_log: RunLog, bar: Any) -> None:
@@ -276,21 +283,28 @@ class Trainer:
                 run_log.add(self._record(0, []))
             stream = self.stream(first)
             self.model.train()
-            for step in range(first, self.steps):
-                if self.stopping.stop:
-                    break
-                losses.append(self.advance(step, next(stream)))
-                bar.update()
-                done = step + 1
-                if done % self.eval_every == 0 or done == self.steps:
-                    with self._averaged(done):
-                        record = self._record(done, losses)
-                        self.stopping.update(record, self.model)
-                    losses = []
-                    run_log.add(record)
-                    bar.set_postfix(summary(record))
-                if self._saves_at(done):
-                    self._save(done, run_log.history, losses)
+            # Without a folder there is nothing to save, and nothing to wait for.
+            with Interruption() if self.folder else nullcontext() as interruption:
+                for step in range(first, self.steps):
+                    if self.stopping.stop:
+                        break
+                    losses.append(self.advance(step, next(stream)))
+                    bar.update()
+                    done = step + 1
+                    if done % self.eval_every == 0 or done == self.steps:
+                        if self.folder:
+                            self.folder.check()
+                        with self._averaged(done):
+                            record = self._record(done, losses)
+                            self.stopping.update(record, self.model)
+                        losses = []
+                        run_log.add(record)
+                        bar.set_postfix(summary(record))
+                    stop = interruption is not None and interruption.waiting
+                    if stop or self._saves_at(done):
+                        self._save(done, run_log, losses)
+                    if interruption is not None:
+                        interruption.deliver()
         finally:
             bar.close()
             run_log.close()
@@ -424,7 +438,8 @@ class Trainer:
 
     def _check_finite(self, step: int, losses: list[Tensor]) -> float | None:
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return check_finite(step, losses, weights, self.lr, self.folder)
+        folder = self.folder.path if self.folder else None
+        return check_finite(step, losses, weights, self.lr, folder)
 
     def _source_score(self) -> Score | None:
         if self.source is None:
@@ -441,45 +456,51 @@ class Trainer:
             return False
         return done % (self.config.save_every or self.eval_every) == 0 or done == self.steps
 
-    def _save(self, step: int, history: list[dict[str, Any]], losses: list[Tensor]) -> None:
+    def _save(self, step: int, log: RunLog, losses: list[Tensor]) -> None:
         assert self.folder is not None
         self._check_finite(step, losses)  # it takes the place of a good one
+        self.folder.check()
         record = {
-            "history": history,
+            "history": log.state(),
             "losses": [float(x) for x in losses],
             "stopping": self.stopping.state(),
             "seconds": time.monotonic() - self.started,
             "scaler": self.scaler.state_dict(),
             "protection": self.protection.state(),
             "function_pull": self.function_pull.state() if self.function_pull else {},
-            "job": self._job(),
         }
-        averages = self.average.state() if self.average else {}
-        save_checkpoint(self.folder, step, self.model, self.optimizer, record, averages)
+        facts, best = self._facts(self.folder.run), self.stopping.tensors()
+        save_checkpoint(self.folder.path, step, self._state(), facts, record, best)
 
-    def _resume(self) -> tuple[int, list[dict[str, Any]], list[Tensor]]:
+    def _resume(self) -> tuple[int, History | None, list[Tensor]]:
         """(steps done, history so far, losses since its last record)."""
-        if self.config.resume is None:
-            return 0, [], []
-        folder = Path(self.config.resume)
-        job, averages = self._job(), self.average.state() if self.average else {}
-        step, record = load_checkpoint(folder, self.model, self.optimizer, job, averages)
-        self.stopping.load(record["stopping"], folder)
-        self.started -= record.get("seconds", 0.0)
-        self.scaler.load_state_dict(record["scaler"])
-        self.protection.load(record["protection"])
-        if self.function_pull:
-            self.function_pull.load(record["function_pull"])
-        losses = [torch.tensor(x, device=self.device) for x in record["losses"]]
-        return step, record["history"], losses
+        if self.folder is None or self.folder.source is None:
+            return 0, None, []
+        source = self.folder.source
+        facts = self._facts(run_of(source))
+        file, step, record, best = load_checkpoint(source, self._state(), facts, self.steps)
+        with reading(file):
+            self.stopping.load(record["stopping"], best)
+            self.started -= float(record["seconds"])
+            self.scaler.load_state_dict(record["scaler"])
+            self.protection.load(record["protection"])
+            if self.function_pull:
+                self.function_pull.load(record["function_pull"])
+            losses = [torch.tensor(float(x), device=self.device) for x in record["losses"]]
+        return step, read_history(source, record["history"]), losses
 
-    def _job(self) -> dict[str, Any]:
-        """What a resumed run must share with the one it goes on from, besides its options."""
-        return {
+    def _state(self) -> State:
+        averages = self.average.state() if self.average else {}
+        return State(self.model, self.optimizer, averages, self.generators)
+
+    def _facts(self, run: str) -> Facts:
+        """What a resumed run must share with the one it goes on from."""
+        job = {
             "training samples": self.train_data.num_samples,
             "classes": self.num_classes,
             **self.identity,
         }
+        return Facts(run, options_of(self.config), job, self.environment)
 
 
 def _classes(train: Data, given: int | None) -> int:

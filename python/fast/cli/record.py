@@ -1,0 +1,136 @@
+"""job.json: the options of a run, kept in its folder and signed, so that `--resume` builds the same
+network and data again and runs no code of a stranger's."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fast.errors import printable
+from fast.files import read_json, to_json
+
+JOB_FILE = "job.json"
+KEY_BYTES = 32
+# What a record holds besides options.
+MODEL_HASH, SIGNATURE = "model_hash", "signature"
+PATHS = ("weights", "data", "source", "source_inputs", "card", "model")
+NOT_KEPT = ("run", "unset", "parser", "output", "resume")
+
+
+def write_record(folder: Path, args: argparse.Namespace) -> None:
+    """What `read_record` needs to build the same model and data again.
+
+    Raises:
+        FileExistsError: the folder has it already.
+    """
+    given = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
+    given |= {name: _absolute(given[name]) for name in PATHS}
+    given[MODEL_HASH] = _model_hash(given["model"])
+    record = json.loads(to_json(given))
+    with (folder / JOB_FILE).open("x") as file:
+        file.write(to_json(record | {SIGNATURE: _sign(record)}, indent=2) + "\n")
+
+
+def read_record(folder: Path, option: str, parser: argparse.ArgumentParser, named: bool) -> Any:
+    """The options of a run, read as if they had been given on the command line.
+
+    Args:
+        option: that named the folder, for messages.
+        parser: of the command that wrote them.
+        named: the model is named on this command line, so that the recorded one does not run.
+
+    Raises:
+        FileNotFoundError: no run of `fast finetune`.
+        ValueError: the file is damaged; or its model is code of a stranger's, or has changed, and
+            is not named on this command line.
+    """
+    file = folder / JOB_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{option} {folder}: has no {JOB_FILE}; not a run of fast finetune")
+    record = read_json(file)
+    signature = str(record.pop(SIGNATURE, None))
+    trusted = hmac.compare_digest(signature.encode(), str(_sign(record)).encode())
+    model, model_hash = record.get("model"), record.pop(MODEL_HASH, None)
+    if not named and not (trusted and signature != str(None)):
+        raise ValueError(
+            f"{option} {folder}: was not started by you on this machine, and a network is code: "
+            f"look at it, and name it: --model '{printable(model)}'"
+        )
+    try:
+        options = parser.parse_args(_argv(record))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged or was changed: {error}") from error
+    if not named and model_hash != _model_hash(options.model):
+        raise ValueError(
+            f"{option} {folder}: the file of its network has changed since; to run it as it is "
+            f"now, name it: --model '{printable(model)}'"
+        )
+    return options
+
+
+def _argv(record: dict[str, Any]) -> list[str]:
+    """`{"lr": 0.1, "mean": [0.5, 0.5]}` -> `["--lr=0.1", "--mean=0.5,0.5"]`."""
+    found = []
+    for name, value in record.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found += [f"--{flag}"] if value else [f"--no-{flag}"] if name == "progress" else []
+        elif isinstance(value, list):
+            found.append(f"--{flag}={','.join(map(str, value))}")
+        elif isinstance(value, dict):
+            raise ValueError(f"{name} is {value}")
+        elif value is not None:
+            found.append(f"--{flag}={value}")
+    return found
+
+
+def _model_hash(spec: str | None) -> str | None:
+    """Of the file that `path/file.py:Factory` names; None of a library's network."""
+    name, colon, _ = (spec or "").partition(".py:")
+    path = Path(f"{name}.py").expanduser()
+    if not colon or not path.is_file():
+        return None
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _absolute(name: str | None) -> str | None:
+    """Files by their absolute path, so that --resume works from anywhere; other names as is."""
+    if not name:
+        return name
+    file, colon, rest = name.partition(".py:")
+    if colon:
+        return os.path.realpath(os.path.expanduser(f"{file}.py")) + colon[3:] + rest
+    path = os.path.expanduser(name)
+    return os.path.realpath(path) if os.path.exists(path) else name
+
+
+def _sign(record: dict[str, Any]) -> str | None:
+    """By a key that only this user has; None where there is no place for one."""
+    key = _key()
+    text = json.dumps(record, sort_keys=True).encode()
+    return None if key is None else hmac.new(key, text, "sha256").hexdigest()
+
+
+def _key() -> bytes | None:
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    path = Path(state).expanduser() / "fast" / "key"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent) as whole:  # only the user may read it
+                whole.write(secrets.token_bytes(KEY_BYTES))
+                whole.flush()
+                os.link(whole.name, path)
+    except FileExistsError:  # another run has made it just now
+        pass
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to
+        return None
+    key = path.read_bytes()
+    return key if len(key) == KEY_BYTES else None

@@ -1,0 +1,55 @@
+"""The state of an optimizer as named tensors and JSON values, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimizer state as named tensors and JSON values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+
+    def put(key: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+            for i, v in enumerate(value):
+                put(f"{key}.{i}", v)
+        else:
+            values[key] = value
+
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            put(f"state.{index}.{key}", value)
+    groups = []
+    for i, group in enumerate(state["param_groups"]):
+        plain = {}
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                tensors[f"group.{i}.{key}"] = value
+            elif key != "curvature":  # weights of the job, not state: given again on resume
+                plain[key] = value
+        groups.append(plain)
+    return tensors, {"values": values, "groups": groups}
+
+
+def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Load into an optimizer what `flatten` made of one over the same parameters."""
+    own = optimizer.state_dict()["param_groups"]
+    state: dict[int, dict[str, Any]] = {}
+    groups = [{**mine, **saved} for mine, saved in zip(own, record["groups"], strict=True)]
+    for key, value in [*tensors.items(), *record["values"].items()]:
+        kind, index, name = key.split(".", 2)
+        if kind == "state":
+            state.setdefault(int(index), {})[name] = value
+        else:
+            groups[int(index)][name] = value
+    for group in groups:
+        if isinstance(group.get("betas"), list):
+            group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
