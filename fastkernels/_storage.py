@@ -81,6 +81,15 @@ def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     return torch.where(code >= 128, -y, y) if signed else y
 
 
+def decode_format_1(codes: Tensor, scales: Tensor) -> Tensor:
+    """As `decode`, of signed codes as they were in the first format: eighths of an octave of y + 1,
+    over 16 octaves."""
+    code = codes.long()
+    y = _from_bits(((code & 0x7F) << 20) + _ONE) - 1
+    y = y * scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
+    return torch.where(code >= 128, -y, y)
+
+
 def encode(x: Tensor, random: Tensor | int, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of a flat tensor; `random` below 2^20, or 2^19 to round to nearest."""
     blocks = functional.pad(x.float().abs(), (0, -x.numel() % CODE_BLOCK)).view(-1, CODE_BLOCK)

@@ -16,8 +16,8 @@ from torch import Tensor
 from fastkernels import _checks, _storage
 from fastkernels._update import Batch, compute_dtype
 
-# csrc's kHardest: a pull beyond it leaves nothing of w. It is finite, so that a curvature of 0 takes
-# it away.
+# csrc's kHardest: a pull beyond it leaves nothing of w. It is finite, so that a curvature of 0
+# takes it away.
 HARDEST = 1e30
 
 # (row of hyper, step [], w, g, *moments or None) -> (new w, *new moments), flat, compute dtype

@@ -26,7 +26,9 @@ def test_codes_hold_the_range(signed):
     # steps of 1/80 of the largest value from an eighth of it on.
     bound = x.abs() / 16 * 1.01 + scales.repeat_interleave(128) / 16
     if signed:
-        bound = torch.where(x.abs() < 0.125, x.abs() / 8 * 1.01 + 1e-6, torch.tensor(1 / 160 * 1.01))
+        bound = torch.where(
+            x.abs() < 0.125, x.abs() / 8 * 1.01 + 1e-6, torch.tensor(1 / 160 * 1.01)
+        )
     assert ((back - x).abs() <= bound).all()
     again, scales_again = _storage.encode(back, NEAREST, signed=signed)
     assert torch.equal(again, codes)

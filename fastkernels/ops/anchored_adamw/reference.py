@@ -4,9 +4,9 @@
     u  <- w (1 - lr weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     w  <- (u + c w0) / (1 + c),                     c = lr anchor_decay F
 
-The first line is torch's lerp, which starts from `g` where `beta1 <= 1/2`: small gradients are not
-lost in a large `m`. `g` is the gradient after `grad_scale` and clipping, negated when maximizing. The last line is
-`fastkernels._update_reference`'s.
+`g` is the gradient after `grad_scale` and clipping, negated when maximizing. `m` is torch's lerp,
+which starts from `g` where `beta1 <= 1/2`: small gradients are not lost in a large `m`. The last
+line is `fastkernels._update_reference`'s.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 import fastkernels
 
 from . import _dtensor, _state
-from ._base import AnchoredOptimizer, number
+from ._base import AnchoredOptimizer, finite, number
 from ._batch import Batch, Group
 from ._state import State, Storage
 
@@ -31,7 +31,8 @@ class SGD(AnchoredOptimizer):
     """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
-    own_keys: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
+    counts_steps: ClassVar[bool] = False
+    own_keys: ClassVar[frozenset[str]] = frozenset({"momentum", "dampening", "nesterov"})
 
     def __init__(
         self,
@@ -72,8 +73,10 @@ class SGD(AnchoredOptimizer):
             seed=seed,
         )
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_values(self, group: Group) -> None:
+        super()._check_values(group)
+        for key in ("momentum", "dampening"):
+            finite(key, group[key])
         if not number("momentum", group["momentum"]) >= 0:
             raise ValueError(f"momentum must not be negative; got {group['momentum']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -110,7 +113,7 @@ class SGD(AnchoredOptimizer):
         ]  # fmt: skip
 
     def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
-        momentum_buffers, momentum_scales = batch.moment("momentum_buffer")
+        momentum_buffers, momentum_scales = batch.moment("momentum_buffer", optional=True)
         if not all(group["momentum"] for group, _ in batch.rows):
             # One that was switched off keeps its momentum, unused, as torch's does.
             on = [bool(batch.rows[row][0]["momentum"]) for row in batch.groups]
