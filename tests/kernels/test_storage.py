@@ -22,8 +22,8 @@ def test_codes_hold_the_range(signed):
     x = torch.cat([x, -x]) if signed else x
     codes, scales = _storage.encode(x, NEAREST, signed=signed)
     back = _storage.decode(codes, scales, signed=signed)
-    # Half of an eighth of an octave, absolute near zero; signed ones have quarters of an octave, and
-    # steps of 1/80 of the largest value from an eighth of it on.
+    # Half of an eighth of an octave, absolute near zero; signed ones have quarters of an octave,
+    # and steps of 1/80 of the largest value from an eighth of it on.
     bound = x.abs() / 16 * 1.01 + scales.repeat_interleave(128) / 16
     if signed:
         bound = torch.where(

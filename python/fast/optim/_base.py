@@ -293,9 +293,7 @@ class AnchoredOptimizer(LoadingOptimizer):
         """The arguments that the update ops have in common, but for the scale of gradients."""
         device = place.device
         step = batch.states[0].get("step")
-        if (
-            step is not None and step.device != device
-        ):  # the model was moved after the state was made
+        if step is not None and step.device != device:  # the model was moved since
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
         split = self.storage.exact_bf16
@@ -350,13 +348,14 @@ class AnchoredOptimizer(LoadingOptimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # Moments are made together, so the last one stands for all; `Batch` misses any other.
+        # Moments are made together: the last stands for all, and `Batch` misses any other. SGD's
+        # may be switched on later; AdamW's were taken away, which `Batch` misses too.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
             last += "_codes"
         for i, state in enumerate(states):
-            if state is None or last not in state:
+            if not state or (last not in state and not self.counts_steps):
                 states[i] = self._ensure(group, params[i])
         if self.storage.exact_bf16:
             for state, p in zip(states, params, strict=True):
@@ -381,15 +380,15 @@ class AnchoredOptimizer(LoadingOptimizer):
         rows, device_lrs = [], {}
         for i, (group, ramp) in enumerate(batch.rows):
             lr = group["lr"]
-            if isinstance(lr, Tensor) and (
-                lr.device.type != "cpu" or torch.compiler.is_compiling()
-            ):
-                # Reading it would be a sync, or a graph break.
-                device_lrs[i] = lr.reshape(()) * ramp
-                value = math.nan  # not a rate that a group may have later; equal to itself in rows
-            else:
-                value = float(lr) * ramp
             try:
+                if isinstance(lr, Tensor) and (
+                    lr.device.type != "cpu" or torch.compiler.is_compiling()
+                ):
+                    # Reading it would be a sync, or a graph break.
+                    device_lrs[i] = lr.reshape(()) * ramp
+                    value = math.nan  # no rate that a group may have later; equal to itself in rows
+                else:
+                    value = float(lr) * ramp
                 rows.append(self._hyper_row(group, value))
             except (TypeError, ValueError):
                 self._check_values(group)  # which says more

@@ -41,7 +41,8 @@ def param_groups(
         dicts with `params`, `name`, `lr` and the given keys; empty groups are left out.
 
     Raises:
-        ValueError: no head was found, nothing can be trained, or `curvature` has another length.
+        ValueError: no head was found, the head shares a parameter with another layer, nothing can
+            be trained, or `curvature` has another length.
         TypeError: a key that no optimizer here knows.
     """
     if unknown := sorted(set(backbone) - KEYS):
@@ -51,6 +52,7 @@ def param_groups(
     replaced = task_head(model)
     head_module = replaced.linear if replaced is not None else find_head(model, sample).module
     head_ids = {id(p) for p in head_module.parameters()}
+    _refuse_tied(model, head_module)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter with requires_grad=True: nothing can be trained")
@@ -80,3 +82,19 @@ def param_groups(
     result = groups("backbone", body, lr=lr, **backbone)
     result += groups("head", head, lr=lr * head_lr_scale, anchor_decay=0.0)
     return [g for g in result if g["params"]]
+
+
+def _refuse_tied(model: nn.Module, head: nn.Module) -> None:
+    """Raise a ValueError when a trainable parameter of `head` is one of the backbone as well."""
+    names = {id(p): name for name, p in head.named_parameters() if p.requires_grad}
+    parts = set(head.modules())
+    head_name = next((name for name, module in model.named_modules() if module is head), "head")
+    for where, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False) if module not in parts else ():
+            if id(p) in names:
+                raise ValueError(
+                    f"param_groups: {head_name}.{names[id(p)]} of the head is also {where}.{name}, "
+                    "which would lose its anchor and learn at the head's rate; pass "
+                    "model.parameters() to the optimizer, or replace the head first "
+                    "(fast.replace_head)"
+                )
