@@ -64,6 +64,12 @@ def test_a_part_of_a_state_of_another_size(options, key, value, message):
     refused_step(optimizer, p, ValueError, message)
 
 
+def test_a_momentum_that_was_emptied():
+    p, optimizer = stepped(fast.SGD, momentum=0.9)
+    optimizer.state[p]["momentum_buffer"] = torch.empty(0)
+    refused_step(optimizer, p, ValueError, r"a momentum_buffer is \[0\], its parameter \[9\]")
+
+
 def test_a_momentum_that_was_taken_away_begins_anew():
     p, optimizer = stepped(fast.SGD, momentum=0.9, lr=1.0)
     del optimizer.state[p]["momentum_buffer"]
@@ -79,6 +85,7 @@ def test_a_momentum_that_was_taken_away_begins_anew():
         (fast.AdamW, "betas", (2, 3)), (fast.AdamW, "betas", (0.9, 1)), (fast.AdamW, "betas", 0.9),
         (fast.AdamW, "eps", -1.0), (fast.AdamW, "eps", math.inf), (fast.AdamW, "ramp", -3),
         (fast.AdamW, "weight_decay", -1.0), (fast.AdamW, "anchor_decay", -1.0),
+        (fast.AdamW, "ramp", math.nan), (fast.AdamW, "stall", -1), (fast.AdamW, "ramp", "x"),
         (fast.SGD, "momentum", -0.5), (fast.SGD, "momentum", math.inf),
         (fast.SGD, "dampening", math.nan), (fast.SGD, "weight_decay", None),
     ],

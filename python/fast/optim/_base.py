@@ -321,11 +321,14 @@ class AnchoredOptimizer(LoadingOptimizer):
         batches: dict[Place, Batch] = {}
         for group in self.param_groups:
             self._absorb_curvature(group)
-            after_stall = group["progress"] - group["stall"]
+            stall, ramp = group["stall"], group["ramp"]
+            if not (type(stall) is type(ramp) is int and stall >= 0 and ramp >= 0):
+                self._check_values(group)
+            after_stall = group["progress"] - stall
             if after_stall < 0:
                 continue
             # The first step after the stall already moves: 1/ramp, 2/ramp, ..., 1.
-            ramp = min(1.0, (after_stall + 1) / group["ramp"]) if group["ramp"] else 1.0
+            ramp = min(1.0, (after_stall + 1) / ramp) if ramp else 1.0
             params, grads = _with_gradients(group["params"])
             if any(layout is not torch.strided for layout in set(map(_layout_of, grads))):
                 raise RuntimeError(

@@ -114,13 +114,29 @@ class SGD(AnchoredOptimizer):
 
     def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
         momentum_buffers, momentum_scales = batch.moment("momentum_buffer", optional=True)
-        if not all(group["momentum"] for group, _ in batch.rows):
+        on = [bool(group["momentum"]) for group, _ in batch.rows]
+        if not all(on):
             # One that was switched off keeps its momentum, unused, as torch's does.
-            on = [bool(batch.rows[row][0]["momentum"]) for row in batch.groups]
-            momentum_buffers = [
-                b if use else batch.nothing for b, use in zip(momentum_buffers, on, strict=True)
-            ]
+            pairs = zip(momentum_buffers, batch.groups, strict=True)
+            momentum_buffers = [b if on[row] else batch.nothing for b, row in pairs]
+        if not torch.compiler.is_compiling():
+            _refuse_empty(momentum_buffers, batch, on)
         fastkernels.anchored_sgd_(
             batch.params, batch.grads, momentum_buffers, batch.column("step"), hyper, batch.groups,
             momentum_scales=momentum_scales, **options,
         )  # fmt: skip
+
+
+def _refuse_empty(buffers: list[Tensor], batch: Batch, on: list[bool]) -> None:
+    """Raise a ValueError for an emptied buffer of a group with momentum: the op does without it."""
+    try:
+        if 0 not in map(Tensor.numel, buffers):
+            return
+    except TypeError:  # of what is no tensor, which the op names
+        return
+    for b, p, row in zip(buffers, batch.params, batch.groups, strict=True):
+        if on[row] and p.numel() and not b.numel():
+            raise ValueError(
+                f"a momentum_buffer is {list(b.shape)}, its parameter {list(p.shape)}; delete it "
+                "from the state to begin a new one"
+            )
