@@ -18,8 +18,12 @@ CODE_BLOCK = tl.constexpr(_update.CODE_BLOCK)
 ONE = tl.constexpr(0x3F800000)
 # numeric.h's constants of the same names.
 UNSIGNED_TOP = tl.constexpr(4026531839.0)
-SIGNED_TOP, SIGNED_FLAT, SIGNED_FINE = tl.constexpr(80.0), tl.constexpr(10.0), tl.constexpr(2047.9)
-SIGNED_SHIFT, SIGNED_KNEE = tl.constexpr(47), tl.constexpr(57)
+SIGNED_TOP, SIGNED_FLAT, SIGNED_FINE = (
+    tl.constexpr(80.0),
+    tl.constexpr(9.0),
+    tl.constexpr(16383 / 9),
+)
+SIGNED_SHIFT, SIGNED_KNEE = tl.constexpr(47), tl.constexpr(56)
 LEAST_SCALE = tl.constexpr(2.0**-126)
 
 

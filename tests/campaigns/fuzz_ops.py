@@ -323,9 +323,9 @@ def cell_of(t: Tensor, scale: Tensor | None, x: Tensor, *, signed: bool, second:
         flat = _storage.flat(wide)
         flat.copy_(scale.double().repeat_interleave(128)[: t.numel()])
         if signed:  # a quarter of an octave, or a step of the flat part
-            fine = x.abs() / 4 + wide / 8000
+            fine = x.abs() / 4 + wide / 7000
             return (
-                torch.where(x.abs() < 10 * wide, fine, torch.minimum(fine, wide)) * 1.01 + 2.0**-149
+                torch.where(x.abs() < 9 * wide, fine, torch.minimum(fine, wide)) * 1.01 + 2.0**-149
             )
         return (x.abs() + wide) / 8 * 1.01 + 2.0**-149
     info = torch.finfo(t.dtype)

@@ -23,11 +23,11 @@ def test_codes_hold_the_range(signed):
     codes, scales = _storage.encode(x, NEAREST, signed=signed)
     back = _storage.decode(codes, scales, signed=signed)
     # Half of an eighth of an octave, absolute near zero; signed ones have quarters of an octave,
-    # and steps of 1/80 of the largest value from an eighth of it on.
+    # and steps of 1/80 of the largest value from 9/80 of it on.
     bound = x.abs() / 16 * 1.01 + scales.repeat_interleave(128) / 16
     if signed:
         bound = torch.where(
-            x.abs() < 0.125, x.abs() / 8 * 1.01 + 1e-6, torch.tensor(1 / 160 * 1.01)
+            x.abs() < 9 / 80, x.abs() / 8 * 1.01 + 1e-6, torch.tensor(1 / 160 * 1.01)
         )
     assert ((back - x).abs() <= bound).all()
     again, scales_again = _storage.encode(back, NEAREST, signed=signed)

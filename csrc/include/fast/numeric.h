@@ -127,17 +127,17 @@ FAST_INLINE uint16_t to_f16(float x) {
 //
 // An unsigned code counts eighths of an octave of y + 1, over 32 octaves: linear near zero,
 // logarithmic above, for second moments, which span many orders. A signed code (sign in the high
-// bit) is finest where a momentum is largest: from an eighth of the block's largest value on it
-// counts steps of 1/80 of that value, and below, quarters of an octave, over 14 octaves.
+// bit) is finest where a momentum is largest: from 9/80 of the block's largest value on it counts
+// steps of 1/80 of that value, and below, quarters of an octave of y + 1, over 14 octaves.
 //
 // Between two codes both are linear, so a uniform draw of 20 bits for `random` rounds without bias;
 // 1 << 19 rounds to nearest.
 constexpr uint32_t kOne = 0x3f800000u;
 constexpr float kUnsignedTop = 4026531839.0f;  // y of code 255: 1.875 * 2^31 - 1
 constexpr float kSignedTop = 80.0f;            // y of code 127
-constexpr float kSignedFlat = 10.0f;           // from this y on, code = y + 47
-constexpr float kSignedFine = 2047.9f;         // below: code 57, 1.25 * 2^14 - 1, is 10 of these
-constexpr int kSignedShift = 47, kSignedKnee = 57;
+constexpr float kSignedFlat = 9.0f;            // from this y on, code = y + 47
+constexpr float kSignedFine = 16383 / 9.0f;    // below: code 56 is 2^14 - 1
+constexpr int kSignedShift = 47, kSignedKnee = 56;
 
 FAST_INLINE float from_unsigned_code(uint32_t code) { return float_of((code << 20) + kOne) - 1.0f; }
 
