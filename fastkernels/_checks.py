@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkernels import _memory
 from fastkernels._storage import code_scales
-from fastkernels._update import STATS, Batch, Optionals
+from fastkernels._update import STATS, Batch
 
 _REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
@@ -21,69 +22,121 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "curvature": (*_REAL, torch.uint8),
     "remainders": (torch.int16,),
 }
-_OPTIONAL = ("anchors", "curvature", "curvature_scales", "remainders")
 
 
-def check_table(batch: Batch) -> None:
-    """Raise a ValueError when `hyper`, `groups` or `stats` do not fit; cheap, run at every call."""
+def check_call(batch: Batch) -> None:
+    """Raise a ValueError when anything but the entries of the lists does not fit; cheap, run at
+    every call."""
     name, columns, hyper = batch.op.name, batch.op.hyper, batch.hyper
-    if hyper.dim() != 2 or hyper.shape[1] != len(columns) or hyper.dtype != torch.float64:
-        raise ValueError(
-            f"{name}: hyper must be float64 [groups, {len(columns)}] ({', '.join(columns)}); "
-            f"got {hyper.dtype} {list(hyper.shape)}"
-        )
-    if not hyper.is_contiguous():
-        raise ValueError(f"{name}: hyper must be contiguous")
-    groups = batch.groups
-    if groups and not 0 <= min(groups) <= max(groups) < hyper.shape[0]:
-        raise ValueError(f"{name}: groups must index the {hyper.shape[0]} rows of hyper")
-    device = batch.params[0].device if batch.params else hyper.device
+    lists = _lists(batch) | {"groups": batch.groups}
+    for key, entries in lists.items():
+        if not isinstance(entries, (list, tuple)):
+            raise ValueError(f"{name}: {key} must be a list; got {type(entries).__name__}")
+    device = batch.params[0].device if batch.params else torch.device("cpu")
+    table = f"float64 [groups, {len(columns)}] ({', '.join(columns)})"
+    _check_array(f"{name}: hyper", hyper, table, None, len(columns))
     if hyper.device.type not in ("cpu", device.type):
         raise ValueError(f"{name}: hyper is on {hyper.device}, params[0] on {device}")
-    stats = batch.stats
-    if stats is None:
-        return
-    if (stats.dtype, stats.shape) != (torch.float64, (len(STATS),)) or not stats.is_contiguous():
-        raise ValueError(
-            f"{name}: stats must be float64 [{len(STATS)}], contiguous; got {stats.dtype} "
-            f"{list(stats.shape)}"
-        )
-    if stats.device != device:
-        raise ValueError(f"{name}: stats is on {stats.device}, params[0] on {device}")
+    rows, groups = hyper.shape[0], batch.groups
+    integers = set(map(type, groups)) <= {int}
+    if not integers or (groups and not 0 <= min(groups) <= max(groups) < rows):
+        raise ValueError(f"{name}: groups must index the {rows} rows of hyper")
+    if batch.stats is not None:
+        _check_array(f"{name}: stats", batch.stats, f"float64 [{len(STATS)}]", len(STATS))
+        if batch.stats.is_inference():
+            raise ValueError(f"{name}: stats is an inference tensor, which may not be written to")
+        if batch.stats.device != device:
+            raise ValueError(f"{name}: stats is on {batch.stats.device}, params[0] on {device}")
+    norm, seed = batch.max_grad_norm, batch.seed
+    if norm is not None and (not _is_number(norm) or not norm > 0):
+        raise ValueError(f"{name}: max_grad_norm must be None or positive; got {norm!r}")
+    if not _is_number(seed) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"{name}: seed must be an integer in [0, 2**63); got {seed!r}")
+    for key, flag in (("grad_scale", batch.grad_scale), ("found_inf", batch.found_inf)):
+        if flag is not None and (
+            not isinstance(flag, Tensor) or flag.numel() != 1 or flag.is_complex()
+        ):
+            got = list(flag.shape) if isinstance(flag, Tensor) else repr(flag)
+            raise ValueError(f"{name}: {key} must be None or a tensor of one number; got {got}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_array(what: str, t: Any, wanted: str, *shape: int | None) -> None:
+    """Of a float64 array; None: any size."""
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{what} must be {wanted}; got {type(t).__name__}")
+    fits = t.dim() == len(shape) and all(
+        size in (None, n) for size, n in zip(shape, t.shape, strict=True)
+    )
+    if t.dtype != torch.float64 or not fits:
+        raise ValueError(f"{what} must be {wanted}; got {t.dtype} {list(t.shape)}")
+    if not t.is_contiguous() or t.is_neg() or (t.numel() and t.data_ptr() % t.element_size()):
+        raise ValueError(f"{what} must be contiguous and aligned; give its .clone()")
+
+
+def _lists(batch: Batch) -> dict[str, Sequence[Any]]:
+    """Every list of tensors by its name."""
+    moments = dict(zip(batch.op.moments, batch.moments, strict=True))
+    scales = zip(moments, batch.moment_scales, strict=False)
+    return {
+        "params": batch.params, "grads": batch.grads, **moments, "steps": batch.steps,
+        "anchors": batch.anchors, "curvature": batch.curvature, "remainders": batch.remainders,
+        "curvature_scales": batch.curvature_scales,
+        **{f"scales of {key}": entries for key, entries in scales},
+    }  # fmt: skip
+
+
+def written(batch: Batch) -> list[Tensor]:
+    """What a call writes to, but for `stats`."""
+    lists = _lists(batch).items()
+    return [t for key, entries in lists if key not in _READ for t in entries if t.numel()]
+
+
+_READ = {"grads", "anchors", "curvature", "curvature_scales"}
 
 
 def check_tensors(batch: Batch) -> None:
-    """Raise a ValueError that names the list and the entry that does not fit its parameter."""
-    name, count = batch.op.name, len(batch.params)
-    moments = dict(zip(batch.op.moments, batch.moments, strict=True))
-    scales = dict(zip(moments, batch.moment_scales or ((),) * len(moments), strict=True))
-    shaped: dict[str, Optionals] = {"grads": batch.grads, **moments}
-    shaped |= {"anchors": batch.anchors, "curvature": batch.curvature}
-    shaped |= {"remainders": batch.remainders}
-    sizes = {**shaped, "steps": batch.steps, "groups": batch.groups}
-    sizes |= {"curvature_scales": batch.curvature_scales}
-    for key, entries in sizes.items():
-        if len(entries) != count and not (key in _OPTIONAL and not entries):
+    """Raise a ValueError that names the list and the entry that does not fit its parameter, or that
+    breaks a rule of `_memory`."""
+    name, count, lists = batch.op.name, len(batch.params), _lists(batch)
+    required = {"params", "grads", "steps", "groups", *batch.op.moments}
+    for key, entries in (lists | {"groups": batch.groups}).items():
+        if len(entries) != count and (entries or key in required):
             raise ValueError(f"{name}: {key} has {len(entries)} entries for {count} params")
+        for i, t in enumerate(entries):
+            optional = t is None and key in _READ - {"grads"}
+            if key != "groups" and not isinstance(t, Tensor) and not optional:
+                raise ValueError(f"{name}: {key}[{i}] must be a tensor; got {type(t).__name__}")
+    shaped = ("grads", *batch.op.moments, "anchors", "curvature", "remainders")
+    may_be_empty = ("remainders", *batch.op.optional_moments)
     for i, p in enumerate(batch.params):
         if p.dtype not in _REAL:
             known = ", ".join(map(str, _REAL))
             raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {known}")
+        if p.layout is not torch.strided:
+            raise ValueError(f"{name}: params[{i}] is {p.layout}; it must be dense")
         _check_flat(f"{name}: steps[{i}]", batch.steps[i], 1, p.device)
-        for key, tensors in shaped.items():
-            t = tensors[i] if tensors else None
-            if t is None or (t.numel() == 0 and key in (*moments, "remainders")):
+        for key in shaped:
+            t = lists[key][i] if lists[key] else None
+            if t is None or (t.numel() == 0 and key in may_be_empty):
                 continue
             _check_shaped(f"{name}: {key}[{i}]", t, i, p, _DTYPES.get(key, _MOMENTS))
             if key == "remainders" and p.dtype != torch.bfloat16:
                 raise ValueError(f"{name}: remainders[{i}] must be of a bfloat16 parameter")
             if t.dtype == torch.uint8:
-                own = scales.get(key, batch.curvature_scales)
-                found = own[i] if own else None
+                own = "curvature_scales" if key == "curvature" else f"scales of {key}"
+                found = lists[own][i] if lists.get(own) else None
                 what = f"{name}: scales of {key}[{i}], which are 8-bit codes,"
                 if found is None:
                     raise ValueError(f"{what} are missing")
                 _check_flat(what, found, code_scales(t.numel()), p.device)
+    _memory.check(name, (
+        (f"{key}[{i}]", t, key not in _READ)
+        for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
+    ))  # fmt: skip
 
 
 def _check_shaped(what: str, t: Tensor, i: int, p: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -106,18 +159,6 @@ def _check_flat(what: str, t: Tensor, size: int, device: torch.device) -> None:
         )
     if t.device != device:
         raise ValueError(f"{what} must be on {device}; got {t.device}")
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether `t` fills its storage range without gaps and without overlap."""
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -165,7 +206,7 @@ def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
     for i, p in enumerate(params):
         if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
             raise ValueError(f"{batch.op.name}: params[{i}] is expanded; give its .clone()")
-        if p.numel() and not is_dense(p):
+        if p.numel() and not _memory.is_dense(p):
             params[i] = p.contiguous()
             copies.append((p, params[i]))
 

@@ -69,9 +69,10 @@ class TorchSignature:
         return list(map(_data_ptr, batch.grads))
 
     def match(self, batch: Batch) -> list[int] | None:
-        if not _grads_fit(batch) or self._layout != _layout_of(batch):
-            return None
-        return list(map(_data_ptr, batch.grads))
+        with contextlib.suppress(AttributeError):  # of an entry that is no tensor
+            if _grads_fit(batch) and self._layout == _layout_of(batch):
+                return list(map(_data_ptr, batch.grads))
+        return None
 
 
 def _layout_of(batch: Batch) -> list[Any]:

@@ -2,9 +2,11 @@
 
 * bfloat16, rounded to nearest, or stochastically by a hash of (seed, step, index): a second moment
   that decays by 0.1 % per step is never changed by rounding to nearest.
-* 8-bit codes, a byte per element and a float32 scale per CODE_BLOCK elements along the storage.
-  With y = |x| / scale a code counts eighths of an octave of y + 1: linear near zero, logarithmic
-  above, exact at 0. Unsigned codes span 32 octaves; signed ones, sign in the high bit, 16.
+* 8-bit codes, a byte per element and a float32 scale per CODE_BLOCK elements along the storage, of
+  y = |x| / scale. An unsigned code counts eighths of an octave of y + 1, over 32 octaves: linear
+  near zero, logarithmic above. A signed one (sign in the high bit) is finest where a momentum is
+  largest: from 9/80 of the block's largest value on it counts steps of 1/80 of that value, and
+  below quarters of an octave, over 14 octaves. Relative error of normal data: 1.0 %.
 * A bfloat16 parameter and the 16 bits it differs by from its float32 value.
 """
 
@@ -19,7 +21,9 @@ from torch.nn import functional
 from fastkernels._update import CODE_BLOCK
 
 _ONE = 0x3F800000
-_TOP = {False: 1.875 * 2.0**31 - 1, True: 1.875 * 2.0**15 - 1}  # y of the largest code
+_TOP = {False: 1.875 * 2.0**31 - 1, True: 80.0}  # y of the largest code
+_FLAT, _FINE, _SHIFT, _KNEE = 9.0, 16383 / 9, 47, 56  # numeric.h's kSigned...
+_LEAST_SCALE = 2.0**-126  # keeps scales and their inverses finite
 
 
 def flat(t: Tensor) -> Tensor:
@@ -67,9 +71,23 @@ def code_scales(count: int) -> int:
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """float32 `[n]` from uint8 `[n]` and float32 `[ceil(n / CODE_BLOCK)]`."""
     code = codes.long()
-    y = _from_bits(((code & 0x7F if signed else code) << 20) + _ONE) - 1
+    if signed:
+        size = code & 0x7F
+        fine = (_from_bits((size << 21) + _ONE) - 1) * (1 / _FINE)
+        y = torch.where(size < _KNEE, fine, (size - _SHIFT).float())
+    else:
+        y = _from_bits((code << 20) + _ONE) - 1
     y = y * scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
     return torch.where(code >= 128, -y, y) if signed else y
+
+
+def decode_format_1(codes: Tensor, scales: Tensor) -> Tensor:
+    """As `decode`, of signed codes as they were in the first format: eighths of an octave of y + 1,
+    over 16 octaves."""
+    code = codes.long()
+    y = _from_bits(((code & 0x7F) << 20) + _ONE) - 1
+    y = y * scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
+    return torch.where(code >= 128, -y, y)
 
 
 def encode(x: Tensor, random: Tensor | int, *, signed: bool) -> tuple[Tensor, Tensor]:
@@ -77,11 +95,18 @@ def encode(x: Tensor, random: Tensor | int, *, signed: bool) -> tuple[Tensor, Te
     blocks = functional.pad(x.float().abs(), (0, -x.numel() % CODE_BLOCK)).view(-1, CODE_BLOCK)
     largest = blocks.nan_to_num(0.0, torch.inf).amax(1) if x.numel() else blocks.sum(1)
     scales = largest / torch.tensor(_TOP[signed], dtype=torch.float32)
-    inverse = torch.where(largest > 0, _TOP[signed] / largest, 0.0)
+    scales = torch.where(largest > 0, scales.clamp(min=_LEAST_SCALE), 0.0)
+    inverse = (_TOP[signed] / largest).clamp(max=1 / _LEAST_SCALE)
     y = (x.float().abs() * inverse.repeat_interleave(CODE_BLOCK)[: x.numel()]).nan_to_num(0.0)
-    code = ((_bits(y + 1) - _ONE + random) >> 20).clamp(max=127 if signed else 255)
-    # A second moment is divided by: above zero it never becomes zero.
-    code = code | (_bits(x) >> 24 & 0x80) if signed else torch.where((code == 0) & (x > 0), 1, code)
+    if signed:
+        y = y.clamp(max=_TOP[True])
+        fine, flat = _bits(y * _FINE + 1) - _ONE, (y * 2.0**21).long() + (_SHIFT << 21)
+        code = (torch.where(y < _FLAT, fine, flat) + 2 * random) >> 21
+        code = code | (_bits(x) >> 24 & 0x80)
+    else:
+        code = ((_bits(y + 1) - _ONE + random) >> 20).clamp(max=255)
+        # A second moment is divided by: above zero it never becomes zero.
+        code = torch.where((code == 0) & (x > 0), 1, code)
     # A block with anything not finite becomes NaN as a whole.
     return code.to(torch.uint8), scales + (blocks * 0).sum(1)
 

@@ -20,11 +20,13 @@ Optionals = Sequence[Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """An update op: its name, the columns of its hyper table, and its lists of moments."""
+    """An update op: its name, the columns of its hyper table, and its lists of moments, of which
+    those in `optional_moments` may have entries of 0 elements."""
 
     name: str
     hyper: tuple[str, ...]
     moments: tuple[str, ...]
+    optional_moments: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -72,19 +74,35 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def direct(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def direct(op: Op, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     """Whether the op can be run without torch's dispatcher: eager, plain tensors, nobody watching.
 
     The dispatcher unpacks and packs every tensor of every list: 6 ms for 2000 tensors. It makes
     plain tensors of what is none in memory: wrappers (a gradient that is still being all-reduced),
     and the negative views that autograd makes of complex numbers.
+
+    Raises:
+        ValueError: `params` or `grads` is no list of tensors, which the dispatcher says at length.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+    if torch.compiler.is_compiling():
+        return False
+    plain = True
+    for key, tensors in (("params", params), ("grads", grads)):
+        if not isinstance(tensors, (list, tuple)):
+            raise ValueError(f"{op.name}: {key} must be a list; got {type(tensors).__name__}")
+        if not set(map(type, tensors)) <= _PLAIN:
+            plain = False
+            for i, t in enumerate(tensors):
+                if not isinstance(t, Tensor):
+                    raise ValueError(
+                        f"{op.name}: {key}[{i}] must be a tensor; got {type(t).__name__}"
+                    )
+    return plain and not (
+        torch._C._len_torch_dispatch_stack()
         or torch.autograd._profiler_enabled()
-        or set(map(type, params)) - {Tensor, torch.nn.Parameter}
-        or set(map(type, grads)) - {Tensor, torch.nn.Parameter}
         or any(map(Tensor.is_neg, grads))
     )
 
@@ -99,7 +117,7 @@ def run(batch: Batch) -> None:
     """Check what is cheap to check, and hand `batch` to the backend of its device."""
     from fastkernels import _checks
 
-    _checks.check_table(batch)
+    _checks.check_call(batch)
     if batch.params:
         backend: Any = _backends.choose(batch.op.name, batch.params[0].device.type)
         backend(batch)

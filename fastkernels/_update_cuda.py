@@ -41,6 +41,9 @@ def run(batch: Batch, rule: str) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     grad_scale = _update_tables.flag(batch.grad_scale, device)
     found_inf = _update_tables.flag(batch.found_inf, device)
+    if found_inf is not None:
+        found_inf = found_inf.float()
+    wide_scale = grad_scale is not None and grad_scale.dtype == torch.float64
     hyper = batch.hyper.to(device)
     floats = sum(launch.count for launch in plan.launches if launch.kind == "float")
     with torch.cuda.device(device):
@@ -49,8 +52,8 @@ def run(batch: Batch, rule: str) -> None:
             index, stream, plan.rows.data_ptr(), plan.grads.data_ptr(), plan.chunks.data_ptr(),
             len(batch.params), sum(launch.count for launch in plan.launches), floats,
             hyper.data_ptr(), plan.partial.data_ptr(), plan.control.data_ptr(),
-            *addresses((batch.stats, grad_scale, found_inf)),
-            batch.max_grad_norm or 0.0, batch.seed % 2**64,
+            *addresses((batch.stats, grad_scale, found_inf)), wide_scale,
+            batch.max_grad_norm or 0.0, batch.seed,
         )  # fmt: skip
     write_back()
     # The kernels write behind autograd's back: a graph that saved a parameter must notice.

@@ -33,9 +33,9 @@ _plans = Plans(_build)
 
 def run(batch: Batch, rule: str) -> None:
     """Step `batch` by `rule` ("adamw", "sgd") with the compiled kernel."""
+    plan, batch, grads, write_back = _plans.find(batch)
     if batch.found_inf is not None and float(batch.found_inf) != 0:
         return
-    plan, batch, grads, write_back = _plans.find(batch)
     getattr(plan, rule)(
         grads,
         batch.hyper.data_ptr(),

@@ -16,7 +16,9 @@ from torch import Tensor
 from fastkernels import _checks, _storage
 from fastkernels._update import Batch, compute_dtype
 
-HARDEST = 1e30  # csrc's kHardest: a pull beyond it leaves nothing of w, and must not overflow
+# csrc's kHardest: a pull beyond it leaves nothing of w. It is finite, so that a curvature of 0
+# takes it away.
+HARDEST = 1e30
 
 # (row of hyper, step [], w, g, *moments or None) -> (new w, *new moments), flat, compute dtype
 Rule = Callable[..., tuple[Any, ...]]
@@ -73,13 +75,15 @@ def run(batch: Batch, rule: Rule) -> None:
         new_w, *new = rule(h, step, w, g, *old)
         if (anchor := _entry(batch.anchors, i)) is not None:
             w0 = _storage.flat(anchor).to(dtype)
-            c = (h[columns.index("lr")] * h[columns.index("anchor_decay")]).to(dtype)
+            c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=HARDEST)
+            c = c.clamp(max=HARDEST).to(dtype)
             f = _entry(batch.curvature, i)
             if f is not None:
                 f = _storage.load(_storage.flat(f), _entry(batch.curvature_scales, i), signed=False)
                 c = c * f.to(dtype)
-            c = c.clamp(max=HARDEST)
-            new_w = new_w + c / (1 + c) * (w0 - new_w)
+            # From w0 on for a strong pull: w may be so large that w0 is lost in it.
+            weak, strong = new_w + c / (1 + c) * (w0 - new_w), w0 + (new_w - w0) / (1 + c)
+            new_w = torch.where(c > 1, strong, weak)
             away = (new_w - w0).double().square()
             squares[1] += away.sum()
             squares[3] += (away if f is None else away * f.double()).sum()

@@ -36,8 +36,11 @@ def keep_for_graphs(*what: Any) -> None:
 
 
 def flag(t: Tensor | None, device: torch.device) -> Tensor | None:
-    """A loss scale or found_inf as the kernels read it; GradScaler's own need no copy."""
-    return None if t is None else t.to(device, torch.float32).reshape(1)
+    """A loss scale or found_inf as the kernels read it, float32, or float64 where it is; those of
+    GradScaler need no copy."""
+    if t is None:
+        return None
+    return t.to(device, t.dtype if t.dtype == torch.float64 else torch.float32).reshape(1)
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,9 @@ def _build(batch: Batch, kind_of: Kinds, seed: int, max_grad_norm: float | None)
         grads=torch.zeros(len(rows), dtype=torch.int64, device=device),
         partial=torch.zeros(len(STATS), max(1, len(chunks)), dtype=torch.float64, device=device),
         control=torch.zeros(3, dtype=torch.float64, device=device),
-        seed=table([_signed(seed)]),
+        seed=table([seed]),
         max_norm=torch.tensor([max_grad_norm or 0.0], dtype=torch.float64).to(device),
     )  # fmt: skip
-
-
-def _signed(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 PLANS = Plans(_build)

@@ -47,6 +47,13 @@ def power(base, exponent):
 
 
 @triton.jit
+def pull_of(lr, anchor_decay):
+    """csrc's: an infinite pull stays finite, so that a curvature of 0 takes it away."""
+    c = lr * tl.where(anchor_decay > 1e30, 1e30, anchor_decay)
+    return tl.where(c > 1e30, 1e30, c)
+
+
+@triton.jit
 def gradient_scale(control, grad_scale, found_inf, CLIP: tl.constexpr):
     """(what gradients are multiplied by, float64; whether the step is skipped)."""
     if CLIP:
@@ -81,14 +88,15 @@ def stream(table, row, begin, WORD: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.
 
 @triton.jit
 def pull_to(w, w0, c):
-    """The proximal step of c/2 (w - w0)^2, in the form that is exact at c = 0 and at w = w0.
+    """The proximal step of c/2 (w - w0)^2, exact at c = 0 and at w = w0: from w on for a weak pull,
+    and from w0 on for a strong one, where w may be so large that w0 is lost in it.
 
     Division and square root of float32 are the hardware's, within 2 units in the last place of the
-    step (not of the weight): the correctly rounded ones need 8 more registers. The limit is for the
-    division, which gives 0 above 2^126.
+    step (not of the weight): the correctly rounded ones need 8 more registers. The division gives 0
+    above 2^126, where the pull is infinite.
     """
-    c = tl.where(c > 1e30, 1e30, c)
-    return w + c / (1 + c) * (w0 - w)
+    strong = c > 1
+    return tl.where(strong, w0, w) + tl.where(strong, -1.0, c) / (1 + c) * (w0 - w)
 
 
 @triton.jit

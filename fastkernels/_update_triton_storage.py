@@ -16,8 +16,15 @@ from fastkernels import _update
 
 CODE_BLOCK = tl.constexpr(_update.CODE_BLOCK)
 ONE = tl.constexpr(0x3F800000)
-UNSIGNED_TOP = tl.constexpr(4026531839.0)  # numeric.h's kUnsignedTop and kSignedTop
-SIGNED_TOP = tl.constexpr(61439.0)
+# numeric.h's constants of the same names.
+UNSIGNED_TOP = tl.constexpr(4026531839.0)
+SIGNED_TOP, SIGNED_FLAT, SIGNED_FINE = (
+    tl.constexpr(80.0),
+    tl.constexpr(9.0),
+    tl.constexpr(16383 / 9),
+)
+SIGNED_SHIFT, SIGNED_KNEE = tl.constexpr(47), tl.constexpr(56)
+LEAST_SCALE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -73,10 +80,13 @@ def load_state(at, scales, o, keep, SIGNED: tl.constexpr, REAL: tl.constexpr):
     stored = load(at, o, keep)
     if stored.dtype == tl.uint8:
         code = stored.to(tl.uint32)
-        y = code
         if SIGNED:
-            y = code & 0x7F
-        y = ((y << 20) + ONE).to(tl.float32, bitcast=True) - 1.0
+            size = code & 0x7F
+            fine = ((size << 21) + ONE).to(tl.float32, bitcast=True) - 1.0
+            flat = (size.to(tl.int32) - SIGNED_SHIFT).to(tl.float32)
+            y = tl.where(size < SIGNED_KNEE, fine * (1.0 / SIGNED_FINE), flat)
+        else:
+            y = ((code << 20) + ONE).to(tl.float32, bitcast=True) - 1.0
         y = y * load(scales, o // CODE_BLOCK, keep)
         if SIGNED:
             y = (y.to(tl.uint32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
@@ -104,8 +114,10 @@ def encode(x, random, scales, o, keep, SIGNED: tl.constexpr):
     # Magnitudes order like their bits, and what is not finite comes last.
     most = tl.max(tl.reshape(bits.to(tl.int32), (BLOCKS, CODE_BLOCK)), axis=1)
     largest = most.to(tl.float32, bitcast=True)
-    scale = tl.where(most < 0x7F800000, largest / top, float("nan"))
-    inverse = tl.where(largest > 0, top / largest, 0.0)
+    least = tl.where(most != 0, LEAST_SCALE, 0.0)
+    scale = tl.where(most < 0x7F800000, tl.maximum(largest / top, least), float("nan"))
+    inverse = top / largest
+    inverse = tl.where(inverse < 1 / LEAST_SCALE, inverse, 1 / LEAST_SCALE)
     first = tl.reshape(o, (BLOCKS, CODE_BLOCK))
     block = tl.min(first, axis=1) // CODE_BLOCK
     if keep is None:
@@ -115,10 +127,14 @@ def encode(x, random, scales, o, keep, SIGNED: tl.constexpr):
             tl.reshape(keep.to(tl.int32), (BLOCKS, CODE_BLOCK)), axis=1) != 0)  # fmt: skip
     inverse = tl.broadcast_to(inverse[:, None], (BLOCKS, CODE_BLOCK))
     y = tl.abs(x) * tl.reshape(inverse, (BLOCKS * CODE_BLOCK,))
-    code = ((y + 1.0).to(tl.uint32, bitcast=True) - ONE + random) >> 20
     if SIGNED:
-        code = tl.minimum(code, 127) | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
+        y = tl.where(y < SIGNED_TOP, y, SIGNED_TOP)  # a NaN, too, must fit an integer
+        fine = (y * SIGNED_FINE + 1.0).to(tl.int32, bitcast=True) - ONE
+        flat = (y * 2097152.0).to(tl.int32) + (SIGNED_SHIFT << 21)
+        code = tl.where(y < SIGNED_FLAT, fine, flat).to(tl.uint32, bitcast=True) + 2 * random
+        code = (code >> 21) | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
     else:
+        code = ((y + 1.0).to(tl.uint32, bitcast=True) - ONE + random) >> 20
         code = tl.minimum(code, 255)
         # Divided by: a second moment above zero never becomes zero.
         code = tl.where((code == 0) & (x > 0), 1, code)

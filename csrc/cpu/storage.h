@@ -51,7 +51,8 @@ void decode(Real* __restrict to, const uint8_t* __restrict codes, const float* s
 #pragma omp simd
     for (int i = begin; i < end; i++) {
       const uint32_t code = codes[i];
-      const float y = scale * from_code(Signed ? code & 0x7fu : code);
+      const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
+                                      : from_unsigned_code(code));
       to[i] = Signed ? float_of(bits_of(y) | (code & 0x80u) << 24) : y;
     }
   }
@@ -72,16 +73,14 @@ void encode(uint8_t* __restrict codes, float* scales, const Real* __restrict fro
       const uint32_t x = bits_of(static_cast<float>(from[i])) & 0x7fffffffu;
       top_bits = x > top_bits ? x : top_bits;
     }
-    const float largest = float_of(top_bits);
-    // Anything not finite makes the whole block NaN.
-    const float scale = top_bits < 0x7f800000u ? largest / top : __builtin_nanf("");
-    const float inverse = largest > 0 ? top / largest : 0.0f;
-    scales[begin / kCodeBlock] = scale;
+    const float inverse = inverse_of_block(top_bits, top);
+    scales[begin / kCodeBlock] = scale_of_block(top_bits, top);
 #pragma omp simd
     for (int i = begin; i < end; i++) {
       const float x = static_cast<float>(from[i]);
       const uint32_t random = Signed ? draws.at(i) >> 12 : (draws.at(i) & 0xffffu) << 4;
-      uint32_t code = to_code(absolute(x) * inverse, Signed ? 127u : 255u, random);
+      const float y = absolute(x) * inverse;
+      uint32_t code = Signed ? to_signed_code(y, random) : to_unsigned_code(y, random);
       if (Signed) code |= (bits_of(x) >> 24) & 0x80u;
       if (!Signed) code = code == 0u && x > 0.0f ? 1u : code;
       codes[i] = static_cast<uint8_t>(code);

@@ -29,6 +29,13 @@ static_assert(offsetof(Chunk, row) == 8 && offsetof(Chunk, count) == 12, "tables
 
 constexpr int kReduceThreads = 1024;
 
+// One over the loss scale.
+__device__ __forceinline__ double unscale(const CudaUpdateArgs& a) {
+  if (!a.grad_scale) return 1.0;
+  return 1.0 / (a.wide_scale ? *static_cast<const double*>(a.grad_scale)
+                             : *static_cast<const float*>(a.grad_scale));
+}
+
 // What gradients are multiplied by, and whether the step is skipped.
 __device__ __forceinline__ double gradient_scale(const CudaUpdateArgs& a, bool* skip) {
   if (a.max_grad_norm > 0) {
@@ -36,7 +43,7 @@ __device__ __forceinline__ double gradient_scale(const CudaUpdateArgs& a, bool* 
     return a.control[1];
   }
   *skip = a.found_inf && *a.found_inf != 0;
-  return a.grad_scale ? 1.0 / *a.grad_scale : 1.0;
+  return unscale(a);
 }
 
 // The sum over the threads of a block, in fixed order, for thread 0.
@@ -229,7 +236,7 @@ __global__ void __launch_bounds__(kReduceThreads) clip_kernel(const CudaUpdateAr
   const double squares = sum_of(a, grad_norm);
   if (threadIdx.x) return;
   bool skip = a.found_inf && *a.found_inf != 0;
-  double scale = a.grad_scale ? 1.0 / *a.grad_scale : 1.0;
+  double scale = unscale(a);
   const double norm = sqrt(squares) * scale;
   if (a.grad_scale && !isfinite(norm)) skip = true;
   const double coefficient = a.max_grad_norm / (norm + 1e-6);  // torch's clip_grad_norm_

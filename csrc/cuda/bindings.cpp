@@ -31,7 +31,7 @@ auto bind(cudaError_t (*update)(const CudaUpdateArgs&, cudaStream_t)) {
   return [update](int device, uintptr_t stream, uintptr_t rows, uintptr_t grads, uintptr_t chunks,
                   int64_t row_count, int64_t chunk_count, int64_t float_chunks, uintptr_t hyper,
                   uintptr_t partial, uintptr_t control, uintptr_t stats, uintptr_t grad_scale,
-                  uintptr_t found_inf, double max_grad_norm, uint64_t seed) {
+                  uintptr_t found_inf, bool wide_scale, double max_grad_norm, uint64_t seed) {
     const py::gil_scoped_release release;
     CudaUpdateArgs a{};
     a.rows = reinterpret_cast<const Row*>(rows);
@@ -44,7 +44,8 @@ auto bind(cudaError_t (*update)(const CudaUpdateArgs&, cudaStream_t)) {
     a.partial = reinterpret_cast<double*>(partial);
     a.control = reinterpret_cast<double*>(control);
     a.stats = reinterpret_cast<double*>(stats);
-    a.grad_scale = reinterpret_cast<const float*>(grad_scale);
+    a.grad_scale = reinterpret_cast<const void*>(grad_scale);
+    a.wide_scale = wide_scale;
     a.found_inf = reinterpret_cast<const float*>(found_inf);
     a.max_grad_norm = max_grad_norm;
     a.seed = seed;

@@ -91,7 +91,8 @@ __device__ __forceinline__ void decode(float* to, const Stored& s, Dtype type, f
       to[k] = from_f16(half_of(s, k));
     } else if (type == Dtype::codes8) {
       const uint32_t code = (s.word[0] >> (8 * k)) & 0xffu;
-      const float y = scale * from_code(Signed ? code & 0x7fu : code);
+      const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
+                                      : from_unsigned_code(code));
       to[k] = Signed ? float_of(bits_of(y) | (code & 0x80u) << 24) : y;
     } else {
       to[k] = float_of(s.word[k]);
@@ -127,16 +128,15 @@ __device__ __forceinline__ Stored encode(const float* x, float* scale, int64_t i
   for (int k = 0; k < kWidth; k++)
     if (k < n) bits = max(bits, bits_of(x[k]) & 0x7fffffffu);
   bits = largest_of_block(bits);
-  const float largest = float_of(bits);
-  const float inverse = largest > 0 ? top / largest : 0.0f;
-  if (i % kCodeBlock == 0 && n > 0)
-    *scale = bits < 0x7f800000u ? largest / top : float_of(0x7fc00000u);
+  const float inverse = inverse_of_block(bits, top);
+  if (i % kCodeBlock == 0 && n > 0) *scale = scale_of_block(bits, top);
   Stored s = {};
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     const uint32_t draw = mix32(static_cast<uint32_t>(i + k) ^ key);
     const uint32_t random = Signed ? draw >> 12 : (draw & 0xffffu) << 4;
-    uint32_t code = to_code(absolute(x[k]) * inverse, Signed ? 127u : 255u, random);
+    const float y = absolute(x[k]) * inverse;
+    uint32_t code = Signed ? to_signed_code(y, random) : to_unsigned_code(y, random);
     if (Signed) code |= (bits_of(x[k]) >> 24) & 0x80u;
     if (!Signed) code = code == 0u && x[k] > 0.0f ? 1u : code;
     s.word[0] |= code << (8 * k);
@@ -244,7 +244,8 @@ __device__ __forceinline__ void decode(double* to, const StoredWide& s, Dtype ty
   for (int k = 0; k < kWidth; k++) {
     if (type == Dtype::codes8) {
       const uint32_t code = static_cast<uint32_t>(s.value[k]);
-      const float y = scale * from_code(Signed ? code & 0x7fu : code);
+      const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
+                                      : from_unsigned_code(code));
       to[k] = Signed && (code & 0x80u) ? -y : y;
     } else {
       to[k] = s.value[k];

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from cases import CHUNK, FEATURES, SHAPES, gradient_layouts
+from cases import CHUNK, FEATURES, SHAPES, Feature, gradient_layouts
 from helpers import assert_no_worse_than_torch
-from kernels.update_harness import Run, torch_steps
+from kernels.update_harness import LR, Run, torch_steps
 
 pytestmark = pytest.mark.usefixtures("backend")
 RULES = ("adamw", "sgd")
@@ -90,6 +92,55 @@ def test_extreme_values_stay_finite_and_right():
     run.curvature = [torch.full((100,), 1e12)]
     run.step([torch.randn(100)])
     torch.testing.assert_close(run.params[0], run.anchors[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.49, 0.5, 0.51, 0.999])
+def test_every_beta_is_as_exact_as_torch(beta1, beta2, dtype):
+    """Element by element, and with gradients that fall from 1e4 to 1e-4."""
+    start = torch.linspace(0.5, 2.0, 33, dtype=dtype)
+    gradients = [start * scale for scale in (1e4, 1e-4, 1.0, 1e-4)]
+    run = Run("adamw", [start.clone()], FEATURES["plain"])
+    run.hyper[0, 1:3] = torch.tensor([beta1, beta2], dtype=torch.float64)
+    found = {}
+    for kind in (torch.float64, dtype):
+        p = torch.nn.Parameter(start.to(kind, copy=True))
+        optimizer = torch.optim.AdamW([p], lr=LR, betas=(beta1, beta2), weight_decay=0.0)
+        found[kind] = []
+        for g in gradients:
+            p.grad = g.to(kind, copy=True)
+            optimizer.step()
+            found[kind].append((p.detach().clone(), optimizer.state[p]["exp_avg"].clone()))
+    for g, truth, yardstick in zip(gradients, found[torch.float64], found[dtype], strict=True):
+        run.step([g])
+        ours = (run.params[0], run.moments[0][0])
+        for x, y, t in zip(ours, yardstick, truth, strict=True):
+            assert_no_worse_than_torch(x, y, t)
+
+
+@pytest.mark.parametrize("curved", [False, True])
+@pytest.mark.parametrize("c", [0.3, 1.0, 1.5, 1e3, 1e9, 1e37, math.inf])
+def test_a_pull_of_any_strength(c, curved):
+    """Also where w is so large that w0 is lost in it."""
+    w = torch.tensor([0.77, 1e9, -1e9, 3e20, 0.0])
+    run = Run("sgd", [w.clone()], Feature(anchor_decay=c, curvature=curved), momentum=0.0)
+    run.hyper[0, 0] = 1.0
+    run.hyper[0, 5] = c
+    anchor = run.anchors[0] = torch.tensor([-0.23, 0.5, 1e-9, 7.0, 0.0])
+    run.curvature = [torch.ones(5)]
+    gradient = torch.tensor([1e9, 0.0, 1.0, -1e9, 0.0])
+    run.step([gradient])
+    u, a = w.double() - gradient.double(), anchor.double()
+    truth = a + (u - a) / (1 + c)
+    assert ((run.params[0] - truth).abs() <= 4e-7 * (truth.abs() + u.abs() / (1 + c))).all()
+
+
+def test_an_infinite_pull_of_no_curvature_is_none():
+    run = Run("sgd", [torch.ones(2)], Feature(anchor_decay=math.inf, curvature=True), momentum=0.0)
+    run.curvature = [torch.tensor([0.0, 1.0])]
+    run.step([torch.ones(2)])
+    torch.testing.assert_close(run.params[0], torch.stack([torch.tensor(0.99), run.anchors[0][1]]))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -31,7 +31,9 @@ SELECTED = (
     "triton_interpreted or (triton and (test_stats or optional_entries or groups or autograd"
     " or found_inf_changes or fixed_point or (test_layouts and adamw) or test_momentum"
     " or large_index or (test_dtypes and all and sgd)"
-    " or (test_shapes and adamw and all and (three or odd))))"
+    " or (test_shapes and adamw and all and (three or odd))"
+    " or (every_beta and float32 and (0.3 or 0.999)) or pull_of_any or infinite_pull"
+    " or no_float_holds or (refused_by_name and later)))"
 )
 
 

@@ -205,15 +205,32 @@ def test_grad_scaler(ours, theirs, unscale):
     torch.testing.assert_close(*weights, rtol=2e-6, atol=2e-6)
 
 
-def test_grad_scaler_takes_the_fast_path():
-    """It must not rewrite the gradients: the kernel divides by the scale itself."""
+@pytest.mark.parametrize("stall", [0, 9], ids=["stepped", "stalled"])
+@pytest.mark.parametrize("clip", [None, 0.01])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_leaves_gradients_unscaled(unscale, clip, stall):
+    """As torch's optimizers do, each gradient once, of stalled groups too; and not clipped."""
+    found = []
+    for scale in (1.0, 1024.0):
+        model = network()
+        optimizer = AdamW(model.parameters(), max_grad_norm=clip, stall=stall)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(batch(model)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
+def test_grad_scaler_leaves_gradients_of_a_skipped_step():
     model = network()
-    optimizer = AdamW(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(batch(model)).backward()
+    (scaler.scale(batch(model)) * float("inf")).backward()
     before = [p.grad.clone() for p in model.parameters()]
-    scaler.step(optimizer)
-    assert all(map(torch.equal, before, (p.grad for p in model.parameters())))
+    scaler.step(AdamW(model.parameters()))
+    for p, b in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.grad, b, equal_nan=True, rtol=0, atol=0)
 
 
 def test_groups_and_added_groups():

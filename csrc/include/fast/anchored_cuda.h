@@ -14,13 +14,14 @@ struct CudaUpdateArgs {
   const void* const* grads;  // [row_count]
   const Chunk* chunks;       // [chunk_count]: those of float arithmetic, then those of double
   int64_t row_count, chunk_count, float_chunks;
-  const double* hyper;      // [groups, columns]
-  double* partial;          // [kStats, chunk_count], scratch
-  double* control;          // [3], scratch: norm, what gradients are multiplied by, skip
-  double* stats;            // [kStats] or null
-  const float* grad_scale;  // [1] or null: gradients are divided by it
-  const float* found_inf;   // [1] or null: nonzero skips the step
-  double max_grad_norm;     // <= 0: no clipping
+  const double* hyper;     // [groups, columns]
+  double* partial;         // [kStats, chunk_count], scratch
+  double* control;         // [3], scratch: norm, what gradients are multiplied by, skip
+  double* stats;           // [kStats] or null
+  const void* grad_scale;  // [1] or null: gradients are divided by it
+  const float* found_inf;  // [1] or null: nonzero skips the step
+  bool wide_scale;         // grad_scale is double, else float
+  double max_grad_norm;    // <= 0: no clipping
   uint64_t seed;
 };
 

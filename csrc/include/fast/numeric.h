@@ -122,19 +122,55 @@ FAST_INLINE uint16_t to_f16(float x) {
   return static_cast<uint16_t>(sign | h);
 }
 
-// 8-bit codes. With y = |x| / scale, a code counts eighths of an octave of y + 1: linear near zero,
-// logarithmic above, and exact at 0. Unsigned codes span 32 octaves, signed ones (sign in the high
-// bit) 16; the largest value of a block gets the largest code.
+// 8-bit codes of y = |x| / scale; the largest value of a block gets the largest code, and 0 is
+// exact.
+//
+// An unsigned code counts eighths of an octave of y + 1, over 32 octaves: linear near zero,
+// logarithmic above, for second moments, which span many orders. A signed code (sign in the high
+// bit) is finest where a momentum is largest: from 9/80 of the block's largest value on it counts
+// steps of 1/80 of that value, and below, quarters of an octave of y + 1, over 14 octaves.
+//
+// Between two codes both are linear, so a uniform draw of 20 bits for `random` rounds without bias;
+// 1 << 19 rounds to nearest.
 constexpr uint32_t kOne = 0x3f800000u;
 constexpr float kUnsignedTop = 4026531839.0f;  // y of code 255: 1.875 * 2^31 - 1
-constexpr float kSignedTop = 61439.0f;         // y of code 127: 1.875 * 2^15 - 1
+constexpr float kSignedTop = 80.0f;            // y of code 127
+constexpr float kSignedFlat = 9.0f;            // from this y on, code = y + 47
+constexpr float kSignedFine = 16383 / 9.0f;    // below: code 56 is 2^14 - 1
+constexpr int kSignedShift = 47, kSignedKnee = 56;
 
-FAST_INLINE float from_code(uint32_t code) { return float_of((code << 20) + kOne) - 1.0f; }
+FAST_INLINE float from_unsigned_code(uint32_t code) { return float_of((code << 20) + kOne) - 1.0f; }
 
-// `random` has 20 bits: 1 << 19 rounds to nearest, a uniform draw without bias.
-FAST_INLINE uint32_t to_code(float y, uint32_t top, uint32_t random) {
+FAST_INLINE uint32_t to_unsigned_code(float y, uint32_t random) {
   const uint32_t code = (bits_of(y + 1.0f) - kOne + random) >> 20;
-  return code > top ? top : code;
+  return code > 255u ? 255u : code;
+}
+
+FAST_INLINE float from_signed_code(int code) {
+  const float fine = float_of((static_cast<uint32_t>(code) << 21) + kOne) - 1.0f;
+  return code < kSignedKnee ? fine * (1.0f / kSignedFine) : static_cast<float>(code - kSignedShift);
+}
+
+FAST_INLINE uint32_t to_signed_code(float y, uint32_t random) {
+  y = y < kSignedTop ? y : kSignedTop;  // a NaN, too, must fit an integer
+  const uint32_t fine = bits_of(y * kSignedFine + 1.0f) - kOne;
+  const uint32_t flat = static_cast<uint32_t>(static_cast<int>(y * 0x1p21f)) + (kSignedShift << 21);
+  return ((y < kSignedFlat ? fine : flat) + 2 * random) >> 21;
+}
+
+// The scale of a block by the bits of its largest magnitude, and what its values are multiplied by.
+// The least scale keeps both finite; anything not finite makes the whole block NaN.
+constexpr float kLeastScale = 0x1p-126f;
+
+FAST_INLINE float scale_of_block(uint32_t largest, float top) {
+  const float scale = float_of(largest) / top;
+  const float least = largest ? kLeastScale : 0.0f;
+  return largest < 0x7f800000u ? (scale > least ? scale : least) : float_of(0x7fc00000u);
+}
+
+FAST_INLINE float inverse_of_block(uint32_t largest, float top) {
+  const float inverse = top / float_of(largest);
+  return inverse < 1 / kLeastScale ? inverse : 1 / kLeastScale;
 }
 
 }  // namespace fast

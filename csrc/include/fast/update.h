@@ -13,12 +13,21 @@ namespace sgd_column {
 enum { lr, momentum, dampening, nesterov, weight_decay, anchor_decay, maximize, count };
 }
 
+// A pull beyond kHardest leaves nothing of w. It stays finite, so that a curvature of 0 takes it
+// away.
+constexpr double kHardest = 1e30;
+
+FAST_INLINE double pull_of(double lr, double anchor_decay) {
+  const double c = lr * (anchor_decay > kHardest ? kHardest : anchor_decay);
+  return c > kHardest ? kHardest : c;
+}
+
 // A rule holds what is constant over one tensor. It is derived in double and rounded once:
 // 1 - 0.999f is off by 3e-5.
 template <class Real>
 struct AdamW {
   static constexpr int kMoments = 2;
-  Real grad_scale, one_minus_beta1, beta2, one_minus_beta2, inverse_correction, eps, step_size,
+  Real grad_scale, share, from_gradient, beta2, one_minus_beta2, inverse_correction, eps, step_size,
       decay, pull;
 
   AdamW() = default;
@@ -27,20 +36,24 @@ struct AdamW {
   FAST_INLINE AdamW(const double* h, double step, double scale) {
     using namespace adamw_column;
     grad_scale = h[maximize] != 0 ? -scale : scale;
-    one_minus_beta1 = 1 - h[adamw_column::beta1];
+    // As torch's lerp, from the end that is nearer: small gradients are not lost in a large m.
+    const double beta1 = h[adamw_column::beta1];
+    from_gradient = 1 - beta1 >= 0.5 ? 1 : 0;
+    share = from_gradient != 0 ? -beta1 : 1 - beta1;
     beta2 = h[adamw_column::beta2];
     one_minus_beta2 = 1 - beta2;
     inverse_correction = 1 / square_root(1 - __builtin_pow(beta2, step));
     eps = h[adamw_column::eps];
-    step_size = h[lr] / (1 - __builtin_pow(h[adamw_column::beta1], step));
+    step_size = h[lr] / (1 - __builtin_pow(beta1, step));
     decay = 1 - h[lr] * h[weight_decay];
-    pull = h[lr] * h[anchor_decay];
+    pull = pull_of(h[lr], h[anchor_decay]);
   }
 
   template <class Other>
   FAST_INLINE explicit AdamW(const AdamW<Other>& r)
       : grad_scale(r.grad_scale),
-        one_minus_beta1(r.one_minus_beta1),
+        share(r.share),
+        from_gradient(r.from_gradient),
         beta2(r.beta2),
         one_minus_beta2(r.one_minus_beta2),
         inverse_correction(r.inverse_correction),
@@ -50,7 +63,7 @@ struct AdamW {
         pull(r.pull) {}
 
   FAST_INLINE Real operator()(Real w, Real g, Real& m, Real& v) const {
-    m = multiply_add(one_minus_beta1, g - m, m);
+    m = multiply_add(share, g - m, from_gradient != 0 ? g : m);
     v = multiply_add(beta2, v, one_minus_beta2 * (g * g));
     const Real denominator = multiply_add(square_root(v), inverse_correction, eps);
     return multiply_add(-step_size, m / denominator, w * decay);
@@ -74,7 +87,7 @@ struct Sgd {
     direct = h[nesterov] != 0 ? 1 : 0;
     indirect = h[nesterov] != 0 ? h[sgd_column::momentum] : 1;
     weight_decay = h[sgd_column::weight_decay];
-    pull = lr * h[anchor_decay];
+    pull = pull_of(h[sgd_column::lr], h[anchor_decay]);
   }
 
   template <class Other>
@@ -101,14 +114,13 @@ struct Sgd {
   }
 };
 
-// The proximal step of c/2 (w - w0)^2, in the form that is exact at c = 0 and at w = w0. A pull
-// beyond kHardest leaves nothing of w, and must not overflow.
-constexpr float kHardest = 1e30f;
-
+// The proximal step of c/2 (w - w0)^2, exact at c = 0 and at w = w0: from w on for a weak pull, and
+// from w0 on for a strong one, where w may be so large that w0 is lost in it.
 template <class Real>
 FAST_INLINE Real pull_to(Real w, Real w0, Real c) {
-  c = c > kHardest ? Real(kHardest) : c;
-  return multiply_add(c / (1 + c), w0 - w, w);
+  const bool strong = c > 1;
+  const Real share = (strong ? Real(-1) : c) / (1 + c);
+  return multiply_add(share, w0 - w, strong ? w0 : w);
 }
 
 }  // namespace fast

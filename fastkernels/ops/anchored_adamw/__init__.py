@@ -76,7 +76,7 @@ def anchored_adamw_(
         ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    step = _step if _update.direct(params, grads) else torch.ops.fastkernels.anchored_adamw_
+    step = _step if _update.direct(OP, params, grads) else torch.ops.fastkernels.anchored_adamw_
     step(
         params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,

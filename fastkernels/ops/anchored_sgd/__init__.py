@@ -15,6 +15,7 @@ OP = _update.Op(
     name="anchored_sgd_",
     hyper=("lr", "momentum", "dampening", "nesterov", "weight_decay", "anchor_decay", "maximize"),
     moments=("momentum_buffers",),
+    optional_moments=("momentum_buffers",),
 )
 _backends.register(OP.name, "native", ("cpu",), f"{__name__}.native", _native.available)
 # On an H200 Triton's takes 0.4 to 0.65 of the time of CUDA C++ (docs/update.md).
@@ -59,7 +60,7 @@ def anchored_sgd_(
         ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    step = _step if _update.direct(params, grads) else torch.ops.fastkernels.anchored_sgd_
+    step = _step if _update.direct(OP, params, grads) else torch.ops.fastkernels.anchored_sgd_
     step(
         params, grads, momentum_buffers, steps, hyper, groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastkernels import _update, _update_triton
-from fastkernels._update_triton_device import update_chunk
+from fastkernels._update_triton_device import pull_of, update_chunk
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def derive(h, step, scale, REAL: tl.constexpr):
     grad_scale = tl.where(tl.load(h + 6) != 0, -scale, scale)
     return (
         grad_scale.to(REAL),
-        (lr * tl.load(h + 5)).to(REAL),
+        pull_of(lr, tl.load(h + 5)).to(REAL),
         lr.to(REAL),
         tl.where(later, momentum, 0.0).to(REAL),
         tl.where(later, 1 - tl.load(h + 2), 1.0).to(REAL),

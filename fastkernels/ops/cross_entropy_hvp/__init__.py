@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkernels import _backends, _native, _schemas, _triton
+from fastkernels import _backends, _memory, _native, _schemas, _triton
 
 HVP, QUAD = "cross_entropy_hvp_", "cross_entropy_quad"
 for _op in (HVP, QUAD):
@@ -62,6 +62,7 @@ def _check(op: str, u: Tensor, p: Tensor, scale: Tensor) -> None:
             raise ValueError(f"{op}: {name} is on {t.device}, u on {u.device}")
         if not t.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous; pass {name}.contiguous()")
+    _memory.check(op, (("u", u, op == HVP), ("p", p, False), ("scale", scale, False)))
 
 
 def _hvp(u: Tensor, p: Tensor, scale: Tensor) -> None:

@@ -38,6 +38,7 @@ class AnchoredOptimizer(LoadingOptimizer):
     ) -> None:
         if max_grad_norm is not None and not number("max_grad_norm", max_grad_norm) > 0:
             raise ValueError(f"max_grad_norm must be positive; got {max_grad_norm}")
+        max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
         self.storage = storage
@@ -45,7 +46,8 @@ class AnchoredOptimizer(LoadingOptimizer):
         self.seed = seed
         self._forget_launches()
         self._step_supports_amp_scaling = True
-        super().__init__(params, defaults | {"progress": 0, "curvature": None})
+        own = {"progress": 0, "curvature": None, "code_format": _state.CODE_FORMAT}
+        super().__init__(params, defaults | own)
         if curvature is not None:
             self._set_curvature(self._members(), curvature)
 
@@ -56,6 +58,13 @@ class AnchoredOptimizer(LoadingOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        formats = {group.get("code_format", 1) for group in self.param_groups}
+        pickled = "storage" in state  # and not the groups of a state_dict, which are converted
+        if pickled and self.storage.state_dtype == torch.uint8 and formats - {_state.CODE_FORMAT}:
+            raise ValueError(
+                f"a pickled optimizer with 8-bit codes of format {min(formats)}, not "
+                f"{_state.CODE_FORMAT}: load its state_dict() into a new one instead"
+            )
         self._forget_launches()
 
     def _forget_launches(self) -> None:
@@ -76,12 +85,20 @@ class AnchoredOptimizer(LoadingOptimizer):
                     f"{name}=True is not supported; use torch.optim.{type(self).__name__} for it"
                 )
 
-    def _check_group(self, group: Group) -> None:
+    def _check_values(self, group: Group) -> None:
         """Raise a ValueError that names the key when `group` has a value out of range."""
+        for key in ("lr", "weight_decay"):
+            finite(key, group[key])
         for key in ("lr", "weight_decay", "anchor_decay", "stall", "ramp"):
             value = number(key, group[key])
             if not value >= 0:
                 raise ValueError(f"{key} must not be negative; got {value}")
+
+    def _check_group(self, group: Group) -> None:
+        """Raise a ValueError when a value of `group` is out of range, or a parameter unfit."""
+        self._check_values(group)
+        if len(set(map(id, group["params"]))) < len(group["params"]):
+            raise ValueError("params: a parameter is twice in one group; give it once")
         for p in group["params"]:
             if not p.is_floating_point():
                 way = "give torch.view_as_real(parameter)" if p.is_complex() else "leave it out"
@@ -219,9 +236,16 @@ class AnchoredOptimizer(LoadingOptimizer):
             closure: re-evaluates the model and returns the loss; it runs with gradients enabled.
 
         Raises:
-            RuntimeError: a gradient is sparse; a parameter with `anchor_decay` has no anchor; or
-                `max_grad_norm` is set and the parameters are on several devices.
+            ValueError: a value of a group is out of range, or tensors do not fit or share memory.
+            RuntimeError: a gradient is sparse; a parameter with `anchor_decay` has no anchor; a
+                state lacks a moment; or `max_grad_norm` is set and the parameters are on several
+                devices. Nothing is updated then.
         """
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "step() inside of torch.inference_mode() would make a state that no later step may "
+                "write to; use torch.no_grad()"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -234,6 +258,7 @@ class AnchoredOptimizer(LoadingOptimizer):
         self._progress.settle(self.param_groups)
         with named_range("fast::collect"):
             batches = self._collect()
+        tables = {place: self._hyper_table(batch, place) for place, batch in batches.items()}
         self._check_capture(batches)
         scaling = _scaling.scale(
             batches,
@@ -244,11 +269,14 @@ class AnchoredOptimizer(LoadingOptimizer):
         self._anchored.clear()
         for place, batch in batches.items():
             options = self._options(batch, place) | scaling.options()
-            self._launch(batch, self._hyper_table(batch, place), options)
+            self._launch(batch, tables[place], options)
             if place.groups or scaling.shrink is not None:
                 self._totals[place] = scaling.totals(place, self._stats[place], self._totals)
             else:
                 self._totals.pop(place, None)
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            grads = [p.grad for _, p in self._members() if p.grad is not None]
+            _scaling.unscale_(grads, grad_scale, scaling.found_inf)
         self._progress.count(self.param_groups, scaling.found_inf)
 
     def _check_capture(self, batches: Mapping[Place, Batch]) -> None:
@@ -264,7 +292,8 @@ class AnchoredOptimizer(LoadingOptimizer):
     def _options(self, batch: Batch, place: Place) -> dict[str, Any]:
         """The arguments that the update ops have in common, but for the scale of gradients."""
         device = place.device
-        if batch.states[0]["step"].device != device:  # the model was moved after the state was made
+        step = batch.states[0].get("step")
+        if step is not None and step.device != device:  # the model was moved since
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
         split = self.storage.exact_bf16
@@ -292,11 +321,14 @@ class AnchoredOptimizer(LoadingOptimizer):
         batches: dict[Place, Batch] = {}
         for group in self.param_groups:
             self._absorb_curvature(group)
-            after_stall = group["progress"] - group["stall"]
+            stall, ramp = group["stall"], group["ramp"]
+            if not (type(stall) is type(ramp) is int and stall >= 0 and ramp >= 0):
+                self._check_values(group)
+            after_stall = group["progress"] - stall
             if after_stall < 0:
                 continue
             # The first step after the stall already moves: 1/ramp, 2/ramp, ..., 1.
-            ramp = min(1.0, (after_stall + 1) / group["ramp"]) if group["ramp"] else 1.0
+            ramp = min(1.0, (after_stall + 1) / ramp) if ramp else 1.0
             params, grads = _with_gradients(group["params"])
             if any(layout is not torch.strided for layout in set(map(_layout_of, grads))):
                 raise RuntimeError(
@@ -319,13 +351,14 @@ class AnchoredOptimizer(LoadingOptimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # Moments are made together, so the last one stands for all.
+        # Moments are made together: the last stands for all, and `Batch` misses any other. SGD's
+        # may be switched on later; AdamW's were taken away, which `Batch` misses too.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
             last += "_codes"
         for i, state in enumerate(states):
-            if state is None or last not in state:
+            if not state or (last not in state and not self.counts_steps):
                 states[i] = self._ensure(group, params[i])
         if self.storage.exact_bf16:
             for state, p in zip(states, params, strict=True):
@@ -341,21 +374,33 @@ class AnchoredOptimizer(LoadingOptimizer):
         return states
 
     def _hyper_table(self, batch: Batch, place: Place) -> Tensor:
-        """The op's table `[groups, columns]`; kept between steps while nothing in it changes."""
+        """The op's table `[groups, columns]`; kept, and known to be in range, between steps while
+        nothing in it changes.
+
+        Raises:
+            ValueError: a value that was changed is out of range.
+        """
         rows, device_lrs = [], {}
         for i, (group, ramp) in enumerate(batch.rows):
             lr = group["lr"]
-            if isinstance(lr, Tensor) and (
-                lr.device.type != "cpu" or torch.compiler.is_compiling()
-            ):
-                # Reading it would be a sync, or a graph break.
-                device_lrs[i] = lr.reshape(()) * ramp
-                value = math.nan  # not a rate that a group may have later; equal to itself in rows
-            else:
-                value = float(lr) * ramp
-            rows.append(self._hyper_row(group, value))
+            try:
+                if isinstance(lr, Tensor) and (
+                    lr.device.type != "cpu" or torch.compiler.is_compiling()
+                ):
+                    # Reading it would be a sync, or a graph break.
+                    device_lrs[i] = lr.reshape(()) * ramp
+                    value = math.nan  # no rate that a group may have later; equal to itself in rows
+                else:
+                    value = float(lr) * ramp
+                rows.append(self._hyper_row(group, value))
+            except (TypeError, ValueError):
+                self._check_values(group)  # which says more
+                raise
         known = self._hyper.get(place)
         if known is None or known[0] != rows:
+            for i, (group, _) in enumerate(batch.rows):
+                if not torch.compiler.is_compiling():
+                    self._check_values(group | {"lr": 0.0} if i in device_lrs else group)
             # Pinned: the lr changes at every step, and a plain copy waits for the device.
             pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
             table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
@@ -418,3 +463,9 @@ def number(name: str, value: Any) -> Any:
     if not isinstance(value, (int, float, Tensor)):
         raise ValueError(f"{name} must be a number; got {value!r}")
     return value
+
+
+def finite(name: str, value: Any) -> None:
+    """Raise a ValueError when `value` is no finite number, or a tensor of one."""
+    if not math.isfinite(number(name, value)):
+        raise ValueError(f"{name} must be finite; got {value}")

@@ -38,9 +38,12 @@ class Batch:
         """Entry `name` of every state.
 
         Raises:
-            KeyError: a state does not have it.
+            RuntimeError: a state does not have it.
         """
-        return [state[name] for state in self.states]
+        try:
+            return [state[name] for state in self.states]
+        except KeyError:
+            raise RuntimeError(_missing(name)) from None
 
     def optional(self, name: str, nothing: Tensor | None = None) -> list[Any]:
         """Entry `name` of every state, or `nothing`; empty when no state has it."""
@@ -48,12 +51,25 @@ class Batch:
         missing = sum(t is nothing for t in found)
         return [] if missing == len(found) else found
 
-    def moment(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Moment `name` of every state, stored plain, as codes, or not at all; and its scales."""
+    def moment(self, name: str, optional: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+        """Moment `name` of every state, stored plain or as codes, and its scales. Where `optional`,
+        a state may be without: it has one of 0 elements then.
+
+        Raises:
+            RuntimeError: a state does not have it, and must.
+        """
         try:
-            return self.column(name), []
-        except KeyError:
-            plain = self.optional(name, self.nothing) or [self.nothing] * len(self.states)
-            found = zip(self.states, plain, strict=True)
-            moments = [state.get(f"{name}_codes", other) for state, other in found]
-            return moments, self.optional(f"{name}_scales", self.nothing)
+            return [state[name] for state in self.states], []
+        except KeyError:  # codes, or none
+            nothing = self.nothing if optional else None
+            found: list[Any] = [s.get(f"{name}_codes", s.get(name, nothing)) for s in self.states]
+        if any(t is None for t in found):
+            raise RuntimeError(_missing(name))
+        return found, self.optional(f"{name}_scales", self.nothing)
+
+
+def _missing(name: str) -> str:
+    return (
+        f"the state of a parameter has no {name!r}: somebody took it away; load a whole state, or "
+        "delete `optimizer.state[parameter]` to begin anew"
+    )

@@ -18,10 +18,12 @@ from ._state import State, Storage
 class LoadingOptimizer(Optimizer):
     """What `AnchoredOptimizer` does with a state dict; not used by itself."""
 
-    # Names of the moments in the state, as torch's optimizer of the same name has them; and keys by
-    # which a group of that optimizer is known.
+    # Names of the moments in the state, as torch's optimizer of the same name has them; whether
+    # that counts steps; keys by which its groups are known, and more where they are not ours.
     moments: ClassVar[tuple[str, ...]] = ()
+    counts_steps: ClassVar[bool] = True
     own_keys: ClassVar[frozenset[str]] = frozenset()
+    torch_keys: ClassVar[frozenset[str]] = frozenset()
 
     storage: Storage
 
@@ -42,9 +44,9 @@ class LoadingOptimizer(Optimizer):
         never taken from the weights.
 
         Raises:
-            ValueError: the state is of another optimizer, the groups or a tensor do not fit (it is
-                named), or the state needs what is not supported (amsgrad, coupled weight decay of
-                Adam). The optimizer is then as it was.
+            ValueError: the state is of another optimizer (its groups or entries are others'), the
+                groups or a tensor do not fit (it is named), or the state needs what is not
+                supported (amsgrad, coupled weight decay of Adam). The optimizer is then as it was.
         """
         before = self.__dict__.copy()
         saved: dict[str, Any] = {}
@@ -77,9 +79,19 @@ class LoadingOptimizer(Optimizer):
             if key not in state_dict:
                 raise ValueError(f"state_dict has no {key!r}: it is not the state of an optimizer")
         for group in state_dict["param_groups"]:
-            if not self.own_keys <= set(group):
-                missing = ", ".join(sorted(self.own_keys - set(group)))
-                raise ValueError(f"state_dict is not one of {name}: its groups have no {missing}")
+            missing = sorted(self.own_keys - set(group))
+            if "anchor_decay" not in group:
+                missing += sorted(self.torch_keys - set(group))
+            if missing:
+                raise ValueError(
+                    f"state_dict is not one of {name}: its groups have no {', '.join(missing)}; if "
+                    f"its moments are those of {name} all the same, add the keys to its groups"
+                )
+            if group.get("code_format", 1) not in (1, _state.CODE_FORMAT):
+                raise ValueError(
+                    f"state_dict: its 8-bit codes are of format {group['code_format']}, this "
+                    f"version knows up to {_state.CODE_FORMAT}; load it with the one that wrote it"
+                )
             if group.get("amsgrad"):
                 raise ValueError("state_dict: amsgrad=True is not supported; go on with torch's")
             if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
@@ -88,24 +100,50 @@ class LoadingOptimizer(Optimizer):
                     "to 0 or start anew"
                 )
             self._check_group(self.defaults | group | {"params": []})
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for i, (_, p) in zip(ids, self._members(), strict=False):
+        owners = [(i, g) for g in state_dict["param_groups"] for i in g["params"]]
+        for (i, group), (_, p) in zip(owners, self._members(), strict=False):
             saved, where = state_dict["state"].get(i, {}), f"state_dict: state[{i}]"
             if not isinstance(saved, Mapping):
                 raise ValueError(f"{where} must be a dict; got {type(saved).__name__}")
+            self._check_names(saved, group, where)
             _state.check_saved(saved, (*self.moments, "anchor", "curvature", "remainder"), p, where)
-            stored = [m for m in self.moments if _state.is_stored(saved, m)]
-            if stored and len(stored) < len(self.moments):
-                raise ValueError(f"{where} has {stored[0]} but not all of {self.moments}")
+
+    def _check_names(self, saved: Mapping[str, Any], group: Group, where: str) -> None:
+        """Raise a ValueError when a saved state has not the entries of this optimizer."""
+        tensors = (*self.moments, "anchor", "curvature")
+        known = {"step", "remainder", *tensors}
+        known |= {f"{name}_{part}" for name in tensors for part in ("codes", "scales")}
+        if "exp_avg_sq" in self.moments:
+            known.add("max_exp_avg_sq")  # torch leaves it where amsgrad was switched off
+        name = type(self).__name__
+        if unknown := sorted(map(repr, set(saved) - known)):
+            raise ValueError(
+                f"{where} has {', '.join(unknown)}, which no {name} has: it is of another "
+                "optimizer (bitsandbytes calls the moments state1, state2); rename what means the "
+                f"same to {', '.join(self.moments)}, and leave out the rest"
+            )
+        stored = [m for m in self.moments if _state.is_stored(saved, m)]
+        if stored and len(stored) < len(self.moments):
+            raise ValueError(f"{where} has {stored[0]} but not all of {self.moments}")
+        if not self.counts_steps:
+            return
+        if stored and "step" not in saved:
+            there = (
+                f"; its group has step {group['step']}: copy it" if "step" in group else ": add it"
+            )
+            raise ValueError(f"{where} has {stored[0]} but no 'step'{there} into every state")
+        if not stored and saved.get("step", 0):
+            raise ValueError(f"{where} has a step but none of {self.moments}")
 
     def _adopt_all(self, state_dict: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         """Store what torch has loaded as this optimizer stores it."""
         for group, old in zip(self.param_groups, before["param_groups"], strict=True):
             for key in old:
                 group.setdefault(key, old[key])
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
+            group["code_format"] = _state.CODE_FORMAT
+        owners = [(i, g) for g in state_dict["param_groups"] for i in g["params"]]
         unanchored = 0
-        for i, (group, p) in zip(ids, self._members(), strict=True):
+        for (i, saved_group), (group, p) in zip(owners, self._members(), strict=True):
             old, saved = before["state"].get(p, {}), state_dict["state"].get(i, {})
             state: State = {}
             self.state[p] = state
@@ -113,7 +151,7 @@ class LoadingOptimizer(Optimizer):
                 dtype = self.storage.dtype(name, p)
                 _state.adopt(state, saved if _state.is_stored(saved, name) else old, name, p, dtype)
             unanchored += bool(state_dict["state"]) and "anchor" in old and "anchor" not in saved
-            self._adopt(group, p, state, saved)
+            self._adopt(group, p, state, saved, saved_group.get("code_format", 1))
             if not state:
                 del self.state[p]
         if unanchored:
@@ -123,10 +161,12 @@ class LoadingOptimizer(Optimizer):
                 stacklevel=4,
             )
 
-    def _adopt(self, group: Group, p: Tensor, state: State, saved: Mapping[str, Any]) -> None:
+    def _adopt(
+        self, group: Group, p: Tensor, state: State, saved: Mapping[str, Any], code_format: int
+    ) -> None:
         """Take moments, step and whatever else was saved, without torch's cast to p's dtype."""
         for name in self.moments:
-            _state.adopt(state, saved, name, p, self.storage.dtype(name, p))
+            _state.adopt(state, saved, name, p, self.storage.dtype(name, p), code_format)
         if "step" in saved or any(_state.is_stored(saved, name) for name in self.moments):
             # torch's SGD counts no steps: where there is a momentum, it has begun.
             step = torch.as_tensor(saved.get("step", 1.0))

@@ -7,7 +7,7 @@ op divides by. Nothing here reads a value on the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,4 +88,20 @@ def scale(
             overflow = overflow | (found_inf.reshape(()) != 0)
         found_inf = overflow.float()
     shrink = (max_grad_norm / (norm / unscale + 1e-6)).clamp(max=1.0)
-    return Scaling((unscale / shrink).float(), found_inf, None, shrink)
+    by = unscale / shrink
+    if not any(p.dtype == torch.float64 for batch in batches.values() for p in batch.params):
+        by = by.float()  # as the kernels take it without a copy
+    return Scaling(by, found_inf, None, shrink)
+
+
+def unscale_(grads: Sequence[Tensor], grad_scale: Tensor, found_inf: Tensor | None) -> None:
+    """Divide gradients in place by the loss scale, as torch's GradScaler leaves them; a step that
+    is skipped leaves them as they are."""
+    factor = grad_scale.reshape(()).double().reciprocal()
+    if found_inf is not None:
+        factor = torch.where(found_inf.reshape(()) != 0, 1.0, factor)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for own in map(_dtensor.local, grads):
+        by_device.setdefault(own.device, []).append(own)
+    for device, group in by_device.items():
+        torch._foreach_mul_(group, factor.to(device, torch.float32))

@@ -20,6 +20,9 @@ from . import _dtensor
 
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19
+# What the 8-bit codes of a state mean, as a key `code_format` of its group; a state without the key
+# is of format 1. Signed codes changed in format 2 (`_storage`); unsigned ones never did.
+CODE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -130,25 +133,36 @@ def check_saved(saved: Mapping[str, Any], names: Sequence[str], p: Tensor, where
             )
 
 
-def adopt(state: State, saved: Mapping[str, Any], name: str, p: Tensor, dtype: torch.dtype) -> None:
+def adopt(
+    state: State,
+    saved: Mapping[str, Any],
+    name: str,
+    p: Tensor,
+    dtype: torch.dtype,
+    code_format: int = CODE_FORMAT,
+) -> None:
     """Take `name` from a loaded state in whatever form; as it is (not copied) when it fits."""
+    old = code_format == 1 and signed(name)
     for key in (f"{name}_codes", name):
         value = saved.get(key)
         if value is None:
             continue
         value = _dtensor.like(value, p)
-        if value.dtype == dtype and value.device == p.device and value.stride() == p.stride():
+        fits = value.dtype == dtype and value.device == p.device and value.stride() == p.stride()
+        if fits and not (old and key != name):
             drop(state, name)
             state[key] = value
             if key != name:
                 state[f"{name}_scales"] = saved[f"{name}_scales"]
             return
         if key != name:
-            flat = _storage.decode(
-                _storage.flat(value), saved[f"{name}_scales"], signed=signed(name)
-            )
+            codes, scales = _storage.flat(value), saved[f"{name}_scales"]
             value = torch.empty_like(value, dtype=torch.float32)
-            _storage.flat(value).copy_(flat)
+            _storage.flat(value).copy_(
+                _storage.decode_format_1(codes, scales)
+                if old
+                else _storage.decode(codes, scales, signed=signed(name))
+            )
         put(state, name, value, p, dtype)
         return
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastkernels
 
-from ._base import AnchoredOptimizer, number
+from ._base import AnchoredOptimizer, finite, number
 from ._batch import Batch, Group
 from ._state import Storage
 
@@ -56,6 +56,7 @@ class AdamW(AnchoredOptimizer):
 
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     own_keys: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
+    torch_keys: ClassVar[frozenset[str]] = frozenset({"amsgrad"})  # which RAdam and NAdam lack
 
     def __init__(
         self,
@@ -97,8 +98,9 @@ class AdamW(AnchoredOptimizer):
             seed=seed,
         )
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_values(self, group: Group) -> None:
+        super()._check_values(group)
+        finite("eps", group["eps"])
         if not number("eps", group["eps"]) >= 0:
             raise ValueError(f"eps must not be negative; got {group['eps']}")
         betas = group["betas"]

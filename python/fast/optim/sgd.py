@@ -10,7 +10,7 @@ from torch import Tensor
 import fastkernels
 
 from . import _dtensor, _state
-from ._base import AnchoredOptimizer, number
+from ._base import AnchoredOptimizer, finite, number
 from ._batch import Batch, Group
 from ._state import State, Storage
 
@@ -31,7 +31,8 @@ class SGD(AnchoredOptimizer):
     """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
-    own_keys: ClassVar[frozenset[str]] = frozenset({"momentum", "nesterov"})
+    counts_steps: ClassVar[bool] = False
+    own_keys: ClassVar[frozenset[str]] = frozenset({"momentum", "dampening", "nesterov"})
 
     def __init__(
         self,
@@ -72,8 +73,10 @@ class SGD(AnchoredOptimizer):
             seed=seed,
         )
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
+    def _check_values(self, group: Group) -> None:
+        super()._check_values(group)
+        for key in ("momentum", "dampening"):
+            finite(key, group[key])
         if not number("momentum", group["momentum"]) >= 0:
             raise ValueError(f"momentum must not be negative; got {group['momentum']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -110,14 +113,30 @@ class SGD(AnchoredOptimizer):
         ]  # fmt: skip
 
     def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
-        momentum_buffers, momentum_scales = batch.moment("momentum_buffer")
-        if not all(group["momentum"] for group, _ in batch.rows):
+        momentum_buffers, momentum_scales = batch.moment("momentum_buffer", optional=True)
+        on = [bool(group["momentum"]) for group, _ in batch.rows]
+        if not all(on):
             # One that was switched off keeps its momentum, unused, as torch's does.
-            on = [bool(batch.rows[row][0]["momentum"]) for row in batch.groups]
-            momentum_buffers = [
-                b if use else batch.nothing for b, use in zip(momentum_buffers, on, strict=True)
-            ]
+            pairs = zip(momentum_buffers, batch.groups, strict=True)
+            momentum_buffers = [b if on[row] else batch.nothing for b, row in pairs]
+        if not torch.compiler.is_compiling():
+            _refuse_empty(momentum_buffers, batch, on)
         fastkernels.anchored_sgd_(
             batch.params, batch.grads, momentum_buffers, batch.column("step"), hyper, batch.groups,
             momentum_scales=momentum_scales, **options,
         )  # fmt: skip
+
+
+def _refuse_empty(buffers: list[Tensor], batch: Batch, on: list[bool]) -> None:
+    """Raise a ValueError for an emptied buffer of a group with momentum: the op does without it."""
+    try:
+        if 0 not in map(Tensor.numel, buffers):
+            return
+    except TypeError:  # of what is no tensor, which the op names
+        return
+    for b, p, row in zip(buffers, batch.params, batch.groups, strict=True):
+        if on[row] and p.numel() and not b.numel():
+            raise ValueError(
+                f"a momentum_buffer is {list(b.shape)}, its parameter {list(p.shape)}; delete it "
+                "from the state to begin a new one"
+            )

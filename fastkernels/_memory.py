@@ -1,0 +1,108 @@
+"""The memory of the tensors of a call: there is enough of it, kernels can address it, and what is
+written to is read and written under no other name.
+
+Kernels work on addresses, in any order and in parallel, so a shared element would get one of
+several values. A tensor that breaks a rule is refused before anything is written, by every backend
+alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """The bytes `[begin, end)` between which the elements of a tensor are."""
+
+    begin: int
+    end: int
+    what: str
+    tensor: Tensor
+
+
+def check(op: str, tensors: Iterable[tuple[str, Tensor, bool]]) -> None:
+    """Check (name, tensor, whether it is written) of every tensor of a call of `op`.
+
+    Raises:
+        ValueError: a storage is too small, an address is misaligned, a tensor that is written is an
+            inference tensor or shares elements with another one; the message names them.
+    """
+    spans = []
+    for what, t, written in tensors:
+        if t.numel():
+            spans.append((_span(f"{op}: {what}", t, written), written))
+    spans.sort(key=lambda span: span[0].begin)
+    open_reads: list[Span] = []
+    open_writes: list[Span] = []
+    for span, written in spans:
+        open_writes = [s for s in open_writes if s.end > span.begin]
+        if written:
+            open_reads = [s for s in open_reads if s.end > span.begin]
+        for other in open_writes + open_reads if written else open_writes:
+            if _share_elements(span.tensor, other.tensor):
+                first, second = sorted((span.what, other.what))
+                raise ValueError(
+                    f"{first} and {second.removeprefix(f'{op}: ')} share memory, and one of them "
+                    "is written to; give one of them once, or its .clone()"
+                )
+        (open_writes if written else open_reads).append(span)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether `t` fills its storage range without gaps and without overlap."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _span(what: str, t: Tensor, written: bool) -> Span:
+    width = t.element_size()
+    reach = t.numel()
+    if not t.is_contiguous():
+        reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    needed, there = (t.storage_offset() + reach) * width, t.untyped_storage().nbytes()
+    if there < needed:
+        raise ValueError(
+            f"{what} needs {needed} bytes of its storage, which has {there}: it was resized; "
+            "make the tensor anew"
+        )
+    begin = t.data_ptr()
+    if begin % width:
+        raise ValueError(
+            f"{what} begins at an address that is no multiple of its {width} bytes per element "
+            "(a view into a byte buffer?); give its .clone()"
+        )
+    if t.is_neg():
+        raise ValueError(f"{what} is a negative view; give its .resolve_neg()")
+    if written and t.is_inference():
+        raise ValueError(
+            f"{what} is an inference tensor, which may not be written to; give its .clone(), made "
+            "outside of torch.inference_mode()"
+        )
+    return Span(begin, begin + reach * width, what, t)
+
+
+def _share_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors whose ranges overlap have a byte in common; columns of one matrix do not."""
+    if is_dense(a) and is_dense(b):
+        return True
+    cell = min(a.element_size(), b.element_size())
+    return bool(torch.isin(_cells(a, cell), _cells(b, cell)).any())
+
+
+def _cells(t: Tensor, cell: int) -> Tensor:
+    """int64 `[numel * bytes per element / cell]`: the elements of `t` in units of `cell` bytes."""
+    at = torch.tensor([t.data_ptr() // cell], device="cpu")
+    width = t.element_size() // cell
+    for size, stride in zip((*t.shape, width), (*(s * width for s in t.stride()), 1), strict=True):
+        at = (at[:, None] + torch.arange(size, device="cpu") * stride).flatten()
+    return at
