@@ -131,8 +131,8 @@ def test_a_run_that_diverged_is_saved_and_fails(job, monkeypatch):
     [
         (["--output", "/proc/x"], "--output /proc/x: cannot be written to"),
         (["--output", "nets.py"], "--output nets.py: is a file; name a folder"),
-        (["--val-fraction", "0"], "argument --val-fraction: a share between 0 and 1, as 0.2, not"),
-        (["--val-fraction", "x"], "argument --val-fraction: a share between 0 and 1, as 0.2, not"),
+        (["--val-fraction", "1.5"], "argument --val-fraction: a share from 0 to less than 1, as"),
+        (["--val-fraction", "x"], "argument --val-fraction: a share from 0 to less than 1, as 0.2"),
         (["--steps", 10**20], "steps must be at most 10000000; got 100000000000000000000"),
         (["--seed", 2**70], f"seed must be at most {2**63 - 1}; got {2**70}"),
         (
@@ -462,7 +462,7 @@ def floats(folder):
             "none of its 9 tensors is",
         ),
         (keep, ["--mean", "0.5,0.5"], "mean has 2 values but the images have 1 channels"),
-        (keep, ["--val-fraction", "2", "--data", "xy.npz"], "between 0 and 1"),
+        (keep, ["--val-fraction", "2", "--data", "xy.npz"], "from 0 to less than 1"),
         (changed(y_train=np.full(200, np.nan)), [], "target.npz: y_train: 200 labels are NaN"),
         (changed(y_train=np.zeros(200, int), y_test=np.zeros(80, int)), [], "one class only"),
         (changed(y_test=np.full(80, 7), classes=["a", "b", "c", "d"]), [], "first 7 in row 0"),

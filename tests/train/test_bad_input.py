@@ -357,8 +357,8 @@ def test_what_the_network_takes_is_said(model, x, message):
     [
         ({"steps": 10**20}, "steps must be at most 10000000; got 1"),
         ({"seed": 2**70}, "seed must be at most"),
-        ({"num_classes": 2**63}, r"num_classes must be in 1\.\.1000000; got 9223372036854775808"),
-        ({"num_classes": 0}, r"num_classes must be in 1\.\.1000000; got 0"),
+        ({"num_classes": 2**63}, "num_classes must be at most 1000000; got 9223372036854775808"),
+        ({"num_classes": 0}, "num_classes must be at least 2; got 0"),
         ({"forget_budget": 50}, "less than 20 nats or 100%; got 50"),
     ],
 )

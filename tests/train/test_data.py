@@ -60,6 +60,14 @@ def test_every_batch_is_full_and_no_sample_waits_for_the_next_epoch():
     assert sorted(i for _, _, part in batches.once() for i in part.tolist()) == list(range(19))
 
 
+def test_a_data_set_whose_epochs_meet_in_a_batch_may_give_a_sample_twice():
+    data = as_data(TensorDataset(X[:9], Y[:9]), "train")
+    stream = TrainBatches(data, 8, 0).from_step(0)
+    for _, (inputs, labels, rows) in zip(range(9), stream, strict=False):
+        assert torch.equal(inputs, X[rows])
+        assert torch.equal(labels, Y[rows])
+
+
 def test_batches_in_several_forms():
     a, b, y = torch.ones(4, 2), torch.ones(4, 3), torch.zeros(4)
     assert split_batch((a, y), "train")[0] is a

@@ -166,11 +166,6 @@ def tell(notes: list[str]) -> None:
 
 def held_out(args: argparse.Namespace, data: NamedData) -> NamedData:
     """With a share of its training samples held out, where it has none of its own."""
-    if not 0 <= args.val_fraction < 1:
-        raise ValueError(
-            f"--val-fraction must be between 0 and 1 (0: all are trained on); got "
-            f"{args.val_fraction}"
-        )
     return data.with_val(args.val_fraction)
 
 

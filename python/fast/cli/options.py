@@ -187,13 +187,13 @@ def folder_name(text: str) -> str:
 
 
 def share(text: str) -> float:
-    """`"0.2"` -> 0.2."""
+    """`"0.2"` -> 0.2; 0 is a share, 1 is none."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"a share between 0 and 1, as 0.2, not {text!r}")
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"a share from 0 to less than 1, as 0.2, not {text!r}")
     return value
 
 

@@ -47,9 +47,10 @@ def as_tensor(values: Any, name: str) -> Tensor:
 def warn_unscaled(inputs: Any, name: str) -> None:
     """Warn where float images `[N, ...]` are in 0..255: no network was trained on those."""
     for x in leaves(inputs):
-        few = x[:FEW]
-        if few.dim() < 3 or not few.is_floating_point() or not few.numel():
+        plain = x.layout == torch.strided and not x.is_meta
+        if not plain or x.dim() < 3 or not x.is_floating_point() or not x.numel():
             continue
+        few = x[:FEW]
         low, high = few.min(), few.max()
         if low >= 0 and 32 < high <= 255 and (few == few.round()).all():
             warnings.warn(

@@ -119,7 +119,9 @@ class Data:
         """Inputs and labels of these rows (in memory or map-style only)."""
         if self.labels is not None:
             return pick(self.inputs, index), self.labels[index]
-        return split_batch(self._collated({int(i): self._sample(int(i)) for i in index}), self.name)
+        return split_batch(
+            self._collated([(i, self._sample(i)) for i in index.tolist()]), self.name
+        )
 
     def _sample(self, i: int) -> Any:
         try:
@@ -130,11 +132,11 @@ class Data:
                 f"{printable(first_line(error))}"
             ) from error
 
-    def _collated(self, samples: dict[int, Any]) -> Any:
+    def _collated(self, samples: list[tuple[int, Any]]) -> Any:
         try:
-            return default_collate(list(samples.values()))
+            return default_collate([sample for _, sample in samples])
         except (RuntimeError, TypeError, KeyError, ValueError) as error:
-            (first, a), *others = samples.items()
+            (first, a), *others = samples
             for i, b in others:
                 if shapes(a) != shapes(b):
                     raise ValueError(
