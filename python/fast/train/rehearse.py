@@ -62,6 +62,32 @@ def places_for(batch_size: int) -> int:
     return max(1, round(SHARE * batch_size)) if batch_size > 1 else 0
 
 
+def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBatches, int]:
+    """Target batches, and how many places beside them rehearse.
+
+    These are taken from the target's, so that a step costs what it did; a user's DataLoader keeps
+    its own batches, and they come on top.
+
+    Args:
+        size: samples of a step.
+        rehearsed: whose features: see `fast.train.methods.Plan`.
+
+    Raises:
+        ValueError: batches of one sample, and source inputs to rehearse beside it.
+    """
+    batches = TrainBatches(data, size, seed)
+    size = batches.given_size or size
+    if not rehearsed or (size < 2 and rehearsed == "target inputs"):
+        return batches, 0
+    if size < 2:
+        raise ValueError(
+            "batch_size must be at least 2 to rehearse features beside the target; or set "
+            "rehearse=0"
+        )
+    places = places_for(size)
+    return TrainBatches(data, size - places, seed), places
+
+
 class Rehearsal:
     """Source inputs and the features they had at the pretrained weights.
 

@@ -28,7 +28,7 @@ from fast.inputs import check_finite_inputs, taking
 from fast.train.average import Average
 from fast.train.checkpoint import Facts, State, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
-from fast.train.data import Data, TrainBatches, Transform, as_data, length, move
+from fast.train.data import Data, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.finite import check_data, check_finite, warn_diverged
@@ -53,7 +53,7 @@ from fast.train.metrics import Evaluator, Score, evaluate
 from fast.train.precision import autocast_dtype
 from fast.train.prepare import Drift, make_optimizer, prepare_model
 from fast.train.protect import Protection, hold_back, make_card
-from fast.train.rehearse import OWN_INPUTS, joined, places_for
+from fast.train.rehearse import OWN_INPUTS, joined, make_room
 from fast.train.replay import Replay, replay_loss
 from fast.train.result import Result
 from fast.train.rollback import HeadStart
@@ -96,8 +96,11 @@ class Trainer:
             raise ValueError("patience needs val: early stopping watches the validation accuracy")
 
         self.device = pick_device(config.device)
-        self.rehearsed = rehearsed_by(config, source_inputs is not None)
-        self.batches, self.source_size = self._places(config)
+        rehearsed = rehearsed_by(config, source_inputs is not None)
+        self.batches, self.source_size = make_room(
+            self.train_data, config.batch_size, config.seed, rehearsed
+        )
+        self.rehearsed = rehearsed if self.source_size else ""
         self.batch_size = self.batches.given_size or config.batch_size
         if config.batch_size not in (self.batch_size, TrainConfig.batch_size):
             warnings.warn(
@@ -134,25 +137,6 @@ class Trainer:
         self.stopping = EarlyStopping(config.patience)
         self._began: Callable[[], None] = lambda: None
         self.started = time.monotonic()
-
-    def _places(self, config: TrainConfig) -> tuple[TrainBatches, int]:
-        """Target batches, and how many places beside them are for rehearsal.
-
-        These are taken from the target's, so that a step costs what it did.
-        """
-        batches = TrainBatches(self.train_data, config.batch_size, config.seed)
-        size = batches.given_size or config.batch_size
-        if self.rehearsed == "target inputs" and size < 2:
-            self.rehearsed = ""  # there is no place for them
-        if not self.rehearsed:
-            return batches, 0
-        if size < 2:
-            raise ValueError(
-                "batch_size must be at least 2 to rehearse features beside the target; or set "
-                "rehearse=0"
-            )
-        places = places_for(size)
-        return TrainBatches(self.train_data, size - places, config.seed), places
 
     def _prepare(self, card: SourceCard | None, source_inputs: Any) -> None:
         """What is measured at the pretrained weights, and then the new head and the optimizer."""
