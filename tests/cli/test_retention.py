@@ -59,7 +59,7 @@ def test_a_strength_of_nought_keeps_the_learning_rate(job):
     code, _, err = job.fast("retention", *job.args, *SWEEP, *args)
     assert code == 0, err
     saved = json.loads((job.folder / "out" / "retention.json").read_text())
-    assert [p["lr"] for p in saved["points"]] == [REHEARSING_LR * 6 / SETTLED] * 2
+    assert [p["lr"] for p in saved["points"]] == [REHEARSING_LR * (6 / SETTLED) ** 2] * 2
     assert [p["rehearse"] for p in saved["points"]] == [0, 1]
 
 

@@ -38,7 +38,7 @@ def test_what_protects_the_backbone_does_not_shrink_with_the_run(length):
 
 def test_a_short_run_has_a_lower_rate_unless_it_was_given_one():
     whole = plan_for(TrainConfig(), steps=SETTLED).lr
-    assert plan_for(TrainConfig(), steps=SETTLED // 10).lr == pytest.approx(whole / 10)
+    assert plan_for(TrainConfig(), steps=SETTLED // 10).lr == pytest.approx(whole / 100)
     assert plan_for(TrainConfig(lr=1e-2), steps=6).lr == 1e-2
     assert plan_for(TrainConfig(method="vanilla"), steps=6).lr == 1e-3
 
