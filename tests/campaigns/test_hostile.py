@@ -30,6 +30,7 @@ from fast.cli import FAILED, main
 SECONDS, MEGABYTES, HANGS = 2.0, 500, 60.0
 # Files that may be read as they are: names are shown with their escapes, a link is followed.
 MAY_WORK = (
+    "a folder as an image",
     "escapes",
     "climbs",
     "holds itself",
@@ -88,7 +89,7 @@ def faults(place, code, err, out, seconds, megabytes, may_work):
     lines = err.splitlines()
     if code < 0:
         yield "hangs" if code == -signal.SIGKILL else f"dies of signal {-code}"
-    elif code == 0 and not may_work:
+    elif code == 0 and not may_work and "are left out" not in err:
         yield "is taken without a word"
     elif code and ("Traceback" in err or code == 99):
         yield "a traceback"
