@@ -239,6 +239,21 @@ def test_a_sample_that_is_not_finite_is_named_before_it_spoils_the_weights(metho
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("transform", "error", "message"),
+    [
+        (lambda x: None, TypeError, "transform returned NoneType"),
+        (lambda x: x.numpy(), TypeError, "transform returned .*ndarray"),
+        (lambda x: x[:5], ValueError, "transform made 5 inputs of 35"),
+        (lambda x: x.double(), ValueError, "transform: the network does not take"),
+        (lambda x: (x, x), ValueError, "transform: the network does not take"),
+    ],
+)
+def test_what_a_transform_returns_is_checked(transform, error, message):
+    with pytest.raises(error, match=message):
+        fast.finetune(ConvNet(), (X, Y), batch_size=40, steps=2, transform=transform)
+
+
 def test_a_transform_that_spoils_a_batch_is_named():
     with pytest.raises(ValueError, match="train: 40 samples are not finite"):
         fast.finetune(ConvNet(), (X, Y), steps=2, transform=lambda x: x / 0)

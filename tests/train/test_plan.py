@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import fast
 from fast.train.config import TrainConfig
@@ -75,3 +77,85 @@ def test_training_that_makes_the_validation_worse_returns_the_head_start():
 def test_a_run_that_improves_keeps_its_end():
     result = fast.finetune(ConvNet(), TRAIN, VAL, steps=40, lr=1e-2)
     assert result.final is result.history[-1]
+
+
+class Bag(nn.Module):
+    """The mean of embeddings, of texts of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.fc = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, ids, name=None):
+        return self.fc(self.body(self.embed(ids).mean(1)).relu())
+
+
+class Texts(Dataset):
+    """Sentences of two to six tokens, each with its name."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        ids = (torch.arange(2 + i % 5) + i) % 9
+        return {"ids": ids, "name": f"text {i}", "label": i % 3}
+
+
+def padded(rows, names):
+    ids = nn.utils.rnn.pad_sequence([row["ids"] for row in rows], batch_first=True)
+    batch = {"ids": ids, "label": torch.tensor([row["label"] for row in rows])}
+    return batch | ({"name": [row["name"] for row in rows]} if names else {})
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_batches_that_cannot_be_put_together_are_trained_on(names):
+    """Of inputs of one shape features are kept; beside names, of none."""
+    loader = DataLoader(Texts(), 4, shuffle=True, collate_fn=lambda rows: padded(rows, names))
+    result = fast.finetune(Bag(), loader, num_classes=3, steps=20)
+    assert result.plan.rehearsed == ("" if names else "target inputs")
+
+
+def test_a_sampler_of_the_users_says_how_large_its_batches_are():
+    class Pairs:
+        def __iter__(self):
+            return iter([[i, i + 1] for i in range(0, 60, 2)])
+
+        def __len__(self):
+            return 30
+
+    data = [{"x": x, "label": int(y)} for x, y in zip(*images(60, 4, seed=1), strict=True)]
+    plan = fast.finetune(
+        ConvNet(), DataLoader(data, batch_sampler=Pairs()), num_classes=4, steps=2
+    ).plan
+    assert (plan.target_size, plan.source_size, plan.batch_norm) == (2, 1, "frozen")
+
+
+def test_two_samples_a_step_leave_something_to_keep():
+    result = fast.finetune(ConvNet(), TRAIN, batch_size=2, steps=1)
+    assert result.plan.rehearsed == "target inputs"
+
+
+class Centred(nn.Module):
+    """A buffer that the forward replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ConvNet()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean() + 0.1
+        return self.net(x - self.mean)
+
+
+def test_the_head_start_has_its_buffers_back():
+    torch.manual_seed(0)
+    model = Centred()
+    bad = {"lr": 0.3, "ramp": 0, "anchor_decay": 0.0, "max_grad_norm": 1.0, "rehearse": 0.0}
+    result = fast.finetune(model, TRAIN, VAL, steps=3, **bad)
+    assert result.final["step"] == 0
+    assert model.mean == 0
+    with torch.no_grad():
+        now = (model(VAL[0]).argmax(1) == VAL[1]).float().mean().item()
+    assert now == pytest.approx(result.target_accuracy)

@@ -65,7 +65,8 @@ def forward_logits(model: nn.Module, inputs: Any) -> Tensor:
 def pick(inputs: Any, index: Any) -> Any:
     """The rows `index` of a tensor, or of every tensor in a tuple or mapping."""
     if isinstance(inputs, Mapping):
-        return {k: v[index] for k, v in inputs.items()}
+        nested = {k: pick(v, index) for k, v in inputs.items() if isinstance(v, Mapping)}
+        return {k: nested[k] if k in nested else v[index] for k, v in inputs.items()}
     if isinstance(inputs, (tuple, list)):
         return tuple(v[index] for v in inputs)
     return inputs[index]

@@ -298,7 +298,7 @@ class TrainBatches:
 
     Attributes:
         batch_size: samples of a batch, at most as many as there are; of a loader what it says.
-        given_size: of a loader's own batches, where it says so.
+        given_size: of a loader's own batches.
         steps_per_epoch: batches until every sample was used.
     """
 
@@ -308,8 +308,9 @@ class TrainBatches:
         if data.loader is not None:
             self.steps_per_epoch = len(data.loader)
             made = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
-            self.given_size = made if isinstance(made, int) else None
-            self.batch_size = self.given_size or batch_size
+            if not isinstance(made, int):  # a sampler of the user's: the first batch tells
+                made = len(next(self._loader_batches(data.loader, 0))[1])
+            self.batch_size = self.given_size = made
         else:
             self.batch_size = min(batch_size, cast(int, data.num_samples))
             self.steps_per_epoch = self.steps_for(1)

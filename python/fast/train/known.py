@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -59,21 +60,29 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
 
 
 def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
-    """The first training inputs, in the order of the first epoch, on the CPU.
+    """The first training inputs of one shape, in the order of the first epoch, on the CPU.
 
     Args:
-        limit: samples, at most; a batch more, and no more than `BYTES`.
+        limit: samples, at most, but `LEAST`; a batch more, and no more than `BYTES`.
     """
     parts: list[Any] = []
     count = size = 0
     for inputs, _, index in batches.once():
+        if parts and not _alike(parts[0], inputs):  # texts of another length, ...
+            continue
         check_finite_inputs(inputs, "train", index)
         parts.append(inputs)
         count += length(inputs)
         size += sum(x.nbytes for x in leaves(inputs))
-        if count >= limit or size >= BYTES:
+        if count >= max(limit, LEAST) or size >= BYTES:
             break
     return SourceInputs.of(parts)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two batches of inputs differ in their number of samples only."""
+    shapes = ([(x.shape[1:], x.dtype) for x in leaves(batch)] for batch in (a, b))
+    return operator.eq(*shapes)
 
 
 def classes_of_source(model: nn.Module, samples: SourceInputs) -> int:

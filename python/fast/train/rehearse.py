@@ -77,7 +77,8 @@ def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBa
     """
     batches = TrainBatches(data, size, seed)
     size = batches.given_size or size
-    if not rehearsed or (size < 2 and rehearsed == "target inputs"):
+    own = rehearsed == "target inputs"
+    if not rehearsed or (own and (size < 2 or not _can_be_kept(batches))):
         return batches, 0
     if size < 2:
         raise ValueError(
@@ -86,6 +87,13 @@ def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBa
         )
     places = places_for(size)
     return TrainBatches(data, size - places, seed), places
+
+
+def _can_be_kept(batches: TrainBatches) -> bool:
+    """Whether the inputs are tensors and nothing else: names, texts, ... cannot be put together."""
+    inputs = next(batches.from_step(0))[0]
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return isinstance(inputs, Tensor) or all(isinstance(part, Tensor) for part in parts)
 
 
 class Rehearsal:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fast.train.prepare import Drift
 
@@ -26,10 +26,17 @@ class HeadStart:
     def __init__(self, model: nn.Module, drift: Drift) -> None:
         self.model, self.drift = model, drift
         backbone = {id(p) for p in drift.params}
-        self.rest: list[tuple[Tensor, Tensor]] = [
-            (t, t.detach().clone())
-            for t in (*model.parameters(), *model.buffers())
-            if id(t) not in backbone and (t.requires_grad or not isinstance(t, nn.Parameter))
+        self.weights = [
+            (p, p.detach().clone())
+            for p in model.parameters()
+            if p.requires_grad and id(p) not in backbone
+        ]
+        # By name: a module may put another tensor in a buffer's place.
+        self.buffers = [
+            (m, name, b.clone())
+            for m in model.modules()
+            for name, b in m._buffers.items()
+            if b is not None
         ]
 
     def better(self, first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any] | None:
@@ -50,5 +57,7 @@ class HeadStart:
     def restore(self) -> None:
         """Put the weights and statistics back."""
         pairs = zip(self.drift.params, self.drift.anchors, strict=True)
-        for now, before in (*pairs, *self.rest):
+        for now, before in (*pairs, *self.weights):
             now.copy_(before)
+        for module, name, value in self.buffers:
+            module._buffers[name] = value.clone()

@@ -56,6 +56,7 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     check_manifest(folder)
     head = find_head(model, sample)
     state = load_tensors(file)
+    _take_dtypes(model, state)
     _fit_head(model, head, state, f"{head.name}.", file)
     own = model.state_dict()
     wrong = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
@@ -79,11 +80,23 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     if odd:
         raise ValueError(f"{norms_file} is of another network: it has {odd[0]}")
     source.load_state_dict(norms, strict=False)
-    old = find_head(source, sample)
+    old = find_head(source, name=head.name)
     weights = load_tensors(source_file)
     layer = _fit_head(source, old, weights, "", source_file)
     layer.load_state_dict(weights)
     return SavedNetworks(model, source)
+
+
+def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give the tensors of `model` the precision that they are saved in, so that none is rounded."""
+    for module_name, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                saved = state.get(f"{module_name}.{name}" if module_name else name)
+                if value is None or saved is None or not value.is_floating_point():
+                    continue
+                if saved.is_floating_point() and saved.dtype != value.dtype:
+                    value.data = value.data.to(saved.dtype)
 
 
 def _fit_head(

@@ -25,6 +25,7 @@ from fast.heads import (
     task_head,
 )
 from fast.inputs import check_finite_inputs, taking
+from fast.train.augment import Augmentation
 from fast.train.average import Average
 from fast.train.checkpoint import Facts, State, load_checkpoint, save_checkpoint
 from fast.train.config import TrainConfig
@@ -44,7 +45,7 @@ from fast.train.identity import (
 )
 from fast.train.interrupt import Interruption
 from fast.train.job import Job
-from fast.train.known import target_inputs
+from fast.train.known import LEAST, target_inputs
 from fast.train.labels import check_labels
 from fast.train.logs import History, RunLog, log, progress_bar, read_history, summary
 from fast.train.loss import Loss, class_weights
@@ -117,6 +118,7 @@ class Trainer:
 
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
+        self.augment = Augmentation(transform, self.model)
         self.identity: dict[str, str | None] = {}
         if self.folder is not None:
             self.environment = environment(self.device, transform)
@@ -160,6 +162,8 @@ class Trainer:
         rehearsed = source_inputs if self.rehearsed else None
         if self.rehearsed == "target inputs":
             rehearsed = target_inputs(self.batches, min(OWN_INPUTS, self.steps * self.source_size))
+            if rehearsed.size < LEAST:  # of one shape, too few to say how much features vary
+                self.rehearsed, self.source_size, rehearsed = "", 0, None
         with taking("train", sample, model), evaluating(model):
             forward_logits(model, pick(sample, slice(2)))
         last = head_is_last(model, sample, config.head)
@@ -344,14 +348,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         labels = check_labels(labels, self.num_classes, "train").to(self.device)
-        if self.transform is not None:
-            inputs = self.transform(inputs)
-            if inputs is None:
-                raise TypeError("transform returned None; it must return the batch of inputs")
-        if self.transform is not None or self.train_data.inputs is None:  # else seen beforehand
-            check_finite_inputs(inputs, "train", index)
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
+        with self._autocast():
+            inputs = self.augment(inputs, len(labels))
+        if self.transform is not None or self.train_data.inputs is None:  # else seen beforehand
+            check_finite_inputs(inputs, "train", index)
         denominator = self.loss.denominator(labels)
         places = pull.places(index, inputs) if pull else torch.empty(0)
         known = int((places >= 0).sum())

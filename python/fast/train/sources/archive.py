@@ -13,7 +13,7 @@ import numpy as np
 
 from fast.errors import first_line, printable
 
-# A deflated array of zeros is 230 to 1,000 times smaller, text 10 times. What is small may be empty.
+# Deflated zeros are 230 to 1,000 times smaller, text 10 times. What is small may be empty.
 MOST_COMPRESSED, HARMLESS = 100, 64 << 20
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
