@@ -152,7 +152,7 @@ class Centred(nn.Module):
 def test_the_head_start_has_its_buffers_back():
     torch.manual_seed(0)
     model = Centred()
-    bad = {"lr": 0.3, "ramp": 0, "anchor_decay": 0.0, "max_grad_norm": 1.0, "rehearse": 0.0}
+    bad = {"lr": 0.1, "ramp": 0, "anchor_decay": 0.0, "max_grad_norm": 1.0, "rehearse": 0.0}
     result = fast.finetune(model, TRAIN, VAL, steps=3, **bad)
     assert result.final["step"] == 0
     assert model.mean == 0
