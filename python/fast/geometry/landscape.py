@@ -187,9 +187,13 @@ def _along(
 ) -> tuple[list[float], list[tuple[float, bool]]]:
     """Source loss at each of the path's weights, and what the card forecasts to be its rise."""
     losses, forecasts = [], []
+    # Batch norm per task leaves the source norms that no path moves: each path's network has a
+    # source loss of its own. The card knows the weights of the first.
+    own = Walker(path.model, path.parameters, BATCH)
     for weights in path.weights:
+        own.put(weights)
+        losses.append(own.source_loss(source))
         walker.put(weights)
-        losses.append(walker.source_loss(source))
         forecasts.append(walker.forecast(card))
     return losses, forecasts
 
