@@ -107,3 +107,19 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(finished):
     assert code == 0, err
     assert "note: out has no checkpoint yet: the run starts from the beginning" in err
     assert (finished.folder / "out" / "model.safetensors").read_bytes() == whole
+
+
+def test_what_is_switched_off_stays_off_on_resume(job):
+    """Every option that has a --no- form is read back as it was given."""
+    given = ("--no-max-entropy", "--no-progress", "--method", "vanilla")
+    code, _, err = job.fast("finetune", *job.args, *RUN, *given)
+    assert code == 0, err
+    code, _, err = job.fast("finetune", "--resume", "out")
+    assert code == 0, err
+
+
+def test_a_model_file_that_is_gone_is_named(finished):
+    (finished.folder / "nets.py").rename(finished.folder / "moved.py")
+    code, _, err = finished.fast("finetune", "--resume", "out")
+    assert code == 2
+    assert "the file of its network is not there any more" in err

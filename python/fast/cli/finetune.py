@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             _check_new(Path(args.output))
 
     check_training(args)
+    _check_budget(args)
 
     from fast.cli.job import load_job
 
@@ -82,6 +83,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_budget(args: argparse.Namespace) -> None:
+    """Raise ValueError where there is nothing to check a budget on, before data are read."""
+    from fast.train.config import Budget
+
+    option = getattr(args, "forget_budget", None)
+    if option is None or args.source_inputs:
+        return
+    if not args.card or Budget.parse(option).points:
+        raise ValueError(
+            "--forget-budget needs --source-inputs to check on, or (for nats) a --card to forecast "
+            "by"
+        )
+
+
 def _summary(job: Any, result: Any, seconds: float) -> str:
     config, final = result.config, result.final
     rows = []
@@ -95,11 +110,12 @@ def _summary(job: Any, result: Any, seconds: float) -> str:
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
     if not final["step"]:
         kept = ", kept the head start: training made the validation accuracy worse"
+    plan = result.plan
+    size = f"{plan.target_size} + {plan.source_size}" if plan.source_size else plan.target_size
+    table = text_table(["accuracy, %", "before", "after", "samples"], rows) if rows else ""
     return (
-        f"{printable(job.name)}: {config.method}, {steps} steps of {config.batch_size}, "
-        f"lr {result.lr:g}, {seconds:.0f} s{kept}\n\n"
-        + text_table(["accuracy, %", "before", "after", "samples"], rows)
-        + f"\n{budget}"
+        f"{printable(job.name)}: {config.method}, {steps} steps of {size}, "
+        f"lr {result.lr:g}, {seconds:.0f} s{kept}\n\n{table}\n{budget}"
     )
 
 

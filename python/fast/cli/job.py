@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fast.cli.data_summary import gaps, image_facts, lines
+from fast.cli.options import VAL_FRACTION
 from fast.cli.prepare import (
     broken_images,
     given_form,
@@ -73,7 +74,11 @@ def load_job(args: argparse.Namespace, measured: bool = True) -> Job:
     notes: list[str] = []
     target = held_out(args, read_data("data", args.data, notes, **columns))
     if target.train is None:
-        raise ValueError(f"--data {args.data}: has no training split")
+        raise ValueError(
+            f"--data {args.data}: has held-out samples ({target.held_out or 'val'}) and no "
+            "training split: give one that is called train, or name the folder of the classes "
+            "itself"
+        )
     if measured and target.val is None:
         raise ValueError("--val-fraction 0: what is compared is measured on held-out samples")
     if len(target.classes) < 2:
@@ -165,7 +170,16 @@ def tell(notes: list[str]) -> None:
 
 
 def held_out(args: argparse.Namespace, data: NamedData) -> NamedData:
-    """With a share of its training samples held out, where it has none of its own."""
+    """With a share of its training samples held out, where it has none of its own.
+
+    Raises:
+        ValueError: a share was given, and there are some.
+    """
+    if data.val is not None and args.val_fraction != VAL_FRACTION:
+        raise ValueError(
+            f"--val-fraction: --data {args.data} has held-out samples of its own "
+            f"({data.held_out}); drop the option"
+        )
     return data.with_val(args.val_fraction)
 
 
@@ -305,7 +319,7 @@ def try_forward(loaded: LoadedModel, data: Any) -> int:
         shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in shown.items())
         raise ValueError(
             f"the network does not take these inputs ({shapes}, a batch of two): "
-            f"{first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 

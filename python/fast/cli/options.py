@@ -19,6 +19,10 @@ NORMALISATIONS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 
 
+# Of each class, where there is no split of held-out samples.
+VAL_FRACTION = 0.2
+
+
 def add_model_and_data(parser: argparse.ArgumentParser, protection: bool = False) -> None:
     """Args:
     protection: also what a method may know of the source task.
@@ -58,7 +62,7 @@ def add_model_and_data(parser: argparse.ArgumentParser, protection: bool = False
     group.add_argument(
         "--val-fraction",
         type=share,
-        default=0.2,
+        default=VAL_FRACTION,
         metavar="X",
         help="share of each class held out where there is no val or test split; 0: train on all "
         "(default: 0.2)",
@@ -183,6 +187,8 @@ def require(args: argparse.Namespace, *names: str) -> None:
 
 def folder_name(text: str) -> str:
     """With `~` as the user's home, also after `--output=`, where shells leave it."""
+    if not text:
+        raise argparse.ArgumentTypeError("a folder, not an empty name")
     return os.path.expanduser(text)
 
 

@@ -123,7 +123,7 @@ def broken_images(args: argparse.Namespace, *reports: ImageReport) -> list[str]:
     """
     report = merged(reports)
     if not args.skip_broken:
-        report.refuse_broken()
+        report.refuse_broken(" (or go on without: --skip-broken)")
     if not report.broken:
         return []
     return [

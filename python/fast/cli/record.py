@@ -64,10 +64,16 @@ def read_record(folder: Path, option: str, parser: argparse.ArgumentParser, name
             f"look at it, and name it: --model '{printable(model)}'"
         )
     try:
-        options = parser.parse_args(_argv(record))
+        options = parser.parse_args(_argv(record, parser))
     except ValueError as error:
         raise ValueError(f"{file} is damaged or was changed: {error}") from error
-    if not named and model_hash != _model_hash(options.model):
+    now = None if named else _model_hash(options.model)
+    if not named and model_hash and now is None:
+        raise FileNotFoundError(
+            f"{option} {folder}: the file of its network is not there any more: name it where it "
+            f"is now, --model FILE.py:FACTORY, in place of {printable(model)}"
+        )
+    if not named and model_hash != now:
         raise ValueError(
             f"{option} {folder}: the file of its network has changed since; to run it as it is "
             f"now, name it: --model '{printable(model)}'"
@@ -75,13 +81,14 @@ def read_record(folder: Path, option: str, parser: argparse.ArgumentParser, name
     return options
 
 
-def _argv(record: dict[str, Any]) -> list[str]:
+def _argv(record: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
     """`{"lr": 0.1, "mean": [0.5, 0.5]}` -> `["--lr=0.1", "--mean=0.5,0.5"]`."""
     found = []
     for name, value in record.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            found += [f"--{flag}"] if value else [f"--no-{flag}"] if name == "progress" else []
+            no = f"--no-{flag}"
+            found += [f"--{flag}"] if value else [no] * (no in parser._option_string_actions)
         elif isinstance(value, list):
             found.append(f"--{flag}={','.join(map(str, value))}")
         elif isinstance(value, dict):

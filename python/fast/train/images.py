@@ -152,7 +152,7 @@ class ImageReport:
     broken: dict[str, str] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
 
-    def refuse_broken(self) -> None:
+    def refuse_broken(self, way_out: str = "") -> None:
         """Raise ValueError where images cannot be read."""
         if not self.broken:
             return
@@ -163,7 +163,7 @@ class ImageReport:
         if len(self.broken) > 1:
             others = some(list(self.broken)[1:], 9)
             message += f"; {len(self.broken)} cannot be read, also {others}"
-        raise ValueError(f"{message} (or go on without: --skip-broken)")
+        raise ValueError(message + way_out)
 
 
 def merged(reports: Iterable[ImageReport]) -> ImageReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,12 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             raise ValueError(f"{path}: truncated or not a safetensors file ({err})") from err
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # torch raises pickle, zip, EOF and runtime errors of its own here
+    except pickle.UnpicklingError as err:
+        raise ValueError(
+            f"{path}: not a readable checkpoint of plain tensors: it holds Python objects, which "
+            "may be code. Save model.state_dict() where it was made"
+        ) from err
+    except Exception as err:  # torch raises zip, EOF and runtime errors of its own here
         raise ValueError(
             f"{path}: not a readable checkpoint of plain tensors ({printable(first_line(err))}); "
             "weights are read as .safetensors, else with torch.load(weights_only=True)"
