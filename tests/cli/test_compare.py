@@ -224,3 +224,11 @@ def test_a_damaged_run_is_named(done):
         code, _, err = job.fast("compare", *job.args, *COMPARE)
         assert code == 2
         assert f"{file.relative_to(job.folder)} is damaged" in err
+
+
+def test_what_runs_of_several_seeds_will_do_is_told_once(job):
+    args = ("--methods", "vanilla,l2-sp", "--seeds", "0,1", "--steps", 2, "--output", "out")
+    code, _, err = job.fast("compare", *job.args, *args)
+    assert code == 0, err
+    plans = [line for line in err.splitlines() if ": 2 steps of" in line]
+    assert [line.split(":")[0] for line in plans] == ["vanilla", "l2-sp"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     model = None
     try:
-        with _one_line_warnings(), _terminable():
+        with _one_line_warnings(), _plans_once(), _terminable():
             args = _parsed(argv)
             model = getattr(args, "model", None)
             return args.run(args)
@@ -97,6 +98,25 @@ def _one_line_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = note  # type: ignore[assignment]
         yield
+
+
+@contextmanager
+def _plans_once() -> Iterator[None]:
+    """What runs of several seeds are about to do is the same, and told once."""
+    told: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in told
+        told.add(message)
+        return new
+
+    log = logging.getLogger("fast")
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
 
 
 @contextmanager
