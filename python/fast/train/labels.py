@@ -61,7 +61,8 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
             row = _first(wrong)
             raise ValueError(
                 f"{name}: labels must be {bound}; got {low}..{high}, first {int(labels[row])} in "
-                f"row {row}. Number the classes from 0, or pass num_classes"
+                f"row {row}. Number the classes from 0, and count all of them (num_classes; in an "
+                ".npz the names in `classes`)"
             )
     return labels
 
