@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fast.errors import some
 from fast.train.images import (
+    SKIP,
     ImageFormat,
     ImageReport,
     PreparedImages,
@@ -123,7 +124,7 @@ def broken_images(args: argparse.Namespace, *reports: ImageReport) -> list[str]:
     """
     report = merged(reports)
     if not args.skip_broken:
-        report.refuse_broken(" (or go on without: --skip-broken)")
+        report.refuse_broken(SKIP)
     if not report.broken:
         return []
     return [

@@ -141,6 +141,9 @@ class ImageFormat:
         return round((height - self.size) / 2), round((width - self.size) / 2)
 
 
+SKIP = " (or go on without: --skip-broken)"
+
+
 @dataclass
 class ImageReport:
     """What was met while images were read.
@@ -153,7 +156,7 @@ class ImageReport:
     sizes: set[tuple[int, int]] = field(default_factory=set)
 
     def refuse_broken(self, way_out: str = "") -> None:
-        """Raise ValueError where images cannot be read."""
+        """Raise ValueError where images cannot be read; `way_out` ends the message."""
         if not self.broken:
             return
         name, reason = next(iter(self.broken.items()))
@@ -208,7 +211,7 @@ def prepare_images(
             out[len(good) : len(good) + len(index)] = images
         good += index
     if report is None or out is None:
-        found.refuse_broken()
+        found.refuse_broken(SKIP if report is None else "")
     assert out is not None, "a split has samples"
     if len(good) < len(split):
         prepared = PreparedImages(split.subset(np.array(good)), form)
