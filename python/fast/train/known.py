@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
@@ -81,8 +80,8 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
 
 def _alike(a: Any, b: Any) -> bool:
     """Whether two batches of inputs differ in their number of samples only."""
-    shapes = ([(x.shape[1:], x.dtype) for x in leaves(batch)] for batch in (a, b))
-    return operator.eq(*shapes)
+    first, second = ([(x.shape[1:], x.dtype) for x in leaves(batch)] for batch in (a, b))
+    return first == second
 
 
 def classes_of_source(model: nn.Module, samples: SourceInputs) -> int:

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast.heads.replace import MOST_CLASSES
+
 # A head of so many classes may be that of the source task, of which there are few samples.
-FEW_CLASSES, MOST_CLASSES = 10_000, 1_000_000
+FEW_CLASSES = 10_000
 
 
 def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
