@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import correlation, mean
 from typing import Any
 
-from fast.train.config import Budget
+from fast.adapt.config import Budget
 from runs import RESULTS, Task, complete, learning_rates, machine, parse
 
 # MiniLM has no source head, so it has no source loss: what it knows is counted as the accuracy by

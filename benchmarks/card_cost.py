@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import fast
+from fast.adapt.guards.protect import Protection
 from fast.train import trainer
-from fast.train.protect import Protection
 from pairs import PAIRS, Folder
 from retention import ISSUE_PAIRS
 from runs import RESULTS, commit, machine

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fast
-from fast.curvature.answers import SourceInputs, divergence, source_answers
+from fast.curvature.card.answers import SourceInputs, divergence, source_answers
 from fast.train.trainer import Trainer
 from pairs import PAIRS, Folder
 from runs import RESULTS, commit, machine

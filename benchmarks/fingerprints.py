@@ -119,7 +119,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {"source_inputs": True, "batch_norm": "frozen", "grad_accum_steps": 2},
     ),
     "fast, budget": ("pictures", {"source_inputs": True, "forget_budget": 0.02}),
-    "fast, card, SGD": ("pictures", {"card": True, "rehearse": 0.0, "optimizer": "sgd", "lr": 0.02}),
+    "fast, card, SGD": (
+        "pictures",
+        {"card": True, "rehearse": 0.0, "optimizer": "sgd", "lr": 0.02},
+    ),
     "fast, texts": ("texts", {}),
     "fast, texts, source inputs, budget in points": (
         "texts",
@@ -146,11 +149,10 @@ def run(name: str) -> dict[str, str]:
     pair, options = RUNS[name]
     model, train, val, source = PAIRS[pair]()
     options = dict(options)
-    inputs, labels = source
     if options.pop("source_inputs", False):
         options["source_inputs"] = source
     if options.pop("card", False):
-        options["card"] = fast.SourceCard.estimate(model, inputs, num_samples=64)
+        options["card"] = fast.SourceCard.estimate(model, source[0], num_samples=64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = fast.finetune(

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.data.dataset import pick
 from fast.heads import forward_logits, replace_head, set_batch_norm, task_head
-from fast.train.data import pick
 from pairs import PAIRS, Folder
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)

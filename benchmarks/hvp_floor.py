@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fast.curvature.folded.rules import gemm
+from fast.curvature.products.rules import gemm
 from hvp_cases import METHODS, gradient, probes
 from hvp_networks import build
 

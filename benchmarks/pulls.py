@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
+from fast.adapt.schedule import lr_factor
 from fast.curvature import GGN
+from fast.data.dataset import TrainBatches, as_data
 from fast.heads import forward_logits, pick, set_batch_norm, source_task
-from fast.train.data import TrainBatches, as_data
 from fast.train.metrics import evaluate
-from fast.train.schedule import lr_factor
 from pairs import PAIRS, Folder, Job
 from runs import RESULTS, commit, machine
 

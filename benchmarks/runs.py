@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fast
-from fast.train.methods import DEFAULT_LR, REHEARSING_LR
+from fast.adapt.methods import DEFAULT_LR, REHEARSING_LR
 from pairs import PAIRS, Folder
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fast.adapt.config import TrainConfig
 from fast.heads import find_head, forward_logits, pick
-from fast.train.config import TrainConfig
 from fast.train.trainer import Trainer
 from pairs import PAIRS, Folder, Job
 from retention import ISSUE_PAIRS

@@ -12,10 +12,10 @@ from helpers import ROOT, run_python
 # Each layer may import itself and those before it.
 LAYERS = (
     ("fastkernels", "fast.errors", "fast.files", "fast.profiling"),
-    ("fast.inputs", "fast.optim", "fast.heads", "fast.curvature"),
-    ("fast.intervals", "fast.plots"),
+    ("fast.data", "fast.optim", "fast.heads", "fast.curvature", "fast.models"),
+    ("fast.adapt",),
     ("fast.train",),
-    ("fast.geometry",),
+    ("fast.analysis",),
     ("fast.cli",),
 )
 FOLDERS = {"fastkernels": ROOT / "fastkernels", "fast": ROOT / "python" / "fast"}

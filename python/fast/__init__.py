@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fast.analysis.landscape import PathRecorder, landscape
     from fast.curvature.card import SourceCard
-    from fast.curvature.hessian import GGN, Fisher, Hessian
-    from fast.geometry import PathRecorder, landscape
+    from fast.curvature.operators.hessian import GGN, Fisher, Hessian
     from fast.heads import fold_head, replace_head, source_task
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
@@ -41,12 +41,12 @@ _HOME = {
     "AdamW": "fast.optim",
     "Fisher": "fast.curvature",
     "Hessian": "fast.curvature",
-    "PathRecorder": "fast.geometry",
+    "PathRecorder": "fast.analysis.landscape",
     "Result": "fast.train.result",
     "SourceCard": "fast.curvature.card",
     "finetune": "fast.train.finetune",
     "fold_head": "fast.heads",
-    "landscape": "fast.geometry",
+    "landscape": "fast.analysis.landscape",
     "param_groups": "fast.optim.param_groups",
     "replace_head": "fast.heads",
     "source_task": "fast.heads",

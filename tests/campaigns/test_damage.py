@@ -12,8 +12,8 @@ import torch
 
 import fast
 from campaigns.campaign import Campaign, cases
+from fast.models.saved import load_saved
 from fast.train import trainer
-from fast.train.saved import load_saved
 from networks import ConvNet, images
 
 TRAIN, VAL, KEPT = images(64, 4, seed=1), images(30, 4, seed=2), images(24, 5, seed=3)[0]

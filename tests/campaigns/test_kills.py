@@ -24,7 +24,7 @@ import torch
 
 import fast
 from campaigns.campaign import Campaign, cases
-from fast.train.checkpoint import list_checkpoints
+from fast.train.resume.checkpoint import list_checkpoints
 from networks import ConvNet, images
 
 KEPT = images(40, 5, seed=3)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from fast.cli import main
 from fast.curvature import Hessian
-from fast.train.models import load_model
-from fast.train.saved import load_saved
+from fast.models.load import load_model
+from fast.models.saved import load_saved
 
 FEW = ("--samples", 24, "--batch-size", 12, "--top", 2, "--trace-products", 6, "--probes", 1,
        "--lanczos-steps", 6, "--no-progress")  # fmt: skip

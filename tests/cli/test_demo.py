@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fast.cli import demo, main
+from fast.cli import main
+from fast.cli.commands import demo
 
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import fast
-from fast.cli import finetune
+from fast.cli.commands import finetune
 from fast.train.trainer import Trainer
 
 RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fast.cli import demo
+from fast.cli.commands import demo
 
 RUN = ("--steps", 6, "--eval-every", 2, "--resolution", 3, "--samples", 40, "--output", "out")
 

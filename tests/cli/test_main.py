@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fast import __version__
+from fast.adapt.config import TrainConfig
 from fast.cli import COMMANDS, main
-from fast.train.config import TrainConfig
 
 
 def python(*args, **kwargs):
@@ -109,7 +109,7 @@ def test_an_error_of_several_lines_is_one(error, line, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr("fast.cli.env.run", run)
+    monkeypatch.setattr("fast.cli.commands.env.run", run)
     assert main(["env"]) == 2
     assert capsys.readouterr().err.splitlines() == [f"fast: error: {line}"]
 
@@ -118,7 +118,7 @@ def test_what_no_message_was_written_for_is_one_line_with_its_place(monkeypatch,
     def run(args):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
-    monkeypatch.setattr("fast.cli.env.run", run)
+    monkeypatch.setattr("fast.cli.commands.env.run", run)
     assert main(["env"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fast: error: test_main.py:")
@@ -134,13 +134,15 @@ def test_a_warning_is_a_note_without_its_source_line(monkeypatch, capsys):
         warnings.warn("look\n out\x1b[2J", stacklevel=1)
         return 0
 
-    monkeypatch.setattr("fast.cli.env.run", run)
+    monkeypatch.setattr("fast.cli.commands.env.run", run)
     assert main(["env"]) == 0
     assert capsys.readouterr().err == "fast: note: look out\\x1b[2J\n"
 
 
 def test_sigterm_has_an_exit_code_of_its_own(monkeypatch, capsys):
-    monkeypatch.setattr("fast.cli.env.run", lambda args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(
+        "fast.cli.commands.env.run", lambda args: signal.raise_signal(signal.SIGTERM)
+    )
     assert main(["env"]) == 143
     assert capsys.readouterr().err == "fast: terminated\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -175,7 +177,7 @@ def test_a_backend_that_is_not_there_is_one_line(job, monkeypatch):
 
 @pytest.mark.parametrize("command", [["landscape", "--demo"], ["retention", "--demo"], ["demo"]])
 def test_where_to_write_is_checked_before_anything_is_run(tmp_path, capsys, command, monkeypatch):
-    monkeypatch.setattr("fast.cli.demo.pretrain", None)  # not called
+    monkeypatch.setattr("fast.cli.commands.demo.pretrain", None)  # not called
     file = tmp_path / "file"
     file.write_text("mine")
     assert main([*command, "--output", str(file)]) == 2

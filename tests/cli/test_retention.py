@@ -8,10 +8,10 @@ import json
 import pytest
 
 import fast
-from fast.cli import demo
-from fast.cli.retention import settings
-from fast.train.config import TrainConfig
-from fast.train.methods import EASED, METHODS, REHEARSING_LR, SETTLED, plan_for
+from fast.adapt.config import TrainConfig
+from fast.adapt.methods import EASED, METHODS, REHEARSING_LR, SETTLED, plan_for
+from fast.cli.commands import demo
+from fast.cli.commands.retention import settings
 
 SWEEP = ("--steps", 6, "--output", "out")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fast.cli.summary import NOTES, Run, steps_to, summarise
-from fast.cli.table import html_table, percent, text_table
+from fast.cli.report.summary import NOTES, Run, steps_to, summarise
+from fast.cli.report.table import html_table, percent, text_table
 
 
 def run(method, seed, targets, after=None, before=0.9):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fast
 from fast.curvature import fisher_diagonal
-from fast.curvature.calibrate import fit
+from fast.curvature.card.calibrate import fit
 from networks import ConvNet, TextNet, images, sentences
 
 X, Y = images(120, 5, seed=3)

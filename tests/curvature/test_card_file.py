@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fast
-from fast.curvature.calibrate import Calibration
 from fast.curvature.card import Codes
-from fast.curvature.card_file import fingerprint
+from fast.curvature.card.calibrate import Calibration
+from fast.curvature.card.file import fingerprint
 
 Facts = dict[str, Any]
 

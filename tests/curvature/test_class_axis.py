@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fast
 from curvature_truth import Net, linear, relative
 from fast.curvature import GGN, CrossEntropy, Fisher, Hessian, fisher_diagonal
-from fast.curvature.answers import SourceInputs, divergence, expected_rise, source_answers
+from fast.curvature.card.answers import SourceInputs, divergence, expected_rise, source_answers
 
 X = torch.randn(8, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

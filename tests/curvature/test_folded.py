@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from curvature_cases import NETWORKS, build
 from fast.curvature import GGN, Hessian
-from fast.curvature.folded import UnsupportedOperation
-from fast.curvature.folded.rules import RULES
-from fast.curvature.folded.tape import Tape
+from fast.curvature.products.batched import UnsupportedOperation
+from fast.curvature.products.batched.tape import Tape
+from fast.curvature.products.rules import RULES
 
 # Operations without a rule: these take the loop, and say why.
 BY_LOOP = {"activations", "group-norm", "lstm", "gru", "in-place"}

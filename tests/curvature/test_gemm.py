@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from curvature_cases import build
 from fast.curvature import GGN, Hessian
-from fast.curvature.folded.rules import gemm
+from fast.curvature.products.rules import gemm
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"

@@ -17,7 +17,7 @@ from curvature_cases import (
     snapshot,
 )
 from fast.curvature import GGN, Fisher, Hessian, SymmetricOperator
-from fast.curvature.network import mask_seed
+from fast.curvature.network.network import mask_seed
 
 SEED = 3
 

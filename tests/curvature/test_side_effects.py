@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from curvature_cases import build, snapshot
 from curvature_truth import Net, batch, linear, relative, truths
 from fast.curvature import GGN, Fisher, Hessian, Identity
-from fast.curvature.scope import evaluation
+from fast.curvature.network.evaluation import evaluation
 
 
 def _lookup(embedding: nn.Embedding) -> Net:

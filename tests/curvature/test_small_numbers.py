@@ -25,9 +25,9 @@ from fast.curvature import (
     spectrum,
     trace,
 )
-from fast.curvature.average import WeightedMean
-from fast.curvature.folded import UnsupportedOperation
-from fast.curvature.spectrum import _pad
+from fast.curvature.algorithms.spectrum import _pad
+from fast.curvature.operators.mean import WeightedMean
+from fast.curvature.products.batched import UnsupportedOperation
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import fast
 from fast.files import file_hash, read_sealed, write_sealed
-from fast.train import checkpoint
-from fast.train.checkpoint import FORMAT, list_checkpoints
+from fast.train.resume import checkpoint
+from fast.train.resume.checkpoint import FORMAT, list_checkpoints
 from networks import ConvNet, images
 
 TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
+from fast.adapt.methods import METHODS
 from fast.heads import forward_logits, task_head
-from fast.train.methods import METHODS
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import fast
+from fast.data.dataset import as_data
 from fast.train import metrics, trainer
-from fast.train.checkpoint import list_checkpoints
-from fast.train.data import as_data
+from fast.train.resume.checkpoint import list_checkpoints
 from networks import ConvNet, images
 
 TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fast
+from fast.data.reachable import code_of, reachable, values_of
 from fast.train import trainer
-from fast.train.reachable import code_of, reachable, values_of
 from networks import images
 
 X, Y = images(96, 4, seed=1)

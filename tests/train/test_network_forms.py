@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fast
 from fast.heads import by_sample, folds_positions, forward_logits, task_head
-from fast.train.saved import load_saved
+from fast.models.saved import load_saved
 from networks import ConvHead, images
 
 TRAIN, VAL, KNOWN = images(100, 4, seed=1), images(40, 4, seed=2), images(80, 5, seed=3)

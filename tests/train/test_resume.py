@@ -21,9 +21,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, T
 
 import fast
 from fast.files import read_sealed, write_sealed
-from fast.train import checkpoint, trainer
-from fast.train.checkpoint import list_checkpoints
-from fast.train.logs import RunLog
+from fast.train import trainer
+from fast.train.log import RunLog
+from fast.train.resume import checkpoint
+from fast.train.resume.checkpoint import list_checkpoints
 from networks import ConvNet, images
 
 TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
@@ -222,7 +223,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import fast
-from fast.train import checkpoint
+from fast.train.resume import checkpoint
 from networks import ConvNet, images
 import torch
 torch.manual_seed(0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fast
-from fast.train.run_folder import is_going_on
+from fast.train.resume.run_folder import is_going_on
 from networks import ConvNet, images
 
 TRAIN = images(64, 4, seed=1)

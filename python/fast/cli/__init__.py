@@ -195,7 +195,7 @@ def _parser(argv: Sequence[str]) -> tuple[Parser, list[Parser]]:
     for name in COMMANDS:
         sub = choices.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in argv:  # the others need not be imported
-            module = importlib.import_module(f"fast.cli.{name}")
+            module = importlib.import_module(f"fast.cli.commands.{name}")
             sub.description = module.__doc__
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)

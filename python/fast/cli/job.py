@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.cli.data_summary import gaps, image_facts, lines
 from fast.cli.options import VAL_FRACTION
 from fast.cli.prepare import (
     broken_images,
@@ -23,11 +22,12 @@ from fast.cli.prepare import (
     prepare,
     random_flip,
 )
+from fast.cli.report.data_summary import gaps, image_facts, lines
+from fast.data.images.pixels import ImageReport, is_image_split, merged
+from fast.data.source_inputs import LIMIT
+from fast.data.sources import DataWarning, NamedData, Split, has_columns, load_data
 from fast.errors import first_line, printable
-from fast.train.images import ImageReport, is_image_split, merged
-from fast.train.known import LIMIT
-from fast.train.models import LoadedModel, load_model
-from fast.train.sources import DataWarning, NamedData, Split, has_columns, load_data
+from fast.models.load import LoadedModel, load_model
 
 IMAGES = "images"
 PARTS = ("train", "val")
@@ -307,8 +307,8 @@ def try_forward(loaded: LoadedModel, data: Any) -> int:
     Raises:
         ValueError: the network cannot take the data; before anything is written.
     """
+    from fast.data.dataset import as_data
     from fast.heads import evaluating, forward_logits
-    from fast.train.data import as_data
 
     inputs, _ = as_data(data, "train").batch_at(torch.arange(2))
     try:

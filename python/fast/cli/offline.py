@@ -46,7 +46,7 @@ def job_for(args: argparse.Namespace, command: str, *needed: str) -> Iterator[tu
 
     import torch
 
-    from fast.cli import demo
+    from fast.cli.commands import demo
 
     for name, value in (("steps", demo.STEPS), ("eval_every", demo.EVAL_EVERY)):
         if not hasattr(args, name) and not hasattr(args, "epochs"):
@@ -67,9 +67,9 @@ def _folder(args: argparse.Namespace, default: str) -> Path:
 
 
 def _job() -> Any:
-    from fast.cli import demo
+    from fast.cli.commands import demo
     from fast.cli.job import Job
-    from fast.train.models import LoadedModel
+    from fast.models.load import LoadedModel
 
     source, target = demo.digits(range(5)), demo.digits(range(5, 10))
     network = demo.pretrain(*source)

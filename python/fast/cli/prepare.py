@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.errors import some
-from fast.train.images import (
+from fast.data.images.pixels import (
     SKIP,
     ImageFormat,
     ImageReport,
@@ -19,8 +18,9 @@ from fast.train.images import (
     merged,
     prepare_images,
 )
-from fast.train.models import LoadedModel
-from fast.train.sources import Split
+from fast.data.sources import Split
+from fast.errors import some
+from fast.models.load import LoadedModel
 
 
 def image_format(

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fast.adapt.methods import METHODS
 from fast.cli.options import add_model_and_data, training_options
-from fast.cli.summary import Run
-from fast.train.methods import METHODS
+from fast.cli.report.summary import Run
 
 # Given by the command itself, or of a single run.
 NOT_HERE = ("method", "seed", "lr", "output", "resume", "save_every")

@@ -7,19 +7,19 @@ H.top(5), H.trace(), H.spectrum(), H.check()
 ```
 """
 
-from fast.curvature.cg import Solution, cg
-from fast.curvature.check import CheckReport, check
-from fast.curvature.closed_forms import CrossEntropy, SquaredError
-from fast.curvature.diagonal import fisher_diagonal, hutchinson_diagonal
-from fast.curvature.graph import SecondDerivativeError
-from fast.curvature.hessian import GGN, Fisher, Hessian
-from fast.curvature.lanczos import Eigenpairs, top
-from fast.curvature.losses import Loss
-from fast.curvature.operator import Identity, MatrixOperator, SymmetricOperator
-from fast.curvature.space import ParameterSpace
-from fast.curvature.spectrum import Spectrum, spectrum
-from fast.curvature.summary import Summary, summarise
-from fast.curvature.trace import Estimate, block_traces, trace
+from fast.curvature.algorithms.cg import Solution, cg
+from fast.curvature.algorithms.check import CheckReport, check
+from fast.curvature.algorithms.diagonal import fisher_diagonal, hutchinson_diagonal
+from fast.curvature.algorithms.lanczos import Eigenpairs, top
+from fast.curvature.algorithms.spectrum import Spectrum, spectrum
+from fast.curvature.algorithms.summary import Summary, summarise
+from fast.curvature.algorithms.trace import Estimate, block_traces, trace
+from fast.curvature.losses.closed_forms import CrossEntropy, SquaredError
+from fast.curvature.losses.loss import Loss
+from fast.curvature.network.graph import SecondDerivativeError
+from fast.curvature.network.parameter_space import ParameterSpace
+from fast.curvature.operators.base import Identity, MatrixOperator, SymmetricOperator
+from fast.curvature.operators.hessian import GGN, Fisher, Hessian
 
 __all__ = [
     "GGN",

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from fast.adapt.config import Budget, TrainConfig
+from fast.adapt.guards.protect import bound_card
+from fast.adapt.undo import Untouched
 from fast.curvature.card import SourceCard
+from fast.data.dataset import Transform
+from fast.data.seeding import seeded
 from fast.errors import did_you_mean
 from fast.heads import unwrap
-from fast.train.config import Budget, TrainConfig
-from fast.train.data import Transform
 from fast.train.finite import check_model
 from fast.train.precision import in_float32
-from fast.train.protect import bound_card
 from fast.train.result import Result
-from fast.train.run_folder import RunFolder
-from fast.train.seeding import seeded
+from fast.train.resume.run_folder import RunFolder
 from fast.train.trainer import Trainer
-from fast.train.undo import Untouched
 
 _running = threading.RLock()
 
@@ -83,7 +83,7 @@ def finetune(
             the target, and forecasts and `forget_budget` are checked on others of them, held back.
             Without them `fast` rehearses features of the target's inputs, and `ewc` makes its card
             of these, which protects less.
-        **options: the other fields of `fast.train.config.TrainConfig`.
+        **options: the other fields of `fast.adapt.config.TrainConfig`.
 
     Returns:
         `Result`: model, history, accuracies, `save(folder)`.

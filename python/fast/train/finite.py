@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fast.inputs import check_finite_inputs, leaves
-from fast.train.checkpoint import PREFIX, list_checkpoints
-from fast.train.data import Data
+from fast.data.dataset import Data
+from fast.data.trees import check_finite_inputs, leaves
+from fast.train.resume.checkpoint import PREFIX, list_checkpoints
 
 # Times the loss of guessing.
 ABSURD = 1e3

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fast.data.dataset import Data, move
+from fast.data.labels import check_labels
+from fast.data.trees import broken_rows, kind, taking
 from fast.heads import evaluating, forward_logits
-from fast.inputs import broken_rows, kind, taking
-from fast.train.data import Data, move
-from fast.train.labels import check_labels
 
 
 class Score(NamedTuple):

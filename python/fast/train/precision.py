@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.inputs import leaves, mapped
+from fast.data.trees import leaves, mapped
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -13,7 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.adapt.config import TrainConfig
+from fast.adapt.guards.protect import Protection, hold_back, make_card
+from fast.adapt.guards.rehearse import OWN_INPUTS, joined, make_room
+from fast.adapt.guards.replay import Replay, replay_loss
+from fast.adapt.guards.weight_average import Average
+from fast.adapt.head_start import head_is_last
+from fast.adapt.job import Job
+from fast.adapt.loss import Loss, class_weights
+from fast.adapt.methods import LEAST_FOR_STATISTICS, METHODS, plan_for, rehearsed_by, steps_for
+from fast.adapt.prepare import Drift, make_optimizer, prepare_model
+from fast.adapt.rollback import HeadStart
+from fast.adapt.schedule import lr_factor
+from fast.adapt.shared_forward import shares
 from fast.curvature.card import SourceCard
+from fast.data.augment import Augmentation
+from fast.data.dataset import Data, Transform, as_data, length, move
+from fast.data.generators import find_generators
+from fast.data.labels import check_labels
+from fast.data.source_inputs import LEAST, target_inputs
+from fast.data.trees import check_finite_inputs, taking
 from fast.files import reading
 from fast.heads import (
     check_num_classes,
@@ -24,42 +43,23 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.inputs import check_finite_inputs, taking
-from fast.train.augment import Augmentation
-from fast.train.average import Average
-from fast.train.checkpoint import Facts, State, load_checkpoint, save_checkpoint
-from fast.train.config import TrainConfig
-from fast.train.data import Data, Transform, as_data, length, move
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.finite import check_data, check_finite, warn_diverged
-from fast.train.function_pull import shares
-from fast.train.generators import find_generators
-from fast.train.head_start import head_is_last
-from fast.train.identity import (
+from fast.train.interrupt import Interruption
+from fast.train.log import History, RunLog, log, progress_bar, read_history, summary
+from fast.train.metrics import Evaluator, Score, evaluate
+from fast.train.precision import autocast_dtype
+from fast.train.result import Result
+from fast.train.resume.checkpoint import Facts, State, load_checkpoint, save_checkpoint
+from fast.train.resume.identity import (
     card_identity,
     code_identity,
     data_identity,
     environment,
     model_identity,
 )
-from fast.train.interrupt import Interruption
-from fast.train.job import Job
-from fast.train.known import LEAST, target_inputs
-from fast.train.labels import check_labels
-from fast.train.logs import History, RunLog, log, progress_bar, read_history, summary
-from fast.train.loss import Loss, class_weights
-from fast.train.methods import LEAST_FOR_STATISTICS, METHODS, plan_for, rehearsed_by, steps_for
-from fast.train.metrics import Evaluator, Score, evaluate
-from fast.train.precision import autocast_dtype
-from fast.train.prepare import Drift, make_optimizer, prepare_model
-from fast.train.protect import Protection, hold_back, make_card
-from fast.train.rehearse import OWN_INPUTS, joined, make_room
-from fast.train.replay import Replay, replay_loss
-from fast.train.result import Result
-from fast.train.rollback import HeadStart
-from fast.train.run_folder import RunFolder, options_of, run_of
-from fast.train.schedule import lr_factor
+from fast.train.resume.run_folder import RunFolder, options_of, run_of
 
 # Inputs, labels, rows of the training data (None from a loader); source inputs with what they are
 # held to, or None.

@@ -1,0 +1,1 @@
+"""What holds the source task while the target is learned."""

@@ -1,0 +1,157 @@
+"""What a forgetting budget counts, measured: how a network answers held-back source inputs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.curvature.card.answers import (
+    SourceInputs,
+    divergence,
+    expected_rise,
+    source_answers,
+    source_features,
+)
+
+# Of cosines, as contrastively trained encoders use it (MoCo, He et al. 2020, arXiv 1911.05722).
+TEMPERATURE = 0.07
+NEVER = -1e4
+
+
+class Gauge:
+    """The exact quantity that a budget limits, on some source inputs.
+
+    The answers of the network to them are those of its source head; or, where what it is valued
+    for are its features, by neighbourhood: to which class mean a feature vector is nearest, with
+    labels, or to which other sample, without.
+
+    Nats: with labels, the rise of the cross-entropy, so they had better be of data that the network
+    was not trained on. Without, what the divergence of its answers makes expect of such data
+    (`expected_rise`); of features, the divergence. Points: the accuracy lost; without labels, what
+    the pretrained network itself expects to lose, the mean of `p0(its answer) - p0(the answer
+    now)`; features have no accuracy without labels.
+
+    Args:
+        model: at the pretrained weights.
+        samples: on its device.
+        points: of accuracy (0..1), not nats.
+        skill: "answers", "features", or "auto": features where there are labels that the source
+            head cannot give.
+        top: the largest label of all source inputs, of which `samples` may be a part: which of them
+            are held back must not decide what is measured. None: that of the samples.
+
+    Raises:
+        ValueError: answers that are not finite; labels that the head cannot give; features and
+            hardly two labels of a kind, or points of them without labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: SourceInputs,
+        points: bool,
+        skill: str = "auto",
+        top: int | None = None,
+    ) -> None:
+        self.samples, self.points = samples, points
+        y = samples.labels
+        self.labels = y
+        self.by_features = skill == "features"
+        if not self.by_features:
+            answers = source_answers(model, samples)
+            if y is not None and top is None:
+                top = int(y.max())
+            if y is not None and top is not None and top >= answers.shape[1]:
+                if skill == "answers":
+                    raise ValueError(
+                        f"source_inputs: label {top}, and the source head has "
+                        f"{answers.shape[1]} classes. Where the source skill is in the features, "
+                        "set source_skill='features'"
+                    )
+                self.by_features = True
+        if self.by_features and y is not None:
+            _, self.labels, counts = y.unique(return_inverse=True, return_counts=True)
+            if int((counts > 1).sum()) < 2:
+                raise ValueError(
+                    f"source_inputs: {len(y)} held-back samples of {len(counts)} classes, hardly "
+                    "two of a class: give more, or leave out the labels"
+                )
+            answers = self._answers(model, samples.size)
+        elif self.by_features:
+            if points:
+                raise ValueError(
+                    "forget_budget: points of accuracy of features need source_inputs with labels, "
+                    "(inputs, labels); without, give nats (0.1)"
+                )
+            answers = self._answers(model, samples.size)
+        if self.by_features and answers.dim() != 2:
+            raise ValueError("source_inputs: features must be vectors")
+        if len(answers) != samples.size:
+            raise ValueError(
+                f"source_inputs: {len(answers)} feature vectors of {samples.size} samples, and one "
+                "of each is needed to compare them: set source_skill='answers'"
+            )
+        if not answers.isfinite().all():
+            raise ValueError(
+                "source_inputs: the network's answers to them are not finite (NaN or infinite)"
+            )
+        self.before = answers
+
+    @property
+    def size(self) -> int:
+        return self.samples.size
+
+    def __call__(self, model: nn.Module, size: int | None = None) -> float:
+        """What is lost so far.
+
+        Args:
+            size: of the samples, the first (default: all).
+        """
+        size = self.size if size is None or self.by_features else min(size, self.size)
+        now, before = self._answers(model, size), self.before[:size]
+        y = None if self.labels is None else self.labels[:size]
+        if self.points:
+            return _accuracy_lost(before, now, y)
+        if y is not None:
+            return float(F.cross_entropy(now, y) - F.cross_entropy(before, y))
+        return float((divergence if self.by_features else expected_rise)(before, now))
+
+    def _answers(self, model: nn.Module, size: int) -> Tensor:
+        part = self.samples if size == self.size else self.samples.part(0, size)
+        if not self.by_features:
+            return source_answers(model, part)
+        features = F.normalize(source_features(model, part).double(), dim=1)
+        return by_neighbours(features, self.labels)
+
+
+def by_neighbours(features: Tensor, labels: Tensor | None) -> Tensor:
+    """Each sample's answer as logits, made of all the others.
+
+    Args:
+        features: `[N, D]`, of length 1.
+        labels: `[N]` of K classes, or None.
+
+    Returns:
+        cosines over `TEMPERATURE` with the K class means (the sample itself left out of its own)
+        `[N, K]`, or with the other samples `[N, N]`.
+    """
+    if labels is None:
+        cosines = (features @ features.T) / TEMPERATURE
+        return cosines.fill_diagonal_(NEVER)
+    members = F.one_hot(labels).to(features.dtype)
+    sums = members.T @ features
+    cosines = features @ F.normalize(sums, dim=1).T
+    own = (features * F.normalize(sums[labels] - features, dim=1)).sum(1, keepdim=True)
+    return torch.where(members > 0, own, cosines) / TEMPERATURE
+
+
+def _accuracy_lost(before: Tensor, now: Tensor, labels: Tensor | None) -> float:
+    if labels is not None:
+        right_before, right = (
+            (x.argmax(1) == labels).double().mean().item() for x in (before, now)
+        )
+        return right_before - right
+    p = before.double().softmax(1)
+    first, last = (p.gather(1, x.argmax(1, keepdim=True)).mean() for x in (before, now))
+    return float(first - last)

@@ -1,0 +1,1 @@
+"""Figures, and the geometry of an adaptation."""

@@ -1,0 +1,108 @@
+"""The weights of a run, kept at every evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fast.curvature.card.answers import backbone_parameters
+from fast.data.dataset import as_data
+from fast.heads import source_task, task_head, unwrap
+from fast.train.metrics import evaluate
+from fast.train.result import Result
+
+
+@dataclass
+class WeightPath:
+    """Where one run led.
+
+    Attributes:
+        name: for legends, usually of the method.
+        steps: `[n]` optimizer steps, the first of them 0.
+        weights: `[n, P]` backbone weights after those steps, on the CPU; the first are pretrained.
+        parameters: their names, in the order in which they are flattened.
+        model: the adapted network; it answers both tasks.
+        history: one record for each step, of `fast.finetune`.
+    """
+
+    name: str
+    steps: list[int]
+    weights: Tensor = field(repr=False)
+    parameters: tuple[str, ...] = field(repr=False)
+    model: nn.Module = field(repr=False)
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+
+class PathRecorder:
+    """Measures the source accuracy of a run, and keeps the weights that it was measured at.
+
+    ```python
+    recorder = fast.PathRecorder((x_source, y_source))
+    result = fast.finetune(model, train, val, source=recorder)
+    path = recorder.path(result)
+    ```
+
+    Costs 4 bytes of memory for each backbone weight and evaluation.
+
+    Args:
+        source: what `fast.finetune` takes as `source`: `(x, y)`, a Dataset or a DataLoader.
+        batch_size: of the evaluation.
+    """
+
+    def __init__(self, source: Any, batch_size: int = 128) -> None:
+        self.data, self.batch_size = as_data(source, "source"), batch_size
+        self.parameters: tuple[str, ...] = ()
+        self.rows: list[Tensor] = []
+
+    def __call__(self, model: nn.Module) -> float:
+        """Source accuracy of `model`, in 0..1; it is left as it was."""
+        model = unwrap(model)
+        if task_head(model) is not None:  # not before the run, when it still has its own head
+            params = backbone_parameters(model, None)
+            self.parameters = tuple(params)
+            self.rows.append(flatten(list(params.values())))
+        device = next(model.parameters()).device
+        with source_task(model):
+            return evaluate(model, self.data, self.batch_size, device).accuracy
+
+    def path(self, result: Result, name: str | None = None) -> WeightPath:
+        """The path of the run that this recorder was given to.
+
+        Args:
+            name: default: of the method.
+
+        Raises:
+            ValueError: it was given to another run, to several, or to a resumed one; or the run
+                changed the batch norms' statistics of the source task.
+        """
+        if result.config.batch_norm == "track" and any(
+            isinstance(m, _BatchNorm) and m.track_running_stats for m in result.model.modules()
+        ):
+            raise ValueError(
+                "batch_norm='track' changes the source loss by statistics, which are no place in "
+                "a landscape of weights: use 'frozen' or 'per_task'"
+            )
+        if len(self.rows) != len(result.history):
+            raise ValueError(
+                f"the recorder has weights of {len(self.rows)} evaluations, the run made "
+                f"{len(result.history)}: give each run a recorder of its own, and do not resume it"
+            )
+        return WeightPath(
+            name or result.config.method,
+            [row["step"] for row in result.history],
+            torch.stack(self.rows),
+            self.parameters,
+            result.model,
+            result.history,
+        )
+
+
+@torch.no_grad()
+def flatten(params: list[nn.Parameter]) -> Tensor:
+    """Parameters one after the other, `[P]`, on the CPU."""
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    return torch.cat([p.detach().flatten().to("cpu", dtype) for p in params])

@@ -1,0 +1,1 @@
+"""The commands of `fast`, a module for each."""

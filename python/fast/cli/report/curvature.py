@@ -1,0 +1,82 @@
+"""What `fast curvature` shows: tables, and the figure of the spectral densities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fast.cli.report.table import text_table
+
+if TYPE_CHECKING:
+    from fast.curvature import Eigenpairs, Estimate, Summary
+
+
+def figure(kind: str, found: Mapping[str, Summary]) -> Any:
+    """The matplotlib Figure: one panel per loss, its density and its top eigenvalues."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from fast.analysis.plots import STYLE
+
+    style: Any = STYLE
+    with rc_context(style):
+        drawn = Figure(figsize=(6.4, 2.6 * len(found) + 0.3), layout="constrained")
+        axes = drawn.subplots(len(found), 1, squeeze=False)[:, 0]
+        for ax, (name, s) in zip(axes, found.items(), strict=True):
+            assert s.spectrum is not None
+            s.spectrum.plot(ax=ax)
+            low = ax.get_ylim()[0]
+            ax.plot(s.top.values, [low] * len(s.top.values), "^", color="#D55E00", clip_on=False,
+                    label=f"top {len(s.top.values)}")  # fmt: skip
+            ax.legend()
+            ax.set_title(f"{kind} of the {name} loss, {s.numel:,} parameters")
+    return drawn
+
+
+def text(kind: str, found: Mapping[str, Summary]) -> str:
+    """The printed tables: one column per loss, then one row per layer."""
+    columns = list(found)
+    rows = [
+        ["loss, nats", *(f"{s.loss:.4g}" for s in found.values())],
+        ["gradient norm", *(f"{s.gradient_norm:.4g}" for s in found.values())],
+        ["trace", *(_estimate(s.trace) for s in found.values())],
+    ]
+    for i in range(max(len(s.top.values) for s in found.values())):
+        rows.append([f"eigenvalue {i + 1} (residual)", *(_pair(s.top, i) for s in found.values())])
+    sizes = " and ".join(dict.fromkeys(f"{s.numel:,}" for s in found.values()))
+    out = f"\n{kind}, {sizes} parameters\n\n" + text_table(["", *columns], rows)
+    unfinished = [name for name, s in found.items() if not s.top.converged]
+    if unfinished:
+        out += f"\n\nnot converged: eigenvalues of {', '.join(unfinished)}; see their residuals"
+    if any(s.layers for s in found.values()):
+        out += "\n\n" + _layer_table(found)
+    return out
+
+
+def _layer_table(found: Mapping[str, Summary]) -> str:
+    names = list(dict.fromkeys(name for s in found.values() for name in s.layers))
+    header = ["layer", "parameters"]
+    for column in found:
+        header += [f"{column} trace", f"{column} top eigenvalue"]
+    rows = []
+    for name in names:
+        layers = [s.layers.get(name) for s in found.values()]
+        row = [name or "(network)", " / ".join(dict.fromkeys(f"{x.numel:,}" for x in layers if x))]
+        for layer in layers:
+            row += ["-"] * 2 if layer is None else [_estimate(layer.trace), _first(layer.top)]
+        rows.append(row)
+    return text_table(header, rows)
+
+
+def _estimate(estimate: Estimate) -> str:
+    return f"{estimate.value:.4g} ± {estimate.stderr:.2g}"
+
+
+def _pair(pairs: Eigenpairs, i: int) -> str:
+    if i >= len(pairs.values):
+        return ""
+    return f"{float(pairs.values[i]):.5g} ({float(pairs.residuals[i]):.1g})"
+
+
+def _first(pairs: Eigenpairs) -> str:
+    return f"{float(pairs.values[0]):.3g}"

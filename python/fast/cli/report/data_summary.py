@@ -1,0 +1,106 @@
+"""What the run reads, in a few lines: classes, samples of each, held-out data, preprocessing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fast.data.images.pixels import ImageFormat, ImageReport
+from fast.data.images.preprocessing import Preprocessing
+from fast.errors import printable, some
+
+# Of so many classes each is listed with its samples.
+LISTED = 12
+
+
+def image_facts(
+    form: ImageFormat, says: Preprocessing, given: set[str], report: ImageReport
+) -> dict[str, Any]:
+    """How images are prepared, and who says so.
+
+    Args:
+        given: names of options that were given.
+        report: of the images that were read.
+    """
+    origin = {
+        name: "option" if name in given else says.origin if getattr(says, name) else "default"
+        for name in ("size", "mean", "std")
+    }
+    smallest, largest = min(report.sizes, default=(0, 0)), max(report.sizes, default=(0, 0))
+    return {
+        "size": form.size,
+        "resize": form.resize or form.size,
+        "stretch": form.stretch,
+        "interpolation": form.interpolation,
+        "mean": list(form.mean),
+        "std": list(form.std),
+        "channels": form.channels,
+        "origin": origin,
+        "stored_sizes": [list(smallest), list(largest)],
+        "skipped": list(report.broken),
+    }
+
+
+def lines(description: dict[str, Any]) -> str:
+    """For a reader of the terminal.
+
+    Args:
+        description: `{"data": NamedData.description, "images": image_facts(...) or None}`.
+    """
+    data, images = description["data"], description["images"]
+    classes, samples = data["classes"], data["samples"]
+    train, val = samples["train"], samples.get("val")
+    held_out = f", {sum(val)} held out ({data['held_out']})" if val else ", none held out"
+    text = [f"data: {len(classes)} classes, {sum(train)} training samples{held_out}"]
+    if len(classes) <= LISTED:
+        shown = [
+            f"{printable(name)} {count}" + (f"+{val[i]}" if val else "")
+            for i, (name, count) in enumerate(zip(classes, train, strict=True))
+        ]
+        text.append(f"classes, in order: {', '.join(shown)}")
+    else:
+        text.append(
+            f"classes, in order: {some(classes)}; {min(train)} to {max(train)} samples each"
+        )
+    if images:
+        text.append(_images(images))
+    return "\n".join(text)
+
+
+def _images(images: dict[str, Any]) -> str:
+    low, high = ("x".join(map(str, size)) for size in images["stored_sizes"])
+    stored = low if low == high else f"{low} to {high}"
+    fit = "as they are"
+    if images["size"]:
+        side = (
+            f"both sides to {images['resize']}"
+            if images["stretch"]
+            else (f"shorter side to {images['resize']}")
+        )
+        fit = f"{side} ({images['interpolation']}), central {images['size']}x{images['size']}"
+    order = f" in {images['channels']}" if images["channels"] == "BGR" else ""
+    numbers = "".join(
+        f", {name} {','.join(f'{v:.4g}' for v in images[name])} ({images['origin'][name]})"
+        for name in ("mean", "std")
+    )
+    return f"images: {stored}, {fit}{order}{numbers}"
+
+
+def gaps(description: dict[str, Any]) -> list[str]:
+    """Classes without samples where some are needed."""
+    classes, samples = description["classes"], description["samples"]
+    train, val = samples["train"], samples.get("val")
+    missing = [classes[i] for i, count in enumerate(train) if not count]
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of {len(classes)} classes have no training sample ({some(missing)}); "
+            "the head has a place for each"
+        )
+    if val:
+        unseen = [classes[i] for i, count in enumerate(train) if count and not val[i]]
+        if unseen:
+            notes.append(
+                f"{len(unseen)} of {len(classes)} classes have no held-out sample ({some(unseen)})"
+                "; what is learned of them is not measured"
+            )
+    return notes

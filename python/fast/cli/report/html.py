@@ -1,0 +1,84 @@
+"""`report.html`: table, curves, options and versions in one file that fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fast.cli.report.summary import NOTES, Run
+from fast.cli.report.table import html_table
+from fast.files import atomic_file
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+.plain td { text-align: left; font-family: ui-monospace, monospace; font-size: 13px; }
+.scroll { overflow-x: auto; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+p.note { opacity: .75; font-size: 13px; max-width: 50rem; }
+"""
+
+
+def save_curves(runs: Sequence[Run], title: str, path: Path) -> None:
+    """Target and source accuracy of each method over the steps, as a PNG."""
+    from fast.analysis import plots
+
+    histories: dict[str, list[Any]] = {}
+    for r in runs:
+        histories.setdefault(r.method, []).append(r.history)
+    figure = plots.comparison(histories, title=title, source_before=runs[0].source_accuracy_before)
+    with atomic_file(path) as temporary:
+        plots.save(figure, temporary)
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    figure: bytes,
+    options: Mapping[str, Any],
+    machine: Mapping[str, str],
+    notes: str = NOTES,
+) -> None:
+    """Write the report, whole or not at all; `figure` is a PNG and becomes part of the file."""
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<div class="scroll">{html_table(*table)}</div>
+<p class="note">{html.escape(notes)}</p>
+<h2>Curves</h2>
+<img alt="Target and source accuracy of each method"
+     src="data:image/png;base64,{base64.b64encode(figure).decode("ascii")}">
+<h2>Options</h2>
+{_pairs(options)}
+<h2>Machine</h2>
+{_pairs(machine)}
+</body>
+</html>
+"""
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = [[name, _plain(value)] for name, value in values.items()]
+    return f'<div class="plain scroll">{html_table(["", ""], rows)}</div>'
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

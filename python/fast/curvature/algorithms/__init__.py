@@ -1,0 +1,1 @@
+"""Eigenpairs, traces, densities and solves of any symmetric operator."""

@@ -1,0 +1,82 @@
+"""Conjugate gradients for several right-hand sides at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fast.curvature.algorithms.arguments import check_finite, check_whole
+from fast.curvature.algorithms.progress import bar
+from fast.curvature.network.parameter_space import Vectors
+from fast.curvature.operators.base import SymmetricOperator
+
+
+@dataclass(frozen=True)
+class Solution:
+    """solution in the form of b; residuals [K] = |b - A x| / |b|."""
+
+    solution: Vectors = field(repr=False)
+    residuals: Tensor
+    num_iterations: int
+    converged: bool
+
+
+def cg(
+    operator: SymmetricOperator,
+    b: Vectors,
+    *,
+    tol: float = 1e-5,
+    max_iterations: int = 100,
+    progress: bool | None = None,
+) -> Solution:
+    """Solve A x = b for positive definite A (Hestenes and Stiefel 1952), all K columns in step.
+
+    Raises:
+        ValueError: a direction of negative curvature was met: A is not positive definite. Use
+            fast.GGN instead of fast.Hessian, or `.damped(...)`. Or b is not finite, or an option
+            is no number.
+    """
+    check_whole(max_iterations=max_iterations)
+    check_finite(tol=tol)
+    blocks, restore = operator.space.unpack(b)
+    rhs = operator.space.join(blocks)
+    if not bool(rhs.isfinite().all()):
+        raise ValueError("b holds NaN or infinity")
+    # Squares of tiny (huge) numbers underflow (overflow): every column is solved at size one.
+    size = rhs.abs().amax(dim=1, keepdim=True) if rhs.numel() else rhs.new_ones((len(rhs), 1))
+    size = torch.where(size > 0, size, 1)
+    rhs = rhs / size
+    x = torch.zeros_like(rhs)
+    r, p = rhs.clone(), rhs.clone()
+    scale = rhs.norm(dim=1).clamp_min(torch.finfo(rhs.dtype).tiny)
+    rr = torch.linalg.vecdot(r, r)
+    iterations = 0
+    with bar(max_iterations, "cg", progress) as ticks:
+        while iterations < max_iterations:
+            active = rr.sqrt() > tol * scale
+            if not bool(active.any()):
+                break
+            ap = operator.rows(p)
+            iterations += 1
+            ticks.update()
+            pap = torch.linalg.vecdot(p, ap)
+            if bool((pap[active] <= 0).any()):
+                raise ValueError(
+                    "cg met a direction of negative or zero curvature: the operator is not "
+                    "positive definite; use fast.GGN, or add damping with .damped(...)"
+                )
+            step = torch.where(active, rr / pap, 0)[:, None]
+            x += step * p
+            r -= step * ap
+            new = torch.linalg.vecdot(r, r)
+            p = r + torch.where(active, new / rr, 0)[:, None] * p
+            rr = new
+    residuals = (rr.sqrt() / scale).double().cpu()
+    return Solution(
+        restore(operator.space.split(x * size)),
+        residuals,
+        iterations,
+        bool((residuals <= tol).all()),
+    )

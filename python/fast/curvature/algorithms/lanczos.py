@@ -1,0 +1,275 @@
+"""Extreme eigenpairs by block Lanczos with full reorthogonalisation and thick restarts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fast.curvature.algorithms.arguments import check_finite, check_whole
+from fast.curvature.algorithms.probes import probe_block, require_finite
+from fast.curvature.algorithms.progress import bar
+from fast.curvature.operators.base import SymmetricOperator
+
+WHICH = ("magnitude", "largest", "smallest")
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """values [k] (float64, in the order of `which`), vectors [P, k] with unit columns,
+    residuals [k] = |A x - value x|, which bounds the distance to an eigenvalue."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    num_matvecs: int
+    converged: bool
+
+    def __repr__(self) -> str:
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        rows = ", ".join(f"{v:.6g} (residual {r:.1e})" for v, r in pairs)
+        end = "" if self.converged else ", not converged"
+        return f"Eigenpairs({rows}; {self.num_matvecs} products{end})"
+
+
+def top(
+    operator: SymmetricOperator,
+    k: int = 1,
+    *,
+    which: str = "magnitude",
+    tol: float = 1e-4,
+    max_matvecs: int | None = None,
+    block_size: int = 1,
+    multiple: bool = False,
+    subspace: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Eigenpairs:
+    """The k extreme eigenpairs (thick-restart Lanczos: Wu and Simon 2000).
+
+    A matrix of low rank, or with few different eigenvalues, has a Krylov space that ends early: a
+    random vector orthogonal to it then goes on, at least once more than was needed.
+
+    Args:
+        which: of largest "magnitude", or the algebraically "largest" or "smallest".
+        tol: a pair has converged when its residual is below tol times the largest |eigenvalue|
+            found; the eigenvalue is then more accurate than that (about tol^2 over the gap).
+        max_matvecs: products after which the best pairs so far are returned with
+            `converged=False`; default 40 k + 200.
+        block_size: vectors per product. More find clustered eigenvalues and make better use of
+            batched products, at more products in all. One vector at a time sees a multiple
+            eigenvalue only once, unless its Krylov space ends before.
+        multiple: after convergence, look for further copies of the eigenvalues from random vectors
+            orthogonal to what was found, until one brings nothing new. For networks with
+            symmetries; about the products of one more eigenpair per look.
+        subspace: basis vectors kept, each of P numbers; default max(2 k + 20, 4 block_size).
+    """
+    size = operator.shape[0]
+    check_whole(k=k, block_size=block_size, seed=seed)
+    check_finite(tol=tol)
+    if not 1 <= k <= size:
+        raise ValueError(f"k must lie between 1 and P = {size}; got {k}")
+    if which not in WHICH:
+        raise ValueError(f"which must be one of {WHICH}; got {which!r}")
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1; got {block_size}")
+    block_size = min(block_size, size)
+    limit = min(subspace or max(2 * k + 20, 4 * block_size), size)
+    if limit < min(k + block_size, size):
+        raise ValueError(f"subspace must be at least k + block_size; got {subspace}")
+    max_matvecs = max_matvecs or 40 * k + 200
+    space = _Subspace(operator, k, which, limit, block_size, multiple, seed)
+    matvecs = 0
+    with bar(max_matvecs, f"top {k}", progress) as ticks:
+        while True:
+            count = space.expand()
+            matvecs += count
+            ticks.update(count)
+            done, full = space.converged(tol), space.used >= size
+            if (done or full or matvecs >= max_matvecs) and space.used >= k:
+                return Eigenpairs(*space.best(), matvecs, converged=done or full)
+            space.advance()
+
+
+class _Subspace:
+    """Rows of an orthonormal basis: first `lock` eigenvectors, then the Krylov run in progress.
+
+    A run that finds an invariant subspace ends there: what it found is locked, and a random block
+    orthogonal to that starts the next one, which finds what the first could not see: other copies
+    of the same eigenvalue, and the rest of the spectrum.
+    """
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        k: int,
+        which: str,
+        limit: int,
+        block_size: int,
+        multiple: bool,
+        seed: int,
+    ):
+        self.operator, self.k, self.which = operator, k, which
+        self.limit, self.block_size, self.multiple = limit, block_size, multiple
+        self.generator = torch.Generator().manual_seed(seed)
+        shape = (limit + block_size, operator.shape[0])
+        self.basis = torch.empty(shape, dtype=operator.dtype, device=operator.device)
+        self.projected = torch.zeros((shape[0],) * 2, dtype=torch.float64)
+        self.locked = torch.zeros(0, dtype=torch.float64)
+        self.locked_residuals = torch.zeros(0, dtype=torch.float64)
+        self.known = self.used = 0
+        self.scale = self.tolerance = 0.0
+        self._start()
+
+    @property
+    def lock(self) -> int:
+        return len(self.locked)
+
+    def _start(self) -> None:
+        count = min(self.block_size, self.operator.shape[0] - self.lock)
+        rows = probe_block(self.operator, count, generator=self.generator, distribution="normal")
+        rows = _orthogonalise(rows, self.basis[: self.lock])[0]
+        fresh = _orthonormal_rows(rows, self.basis[: self.lock], 0.0)[0]
+        self.known = self.lock
+        self._append(fresh)
+
+    def _append(self, rows: Tensor) -> None:
+        self.basis[self.known : self.known + len(rows)] = rows
+        self.used = self.known + len(rows)
+
+    def expand(self) -> int:
+        """Multiply with the newest rows and take the run's Ritz pairs; the products it took."""
+        known, used = self.known, self.used
+        w = require_finite(self.operator.rows(self.basis[known:used]))
+        w, coefficients = _orthogonalise(w, self.basis[:used])
+        self.projected[:used, known:used] = coefficients
+        self.projected[known:used, :used] = coefficients.T
+        run = slice(self.lock, used)
+        self.theta, self.s = torch.linalg.eigh(self.projected[run, run])
+        self.scale = max(self.scale, float(self.theta.abs().max()), torch.finfo(torch.float64).tiny)
+        self.following, coupling = _orthonormal_rows(w, self.basis[:used], self.scale)
+        # Only the newest rows couple to what lies outside of the basis.
+        self.residuals = (coupling @ self.s[known - self.lock :]).norm(dim=0)
+        self.known = used
+        return used - known
+
+    def _chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The best k: values, residuals, and places (locked rows, then the pairs of the run)."""
+        values = torch.cat([self.locked, self.theta])
+        residuals = torch.cat([self.locked_residuals, self.residuals])
+        order = _order(values, self.which)[: self.k]
+        return values[order], residuals[order], order
+
+    def converged(self, tol: float) -> bool:
+        limit = self.tolerance = tol * self.scale
+        if bool((self.residuals <= limit).all()):  # within `tol` the run has ended
+            self.following = self.following[:0]
+        if self.used < self.k or not bool((self._chosen()[1] <= limit).all()):
+            return False
+        # Of a run from a random block its best pair tells what is left of the spectrum.
+        lead = _order(self.theta, self.which)[0]
+        if self.residuals[lead] > limit:
+            return False
+        if self.lock < self.k:
+            if len(self.following) and not self.multiple:
+                return True
+        else:
+            worst = self.locked[_order(self.locked, self.which)[self.k - 1]]
+            gap = _key(self.theta[lead], self.which) - _key(worst, self.which)
+            if gap >= -limit:
+                return True
+        self.following = self.following[:0]  # keep what converged, and look again
+        return False
+
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """values [k], vectors [P, k], residuals [k]."""
+        values, residuals, order = self._chosen()
+        mix = torch.zeros((len(order), self.used), dtype=torch.float64)
+        for row, place in zip(mix, order.tolist(), strict=True):
+            if place < self.lock:
+                row[place] = 1.0
+            else:
+                row[self.lock :] = self.s[:, place - self.lock]
+        return values, (mix.to(self.basis) @ self.basis[: self.used]).T, residuals
+
+    def advance(self) -> None:
+        """The next rows to multiply with; a restart where there is no room for them."""
+        if not len(self.following):
+            self._lock_run()
+            self._start()
+            return
+        if self.used + len(self.following) > self.limit:
+            wanted = self.k + max(4, self.k // 2)
+            room = self.limit - self.lock - len(self.following)
+            self._keep(_order(self.theta, self.which)[: max(1, min(wanted, room))])
+        self._append(self.following)
+
+    def _keep(self, order: Tensor) -> None:
+        """Restart the run from some of its Ritz vectors."""
+        first, last = self.lock, self.lock + len(order)
+        self.basis[first:last] = self.s[:, order].T.to(self.basis) @ self.basis[first : self.used]
+        self.projected[first:, first:] = 0
+        self.projected[first:last, first:last] = torch.diag(self.theta[order])
+        self.theta, self.residuals = self.theta[order], self.residuals[order]
+        self.known = self.used = last
+
+    def _lock_run(self) -> None:
+        done = (self.residuals <= self.tolerance).nonzero()[:, 0]
+        self._keep(done[_order(self.theta[done], self.which)])
+        self.locked = torch.cat([self.locked, self.theta])
+        self.locked_residuals = torch.cat([self.locked_residuals, self.residuals])
+        # Where the next run would have no room, only what is asked for stays.
+        if self.lock > max(self.k, self.limit - self.block_size - self.k - 4):
+            order = _order(self.locked, self.which)[: self.k]
+            self.basis[: len(order)] = self.basis[order.to(self.basis.device)]
+            self.locked, self.locked_residuals = self.locked[order], self.locked_residuals[order]
+        self.projected.zero_()
+
+
+def _key(theta: Tensor, which: str) -> Tensor:
+    return {"magnitude": -theta.abs(), "largest": -theta, "smallest": theta}[which]
+
+
+def _order(theta: Tensor, which: str) -> Tensor:
+    return _key(theta, which).argsort()
+
+
+def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """w [b, P] minus its part in the rows of `basis`, and that part's coefficients, float64.
+
+    Twice is enough (Kahan and Parlett): one pass leaves an error that grows with every step.
+    """
+    coefficients = torch.zeros((basis.shape[0], w.shape[0]), dtype=torch.float64)
+    for _ in range(2):
+        c = basis @ w.T
+        w = w - c.T @ basis
+        coefficients += c.double().cpu()
+    return w, coefficients
+
+
+def _orthonormal_rows(w: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Q [r, P] with orthonormal rows, r <= b, and R [r, b] with w = R^T Q; R in float64.
+
+    Rows of w, a product of size `scale` less its part in `basis`, of which only rounding is left
+    bring no direction of their own: that may lie anywhere, inside of `basis` too.
+    """
+    noise = 10 * torch.finfo(w.dtype).eps * scale
+    coupling = torch.zeros((w.shape[0],) * 2, dtype=torch.float64)
+    q = w.new_empty(w.shape)
+    count = 0
+    for i, row in enumerate(w):
+        v, c = _orthogonalise(row[None], q[:count])
+        coupling[:count, i] = c[:, 0]
+        norm = float(v.norm())
+        if norm <= noise:
+            continue
+        coupling[count, i] = norm
+        v = v / norm
+        if norm <= 1e-2 * scale:  # rounding has grown with the division
+            for others in (basis, q[:count]):
+                v, _ = _orthogonalise(v, others)
+            v = v / v.norm()
+        q[count] = v[0]
+        count += 1
+    return q[:count], coupling[:count]

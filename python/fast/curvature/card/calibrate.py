@@ -1,0 +1,201 @@
+"""What a diagonal says in nats: the rise of source loss, measured along the steps that Adam takes.
+
+Steps of fine-tuning are coherent: `d^T H d` exceeds `sum H_ii d_i^2` by orders of magnitude, and a
+sure network is flat around its weights and steep further out. Neither a diagonal nor an exact
+Hessian at the pretrained weights tells how much a finite step forgets; the network's own answers
+along such a step do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.curvature.card.answers import Answers, SourceInputs, expected_rise, source_answers
+from fast.curvature.network.batches import Batches
+from fast.curvature.operators.hessian import GGN
+from fast.heads import evaluating, forward_logits, source_task
+from fast.heads.class_axis import classes_second
+
+# Sizes of the steps that are tried, as multiples of Adam's usual step of 1e-3 per weight.
+STEP_SIZES = (3e-4, 1e-3, 3e-3)
+DIRECTIONS = 2
+# Beyond this the network is destroyed, and the loss says how sure it is of being wrong.
+CEILING = 5.0
+EXPONENTS = (0.5, 2.0)
+LEAST = 1e-9  # nats that are no rounding
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`nats = scale * energy ** exponent`, with `energy = 1/2 sum C_ii (w - w0)_i^2`.
+
+    Attributes:
+        spread: factor by which the measured steps lie around this line, at worst.
+        coherence: `d^T G d / sum G_ii d_i^2` of these steps, by exact Gauss-Newton products: what
+            a diagonal alone is too small by; NaN where it was not measured.
+        points: the measurements, `(energy, nats)`.
+    """
+
+    scale: float
+    exponent: float
+    spread: float
+    coherence: float
+    points: tuple[tuple[float, float], ...] = ()
+
+    def nats(self, energy: float) -> float:
+        """Forecast rise of the source loss."""
+        return self.scale * max(energy, 0.0) ** self.exponent
+
+    def energy(self, nats: float) -> float:
+        """The energy at which `nats` are forecast; infinite where no step was seen to cost any."""
+        if not self.scale:
+            return math.inf
+        return (max(nats, 0.0) / self.scale) ** (1 / self.exponent)
+
+    def reaches(self, energy: float) -> bool:
+        """Whether steps of this energy were measured: beyond them a forecast is extrapolated.
+
+        Steps are measured along signs of gradients, as Adam's first ones are. Those of a run turn,
+        and are held to the source: within reach too, they cost less than is forecast.
+        """
+        seen = [e for e, nats in self.points if nats < CEILING]
+        return not seen or energy <= max(seen)
+
+    def through(self, energy: float, nats: float, exponent: float | None = None) -> Calibration:
+        """The line through one more measurement, that of the run itself.
+
+        Args:
+            exponent: its slope (default: as it is).
+        """
+        if not (energy > 0 and nats > 0):
+            return self
+        slope = self.exponent if exponent is None else exponent
+        return dataclasses.replace(self, scale=nats / energy**slope, exponent=slope)
+
+
+def calibrate(
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    diagonal: Mapping[str, Tensor],
+    data: SourceInputs,
+    temperature: float | None,
+    seed: int,
+) -> Calibration:
+    """Measure the rise along signs of gradients of random labels: what Adam's first steps are.
+
+    Costs two gradients, a Gauss-Newton product (4 gradients) and 7 forward passes of `data`. The
+    weights are put back exactly.
+
+    Args:
+        temperature: of the Gauss-Newton matrix; None for no product, and no coherence.
+    """
+    device = next(iter(params.values())).device
+    probe = data.to(device)
+    weights: list[Tensor] = list(params.values())
+    before = [p.detach().clone() for p in weights]
+    answers = source_answers(model, probe)
+    generator = torch.Generator().manual_seed(seed)
+    points: list[tuple[float, float]] = []
+    coherence: list[float] = []
+    for _ in range(DIRECTIONS):
+        step = _signs(model, weights, probe, answers, generator)
+        unit = 0.5 * sum(
+            float((diagonal[n].double() * d.double().square()).sum())
+            for n, d in zip(params, step, strict=True)
+        )
+        if not unit > 0:
+            continue
+        if temperature is not None and not coherence:
+            coherence.append(_exact(model, params, step, probe, temperature) / unit)
+        try:
+            for size in STEP_SIZES:
+                with torch.no_grad():
+                    torch._foreach_add_(weights, step, alpha=-size)
+                now = source_answers(model, probe)
+                nats = float(expected_rise(answers, now))
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, before)
+                points.append((unit * size**2, nats))
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, before)
+    if all(abs(nats) < LEAST for _, nats in points):
+        warnings.warn(
+            "source card: no step of the backbone changes the source answers, so nothing is "
+            "forecast to be lost; is the source head connected?",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return Calibration(0.0, 1.0, 1.0, math.nan, tuple(points))
+    return fit(points, coherence[0] if coherence else math.nan)
+
+
+def fit(points: Sequence[tuple[float, float]], coherence: float) -> Calibration:
+    """The line through `log nats` over `log energy`; slope within `EXPONENTS`.
+
+    Raises:
+        ValueError: no step changed the answers.
+    """
+    usable = [(e, n) for e, n in points if e > 0 and LEAST < n < CEILING]
+    usable = usable or [(e, n) for e, n in points if e > 0 and n > 0 and math.isfinite(n)]
+    if not usable:
+        raise ValueError(
+            "the source answers do not change with the backbone: is the source head connected, and "
+            "are the source inputs finite?"
+        )
+    x = [math.log(e) for e, _ in usable]
+    y = [math.log(n) for _, n in usable]
+    mx, my = statistics.fmean(x), statistics.fmean(y)
+    variance = sum((a - mx) ** 2 for a in x)
+    slope = (
+        sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / variance if variance else 1
+    )
+    slope = min(max(slope, EXPONENTS[0]), EXPONENTS[1])
+    offset = my - slope * mx
+    spread = max(abs(b - offset - slope * a) for a, b in zip(x, y, strict=True))
+    return Calibration(math.exp(offset), slope, math.exp(spread), coherence, tuple(points))
+
+
+def _signs(
+    model: nn.Module,
+    weights: Sequence[Tensor],
+    probe: SourceInputs,
+    answers: Tensor,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    classes = answers.shape[1]
+    labels = torch.randint(classes, (answers.shape[0],), generator=generator).to(answers.device)
+    with evaluating(model), source_task(model), torch.enable_grad():
+        logits = classes_second(model, forward_logits(model, probe.inputs).float(), probe.inputs)
+        if logits.dim() > 2:
+            logits = logits.flatten(2).mean(2)
+        loss = F.cross_entropy(logits, labels)
+        grads = torch.autograd.grad(loss, list(weights), allow_unused=True)
+    zeros = (torch.zeros_like(p) for p in weights)
+    return [z if g is None else g.sign() for g, z in zip(grads, zeros, strict=True)]
+
+
+def _exact(
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    step: Sequence[Tensor],
+    probe: SourceInputs,
+    temperature: float,
+) -> float:
+    """`1/2 d^T G d` of what the diagonal is the diagonal of."""
+    names = [f"model.{n}" for n in params]
+    with evaluating(model), source_task(model):
+        batch = (probe.inputs, None)  # of cross-entropy, a Gauss-Newton matrix needs no label
+        data = Batches([batch], labels=None)
+        operator = GGN(Answers(model, temperature), "cross_entropy", data, names)
+        quad = float(operator.quad(dict(zip(names, step, strict=True))))
+        return 0.5 * temperature**2 * quad

@@ -1,0 +1,369 @@
+"""`SourceCard`: what a few hundred source inputs say about which weights the source task needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.curvature.algorithms.diagonal import LABELS, fisher_diagonal
+from fast.curvature.card.answers import Answers, SourceInputs, backbone_parameters, source_answers
+from fast.curvature.card.calibrate import Calibration, calibrate
+from fast.curvature.card.file import fingerprint, load_card, save_card
+from fast.curvature.losses.loss import Loss
+from fast.curvature.losses.recognise import recognise
+from fast.curvature.network.network import Params, select
+from fast.data.trees import check_finite_inputs, taking
+from fast.heads import evaluating, source_task, unwrap
+from fastkernels import _storage
+
+TEMPERATURE = 3.0
+BATCH = 64
+IGNORED = -100  # the label that torch leaves out
+# Codes of 8 bits, of which the last is left out: a file packs 7, and takes less than a byte per
+# weight. They are a quarter of an octave apart, which is finer than an entry's sampling error.
+LAST_OF_7 = 1 << 20
+
+
+@dataclass(frozen=True, repr=False)
+class Codes:
+    """One tensor's diagonal: even `codes`, uint8 of its shape; `scales`, one per 128 entries."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __repr__(self) -> str:
+        return f"Codes({list(self.codes.shape)})"
+
+    @classmethod
+    def of(cls, value: Tensor) -> Codes:
+        flat = value.detach().float().cpu().contiguous().flatten()
+        codes, scales = _storage.encode(flat, LAST_OF_7, signed=False)
+        return cls((codes & 0xFE).view(value.shape), scales)
+
+    def decode(self) -> Tensor:
+        flat = _storage.decode(self.codes.flatten(), self.scales, signed=False)
+        return flat.view(self.codes.shape)
+
+
+@dataclass(frozen=True, repr=False)
+class SourceCard:
+    """Curvature of the source loss at the pretrained weights, as a diagonal, and what it is worth.
+
+    Made by `estimate`, kept by `save` and `load`. As `curvature=` of `fast.AdamW` it says how hard
+    each weight is pulled back; `forecast` turns a displacement into nats of source loss.
+
+    Attributes:
+        entries: backbone parameter -> its diagonal `C_ii >= 0`, nats per squared weight, in 7 bits.
+        fingerprints: backbone parameter -> hash of the weights that it is the curvature at.
+        num_samples, labels, temperature: how it was estimated.
+        calibration: from the diagonal's energy to nats.
+        source_loss, source_accuracy: of the samples, where they had labels.
+        seconds: that estimating took.
+    """
+
+    entries: dict[str, Codes]
+    fingerprints: dict[str, str]
+    num_samples: int
+    labels: str
+    temperature: float
+    calibration: Calibration
+    source_loss: float | None = None
+    source_accuracy: float | None = None
+    seconds: float = 0.0
+    # Name -> parameter, of the model that this card was estimated on or bound to; and that model's
+    # weights at the time. Weak: an id alone may by now be that of another tensor.
+    _names: dict[str, weakref.ref[Tensor]] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _anchors: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def estimate(
+        cls,
+        model: nn.Module,
+        data: Any,
+        loss_fn: Any = F.cross_entropy,
+        *,
+        labels: str = "sampled",
+        num_samples: int = 256,
+        calibration_samples: int = 64,
+        temperature: float = TEMPERATURE,
+        coherence: bool = True,
+        seed: int = 0,
+        params: Params = None,
+    ) -> SourceCard:
+        """Estimate the card of `model`, which answers the source task.
+
+        The diagonal is that of the Gauss-Newton (Fisher) matrix, from squared gradients of single
+        samples: about 2 gradients per sample of `num_samples`, and 8 per calibration sample. The
+        weights, modes and random state of the model stay as they are.
+
+        Target inputs will do where no source data are left: the card then says which weights the
+        source head's answers to the target's inputs need. That protects less.
+
+        Args:
+            model: a classifier with its original head, or after `fast.replace_head`.
+            data: source inputs: a tensor, or a tuple or mapping of tensors; `(inputs, labels)`; a
+                Dataset; a DataLoader. The first `num_samples` are used, so shuffle sorted data.
+            loss_fn: the source loss.
+            labels: "sampled" from the network's own answers (default; none needed), its "predicted"
+                ones, or those of the "data".
+            num_samples: at most; the standard error of an entry goes as its inverse root.
+            calibration_samples: of them, that the calibration measures on.
+            temperature: of the source answers, with labels of its own. At 1 a network that is sure
+                of its training images has hardly any curvature left; what it will need to stay sure
+                of shows at 3.
+            coherence: measure it by an exact product, half of the cost of a calibration sample; it
+                is only reported.
+            seed: of the labels and of the calibration.
+            params: which parameters (default: those of the backbone that can be trained).
+
+        Raises:
+            ValueError, TypeError: an option or the data do not fit.
+        """
+        start = time.monotonic()
+        if labels not in LABELS:
+            raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {temperature!r}")
+        for name, number in (
+            ("num_samples", num_samples),
+            ("calibration_samples", calibration_samples),
+        ):
+            if not isinstance(number, int) or number < 2:
+                raise ValueError(f"{name} must be at least 2, a whole number; got {number!r}")
+        model = unwrap(model)
+        samples = SourceInputs(data, num_samples)
+        if labels == "data" and samples.labels is None:
+            raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
+        device = next(model.parameters()).device
+        samples = samples.to(device)
+        check_finite_inputs(samples.inputs, "source data")
+        with taking("source data", samples.inputs):
+            first = source_answers(model, samples.part(0, 2))
+        if not first.isfinite().all():
+            raise ValueError(
+                "source data: the network's answers are not finite (NaN or infinite), the inputs "
+                "are: look at its weights and at the scale of the inputs"
+            )
+        chosen = backbone_parameters(model, samples.part(0, 2).inputs)
+        if params is not None:
+            chosen = {n: chosen[n] for n in select(chosen, params)}
+        diagonal = _diagonal(model, samples, chosen, loss_fn, labels, temperature, seed)
+        calibration = calibrate(
+            model,
+            chosen,
+            diagonal,
+            samples.part(0, calibration_samples),
+            temperature if coherence else None,
+            seed,
+        )
+        loss = accuracy = None
+        if samples.labels is not None:
+            loss, accuracy = _performance(model, samples, recognise(loss_fn))
+        card = cls(
+            {n: Codes.of(d) for n, d in diagonal.items()},
+            {n: fingerprint(p) for n, p in chosen.items()},
+            samples.size,
+            labels,
+            temperature,
+            calibration,
+            loss,
+            accuracy,
+            round(time.monotonic() - start, 2),
+        )
+        return card._remember(chosen)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the card as safetensors, whole or not at all: 0.91 bytes per backbone weight."""
+        return save_card(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SourceCard:
+        """Read a card.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, damaged, no card, or with anything in it that no card says.
+        """
+        tensors, facts = load_card(Path(path))
+        facts["calibration"] = Calibration(**facts["calibration"])
+        entries = {n: Codes(*tensors[n]) for n in facts["fingerprints"]}
+        return cls(entries, **facts)
+
+    def bind(self, model: nn.Module) -> SourceCard:
+        """The same card, for this model: checks that it is the card of its weights.
+
+        Raises:
+            ValueError: of another model, or of other weights; the message names the first tensor.
+        """
+        own = dict(unwrap(model).named_parameters())
+        for name, codes in self.entries.items():
+            where = f"this card is of another model: its tensor {name!r}"
+            if name not in own:
+                raise ValueError(f"{where} is no parameter of {type(model).__name__}")
+            if own[name].shape != codes.codes.shape:
+                raise ValueError(
+                    f"{where} is {list(codes.codes.shape)}, the model's {list(own[name].shape)}"
+                )
+            if fingerprint(own[name]) != self.fingerprints[name]:
+                raise ValueError(
+                    f"this card is of other weights: {name!r} differs (first of "
+                    f"{len(self.entries)} tensors checked in order). Bind it to the pretrained "
+                    "checkpoint that it was estimated on, before training"
+                )
+        return self._remember({n: own[n] for n in self.entries})
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """Parameter name -> `C_ii`, float32 on the CPU, in nats per squared weight."""
+        return {name: codes.decode() for name, codes in self.entries.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean of the diagonal over all weights."""
+        total = sum(float(c.decode().double().sum()) for c in self.entries.values())
+        return total / max(1, sum(c.codes.numel() for c in self.entries.values()))
+
+    def curvature_for(self, params: Iterable[Tensor]) -> list[Tensor | None]:
+        """`F` of each parameter: its diagonal over the mean of all; None for those not in the card.
+
+        Mean 1 keeps the meaning of `anchor_decay` from network to network. Parameters are known by
+        identity on the model of `estimate` or `bind`, else by the hash of their values.
+
+        Raises:
+            ValueError: not one of the parameters is known.
+        """
+        found = self._match(list(params))
+        mean = self.mean or 1.0
+        return [
+            None if n is None else (self.entries[n].decode() / mean).to(p.device) for n, p in found
+        ]
+
+    def energy(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:
+        """`1/2 sum C_ii (w - w0)_i^2`: the forecast of the diagonal alone, before calibration.
+
+        Args:
+            anchors: the pretrained weights of `params` (default: as remembered by this card).
+        """
+        params = list(params)
+        total = 0.0
+        for i, (name, p) in enumerate(self._match(params)):
+            if name is None:
+                continue
+            before = anchors[i] if anchors is not None else self._anchors.get(name)
+            if before is None:
+                raise ValueError(
+                    "this card does not know the pretrained weights: card.bind(model) before "
+                    "training, or pass anchors="
+                )
+            c = self.entries[name].decode().to(p.device)
+            total += float((c.double() * (p - before).detach().double().square()).sum())
+        return 0.5 * total
+
+    def forecast(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:
+        """Forecast rise of the source loss at these weights, in nats.
+
+        Right within a factor of a few only (`calibration.spread`, and more for directions unlike
+        Adam's first steps): `Calibration.through` one measurement of the run makes it useful.
+        """
+        return self.calibration.nats(self.energy(params, anchors))
+
+    def __repr__(self) -> str:
+        count = sum(c.codes.numel() for c in self.entries.values())
+        return (
+            f"SourceCard({count:,} weights in {len(self.entries)} tensors, {self.num_samples} "
+            f"samples, labels {self.labels!r})"
+        )
+
+    def __str__(self) -> str:
+        count = sum(c.codes.numel() for c in self.entries.values())
+        c = self.calibration
+        lines = [
+            f"Source card of {count:,} backbone weights in {len(self.entries)} tensors",
+            f"  {self.num_samples} source samples, labels {self.labels}, temperature "
+            f"{self.temperature:g}, estimated in {self.seconds:.1f} s",
+            f"  rise of source loss = {c.scale:.3g} * energy^{c.exponent:.2f} nats, within a "
+            f"factor {c.spread:.1f} on the steps it was measured on",
+        ]
+        if math.isfinite(c.coherence):
+            lines.append(
+                f"  coherence {c.coherence:.0f}: an exact Gauss-Newton product over the diagonal "
+                "alone"
+            )
+        if self.source_loss is not None:
+            lines.append(
+                f"  source loss {self.source_loss:.3f} nats, accuracy {self.source_accuracy:.1%}"
+            )
+        return "\n".join(lines)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled, a card is of no model's parameters until it is bound."""
+        return {**self.__dict__, "_names": {}}
+
+    def _remember(self, params: Mapping[str, nn.Parameter]) -> SourceCard:
+        names: dict[str, weakref.ref[Tensor]] = {n: weakref.ref(p) for n, p in params.items()}
+        anchors = {n: p.detach().clone() for n, p in params.items()}
+        return dataclasses.replace(self, _names=names, _anchors=anchors)
+
+    def _match(self, params: list[Tensor]) -> list[tuple[str | None, Tensor]]:
+        bound = {id(p): n for n, reference in self._names.items() if (p := reference()) is not None}
+        if any(id(p) in bound for p in params):
+            return [(bound.get(id(p)), p) for p in params]
+        # Equal tensors (fresh biases) are told apart by their order, which is the model's.
+        known: dict[tuple[str, torch.Size], list[str]] = {}
+        for name, codes in self.entries.items():
+            known.setdefault((self.fingerprints[name], codes.codes.shape), []).append(name)
+        names: list[str | None] = []
+        for p in params:
+            same = known.get((fingerprint(p), p.shape))
+            names.append(same.pop(0) if same else None)
+        if params and not any(names):
+            first = next(iter(self.entries))
+            raise ValueError(
+                f"none of the {len(params)} parameters is one of this card (its first is "
+                f"{first!r}): another model, or weights that have moved. Call card.bind(model) on "
+                "the pretrained model before training"
+            )
+        return list(zip(names, params, strict=True))
+
+
+def _performance(
+    model: nn.Module, samples: SourceInputs, loss: Loss
+) -> tuple[float | None, float | None]:
+    """Loss and accuracy, where the labels are of the source head's answers."""
+    answers, labels = source_answers(model, samples), samples.labels
+    assert labels is not None
+    # Labels that the source head cannot give are of a skill that is in the features.
+    if labels.shape != answers.argmax(1).shape or int(labels.max()) >= answers.shape[1]:
+        return None, None
+    counted = labels != getattr(loss, "ignore_index", IGNORED)
+    right = (answers.argmax(1) == labels)[counted].float().mean()
+    return float(loss.value(answers, labels)), float(right)
+
+
+def _diagonal(
+    model: nn.Module,
+    samples: SourceInputs,
+    params: Mapping[str, nn.Parameter],
+    loss_fn: Any,
+    labels: str,
+    temperature: float,
+    seed: int,
+) -> dict[str, Tensor]:
+    """`C_ii`: at temperature T the curvature of `T^2 KL` of the softened answers."""
+    batches = [(x, y) if labels == "data" else (x, None) for x, y in samples.batches(BATCH)]
+    with evaluating(model), source_task(model):
+        network = Answers(model, temperature)
+        names = [f"model.{n}" for n in params]
+        found = fisher_diagonal(network, loss_fn, batches, names, labels=labels, seed=seed)
+    return {n: found[f"model.{n}"] * temperature**2 for n in params}

@@ -1,0 +1,1 @@
+"""What curvature needs to know of a loss."""

@@ -1,0 +1,1 @@
+"""A network as a pure function of its parameters."""

@@ -1,0 +1,229 @@
+"""The model as a pure function of its parameters: evaluating it leaves no trace on the model."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fast.curvature.losses.loss import Loss
+from fast.curvature.network.batches import Batch
+from fast.curvature.network.evaluation import evaluation
+from fast.curvature.network.graph import graph_leaves
+from fast.curvature.network.malloc import reuse_freed_pages
+from fast.curvature.network.parameter_space import ParameterSpace
+from fast.heads import unwrap
+from fast.heads.class_axis import class_dim
+
+Params = (
+    None
+    | str
+    | nn.Module
+    | Tensor
+    | Iterable[str]
+    | Iterable[Tensor]
+    | Callable[[str, Tensor], bool]
+)
+
+
+class Network:
+    """A model, the parameters that an operator differentiates by, and a scope to evaluate it in.
+
+    Args:
+        model: any module; of a compiled or data-parallel one, the original is evaluated.
+        params: None for all of `model.parameters()`; or names, tensors, a module of the model, a
+            regular expression that a whole name must match, or a function (name, tensor) -> bool.
+            Order and tying are those of `model.named_parameters()`.
+        seed: of the random masks (dropout), the same at every evaluation of the same batch.
+    """
+
+    def __init__(self, model: nn.Module, params: Params = None, seed: int = 0):
+        self.model = unwrap(model)
+        self.seed = seed
+        self.everything = params is None
+        every = dict(self.model.named_parameters())
+        if frozen := [n for n, p in every.items() if p.is_inference()]:
+            raise ValueError(
+                f"parameter {frozen[0]!r} was made under torch.inference_mode, and cannot be "
+                "differentiated by: make the model outside of it"
+            )
+        self.names = select(every, params)
+        self.space = ParameterSpace({n: every[n] for n in self.names})
+        if self.space.device.type == "cpu":
+            reuse_freed_pages()
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        embedded = sum(every[n].numel() for n in self.names if id(every[n]) in tables)
+        self.mostly_embeddings = 2 * embedded > self.space.numel
+        self.class_dim: int | None = None
+        self.uses_cudnn_rnn = self.space.device.type == "cuda" and any(
+            isinstance(m, nn.RNNBase) for m in self.model.modules()
+        )
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Detached aliases of all parameters; those selected require a gradient."""
+        chosen = set(self.names)
+        return {n: p.detach().requires_grad_(n in chosen) for n, p in self.model.named_parameters()}
+
+    def selected(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
+        return [leaves[n] for n in self.names]
+
+    def outputs(self, leaves: Mapping[str, Tensor], inputs: Any) -> Tensor:
+        """The model's output (its `logits`, for the output records of transformers)."""
+        # Train-mode batch norm writes its running statistics: let it write into copies.
+        buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+        args, kwargs = _arguments(inputs)
+        with _attributes_kept(self.model):
+            out = functional_call(self.model, ({**leaves}, buffers), args, kwargs)
+        if not isinstance(out, Tensor):
+            logits = getattr(out, "logits", None)
+            if logits is None and isinstance(out, Mapping):
+                logits = out.get("logits")
+            if not isinstance(logits, Tensor):
+                raise TypeError(
+                    f"{type(self.model).__name__} returned {type(out).__name__}; curvature needs "
+                    "one tensor (or a record with .logits): wrap the model and pick the output"
+                )
+            out = logits
+        return out
+
+    def answers(self, leaves: Mapping[str, Tensor], batch: Batch, loss: Loss) -> tuple[Tensor, Any]:
+        """Output and target of a batch, laid out as the loss wants them."""
+        z = self.outputs(leaves, batch.inputs)
+        return laid_out(z, batch.target, loss.class_dim(z, batch.target, self.class_dim))
+
+    def look_for_classes(self, batch: Batch, loss: Loss) -> None:
+        """Find out where outputs have their classes, which a batch without labels does not tell."""
+        if batch.target is not None or self.class_dim is not None or not loss.of_classes:
+            return
+        with self.scope(0, differentiable_twice=False), torch.no_grad():
+            z = self.outputs(self.leaves(), batch.inputs)
+            self.class_dim = class_dim(self.model, z, batch.inputs)
+
+    @contextlib.contextmanager
+    def scope(self, index: int, *, differentiable_twice: bool) -> Iterator[None]:
+        """Evaluate batch `index` in here: random state restored, compiled code and shortcuts off.
+
+        `differentiable_twice`: choose implementations that autograd can differentiate twice
+        (attention by plain products, recurrent layers without cuDNN); else the user's own.
+        """
+        # One mask per (operator, batch): products are of one matrix, not of a random one.
+        with evaluation(
+            self.space.device,
+            mask_seed(self.seed, index),
+            differentiable_twice=differentiable_twice,
+            cudnn=not self.uses_cudnn_rnn,
+        ):
+            yield
+
+    def refuse_strays(self, output: Tensor, leaves: Mapping[str, Tensor]) -> None:
+        """Raise where `output` depends on a parameter that is not reached through its module.
+
+        Such a parameter cannot be replaced by a leaf: products would take it for a constant.
+        """
+        known = {id(t) for t in leaves.values()}
+        for leaf in graph_leaves([output]):
+            if id(leaf) in known:
+                continue
+            name = self.names_by_id().get(id(leaf))
+            if name is not None and name in self.names:
+                raise StrayParameter(name)
+            if name is None and isinstance(leaf, nn.Parameter) and self.everything:
+                raise StrayParameter(
+                    f"{list(leaf.shape)}",
+                    f"the model uses a parameter {list(leaf.shape)} that model.parameters() does "
+                    "not list (kept in a plain list, perhaps): register it (nn.ParameterList, "
+                    "nn.ModuleList), set its requires_grad to False, or say with params= which "
+                    "parameters are meant",
+                )
+
+    def names_by_id(self) -> dict[int, str]:
+        return {id(p): n for n, p in self.model.named_parameters()}
+
+
+def laid_out(z: Tensor, y: Any, dim: int) -> tuple[Tensor, Any]:
+    """Output and target with dimension `dim` as dimension 1."""
+    if dim == 1:
+        return z, y
+    soft = isinstance(y, Tensor) and y.ndim == z.ndim
+    return z.movedim(dim, 1), y.movedim(dim, 1) if soft else y
+
+
+def mask_seed(seed: int, index: int) -> int:
+    """Random state that batch `index` of an operator with `seed` is evaluated in."""
+    return seed * 1_000_003 + index
+
+
+class StrayParameter(ValueError):
+    """A parameter is used that a leaf cannot stand for; the message names it."""
+
+    def __init__(self, name: str, message: str = ""):
+        super().__init__(
+            message
+            or f"parameter {name!r} is also used past its module (through a plain list or another "
+            "object that holds it): read it as an attribute of its module, or leave it out with "
+            "params="
+        )
+
+
+def select(every: Mapping[str, Tensor], params: Params) -> tuple[str, ...]:
+    """Names of the selected parameters, in the model's order."""
+    if params is None:
+        return tuple(every)
+    if isinstance(params, nn.Module):
+        params = list(params.parameters())
+    elif isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, str):
+        try:
+            pattern = re.compile(params)
+        except re.error as error:
+            raise ValueError(
+                f"params={params!r} is no regular expression ({error}); for names as they are, "
+                "pass a list of them"
+            ) from error
+        chosen = {n for n in every if pattern.fullmatch(n)}
+        if not chosen:
+            raise ValueError(
+                f"params={params!r} matches no parameter name; names are {list(every)[:5]}, ..."
+            )
+    elif callable(params):
+        chosen = {n for n, p in every.items() if params(n, p)}
+    else:
+        chosen = set()
+        by_id = {id(p): n for n, p in every.items()}
+        for item in params:
+            name = item if isinstance(item, str) else by_id.get(id(item), "")
+            if name not in every:
+                what = repr(item) if isinstance(item, str) else f"a tensor {list(item.shape)}"
+                raise ValueError(f"params has {what}, which is no parameter of the model")
+            chosen.add(name)
+    return tuple(n for n in every if n in chosen)
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back tensors that are plain attributes, as old-style weight norm writes its weight."""
+    before = [
+        (vars(m), name, value)
+        for m in model.modules()
+        for name, value in vars(m).items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for attributes, name, value in before:
+            attributes[name] = value

@@ -1,0 +1,1 @@
+"""Hessian, Gauss-Newton and Fisher matrices as operators."""

@@ -1,0 +1,124 @@
+"""Recorded steps, and running tangents through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fast.curvature.products.rules import UnsupportedOperation
+
+# Derivative of one call: tangents of the arguments in (None where an argument has none; a list for
+# an argument that is a list), tangents of the outputs out.
+Derivative = Callable[..., Any]
+Slots = int | None | list[int | None]
+
+
+@dataclass
+class Step:
+    """One recorded call: read the slots `inputs`, apply, write the slots `outputs`."""
+
+    name: str
+    derivative: Derivative
+    inputs: tuple[Slots, ...]
+    outputs: tuple[int | None, ...]
+
+
+@dataclass
+class Tape:
+    """Recorded steps, and how to push tangents through them."""
+
+    steps: list[Step] = field(default_factory=list)
+    kept: list[tuple[Tensor, int, str]] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  # bytes of one tangent, by slot
+
+    def new_slot(self, tensor: Tensor) -> int:
+        self.sizes.append(tensor.numel() * tensor.element_size())
+        return len(self.sizes) - 1
+
+    def verify(self) -> None:
+        """A value that a derivative relies on must not have been overwritten since."""
+        for tensor, version, name in self.kept:
+            if tensor._version != version:
+                raise UnsupportedOperation(f"{name}, an input of which is overwritten later on")
+        self.kept.clear()
+
+
+class Program:
+    """Steps to run in order; a tangent is let go after its last use, unless it is in `keep`."""
+
+    def __init__(self, steps: list[Step], sizes: list[int], keep: Iterable[int | None]):
+        self.steps = steps
+        self.sizes = sizes
+        self.free: list[list[int]] = [[] for _ in steps]
+        kept = set(keep)
+        last: dict[int, int] = {}
+        for i, step in enumerate(steps):
+            for s in (*_flat(step.inputs), *(s for s in step.outputs if s is not None)):
+                last[s] = i
+        for s, i in last.items():
+            if s not in kept:
+                self.free[i].append(s)
+
+    def reads(self) -> set[int]:
+        return {s for step in self.steps for s in _flat(step.inputs)}
+
+    def peak(self, live: set[int]) -> int:
+        """Bytes per vector of the tangents that are alive together, `live` being there already."""
+        now = most = sum(self.sizes[s] for s in live)
+        for step, free in zip(self.steps, self.free, strict=True):
+            now += sum(self.sizes[s] for s in step.outputs if s is not None)
+            most = max(most, now)
+            now -= sum(self.sizes[s] for s in free)
+        return most
+
+    def run(self, values: list[Tensor | None], into: dict[int, Tensor] | None = None) -> None:
+        """Fill `values` (by slot); slots in `into` are written there if their step can do that."""
+        into = into or {}
+        for step, free in zip(self.steps, self.free, strict=True):
+            inputs = (_gather(values, s) for s in step.inputs)
+            target = into.get(step.outputs[0]) if step.outputs[0] is not None else None
+            if target is not None and hasattr(step.derivative, "writes_into"):
+                out = step.derivative(*inputs, into=target)
+            else:
+                out = step.derivative(*inputs)
+            outs = out if isinstance(out, tuple | list) else (out,)
+            for slot, o in zip(step.outputs, outs, strict=True):
+                if slot is not None:
+                    values[slot] = o
+            del out, outs
+            for slot in free:
+                values[slot] = None
+
+    def sources(self, slots: Iterable[int | None]) -> dict[int, tuple[int, bool]]:
+        """slot -> (slot that it is a view of, whether transposed), through recorded transposes."""
+        made = {s: step for step in self.steps for s in step.outputs if s is not None}
+        found = {}
+        for slot in slots:
+            if slot is None:
+                continue
+            source, transposed = slot, False
+            while source in made and made[source].name == "aten.t.default":
+                before = made[source].inputs[0]
+                assert isinstance(before, int)
+                source, transposed = before, not transposed
+            found[slot] = (source, transposed)
+        return found
+
+
+def _flat(inputs: tuple[Slots, ...]) -> list[int]:
+    out: list[int] = []
+    for s in inputs:
+        if isinstance(s, list):
+            out += [x for x in s if x is not None]
+        elif s is not None:
+            out.append(s)
+    return out
+
+
+def _gather(values: list[Tensor | None], slots: Slots) -> Any:
+    if isinstance(slots, list):
+        return [None if s is None else values[s] for s in slots]
+    return None if slots is None else values[slots]

@@ -1,0 +1,192 @@
+"""Layer norm and batch norm: one derivation for both.
+
+With n = (x - m(x)) r the normalised input and m the mean over the normalised entries, the
+derivative of n is the symmetric projection  P(u) = r (u - m(u) - n m(n u)),  so that
+
+    y  = w n + b        dy  = w P(dx) + n dw + db
+    gx = P(w g)         dgx = -r m(n dx) gx + r (dh - m(dh) - dn m(n h) - n m(dn h + n dh))
+
+with h = w g, dh = w dg + g dw, dn = P(dx).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.curvature.products.rules.base import Call, Tangent, aten, rule
+
+
+class Normalised:
+    """n and r of one input, and P, over the dimensions `dims` (of the tensor without K)."""
+
+    def __init__(self, n: Tensor, r: Tensor, dims: list[int]):
+        self.n, self.r = n, r
+        self.dims = [d + 1 for d in dims]
+
+    @classmethod
+    def over(cls, x: Tensor, dims: list[int], eps: float) -> Normalised:
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        r = torch.rsqrt(var + eps)
+        return cls((x - mean) * r, r, dims)
+
+    def mean(self, u: Tensor) -> Tensor:
+        return u.mean(self.dims, keepdim=True)
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """P(u), and m(n u)."""
+        overlap = self.mean(u * self.n)
+        out = u - self.mean(u)
+        return out.addcmul_(self.n, overlap, value=-1).mul_(self.r), overlap
+
+    def prepare(self, h: Tensor) -> None:
+        """What the tangent of P(h) needs of h, where the input moves as well."""
+        gx, along = self.project(h[None])
+        self.h = h * self.r
+        self.gx = gx[0] * -self.r
+        self.along = along[0] * self.r
+
+    def backward(self, dh: Tangent, dx: Tangent) -> tuple[Tangent, Tangent]:
+        """Tangent of P(h), and P(dx)."""
+        out, dn = None, None
+        if dh is not None:
+            out, _ = self.project(dh)
+        if dx is not None:
+            dn, overlap = self.project(dx)
+            out = self.gx * overlap if out is None else out.addcmul_(self.gx, overlap)
+            out.addcmul_(dn, self.along, value=-1)
+            out.addcmul_(self.n, self.mean(dn * self.h), value=-1)
+        return out, dn
+
+
+class Fixed:
+    """Batch norm in eval mode: n is affine in x."""
+
+    def __init__(self, x: Tensor, mean: Tensor, var: Tensor, eps: float):
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        self.r = torch.rsqrt(var + eps).view(shape)
+        self.n = (x - mean.view(shape)) * self.r
+
+    def project(self, u: Tensor) -> tuple[Tensor, None]:
+        return u * self.r, None
+
+    def prepare(self, h: Tensor) -> None:
+        """P does not depend on the input."""
+
+    def backward(self, dh: Tangent, dx: Tangent) -> tuple[Tangent, Tangent]:
+        return None if dh is None else dh * self.r, None if dx is None else dx * self.r
+
+
+def _forward(call: Call, norm: Normalised | Fixed, w: Tensor | None, shape: list[int]):
+    """Derivative of w n + b; `shape` is that of w and b where they meet the tensor."""
+    wide = None if w is None else w.view(shape)
+    scale = norm.r if wide is None else norm.r * wide if isinstance(norm, Fixed) else None
+
+    def derivative(dx: Tangent, dw: Tangent, db: Tangent) -> Tangent:
+        out = None
+        if dx is not None and scale is not None and isinstance(norm, Fixed):
+            out = dx * scale
+        elif dx is not None:
+            out, _ = norm.project(dx)
+            out = out if wide is None else out.mul_(wide)
+        if dw is not None:
+            moved = dw.view(-1, *shape)
+            out = norm.n * moved if out is None else out.addcmul_(norm.n, moved)
+        if db is not None:
+            moved = db.view(-1, *shape)
+            out = moved.expand(-1, *norm.n.shape) if out is None else out.add_(moved)
+        return out
+
+    return derivative
+
+
+def _backward(
+    call: Call,
+    norm: Normalised | Fixed,
+    g: Tensor,
+    w: Tensor | None,
+    shape: list[int],
+    rows: list[int],
+    mask: list[bool],
+):
+    """Derivative of (gx, sum g n, sum g), the sums over the dimensions `rows`."""
+    wide = None if w is None else w.view(shape)
+    moving = call.is_active(1)
+    if moving:
+        norm.prepare(g if wide is None else g * wide)
+    over = [d + 1 for d in rows]
+    size: Any = None if w is None else w.shape
+
+    def derivative(dg: Tangent, dx: Tangent, dw: Tangent) -> tuple[Any, ...]:
+        dh = None
+        if dg is not None:
+            dh = dg if wide is None else dg * wide
+        if dw is not None:
+            moved = g * dw.view(-1, *shape)
+            dh = moved if dh is None else dh.add_(moved)
+        gx, dn = norm.backward(dh, dx)
+        gw = gb = None
+        if mask[1]:
+            parts = [] if dg is None else [(dg * norm.n).sum(over)]
+            parts += [] if dn is None else [(dn * g).sum(over)]
+            gw = sum(parts[1:], parts[0]).reshape(-1, *size) if parts else None
+        if mask[2] and dg is not None:
+            gb = dg.sum(over).reshape(-1, *size)
+        return gx if mask[0] else None, gw, gb
+
+    depends = (True, call.is_active(0) or moving, call.is_active(0))
+    call.differentiable_outputs = tuple(i for i in range(3) if mask[i] and depends[i])
+    return derivative
+
+
+def _layer(call: Call, x: Tensor, ndim: int, mean: Tensor, rstd: Tensor) -> Normalised:
+    n = call.shared("layer norm", (x, mean, rstd), lambda: (x - mean) * rstd)
+    return Normalised(n, rstd, list(range(x.ndim - ndim, x.ndim)))
+
+
+@rule(aten.native_layer_norm.default)
+def layer_norm(call: Call):
+    x, shape, w = call.args[:3]
+    norm = _layer(call, x, len(shape), *call.out[1:])
+    call.differentiable_outputs = (0,)
+    wide = [1] * (x.ndim - len(shape)) + list(shape)
+    derivative = _forward(call, norm, w, wide)
+    return lambda dx, _, dw, db, *__: (derivative(dx, dw, db), None, None)
+
+
+@rule(aten.native_layer_norm_backward.default)
+def layer_norm_backward(call: Call):
+    g, x, shape, mean, rstd, w, _, mask = call.args
+    first = x.ndim - len(shape)
+    norm = _layer(call, x, len(shape), mean, rstd)
+    wide = [1] * first + list(shape)
+    derivative = _backward(call, norm, g, w, wide, list(range(first)), mask)
+    return lambda dg, dx, _, __, ___, dw, *____: derivative(dg, dx, dw)
+
+
+def _batch_norm(call: Call, x: Tensor, mean: Any, var: Any, train: bool, eps: float):
+    if train:
+        dims = [0, *range(2, x.ndim)]
+        return call.shared(("batch norm", eps), (x,), lambda: Normalised.over(x, dims, eps))
+    return call.shared(("batch norm", eps), (x, mean, var), lambda: Fixed(x, mean, var, eps))
+
+
+@rule(aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
+def batch_norm(call: Call):
+    x, w, _, mean, var, train, _, eps = call.args
+    call.differentiable_outputs = (0,)
+    shape = [x.shape[1] if d == 1 else 1 for d in range(x.ndim)]
+    derivative = _forward(call, _batch_norm(call, x, mean, var, train, eps), w, shape)
+    return lambda dx, dw, db, *__: (derivative(dx, dw, db), None, None)
+
+
+@rule(aten.native_batch_norm_backward.default)
+def batch_norm_backward(call: Call):
+    g, x, w, mean, var, _, _, train, eps, mask = call.args
+    norm = _batch_norm(call, x, mean, var, train, eps)
+    shape = [x.shape[1] if d == 1 else 1 for d in range(x.ndim)]
+    rows = [0, *range(2, x.ndim)]
+    derivative = _backward(call, norm, g, w, shape, rows, mask)
+    return lambda dg, dx, dw, *__: derivative(dg, dx, dw)

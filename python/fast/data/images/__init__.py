@@ -1,0 +1,1 @@
+"""Pictures: their files, their pixels, and how a network wants them."""

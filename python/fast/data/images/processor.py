@@ -1,0 +1,126 @@
+"""What an image processor of transformers does, found out on test pictures.
+
+Each class of processors has flags of its own, and reads them in its own way. What comes out for a
+few known pictures tells it all: scale and offset of each channel, their order, and where a pixel of
+the input goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast.data.images.pixels import BGR
+from fast.data.images.preprocessing import Preprocessing
+
+WIDTH, HEIGHT = 400, 300
+# Resizing by other code differs by a few levels of 255 at single pixels, 0.001 in the mean.
+CLOSE = 0.005
+# By the numbers of PIL.Image.Resampling.
+_RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+
+def measure(processor: Any) -> Preprocessing:
+    """How it prepares pictures.
+
+    Raises:
+        ValueError: in a way that `ImageFormat` does not know.
+    """
+    pictures = _pictures()
+    black, red, green, blue, ramp, photo = _outputs(processor, pictures)
+    height, width = ramp.shape[1:]
+    middle = (slice(None), height // 2, width // 2)
+    offset = black[middle]
+    gains = torch.stack([x[middle] - offset for x in (red, green, blue)], 1)
+    if len(offset) == 1:
+        gains = gains.sum(1, keepdim=True)
+    bgr = len(offset) == 3 and gains.diagonal().abs().sum() < gains.fliplr().diagonal().abs().sum()
+    gain = gains.fliplr().diagonal() if bgr else gains.diagonal()
+    if gains.abs().sum() > 1.001 * gain.sum() or gain.min() <= 0:
+        raise _refusal(processor, "mixes or inverts the colours")
+    colours = Preprocessing(
+        mean=_rounded(-offset / gain),
+        std=_rounded(1 / gain),
+        bgr=bool(bgr),
+        origin="the image processor",
+    )
+
+    if (height, width) == (HEIGHT, WIDTH):
+        return colours
+    if height != width:
+        raise _refusal(processor, f"gives pictures of {width}x{height}, which are not square")
+    seen = ((ramp - offset[:, None, None]) / gain[:, None, None]).double()
+    if bgr:
+        seen = seen.flip(0)
+    across, down = seen[0].mean(0), seen[-1 if len(seen) == 1 else 1].mean(1)
+    resized = (_resized(across), _resized(down))
+    stretch = resized[0] == resized[1]
+    resize = min(resized)
+    if resize < height or (not stretch and abs(resized[0] - resize * WIDTH / HEIGHT) > 2):
+        raise _refusal(processor, "pads pictures, or crops them without resizing them")
+    resample = getattr(processor, "resample", None)
+    found = replace(
+        colours,
+        size=height,
+        resize=resize,
+        stretch=stretch,
+        interpolation="bilinear" if resample is None else _RESAMPLING[int(resample)],
+    )
+    ours = found.format(BGR if bgr else len(offset)).prepared(pictures[-1])
+    apart = ((ours - photo) / gain[:, None, None]).abs().mean()
+    if apart > CLOSE:
+        raise _refusal(processor, f"gives other pixels than here (by {apart:.2g} of 1)")
+    return found
+
+
+def _pictures() -> list[Any]:
+    """Black, red, green and blue; one whose red rises from left to right, green downwards; and one
+    of blurred noise.
+    """
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+
+    flat = np.zeros((4, HEIGHT, WIDTH, 3), np.uint8)
+    for channel in range(3):
+        flat[channel + 1, :, :, channel] = 255
+    ramp = np.zeros((HEIGHT, WIDTH, 3))
+    ramp[:, :, 0] = (np.arange(WIDTH) + 0.5) / WIDTH
+    ramp[:, :, 1] = (np.arange(HEIGHT)[:, None] + 0.5) / HEIGHT
+    # Rounded up or down at random, so that means over rows and columns are exact.
+    dithered = (255 * ramp + rng.random(ramp.shape)).astype(np.uint8)
+    noise = Image.fromarray(rng.integers(0, 256, (HEIGHT // 10, WIDTH // 10, 3), np.uint8))
+    photo = noise.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    return [*map(Image.fromarray, [*flat, dithered]), photo]
+
+
+def _outputs(processor: Any, pictures: list[Any]) -> list[Tensor]:
+    values = processor(images=pictures, return_tensors="pt").get("pixel_values")
+    if not isinstance(values, Tensor) or values.dim() != 4 or values.shape[1] not in (1, 3):
+        raise _refusal(processor, "does not make one picture [channels, height, width] of one")
+    return list(values.float())
+
+
+def _resized(profile: Tensor) -> int:
+    """Length that the whole side has, of which `profile` `[n]`, values in 0..1, is the middle."""
+    n = len(profile)
+    inner = slice(n // 8, n - n // 8)  # borders of a resized picture are not on the line
+    x = torch.arange(n, dtype=torch.float64)[inner]
+    x = x - x.mean()
+    slope = (x * profile[inner]).sum() / x.square().sum()
+    return round(1 / float(slope)) if slope > 0 else 0
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(float(v), 6) + 0.0 for v in values)
+
+
+def _refusal(processor: Any, what: str) -> ValueError:
+    return ValueError(
+        f"{type(processor).__name__} {what}; prepare the data with it in Python, and call "
+        "fast.finetune on tensors"
+    )

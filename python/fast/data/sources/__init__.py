@@ -1,0 +1,108 @@
+"""Read labelled data by name: a folder of class folders, an .npz, a Hugging Face data set.
+
+What comes back is raw (uint8 images, file names, strings, float features): how it is prepared
+depends on the network, and is done by `fast.data.images.pixels` and `fast.models.load`.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+from fast.data.sources.folder import read_folder
+from fast.data.sources.hub import read_hugging_face
+from fast.data.sources.npz import read_npz
+from fast.data.sources.types import (
+    EncodedImages,
+    NamedData,
+    Split,
+    stratified_split,
+)
+
+__all__ = [
+    "DataWarning",
+    "EncodedImages",
+    "NamedData",
+    "Split",
+    "has_columns",
+    "load_data",
+    "stratified_split",
+]
+
+
+class DataWarning(UserWarning):
+    """Something in the data is not used."""
+
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.+)?")
+
+
+def has_columns(name: str) -> bool:
+    """Whether this names a Hugging Face data set, and no file or folder of another kind."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return any((path / f"dataset_{part}.json").exists() for part in ("dict", "info"))
+    return path.suffix != ".npz" and not path.exists()
+
+
+def load_data(
+    name: str,
+    *,
+    input_column: str | None = None,
+    label_column: str | None = None,
+    numeric_labels: bool = False,
+) -> NamedData:
+    """Read the data set called `name`.
+
+    A folder: `CLASS/*.jpg`, or `train/CLASS/*.jpg` with `val/` or `test/`, under these or any of
+    the names that they are published by (`Training/`, `dev/`, `seg_test/`), alone or in a folder
+    that holds everything. Hidden files and those that systems leave behind are no data.
+
+    An `.npz`: `x_train`, `y_train` with `x_val`, `y_val` (or `_test`), or `x`, `y`; names `classes`
+    are optional. `x` is uint8 images, or what the network takes as it is; several inputs are
+    `x_train.input_ids`, ...; encoded images are bytes `jpeg_train` with borders `offset_train`
+    `[N + 1]`.
+
+    Else a Hugging Face data set: a folder written by `save_to_disk`, or `OWNER/NAME` or `hf:NAME`,
+    with `:CONFIG` where it has several.
+
+    Args:
+        numeric_labels: integer names of class folders are labels, not just names (a folder that
+            holds some of the classes of a source task).
+
+    Returns:
+        what was read; `description` says it in plain values. What was left out is in `notes`, and
+        each of them is also a `DataWarning`.
+
+    Raises:
+        FileNotFoundError: no such file, and no such data set.
+        ValueError: the data are unusable; the message names the file and what is wrong.
+    """
+    data = _read(name, input_column, label_column, numeric_labels)
+    for note in data.notes:
+        warnings.warn(f"{name}: {note}", DataWarning, stacklevel=2)
+    return data
+
+
+def _read(
+    name: str, input_column: str | None, label_column: str | None, numeric_labels: bool
+) -> NamedData:
+    path = Path(name).expanduser()
+    if has_columns(name) and path.is_dir():
+        return read_hugging_face(name, input_column, label_column)
+    if path.is_dir():
+        return read_folder(path, numeric_labels)
+    if path.suffix == ".npz":
+        return read_npz(path)
+    if path.exists():
+        raise ValueError(
+            f"{name}: unknown file type {path.suffix!r}; give a folder of class folders, an .npz, "
+            "or the name of a Hugging Face data set"
+        )
+    # Asking the hub for what is only a misspelt file costs 23 s of back-off without a network.
+    if not name.startswith("hf:") and not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder (a Hugging Face data set is OWNER/NAME, or hf:NAME)"
+        )
+    return read_hugging_face(name, input_column, label_column)

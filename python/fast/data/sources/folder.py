@@ -1,0 +1,191 @@
+"""A folder with a folder of images for each class, in the layouts that data sets are published in.
+
+What the folders are is decided by what is in them, not by names alone: a split holds folders of
+images, a class holds images. What could be either is an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fast.data.labels import count_classes
+from fast.data.sources.files import Folder, left_out, natural, scan
+from fast.data.sources.splits import HELD_OUT, ROLES, TRAIN, roles_of
+from fast.data.sources.types import EncodedImages, NamedData, Split
+from fast.errors import printable, some
+
+
+@dataclass
+class Layout:
+    """Folders of class folders, by split (`train`, `val`), and what is not used."""
+
+    parts: dict[str, Folder]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_folder(root: Path, numeric_labels: bool) -> NamedData:
+    found = _layout(scan(root))
+    parts, notes = found.parts, found.notes
+    files = {part: _class_files(folder) for part, folder in parts.items()}
+    names = sorted(files.get("train", files.get("val", {})), key=natural)
+    if numeric_labels and all(name.isdecimal() for name in names):
+        number = {name: int(name) for name in names}
+        if len(set(number.values())) < len(names):
+            raise ValueError(f"{root}: two class folders have the same number: {some(names, 20)}")
+        samples = sum(len(paths) for entries in files.values() for paths in entries.values())
+        count = count_classes(max(number.values()), samples, str(root))
+        classes = tuple(str(i) for i in range(count))
+    else:
+        number = {name: i for i, name in enumerate(names)}
+        classes = tuple(names)
+
+    splits: dict[str, Split] = {}
+    for part, entries in files.items():
+        extra = sorted(set(entries) - set(number), key=natural)
+        if extra:
+            raise ValueError(
+                f"{printable(parts[part].path)}: class folder {printable(extra[0])!r} has no "
+                f"counterpart in {printable(parts['train'].path)}"
+            )
+        paths = [str(path) for name in entries for path in entries[name]]
+        labels = np.repeat([number[name] for name in entries], list(map(len, entries.values())))
+        splits[part] = Split(EncodedImages(paths, paths.__getitem__), labels.astype(np.int64))
+    others = sum((folder.all_others() for folder in parts.values()), Counter())
+    if others:
+        notes.append(f"files that are no images to us are left out: {left_out(others)}")
+    for part, folder in parts.items():
+        if any(_holds_classes(f) for f in folder.folders.values()):
+            notes.append(f"{part}: class folders hold folders, whose images are taken together")
+        if folder.images:
+            notes.append(f"{len(folder.images)} images beside the class folders are left out")
+    held_out = parts["val"].path.relative_to(root) if "train" in parts and "val" in parts else ""
+    return NamedData(
+        str(root),
+        splits.get("train"),
+        splits.get("val"),
+        classes,
+        f"folder {printable(held_out)}" if held_out else "",
+        tuple(notes),
+    )
+
+
+def _layout(root: Folder) -> Layout:
+    """Raises ValueError where it cannot be told what the folders are."""
+    roles = roles_of(root.with_images)
+    splits = {name for name in roles if _holds_classes(root.folders[name])}
+    if splits:
+        return _splits(root, roles, splits)
+    if roles and len(roles) == len(root.with_images):
+        raise ValueError(
+            f"{_at(root)}: {some(list(roles))} has images but no class folders; put each class in "
+            "a folder of its own, or rename what is a class"
+        )
+    inner = _wrapped(root)
+    return _layout(inner) if inner is not None else Layout({"train": root})
+
+
+def _splits(root: Folder, roles: dict[str, str], splits: set[str]) -> Layout:
+    """Of folders with these roles; `splits` are those that hold class folders."""
+    inside = {name: _unwrapped(root.folders[name]) for name in root.with_images}
+    beside = [name for name in inside if name not in roles]
+    shared = any(_alike(inside[a], inside[b]) for a in splits for b in inside if a != b)
+    if beside and not shared and len(roles) == 1:
+        raise ValueError(
+            f"{_at(root)}: cannot tell whether {some(sorted(splits))} is a split or a class beside "
+            f"{some(beside)}: rename it, or put the classes into train/"
+        )
+    by_role = {role: [n for n in roles if roles[n] == role and n in splits] for role in ROLES}
+    trains = by_role[TRAIN]
+    if len(trains) > 1:
+        raise ValueError(
+            f"{_at(root)}: {some(trains)} are all names of a training split; leave one of them"
+        )
+    held_out = [name for role in HELD_OUT for name in by_role[role]]
+    used = {"train": trains[:1], "val": held_out[:1]}
+    chosen = {part: names[0] for part, names in used.items() if names}
+    if not chosen:
+        raise ValueError(f"{_at(root)}: {some(sorted(splits))} is no training or validation split")
+    notes = []
+    for name, folder in root.folders.items():
+        if name not in chosen.values():
+            loose = ", not in class folders" if name in roles and name not in splits else ""
+            count = len(folder.all_images())
+            notes.append(f"folder {printable(name)} is not used ({count} images{loose})")
+    if root.images:
+        notes.append(f"{len(root.images)} images beside the folders are not used")
+    return Layout({part: inside[name] for part, name in chosen.items()}, notes)
+
+
+def _check_classes(root: Folder) -> None:
+    """Raise ValueError where folders are no classes, or cannot be told from splits."""
+    if not root.folders:
+        others = f" (it has {left_out(root.others)})" if root.others else ""
+        raise ValueError(
+            f"{_at(root)}: has images but no class folders; put each class in a folder of its own"
+            if root.images
+            else f"{_at(root)}: is empty; expected a folder of images for each class{others}"
+        )
+    nested = [name for name, folder in root.with_images.items() if _holds_classes(folder)]
+    inside = {name: _unwrapped(root.folders[name]) for name in nested}
+    for i, a in enumerate(nested):
+        for b in nested[:i]:
+            if _alike(inside[a], inside[b]):
+                both = sorted(set(inside[a].with_images) & set(inside[b].with_images), key=natural)
+                raise ValueError(
+                    f"{_at(root)}: {printable(b)} and {printable(a)} both hold folders "
+                    f"{some(both)}: are they splits, or classes? Name splits train and val; move "
+                    "the images of a class into one folder; or name one of the two as the data"
+                )
+        copied = sorted(set(inside[a].with_images) & set(root.with_images), key=natural)
+        if copied:
+            raise ValueError(
+                f"{_at(root)}: {printable(a)} holds {some(copied)} once more; remove the copy, or "
+                f"name {_at(root.folders[a])} as the data"
+            )
+
+
+def _class_files(root: Folder) -> dict[str, list[Path]]:
+    """Images by class."""
+    _check_classes(root)
+    for folder in root.folders.values():
+        if not folder.has_images:
+            others = left_out(folder.all_others())
+            raise ValueError(
+                f"{_at(folder)}: class folder without images"
+                + (f": it has {others}" if others else "")
+                + "; fill it, or remove it; or name the one folder that holds the classes"
+            )
+    return {name: folder.all_images() for name, folder in root.folders.items()}
+
+
+def _holds_classes(folder: Folder) -> bool:
+    """Whether its images are in folders of their own."""
+    return not folder.images and bool(folder.with_images)
+
+
+def _wrapped(root: Folder) -> Folder | None:
+    """The one folder that holds everything, or None."""
+    if root.images or len(root.folders) != 1:
+        return None
+    (inner,) = root.folders.values()
+    return inner if _holds_classes(inner) else None
+
+
+def _unwrapped(folder: Folder) -> Folder:
+    while (inner := _wrapped(folder)) is not None:
+        folder = inner
+    return folder
+
+
+def _alike(a: Folder, b: Folder) -> bool:
+    """Whether they hold folders of the same names: then they are parts of one data set."""
+    both = len(set(a.with_images) & set(b.with_images))
+    return both > 0 and 2 * both >= min(len(a.with_images), len(b.with_images))
+
+
+def _at(folder: Folder) -> str:
+    return printable(folder.path)

@@ -1,0 +1,163 @@
+"""A Hugging Face data set, from the hub or from a folder written by `save_to_disk`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fast.data.sources.connection import quick_offline
+from fast.data.sources.splits import HELD_OUT, TRAIN, role_of
+from fast.data.sources.types import EncodedImages, NamedData, Split, labelled, numbered_classes
+from fast.errors import first_line, printable, some
+
+UNLABELLED = -1
+
+
+def read_hugging_face(name: str, input_column: str | None, label_column: str | None) -> NamedData:
+    datasets, loaded = _load(name)
+    if not isinstance(loaded, dict):
+        loaded = {"train": loaded}
+    by_role: dict[str | None, list[str]] = {}
+    for split in loaded:
+        by_role.setdefault(role_of(split), []).append(split)
+    held_out = [split for role in HELD_OUT for split in by_role.get(role, [])]
+    training = by_role.get(TRAIN, [])[:1]
+    if not training and not held_out:
+        raise ValueError(f"{name}: has neither train nor validation; got {some(list(loaded), 10)}")
+    features = loaded[(training or held_out)[0]].features
+    label_column = _column(
+        name,
+        "--label-column",
+        label_column,
+        features,
+        lambda f: isinstance(f, datasets.ClassLabel),
+        ("label", "labels"),
+    )
+    input_column = _column(
+        name,
+        "--input-column",
+        input_column,
+        features,
+        lambda f: isinstance(f, datasets.Image),
+        ("image", "img", "text", "sentence"),
+    )
+    labels = {split: loaded[split][label_column][:] for split in training + held_out}
+    # Benchmarks publish the inputs of their test split, and -1 for its labels.
+    known = [split for split in held_out if any(label != UNLABELLED for label in labels[split])]
+    used = {"train": training, "val": known[:1]}
+    chosen = {part: splits[0] for part, splits in used.items() if splits}
+    notes = [
+        f"split {printable(split)} is not used"
+        + (": its labels are all -1" if split in held_out and split not in known else "")
+        for split in loaded
+        if split not in chosen.values()
+    ]
+    classes = getattr(features[label_column], "names", None)
+    splits: dict[str, Split] = {}
+    for part, split in chosen.items():
+        where = f"{name}: split {printable(split)}: "
+        splits[part] = labelled(
+            _inputs(datasets, loaded[split], input_column, where),
+            labels[split],
+            where + printable(label_column),
+            len(classes) if classes else None,
+        )
+    if not splits:
+        raise ValueError(f"{name}: no split has labels; got {some(list(loaded), 10)}")
+    if not classes:
+        classes = numbered_classes(list(splits.values()), f"{name}: {printable(label_column)}")
+    return NamedData(
+        name,
+        splits.get("train"),
+        splits.get("val"),
+        tuple(classes),
+        f"split {printable(chosen['val'])}" if len(splits) == 2 else "",
+        tuple(notes),
+    )
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """The library, and what it loads by this name."""
+    try:
+        import datasets
+    except ImportError as err:
+        raise FileNotFoundError(
+            f"{name}: no such file or folder (to read Hugging Face data sets: pip install datasets)"
+        ) from err
+    if int(datasets.__version__.split(".")[0]) < 4:
+        # Older ones run the code that comes with a data set.
+        raise ImportError(
+            f"datasets {datasets.__version__} is too old: pip install --upgrade 'datasets>=4'"
+        )
+    try:
+        if Path(name).expanduser().is_dir():
+            return datasets, datasets.load_from_disk(str(Path(name).expanduser()))
+        repo, _, config = name.removeprefix("hf:").partition(":")
+        with quick_offline():
+            return datasets, datasets.load_dataset(repo, config or None)
+    except Exception as err:  # the hub client raises its own, httpx's and requests' errors
+        raise FileNotFoundError(
+            f"{name}: no such file or folder, nor can it be loaded as a Hugging Face data set "
+            f"({printable(first_line(err))})"
+        ) from err
+
+
+def _column(
+    name: str,
+    option: str,
+    asked: str | None,
+    features: Any,
+    fits: Callable[[Any], bool],
+    usual: tuple[str, ...],
+) -> str:
+    columns = some(list(features), 20)
+    if asked is not None:
+        if asked not in features:
+            raise ValueError(f"{name}: no column {asked!r}; {option} can be: {columns}")
+        return asked
+    found = [c for c, feature in features.items() if fits(feature)] or [
+        c for c in usual if c in features
+    ]
+    if not found:
+        raise ValueError(f"{name}: say which column to use with {option}: {columns}")
+    return found[0]
+
+
+def _inputs(datasets: Any, table: Any, column: str, where: str) -> Any:
+    if isinstance(table.features[column], datasets.Image):
+        raw = table.cast_column(column, datasets.Image(decode=False))
+
+        def open_image(i: int) -> Any:
+            cell = raw[i][column]
+            if cell is None:
+                raise ValueError("the cell is empty")
+            return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+
+        names = [f"{where}{printable(column)}[{i}]" for i in range(len(table))]
+        return EncodedImages(names, open_image)
+    values = list(table[column])
+    missing = [i for i, value in enumerate(values) if value is None]
+    if missing:
+        raise ValueError(
+            f"{where}{printable(column)}: {len(missing)} cells are empty, the first in row "
+            f"{missing[0]}"
+        )
+    if values and isinstance(values[0], str):
+        return values
+    try:
+        array = np.asarray(values)
+    except ValueError as err:
+        raise ValueError(
+            f"{where}{printable(column)}: rows differ in length; pad them, or name a column of "
+            "texts or images with --input-column"
+        ) from err
+    if array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"{where}{printable(column)}: holds {type(values[0]).__name__}; name a column of "
+            "texts, images or numbers with --input-column"
+        )
+    return array

@@ -1,0 +1,147 @@
+"""Labelled data as read, before a network has a say in how they are prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fast.data.labels import check_labels, count_classes
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """`N` images still to be decoded; `open(i)` yields a file name or a binary stream."""
+
+    names: Sequence[str]
+    open: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def subset(self, index: np.ndarray) -> EncodedImages:
+        return EncodedImages([self.names[i] for i in index], lambda i: self.open(int(index[i])))
+
+
+@dataclass(frozen=True)
+class Split:
+    """`N` inputs of one kind with their labels.
+
+    inputs: uint8 images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; `EncodedImages`; a list of
+        strings; arrays handed to the network as they are (float, or token ids); or a dict of such
+        arrays, for networks whose forward takes several.
+    labels: int64 `[N]`, in `0 .. len(classes) - 1`.
+    """
+
+    inputs: Any
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: np.ndarray) -> Split:
+        return Split(_take(self.inputs, index), self.labels[index])
+
+
+@dataclass(frozen=True)
+class NamedData:
+    """What a name on the command line stands for.
+
+    name: as it was given.
+    train, val: splits; at least one is there.
+    classes: names of the labels 0, 1, ...
+    held_out: where val comes from.
+    notes: what was left out, or guessed, while reading; one line each.
+    """
+
+    name: str
+    train: Split | None
+    val: Split | None
+    classes: tuple[str, ...]
+    held_out: str = ""
+    notes: tuple[str, ...] = ()
+
+    def with_val(self, fraction: float, seed: int = 0) -> NamedData:
+        """Itself if it has a val split; else with `fraction` of each class moved there.
+
+        With a fraction of 0 all samples stay in train.
+        """
+        if self.val is not None or self.train is None or fraction == 0:
+            return self
+        train, val = stratified_split(self.train, fraction, seed)
+        held_out = f"{100 * fraction:g} % of each class"
+        return replace(self, train=train, val=val, held_out=held_out)
+
+    def for_evaluation(self) -> Split:
+        """The held-out split; all there is where nothing is held out."""
+        split = self.val if self.val is not None else self.train
+        assert split is not None, "load_data returns at least one split"
+        return split
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What was read, as plain values: classes in the order of their labels, samples of each by
+        split, where val comes from, notes.
+        """
+        splits = {"train": self.train, "val": self.val}
+        count = len(self.classes)
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "samples": {
+                name: np.bincount(split.labels, minlength=count).tolist()
+                for name, split in splits.items()
+                if split is not None
+            },
+            "held_out": self.held_out,
+            "notes": list(self.notes),
+        }
+
+
+def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
+    """`(rest, part)`: `fraction` of every class in `part`, at least one sample if it has two."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"the share held out must be between 0 and 1; got {fraction}")
+    rng = np.random.default_rng(seed)
+    part = []
+    for label in np.unique(split.labels):
+        members = rng.permutation(np.flatnonzero(split.labels == label))
+        count = max(round(len(members) * fraction), 1) if len(members) > 1 else 0
+        part.append(members[: min(count, len(members) - 1)])
+    held_out = np.zeros(len(split), dtype=bool)
+    held_out[np.concatenate(part)] = True
+    if not held_out.any():
+        raise ValueError(
+            f"cannot hold out validation data: each class has a single sample ({len(split)} in "
+            "all); --val-fraction 0 trains on all of them"
+        )
+    return split.subset(np.flatnonzero(~held_out)), split.subset(np.flatnonzero(held_out))
+
+
+def labelled(inputs: Any, labels: Any, where: str, num_classes: int | None = None) -> Split:
+    """A `Split` of inputs and their labels as found, or a ValueError that says what is wrong."""
+    checked = check_labels(labels, num_classes, where)
+    count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+    if len(checked) != count:
+        raise ValueError(f"{where}: {count} inputs but {len(checked)} labels")
+    if count == 0:
+        raise ValueError(f"{where}: is empty")
+    return Split(inputs, checked.numpy())
+
+
+def numbered_classes(splits: Sequence[Split], where: str) -> tuple[str, ...]:
+    """`("0", "1", ...)` up to the largest label; a ValueError where that cannot be meant."""
+    top = max(int(s.labels.max()) for s in splits)
+    return tuple(map(str, range(count_classes(top, sum(map(len, splits)), where))))
+
+
+def _take(inputs: Any, index: np.ndarray) -> Any:
+    if isinstance(inputs, dict):
+        return {name: value[index] for name, value in inputs.items()}
+    if isinstance(inputs, EncodedImages):
+        return inputs.subset(index)
+    if isinstance(inputs, list):
+        return [inputs[i] for i in index]
+    return inputs[index]

@@ -1,0 +1,176 @@
+"""Networks of timm, torchvision and transformers, with their weights and what they say of input."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fast.data.images.preprocessing import Preprocessing, from_config, from_preset
+from fast.data.images.processor import measure
+from fast.data.sources.connection import quick_offline
+from fast.errors import distribution, first_line, printable, some
+
+# Network, what it says of images, tokenizer, notes.
+Found = tuple[nn.Module, Preprocessing, Any, list[str]]
+
+
+def load_library(
+    library: str, name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
+) -> Found:
+    """The network `name` of a library.
+
+    Raises:
+        ValueError: it has none of this name, the arguments do not fit, or the weights cannot be
+            had; the message names the way out.
+        ImportError: the library, or what it needs, is not installed.
+    """
+    load = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library]
+    return load(name, pretrained, args, dict(kwargs))
+
+
+def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> Found:
+    timm = _library("timm", "timm")
+    wanted = bool(kwargs.pop("pretrained", True))
+    pretrained = pretrained and wanted
+    name = name.replace("hf_hub:", "hf-hub:", 1)
+    if ":" not in name and not timm.is_model(name):
+        raise _unknown(f"timm:{name}", name.split(".")[0], timm.list_models())
+    with _naming(f"timm:{name}", pretrained):
+        model = timm.create_model(name, *args, pretrained=pretrained, **kwargs)
+    config = dict(timm.data.resolve_model_data_config(model))
+    notes = [] if wanted else [_untrained(f"timm:{name}")]
+    height, width = config["input_size"][-2:]
+    if config["crop_mode"] == "border" or height != width:
+        notes.append(
+            f"timm:{name}: prepares images by {config['crop_mode']!r} to {width}x{height}; here "
+            "the central square is taken"
+        )
+    if kwargs.get("in_chans") == 1:
+        for key in ("mean", "std"):
+            config[key] = (sum(config[key]) / len(config[key]),)
+    return model, from_config(config, "timm"), None, notes
+
+
+def _torchvision(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> Found:
+    models = _library("torchvision.models", "torchvision")
+    if name not in models.list_models():
+        raise _unknown(f"torchvision:{name}", name, models.list_models())
+    asked = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
+    with _naming(f"torchvision:{name}", pretrained):
+        known = models.get_model_weights(name)
+        weights = known[str(asked or "DEFAULT").split(".")[-1]]
+        given = weights if pretrained and asked else None
+        model = models.get_model(name, *args, weights=given, **kwargs)
+    notes = [] if asked else [_untrained(f"torchvision:{name}")]
+    return model, from_preset(weights.transforms(), "torchvision"), None, notes
+
+
+def _transformers(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> Found:
+    transformers = _library("transformers", "transformers")
+    wanted = bool(kwargs.pop("pretrained", True))
+    pretrained = pretrained and wanted
+    notes = [] if wanted else [_untrained(f"transformers:{name}")]
+    # Else a repository that brings code of its own would be asked about, and waited for.
+    trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
+    with _naming(f"transformers:{name}", True), _quiet(transformers):
+        config = transformers.AutoConfig.from_pretrained(name, **trust)
+        images = type(config) in transformers.AutoModelForImageClassification._model_mapping
+        auto = (
+            transformers.AutoModelForImageClassification
+            if images
+            else transformers.AutoModelForSequenceClassification
+        )
+        if pretrained:
+            model, info = auto.from_pretrained(
+                name, *args, output_loading_info=True, **trust, **kwargs
+            )
+            missing = sorted(info["missing_keys"])
+            if missing:
+                notes.append(
+                    f"transformers:{name}: its checkpoint lacks {len(missing)} tensors, which are "
+                    f"random: {some(missing)}"
+                )
+        else:
+            for key, value in kwargs.items():
+                setattr(config, key, value)
+            model = auto.from_config(config, **trust)
+        if images:
+            processor = transformers.AutoImageProcessor.from_pretrained(name, **trust)
+            return model, measure(processor), None, notes
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
+        notes += _padded(tokenizer, model.config)
+        return model, Preprocessing(), tokenizer, notes
+
+
+def _padded(tokenizer: Any, config: Any) -> list[str]:
+    """Give both a padding token, where texts of several lengths could not make a batch."""
+    notes = []
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has neither a padding token nor one that ends a text")
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"no padding token: texts are padded with {printable(tokenizer.eos_token)}")
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return notes
+
+
+def _untrained(spec: str) -> str:
+    return f"{spec}: without pretrained weights, as asked"
+
+
+def _unknown(spec: str, name: str, known: Sequence[str]) -> ValueError:
+    library = spec.partition(":")[0]
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"see {library}'s list_models()"
+    return ValueError(f"model {spec}: unknown model; {hint}")
+
+
+def _library(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as err:
+        # timm, say, may be there and lack torchvision.
+        missing = (err.name or package).split(".")[0]
+        raise ImportError(
+            f"models by {package} need {missing}: pip install {distribution(missing)}"
+        ) from err
+    except ImportError as err:
+        raise ImportError(
+            f"{package} is installed but cannot be imported ({first_line(err)}); its version and "
+            "torch's may not fit"
+        ) from err
+
+
+@contextmanager
+def _naming(spec: str, downloads: bool) -> Iterator[None]:
+    """Name the model in errors: libraries report a bad name or failed download in many ways."""
+    try:
+        with quick_offline():
+            yield
+    except Exception as err:
+        hint = "; weights that are on this machine: --weights FILE" if downloads else ""
+        if spec.startswith("transformers:"):
+            hint = "; a network that is on this machine: transformers:FOLDER, and --weights FILE"
+        reason = printable(first_line(err)).rstrip(".")
+        raise ValueError(f"model {spec}: {reason}{hint}") from err
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without bars and reports of loading; what matters of them is in the notes."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

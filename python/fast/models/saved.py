@@ -1,0 +1,166 @@
+"""The networks in a folder that `Result.save` (or `fast finetune --output`) wrote."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast.files import atomic_file, file_hash, read_json, read_sealed, reading, write_sealed
+from fast.heads.find import Head, HeadLayer, find_head
+from fast.heads.replace import announce_classes
+from fast.train.resume.checkpoint import load_tensors
+
+MODEL_FILE = "model.safetensors"
+SOURCE_HEAD_FILE = "source_head.safetensors"
+SOURCE_NORMS_FILE = "source_norms.safetensors"
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+# What belongs to a result, where it is there; checkpoints and pictures beside it do not.
+FILES = (
+    MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, "config.json", "result.json", "history.jsonl",
+    "job.json", "data.json",
+)  # fmt: skip
+
+
+@dataclass
+class SavedNetworks:
+    """Plain networks with the adapted weights; `source` (None: cannot be had, `note` says why) has
+    the head, and answers the task, that the network had before."""
+
+    target: nn.Module
+    source: nn.Module | None
+    note: str = ""
+
+
+def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetworks:
+    """Read the networks of a saved run.
+
+    Args:
+        folder: with `model.safetensors`, and `source_head.safetensors` beside it; and
+            `source_norms.safetensors` where each task had batch norms of its own.
+        model: the plain architecture, with a head for any number of classes; becomes the target
+            network.
+        sample: a batch of inputs, to find the head by.
+
+    Raises:
+        FileNotFoundError: no `model.safetensors` there.
+        ValueError: a file is damaged, or not of the same result as the others; or the weights are
+            of another network; the message names the first that differ.
+    """
+    folder = Path(folder)
+    file = folder / MODEL_FILE
+    check_manifest(folder)
+    head = find_head(model, sample)
+    state = load_tensors(file)
+    _take_dtypes(model, state)
+    _fit_head(model, head, state, f"{head.name}.", file)
+    own = model.state_dict()
+    wrong = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
+    wrong += [n for n in state if n not in own or own[n].shape != state[n].shape]
+    if wrong:
+        raise ValueError(
+            f"{file} is of another network: {len(wrong)} tensors differ, first "
+            f"{', '.join(wrong[:3])}"
+        )
+    model.load_state_dict(state, strict=False)
+    source_file = folder / SOURCE_HEAD_FILE
+    if not source_file.is_file():
+        return SavedNetworks(model, None, f"{folder} has no source_head.safetensors")
+    norms_file = folder / SOURCE_NORMS_FILE
+    norms = load_tensors(norms_file) if norms_file.is_file() else {}
+    if not norms and _batch_norm_policy(folder) == "per_task":
+        why = "the source's batch norm statistics were kept per task, and are not in the folder"
+        return SavedNetworks(model, None, f"{folder}: {why}")
+    source = copy.deepcopy(model)
+    odd = [n for n, t in norms.items() if n not in own or own[n].shape != t.shape]
+    if odd:
+        raise ValueError(f"{norms_file} is of another network: it has {odd[0]}")
+    source.load_state_dict(norms, strict=False)
+    old = find_head(source, name=head.name)
+    weights = load_tensors(source_file)
+    layer = _fit_head(source, old, weights, "", source_file)
+    layer.load_state_dict(weights)
+    return SavedNetworks(model, source)
+
+
+def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give the tensors of `model` the precision that they are saved in, so that none is rounded."""
+    for module_name, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                saved = state.get(f"{module_name}.{name}" if module_name else name)
+                if value is None or saved is None or not value.is_floating_point():
+                    continue
+                if saved.is_floating_point() and saved.dtype != value.dtype:
+                    value.data = value.data.to(saved.dtype)
+
+
+def _fit_head(
+    model: nn.Module, head: Head, state: dict[str, Tensor], prefix: str, file: Path
+) -> HeadLayer:
+    """Give `model` a head of the shape that `state` has."""
+    weight = state.get(f"{prefix}weight")
+    own = head.module.weight
+    if weight is None or weight.shape[1:] != own.shape[1:]:
+        found = "nothing" if weight is None else list(weight.shape)
+        raise ValueError(
+            f"{file} does not fit the head {head.name} {list(own.shape)}: it has {found} there"
+        )
+    bias = f"{prefix}bias" in state
+    options: Any = {"bias": bias, "device": own.device, "dtype": own.dtype}
+    layer: HeadLayer
+    if isinstance(head.module, nn.Conv2d):
+        stride: Any = head.module.stride
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, stride, **options)
+    else:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], **options)
+    head.put(layer)
+    announce_classes(model, weight.shape[0])
+    return layer
+
+
+def _batch_norm_policy(folder: Path) -> str | None:
+    path = folder / "config.json"
+    return read_json(path).get("batch_norm") if path.is_file() else None
+
+
+def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:
+    """Tie the files of a result together: their hashes, in a file with a checksum of itself.
+
+    Args:
+        run: id of the run that they are of.
+        options: of that run.
+    """
+    files = {name: file_hash(folder / name) for name in FILES if (folder / name).is_file()}
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    facts = {"format": FORMAT, "run": run, "options": options, "files": files}
+    with atomic_file(folder / MANIFEST_FILE) as path:
+        write_sealed(path, facts)
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare the files of a result with what was written; files that were taken away are no harm.
+
+    Raises:
+        FileNotFoundError: no result there.
+        ValueError: a file is damaged, or was not saved together with the others.
+    """
+    for name in (MODEL_FILE, MANIFEST_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}: not a folder of Result.save or fast finetune"
+            )
+    path = folder / MANIFEST_FILE
+    manifest = read_sealed(path, FORMAT)
+    with reading(path):
+        hashes = dict(manifest["files"])
+    for name in FILES:
+        if (folder / name).is_file() and file_hash(folder / name) != hashes.get(name):
+            raise ValueError(
+                f"{folder / name} is damaged, or was not saved together with {MANIFEST_FILE}: its "
+                "hash is another"
+            )

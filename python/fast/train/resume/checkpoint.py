@@ -1,0 +1,287 @@
+"""Checkpoints: safetensors for the tensors, JSON for the rest, complete or not there at all.
+
+A checkpoint is a folder `checkpoint-00000150` of three files. It is written under another name and
+renamed when it is complete, and only then is the one before it removed: a run killed in the middle
+of a save goes on from the checkpoint before. `state.json` ties the files together: it holds the
+hashes of the others, one of itself, the id of the run, its options and what else it must share with
+a run that goes on from it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fast.data.generators import (
+    process_generators,
+    set_process_generators,
+    set_state,
+    state_of,
+)
+from fast.data.reachable import Generator
+from fast.files import atomic_folder, file_hash, read_sealed, reading, write_sealed
+from fast.train.early_stopping import BEST
+from fast.train.resume.optimizer_state import flatten, unflatten
+
+PREFIX = "checkpoint-"
+FORMAT = 2
+STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
+# Of the model's bytes: two moments in fp32 of bf16 weights are 4, and there are averages; and a
+# header. A stranger's file is not read beyond these.
+MOST_COPIES, MOST_HEADER = 16, 64 << 20
+HINTS = {
+    "pretrained weights (hash)": ". The network does not begin with the weights that the run began "
+    "with: where they are drawn at random, seed that, or give them as a file (--weights)",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run shares with the one that it goes on from.
+
+    Attributes:
+        run: its id.
+        options: what it computes by.
+        job: network, data and code, by names for messages.
+        environment: what may change the last bits.
+    """
+
+    run: str
+    options: dict[str, Any]
+    job: dict[str, Any]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run is made of, to be saved, or restored in place.
+
+    Attributes:
+        model, optimizer: the trained ones.
+        averages: further tensors of fixed names and shapes.
+        generators: that data, transform and network hold, by path.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    averages: dict[str, Tensor]
+    generators: dict[str, Generator]
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Save tensors of any layout; tied ones are stored once for each name.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+    """
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError, with the file's name, where the file is truncated or no safetensors."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: State,
+    facts: Facts,
+    record: dict[str, Any],
+    best: dict[str, Tensor],
+) -> Path:
+    """Save a training state, then remove the checkpoints before it.
+
+    Args:
+        folder: of the run.
+        record: anything else that JSON can hold; `load_checkpoint` returns it.
+        best: further tensors, whose names begin with `BEST`, which it returns too.
+
+    Returns:
+        the new checkpoint's folder.
+    """
+    target = folder / f"{PREFIX}{step:08d}"
+    if target.exists():
+        shutil.rmtree(target)
+    tensors, optimizer = flatten(state.optimizer)
+    with atomic_folder(target) as temporary:
+        save_tensors(dict(state.model.state_dict()), temporary / MODEL_FILE)
+        save_tensors(tensors | state.averages | best, temporary / TRAINING_FILE)
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "files": {name: file_hash(temporary / name) for name in (MODEL_FILE, TRAINING_FILE)},
+            **vars(facts),
+            "optimizer": optimizer,
+            "process generators": process_generators(),
+            "generators": {path: state_of(g) for path, g in state.generators.items()},
+            "record": record,
+        }
+        write_sealed(temporary / STATE_FILE, meta)
+    for old in list_checkpoints(folder):
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / STATE_FILE).is_file())
+
+
+def load_checkpoint(
+    folder: Path, state: State, facts: Facts, steps: int
+) -> tuple[Path, int, dict[str, Any], dict[str, Tensor]]:
+    """Restore the newest checkpoint of a run into `state` and the random generators.
+
+    Args:
+        steps: of the whole run.
+
+    Returns:
+        its `state.json`, the step it was saved after, and the record and the best weights saved
+        with it.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint there.
+        ValueError: files that are damaged, or are not of one save; or a checkpoint of another run,
+            model, optimizer or job; nothing is changed then.
+    """
+    found = list_checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint to resume from in {folder}")
+    path = found[-1]
+    file = path / STATE_FILE
+    meta = read_sealed(file, FORMAT)
+    with reading(file):
+        saved = Facts(*(meta[name] for name in vars(facts)))
+        step, hashes, optimizer = meta["step"], dict(meta["files"]), meta["optimizer"]
+        record, generators = meta["record"], dict(meta["generators"])
+        groups = [len(group["params"]) for group in optimizer["groups"]]
+        if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
+            raise ValueError(f"step {step!r} of {steps}, in {path.name}")
+    _check_run(path, saved, facts)
+    _check_files(path, hashes, state.model)
+    weights, training = load_tensors(path / MODEL_FILE), load_tensors(path / TRAINING_FILE)
+    best = {name: training.pop(name) for name in list(training) if name.startswith(BEST)}
+    _check_same_model(state.model, weights, path)
+    _check_same_optimizer(state.optimizer, groups, path)
+    _check_job(path, saved, facts)
+    _check_tensors(path / TRAINING_FILE, training, state.averages)
+    if best:
+        own = {BEST + name: value for name, value in state.model.state_dict().items()}
+        _check_tensors(path / TRAINING_FILE, best, own)
+        best = {name: best[name] for name in own}
+    if sorted(generators) != sorted(state.generators):
+        raise ValueError(
+            f"{path} is of another job: the data, transform and network held the generators "
+            f"{_some(sorted(generators))}, here {_some(sorted(state.generators))}"
+        )
+    averages = {name: training.pop(name) for name in state.averages}
+    with reading(file):
+        unflatten(state.optimizer, training, optimizer)
+        for name, generator in state.generators.items():
+            set_state(generator, generators[name])
+        set_process_generators(meta["process generators"])
+    state.model.load_state_dict(weights)
+    for name, value in averages.items():
+        state.averages[name].copy_(value)
+    return file, step, record, best
+
+
+def _check_run(path: Path, saved: Facts, now: Facts) -> None:
+    if saved.run != now.run:
+        raise ValueError(
+            f"{path} is of another run ({saved.run}) than the folder around it ({now.run})"
+        )
+    with reading(path / STATE_FILE):
+        options = {k: v for k, v in saved.options.items() if now.options.get(k, v) != v}
+    if options:
+        raise ValueError(f"{path} is of a run with other options: {options}")
+
+
+def _check_job(path: Path, saved: Facts, now: Facts) -> None:
+    with reading(path / STATE_FILE):
+        # Names that are not known here are of another version.
+        jobs = [(k, v) for k, v in saved.job.items() if now.job.get(k, v) != v]
+        environment = [
+            f"{name} {value}, here {now.environment[name]}"
+            for name, value in saved.environment.items()
+            if now.environment.get(name, value) != value
+        ]
+    for name, value in jobs:
+        hint = HINTS.get(name, "")
+        own = now.job[name]
+        raise ValueError(f"{path} is of another job: {name} {value!r}, here {own!r}{hint}")
+    if environment:
+        warnings.warn(
+            f"resume: the run was saved with {'; '.join(environment)}: it may end in other weights "
+            "than one that was not interrupted",
+            stacklevel=6,
+        )
+
+
+def _check_files(path: Path, hashes: dict[str, str], model: nn.Module) -> None:
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    for name in (MODEL_FILE, TRAINING_FILE):
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing")
+        if (path / name).stat().st_size > MOST_COPIES * size + MOST_HEADER:
+            raise ValueError(f"{path / name} is larger than a checkpoint of this model can be")
+        if file_hash(path / name) != hashes.get(name):
+            raise ValueError(
+                f"{path / name} is damaged, or was not saved together with the {STATE_FILE} beside "
+                "it: its hash is another"
+            )
+
+
+def _check_tensors(file: Path, found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise ValueError where a tensor of `own` is missing in `found`, or is of another kind."""
+    for name, value in own.items():
+        if name not in found:
+            raise ValueError(f"{file} lacks {name}")
+        there = found[name]
+        if (there.shape, there.dtype) != (value.shape, value.dtype):
+            raise ValueError(
+                f"{file}: {name} is {list(there.shape)} {there.dtype}, and must be "
+                f"{list(value.shape)} {value.dtype}"
+            )
+
+
+def _check_same_optimizer(optimizer: Optimizer, saved: list[int], path: Path) -> None:
+    sizes = [len(g["params"]) for g in optimizer.param_groups]
+    if sizes != saved:
+        raise ValueError(
+            f"{path} was saved with {saved} trained parameters per group, the model has {sizes}: "
+            "freeze the same layers"
+        )
+
+
+def _check_same_model(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
+    kinds = {k: (v.shape, v.dtype) for k, v in weights.items()}
+    wrong += [k for k, v in own.items() if kinds.get(k, (v.shape, v.dtype)) != (v.shape, v.dtype)]
+    if wrong:
+        raise ValueError(
+            f"{path} is a checkpoint of another model: {len(wrong)} entries differ, "
+            f"first {', '.join(wrong[:3])}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) or "none"

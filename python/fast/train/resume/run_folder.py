@@ -1,0 +1,210 @@
+"""The folder of a run: whose it is, which run it may go on with, and whether it is still there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from fast.adapt.config import TrainConfig
+from fast.files import check_writable, clear_unfinished, read_json, write_json
+from fast.models.saved import MANIFEST_FILE
+from fast.train.log import BOARD_FOLDER, HISTORY_FILE
+from fast.train.resume.checkpoint import list_checkpoints
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs are then told apart when one saves
+    fcntl = None  # type: ignore[assignment]
+
+CLAIM_FILE = "run.json"
+CONFIG_FILE = "config.json"
+# Options that say where and how a run is shown, not what it computes: they may differ on resume.
+PLACE_OPTIONS = ("output", "resume", "progress", "device", "save_every")
+
+
+class RunFolder:
+    """A claim on the folder of a run, for as long as the block lasts or the process lives.
+
+    The claim is a file with the run's id, and a lock on it that the system takes away when the
+    process is killed. Each checkpoint carries the id. Of a run that ends before its first
+    checkpoint nothing is left.
+
+    Args:
+        config: whose `output` or `resume` names the folder.
+
+    Raises:
+        FileNotFoundError: nothing to resume from.
+        ValueError: another run is going on there, or has left checkpoints there; the run to resume
+            had other options; or it cannot be written to. Nothing is changed then.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.path = Path(config.output or str(config.resume))
+        self.source = Path(config.resume) if config.resume else None
+        _check(config, self.path, self.source)
+        check_writable(self.path, "output" if config.output else "resume")
+        goes_on = self.source if self.goes_on else None
+        self.run = run_of(goes_on) if goes_on else secrets.token_hex(8)
+        self.new = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._file = _locked(self.path)
+        if not goes_on:
+            self._write()
+        clear_unfinished(self.path)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether this is the folder that the run was in before."""
+        return self.source is not None and self.source.resolve() == self.path.resolve()
+
+    def _write(self) -> None:
+        facts = {"run": self.run, "host": socket.gethostname(), "process": os.getpid()}
+        self._file.truncate(0)
+        self._file.write(json.dumps(facts) + "\n")
+        self._file.flush()
+
+    def start(self) -> None:
+        """Write the options, after all that can be checked beforehand."""
+        self.check()
+        if not self.goes_on:
+            write_json(self.path / CONFIG_FILE, dataclasses.asdict(self.config))
+
+    def check(self) -> None:
+        """Raises FileNotFoundError where the folder, or its claim, is no longer this run's."""
+        try:
+            same = _same_file(self._file, self.path / CLAIM_FILE) and run_of(self.path) == self.run
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same:
+            raise FileNotFoundError(
+                f"output: {self.path} was deleted, moved or taken by another run while this one "
+                "was going on; it stops here"
+            )
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None and not self.goes_on and not list_checkpoints(self.path):
+                self._clear()
+        finally:
+            self._file.close()
+
+    def _clear(self) -> None:
+        if not (self.path / CLAIM_FILE).exists():  # another's, or gone
+            return
+        shutil.rmtree(self.path / BOARD_FOLDER, ignore_errors=True)
+        clear_unfinished(self.path)
+        for name in (HISTORY_FILE, CONFIG_FILE, CLAIM_FILE):
+            (self.path / name).unlink(missing_ok=True)
+        for path in self.new:
+            try:
+                path.rmdir()
+            except OSError:  # something of another's is in it
+                return
+
+
+def run_of(folder: Path) -> str:
+    """The id of the run whose folder this is."""
+    return str(read_json(folder / CLAIM_FILE).get("run"))
+
+
+def is_going_on(folder: Path) -> bool:
+    """Whether a run, in this or another process, has a claim on the folder now."""
+    if not (folder / CLAIM_FILE).is_file():
+        return False
+    with (folder / CLAIM_FILE).open() as file:
+        return not _lock(file)
+
+
+def _locked(folder: Path) -> IO[str]:
+    path = folder / CLAIM_FILE
+    while True:
+        file = path.open("a+")
+        if not _lock(file):
+            file.close()
+            raise ValueError(
+                f"output: another run is going on in {folder} (see {CLAIM_FILE} there); name "
+                "another folder, or wait for its end"
+            )
+        if path.exists() and _same_file(file, path):
+            return file
+        file.close()  # its run ended just now, and has removed it
+
+
+def _lock(file: IO[str]) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks; `check` notices another run at the next save
+        return True
+    return True
+
+
+def _same_file(file: IO[str], path: Path) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
+    if source is None:
+        if (folder / MANIFEST_FILE).exists():
+            raise ValueError(f"output: {folder} holds the result of another run; name another")
+        if folder.is_dir() and list_checkpoints(folder):
+            raise ValueError(
+                f"output: {folder} holds checkpoints of another run; pass resume={str(folder)!r} "
+                "to go on with it, or another folder"
+            )
+        return
+    path = source / CONFIG_FILE
+    if not path.is_file() or not list_checkpoints(source):
+        raise FileNotFoundError(
+            f"nothing to resume from: no checkpoint and {path.name} in {source}; pass "
+            f"output={str(source)!r} to start from the beginning"
+        )
+    other = folder.resolve() != source.resolve()
+    if other and is_going_on(source):
+        raise ValueError(f"resume: the run in {source} is still going on")
+    if other and folder.is_dir() and list_checkpoints(folder):
+        raise ValueError(
+            f"output: {folder} holds checkpoints already; pass resume={str(folder)!r} to go on "
+            f"with those, not {source}'s, or another folder"
+        )
+    check_options(config, read_json(path), source)
+
+
+def options_of(config: TrainConfig) -> dict[str, Any]:
+    """What a run computes by, as JSON has it."""
+    options = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in options.items() if name not in PLACE_OPTIONS}
+
+
+def check_options(config: TrainConfig, saved: dict[str, Any], source: Path) -> None:
+    """Raise ValueError where the run in `source` had other options."""
+    now = options_of(config)
+    # Options that this version has and that one had not were at their defaults.
+    were = options_of(TrainConfig()) | saved
+    differ = [k for k in were if k not in PLACE_OPTIONS and were[k] != now.get(k)]
+    if differ:
+        changes = ", ".join(f"{k} was {_told(were[k])}, is {_told(now.get(k))}" for k in differ)
+        raise ValueError(f"cannot resume {source} with other options: {changes}")
+
+
+def _told(value: object) -> str:
+    return "the default" if value is None else repr(value)

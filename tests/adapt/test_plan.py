@@ -1,0 +1,161 @@
+"""How long a run is, how fast it goes, and what it goes back to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import fast
+from fast.adapt.config import TrainConfig
+from fast.adapt.methods import LEAST_STEPS, METHODS, SETTLED, plan_for, steps_for
+from fast.data.dataset import TrainBatches, as_data
+from networks import ConvNet, images
+
+TRAIN, VAL = images(120, 4, seed=1), images(100, 4, seed=2)
+
+
+def steps(samples, **options):
+    config = TrainConfig(**options)
+    data = as_data((torch.zeros(samples, 1), torch.arange(samples) % 2), "train")
+    return steps_for(config, TrainBatches(data, config.batch_size, 0))
+
+
+def test_the_default_length_suits_the_data():
+    assert steps(20) == steps(1000) == LEAST_STEPS
+    assert steps(64_000) == 3 * 1000
+    assert steps(120, epochs=3) == 6  # 5.6: all of the last epoch is used
+    assert steps(120, steps=7) == 7
+
+
+@pytest.mark.parametrize("length", [1, 3, 10, 1000])
+def test_what_protects_the_backbone_does_not_shrink_with_the_run(length):
+    facts = {"head_is_last": True, "rehearsed": "target inputs"}
+    plan = plan_for(TrainConfig(), steps=length, **facts)
+    assert plan.ramp == plan_for(TrainConfig(), steps=1000, **facts).ramp > 10
+    later = plan_for(TrainConfig(), steps=length)
+    assert later.stall == METHODS["fast"].stall
+
+
+def test_a_short_run_has_a_lower_rate_unless_it_was_given_one():
+    whole = plan_for(TrainConfig(), steps=SETTLED).lr
+    assert plan_for(TrainConfig(), steps=SETTLED // 10).lr == pytest.approx(whole / 100)
+    assert plan_for(TrainConfig(lr=1e-2), steps=6).lr == 1e-2
+    assert plan_for(TrainConfig(method="vanilla"), steps=6).lr == 1e-3
+
+
+def test_the_plan_is_part_of_the_result_and_says_what_is_done():
+    result = fast.finetune(ConvNet(), TRAIN, steps=3)
+    assert (result.plan.steps, result.plan.target_size, result.plan.source_size) == (3, 56, 8)
+    assert "3 steps of 56 samples" in str(result.plan)
+    assert "8 target inputs" in str(result.plan)
+
+
+def test_the_plan_is_told_before_the_first_step(capsys):
+    fast.finetune(ConvNet(), TRAIN, steps=3, progress=False)
+    told = capsys.readouterr().err
+    assert "3 steps of 56 samples and 8 target inputs, whose features are kept" in told
+    assert "so short a run reaches" in told
+    assert "4 classes, 120 training samples" in told
+
+
+def test_training_that_makes_the_validation_worse_returns_the_head_start():
+    torch.manual_seed(0)
+    model = ConvNet()
+    bad = {"lr": 0.3, "ramp": 0, "anchor_decay": 0.0, "max_grad_norm": 1.0, "rehearse": 0.0}
+    result = fast.finetune(model, TRAIN, VAL, steps=3, eval_every=1, **bad)
+    first, last = result.history[0], result.history[-1]
+    assert last["target_accuracy"] < first["target_accuracy"]
+    assert result.final is first
+    assert result.target_accuracy == first["target_accuracy"]
+    with torch.no_grad():
+        now = (model(VAL[0]).argmax(1) == VAL[1]).float().mean().item()
+    assert now == pytest.approx(first["target_accuracy"])
+
+
+def test_a_run_that_improves_keeps_its_end():
+    result = fast.finetune(ConvNet(), TRAIN, VAL, steps=40, lr=1e-2)
+    assert result.final is result.history[-1]
+
+
+class Bag(nn.Module):
+    """The mean of embeddings, of texts of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.fc = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, ids, name=None):
+        return self.fc(self.body(self.embed(ids).mean(1)).relu())
+
+
+class Texts(Dataset):
+    """Sentences of two to six tokens, each with its name."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        ids = (torch.arange(2 + i % 5) + i) % 9
+        return {"ids": ids, "name": f"text {i}", "label": i % 3}
+
+
+def padded(rows, names):
+    ids = nn.utils.rnn.pad_sequence([row["ids"] for row in rows], batch_first=True)
+    batch = {"ids": ids, "label": torch.tensor([row["label"] for row in rows])}
+    return batch | ({"name": [row["name"] for row in rows]} if names else {})
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_batches_that_cannot_be_put_together_are_trained_on(names):
+    """Of inputs of one shape features are kept; beside names, of none."""
+    loader = DataLoader(Texts(), 4, shuffle=True, collate_fn=lambda rows: padded(rows, names))
+    result = fast.finetune(Bag(), loader, num_classes=3, steps=20)
+    assert result.plan.rehearsed == ("" if names else "target inputs")
+
+
+def test_a_sampler_of_the_users_says_how_large_its_batches_are():
+    class Pairs:
+        def __iter__(self):
+            return iter([[i, i + 1] for i in range(0, 60, 2)])
+
+        def __len__(self):
+            return 30
+
+    data = [{"x": x, "label": int(y)} for x, y in zip(*images(60, 4, seed=1), strict=True)]
+    plan = fast.finetune(
+        ConvNet(), DataLoader(data, batch_sampler=Pairs()), num_classes=4, steps=2
+    ).plan
+    assert (plan.target_size, plan.source_size, plan.batch_norm) == (2, 1, "frozen")
+
+
+def test_two_samples_a_step_leave_something_to_keep():
+    result = fast.finetune(ConvNet(), TRAIN, batch_size=2, steps=1)
+    assert result.plan.rehearsed == "target inputs"
+
+
+class Centred(nn.Module):
+    """A buffer that the forward replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ConvNet()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean() + 0.1
+        return self.net(x - self.mean)
+
+
+def test_the_head_start_has_its_buffers_back():
+    torch.manual_seed(0)
+    model = Centred()
+    bad = {"lr": 0.1, "ramp": 0, "anchor_decay": 0.0, "max_grad_norm": 1.0, "rehearse": 0.0}
+    result = fast.finetune(model, TRAIN, VAL, steps=3, **bad)
+    assert result.final["step"] == 0
+    assert model.mean == 0
+    with torch.no_grad():
+        now = (model(VAL[0]).argmax(1) == VAL[1]).float().mean().item()
+    assert now == pytest.approx(result.target_accuracy)

@@ -1,0 +1,98 @@
+"""The replay baseline: it learns the source's answers beside the target, in any parts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fast
+from fast.adapt.guards.replay import Replay, replay_loss
+from networks import ConvNet, TextNet, images, sentences
+
+TRAIN = images(300, 4, seed=1)
+KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    torch.manual_seed(0)
+    model = ConvNet()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    x, y = KNOWN
+    for index in torch.arange(300).repeat(20).split(100):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def lost(pretrained, **options):
+    """Rise of the source loss on inputs that were not replayed, in nats."""
+    train = (TRAIN[0], (TRAIN[1] + 1) % 4)
+    model = copy.deepcopy(pretrained)
+    run = {"steps": 60, "lr": 1e-2, "eval_every": 60}
+    history = fast.finetune(model, train, source=ASKED, **run, **options).history
+    return history[-1]["source_loss"] - history[0]["source_loss"]
+
+
+@pytest.mark.parametrize("known", [KNOWN, KNOWN[0]], ids=["labelled", "unlabelled"])
+def test_replay_forgets_a_fraction_of_what_vanilla_forgets(pretrained, known):
+    vanilla = lost(pretrained, method="vanilla")
+    assert lost(pretrained, method="replay", source_inputs=known) < 0.2 * vanilla
+
+
+def test_the_loss_is_least_at_the_answers_themselves(pretrained):
+    replay = Replay(pretrained, KNOWN[0], 50, 0, CPU)
+    x, answers = next(replay.from_step(0))
+    assert answers.sum(1).allclose(torch.ones(50))
+    entropy = -(answers * answers.log()).sum()
+    assert replay_loss(pretrained, x, answers).item() == pytest.approx(entropy.item(), rel=1e-4)
+
+
+def test_labels_are_used_where_there_are_some(pretrained):
+    x, answers = next(Replay(pretrained, KNOWN, 50, 0, CPU).from_step(0))
+    assert answers.dtype == torch.int64
+    with torch.no_grad():
+        expected = F.cross_entropy(pretrained(x), answers, reduction="sum")
+    assert replay_loss(pretrained, x, answers).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    model = TextNet().eval()
+    known = sentences(30, 5, 7)[0]
+    first = Replay(model, known, 8, 3, CPU).from_step(0)
+    batches = [next(first) for _ in range(9)]
+    later = next(Replay(model, known, 8, 3, CPU).from_step(8))
+    assert torch.equal(batches[8][0]["ids"], later[0]["ids"])
+    assert torch.equal(batches[8][1], later[1])
+    other = next(Replay(model, known, 8, 4, CPU).from_step(8))
+    assert not torch.equal(later[0]["ids"], other[0]["ids"])
+
+
+def test_accumulating_gradients_changes_nothing_but_rounding():
+    start = ConvNet().double()
+    train, known = (TRAIN[0].double(), TRAIN[1]), KNOWN[0].double()
+    runs = []
+    for parts in (1, 4):
+        model = copy.deepcopy(start)
+        options = {"method": "replay", "grad_accum_steps": parts, "source_inputs": known}
+        fast.finetune(model, train, steps=6, **options)
+        runs.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.allclose(*runs, rtol=1e-4, atol=1e-6)
+
+
+def test_without_source_inputs_it_says_so():
+    with pytest.raises(ValueError, match="'replay' trains on source inputs: pass source_inputs="):
+        fast.finetune(ConvNet(), TRAIN, method="replay", steps=2)
+
+
+def test_a_frozen_backbone_leaves_nothing_to_replay(pretrained):
+    model = copy.deepcopy(pretrained).requires_grad_(False)
+    model.decide.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"no parameter of the backbone .* 'replay' to hold"):
+        fast.finetune(model, TRAIN, steps=2, method="replay", source_inputs=KNOWN)

@@ -1,0 +1,91 @@
+"""The files of a saved result belong together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import fast
+from fast.models.saved import load_saved
+from networks import ConvNet, images
+
+TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)
+
+
+def start():
+    torch.manual_seed(0)
+    return ConvNet()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    kept = images(24, 5, seed=3)[0]
+    for name, lr in (("a", 1e-3), ("b", 1e-2)):
+        result = fast.finetune(start(), TRAIN, VAL, steps=3, lr=lr, source_inputs=kept)
+        result.save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def folders(results, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    return tmp_path / "results"
+
+
+def load(folder):
+    return load_saved(folder, start(), VAL[0][:2])
+
+
+FILES = [
+    "model.safetensors",
+    "source_head.safetensors",
+    "source_norms.safetensors",
+    "config.json",
+    "result.json",
+    "history.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", ["of another run", "one bit"])
+def test_a_file_that_is_not_what_was_saved_is_refused(folders, name, kind):
+    file = folders / "a" / name
+    data = bytearray((folders / ("b" if kind == "of another run" else "a") / name).read_bytes())
+    if kind == "one bit" or data == file.read_bytes():
+        data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} is damaged, or was not saved together with"):
+        load(folders / "a")
+
+
+def test_the_manifest_is_needed_and_knows_itself(folders):
+    file = folders / "a" / "manifest.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"run": "another"}))
+    with pytest.raises(ValueError, match=r"manifest.json is damaged or was changed: its checksum"):
+        load(folders / "a")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no manifest.json: not a folder of Result"):
+        load(folders / "a")
+
+
+def test_a_file_that_does_not_belong_is_refused(folders):
+    (folders / "a" / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"job.json is damaged, or was not saved together"):
+        load(folders / "a")
+
+
+def test_a_file_that_was_taken_away_is_said(folders):
+    (folders / "b" / "source_head.safetensors").unlink()
+    assert "has no source_head.safetensors" in load(folders / "b").note
+
+
+def test_saving_again_replaces_the_whole(folders):
+    result = fast.finetune(start(), TRAIN, steps=3, batch_norm="frozen")
+    result.save(folders / "a")
+    assert load(folders / "a").source is not None
+    assert not (folders / "a" / "source_norms.safetensors").exists()
