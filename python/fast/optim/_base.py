@@ -16,7 +16,7 @@ from . import _dtensor, _scaling, _state
 from ._batch import Batch, Group
 from ._dtensor import Place
 from ._loading import LoadingOptimizer
-from ._progress import Progress
+from ._progress import Progress, ramp_factor
 from ._state import State, Storage
 
 # As functions: a step of thousands of small tensors is mostly Python, which calls these faster.
@@ -46,8 +46,10 @@ class AnchoredOptimizer(LoadingOptimizer):
         self.seed = seed
         self._forget_launches()
         self._step_supports_amp_scaling = True
-        own = {"progress": 0, "curvature": None, "code_format": _state.CODE_FORMAT}
-        super().__init__(params, defaults | own)
+        keys = {
+            "restraint": 1.0, "progress": 0, "curvature": None, "code_format": _state.CODE_FORMAT
+        }  # fmt: skip
+        super().__init__(params, defaults | keys)
         if curvature is not None:
             self._set_curvature(self._members(), curvature)
 
@@ -58,6 +60,8 @@ class AnchoredOptimizer(LoadingOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("restraint", 1.0)  # states of earlier versions and of torch have none
         formats = {group.get("code_format", 1) for group in self.param_groups}
         pickled = "storage" in state  # and not the groups of a state_dict, which are converted
         if pickled and self.storage.state_dtype == torch.uint8 and formats - {_state.CODE_FORMAT}:
@@ -87,9 +91,9 @@ class AnchoredOptimizer(LoadingOptimizer):
 
     def _check_values(self, group: Group) -> None:
         """Raise a ValueError that names the key when `group` has a value out of range."""
-        for key in ("lr", "weight_decay"):
+        for key in ("lr", "weight_decay", "restraint"):
             finite(key, group[key])
-        for key in ("lr", "weight_decay", "anchor_decay", "stall", "ramp"):
+        for key in ("lr", "weight_decay", "anchor_decay", "stall", "ramp", "restraint"):
             value = number(key, group[key])
             if not value >= 0:
                 raise ValueError(f"{key} must not be negative; got {value}")
@@ -324,11 +328,9 @@ class AnchoredOptimizer(LoadingOptimizer):
             stall, ramp = group["stall"], group["ramp"]
             if not (type(stall) is type(ramp) is int and stall >= 0 and ramp >= 0):
                 self._check_values(group)
-            after_stall = group["progress"] - stall
-            if after_stall < 0:
+            rate = ramp_factor(group["progress"], stall, ramp)
+            if not rate:
                 continue
-            # The first step after the stall already moves: 1/ramp, 2/ramp, ..., 1.
-            ramp = min(1.0, (after_stall + 1) / ramp) if ramp else 1.0
             params, grads = _with_gradients(group["params"])
             if any(layout is not torch.strided for layout in set(map(_layout_of, grads))):
                 raise RuntimeError(
@@ -338,7 +340,7 @@ class AnchoredOptimizer(LoadingOptimizer):
             states = self._states(group, params)
             for place, members in _by_place(params, grads).items():
                 batch = batches.setdefault(place, Batch(place.device))
-                row = batch.row(group, ramp)
+                row = batch.row(group, rate)
                 if members is None:
                     batch.add(params, grads, states, row)
                     continue
@@ -384,16 +386,20 @@ class AnchoredOptimizer(LoadingOptimizer):
         for i, (group, ramp) in enumerate(batch.rows):
             lr = group["lr"]
             try:
+                restraint = float(group["restraint"])
+                if not 0 <= restraint < math.inf:
+                    self._check_values(group)
+                factor = restraint * ramp
                 if isinstance(lr, Tensor) and (
                     lr.device.type != "cpu" or torch.compiler.is_compiling()
                 ):
                     # Reading it would be a sync, or a graph break.
-                    device_lrs[i] = lr.reshape(()) * ramp
+                    device_lrs[i] = lr.reshape(()) * factor
                     value = math.nan  # no rate that a group may have later; equal to itself in rows
                 else:
-                    value = float(lr) * ramp
+                    value = float(lr) * factor
                 rows.append(self._hyper_row(group, value))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, RuntimeError):
                 self._check_values(group)  # which says more
                 raise
         known = self._hyper.get(place)

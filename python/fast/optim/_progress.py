@@ -10,6 +10,15 @@ from torch import Tensor
 from ._batch import Group
 
 
+def ramp_factor(progress: int, stall: int, ramp: int) -> float:
+    """What the learning rate is multiplied by after `progress` steps: 0 in the stall; then
+    1/ramp, 2/ramp, ..., 1, so that the first step after the stall already moves."""
+    steps = progress - stall + 1
+    if steps <= 0:
+        return 0.0
+    return steps / ramp if steps < ramp else 1.0
+
+
 class Progress:
     """Advances the key `progress` of groups, by which they leave their stall and ramp.
 
