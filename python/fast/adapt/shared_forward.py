@@ -1,146 +1,147 @@
-"""The pull in function space: stay with what the network computed before the first step.
+"""Target and source inputs through the network in one pass, as far as the head.
 
-The pull of the optimizer holds the weights; this holds what they do, on target inputs (the source
-head's answers, `fast.adapt.guards.distill`) and on source inputs (features,
-`fast.adapt.guards.rehearse`).
+The rows of the target go on through the head, those of the source end at its input: the penalty of
+rehearsal costs no forward pass of its own.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fast.adapt.guards.distill import Distillation
-from fast.adapt.guards.rehearse import HeadInput, Rehearsal, joined
-from fast.data.dataset import length, move
-from fast.heads import TaskHead, by_sample, evaluating, forward_logits, pick
+from fast.adapt.guards.base import SourceBatch
+from fast.data.trees import join, length, pick
+from fast.heads import evaluating, forward_logits, in_mode, source_task
 
 
-class FunctionPull:
-    """Both penalties of a run, at no forward pass of their own.
+class HeadInput:
+    """Watches what the head of a network is given, and can hold back the last rows of it.
 
     Args:
-        head: of the model that is trained; its input is watched from now on.
-        distillation, rehearsal: or None.
-
-    Attributes:
-        weight: factor on both, for a controller to turn.
+        head: the module whose first argument the features are; it is hooked until `close`.
     """
 
-    def __init__(
-        self, head: TaskHead, distillation: Distillation | None, rehearsal: Rehearsal | None
-    ) -> None:
-        self.distillation, self.rehearsal = distillation, rehearsal
-        self.weight = 1.0
-        self._seen = HeadInput(head)
+    def __init__(self, head: nn.Module) -> None:
+        self._rows: int | None = None
+        self._watching = False
+        self._features: Tensor | None = None
+        self._hook = head.register_forward_pre_hook(self._keep)
 
-    def stream(self, step: int) -> Iterator[Any]:
-        """Source inputs and their features at w0, step by step; or None for ever."""
-        if self.rehearsal is None:
-            while True:
-                yield None
-        yield from self.rehearsal.from_step(step)
-
-    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
-        """What distillation knows of each target sample of a batch, `[B]`; -1: nothing.
-
-        Args:
-            index: rows of the training data, or None.
-            inputs: of the batch, as the network will see them.
-        """
-        if self.distillation is None:
-            return torch.full((length(inputs),), -1)
-        return self.distillation.places(index, inputs)
+    def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self._watching:
+            return None
+        self._features = args[0]
+        return None if self._rows is None else (args[0][: self._rows], *args[1:])
 
     def forward(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        places: Tensor,
-        known: int,
-        source: tuple[Any, Tensor, int] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run a micro-batch.
+        self, model: nn.Module, inputs: Any, source: Any | None, apart: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run target inputs, and source inputs with them where their shapes allow it.
 
         Args:
-            inputs: of the target, on the model's device.
-            places: of its samples.
-            known: samples of the whole batch that distillation knows.
-            source: source inputs, their features at w0, and how many the whole batch has; or None.
+            source: inputs, or None.
+            apart: run them by themselves, in evaluation mode and for the source task.
 
         Returns:
-            target logits, and this part's share of the penalty, `[]`.
+            target logits; features of the target inputs; features of the source inputs, or None.
         """
-        device = next(model.parameters()).device
-        sources = move(source[0], device) if source is not None else None
-        apart = self.rehearsal is not None and self.rehearsal.apart
-        logits, features, source_features = self._seen.forward(model, inputs, sources, apart)
-        penalty = torch.zeros((), device=device)
-        if self.distillation and known:
-            penalty = penalty + self.distillation.penalty(features, places, inputs) / known
-        if self.rehearsal and source is not None and source_features is not None:
-            source_features = by_sample(source_features, len(source[1]))
-            part = self.rehearsal.penalty(source[1], source_features)
-            penalty = penalty + part / source[2]
-        return logits, self.weight * penalty
+        both = None if source is None or apart else join(inputs, source)
+        if both is not None:
+            rows = length(inputs)
+            logits, features = self._run(model, both, rows)
+            return logits, features[:rows], features[rows:]
+        logits, features = self._run(model, inputs)
+        if source is None:
+            return logits, features, None
+        with source_task(model), in_mode(model, False):
+            return logits, features, self.features(model, source)
 
-    @property
-    def restraint(self) -> float:
-        """Factor on the learning rate that the rehearsal asks for."""
-        return self.rehearsal.restraint if self.rehearsal else 1.0
+    def features(self, model: nn.Module, inputs: Any) -> Tensor:
+        """What the head sees of these inputs, in the mode and for the task that the model is in."""
+        return self._run(model, inputs)[1]
 
-    def after_step(self) -> None:
-        if self.rehearsal:
-            self.rehearsal.after_step(self.weight)
+    def cut(self, model: nn.Module, inputs: Any, rows: int) -> Tensor:
+        """Logits of the first `rows` of these inputs; all of them go as far as the head."""
+        return self._run(model, inputs, rows)[0]
 
-    def state(self) -> dict[str, float]:
-        return self.rehearsal.state() if self.rehearsal else {}
-
-    def load(self, state: dict[str, float]) -> None:
-        if self.rehearsal:
-            self.rehearsal.load(state)
+    def _run(self, model: nn.Module, inputs: Any, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        self._watching, self._rows = True, rows
+        try:
+            logits = forward_logits(model, inputs)
+        finally:
+            self._watching, self._rows = False, None
+        features, self._features = self._features, None
+        assert features is not None
+        return logits, features
 
     def close(self) -> None:
-        """Stop watching the head."""
-        self._seen.close()
+        """Stop watching."""
+        self._hook.remove()
 
 
-def shares(source: tuple[Any, Tensor] | None, parts: int) -> list[tuple[Any, Tensor, int] | None]:
-    """Source samples of a step for each of its micro-batches; None where there are none."""
+def shares(source: SourceBatch | None, parts: int) -> list[SourceBatch | None]:
+    """The source samples of a step for each of its micro-batches; None where there are none."""
     if source is None:
         return [None] * parts
-    inputs, features = source
-    n = len(features)
+    n = len(source.reference)
     bounds = [n * i // parts for i in range(parts + 1)]
     return [
-        (pick(inputs, slice(a, b)), features[a:b], n) if b > a else None
+        SourceBatch(
+            inputs=pick(source.inputs, slice(a, b)),
+            reference=source.reference[a:b],
+            total=source.total,
+        )
+        if b > a
+        else None
         for a, b in itertools.pairwise(bounds)
     ]
 
 
 @torch.no_grad()
-def cuts_at_head(model: nn.Module, head: TaskHead, target: Any, source: Any) -> bool:
+def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) -> bool:
     """Whether target and source inputs can run together up to the head, and only the target beyond.
 
-    Not where what follows the head counts the samples for itself, by its inputs.
+    They cannot where what follows the head counts the samples for itself, by the inputs.
 
     Args:
         target, source: batches of inputs, on the model's device; a few of the first are used.
     """
     few = pick(target, slice(4))
-    both = joined(few, source)
+    both = join(few, source)
     if both is None:
         return True
-    seen = HeadInput(head)
+    head_input = HeadInput(head)
     try:
         with evaluating(model):
             alone = forward_logits(model, few)
-            return seen.cut(model, both, length(few)).shape == alone.shape
+            return head_input.cut(model, both, length(few)).shape == alone.shape
     except (IndexError, RuntimeError, ValueError):
         return False
     finally:
-        seen.close()
+        head_input.close()
+
+
+@torch.no_grad()
+def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
+    """Whether training mode changes what the head sees: by dropout, stochastic depth, statistics of
+    the batch. Random state, modes and buffers stay as they are.
+
+    Features in training mode would then not be what they were in evaluation mode though no weight
+    has moved: with dropout of 0.2 before the head, e is a third from the first step on.
+    """
+    device = next(model.parameters()).device
+    head_input = HeadInput(head)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    features = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for training in (False, True):
+            with in_mode(model, training), source_task(model):
+                features.append(head_input.features(model, inputs).float())
+    head_input.close()
+    for name, b in model.named_buffers():
+        b.copy_(buffers[name])
+    before, trained = features
+    return bool((trained - before).square().mean() > 1e-4 * before.square().mean())
