@@ -10,8 +10,8 @@ from torch import nn
 from fast.adapt.config import TrainConfig
 from fast.adapt.loss import Loss
 from fast.adapt.methods import Plan
-from fast.curvature.card.answers import SourceInputs
-from fast.data.dataset import TrainBatches
+from fast.data.source_inputs import SourceInputs
+from fast.data.stream import TrainBatches
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # its choices are the methods here
     from fast.adapt.config import TrainConfig
-    from fast.data.dataset import TrainBatches
+    from fast.data.stream import TrainBatches
 
 
 @dataclass(frozen=True)

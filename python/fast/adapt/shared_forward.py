@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fast.adapt.guards.distill import Distillation
-from fast.adapt.guards.rehearse import HeadInput, Rehearsal, joined
-from fast.data.dataset import length, move
-from fast.heads import TaskHead, by_sample, evaluating, forward_logits, pick
+from fast.adapt.guards.rehearse import HeadInput, Rehearsal
+from fast.data.trees import join, length, move, pick
+from fast.heads import TaskHead, by_sample, evaluating, forward_logits
 
 
 class FunctionPull:
@@ -132,7 +132,7 @@ def cuts_at_head(model: nn.Module, head: TaskHead, target: Any, source: Any) -> 
         target, source: batches of inputs, on the model's device; a few of the first are used.
     """
     few = pick(target, slice(4))
-    both = joined(few, source)
+    both = join(few, source)
     if both is None:
         return True
     seen = HeadInput(head)

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.curvature.card.file import fingerprint
-from fast.data.dataset import length
-from fast.data.trees import leaves
-from fast.heads import TaskHead, by_sample, features_of, pick, task_head
+from fast.data.trees import leaves, length, pick
+from fast.heads import TaskHead, by_sample, features_of, task_head
 
 TEMPERATURE = 2.0
 

@@ -30,11 +30,11 @@ from fast.adapt.prepare import Drift
 from fast.adapt.schedule import lr_factor
 from fast.adapt.shared_forward import FunctionPull
 from fast.curvature.card import SourceCard
-from fast.curvature.card.answers import SourceInputs
 from fast.curvature.card.calibrate import Calibration
-from fast.data.dataset import TrainBatches
-from fast.data.source_inputs import known_inputs, target_inputs
-from fast.heads import running_statistics
+from fast.data.source_inputs import SourceInputs, parse_source_inputs, target_inputs
+from fast.data.stream import TrainBatches
+from fast.heads import running_statistics, source_task
+from fast.heads.forward import check_takes
 from fast.optim import SGD, AdamW
 
 # A sample of a card costs two training samples, one of its calibration four: this keeps the card of
@@ -114,11 +114,13 @@ def hold_back(
         source_inputs: None for none: then there is no gauge.
 
     Raises:
-        ValueError, TypeError: what `known_inputs` and `Gauge` refuse.
+        ValueError, TypeError: what `parse_source_inputs`, the network and `Gauge` refuse.
     """
     if source_inputs is None:
         return None, None
-    samples = known_inputs(model, source_inputs)
+    samples = parse_source_inputs(source_inputs)
+    with source_task(model):
+        check_takes(model, samples.inputs, "source_inputs")
     budget = None if config.forget_budget is None else Budget.parse(config.forget_budget)
     wanted = HELD_FOR_FORECAST if budget is None else HELD_FOR_BUDGET
     first = samples.size - min(wanted, samples.size // 2)

@@ -25,15 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.card.answers import SourceInputs
-from fast.data.dataset import Data, TrainBatches, length, move
+from fast.data.dataset import Data
+from fast.data.source_inputs import SourceInputs
+from fast.data.stream import TrainBatches, row_batches
+from fast.data.trees import join, length, move, pick
 from fast.heads import (
     TaskHead,
     by_sample,
     features_of,
     forward_logits,
     in_mode,
-    pick,
     source_task,
     task_head,
 )
@@ -139,15 +140,13 @@ class Rehearsal:
         # Of one feature on average. A constant feature would blow up a variance of its own.
         self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
         count = len(self.features)
-        inputs = pick(samples.inputs, slice(count))
-        self.batches = TrainBatches(
-            Data("source_inputs", inputs=inputs, labels=torch.arange(count)), size, seed
-        )
+        self.inputs = pick(samples.inputs, slice(count))
+        self.size, self.seed = size, seed
 
     def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
         """Inputs and their features at w0, from `step` on."""
-        for inputs, rows, _ in self.batches.from_step(step):
-            yield inputs, self.features[rows.to(self.features.device)]
+        for rows in row_batches(len(self.features), self.size, self.seed, step):
+            yield pick(self.inputs, rows), self.features[rows.to(self.features.device)]
 
     def penalty(self, before: Tensor, now: Tensor) -> Tensor:
         """Sum over samples, `[]`."""
@@ -232,7 +231,7 @@ class HeadInput:
         Returns:
             target logits; features of the target inputs; features of the source inputs, or None.
         """
-        both = None if source is None or apart else joined(inputs, source)
+        both = None if source is None or apart else join(inputs, source)
         if both is not None:
             rows = length(inputs)
             logits, features = self._run(model, both, rows)
@@ -264,21 +263,3 @@ class HeadInput:
     def close(self) -> None:
         """Stop watching."""
         self._hook.remove()
-
-
-def joined(a: Any, b: Any) -> Any | None:
-    """Two batches of inputs as one, or None where they do not fit together."""
-    if isinstance(a, Mapping):
-        if not isinstance(b, Mapping) or set(a) != set(b):
-            return None
-        parts = {k: joined(a[k], b[k]) for k in a}
-        return None if any(v is None for v in parts.values()) else parts
-    if isinstance(a, (tuple, list)):
-        if not isinstance(b, (tuple, list)) or len(a) != len(b):
-            return None
-        items = [joined(x, y) for x, y in zip(a, b, strict=True)]
-        return None if any(v is None for v in items) else tuple(items)
-    fits = isinstance(a, Tensor) and isinstance(b, Tensor)
-    if not fits or a.dim() < 1 or a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
-        return None
-    return torch.cat([a, b])

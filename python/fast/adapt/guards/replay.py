@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.card.answers import SourceInputs, source_answers
-from fast.data.dataset import Data, TrainBatches
 from fast.data.labels import check_labels
-from fast.data.source_inputs import LIMIT, classes_of_source
+from fast.data.source_inputs import LIMIT, SourceInputs
+from fast.data.stream import row_batches
+from fast.data.trees import pick
 from fast.heads import forward_logits, source_task
 from fast.heads.class_axis import classes_second
+from fast.heads.outputs import source_logits
 
 
 class Replay:
@@ -42,20 +43,19 @@ class Replay:
     def __init__(
         self, model: nn.Module, data: Any, batch_size: int, seed: int, device: torch.device
     ) -> None:
-        samples = SourceInputs(data, LIMIT).to(device)
+        samples = SourceInputs.parse(data, LIMIT, "source_inputs").to(device)
         labels = samples.labels
         if labels is not None:
-            check_labels(labels, classes_of_source(model, samples), "source_inputs")
-        self.answers = source_answers(model, samples).softmax(1) if labels is None else labels
-        rows = torch.arange(samples.size)
-        self.batches = TrainBatches(
-            Data("source_inputs", inputs=samples.inputs, labels=rows), batch_size, seed
-        )
+            num_classes = source_logits(model, samples.part(0, 2)).shape[1]
+            check_labels(labels, num_classes, "source_inputs")
+        self.answers = source_logits(model, samples).softmax(1) if labels is None else labels
+        self.inputs = samples.inputs
+        self.batch_size, self.seed = batch_size, seed
 
     def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
         """Inputs and what to answer, from `step` on: the batches depend on seed and step alone."""
-        for inputs, rows, _ in self.batches.from_step(step):
-            yield inputs, self.answers[rows.to(self.answers.device)]
+        for rows in row_batches(len(self.answers), self.batch_size, self.seed, step):
+            yield pick(self.inputs, rows), self.answers[rows.to(self.answers.device)]
 
 
 def replay_loss(model: nn.Module, inputs: Any, answers: Tensor) -> Tensor:
