@@ -27,8 +27,9 @@ from fast.adapt.guards.budget import (
 )
 from fast.adapt.guards.forgetting import TEMPERATURE, Gauge, by_neighbours
 from fast.adapt.guards.protect import hold_back
-from fast.curvature.card.answers import SourceInputs, divergence, expected_rise
+from fast.curvature.card.answers import divergence, expected_rise
 from fast.curvature.card.calibrate import Calibration
+from fast.data.source_inputs import SourceInputs
 from networks import ConvNet, images
 
 X, Y = images(60, 5, seed=4)
@@ -62,7 +63,7 @@ def test_a_budget_is_nats_or_points(value, amount, points):
 
 def test_without_labels_the_gauge_doubts_the_answers(networks):
     """Twice the divergence at temperature 2."""
-    gauge = Gauge(networks[0], SourceInputs(X, 60), points=False)
+    gauge = Gauge(networks[0], SourceInputs.parse(X, 60), points=False)
     p, q = ((z.double() / 2).log_softmax(1) for z in answers(networks))
     assert gauge(networks[1]) == pytest.approx(2 * (p.exp() * (p - q)).sum(1).mean().item())
     part = 2 * (p.exp() * (p - q)).sum(1)[:20].mean().item()
@@ -71,7 +72,7 @@ def test_without_labels_the_gauge_doubts_the_answers(networks):
 
 
 def test_with_labels_it_is_the_rise_of_the_loss(networks):
-    gauge = Gauge(networks[0], SourceInputs((X, Y), 60), points=False)
+    gauge = Gauge(networks[0], SourceInputs.parse((X, Y), 60), points=False)
     z0, z = answers(networks)
     expected = F.cross_entropy(z, Y) - F.cross_entropy(z0, Y)
     assert gauge(networks[1]) == pytest.approx(expected.item(), rel=1e-5)
@@ -94,10 +95,10 @@ def test_doubt_matters_for_small_losses_only(size):
 
 def test_points_are_the_accuracy_lost(networks):
     z0, z = answers(networks)
-    labelled = Gauge(networks[0], SourceInputs((X, Y), 60), points=True)
+    labelled = Gauge(networks[0], SourceInputs.parse((X, Y), 60), points=True)
     right = [(a.argmax(1) == Y).double().mean().item() for a in (z0, z)]
     assert labelled(networks[1]) == pytest.approx(right[0] - right[1])
-    bare = Gauge(networks[0], SourceInputs(X, 60), points=True)
+    bare = Gauge(networks[0], SourceInputs.parse(X, 60), points=True)
     p = z0.double().softmax(1)
     rows = range(60)
     expected = (p.amax(1) - p[rows, z.argmax(1)]).mean().item()
@@ -123,7 +124,7 @@ def test_features_of_a_network_whose_head_does_not_count(networks, labels):
     """A head of noise: what is lost by neighbourhood does not depend on it."""
     before, now = networks
     data = X if labels is None else (X, labels)
-    gauge = Gauge(before, SourceInputs(data, 60), points=False, skill="features")
+    gauge = Gauge(before, SourceInputs.parse(data, 60), points=False, skill="features")
     lost = gauge(now)
     assert lost != 0
     with torch.no_grad():
@@ -133,11 +134,11 @@ def test_features_of_a_network_whose_head_does_not_count(networks, labels):
 
 
 def test_labels_that_the_head_cannot_give(networks):
-    samples = SourceInputs((X, Y + 4), 60)
+    samples = SourceInputs.parse((X, Y + 4), 60)
     assert Gauge(networks[0], samples, points=False).by_features
     with pytest.raises(ValueError, match=r"label 8, and the source head has 5 classes.*features"):
         Gauge(networks[0], samples, points=False, skill="answers")
-    alone = SourceInputs((X, torch.arange(60)), 60)
+    alone = SourceInputs.parse((X, torch.arange(60)), 60)
     with pytest.raises(ValueError, match="60 held-back samples of 60 classes"):
         Gauge(networks[0], alone, points=False)
 

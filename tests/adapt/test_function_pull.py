@@ -14,18 +14,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import fast
 from fast.adapt.config import TrainConfig
 from fast.adapt.guards.distill import CachedDistillation, LiveDistillation, digest
-from fast.adapt.guards.rehearse import (
-    TOLERANCE,
-    HeadInput,
-    Rehearsal,
-    depends_on_mode,
-    joined,
-    places_for,
-)
+from fast.adapt.guards.rehearse import TOLERANCE, HeadInput, Rehearsal, depends_on_mode, places_for
 from fast.adapt.guards.weight_average import Average
 from fast.adapt.head_start import head_is_last
-from fast.curvature.card.answers import SourceInputs, source_features
+from fast.data.source_inputs import SourceInputs
+from fast.data.trees import join
 from fast.heads import features_of, find_head, set_batch_norm, source_task, task_head
+from fast.heads.outputs import source_features
 from fast.models.saved import load_saved
 from fast.train.trainer import Trainer
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
@@ -96,9 +91,9 @@ def test_the_head_never_sees_the_source_rows():
 
 
 def test_source_inputs_of_another_shape_go_through_the_network_apart():
-    assert joined(torch.zeros(2, 3), torch.zeros(2, 4)) is None
-    assert joined({"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}) is None
-    assert joined((torch.zeros(2, 3),), (torch.ones(1, 3),))[0].shape == (3, 3)
+    assert join(torch.zeros(2, 3), torch.zeros(2, 4)) is None
+    assert join({"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}) is None
+    assert join((torch.zeros(2, 3),), (torch.ones(1, 3),))[0].shape == (3, 3)
     known = {k: v[:, :4] for k, v in sentences(60, 5, 3)[0].items()}
     train, val = sentences(300, 4, 1), sentences(100, 4, 2)
     result = fast.finetune(TextNet(), train, val, steps=60, lr=3e-3, source_inputs=known)
@@ -187,7 +182,7 @@ def test_features_that_run_away_lower_the_learning_rate(pretrained):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_how_far_features_are_is_a_mean_over_samples_and_steps(pretrained, parts):
     model = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
-    samples = SourceInputs(KNOWN[0], 300)
+    samples = SourceInputs.parse(KNOWN[0], 300)
     rehearsal = Rehearsal(model, task_head(model), samples, 8, 1.0, 0)
     before = rehearsal.features[:8]
     step = torch.full_like(before, (0.4 / rehearsal.scale) ** 0.5)
@@ -283,7 +278,9 @@ def test_without_source_inputs_the_targets_own_are_rehearsed(pretrained):
         options = {"rehearse": weight, "anchor_decay": 0.0, "distill": 0.0}
         result = fast.finetune(model, TRAIN, steps=60, lr=3e-3, **options)
         assert result.plan.rehearsed == ("target inputs" if weight else "")
-        before, now = (source_features(m, SourceInputs(TRAIN[0], 200)) for m in (pretrained, model))
+        before, now = (
+            source_features(m, SourceInputs.parse(TRAIN[0], 200)) for m in (pretrained, model)
+        )
         moved[weight] = float((now - before).square().mean() / before.var(0).mean())
     assert moved[10.0] < 0.3 * moved[0.0]
 

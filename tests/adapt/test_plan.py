@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 import fast
 from fast.adapt.config import TrainConfig
 from fast.adapt.methods import LEAST_STEPS, METHODS, SETTLED, plan_for, steps_for
-from fast.data.dataset import TrainBatches, as_data
+from fast.data.dataset import as_data
+from fast.data.stream import TrainBatches
 from networks import ConvNet, images
 
 TRAIN, VAL = images(120, 4, seed=1), images(100, 4, seed=2)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.heads import TaskHead, evaluating, find_head, forward_logits, pick
+from fast.data.trees import pick
+from fast.heads import TaskHead, evaluating, find_head, forward_logits
 
 # Features have unit variance, so this suits every network; Adam.
 LR = 1e-2

@@ -18,9 +18,10 @@ from fast.adapt.job import Job
 from fast.adapt.methods import METHODS, Plan
 from fast.adapt.shared_forward import FunctionPull, cuts_at_head
 from fast.curvature.card import SourceCard
-from fast.data.dataset import TrainBatches, move
+from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
-from fast.data.trees import check_finite_inputs
+from fast.data.stream import TrainBatches
+from fast.data.trees import move, pick
 from fast.heads import (
     TaskHead,
     by_sample,
@@ -29,7 +30,6 @@ from fast.heads import (
     features_of,
     folds_positions,
     has_batch_norm,
-    pick,
     replace_head,
     set_batch_norm,
     source_task,

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.data.labels import MOST_CLASSES
+from fast.data.trees import pick
 from fast.errors import first_line
 from fast.heads.alone import check_alone
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, HeadLayer, classes_of, find_head, own_parameters, places_of
-from fast.heads.forward import evaluating, forward_logits, pick, unwrap
+from fast.heads.forward import evaluating, forward_logits, unwrap
 from fast.heads.task import TwoTask
-
-# A head of more would fill the memory before anything is said.
-MOST_CLASSES = 1_000_000
 
 
 class TaskHead(nn.Module, TwoTask):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.heads.forward import pick
+from fast.data.trees import pick
 from fast.heads.replace import TaskHead, features_of
 
 

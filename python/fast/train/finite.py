@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.dataset import Data
-from fast.data.trees import check_finite_inputs, leaves
+from fast.data.finite import check_finite_inputs
+from fast.data.trees import leaves
 from fast.train.resume.checkpoint import PREFIX, list_checkpoints
 
 # Times the loss of guessing.

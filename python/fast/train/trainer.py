@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fast.adapt.config import TrainConfig
 from fast.adapt.guards.protect import Protection, hold_back, make_card
-from fast.adapt.guards.rehearse import OWN_INPUTS, joined, make_room
+from fast.adapt.guards.rehearse import OWN_INPUTS, make_room
 from fast.adapt.guards.replay import Replay, replay_loss
 from fast.adapt.guards.weight_average import Average
 from fast.adapt.head_start import head_is_last
@@ -27,22 +28,22 @@ from fast.adapt.rollback import HeadStart
 from fast.adapt.schedule import lr_factor
 from fast.adapt.shared_forward import shares
 from fast.curvature.card import SourceCard
-from fast.data.augment import Augmentation
-from fast.data.dataset import Data, Transform, as_data, length, move
+from fast.data.augment import Augmentation, Transform
+from fast.data.dataset import Data, as_data
+from fast.data.finite import check_finite_inputs
 from fast.data.generators import find_generators
 from fast.data.labels import check_labels
 from fast.data.source_inputs import LEAST, target_inputs
-from fast.data.trees import check_finite_inputs, taking
+from fast.data.trees import join, length, move, pick
 from fast.files import reading
 from fast.heads import (
     check_num_classes,
-    evaluating,
     forward_logits,
     has_batch_norm,
-    pick,
     source_task,
     task_head,
 )
+from fast.heads.forward import check_takes
 from fast.train.device import pick_device
 from fast.train.early_stopping import EarlyStopping
 from fast.train.finite import check_data, check_finite, warn_diverged
@@ -118,7 +119,7 @@ class Trainer:
 
         self.autocast_dtype = autocast_dtype(config.precision, self.device)
         self.model = model.to(self.device)
-        self.augment = Augmentation(transform, self.model)
+        self.augment = Augmentation(transform, partial(check_takes, self.model, name="transform"))
         self.identity: dict[str, str | None] = {}
         if self.folder is not None:
             self.environment = environment(self.device, transform)
@@ -164,8 +165,7 @@ class Trainer:
             rehearsed = target_inputs(self.batches, min(OWN_INPUTS, self.steps * self.source_size))
             if rehearsed.size < LEAST:  # of one shape, too few to say how much features vary
                 self.rehearsed, self.source_size, rehearsed = "", 0, None
-        with taking("train", sample, model), evaluating(model):
-            forward_logits(model, pick(sample, slice(2)))
+        check_takes(model, sample, "train")
         last = head_is_last(model, sample, config.head)
         if config.head_steps and not last:
             raise ValueError(
@@ -222,7 +222,7 @@ class Trainer:
             check_finite_inputs(inputs, "train", index)
         if length(inputs) > 1 or self.batches.steps_per_epoch == 1:
             return inputs
-        both = joined(inputs, next(stream)[0])
+        both = join(inputs, next(stream)[0])
         return inputs if both is None else both
 
     def run(self, began: Callable[[], None] = lambda: None) -> Result:

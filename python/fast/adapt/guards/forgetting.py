@@ -7,13 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.adapt.config import Budget
-from fast.curvature.card.answers import (
-    SourceInputs,
-    divergence,
-    expected_rise,
-    source_answers,
-    source_features,
-)
+from fast.curvature.card.answers import divergence, expected_rise
+from fast.data.source_inputs import SourceInputs
+from fast.heads.outputs import source_features, source_logits
 
 # Cosines are divided by it, as in contrastively trained encoders (MoCo, He et al. 2020,
 # arXiv 1911.05722).
@@ -64,7 +60,7 @@ class ForgettingMeter:
         self.labels = y
         self.by_features = skill == "features"
         if not self.by_features:
-            answers = source_answers(model, samples)
+            answers = source_logits(model, samples)
             if y is not None and top is None:
                 top = int(y.max())
             if y is not None and top is not None and top >= answers.shape[1]:
@@ -125,7 +121,7 @@ class ForgettingMeter:
     def _answers(self, model: nn.Module, size: int) -> Tensor:
         part = self.samples if size == self.size else self.samples.part(0, size)
         if not self.by_features:
-            return source_answers(model, part)
+            return source_logits(model, part)
         features = F.normalize(source_features(model, part).double(), dim=1)
         return by_neighbours(features, self.labels)
 

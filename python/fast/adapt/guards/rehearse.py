@@ -29,7 +29,7 @@ from fast.adapt.guards.base import Guard, Seen, SourceBatch
 from fast.adapt.plan import TARGET_INPUTS
 from fast.data.dataset import Data
 from fast.data.source_inputs import SourceInputs
-from fast.data.stream import TrainBatches
+from fast.data.stream import TrainBatches, row_batches
 from fast.data.trees import length, move, pick
 from fast.heads import by_sample, features_of
 
@@ -138,19 +138,18 @@ class Rehearsal(Guard):
         # The mean over features: a constant feature would blow up a variance of its own.
         self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
         count = len(self.features)
-        inputs = pick(samples.inputs, slice(count))
-        data = Data("source_inputs", inputs=inputs, labels=torch.arange(count))
-        self._batches = TrainBatches(data, size, seed)
-        self._stream: Iterator[tuple[Any, Tensor, Any]] = iter(())
+        self.inputs = pick(samples.inputs, slice(count))
+        self._size, self._seed = size, seed
+        self._rows: Iterator[Tensor] = iter(())
         self._next = -1
 
     def source_batch(self, step: int) -> SourceBatch:
         if step != self._next:
-            self._stream = self._batches.from_step(step)
-        inputs, rows, _ = next(self._stream)
+            self._rows = row_batches(len(self.features), self._size, self._seed, step)
+        rows = next(self._rows)
         self._next = step + 1
         features = self.features[rows.to(self.features.device)]
-        return SourceBatch(inputs=inputs, reference=features, total=len(rows))
+        return SourceBatch(inputs=pick(self.inputs, rows), reference=features, total=len(rows))
 
     def penalty(self, seen: Seen) -> Tensor | None:
         if seen.source is None or seen.source_features is None:

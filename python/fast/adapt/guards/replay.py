@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.adapt.guards.base import Guard, Seen
-from fast.curvature.card.answers import source_answers
-from fast.data.dataset import Data
 from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
-from fast.data.stream import TrainBatches
+from fast.data.stream import row_batches
 from fast.data.trees import move, pick
 from fast.heads import forward_logits, source_task
 from fast.heads.class_axis import classes_second
+from fast.heads.outputs import source_logits
 
 
 class Replay(Guard):
@@ -49,23 +48,23 @@ class Replay(Guard):
         samples = samples.to(next(model.parameters()).device)
         labels = samples.labels
         if labels is not None:
-            num_classes = source_answers(model, samples.part(0, 2)).shape[1]
+            num_classes = source_logits(model, samples.part(0, 2)).shape[1]
             check_labels(labels, num_classes, "source_inputs")
-        self.answers = source_answers(model, samples).softmax(1) if labels is None else labels
-        rows = torch.arange(samples.size)
-        data = Data("source_inputs", inputs=samples.inputs, labels=rows)
-        self._batches = TrainBatches(data, batch_size, seed)
-        self._stream: Iterator[Any] = iter(())
-        self._step, self._batch = -1, (None, torch.empty(0))
+        self.answers = source_logits(model, samples).softmax(1) if labels is None else labels
+        self.inputs = samples.inputs
+        self._size, self._seed = batch_size, seed
+        self._rows: Iterator[Tensor] = iter(())
+        self._next = -1
+        self._batch: tuple[Any, Tensor] = (None, self.answers)
 
     def batch(self, step: int) -> tuple[Any, Tensor]:
         """Inputs of a step, and what to answer; they depend on the seed and on `step` alone."""
-        if step != self._step:
-            if step != self._step + 1 or self._step < 0:
-                self._stream = self._batches.from_step(step)
-            inputs, rows, _ = next(self._stream)
-            self._batch = inputs, self.answers[rows.to(self.answers.device)]
-            self._step = step
+        if step != self._next - 1:
+            if step != self._next:
+                self._rows = row_batches(len(self.answers), self._size, self._seed, step)
+            rows = next(self._rows)
+            self._batch = pick(self.inputs, rows), self.answers[rows.to(self.answers.device)]
+            self._next = step + 1
         return self._batch
 
     def penalty(self, seen: Seen) -> Tensor | None:

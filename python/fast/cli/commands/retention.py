@@ -156,7 +156,8 @@ def settings(
 
 def _steps(config: TrainConfig, data: dict[str, Any]) -> int:
     """Length of a run."""
-    from fast.data.dataset import TrainBatches, as_data
+    from fast.data.dataset import as_data
+    from fast.data.stream import TrainBatches
 
     if config.steps is not None:
         return config.steps
