@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypedDict
 
 from fast.adapt.methods import METHODS
 
@@ -59,16 +60,26 @@ def option(
     choices: Iterable[str] | None = None,
     least: int | None = None,
     positive: bool = False,
+    place: bool = False,
 ) -> Any:
     """A field of an options record.
 
     Args:
         least: 0 or 1, the smallest value.
         positive: values must be more than 0.
+        place: it says where or how a run is shown, not what it computes, and may differ on resume.
     """
     choices = None if choices is None else tuple(choices)
-    metadata = {"help": help, "choices": choices, "least": least, "positive": positive}
-    return field(default=default, metadata=metadata)
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "least": least,
+            "positive": positive,
+            "place": place,
+        },
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +163,9 @@ class AdaptConfig:
     schedule: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
     warmup: int = option(0, "steps of linear warm-up", least=0)
     grad_accum_steps: int = option(1, "micro-batches per optimizer step", least=1)
-    max_grad_norm: float | None = option(None, "clip the global gradient norm to this", positive=True)
+    max_grad_norm: float | None = option(
+        None, "clip the global gradient norm to this", positive=True
+    )
 
     def __post_init__(self) -> None:
         types = field_types(type(self))
@@ -189,6 +202,16 @@ class AdaptConfig:
         """The name of the layer that makes the logits, where the user gave it."""
         return None if self.head in (NEW, KEEP) else self.head
 
+    @classmethod
+    def places(cls) -> set[str]:
+        """Names of the options that say where or how a run is shown."""
+        return {f.name for f in dataclasses.fields(cls) if f.metadata["place"]}
+
+    def computed(self) -> dict[str, Any]:
+        """The options that decide what is computed, as JSON has them."""
+        options = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in options.items() if name not in self.places()}
+
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
         """The value as JSON has it: numpy's numbers become Python's."""
         if value is None or str in kinds:
@@ -205,6 +228,36 @@ class AdaptConfig:
                 raise ValueError(f"{name} must be a number; got {value!r}")
             return float(value)
         return value
+
+
+class AdaptOptions(TypedDict, total=False):
+    """The fields of `AdaptConfig` as keyword arguments, for type checkers."""
+
+    method: str
+    steps: int | None
+    epochs: int | None
+    batch_size: int
+    lr: float | None
+    seed: int
+    head: str | None
+    max_entropy: bool | None
+    head_lr_scale: float | None
+    anchor_decay: float | None
+    weight_decay: float
+    distill: float | None
+    forget_budget: str | float | None
+    source_skill: str
+    stall: int | None
+    ramp: int | None
+    head_steps: int | None
+    rehearse: float | None
+    average: int | None
+    probe_steps: int | None
+    batch_norm: str | None
+    schedule: str
+    warmup: int
+    grad_accum_steps: int
+    max_grad_norm: float | None
 
 
 def field_types(record: type) -> dict[str, tuple[type, ...]]:

@@ -14,7 +14,6 @@ from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.optim import SGD, AdamW
 from fast.optim.param_groups import param_groups
-from fast.optim.unfused import UnfusedPull
 
 Groups = list[dict[str, Any]]
 MakeOptimizer = Callable[[Groups], Optimizer]
@@ -53,9 +52,11 @@ class AnchoredOptimizer:
         for group in _backbone(groups):
             if card is not None:
                 group["curvature"] = card.curvature_for(group["params"])
-        self.unfused: UnfusedPull | None = None
+        self.unfused: Any = None
         if optimizer is not None:
             self.optimizer = self._foreign(groups, optimizer, own_lr)
+            from fast.optim.unfused import UnfusedPull
+
             self.unfused = UnfusedPull(self.optimizer)
         else:
             fused: Any = AdamW
@@ -120,6 +121,14 @@ class AnchoredOptimizer:
         """Multiply the learning rate of all groups, beside what a scheduler sets."""
         for group in self.optimizer.param_groups:
             group["restraint"] = factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizer's own state does not hold."""
+        return {} if self.unfused is None else self.unfused.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.unfused is not None:
+            self.unfused.load_state_dict(state)
 
 
 def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:

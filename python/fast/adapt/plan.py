@@ -44,6 +44,7 @@ class Plan:
             features are rehearsed.
         rehearsed: whose features: `"source inputs"`, `"target inputs"`, or `""` for none.
         head: `"new"` or `"keep"`.
+        weighted: source curvature weights the pull, where the method uses it.
 
     The other fields are the options of the same name (`fast.adapt.config.AdaptConfig`).
     """
@@ -55,6 +56,7 @@ class Plan:
     rehearsed: str
     lr: float
     head: str
+    weighted: bool
     max_entropy: bool
     head_lr_scale: float
     anchor_decay: float
@@ -190,6 +192,7 @@ def plan_for(
         rehearsed=rehearsed,
         lr=setting(config.lr, lr),
         head="new" if new_head else "keep",
+        weighted=weighted,
         max_entropy=new_head
         and (method.max_entropy if config.max_entropy is None else config.max_entropy),
         head_lr_scale=setting(config.head_lr_scale, method.head_lr_scale) if new_head else 1.0,

@@ -1,4 +1,4 @@
-"""Back to a network as it was: where an adaptation fails to begin, and where it made things worse."""
+"""Back to a network as it was: where an adaptation fails to begin, or makes things worse."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class RollbackOnError:
 
 
 class HeadStart:
-    """The network before its first step: the pretrained backbone with a head taught on its features.
+    """The network before its first step: the pretrained backbone and a head taught on its features.
 
     With few samples it can be better than all that comes after it.
 

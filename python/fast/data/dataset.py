@@ -166,8 +166,11 @@ class Data:
         return count
 
 
-def as_data(data: Any, name: str) -> Data:
+def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
     """Accept (x, y) tensors (x may be a mapping or tuple), a Dataset, or a DataLoader.
+
+    Args:
+        any_labels: take labels that are no class indices.
 
     Raises:
         TypeError: something else; ValueError: empty, or lengths that differ.
@@ -197,7 +200,11 @@ def as_data(data: Any, name: str) -> Data:
             raise ValueError(f"{name}: no samples")
         if name == "train":
             warn_unscaled(inputs, name)
-        return Data(name, inputs=inputs, labels=check_labels(labels, None, name))
+        return Data(
+            name,
+            inputs=inputs,
+            labels=labels if any_labels else check_labels(labels, None, name),
+        )
     dataset = map_style(data, name)
     if dataset is None:
         raise TypeError(

@@ -130,7 +130,15 @@ def replace_head(
         ValueError: no head was found, several layers make the logits together, the head was
             replaced before, or `num_classes` is not in 2..1,000,000. The model is as it was.
     """
-    num_classes = check_num_classes(num_classes)
+    return put_head(
+        model, check_num_classes(num_classes), sample=sample, max_entropy=max_entropy, head=head
+    )
+
+
+def put_head(
+    model: nn.Module, num_outputs: int, *, sample: Any, max_entropy: bool, head: str | None
+) -> nn.Module:
+    """`replace_head` for any number of outputs, of which a regression has one."""
     inner = unwrap(model)
     if task_head(inner) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
@@ -140,9 +148,9 @@ def replace_head(
     if sample is not None:
         check_alone(inner, found, sample, named=head is not None, learns=max_entropy)
     trainable = [p.requires_grad for p in found.module.parameters()]
-    made = _new_head(inner, found, num_classes, max_entropy)
+    made = _new_head(inner, found, num_outputs, max_entropy)
     found.put(made)
-    announce_classes(inner, num_classes)
+    announce_classes(inner, num_outputs)
     made.train(inner.training)
     try:
         if sample is not None:
@@ -230,7 +238,7 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
     return model
 
 
-def features_of(model: nn.Module, head: TaskHead, inputs: Any) -> Tensor:
+def features_of(model: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
     """What the head sees of a batch of inputs: `[B, D]`, or what the network has there."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

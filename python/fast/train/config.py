@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fast.adapt.config import AdaptConfig, option
+from fast.adapt.config import AdaptConfig, AdaptOptions, option
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PATHS = ("output", "resume", "device")
@@ -31,14 +31,16 @@ class TrainConfig(AdaptConfig):
         None, "stop after this many evaluations without a better val", least=1
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)"
+        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)", place=True
     )
-    output: str | None = option(None, "folder for model, checkpoints, config and log")
+    output: str | None = option(None, "folder for model, checkpoints, config and log", place=True)
     save_every: int | None = option(
-        None, "steps between checkpoints (default: at evaluations)", least=1
+        None, "steps between checkpoints (default: at evaluations)", least=1, place=True
     )
-    resume: str | None = option(None, "folder of an interrupted run to go on with")
-    progress: bool | None = option(None, "progress bar (default: when stderr is a terminal)")
+    resume: str | None = option(None, "folder of an interrupted run to go on with", place=True)
+    progress: bool | None = option(
+        None, "progress bar (default: when stderr is a terminal)", place=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,3 +62,19 @@ class TrainConfig(AdaptConfig):
                     f"class_weights must be 'balanced' or one weight per class; got {value!r}"
                 ) from error
         return super()._plain(name, value, kinds)
+
+
+class TrainOptions(AdaptOptions, total=False):
+    """The fields of `TrainConfig` as keyword arguments, for type checkers."""
+
+    optimizer: str
+    eval_every: int | None
+    precision: str
+    label_smoothing: float
+    class_weights: str | tuple[float, ...] | None
+    patience: int | None
+    device: str | None
+    output: str | None
+    save_every: int | None
+    resume: str | None
+    progress: bool | None

@@ -12,7 +12,6 @@ costs a third more work per step and the memory of the weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +156,3 @@ class Distillation(Guard):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["live"]:
             self.go_live()
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """A copy of a network that does not learn."""
-    return copy.deepcopy(model).requires_grad_(False)

@@ -34,8 +34,8 @@ from fast.data.trees import length, move, pick
 from fast.heads import by_sample, features_of
 
 SHARE = 1 / 8
-# The e that is pulled back at the plain weight. At the end of a run it was 0.03-0.05 of ResNet-20 on
-# signs, and 0.4 of a MobileNet without norm layers.
+# The e that is pulled back at the plain weight. At the end of a run it was 0.03-0.05 for ResNet-20
+# on signs, and 0.4 for a MobileNet without norm layers.
 TOLERANCE = 0.1
 # The largest pull, as a multiple of that of e.
 STEEPEST = 3.0
