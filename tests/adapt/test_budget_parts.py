@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fast.adapt.guards.protect import hold_back
 from torch import nn
 
 import fast
-from fast.adapt.config import Budget, TrainConfig
+from fast.adapt.config import Budget
 from fast.adapt.guards.budget import (
     AIM,
     LAST_CHECKS,
@@ -26,10 +27,10 @@ from fast.adapt.guards.budget import (
     last_samples,
 )
 from fast.adapt.guards.forgetting import TEMPERATURE, Gauge, by_neighbours
-from fast.adapt.guards.protect import hold_back
 from fast.curvature.card.answers import divergence, expected_rise
 from fast.curvature.card.calibrate import Calibration
 from fast.data.source_inputs import SourceInputs
+from fast.train.config import TrainConfig
 from networks import ConvNet, images
 
 X, Y = images(60, 5, seed=4)

@@ -12,16 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fast
-from fast.adapt.config import TrainConfig
 from fast.adapt.guards.distill import CachedDistillation, LiveDistillation, digest
 from fast.adapt.guards.rehearse import TOLERANCE, HeadInput, Rehearsal, depends_on_mode, places_for
 from fast.adapt.guards.weight_average import Average
-from fast.adapt.head_start import head_is_last
+from fast.adapt.network.head_start import head_is_last
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import join
 from fast.heads import features_of, find_head, set_batch_norm, source_task, task_head
 from fast.heads.outputs import source_features
 from fast.models.saved import load_saved
+from fast.train.config import TrainConfig
 from fast.train.trainer import Trainer
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 

@@ -13,9 +13,9 @@ from torch.utils.data import (
 )
 
 import fast
-from fast.adapt.config import TrainConfig
 from fast.data.dataset import as_data, split_batch
 from fast.data.stream import TrainBatches
+from fast.train.config import TrainConfig
 from fast.train.trainer import Trainer
 from networks import ConvNet, images
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,65 +15,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fast.adapt import prepare
 from fast.adapt.card import CARD_SAMPLES, bound_card, estimate_card
-from fast.adapt.checks import check_gradients
 from fast.adapt.config import AdaptConfig, AdaptOptions
-from fast.adapt.guards.base import Guard, Seen, SourceBatch
+from fast.adapt.guards.base import Guard, MicroBatch, Seen, SourceBatch
 from fast.adapt.guards.budget import ForgettingBudget
-from fast.adapt.guards.distill import Distillation
 from fast.adapt.guards.forgetting import hold_back
-from fast.adapt.guards.rehearse import Rehearsal
 from fast.adapt.guards.replay import Replay
 from fast.adapt.guards.weight_average import WeightAverage
-from fast.adapt.head_start import start_head
 from fast.adapt.loss import Loss
 from fast.adapt.methods import METHODS
+from fast.adapt.network.adapted import AdaptedNetwork
+from fast.adapt.network.prepare import prepare
+from fast.adapt.network.rollback import HeadStart, RollbackOnError
+from fast.adapt.network.shared_forward import shares
 from fast.adapt.optimizer import AnchoredOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.rollback import HeadStart, RollbackOnError
 from fast.adapt.schedule import lr_factor
-from fast.adapt.setup import Setup, settle
-from fast.adapt.shared_forward import HeadInput, cuts_at_head, depends_on_mode, shares
+from fast.adapt.setup import Setup, check_gradients, settle
 from fast.adapt.state import check_state
 from fast.curvature.card import SourceCard
-from fast.data.labels import check_labels
 from fast.data.source_inputs import target_inputs
-from fast.data.trees import leaves, length, move, pick
+from fast.data.trees import length, move, pick
 from fast.heads import (
-    find_head,
-    folds_positions,
-    forward_logits,
-    has_batch_norm,
-    own_parameters,
-    set_batch_norm,
-    source_task,
-    task_head,
     unwrap,
 )
-from fast.heads.replace import put_head
 
-log = logging.getLogger("fast")
 FORMAT = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A micro-batch, and what its share of the penalties is counted by.
-
-    Attributes:
-        inputs: of the target `[B, ...]`.
-        places, remembered: see `fast.adapt.guards.base.Seen`.
-        source: source inputs that ride along, or None.
-        part, parts: which micro-batch of how many.
-    """
-
-    inputs: Any
-    places: Tensor
-    remembered: int
-    source: SourceBatch | None
-    part: int
-    parts: int
 
 
 class Adaptation:
@@ -158,8 +123,7 @@ class Adaptation:
         self._micro_batches = 0
         self._pull_factor = 1.0
         with RollbackOnError(self.model):
-            if card is not None and not isinstance(card, SourceCard):
-                card = bound_card(card, self.model)
+            bound = None if card is None else bound_card(card, self.model)
             setup = settle(
                 self.config,
                 self.model,
@@ -169,73 +133,71 @@ class Adaptation:
                 has_card=card is not None,
                 any_labels=loss is not None and not isinstance(loss, Loss),
             )
-            self._set_up(
-                setup, card, loss or Loss(None, 0.0), make, augmented, autocast_dtype, resuming
+            self.num_classes, self._batches = setup.num_classes, setup.batches
+            # The source is measured at the pretrained weights, before the network changes.
+            self.source, meter = setup.source, None
+            if self.source is not None:
+                self.source, meter = hold_back(
+                    self.model,
+                    self.source,
+                    budget=self.config.budget,
+                    skill=self.config.source_skill,
+                )
+            self.held_back = meter.samples if meter is not None else None
+            if bound is None and setup.plan.weighted and not resuming:
+                bound = self._own_card(setup)
+            replay = self._replay(setup)
+            with torch.autocast(
+                setup.device.type, autocast_dtype, enabled=autocast_dtype is not None
+            ):
+                self._network = AdaptedNetwork(
+                    self.model,
+                    None if self.config.keeps_head else setup.num_classes,
+                    sample=setup.sample,
+                    max_entropy=setup.plan.max_entropy,
+                    head_name=self.config.head_name,
+                )
+                self._distillation, rehearsal = prepare(
+                    self._network,
+                    setup,
+                    samples=self.source,
+                    loss=loss or Loss(None, 0.0),
+                    augmented=augmented,
+                    resuming=resuming,
+                    seed=self.config.seed,
+                )
+            weighted = setup.plan.weighted and METHODS[self.config.method].card_decay is not None
+            self._anchored = AnchoredOptimizer(
+                model=self.model,
+                plan=setup.plan,
+                card=bound if weighted else None,
+                optimizer=make,
+                sample=setup.sample,
+                own_lr=self.config.lr is not None,
             )
-
-    def _set_up(
-        self,
-        setup: Setup,
-        card: SourceCard | None,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        make: MakeOptimizer | None,
-        augmented: bool,
-        autocast_dtype: torch.dtype | None,
-        resuming: bool,
-    ) -> None:
-        """Measure the source at the pretrained weights, then change the network."""
-        config, plan, model = self.config, setup.plan, self.model
-        self.num_classes, self._batches = setup.num_classes, setup.batches
-        self.source, meter = setup.source, None
-        budget = config.budget
-        if self.source is not None:
-            self.source, meter = hold_back(
-                model, self.source, budget=budget, skill=config.source_skill
-            )
-        self.held_back = meter.samples if meter is not None else None
-        weighted = plan.weighted and METHODS[config.method].card_decay is not None
-        if card is None and plan.weighted and not resuming:
-            card = self._own_card(setup)
-        replay = None
-        if METHODS[config.method].replay:
-            if self.source is None:
-                raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
-            replay = Replay(
-                model=model, samples=self.source, batch_size=setup.batch_size, seed=config.seed
-            )
-        device = next(model.parameters()).device
-        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            penalties = self._change_network(setup, loss, augmented, resuming)
-        self._anchored = AnchoredOptimizer(
-            model=model,
-            plan=plan,
-            card=card if weighted else None,
-            optimizer=make,
-            sample=setup.sample,
-            own_lr=config.lr is not None,
-        )
         self.optimizer: Optimizer = self._anchored.optimizer
-        self.plan, self.drift = self._anchored.plan, self._anchored.drift
-        self.average: WeightAverage | None = None
+        self.plan = plan = self._anchored.plan
+        self.drift = self._network.drift = self._anchored.drift
+        self.head_start = HeadStart(self.model, self.drift) if plan.head_steps else None
+        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.average = None
         if plan.average:
-            self.average = WeightAverage(self._anchored.params, plan.average, plan.stall)
+            self.average = WeightAverage(self.params, plan.average, plan.stall)
         self.budget = ForgettingBudget(
-            model=model,
+            model=self.model,
             plan=plan,
             batch_size=setup.batch_size,
-            budget=budget,
+            budget=self.config.budget,
             meter=meter,
-            card=card,
+            card=bound,
             weighted=weighted,
-            stats=self._anchored.stats,
+            stats=self.stats,
             drift=self.drift,
             average=self.average,
             set_pull=self.set_pull,
         )
-        after = [replay, self.average, self.budget]
-        self.guards: list[Guard] = [*penalties, *(g for g in after if g is not None)]
-        self.head_start = HeadStart(model, self.drift) if plan.head_steps else None
-        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+        guards = (self._distillation, rehearsal, replay, self.average, self.budget)
+        self.guards: list[Guard] = [guard for guard in guards if guard is not None]
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
 
@@ -246,119 +208,17 @@ class Adaptation:
         seen = setup.plan.steps * setup.batch_size
         return estimate_card(self.model, samples, seen=seen, seed=self.config.seed)
 
-    def _change_network(
-        self,
-        setup: Setup,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        augmented: bool,
-        resuming: bool,
-    ) -> list[Guard]:
-        """The head, calibrated and taught; the guards that hold the function."""
-        config, plan, model, batches = self.config, setup.plan, self.model, setup.batches
-        self._put_head(setup)
-        prepare.check_backbone(
-            model, own_parameters(model, self._own), METHODS[config.method].replay, config.method
+    def _replay(self, setup: Setup) -> Replay | None:
+        if not METHODS[self.config.method].replay:
+            return None
+        if self.source is None:
+            raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
+        return Replay(
+            model=self.model,
+            samples=self.source,
+            batch_size=setup.batch_size,
+            seed=self.config.seed,
         )
-        set_batch_norm(model, plan.batch_norm)
-        if plan.batch_norm == "per_task" and not resuming:
-            prepare.calibrate_batch_norm(model, batches)
-        rehearsed = setup.own if setup.own is not None else self.source
-        rehearses = bool(plan.rehearse) and rehearsed is not None and bool(plan.source_size)
-        folded = bool(plan.distill or rehearses) and folds_positions(
-            model, self._head, setup.sample
-        )
-        remembers = bool(plan.distill) and not augmented and prepare.same_at_each_visit(batches)
-        if remembers or not resuming:
-            first = prepare.first_pass(
-                model,
-                self._head,
-                self._source_layer,
-                None if resuming else self._norm,
-                batches,
-                plan=plan,
-                remembers=remembers,
-            )
-        if self._norm is not None:
-            self._norm.deferred = True
-        task = task_head(model)
-        if plan.head_steps and not resuming and task is not None:
-            labels = first.labels
-            if isinstance(loss, Loss):
-                labels = check_labels(labels, self.num_classes, "train")
-            start_head(
-                task,
-                first.features,
-                labels.to(first.features.device),
-                loss=loss,
-                steps=plan.head_steps,
-                seed=config.seed,
-            )
-        guards: list[Guard] = []
-        self._distillation: Distillation | None = None
-        self._apart = False
-        if plan.distill:
-            self._distillation = Distillation(
-                source=self._source_layer,
-                weight=plan.distill,
-                remembered=first.remembered if remembers else None,
-                frozen_copy=self._frozen_copy,
-            )
-            guards.append(self._distillation)
-        if rehearses:
-            with source_task(model):
-                guards.append(
-                    Rehearsal(
-                        model=model,
-                        head=self._head,
-                        samples=rehearsed,
-                        name="train" if setup.own is not None else "source_inputs",
-                        size=plan.source_size,
-                        weight=plan.rehearse,
-                        seed=config.seed,
-                    )
-                )
-            few = move(rehearsed.part(0, 8).inputs, next(model.parameters()).device)
-            self._apart = (
-                (plan.batch_norm == "per_task" and has_batch_norm(model))
-                or folded
-                or depends_on_mode(model, self._head, few)
-                or not cuts_at_head(model, self._head, setup.sample, few)
-            )
-        self._head_input = HeadInput(self._head) if guards else None
-        return guards
-
-    def _put_head(self, setup: Setup) -> None:
-        """The module whose input the features are, and the layers of target and source in it."""
-        config, model = self.config, self.model
-        self._norm = None
-        if config.keeps_head:
-            self._head = self._own = self._source_layer = find_head(model, setup.sample).module
-            return
-        put_head(
-            model,
-            self.num_classes,
-            sample=setup.sample,
-            max_entropy=setup.plan.max_entropy,
-            head=config.head_name,
-        )
-        head = task_head(model)
-        assert head is not None
-        self._head, self._own, self._source_layer = head, head.linear, head.source
-        self._norm = head.norm
-
-    def _frozen_copy(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """The network at the pretrained weights, its head, and the source's layer in it."""
-        names = {id(module): name for name, module in self.model.named_modules()}
-        copied = copy.deepcopy(self.model).requires_grad_(False)
-        if self.done:
-            params = dict(zip(map(id, self.drift.params), self.drift.anchors, strict=True))
-            for p, q in zip(self.model.parameters(), copied.parameters(), strict=True):
-                if id(p) in params:
-                    q.copy_(params[id(p)])
-        head, source = (
-            copied.get_submodule(names[id(m)]) for m in (self._head, self._source_layer)
-        )
-        return copied, head, source
 
     # The loop.
 
@@ -421,27 +281,23 @@ class Adaptation:
         part = self._micro_batches % parts
         self._micro_batches += 1
         if self._distillation is not None and rows is not None:
-            self._check_rows(inputs, rows)
+            self._distillation.check(rows, inputs)
         places = self._places(inputs, rows)
         source = shares(self._source_batch(), parts)[part]
         if source is not None:
-            source = SourceBatch(
-                inputs=source.inputs, reference=source.reference, total=source.total / parts
-            )
-        logits, penalties = self._run(
-            Part(
-                inputs=inputs,
-                places=places,
-                remembered=int((places >= 0).sum()),
-                source=source,
-                part=part,
-                parts=parts,
-            ),
-            model,
+            source = replace(source, total=source.total / parts)
+        batch = MicroBatch(
+            inputs=inputs,
+            places=places,
+            remembered=int((places >= 0).sum()),
+            source=source,
+            part=part,
+            parts=parts,
         )
-        return logits, sum(penalties, torch.zeros((), device=logits.device))
+        logits, inside, outside = self.forward_part(batch, model)
+        return logits, inside + outside
 
-    def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[Part]:
+    def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
         """A step's batch in micro-batches of `size`, whose penalties add up to the batch's.
 
         Args:
@@ -449,52 +305,38 @@ class Adaptation:
             rows: see `forward`.
         """
         places = self._places(inputs, rows)
-        count = math.ceil(length(inputs) / size)
-        sources = shares(self._source_batch(), count)
+        slices = [slice(i, i + size) for i in range(0, length(inputs), size)]
+        sources = shares(self._source_batch(), len(slices))
         return [
-            Part(
-                inputs=pick(inputs, slice(i * size, (i + 1) * size)),
-                places=places[i * size : (i + 1) * size],
+            MicroBatch(
+                inputs=pick(inputs, part),
+                places=places[part],
                 remembered=int((places >= 0).sum()),
                 source=source,
                 part=i,
-                parts=count,
+                parts=len(slices),
             )
-            for i, source in enumerate(sources)
+            for i, (part, source) in enumerate(zip(slices, sources, strict=True))
         ]
 
-    def forward_part(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """Run a micro-batch that `parts` made.
+    def forward_part(
+        self, batch: MicroBatch, model: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a micro-batch.
 
         Returns:
             target logits; the penalty that belongs to the reported loss, `[]`; and the one that
             does not (replay), `[]`.
         """
-        logits, penalties = self._run(part, None)
-        return logits, *penalties
-
-    def _run(self, part: Part, model: nn.Module | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        device = next(self.model.parameters()).device
-        inputs = move(part.inputs, device)
-        network = self.model if model is None else model
-        features, source_features = torch.empty(0, device=device), None
-        if self._head_input is None:
-            logits = forward_logits(network, inputs)
-        else:
-            source = None if part.source is None else move(part.source.inputs, device)
-            logits, features, source_features = self._head_input.forward(
-                network, inputs, source, self._apart
-            )
+        device = self._network.device
+        inputs = move(batch.inputs, device)
+        logits, features, source_features = self._network.forward(model, inputs, batch.source)
         seen = Seen(
             model=self.model,
             step=self.done,
-            part=part.part,
-            parts=part.parts,
+            batch=batch,
             inputs=inputs,
-            places=part.places,
-            remembered=part.remembered,
             features=features,
-            source=part.source,
             source_features=source_features,
         )
         inside, outside = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -504,7 +346,7 @@ class Adaptation:
                 inside = inside + penalty
             elif penalty is not None:
                 outside = outside + penalty
-        return logits, (self._pull_factor * inside, outside)
+        return logits, self._pull_factor * inside, outside
 
     def _places(self, inputs: Any, rows: Tensor | None) -> Tensor:
         if self._distillation is None:
@@ -515,23 +357,6 @@ class Adaptation:
         batches = (guard.source_batch(self.done) for guard in self.guards)
         return next((batch for batch in batches if batch is not None), None)
 
-    def _check_rows(self, inputs: Any, rows: Tensor) -> None:
-        """Answers that are remembered by row hold for the inputs of these rows alone."""
-        distillation, data = self._distillation, self._batches.data
-        if distillation is None or distillation.live or data.inputs is None:
-            return
-        own = leaves(move(pick(data.inputs, rows.cpu()), leaves(inputs)[0].device))
-        same = all(
-            a.shape == b.shape and torch.equal(a, b)
-            for a, b in zip(leaves(inputs), own, strict=True)
-        )
-        if not same:
-            log.info(
-                "the inputs of these rows are not those of the training data: source answers come "
-                "from a frozen copy of the network from now on"
-            )
-            distillation.go_live()
-
     # What follows a step.
 
     def _before_step(self, *_: Any) -> None:
@@ -541,8 +366,8 @@ class Adaptation:
     def _after_step(self, *_: Any) -> None:
         self.done += 1
         self._micro_batches = 0
-        if self._norm is not None:
-            self._norm.update_deferred()
+        if self._network.norm is not None:
+            self._network.norm.update_deferred()
         for guard in self.guards:
             guard.after_step(self.done)
         self._anchored.restrain(math.prod(guard.lr_factor() for guard in self.guards))
@@ -596,10 +421,7 @@ class Adaptation:
 
     def close(self) -> None:
         """Remove what watches the head; the penalty ends with it."""
-        if self._head_input is not None:
-            self._head_input.close()
-        if self._norm is not None:
-            self._norm.stop_deferring()
+        self._network.close()
         for guard in self.guards:
             guard.close()
 

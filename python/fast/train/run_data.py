@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fast.adapt.checks import check_data
-from fast.adapt.setup import kept_outputs, target_classes
+from fast.adapt.setup import check_data, kept_outputs, target_classes
 from fast.data.augment import Transform
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels

@@ -25,31 +25,44 @@ class SourceBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A part of a step's batch, or all of it.
+
+    Attributes:
+        inputs: of the target, `[B, ...]`.
+        places: where each target sample's remembered source answer is, `[B]` on the CPU; -1: none
+            is remembered.
+        remembered: samples of the whole step with a place.
+        source: source inputs that run beside them, or None.
+        part, parts: number of the micro-batch, and how many the step has.
+    """
+
+    inputs: Any
+    places: Tensor
+    remembered: int
+    source: SourceBatch | None
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a forward pass showed of a target batch, or of a micro-batch of it.
+    """What a forward pass showed of a micro-batch.
 
     Attributes:
         model: the network, unwrapped.
         step: 0-based.
-        part, parts: number of the micro-batch, and how many the step has.
-        inputs: target inputs `[B, ...]`, on the model's device.
-        places: where each target sample's remembered source answer is, `[B]` on the CPU; -1: none
-            is remembered.
-        remembered: samples of the step with a place.
-        features: what the head saw of the target inputs, `[B, D]` or `[B, T, D]`.
-        source: the source inputs that ran beside them, or None.
-        source_features: what the head saw of those, or None.
+        batch: the micro-batch.
+        inputs: its target inputs, on the model's device.
+        features: what the head saw of them, `[B, D]` or `[B, T, D]`; None where no guard asks.
+        source_features: what the head saw of the source inputs, or None.
     """
 
     model: nn.Module
     step: int
-    part: int
-    parts: int
+    batch: MicroBatch
     inputs: Any
-    places: Tensor
-    remembered: int
-    features: Tensor
-    source: SourceBatch | None
+    features: Tensor | None
     source_features: Tensor | None
 
 

@@ -12,6 +12,7 @@ costs a third more work per step and the memory of the weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 
 from fast.adapt.guards.base import Guard, Seen
 from fast.curvature.card.file import fingerprint
-from fast.data.trees import leaves, length, pick
+from fast.data.trees import leaves, length, move, pick
 from fast.heads import by_sample, features_of
+
+log = logging.getLogger("fast")
 
 TEMPERATURE = 2.0
 
@@ -55,12 +58,14 @@ class Remembered:
         num_samples: of the training data.
         digests: of the M inputs; None where a row has the same inputs always. Nothing is
             remembered of other inputs.
+        inputs: of the training data, where they are in memory; else None.
     """
 
     rows: Tensor
     outputs: Tensor
     num_samples: int
     digests: list[str] | None = None
+    inputs: Any = None
 
 
 class Distillation(Guard):
@@ -70,8 +75,8 @@ class Distillation(Guard):
         source: the layer that gives the source's logits, `[B, D] -> [B, C]`.
         weight: of the penalty, in units of the target loss.
         remembered: outputs at w0; or None: a frozen copy gives them.
-        frozen_copy: makes the network as it was at w0, and the module in it whose input and
-            outputs are the head's; called when the copy is first needed.
+        pretrained_copy: makes the network as it was at w0, its head and its source layer; called
+            when the copy is first needed.
     """
 
     def __init__(
@@ -80,14 +85,14 @@ class Distillation(Guard):
         source: nn.Module,
         weight: float,
         remembered: Remembered | None,
-        frozen_copy: Callable[[], tuple[nn.Module, nn.Module, nn.Module]],
+        pretrained_copy: Callable[[], tuple[nn.Module, nn.Module, nn.Module]],
     ) -> None:
         self.source, self.weight = source, weight
-        self._frozen_copy = frozen_copy
+        self._pretrained_copy = pretrained_copy
         self._frozen: tuple[nn.Module, nn.Module, nn.Module] | None = None
         self.remembered = remembered
         if remembered is None:
-            self._frozen = frozen_copy()
+            self._frozen = pretrained_copy()
         else:
             self._place = torch.full((remembered.num_samples,), -1)
             self._place[remembered.rows] = torch.arange(len(remembered.rows))
@@ -100,7 +105,22 @@ class Distillation(Guard):
     def go_live(self) -> None:
         """Take the outputs at w0 from a frozen copy from now on."""
         if not self.live:
-            self.remembered, self._frozen = None, self._frozen_copy()
+            self.remembered, self._frozen = None, self._pretrained_copy()
+
+    def check(self, rows: Tensor, inputs: Any) -> None:
+        """Go live where the inputs of these rows are not those that answers are remembered of."""
+        if self.remembered is None or self.remembered.inputs is None:
+            return
+        came = leaves(inputs)
+        own = leaves(move(pick(self.remembered.inputs, rows.cpu()), came[0].device))
+        if not all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(came, own, strict=True)
+        ):
+            log.info(
+                "the inputs of these rows are not those of the training data: source answers come "
+                "from a frozen copy of the network from now on"
+            )
+            self.go_live()
 
     def places(self, rows: Tensor | None, inputs: Any) -> Tensor:
         """Where the outputs at w0 of each sample are, `[B]` on the CPU; -1: not remembered.
@@ -122,9 +142,9 @@ class Distillation(Guard):
         return places
 
     def penalty(self, seen: Seen) -> Tensor | None:
-        if not seen.remembered:
+        if not seen.batch.remembered or seen.features is None:
             return None
-        rows, outputs = self._before(seen.places, seen.inputs)
+        rows, outputs = self._before(seen.batch.places, seen.inputs)
         if not len(outputs):
             return None
         # Several rows of a sample (tokens, pixels) count as one, on average.
@@ -136,7 +156,7 @@ class Distillation(Guard):
         now = self.source(features)
         if isinstance(self.source, nn.Linear):  # has its classes last, where there are positions
             outputs, now = outputs.movedim(-1, 1), now.movedim(-1, 1)
-        return self.weight * summed_kl(outputs, now) / positions / seen.remembered
+        return self.weight * summed_kl(outputs, now) / positions / seen.batch.remembered
 
     def _before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
         """Rows of the micro-batch whose outputs at w0 there are, and these outputs."""

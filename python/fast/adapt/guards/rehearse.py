@@ -152,16 +152,17 @@ class Rehearsal(Guard):
         return SourceBatch(inputs=pick(self.inputs, rows), reference=features, total=len(rows))
 
     def penalty(self, seen: Seen) -> Tensor | None:
-        if seen.source is None or seen.source_features is None:
+        source = seen.batch.source
+        if source is None or seen.source_features is None:
             return None
-        before = seen.source.reference
+        before = source.reference
         now = by_sample(seen.source_features, len(before))
         e = self.scale * (now.float() - before).square().flatten(1).mean(1)
         with torch.no_grad():
             self._seen += e.sum()
         self._count += len(e)
         pull = F.huber_loss(e, torch.zeros_like(e), reduction="sum", delta=STEEPEST * TOLERANCE)
-        return self.weight / TOLERANCE * pull / seen.source.total
+        return self.weight / TOLERANCE * pull / source.total
 
     def lr_factor(self) -> float:
         return self.restraint

@@ -69,7 +69,8 @@ class Replay(Guard):
     def penalty(self, seen: Seen) -> Tensor | None:
         inputs, answers = self.batch(seen.step)
         n = len(answers)
-        rows = slice(n * seen.part // seen.parts, n * (seen.part + 1) // seen.parts)
+        part, parts = seen.batch.part, seen.batch.parts
+        rows = slice(n * part // parts, n * (part + 1) // parts)
         if rows.start == rows.stop:
             return None
         inputs = move(pick(inputs, rows), answers.device)
