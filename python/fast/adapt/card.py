@@ -19,7 +19,7 @@ CALIBRATION_SAMPLES = 16
 
 
 def bound_card(card: Any, model: nn.Module) -> SourceCard:
-    """A card, or the one in a file, for this model.
+    """A card, or the one in a file, for this model; one that is bound to it stays as it is.
 
     Raises:
         TypeError: something else; ValueError: the card is of another model.
@@ -27,7 +27,7 @@ def bound_card(card: Any, model: nn.Module) -> SourceCard:
     if not isinstance(card, (SourceCard, str, Path)):
         raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
     loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
-    return _without_weights(loaded.bind(model))
+    return loaded if loaded.is_bound(model) else _without_weights(loaded.bind(model))
 
 
 def estimate_card(model: nn.Module, samples: SourceInputs, *, seen: int, seed: int) -> SourceCard:

@@ -67,7 +67,7 @@ def warn_diverged(loss: float | None, num_classes: int) -> None:
     """Warn, on behalf of the caller of `finetune`."""
     message = diverged(loss, num_classes)
     if message:
-        warnings.warn(message, Diverged, stacklevel=4)
+        warnings.warn(message, Diverged, stacklevel=5)
 
 
 def _kept(folder: Path | None) -> str:
