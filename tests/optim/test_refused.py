@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import fast
-from fast.optim import _dtensor, _state
-from fast.optim._dtensor import Place
+from fast.optim import dtensor, storage
+from fast.optim.dtensor import Place
 from fastkernels import _storage
 
 STATE_DTYPES = [None, torch.bfloat16, torch.uint8]
@@ -201,7 +201,7 @@ def test_states_in_the_first_8_bit_code_are_converted():
     state = optimizer.state[p]
     found = _storage.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
     torch.testing.assert_close(found, x, rtol=0.15, atol=0.01)
-    assert optimizer.param_groups[0]["code_format"] == _state.CODE_FORMAT
+    assert optimizer.param_groups[0]["code_format"] == storage.CODE_FORMAT
     plain = stepped(n=9)[1]
     plain.load_state_dict(in_first_format(optimizer, x))
     (state,) = plain.state.values()
@@ -223,9 +223,9 @@ def test_a_clip_coefficient_of_float64_parameters_is_float64(monkeypatch, sharde
     p.grad, q.grad = torch.randn(50, dtype=torch.float64), None
     q.grad = p.grad.clone()
     if sharded:
-        monkeypatch.setattr(_dtensor, "sum_over", lambda groups, values: values)
-        monkeypatch.setattr(_dtensor, "place", lambda t: Place(t.device, ("ranks",)))
-        monkeypatch.setattr(_dtensor, "any_sharded", lambda params: True)
+        monkeypatch.setattr(dtensor, "sum_over", lambda groups, values: values)
+        monkeypatch.setattr(dtensor, "place", lambda t: Place(t.device, ("ranks",)))
+        monkeypatch.setattr(dtensor, "any_sharded", lambda params: True)
     fast.SGD([p], lr=1.0, max_grad_norm=0.3).step()
     torch.nn.utils.clip_grad_norm_([q], 0.3)
     torch.optim.SGD([q], lr=1.0).step()

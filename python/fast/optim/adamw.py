@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 import fastkernels
-
-from ._base import AnchoredOptimizer, finite, number
-from ._batch import Batch, Group
-from ._state import Storage
+from fast.optim.base import AnchoredOptimizer, finite, number
+from fast.optim.batch import Batch, Group
+from fast.optim.storage import Storage
 
 
 class AdamW(AnchoredOptimizer):

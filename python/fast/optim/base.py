@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast.optim import dtensor, storage
+from fast.optim.batch import Batch, Group
+from fast.optim.dtensor import Place
+from fast.optim.loading import LoadingOptimizer
+from fast.optim.progress import Progress, ramp_factor
+from fast.optim.scaling import scale, unscale_
+from fast.optim.storage import CODE_FORMAT, State, Storage
 from fast.profiling import named_range
 from fastkernels._update import STATS
-
-from . import _dtensor, _scaling, _state
-from ._batch import Batch, Group
-from ._dtensor import Place
-from ._loading import LoadingOptimizer
-from ._progress import Progress, ramp_factor
-from ._state import State, Storage
 
 # As functions: a step of thousands of small tensors is mostly Python, which calls these faster.
 _device_of, _layout_of = Tensor.device.__get__, Tensor.layout.__get__  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ class AnchoredOptimizer(LoadingOptimizer):
         self._forget_launches()
         self._step_supports_amp_scaling = True
         keys = {
-            "restraint": 1.0, "progress": 0, "curvature": None, "code_format": _state.CODE_FORMAT
+            "restraint": 1.0, "progress": 0, "curvature": None, "code_format": CODE_FORMAT
         }  # fmt: skip
         super().__init__(params, defaults | keys)
         if curvature is not None:
@@ -64,10 +64,10 @@ class AnchoredOptimizer(LoadingOptimizer):
             group.setdefault("restraint", 1.0)  # states of earlier versions and of torch have none
         formats = {group.get("code_format", 1) for group in self.param_groups}
         pickled = "storage" in state  # and not the groups of a state_dict, which are converted
-        if pickled and self.storage.state_dtype == torch.uint8 and formats - {_state.CODE_FORMAT}:
+        if pickled and self.storage.state_dtype == torch.uint8 and formats - {CODE_FORMAT}:
             raise ValueError(
                 f"a pickled optimizer with 8-bit codes of format {min(formats)}, not "
-                f"{_state.CODE_FORMAT}: load its state_dict() into a new one instead"
+                f"{CODE_FORMAT}: load its state_dict() into a new one instead"
             )
         self._forget_launches()
 
@@ -107,7 +107,7 @@ class AnchoredOptimizer(LoadingOptimizer):
             if not p.is_floating_point():
                 way = "give torch.view_as_real(parameter)" if p.is_complex() else "leave it out"
                 raise ValueError(f"params: {p.dtype} is not supported; {way}")
-            if self.storage.codes and _dtensor.is_sharded(p):
+            if self.storage.codes and dtensor.is_sharded(p):
                 raise ValueError(
                     "state_dtype, curvature_dtype: the scales of 8-bit codes cannot be resharded "
                     "with a DTensor parameter; use torch.bfloat16"
@@ -145,7 +145,7 @@ class AnchoredOptimizer(LoadingOptimizer):
             if group["anchor_decay"]:
                 for p in group["params"]:
                     self._set_anchor(group, p, p)
-            if _dtensor.any_sharded(group["params"]):
+            if dtensor.any_sharded(group["params"]):
                 # torch.distributed.checkpoint takes a state with any entry for a complete one.
                 for p in group["params"]:
                     self._ensure(group, p)
@@ -163,12 +163,12 @@ class AnchoredOptimizer(LoadingOptimizer):
             group["curvature"] = None
 
     def _set_curvature(self, members: list[tuple[Group, Tensor]], curvature: Any) -> None:
-        found = _state.match_curvature([p for _, p in members], curvature)
+        found = storage.match_curvature([p for _, p in members], curvature)
         for (group, p), f in zip(members, found, strict=True):
             state = self._ensure(group, p)
-            _state.drop(state, "curvature")
+            storage.drop(state, "curvature")
             if f is not None:
-                _state.put(state, "curvature", f, p, self.storage.dtype("curvature", p))
+                storage.put(state, "curvature", f, p, self.storage.dtype("curvature", p))
 
     # State.
 
@@ -178,14 +178,14 @@ class AnchoredOptimizer(LoadingOptimizer):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in self._group_moments(group):
-            if not _state.is_stored(state, name):
-                _state.put_zeros(state, name, p, self.storage.dtype(name, p))
+            if not storage.is_stored(state, name):
+                storage.put_zeros(state, name, p, self.storage.dtype(name, p))
         if self.storage.exact_bf16 and p.dtype == torch.bfloat16 and "remainder" not in state:
-            state["remainder"] = _state.dense_like(p, torch.int16).zero_()
+            state["remainder"] = storage.dense_like(p, torch.int16).zero_()
         return state
 
     def _set_anchor(self, group: Group, p: Tensor, value: Tensor) -> None:
-        _state.put(self._ensure(group, p), "anchor", value, p, self.storage.dtype("anchor", p))
+        storage.put(self._ensure(group, p), "anchor", value, p, self.storage.dtype("anchor", p))
 
     @torch.no_grad()
     def set_anchors(
@@ -264,7 +264,7 @@ class AnchoredOptimizer(LoadingOptimizer):
             batches = self._collect()
         tables = {place: self._hyper_table(batch, place) for place, batch in batches.items()}
         self._check_capture(batches)
-        scaling = _scaling.scale(
+        scaling = scale(
             batches,
             self.max_grad_norm,
             getattr(self, "grad_scale", None),
@@ -280,7 +280,7 @@ class AnchoredOptimizer(LoadingOptimizer):
                 self._totals.pop(place, None)
         if (grad_scale := getattr(self, "grad_scale", None)) is not None:
             grads = [p.grad for _, p in self._members() if p.grad is not None]
-            _scaling.unscale_(grads, grad_scale, scaling.found_inf)
+            unscale_(grads, grad_scale, scaling.found_inf)
         self._progress.count(self.param_groups, scaling.found_inf)
 
     def _check_capture(self, batches: Mapping[Place, Batch]) -> None:
@@ -345,9 +345,9 @@ class AnchoredOptimizer(LoadingOptimizer):
                     batch.add(params, grads, states, row)
                     continue
                 for i in members:
-                    p, grad = params[i], _dtensor.like(grads[i], params[i])
-                    state = _dtensor.local_state(states[i])
-                    batch.add([_dtensor.local(p)], [_dtensor.local(grad)], [state], row)
+                    p, grad = params[i], dtensor.like(grads[i], params[i])
+                    state = dtensor.local_state(states[i])
+                    batch.add([dtensor.local(p)], [dtensor.local(grad)], [state], row)
         return batches
 
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
@@ -448,13 +448,13 @@ def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _by_place(params: list[Tensor], grads: list[Tensor]) -> dict[Place, list[int] | None]:
     """The places of these parameters, each with their indices; None: all of them, as they are."""
-    if not _dtensor.any_sharded(params) and not _dtensor.any_sharded(grads):
+    if not dtensor.any_sharded(params) and not dtensor.any_sharded(grads):
         devices = set(map(_device_of, params))
         if len(devices) < 2:
             return {Place(device): None for device in devices}
     places: dict[Place, list[int] | None] = {}
     for i, p in enumerate(params):
-        places.setdefault(_dtensor.place(p), []).append(i)  # type: ignore[union-attr]
+        places.setdefault(dtensor.place(p), []).append(i)  # type: ignore[union-attr]
     return places
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._batch import Group
+from fast.optim.batch import Group
 
 
 def ramp_factor(progress: int, stall: int, ramp: int) -> float:

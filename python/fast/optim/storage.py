@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast.optim import dtensor
 from fastkernels import _storage
 from fastkernels._update import compute_dtype
-
-from . import _dtensor
 
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19
@@ -94,10 +93,10 @@ def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -
     """Store a copy of `value` (of the shape of `p`) as `dtype`, in the layout of `p`."""
     drop(state, name)
     if dtype != torch.uint8:
-        value = _dtensor.like(value.detach(), p)
+        value = dtensor.like(value.detach(), p)
         stored = dense_like(p, dtype).copy_(value)
         if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
-            lost = ~_dtensor.local(stored).isfinite() & _dtensor.local(value).isfinite()
+            lost = ~dtensor.local(stored).isfinite() & dtensor.local(value).isfinite()
             if bool(lost.any()):
                 raise ValueError(f"{name}: a value is too large for {dtype}; choose another dtype")
         state[name] = stored
@@ -147,7 +146,7 @@ def adopt(
         value = saved.get(key)
         if value is None:
             continue
-        value = _dtensor.like(value, p)
+        value = dtensor.like(value, p)
         fits = value.dtype == dtype and value.device == p.device and value.stride() == p.stride()
         if fits and not (old and key != name):
             drop(state, name)
@@ -197,7 +196,7 @@ def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | N
             raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
         if f.layout is not torch.strided or not f.is_floating_point():
             raise ValueError(f"curvature[{i}] is {f.layout} {f.dtype}; it must be dense and real")
-        own = _dtensor.local(f)
+        own = dtensor.local(f)
         if own.numel() and not bool(((own >= 0) & own.isfinite()).all()):
             raise ValueError(
                 f"curvature[{i}] has negative or non-finite values; clamp it (a Hessian diagonal "

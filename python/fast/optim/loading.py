@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _state
-from ._batch import Group
-from ._state import State, Storage
+from fast.optim import storage
+from fast.optim.batch import Group
+from fast.optim.storage import CODE_FORMAT, State, Storage
 
 
 class LoadingOptimizer(Optimizer):
@@ -87,10 +87,10 @@ class LoadingOptimizer(Optimizer):
                     f"state_dict is not one of {name}: its groups have no {', '.join(missing)}; if "
                     f"its moments are those of {name} all the same, add the keys to its groups"
                 )
-            if group.get("code_format", 1) not in (1, _state.CODE_FORMAT):
+            if group.get("code_format", 1) not in (1, CODE_FORMAT):
                 raise ValueError(
                     f"state_dict: its 8-bit codes are of format {group['code_format']}, this "
-                    f"version knows up to {_state.CODE_FORMAT}; load it with the one that wrote it"
+                    f"version knows up to {CODE_FORMAT}; load it with the one that wrote it"
                 )
             if group.get("amsgrad"):
                 raise ValueError("state_dict: amsgrad=True is not supported; go on with torch's")
@@ -106,7 +106,9 @@ class LoadingOptimizer(Optimizer):
             if not isinstance(saved, Mapping):
                 raise ValueError(f"{where} must be a dict; got {type(saved).__name__}")
             self._check_names(saved, group, where)
-            _state.check_saved(saved, (*self.moments, "anchor", "curvature", "remainder"), p, where)
+            storage.check_saved(
+                saved, (*self.moments, "anchor", "curvature", "remainder"), p, where
+            )
 
     def _check_names(self, saved: Mapping[str, Any], group: Group, where: str) -> None:
         """Raise a ValueError when a saved state has not the entries of this optimizer."""
@@ -122,7 +124,7 @@ class LoadingOptimizer(Optimizer):
                 "optimizer (bitsandbytes calls the moments state1, state2); rename what means the "
                 f"same to {', '.join(self.moments)}, and leave out the rest"
             )
-        stored = [m for m in self.moments if _state.is_stored(saved, m)]
+        stored = [m for m in self.moments if storage.is_stored(saved, m)]
         if stored and len(stored) < len(self.moments):
             raise ValueError(f"{where} has {stored[0]} but not all of {self.moments}")
         if not self.counts_steps:
@@ -140,7 +142,7 @@ class LoadingOptimizer(Optimizer):
         for group, old in zip(self.param_groups, before["param_groups"], strict=True):
             for key in old:
                 group.setdefault(key, old[key])
-            group["code_format"] = _state.CODE_FORMAT
+            group["code_format"] = CODE_FORMAT
         owners = [(i, g) for g in state_dict["param_groups"] for i in g["params"]]
         unanchored = 0
         for (i, saved_group), (group, p) in zip(owners, self._members(), strict=True):
@@ -149,7 +151,9 @@ class LoadingOptimizer(Optimizer):
             self.state[p] = state
             for name in ("anchor", "curvature"):
                 dtype = self.storage.dtype(name, p)
-                _state.adopt(state, saved if _state.is_stored(saved, name) else old, name, p, dtype)
+                storage.adopt(
+                    state, saved if storage.is_stored(saved, name) else old, name, p, dtype
+                )
             unanchored += bool(state_dict["state"]) and "anchor" in old and "anchor" not in saved
             self._adopt(group, p, state, saved, saved_group.get("code_format", 1))
             if not state:
@@ -166,13 +170,13 @@ class LoadingOptimizer(Optimizer):
     ) -> None:
         """Take moments, step and whatever else was saved, without torch's cast to p's dtype."""
         for name in self.moments:
-            _state.adopt(state, saved, name, p, self.storage.dtype(name, p), code_format)
-        if "step" in saved or any(_state.is_stored(saved, name) for name in self.moments):
+            storage.adopt(state, saved, name, p, self.storage.dtype(name, p), code_format)
+        if "step" in saved or any(storage.is_stored(saved, name) for name in self.moments):
             # torch's SGD counts no steps: where there is a momentum, it has begun.
             step = torch.as_tensor(saved.get("step", 1.0))
             state["step"] = step.to(dtype=torch.float32, device=p.device)
         split = self.storage.exact_bf16 and p.dtype == torch.bfloat16
         if split and saved.get("remainder") is not None:
-            _state.adopt(state, saved, "remainder", p, torch.int16)
+            storage.adopt(state, saved, "remainder", p, torch.int16)
         if state:
             self._ensure(group, p)
