@@ -14,6 +14,7 @@ import fast
 from fast.optim import dtensor, storage
 from fast.optim.dtensor import Place
 from fastkernels import _storage
+from optim.cases import parameter
 
 STATE_DTYPES = [None, torch.bfloat16, torch.uint8]
 
@@ -232,23 +233,18 @@ def test_a_clip_coefficient_of_float64_parameters_is_float64(monkeypatch, sharde
     torch.testing.assert_close(p, q, rtol=0, atol=1e-15)
 
 
-class Tied(nn.Module):
-    def __init__(self, head_bias: bool) -> None:
-        super().__init__()
-        self.embedding, self.body = nn.Embedding(5, 3), nn.Linear(3, 3)
-        self.head = nn.Linear(3, 5, bias=head_bias)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(self.embedding(x)))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_weight_that_the_head_shares_stays_in_the_backbone_with_its_anchor(bias):
-    model = Tied(bias)
-    groups = {g["name"]: g for g in fast.param_groups(model, anchor_decay=1.0)}
-    assert any(p is model.embedding.weight for p in groups["backbone"]["params"])
-    assert groups["backbone"]["anchor_decay"] == 1.0
-    assert [p is model.head.bias for p in groups.get("head", {"params": []})["params"]] == [
-        True
-    ] * bias
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": None}, "lr must be a number"),
+        ({"lr": "x"}, "lr must be a number"),
+        ({"eps": None}, "eps must be a number"),
+        ({"betas": ("a", 0.9)}, r"betas\[0\] must be a number"),
+        ({"max_grad_norm": "1"}, "max_grad_norm must be a number"),
+        ({"seed": 2**63}, "seed must be an integer in"),
+        ({"curvature": [torch.ones(1).to_sparse()]}, r"curvature\[0\] is torch.sparse"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fast.AdamW([parameter(1.0)], **options)
