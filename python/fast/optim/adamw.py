@@ -10,7 +10,7 @@ from torch import Tensor
 import fastkernels
 from fast.optim.base import AnchoredOptimizer
 from fast.optim.batch import Batch
-from fast.optim.groups import Group, check_finite, check_not_negative, number
+from fast.optim.groups import Group, check_numbers, number
 from fast.optim.loading import Format
 
 
@@ -107,8 +107,7 @@ class AdamW(AnchoredOptimizer):
 
     def _check_values(self, group: Group) -> None:
         super()._check_values(group)
-        check_finite("eps", group["eps"])
-        check_not_negative("eps", group["eps"])
+        check_numbers(group, "eps")
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, (beta1, beta2); got {betas!r}")

@@ -17,9 +17,9 @@ from fast.optim.dtensor import Place
 from fast.optim.groups import (
     Group,
     Progress,
-    check_finite,
-    check_not_negative,
-    check_pull,
+    check_numbers,
+    match_anchors,
+    match_curvature,
     number,
     ramp_factor,
 )
@@ -32,7 +32,6 @@ from fast.optim.storage import (
     drop,
     empty_like,
     is_stored,
-    match_curvature,
 )
 from fast.profiling import named_range
 
@@ -103,9 +102,8 @@ class AnchoredOptimizer(Optimizer):
 
     def _check_values(self, group: Group) -> None:
         """Raise a ValueError that names the key when `group` has a value out of range."""
-        check_pull(group)
-        check_finite("weight_decay", group["weight_decay"])
-        check_not_negative("weight_decay", group["weight_decay"])
+        check_numbers(group, "lr", "weight_decay", "restraint")
+        check_numbers(group, "anchor_decay", "stall", "ramp", finite=False)
 
     def _check_group(self, group: Group) -> None:
         """Raise a ValueError when a value of `group` is out of range, or a parameter unfit."""
@@ -219,26 +217,11 @@ class AnchoredOptimizer(Optimizer):
             ValueError: number or shapes do not fit.
         """
         members = self._members()
-        values: Sequence[Tensor]
-        if isinstance(anchors, Mapping):
-            group_of = {p: group for group, p in members}
-            if any(p not in group_of for p in anchors):
-                raise ValueError("anchors: a key is not a parameter of this optimizer")
-            members, values = [(group_of[p], p) for p in anchors], list(anchors.values())
-        else:
-            values = [p for _, p in members] if anchors is None else list(anchors)
-        if len(values) != len(members):
-            raise ValueError(f"anchors: {len(values)} tensors for {len(members)} parameters")
-        for i, ((_, p), value) in enumerate(zip(members, values, strict=True)):
-            if not isinstance(value, Tensor):
-                raise ValueError(f"anchors[{i}] must be a tensor; got {type(value).__name__}")
-            if p.shape != value.shape:
-                raise ValueError(
-                    f"anchors[{i}] is {list(value.shape)}, its parameter {list(p.shape)}"
-                )
-        for (group, p), value in zip(members, values, strict=True):
-            self._set_anchor(group, p, value)
-        self._complete(self._members())
+        values = match_anchors([p for _, p in members], anchors)
+        for group, p in members:
+            if p in values:
+                self._set_anchor(group, p, values[p])
+        self._complete(members)
 
     # Checkpoints.
 

@@ -1,13 +1,15 @@
-"""Parameter groups: the check of their values, their ramp, and the count of their steps."""
+"""Parameter groups: checks of their values, anchors and curvature; their ramp and their steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fast.optim import dtensor
 
 Group = dict[str, Any]
 
@@ -25,24 +27,82 @@ def number(name: str, value: Any) -> Any:
     return value
 
 
-def check_finite(name: str, value: Any) -> None:
-    """Raise a ValueError when `value` is no finite number."""
-    if not math.isfinite(number(name, value)):
-        raise ValueError(f"{name} must be finite; got {value}")
+def check_numbers(group: Group, *keys: str, finite: bool = True, not_negative: bool = True) -> None:
+    """Raise a ValueError that names the first of these keys whose value is out of range."""
+    for key in keys:
+        value = number(key, group[key])
+        if finite and not math.isfinite(value):
+            raise ValueError(f"{key} must be finite; got {value}")
+        if not_negative and not value >= 0:
+            raise ValueError(f"{key} must not be negative; got {value}")
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Raise a ValueError when `value` is no number of at least 0; infinity is one."""
-    if not number(name, value) >= 0:
-        raise ValueError(f"{name} must not be negative; got {value}")
+def match_anchors(
+    params: Sequence[Tensor], anchors: Mapping[Tensor, Tensor] | Sequence[Tensor] | None
+) -> Mapping[Tensor, Tensor]:
+    """An anchor for each of `params`, or for some of them.
+
+    Args:
+        anchors: tensors in the order and shapes of `params`; or a mapping from some of them; or
+            None: their values now.
+
+    Raises:
+        ValueError: number or shapes do not fit.
+    """
+    if isinstance(anchors, Mapping):
+        everything = set(params)
+        if any(p not in everything for p in anchors):
+            raise ValueError("anchors: a key is not a parameter of this optimizer")
+        params, values = list(anchors), list(anchors.values())
+    else:
+        values = list(params if anchors is None else anchors)
+    if len(values) != len(params):
+        raise ValueError(f"anchors: {len(values)} tensors for {len(params)} parameters")
+    for i, (p, value) in enumerate(zip(params, values, strict=True)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"anchors[{i}] must be a tensor; got {type(value).__name__}")
+        if p.shape != value.shape:
+            raise ValueError(f"anchors[{i}] is {list(value.shape)}, its parameter {list(p.shape)}")
+    return dict(zip(params, values, strict=True))
 
 
-def check_pull(group: Group) -> None:
-    """Raise a ValueError that names the key when a value that the pull uses is out of range."""
-    for key in ("lr", "restraint"):
-        check_finite(key, group[key])
-    for key in ("lr", "restraint", "anchor_decay", "stall", "ramp"):
-        check_not_negative(key, group[key])
+def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | None]:
+    """A curvature tensor (or None) for each of `params`.
+
+    Args:
+        curvature: tensors in the order and shapes of `params`, or an object whose
+            `curvature_for(params)` gives such a list (`fast.SourceCard`).
+
+    Raises:
+        TypeError: it is no such list.
+        ValueError: number or shapes do not fit, or a value is negative or not finite.
+    """
+    if hasattr(curvature, "curvature_for"):
+        curvature = curvature.curvature_for(params)
+    if isinstance(curvature, (Tensor, Mapping)) or not isinstance(curvature, Iterable):
+        raise TypeError(
+            "curvature must be a SourceCard, or a list of a tensor (or None) per parameter; got "
+            f"{type(curvature).__name__}"
+        )
+    tensors = list(curvature)
+    if len(tensors) != len(params):
+        raise ValueError(f"curvature: {len(tensors)} tensors for {len(params)} parameters")
+    for i, (p, f) in enumerate(zip(params, tensors, strict=True)):
+        if f is None:
+            continue
+        if not isinstance(f, Tensor):
+            raise TypeError(f"curvature[{i}] must be a tensor or None; got {type(f).__name__}")
+        if f.shape != p.shape:
+            raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
+        if f.layout is not torch.strided or not f.is_floating_point():
+            raise ValueError(f"curvature[{i}] is {f.layout} {f.dtype}; it must be dense and real")
+        shard = dtensor.local(f)
+        if shard.numel() and not bool(((shard >= 0) & shard.isfinite()).all()):
+            raise ValueError(
+                f"curvature[{i}] has negative or non-finite values; clamp it (a Hessian diagonal "
+                "may be negative, a GGN or Fisher diagonal is not)"
+            )
+    return tensors
 
 
 def ramp_factor(progress: int, stall: int, ramp: int) -> float:

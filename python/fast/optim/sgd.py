@@ -11,7 +11,7 @@ import fastkernels
 from fast.optim import dtensor
 from fast.optim.base import AnchoredOptimizer
 from fast.optim.batch import Batch
-from fast.optim.groups import Group, check_finite, check_not_negative
+from fast.optim.groups import Group, check_numbers
 from fast.optim.loading import Format
 from fast.optim.storage import State, drop, is_stored
 
@@ -82,9 +82,8 @@ class SGD(AnchoredOptimizer):
 
     def _check_values(self, group: Group) -> None:
         super()._check_values(group)
-        for key in ("momentum", "dampening"):
-            check_finite(key, group[key])
-        check_not_negative("momentum", group["momentum"])
+        check_numbers(group, "momentum")
+        check_numbers(group, "dampening", not_negative=False)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov needs a momentum and zero dampening")
 

@@ -1,4 +1,4 @@
-"""The state of a parameter: the dtypes of its tensors, their 8-bit codes, and given curvature.
+"""The state of a parameter: the dtypes of its tensors, and their 8-bit codes.
 
 The tensor `name` is the entry `name` of the state, or in 8 bits the entries `name_codes` and
 `name_scales`: torch, which would take codes for numbers, then finds nothing.
@@ -6,7 +6,7 @@ The tensor `name` is the entry `name` of the state, or in 8 bits the entries `na
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,42 +146,3 @@ def is_stored(state: Mapping[str, Any], name: str) -> bool:
 def drop(state: State, name: str) -> None:
     for key in (name, f"{name}_codes", f"{name}_scales"):
         state.pop(key, None)
-
-
-def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | None]:
-    """A curvature tensor (or None) for each of `params`.
-
-    Args:
-        curvature: tensors in the order and shapes of `params`, or an object whose
-            `curvature_for(params)` gives such a list (`fast.SourceCard`).
-
-    Raises:
-        TypeError: it is no such list.
-        ValueError: number or shapes do not fit, or a value is negative or not finite.
-    """
-    if hasattr(curvature, "curvature_for"):
-        curvature = curvature.curvature_for(params)
-    if isinstance(curvature, (Tensor, Mapping)) or not isinstance(curvature, Iterable):
-        raise TypeError(
-            "curvature must be a SourceCard, or a list of a tensor (or None) per parameter; got "
-            f"{type(curvature).__name__}"
-        )
-    tensors = list(curvature)
-    if len(tensors) != len(params):
-        raise ValueError(f"curvature: {len(tensors)} tensors for {len(params)} parameters")
-    for i, (p, f) in enumerate(zip(params, tensors, strict=True)):
-        if f is None:
-            continue
-        if not isinstance(f, Tensor):
-            raise TypeError(f"curvature[{i}] must be a tensor or None; got {type(f).__name__}")
-        if f.shape != p.shape:
-            raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
-        if f.layout is not torch.strided or not f.is_floating_point():
-            raise ValueError(f"curvature[{i}] is {f.layout} {f.dtype}; it must be dense and real")
-        shard = dtensor.local(f)
-        if shard.numel() and not bool(((shard >= 0) & shard.isfinite()).all()):
-            raise ValueError(
-                f"curvature[{i}] has negative or non-finite values; clamp it (a Hessian diagonal "
-                "may be negative, a GGN or Fisher diagonal is not)"
-            )
-    return tensors
