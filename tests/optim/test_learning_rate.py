@@ -1,4 +1,4 @@
-"""The group key `restraint`: a factor of the learning rate beside a scheduler's and the ramp's."""
+"""What a step multiplies the learning rate of a group by: stall, ramp and restraint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import fast
-from optim.test_against_torch import flat, network, train
+from fast.optim import AdamW
+from optim.cases import flat, network, parameter, train
 
 OPTIMIZERS = {
     "adamw": (fast.AdamW, torch.optim.AdamW, {}),
@@ -105,3 +106,101 @@ def test_a_compiled_step_follows_it(ours, theirs, keys):
     assert torch.equal(*weights)
     # The first step, steps with state, and with a factor that has changed.
     assert counter.frame_count <= 3
+
+
+def test_a_group_that_is_added_later_counts_its_own_steps():
+    p, q = parameter(1.0), parameter(1.0)
+    optimizer = fast.SGD([p], lr=0.1, stall=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    p.grad = torch.ones(1)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    optimizer.add_param_group({"params": [q], "stall": 3})
+    assert optimizer.param_groups[1]["progress"] == 0
+
+
+def test_stall_skips_completely_and_ramp_rises():
+    p, head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = AdamW([{"params": [p], "stall": 2, "ramp": 4}, {"params": [head]}], lr=0.1, eps=0.0)
+    moved = []
+    for _ in range(8):
+        before = p.detach().clone()
+        p.grad, head.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+        moved.append((before - p).mean().item())
+    assert moved == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert optimizer.state[p]["step"] == 6
+    assert optimizer.state[head]["step"] == 8
+
+
+def test_stall_survives_a_checkpoint():
+    runs = []
+    for interrupted in (False, True):
+        p = nn.Parameter(torch.ones(3))
+        make = lambda p=p: AdamW([p], lr=0.1, stall=2, ramp=4)  # noqa: E731
+        optimizer = make()
+        for i in range(6):
+            if interrupted and i == 3:
+                state = optimizer.state_dict()
+                assert type(state["param_groups"][0]["progress"]) is int
+                optimizer = make()
+                optimizer.load_state_dict(state)
+            p.grad = torch.ones(3)
+            optimizer.step()
+        runs.append(p.detach())
+    assert torch.equal(*runs)
+
+
+def scaled_steps(device, overflows):
+    """[(progress, how far the weight moved)] of a run with `stall` 2, `ramp` 2."""
+    p = nn.Parameter(torch.ones(3, device=device))
+    optimizer = AdamW([p], lr=0.1, eps=0.0, stall=2, ramp=2)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**16)
+    seen = []
+    for overflow in overflows:
+        before = p.detach().clone()
+        optimizer.zero_grad()
+        loss = scaler.scale(p.sum())
+        (loss * float("inf") if overflow else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        progress = optimizer.state_dict()["param_groups"][0]["progress"]
+        seen.append((progress, round((before - p).mean().item(), 5)))
+    return seen
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_overflows_use_up_neither_stall_nor_ramp(device):
+    clean = [(1, 0.0), (2, 0.0), (3, 0.05), (4, 0.1)]
+    assert scaled_steps(device, [False] * 4) == clean
+    seen = scaled_steps(device, [True, True, False, True, False, True, False, True, False])
+    assert [row for i, row in enumerate(seen) if i in (2, 4, 6, 8)] == clean
+    assert [seen[i] for i in (0, 1, 3, 5, 7)] == [(0, 0), (0, 0), (1, 0), (2, 0), (3, 0)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_does_not_wait_for_itself():
+    """With GradScaler and in the ramp: a step waits for the one before it at most."""
+    p = nn.Parameter(torch.ones(3, device="cuda"))
+    optimizer = AdamW([p], lr=0.1, ramp=100)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.grad_scale = torch.ones((), device="cuda")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second of work queued before the step
+    queued = torch.cuda.Event()
+    queued.record()
+    optimizer.step()
+    assert not queued.query()
+    assert optimizer.state_dict()["param_groups"][0]["progress"] == 3
+    assert queued.query()
