@@ -243,7 +243,7 @@ def test_class_weights_hold_for_the_head_start():
 
 def test_stream_and_advance_are_a_run(pretrained):
     """What `benchmarks/step_time.py` drives is what `finetune` does."""
-    from fast.data.seeding import seeded
+    from fast.data.generators import seeded
 
     whole = copy.deepcopy(pretrained)
     fast.finetune(whole, TRAIN, steps=5, source_inputs=KNOWN[0])

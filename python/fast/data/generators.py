@@ -66,6 +66,25 @@ def reseed(generator: Generator, seed: int) -> None:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and `random` inside; outside they go on as if nothing had happened.
+
+    Data sets that augment draw from any of the three.
+    """
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=list(cuda)):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
 def held(generators: Iterable[Generator]) -> Iterator[None]:
     """Outside of the block the generators go on as if nothing had happened in it."""
     states = [(g, state_of(g)) for g in generators]

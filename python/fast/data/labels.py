@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,24 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
         if (labels != labels.round()).any():
             raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
     return labels.long()
+
+
+def check_num_classes(num_classes: Any) -> int:
+    """The number of classes of a head, as an int.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: fewer than 2, or more than `MOST_CLASSES`.
+    """
+    try:
+        number = operator.index(num_classes)
+    except TypeError as error:
+        raise TypeError(f"num_classes must be a whole number; got {num_classes!r}") from error
+    if number < 2:
+        raise ValueError(f"num_classes must be at least 2; got {number}")
+    if number > MOST_CLASSES:
+        raise ValueError(f"num_classes must be at most {MOST_CLASSES}; got {number}")
+    return number
 
 
 def count_classes(top: int, samples: int, name: str) -> int:

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fast.data.dataset import Data, read_loader, split_batch
-from fast.data.generators import find_generators, held, reseed
+from fast.data.generators import find_generators, held, reseed, seeded
 from fast.data.reachable import GENERATORS
-from fast.data.seeding import seeded
 
 
 class TrainBatches:

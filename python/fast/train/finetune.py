@@ -18,7 +18,7 @@ from fast.adapt.guards.protect import bound_card
 from fast.adapt.undo import Untouched
 from fast.curvature.card import SourceCard
 from fast.data.augment import Transform
-from fast.data.seeding import seeded
+from fast.data.generators import seeded
 from fast.errors import did_you_mean
 from fast.heads import unwrap
 from fast.train.finite import check_model

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from fast.adapt.config import TrainConfig
 from fast.adapt.methods import Plan
-from fast.files import atomic_file, clear_unfinished, to_json, write_json
+from fast.files import atomic_file, clear_unfinished, save_tensors, to_json, write_json
 from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
 from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
 from fast.train.log import HISTORY_FILE
-from fast.train.resume.checkpoint import save_tensors
 from fast.train.resume.run_folder import is_going_on, options_of
 
 

@@ -32,12 +32,11 @@ from fast.data.augment import Augmentation, Transform
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
 from fast.data.generators import find_generators
-from fast.data.labels import check_labels
+from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import LEAST, target_inputs
 from fast.data.trees import join, length, move, pick
 from fast.files import reading
 from fast.heads import (
-    check_num_classes,
     forward_logits,
     has_batch_norm,
     source_task,

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,7 +25,15 @@ from fast.data.generators import (
     state_of,
 )
 from fast.data.reachable import Generator
-from fast.files import atomic_folder, file_hash, read_sealed, reading, write_sealed
+from fast.files import (
+    atomic_folder,
+    file_hash,
+    load_tensors,
+    read_sealed,
+    reading,
+    save_tensors,
+    write_sealed,
+)
 from fast.train.early_stopping import BEST
 from fast.train.resume.optimizer_state import flatten, unflatten
 
@@ -74,27 +80,6 @@ class State:
     optimizer: Optimizer
     averages: dict[str, Tensor]
     generators: dict[str, Generator]
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Save tensors of any layout; tied ones are stored once for each name.
-
-    Raises:
-        OSError: the file cannot be written, as on a full disk.
-    """
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    try:
-        save_file(plain, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError, with the file's name, where the file is truncated or no safetensors."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
 def save_checkpoint(
