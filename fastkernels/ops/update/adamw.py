@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastkernels import _backends, _cuda, _native, _schemas, _triton, _update
-from fastkernels._update import Optionals
+from fastkernels.op import operator
+from fastkernels.ops.update.batch import BACKENDS, Batch, Rule, direct, fake, run
 
-OP = _update.Op(
+ADAMW = Rule(
     name="anchored_adamw_",
-    hyper=("lr", "beta1", "beta2", "eps", "weight_decay", "anchor_decay", "maximize"),
+    columns=("lr", "beta1", "beta2", "eps", "weight_decay", "anchor_decay", "maximize"),
     moments=("exp_avgs", "exp_avg_sqs"),
 )
-_backends.register(OP.name, "native", ("cpu",), f"{__name__}.native", _native.available)
-# On an H200 Triton's takes 0.4 to 0.65 of the time of CUDA C++ (docs/update.md).
-_backends.register(OP.name, "triton", ("cuda",), f"{__name__}.triton", _triton.available)
-_backends.register(OP.name, "native", ("cuda",), f"{__name__}.cuda", _cuda.available)
-_backends.register(OP.name, "reference", ("cpu", "cuda"), f"{__name__}.reference")
-_backends.register(OP.name, "triton", ("cpu",), f"{__name__}.triton", _triton.available_on_cpu)
 
 
+@operator(
+    fake=fake,
+    mutates=(
+        "params",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "steps",
+        "exp_avg_scales",
+        "exp_avg_sq_scales",
+        "remainders",
+        "stats",
+    ),
+    backends=BACKENDS,
+    direct=direct,
+)
 def anchored_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -33,9 +40,9 @@ def anchored_adamw_(
     hyper: Tensor,
     groups: Sequence[int],
     *,
-    anchors: Optionals = (),
-    curvature: Optionals = (),
-    curvature_scales: Optionals = (),
+    anchors: Sequence[Tensor | None] = (),
+    curvature: Sequence[Tensor | None] = (),
+    curvature_scales: Sequence[Tensor | None] = (),
     exp_avg_scales: Sequence[Tensor] = (),
     exp_avg_sq_scales: Sequence[Tensor] = (),
     remainders: Sequence[Tensor] = (),
@@ -47,8 +54,8 @@ def anchored_adamw_(
 ) -> None:
     """Step every tensor of `params` in place, and its moments and step count with it.
 
-    The equation is in `fastkernels.ops.anchored_adamw.reference`; how state is stored in few bytes,
-    in `fastkernels._storage`. Arithmetic is float32, or float64 for float64 parameters.
+    The equation is in `fastkernels.ops.update.reference`; how state is stored in few bytes,
+    in `fastkernels.codes`. Arithmetic is float32, or float64 for float64 parameters.
 
     Args:
         params, grads: `N` tensors each, of the same shapes; any floating dtypes, any strides.
@@ -76,35 +83,10 @@ def anchored_adamw_(
         ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    step = _step if _update.direct(OP, params, grads) else torch.ops.fastkernels.anchored_adamw_
-    step(
-        params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups,
+    run(Batch(
+        rule=ADAMW, params=params, grads=grads, moments=(exp_avgs, exp_avg_sqs),
+        moment_scales=(exp_avg_scales, exp_avg_sq_scales), steps=steps, hyper=hyper, groups=groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,
-        exp_avg_scales=exp_avg_scales, exp_avg_sq_scales=exp_avg_sq_scales, remainders=remainders,
-        grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm, stats=stats,
-        seed=seed,
-    )  # fmt: skip
-
-
-def _step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    hyper: Tensor,
-    groups: Sequence[int],
-    *,
-    exp_avg_scales: Sequence[Tensor],
-    exp_avg_sq_scales: Sequence[Tensor],
-    **options: Any,
-) -> None:
-    moments, scales = (exp_avgs, exp_avg_sqs), (exp_avg_scales, exp_avg_sq_scales)
-    _update.run(
-        _update.Batch(
-            OP, params, grads, moments, steps, hyper, groups, moment_scales=scales, **options
-        )
-    )
-
-
-_schemas.implement(OP.name, _step)
+        remainders=remainders, grad_scale=grad_scale, found_inf=found_inf,
+        max_grad_norm=max_grad_norm, stats=stats, seed=seed,
+    ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checks and layout rules of the update ops: what reaches a kernel is safe for a flat loop."""
+"""Checks of the tensors of an update: what reaches a kernel is safe for a flat loop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkernels import _memory
-from fastkernels._storage import code_scales
-from fastkernels._update import STATS, Batch
+from fastkernels import memory
+from fastkernels.codes import code_scales
+from fastkernels.ops.update.batch import READ_ONLY, Batch
 
 _REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
@@ -24,98 +24,24 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 
-def check_call(batch: Batch) -> None:
-    """Raise a ValueError when anything but the entries of the lists does not fit; cheap, run at
-    every call."""
-    name, columns, hyper = batch.op.name, batch.op.hyper, batch.hyper
-    lists = _lists(batch) | {"groups": batch.groups}
-    for key, entries in lists.items():
-        if not isinstance(entries, (list, tuple)):
-            raise ValueError(f"{name}: {key} must be a list; got {type(entries).__name__}")
-    device = batch.params[0].device if batch.params else torch.device("cpu")
-    table = f"float64 [groups, {len(columns)}] ({', '.join(columns)})"
-    _check_array(f"{name}: hyper", hyper, table, None, len(columns))
-    if hyper.device.type not in ("cpu", device.type):
-        raise ValueError(f"{name}: hyper is on {hyper.device}, params[0] on {device}")
-    rows, groups = hyper.shape[0], batch.groups
-    integers = set(map(type, groups)) <= {int}
-    if not integers or (groups and not 0 <= min(groups) <= max(groups) < rows):
-        raise ValueError(f"{name}: groups must index the {rows} rows of hyper")
-    if batch.stats is not None:
-        _check_array(f"{name}: stats", batch.stats, f"float64 [{len(STATS)}]", len(STATS))
-        if batch.stats.is_inference():
-            raise ValueError(f"{name}: stats is an inference tensor, which may not be written to")
-        if batch.stats.device != device:
-            raise ValueError(f"{name}: stats is on {batch.stats.device}, params[0] on {device}")
-    norm, seed = batch.max_grad_norm, batch.seed
-    if norm is not None and (not _is_number(norm) or not norm > 0):
-        raise ValueError(f"{name}: max_grad_norm must be None or positive; got {norm!r}")
-    if not _is_number(seed) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"{name}: seed must be an integer in [0, 2**63); got {seed!r}")
-    for key, flag in (("grad_scale", batch.grad_scale), ("found_inf", batch.found_inf)):
-        if flag is not None and (
-            not isinstance(flag, Tensor) or flag.numel() != 1 or flag.is_complex()
-        ):
-            got = list(flag.shape) if isinstance(flag, Tensor) else repr(flag)
-            raise ValueError(f"{name}: {key} must be None or a tensor of one number; got {got}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_array(what: str, t: Any, wanted: str, *shape: int | None) -> None:
-    """Of a float64 array; None: any size."""
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{what} must be {wanted}; got {type(t).__name__}")
-    fits = t.dim() == len(shape) and all(
-        size in (None, n) for size, n in zip(shape, t.shape, strict=True)
-    )
-    if t.dtype != torch.float64 or not fits:
-        raise ValueError(f"{what} must be {wanted}; got {t.dtype} {list(t.shape)}")
-    if not t.is_contiguous() or t.is_neg() or (t.numel() and t.data_ptr() % t.element_size()):
-        raise ValueError(f"{what} must be contiguous and aligned; give its .clone()")
-
-
-def _lists(batch: Batch) -> dict[str, Sequence[Any]]:
-    """Every list of tensors by its name."""
-    moments = dict(zip(batch.op.moments, batch.moments, strict=True))
-    scales = zip(moments, batch.moment_scales, strict=False)
-    return {
-        "params": batch.params, "grads": batch.grads, **moments, "steps": batch.steps,
-        "anchors": batch.anchors, "curvature": batch.curvature, "remainders": batch.remainders,
-        "curvature_scales": batch.curvature_scales,
-        **{f"scales of {key}": entries for key, entries in scales},
-    }  # fmt: skip
-
-
-def written(batch: Batch) -> list[Tensor]:
-    """What a call writes to, but for `stats`."""
-    lists = _lists(batch).items()
-    return [t for key, entries in lists if key not in _READ for t in entries if t.numel()]
-
-
-_READ = {"grads", "anchors", "curvature", "curvature_scales"}
-
-
 def check_tensors(batch: Batch) -> None:
     """Raise a ValueError that names the list and the entry that does not fit its parameter, or that
-    breaks a rule of `_memory`."""
-    name, count, lists = batch.op.name, len(batch.params), _lists(batch)
-    required = {"params", "grads", "steps", "groups", *batch.op.moments}
+    breaks a rule of `fastkernels.memory`."""
+    name, count, lists = batch.rule.name, len(batch.params), batch.lists()
+    required = {"params", "grads", "steps", "groups", *batch.rule.moments}
     for key, entries in (lists | {"groups": batch.groups}).items():
         if len(entries) != count and (entries or key in required):
             raise ValueError(f"{name}: {key} has {len(entries)} entries for {count} params")
         for i, t in enumerate(entries):
-            optional = t is None and key in _READ - {"grads"}
+            optional = t is None and key in READ_ONLY - {"grads"}
             if key != "groups" and not isinstance(t, Tensor) and not optional:
                 raise ValueError(f"{name}: {key}[{i}] must be a tensor; got {type(t).__name__}")
-    shaped = ("grads", *batch.op.moments, "anchors", "curvature", "remainders")
-    may_be_empty = ("remainders", *batch.op.optional_moments)
+    shaped = ("grads", *batch.rule.moments, "anchors", "curvature", "remainders")
+    may_be_empty = ("remainders", *batch.rule.optional_moments)
     for i, p in enumerate(batch.params):
         if p.dtype not in _REAL:
-            known = ", ".join(map(str, _REAL))
-            raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {known}")
+            legal = ", ".join(map(str, _REAL))
+            raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {legal}")
         if p.layout is not torch.strided:
             raise ValueError(f"{name}: params[{i}] is {p.layout}; it must be dense")
         _check_flat(f"{name}: steps[{i}]", batch.steps[i], 1, p.device)
@@ -127,14 +53,14 @@ def check_tensors(batch: Batch) -> None:
             if key == "remainders" and p.dtype != torch.bfloat16:
                 raise ValueError(f"{name}: remainders[{i}] must be of a bfloat16 parameter")
             if t.dtype == torch.uint8:
-                own = "curvature_scales" if key == "curvature" else f"scales of {key}"
-                found = lists[own][i] if lists.get(own) else None
+                scale_key = "curvature_scales" if key == "curvature" else f"scales of {key}"
+                scales = lists[scale_key][i] if lists.get(scale_key) else None
                 what = f"{name}: scales of {key}[{i}], which are 8-bit codes,"
-                if found is None:
+                if scales is None:
                     raise ValueError(f"{what} are missing")
-                _check_flat(what, found, code_scales(t.numel()), p.device)
-    _memory.check(name, (
-        (f"{key}[{i}]", t, key not in _READ)
+                _check_flat(what, scales, code_scales(t.numel()), p.device)
+    memory.check(name, (
+        (f"{key}[{i}]", t, key not in READ_ONLY)
         for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
     ))  # fmt: skip
 
@@ -151,7 +77,7 @@ def _check_shaped(what: str, t: Tensor, i: int, p: Tensor, dtypes: Sequence[torc
 
 
 def _check_flat(what: str, t: Tensor, size: int, device: torch.device) -> None:
-    """Of a step count or scales."""
+    """Raise a ValueError unless `t` is a step count, or scales, of `size` elements."""
     if t.dtype != torch.float32 or t.numel() != size or not t.is_contiguous():
         raise ValueError(
             f"{what} must be float32 with {size} elements, contiguous; got {t.dtype} "
@@ -195,7 +121,7 @@ def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
             return t
         if t.dtype == torch.uint8:
             raise ValueError(
-                f"{batch.op.name}: 8-bit codes of strides {t.stride()} for a parameter of strides "
+                f"{batch.rule.name}: 8-bit codes of strides {t.stride()} for a parameter of strides "
                 f"{p.stride()}; their blocks follow the storage, so both must be the same and "
                 "without gaps: make the parameter contiguous, or use torch.bfloat16 state"
             )
@@ -205,8 +131,8 @@ def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
     params = list(batch.params)
     for i, p in enumerate(params):
         if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
-            raise ValueError(f"{batch.op.name}: params[{i}] is expanded; give its .clone()")
-        if p.numel() and not _memory.is_dense(p):
+            raise ValueError(f"{batch.rule.name}: params[{i}] is expanded; give its .clone()")
+        if p.numel() and not memory.is_dense(p):
             params[i] = p.contiguous()
             copies.append((p, params[i]))
 

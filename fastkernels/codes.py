@@ -7,7 +7,12 @@
   near zero, logarithmic above. A signed one (sign in the high bit) is finest where a momentum is
   largest: from 9/80 of the block's largest value on it counts steps of 1/80 of that value, and
   below quarters of an octave, over 14 octaves. Relative error of normal data: 1.0 %.
-* A bfloat16 parameter and the 16 bits it differs by from its float32 value.
+* A bfloat16 parameter and the 16 bits it differs by from its float32 value (its remainder).
+
+Tensors here are flat, in the order of their storage (`flat`):
+
+    codes, scales = encode(flat(x), NEAREST, signed=True)         # uint8 [n], float32 [ceil(n / 128)]
+    x = decode(codes, scales, signed=True).view(x.shape)
 """
 
 from __future__ import annotations
@@ -18,12 +23,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastkernels._update import CODE_BLOCK
+# Elements that share one scale. These are csrc's constants, of the same names.
+CODE_BLOCK = 128
+ONE = 0x3F800000
+UNSIGNED_TOP, SIGNED_TOP = 1.875 * 2.0**31 - 1, 80.0  # y of the largest code
+SIGNED_FLAT, SIGNED_FINE, SIGNED_SHIFT, SIGNED_KNEE = 9.0, 16383 / 9, 47, 56
+LEAST_SCALE = 2.0**-126  # keeps scales and their inverses finite
+NEAREST = 1 << 19  # the draw with which `encode` rounds to nearest
 
-_ONE = 0x3F800000
-_TOP = {False: 1.875 * 2.0**31 - 1, True: 80.0}  # y of the largest code
-_FLAT, _FINE, _SHIFT, _KNEE = 9.0, 16383 / 9, 47, 56  # numeric.h's kSigned...
-_LEAST_SCALE = 2.0**-126  # keeps scales and their inverses finite
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic, and of state that is not compact."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def flat(t: Tensor) -> Tensor:
@@ -73,45 +84,55 @@ def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     code = codes.long()
     if signed:
         size = code & 0x7F
-        fine = (_from_bits((size << 21) + _ONE) - 1) * (1 / _FINE)
-        y = torch.where(size < _KNEE, fine, (size - _SHIFT).float())
+        fine = (_from_bits((size << 21) + ONE) - 1) * (1 / SIGNED_FINE)
+        y = torch.where(size < SIGNED_KNEE, fine, (size - SIGNED_SHIFT).float())
     else:
-        y = _from_bits((code << 20) + _ONE) - 1
+        y = _from_bits((code << 20) + ONE) - 1
     y = y * scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
     return torch.where(code >= 128, -y, y) if signed else y
 
 
 def decode_format_1(codes: Tensor, scales: Tensor) -> Tensor:
-    """As `decode`, of signed codes as they were in the first format: eighths of an octave of y + 1,
-    over 16 octaves."""
+    """As `decode`, for signed codes of the first format: eighths of an octave of y + 1, over 16
+    octaves."""
     code = codes.long()
-    y = _from_bits(((code & 0x7F) << 20) + _ONE) - 1
+    y = _from_bits(((code & 0x7F) << 20) + ONE) - 1
     y = y * scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
     return torch.where(code >= 128, -y, y)
 
 
 def encode(x: Tensor, random: Tensor | int, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a flat tensor; `random` below 2^20, or 2^19 to round to nearest."""
+    """Codes, uint8 `[n]`, and scales, float32 `[ceil(n / CODE_BLOCK)]`, of a real `[n]`.
+
+    A block with a value that is not finite becomes NaN as a whole.
+
+    Args:
+        random: int64 `[n]`, uniform below 2^20, to round stochastically; NEAREST to round to
+            nearest.
+        signed: whether `x` has signs (a momentum) or not (a second moment, a curvature).
+    """
     blocks = functional.pad(x.float().abs(), (0, -x.numel() % CODE_BLOCK)).view(-1, CODE_BLOCK)
     largest = blocks.nan_to_num(0.0, torch.inf).amax(1) if x.numel() else blocks.sum(1)
-    scales = largest / torch.tensor(_TOP[signed], dtype=torch.float32)
-    scales = torch.where(largest > 0, scales.clamp(min=_LEAST_SCALE), 0.0)
-    inverse = (_TOP[signed] / largest).clamp(max=1 / _LEAST_SCALE)
+    top = SIGNED_TOP if signed else UNSIGNED_TOP
+    scales = largest / torch.tensor(top, dtype=torch.float32)
+    scales = torch.where(largest > 0, scales.clamp(min=LEAST_SCALE), 0.0)
+    inverse = (top / largest).clamp(max=1 / LEAST_SCALE)
     y = (x.float().abs() * inverse.repeat_interleave(CODE_BLOCK)[: x.numel()]).nan_to_num(0.0)
     if signed:
-        y = y.clamp(max=_TOP[True])
-        fine, flat = _bits(y * _FINE + 1) - _ONE, (y * 2.0**21).long() + (_SHIFT << 21)
-        code = (torch.where(y < _FLAT, fine, flat) + 2 * random) >> 21
+        y = y.clamp(max=SIGNED_TOP)
+        fine, flat = _bits(y * SIGNED_FINE + 1) - ONE, (y * 2.0**21).long() + (SIGNED_SHIFT << 21)
+        code = (torch.where(y < SIGNED_FLAT, fine, flat) + 2 * random) >> 21
         code = code | (_bits(x) >> 24 & 0x80)
     else:
-        code = ((_bits(y + 1) - _ONE + random) >> 20).clamp(max=255)
+        code = ((_bits(y + 1) - ONE + random) >> 20).clamp(max=255)
         # A second moment is divided by: above zero it never becomes zero.
         code = torch.where((code == 0) & (x > 0), 1, code)
-    # A block with anything not finite becomes NaN as a whole.
+    # NaN where the block has a value that is not finite, else 0.
     return code.to(torch.uint8), scales + (blocks * 0).sum(1)
 
 
 def load(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
+    """The numbers of a stored tensor `[n]`, of 8-bit codes when there are `scales`."""
     return stored if scales is None else decode(stored, scales, signed=signed)
 
 
@@ -123,7 +144,12 @@ def store(
     *,
     signed: bool,
 ) -> list[tuple[Tensor, Tensor]]:
-    """(tensor, what goes into it). First moments are signed; second moments are not."""
+    """What to write for `value` `[n]`: pairs of a tensor and its new content.
+
+    Args:
+        draws: makes the rounding draws, int64 `[n]` below 2^32, when they are needed.
+        signed: of first moments; second moments are not, and round stochastically in bfloat16.
+    """
     if scales is not None:
         random = draws()
         random = random >> 12 if signed else (random & 0xFFFF) << 4
@@ -147,6 +173,7 @@ def load_param(param: Tensor, remainder: Tensor | None) -> Tensor:
 def store_param(
     param: Tensor, remainder: Tensor | None, value: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
+    """What to write for `value`, as `store` does; the opposite of `load_param`."""
     if remainder is None:
         return [(param, value)]
     bits = torch.where(value.isnan(), 0x7FC00000, _bits(value))

@@ -1,7 +1,21 @@
-"""The reference of the anchored updates, but for the rule itself.
+"""The anchored updates in plain torch: the truth the other backends are held to.
 
-A rule (AdamW, SGD) says how one tensor moves; this is the job around it: gradient scale, clipping,
-the pull to the anchor, compact storage, the norms, and a non-finite step that changes nothing.
+AdamW:
+
+    m  <- beta1 m + (1 - beta1) g                   v  <- beta2 v + (1 - beta2) g^2
+    u  <- w (1 - lr weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+
+SGD with momentum, as torch.optim.SGD:
+
+    g  <- g + weight_decay w
+    b  <- g at the first step, else momentum b + (1 - dampening) g
+    u  <- w - lr (g + momentum b if nesterov, else b)
+
+and then, for both, the proximal pull to the anchor w0:
+
+    w  <- (u + c w0) / (1 + c),                     c = lr anchor_decay F
+
+`g` is the gradient after `grad_scale` and clipping, negated when maximizing.
 """
 
 from __future__ import annotations
@@ -13,15 +27,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkernels import _checks, _storage
-from fastkernels._update import Batch, compute_dtype
+from fastkernels import codes
+from fastkernels.ops.update.batch import HARDEST, Batch
+from fastkernels.ops.update.checks import prepare
 
-# csrc's kHardest: a pull beyond it leaves nothing of w. It is finite, so that a curvature of 0
-# takes it away.
-HARDEST = 1e30
 
-# (row of hyper, step [], w, g, *moments or None) -> (new w, *new moments), flat, compute dtype
-Rule = Callable[..., tuple[Any, ...]]
+def _adamw(
+    h: Tensor, step: Tensor, w: Tensor, g: Tensor, m: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    lr, beta1, beta2, eps, weight_decay = h[:5]
+    # torch's lerp, which starts from the end that is nearer: small gradients are not lost in a
+    # large m.
+    m = torch.where(1 - beta1 < 0.5, m + (1 - beta1) * (g - m), g - beta1 * (g - m))
+    v = beta2 * v + (1 - beta2) * g.square()
+    denominator = v.sqrt() / (1 - beta2**step).sqrt() + eps
+    return w * (1 - lr * weight_decay) - lr / (1 - beta1**step) * (m / denominator), m, v
+
+
+def _sgd(
+    h: Tensor, step: Tensor, w: Tensor, g: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    lr, momentum, dampening, nesterov, weight_decay = h[:5]
+    g = g + weight_decay * w
+    if b is None:
+        return w - lr * g, None
+    b = torch.where(step == 1, g, momentum * b + (1 - dampening) * g)
+    return w - lr * torch.where(nesterov != 0, g + momentum * b, b), b
+
+
+# (row of hyper, step [], w, g, *moments or None) -> (u, *new moments), flat, compute dtype
+RULES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "anchored_adamw_": _adamw,
+    "anchored_sgd_": _sgd,
+}
 
 
 def _entry(tensors: Sequence[Any], i: int) -> Any:
@@ -30,11 +68,12 @@ def _entry(tensors: Sequence[Any], i: int) -> Any:
     return None if t is None or t.numel() == 0 else t
 
 
-def run(batch: Batch, rule: Rule) -> None:
-    """Apply `rule` to every tensor of `batch`, in place."""
-    batch, write_back = _checks.prepare(batch)
+def run(batch: Batch) -> None:
+    """Step every tensor of `batch` in place."""
+    rule = RULES[batch.rule.name]
+    batch, write_back = prepare(batch)
     device = batch.params[0].device
-    columns = batch.op.hyper
+    columns = batch.rule.columns
     scale = torch.ones((), dtype=torch.float64, device=device)
     if batch.grad_scale is not None:
         scale = scale / batch.grad_scale.to(device).double().reshape(())
@@ -57,29 +96,29 @@ def run(batch: Batch, rule: Rule) -> None:
         if param.numel() == 0:
             store(batch.steps[i], batch.steps[i] + 1)
             continue
-        dtype = compute_dtype(param)
+        dtype = codes.compute_dtype(param)
         h = batch.hyper[batch.groups[i]].to(device)
         step = batch.steps[i].double() + 1
         remainder = _entry(batch.remainders, i)
         if remainder is not None:
-            remainder = _storage.flat(remainder)
-        w = _storage.load_param(_storage.flat(param), remainder).to(dtype)
+            remainder = codes.flat(remainder)
+        w = codes.load_param(codes.flat(param), remainder).to(dtype)
         sign = torch.where(h[columns.index("maximize")] != 0, -scale, scale)
-        g = _storage.flat(batch.grads[i]).to(dtype) * sign.to(dtype)
-        stored = [None if _entry(ms, i) is None else _storage.flat(ms[i]) for ms in batch.moments]
+        g = codes.flat(batch.grads[i]).to(dtype) * sign.to(dtype)
+        stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in batch.moments]
         scales = [_entry(s, i) for s in batch.moment_scales] or [None] * len(stored)
         old = [
-            None if m is None else _storage.load(m, s, signed=k == 0).to(dtype)
+            None if m is None else codes.load(m, s, signed=k == 0).to(dtype)
             for k, (m, s) in enumerate(zip(stored, scales, strict=True))
         ]
         new_w, *new = rule(h, step, w, g, *old)
         if (anchor := _entry(batch.anchors, i)) is not None:
-            w0 = _storage.flat(anchor).to(dtype)
+            w0 = codes.flat(anchor).to(dtype)
             c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=HARDEST)
             c = c.clamp(max=HARDEST).to(dtype)
             f = _entry(batch.curvature, i)
             if f is not None:
-                f = _storage.load(_storage.flat(f), _entry(batch.curvature_scales, i), signed=False)
+                f = codes.load(codes.flat(f), _entry(batch.curvature_scales, i), signed=False)
                 c = c * f.to(dtype)
             # From w0 on for a strong pull: w may be so large that w0 is lost in it.
             weak, strong = new_w + c / (1 + c) * (w0 - new_w), w0 + (new_w - w0) / (1 + c)
@@ -88,12 +127,12 @@ def run(batch: Batch, rule: Rule) -> None:
             squares[1] += away.sum()
             squares[3] += (away if f is None else away * f.double()).sum()
         squares[2] += (new_w - w).double().square().sum()
-        for target, value in _storage.store_param(_storage.flat(param), remainder, new_w):
+        for target, value in codes.store_param(codes.flat(param), remainder, new_w):
             store(target, value)
         for k, (m, s, value) in enumerate(zip(stored, scales, new, strict=True)):
             if m is not None:
-                draws = functools.partial(_storage.draws, param.numel(), batch.seed, step)
-                for target, part in _storage.store(m, s, value, draws, signed=k == 0):
+                draws = functools.partial(codes.draws, param.numel(), batch.seed, step)
+                for target, part in codes.store(m, s, value, draws, signed=k == 0):
                     store(target, part)
         store(batch.steps[i], step)
     if batch.stats is not None:

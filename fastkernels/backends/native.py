@@ -1,4 +1,4 @@
-"""The compiled module `fastkernels._C`: found, or the reason why not."""
+"""The compiled CPU kernels, `fastkernels._C`: the module, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def module() -> ModuleType:
     Raises:
         RuntimeError: it is not there; the message says how to get it.
     """
-    found, reason = load()
-    if found is None:
+    loaded, reason = load()
+    if loaded is None:
         raise RuntimeError(f"the native kernels are {reason}")
-    return found
+    return loaded

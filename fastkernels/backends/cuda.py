@@ -1,4 +1,4 @@
-"""The compiled module `fastkernels._C_cuda`: found, or the reason why not."""
+"""The compiled CUDA kernels, `fastkernels._C_cuda`: the module, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def module() -> ModuleType:
     Raises:
         RuntimeError: it is not there; the message says how to get it.
     """
-    found, reason = load()
-    if found is None:
+    loaded, reason = load()
+    if loaded is None:
         raise RuntimeError(f"the CUDA kernels are {reason}")
-    return found
+    return loaded

@@ -1,0 +1,1 @@
+"""Where kernels can run: each module says whether its backend is there, and the reason."""
