@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import RESULTS
+
 BASE = "torch fused"
 # Ratios to torch's fused AdamW on the ResNet-50 set at two threads that the project set itself.
 TARGETS = {
@@ -24,7 +26,6 @@ TARGETS = {
     "ours: whole job, bf16 state": 1.00,
 }
 FLOOR_TARGET = 1.10
-RESULTS = Path(__file__).parent / "results"
 SMALL_TARGET = 0.33
 # How many times slower than the whole job what the user writes for it has to be.
 USER, USER_TARGETS = "user: clip + EWC + drift + update norm", {"": 4.0, ", bf16 state": 5.0}

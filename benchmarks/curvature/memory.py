@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from hvp_cases import METHODS, gradient, probes
-from hvp_networks import build
+from benchmarks.curvature.methods import METHODS, gradient, probes
+from benchmarks.curvature.networks import build
 
 
 def main(case: str, kind: str, method: str, count: str) -> None:

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 import fast
-from arena import ANCHOR_DECAY, BETAS, EPS, LR, MAX_NORM, STEPS_DONE, WEIGHT_DECAY, Arena, Job
+from benchmarks.kernels.tensors import (
+    ANCHOR_DECAY,
+    BETAS,
+    EPS,
+    LR,
+    MAX_NORM,
+    STEPS_DONE,
+    WEIGHT_DECAY,
+    Arena,
+    Job,
+)
 
 # One pass over memory: lists of tensors that run parallel to the parameters, and whether written.
 Pass = list[tuple[list[Tensor], bool]]

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 import fast
-from pairs import PAIRS, Folder, Job
-from runs import RESULTS, commit, load, machine
+from benchmarks.common import RESULTS, commit, machine
+from benchmarks.finetune.runs import load
+from benchmarks.real_pairs import PAIRS, Folder, Job
 
 PAIR_NAMES = "resnet20 -> sign_digits,mobilenet 0.25 -> flowers,minilm -> banking77"
 SIZES = (20, 100, 300, 1000)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
+from benchmarks.common import RESULTS, commit, machine
+from benchmarks.real_pairs import PAIRS, Folder
 from fast.heads import forward_logits, pick
-from pairs import PAIRS, Folder
-from runs import RESULTS, commit, machine
 
 BF16, BYTES = torch.bfloat16, torch.uint8
 # Name: dtype of the parameters, options of the optimizer.

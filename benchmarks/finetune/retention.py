@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from retention_table import chosen_runs, report
-from runs import RESULTS, Task, complete, learning_rates, parse
+from benchmarks.common import RESULTS
+from benchmarks.finetune.retention_table import chosen_runs, report
+from benchmarks.finetune.runs import Task, complete, learning_rates, parse
 
 ISSUE_PAIRS = (
     "resnet20 -> gtsrb,resnet20 -> sign_digits,resnet32 -> fashion_mnist,"

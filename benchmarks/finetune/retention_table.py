@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import correlation, mean, stdev
 
-from finetune_table import Records, curve, final, steps_to
+from benchmarks.finetune.finetune_table import Records, curve, final, steps_to
 
 NAME = "fast"
 

@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 import torch
 
-import methods_peers as peers
-from arena import LR, Arena, Job, checked
+from benchmarks.kernels import peers
+from benchmarks.kernels.handwritten import USERS
+from benchmarks.kernels.interleaved import Rounds
+from benchmarks.kernels.methods import Method, Missing, compiled, ours, torchs
+from benchmarks.kernels.shapes import SETS
+from benchmarks.kernels.tensors import LR, Arena, Job, checked
 from fastkernels import _native
-from methods import Method, Missing, compiled, ours, torchs
-from methods_users import USERS
-from rounds import Rounds
-from shapes import SETS
 
 BASE = "torch fused"
 ANCHOR, CURVATURE = Job("proximal"), Job("proximal", curvature=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shapes import Shapes
+from benchmarks.kernels.shapes import Shapes
 
 LR, BETAS, EPS, WEIGHT_DECAY, ANCHOR_DECAY, MAX_NORM = 1e-3, (0.9, 0.999), 1e-8, 0.01, 10.0, 1.0
 STEPS_DONE = 100

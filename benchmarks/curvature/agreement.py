@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
-from compare import RESULTS
+from benchmarks.common import RESULTS
+from benchmarks.real_pairs import PAIRS, Folder
 from fast.curvature import Hessian
-from pairs import PAIRS, Folder
 
 NETWORKS = {"ResNet-20, CIFAR-10": "resnet20 -> gtsrb", "MiniLM, SST-2": "minilm -> sst2"}
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)

@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import correlation, mean
 from typing import Any
 
+from benchmarks.common import RESULTS, machine
+from benchmarks.finetune.runs import Task, complete, learning_rates, parse
 from fast.adapt.config import Budget
-from runs import RESULTS, Task, complete, learning_rates, machine, parse
 
 # MiniLM has no source head, so it has no source loss: what it knows is counted as the accuracy by
 # nearest class mean, and its budgets are points.

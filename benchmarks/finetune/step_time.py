@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.common import RESULTS, commit, machine
+from benchmarks.finetune.retention import ISSUE_PAIRS
+from benchmarks.finetune.runs import parse
+from benchmarks.real_pairs import PAIRS, Folder, Job
 from fast.adapt.config import TrainConfig
 from fast.heads import find_head, forward_logits, pick
 from fast.train.trainer import Trainer
-from pairs import PAIRS, Folder, Job
-from retention import ISSUE_PAIRS
-from runs import RESULTS, commit, machine, parse
 
 WARM_UP = 10
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import json
 import multiprocessing
-import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import Any
 import torch
 
 import fast
+from benchmarks.common import commit, machine
+from benchmarks.real_pairs import PAIRS, Folder
 from fast.adapt.methods import DEFAULT_LR, REHEARSING_LR
-from pairs import PAIRS, Folder
 
-RESULTS = Path(__file__).parent / "results"
 # FAST runs at its default; every baseline at the better of two.
 BASELINE_RATES = (3e-4, 1e-3)
 FIGURES = (
@@ -133,19 +131,3 @@ def complete(tasks: Iterable[Task], store: Path, workers: int) -> list[dict[str,
             last = record["history"][-1]
             print(record["pair"], record["method"], record["lr"], record["seed"], last, flush=True)
     return records
-
-
-def commit() -> str:
-    """Short hash of the checkout, with a plus where it has changes."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../python", "../fastkernels"])
-    return name.stdout.strip() + ("+" if changed.returncode else "")
-
-
-def machine(model: torch.nn.Module | None = None) -> str:
-    """Where `model` is; None: this processor."""
-    place = f"{platform.processor() or platform.machine()}, one thread per run"
-    if model is not None and next(model.parameters()).is_cuda:
-        place = torch.cuda.get_device_name()
-    return f"{place}; torch {torch.__version__}, Python {platform.python_version()}"

@@ -136,7 +136,7 @@ def _minilm() -> Problem:
     """The trained network on SST-2 where FAST_DATA names the folder of `pairs.py`; else its shape
     with random weights on random tokens, which takes as long."""
     if "FAST_DATA" in os.environ:
-        from pairs import PAIRS, Folder
+        from benchmarks.real_pairs import PAIRS, Folder
 
         job = PAIRS["minilm -> sst2"].make(Folder(Path(os.environ["FAST_DATA"])))
         x, y = job.train

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import hvp_peers as peers
+from benchmarks.curvature import peers
+from benchmarks.curvature.networks import build
 from fast.curvature import GGN, Hessian
-from hvp_networks import build
 
 # Of a Jacobian that is written out row by row.
 MOST_ROWS = 128

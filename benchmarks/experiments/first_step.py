@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.real_pairs import PAIRS, Folder
 from fast.data.dataset import pick
 from fast.heads import forward_logits, replace_head, set_batch_norm, task_head
-from pairs import PAIRS, Folder
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 HEAD_STEPS, BATCH = 10, 64

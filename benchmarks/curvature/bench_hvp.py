@@ -23,9 +23,9 @@ from pathlib import Path
 
 import pytest
 
-from hvp_cases import METHODS, gradient, missing, probes, relative_error
-from hvp_floor import floor_seconds, gemm_rate
-from hvp_networks import CASES, build
+from benchmarks.curvature.floor import floor_seconds, gemm_rate
+from benchmarks.curvature.methods import METHODS, gradient, missing, probes, relative_error
+from benchmarks.curvature.networks import CASES, build
 
 ROUNDS = 3
 # One product in float64 is exact to this, or it is wrong.
@@ -130,7 +130,7 @@ def bench_memory(benchmark, case: str, kind: str, method: str, count: int) -> No
     """Peak of one call, above what is resident after a gradient, in a process of its own."""
     if why := missing(method):
         pytest.skip(why)
-    script = Path(__file__).with_name("hvp_memory.py")
+    script = Path(__file__).with_name("memory.py")
     command = [sys.executable, str(script), case, kind, method, str(count)]
 
     def measure() -> subprocess.CompletedProcess[str]:

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fast
+from benchmarks.common import RESULTS, commit, machine
+from benchmarks.real_pairs import PAIRS, Folder
 from fast.curvature.card.answers import SourceInputs, divergence, source_answers
 from fast.train.trainer import Trainer
-from pairs import PAIRS, Folder
-from runs import RESULTS, commit, machine
 
 NAMES = "resnet20 -> gtsrb,resnet32 -> fashion_mnist,mobilenet 0.25 -> flowers"
 # Hardly any loss, some, and all there is.
@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    store = RESULTS / "doubt.jsonl"
+    store = RESULTS / "temperature.jsonl"
     rows = [json.loads(x) for x in store.read_text().splitlines()] if store.exists() else []
     found: dict[str, list[dict[str, float]]] = {}
     for pair in args.pairs.split(","):
@@ -135,7 +135,7 @@ def main() -> None:
                 look for row in rows if key.items() <= row.items() for look in row["looks"]
             )
     text = report(found, ", ".join(sorted({row["commit"] for row in rows})))
-    (RESULTS / "doubt.md").write_text(text)
+    (RESULTS / "temperature.md").write_text(text)
     print(text)
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 import fast
+from benchmarks.common import RESULTS, commit, machine
+from benchmarks.finetune.retention import ISSUE_PAIRS
+from benchmarks.real_pairs import PAIRS, Folder
 from fast.adapt.guards.protect import Protection
 from fast.train import trainer
-from pairs import PAIRS, Folder
-from retention import ISSUE_PAIRS
-from runs import RESULTS, commit, machine
 
 
 @contextmanager

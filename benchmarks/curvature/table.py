@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compare import RESULTS, machine
+from benchmarks.common import RESULTS
+from benchmarks.kernels.table import machine
 
 OURS = "fast"
 LOOP = "kept-graph loop"

@@ -14,9 +14,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.curvature.methods import METHODS, gradient, probes
+from benchmarks.curvature.networks import build
 from fast.curvature.products.rules import gemm
-from hvp_cases import METHODS, gradient, probes
-from hvp_networks import build
 
 SAMPLES = 4  # all arithmetic counted here grows with the batch: counted on a part of it
 

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 import fastkernels
+from benchmarks.common import RESULTS
+from benchmarks.kernels.shapes import SETS as SHAPES
+from benchmarks.kernels.shapes import Shapes
 from fastkernels import _backends
 from fastkernels._storage import code_scales
-from shapes import SETS as SHAPES
-from shapes import Shapes
 
 Step = Callable[[], object]
 BF16, CODES, F32 = torch.bfloat16, torch.uint8, torch.float32
@@ -233,8 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--sets", nargs="+", choices=SETS, default=["resnet50", "bert_base", "one_25m"]
     )
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--output", type=Path, default=results / "gpu_update.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_update.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_update.py needs a CUDA device; torch finds none")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from arena import STEPS_DONE, Arena, Job
-from methods import COMMON, Method, need, passes
+from benchmarks.kernels.methods import COMMON, Method, need, passes
+from benchmarks.kernels.tensors import STEPS_DONE, Arena, Job
 
 EIGHT_BIT = 0.3  # of lr: what codes of 8 bits cost in one step
 

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
+from benchmarks.common import RESULTS, commit, machine
+from benchmarks.real_pairs import PAIRS, Folder, Job
 from fast.adapt.schedule import lr_factor
 from fast.curvature import GGN
 from fast.data.dataset import TrainBatches, as_data
 from fast.heads import forward_logits, pick, set_batch_norm, source_task
 from fast.train.metrics import evaluate
-from pairs import PAIRS, Folder, Job
-from runs import RESULTS, commit, machine
 
 NAMES = "resnet20 -> gtsrb,resnet20 -> sign_digits,mobilenet 0.25 -> flowers"
 LR, HEAD_SCALE, STALL, RAMP = 1e-3, 10.0, 5, 30
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--pairs", default=NAMES, help="names, separated by commas")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    store = RESULTS / "pulls.jsonl"
+    store = RESULTS / "regularizers.jsonl"
     lines = store.read_text().splitlines() if store.exists() else []
     records = [json.loads(line) for line in lines]
     done = {(r["pair"], r["pull"]) for r in records}
@@ -274,7 +274,7 @@ def main() -> None:
     order = {label: i for i, label in enumerate(PULLS)}
     records.sort(key=lambda r: order[r["pull"]])
     text = report(records)
-    (RESULTS / "pulls.md").write_text(text)
+    (RESULTS / "regularizers.md").write_text(text)
     print(text)
 
 

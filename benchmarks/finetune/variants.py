@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune_table import table
-from runs import RESULTS, Task, complete, learning_rates, machine
+from benchmarks.common import RESULTS, machine
+from benchmarks.finetune.finetune_table import table
+from benchmarks.finetune.runs import Task, complete, learning_rates
 
 ISSUE_PAIRS = (
     "resnet20 -> sign_digits,resnet20 -> gtsrb,mobilenet 0.25 -> flowers,minilm -> banking77"

@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.common import RESULTS
+from benchmarks.curvature.floor import gemm_rate
+from benchmarks.curvature.methods import METHODS, gradient, missing, probes
+from benchmarks.curvature.networks import ViT
+from benchmarks.kernels.gpu_update import copy_bandwidth, graphed, interleaved, where
 from fast.curvature import GGN, Hessian
 from fastkernels import cross_entropy_hvp_, cross_entropy_quad
-from gpu_update import copy_bandwidth, graphed, interleaved, where
-from hvp_cases import METHODS, gradient, missing, probes
-from hvp_floor import gemm_rate
-from hvp_networks import ViT
 
 Problem = tuple[nn.Module, Tensor, Tensor]
 COUNTS = (1, 8, 32)
@@ -167,8 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    results = Path(__file__).parent / "results"
-    parser.add_argument("--output", type=Path, default=results / "gpu_hvp.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_hvp.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_hvp.py needs a CUDA device; torch finds none")

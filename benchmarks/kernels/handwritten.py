@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from arena import ANCHOR_DECAY, LR, MAX_NORM, STEPS_DONE, Arena, Job
-from methods import Method, passes, torch_adamw
+from benchmarks.kernels.methods import Method, passes, torch_adamw
+from benchmarks.kernels.tensors import ANCHOR_DECAY, LR, MAX_NORM, STEPS_DONE, Arena, Job
 
 Build = Callable[[Arena, torch.optim.Optimizer, Job], Callable[[], object]]
 
