@@ -1,6 +1,6 @@
-"""Pairs of a real pretrained network and a real target task, read from a data folder.
+"""Pairs of a real pretrained network and a real target task: `real_pair(name, data_folder)`.
 
-The folder is not part of the project. It holds `weights/*.safetensors`, `images/*.npz`,
+The data folder is not part of the project. It holds `weights/*.safetensors`, `images/*.npz`,
 `text/*.json.gz` and `code/`, the plain PyTorch definitions of the networks and the file loaders.
 """
 
@@ -25,15 +25,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Split = tuple[Any, Tensor]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One adaptation: the pretrained network, target data, and what measures the source task.
+@dataclass(frozen=True, kw_only=True)
+class RealPair:
+    """A pretrained network, target data, and what measures the source task.
 
     Attributes:
         source: held-out source data, or a function of the model that returns an accuracy.
-        source_inputs: a few hundred other source inputs, to protect the source with; never the
-            ones that measure.
-        source_labels: theirs, where the source skill is nothing without.
+        source_inputs: a few hundred other source inputs, to protect the source with; they never
+            measure it.
+        source_labels: the labels of `source_inputs`, where the source skill cannot do without.
+        steps: the length of a run.
+        eval_every: steps between two evaluations.
     """
 
     model: nn.Module
@@ -42,6 +44,17 @@ class Job:
     source: Split | Callable[[nn.Module], float]
     source_inputs: Any
     source_labels: Tensor | None = None
+    steps: int
+    eval_every: int = 10
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.train[1].max()) + 1
+
+
+def real_pair(name: str, data: Path) -> RealPair:
+    """The pair of that name, with a model of its own, from the data folder."""
+    return PAIRS[name](Folder(data))
 
 
 class Folder:
@@ -66,7 +79,7 @@ class Folder:
 
     def images(self, name: str, split: str, size: int | None, cifar: bool) -> Split:
         """Images `[N, 3, H, W]`, normalised as the network was trained, and labels."""
-        # Once per process: the larger sets take longer to decode than a run on a GPU takes.
+        # Decoded once per process: for the larger sets it takes longer than a run on a GPU.
         key = (name, split, size, cifar)
         if key not in self._images:
             self._images[key] = self._read_images(*key)
@@ -93,21 +106,22 @@ class Folder:
         return {"ids": ids, "mask": mask}, labels[keep]
 
 
-def _cifar(depth: int, target: str, folder: Folder) -> Job:
+def _cifar(folder: Folder, depth: int, target: str, steps: int) -> RealPair:
     model = folder.module("cifar_resnet").CifarResNet(depth)
     model.load_state_dict(folder.weights(f"cifar_resnet{depth}"), strict=False)
     x, y = folder.images("cifar10_part", "test", None, True)
-    asked, right = folder.images(target, "test", 32, True)
-    return Job(
-        model,
-        folder.images(target, "train", 32, True),
-        (asked[:VAL_SAMPLES], right[:VAL_SAMPLES]),
-        (x[:SOURCE_SAMPLES], y[:SOURCE_SAMPLES]),
-        folder.images("cifar10_part", "train", None, True)[0][:SOURCE_INPUTS],
+    x_val, y_val = folder.images(target, "test", 32, True)
+    return RealPair(
+        model=model,
+        train=folder.images(target, "train", 32, True),
+        val=(x_val[:VAL_SAMPLES], y_val[:VAL_SAMPLES]),
+        source=(x[:SOURCE_SAMPLES], y[:SOURCE_SAMPLES]),
+        source_inputs=folder.images("cifar10_part", "train", None, True)[0][:SOURCE_INPUTS],
+        steps=steps,
     )
 
 
-def _mobilenet(width: float, folder: Folder) -> nn.Module:
+def _mobilenet(folder: Folder, width: float) -> nn.Module:
     model = folder.module("mobilenet_v1").MobileNetV1(width)
     size = {0.25: 128, 0.5: 160}[width]
     model.load_state_dict(folder.weights(f"mobilenet_v1_{width}_{size}"))
@@ -120,25 +134,25 @@ def _efficientnet(folder: Folder) -> nn.Module:
     return model
 
 
-def _imagenet(
-    network: Callable[[Folder], nn.Module], target: str, size: int, folder: Folder
-) -> Job:
+def _imagenet(folder: Folder, model: nn.Module, target: str, size: int, steps: int) -> RealPair:
     x, y = folder.images("imagenet_samples500_192jpeg", "test", size, False)
-    asked, right = folder.images(target, "test", size, False)
-    return Job(
-        network(folder),
-        folder.images(target, "train", size, False),
-        (asked[:VAL_SAMPLES], right[:VAL_SAMPLES]),
+    x_val, y_val = folder.images(target, "test", size, False)
+    return RealPair(
+        model=model,
+        train=folder.images(target, "train", size, False),
+        val=(x_val[:VAL_SAMPLES], y_val[:VAL_SAMPLES]),
         # One image of each of 500 classes: half to measure with, half to protect with.
-        (x[::2], y[::2]),
-        x[1::2],
+        source=(x[::2], y[::2]),
+        source_inputs=x[1::2],
+        steps=steps,
     )
 
 
 class SentenceClassifier(nn.Module):
-    """MiniLM's mean-pooled sentence vector and a linear head; two inputs.
+    """MiniLM's mean-pooled sentence vector and a linear head, on two inputs.
 
-    Batches are cut to their longest text: half the work where all are padded to the longest of all.
+    A batch is cut to its longest text, which halves the work: all texts are padded to the longest
+    of the data set.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int) -> None:
@@ -155,10 +169,15 @@ class SentenceClassifier(nn.Module):
 
 
 class NearestClassMean:
-    """The source skill of a network without a source head: texts fall to the nearest class mean."""
+    """The source skill of a network without a source head: the class mean nearest to a text.
 
-    def __init__(self, known: Split, asked: Split) -> None:
-        self.known, self.asked = known, asked
+    Attributes:
+        reference: texts and labels that the class means are made of.
+        test: texts and labels that the accuracy is measured on.
+    """
+
+    def __init__(self, reference: Split, test: Split) -> None:
+        self.reference, self.test = reference, test
 
     def __call__(self, model: nn.Module) -> float:
         def vectors(x: dict[str, Tensor]) -> Tensor:
@@ -167,51 +186,51 @@ class NearestClassMean:
             encoded = [model.encode(i.to(device), m.to(device)) for i, m in parts]  # type: ignore[operator]
             return F.normalize(torch.cat(encoded), dim=1).cpu()
 
-        (x, y), (asked, right) = self.known, self.asked
+        (x, y), (x_test, y_test) = self.reference, self.test
         features, classes = vectors(x), int(y.max()) + 1
         means = torch.stack([features[y == c].mean(0) for c in range(classes)])
-        answers = torch.cdist(vectors(asked), F.normalize(means, dim=1)).argmin(1)
-        return (answers == right).float().mean().item()
+        nearest = torch.cdist(vectors(x_test), F.normalize(means, dim=1)).argmin(1)
+        return (nearest == y_test).float().mean().item()
 
 
-def _minilm(target: str, skill: str, known_texts: int, folder: Folder) -> Job:
+def _minilm(
+    folder: Folder, target: str, skill: str, texts: int, steps: int, eval_every: int = 12
+) -> RealPair:
     encoder = folder.module("minilm").MiniLM()
     encoder.load_state_dict(folder.weights("minilm_l6_fp16"))
     train = folder.texts(target, "train")
-    known = folder.texts(skill, "train", known_texts)
-    return Job(
-        SentenceClassifier(encoder, int(train[1].max()) + 1),
-        train,
-        folder.texts(target, "test", 500),
-        NearestClassMean(known, folder.texts(skill, "test", 500)),
-        {name: rows[:SOURCE_INPUTS] for name, rows in known[0].items()},
-        known[1][:SOURCE_INPUTS],
+    x, y = reference = folder.texts(skill, "train", texts)
+    return RealPair(
+        model=SentenceClassifier(encoder, int(train[1].max()) + 1),
+        train=train,
+        val=folder.texts(target, "test", 500),
+        source=NearestClassMean(reference, folder.texts(skill, "test", 500)),
+        source_inputs={name: rows[:SOURCE_INPUTS] for name, rows in x.items()},
+        source_labels=y[:SOURCE_INPUTS],
+        steps=steps,
+        eval_every=eval_every,
     )
 
 
-@dataclass(frozen=True)
-class Pair:
-    make: Callable[[Folder], Job]
-    steps: int
-    eval_every: int = 10
-
-
-PAIRS: dict[str, Pair] = {
-    "resnet20 -> sign_digits": Pair(lambda f: _cifar(20, "sign_digits_32", f), 150),
-    "resnet20 -> gtsrb": Pair(lambda f: _cifar(20, "gtsrb_part", f), 150),
-    "resnet32 -> fashion_mnist": Pair(lambda f: _cifar(32, "fashion_mnist_part", f), 150),
-    "mobilenet 0.25 -> flowers": Pair(
-        lambda f: _imagenet(lambda g: _mobilenet(0.25, g), "flowers5_96jpeg", 128, f), 100
+PAIRS: dict[str, Callable[[Folder], RealPair]] = {
+    "resnet20 -> sign_digits": lambda f: _cifar(f, 20, "sign_digits_32", 150),
+    "resnet20 -> gtsrb": lambda f: _cifar(f, 20, "gtsrb_part", 150),
+    "resnet32 -> fashion_mnist": lambda f: _cifar(f, 32, "fashion_mnist_part", 150),
+    "mobilenet 0.25 -> flowers": lambda f: _imagenet(
+        f, _mobilenet(f, 0.25), "flowers5_96jpeg", 128, 100
     ),
-    "minilm -> banking77": Pair(lambda f: _minilm("banking77", "sst2", 300, f), 60, 12),
-    "minilm -> sst2": Pair(lambda f: _minilm("sst2", "banking77", 600, f), 60, 12),
-    # Nothing was chosen by these.
-    "efficientnet lite0 -> flowers": Pair(
-        lambda f: _imagenet(_efficientnet, "flowers5_96jpeg", 96, f), 60
+    "minilm -> banking77": lambda f: _minilm(f, "banking77", "sst2", 300, 60),
+    "minilm -> sst2": lambda f: _minilm(f, "sst2", "banking77", 600, 60),
+    # No setting was chosen by the pairs from here on.
+    "efficientnet lite0 -> flowers": lambda f: _imagenet(
+        f, _efficientnet(f), "flowers5_96jpeg", 96, 60
     ),
-    "mobilenet 0.5 -> gtsrb": Pair(
-        lambda f: _imagenet(lambda g: _mobilenet(0.5, g), "gtsrb_part", 96, f), 100
-    ),
-    "resnet44 -> flowers": Pair(lambda f: _cifar(44, "flowers5_96jpeg", f), 100),
-    "minilm -> sms_spam": Pair(lambda f: _minilm("sms_spam", "banking77", 600, f), 40, 10),
+    "mobilenet 0.5 -> gtsrb": lambda f: _imagenet(f, _mobilenet(f, 0.5), "gtsrb_part", 96, 100),
+    "resnet44 -> flowers": lambda f: _cifar(f, 44, "flowers5_96jpeg", 100),
+    "minilm -> sms_spam": lambda f: _minilm(f, "sms_spam", "banking77", 600, 40, 10),
 }
+# The five that the README reports.
+README_PAIRS = (
+    "resnet20 -> gtsrb,resnet20 -> sign_digits,resnet32 -> fashion_mnist,"
+    "mobilenet 0.25 -> flowers,minilm -> sst2"
+)

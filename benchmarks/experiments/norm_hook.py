@@ -1,11 +1,12 @@
 """Would the norm for clipping be cheaper from a hook in the backward pass?
 
-    python benchmarks/norm_hook.py
+    python -m benchmarks.experiments.norm_hook
 
-Clipping needs the norm of all gradients before the first weight moves: one more read of them, in
-the step. A hook could square each right after the backward pass wrote it, still in cache. Timed are
-whole iterations on 25M parameters, in turn, in CPU time of one thread: with clipping in the step,
-and with the hook and a step that does not clip, which is the least that such a design would cost.
+Clipping needs the norm of all gradients before the first weight moves, so the step reads them once
+more. A hook could square each gradient right after the backward pass wrote it, while it is still in
+cache. Whole iterations on 25M parameters are timed in turn, in CPU time of one thread: with
+clipping in the step, and with the hook and a step that does not clip, which is the least that such
+a design would cost.
 """
 
 from __future__ import annotations

@@ -1,20 +1,16 @@
-"""What else could hold the source: pulls that are not in the package, each in the same plain loop.
+"""What else could hold the source: regularizers that are not in the package, in one plain loop.
 
-    python benchmarks/pulls.py --data FOLDER
+    python -m benchmarks.experiments.regularizers --data FOLDER
 
-Maximum-entropy head, frozen batch norm, stall, ramp and a cosine schedule as in `fast`; no
-distillation, rehearsal or averaging. Source inputs (unlabelled) serve the curvature. Printed are
-target and source accuracy at the end, on the first seed.
+All have the maximum-entropy head, frozen batch norm, stall, ramp and a cosine schedule as `fast`
+has; none has distillation, rehearsal or averaging. Source inputs without labels serve the
+curvature. The table has target and source accuracy at the end, on the first seed.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 import math
-from collections.abc import Callable
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,43 +19,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
-from benchmarks.common import RESULTS, commit, machine
-from benchmarks.real_pairs import PAIRS, Folder, Job
+from benchmarks.common import Record, arguments, complete, machine, save, table
+from benchmarks.real_pairs import RealPair, real_pair
 from fast.adapt.schedule import lr_factor
 from fast.curvature import GGN
 from fast.data.dataset import TrainBatches, as_data
 from fast.heads import forward_logits, pick, set_batch_norm, source_task
 from fast.train.metrics import evaluate
 
-NAMES = "resnet20 -> gtsrb,resnet20 -> sign_digits,mobilenet 0.25 -> flowers"
+PAIRS = "resnet20 -> gtsrb,resnet20 -> sign_digits,mobilenet 0.25 -> flowers"
 LR, HEAD_SCALE, STALL, RAMP = 1e-3, 10.0, 5, 30
-MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MIXES = (0.25, 0.5, 0.75, 1.0)
 
 
 class Pull:
-    """Nothing: the loop alone. `options` go to the backbone's parameter group."""
+    """The loop alone, and what a regularizer may change of it.
+
+    Attributes:
+        options: of the backbone's parameter group.
+        params, anchors, before: the backbone's weights, at the start, and before the last step.
+    """
 
     options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, model: nn.Module, job: Job) -> None:
+    def __init__(self, model: nn.Module, real: RealPair) -> None:
         self.params: list[Tensor] = []
         self.anchors: list[Tensor] = []
-        self.before: list[Tensor] = []  # the last step, for those that look at it
+        self.before: list[Tensor] = []
 
     def start(self, params: list[nn.Parameter]) -> dict[str, Any]:
-        """Called with the backbone's parameters, at the pretrained weights; returns options of
-        their group."""
+        """Takes the backbone's parameters at the pretrained weights; returns their group's
+        options."""
         self.params = [p.detach() for p in params]
         self.anchors = [p.clone() for p in self.params]
         self.before = [p.clone() for p in self.params]
         return dict(self.options)
 
     def factor(self, logits: Tensor) -> float:
-        """On the backbone's learning rate of this step."""
+        """A factor on the backbone's learning rate of this step."""
         return 1.0
 
     def after_step(self, lr: float) -> None:
-        """After the optimizer's step, which had this learning rate."""
+        """Called after the optimizer's step, which had this learning rate."""
 
 
 def uniform(decay: float) -> type[Pull]:
@@ -71,27 +72,27 @@ def diagonal(decay: float, by_layer: bool = False) -> type[Pull]:
     """EWC (arXiv 1612.00796), proximal, by a card; or its mean over each tensor."""
 
     class Diagonal(Pull):
-        def __init__(self, model: nn.Module, job: Job) -> None:
-            super().__init__(model, job)
-            self.card = fast.SourceCard.estimate(model, job.source_inputs)
+        def __init__(self, model: nn.Module, real: RealPair) -> None:
+            super().__init__(model, real)
+            self.card = fast.SourceCard.estimate(model, real.source_inputs)
 
         def start(self, params: list[nn.Parameter]) -> dict[str, Any]:
-            found = self.card.curvature_for(params)
+            F = self.card.curvature_for(params)
             if by_layer:
-                found = [None if f is None else torch.full_like(f, float(f.mean())) for f in found]
-            return super().start(params) | {"anchor_decay": decay, "curvature": found}
+                F = [None if f is None else torch.full_like(f, float(f.mean())) for f in F]
+            return super().start(params) | {"anchor_decay": decay, "curvature": F}
 
     return Diagonal
 
 
 def low_rank(decay: float, rank: int) -> type[Pull]:
-    """The card's diagonal, and in the stiffest directions of the GGN the pull of their eigenvalue,
-    over the mean of the diagonal as the diagonal itself is."""
+    """The card's diagonal, and along the top `rank` eigenvectors of the GGN a pull by their
+    eigenvalue. Both are divided by the mean of the diagonal."""
 
     class LowRank(diagonal(decay)):  # type: ignore[misc]
-        def __init__(self, model: nn.Module, job: Job) -> None:
-            super().__init__(model, job)
-            x = pick(job.source_inputs, slice(128))
+        def __init__(self, model: nn.Module, real: RealPair) -> None:
+            super().__init__(model, real)
+            x = pick(real.source_inputs, slice(128))
             names = list(self.card.entries)
             with source_task(model):
                 model.eval()
@@ -115,7 +116,7 @@ def low_rank(decay: float, rank: int) -> type[Pull]:
 
 class Selective(Pull):
     """Selective projection decay (Tian et al. 2024, arXiv 2411.01713): a tensor is drawn back, by
-    its last step over its distance, only when the step went further away."""
+    its last step over its distance, only if the step went further away."""
 
     STRENGTH = 1.0
 
@@ -129,7 +130,7 @@ class Selective(Pull):
 
 
 class EntropyGate(Pull):
-    """The backbone moves as far as the head is sure: lr times 1 - entropy / log C."""
+    """The backbone moves as far as the head is certain: lr times 1 - entropy / log C."""
 
     def factor(self, logits: Tensor) -> float:
         p = logits.detach().softmax(1)
@@ -161,24 +162,23 @@ PULLS: dict[str, type[Pull]] = {
 }
 
 
-def adapt(job: Job, pull: Pull, steps: int, batch_size: int = 64) -> nn.Module:
+def adapt(real: RealPair, pull: Pull, batch_size: int = 64) -> nn.Module:
     """One run of the plain loop; returns the network with both heads."""
-    model = job.model
-    data = as_data(job.train, "train")
-    fast.replace_head(model, int(job.train[1].max()) + 1, sample=pick(job.train[0], slice(512)))
+    model = real.model
+    fast.replace_head(model, real.num_classes, sample=pick(real.train[0], slice(512)))
     set_batch_norm(model, "frozen")
     groups = fast.param_groups(model, LR, HEAD_SCALE, stall=STALL, ramp=RAMP)
     groups[0] |= pull.start(groups[0]["params"])
     rates = [g["lr"] for g in groups]
     optimizer = fast.AdamW(groups, lr=LR)
     model.train()
-    stream = TrainBatches(data, batch_size, 0).from_step(0)
-    for step in range(steps):
+    stream = TrainBatches(as_data(real.train, "train"), batch_size, 0).from_step(0)
+    for step in range(real.steps):
         inputs, labels, _ = next(stream)
         optimizer.zero_grad()
         logits = forward_logits(model, inputs)
         F.cross_entropy(logits, labels).backward()
-        factor = lr_factor("cosine", step, steps, 0)
+        factor = lr_factor("cosine", step, real.steps, 0)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         optimizer.param_groups[0]["lr"] *= pull.factor(logits)
@@ -187,95 +187,58 @@ def adapt(job: Job, pull: Pull, steps: int, batch_size: int = 64) -> nn.Module:
     return model
 
 
-def scores(model: nn.Module, job: Job) -> tuple[float, float]:
-    """(target, source) accuracy."""
-    device = torch.device("cpu")
-    target = evaluate(model, as_data(job.val, "val"), 128, device).accuracy
-    source = job.source if callable(job.source) else as_data(job.source, "source")
-    with source_task(model):
-        return target, evaluate(model, source, 128, device).accuracy
+def accuracy(model: nn.Module, data: Any, name: str) -> float:
+    data = data if callable(data) else as_data(data, name)
+    return round(evaluate(model, data, 128, torch.device("cpu")).accuracy, 4)
 
 
-def run(task: tuple[str, str, Path]) -> dict[str, Any]:
-    name, label, folder = task
-    torch.set_num_threads(1)
+def run(*, pair: str, pull: str, data: Path) -> Record:
     torch.manual_seed(0)
-    pair = PAIRS[name]
-    job = pair.make(Folder(folder))
-    before = copy.deepcopy(job.model)
-    pull = PULLS[label](job.model, job)
-    model = adapt(job, pull, pair.steps)
-    ends = [p.clone() for p in pull.params]
-    found = []
-    for mix in MIXES[1:] if label == "none" else MIXES[-1:]:
+    real = real_pair(pair, data)
+    source_before = accuracy(real.model, real.source, "source")
+    regularizer = PULLS[pull](real.model, real)
+    model = adapt(real, regularizer)
+    adapted = [p.clone() for p in regularizer.params]
+    ends = []
+    for mix in MIXES if pull == "none" else MIXES[-1:]:
         # Weights between the pretrained and the adapted ones (WiSE-FT, arXiv 2109.01903).
-        for p, a, e in zip(pull.params, pull.anchors, ends, strict=True):
-            p.copy_(torch.lerp(a, e, mix))
-        target, source = scores(model, job)
-        found.append({"mix": mix, "target": round(target, 4), "source": round(source, 4)})
-    record = {"pair": name, "pull": label, "ends": found, "commit": commit()}
-    record["source_before"] = round(scores_before(before, job), 4)
-    return record
+        for p, a, end in zip(regularizer.params, regularizer.anchors, adapted, strict=True):
+            p.copy_(torch.lerp(a, end, mix))
+        target = accuracy(model, real.val, "val")
+        with source_task(model):
+            source = accuracy(model, real.source, "source")
+        ends.append({"mix": mix, "target": target, "source": source})
+    return {"ends": ends, "source_before": source_before}
 
 
-def scores_before(model: nn.Module, job: Job) -> float:
-    source: Callable[[nn.Module], float] | Any = job.source
-    if not callable(source):
-        source = as_data(source, "source")
-    return evaluate(model, source, 128, torch.device("cpu")).accuracy
-
-
-def report(records: list[dict[str, Any]]) -> str:
+def report(records: list[Record]) -> list[str]:
     pairs = list(dict.fromkeys(r["pair"] for r in records))
-    lines = [
-        f"| pull | {' | '.join(pairs)} |",
-        "| --- |" + " --- |" * len(pairs),
-    ]
     cells: dict[str, dict[str, str]] = {}
-    for r in records:
+    for r in sorted(records, key=lambda r: list(PULLS).index(r["pull"])):
         for end in r["ends"]:
             mix = "" if end["mix"] == 1 else f", {end['mix']:g} of the way"
             text = f"{100 * end['target']:.1f} / {100 * end['source']:.1f}"
             cells.setdefault(r["pull"] + mix, {})[r["pair"]] = text
-    for label, row in cells.items():
-        lines.append(f"| {label} | {' | '.join(row.get(p, '-') for p in pairs)} |")
+    rows = [(label, *(by_pair.get(p, "-") for p in pairs)) for label, by_pair in cells.items()]
     before = {r["pair"]: f"{100 * r['source_before']:.1f}" for r in records}
-    lines += [
+    return [
+        *table(("pull", *pairs), rows),
         "",
         "Target / source accuracy at the end, per cent; source before: "
         + ", ".join(f"{p} {before[p]}" for p in pairs)
         + f". One seed. {machine()}. {records[0]['commit']}.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the data folder")
-    parser.add_argument("--pairs", default=NAMES, help="names, separated by commas")
+    parser = arguments(__doc__, PAIRS)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    store = RESULTS / "regularizers.jsonl"
-    lines = store.read_text().splitlines() if store.exists() else []
-    records = [json.loads(line) for line in lines]
-    done = {(r["pair"], r["pull"]) for r in records}
-    tasks = [
-        (pair, label, args.data.resolve())
-        for pair in args.pairs.split(",")
-        for label in PULLS
-        if (pair, label) not in done
+    settings = [
+        {"pair": pair, "pull": label} for pair, label in product(args.pairs.split(","), PULLS)
     ]
-    with get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
-        for record in pool.imap_unordered(run, tasks):
-            records.append(record)
-            with store.open("a") as f:
-                f.write(json.dumps(record) + "\n")
-            print(record, flush=True)
-    order = {label: i for i, label in enumerate(PULLS)}
-    records.sort(key=lambda r: order[r["pull"]])
-    text = report(records)
-    (RESULTS / "regularizers.md").write_text(text)
-    print(text)
+    records = complete("regularizers", run, settings, args.workers, data=args.data.resolve())
+    save("regularizers", report(records))
 
 
 if __name__ == "__main__":

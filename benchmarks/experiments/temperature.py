@@ -1,17 +1,17 @@
-"""What held-back source inputs without labels say about the loss of test data, and what doubt adds.
+"""At which temperature do held-back source inputs foretell the source loss of test data?
 
-    python benchmarks/doubt.py --data FOLDER
+    python -m benchmarks.experiments.temperature --data FOLDER
 
-Five times in each of four runs per pair: the rise of the labelled source test loss, over the
-divergence of the source head's answers to held-back inputs, at several temperatures.
+Each of four runs per pair is measured five times: the rise of the labelled source test loss, over
+the divergence of the source head's answers to held-back inputs without labels, at several
+temperatures.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fast
-from benchmarks.common import RESULTS, commit, machine
-from benchmarks.real_pairs import PAIRS, Folder
+from benchmarks.common import Record, arguments, commits, complete, machine, save, table
+from benchmarks.real_pairs import real_pair
 from fast.curvature.card.answers import SourceInputs, divergence, source_answers
 from fast.train.trainer import Trainer
 
-NAMES = "resnet20 -> gtsrb,resnet32 -> fashion_mnist,mobilenet 0.25 -> flowers"
-# Hardly any loss, some, and all there is.
+PAIRS = "resnet20 -> gtsrb,resnet32 -> fashion_mnist,mobilenet 0.25 -> flowers"
+# From runs that hardly forget to runs that forget all there is.
 RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("fast", {}),
     ("fast", {"rehearse": 0.05, "distill": 0.0, "anchor_decay": 0.01}),
@@ -34,109 +34,92 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("vanilla", {}),
 )
 RATE = 1e-3
-LOOKS = 5
+CHECKS = 5
 TEMPERATURES = (1, 2, 3)
 
 
 @contextmanager
-def watched(look: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """Runs are looked at, at the weights that they would return."""
+def checked(check: Callable[[torch.nn.Module], None]) -> Iterator[None]:
+    """Calls `check` CHECKS times in a run, with the weights that the run would return there."""
     advance = Trainer.advance
 
-    def looking(self: Trainer, step: int, batch: Any) -> Tensor:
+    def advance_and_check(self: Trainer, step: int, batch: Any) -> Tensor:
         loss = advance(self, step, batch)
-        if (step + 1) % (self.steps // LOOKS) == 0:
+        if (step + 1) % (self.steps // CHECKS) == 0:
             with self._averaged(step + 1):
-                look(self.model)
+                check(self.model)
         return loss
 
-    Trainer.advance = looking  # type: ignore[method-assign]
+    Trainer.advance = advance_and_check  # type: ignore[method-assign]
     try:
         yield
     finally:
         Trainer.advance = advance  # type: ignore[method-assign]
 
 
-def ratios(name: str, method: str, options: dict[str, Any], data: Path) -> list[dict[str, float]]:
-    """One run: at each look, the rise and the divergences `T KL` of answers over T."""
+def run(*, pair: str, method: str, options: dict[str, Any], data: Path) -> Record:
+    """One run: at each check, the rise of the loss and the divergences `T KL` of answers over T."""
     torch.manual_seed(0)
-    pair = PAIRS[name]
-    job = pair.make(Folder(data))
-    inputs, count = job.source_inputs, len(job.source_inputs)
-    asked = SourceInputs(job.source, 10_000)
-    held = SourceInputs(inputs[count // 2 :], count)
-    before = [source_answers(job.model, x) for x in (asked, held)]
-    labels = asked.labels
-    found: list[dict[str, float]] = []
+    real = real_pair(pair, data)
+    inputs, half = real.source_inputs, len(real.source_inputs) // 2
+    test, held = SourceInputs(real.source, 10_000), SourceInputs(inputs[half:], len(inputs))
+    test_before, held_before = (source_answers(real.model, x) for x in (test, held))
+    loss_before = F.cross_entropy(test_before, test.labels)
+    checks: list[dict[str, float]] = []
 
-    def look(model: torch.nn.Module) -> None:
-        test, now = (source_answers(model, x) for x in (asked, held))
-        rise = F.cross_entropy(test, labels) - F.cross_entropy(before[0], labels)
-        said = {f"T={t}": t * float(divergence(before[1], now, t)) for t in TEMPERATURES}
-        found.append({k: round(v, 5) for k, v in ({"rise": float(rise)} | said).items()})
+    def check(model: torch.nn.Module) -> None:
+        test_now, held_now = (source_answers(model, x) for x in (test, held))
+        figures = {"rise": float(F.cross_entropy(test_now, test.labels) - loss_before)}
+        for t in TEMPERATURES:
+            figures[f"T={t}"] = t * float(divergence(held_before, held_now, t))
+        checks.append({name: round(value, 5) for name, value in figures.items()})
 
-    known = {"source_inputs": inputs[: count // 2]} if method == "fast" else {}
-    with watched(look):
+    protect = {"source_inputs": inputs[:half]} if method == "fast" else {}
+    with checked(check):
         fast.finetune(
-            job.model,
-            job.train,
+            real.model,
+            real.train,
             method=method,
             lr=RATE,
-            steps=pair.steps,
-            eval_every=pair.steps,
+            steps=real.steps,
+            eval_every=real.steps,
             progress=False,
             **options,
-            **known,
+            **protect,
         )
-    return found
+    return {"looks": checks}
 
 
-def report(found: dict[str, list[dict[str, float]]], commits: str) -> str:
+def report(records: list[Record]) -> list[str]:
     names = [f"T={t}" for t in TEMPERATURES]
-    lines = [
-        "| pair | rise of the test loss | " + " | ".join(f"`T KL`, {n}" for n in names) + " |",
-        "| --- | --- |" + " --- |" * len(names),
-    ]
-    for pair, rows in found.items():
+    rows = []
+    for pair in dict.fromkeys(r["pair"] for r in records):
+        checks = [check for r in records if r["pair"] == pair for check in r["looks"]]
         for low, high in ((0.0, 3.0), (3.0, 1e9)):
-            some = [r for r in rows if low <= r["rise"] < high]
-            if not some:
-                continue
-            spans = [(min(v), max(v)) for v in ([r["rise"] / r[n] for r in some] for n in names)]
-            cells = " | ".join(f"{a:.2f} .. {b:.2f}" for a, b in spans)
-            rises = [r["rise"] for r in some]
-            lines.append(f"| {pair} | {min(rises):.2f} .. {max(rises):.2f} | {cells} |")
+            some = [c for c in checks if low <= c["rise"] < high]
+            if some:
+                spans = [
+                    [c["rise"] for c in some],
+                    *([c["rise"] / c[n] for c in some] for n in names),
+                ]
+                rows.append((pair, *(f"{min(span):.2f} .. {max(span):.2f}" for span in spans)))
     text = "Rise of the source loss on labelled test data over what held-back inputs say, nats."
-    lines += ["", f"{text} {machine()}. {commits}."]
-    return "\n".join(lines) + "\n"
+    return [
+        *table(("pair", "rise of the test loss", *(f"`T KL`, {n}" for n in names)), rows),
+        "",
+        f"{text} {machine()}. {commits(records)}.",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the data folder")
-    parser.add_argument("--pairs", default=NAMES, help="names, separated by commas")
-    args = parser.parse_args()
-
-    torch.set_num_threads(1)
-    store = RESULTS / "temperature.jsonl"
-    rows = [json.loads(x) for x in store.read_text().splitlines()] if store.exists() else []
-    found: dict[str, list[dict[str, float]]] = {}
-    for pair in args.pairs.split(","):
-        for method, options in RUNS:
-            key = {"pair": pair, "method": method, "options": options}
-            if not any(key.items() <= row.items() for row in rows):
-                looks = ratios(pair, method, options, args.data.resolve())
-                row = key | {"looks": looks, "commit": commit()}
-                rows.append(row)
-                with store.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(row, flush=True)
-            found.setdefault(pair, []).extend(
-                look for row in rows if key.items() <= row.items() for look in row["looks"]
-            )
-    text = report(found, ", ".join(sorted({row["commit"] for row in rows})))
-    (RESULTS / "temperature.md").write_text(text)
-    print(text)
+    args = arguments(__doc__, PAIRS).parse_args()
+    pairs = args.pairs.split(",")
+    settings = [
+        {"pair": pair, "method": method, "options": options}
+        for pair, (method, options) in product(pairs, RUNS)
+    ]
+    records = complete("temperature", run, settings, data=args.data.resolve())
+    save("temperature", report([r for r in records if r["pair"] in pairs]))
 
 
 if __name__ == "__main__":

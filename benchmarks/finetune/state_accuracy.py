@@ -1,6 +1,6 @@
 """What compact optimizer state costs in accuracy: real fine-tuning runs beside their bytes.
 
-    python benchmarks/state_accuracy.py --data FOLDER
+    python -m benchmarks.finetune.state_accuracy --data FOLDER
 
 Each storage trains the same network on the same batches: maximum-entropy head, the whole update
 (clipping, curvature-weighted pull), cosine schedule. Finished runs are kept in
@@ -9,9 +9,8 @@ Each storage trains the same network on the same batches: maximum-entropy head, 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,12 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
-from benchmarks.common import RESULTS, commit, machine
-from benchmarks.real_pairs import PAIRS, Folder
+from benchmarks.common import Record, arguments, complete, machine, save, table
+from benchmarks.real_pairs import real_pair
 from fast.heads import forward_logits, pick
 
 BF16, BYTES = torch.bfloat16, torch.uint8
-# Name: dtype of the parameters, options of the optimizer.
+# The dtype of the parameters and the options of the optimizer, by name.
 STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "bf16 moments": (torch.float32, {"state_dtype": BF16}),
@@ -43,7 +42,7 @@ STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     ),
     "bf16 parameters, rounded": (BF16, {}),
 }  # fmt: skip
-DEFAULT_PAIRS = "resnet20 -> gtsrb,mobilenet 0.25 -> flowers"
+PAIRS = "resnet20 -> gtsrb,mobilenet 0.25 -> flowers"
 BATCH, LR, PULL = 64, 1e-3, 100.0
 
 
@@ -66,25 +65,25 @@ def accuracy(model: nn.Module, data: tuple[Any, torch.Tensor], dtype: torch.dtyp
     return float(right) / len(y)
 
 
-def run(pair: str, name: str, seed: int, folder: Folder) -> dict[str, Any]:
-    """One fine-tuning run; returns its record."""
-    dtype, options = STORAGES[name]
-    job, steps = PAIRS[pair].make(folder), PAIRS[pair].steps
+def run(*, pair: str, storage: str, seed: int, data: Path) -> Record:
+    """One fine-tuning run."""
+    dtype, options = STORAGES[storage]
+    real = real_pair(pair, data)
     torch.manual_seed(seed)
-    model, (x, y) = job.model, job.train
-    card = fast.SourceCard.estimate(model, job.source_inputs, num_samples=256, seed=seed)
-    fast.replace_head(model, int(y.max()) + 1, sample=pick(x, slice(0, 256)))
+    model, (x, y) = real.model, real.train
+    card = fast.SourceCard.estimate(model, real.source_inputs, num_samples=256, seed=seed)
+    fast.replace_head(model, real.num_classes, sample=pick(x, slice(0, 256)))
     curvature = dict(zip(model.parameters(), card.curvature_for(model.parameters()), strict=True))
     model.to(dtype)
     groups = fast.param_groups(model, lr=LR, head_lr_scale=10.0)
     for group in groups:
         if group["name"].startswith("backbone"):
-            found = [curvature[p] for p in group["params"]]
-            group |= {"anchor_decay": PULL, "curvature": found, "stall": 5, "ramp": 30}
+            group |= {"anchor_decay": PULL, "stall": 5, "ramp": 30}
+            group["curvature"] = [curvature[p] for p in group["params"]]
     optimizer = fast.AdamW(groups, max_grad_norm=1.0, seed=seed, **options)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, real.steps)
     rows = batches(len(y), seed)
-    for _ in range(steps):
+    for _ in range(real.steps):
         model.train()
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -95,18 +94,11 @@ def run(pair: str, name: str, seed: int, folder: Folder) -> dict[str, Any]:
         F.cross_entropy(logits.float(), y[index]).backward()
         optimizer.step()
         schedule.step()
-    target = accuracy(model, job.val, dtype)
+    target = accuracy(model, real.val, dtype)
     with fast.source_task(model):
-        source = accuracy(model, job.source, dtype)
-    return {
-        "pair": pair,
-        "storage": name,
-        "seed": seed,
-        "bytes": round(bytes_per_parameter(model, optimizer), 2),
-        "target": target,
-        "source": source,
-        "commit": commit(),
-    }
+        source = accuracy(model, real.source, dtype)
+    size = round(bytes_per_parameter(model, optimizer), 2)
+    return {"bytes": size, "target": target, "source": source}
 
 
 def batches(count: int, seed: int) -> Iterator[torch.Tensor]:
@@ -115,55 +107,37 @@ def batches(count: int, seed: int) -> Iterator[torch.Tensor]:
         yield from torch.randperm(count, generator=generator).split(BATCH)[:-1]
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Means over seeds, and their standard deviation."""
+def report(records: list[Record]) -> list[str]:
+    """A table per pair: means over seeds, and their standard deviation."""
 
-    def figure(found: list[float]) -> str:
-        spread = f" ± {100 * stdev(found):.1f}" if len(found) > 1 else ""
-        return f"{100 * mean(found):.1f}{spread}"
+    def figure(values: list[float]) -> str:
+        spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{100 * mean(values):.1f}{spread}"
 
     lines = []
     for pair in dict.fromkeys(r["pair"] for r in records):
         seeds = len({r["seed"] for r in records if r["pair"] == pair})
-        lines += [
-            f"### {pair}, {seeds} seeds",
-            "",
-            "| storage | bytes per parameter | target accuracy | source accuracy |",
-            "| --- | --- | --- | --- |",
-        ]
+        rows = []
         for name in STORAGES:
-            rows = [r for r in records if (r["pair"], r["storage"]) == (pair, name)]
-            if rows:
-                target, source = (figure([r[k] for r in rows]) for k in ("target", "source"))
-                lines.append(f"| {name} | {rows[0]['bytes']:.1f} | {target} | {source} |")
-        lines.append("")
-    return "\n".join([*lines, f"Accuracies in percent, ± a standard deviation. {machine()}.", ""])
+            runs = [r for r in records if (r["pair"], r["storage"]) == (pair, name)]
+            if runs:
+                target, source = (figure([r[k] for r in runs]) for k in ("target", "source"))
+                rows.append((name, f"{runs[0]['bytes']:.1f}", target, source))
+        header = ("storage", "bytes per parameter", "target accuracy", "source accuracy")
+        lines += [f"### {pair}, {seeds} seeds", "", *table(header, rows), ""]
+    return [*lines, f"Accuracies in percent, ± a standard deviation. {machine()}."]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the data folder")
-    parser.add_argument("--pairs", default=DEFAULT_PAIRS, help="names, separated by commas")
+    parser = arguments(__doc__, PAIRS)
     parser.add_argument("--seeds", default="0,1,2")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    folder, store = Folder(args.data.resolve()), RESULTS / "state_accuracy.jsonl"
-    RESULTS.mkdir(exist_ok=True)
-    lines = store.read_text().splitlines() if store.exists() else []
-    records = [json.loads(line) for line in lines]
-    done = {(r["pair"], r["storage"], r["seed"]) for r in records}
-    for pair in args.pairs.split(","):
-        for seed in map(int, args.seeds.split(",")):
-            for name in STORAGES:
-                if (pair, name, seed) in done:
-                    continue
-                records.append(run(pair, name, seed, folder))
-                with store.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
-                print(records[-1], flush=True)
-    text = table(records)
-    (RESULTS / "state_accuracy.md").write_text(text)
-    print(text)
+    settings = [
+        {"pair": pair, "storage": storage, "seed": int(seed)}
+        for pair, seed, storage in product(args.pairs.split(","), args.seeds.split(","), STORAGES)
+    ]
+    name = "state_accuracy"
+    save(name, report(complete(name, run, settings, data=args.data.resolve())))
 
 
 if __name__ == "__main__":
