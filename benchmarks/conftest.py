@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from fastkernels import _native
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 
 
 def _git(*arguments: str) -> str:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 import fastkernels
-
-from ._base import AnchoredOptimizer, finite, number
-from ._batch import Batch, Group
-from ._state import Storage
+from fast.optim.base import AnchoredOptimizer, finite, number
+from fast.optim.batch import Batch, Group
+from fast.optim.storage import Storage
 
 
 class AdamW(AnchoredOptimizer):
@@ -22,7 +21,8 @@ class AdamW(AnchoredOptimizer):
     diagonal curvature of the source loss as `F`, EWC (Kirkpatrick et al. 2017), decoupled.
 
     lr, betas, eps, weight_decay, anchor_decay, curvature, stall, ramp and maximize may also be set
-    per group.
+    per group. A group has one key more, `restraint` (1.0): every step multiplies its lr by it, as
+    by the ramp, so that a method can slow a group down while a scheduler owns `lr`.
 
     Args:
         params: parameters, named parameters, or dicts of groups.

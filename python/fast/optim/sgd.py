@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 import fastkernels
-
-from . import _dtensor, _state
-from ._base import AnchoredOptimizer, finite, number
-from ._batch import Batch, Group
-from ._state import State, Storage
+from fast.optim import dtensor, storage
+from fast.optim.base import AnchoredOptimizer, finite, number
+from fast.optim.batch import Batch, Group
+from fast.optim.storage import State, Storage
 
 
 class SGD(AnchoredOptimizer):
@@ -86,7 +85,7 @@ class SGD(AnchoredOptimizer):
         return self.moments if group["momentum"] else ()
 
     def _ensure(self, group: Group, p: Tensor) -> State:
-        begun = _state.is_stored(self.state[p], "momentum_buffer")
+        begun = storage.is_stored(self.state[p], "momentum_buffer")
         state = super()._ensure(group, p)
         if not begun and self._group_moments(group):
             state["step"].zero_()  # at step 0 a momentum starts as the gradient, without dampening
@@ -97,13 +96,13 @@ class SGD(AnchoredOptimizer):
         for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
             # torch starts a momentum that is not there as we do at step 0, and dampens one of
             # zeros. A sharded state stays complete, as torch.distributed.checkpoint needs it.
-            if not group["dampening"] or _dtensor.any_sharded(group["params"]):
+            if not group["dampening"] or dtensor.any_sharded(group["params"]):
                 continue
             for i in saved["params"]:
                 state = found["state"].get(i, {})
-                if _state.is_stored(state, "momentum_buffer") and not state["step"].any():
+                if storage.is_stored(state, "momentum_buffer") and not state["step"].any():
                     found["state"][i] = state = dict(state)
-                    _state.drop(state, "momentum_buffer")
+                    storage.drop(state, "momentum_buffer")
         return found
 
     def _hyper_row(self, group: Group, lr: float) -> list[float]:
