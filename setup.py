@@ -171,8 +171,8 @@ class BuildNative(build_ext):
                 ("CUDA C++ kernels", "nvcc", "FAST_CUDA=1") if cuda
                 else ("native kernels", "a C++17 compiler", "FAST_REQUIRE_NATIVE=1")
             )  # fmt: skip
-            print(f"warning: fastkernels is installed without {kernels}: {error}\n"
-                  f"warning: install {missing} and install again; {required} makes this an error")  # fmt: skip
+            print(f"warning: fastkernels is installed without {kernels}: {error}")
+            print(f"warning: install {missing} and install again; {required} makes this an error")
 
 
 def extension(name: str, steps: list[Step]) -> Extension:

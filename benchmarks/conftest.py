@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastkernels import _native
+from fastkernels.backends import native
 
 HERE = Path(__file__).parent
 
@@ -26,7 +26,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info |= {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "native": _native.available()[1],
+        "native": native.available()[1],
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": bool(
             _git("status", "--porcelain", "--untracked-files=no", "csrc", "fastkernels", "python")

@@ -11,7 +11,7 @@
 
 Tensors here are flat, in the order of their storage (`flat`):
 
-    codes, scales = encode(flat(x), NEAREST, signed=True)         # uint8 [n], float32 [ceil(n / 128)]
+    codes, scales = encode(flat(x), NEAREST, signed=True)  # uint8 [n], float32 [ceil(n / 128)]
     x = decode(codes, scales, signed=True).view(x.shape)
 """
 

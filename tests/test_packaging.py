@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkernels import _native
+from fastkernels.backends import native
 from helpers import ROOT
 
 needs_build_tools = pytest.mark.skipif(
@@ -94,19 +94,19 @@ def test_required_native_is_there():
     """CI sets FAST_REQUIRE_NATIVE=1: then a build that quietly failed must not pass."""
     if os.environ.get("FAST_REQUIRE_NATIVE") != "1":
         pytest.skip("FAST_REQUIRE_NATIVE is not 1")
-    assert _native.available()[0], _native.available()[1]
+    assert native.available()[0], native.available()[1]
 
 
 def test_missing_native_names_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastkernels._C", None)
     monkeypatch.delattr("fastkernels._C", raising=False)
-    _native.load.cache_clear()
+    native.load.cache_clear()
     try:
-        ok, reason = _native.available()
+        ok, reason = native.available()
         assert not ok
         assert "FAST_REQUIRE_NATIVE=1" in reason
         with pytest.raises(RuntimeError, match="C\\+\\+17 compiler"):
-            _native.module()
+            native.module()
     finally:
         monkeypatch.undo()
-        _native.load.cache_clear()
+        native.load.cache_clear()

@@ -26,8 +26,8 @@ import fastkernels
 from benchmarks.common import RESULTS
 from benchmarks.kernels.shapes import SETS as SHAPES
 from benchmarks.kernels.shapes import Shapes
-from fastkernels import _backends
-from fastkernels._storage import code_scales
+from fastkernels.codes import code_scales
+from fastkernels.op import ENVIRONMENT
 
 Step = Callable[[], object]
 BF16, CODES, F32 = torch.bfloat16, torch.uint8, torch.float32
@@ -101,7 +101,7 @@ class Case:
 
 
 def force(backend: str) -> None:
-    os.environ[_backends.ENVIRONMENT] = backend
+    os.environ[ENVIRONMENT] = backend
 
 
 def wrong(shapes: Shapes, variant: str, backend: str) -> str:
@@ -238,7 +238,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_update.py needs a CUDA device; torch finds none")
-    rows = _backends.explain()
+    rows = fastkernels.explain()
     backends = sorted({r.backend for r in rows if r.device == "cuda" and r.available
                        and r.op == "anchored_adamw_"} - {"reference"})  # fmt: skip
     copy = copy_bandwidth(options.rounds)

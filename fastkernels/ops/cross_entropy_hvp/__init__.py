@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkernels import memory
-from fastkernels.backends import native, triton
+from fastkernels import backends, memory
 from fastkernels.op import Backend, always, choose, operator
 
 HVP, QUAD = "cross_entropy_hvp_", "cross_entropy_quad"
@@ -23,11 +22,11 @@ def _backends(op: str) -> tuple[Backend, ...]:
             available=available,
         )
         for name, device, available in (
-            ("native", "cpu", native.available),
-            ("triton", "cuda", triton.available),
+            ("native", "cpu", backends.native.available),
+            ("triton", "cuda", backends.triton.available),
             ("reference", "cpu", always),
             ("reference", "cuda", always),
-            ("triton", "cpu", triton.available_on_cpu),
+            ("triton", "cpu", backends.triton.available_on_cpu),
         )
     )
 

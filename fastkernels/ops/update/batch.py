@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkernels import op
-from fastkernels.backends import cuda, native, triton
+from fastkernels import backends, op
 from fastkernels.op import Backend
 
 # The columns of csrc's Stat.
@@ -82,12 +81,12 @@ BACKENDS = tuple(
         available=available,
     )
     for name, device, module, available in (
-        ("native", "cpu", "native", native.available),
-        ("triton", "cuda", "triton", triton.available),
-        ("native", "cuda", "cuda", cuda.available),
+        ("native", "cpu", "native", backends.native.available),
+        ("triton", "cuda", "triton", backends.triton.available),
+        ("native", "cuda", "cuda", backends.cuda.available),
         ("reference", "cpu", "reference", op.always),
         ("reference", "cuda", "reference", op.always),
-        ("triton", "cpu", "triton", triton.available_on_cpu),
+        ("triton", "cpu", "triton", backends.triton.available_on_cpu),
     )
 )
 

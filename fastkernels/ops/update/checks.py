@@ -121,9 +121,9 @@ def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
             return t
         if t.dtype == torch.uint8:
             raise ValueError(
-                f"{batch.rule.name}: 8-bit codes of strides {t.stride()} for a parameter of strides "
-                f"{p.stride()}; their blocks follow the storage, so both must be the same and "
-                "without gaps: make the parameter contiguous, or use torch.bfloat16 state"
+                f"{batch.rule.name}: 8-bit codes of strides {t.stride()} for a parameter of "
+                f"strides {p.stride()}; their blocks follow the storage, so both must be the same "
+                "and without gaps: make the parameter contiguous, or use torch.bfloat16 state"
             )
         copies.append((t, like(t, p)))
         return copies[-1][1]

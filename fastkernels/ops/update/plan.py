@@ -66,13 +66,16 @@ def rows_of(batch: Batch) -> list[tuple[int, ...]]:
         bytes(0 if t is None or not t.numel() else _CODE_OF[t.dtype] for t in tensors)
         for tensors in zip(*stored, strict=True)
     ]
+    groups = [
+        group | int.from_bytes(four[:4], "little") << 32
+        for group, four in zip(batch.groups, types, strict=True)
+    ]
     columns = (
         column(batch.params), zeros, *[*map(column, batch.moments), zeros][:2],
         column(batch.anchors), column(batch.curvature),
         *[*map(column, batch.moment_scales), zeros, zeros][:2], column(batch.curvature_scales),
         column(batch.remainders), column(batch.steps), map(Tensor.numel, batch.params),
-        (g | int.from_bytes(t[:4], "little") << 32 for g, t in zip(batch.groups, types, strict=True)),
-        (int.from_bytes(t[4:], "little") for t in types),
+        groups, [int.from_bytes(two[4:], "little") for two in types],
     )  # fmt: skip
     return list(zip(*columns, strict=True))
 
@@ -338,6 +341,7 @@ def _build(batch: Batch, kind_of: KindOf, seed: int, max_grad_norm: float | None
         numel = row[ROW.index("numel")]
         for begin in range(0, numel, CHUNK):
             members.append((begin, i | min(CHUNK, numel - begin) << 32))
+    # CUDA C++ wants the rows of float arithmetic first.
     launches: list[Launch] = []
     chunks: list[tuple[int, int]] = []
     for kind, members in sorted(by_kind.items(), key=lambda item: item[0] == "double"):

@@ -55,6 +55,9 @@ RULES = {
     "anchored_sgd_": {"DERIVE": derive_sgd, "APPLY": apply_sgd},
 }
 WORDS = tl.constexpr(len(ROW))
+# A constexpr_function may look up, but not call `index`.
+WORD_OF = {field: k for k, field in enumerate(ROW)}
+FIGURE_OF = {name: k for k, name in enumerate(FIGURES)}
 
 
 class Kind(NamedTuple):
@@ -95,13 +98,13 @@ def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
 @triton.constexpr_function
 def word(field):
     """The column of `field` in the table of rows."""
-    return ROW.index(field)
+    return WORD_OF[field]
 
 
 @triton.constexpr_function
 def figure(name):
     """The row of `name` in the chunks' sums, and its place in `stats`."""
-    return FIGURES.index(name)
+    return FIGURE_OF[name]
 
 
 @triton.jit

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 from fastkernels import codes
-from fastkernels.ops.update import adamw, batch, sgd
+from fastkernels.ops.update.adamw import ADAMW
+from fastkernels.ops.update.batch import HARDEST as _HARDEST
+from fastkernels.ops.update.sgd import SGD
 
 CODE_BLOCK = tl.constexpr(codes.CODE_BLOCK)
 ONE = tl.constexpr(codes.ONE)
@@ -22,7 +24,9 @@ UNSIGNED_TOP, SIGNED_TOP = tl.constexpr(codes.UNSIGNED_TOP), tl.constexpr(codes.
 SIGNED_FLAT, SIGNED_FINE = tl.constexpr(codes.SIGNED_FLAT), tl.constexpr(codes.SIGNED_FINE)
 SIGNED_SHIFT, SIGNED_KNEE = tl.constexpr(codes.SIGNED_SHIFT), tl.constexpr(codes.SIGNED_KNEE)
 LEAST_SCALE = tl.constexpr(codes.LEAST_SCALE)
-HARDEST = tl.constexpr(batch.HARDEST)
+HARDEST = tl.constexpr(_HARDEST)
+ADAMW_COLUMN = {name: k for k, name in enumerate(ADAMW.columns)}
+SGD_COLUMN = {name: k for k, name in enumerate(SGD.columns)}
 
 
 @triton.jit
@@ -251,12 +255,12 @@ def pull_to(w, w0, c):
 
 @triton.constexpr_function
 def of_adamw(column):
-    return adamw.ADAMW.columns.index(column)
+    return ADAMW_COLUMN[column]
 
 
 @triton.constexpr_function
 def of_sgd(column):
-    return sgd.SGD.columns.index(column)
+    return SGD_COLUMN[column]
 
 
 @triton.jit

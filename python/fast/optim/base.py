@@ -17,7 +17,7 @@ from fast.optim.progress import Progress, ramp_factor
 from fast.optim.scaling import scale, unscale_
 from fast.optim.storage import CODE_FORMAT, State, Storage
 from fast.profiling import named_range
-from fastkernels._update import STATS
+from fastkernels.ops.update import STATS
 
 # As functions: a step of thousands of small tensors is mostly Python, which calls these faster.
 _device_of, _layout_of = Tensor.device.__get__, Tensor.layout.__get__  # type: ignore[attr-defined]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fast.optim import dtensor
-from fastkernels import _storage
-from fastkernels._update import compute_dtype
+from fastkernels import codes as _storage
+from fastkernels.codes import compute_dtype
 
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19

@@ -24,7 +24,7 @@ from fast.curvature.losses.recognise import recognise
 from fast.curvature.network.network import Params, select
 from fast.data.trees import check_finite_inputs, taking
 from fast.heads import evaluating, source_task, unwrap
-from fastkernels import _storage
+from fastkernels import codes as _storage
 
 TEMPERATURE = 3.0
 BATCH = 64
