@@ -76,7 +76,7 @@ def long_kernel(
         v = tl.load(row + columns, mask=inside, other=0.0).to(REAL)
         w = tl.load(weights + columns, mask=inside, other=0.0, eviction_policy="evict_last")
         mean = tl.sum(w.to(REAL) * v, 0)
-        # Of another policy, or the compiler keeps the first one's registers and spills.
+        # With another policy, or the compiler keeps the first one's registers and spills.
         again = tl.load(weights + columns, mask=inside, other=0.0).to(REAL)
         if WRITE:
             new = again * (a * v - a * mean)
