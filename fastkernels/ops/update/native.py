@@ -12,7 +12,7 @@ from fastkernels.ops.update.plan import Plans, rows_of
 
 
 def _build(batch: Batch) -> Any:
-    rows = torch.tensor(rows_of(batch), dtype=torch.int64)
+    rows = torch.tensor(rows_of(batch), dtype=torch.int64, device="cpu")
     return native.module().AnchoredPlan(rows.data_ptr(), len(rows))
 
 

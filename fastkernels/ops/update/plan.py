@@ -298,19 +298,20 @@ class DevicePlan:
             RuntimeError: a second capture without a step in between.
         """
         if not self.grads.is_cuda:
-            return torch.tensor(addresses, dtype=torch.int64)
+            return torch.tensor(addresses, dtype=torch.int64, device="cpu")
         if torch.cuda.is_current_stream_capturing():
             if self.spare is None:
                 raise RuntimeError("run a step of this optimizer between two graph captures")
             table, host, self.spare = torch.empty_like(self.grads), self.spare, None
-            host.copy_(torch.tensor(addresses, dtype=torch.int64))
+            host.copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
             keep_for_graphs(self, host, table)
             return table.copy_(host, non_blocking=True)
         if self.spare is None:
-            self.spare = torch.empty(self.grads.shape, dtype=torch.int64, pin_memory=True)
+            shape = self.grads.shape
+            self.spare = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
         if addresses != self.uploaded:
             # torch's allocator keeps pinned memory until copies from it are done.
-            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+            host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=True)
             self.grads.copy_(host, non_blocking=True)
             self.uploaded = addresses
         return self.grads
@@ -350,7 +351,7 @@ def _build(batch: Batch, kind_of: KindOf, seed: int, max_grad_norm: float | None
         chunks += members
 
     def table(values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(device)
+        return torch.tensor(values, dtype=torch.int64, device="cpu").to(device)
 
     return DevicePlan(
         rows=table(rows), chunks=table(chunks or [(0, 0)]), launches=launches,
@@ -358,7 +359,7 @@ def _build(batch: Batch, kind_of: KindOf, seed: int, max_grad_norm: float | None
         partial=torch.zeros(len(STATS), max(1, len(chunks)), dtype=torch.float64, device=device),
         control=torch.zeros(3, dtype=torch.float64, device=device),
         seed=table([seed]),
-        max_norm=torch.tensor([max_grad_norm or 0.0], dtype=torch.float64).to(device),
+        max_norm=torch.tensor([max_grad_norm or 0.0], dtype=torch.float64, device=device),
     )  # fmt: skip
 
 
