@@ -1,0 +1,111 @@
+"""What a step of FAST costs against a step of plain torch training of the same network.
+
+    python -m benchmarks.finetune.step_time --data FOLDER
+
+The plain run has a new linear head, `torch.optim.AdamW`, and nothing else. Both take the same
+batches, one step in turn, in one process on one thread; printed is the ratio of median process
+times, in which other work on the machine cancels. The last column is what FAST does before its
+first step, as a share of the whole run: the forward passes that calibrate the head, the source
+card.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.common import arguments, commit, machine, row, save, table
+from benchmarks.finetune.runs import parse
+from benchmarks.real_pairs import README_PAIRS, RealPair, real_pair
+from fast.adapt.config import TrainConfig
+from fast.heads import find_head, forward_logits, pick
+from fast.train.trainer import Trainer
+
+HEADER = (
+    "pair", "method", "plain torch, ms per step", "ours, ms per step", "ratio",
+    "before the first step, share of the run",
+)  # fmt: skip
+WARM_UP = 10
+
+
+def plain_steps(real: RealPair, batch_size: int) -> Iterator[None]:
+    """Endless training as a user would write it; one step per `next`."""
+    model = copy.deepcopy(real.model)
+    (x, y), generator = real.train, torch.Generator().manual_seed(0)
+    head = find_head(model, pick(x, slice(2)))
+    head.put(nn.Linear(head.module.weight.shape[1], real.num_classes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    model.train()
+    while True:
+        for index in torch.randperm(len(y), generator=generator).split(batch_size)[:-1]:
+            optimizer.zero_grad()
+            F.cross_entropy(forward_logits(model, pick(x, index)), y[index]).backward()
+            optimizer.step()
+            yield
+
+
+def fast_steps(
+    real: RealPair, batch_size: int, steps: int, method: str, options: dict[str, Any]
+) -> Iterator[None]:
+    """A run of `fast.finetune` without its evaluations, set up before the first `next` returns."""
+    config = TrainConfig(method=method, steps=steps, batch_size=batch_size, **options)
+    model, inputs = copy.deepcopy(real.model), real.source_inputs
+    trainer = Trainer(config, model, real.train, None, None, None, None, None, inputs)
+    stream = trainer.stream(0)
+    trainer.model.train()
+    yield
+    for step in range(steps):
+        trainer.advance(step, next(stream))
+        yield
+
+
+def timed(step: Callable[[], None]) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def measure(
+    pair: str, spec: str, data: Path, steps: int, batch_size: int
+) -> tuple[str, str, str, str, str, str]:
+    """A row of the table."""
+    method, options = parse(spec)
+    real = real_pair(pair, data)
+    plain = plain_steps(real, batch_size)
+    fast = fast_steps(real, batch_size, steps + WARM_UP, method, options)
+    setup = timed(lambda: next(fast))
+    times = [
+        (timed(lambda: next(plain)), timed(lambda: next(fast))) for _ in range(steps + WARM_UP)
+    ]
+    theirs, ours = (median(column) for column in zip(*times[WARM_UP:], strict=True))
+    share = setup / (setup + real.steps * ours)
+    return (pair, spec, f"{1e3 * theirs:.0f}", f"{1e3 * ours:.0f}", f"{ours / theirs:.3f}",
+            f"{share:.3f}")  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__, README_PAIRS)
+    parser.add_argument("--methods", default="fast", help="e.g. fast,ewc,replay")
+    parser.add_argument("--steps", type=int, default=40, help="of each, after 10 to warm up")
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for pair in args.pairs.split(","):
+        for spec in args.methods.split(","):
+            rows.append(measure(pair, spec, args.data.resolve(), args.steps, args.batch_size))
+            print(row(rows[-1]), flush=True)
+    note = f"Medians of {args.steps} steps in turn. {machine()}. Commit {commit()}."
+    save("step_time", [*table(HEADER, rows), "", note])
+
+
+if __name__ == "__main__":
+    main()
