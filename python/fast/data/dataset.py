@@ -156,8 +156,11 @@ class Data:
         return count
 
 
-def as_data(data: Any, name: str) -> Data:
+def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
     """Accept (x, y) tensors (x may be a mapping or tuple), a Dataset, or a DataLoader.
+
+    Args:
+        any_labels: whether labels need not be class indices.
 
     Raises:
         TypeError: `data` is something else.
@@ -173,7 +176,7 @@ def as_data(data: Any, name: str) -> Data:
         return Data(name=name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
-        in_memory = _in_memory(inputs, labels, name)
+        in_memory = _in_memory(inputs, labels, name, any_labels)
         if name == "train":
             warn_unscaled(in_memory.inputs, name)
         return in_memory
@@ -191,7 +194,7 @@ def as_data(data: Any, name: str) -> Data:
     return Data(name=name, dataset=dataset)
 
 
-def _in_memory(inputs: Any, labels: Any, name: str) -> Data:
+def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
     labels = as_tensor(labels, f"{name}: labels")
     if not isinstance(inputs, (Mapping, tuple, list)):
         inputs = as_tensor(inputs, f"{name}: inputs")
@@ -204,7 +207,9 @@ def _in_memory(inputs: Any, labels: Any, name: str) -> Data:
         raise ValueError(f"{name}: {length(inputs)} inputs but {len(labels)} labels")
     if not len(labels):
         raise ValueError(f"{name}: no samples")
-    return Data(name=name, inputs=inputs, labels=check_labels(labels, None, name))
+    if not any_labels:
+        labels = check_labels(labels, None, name)
+    return Data(name=name, inputs=inputs, labels=labels)
 
 
 def map_style(data: Any, name: str) -> Any:

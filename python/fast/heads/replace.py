@@ -121,7 +121,15 @@ def replace_head(
         ValueError: there is no head, several layers make the logits together, the head was
             replaced before, or `num_classes` is not in 2..1,000,000. The model is as it was.
     """
-    num_classes = check_num_classes(num_classes)
+    return put_head(
+        model, check_num_classes(num_classes), sample=sample, max_entropy=max_entropy, head=head
+    )
+
+
+def put_head(
+    model: nn.Module, num_outputs: int, *, sample: Any, max_entropy: bool, head: str | None
+) -> nn.Module:
+    """`replace_head` for any number of outputs, of which a regression has one."""
     inner = unwrap(model)
     if task_head(inner) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
@@ -133,9 +141,9 @@ def replace_head(
     else:
         check_alone(inner, old, sample, named=head is not None, learns=max_entropy)
     trainable = [p.requires_grad for p in old.module.parameters()]
-    new = _new_head(inner, old, num_classes, max_entropy)
+    new = _new_head(inner, old, num_outputs, max_entropy)
     old.put(new)
-    announce_classes(inner, num_classes)
+    announce_classes(inner, num_outputs)
     new.train(inner.training)
     try:
         if sample is not None:

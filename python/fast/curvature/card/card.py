@@ -227,6 +227,12 @@ class SourceCard:
                 )
         return self._remember({n: own[n] for n in self.entries})
 
+    def is_bound(self, model: nn.Module) -> bool:
+        """Whether the card was bound to this model, at the weights that it had then."""
+        own = dict(unwrap(model).named_parameters())
+        names = self._names.items()
+        return bool(names) and all(r() is own.get(name) for name, r in names)
+
     def diagonal(self) -> dict[str, Tensor]:
         """Parameter name -> `C_ii`, float32 on the CPU, in nats per squared weight."""
         return {name: codes.decode() for name, codes in self.entries.items()}
