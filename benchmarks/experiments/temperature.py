@@ -63,13 +63,15 @@ def run(*, pair: str, method: str, options: dict[str, Any], data: Path) -> Recor
     real = real_pair(pair, data)
     inputs, half = real.source_inputs, len(real.source_inputs) // 2
     test, held = SourceInputs(real.source, 10_000), SourceInputs(inputs[half:], len(inputs))
+    assert test.labels is not None
+    labels = test.labels
     test_before, held_before = (source_answers(real.model, x) for x in (test, held))
-    loss_before = F.cross_entropy(test_before, test.labels)
+    loss_before = F.cross_entropy(test_before, labels)
     checks: list[dict[str, float]] = []
 
     def check(model: torch.nn.Module) -> None:
         test_now, held_now = (source_answers(model, x) for x in (test, held))
-        figures = {"rise": float(F.cross_entropy(test_now, test.labels) - loss_before)}
+        figures = {"rise": float(F.cross_entropy(test_now, labels) - loss_before)}
         for t in TEMPERATURES:
             figures[f"T={t}"] = t * float(divergence(held_before, held_now, t))
         checks.append({name: round(value, 5) for name, value in figures.items()})
@@ -98,14 +100,13 @@ def report(records: list[Record]) -> list[str]:
         for low, high in ((0.0, 3.0), (3.0, 1e9)):
             some = [c for c in checks if low <= c["rise"] < high]
             if some:
-                spans = [
-                    [c["rise"] for c in some],
-                    *([c["rise"] / c[n] for c in some] for n in names),
-                ]
-                rows.append((pair, *(f"{min(span):.2f} .. {max(span):.2f}" for span in spans)))
+                spans = {"rise of the test loss": [c["rise"] for c in some]}
+                spans |= {f"`T KL`, {n}": [c["rise"] / c[n] for c in some] for n in names}
+                figures = {n: f"{min(v):.2f} .. {max(v):.2f}" for n, v in spans.items()}
+                rows.append({"pair": pair} | figures)
     text = "Rise of the source loss on labelled test data over what held-back inputs say, nats."
     return [
-        *table(("pair", "rise of the test loss", *(f"`T KL`, {n}" for n in names)), rows),
+        *table(rows),
         "",
         f"{text} {machine()}. {commits(records)}.",
     ]

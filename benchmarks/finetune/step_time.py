@@ -22,17 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.common import arguments, commit, machine, row, save, table
+from benchmarks.common import Record, arguments, commit, machine, save, shown, table
 from benchmarks.finetune.runs import parse
 from benchmarks.real_pairs import README_PAIRS, RealPair, real_pair
 from fast.adapt.config import TrainConfig
 from fast.heads import find_head, forward_logits, pick
 from fast.train.trainer import Trainer
 
-HEADER = (
-    "pair", "method", "plain torch, ms per step", "ours, ms per step", "ratio",
-    "before the first step, share of the run",
-)  # fmt: skip
 WARM_UP = 10
 
 
@@ -73,9 +69,7 @@ def timed(step: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measure(
-    pair: str, spec: str, data: Path, steps: int, batch_size: int
-) -> tuple[str, str, str, str, str, str]:
+def measure(pair: str, spec: str, data: Path, steps: int, batch_size: int) -> Record:
     """A row of the table."""
     method, options = parse(spec)
     real = real_pair(pair, data)
@@ -87,8 +81,7 @@ def measure(
     ]
     theirs, ours = (median(column) for column in zip(*times[WARM_UP:], strict=True))
     share = setup / (setup + real.steps * ours)
-    return (pair, spec, f"{1e3 * theirs:.0f}", f"{1e3 * ours:.0f}", f"{ours / theirs:.3f}",
-            f"{share:.3f}")  # fmt: skip
+    return {"pair": pair, "method": spec, "plain torch, ms per step": f"{1e3 * theirs:.0f}", "ours, ms per step": f"{1e3 * ours:.0f}", "ratio": f"{ours / theirs:.3f}", "before the first step, share of the run": f"{share:.3f}",}  # fmt: skip
 
 
 def main() -> None:
@@ -98,13 +91,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for pair in args.pairs.split(","):
-        for spec in args.methods.split(","):
-            rows.append(measure(pair, spec, args.data.resolve(), args.steps, args.batch_size))
-            print(row(rows[-1]), flush=True)
+    rows = (
+        measure(pair, spec, args.data.resolve(), args.steps, args.batch_size)
+        for pair in args.pairs.split(",")
+        for spec in args.methods.split(",")
+    )
     note = f"Medians of {args.steps} steps in turn. {machine()}. Commit {commit()}."
-    save("step_time", [*table(HEADER, rows), "", note])
+    save("step_time", [*table(shown(rows)), "", note])
 
 
 if __name__ == "__main__":
