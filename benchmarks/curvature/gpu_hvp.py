@@ -122,7 +122,7 @@ def products(case: str, rounds: int, keep: Callable[[Record], None]) -> None:
         for method in methods:
             if missing(method) or (method.startswith("compiled") and case not in COMPILED):
                 continue
-            row = {"case": case, "kind": kind, "method": method}
+            row: Record = {"case": case, "kind": kind, "method": method}
             try:
                 error = relative_error(problem, kind, method)
                 counts = COUNTS if method in MANY or case == "head" else COUNTS[:2]

@@ -220,7 +220,7 @@ def report(records: list[Record]) -> list[str]:
             text = f"{100 * end['target']:.1f} / {100 * end['source']:.1f}"
             cells.setdefault(r["pull"] + mix, {})[r["pair"]] = text
     rows = [
-        {"pull": label} | {p: by_pair.get(p, "-") for p in pairs}
+        {"pull": label} | {pair: by_pair.get(pair, "-") for pair in pairs}
         for label, by_pair in cells.items()
     ]
     before = {r["pair"]: f"{100 * r['source_before']:.1f}" for r in records}

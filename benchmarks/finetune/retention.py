@@ -85,10 +85,20 @@ def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
             figures.append((share, ahead, ours, its))
             reached = f"{share:.2f}" if steps else "not reached"
             part = f"{ours / its:.2f}" if its > 0 else "-"
-            rows.append({"method": variant, "pair": pair, "best baseline": name, "steps to its final target accuracy, share of its steps": reached, "final target minus its, points": f"{ahead:+.1f}", "source accuracy lost, points: ours / its": f"{ours:.1f} / {its:.1f}", "share": part,})  # fmt: skip
+            rows.append(
+                {
+                    "method": variant,
+                    "pair": pair,
+                    "best baseline": name,
+                    "steps to its final target accuracy, share of its steps": reached,
+                    "final target minus its, points": f"{ahead:+.1f}",
+                    "source accuracy lost, points: ours / its": f"{ours:.1f} / {its:.1f}",
+                    "share": part,
+                }
+            )
         if figures:
             share, ahead, ours, its = (mean(column) for column in zip(*figures, strict=True))
-            part = mean(o / i for _, _, o, i in figures if i > 0)
+            shares = mean(o / i for _, _, o, i in figures if i > 0)
             rows.append(
                 {
                     "method": variant,
@@ -97,10 +107,10 @@ def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
                     "steps to its final target accuracy, share of its steps": f"**{share:.2f}**",
                     "final target minus its, points": f"**{ahead:+.1f}**",
                     "source accuracy lost, points: ours / its": f"**{ours:.1f} / {its:.1f}**",
-                    "share": f"**{part:.2f}**, of the means {ours / its:.2f}",
+                    "share": f"**{shares:.2f}**, of the means {ours / its:.2f}",
                 }
             )
-    return table(rows)
+    return table(rows) if rows else []
 
 
 def forecasts(records: Runs) -> list[str]:

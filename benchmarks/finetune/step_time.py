@@ -81,7 +81,14 @@ def measure(pair: str, spec: str, data: Path, steps: int, batch_size: int) -> Re
     ]
     theirs, ours = (median(column) for column in zip(*times[WARM_UP:], strict=True))
     share = setup / (setup + real.steps * ours)
-    return {"pair": pair, "method": spec, "plain torch, ms per step": f"{1e3 * theirs:.0f}", "ours, ms per step": f"{1e3 * ours:.0f}", "ratio": f"{ours / theirs:.3f}", "before the first step, share of the run": f"{share:.3f}",}  # fmt: skip
+    return {
+        "pair": pair,
+        "method": spec,
+        "plain torch, ms per step": f"{1e3 * theirs:.0f}",
+        "ours, ms per step": f"{1e3 * ours:.0f}",
+        "ratio": f"{ours / theirs:.3f}",
+        "before the first step, share of the run": f"{share:.3f}",
+    }
 
 
 def main() -> None:

@@ -71,18 +71,18 @@ def promises(rows: list[Record]) -> list[str]:
             }
         )
 
-    for method, bound in TARGETS.items():
+    for method, most in TARGETS.items():
         if value := resnet.get(method):
-            promise(f"resnet50, {method}", f"<= {bound} x fused", value, value <= bound)
+            promise(f"resnet50, {method}", f"<= {most} x fused", value, value <= most)
     for r in rows:
         if r["set"] == "resnet50" and r["method"].startswith("ours") and "to_floor" in r:
             promise(f"resnet50, {r['method']}", f"<= {FLOOR_TARGET} x floor", r["to_floor"],
                     r["to_floor"] <= FLOOR_TARGET)  # fmt: skip
-    for storage, bound in USER_TARGETS.items():
+    for storage, least in USER_TARGETS.items():
         if USER in resnet and (ours := resnet.get(f"ours: whole job{storage}")):
             ratio = resnet[USER] / ours
-            promise(f"resnet50, the user's way / whole job{storage}", f">= {bound}", ratio,
-                    ratio >= bound)  # fmt: skip
+            promise(f"resnet50, the user's way / whole job{storage}", f">= {least}", ratio,
+                    ratio >= least)  # fmt: skip
     if "DeepSpeed CPUAdam" in resnet and "ours: AdamW" in resnet:
         ratio = resnet["DeepSpeed CPUAdam"] / resnet["ours: AdamW"]
         promise("resnet50, DeepSpeed CPUAdam / ours", "> 1", ratio, ratio > 1)
