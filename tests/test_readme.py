@@ -16,11 +16,12 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     x, y = images(200, 5)
     x_old, y_old = images(50, 5, seed=1)
     names = {"torch": torch, "x": x, "y": y, "x_val": x, "y_val": y, "x_old": x_old, "y_old": y_old}
-    names |= {"x_kept": images(40, 5, seed=2)[0]}
+    # Seven eighths of a batch of 64: the source inputs are the rest.
+    names |= {"x_kept": images(40, 5, seed=2)[0], "loader": [(x[:56], y[:56], torch.arange(56))] * 3}
     torch.manual_seed(0)
     for block in blocks:
         names["model"] = model = ConvNet()
@@ -32,7 +33,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_two_commands_are_on_the_first_screen():
-    first_screen = README[: README.index("## In Python")]
+    first_screen = README[: README.index("## In a loop")]
     assert "pip install -c constraints.txt . && fast demo" in first_screen
     assert "pip install -c constraints.txt -e '.[test]' && pytest" in first_screen
     assert re.search(r"^\| .* \|$", first_screen, flags=re.MULTILINE)
