@@ -30,7 +30,7 @@ from torch import nn
 from benchmarks.common import Record, save, shown, table
 from benchmarks.real_pairs import real_pair
 from fast.curvature import Hessian
-from fast.heads import pick
+from fast.data.trees import pick
 
 NETWORKS = {"ResNet-20, CIFAR-10": "resnet20 -> gtsrb", "MiniLM, SST-2": "minilm -> sst2"}
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)

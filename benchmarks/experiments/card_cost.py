@@ -21,8 +21,8 @@ import torch
 import fast
 from benchmarks.common import Record, arguments, commit, machine, save, shown, table
 from benchmarks.real_pairs import README_PAIRS, real_pair
-from fast.adapt.guards.protect import Protection
-from fast.train import trainer
+from fast.adapt import adaptation
+from fast.adapt.guards.budget import ForgettingBudget
 
 
 @contextmanager
@@ -31,19 +31,20 @@ def timed() -> Iterator[dict[str, float]]:
     spent: dict[str, float] = defaultdict(float)
 
     def clocked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             start = time.process_time()
             try:
-                return function(*args)
+                return function(*args, **options)
             finally:
                 spent[part] += time.process_time() - start
 
         return run
 
     places = [
-        (trainer, "make_card", "card"),
-        (trainer, "hold_back", "checks"),
-        (Protection, "after_step", "checks"),
+        (adaptation, "estimate_card", "card"),
+        (adaptation, "hold_back", "checks"),
+        (ForgettingBudget, "after_step", "checks"),
+        (ForgettingBudget, "finish", "checks"),
     ]
     kept = [(place, name, getattr(place, name)) for place, name, _ in places]
     for place, name, part in places:

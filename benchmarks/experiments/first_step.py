@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import Record, arguments, shown, table
 from benchmarks.real_pairs import PAIRS, real_pair
-from fast.heads import forward_logits, pick, replace_head, set_batch_norm, task_head
+from fast.data.trees import pick
+from fast.heads import forward_logits, replace_head, set_batch_norm, task_head
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 HEAD_STEPS, BATCH = 10, 64

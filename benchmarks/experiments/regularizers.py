@@ -23,8 +23,10 @@ from benchmarks.common import Record, arguments, complete, machine, save, table
 from benchmarks.real_pairs import RealPair, real_pair
 from fast.adapt.schedule import lr_factor
 from fast.curvature import GGN
-from fast.data.dataset import TrainBatches, as_data
-from fast.heads import forward_logits, pick, set_batch_norm, source_task
+from fast.data.dataset import as_data
+from fast.data.stream import TrainBatches
+from fast.data.trees import pick
+from fast.heads import forward_logits, set_batch_norm, source_task
 from fast.train.metrics import evaluate
 
 PAIRS = "resnet20 -> gtsrb,resnet20 -> sign_digits,mobilenet 0.25 -> flowers"

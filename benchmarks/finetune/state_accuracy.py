@@ -22,7 +22,8 @@ from torch import nn
 import fast
 from benchmarks.common import Record, arguments, complete, machine, save, table
 from benchmarks.real_pairs import real_pair
-from fast.heads import forward_logits, pick
+from fast.data.trees import pick
+from fast.heads import forward_logits
 
 BF16, BYTES = torch.bfloat16, torch.uint8
 # The dtype of the parameters and the options of the optimizer, by name.

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fast
 from benchmarks.common import Record, arguments, commit, machine, save, shown, table
 from benchmarks.finetune.runs import parse
 from benchmarks.real_pairs import README_PAIRS, RealPair, real_pair
-from fast.adapt.config import TrainConfig
-from fast.heads import find_head, forward_logits, pick
-from fast.train.trainer import Trainer
+from fast.data.trees import pick
+from fast.heads import find_head, forward_logits
 
 WARM_UP = 10
 
@@ -51,15 +51,26 @@ def plain_steps(real: RealPair, batch_size: int) -> Iterator[None]:
 def fast_steps(
     real: RealPair, batch_size: int, steps: int, method: str, options: dict[str, Any]
 ) -> Iterator[None]:
-    """A run of `fast.finetune` without its evaluations, set up before the first `next` returns."""
-    config = TrainConfig(method=method, steps=steps, batch_size=batch_size, **options)
-    model, inputs = copy.deepcopy(real.model), real.source_inputs
-    trainer = Trainer(config, model, real.train, None, None, None, None, None, inputs)
-    stream = trainer.stream(0)
-    trainer.model.train()
+    """The same with `fast.Adaptation`, which is set up before the first `next` returns."""
+    model = copy.deepcopy(real.model)
+    adaptation = fast.Adaptation(
+        model,
+        real.train,
+        source_inputs=real.source_inputs,
+        method=method,
+        steps=steps,
+        batch_size=batch_size,
+        **options,
+    )
+    optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
+    model.train()
     yield
-    for step in range(steps):
-        trainer.advance(step, next(stream))
+    for x, y, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(x, rows)
+        (F.cross_entropy(logits, y) + penalty).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
         yield
 
 
@@ -74,19 +85,19 @@ def measure(pair: str, spec: str, data: Path, steps: int, batch_size: int) -> Re
     method, options = parse(spec)
     real = real_pair(pair, data)
     plain = plain_steps(real, batch_size)
-    fast = fast_steps(real, batch_size, steps + WARM_UP, method, options)
-    setup = timed(lambda: next(fast))
+    ours = fast_steps(real, batch_size, steps + WARM_UP, method, options)
+    setup = timed(lambda: next(ours))
     times = [
-        (timed(lambda: next(plain)), timed(lambda: next(fast))) for _ in range(steps + WARM_UP)
+        (timed(lambda: next(plain)), timed(lambda: next(ours))) for _ in range(steps + WARM_UP)
     ]
-    theirs, ours = (median(column) for column in zip(*times[WARM_UP:], strict=True))
-    share = setup / (setup + real.steps * ours)
+    their_time, our_time = (median(column) for column in zip(*times[WARM_UP:], strict=True))
+    share = setup / (setup + real.steps * our_time)
     return {
         "pair": pair,
         "method": spec,
-        "plain torch, ms per step": f"{1e3 * theirs:.0f}",
-        "ours, ms per step": f"{1e3 * ours:.0f}",
-        "ratio": f"{ours / theirs:.3f}",
+        "plain torch, ms per step": f"{1e3 * their_time:.0f}",
+        "ours, ms per step": f"{1e3 * our_time:.0f}",
+        "ratio": f"{our_time / their_time:.3f}",
         "before the first step, share of the run": f"{share:.3f}",
     }
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.heads.replace import MOST_CLASSES
+# A larger head would fill the memory.
+MOST_CLASSES = 1_000_000
 
 # A head of so many classes may be that of the source task, of which there are few samples.
 FEW_CLASSES = 10_000
@@ -35,26 +36,7 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
             f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
             + hint
         )
-    if labels.is_complex():
-        raise ValueError(
-            f"{name}: labels must be whole numbers (class indices), not {labels.dtype}"
-        )
-    if labels.is_floating_point():
-        nan = labels.isnan()
-        if nan.any():
-            raise ValueError(
-                f"{name}: {int(nan.sum())} labels are NaN, the first in row {_first(nan)}; drop "
-                "those rows"
-            )
-        infinite = labels.isinf()
-        if infinite.any():
-            raise ValueError(
-                f"{name}: {int(infinite.sum())} labels are infinite, the first in row "
-                f"{_first(infinite)}; drop those rows"
-            )
-        if (labels != labels.round()).any():
-            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
-    labels = labels.long()
+    labels = whole_labels(labels, name)
     if labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (num_classes is not None and high >= num_classes):
@@ -67,6 +49,28 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
                 ".npz the names in `classes`)"
             )
     return labels
+
+
+def whole_labels(labels: Tensor, name: str) -> Tensor:
+    """Labels `[N, ...]` as int64.
+
+    Raises:
+        ValueError: complex numbers, NaN, infinite or fractional ones.
+    """
+    if labels.is_complex():
+        raise ValueError(
+            f"{name}: labels must be whole numbers (class indices), not {labels.dtype}"
+        )
+    if labels.is_floating_point():
+        for word, wrong in (("NaN", labels.isnan()), ("infinite", labels.isinf())):
+            if wrong.any():
+                raise ValueError(
+                    f"{name}: {int(wrong.sum())} labels are {word}, the first in row "
+                    f"{_first(wrong)}; drop those rows"
+                )
+        if (labels != labels.round()).any():
+            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
+    return labels.long()
 
 
 def count_classes(top: int, samples: int, name: str) -> int:
@@ -98,4 +102,4 @@ def _from_array(labels: np.ndarray, name: str) -> Tensor:
 
 
 def _first(wrong: Tensor) -> int:
-    return int(wrong.nonzero()[0])
+    return int(wrong.nonzero()[0, 0])

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from fast.curvature.card.answers import LABEL_KEYS
+from fast.data.trees import LABEL_KEYS
 
 
 def recorded_labels(dataset: Any) -> Any:

@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.data.labels import MOST_CLASSES
+from fast.data.trees import pick
 from fast.errors import first_line
 from fast.heads.alone import check_alone
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, HeadLayer, classes_of, find_head, own_parameters, places_of
-from fast.heads.forward import evaluating, forward_logits, pick, unwrap
+from fast.heads.forward import evaluating, forward_logits, unwrap
 from fast.heads.task import TwoTask
-
-# A head of more would fill the memory before anything is said.
-MOST_CLASSES = 1_000_000
 
 
 class TaskHead(nn.Module, TwoTask):
@@ -131,7 +130,15 @@ def replace_head(
         ValueError: no head was found, several layers make the logits together, the head was
             replaced before, or `num_classes` is not in 2..1,000,000. The model is as it was.
     """
-    num_classes = check_num_classes(num_classes)
+    return put_head(
+        model, check_num_classes(num_classes), sample=sample, max_entropy=max_entropy, head=head
+    )
+
+
+def put_head(
+    model: nn.Module, num_outputs: int, *, sample: Any, max_entropy: bool, head: str | None
+) -> nn.Module:
+    """`replace_head` for any number of outputs, of which a regression has one."""
     inner = unwrap(model)
     if task_head(inner) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
@@ -141,9 +148,9 @@ def replace_head(
     if sample is not None:
         check_alone(inner, found, sample, named=head is not None, learns=max_entropy)
     trainable = [p.requires_grad for p in found.module.parameters()]
-    made = _new_head(inner, found, num_classes, max_entropy)
+    made = _new_head(inner, found, num_outputs, max_entropy)
     found.put(made)
-    announce_classes(inner, num_classes)
+    announce_classes(inner, num_outputs)
     made.train(inner.training)
     try:
         if sample is not None:
@@ -231,7 +238,7 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
     return model
 
 
-def features_of(model: nn.Module, head: TaskHead, inputs: Any) -> Tensor:
+def features_of(model: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
     """What the head sees of a batch of inputs: `[B, D]`, or what the network has there."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fast.files import atomic_file, file_hash, read_json, read_sealed, reading, write_sealed
 from fast.heads.find import Head, HeadLayer, find_head
 from fast.heads.replace import announce_classes
-from fast.train.resume.checkpoint import load_tensors
+from fast.models.tensor_files import load_tensors
 
 MODEL_FILE = "model.safetensors"
 SOURCE_HEAD_FILE = "source_head.safetensors"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import fast
 from fast.curvature.card import SourceCard
-from fast.curvature.card.answers import SourceInputs
 from fast.curvature.card.file import fingerprint
 from fast.data.dataset import Data
 from fast.data.generators import find_generators, held, reseed
 from fast.data.reachable import PLAIN, code_of, values_of
 from fast.data.seeding import seeded
+from fast.data.source_inputs import SourceInputs
 from fast.data.trees import leaves
 
 # Of a data set that reads its samples when they are asked for.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _dtensor
-from ._batch import Batch
-from ._dtensor import Place
+from fast.optim import dtensor
+from fast.optim.batch import Batch
+from fast.optim.dtensor import Place
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scaling:
     def totals(self, place: Place, stats: Tensor, before: Mapping[Place, Tensor]) -> Tensor:
         """The figures of all ranks, float64 `[4]` (three norms and a sum), from those of this."""
         sums = torch.cat([stats[:3].square(), stats[3:]])
-        sums = _dtensor.sum_over(place.groups, sums)
+        sums = dtensor.sum_over(place.groups, sums)
         total = torch.cat([sums[:3].sqrt(), sums[3:]])
         if self.shrink is not None:
             total[0] /= self.shrink  # the op saw clipped gradients
@@ -53,7 +53,7 @@ def _norm(batches: Mapping[Place, Batch]) -> Tensor:
     for place, batch in batches.items():
         # In float64: squares of float16 overflow, and each norm of its own would be rounded.
         norms = torch.stack(list(torch._foreach_norm(batch.grads, 2, dtype=torch.float64)))
-        total += _dtensor.sum_over(place.groups, norms.square().sum())
+        total += dtensor.sum_over(place.groups, norms.square().sum())
     return total.sqrt()
 
 
@@ -68,7 +68,7 @@ def scale(
     Raises:
         RuntimeError: `max_grad_norm` is set and the parameters are on several devices.
     """
-    if found_inf is not None and _dtensor.is_sharded(found_inf):
+    if found_inf is not None and dtensor.is_sharded(found_inf):
         found_inf = found_inf.full_tensor()  # type: ignore[attr-defined]
     one_call = len(batches) == 1 and not next(iter(batches)).groups
     if max_grad_norm is None or one_call or not batches:
@@ -101,7 +101,7 @@ def unscale_(grads: Sequence[Tensor], grad_scale: Tensor, found_inf: Tensor | No
     if found_inf is not None:
         factor = torch.where(found_inf.reshape(()) != 0, 1.0, factor)
     by_device: dict[torch.device, list[Tensor]] = {}
-    for own in map(_dtensor.local, grads):
+    for own in map(dtensor.local, grads):
         by_device.setdefault(own.device, []).append(own)
     for device, group in by_device.items():
         torch._foreach_mul_(group, factor.to(device, torch.float32))

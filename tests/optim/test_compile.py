@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter, EagerAndRecordGraphs
 
 import fast
+from optim.cases import parameter
 
 STEPS = 12
 OPTIMIZERS = {
@@ -155,3 +156,16 @@ def test_step_of_one_parameter_at_a_time():
         opt_a.step()
         b(x).square().sum().backward()
     assert_same(a, b)
+
+
+def test_a_rate_of_zero_after_a_tensor_rate():
+    p = parameter(1.0)
+    optimizer = fast.SGD([p], lr=torch.tensor(0.1))
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        p.grad = torch.ones(1)
+        step()
+    before = p.item()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert p.item() == before
