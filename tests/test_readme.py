@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
 import torch
 
+import fast
 from networks import ConvNet, images
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,20 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert (tmp_path / "adapted" / "model.safetensors").is_file()
     assert (tmp_path / "model.card.safetensors").is_file()
     assert set(names["optimizer"].stats()) == {"grad_norm", "drift", "update_norm", "forgetting"}
+
+
+def test_the_loop_of_the_docs_gives_the_weights_of_finetune(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "own-loop.md").read_text()
+    loop = page.split("```python\n")[1].split("```")[0].replace("steps=1000", "steps=20")
+    (x, y), kept = images(200, 5), images(40, 5, seed=2)[0]
+    torch.manual_seed(1)
+    model = ConvNet()
+    names = {"model": copy.deepcopy(model), "x": x, "y": y, "kept": kept}
+    exec(loop, names)
+    result = fast.finetune(model, (x, y), source_inputs=kept, steps=20, batch_size=64, seed=0)
+    ours, theirs = names["result"].model.state_dict(), result.model.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_the_two_commands_are_on_the_first_screen():
