@@ -60,8 +60,10 @@ def _finished(run: Callable[..., Record], options: Record, setting: Record) -> R
 
 def table(rows: Iterable[Record]) -> list[str]:
     """Lines of a Markdown table, whose columns are named by the keys of the rows."""
-    first, *others = rows
-    return [row(first), row(["---"] * len(first)), *(row(r.values()) for r in (first, *others))]
+    rows = list(rows)
+    if not rows:
+        return []
+    return [row(rows[0]), row(["---"] * len(rows[0])), *(row(r.values()) for r in rows)]
 
 
 def row(cells: Iterable[object]) -> str:

@@ -110,7 +110,7 @@ def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
                     "share": f"**{shares:.2f}**, of the means {ours / its:.2f}",
                 }
             )
-    return table(rows) if rows else []
+    return table(rows)
 
 
 def forecasts(records: Runs) -> list[str]:
