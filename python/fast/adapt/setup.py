@@ -23,12 +23,11 @@ from fast.adapt.plan import (
 )
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
-from fast.data.labels import check_labels
+from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import LEAST, SourceInputs, parse_source_inputs, target_inputs
 from fast.data.stream import TrainBatches
 from fast.data.trees import join, leaves, length, move, pick
 from fast.heads import (
-    check_num_classes,
     evaluating,
     find_head,
     forward_logits,

@@ -1,4 +1,4 @@
-"""The user's transform of training batches: what it returns is checked where it is first called."""
+"""Apply the user's transform of training batches, and check what it returns."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Transform = Callable[[Any], Any]
 
 
 class Augmentation:
-    """`transform`, or nothing where it is None.
+    """A transform of training batches.
 
     Args:
-        transform: of a batch of inputs, on the CPU.
-        check: raises where the network does not take these inputs; called once.
+        transform: takes and returns a batch of inputs, on the CPU; None changes nothing.
+        check: raises where the network does not take its argument; called for the first batch.
     """
 
     def __init__(self, transform: Transform | None, check: Callable[[Any], None]) -> None:
@@ -25,13 +25,14 @@ class Augmentation:
         self._check: Callable[[Any], None] | None = check
 
     def __call__(self, inputs: Any, size: int) -> Any:
-        """The batch as it is trained on.
+        """The batch as the network is trained on it.
 
         Args:
-            size: samples of the batch.
+            size: samples in the batch.
 
         Raises:
-            TypeError, ValueError: it is no batch of as many inputs, or not what the network takes.
+            TypeError, ValueError: the transform returned no batch of as many inputs, or one that
+                the network does not take.
         """
         if self.transform is None:
             return inputs

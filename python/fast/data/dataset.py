@@ -56,7 +56,7 @@ def _first_kind(values: Any) -> str:
     return kind(values[0]) if isinstance(values, (list, tuple)) and values else kind(values)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Data:
     """One data set, whatever it came as; made by `as_data`.
 
@@ -182,7 +182,7 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
             raise TypeError(f"{name}: the DataLoader reads an IterableDataset; use a map-style one")
         if not len(data):
             raise ValueError(f"{name}: the DataLoader gives no batches")
-        return Data(name, loader=data)
+        return Data(name=name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
         labels = as_tensor(labels, f"{name}: labels")
@@ -201,7 +201,7 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
         if name == "train":
             warn_unscaled(inputs, name)
         return Data(
-            name,
+            name=name,
             inputs=inputs,
             labels=labels if any_labels else check_labels(labels, None, name),
         )
@@ -216,7 +216,7 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
         raise ValueError(f"{name}: the data set is empty")
     if name == "train" and isinstance(dataset, TensorDataset):
         warn_unscaled(dataset.tensors[0], name)
-    return Data(name, dataset=dataset)
+    return Data(name=name, dataset=dataset)
 
 
 def map_style(data: Any, name: str) -> Any:

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fast.data.dataset import Data, read_loader, split_batch
-from fast.data.generators import find_generators, held, reseed
+from fast.data.generators import find_generators, held, reseed, seeded
 from fast.data.reachable import GENERATORS
-from fast.data.seeding import seeded
 
 
 class TrainBatches:
@@ -23,13 +22,13 @@ class TrainBatches:
 
     Every batch is full, and every epoch uses every sample: the shuffled epochs follow each other
     without a seam, so one batch may hold the end of an epoch and the beginning of the next. A
-    user's DataLoader keeps its own batches; its shuffling is made repeatable by seeding torch with
-    (seed, epoch) as it starts, and the generators that it and its samplers have of their own;
-    resuming reads and drops what was used.
+    user's DataLoader keeps its own batches. Seeding torch and the generators of the loader and its
+    samplers with (seed, epoch) makes its shuffling repeatable; to resume it, batches that were used
+    are read again and dropped.
 
     Attributes:
-        batch_size: samples of a batch, at most as many as there are; of a loader what it says.
-        given_size: of a loader's own batches.
+        batch_size: samples in a batch: at most all there are; a loader's own number.
+        given_size: the loader's own number; None without a loader.
         steps_per_epoch: batches until every sample was used.
     """
 
@@ -38,10 +37,10 @@ class TrainBatches:
         self.given_size: int | None = None
         if data.loader is not None:
             self.steps_per_epoch = len(data.loader)
-            made = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
-            if not isinstance(made, int):  # a sampler of the user's: the first batch tells
-                made = len(next(self._loader_batches(data.loader, 0))[1])
-            self.batch_size = self.given_size = made
+            size = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
+            if not isinstance(size, int):  # the user's own sampler: the first batch tells
+                size = len(next(self._loader_batches(data.loader, 0))[1])
+            self.batch_size = self.given_size = size
         else:
             self.batch_size = min(batch_size, cast(int, data.num_samples))
             self.steps_per_epoch = self.steps_for(1)
@@ -61,7 +60,8 @@ class TrainBatches:
             yield *self.data.batch_at(index), index
 
     def once(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """The samples of the first epoch, each once: what `from_step` gives, the last part cut."""
+        """The samples of the first epoch, each once, as `from_step` has them; the last batch may be
+        smaller."""
         if self.data.loader is not None:
             yield from itertools.islice(self.from_step(0), self.steps_per_epoch)
             return
@@ -79,11 +79,11 @@ class TrainBatches:
             epoch, skip = epoch + 1, 0
 
     def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
-        # The sampler draws its seed with the first batch. Neither that nor reading again what was
-        # used may move the generators of the run: a resumed run has restored them already.
-        own = find_generators(loader=loader).values() if skip else []
-        with seeded(seed), held(own):
-            for owner in _sampling(loader):
+        # The sampler draws its seed with the first batch. Neither that nor reading used batches
+        # again may move the generators of the run: a resumed run has restored them already.
+        generators = find_generators(loader=loader).values() if skip else []
+        with seeded(seed), held(generators):
+            for owner in _samplers(loader):
                 for value in vars(owner).values():
                     if isinstance(value, GENERATORS):
                         reseed(value, seed)
@@ -122,16 +122,12 @@ def _seed_of(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def _sampling(loader: DataLoader[Any]) -> list[Any]:
-    """All that has a say in which samples a loader gives: itself, its samplers, and theirs."""
-    found: list[Any] = [loader]
-    for owner in found:
+def _samplers(loader: DataLoader[Any]) -> list[Any]:
+    """The loader, its samplers, and theirs: all that decide which samples it reads."""
+    owners: list[Any] = [loader]
+    for owner in owners:
         for name in ("sampler", "batch_sampler"):
             inner = getattr(owner, name, None)
-            if (
-                inner is not None
-                and hasattr(inner, "__dict__")
-                and all(inner is not o for o in found)
-            ):
-                found.append(inner)
-    return found
+            if hasattr(inner, "__dict__") and all(inner is not other for other in owners):
+                owners.append(inner)
+    return owners

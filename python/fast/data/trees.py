@@ -48,7 +48,7 @@ def plain(inputs: Any) -> Any:
 def length(inputs: Any) -> int:
     """Number of samples: the rows of a tensor, or of the first one in a tuple or mapping."""
     while isinstance(inputs, Mapping) or _is_several(inputs):
-        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), None)
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), ())
     return len(inputs)
 
 
@@ -115,5 +115,5 @@ def shapes(inputs: Any) -> str:
 
 
 def _is_several(inputs: Any) -> bool:
-    """Whether these are several inputs, and not one of texts or names, one for each sample."""
-    return isinstance(inputs, (tuple, list)) and not (inputs and isinstance(inputs[0], str))
+    """Whether these are several inputs, and not one input of texts, one text for each sample."""
+    return isinstance(inputs, (tuple, list)) and bool(inputs) and not isinstance(inputs[0], str)

@@ -7,19 +7,26 @@ the backbone is W^T (p - y) = 0, so the first error stays in the head (arXiv 200
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fast.data.labels import MOST_CLASSES
+from fast.data.labels import check_num_classes
 from fast.data.trees import pick
 from fast.errors import first_line
 from fast.heads.alone import check_alone
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, HeadLayer, classes_of, find_head, own_parameters, places_of
+from fast.heads.find import (
+    Head,
+    HeadLayer,
+    classes_of,
+    find_head,
+    layer_like,
+    own_parameters,
+    places_of,
+)
 from fast.heads.forward import evaluating, forward_logits, unwrap
 from fast.heads.task import TwoTask
 
@@ -81,24 +88,6 @@ def announce_classes(model: nn.Module, num_classes: int) -> None:
 def task_head(model: nn.Module) -> TaskHead | None:
     """The head that `replace_head` made, or None."""
     return next((m for m in model.modules() if isinstance(m, TaskHead)), None)
-
-
-def check_num_classes(num_classes: Any) -> int:
-    """The number of classes of a head, as an int.
-
-    Raises:
-        TypeError: no whole number.
-        ValueError: fewer than 2, or more than `MOST_CLASSES`.
-    """
-    try:
-        number = operator.index(num_classes)
-    except TypeError as error:
-        raise TypeError(f"num_classes must be a whole number; got {num_classes!r}") from error
-    if number < 2:
-        raise ValueError(f"num_classes must be at least 2; got {number}")
-    if number > MOST_CLASSES:
-        raise ValueError(f"num_classes must be at most {MOST_CLASSES}; got {number}")
-    return number
 
 
 def replace_head(
@@ -176,20 +165,14 @@ def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None
 
 def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool) -> TaskHead:
     source = found.module
-    options: Any = {"device": source.weight.device, "dtype": source.weight.dtype}
-    options["bias"] = max_entropy or source.bias is not None  # the mean of the features goes there
-    linear: HeadLayer
-    if isinstance(source, nn.Conv2d):
-        features, dim = source.in_channels, 1
-        linear = nn.Conv2d(features, num_classes, 1, source.stride, **options)  # type: ignore[arg-type]
-    else:
-        features, dim = source.in_features, -1
-        linear = nn.Linear(features, num_classes, **options)
+    # `fold_head` puts the mean of the features into the bias.
+    linear = layer_like(source, num_classes, bias=max_entropy or source.bias is not None)
     norm = None
     if max_entropy:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
-        norm = FeatureNorm(features, dim).to(source.weight.device)
+        dim = 1 if isinstance(source, nn.Conv2d) else -1
+        norm = FeatureNorm(source.weight.shape[1], dim).to(source.weight.device)
     if len(own_parameters(model, source)) < len(list(source.parameters())):
         # Frozen weights in the head must not freeze the embedding that they are tied to.
         source = copy.deepcopy(source)

@@ -19,7 +19,7 @@ from fast.adapt.result import Result
 from fast.adapt.setup import check_gradients, check_model, settle
 from fast.curvature.card import SourceCard
 from fast.data.augment import Transform
-from fast.data.seeding import seeded
+from fast.data.generators import seeded
 from fast.errors import did_you_mean
 from fast.heads import unwrap
 from fast.train.config import TrainConfig, TrainOptions
