@@ -221,10 +221,13 @@ def report(records: list[Record]) -> list[str]:
             mix = "" if end["mix"] == 1 else f", {end['mix']:g} of the way"
             text = f"{100 * end['target']:.1f} / {100 * end['source']:.1f}"
             cells.setdefault(r["pull"] + mix, {})[r["pair"]] = text
-    rows = [(label, *(by_pair.get(p, "-") for p in pairs)) for label, by_pair in cells.items()]
+    rows = [
+        {"pull": label} | {pair: by_pair.get(pair, "-") for pair in pairs}
+        for label, by_pair in cells.items()
+    ]
     before = {r["pair"]: f"{100 * r['source_before']:.1f}" for r in records}
     return [
-        *table(("pull", *pairs), rows),
+        *table(rows),
         "",
         "Target / source accuracy at the end, per cent; source before: "
         + ", ".join(f"{p} {before[p]}" for p in pairs)

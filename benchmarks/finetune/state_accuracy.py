@@ -123,9 +123,15 @@ def report(records: list[Record]) -> list[str]:
             runs = [r for r in records if (r["pair"], r["storage"]) == (pair, name)]
             if runs:
                 target, source = (figure([r[k] for r in runs]) for k in ("target", "source"))
-                rows.append((name, f"{runs[0]['bytes']:.1f}", target, source))
-        header = ("storage", "bytes per parameter", "target accuracy", "source accuracy")
-        lines += [f"### {pair}, {seeds} seeds", "", *table(header, rows), ""]
+                rows.append(
+                    {
+                        "storage": name,
+                        "bytes per parameter": f"{runs[0]['bytes']:.1f}",
+                        "target accuracy": target,
+                        "source accuracy": source,
+                    }
+                )
+        lines += [f"### {pair}, {seeds} seeds", "", *table(rows), ""]
     return [*lines, f"Accuracies in percent, ± a standard deviation. {machine()}."]
 
 
