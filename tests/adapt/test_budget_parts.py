@@ -204,7 +204,7 @@ def test_landing_is_the_same_from_any_number_of_looks():
 
 
 def test_the_forecast_goes_through_what_was_measured():
-    forecast = Forecast(Calibration(2.0, 1.0, 1.0, 1.0))
+    forecast = Forecast(Calibration(scale=2.0, exponent=1.0, spread=1.0, coherence=1.0))
     assert forecast(0.5) == 1.0
     forecast.update(0.5, 0.1)
     assert forecast(0.5) == pytest.approx(0.1)
@@ -214,7 +214,7 @@ def test_the_forecast_goes_through_what_was_measured():
     for energy, measured in [(1.0, -0.1), (0.0, 1.0), (1.0, math.nan)]:  # no news
         forecast.update(energy, measured)
         assert forecast(2.0) == pytest.approx(0.1 * 4**1.5)
-    again = Forecast(Calibration(5.0, 0.7, 1.0, 1.0))
+    again = Forecast(Calibration(scale=5.0, exponent=0.7, spread=1.0, coherence=1.0))
     again.load(forecast.state())
     assert again(3.0) == forecast(3.0)
 

@@ -25,12 +25,14 @@ Facts = dict[str, Any]
 def card() -> fast.SourceCard:
     values = {"a.weight": torch.arange(300.0).view(20, 15), "b": torch.ones(3)}
     return fast.SourceCard(
-        {n: Codes.of(v) for n, v in values.items()},
-        {n: fingerprint(v) for n, v in values.items()},
+        entries={n: Codes.of(v) for n, v in values.items()},
+        fingerprints={n: fingerprint(v) for n, v in values.items()},
         num_samples=60,
         labels="sampled",
         temperature=3.0,
-        calibration=Calibration(2.0, 1.0, 1.5, float("nan"), ((1e-3, 2e-3),)),
+        calibration=Calibration(
+            scale=2.0, exponent=1.0, spread=1.5, coherence=float("nan"), points=((1e-3, 2e-3),)
+        ),
     )
 
 

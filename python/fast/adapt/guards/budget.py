@@ -6,6 +6,7 @@ follows the update's own telemetry.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,9 +113,7 @@ class Forecast:
 
     def load(self, state: dict[str, Any]) -> None:
         c = self.calibration
-        self.calibration = Calibration(
-            state["scale"], state["exponent"], c.spread, c.coherence, c.points
-        )
+        self.calibration = dataclasses.replace(c, scale=state["scale"], exponent=state["exponent"])
         self.checked = None if state["checked"] is None else tuple(state["checked"])
 
 

@@ -156,7 +156,7 @@ class Protection:
         self.first_statistics = [x.clone() for x in self.statistics]
         self.weighted = card is not None and METHODS[config.method].card_decay is not None
         # Without a card the energy is that of the drift, and the first check sets its scale.
-        unknown = Calibration(math.nan, 1.0, math.inf, math.nan)
+        unknown = Calibration(scale=math.nan, exponent=1.0, spread=math.inf, coherence=math.nan)
         self.forecast_of = Forecast(card.calibration if card is not None else unknown)
         self.known: float | None = 0.0 if card is not None or gauge is not None else None
         self.controller: Controller | None = None

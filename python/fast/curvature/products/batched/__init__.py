@@ -8,6 +8,6 @@ without a rule are reported by name, and the caller takes the kept-graph loop in
 """
 
 from fast.curvature.products.batched.linearize import FoldedGGN, FoldedHessian
-from fast.curvature.products.rules import UnsupportedOperation
+from fast.curvature.products.rules import RuleError, UnsupportedOperation
 
-__all__ = ["FoldedGGN", "FoldedHessian", "UnsupportedOperation"]
+__all__ = ["FoldedGGN", "FoldedHessian", "RuleError", "UnsupportedOperation"]

@@ -13,7 +13,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fast.curvature.network.network import StrayParameter
 from fast.curvature.products.batched.tape import Slots, Step, Tape
-from fast.curvature.products.rules import RULES, Call, UnsupportedOperation, decomposition
+from fast.curvature.products.rules import (
+    NO_FAULT,
+    RULES,
+    Call,
+    RuleError,
+    UnsupportedOperation,
+    decomposition,
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -91,7 +98,12 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         active = tuple(_any(s) for s in slots)
         call = Call(func, args, kwargs, out, active, self.tape.kept, self.cache, self.exact)
-        derivative = rule(call)
+        try:
+            derivative = rule(call)
+        except NO_FAULT:
+            raise
+        except Exception as error:
+            raise RuleError.of(func, error) from error
         outs = out if isinstance(out, tuple | list) else (out,)
         which = call.differentiable_outputs
         targets = tuple(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fast.curvature.products.rules import UnsupportedOperation
+from fast.curvature.products.rules import NO_FAULT, RuleError, UnsupportedOperation
 
 # Derivative of one call: tangents of the arguments in (None where an argument has none; a list for
 # an argument that is a list), tangents of the outputs out.
@@ -80,10 +80,13 @@ class Program:
         for step, free in zip(self.steps, self.free, strict=True):
             inputs = (_gather(values, s) for s in step.inputs)
             target = into.get(step.outputs[0]) if step.outputs[0] is not None else None
-            if target is not None and hasattr(step.derivative, "writes_into"):
-                out = step.derivative(*inputs, into=target)
-            else:
-                out = step.derivative(*inputs)
+            writes = target is not None and hasattr(step.derivative, "writes_into")
+            try:
+                out = step.derivative(*inputs, **({"into": target} if writes else {}))
+            except NO_FAULT:
+                raise
+            except Exception as error:
+                raise RuleError.of(step.name, error) from error
             outs = out if isinstance(out, tuple | list) else (out,)
             for slot, o in zip(step.outputs, outs, strict=True):
                 if slot is not None:

@@ -27,6 +27,18 @@ class UnsupportedOperation(Exception):
     """An operation that the record cannot hold; the message names it."""
 
 
+class RuleError(RuntimeError):
+    """A rule or its derivative failed; the message names the operation."""
+
+    @classmethod
+    def of(cls, operation: Any, error: Exception) -> RuleError:
+        return cls(f"in the rule of {operation}, {type(error).__name__}: {error}")
+
+
+# What a rule may raise without being at fault.
+NO_FAULT = (UnsupportedOperation, torch.OutOfMemoryError)
+
+
 @dataclass
 class Call:
     """One call of an operation: `active[i]` says whether argument i depends on the parameters."""

@@ -14,7 +14,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def fingerprint(*things: Any) -> list[Any]:
+def snapshot(*things: Any) -> list[Any]:
     """Of tensors, modules, and lists of both: equal (see `same`) while nothing of them changed.
 
     Of a tensor: where it lies, its version, and a checksum of its values that knows their places
@@ -29,16 +29,16 @@ def fingerprint(*things: Any) -> list[Any]:
         elif isinstance(thing, nn.Module):
             for module in thing.modules():
                 found.append(_module(module))
-                found += fingerprint(*_tensors(module))
+                found += snapshot(*_tensors(module))
         elif isinstance(thing, list | tuple):
-            found += fingerprint(*thing)
+            found += snapshot(*thing)
         else:
             found.append(thing if _plain(thing) else id(thing))
     return found
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two fingerprints are equal; nan is not."""
+    """Whether two snapshots are equal; nan is not."""
     if len(a) != len(b):
         return False
     # Checksums of one kind are compared at once: on a GPU each comparison waits for the device.
