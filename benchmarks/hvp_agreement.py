@@ -26,7 +26,7 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 
 from compare import RESULTS
-from fast.curvature import Hessian
+from fast.curvature import Hessian, keep_freed_memory
 from pairs import PAIRS, Folder
 
 NETWORKS = {"ResNet-20, CIFAR-10": "resnet20 -> gtsrb", "MiniLM, SST-2": "minilm -> sst2"}
@@ -177,6 +177,7 @@ def time_table(model: nn.Module, x: Any, y: torch.Tensor) -> list[str]:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="see pairs.py")
     parser.add_argument("--samples", type=int, default=64)

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hvp_peers as peers
-from fast.curvature import GGN, Hessian
+from fast.curvature import GGN, Hessian, keep_freed_memory
 from hvp_networks import build
 
 # Of a Jacobian that is written out row by row.
@@ -37,6 +37,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
 
 def _ours(kind: type[Hessian | GGN], method: str):
     def prepare(model: nn.Module, x: Tensor, y: Tensor, vectors: Vectors):
+        keep_freed_memory()
         # cache=False: what the products share is computed, and counted, every time.
         operator = kind(model, F.cross_entropy, (x, y), method=method, cache=False)
         return lambda: operator @ vectors
