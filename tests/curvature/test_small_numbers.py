@@ -64,8 +64,8 @@ def test_check_of_a_process_group(kind, tmp_path) -> None:
         report = kind(model, F.cross_entropy, (x, y), process_group=dist.group.WORLD).check()
         assert report.ok, str(report)
         mixed = [torch.full((2,), 0.5, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64)]
-        mean = WeightedMean("mean", dist.group.WORLD)
-        mean.add(mixed, 257.0)  # no number of bfloat16
+        mean = WeightedMean(dist.group.WORLD)
+        mean.add(mixed, 257.0, "mean")  # no number of bfloat16
         out = mean.result()
         assert [o.dtype for o in out] == [torch.bfloat16, torch.float64]
         assert [o.tolist() for o in out] == [[0.5, 0.5], [1.0]]

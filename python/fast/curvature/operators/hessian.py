@@ -95,11 +95,10 @@ class GGN(NetworkOperator):
             lambda: [z for z, _, _ in reference.answers()],
         )
         loss = reference.loss
-        mean = WeightedMean(loss.reduction, self.settings.process_group)
+        mean = WeightedMean(self.settings.process_group)
         for (z, y, size), t in zip(reference.answers(), tangents, strict=True):
             weight = loss.weight(z, y, size)
-            mean.reduction = loss.reduction
-            mean.add([loss.hessian(z, y).quad(t[None])[0]], weight)
+            mean.add([loss.hessian(z, y).quad(t[None])[0]], weight, loss.reduction)
         quad = float(mean.result([torch.zeros((), dtype=torch.float64, device=v.device)])[0])
         return abs(quad - float(v.double() @ av.double())) / max(abs(quad), 1e-30)
 

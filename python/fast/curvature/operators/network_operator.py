@@ -285,7 +285,7 @@ class NetworkOperator(SymmetricOperator):
         """The mean over batches of what `apply` makes of their linearisations."""
         vectors = [v.clone() if v.is_inference() else v for v in vectors]
         loss = self.loss
-        mean = WeightedMean(loss.reduction, self.settings.process_group)
+        mean = WeightedMean(self.settings.process_group)
         for index, batch, part in self.linearizations(vectors[0].shape[0], loss):
             try:
                 value = apply(part, vectors)
@@ -295,8 +295,7 @@ class NetworkOperator(SymmetricOperator):
                     raise
                 value = apply(self._loop(batch.to(self.device), index, loss), vectors)
                 self._fall_back(error)
-            mean.reduction = loss.reduction
-            mean.add(value, part.weight)
+            mean.add(value, part.weight, loss.reduction)
         return mean
 
     def _not_finite(self, vectors: Blocks) -> Exception:
@@ -328,7 +327,7 @@ class NetworkOperator(SymmetricOperator):
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """The loss over all data, and its gradient, [P]."""
         loss = self.loss
-        mean = WeightedMean(loss.reduction, self.settings.process_group)
+        mean = WeightedMean(self.settings.process_group)
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
             with self.network.scope(index, differentiable_twice=False):
@@ -342,8 +341,8 @@ class NetworkOperator(SymmetricOperator):
             rows = [
                 torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)
             ]
-            mean.reduction = loss.reduction
-            mean.add([value.detach()[None], *(g.detach()[None] for g in rows)], weight)
+            blocks = [value.detach()[None], *(g.detach()[None] for g in rows)]
+            mean.add(blocks, weight, loss.reduction)
         zeros = self.space.zeros(1)
         total, *gradient = mean.result([zeros[0].new_zeros(1), *zeros])
         return float(total), self.space.join(gradient)[0]
