@@ -43,8 +43,8 @@ def rewrite(path: Path, change: Callable[[Facts, dict[str, torch.Tensor]], Any])
         keys = file.keys()
         tensors = {k: file.get_tensor(k) for k in keys}
     facts = json.loads(metadata["card"])
-    found = change(facts, tensors)
-    metadata["card"] = found if isinstance(found, str) else json.dumps(facts)
+    result = change(facts, tensors)
+    metadata["card"] = result if isinstance(result, str) else json.dumps(facts)
     del metadata["checksum"]
     save_file(tensors, path, metadata)
 
@@ -153,9 +153,9 @@ def test_a_card_without_a_checksum_is_read_with_a_warning(tmp_path: Path) -> Non
 
 
 def test_representations_are_short() -> None:
-    found = card()
-    assert repr(found) == "SourceCard(303 weights in 2 tensors, 60 samples, labels 'sampled')"
-    assert repr(found.entries["b"]) == "Codes([3])"
+    result = card()
+    assert repr(result) == "SourceCard(303 weights in 2 tensors, 60 samples, labels 'sampled')"
+    assert repr(result.entries["b"]) == "Codes([3])"
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def test_a_card_of_tokens_is_that_of_the_tokens_as_samples(classes: int) -> None
     diagonal = truth.dense().diag()
     often = X.repeat(300, 1, 1)
     card = fast.SourceCard.estimate(model, often, temperature=1.0, num_samples=2400)
-    found = torch.cat([d.flatten() for d in card.diagonal().values()])
-    assert relative(found, diagonal) < 0.1
+    estimate = torch.cat([d.flatten() for d in card.diagonal().values()])
+    assert relative(estimate, diagonal) < 0.1
     signs = fisher_diagonal(
         model, F.cross_entropy, [(X, None)], "first.*", method="signs", num_draws=1500
     )

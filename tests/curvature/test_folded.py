@@ -24,8 +24,8 @@ BY_LOOP = {"activations", "group-norm", "lstm", "gru", "in-place"}
 @pytest.mark.parametrize("name", NETWORKS)
 def test_which_networks_are_folded(name: str, kind) -> None:
     model, x, y = build(name)
-    said = kind(model, F.cross_entropy, (x, y)).explain()
-    assert said.startswith("loop: no folded rule for" if name in BY_LOOP else "folded"), said
+    reason = kind(model, F.cross_entropy, (x, y)).explain()
+    assert reason.startswith("loop: no folded rule for" if name in BY_LOOP else "folded"), reason
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
