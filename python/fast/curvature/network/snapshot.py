@@ -1,47 +1,48 @@
-"""Whether what a kept linearisation was made of is still the same."""
+"""Snapshots that tell whether a model and its data have changed since a linearisation was kept."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Columns of the checksum: long enough that the row sums are cheap to keep and to compare.
+# Row length of the checksum: long enough that the row sums are cheap to keep and to compare.
 COLUMNS = 1024
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def fingerprint(*things: Any) -> list[Any]:
-    """Of tensors, modules, and lists of both: equal (see `same`) while nothing of them changed.
+def snapshot(*things: Any) -> list[Any]:
+    """A description of tensors, modules, and lists of both, to compare by `same`.
 
-    Of a tensor: where it lies, its version, and a checksum of its values that knows their places
-    and signs, because writes through `.data` and by native kernels bump no version. Of a module:
-    its parts, modes, hooks and plain attributes. Unseen: what a function or another object that is
-    none of these reads.
+    A tensor is described by its address, its version, and a checksum of its values that depends on
+    their places and signs, because writes through `.data` and by native kernels bump no version. A
+    module is described by its parts, modes, hooks and plain attributes. What a function or another
+    kind of object reads is not seen.
     """
-    found: list[Any] = []
+    parts: list[Any] = []
     for thing in things:
         if isinstance(thing, Tensor):
-            found += _tensor(thing)
+            parts += _tensor(thing)
         elif isinstance(thing, nn.Module):
             for module in thing.modules():
-                found.append(_module(module))
-                found += fingerprint(*_tensors(module))
+                parts.append(_module(module))
+                parts += snapshot(*_tensors(module))
         elif isinstance(thing, list | tuple):
-            found += fingerprint(*thing)
+            parts += snapshot(*thing)
         else:
-            found.append(thing if _plain(thing) else id(thing))
-    return found
+            parts.append(thing if _plain(thing) else id(thing))
+    return parts
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two fingerprints are equal; nan is not."""
+    """Whether two snapshots are equal; NaN equals nothing."""
     if len(a) != len(b):
         return False
-    # Checksums of one kind are compared at once: on a GPU each comparison waits for the device.
+    # Checksums of one dtype and device are compared at once: each comparison waits for a GPU.
     sums: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for x, y in zip(a, b, strict=True):
         if isinstance(x, Tensor) and isinstance(y, Tensor):
@@ -58,7 +59,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 def _tensor(t: Tensor) -> list[Any]:
     if t.is_nested:
-        return [id(t), *(found for part in t.unbind() for found in _tensor(part))]
+        return [id(t), *(x for part in t.unbind() for x in _tensor(part))]
     version = None if t.is_inference() else t._version
     where = (t.data_ptr(), version, t.shape, t.stride(), t.dtype) if _dense(t) else (id(t), version)
     return [where, checksum(t.detach())] if _dense(t) and t.numel() else [where]
@@ -70,28 +71,23 @@ def _dense(t: Tensor) -> bool:
 
 @torch.no_grad()
 def checksum(t: Tensor) -> Tensor:
-    """Sums of rows of the values times fixed factors: one pass over the memory."""
+    """Row sums of the values times fixed factors: one pass over the memory."""
     flat = t.reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     if not (flat.is_floating_point() and flat.element_size() >= 4):
-        flat = flat.to(torch.float64)  # integers exactly, and half precision with all its bits
+        flat = flat.to(torch.float64)  # exact for integers and for half precision
     whole = flat.numel() // COLUMNS * COLUMNS
-    weights = _factors(flat)
+    weights = _factors(flat.dtype, flat.device)
     rest = (flat[whole:] @ weights[: flat.numel() - whole])[None]
     return torch.cat([flat[:whole].view(-1, COLUMNS) @ weights, rest])
 
 
-_kept: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
-def _factors(like: Tensor) -> Tensor:
-    key = (like.dtype, like.device)
-    if key not in _kept:
-        steps = torch.arange(1, COLUMNS + 1, dtype=torch.float64)
-        # Multiples of an irrational number, between 1 and 2: no two are equal, none is zero.
-        _kept[key] = (1 + (steps * 0.6180339887498949) % 1).to(like.device, like.dtype)
-    return _kept[key]
+@functools.cache
+def _factors(dtype: torch.dtype, device: torch.device) -> Tensor:
+    steps = torch.arange(1, COLUMNS + 1, dtype=torch.float64)
+    # Multiples of an irrational number, between 1 and 2: no two are equal, none is zero.
+    return (1 + (steps * 0.6180339887498949) % 1).to(device, dtype)
 
 
 def _plain(value: Any) -> bool:

@@ -13,7 +13,7 @@ from fast.curvature.network.batches import Batch
 from fast.curvature.network.evaluation import ATTENTION
 from fast.curvature.network.network import Network
 
-# Bytes of per-sample gradients held at a time.
+# Bytes of per-sample gradients that are held at a time.
 SAMPLE_BYTES = 256 * 2**20
 
 
@@ -23,45 +23,45 @@ def squared_sample_gradients(
     """Sum over samples of (J_i^T c_i)^2, elementwise, one tensor per parameter.
 
     Args:
-        leaves: all parameters.
-        cotangent: shaped as the output.
+        leaves: all parameters, by name.
+        cotangent: c, shaped as the output.
     """
     with ATTENTION:  # vmap has no rule for the fused kernels
-        chosen = {n: leaves[n].detach() for n in network.names}
-        fixed = {n: p.detach() for n, p in leaves.items() if n not in chosen}
+        params = {n: leaves[n].detach() for n in network.names}
+        fixed = {n: p.detach() for n, p in leaves.items() if n not in params}
         tensors, spec = pytree.tree_flatten(batch.inputs)
         per_sample = [isinstance(t, Tensor) and t.ndim > 0 for t in tensors]
 
-        def squares(c_i: Tensor, *samples: Tensor) -> dict[str, Tensor]:
-            given = iter(samples)
+        def gradients(c_i: Tensor, *sample: Tensor) -> dict[str, Tensor]:
+            rest = iter(sample)
             leaves_i = [
-                next(given)[None] if is_sample else t
+                next(rest)[None] if is_sample else t
                 for t, is_sample in zip(tensors, per_sample, strict=True)
             ]
             inputs = pytree.tree_unflatten(leaves_i, spec)
             _, pull = vjp(  # type: ignore[misc]
-                lambda p: network.outputs({**fixed, **p}, inputs), chosen
+                lambda p: network.outputs({**fixed, **p}, inputs), params
             )
             return pull(c_i[None])[0]
 
         samples = [t for t, is_sample in zip(tensors, per_sample, strict=True) if is_sample]
         chunk = max(1, SAMPLE_BYTES // (8 * network.space.numel))
-        batched = vmap(squares, randomness="same")
-        total = [torch.zeros_like(p) for p in chosen.values()]
+        batched = vmap(gradients, randomness="same")
+        total = [torch.zeros_like(p) for p in params.values()]
         together = True
         for start in range(0, batch.size, chunk):
             part = slice(start, start + chunk)
-            given = (cotangent[part], *(s[part] for s in samples))
+            arguments = (cotangent[part], *(s[part] for s in samples))
             if together:
                 try:
-                    grads = batched(*given)
+                    grads = batched(*arguments)
                 except RuntimeError as error:
                     if "vmap" not in str(error):
                         raise
                     # The forward pass reads a value (a batch's longest text): one sample at a time.
                     together = False
             if not together:
-                singles = [squares(*sample) for sample in zip(*given, strict=True)]
+                singles = [gradients(*sample) for sample in zip(*arguments, strict=True)]
                 grads = {n: torch.stack([g[n] for g in singles]) for n in network.names}
             for t, g in zip(total, grads.values(), strict=True):
                 t += torch.linalg.vecdot(g, g, dim=0)
