@@ -15,12 +15,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
-# The root of each package, and where its modules lie.
-PACKAGES = {
-    "fast": ROOT / "python" / "fast",
-    "fastkernels": ROOT / "fastkernels",
-    "benchmarks": ROOT / "benchmarks",
-}
+PACKAGES = (ROOT / "python" / "fast", ROOT / "fastkernels", ROOT / "benchmarks")
 # Built from csrc, so that they have no file here.
 COMPILED = {"fastkernels._C", "fastkernels._C_cuda"}
 MOST_MODULES, MOST_LINES, MEDIAN_LINES = 12, 500, 150
@@ -33,9 +28,9 @@ PROSE = (tokenize.COMMENT, tokenize.STRING)
 def modules() -> dict[str, Path]:
     """Every module of the packages by its dotted name."""
     named = {}
-    for package, folder in PACKAGES.items():
+    for folder in PACKAGES:
         for file in sorted(folder.rglob("*.py")):
-            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+            parts = file.relative_to(folder.parent).with_suffix("").parts
             named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return named
 

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,23 @@ def _finished(run: Callable[..., Record], options: Record, setting: Record) -> R
     return setting | run(**setting, **options) | {"commit": commit()}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [row(header), "| " + " | ".join(["---"] * len(header)) + " |", *map(row, rows)]
+def table(rows: Iterable[Record]) -> list[str]:
+    """Lines of a Markdown table, whose columns are named by the keys of the rows."""
+    rows = list(rows)
+    if not rows:
+        return []
+    return [row(rows[0]), row(["---"] * len(rows[0])), *(row(r.values()) for r in rows)]
 
 
 def row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def shown(rows: Iterable[Record]) -> Iterator[Record]:
+    """The rows, each printed as it comes."""
+    for cells in rows:
+        print(row(cells.values()), flush=True)
+        yield cells
 
 
 def save(name: str, lines: Iterable[str]) -> None:

@@ -1,7 +1,9 @@
-"""Eigenvalues and trace of real networks' losses: against scipy, and the time to them against
-PyHessian and curvlinops where those are installed.
+"""Are eigenvalues and trace of real networks' losses right, and how long do they take?
 
-    python benchmarks/hvp_agreement.py --data FOLDER [--samples 64] [--save NAME]
+They are compared with scipy's, and the times with those of PyHessian and curvlinops where these are
+installed.
+
+    python -m benchmarks.curvature.agreement --data FOLDER [--samples 64] [--save NAME]
 
 Every method gets the same batch, in float32 on one thread; times are processor time. A method's
 time is that of its first run, over looser to tighter tolerances, that is accurate enough: the runs
@@ -16,7 +18,7 @@ import importlib.util
 import io
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +27,29 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
-from benchmarks.common import RESULTS
-from benchmarks.real_pairs import PAIRS, Folder
+from benchmarks.common import Record, save, shown, table
+from benchmarks.real_pairs import real_pair
 from fast.curvature import Hessian
+from fast.data.trees import pick
 
 NETWORKS = {"ResNet-20, CIFAR-10": "resnet20 -> gtsrb", "MiniLM, SST-2": "minilm -> sst2"}
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 ACCURACY = 1e-3
 TRACE_ERROR = 0.05
 REFERENCE_MATVECS = 120
-# A run that takes longer is not waited for.
+# Seconds: where a run took longer, the tighter tolerances are not tried.
 PATIENCE = 400
 
 
-def batch_of(name: str, folder: Folder, samples: int) -> tuple[nn.Module, Any, torch.Tensor]:
+def batch_of(name: str, data: Path, samples: int) -> tuple[nn.Module, Any, torch.Tensor]:
     torch.manual_seed(0)
-    job = PAIRS[NETWORKS[name]].make(folder)
-    x, y = job.source if isinstance(job.source, tuple) else job.train
-    picked = {k: v[:samples] for k, v in x.items()} if isinstance(x, dict) else x[:samples]
-    return job.model.eval(), picked, y[:samples]
+    real = real_pair(NETWORKS[name], data)
+    x, y = real.source if isinstance(real.source, tuple) else real.train
+    return real.model.eval(), pick(x, slice(samples)), y[:samples]
 
 
-def agreement(name: str, H: Hessian) -> list[str]:
-    """Top 5 against ARPACK on the same operator; the trace against a long plain estimate."""
+def agreement(name: str, H: Hessian) -> Record:
+    """A row: top 5 against ARPACK on the same operator, the trace against a long plain estimate."""
     ours = H.top(5, tol=1e-5)
     values = sorted(ours.values.tolist(), key=abs, reverse=True)
     theirs = eigsh(H.to_scipy(), k=5, which="LM", tol=1e-5, return_eigenvectors=False)
@@ -56,10 +58,16 @@ def agreement(name: str, H: Hessian) -> list[str]:
     short = H.trace()
     long = H.trace(num_matvecs=REFERENCE_MATVECS, method="hutchinson", seed=100)
     off = abs(short.value - long.value) / (short.stderr**2 + long.stderr**2) ** 0.5
-    top = ", ".join(f"{v:.5g}" for v in values)
-    return [name, f"{H.shape[0]:,}", top, f"{worst:.1e}", str(ours.num_matvecs),
-            f"{short.value:.4g} ± {short.stderr:.2g}", f"{long.value:.4g} ± {long.stderr:.2g}",
-            f"{off:.1f}"]  # fmt: skip
+    return {
+        "network": name,
+        "parameters": f"{H.shape[0]:,}",
+        "top 5": ", ".join(f"{v:.5g}" for v in values),
+        "largest relative difference to eigsh": f"{worst:.1e}",
+        "products": ours.num_matvecs,
+        "trace (48 products)": f"{short.value:.4g} ± {short.stderr:.2g}",
+        f"trace ({REFERENCE_MATVECS} products)": f"{long.value:.4g} ± {long.stderr:.2g}",
+        "difference / error": f"{off:.1f}",
+    }
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -91,7 +99,7 @@ def eigenvalue_methods(
     def ours(tol: float) -> list[float]:
         return Hessian(model, F.cross_entropy, (x, y)).top(k, tol=tol).values.tolist()
 
-    found = {"fast": ours}
+    methods: dict[str, Callable[[float], list[float]]] = {"fast": ours}
     if importlib.util.find_spec("curvlinops"):
         import curvlinops
 
@@ -102,12 +110,12 @@ def eigenvalue_methods(
             )
             return eigsh(A.to_scipy(), k=k, which="LM", tol=tol, return_eigenvectors=False).tolist()
 
-        found["curvlinops + eigsh"] = theirs
+        methods["curvlinops + eigsh"] = theirs
     if importlib.util.find_spec("pyhessian"):
-        found["PyHessian"] = lambda tol: _quiet(
+        methods["PyHessian"] = lambda tol: _quiet(
             lambda: _pyhessian(model, x, y).eigenvalues(maxIter=300, tol=tol, top_n=k)[0]
         )
-    return found
+    return methods
 
 
 def _pyhessian(model: nn.Module, x: Any, y: torch.Tensor) -> Any:
@@ -122,8 +130,8 @@ def _quiet(run: Callable[[], Any]) -> Any:
 
 
 def trace_times(model: nn.Module, x: Any, y: torch.Tensor) -> list[tuple[str, float, str]]:
-    """Seconds until the standard error is TRACE_ERROR of the trace."""
-    found = []
+    """The method, seconds until the standard error is TRACE_ERROR of the trace, the estimate."""
+    rows = []
 
     def ours() -> Any:
         H = Hessian(model, F.cross_entropy, (x, y))
@@ -135,7 +143,7 @@ def trace_times(model: nn.Module, x: Any, y: torch.Tensor) -> list[tuple[str, fl
             n *= 2
 
     took, estimate = seconds(ours)
-    found.append(("fast", took, str(estimate)))
+    rows.append(("fast", took, str(estimate)))
     if importlib.util.find_spec("pyhessian"):
 
         def theirs() -> tuple[list[float], float]:
@@ -150,13 +158,11 @@ def trace_times(model: nn.Module, x: Any, y: torch.Tensor) -> list[tuple[str, fl
 
         took, (values, error) = seconds(theirs)
         text = f"{statistics.mean(values):.4g} +- {error:.2g} ({len(values)} products)"
-        found.append(("PyHessian", took, text))
-    return found
+        rows.append(("PyHessian", took, text))
+    return rows
 
 
-def time_table(model: nn.Module, x: Any, y: torch.Tensor) -> list[str]:
-    lines = ["| what | method | seconds | x fast | error or estimate |",
-             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+def time_rows(model: nn.Module, x: Any, y: torch.Tensor) -> Iterator[Record]:
     operator = Hessian(model, F.cross_entropy, (x, y))
     for k in (1, 5):
         truth = operator.top(k, tol=1e-7, max_matvecs=2000).values.tolist()
@@ -164,46 +170,55 @@ def time_table(model: nn.Module, x: Any, y: torch.Tensor) -> list[str]:
         for name, solve in eigenvalue_methods(model, x, y, k).items():
             took, error = to_accuracy(solve, truth)
             base = took if base is None else base
-            shown = "not reached" if took is None else f"{took:.1f}"
+            text = "not reached" if took is None else f"{took:.1f}"
             ratio = "-" if took is None or base is None else f"{took / base:.2f}"
-            lines.append(f"| top {k} | {name} | {shown} | {ratio} | {error:.1e} |")
-            print(lines[-1], flush=True)
+            yield time_row(f"top {k}", name, text, ratio, f"{error:.1e}")
     base = None
     for name, took, text in trace_times(model, x, y):
         base = took if base is None else base
-        lines.append(f"| trace | {name} | {took:.1f} | {took / base:.2f} | {text} |")
-        print(lines[-1], flush=True)
-    return lines
+        yield time_row("trace", name, f"{took:.1f}", f"{took / base:.2f}", text)
+
+
+def time_row(what: str, method: str, seconds: str, ratio: str, outcome: str) -> Record:
+    return {
+        "what": what,
+        "method": method,
+        "seconds": seconds,
+        "x fast": ratio,
+        "error or estimate": outcome,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="see pairs.py")
+    parser.add_argument("--data", type=Path, required=True, help="the data folder: real_pairs.py")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--save", metavar="NAME", help="writes benchmarks/results/NAME.md")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    folder = Folder(arguments.data)
-    header = ["network", "parameters", "top 5", "largest relative difference to eigsh", "products",
-              "trace (48 products)", f"trace ({REFERENCE_MATVECS} products)",
-              "difference / error"]  # fmt: skip
-    lines = [f"{arguments.samples} samples, float32, one thread, exact Hessian.", "",
-             f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]  # fmt: skip
-    for name in NETWORKS:
-        samples = arguments.samples if "ResNet" in name else arguments.samples // 4
-        model, x, y = batch_of(name, folder, samples)
-        inputs = tuple(x.values()) if isinstance(x, dict) else x
-        row = agreement(name, Hessian(model, F.cross_entropy, (inputs, y)))
-        lines.append(f"| {' | '.join(row)} |")
-        print(lines[-1], flush=True)
-    model, x, y = batch_of("ResNet-20, CIFAR-10", folder, arguments.samples)
+
+    def agreements() -> Iterator[Record]:
+        for name in NETWORKS:
+            samples = args.samples if "ResNet" in name else args.samples // 4
+            model, x, y = batch_of(name, args.data, samples)
+            inputs = tuple(x.values()) if isinstance(x, dict) else x
+            yield agreement(name, Hessian(model, F.cross_entropy, (inputs, y)))
+
+    resnet = batch_of("ResNet-20, CIFAR-10", args.data, args.samples)
     goal = f"every eigenvalue is within {ACCURACY:g}, the trace's standard error {TRACE_ERROR:.0%}"
-    lines += ["", f"ResNet-20: processor seconds until {goal}.", "", *time_table(model, x, y)]
-    text = "\n".join(lines) + "\n"
-    print("\n" + text)
-    if arguments.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{arguments.save}.md").write_text(text)
+    lines = [
+        f"{args.samples} samples, float32, one thread, exact Hessian.",
+        "",
+        *table(shown(agreements())),
+        "",
+        f"ResNet-20: processor seconds until {goal}.",
+        "",
+        *table(shown(time_rows(*resnet))),
+    ]
+    if args.save:
+        save(args.save, lines)
+    else:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

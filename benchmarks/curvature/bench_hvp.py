@@ -5,10 +5,10 @@ ratio survives a busy machine better than the seconds do. `extra_info` has the r
 relative error in float64 and the least time that the arithmetic takes. `bench_memory` has the peak
 memory, each method in a process of its own; it needs no quiet machine.
 
-    pytest benchmarks/bench_hvp.py --benchmark -k "products and vit and ggn and 8"
-    python benchmarks/compare_hvp.py RESULT.json [RESULT.json ...] --targets
+    pytest benchmarks/curvature/bench_hvp.py --benchmark -k "products and vit and ggn and 8"
+    python -m benchmarks.report RESULT.json [RESULT.json ...] --targets
 
-FAST_DATA: the folder of `pairs.py`; MiniLM is then the trained one.
+With FAST_DATA, the folder of `benchmarks/real_pairs.py`, MiniLM is the trained one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.curvature.floor import floor_seconds, gemm_rate
-from benchmarks.curvature.methods import METHODS, gradient, missing, probes, relative_error
+from benchmarks.curvature.methods import EXACT, METHODS, gradient, missing, probes, relative_error
 from benchmarks.curvature.networks import CASES, build
 
+ROOT = Path(__file__).parents[2]
 ROUNDS = 3
-# One product in float64 is exact to this, or it is wrong.
-EXACT = 1e-8
 LARGEST = {"mlp": 32, "head": 32, "resnet20": 8, "vit": 8, "minilm": 8}
 LINEAR = ("mlp", "head")
 Variant = tuple[str, str, str, int]
@@ -70,7 +69,7 @@ def name(value: object) -> str:
     return str(value).replace(" ", "-")
 
 
-# Other libraries warn of what they do.
+# Other libraries warn.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("case", "kind", "method", "count"), VARIANTS, ids=name)
 def bench_products(benchmark, case: str, kind: str, method: str, count: int) -> None:
@@ -130,11 +129,10 @@ def bench_memory(benchmark, case: str, kind: str, method: str, count: int) -> No
     """Peak of one call, above what is resident after a gradient, in a process of its own."""
     if why := missing(method):
         pytest.skip(why)
-    script = Path(__file__).with_name("memory.py")
-    command = [sys.executable, str(script), case, kind, method, str(count)]
+    command = [sys.executable, "-m", "benchmarks.curvature.memory", case, kind, method, str(count)]
 
     def measure() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     benchmark.group = f"memory: {case} {kind} K={count}"
     done = benchmark.pedantic(measure, rounds=1)

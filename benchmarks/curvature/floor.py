@@ -1,7 +1,8 @@
 """The least time of K products: the arithmetic that all of them need, at the rate of a plain GEMM.
 
-Counted, not modelled: K exact products need one gradient and K times what a second derivative adds
-to it, K Gauss-Newton products one forward pass and K times one tangent and one backward pass.
+The arithmetic is counted, not modelled. K exact products need one gradient and K times what a
+second derivative adds to it; K Gauss-Newton products need one forward pass and K times one tangent
+and one backward pass.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from benchmarks.curvature.methods import METHODS, gradient, probes
 from benchmarks.curvature.networks import build
 from fast.curvature.products.rules import gemm
 
-SAMPLES = 4  # all arithmetic counted here grows with the batch: counted on a part of it
+SAMPLES = 4  # counted on a part of the batch, with which all of this arithmetic grows
 
 
 def _count(run: Callable[[], object]) -> int:
-    # Nothing counts what the CPU's fused attention and encoder layers do.
+    # The counter does not see into the CPU's fused attention and encoder layers.
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -35,7 +36,7 @@ def _count(run: Callable[[], object]) -> int:
 
 @functools.cache
 def flops(case: str, kind: str) -> tuple[float, float]:
-    """(shared by all products of a batch, added by each)."""
+    """(what all products of a batch share, what each adds)."""
     model, x, y = build(case)
     scale = len(x) / SAMPLES
     x, y = x[:SAMPLES], y[:SAMPLES]

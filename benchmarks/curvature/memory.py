@@ -1,10 +1,10 @@
 """Peak resident memory of K products above what is resident after one gradient (Linux).
 
-    python benchmarks/hvp_memory.py CASE KIND METHOD K
+    python -m benchmarks.curvature.memory CASE KIND METHOD K
 
-Counted: everything that the call allocates, the [K, P] result with it, and code that it loads. Not
-counted: torch, the network, its batch and the [K, P] vectors, which are there before. `result_mib`
-is the part of the result.
+The figure counts everything that the call allocates, the result [K, P] with it, and the code that
+it loads. It does not count torch, the network, its batch and the vectors [K, P], which are there
+before. `result_mib` is the part of the result.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.real_pairs import real_pair
+
 Problem = tuple[nn.Module, Tensor, Tensor]  # network, inputs, labels
 
 
@@ -133,15 +135,13 @@ def _random(
 
 
 def _minilm() -> Problem:
-    """The trained network on SST-2 where FAST_DATA names the folder of `pairs.py`; else its shape
-    with random weights on random tokens, which takes as long."""
+    """The trained network on SST-2 if FAST_DATA names the data folder of `real_pairs.py`; otherwise
+    its shape with random weights on random tokens, which takes as long."""
     if "FAST_DATA" in os.environ:
-        from benchmarks.real_pairs import PAIRS, Folder
-
-        job = PAIRS["minilm -> sst2"].make(Folder(Path(os.environ["FAST_DATA"])))
-        x, y = job.train
+        real = real_pair("minilm -> sst2", Path(os.environ["FAST_DATA"]))
+        x, y = real.train
         packed = torch.stack([x["ids"], x["mask"]], 1)[:16, :, : MiniLM.tokens]
-        return Packed(job.model), packed, y[:16]
+        return Packed(real.model), packed, y[:16]
     ids = torch.randint(1, MiniLM.vocabulary, (16, MiniLM.tokens))
     lengths = torch.randint(2 * MiniLM.tokens // 3, MiniLM.tokens + 1, (16, 1))
     mask = (torch.arange(MiniLM.tokens) < lengths).long()

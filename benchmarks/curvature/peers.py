@@ -1,5 +1,7 @@
-"""Other libraries' products, for those that are installed; attention by plain products, without
-which none of them can differentiate it twice."""
+"""Products of the other libraries that are installed.
+
+Attention is computed by plain matrix products: none of them can differentiate the fused one twice.
+"""
 
 from __future__ import annotations
 

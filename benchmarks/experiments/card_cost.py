@@ -19,15 +19,10 @@ from typing import Any
 import torch
 
 import fast
-from benchmarks.common import arguments, commit, machine, row, save, table
+from benchmarks.common import Record, arguments, commit, machine, save, shown, table
 from benchmarks.real_pairs import README_PAIRS, real_pair
-from fast.adapt.guards.protect import Protection
-from fast.train import trainer
-
-HEADER = (
-    "pair", "backbone weights", "file, bytes per weight", "steps of 64", "training, s", "card",
-    "all checks of a budget",
-)  # fmt: skip
+from fast.adapt import adaptation
+from fast.adapt.guards.budget import ForgettingBudget
 
 
 @contextmanager
@@ -36,19 +31,20 @@ def timed() -> Iterator[dict[str, float]]:
     spent: dict[str, float] = defaultdict(float)
 
     def clocked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
             start = time.process_time()
             try:
-                return function(*args)
+                return function(*args, **options)
             finally:
                 spent[part] += time.process_time() - start
 
         return run
 
     places = [
-        (trainer, "make_card", "card"),
-        (trainer, "hold_back", "checks"),
-        (Protection, "after_step", "checks"),
+        (adaptation, "estimate_card", "card"),
+        (adaptation, "hold_back", "checks"),
+        (ForgettingBudget, "after_step", "checks"),
+        (ForgettingBudget, "finish", "checks"),
     ]
     kept = [(place, name, getattr(place, name)) for place, name, _ in places]
     for place, name, part in places:
@@ -60,7 +56,7 @@ def timed() -> Iterator[dict[str, float]]:
             setattr(place, name, function)
 
 
-def measure(name: str, data: Path) -> tuple[str, ...]:
+def measure(name: str, data: Path) -> Record:
     """A row of the table."""
     real = real_pair(name, data)
     # This estimate warms up, too.
@@ -81,19 +77,23 @@ def measure(name: str, data: Path) -> tuple[str, ...]:
             progress=False,
         )
     training = time.process_time() - start - spent["card"] - spent["checks"]
-    shares = (f"{100 * spent[part] / training:.1f} %" for part in ("card", "checks"))
-    return (name, f"{weights:,}", f"{size:.3f}", str(real.steps), f"{training:.1f}", *shares)
+    return {
+        "pair": name,
+        "backbone weights": f"{weights:,}",
+        "file, bytes per weight": f"{size:.3f}",
+        "steps of 64": real.steps,
+        "training, s": f"{training:.1f}",
+        "card": f"{100 * spent['card'] / training:.1f} %",
+        "all checks of a budget": f"{100 * spent['checks'] / training:.1f} %",
+    }
 
 
 def main() -> None:
     args = arguments(__doc__, README_PAIRS).parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for name in args.pairs.split(","):
-        rows.append(measure(name, args.data.resolve()))
-        print(row(rows[-1]), flush=True)
+    rows = (measure(name, args.data.resolve()) for name in args.pairs.split(","))
     note = f"Shares of the time of training. {machine()}. Commit {commit()}."
-    save("card_cost", [*table(HEADER, rows), "", note])
+    save("card_cost", [*table(shown(rows)), "", note])
 
 
 if __name__ == "__main__":

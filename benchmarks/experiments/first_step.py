@@ -9,15 +9,17 @@ relative to their norm, and the change of the loss on other target inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import arguments, row, table
+from benchmarks.common import Record, arguments, shown, table
 from benchmarks.real_pairs import PAIRS, real_pair
-from fast.heads import forward_logits, pick, replace_head, set_batch_norm, task_head
+from fast.data.trees import pick
+from fast.heads import forward_logits, replace_head, set_batch_norm, task_head
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 HEAD_STEPS, BATCH = 10, 64
@@ -32,7 +34,7 @@ def features(model: nn.Module, inputs: object) -> tuple[Tensor, Tensor]:
     return seen[0], logits
 
 
-def measure(pair: str, data: Path) -> list[tuple[str, ...]]:
+def measure(pair: str, data: Path) -> Iterator[Record]:
     """Rows of the table, one per learning rate."""
     real = real_pair(pair, data)
     x, y = real.train
@@ -48,11 +50,10 @@ def measure(pair: str, data: Path) -> list[tuple[str, ...]]:
         optimizer.step()
 
     of_head = {id(p) for p in head.parameters()}
-    body = [p for p in model.parameters() if p.requires_grad and id(p) not in of_head]
+    body: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in of_head]
     index, other = batches[HEAD_STEPS:]
     loss = F.cross_entropy(forward_logits(model, pick(x, index)), y[index])
     signs = [g.sign() for g in torch.autograd.grad(loss, body)]
-    rows = []
     with torch.no_grad():
         before, logits = features(model, pick(x, other))
         loss_before = F.cross_entropy(logits, y[other])
@@ -62,15 +63,18 @@ def measure(pair: str, data: Path) -> list[tuple[str, ...]]:
             torch._foreach_add_(body, signs, alpha=lr)
             change = (after - before).norm() / before.norm()
             rise = F.cross_entropy(logits, y[other]) - loss_before
-            rows.append((pair, f"{lr:g}", f"{change:.2f}", f"{rise:+.2f}"))
-    return rows
+            yield {
+                "pair": pair,
+                "lr": f"{lr:g}",
+                "feature change": f"{change:.2f}",
+                "loss rise, nats": f"{rise:+.2f}",
+            }
 
 
 def main() -> None:
     args = arguments(__doc__, ",".join(PAIRS)).parse_args()
-    print("\n".join(table(("pair", "lr", "feature change", "loss rise, nats"), [])))
-    for pair in args.pairs.split(","):
-        print("\n".join(map(row, measure(pair, args.data.resolve()))), flush=True)
+    rows = (row for pair in args.pairs.split(",") for row in measure(pair, args.data.resolve()))
+    print("\n" + "\n".join(table(shown(rows))))
 
 
 if __name__ == "__main__":

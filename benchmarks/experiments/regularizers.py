@@ -23,8 +23,10 @@ from benchmarks.common import Record, arguments, complete, machine, save, table
 from benchmarks.real_pairs import RealPair, real_pair
 from fast.adapt.schedule import lr_factor
 from fast.curvature import GGN
-from fast.data.dataset import TrainBatches, as_data
-from fast.heads import forward_logits, pick, set_batch_norm, source_task
+from fast.data.dataset import as_data
+from fast.data.stream import TrainBatches
+from fast.data.trees import pick
+from fast.heads import forward_logits, set_batch_norm, source_task
 from fast.train.metrics import evaluate
 
 PAIRS = "resnet20 -> gtsrb,resnet20 -> sign_digits,mobilenet 0.25 -> flowers"
@@ -219,10 +221,13 @@ def report(records: list[Record]) -> list[str]:
             mix = "" if end["mix"] == 1 else f", {end['mix']:g} of the way"
             text = f"{100 * end['target']:.1f} / {100 * end['source']:.1f}"
             cells.setdefault(r["pull"] + mix, {})[r["pair"]] = text
-    rows = [(label, *(by_pair.get(p, "-") for p in pairs)) for label, by_pair in cells.items()]
+    rows = [
+        {"pull": label} | {pair: by_pair.get(pair, "-") for pair in pairs}
+        for label, by_pair in cells.items()
+    ]
     before = {r["pair"]: f"{100 * r['source_before']:.1f}" for r in records}
     return [
-        *table(("pull", *pairs), rows),
+        *table(rows),
         "",
         "Target / source accuracy at the end, per cent; source before: "
         + ", ".join(f"{p} {before[p]}" for p in pairs)

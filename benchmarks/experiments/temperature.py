@@ -9,21 +9,19 @@ temperatures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
 from benchmarks.real_pairs import real_pair
-from fast.curvature.card.answers import SourceInputs, divergence, source_answers
-from fast.train.trainer import Trainer
+from fast.curvature.card.answers import divergence
+from fast.data.source_inputs import SourceInputs
+from fast.heads.outputs import source_logits
 
 PAIRS = "resnet20 -> gtsrb,resnet32 -> fashion_mnist,mobilenet 0.25 -> flowers"
 # From runs that hardly forget to runs that forget all there is.
@@ -38,55 +36,37 @@ CHECKS = 5
 TEMPERATURES = (1, 2, 3)
 
 
-@contextmanager
-def checked(check: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """Calls `check` CHECKS times in a run, with the weights that the run would return there."""
-    advance = Trainer.advance
-
-    def advance_and_check(self: Trainer, step: int, batch: Any) -> Tensor:
-        loss = advance(self, step, batch)
-        if (step + 1) % (self.steps // CHECKS) == 0:
-            with self._averaged(step + 1):
-                check(self.model)
-        return loss
-
-    Trainer.advance = advance_and_check  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Trainer.advance = advance  # type: ignore[method-assign]
-
-
 def run(*, pair: str, method: str, options: dict[str, Any], data: Path) -> Record:
-    """One run: at each check, the rise of the loss and the divergences `T KL` of answers over T."""
+    """One run: at each check, the rise of the loss and the divergences `T KL` of answers over T.
+
+    A check has the weights that the run would return there.
+    """
     torch.manual_seed(0)
     real = real_pair(pair, data)
-    inputs, half = real.source_inputs, len(real.source_inputs) // 2
-    test, held = SourceInputs(real.source, 10_000), SourceInputs(inputs[half:], len(inputs))
-    test_before, held_before = (source_answers(real.model, x) for x in (test, held))
+    model, inputs, half = real.model, real.source_inputs, len(real.source_inputs) // 2
+    test, held = SourceInputs.parse(real.source, 10_000), SourceInputs(inputs=inputs[half:])
+    test_before, held_before = (source_logits(model, x) for x in (test, held))
     loss_before = F.cross_entropy(test_before, test.labels)
-    checks: list[dict[str, float]] = []
-
-    def check(model: torch.nn.Module) -> None:
-        test_now, held_now = (source_answers(model, x) for x in (test, held))
-        figures = {"rise": float(F.cross_entropy(test_now, test.labels) - loss_before)}
-        for t in TEMPERATURES:
-            figures[f"T={t}"] = t * float(divergence(held_before, held_now, t))
-        checks.append({name: round(value, 5) for name, value in figures.items()})
-
     protect = {"source_inputs": inputs[:half]} if method == "fast" else {}
-    with checked(check):
-        fast.finetune(
-            real.model,
-            real.train,
-            method=method,
-            lr=RATE,
-            steps=real.steps,
-            eval_every=real.steps,
-            progress=False,
-            **options,
-            **protect,
-        )
+    adaptation = fast.Adaptation(
+        model, real.train, method=method, lr=RATE, steps=real.steps, **options, **protect
+    )
+    optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
+    checks = []
+    for x, y, rows in adaptation.batches():
+        model.train()
+        logits, penalty = adaptation.forward(x, rows)
+        (F.cross_entropy(logits, y) + penalty).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if adaptation.done % (real.steps // CHECKS) == 0:
+            with adaptation.averaged():
+                test_now, held_now = (source_logits(model, z) for z in (test, held))
+            figures = {"rise": float(F.cross_entropy(test_now, test.labels) - loss_before)}
+            for t in TEMPERATURES:
+                figures[f"T={t}"] = t * float(divergence(held_before, held_now, t))
+            checks.append({name: round(value, 5) for name, value in figures.items()})
     return {"looks": checks}
 
 
@@ -98,14 +78,13 @@ def report(records: list[Record]) -> list[str]:
         for low, high in ((0.0, 3.0), (3.0, 1e9)):
             some = [c for c in checks if low <= c["rise"] < high]
             if some:
-                spans = [
-                    [c["rise"] for c in some],
-                    *([c["rise"] / c[n] for c in some] for n in names),
-                ]
-                rows.append((pair, *(f"{min(span):.2f} .. {max(span):.2f}" for span in spans)))
+                spans = {"rise of the test loss": [c["rise"] for c in some]}
+                spans |= {f"`T KL`, {n}": [c["rise"] / c[n] for c in some] for n in names}
+                figures = {n: f"{min(v):.2f} .. {max(v):.2f}" for n, v in spans.items()}
+                rows.append({"pair": pair} | figures)
     text = "Rise of the source loss on labelled test data over what held-back inputs say, nats."
     return [
-        *table(("pair", "rise of the test loss", *(f"`T KL`, {n}" for n in names)), rows),
+        *table(rows),
         "",
         f"{text} {machine()}. {commits(records)}.",
     ]

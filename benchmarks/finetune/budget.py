@@ -54,26 +54,23 @@ def report(records: Runs) -> list[str]:
             budget = Budget.parse(parse(method)[1]["forget_budget"])
             ratios = [lost(r) / budget.amount for r in runs]
             kept.setdefault(pair, []).append(INSIDE[0] <= mean(ratios) <= INSIDE[1])
+            forecast = mean(r["history"][-1]["forecast"] for r in runs)
             spread = f" ({min(ratios):.2f}..{max(ratios):.2f})" if len(ratios) > 1 else ""
             rows.append(
-                (
-                    pair,
-                    budget,
-                    len(runs),
-                    without,
-                    f"{mean(map(lost, runs)):.3f}",
-                    f"**{mean(ratios):.2f}**{spread}",
-                    f"{mean(r['history'][-1]['forecast'] for r in runs):.3f}",
-                    f"{accuracy}, {target(runs):.1f} %",
-                )
+                {
+                    "pair": pair,
+                    "budget": budget,
+                    "seeds": len(runs),
+                    "lost without it": without,
+                    "lost on test data": f"{mean(map(lost, runs)):.3f}",
+                    "over the budget": f"**{mean(ratios):.2f}**{spread}",
+                    "lost on held-back inputs": f"{forecast:.3f}",
+                    "target accuracy, without it and with it": f"{accuracy}, {target(runs):.1f} %",
+                }
             )
-    header = (
-        "pair", "budget", "seeds", "lost without it", "lost on test data", "over the budget",
-        "lost on held-back inputs", "target accuracy, without it and with it",
-    )  # fmt: skip
     whole = sum(all(inside) for inside in kept.values())
     lines = [
-        *table(header, rows),
+        *table(rows),
         "",
         f"Lost, over the budget: between {INSIDE[0]} and {INSIDE[1]} at every budget on {whole} of "
         f"{len(kept)} pairs; in {sum(map(sum, kept.values()))} of {sum(map(len, kept.values()))} "

@@ -29,22 +29,18 @@ def report(records: Runs) -> list[str]:
             share = lost(runs) / all_lost if all_lost else float("nan")
             reached = steps and f"{steps / runs[0]['history'][-1]['step']:.2f}"
             rows.append(
-                (
-                    pair,
-                    f"{method}, {runs[0]['lr']:g}",
-                    len(runs),
-                    f"{100 * final(runs, 'target_accuracy'):.1f} %",
-                    source_change(runs),
-                    f"{share:.2f}",
-                    reached or "not reached",
-                )
+                {
+                    "pair": pair,
+                    "method, lr": f"{method}, {runs[0]['lr']:g}",
+                    "seeds": len(runs),
+                    "target accuracy": f"{100 * final(runs, 'target_accuracy'):.1f} %",
+                    "source accuracy": source_change(runs),
+                    "lost, share of vanilla's": f"{share:.2f}",
+                    "steps to vanilla's final target, share": reached or "not reached",
+                }
             )
-    header = (
-        "pair", "method, lr", "seeds", "target accuracy", "source accuracy",
-        "lost, share of vanilla's", "steps to vanilla's final target, share",
-    )  # fmt: skip
     return [
-        *table(header, rows),
+        *table(rows),
         "",
         f"Means over seeds. {machine()}. Commit {commits(records)}.",
     ]

@@ -1,11 +1,11 @@
 """Has a change to the code changed a number? Hashes of weights and history of small runs.
 
-    python benchmarks/fingerprints.py before.json          # writes the hashes
-    python benchmarks/fingerprints.py before.json --check  # compares, on the same machine
+    python -m benchmarks.finetune.fingerprints before.json          # writes the hashes
+    python -m benchmarks.finetune.fingerprints before.json --check  # compares, on the same machine
 
-Every method; with and without source inputs, a budget, a card, per-task norms; AdamW and SGD; a
-network of pictures and one of texts. The hashes are of one machine, one version of torch and one
-thread.
+The runs have every method, with and without source inputs, a budget, a card and per-task norms,
+under AdamW and SGD, on a network of pictures and one of texts. Hashes hold for one machine, one
+version of torch and one thread.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def texts() -> Pair:
     mask = (torch.arange(12) < lengths).long()
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
 
-    def asked(first: int) -> Tensor:
+    def labels(first: int) -> Tensor:
         counts = [(((ids * mask) - first) % 8 == k).sum(1) for k in range(4)]
         return torch.stack(counts, 1).argmax(1)
 
@@ -104,13 +104,14 @@ def texts() -> Pair:
         return {k: v[a:b] for k, v in inputs.items()}
 
     torch.manual_seed(0)
-    model = pretrained(Texts(), part(0, 200), asked(0)[:200])
-    train, val = (part(200, 450), asked(4)[200:450]), (part(450, 550), asked(4)[450:550])
-    return model, train, val, (part(550, 700), asked(0)[550:700])
+    model = pretrained(Texts(), part(0, 200), labels(0)[:200])
+    train, val = (part(200, 450), labels(4)[200:450]), (part(450, 550), labels(4)[450:550])
+    return model, train, val, (part(550, 700), labels(0)[550:700])
 
 
 PAIRS: dict[str, Callable[[], Pair]] = {"pictures": pictures, "texts": texts}
-# Of a run: its pair, and what `fast.finetune` is given; `source_inputs` and `card` say whether.
+# The pair of a run, and the options of `fast.finetune`; `source_inputs` and `card` say whether the
+# run gets them.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast": ("pictures", {}),
     "fast, source inputs": ("pictures", {"source_inputs": True}),
@@ -190,15 +191,15 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    found = {name: run(name) for name in RUNS}
-    for name, hashes in found.items():
+    after = {name: run(name) for name in RUNS}
+    for name, hashes in after.items():
         print(f"{name:46} {'  '.join(hashes.values())}")
     if not args.check:
-        args.file.write_text(json.dumps(found, indent=1) + "\n")
+        args.file.write_text(json.dumps(after, indent=1) + "\n")
         return
     before = json.loads(args.file.read_text())
-    other = [name for name in RUNS if before.get(name) != found[name]]
-    print(f"other than before: {', '.join(other)}" if other else f"all {len(found)} as before")
+    other = [name for name in RUNS if before.get(name) != after[name]]
+    print(f"other than before: {', '.join(other)}" if other else f"all {len(after)} as before")
     raise SystemExit(bool(other))
 
 

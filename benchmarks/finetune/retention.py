@@ -54,24 +54,21 @@ def accuracies(by_pair: dict[str, Methods]) -> list[str]:
             spread = f" ± {stdev(targets):.1f}" if len(targets) > 1 else ""
             loss = curve(runs, "source_loss")
             rows.append(
-                (
-                    pair,
-                    f"{method}, {runs[0]['lr']:g}",
-                    len(runs),
-                    f"{mean(targets):.1f}{spread} %",
-                    source_change(runs),
-                    f"{loss[-1][1] - loss[0][1]:.2f}" if loss else "-",
-                )
+                {
+                    "pair": pair,
+                    "method, lr": f"{method}, {runs[0]['lr']:g}",
+                    "seeds": len(runs),
+                    "target accuracy": f"{mean(targets):.1f}{spread} %",
+                    "source accuracy": source_change(runs),
+                    "rise of source loss": f"{loss[-1][1] - loss[0][1]:.2f}" if loss else "-",
+                }
             )
-    header = (
-        "pair", "method, lr", "seeds", "target accuracy", "source accuracy", "rise of source loss",
-    )  # fmt: skip
-    return table(header, rows)
+    return table(rows)
 
 
 def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
     """The table of FAST and its variants, each beside the best baseline of the pair."""
-    rows: list[tuple[object, ...]] = []
+    rows: Runs = []
     variants = dict.fromkeys(m for ms in by_pair.values() for m in ms if m.startswith(NAME))
     for variant in variants:
         figures = []
@@ -88,27 +85,32 @@ def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
             figures.append((share, ahead, ours, its))
             reached = f"{share:.2f}" if steps else "not reached"
             part = f"{ours / its:.2f}" if its > 0 else "-"
-            rows.append((variant, pair, name, reached, f"{ahead:+.1f}", f"{ours:.1f} / {its:.1f}",
-                         part))  # fmt: skip
+            rows.append(
+                {
+                    "method": variant,
+                    "pair": pair,
+                    "best baseline": name,
+                    "steps to its final target accuracy, share of its steps": reached,
+                    "final target minus its, points": f"{ahead:+.1f}",
+                    "source accuracy lost, points: ours / its": f"{ours:.1f} / {its:.1f}",
+                    "share": part,
+                }
+            )
         if figures:
             share, ahead, ours, its = (mean(column) for column in zip(*figures, strict=True))
-            part = mean(o / i for _, _, o, i in figures if i > 0)
+            shares = mean(o / i for _, _, o, i in figures if i > 0)
             rows.append(
-                (
-                    variant,
-                    "**mean** (wanted: 0.5, -0.5, 0.25)",
-                    "",
-                    f"**{share:.2f}**",
-                    f"**{ahead:+.1f}**",
-                    f"**{ours:.1f} / {its:.1f}**",
-                    f"**{part:.2f}**, of the means {ours / its:.2f}",
-                )
+                {
+                    "method": variant,
+                    "pair": "**mean** (wanted: 0.5, -0.5, 0.25)",
+                    "best baseline": "",
+                    "steps to its final target accuracy, share of its steps": f"**{share:.2f}**",
+                    "final target minus its, points": f"**{ahead:+.1f}**",
+                    "source accuracy lost, points: ours / its": f"**{ours:.1f} / {its:.1f}**",
+                    "share": f"**{shares:.2f}**, of the means {ours / its:.2f}",
+                }
             )
-    header = (
-        "method", "pair", "best baseline", "steps to its final target accuracy, share of its steps",
-        "final target minus its, points", "source accuracy lost, points: ours / its", "share",
-    )  # fmt: skip
-    return table(header, rows)
+    return table(rows)
 
 
 def forecasts(records: Runs) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 import fast
 from benchmarks.common import Record, machine
 from benchmarks.real_pairs import real_pair
-from fast.adapt.methods import DEFAULT_LR, REHEARSING_LR
+from fast.adapt.plan import DEFAULT_LR, REHEARSING_LR
 
 # FAST runs at its default; every baseline at the better of two.
 BASELINE_RATES = (3e-4, 1e-3)

@@ -26,6 +26,7 @@ SIZES = (20, 100, 300, 1000)
 STEPS = (3, 10, 100)
 WITH_INPUTS = "fast with source inputs"
 METHODS = ("fast", WITH_INPUTS, "lp-ft", "vanilla")
+COLUMNS = ("FAST: target (end), lost", "FAST with source inputs", "LP-FT", "vanilla")
 # Test samples of either task: measuring a run of ten steps should not take longer than the run.
 MEASURED = 500
 # A batch of sentences costs as much as a hundred pictures of these networks.
@@ -84,7 +85,7 @@ def run(*, pair: str, method: str, samples: int, steps: int, seed: int, data: Pa
 
 
 def percent(rows: list[Record], name: str) -> str:
-    return f"{100 * mean(r[name] for r in rows):.1f}"
+    return f"{100 * mean(r[name] for r in rows):.1f}" if rows else "-"
 
 
 def report(records: list[Record]) -> list[str]:
@@ -96,23 +97,18 @@ def report(records: list[Record]) -> list[str]:
         by_method = {m: [r for r in here if r["method"] == m] for m in METHODS}
         if not by_method["fast"]:
             continue
-        cells = [*setting, "/".join(str(len(runs)) for runs in by_method.values())]
-        cells.append(percent(by_method["fast"], "head_start"))
-        for method, runs in by_method.items():
-            if not runs:
-                cells.append("-")
-                continue
+        cells = dict(zip(("pair", "samples", "steps"), setting, strict=True))
+        cells["seeds"] = "/".join(str(len(runs)) for runs in by_method.values())
+        cells["head start"] = percent(by_method["fast"], "head_start")
+        for (method, runs), column in zip(by_method.items(), COLUMNS, strict=True):
             end = f" ({percent(runs, 'end')})" if method.startswith("fast") else ""
-            cells.append(f"{percent(runs, 'returned')}{end}, {percent(runs, 'lost')}")
+            figures = f"{percent(runs, 'returned')}{end}, {percent(runs, 'lost')}"
+            cells[column] = figures if runs else "-"
         rows.append(cells)
     ours = [r for r in records if r["method"].startswith("fast")]
     worst = max(ours, key=lambda r: r["head_start"] - r["end"])
-    header = (
-        "pair", "samples", "steps", "seeds", "head start", "FAST: target (end), lost",
-        f"FAST {WITH_INPUTS[5:]}", "LP-FT", "vanilla",
-    )  # fmt: skip
     return [
-        *table(header, rows),
+        *table(rows),
         "",
         "Target accuracy of what is returned, in per cent, and points of source accuracy lost by "
         "it; means over seeds. In brackets the end of training: where it is below the head start "

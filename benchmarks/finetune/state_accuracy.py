@@ -22,7 +22,8 @@ from torch import nn
 import fast
 from benchmarks.common import Record, arguments, complete, machine, save, table
 from benchmarks.real_pairs import real_pair
-from fast.heads import forward_logits, pick
+from fast.data.trees import pick
+from fast.heads import forward_logits
 
 BF16, BYTES = torch.bfloat16, torch.uint8
 # The dtype of the parameters and the options of the optimizer, by name.
@@ -122,9 +123,15 @@ def report(records: list[Record]) -> list[str]:
             runs = [r for r in records if (r["pair"], r["storage"]) == (pair, name)]
             if runs:
                 target, source = (figure([r[k] for r in runs]) for k in ("target", "source"))
-                rows.append((name, f"{runs[0]['bytes']:.1f}", target, source))
-        header = ("storage", "bytes per parameter", "target accuracy", "source accuracy")
-        lines += [f"### {pair}, {seeds} seeds", "", *table(header, rows), ""]
+                rows.append(
+                    {
+                        "storage": name,
+                        "bytes per parameter": f"{runs[0]['bytes']:.1f}",
+                        "target accuracy": target,
+                        "source accuracy": source,
+                    }
+                )
+        lines += [f"### {pair}, {seeds} seeds", "", *table(rows), ""]
     return [*lines, f"Accuracies in percent, ± a standard deviation. {machine()}."]
 
 

@@ -22,17 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.common import arguments, commit, machine, row, save, table
+import fast
+from benchmarks.common import Record, arguments, commit, machine, save, shown, table
 from benchmarks.finetune.runs import parse
 from benchmarks.real_pairs import README_PAIRS, RealPair, real_pair
-from fast.adapt.config import TrainConfig
-from fast.heads import find_head, forward_logits, pick
-from fast.train.trainer import Trainer
+from fast.data.trees import pick
+from fast.heads import find_head, forward_logits
 
-HEADER = (
-    "pair", "method", "plain torch, ms per step", "ours, ms per step", "ratio",
-    "before the first step, share of the run",
-)  # fmt: skip
 WARM_UP = 10
 
 
@@ -55,15 +51,26 @@ def plain_steps(real: RealPair, batch_size: int) -> Iterator[None]:
 def fast_steps(
     real: RealPair, batch_size: int, steps: int, method: str, options: dict[str, Any]
 ) -> Iterator[None]:
-    """A run of `fast.finetune` without its evaluations, set up before the first `next` returns."""
-    config = TrainConfig(method=method, steps=steps, batch_size=batch_size, **options)
-    model, inputs = copy.deepcopy(real.model), real.source_inputs
-    trainer = Trainer(config, model, real.train, None, None, None, None, None, inputs)
-    stream = trainer.stream(0)
-    trainer.model.train()
+    """The same with `fast.Adaptation`, which is set up before the first `next` returns."""
+    model = copy.deepcopy(real.model)
+    adaptation = fast.Adaptation(
+        model,
+        real.train,
+        source_inputs=real.source_inputs,
+        method=method,
+        steps=steps,
+        batch_size=batch_size,
+        **options,
+    )
+    optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
+    model.train()
     yield
-    for step in range(steps):
-        trainer.advance(step, next(stream))
+    for x, y, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(x, rows)
+        (F.cross_entropy(logits, y) + penalty).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
         yield
 
 
@@ -73,22 +80,26 @@ def timed(step: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measure(
-    pair: str, spec: str, data: Path, steps: int, batch_size: int
-) -> tuple[str, str, str, str, str, str]:
+def measure(pair: str, spec: str, data: Path, steps: int, batch_size: int) -> Record:
     """A row of the table."""
     method, options = parse(spec)
     real = real_pair(pair, data)
     plain = plain_steps(real, batch_size)
-    fast = fast_steps(real, batch_size, steps + WARM_UP, method, options)
-    setup = timed(lambda: next(fast))
+    ours = fast_steps(real, batch_size, steps + WARM_UP, method, options)
+    setup = timed(lambda: next(ours))
     times = [
-        (timed(lambda: next(plain)), timed(lambda: next(fast))) for _ in range(steps + WARM_UP)
+        (timed(lambda: next(plain)), timed(lambda: next(ours))) for _ in range(steps + WARM_UP)
     ]
-    theirs, ours = (median(column) for column in zip(*times[WARM_UP:], strict=True))
-    share = setup / (setup + real.steps * ours)
-    return (pair, spec, f"{1e3 * theirs:.0f}", f"{1e3 * ours:.0f}", f"{ours / theirs:.3f}",
-            f"{share:.3f}")  # fmt: skip
+    their_time, our_time = (median(column) for column in zip(*times[WARM_UP:], strict=True))
+    share = setup / (setup + real.steps * our_time)
+    return {
+        "pair": pair,
+        "method": spec,
+        "plain torch, ms per step": f"{1e3 * their_time:.0f}",
+        "ours, ms per step": f"{1e3 * our_time:.0f}",
+        "ratio": f"{our_time / their_time:.3f}",
+        "before the first step, share of the run": f"{share:.3f}",
+    }
 
 
 def main() -> None:
@@ -98,13 +109,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for pair in args.pairs.split(","):
-        for spec in args.methods.split(","):
-            rows.append(measure(pair, spec, args.data.resolve(), args.steps, args.batch_size))
-            print(row(rows[-1]), flush=True)
+    rows = (
+        measure(pair, spec, args.data.resolve(), args.steps, args.batch_size)
+        for pair in args.pairs.split(",")
+        for spec in args.methods.split(",")
+    )
     note = f"Medians of {args.steps} steps in turn. {machine()}. Commit {commit()}."
-    save("step_time", [*table(HEADER, rows), "", note])
+    save("step_time", [*table(shown(rows)), "", note])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 Every method is held to a float64 step before it is timed. The methods of a set run in turn, round
 by round, on the same tensors; ratios are medians of the ratios within a round.
 `--benchmark-max-time` is the time of a set per method, `--benchmark-min-rounds` the least rounds.
-`benchmarks/compare.py` makes a table of the JSON (`--benchmark-json`).
+`python -m benchmarks.report` makes a table of the JSON (`--benchmark-json`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from benchmarks.kernels import peers
 from benchmarks.kernels.handwritten import USERS
 from benchmarks.kernels.interleaved import Rounds
 from benchmarks.kernels.methods import Method, Missing, compiled, ours, torchs
-from benchmarks.kernels.shapes import SETS
+from benchmarks.kernels.shapes import SETS, Shapes
 from benchmarks.kernels.streams import StreamWalk, compiler
-from benchmarks.kernels.tensors import LR, Arena, Job, checked
+from benchmarks.kernels.tensors import LR, Tensors, Update, checked
 
 BASE = "torch fused"
-ANCHOR, CURVATURE = Job("proximal"), Job("proximal", curvature=True)
-WHOLE = Job("proximal", curvature=True, clip=True)
+ANCHOR, CURVATURE = Update(pull="proximal"), Update(pull="proximal", curvature=True)
+WHOLE = Update(pull="proximal", curvature=True, clip=True)
 BF16 = {k: torch.bfloat16 for k in ("state_dtype", "anchor_dtype", "curvature_dtype")}
 BYTES = BF16 | {k: torch.uint8 for k in ("state_dtype", "curvature_dtype")}
 
-METHODS: dict[str, Callable[[Arena], Method]] = {
+METHODS: dict[str, Callable[[Tensors], Method]] = {
     BASE: torchs(fused=True),
     "torch foreach": torchs(foreach=True),
     "torch for-loop": torchs(foreach=False),
@@ -46,22 +46,22 @@ METHODS: dict[str, Callable[[Arena], Method]] = {
     "torchao AdamW8bit": peers.torchao("AdamW8bit", peers.EIGHT_BIT),
     "bitsandbytes AdamW": peers.bitsandbytes(32, 1e-3),
     **USERS,
-    "ours: AdamW": ours(Job()),
+    "ours: AdamW": ours(Update()),
     "ours: + anchor": ours(ANCHOR),
     "ours: + anchor + curvature + norms": ours(CURVATURE),
     "ours: whole job": ours(WHOLE),
-    "ours: AdamW, bf16 state": ours(Job(), 2e-2, state_dtype=torch.bfloat16),
+    "ours: AdamW, bf16 state": ours(Update(), 2e-2, state_dtype=torch.bfloat16),
     "ours: whole job, bf16 state": ours(WHOLE, 2e-2, **BF16),
     "ours: whole job, 8-bit state": ours(WHOLE, peers.EIGHT_BIT, **BYTES),
 }
 SLOW = {"torch.compile of foreach", "torchao _AdamW", "torchao AdamW8bit"}
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A set, measured: `floors` names the floor of each method, `skipped` why one is missing."""
+    """A measured set: `floors` names the floor of each method, `skipped` why one is missing."""
 
-    arena: Arena
+    tensors: Tensors
     methods: dict[str, Method]
     rounds: Rounds
     floors: dict[str, str]
@@ -70,15 +70,15 @@ class Measured:
     skipped: dict[str, str]
 
 
-def check(arena: Arena, method: Method) -> tuple[float, float]:
+def check(tensors: Tensors, method: Method) -> tuple[float, float]:
     """Largest error of a weight after one step, as a share of lr; seconds of the first call."""
-    arena.refresh()
+    tensors.refresh()
     method.reset()
-    truth, norm = arena.expected(method.job), arena.grad_norm()
+    truth, norm = tensors.expected(method.update), tensors.grad_norm()
     begin = time.perf_counter()
     method.step()
     seconds = time.perf_counter() - begin
-    pairs = zip(arena.values, truth, strict=True)
+    pairs = zip(tensors.values, truth, strict=True)
     error = max((checked(w) - x).abs().max().item() for w, x in pairs) / LR
     assert error <= method.tolerance, f"wrong by {error:.1e} lr after one step"
     method.check(norm)
@@ -97,18 +97,18 @@ def floor(method: Method) -> tuple[str, Callable[[], object]]:
     return "floor: " + ", ".join(names), lambda: [walk.run(threads) for walk in walks]
 
 
-def measure(shapes: Any, names: list[str], seconds: float, least: int) -> Measured:
-    arena = Arena(shapes)
+def measure(shapes: Shapes, names: list[str], seconds: float, least: int) -> Measured:
+    tensors = Tensors(shapes)
     methods: dict[str, Method] = {}
     errors, first_calls, skipped, floors = {}, {}, {}, {}
     steps: dict[str, Callable[[], object]] = {}
     for name in dict.fromkeys([BASE, *names]):
         try:
-            method = METHODS[name](arena)
+            method = METHODS[name](tensors)
         except Missing as missing:
             skipped[name] = str(missing)
             continue
-        errors[name], first_calls[name] = check(arena, method)
+        errors[name], first_calls[name] = check(tensors, method)
         methods[name], steps[name] = method, method.step
         if compiler():
             floors[name], walk = floor(method)
@@ -116,7 +116,15 @@ def measure(shapes: Any, names: list[str], seconds: float, least: int) -> Measur
     for step in steps.values():
         step()
     rounds = Rounds(steps, seconds * len(steps), least)
-    return Measured(arena, methods, rounds, floors, errors, first_calls, skipped)
+    return Measured(
+        tensors=tensors,
+        methods=methods,
+        rounds=rounds,
+        floors=floors,
+        errors=errors,
+        first_calls=first_calls,
+        skipped=skipped,
+    )
 
 
 @pytest.fixture(
@@ -140,7 +148,8 @@ class Clock:
     """Plays measured times back to pytest-benchmark, which has no interleaved rounds of its own."""
 
     def __init__(self) -> None:
-        self.now, self.calls, self.durations = 0.0, 0, []
+        self.now, self.calls = 0.0, 0
+        self.durations: list[float] = []
 
     def load(self, durations: list[float]) -> None:
         self.calls, self.durations = 0, durations
@@ -162,10 +171,10 @@ clock = Clock()
     "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in METHODS]
 )
 def bench_update(benchmark: Any, group: tuple[str, Measured], name: str) -> None:
-    label, found = group
-    if name in found.skipped:
-        pytest.skip(found.skipped[name])
-    rounds, method, elements = found.rounds, found.methods[name], found.arena.elements
+    label, measured = group
+    if name in measured.skipped:
+        pytest.skip(measured.skipped[name])
+    rounds, method, elements = measured.rounds, measured.methods[name], measured.tensors.elements
     walls, threads = rounds.wall(name), torch.get_num_threads()
     benchmark.group = f"update, {label}, {threads} threads"
     clock.load(walls)
@@ -180,7 +189,7 @@ def bench_update(benchmark: Any, group: tuple[str, Measured], name: str) -> None
         "set": label,
         "method": name,
         "threads": threads,
-        "tensors": len(found.arena.params),
+        "tensors": len(measured.tensors.params),
         "elements": elements,
         "bytes_read": read,
         "bytes_moved": moved,
@@ -189,14 +198,14 @@ def bench_update(benchmark: Any, group: tuple[str, Measured], name: str) -> None
         "to_fused": rounds.ratio(name, BASE),
         "cpu_ms": rounds.cpu(name) * 1e3,
         "cpu_to_fused": rounds.cpu_ratio(name, BASE),
-        "error_lr": found.errors[name],
-        "first_call_s": found.first_calls[name],
+        "error_lr": measured.errors[name],
+        "first_call_s": measured.first_calls[name],
         "rounds": len(rounds.all),
         "quiet_rounds": rounds.quiet_count,
         "only_quiet": rounds.only_quiet,
         "others": rounds.others(),
     }
-    if name in found.floors:
-        base = found.floors[name]
+    if name in measured.floors:
+        base = measured.floors[name]
         info |= {"floor": base, "floor_ms": sorted(rounds.wall(base))[len(walls) // 2] * 1e3}
         info |= {"to_floor": rounds.ratio(name, base), "cpu_to_floor": rounds.cpu_ratio(name, base)}

@@ -1,6 +1,6 @@
 """The update on a GPU: GB/s of every variant of Triton and CUDA C++, beside torch and a plain copy.
 
-    python benchmarks/gpu_update.py [--rounds 50] [--sets resnet50 bert_base] [--output FILE]
+    python -m benchmarks.kernels.gpu_update [--sets resnet50 bert_base]
 
 Bytes are counted once for each stream read and once for each written; the norm pass of clipping
 counts the gradients once more. Methods take turns inside each round, each behind a pass over a
@@ -10,54 +10,62 @@ show what the host costs), medians. Every variant's result is checked against th
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 import fastkernels
-from benchmarks.common import RESULTS
+from benchmarks import gpu
+from benchmarks.common import Record
+from benchmarks.gpu import Step
 from benchmarks.kernels.shapes import SETS as SHAPES
 from benchmarks.kernels.shapes import Shapes
 from fastkernels.codes import code_scales
 from fastkernels.op import ENVIRONMENT
 
-Step = Callable[[], object]
 BF16, CODES, F32 = torch.bfloat16, torch.uint8, torch.float32
+SETS: dict[str, Callable[[], Shapes]] = {**SHAPES, "one_100m": lambda: [(100_000_000,)]}
 
 
-SETS: dict[str, Callable[[], Shapes]] = {
-    **SHAPES,
-    "one_100m": lambda: [(100_000_000,)],
-}
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The dtypes of what a step keeps beside the parameters, and what else it computes.
 
-# name: (moment, anchor, curvature dtypes; norm clip; stats; bf16 parameters with remainders)
-VARIANTS: dict[str, tuple[Any, Any, Any, bool, bool, bool]] = {
-    "adamw": (F32, None, None, False, False, False),
-    "anchor": (F32, F32, None, False, False, False),
-    "anchor+curvature+stats": (F32, F32, F32, False, True, False),
-    "whole fp32": (F32, F32, F32, True, True, False),
-    "whole bf16": (BF16, BF16, BF16, True, True, False),
-    "whole 8-bit": (CODES, BF16, CODES, True, True, False),
-    "whole bf16 exact": (BF16, BF16, CODES, True, True, True),
+    Attributes:
+        exact: parameters are bf16 with remainders, otherwise float32.
+    """
+
+    moments: torch.dtype = F32
+    anchor: torch.dtype | None = None
+    curvature: torch.dtype | None = None
+    clip: bool = False
+    stats: bool = False
+    exact: bool = False
+
+
+VARIANTS = {
+    "adamw": Variant(),
+    "anchor": Variant(anchor=F32),
+    "anchor+curvature+stats": Variant(anchor=F32, curvature=F32, stats=True),
+    "whole fp32": Variant(anchor=F32, curvature=F32, clip=True, stats=True),
+    "whole bf16": Variant(moments=BF16, anchor=BF16, curvature=BF16, clip=True, stats=True),
+    "whole 8-bit": Variant(moments=CODES, anchor=BF16, curvature=CODES, clip=True, stats=True),
+    "whole bf16 exact": Variant(
+        moments=BF16, anchor=BF16, curvature=CODES, clip=True, stats=True, exact=True
+    ),
 }
 
 
 class Case:
     """Tensors of one variant on one set of shapes, and a step of them."""
 
-    def __init__(self, shapes: Shapes, variant: str) -> None:
-        moment, anchor, curvature, clip, stats, exact = VARIANTS[variant]
+    def __init__(self, shapes: Shapes, variant: Variant) -> None:
+        moment, anchor, curvature = variant.moments, variant.anchor, variant.curvature
         torch.manual_seed(0)
         sizes = [torch.Size(s).numel() for s in shapes]
-        dtype = BF16 if exact else F32
+        dtype = BF16 if variant.exact else F32
 
         def filled(kind: torch.dtype, scale: float = 1.0) -> list[torch.Tensor]:
             if kind == CODES:
@@ -73,7 +81,7 @@ class Case:
         moments = [filled(moment), filled(moment)]
         self.steps = [torch.zeros((), device="cuda") for _ in sizes]
         hyper = [[1e-3, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.0]]
-        self.stats = torch.zeros(4, dtype=torch.float64, device="cuda") if stats else None
+        self.stats = torch.zeros(4, dtype=torch.float64, device="cuda") if variant.stats else None
         self.arguments = (
             self.params, self.grads, *moments, self.steps,
             torch.tensor(hyper, dtype=torch.float64, device="cuda"), [0] * len(sizes),
@@ -84,16 +92,16 @@ class Case:
             "curvature_scales": scales(curvature),
             "exp_avg_scales": scales(moment),
             "exp_avg_sq_scales": scales(moment),
-            "remainders": [p.to(torch.int16).zero_() for p in self.params] if exact else [],
-            "max_grad_norm": 1.0 if clip else None,
+            "remainders": [p.to(torch.int16).zero_() for p in self.params] if variant.exact else [],
+            "max_grad_norm": 1.0 if variant.clip else None,
             "stats": self.stats,
         }
         p, g, m = dtype.itemsize, dtype.itemsize, moment.itemsize
         read_only = sum(x.itemsize for x in (anchor, curvature) if x)
-        split = 4 if exact else 0
+        split = 4 if variant.exact else 0
         coded = 4 / 128
         per_block = coded * (4 * (moment == CODES) + (curvature == CODES))
-        each = 2 * p + g * (2 if clip else 1) + 4 * m + read_only + split + per_block
+        each = 2 * p + g * (2 if variant.clip else 1) + 4 * m + read_only + split + per_block
         self.bytes = each * sum(sizes)
 
     def step(self) -> None:
@@ -104,9 +112,12 @@ def force(backend: str) -> None:
     os.environ[ENVIRONMENT] = backend
 
 
-def wrong(shapes: Shapes, variant: str, backend: str) -> str:
-    """What `backend` does otherwise than the reference, or "": parameters have to agree within a
-    fiftieth of lr (bfloat16: of themselves), and figures, on small tensors and the largest."""
+def wrong(shapes: Shapes, variant: Variant, backend: str) -> str:
+    """Where `backend` differs from the reference after two steps, or "".
+
+    On small tensors and the largest, parameters have to agree within a fiftieth of lr (bfloat16: a
+    hundredth of themselves), and the figures within a thousandth.
+    """
     by_size = sorted(shapes, key=lambda s: torch.Size(s).numel())
     some = [*by_size[:40], by_size[-1]]
     cases = []
@@ -127,36 +138,6 @@ def wrong(shapes: Shapes, variant: str, backend: str) -> str:
     return ""
 
 
-def graphed(step: Step) -> Step:
-    """`step` as a graph: what the device needs, without the host."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, in turns."""
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 3):
-        for name, step in steps.items():
-            flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            if i >= 3:
-                times[name].append(begin.elapsed_time(end))
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def torch_steps(shapes: Shapes) -> dict[str, Step]:
     """torch's own AdamW, capturable, without clip, anchor or norms."""
     steps: dict[str, Step] = {}
@@ -169,41 +150,34 @@ def torch_steps(shapes: Shapes) -> dict[str, Step]:
     return steps
 
 
-def copy_bandwidth(rounds: int) -> float:
-    """GB/s of a copy of 1 GiB, read and write counted: the yardstick."""
-    a, b = (torch.zeros(2**28, device="cuda") for _ in range(2))
-    ms = interleaved({"copy": lambda: b.copy_(a)}, rounds)["copy"]
-    return 2 * a.nbytes / ms / 1e6
-
-
-def measure(name: str, backends: list[str], rounds: int, copy: float) -> list[dict[str, Any]]:
+def measure(name: str, backends: list[str], rounds: int, copy: float) -> list[Record]:
     shapes = SETS[name]()
     count = sum(torch.Size(s).numel() for s in shapes)
-    rows: list[dict[str, Any]] = []
-    for variant in VARIANTS:
+    rows = []
+    for label, variant in VARIANTS.items():
         steps: dict[str, Step] = torch_steps(shapes)
         cases, errors = {}, {}
         for backend in backends:
             errors[backend] = wrong(shapes, variant, backend)
             force(backend)
             cases[backend] = Case(shapes, variant)
-            steps[f"{backend}"] = cases[backend].step
+            steps[backend] = cases[backend].step
         eager: dict[str, float] = {}
         for backend, step in steps.items():
             force(backend if backend in cases else "triton")
-            eager |= interleaved({backend: step}, max(5, rounds // 5))
+            eager |= gpu.interleaved({backend: step}, max(5, rounds // 5))
         graphs = {}
         for backend, step in steps.items():
             force(backend if backend in cases else "triton")
-            graphs[backend] = graphed(step)
-        for method, ms in interleaved(graphs, rounds).items():
+            graphs[backend] = gpu.graphed(step)
+        for method, ms in gpu.interleaved(graphs, rounds).items():
             size = cases[method].bytes if method in cases else 28.0 * count
             gbs = size / ms / 1e6
-            row = {"set": name, "variant": variant, "method": method, "parameters": count}
+            row: Record = {"set": name, "variant": label, "method": method, "parameters": count}
             row |= {"ms": ms, "ms_eager": eager[method], "gb_per_s": gbs, "of_copy": gbs / copy}
             row["wrong"] = errors.get(method, "")
             rows.append(row)
-            print(f"{name:9} {variant:24} {method:14} {ms:8.3f} ms (eager {eager[method]:8.3f}) "
+            print(f"{name:9} {label:24} {method:14} {ms:8.3f} ms (eager {eager[method]:8.3f}) "
                   f"{gbs:7.0f} GB/s {gbs / copy:5.1%} of copy {row['wrong'][:60]}",
                   flush=True)  # fmt: skip
         del steps, cases, graphs
@@ -211,48 +185,23 @@ def measure(name: str, backends: list[str], rounds: int, copy: float) -> list[di
     return rows
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def where() -> dict[str, Any]:
-    """What the figures of a report belong to."""
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "commit": commit(),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=50)
+    parser = gpu.arguments(__doc__, rounds=50, output="gpu_update.json")
     parser.add_argument(
         "--sets", nargs="+", choices=SETS, default=["resnet50", "bert_base", "one_25m"]
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_update.json")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu_update.py needs a CUDA device; torch finds none")
+    args = parser.parse_args()
+    gpu.need_cuda()
     rows = fastkernels.explain()
     backends = sorted({r.backend for r in rows if r.device == "cuda" and r.available
                        and r.op == "anchored_adamw_"} - {"reference"})  # fmt: skip
-    copy = copy_bandwidth(options.rounds)
+    copy = gpu.copy_bandwidth(args.rounds)
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s; backends {', '.join(backends)}")
-    report = where() | {
-        "rounds": options.rounds,
-        "copy_gb_per_s": copy,
-        "results": [],
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    for name in options.sets:
-        report["results"] += measure(name, backends, options.rounds, copy)
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"wrote {options.output}")
+    report = gpu.where() | {"rounds": args.rounds, "copy_gb_per_s": copy, "results": []}
+    for name in args.sets:
+        report["results"] += measure(name, backends, args.rounds, copy)
+        gpu.write(report, args.output)
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -7,58 +7,63 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.kernels.methods import Method, passes, torch_adamw
-from benchmarks.kernels.tensors import ANCHOR_DECAY, LR, MAX_NORM, STEPS_DONE, Arena, Job
+from benchmarks.kernels.tensors import ANCHOR_DECAY, LR, MAX_NORM, STEPS_DONE, Tensors, Update
 
-Build = Callable[[Arena, torch.optim.Optimizer, Job], Callable[[], object]]
+Build = Callable[[Tensors, torch.optim.Optimizer, Update], Callable[[], object]]
 
 
-def user(job: Job, build: Build) -> Callable[[Arena], Method]:
-    def make(arena: Arena) -> Method:
-        opt = torch_adamw(arena, fused=True)
+def user(update: Update, build: Build) -> Callable[[Tensors], Method]:
+    def make(tensors: Tensors) -> Method:
+        opt = torch_adamw(tensors, fused=True)
 
         def reset() -> None:
-            for p in arena.params:
+            for p in tensors.params:
                 opt.state[p]["step"].fill_(STEPS_DONE)
 
-        return Method(build(arena, opt, job), job, passes(arena, job), reset=reset)
+        return Method(
+            step=build(tensors, opt, update),
+            update=update,
+            passes=passes(tensors, update),
+            reset=reset,
+        )
 
     return make
 
 
-def penalty(a: Arena, opt: torch.optim.Optimizer, job: Job) -> Callable[[], object]:
+def penalty(a: Tensors, opt: torch.optim.Optimizer, update: Update) -> Callable[[], object]:
     """The penalty as part of the loss: autograd brings its gradient."""
 
     def step() -> None:
         terms = []
         for p, w0, f in zip(a.params, a.anchors, a.curvature, strict=True):
             squares = (p - w0).square()
-            terms.append((f * squares if job.curvature else squares).sum())
-        (0.5 * job.coupling * torch.stack(terms).sum()).backward()
+            terms.append((f * squares if update.curvature else squares).sum())
+        (0.5 * update.coupling * torch.stack(terms).sum()).backward()
         opt.step()
 
     return step
 
 
-def on_gradients(a: Arena, opt: torch.optim.Optimizer, job: Job) -> Callable[[], object]:
+def on_gradients(a: Tensors, opt: torch.optim.Optimizer, update: Update) -> Callable[[], object]:
     """The penalty's gradient added by foreach operations."""
 
     @torch.no_grad()
     def step() -> None:
         away = torch._foreach_sub(a.values, a.anchors)
-        if job.curvature:
+        if update.curvature:
             torch._foreach_mul_(away, a.curvature)
-        torch._foreach_add_(a.grads, away, alpha=job.coupling)
+        torch._foreach_add_(a.grads, away, alpha=update.coupling)
         opt.step()
 
     return step
 
 
-def decoupled(a: Arena, opt: torch.optim.Optimizer, job: Job) -> Callable[[], object]:
+def decoupled(a: Tensors, opt: torch.optim.Optimizer, update: Update) -> Callable[[], object]:
     """The pull beside the step, as weight decay is in AdamW."""
 
     @torch.no_grad()
     def step() -> None:
-        if not job.curvature:
+        if not update.curvature:
             opt.step()
             torch._foreach_lerp_(a.values, a.anchors, LR * ANCHOR_DECAY)
             return
@@ -73,8 +78,8 @@ def decoupled(a: Arena, opt: torch.optim.Optimizer, job: Job) -> Callable[[], ob
 def whole(update_norm: bool) -> Build:
     """Clip, decoupled EWC and the norms, as a training loop that watches itself does."""
 
-    def build(a: Arena, opt: torch.optim.Optimizer, job: Job) -> Callable[[], object]:
-        pull = decoupled(a, opt, job)
+    def build(a: Tensors, opt: torch.optim.Optimizer, update: Update) -> Callable[[], object]:
+        pull = decoupled(a, opt, update)
 
         @torch.no_grad()
         def step() -> list[torch.Tensor]:
@@ -92,15 +97,15 @@ def whole(update_norm: bool) -> Build:
     return build
 
 
-COUPLED, EXPLICIT = Job("coupled"), Job("explicit", curvature=True)
-COUPLED_EWC = Job("coupled", curvature=True)
-FULL = Job("explicit", curvature=True, clip=True)
+COUPLED, EXPLICIT = Update(pull="coupled"), Update(pull="explicit", curvature=True)
+COUPLED_EWC = Update(pull="coupled", curvature=True)
+FULL = Update(pull="explicit", curvature=True, clip=True)
 USERS = {
     "user: L2-SP in the loss": user(COUPLED, penalty),
     "user: EWC in the loss": user(COUPLED_EWC, penalty),
     "user: L2-SP on gradients, foreach": user(COUPLED, on_gradients),
     "user: EWC on gradients, foreach": user(COUPLED_EWC, on_gradients),
-    "user: decoupled L2-SP, foreach": user(Job("lerp"), decoupled),
+    "user: decoupled L2-SP, foreach": user(Update(pull="lerp"), decoupled),
     "user: decoupled EWC, foreach": user(EXPLICIT, decoupled),
     "user: clip + EWC + drift": user(FULL, whole(update_norm=False)),
     "user: clip + EWC + drift + update norm": user(FULL, whole(update_norm=True)),

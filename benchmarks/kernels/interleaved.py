@@ -15,26 +15,30 @@ QUIET_ROUNDS = 5
 
 
 def other_seconds() -> float:
-    """CPU seconds of all other processes since boot; 0 where the system does not tell."""
+    """CPU seconds of all other processes since boot; 0 where the system has no /proc/stat."""
     try:
         with open("/proc/stat") as file:
             ticks = [int(x) for x in file.readline().split()[1:]]
     except OSError:
         return 0.0
     busy = (sum(ticks[:8]) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    return busy - own.ru_utime - own.ru_stime
+    this = resource.getrusage(resource.RUSAGE_SELF)
+    return busy - this.ru_utime - this.ru_stime
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Round:
+    """Seconds of each method in one round; `others`: the load of other processes, as a share of one
+    core."""
+
     wall: dict[str, float]
     cpu: dict[str, float]
-    others: float  # share of one core
+    others: float
 
 
 def _round(methods: dict[str, Callable[[], object]]) -> Round:
-    result, others, begin = Round({}, {}, 0.0), other_seconds(), time.perf_counter()
+    result = Round(wall={}, cpu={}, others=0.0)
+    others, begin = other_seconds(), time.perf_counter()
     for name, step in methods.items():
         cpu, wall = time.process_time(), time.perf_counter()
         step()
@@ -45,8 +49,10 @@ def _round(methods: dict[str, Callable[[], object]]) -> Round:
 
 
 class Rounds:
-    """Rounds until `seconds` have passed, at least `least`; figures from the quiet ones only, when
-    there are enough of them."""
+    """Rounds until `seconds` have passed, at least `least` of them.
+
+    The figures are those of the quiet rounds, if there are enough of them.
+    """
 
     def __init__(
         self, methods: dict[str, Callable[[], object]], seconds: float, least: int

@@ -1,4 +1,4 @@
-"""The tensors that every method of a group works on, and the float64 truth of one step."""
+"""The tensors that every method works on, and the float64 truth of one step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.kernels.shapes import Shapes
 
 LR, BETAS, EPS, WEIGHT_DECAY, ANCHOR_DECAY, MAX_NORM = 1e-3, (0.9, 0.999), 1e-8, 0.01, 10.0, 1.0
 STEPS_DONE = 100
-# Of every tensor, about this many elements are checked, from all over it.
+# About this many elements of every tensor are checked, at even distances.
 CHECKED = 65536
 
 
@@ -20,14 +20,14 @@ def checked(t: Tensor) -> Tensor:
     return t.flatten()[:: max(1, t.numel() // CHECKED)]
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class Update:
     """What a method computes.
 
     Attributes:
         pull: "none"; "proximal" (ours); "explicit": `w' - lr d F (w - w0)` with the old `w`;
-            "lerp": the same at the new `w`, `F = 1`; or "coupled": `d F (w - w0)` added to the
-            gradient, `coupling` in place of `d`.
+            "lerp": the same at the new `w` and `F = 1`; or "coupled": `d F (w - w0)` is added to
+            the gradient, with `coupling` in place of `d`.
     """
 
     pull: str = "none"
@@ -36,8 +36,8 @@ class Job:
     coupling: float = 0.1
 
 
-class Arena:
-    """Parameters with gradients, moments, anchors and curvature, float32, shared by all methods."""
+class Tensors:
+    """Parameters, gradients, moments, anchors and curvature in float32, shared by all methods."""
 
     def __init__(self, shapes: Shapes) -> None:
         def empty() -> list[Tensor]:
@@ -52,7 +52,7 @@ class Arena:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Everything back to its first value."""
+        """Set everything back to its first value."""
         random = torch.Generator().manual_seed(0)
         for i, w in enumerate(self.values):
             w.normal_(0, 0.05, generator=random)
@@ -78,9 +78,9 @@ class Arena:
     def grad_norm(self) -> float:
         return math.sqrt(sum(g.double().square().sum().item() for g in self.grads))
 
-    def expected(self, job: Job) -> list[Tensor]:
+    def expected(self, update: Update) -> list[Tensor]:
         """float64 per parameter: its `checked` elements after one step."""
-        scale = min(1.0, MAX_NORM / (self.grad_norm() + 1e-6)) if job.clip else 1.0
+        scale = min(1.0, MAX_NORM / (self.grad_norm() + 1e-6)) if update.clip else 1.0
         (beta1, beta2), t = BETAS, STEPS_DONE + 1
         result = []
         for i in range(len(self.values)):
@@ -89,19 +89,19 @@ class Arena:
                 for x in (self.values, self.grads, self.exp_avgs, self.exp_avg_sqs,
                           self.anchors, self.curvature)
             )  # fmt: skip
-            f = f if job.curvature else torch.ones_like(f)
+            f = f if update.curvature else torch.ones_like(f)
             g = g * scale
-            if job.pull == "coupled":
-                g = g + job.coupling * f * (w - w0)
+            if update.pull == "coupled":
+                g = g + update.coupling * f * (w - w0)
             m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g.square()
             denominator = (v / (1 - beta2**t)).sqrt() + EPS
             u = w * (1 - LR * WEIGHT_DECAY) - LR * m / (1 - beta1**t) / denominator
             c = LR * ANCHOR_DECAY * f
-            if job.pull == "proximal":
+            if update.pull == "proximal":
                 u = (u + c * w0) / (1 + c)
-            elif job.pull == "explicit":
+            elif update.pull == "explicit":
                 u = u - c * (w - w0)
-            elif job.pull == "lerp":
+            elif update.pull == "lerp":
                 u = u + c * (w0 - u)
             result.append(u)
         return result

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fast.data.images import pixels as images
-from fast.data.images.pixels import ImageFormat, ImageReport, prepare_images
+from fast.data.images.format import ImageFormat
+from fast.data.images.pixels import ImageReport, prepare_images
 from fast.data.sources import EncodedImages, Split
 
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
@@ -16,7 +17,9 @@ RAW = {"mean": (0,), "std": (1,)}
 
 def split_of(*paths):
     names = [str(path) for path in paths]
-    return Split(EncodedImages(names, names.__getitem__), np.arange(len(names)))
+    return Split(
+        inputs=EncodedImages(names=names, open=names.__getitem__), labels=np.arange(len(names))
+    )
 
 
 def pixels(path, **form):
@@ -62,7 +65,9 @@ def test_what_is_transparent_is_white(tmp_path, mode):
 def test_arrays_with_alpha_are_seen_as_files_are():
     x = np.zeros((1, 4, 4, 4), np.uint8)
     x[..., 0], x[:, 2:, :, 3] = 90, 255
-    seen, _ = prepare_images(Split(x, np.zeros(1, int)), ImageFormat(channels=3, **RAW))
+    seen, _ = prepare_images(
+        Split(inputs=x, labels=np.zeros(1, int)), ImageFormat(channels=3, **RAW)
+    )
     assert (seen[0, :, :2] == 1).all()
     assert (seen[0, 0, 2:] * 255).round().eq(90).all()
 

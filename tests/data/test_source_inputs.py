@@ -31,10 +31,7 @@ HOLED[-3] = float("nan")
         ((X, Y + 0.5), "labels must be whole numbers"),
         ((X, torch.full((40,), float("nan"))), "40 labels are NaN"),
         (TensorDataset(X, Y + 0.5), "labels must be whole numbers (class indices), not"),
-        (
-            TensorDataset(X, Y * float("nan")),
-            "labels must be whole numbers (class indices), not nan",
-        ),
+        (TensorDataset(X, Y * float("nan")), "40 labels are NaN, the first in row 0"),
         ((X, Y[:-1]), "40 inputs but 39 labels"),
         (
             (X, Y[:, None]),

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fast.cli.job import check_kinds, data_columns, held_out, read_data, tell, try_forward
 from fast.cli.prepare import broken_images, image_format, prepare
-from fast.data.dataset import Data, as_data, move
+from fast.data.dataset import Data, as_data
 from fast.data.images.pixels import ImageReport
 from fast.data.labels import check_labels
 from fast.data.sources import Split
+from fast.data.trees import move
 from fast.models.load import LoadedModel, load_model
 from fast.models.saved import load_saved
 from fast.train.device import pick_device

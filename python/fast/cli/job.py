@@ -126,13 +126,15 @@ def load_job(args: argparse.Namespace, measured: bool = True) -> Job:
                 f"has {classes} classes: what is forgotten is measured by its features, not by its "
                 "answers (--source-skill)"
             )
-    read = {part: Split(None, labels_of(ready[part])) for part in PARTS if part in ready}
+    read = {
+        part: Split(inputs=None, labels=labels_of(ready[part])) for part in PARTS if part in ready
+    }
     data = replace(target, train=read["train"], val=read.get("val")).description
     images = is_image_split(target.train)
     target_report = merged(reports[part] for part in PARTS if part in reports)
     description: dict[str, Any] = {
         "data": data,
-        "images": image_facts(form, loaded.says, given_form(args), target_report)
+        "images": image_facts(form, loaded.preprocessing, given_form(args), target_report)
         if images
         else None,
     }

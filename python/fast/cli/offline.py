@@ -75,4 +75,4 @@ def _job() -> Any:
     network = demo.pretrain(*source)
     sizes = {"train": len(target[0][1]), "val": len(target[1][1]), "source": len(source[1][1])}
     classes = ("5", "6", "7", "8", "9")
-    return Job(LoadedModel(network), *target, source[1], classes, NAME, sizes=sizes)
+    return Job(LoadedModel(model=network), *target, source[1], classes, NAME, sizes=sizes)

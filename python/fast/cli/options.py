@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fast.adapt.config import TrainConfig
+from fast.train.config import TrainConfig
 
 NORMALISATIONS: dict[str, dict[str, tuple[float, ...]]] = {
     "mean": {"imagenet": (0.485, 0.456, 0.406), "none": (0.0,)},

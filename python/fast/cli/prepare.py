@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import (
     SKIP,
-    ImageFormat,
     ImageReport,
     PreparedImages,
     is_image_split,
@@ -31,7 +31,7 @@ def image_format(
     Raises:
         ValueError: there are images, and nobody says how they are to be normalised.
     """
-    says = loaded.says
+    says = loaded.preprocessing
     mean, std = args.mean or says.mean, args.std or says.std
     if not any(map(is_image_split, splits.values())):
         mean, std = mean or (0.0,), std or (1.0,)
@@ -47,13 +47,13 @@ def image_format(
     if resize is None and says.size and says.resize and size:
         resize = round(size * says.resize / says.size)
     return ImageFormat(
-        size,
-        mean,
-        std,
-        loaded.channels,
-        resize,
-        says.stretch,
-        args.interpolation or says.interpolation,
+        size=size,
+        mean=mean,
+        std=std,
+        channels=loaded.channels,
+        resize=resize,
+        stretch=says.stretch,
+        interpolation=args.interpolation or says.interpolation,
     )
 
 

@@ -1,12 +1,9 @@
-"""Training and evaluation batches from tensors, Datasets and DataLoaders, in an order that can
-resume."""
+"""One form for the data of a run: tensors, a Dataset or a DataLoader."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,16 +18,11 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fast.curvature.card.answers import LABEL_KEYS
 from fast.data.arrays import as_tensor, warn_unscaled
-from fast.data.generators import find_generators, held, reseed
 from fast.data.labels import check_labels, count_classes
-from fast.data.reachable import GENERATORS
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
-from fast.data.seeding import seeded
-from fast.data.trees import kind, leaves, shapes
+from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, split_labels
 from fast.errors import first_line, printable, some
-from fast.heads import pick
 
 
 def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
@@ -40,9 +32,9 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
         TypeError: no labels in it; the message says what came.
     """
     if isinstance(batch, Mapping):
-        for key in LABEL_KEYS:
-            if key in batch:
-                return {k: v for k, v in batch.items() if k != key}, torch.as_tensor(batch[key])
+        named, labels = split_labels(batch)
+        if labels is not None:
+            return named, torch.as_tensor(labels)
         raise TypeError(
             f"{name}: a batch is a mapping without labels (keys: {', '.join(map(str, batch))}); "
             f"call them one of {', '.join(LABEL_KEYS)}"
@@ -64,21 +56,7 @@ def _first_kind(values: Any) -> str:
     return kind(values[0]) if isinstance(values, (list, tuple)) and values else kind(values)
 
 
-def move(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Mapping):
-        return {k: move(v, device) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(move(v, device) for v in inputs)
-    return inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
-
-
-def length(inputs: Any) -> int:
-    """Number of rows of a tensor, or of the first tensor in a tuple or mapping."""
-    first = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), None)
-    return len(inputs) if isinstance(inputs, Tensor) else len(cast(Sized, first))
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Data:
     """One data set, whatever it came as; made by `as_data`.
 
@@ -150,7 +128,7 @@ class Data:
     def eval_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
         """Every sample once, in order."""
         if self.loader is not None:
-            for batch in _from_loader(iter(self.loader), self.name):
+            for batch in read_loader(self.loader, self.name):
                 yield split_batch(batch, self.name)
             return
         n = cast(int, self.num_samples)
@@ -188,8 +166,11 @@ class Data:
         return count
 
 
-def as_data(data: Any, name: str) -> Data:
+def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
     """Accept (x, y) tensors (x may be a mapping or tuple), a Dataset, or a DataLoader.
+
+    Args:
+        any_labels: take labels that are no class indices.
 
     Raises:
         TypeError: something else; ValueError: empty, or lengths that differ.
@@ -201,7 +182,7 @@ def as_data(data: Any, name: str) -> Data:
             raise TypeError(f"{name}: the DataLoader reads an IterableDataset; use a map-style one")
         if not len(data):
             raise ValueError(f"{name}: the DataLoader gives no batches")
-        return Data(name, loader=data)
+        return Data(name=name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
         labels = as_tensor(labels, f"{name}: labels")
@@ -219,7 +200,11 @@ def as_data(data: Any, name: str) -> Data:
             raise ValueError(f"{name}: no samples")
         if name == "train":
             warn_unscaled(inputs, name)
-        return Data(name, inputs=inputs, labels=check_labels(labels, None, name))
+        return Data(
+            name=name,
+            inputs=inputs,
+            labels=labels if any_labels else check_labels(labels, None, name),
+        )
     dataset = map_style(data, name)
     if dataset is None:
         raise TypeError(
@@ -231,7 +216,7 @@ def as_data(data: Any, name: str) -> Data:
         raise ValueError(f"{name}: the data set is empty")
     if name == "train" and isinstance(dataset, TensorDataset):
         warn_unscaled(dataset.tensors[0], name)
-    return Data(name, dataset=dataset)
+    return Data(name=name, dataset=dataset)
 
 
 def map_style(data: Any, name: str) -> Any:
@@ -268,8 +253,9 @@ def _numeric(feature: Any) -> bool:
     return getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool"))
 
 
-def _from_loader(batches: Iterator[Any], name: str) -> Iterator[Any]:
-    """Batches of a DataLoader; what its data set raises names the data."""
+def read_loader(loader: DataLoader[Any], name: str) -> Iterator[Any]:
+    """The batches of a DataLoader; what its data set raises names the data."""
+    batches = iter(loader)
     while True:
         try:
             batch = next(batches)
@@ -285,111 +271,3 @@ def _from_loader(batches: Iterator[Any], name: str) -> Iterator[Any]:
 def _last_line(error: Exception) -> str:
     """A worker's error ends with what went wrong, after its traceback."""
     return (str(error).strip().splitlines() or [""])[-1]
-
-
-class TrainBatches:
-    """The endless stream of training batches; batch `step` depends on the seed and on `step` alone.
-
-    Every batch is full, and every epoch uses every sample: the shuffled epochs follow each other
-    without a seam, so one batch may hold the end of an epoch and the beginning of the next. A
-    user's DataLoader keeps its own batches; its shuffling is made repeatable by seeding torch with
-    (seed, epoch) as it starts, and the generators that it and its samplers have of their own;
-    resuming reads and drops what was used.
-
-    Attributes:
-        batch_size: samples of a batch, at most as many as there are; of a loader what it says.
-        given_size: of a loader's own batches.
-        steps_per_epoch: batches until every sample was used.
-    """
-
-    def __init__(self, data: Data, batch_size: int, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.given_size: int | None = None
-        if data.loader is not None:
-            self.steps_per_epoch = len(data.loader)
-            made = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
-            if not isinstance(made, int):  # a sampler of the user's: the first batch tells
-                made = len(next(self._loader_batches(data.loader, 0))[1])
-            self.batch_size = self.given_size = made
-        else:
-            self.batch_size = min(batch_size, cast(int, data.num_samples))
-            self.steps_per_epoch = self.steps_for(1)
-
-    def steps_for(self, epochs: int) -> int:
-        """Batches that use every sample `epochs` times."""
-        if self.data.loader is not None:
-            return epochs * self.steps_per_epoch
-        return math.ceil(epochs * cast(int, self.data.num_samples) / self.batch_size)
-
-    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader)."""
-        if self.data.loader is not None:
-            yield from self._loader_batches(self.data.loader, step)
-        epoch, first = divmod(step * self.batch_size, cast(int, self.data.num_samples))
-        rows = self._order(epoch)[first:]
-        while True:
-            while len(rows) < self.batch_size:
-                epoch += 1
-                rows = torch.cat([rows, self._order(epoch)])
-            index, rows = rows[: self.batch_size], rows[self.batch_size :]
-            yield *self.data.batch_at(index), index
-
-    def once(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """The samples of the first epoch, each once: what `from_step` gives, the last part cut."""
-        if self.data.loader is not None:
-            yield from itertools.islice(self.from_step(0), self.steps_per_epoch)
-            return
-        for index in self._order(0).split(self.batch_size):
-            yield *self.data.batch_at(index), index
-
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed_of(epoch))
-        return torch.randperm(cast(int, self.data.num_samples), generator=generator)
-
-    def _seed_of(self, epoch: int) -> int:
-        # Hashed: torch's CPU generator takes 64 bits of seed and uses the lower 32.
-        return int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
-
-    def _loader_batches(
-        self, loader: DataLoader[Any], step: int
-    ) -> Iterator[tuple[Any, Tensor, None]]:
-        epoch, skip = divmod(step, self.steps_per_epoch)
-        while True:
-            for batch in self._loader_epoch(loader, self._seed_of(epoch), skip):
-                yield *split_batch(batch, self.data.name), None
-            epoch, skip = epoch + 1, 0
-
-    def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
-        # The sampler draws its seed with the first batch. Neither that nor reading again what was
-        # used may move the generators of the run: a resumed run has restored them already.
-        own = find_generators(loader=loader).values() if skip else []
-        with seeded(seed), held(own):
-            for owner in _sampling(loader):
-                for value in vars(owner).values():
-                    if isinstance(value, GENERATORS):
-                        reseed(value, seed)
-            iterator = _from_loader(iter(loader), self.data.name)
-            first = next(iterator)
-            for _ in range(skip - 1):
-                next(iterator)
-        if skip == 0:
-            yield first
-        yield from iterator
-
-
-def _sampling(loader: DataLoader[Any]) -> list[Any]:
-    """All that has a say in which samples a loader gives: itself, its samplers, and theirs."""
-    found: list[Any] = [loader]
-    for owner in found:
-        for name in ("sampler", "batch_sampler"):
-            inner = getattr(owner, name, None)
-            if (
-                inner is not None
-                and hasattr(inner, "__dict__")
-                and all(inner is not o for o in found)
-            ):
-                found.append(inner)
-    return found
-
-
-Transform = Callable[[Any], Any]

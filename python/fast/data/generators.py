@@ -1,4 +1,4 @@
-"""Random generators: their states as JSON, those of the process and those that data hold."""
+"""Random generators: find those that data hold, seed them, save their states as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MT19937_WORDS, PHILOX_BUFFER = 624, 4
 
 
 def find_generators(**roots: Any) -> dict[str, Generator]:
-    """Generators that can be reached from data, a transform or a network, by a path to each."""
+    """Path -> generator, for all that can be reached from data, a transform or a network."""
     return {
         path: value
         for path, value in reachable(**roots)
@@ -39,8 +39,8 @@ def set_state(generator: Generator, state: Any) -> None:
     """Put a generator into a state.
 
     Raises:
-        ValueError, TypeError, KeyError: not the state of such a generator. numpy itself would read
-            beyond its memory at a position that is out of range.
+        ValueError, TypeError, KeyError: this is no state of such a generator. numpy itself would
+            read beyond its memory at a position that is out of range.
     """
     value = _restored(state)
     if isinstance(generator, torch.Generator):
@@ -66,8 +66,27 @@ def reseed(generator: Generator, seed: int) -> None:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and `random`, and restore their states after the block.
+
+    Data sets that augment draw from any of the three.
+    """
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=list(cuda)):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
 def held(generators: Iterable[Generator]) -> Iterator[None]:
-    """Outside of the block the generators go on as if nothing had happened in it."""
+    """Restore the states of these generators after the block."""
     states = [(g, state_of(g)) for g in generators]
     try:
         yield
@@ -77,7 +96,7 @@ def held(generators: Iterable[Generator]) -> Iterator[None]:
 
 
 def process_generators() -> dict[str, Any]:
-    """States of the process-wide generators: torch's on each device, numpy's and `random`'s."""
+    """The states of the process-wide generators: torch's on each device, numpy's and `random`'s."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "torch": _plain(torch.get_rng_state().numpy()),
@@ -88,7 +107,11 @@ def process_generators() -> dict[str, Any]:
 
 
 def set_process_generators(states: dict[str, Any]) -> None:
-    """Raises ValueError, TypeError, KeyError: these are no states."""
+    """Restore what `process_generators` returned.
+
+    Raises:
+        ValueError, TypeError, KeyError: these are no states.
+    """
     torch.set_rng_state(torch.from_numpy(_restored(states["torch"])))
     for i, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
         torch.cuda.set_rng_state(torch.from_numpy(_restored(state)), i)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.data.trees import pick
 from fast.heads.find import Head, classes_of, is_head_layer
-from fast.heads.forward import call, evaluating, logits_of, pick
+from fast.heads.forward import call, evaluating, logits_of
 
 
 @torch.enable_grad()

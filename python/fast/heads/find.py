@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fast.heads.forward import evaluating, forward_logits, pick, unwrap
+from fast.data.trees import pick
+from fast.heads.forward import evaluating, forward_logits, unwrap
 
 # Where timm, torchvision, transformers and most hand-written networks keep their classifier.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
@@ -20,7 +21,7 @@ CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits",
 HeadLayer = nn.Linear | nn.Conv2d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """The layer that makes the logits, and every place where it is registered.
 
@@ -63,6 +64,14 @@ def classes_of(layer: HeadLayer) -> int:
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
+def layer_like(layer: HeadLayer, num_classes: int, bias: bool) -> HeadLayer:
+    """A new layer for the same features, with its own random initialisation."""
+    options: Any = {"bias": bias, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(layer.in_channels, num_classes, 1, layer.stride, **options)  # type: ignore[arg-type]
+    return nn.Linear(layer.in_features, num_classes, **options)
+
+
 def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> Head:
     """Find the last linear layer (or 1x1 convolution) of a classifier.
 
@@ -87,7 +96,7 @@ def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> 
         layer = _by_convention(model)
     else:
         layer, auxiliary = _by_trace(model, sample)
-    head = Head(layer, places_of(model, layer), auxiliary)
+    head = Head(module=layer, places=places_of(model, layer), auxiliary=auxiliary)
     if "_orig_mod" in head.name.split("."):
         part, _, _ = head.name.partition("._orig_mod")
         raise ValueError(

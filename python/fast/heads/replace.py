@@ -7,22 +7,28 @@ the backbone is W^T (p - y) = 0, so the first error stays in the head (arXiv 200
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast.data.labels import check_num_classes
+from fast.data.trees import pick
 from fast.errors import first_line
 from fast.heads.alone import check_alone
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, HeadLayer, classes_of, find_head, own_parameters, places_of
-from fast.heads.forward import evaluating, forward_logits, pick, unwrap
+from fast.heads.find import (
+    Head,
+    HeadLayer,
+    classes_of,
+    find_head,
+    layer_like,
+    own_parameters,
+    places_of,
+)
+from fast.heads.forward import evaluating, forward_logits, unwrap
 from fast.heads.task import TwoTask
-
-# A head of more would fill the memory before anything is said.
-MOST_CLASSES = 1_000_000
 
 
 class TaskHead(nn.Module, TwoTask):
@@ -84,24 +90,6 @@ def task_head(model: nn.Module) -> TaskHead | None:
     return next((m for m in model.modules() if isinstance(m, TaskHead)), None)
 
 
-def check_num_classes(num_classes: Any) -> int:
-    """The number of classes of a head, as an int.
-
-    Raises:
-        TypeError: no whole number.
-        ValueError: fewer than 2, or more than `MOST_CLASSES`.
-    """
-    try:
-        number = operator.index(num_classes)
-    except TypeError as error:
-        raise TypeError(f"num_classes must be a whole number; got {num_classes!r}") from error
-    if number < 2:
-        raise ValueError(f"num_classes must be at least 2; got {number}")
-    if number > MOST_CLASSES:
-        raise ValueError(f"num_classes must be at most {MOST_CLASSES}; got {number}")
-    return number
-
-
 def replace_head(
     model: nn.Module,
     num_classes: int,
@@ -131,7 +119,15 @@ def replace_head(
         ValueError: no head was found, several layers make the logits together, the head was
             replaced before, or `num_classes` is not in 2..1,000,000. The model is as it was.
     """
-    num_classes = check_num_classes(num_classes)
+    return put_head(
+        model, check_num_classes(num_classes), sample=sample, max_entropy=max_entropy, head=head
+    )
+
+
+def put_head(
+    model: nn.Module, num_outputs: int, *, sample: Any, max_entropy: bool, head: str | None
+) -> nn.Module:
+    """`replace_head` for any number of outputs, of which a regression has one."""
     inner = unwrap(model)
     if task_head(inner) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
@@ -141,9 +137,9 @@ def replace_head(
     if sample is not None:
         check_alone(inner, found, sample, named=head is not None, learns=max_entropy)
     trainable = [p.requires_grad for p in found.module.parameters()]
-    made = _new_head(inner, found, num_classes, max_entropy)
+    made = _new_head(inner, found, num_outputs, max_entropy)
     found.put(made)
-    announce_classes(inner, num_classes)
+    announce_classes(inner, num_outputs)
     made.train(inner.training)
     try:
         if sample is not None:
@@ -169,20 +165,14 @@ def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None
 
 def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool) -> TaskHead:
     source = found.module
-    options: Any = {"device": source.weight.device, "dtype": source.weight.dtype}
-    options["bias"] = max_entropy or source.bias is not None  # the mean of the features goes there
-    linear: HeadLayer
-    if isinstance(source, nn.Conv2d):
-        features, dim = source.in_channels, 1
-        linear = nn.Conv2d(features, num_classes, 1, source.stride, **options)  # type: ignore[arg-type]
-    else:
-        features, dim = source.in_features, -1
-        linear = nn.Linear(features, num_classes, **options)
+    # `fold_head` puts the mean of the features into the bias.
+    linear = layer_like(source, num_classes, bias=max_entropy or source.bias is not None)
     norm = None
     if max_entropy:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
-        norm = FeatureNorm(features, dim).to(source.weight.device)
+        dim = 1 if isinstance(source, nn.Conv2d) else -1
+        norm = FeatureNorm(source.weight.shape[1], dim).to(source.weight.device)
     if len(own_parameters(model, source)) < len(list(source.parameters())):
         # Frozen weights in the head must not freeze the embedding that they are tied to.
         source = copy.deepcopy(source)
@@ -231,7 +221,7 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
     return model
 
 
-def features_of(model: nn.Module, head: TaskHead, inputs: Any) -> Tensor:
+def features_of(model: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
     """What the head sees of a batch of inputs: `[B, D]`, or what the network has there."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

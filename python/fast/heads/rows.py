@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.heads.forward import pick
-from fast.heads.replace import TaskHead, features_of
+from fast.data.trees import pick
+from fast.heads.replace import features_of
 
 
 def by_sample(rows: Tensor, size: int) -> Tensor:
@@ -30,7 +30,7 @@ def by_sample(rows: Tensor, size: int) -> Tensor:
     return rows.unflatten(0, (size, -1))
 
 
-def folds_positions(model: nn.Module, head: TaskHead, sample: Any) -> bool:
+def folds_positions(model: nn.Module, head: nn.Module, sample: Any) -> bool:
     """Whether the head sees several rows of a sample.
 
     Args:

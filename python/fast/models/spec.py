@@ -1,4 +1,4 @@
-"""`timm:NAME(arguments)` and the other ways to name a network."""
+"""Parse `timm:NAME(arguments)` and the other ways to name a network."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("timm", "torchvision", "transformers")
-_OF_LIBRARY = re.compile(r"([^()]+?)\s*(?:\((.*)\))?", re.DOTALL)
+_LIBRARY_NETWORK = re.compile(r"([^()]+?)\s*(?:\((.*)\))?", re.DOTALL)
 # Paths may have brackets, colons and spaces: `C:\\nets (1).py:Net(20)`.
-_OF_FILE = re.compile(r"(.+\.py):\s*(\w+)\s*(?:\((.*)\))?", re.DOTALL)
+_FILE_NETWORK = re.compile(r"(.+\.py):\s*(\w+)\s*(?:\((.*)\))?", re.DOTALL)
 
 
 def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:
@@ -27,17 +27,17 @@ def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:
     if where in LIBRARIES:
         if where == "transformers" and Path(rest).expanduser().is_dir():
             return where, rest, [], {}  # a folder's name may have brackets
-        match = _OF_LIBRARY.fullmatch(rest.strip())
-        found = (where, match[1], match[2]) if match else None
+        match = _LIBRARY_NETWORK.fullmatch(rest.strip())
+        parts = (where, match[1], match[2]) if match else None
     else:
-        match = _OF_FILE.fullmatch(spec.strip())
-        found = (match[1], match[2], match[3]) if match else None
-    if found is None:
+        match = _FILE_NETWORK.fullmatch(spec.strip())
+        parts = (match[1], match[2], match[3]) if match else None
+    if parts is None:
         raise ValueError(
             f"model {spec!r}: must be timm:NAME, torchvision:NAME, transformers:NAME or "
             "path/file.py:Factory(args)"
         )
-    where, name, arguments = found
+    where, name, arguments = parts
     return where, name, *_literals(spec, arguments or "")
 
 

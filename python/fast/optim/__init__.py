@@ -2,5 +2,6 @@
 
 from fast.optim.adamw import AdamW
 from fast.optim.sgd import SGD
+from fast.optim.unfused import UnfusedPull
 
-__all__ = ["SGD", "AdamW"]
+__all__ = ["SGD", "AdamW", "UnfusedPull"]

@@ -1,54 +1,69 @@
-"""What AdamW and SGD share: anchors, groups, the stall, checkpoints and the GradScaler contract."""
+"""What AdamW and SGD share: anchors, groups, the step, checkpoints and the GradScaler contract."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from fast.optim import dtensor, storage
-from fast.optim.batch import Batch, Group
+from fast.optim import dtensor, loading
+from fast.optim.batch import Batch, StepCache, by_place, with_gradients
 from fast.optim.dtensor import Place
-from fast.optim.loading import LoadingOptimizer
-from fast.optim.progress import Progress, ramp_factor
+from fast.optim.groups import (
+    Group,
+    Progress,
+    check_numbers,
+    match_anchors,
+    match_curvature,
+    number,
+    ramp_factor,
+)
 from fast.optim.scaling import scale, unscale_
-from fast.optim.storage import CODE_FORMAT, State, Storage
+from fast.optim.storage import (
+    CODE_FORMAT,
+    State,
+    Storage,
+    StoredTensor,
+    drop,
+    empty_like,
+    is_stored,
+)
 from fast.profiling import named_range
-from fastkernels.ops.update import STATS
 
-# As functions: a step of thousands of small tensors is mostly Python, which calls these faster.
-_device_of, _layout_of = Tensor.device.__get__, Tensor.layout.__get__  # type: ignore[attr-defined]
+# As a function: a step of thousands of small tensors is mostly Python, which calls this faster.
+_layout_of = Tensor.layout.__get__  # type: ignore[attr-defined]
 
 
-class AnchoredOptimizer(LoadingOptimizer):
+class AnchoredOptimizer(Optimizer):
     """Base of the optimizers that pull parameters towards anchors; not used by itself."""
+
+    format: ClassVar[loading.Format]
 
     def __init__(
         self,
         params: Any,
         defaults: Group,
         *,
-        storage: Storage,
-        curvature: Any = None,
-        max_grad_norm: float | None = None,
-        seed: int = 0,
+        curvature: Any,
+        max_grad_norm: float | None,
+        seed: int,
+        **storage: Any,
     ) -> None:
         if max_grad_norm is not None and not number("max_grad_norm", max_grad_norm) > 0:
             raise ValueError(f"max_grad_norm must be positive; got {max_grad_norm}")
-        max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63); got {seed!r}")
-        self.storage = storage
-        self.max_grad_norm = max_grad_norm
+        self.storage = Storage(**storage)
+        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.seed = seed
-        self._forget_launches()
+        self._begin()
         self._step_supports_amp_scaling = True
-        keys = {
-            "restraint": 1.0, "progress": 0, "curvature": None, "code_format": CODE_FORMAT
-        }  # fmt: skip
+        keys = {"restraint": 1.0, "progress": 0, "curvature": None, "code_format": CODE_FORMAT}
         super().__init__(params, defaults | keys)
         if curvature is not None:
             self._set_curvature(self._members(), curvature)
@@ -69,14 +84,10 @@ class AnchoredOptimizer(LoadingOptimizer):
                 f"a pickled optimizer with 8-bit codes of format {min(formats)}, not "
                 f"{CODE_FORMAT}: load its state_dict() into a new one instead"
             )
-        self._forget_launches()
+        self._begin()
 
-    def _forget_launches(self) -> None:
-        self._stats: dict[Place, Tensor] = {}  # of this rank
-        self._totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
-        self._hyper: dict[Place, tuple[list[list[float]], Tensor]] = {}
-        # A dict like the others: torch.compile keeps what is written into it, not an attribute.
-        self._anchored: dict[Place, bool] = {}
+    def _begin(self) -> None:
+        self._cache = StepCache()
         self._progress = Progress()
 
     # Hooks of the subclasses.
@@ -91,12 +102,8 @@ class AnchoredOptimizer(LoadingOptimizer):
 
     def _check_values(self, group: Group) -> None:
         """Raise a ValueError that names the key when `group` has a value out of range."""
-        for key in ("lr", "weight_decay", "restraint"):
-            finite(key, group[key])
-        for key in ("lr", "weight_decay", "anchor_decay", "stall", "ramp", "restraint"):
-            value = number(key, group[key])
-            if not value >= 0:
-                raise ValueError(f"{key} must not be negative; got {value}")
+        check_numbers(group, "lr", "weight_decay", "restraint")
+        check_numbers(group, "anchor_decay", "stall", "ramp", finite=False)
 
     def _check_group(self, group: Group) -> None:
         """Raise a ValueError when a value of `group` is out of range, or a parameter unfit."""
@@ -115,7 +122,7 @@ class AnchoredOptimizer(LoadingOptimizer):
 
     def _group_moments(self, group: Group) -> tuple[str, ...]:
         """The moments that the parameters of `group` have."""
-        return self.moments
+        return self.format.moments
 
     def _hyper_row(self, group: Group, lr: float) -> list[float]:
         """The row of the op's hyper table for `group`."""
@@ -145,16 +152,14 @@ class AnchoredOptimizer(LoadingOptimizer):
             if group["anchor_decay"]:
                 for p in group["params"]:
                     self._set_anchor(group, p, p)
-            if dtensor.any_sharded(group["params"]):
-                # torch.distributed.checkpoint takes a state with any entry for a complete one.
-                for p in group["params"]:
-                    self._ensure(group, p)
             self._absorb_curvature(group)
         except Exception:
             self.param_groups.pop()
             for p in group["params"]:
                 self.state.pop(p, None)
             raise
+        if self.state or dtensor.any_sharded(group["params"]):
+            self._complete(self._members())
 
     def _absorb_curvature(self, group: Group) -> None:
         """Move curvature given as a group key into the state, where it is saved and loaded."""
@@ -163,12 +168,12 @@ class AnchoredOptimizer(LoadingOptimizer):
             group["curvature"] = None
 
     def _set_curvature(self, members: list[tuple[Group, Tensor]], curvature: Any) -> None:
-        found = storage.match_curvature([p for _, p in members], curvature)
-        for (group, p), f in zip(members, found, strict=True):
+        tensors = match_curvature([p for _, p in members], curvature)
+        for (group, p), f in zip(members, tensors, strict=True):
             state = self._ensure(group, p)
-            storage.drop(state, "curvature")
+            drop(state, "curvature")
             if f is not None:
-                storage.put(state, "curvature", f, p, self.storage.dtype("curvature", p))
+                self._store(state, "curvature", f, p)
 
     # State.
 
@@ -178,14 +183,25 @@ class AnchoredOptimizer(LoadingOptimizer):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in self._group_moments(group):
-            if not storage.is_stored(state, name):
-                storage.put_zeros(state, name, p, self.storage.dtype(name, p))
+            if not is_stored(state, name):
+                StoredTensor.zeros(p, self.storage.dtype(name, p)).write(state, name)
         if self.storage.exact_bf16 and p.dtype == torch.bfloat16 and "remainder" not in state:
-            state["remainder"] = storage.dense_like(p, torch.int16).zero_()
+            state["remainder"] = empty_like(p, torch.int16).zero_()
         return state
 
+    def _complete(self, members: Iterable[tuple[Group, Tensor]]) -> None:
+        """Give each of these parameters a state where it has none: torch.distributed.checkpoint
+        takes the states of an optimizer for complete when any parameter has one."""
+        for group, p in members:
+            if p.requires_grad and not self.state.get(p):
+                self._ensure(group, p)
+
+    def _store(self, state: State, name: str, value: Tensor, p: Tensor) -> None:
+        dtype = self.storage.dtype(name, p)
+        StoredTensor.encode(name, value, p, dtype).write(state, name)
+
     def _set_anchor(self, group: Group, p: Tensor, value: Tensor) -> None:
-        storage.put(self._ensure(group, p), "anchor", value, p, self.storage.dtype("anchor", p))
+        self._store(self._ensure(group, p), "anchor", value, p)
 
     @torch.no_grad()
     def set_anchors(
@@ -201,25 +217,13 @@ class AnchoredOptimizer(LoadingOptimizer):
             ValueError: number or shapes do not fit.
         """
         members = self._members()
-        values: Sequence[Tensor]
-        if isinstance(anchors, Mapping):
-            known = {p: group for group, p in members}
-            if any(p not in known for p in anchors):
-                raise ValueError("anchors: a key is not a parameter of this optimizer")
-            members, values = [(known[p], p) for p in anchors], list(anchors.values())
-        else:
-            values = [p for _, p in members] if anchors is None else list(anchors)
-        if len(values) != len(members):
-            raise ValueError(f"anchors: {len(values)} tensors for {len(members)} parameters")
-        for i, ((_, p), value) in enumerate(zip(members, values, strict=True)):
-            if not isinstance(value, Tensor):
-                raise ValueError(f"anchors[{i}] must be a tensor; got {type(value).__name__}")
-            if p.shape != value.shape:
-                raise ValueError(
-                    f"anchors[{i}] is {list(value.shape)}, its parameter {list(p.shape)}"
-                )
-        for (group, p), value in zip(members, values, strict=True):
-            self._set_anchor(group, p, value)
+        values = match_anchors([p for _, p in members], anchors)
+        for group, p in members:
+            if p in values:
+                self._set_anchor(group, p, values[p])
+        self._complete(members)
+
+    # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: `load_state_dict` of this class and of torch's take it. Waits for a step.
@@ -229,6 +233,75 @@ class AnchoredOptimizer(LoadingOptimizer):
         """
         self._progress.settle(self.param_groups)
         return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of torch's optimizer of the same name.
+
+        Tensors are stored in the dtypes this optimizer was built with. Group options, anchors and
+        curvature that the state does not have stay as they are (anchors with a warning: they are
+        never taken from the weights); only `restraint` becomes 1.
+
+        Raises:
+            ValueError: the state is of another optimizer (its groups or entries are others'), the
+                groups or a tensor do not fit (it is named), or the state needs what is not
+                supported (amsgrad, coupled weight decay of Adam). The optimizer is then as it was.
+        """
+        before = self.__dict__.copy()
+        saved: dict[str, Any] = {}
+
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            saved.update(state_dict)
+            loading.check_state_dict(state_dict, self.format, [p for _, p in self._members()])
+            for group in state_dict["param_groups"]:
+                self._check_group(self.defaults | group | {"params": []})
+
+        # As the last pre-hook and the first post-hook: those of others see what they should, the
+        # state as it was saved and as it is stored here.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._adopt(saved, before), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _adopt(self, saved: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Store what torch has loaded as this optimizer stores it."""
+        for group, old_group in zip(self.param_groups, before["param_groups"], strict=True):
+            for key in old_group:
+                group.setdefault(key, old_group[key])
+            group["code_format"] = CODE_FORMAT
+        owners = [(i, group) for group in saved["param_groups"] for i in group["params"]]
+        unanchored = 0
+        for (i, saved_group), (group, p) in zip(owners, self._members(), strict=True):
+            entries, old = saved["state"].get(i, {}), before["state"].get(p, {})
+            if saved["state"] and p.requires_grad:
+                unanchored += "anchor" in old and "anchor" not in entries
+            state = loading.loaded_state(
+                p,
+                entries,
+                old,
+                moments=self.format.moments,
+                storage=self.storage,
+                code_format=saved_group.get("code_format", 1),
+            )
+            self.state.pop(p, None)
+            if state:
+                self.state[p] = state
+                self._ensure(group, p)
+        if unanchored:
+            warnings.warn(
+                f"the loaded state has no anchor for {unanchored} anchored parameters: they keep "
+                "the one they have (their weights when this optimizer was built, or set_anchors)",
+                stacklevel=4,
+            )
 
     # The step.
 
@@ -264,21 +337,18 @@ class AnchoredOptimizer(LoadingOptimizer):
             batches = self._collect()
         tables = {place: self._hyper_table(batch, place) for place, batch in batches.items()}
         self._check_capture(batches)
-        scaling = scale(
-            batches,
-            self.max_grad_norm,
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-        )
-        self._anchored.clear()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scaling = scale(batches, self.max_grad_norm, grad_scale, found_inf)
+        cache = self._cache
+        cache.anchored.clear()
         for place, batch in batches.items():
             options = self._options(batch, place) | scaling.options()
             self._launch(batch, tables[place], options)
             if place.groups or scaling.shrink is not None:
-                self._totals[place] = scaling.totals(place, self._stats[place], self._totals)
+                cache.totals[place] = scaling.totals(place, cache.stats[place], cache.totals)
             else:
-                self._totals.pop(place, None)
-        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+                cache.totals.pop(place, None)
+        if grad_scale is not None:
             grads = [p.grad for _, p in self._members() if p.grad is not None]
             unscale_(grads, grad_scale, scaling.found_inf)
         self._progress.count(self.param_groups, scaling.found_inf)
@@ -300,23 +370,16 @@ class AnchoredOptimizer(LoadingOptimizer):
         if step is not None and step.device != device:  # the model was moved since
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
-        split = self.storage.exact_bf16
-        if place not in self._stats:
-            unknown = torch.full((len(STATS),), math.nan, dtype=torch.float64, device="cpu")
-            self._stats[place] = unknown.to(device)
-        curvature, scales = batch.optional("curvature"), []
-        if self.storage.curvature_dtype == torch.uint8:
-            codes, scales = batch.optional("curvature_codes"), batch.optional("curvature_scales")
-            curvature = curvature or [None] * len(codes)
-            curvature = [f if c is None else c for f, c in zip(curvature, codes, strict=False)]
+        curvature, curvature_scales = batch.curvature(self.storage.curvature_dtype == torch.uint8)
         anchors = batch.optional("anchor")
-        self._anchored[place] = bool(anchors)
+        self._cache.anchored[place] = bool(anchors)
+        exact = self.storage.exact_bf16
         return {
             "anchors": anchors,
             "curvature": curvature,
-            "curvature_scales": scales,
-            "remainders": batch.optional("remainder", batch.nothing) if split else [],
-            "stats": self._stats[place],
+            "curvature_scales": curvature_scales,
+            "remainders": batch.optional("remainder", batch.nothing) if exact else [],
+            "stats": self._cache.stats_at(place),
             "seed": self.seed,
         }
 
@@ -328,19 +391,20 @@ class AnchoredOptimizer(LoadingOptimizer):
             stall, ramp = group["stall"], group["ramp"]
             if not (type(stall) is type(ramp) is int and stall >= 0 and ramp >= 0):
                 self._check_values(group)
-            rate = ramp_factor(group["progress"], stall, ramp)
-            if not rate:
+            factor = ramp_factor(group["progress"], stall, ramp)
+            if not factor:
+                self._complete((group, p) for p in group["params"])
                 continue
-            params, grads = _with_gradients(group["params"])
+            params, grads = with_gradients(group["params"])
             if any(layout is not torch.strided for layout in set(map(_layout_of, grads))):
                 raise RuntimeError(
                     f"{type(self).__name__} does not support sparse gradients; build the embedding "
                     "with sparse=False"
                 )
             states = self._states(group, params)
-            for place, members in _by_place(params, grads).items():
+            for place, members in by_place(params, grads).items():
                 batch = batches.setdefault(place, Batch(place.device))
-                row = batch.row(group, rate)
+                row = batch.row(group, factor)
                 if members is None:
                     batch.add(params, grads, states, row)
                     continue
@@ -360,7 +424,7 @@ class AnchoredOptimizer(LoadingOptimizer):
         if self.storage.state_dtype == torch.uint8 and moments:
             last += "_codes"
         for i, state in enumerate(states):
-            if not state or (last not in state and not self.counts_steps):
+            if not state or (last not in state and not self.format.counts_steps):
                 states[i] = self._ensure(group, params[i])
         if self.storage.exact_bf16:
             for state, p in zip(states, params, strict=True):
@@ -402,8 +466,8 @@ class AnchoredOptimizer(LoadingOptimizer):
             except (TypeError, ValueError, RuntimeError):
                 self._check_values(group)  # which says more
                 raise
-        known = self._hyper.get(place)
-        if known is None or known[0] != rows:
+        cached_rows, table = self._cache.tables.get(place, (None, None))
+        if table is None or cached_rows != rows:
             for i, (group, _) in enumerate(batch.rows):
                 if not torch.compiler.is_compiling():
                     self._check_values(group | {"lr": 0.0} if i in device_lrs else group)
@@ -411,10 +475,10 @@ class AnchoredOptimizer(LoadingOptimizer):
             pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
             table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
             table = table.to(place.device, non_blocking=pin)
-            known = self._hyper[place] = rows, table
+            self._cache.tables[place] = rows, table
         for i, lr in device_lrs.items():
-            known[1][i, 0].copy_(lr)
-        return known[1]
+            table[i, 0].copy_(lr)
+        return table
 
     def stats(self) -> dict[str, Tensor]:
         """Figures of the last step, as float64 tensors `[]` on the device; reading one may sync.
@@ -425,53 +489,4 @@ class AnchoredOptimizer(LoadingOptimizer):
         them as they were; before the first step they are NaN. With sharded parameters they are
         those of all ranks.
         """
-        known = self._stats | self._totals
-        values = [known[place] for place in self._anchored]
-        total = torch.full((len(STATS),), math.nan, dtype=torch.float64, device="cpu")
-        if values:
-            stacked = torch.stack([v.to(values[0].device) for v in values])
-            total = torch.cat([stacked[:, :3].square().sum(0).sqrt(), stacked[:, 3:].sum(0)])
-        figures = dict(zip(STATS, total.unbind(), strict=True))
-        if not any(self._anchored.values()):
-            for name in ("drift", "forgetting"):
-                figures[name] = torch.full_like(figures[name], math.nan)
-        return figures
-
-
-def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    grads = [p.grad for p in params]
-    found = [g for g in grads if g is not None]
-    if len(found) < len(params):
-        params = [p for p, g in zip(params, grads, strict=True) if g is not None]
-    return params, found
-
-
-def _by_place(params: list[Tensor], grads: list[Tensor]) -> dict[Place, list[int] | None]:
-    """The places of these parameters, each with their indices; None: all of them, as they are."""
-    if not dtensor.any_sharded(params) and not dtensor.any_sharded(grads):
-        devices = set(map(_device_of, params))
-        if len(devices) < 2:
-            return {Place(device): None for device in devices}
-    places: dict[Place, list[int] | None] = {}
-    for i, p in enumerate(params):
-        places.setdefault(dtensor.place(p), []).append(i)  # type: ignore[union-attr]
-    return places
-
-
-def number(name: str, value: Any) -> Any:
-    """`value`, a number or a tensor of one.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} must have one element; got a tensor {list(value.shape)}")
-    if not isinstance(value, (int, float, Tensor)):
-        raise ValueError(f"{name} must be a number; got {value!r}")
-    return value
-
-
-def finite(name: str, value: Any) -> None:
-    """Raise a ValueError when `value` is no finite number, or a tensor of one."""
-    if not math.isfinite(number(name, value)):
-        raise ValueError(f"{name} must be finite; got {value}")
+        return self._cache.figures()

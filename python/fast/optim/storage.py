@@ -1,12 +1,12 @@
-"""Optimizer state: how it is stored, converted when loaded, and the forms curvature comes in.
+"""The state of a parameter: the dtypes of its tensors, and their 8-bit codes.
 
-A tensor `name` is stored as `name`, or as `name_codes` and `name_scales` in 8 bits: torch, which
-would take codes for numbers, then finds nothing.
+The tensor `name` is the entry `name` of the state, or in 8 bits the entries `name_codes` and
+`name_scales`: torch, which would take codes for numbers, then finds nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,15 @@ from fastkernels.codes import compute_dtype
 
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19
-# What the 8-bit codes of a state mean, as a key `code_format` of its group; a state without the key
-# is of format 1. Signed codes changed in format 2 (`_storage`); unsigned ones never did.
+# What the 8-bit codes of a state mean, as the key `code_format` of its group; a state without the
+# key is of format 1. Signed codes changed in format 2 (`_storage`); unsigned ones never did.
 CODE_FORMAT = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Storage:
-    """Dtypes of the state; None is the exact one: float32, float64 for float64 parameters, and for
-    anchors the parameter's own."""
+    """Dtypes of the state. None is the exact one: float32, float64 for float64 parameters, and the
+    parameter's own for anchors."""
 
     state_dtype: torch.dtype | None = None
     anchor_dtype: torch.dtype | None = None
@@ -37,14 +37,14 @@ class Storage:
     def __post_init__(self) -> None:
         compact = (torch.float32, torch.bfloat16, torch.uint8)
         plain = (torch.float32, torch.bfloat16, torch.float16)
-        for name, known in (
+        for name, choices in (
             ("state_dtype", compact),
             ("anchor_dtype", plain),
             ("curvature_dtype", compact),
         ):
             dtype = getattr(self, name)
-            if dtype is not None and dtype not in known:
-                raise ValueError(f"{name} must be None or one of {known}; got {dtype!r}")
+            if dtype is not None and dtype not in choices:
+                raise ValueError(f"{name} must be None or one of {choices}; got {dtype!r}")
 
     @property
     def codes(self) -> bool:
@@ -52,12 +52,91 @@ class Storage:
         return torch.uint8 in (self.state_dtype, self.curvature_dtype)
 
     def dtype(self, name: str, p: Tensor) -> torch.dtype:
-        """The dtype that tensor `name` of the state of `p` is stored in."""
+        """The dtype of the tensor `name` in the state of `p`."""
         if name == "anchor":
             return self.anchor_dtype or p.dtype
-        chosen = self.curvature_dtype if name == "curvature" else self.state_dtype
+        dtype = self.curvature_dtype if name == "curvature" else self.state_dtype
         # float64 parameters are there to be exact.
-        return chosen if chosen and p.dtype != torch.float64 else compute_dtype(p)
+        return dtype if dtype and p.dtype != torch.float64 else compute_dtype(p)
+
+
+def signed(name: str) -> bool:
+    """Whether codes of the tensor `name` carry a sign."""
+    return name not in ("exp_avg_sq", "curvature")
+
+
+def empty_like(p: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(p, dtype=dtype, requires_grad=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a state: numbers, or 8-bit codes and their scales (float32, one a block)."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, p: Tensor, dtype: torch.dtype) -> StoredTensor:
+        """Zeros in the shape and layout of `p`."""
+        values = empty_like(p, dtype).zero_()
+        if dtype != torch.uint8:
+            return cls(values=values)
+        count = _storage.code_scales(p.numel())
+        return cls(values=values, scales=torch.zeros(count, dtype=torch.float32, device=p.device))
+
+    @classmethod
+    def encode(cls, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -> StoredTensor:
+        """A copy of `value` as `dtype`, in the shape and layout of `p`.
+
+        Raises:
+            ValueError: a finite value is infinite in `dtype`.
+        """
+        value = value.detach()
+        if dtype != torch.uint8:
+            value = dtensor.like(value, p)
+            values = empty_like(p, dtype).copy_(value)
+            if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+                lost = ~dtensor.local(values).isfinite() & dtensor.local(value).isfinite()
+                if bool(lost.any()):
+                    raise ValueError(
+                        f"{name}: a value is too large for {dtype}; choose another dtype"
+                    )
+            return cls(values=values)
+        dense = empty_like(p, torch.float32).copy_(value)
+        codes, scales = _storage.encode(_storage.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
+        values = empty_like(p, torch.uint8)
+        _storage.flat(values).copy_(codes)
+        return cls(values=values, scales=scales)
+
+    def decode(self, name: str, code_format: int) -> Tensor:
+        """The numbers: float32 from codes, and in the dtype they have otherwise."""
+        if self.scales is None:
+            return self.values
+        codes, scales = _storage.flat(self.values), self.scales
+        numbers = torch.empty_like(self.values, dtype=torch.float32)
+        _storage.flat(numbers).copy_(
+            _storage.decode_format_1(codes, scales)
+            if code_format == 1 and signed(name)
+            else _storage.decode(codes, scales, signed=signed(name))
+        )
+        return numbers
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], name: str) -> StoredTensor | None:
+        """The tensor `name` of a state; None where the state has none."""
+        if (codes := state.get(f"{name}_codes")) is not None:
+            return cls(values=codes, scales=state[f"{name}_scales"])
+        values = state.get(name)
+        return None if values is None else cls(values=values)
+
+    def write(self, state: State, name: str) -> None:
+        """Make it the tensor `name` of `state`."""
+        drop(state, name)
+        if self.scales is None:
+            state[name] = self.values
+        else:
+            state[f"{name}_codes"], state[f"{name}_scales"] = self.values, self.scales
 
 
 def is_stored(state: Mapping[str, Any], name: str) -> bool:
@@ -67,139 +146,3 @@ def is_stored(state: Mapping[str, Any], name: str) -> bool:
 def drop(state: State, name: str) -> None:
     for key in (name, f"{name}_codes", f"{name}_scales"):
         state.pop(key, None)
-
-
-def signed(name: str) -> bool:
-    """Whether codes of `name` carry a sign."""
-    return name not in ("exp_avg_sq", "curvature")
-
-
-def dense_like(p: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(p, dtype=dtype, requires_grad=False)
-
-
-def put_zeros(state: State, name: str, p: Tensor, dtype: torch.dtype) -> None:
-    drop(state, name)
-    if dtype != torch.uint8:
-        state[name] = dense_like(p, dtype).zero_()
-        return
-    state[f"{name}_codes"] = dense_like(p, dtype).zero_()
-    state[f"{name}_scales"] = torch.zeros(
-        _storage.code_scales(p.numel()), dtype=torch.float32, device=p.device
-    )
-
-
-def put(state: State, name: str, value: Tensor, p: Tensor, dtype: torch.dtype) -> None:
-    """Store a copy of `value` (of the shape of `p`) as `dtype`, in the layout of `p`."""
-    drop(state, name)
-    if dtype != torch.uint8:
-        value = dtensor.like(value.detach(), p)
-        stored = dense_like(p, dtype).copy_(value)
-        if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
-            lost = ~dtensor.local(stored).isfinite() & dtensor.local(value).isfinite()
-            if bool(lost.any()):
-                raise ValueError(f"{name}: a value is too large for {dtype}; choose another dtype")
-        state[name] = stored
-        return
-    dense = dense_like(p, torch.float32).copy_(value.detach())
-    codes, scales = _storage.encode(_storage.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
-    stored = dense_like(p, torch.uint8)
-    _storage.flat(stored).copy_(codes)
-    state[f"{name}_codes"], state[f"{name}_scales"] = stored, scales
-
-
-def check_saved(saved: Mapping[str, Any], names: Sequence[str], p: Tensor, where: str) -> None:
-    """Raise a ValueError that names the entry when a saved state is not one of `p`."""
-    step = saved.get("step", 0)
-    if not isinstance(step, (int, float, Tensor)) or torch.as_tensor(step).numel() != 1:
-        raise ValueError(f"{where}['step'] must be one number; got {step!r}")
-    shapes: dict[str, Sequence[int]] = {}
-    for name in names:
-        shapes |= {name: p.shape, f"{name}_codes": p.shape}
-        shapes[f"{name}_scales"] = (_storage.code_scales(p.numel()),)
-        if f"{name}_codes" in saved and f"{name}_scales" not in saved:
-            raise ValueError(f"{where} has {name}_codes but no {name}_scales")
-    for key, shape in shapes.items():
-        value = saved.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{where}[{key!r}] must be a tensor; got {type(value).__name__}")
-        if value.shape != torch.Size(shape):
-            raise ValueError(
-                f"{where}[{key!r}] is {list(value.shape)}, but must be {list(shape)} for its "
-                f"parameter {list(p.shape)}: the state is of another model or order of parameters"
-            )
-
-
-def adopt(
-    state: State,
-    saved: Mapping[str, Any],
-    name: str,
-    p: Tensor,
-    dtype: torch.dtype,
-    code_format: int = CODE_FORMAT,
-) -> None:
-    """Take `name` from a loaded state in whatever form; as it is (not copied) when it fits."""
-    old = code_format == 1 and signed(name)
-    for key in (f"{name}_codes", name):
-        value = saved.get(key)
-        if value is None:
-            continue
-        value = dtensor.like(value, p)
-        fits = value.dtype == dtype and value.device == p.device and value.stride() == p.stride()
-        if fits and not (old and key != name):
-            drop(state, name)
-            state[key] = value
-            if key != name:
-                state[f"{name}_scales"] = saved[f"{name}_scales"]
-            return
-        if key != name:
-            codes, scales = _storage.flat(value), saved[f"{name}_scales"]
-            value = torch.empty_like(value, dtype=torch.float32)
-            _storage.flat(value).copy_(
-                _storage.decode_format_1(codes, scales)
-                if old
-                else _storage.decode(codes, scales, signed=signed(name))
-            )
-        put(state, name, value, p, dtype)
-        return
-
-
-def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | None]:
-    """A curvature tensor (or None) for each of `params`.
-
-    Args:
-        curvature: a list of tensors in the order and shapes of `params`, or an object whose
-            `curvature_for(params)` gives such a list (`fast.SourceCard`).
-
-    Raises:
-        TypeError: it is no such list.
-        ValueError: number or shapes do not fit, or a value is negative or not finite.
-    """
-    if hasattr(curvature, "curvature_for"):
-        curvature = curvature.curvature_for(params)
-    if isinstance(curvature, (Tensor, Mapping)) or not isinstance(curvature, Iterable):
-        raise TypeError(
-            "curvature must be a SourceCard, or a list of a tensor (or None) per parameter; got "
-            f"{type(curvature).__name__}"
-        )
-    found = list(curvature)
-    if len(found) != len(params):
-        raise ValueError(f"curvature: {len(found)} tensors for {len(params)} parameters")
-    for i, (p, f) in enumerate(zip(params, found, strict=True)):
-        if f is None:
-            continue
-        if not isinstance(f, Tensor):
-            raise TypeError(f"curvature[{i}] must be a tensor or None; got {type(f).__name__}")
-        if f.shape != p.shape:
-            raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
-        if f.layout is not torch.strided or not f.is_floating_point():
-            raise ValueError(f"curvature[{i}] is {f.layout} {f.dtype}; it must be dense and real")
-        own = dtensor.local(f)
-        if own.numel() and not bool(((own >= 0) & own.isfinite()).all()):
-            raise ValueError(
-                f"curvature[{i}] has negative or non-finite values; clamp it (a Hessian diagonal "
-                "may be negative, a GGN or Fisher diagonal is not)"
-            )
-    return found

@@ -89,7 +89,7 @@ def digits(which: range) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     chosen = np.isin(raw.target, list(which))
     images = (raw.images[chosen, None] / 8 - 1).astype(np.float32)
     labels = raw.target[chosen].astype(np.int64) - which.start
-    train, test = stratified_split(Split(images, labels), 0.3)
+    train, test = stratified_split(Split(inputs=images, labels=labels), 0.3)
 
     def tensors(split: Split) -> tuple[Any, Any]:
         return torch.from_numpy(split.inputs), torch.from_numpy(split.labels)

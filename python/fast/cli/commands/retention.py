@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fast.adapt.config import Budget, TrainConfig
-from fast.adapt.methods import METHODS, plan_for, rehearsed_by, steps_for, uses_card
+from fast.adapt.config import Budget
+from fast.adapt.methods import METHODS
+from fast.adapt.plan import plan_for, rehearsed_by, steps_for, uses_card
 from fast.cli.offline import add_demo, job_for
 from fast.cli.options import (
     add_model_and_data,
@@ -44,6 +45,7 @@ from fast.cli.runs import (
     whole_numbers,
 )
 from fast.heads import has_batch_norm
+from fast.train.config import TrainConfig
 
 STRENGTHS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
 SWEPT = ("anchor_decay", "distill", "rehearse", "forget_budget")
@@ -156,7 +158,8 @@ def settings(
 
 def _steps(config: TrainConfig, data: dict[str, Any]) -> int:
     """Length of a run."""
-    from fast.data.dataset import TrainBatches, as_data
+    from fast.data.dataset import as_data
+    from fast.data.stream import TrainBatches
 
     if config.steps is not None:
         return config.steps

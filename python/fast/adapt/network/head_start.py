@@ -8,13 +8,14 @@ costs no forward pass; a hundred head steps take about as long as one step of a 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fast.adapt.loss import Loss
-from fast.heads import TaskHead, evaluating, find_head, forward_logits, pick
+from fast.data.trees import pick
+from fast.heads import TaskHead, evaluating, find_head, forward_logits
 
 # Features have unit variance, so this suits every network; Adam.
 LR = 1e-2
@@ -67,7 +68,13 @@ def _sigmoid(x: Tensor, _: int) -> Tensor:
 
 
 def start_head(
-    head: TaskHead, features: Tensor, labels: Tensor, loss: Loss, steps: int, seed: int
+    head: TaskHead,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    seed: int,
 ) -> None:
     """Train `head.linear` on features of target inputs.
 
@@ -75,7 +82,8 @@ def start_head(
 
     Args:
         features: `[N, D]`.
-        labels: `[N]`.
+        labels: `[N, ...]`, what the loss takes.
+        loss: of logits `[B, C]` and labels, a mean over the samples.
         steps: at most.
         seed: of the order.
     """
@@ -85,7 +93,7 @@ def start_head(
         inputs = inputs.to(head.linear.weight.dtype)
     head.train()
     held = torch.arange(len(labels), device=labels.device) % HOLD_OUT == HOLD_OUT - 1
-    asked, right = inputs[held], labels[held]
+    held_out, held_labels = inputs[held], labels[held]
     inputs, labels = inputs[~held], labels[~held]
     params = list(head.linear.parameters())
     optimizer = torch.optim.Adam(params, lr=LR)
@@ -95,13 +103,13 @@ def start_head(
         rows = torch.randint(len(labels), (BATCH,), generator=generator).to(labels.device)
         with torch.enable_grad():
             optimizer.zero_grad()
-            _mean_loss(head, inputs[rows], labels[rows], loss).backward()
+            loss(head.linear(inputs[rows]), labels[rows]).backward()
             optimizer.step()
         if step % LOOK_EVERY and step != steps:
             continue
         with torch.no_grad():
             # Four samples or fewer: none is held out, and all steps are taken.
-            now = float(_mean_loss(head, asked, right, loss)) if len(right) else -step
+            now = float(loss(head.linear(held_out), held_labels)) if len(held_labels) else -step
         if now < lowest:
             lowest, best, worse = now, [p.detach().clone() for p in params], 0
         else:
@@ -111,7 +119,3 @@ def start_head(
     with torch.no_grad():
         torch._foreach_copy_([p.detach() for p in params], best)
     optimizer.zero_grad()
-
-
-def _mean_loss(head: TaskHead, inputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    return loss.part(head.linear(inputs), labels, loss.denominator(labels))

@@ -1,4 +1,4 @@
-"""What a fine-tuning run gives back."""
+"""What an adaptation gives back."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.adapt.config import TrainConfig
-from fast.adapt.methods import Plan
-from fast.files import atomic_file, clear_unfinished, to_json, write_json
+from fast.adapt.config import AdaptConfig
+from fast.adapt.plan import Plan
+from fast.files import atomic_file, clear_unfinished, save_tensors, to_json, write_json
 from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
+from fast.models.claim import is_going_on
 from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
-from fast.train.log import HISTORY_FILE
-from fast.train.resume.checkpoint import save_tensors
-from fast.train.resume.run_folder import is_going_on, options_of
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Result:
     """A fine-tuned model and how it got there.
 
@@ -35,7 +33,6 @@ class Result:
             source inputs; what is measured at a check), grad_norm, lr, seconds. What was not
             measured is None.
         config: the options of the run, as they were given.
-        lr: the peak learning rate of the backbone.
         plan: the settings that the options came to.
         source_accuracy_before: of the pretrained network, before anything was changed.
         run: id of the run, where it had a folder.
@@ -44,14 +41,19 @@ class Result:
 
     model: nn.Module
     history: list[dict[str, Any]]
-    config: TrainConfig
-    lr: float
+    config: AdaptConfig
     source_accuracy_before: float | None = None
     classes: list[str] | None = field(default=None)
     chosen: dict[str, Any] | None = None
     plan: Plan | None = None
     run: str | None = None
     data: dict[str, Any] | None = None
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of the backbone."""
+        assert self.plan is not None
+        return self.plan.lr
 
     @property
     def final(self) -> dict[str, Any]:
@@ -137,9 +139,9 @@ class Result:
         )
         if self.data is not None:
             write_json(folder / "data.json", self.data)
-        with atomic_file(folder / HISTORY_FILE) as path:
+        with atomic_file(folder / "history.jsonl") as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
-        write_manifest(folder, self.run, options_of(self.config))
+        write_manifest(folder, self.run, self.config.computed())
         return folder
 
 

@@ -1,4 +1,4 @@
-"""Folders of images as they lie on disk: what is an image, what is litter, what is left out."""
+"""Scan a folder: which files are images, and which are litter or left out."""
 
 from __future__ import annotations
 
@@ -7,38 +7,30 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fast.data.images.files import CAMERA_FORMATS, readable_suffixes
+from fast.data.sources.formats import CAMERA_FORMATS, readable_suffixes
 from fast.errors import printable
 
-# Left behind by macOS, Windows, Synology, Jupyter: no data, at any depth.
-_LITTER = frozenset(
-    (
-        "thumbs.db",
-        "desktop.ini",
-        "@eadir",
-        "#recycle",
-        "$recycle.bin",
-        "lost+found",
-        "system volume information",
-    )
-)
+# macOS, Windows, Synology and Jupyter leave these behind, at any depth.
+_LITTER = frozenset((
+    "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found",
+    "system volume information",
+))  # fmt: skip
 DEEPEST = 30
 
 
 def is_litter(name: str) -> bool:
-    """Of a file or folder: hidden (`.DS_Store`, `._0.png`), `__MACOSX`, `@eaDir` and their like."""
+    """Whether a file or folder is hidden (`.DS_Store`, `._0.png`), or `__MACOSX`, `@eaDir`, ..."""
     return name.startswith((".", "__")) or name.lower() in _LITTER
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Folder:
-    """A folder with what is in it, litter left out.
+    """A folder with what is in it, but litter.
 
     Attributes:
-        path: its path.
-        folders: by name, in natural order.
-        images: files directly in it that can be read, in order.
-        others: files directly in it that are no images, by suffix or by what else they are.
+        folders: the folders directly in it, by name, in natural order.
+        images: the images directly in it, in order.
+        others: number of other files directly in it, by suffix or by what else they are.
     """
 
     path: Path
@@ -47,7 +39,7 @@ class Folder:
     others: Counter[str] = field(default_factory=Counter)
 
     def all_images(self) -> list[Path]:
-        """Also those of the folders in it."""
+        """Its images and those of all folders in it."""
         return self.images + [p for f in self.folders.values() for p in f.all_images()]
 
     def all_others(self) -> Counter[str]:
@@ -87,26 +79,26 @@ def natural(name: str) -> tuple[int, int, str]:
 
 
 def _scan(path: Path, suffixes: frozenset[str], above: tuple[Path, ...]) -> Folder:
-    """`above`: the folders that it lies in, links followed."""
+    """Scan one folder; `above` are the folders that it lies in, with links resolved."""
     if len(above) > DEEPEST:
         raise ValueError(f"{printable(path)}: folders are nested more than {DEEPEST} deep")
-    found = Folder(path)
+    folder = Folder(path=path)
     above = (*above, path.resolve())
     with os.scandir(path) as entries:
         visible = sorted((e for e in entries if not is_litter(e.name)), key=lambda e: e.name)
     for entry in sorted(visible, key=lambda e: natural(e.name)):
-        # A link may lead back to where it is.
+        # A link may lead to a folder that it lies in.
         if entry.is_dir() and Path(entry.path).resolve() not in above:
-            found.folders[entry.name] = _scan(Path(entry.path), suffixes, above)
+            folder.folders[entry.name] = _scan(Path(entry.path), suffixes, above)
     for entry in visible:
         if entry.is_dir():
             continue
         suffix = Path(entry.name).suffix.lower()
-        # A pipe or a device would be waited for, or read, without end.
+        # Reading a pipe or a device might never end.
         if not entry.is_file():
-            found.others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
+            folder.others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
         elif suffix in suffixes:
-            found.images.append(Path(entry.path))
+            folder.images.append(Path(entry.path))
         else:
-            found.others[suffix or "files without a suffix"] += 1
-    return found
+            folder.others[suffix or "files without a suffix"] += 1
+    return folder
