@@ -107,23 +107,17 @@ def openmp_flags(compiler: str, folder: Path) -> list[str]:
     return ["-fopenmp"] if compiled else []
 
 
-def cpu_ninja(folder: Path, target: Path) -> str:
-    compiler = find_compiler()
-    openmp = openmp_flags(compiler, folder)
-    darwin = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    flags, link = [*FLAGS, *openmp], ["-shared", *openmp, *darwin]
-    return ninja_file(compiler, flags, link, cpu_steps(), folder, target)
-
-
-def cuda_ninja(folder: Path, target: Path) -> str:
-    """nvcc links the CUDA runtime in."""
-    return ninja_file(str(find_nvcc()), NVCC_FLAGS, ["-shared"], cuda_steps(), folder, target)
-
-
-def ninja_file(
-    compiler: str, flags: list[str], link: list[str], steps: list[Step], folder: Path, target: Path
-) -> str:
+def ninja_file(cuda: bool, folder: Path, target: Path) -> str:
+    """How to build one module; nvcc links the CUDA runtime in."""
     import pybind11
+
+    if cuda:
+        compiler, flags, link, steps = str(find_nvcc()), NVCC_FLAGS, ["-shared"], cuda_steps()
+    else:
+        compiler, steps = find_compiler(), cpu_steps()
+        openmp = openmp_flags(compiler, folder)
+        darwin = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        flags, link = [*FLAGS, *openmp], ["-shared", *openmp, *darwin]
 
     def quote(path: object) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -160,27 +154,23 @@ class BuildNative(build_ext):
         cuda = ext.name.endswith("_cuda")
         try:
             file = folder / ("cuda.ninja" if cuda else "build.ninja")
-            file.write_text((cuda_ninja if cuda else cpu_ninja)(folder, target))
+            file.write_text(ninja_file(cuda, folder, target))
             jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
             ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-f", file.name, *jobs]
             subprocess.run(ninja, check=True)
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if os.environ.get("FAST_CUDA" if cuda else "FAST_REQUIRE_NATIVE") == "1":
+            required = "FAST_CUDA" if cuda else "FAST_REQUIRE_NATIVE"
+            if os.environ.get(required) == "1":
                 raise
-            kernels, missing, required = (
-                ("CUDA C++ kernels", "nvcc", "FAST_CUDA=1") if cuda
-                else ("native kernels", "a C++17 compiler", "FAST_REQUIRE_NATIVE=1")
+            kernels, missing = (
+                ("CUDA C++", "nvcc") if cuda else ("native", "a C++17 compiler")
             )  # fmt: skip
-            print(f"warning: fastkernels is installed without {kernels}: {error}")
-            print(f"warning: install {missing} and install again; {required} makes this an error")
+            print(f"warning: fastkernels is installed without {kernels} kernels: {error}")
+            print(f"warning: install {missing} and install again; {required}=1 makes this an error")
 
 
-def extension(name: str, steps: list[Step]) -> Extension:
-    sources = sorted({str(step.source) for step in steps})
-    return Extension(f"fastkernels.{name}", sources=sources, optional=True)
-
-
-extensions = [extension("_C", cpu_steps())]
-if find_nvcc():
-    extensions.append(extension("_C_cuda", cuda_steps()))
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+modules = ["_C", "_C_cuda"] if find_nvcc() else ["_C"]
+setup(
+    ext_modules=[Extension(f"fastkernels.{m}", sources=[], optional=True) for m in modules],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -38,7 +38,8 @@ struct ExchangeTable {
 class Signature {
  public:
   // A list of tensors, where an entry may be None. `shaped`: each has the layout of its parameter,
-  // the entry of the first list, or is a placeholder of no elements.
+  // the entry of the first list, or is a placeholder of no elements. `moves`: its addresses may
+  // change.
   struct List {
     PyObject* tensors;
     bool shaped;
@@ -56,7 +57,7 @@ class Signature {
   // Both return false where a tensor has no plain memory (it is sparse, or a wrapper) or another
   // layout than its parameter. `addresses` receives those of the lists that move.
   bool record(const std::vector<List>& lists, std::vector<uintptr_t>* addresses) {
-    known_.clear();
+    facts_.clear();
     layouts_.clear();
     starts_.clear();
     sizes_.clear();
@@ -72,17 +73,18 @@ class Signature {
   }
 
  private:
-  struct Known {
-    uintptr_t data;  // of a list that moves: its alignment
+  // What is remembered of a tensor.
+  struct Facts {
+    uintptr_t data;  // the address; in a list that moves, only its alignment
     uint64_t type;   // dtype and device
-    int64_t size;    // of a list that is not shaped: elements, or -1 where not contiguous
+    int64_t size;    // in a list that is not shaped: elements, or -1 where not contiguous
 
-    bool operator==(const Known& other) const {
+    bool operator==(const Facts& other) const {
       return data == other.data && type == other.type && size == other.size;
     }
   };
 
-  static Known of(const TensorView& t, const List& list) {
+  static Facts facts_of(const TensorView& t, const List& list) {
     const auto data = reinterpret_cast<uintptr_t>(t.data);
     const uint64_t device =
         uint64_t{static_cast<uint16_t>(t.device_type)} << 16 | static_cast<uint16_t>(t.device_id);
@@ -118,10 +120,10 @@ class Signature {
           return false;
         }
         if (object != Py_None && !t.data && !is_empty(t)) return false;
-        const Known found = of(t, list);
-        if (recording_) known_.push_back(found);
+        const Facts facts = facts_of(t, list);
+        if (recording_) facts_.push_back(facts);
         if (recording_ && l == 0) remember_layout(t);
-        if (!(known_[next] == found)) return false;
+        if (!(facts_[next] == facts)) return false;
         if (list.shaped && object != Py_None && !has_layout(t, i, list.moves)) return false;
         if (list.moves) addresses->push_back(reinterpret_cast<uintptr_t>(t.data));
       }
@@ -140,9 +142,9 @@ class Signature {
   bool has_layout(const TensorView& t, size_t i, bool elements) const {
     if (i >= starts_.size()) return false;
     if (!elements && t.ndim == 1 && t.shape[0] == 0) return true;
-    const int64_t* known = layouts_.data() + starts_[i];
-    const int64_t *shape = known + 1, *strides = shape + known[0];
-    if (t.ndim != known[0]) return false;
+    const int64_t* layout = layouts_.data() + starts_[i];
+    const int64_t *shape = layout + 1, *strides = shape + layout[0];
+    if (t.ndim != layout[0]) return false;
     for (int32_t k = 0; k < t.ndim; k++)
       if (t.shape[k] != shape[k]) return false;
     if (is_empty(t)) return true;
@@ -153,8 +155,8 @@ class Signature {
 
   const ExchangeTable* table_;
   bool recording_ = false;
-  std::vector<Known> known_;
-  std::vector<int64_t> layouts_;  // of each tensor of the first list: ndim, shape, strides
+  std::vector<Facts> facts_;
+  std::vector<int64_t> layouts_;  // ndim, shape and strides of each tensor of the first list
   std::vector<size_t> starts_, sizes_;
 };
 

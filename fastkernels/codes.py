@@ -165,7 +165,7 @@ def load_param(param: Tensor, remainder: Tensor | None) -> Tensor:
     if remainder is None:
         return param
     high, low = param.view(torch.int16).long() & 0xFFFF, remainder.long()
-    # A zero with a negative remainder was written by somebody else; it would become a NaN.
+    # A zero with a negative remainder was written by other code; it would become a NaN.
     low = torch.where((high & 0x7FFF) == 0, low.clamp(min=0), low)
     return _from_bits((high << 16) + low)
 

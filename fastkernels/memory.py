@@ -22,6 +22,7 @@ class Span(NamedTuple):
     end: int
     what: str
     tensor: Tensor
+    written: bool
 
 
 def check(op: str, tensors: Iterable[tuple[str, Tensor, bool]]) -> None:
@@ -31,25 +32,21 @@ def check(op: str, tensors: Iterable[tuple[str, Tensor, bool]]) -> None:
         ValueError: a storage is too small, an address is misaligned, a tensor that is written is an
             inference tensor or shares elements with another one; the message names them.
     """
-    spans = []
-    for what, t, written in tensors:
-        if t.numel():
-            spans.append((_span(f"{op}: {what}", t, written), written))
-    spans.sort(key=lambda span: span[0].begin)
+    spans = [_span(f"{op}: {what}", t, written) for what, t, written in tensors if t.numel()]
     open_reads: list[Span] = []
     open_writes: list[Span] = []
-    for span, written in spans:
+    for span in sorted(spans, key=lambda span: span.begin):
         open_writes = [s for s in open_writes if s.end > span.begin]
-        if written:
+        if span.written:
             open_reads = [s for s in open_reads if s.end > span.begin]
-        for other in open_writes + open_reads if written else open_writes:
+        for other in open_writes + open_reads if span.written else open_writes:
             if _share_elements(span.tensor, other.tensor):
                 first, second = sorted((span.what, other.what))
                 raise ValueError(
                     f"{first} and {second.removeprefix(f'{op}: ')} share memory, and one of them "
                     "is written to; give one of them once, or its .clone()"
                 )
-        (open_writes if written else open_reads).append(span)
+        (open_writes if span.written else open_reads).append(span)
 
 
 def is_dense(t: Tensor) -> bool:
@@ -88,7 +85,7 @@ def _span(what: str, t: Tensor, written: bool) -> Span:
             f"{what} is an inference tensor, which may not be written to; give its .clone(), made "
             "outside of torch.inference_mode()"
         )
-    return Span(begin, begin + reach * width, what, t)
+    return Span(begin, begin + reach * width, what, t, written)
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 8192  # of csrc/include/fast/anchored.h
-TILE = 512  # of csrc/cpu/storage.h
+CHUNK = 8192  # kChunk in csrc/include/fast/anchored.h
+TILE = 512  # kTile in csrc/cpu/storage.h
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),

@@ -22,8 +22,8 @@ struct InstructionSet {
 InstructionSet detect() {
 #ifdef FAST_X86
   // FASTKERNELS_CPU=baseline|avx2 steps down, for tests and for comparing.
-  const char* asked = std::getenv("FASTKERNELS_CPU");
-  const auto allowed = [asked](const char* name) { return !asked || !std::strcmp(asked, name); };
+  const char* limit = std::getenv("FASTKERNELS_CPU");
+  const auto allowed = [limit](const char* name) { return !limit || !std::strcmp(limit, name); };
   __builtin_cpu_init();
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -37,8 +37,8 @@ InstructionSet detect() {
 }
 
 const InstructionSet& instruction_set() {
-  static const InstructionSet found = detect();
-  return found;
+  static const InstructionSet best = detect();
+  return best;
 }
 
 // Below this many elements the other threads cost more than they bring.

@@ -71,7 +71,7 @@ struct Streams {
   const Real* g;
   void *m, *v;
   const void *w0, *f;
-  bool bf16_moments, bf16_anchor;  // of anchor and curvature alike
+  bool bf16_moments, bf16_anchor;  // bf16_anchor: anchor and curvature alike
 };
 
 template <class Rule, class Real, class Moment, class Compact>

@@ -49,7 +49,7 @@ __device__ Real block_sum(Real x) {
   return total;
 }
 
-// The hyper-parameters of one tensor in `Real`, derived by one thread: pow in double is dear.
+// The hyper-parameters of one tensor in `Real`, derived by one thread: pow in double is expensive.
 template <class Rule, class Wide>
 __device__ __forceinline__ const Rule& derive(const CudaUpdateArgs& a, const Row& row,
                                               double scale) {

@@ -20,7 +20,7 @@ void check(cudaError_t error) {
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// This module has a CUDA runtime of its own, which has to be told torch's device.
+// This module links its own CUDA runtime, whose device is set to that of torch.
 void use_device(int device) {
   int current = -1;
   check(cudaGetDevice(&current));

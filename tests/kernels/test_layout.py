@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+import cases
 from fastkernels import codes
 from fastkernels.ops.update.adamw import ADAMW
 from fastkernels.ops.update.batch import HARDEST, STATS
@@ -88,6 +89,12 @@ def test_constants(name):
     text = header("numeric.h") + header("update.h")
     (value,) = re.findall(rf"\b{name} = (.*?)[,;]", text)
     assert number(value) == CONSTANTS[name]
+
+
+def test_sizes_that_the_cases_are_about():
+    (chunk,) = re.findall(r"kChunk = (\d+);", header("anchored.h"))
+    (tile,) = re.findall(r"kTile = (\d+);", (ROOT / "csrc" / "cpu" / "storage.h").read_text())
+    assert (int(chunk), int(tile)) == (cases.CHUNK, cases.TILE)
 
 
 def test_a_chunk_is_whole_code_blocks_and_divides_the_range_of_a_draw():

@@ -14,15 +14,15 @@ namespace fast {
 constexpr int64_t kChunk = 8192;
 
 struct Row {
-  void* param;
-  const void* grad;
-  void* moment[2];
-  const void* anchor;     // may be null
-  const void* curvature;  // may be null
-  float* scale[2];        // of the moments, where they are codes8
-  const float* curvature_scale;
-  int16_t* remainder;  // of a bf16 param; may be null
-  float* step;
+  void* param;                   // [numel]
+  const void* grad;              // [numel]
+  void* moment[2];               // [numel] each, or null
+  const void* anchor;            // [numel] or null
+  const void* curvature;         // [numel] or null
+  float* scale[2];               // [ceil(numel / kCodeBlock)] each: where a moment is codes8
+  const float* curvature_scale;  // [ceil(numel / kCodeBlock)]: where the curvature is codes8
+  int16_t* remainder;            // [numel] or null: the low bits of a bf16 param
+  float* step;                   // [1]
   int64_t numel;
   int32_t group;
   Dtype param_type, grad_type, moment_type[2], anchor_type, curvature_type;
@@ -46,9 +46,9 @@ static_assert(offsetof(Chunk, row) == 8 && offsetof(Chunk, count) == 12, "tables
 enum Stat { grad_norm, drift, update_norm, forgetting, kStats };
 
 struct UpdateArgs {
-  const Row* rows;
+  const Row* rows;  // [row_count]
   int64_t row_count;
-  const Chunk* chunks;
+  const Chunk* chunks;  // [chunk_count]
   int64_t chunk_count;
   const double* hyper;   // [groups, columns]
   double* partial;       // [chunk_count, kStats], scratch

@@ -85,8 +85,8 @@ FAST_INLINE uint16_t to_bf16_stochastic(float x, uint32_t random) {
 }
 
 // A float held as the nearest bf16 (ties away from zero) and the 16 bits it differs by. A zero
-// never has a negative remainder, but one that somebody wrote over a parameter may: it would borrow
-// from the sign and make a NaN.
+// never has a negative remainder, but one that other code wrote over a parameter may: it would
+// borrow from the sign and make a NaN.
 FAST_INLINE float join_bf16(uint16_t high, int16_t remainder) {
   const int32_t low = (high & 0x7fffu) == 0 && remainder < 0 ? 0 : int32_t{remainder};
   return float_of((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(low));

@@ -104,8 +104,9 @@ struct Sgd {
   FAST_INLINE Real operator()(Real w, Real g, Real& b, Real&) const {
     g = multiply_add(weight_decay, w, g);
     b = multiply_add(momentum, b, gradient_share * g);
-    const Real own = direct != 0 ? g : Real(0);  // not direct * g: an infinite g must not make NaN
-    return multiply_add(-lr, multiply_add(indirect, b, own), w);
+    // Not direct * g: an infinite g must not make NaN.
+    const Real through = direct != 0 ? g : Real(0);
+    return multiply_add(-lr, multiply_add(indirect, b, through), w);
   }
 
   // Without a momentum buffer.

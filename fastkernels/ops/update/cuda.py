@@ -40,7 +40,7 @@ def _upload(plan: DevicePlan, grads: list[int], device: int, stream: int) -> Non
 def run(batch: Batch) -> None:
     """Step `batch` with the compiled kernels."""
     what = kind_of, batch.seed, batch.max_grad_norm
-    plan, batch, grads, write_back = DEVICE_PLANS.find(batch, *what)
+    plan, batch, grads, finish = DEVICE_PLANS.find(batch, *what)
     device = batch.params[0].device
     index = device.index if device.index is not None else torch.cuda.current_device()
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -60,6 +60,4 @@ def run(batch: Batch) -> None:
             *addresses((batch.stats, grad_scale, found_inf)), wide_scale,
             batch.max_grad_norm or 0.0, batch.seed,
         )  # fmt: skip
-    write_back()
-    # The kernels write behind autograd's back: a graph that saved a parameter must notice.
-    torch.autograd.graph.increment_version(batch.params)
+    finish()

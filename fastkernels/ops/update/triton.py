@@ -239,25 +239,25 @@ def stream(
 ):  # fmt: skip
     """Where a chunk of the stream in FIELD begins.
 
-    The alignment has to be told after the cast and the offset: on the integer it is lost.
+    The alignment is stated after the cast and the offset: on the integer it would be lost.
     """
     base = tl.load(row + word(FIELD)).to(tl.pointer_type(TYPE)) + begin
     return tl.multiple_of(base, ALIGN)
 
 
 @triton.jit
-def add(total, x, keep, OWN: tl.constexpr):
-    """`total` [BLOCK / OWN] plus x [BLOCK], a thread's own elements first: a register per thread
-    and norm instead of OWN."""
+def add(total, x, keep, PER_THREAD: tl.constexpr):
+    """`total` [BLOCK / PER_THREAD] plus x [BLOCK]. The elements of a thread are added first: a norm
+    takes one register per thread instead of PER_THREAD."""
     if keep is not None:
         x = tl.where(keep, x, 0.0)
-    return total + tl.sum(tl.reshape(x, (x.shape[0] // OWN, OWN)), axis=1)
+    return total + tl.sum(tl.reshape(x, (x.shape[0] // PER_THREAD, PER_THREAD)), axis=1)
 
 
 @triton.jit
 def update_tile(
     APPLY: tl.constexpr, rule, streams, sums, o, keep, key, begin,
-    REAL: tl.constexpr, CLIP: tl.constexpr, STATS: tl.constexpr, OWN: tl.constexpr,
+    REAL: tl.constexpr, CLIP: tl.constexpr, STATS: tl.constexpr, PER_THREAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of a chunk: their part of the four sums is added and returned."""
     p, remainder, g, m, m_scale, v, v_scale, a, f, f_scale = streams
@@ -286,13 +286,13 @@ def update_tile(
         store_state(v, v_scale, o, keep, second, key, begin, False)
     if STATS:
         if not CLIP:
-            squares = add(squares, grad * grad, keep, OWN)
-        change = add(change, (new - old) * (new - old), keep, OWN)
+            squares = add(squares, grad * grad, keep, PER_THREAD)
+        change = add(change, (new - old) * (new - old), keep, PER_THREAD)
         if a is not None:
             away = new - w0
-            drift = add(drift, away * away, keep, OWN)
+            drift = add(drift, away * away, keep, PER_THREAD)
             if f is not None:
-                forgetting = add(forgetting, curvature * away * away, keep, OWN)
+                forgetting = add(forgetting, curvature * away * away, keep, PER_THREAD)
     return squares, drift, change, forgetting
 
 
@@ -377,7 +377,7 @@ def update_kernel(
 def run(batch: Batch) -> None:
     """Step `batch` in place."""
     what = kind_of, batch.seed, batch.max_grad_norm
-    plan, batch, addresses, write_back = DEVICE_PLANS.find(batch, *what)
+    plan, batch, addresses, finish = DEVICE_PLANS.find(batch, *what)
     device = batch.params[0].device
     grad_scale = flag(batch.grad_scale, device)
     found_inf = flag(batch.found_inf, device)
@@ -409,6 +409,4 @@ def run(batch: Batch) -> None:
             plan.rows, len(batch.params), plan.partial, chunk_count, plan.control,
             grad_scale, found_inf, batch.stats, CLIP=clip, BLOCK=_REDUCE, num_warps=_WARPS,
         )  # fmt: skip
-    write_back()
-    # The kernels write behind autograd's back: a graph that saved a parameter must notice.
-    torch.autograd.graph.increment_version(batch.params)
+    finish()

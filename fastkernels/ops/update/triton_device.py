@@ -1,8 +1,12 @@
 """What the Triton kernels of the anchored updates call: stored forms, and the rules.
 
 The forms are those of csrc/include/fast/numeric.h and `fastkernels.codes`, the rules those of
-csrc/include/fast/update.h and `.reference`. Blocks are of BLOCK elements; what is absent is None
-and decided by the compiler, not by the kernel; `keep` masks a ragged end, or is None.
+csrc/include/fast/update.h and `.reference`. What is absent is None and decided by the compiler, not
+by the kernel.
+
+Pointers begin at the first element of a chunk of `count` elements: `at` `[count]` is a stored
+tensor, `remainders` int16 `[count]`, `scales` float32 `[ceil(count / CODE_BLOCK)]`. `o` `[BLOCK]`
+are the elements of this tile, and `keep` `[BLOCK]` masks a ragged end, or is None.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -49,10 +53,7 @@ def rounding_key(seed, step, begin):
 
 
 @triton.jit
-def load(
-    at,  # stored dtype [count]
-    o, keep,
-):  # fmt: skip
+def load(at, o, keep):
     if keep is None:
         return tl.load(at + o)
     else:
@@ -60,10 +61,7 @@ def load(
 
 
 @triton.jit
-def store(
-    at,  # stored dtype [count]
-    o, keep, value,
-):  # fmt: skip
+def store(at, o, keep, value):
     if keep is None:
         tl.store(at + o, value)
     else:
@@ -83,11 +81,7 @@ def to_bf16(x, random):
 
 
 @triton.jit
-def load_state(
-    at,  # stored dtype [count]
-    scales,  # float32 [ceil(count / CODE_BLOCK)], or None
-    o, keep, SIGNED: tl.constexpr, REAL: tl.constexpr,
-):  # fmt: skip
+def load_state(at, scales, o, keep, SIGNED: tl.constexpr, REAL: tl.constexpr):
     """A moment or the curvature, plain or of 8-bit codes with their scales."""
     stored = load(at, o, keep)
     if stored.dtype == tl.uint8:
@@ -108,10 +102,7 @@ def load_state(
 
 
 @triton.jit
-def store_plain(
-    at,  # stored dtype [count]
-    o, keep, value,
-):  # fmt: skip
+def store_plain(at, o, keep, value):
     if at.dtype.element_ty == tl.bfloat16:
         store(at, o, keep, to_bf16(value.to(tl.float32), None))
     else:
@@ -119,11 +110,7 @@ def store_plain(
 
 
 @triton.jit
-def encode(
-    x, random,
-    scales,  # float32 [ceil(count / CODE_BLOCK)]
-    o, keep, SIGNED: tl.constexpr,
-):  # fmt: skip
+def encode(x, random, scales, o, keep, SIGNED: tl.constexpr):
     """Codes of x; the scales of the blocks are stored."""
     BLOCKS: tl.constexpr = x.shape[0] // CODE_BLOCK
     top = SIGNED_TOP if SIGNED else UNSIGNED_TOP
@@ -161,11 +148,7 @@ def encode(
 
 
 @triton.jit
-def store_state(
-    at,  # stored dtype [count]
-    scales,  # float32 [ceil(count / CODE_BLOCK)], or None
-    o, keep, value, key, begin, SIGNED: tl.constexpr,
-):  # fmt: skip
+def store_state(at, scales, o, keep, value, key, begin, SIGNED: tl.constexpr):
     """A moment. Second moments (not SIGNED) in bfloat16 and all codes round stochastically."""
     TYPE: tl.constexpr = at.dtype.element_ty
     if TYPE == tl.uint8:
@@ -180,11 +163,7 @@ def store_state(
 
 
 @triton.jit
-def load_param(
-    at,  # stored dtype [count]
-    remainders,  # int16 [count], or None
-    o, keep, REAL: tl.constexpr,
-):  # fmt: skip
+def load_param(at, remainders, o, keep, REAL: tl.constexpr):
     """A parameter; bfloat16 with remainders is a float32."""
     stored = load(at, o, keep)
     if remainders is None:
@@ -192,17 +171,13 @@ def load_param(
     else:
         high = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
         low = load(remainders, o, keep).to(tl.int32)
-        # A zero with a negative remainder was written by somebody else; it would become a NaN.
+        # A zero with a negative remainder was written by other code; it would become a NaN.
         low = tl.where((high & 0x7FFF) == 0, tl.maximum(low, 0), low)
         return ((high << 16) + low.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def store_param(
-    at,  # stored dtype [count]
-    remainders,  # int16 [count], or None
-    o, keep, value,
-):  # fmt: skip
+def store_param(at, remainders, o, keep, value):
     if remainders is None:
         store_plain(at, o, keep, value)
     else:

@@ -20,7 +20,7 @@ from fastkernels.codes import compute_dtype
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19
 # What the 8-bit codes of a state mean, as the key `code_format` of its group; a state without the
-# key is of format 1. Signed codes changed in format 2 (`_storage`); unsigned ones never did.
+# key is of format 1. Signed codes changed in format 2, unsigned ones never did.
 CODE_FORMAT = 2
 
 
