@@ -186,7 +186,7 @@ def test_grad_scaler(ours, theirs, unscale):
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler_leaves_gradients_unscaled(unscale, clip, stall):
     """As torch's optimizers do, each gradient once, of stalled groups too; and not clipped."""
-    found = []
+    grads = []
     for scale in (1.0, 1024.0):
         model = network()
         optimizer = AdamW(model.parameters(), max_grad_norm=clip, stall=stall)
@@ -195,8 +195,8 @@ def test_grad_scaler_leaves_gradients_unscaled(unscale, clip, stall):
         if unscale:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
-        found.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
 
 
 def test_grad_scaler_leaves_gradients_of_a_skipped_step():

@@ -1,4 +1,4 @@
-"""The pull to the pretrained weights: what it does, where its state lives, and the stall."""
+"""The pull to the pretrained weights: what it does, where its state lives."""
 
 from __future__ import annotations
 

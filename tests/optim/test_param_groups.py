@@ -13,14 +13,14 @@ import fast
 
 def test_curvature_is_split_with_the_parameters():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    found = [torch.full_like(p, float(i)) for i, p in enumerate(model[0].parameters())]
-    groups = fast.param_groups(model, curvature=found, weight_decay=0.1, anchor_decay=1.0)
-    given = {g["name"]: [float(f.mean()) for f in g.get("curvature", [])] for g in groups}
-    assert given["backbone"] == [0.0]
-    assert given["backbone_no_decay"] == [1.0]
+    curvature = [torch.full_like(p, float(i)) for i, p in enumerate(model[0].parameters())]
+    groups = fast.param_groups(model, curvature=curvature, weight_decay=0.1, anchor_decay=1.0)
+    split = {g["name"]: [float(f.mean()) for f in g.get("curvature", [])] for g in groups}
+    assert split["backbone"] == [0.0]
+    assert split["backbone_no_decay"] == [1.0]
     fast.AdamW(groups)
     with pytest.raises(ValueError, match="curvature has 1 entries for 2 backbone"):
-        fast.param_groups(model, curvature=found[:1])
+        fast.param_groups(model, curvature=curvature[:1])
 
 
 class Tied(nn.Module):

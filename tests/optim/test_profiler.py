@@ -21,15 +21,15 @@ def test_ranges_and_op_are_named(op):
     model = nn.Linear(3, 2)
     opt = OPTIMIZERS[op](model.parameters())
     model(torch.randn(4, 3)).sum().backward()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(2):
             opt.step()
-    rows = {row.key: row for row in found.key_averages()}
+    rows = {row.key: row for row in profiled.key_averages()}
     ranges = ("fast::step", "fast::collect", f"Optimizer.step#{type(opt).__name__}.step", op)
     for name in ranges:
         assert rows[name].count == 2, name
     # Nested, so that the step's time is not counted beside its parts.
-    (step, *_) = [e for e in found.events() if e.name == "fast::step"]
+    (step, *_) = [e for e in profiled.events() if e.name == "fast::step"]
     assert {"fast::collect", op} <= {child.name for child in step.cpu_children}
 
 
@@ -43,9 +43,9 @@ def test_one_op_for_all_groups():
         ]
     )
     model(torch.randn(4, 3)).sum().backward()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         opt.step()
-    rows = {row.key: row for row in found.key_averages()}
+    rows = {row.key: row for row in profiled.key_averages()}
     assert rows["fastkernels::anchored_adamw_"].count == 1
 
 

@@ -200,8 +200,8 @@ def test_states_in_the_first_8_bit_code_are_converted():
     p, optimizer = stepped(state_dtype=torch.uint8)
     optimizer.load_state_dict(in_first_format(optimizer, x))
     state = optimizer.state[p]
-    found = codec.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
-    torch.testing.assert_close(found, x, rtol=0.15, atol=0.01)
+    decoded = codec.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
+    torch.testing.assert_close(decoded, x, rtol=0.15, atol=0.01)
     assert optimizer.param_groups[0]["code_format"] == storage.CODE_FORMAT
     plain = stepped(n=9)[1]
     plain.load_state_dict(in_first_format(optimizer, x))

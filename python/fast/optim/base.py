@@ -139,12 +139,12 @@ class AnchoredOptimizer(Optimizer):
         return [(g, p) for g in self.param_groups for p in g["params"]]
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group; where its `anchor_decay` is not 0, its weights of now are its anchor.
+        """Add a group. Where its `anchor_decay` is not 0, its present weights are its anchors.
 
         Raises:
             ValueError: a value is out of range, or a parameter is complex.
         """
-        self._progress.settle(self.param_groups)  # an open step is none of the new group's
+        self._progress.settle(self.param_groups)  # the new group does not count an open step
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -226,10 +226,10 @@ class AnchoredOptimizer(Optimizer):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: `load_state_dict` of this class and of torch's take it. Waits for a step.
+        """The state as torch has it: `load_state_dict` of this class and of torch's take it.
 
-        Moments in 8-bit codes are ours alone: load them into an optimizer of this class with
-        `state_dtype=None` first, and its state into torch's.
+        It waits for the last step. Moments in 8-bit codes are ours alone: load them into an
+        optimizer of this class with `state_dtype=None` first, and its state into torch's.
         """
         self._progress.settle(self.param_groups)
         return super().state_dict()
@@ -255,8 +255,8 @@ class AnchoredOptimizer(Optimizer):
             for group in state_dict["param_groups"]:
                 self._check_group(self.defaults | group | {"params": []})
 
-        # As the last pre-hook and the first post-hook: those of others see what they should, the
-        # state as it was saved and as it is stored here.
+        # The last pre-hook and the first post-hook: other hooks see the state as it was saved, and
+        # as it is stored here.
         handles = (
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(
@@ -354,7 +354,7 @@ class AnchoredOptimizer(Optimizer):
         self._progress.count(self.param_groups, scaling.found_inf)
 
     def _check_capture(self, batches: Mapping[Place, Batch]) -> None:
-        """A graph replays what is decided here, once and for all."""
+        """Raise a RuntimeError in a CUDA graph, which would replay the learning rate of a ramp."""
         if not any(place.device.type == "cuda" for place in batches):
             return
         if torch.cuda.is_current_stream_capturing() and self._progress.warming(self.param_groups):
@@ -364,10 +364,10 @@ class AnchoredOptimizer(Optimizer):
             )
 
     def _options(self, batch: Batch, place: Place) -> dict[str, Any]:
-        """The arguments that the update ops have in common, but for the scale of gradients."""
+        """The arguments that the update ops have in common, except the scale of gradients."""
         device = place.device
         step = batch.states[0].get("step")
-        if step is not None and step.device != device:  # the model was moved since
+        if step is not None and step.device != device:  # the model was moved after the last step
             for state in batch.states:
                 state.update({key: value.to(device) for key, value in state.items()})
         curvature, curvature_scales = batch.curvature(self.storage.curvature_dtype == torch.uint8)
@@ -417,8 +417,9 @@ class AnchoredOptimizer(Optimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # Moments are made together: the last stands for all, and `Batch` misses any other. SGD's
-        # may be switched on later; AdamW's were taken away, which `Batch` misses too.
+        # A state gets all its moments at once, so only the last is looked for; `Batch` refuses a
+        # state without one of the others. SGD's momentum may be switched on later; AdamW never
+        # lacks a moment unless somebody took it away, which `Batch` refuses too.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
@@ -440,8 +441,8 @@ class AnchoredOptimizer(Optimizer):
         return states
 
     def _hyper_table(self, batch: Batch, place: Place) -> Tensor:
-        """The op's table `[groups, columns]`; kept, and known to be in range, between steps while
-        nothing in it changes.
+        """The op's table `[groups, columns]`. While nothing in it changes it is kept from step to
+        step, and not checked again.
 
         Raises:
             ValueError: a value that was changed is out of range.

@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
 
 def is_sharded(t: Any) -> bool:
-    # Who has a DTensor has imported its module, and who has none need not.
+    # A program that has a DTensor has imported its module; one that has none need not.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 

@@ -1,8 +1,8 @@
-"""What the gradients of a step are scaled by: loss scale and clipping, over several calls or ranks.
+"""The scale of the gradients of a step: loss scale and clipping, over several calls or ranks.
 
-An op clips by the norm of the gradients it is given. Where a step is several calls, or parameters
-are sharded over ranks, the norm is taken here, and clipping becomes part of the loss scale that the
-op divides by. Nothing here reads a value on the host.
+An op clips by the norm of the gradients in its call. Where a step takes several calls, or
+parameters are sharded over ranks, the norm is computed here, and clipping becomes part of the loss
+scale that the op divides by. Nothing here reads a value on the host.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from fast.optim.batch import Batch
 from fast.optim.dtensor import Place
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """`shrink`: the clip coefficient, when it is already a part of `grad_scale`."""
+    """What an op is told about the scale of its gradients.
+
+    Args:
+        grad_scale: the loss scale, which gradients are divided by.
+        found_inf: not 0 where the step is to be skipped.
+        max_grad_norm: the norm that the op clips at.
+        shrink: the clip coefficient, when it is already a part of `grad_scale`.
+    """
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -36,7 +43,10 @@ class Scaling:
         }
 
     def totals(self, place: Place, stats: Tensor, before: Mapping[Place, Tensor]) -> Tensor:
-        """The figures of all ranks, float64 `[4]` (three norms and a sum), from those of this."""
+        """The figures of all ranks, float64 `[4]` (three norms and a sum), from those of this one.
+
+        Where the step is skipped they are those `before`.
+        """
         sums = torch.cat([stats[:3].square(), stats[3:]])
         sums = dtensor.sum_over(place.groups, sums)
         total = torch.cat([sums[:3].sqrt(), sums[3:]])
@@ -72,7 +82,7 @@ def scale(
         found_inf = found_inf.full_tensor()  # type: ignore[attr-defined]
     one_call = len(batches) == 1 and not next(iter(batches)).groups
     if max_grad_norm is None or one_call or not batches:
-        return Scaling(grad_scale, found_inf, max_grad_norm)
+        return Scaling(grad_scale=grad_scale, found_inf=found_inf, max_grad_norm=max_grad_norm)
     devices = sorted({str(place.device) for place in batches})
     if len(devices) > 1:
         raise RuntimeError(
@@ -91,7 +101,7 @@ def scale(
     by = unscale / shrink
     if not any(p.dtype == torch.float64 for batch in batches.values() for p in batch.params):
         by = by.float()  # as the kernels take it without a copy
-    return Scaling(by, found_inf, None, shrink)
+    return Scaling(grad_scale=by, found_inf=found_inf, max_grad_norm=None, shrink=shrink)
 
 
 def unscale_(grads: Sequence[Tensor], grad_scale: Tensor, found_inf: Tensor | None) -> None:
@@ -101,7 +111,7 @@ def unscale_(grads: Sequence[Tensor], grad_scale: Tensor, found_inf: Tensor | No
     if found_inf is not None:
         factor = torch.where(found_inf.reshape(()) != 0, 1.0, factor)
     by_device: dict[torch.device, list[Tensor]] = {}
-    for own in map(dtensor.local, grads):
-        by_device.setdefault(own.device, []).append(own)
+    for grad in map(dtensor.local, grads):
+        by_device.setdefault(grad.device, []).append(grad)
     for device, group in by_device.items():
         torch._foreach_mul_(group, factor.to(device, torch.float32))

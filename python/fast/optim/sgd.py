@@ -98,18 +98,18 @@ class SGD(AnchoredOptimizer):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        found = super().state_dict()
-        for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
-            # torch starts a momentum that is not there as we do at step 0, and dampens one of
+        state_dict = super().state_dict()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            # torch starts a missing momentum undamped, as we do at step 0, but dampens one of
             # zeros. A sharded state stays complete, as torch.distributed.checkpoint needs it.
             if not group["dampening"] or dtensor.any_sharded(group["params"]):
                 continue
             for i in saved["params"]:
-                state = found["state"].get(i, {})
+                state = state_dict["state"].get(i, {})
                 if is_stored(state, "momentum_buffer") and not state["step"].any():
-                    found["state"][i] = state = dict(state)
+                    state_dict["state"][i] = state = dict(state)
                     drop(state, "momentum_buffer")
-        return found
+        return state_dict
 
     def _hyper_row(self, group: Group, lr: float) -> list[float]:
         return [
@@ -121,7 +121,7 @@ class SGD(AnchoredOptimizer):
         momentum_buffers, momentum_scales = batch.moment("momentum_buffer", optional=True)
         on = [bool(group["momentum"]) for group, _ in batch.rows]
         if not all(on):
-            # One that was switched off keeps its momentum, unused, as torch's does.
+            # A group whose momentum was switched off keeps its buffers, unused, as torch's does.
             pairs = zip(momentum_buffers, batch.groups, strict=True)
             momentum_buffers = [b if on[row] else batch.nothing for b, row in pairs]
         if not torch.compiler.is_compiling():
@@ -137,7 +137,7 @@ def _refuse_empty(buffers: list[Tensor], batch: Batch, on: list[bool]) -> None:
     try:
         if 0 not in map(Tensor.numel, buffers):
             return
-    except TypeError:  # of what is no tensor, which the op names
+    except TypeError:  # something there is no tensor, which the op names
         return
     for b, p, row in zip(buffers, batch.params, batch.groups, strict=True):
         if on[row] and p.numel() and not b.numel():
