@@ -42,7 +42,7 @@ def machine(info: Record) -> str:
     return (
         f"{cpu.get('brand_raw', info['processor'])}, {cpu.get('count', '?')} cores; Python "
         f"{info['python_version']}, torch {info['torch']}, {info['native']}; commit "
-        f"{info['commit']}{' with changes' if info['changed'] else ''}"
+        f"{info['commit']}"
     )
 
 
