@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import commit
-from fastkernels import _native
+from fastkernels.backends import native
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
@@ -16,7 +16,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info |= {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "native": _native.available()[1],
+        "native": native.available()[1],
         "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),

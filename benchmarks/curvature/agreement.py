@@ -29,7 +29,7 @@ from torch import nn
 
 from benchmarks.common import Record, save, shown, table
 from benchmarks.real_pairs import real_pair
-from fast.curvature import Hessian
+from fast.curvature import Hessian, keep_freed_memory
 from fast.data.trees import pick
 
 NETWORKS = {"ResNet-20, CIFAR-10": "resnet20 -> gtsrb", "MiniLM, SST-2": "minilm -> sst2"}
@@ -190,6 +190,7 @@ def time_row(what: str, method: str, seconds: str, ratio: str, outcome: str) -> 
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the data folder: real_pairs.py")
     parser.add_argument("--samples", type=int, default=64)

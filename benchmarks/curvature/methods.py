@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.curvature import peers
 from benchmarks.curvature.networks import build
-from fast.curvature import GGN, Hessian
+from fast.curvature import GGN, Hessian, keep_freed_memory
 
 # A Jacobian with more rows is not written out row by row.
 MOST_ROWS = 128
@@ -39,6 +39,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
 
 def _ours(kind: type[Hessian | GGN], method: str):
     def prepare(model: nn.Module, x: Tensor, y: Tensor, vectors: Vectors):
+        keep_freed_memory()
         # With cache=False, what the products share is computed, and counted, every time.
         operator = kind(model, F.cross_entropy, (x, y), method=method, cache=False)
         return lambda: operator @ vectors

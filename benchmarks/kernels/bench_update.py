@@ -27,8 +27,8 @@ from benchmarks.kernels.handwritten import USERS
 from benchmarks.kernels.interleaved import Rounds
 from benchmarks.kernels.methods import Method, Missing, compiled, ours, torchs
 from benchmarks.kernels.shapes import SETS, Shapes
+from benchmarks.kernels.streams import StreamWalk, compiler
 from benchmarks.kernels.tensors import LR, Tensors, Update, checked
-from fastkernels import _native
 
 BASE = "torch fused"
 ANCHOR, CURVATURE = Update(pull="proximal"), Update(pull="proximal", curvature=True)
@@ -91,9 +91,7 @@ def floor(method: Method) -> tuple[str, Callable[[], object]]:
     for streams in method.passes:
         widths = [tensors[0].element_size() for tensors, _ in streams]
         written = [w for _, w in streams]
-        addresses = [[t.data_ptr() for t in tensors] for tensors, _ in streams]
-        numels = [t.numel() for t in streams[0][0]]
-        walks.append(_native.module().StreamWalk(numels, widths, written, addresses))
+        walks.append(StreamWalk(streams))
         names.append(" ".join(f"{w}{'rw' if rw else 'r'}" for w, rw in zip(widths, written)))  # noqa: B905
     threads = torch.get_num_threads()
     return "floor: " + ", ".join(names), lambda: [walk.run(threads) for walk in walks]
@@ -112,7 +110,7 @@ def measure(shapes: Shapes, names: list[str], seconds: float, least: int) -> Mea
             continue
         errors[name], first_calls[name] = check(tensors, method)
         methods[name], steps[name] = method, method.step
-        if _native.available()[0]:
+        if compiler():
             floors[name], walk = floor(method)
             steps.setdefault(floors[name], walk)
     for step in steps.values():

@@ -22,8 +22,8 @@ from benchmarks.common import Record
 from benchmarks.gpu import Step
 from benchmarks.kernels.shapes import SETS as SHAPES
 from benchmarks.kernels.shapes import Shapes
-from fastkernels import _backends
-from fastkernels._storage import code_scales
+from fastkernels.codes import code_scales
+from fastkernels.op import ENVIRONMENT
 
 BF16, CODES, F32 = torch.bfloat16, torch.uint8, torch.float32
 SETS: dict[str, Callable[[], Shapes]] = {**SHAPES, "one_100m": lambda: [(100_000_000,)]}
@@ -109,7 +109,7 @@ class Case:
 
 
 def force(backend: str) -> None:
-    os.environ[_backends.ENVIRONMENT] = backend
+    os.environ[ENVIRONMENT] = backend
 
 
 def wrong(shapes: Shapes, variant: Variant, backend: str) -> str:
@@ -192,7 +192,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     gpu.need_cuda()
-    rows = _backends.explain()
+    rows = fastkernels.explain()
     backends = sorted({r.backend for r in rows if r.device == "cuda" and r.available
                        and r.op == "anchored_adamw_"} - {"reference"})  # fmt: skip
     copy = gpu.copy_bandwidth(args.rounds)

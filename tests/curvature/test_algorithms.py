@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,7 @@ from fast.curvature import (
     Fisher,
     Hessian,
     MatrixOperator,
+    Spectrum,
     cg,
     fisher_diagonal,
     hutchinson_diagonal,
@@ -22,6 +27,7 @@ from fast.curvature import (
     top,
     trace,
 )
+from fast.curvature.algorithms.spectrum import _pad
 
 
 def _matrix(values: Tensor, seed: int = 0) -> Tensor:
@@ -245,3 +251,42 @@ def test_fisher_diagonal_names_the_bad_option(options: dict, match: str) -> None
     model, x, y = build("mlp-tanh")
     with pytest.raises(ValueError, match=match):
         fisher_diagonal(model, F.cross_entropy, (x, y), **options)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-42, 1e30])
+def test_conjugate_gradients_at_any_scale(scale: float) -> None:
+    matrix = torch.diag(torch.linspace(1, 2, 10))
+    b = torch.ones(10) * torch.tensor(scale)
+    result = cg(MatrixOperator(matrix), torch.stack([b, torch.zeros(10)], 1), tol=1e-6)
+    assert result.converged
+    torch.testing.assert_close(
+        result.solution[:, 0].double(), b.double() / matrix.diag().double(), rtol=1e-2, atol=0
+    )
+    assert bool((result.solution[:, 1] == 0).all())
+
+
+def test_solve_says_when_it_gave_up() -> None:
+    operator = MatrixOperator(torch.diag(torch.linspace(1, 50, 40).double()))
+    b = torch.ones(40, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="after 2 iterations the relative residual is"):
+        operator.solve(b, max_iterations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        operator.solve(b)
+
+
+def test_shorter_lanczos_runs_add_no_eigenvalue() -> None:
+    short = torch.tensor([5.0]).double(), torch.tensor([5.0, 6.0]).double()
+    nodes = _pad(list(short), 2, weights=False)
+    weights = _pad([torch.ones(1).double(), torch.full((2,), 0.5).double()], 2, weights=True)
+    assert nodes.tolist() == [[5.0, 5.0], [5.0, 6.0]]
+    padded = Spectrum(nodes, weights, 8)
+    assert padded.expectation(torch.log)[0] == pytest.approx(
+        8 * (math.log(5) + (math.log(5) + math.log(6)) / 2) / 2
+    )
+
+
+@pytest.mark.parametrize("algorithm", [trace, functools.partial(spectrum, num_probes=1)])
+def test_products_that_are_not_finite(algorithm) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        algorithm(MatrixOperator(torch.full((40, 40), torch.nan)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvature_cases import build
 from curvature_truth import Net, batch, linear, parameter, relative
 from fast.curvature import GGN, Hessian
-from fast.curvature.network.unchanged import checksum
+from fast.curvature.network.snapshot import checksum
 
 
 def _permute(model: nn.Module) -> None:

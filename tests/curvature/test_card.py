@@ -221,6 +221,20 @@ def test_a_parameter_in_the_place_of_a_freed_one_is_not_taken_for_it(model, card
         bound.energy(others[-1:])
 
 
+def test_a_card_without_weights_needs_anchors(model, card):
+    net = copy.deepcopy(model)
+    bound = card.bind(net)
+    light = bound.without_weights()
+    params = list(backbone(net).values())
+    anchors = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        params[0] += 0.1
+    with pytest.raises(ValueError, match="does not know the pretrained weights"):
+        light.energy(params)
+    assert light.energy(params, anchors) == bound.energy(params) > 0
+    assert bound.energy(params) == bound.energy(params, anchors), "the card itself is unchanged"
+
+
 def test_a_copied_card_is_bound_again(model, card):
     net = copy.deepcopy(model)
     again = pickle.loads(pickle.dumps(card.bind(net)))

@@ -25,12 +25,14 @@ Facts = dict[str, Any]
 def card() -> fast.SourceCard:
     values = {"a.weight": torch.arange(300.0).view(20, 15), "b": torch.ones(3)}
     return fast.SourceCard(
-        {n: Codes.of(v) for n, v in values.items()},
-        {n: fingerprint(v) for n, v in values.items()},
+        entries={n: Codes.of(v) for n, v in values.items()},
+        fingerprints={n: fingerprint(v) for n, v in values.items()},
         num_samples=60,
         labels="sampled",
         temperature=3.0,
-        calibration=Calibration(2.0, 1.0, 1.5, float("nan"), ((1e-3, 2e-3),)),
+        calibration=Calibration(
+            scale=2.0, exponent=1.0, spread=1.5, coherence=float("nan"), points=((1e-3, 2e-3),)
+        ),
     )
 
 
@@ -41,8 +43,8 @@ def rewrite(path: Path, change: Callable[[Facts, dict[str, torch.Tensor]], Any])
         keys = file.keys()
         tensors = {k: file.get_tensor(k) for k in keys}
     facts = json.loads(metadata["card"])
-    found = change(facts, tensors)
-    metadata["card"] = found if isinstance(found, str) else json.dumps(facts)
+    result = change(facts, tensors)
+    metadata["card"] = result if isinstance(result, str) else json.dumps(facts)
     del metadata["checksum"]
     save_file(tensors, path, metadata)
 
@@ -151,9 +153,9 @@ def test_a_card_without_a_checksum_is_read_with_a_warning(tmp_path: Path) -> Non
 
 
 def test_representations_are_short() -> None:
-    found = card()
-    assert repr(found) == "SourceCard(303 weights in 2 tensors, 60 samples, labels 'sampled')"
-    assert repr(found.entries["b"]) == "Codes([3])"
+    result = card()
+    assert repr(result) == "SourceCard(303 weights in 2 tensors, 60 samples, labels 'sampled')"
+    assert repr(result.entries["b"]) == "Codes([3])"
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,15 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature_cases import build
+from curvature_truth import batch, linear
 from fast.curvature import GGN, Fisher, Hessian, Loss, MatrixOperator
+from fast.curvature.operators.mean import WeightedMean
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,9 +89,9 @@ def test_check_finds_a_network_that_is_not_a_function() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict, match: str) -> None:
     model, x, y = build("mlp-tanh")
-    given = {"model": model, "loss_fn": F.cross_entropy, "data": (x, y), **arguments}
+    call = {"model": model, "loss_fn": F.cross_entropy, "data": (x, y), **arguments}
     with pytest.raises((ValueError, TypeError), match=match):
-        Hessian(**given).matmat(torch.zeros(89, dtype=x.dtype))
+        Hessian(**call).matmat(torch.zeros(89, dtype=x.dtype))
 
 
 def test_bad_vectors_are_named() -> None:
@@ -152,3 +155,47 @@ def test_numbers_that_mean_nothing_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         call(Hessian(MODEL, F.cross_entropy, (X, LABELS)))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mlp-tanh", "layer-norm", "conv", "attention"])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_check_passes_in_half_precision(kind, name: str, dtype: torch.dtype) -> None:
+    model, x, y = build(name, dtype)
+    report = kind(model, F.cross_entropy, (x, y)).check()
+    assert report.ok, str(report)
+
+
+def test_check_still_finds_what_is_wrong_in_half_precision() -> None:
+    matrix = torch.randn(20, 20)
+    matrix = (matrix + matrix.T).bfloat16()
+    matrix[3, 4] += 20
+    assert "symmetry" in MatrixOperator(matrix).check().failures
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_check_copies_modules_that_keep_a_computed_tensor(wrap) -> None:
+    x, y = batch()
+    model = nn.Sequential(wrap(linear(6, 5)), nn.Tanh(), linear(5, 4)).eval()
+    model(x)
+    report = Hessian(model, F.cross_entropy, (x, y)).check()
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_check_of_a_process_group(kind, tmp_path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        model, x, y = build("mlp-tanh")
+        report = kind(model, F.cross_entropy, (x, y), process_group=dist.group.WORLD).check()
+        assert report.ok, str(report)
+        mixed = [torch.full((2,), 0.5, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64)]
+        mean = WeightedMean(dist.group.WORLD)
+        mean.add(mixed, 257.0, "mean")  # no number of bfloat16
+        out = mean.result()
+        assert [o.dtype for o in out] == [torch.bfloat16, torch.float64]
+        assert [o.tolist() for o in out] == [[0.5, 0.5], [1.0]]
+        assert mean.weight == 257.0
+    finally:
+        dist.destroy_process_group()

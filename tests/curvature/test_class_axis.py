@@ -28,22 +28,59 @@ def transposed(model: nn.Module) -> nn.Module:
     return Net(lambda net, x: net.inner(x).transpose(1, 2), inner=model)
 
 
-def maps() -> nn.Module:
-    """[N, 5, 4] -> [N, 6, 1, 4], by convolutions."""
+def maps(classes: int = 6) -> nn.Module:
+    """[N, 5, 4] -> [N, C, 1, 4], by convolutions."""
     torch.manual_seed(1)
-    layers = (nn.Conv2d(5, 4, 1), nn.Tanh(), nn.Conv2d(4, 6, 1))
+    layers = (nn.Conv2d(5, 4, 1), nn.Tanh(), nn.Conv2d(4, classes, 1))
     return nn.Sequential(nn.Unflatten(1, (5, 1)), *layers).double()
 
 
-@pytest.mark.parametrize("classes", [6, 5])
-def test_a_card_of_answers_that_cannot_change_is_zero(classes: int) -> None:
-    """All logits of a token are equal, whatever the weights are."""
-    model = tokens(classes)
-    nn.init.ones_(model.out.weight)
+def equal_logits(form: str, classes: int) -> nn.Module:
+    """A network whose logits of one token (or pixel) are all equal, whatever its weights are."""
+    model = maps(classes) if form == "maps" else tokens(classes)
+    head = model[-1] if form == "maps" else model.out
+    nn.init.ones_(head.weight)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return transposed(model) if form == "second" else model
+
+
+@pytest.mark.parametrize("classes", [6, 5, 4])
+@pytest.mark.parametrize("form", ["last", "second", "maps"])
+def test_a_card_of_answers_that_cannot_change_is_zero(form: str, classes: int) -> None:
+    """With as many classes as tokens (5) or pixels (4), too."""
+    model = equal_logits(form, classes)
     with pytest.warns(RuntimeWarning, match="no step of the backbone changes the source answers"):
         card = fast.SourceCard.estimate(model, X, num_samples=8, calibration_samples=4)
     assert card.mean < 1e-12
-    assert card.forecast(model.first.parameters()) == 0
+    assert card.forecast(p for n, p in model.named_parameters() if n in card.entries) == 0
+    unlabelled, backbone = [(X, None)], list(card.entries)
+    for kind in (GGN, Fisher):
+        operator = kind(model, F.cross_entropy, unlabelled, backbone)
+        assert float(operator.trace(num_matvecs=6)) < 1e-12
+    for method in ("samples", "signs"):
+        diagonal = fisher_diagonal(model, F.cross_entropy, unlabelled, backbone, method=method)
+        assert max(float(d.max()) for d in diagonal.values()) < 1e-12
+
+
+def test_without_a_linear_head_labels_have_to_tell() -> None:
+    """Two orders are possible, and a guess would be wrong in silence."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return torch.tanh(net.first(x)) @ net.table.T
+
+    model = Net(forward, first=linear(4, 4), table=nn.Parameter(torch.ones(6, 4).double()))
+    for unlabelled in (
+        lambda: GGN(model, F.cross_entropy, [(X, None)]).trace(num_matvecs=6),
+        lambda: fisher_diagonal(model, F.cross_entropy, X),
+    ):
+        with pytest.raises(ValueError, match=r"logits are \[8, 5, 6\], .* has no linear head"):
+            unlabelled()
+    with pytest.raises(ValueError, match="has no linear head"):
+        fast.SourceCard.estimate(model, X, num_samples=8, calibration_samples=4)
+    labelled = (X, torch.zeros(8, 5).long())
+    first = GGN(model, F.cross_entropy, labelled, "first.*")
+    assert float(first.trace(num_matvecs=6)) < 1e-12
 
 
 @pytest.mark.parametrize("classes", [6, 5])
@@ -54,8 +91,8 @@ def test_a_card_of_tokens_is_that_of_the_tokens_as_samples(classes: int) -> None
     diagonal = truth.dense().diag()
     often = X.repeat(300, 1, 1)
     card = fast.SourceCard.estimate(model, often, temperature=1.0, num_samples=2400)
-    found = torch.cat([d.flatten() for d in card.diagonal().values()])
-    assert relative(found, diagonal) < 0.1
+    estimate = torch.cat([d.flatten() for d in card.diagonal().values()])
+    assert relative(estimate, diagonal) < 0.1
     signs = fisher_diagonal(
         model, F.cross_entropy, [(X, None)], "first.*", method="signs", num_draws=1500
     )

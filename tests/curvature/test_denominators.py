@@ -47,14 +47,14 @@ def masked(z: Tensor, y: Tensor) -> Tensor:
 
 
 def cases() -> dict[str, tuple[nn.Module, Any, Tensor]]:
-    found: dict[str, tuple[nn.Module, Any, Tensor]] = {
+    cases: dict[str, tuple[nn.Module, Any, Tensor]] = {
         "focal": (LINEAR, Focal(), Y),
         "masked": (LINEAR, masked, IGNORED),
         "batchmean": (LOG_SOFTMAX, nn.KLDivLoss(reduction="batchmean"), SHARES),
         "two terms": (LINEAR, lambda z, y: F.cross_entropy(z, y) + z.square().mean(), Y),
     }
     for r in ("mean", "sum"):
-        found |= {
+        cases |= {
             f"bce {r}": (LINEAR, nn.BCEWithLogitsLoss(pos_weight=WEIGHTS, reduction=r), SHARES),
             f"huber {r}": (LINEAR, nn.HuberLoss(reduction=r), SHARES),
             f"poisson {r}": (LINEAR, nn.PoissonNLLLoss(reduction=r), SHARES),
@@ -74,7 +74,7 @@ def cases() -> dict[str, tuple[nn.Module, Any, Tensor]]:
                 IGNORED,
             ),
         }
-    return found
+    return cases
 
 
 CASES = cases()
@@ -129,8 +129,8 @@ def test_what_cannot_be_known_is_refused_with_a_way_out(kind, options, loss_fn) 
     with pytest.raises(ValueError, match=r"several batches: .*denominator=lambda output, target"):
         kind(model, loss_fn, data, **options).dense()
     kind(model, loss_fn, data[:1], **options).dense()
-    given = Loss(loss_fn, denominator=lambda z, y: len(z))
-    kind(model, given, data, **options).dense()
+    loss = Loss(loss_fn, denominator=lambda z, y: len(z))
+    kind(model, loss, data, **options).dense()
 
 
 def test_outputs_that_cannot_be_joined_are_refused() -> None:
@@ -164,8 +164,8 @@ def test_the_sum_of_a_known_mean_is_over_its_entries(loss_fn) -> None:
     model = nn.Sequential(linear(4, 3), nn.LogSoftmax(1))
     y = SHARES if isinstance(loss_fn, nn.HuberLoss) else Y
     truth = Hessian(model, type(loss_fn)(reduction="sum", **_weight(loss_fn)), (X, y))
-    found = Hessian(model, loss_fn, batches(y, CUTS[1]), reduction="sum")
-    torch.testing.assert_close(found.dense(), truth.dense())
+    product = Hessian(model, loss_fn, batches(y, CUTS[1]), reduction="sum")
+    torch.testing.assert_close(product.dense(), truth.dense())
 
 
 def _weight(loss_fn: nn.Module) -> dict[str, Any]:
@@ -173,10 +173,10 @@ def _weight(loss_fn: nn.Module) -> dict[str, Any]:
     return {} if weight is None else {"weight": weight}
 
 
-@pytest.mark.parametrize("known", [nn.CrossEntropyLoss, nn.L1Loss, nn.MultiMarginLoss])
-def test_a_loss_that_is_not_reduced_is_refused(known) -> None:
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.L1Loss, nn.MultiMarginLoss])
+def test_a_loss_that_is_not_reduced_is_refused(kind) -> None:
     with pytest.raises(ValueError, match="reduction='none'"):
-        Hessian(linear(4, 3), known(reduction="none"), (X[:1], Y[:1]))
+        Hessian(linear(4, 3), kind(reduction="none"), (X[:1], Y[:1]))
 
 
 def test_weights_of_a_loss_that_change_are_seen() -> None:

@@ -99,8 +99,8 @@ def test_second_derivatives_that_are_nan_in_torch(function) -> None:
     model = Net(
         lambda net, x: net.out(function(net.first(x))), first=linear(6, 5), out=linear(5, 4)
     )
-    found = Hessian(model, F.cross_entropy, (x, y)).dense()
-    assert relative(found, hessian_by_differences(model, x, y)) < 1e-6
+    result = Hessian(model, F.cross_entropy, (x, y)).dense()
+    assert relative(result, hessian_by_differences(model, x, y)) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from curvature_cases import NETWORKS, build
+from curvature_truth import Net, batch, linear
 from fast.curvature import GGN, Hessian
-from fast.curvature.products.batched import UnsupportedOperation
+from fast.curvature.products.batched import RuleError, UnsupportedOperation
 from fast.curvature.products.batched.tape import Tape
 from fast.curvature.products.rules import RULES
 
@@ -20,8 +24,8 @@ BY_LOOP = {"activations", "group-norm", "lstm", "gru", "in-place"}
 @pytest.mark.parametrize("name", NETWORKS)
 def test_which_networks_are_folded(name: str, kind) -> None:
     model, x, y = build(name)
-    said = kind(model, F.cross_entropy, (x, y)).explain()
-    assert said.startswith("loop: no folded rule for" if name in BY_LOOP else "folded"), said
+    reason = kind(model, F.cross_entropy, (x, y)).explain()
+    assert reason.startswith("loop: no folded rule for" if name in BY_LOOP else "folded"), reason
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
@@ -106,17 +110,30 @@ def _fails_later(call):
 
 @pytest.mark.parametrize("rule", [_fails_at_once, _fails_later])
 @pytest.mark.parametrize("kind", [Hessian, GGN])
-def test_a_rule_that_fails_leaves_it_to_the_loop(kind, rule, monkeypatch) -> None:
+def test_a_rule_that_fails_leaves_it_to_the_loop_and_warns_once(kind, rule, monkeypatch) -> None:
     model, x, y = build("mlp-tanh")
     truth = kind(model, F.cross_entropy, (x, y)).dense()
     monkeypatch.setitem(RULES, torch.ops.aten.tanh.default, rule)
+    reason = "the record failed (in the rule of aten.tanh.default, KeyError: 'boom')"
     for data in ((x, y), [(x[:2], y[:2]), (x[2:], y[2:])]):
         operator = kind(model, F.cross_entropy, data)
-        torch.testing.assert_close(operator.dense(), truth)
+        with pytest.warns(RuntimeWarning, match=re.escape(reason)) as warned:
+            product = operator.dense()
+        assert len(warned) == 1
+        assert "one vector after the other" in str(warned[0].message)
+        torch.testing.assert_close(product, truth)
         torch.testing.assert_close(operator.quad(torch.eye(len(truth)).double()), truth.diag())
-        assert operator.explain() == "loop: the record failed (KeyError: 'boom')"
-    with pytest.raises(KeyError, match="boom"):
+        assert operator.explain() == f"loop: {reason}"
+    with pytest.raises(RuleError, match=r"aten\.tanh\.default, KeyError: 'boom'"):
         kind(model, F.cross_entropy, (x, y), method="folded").dense()
+
+
+def test_an_error_of_the_network_itself_is_blamed_on_no_rule() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        raise LookupError("no such word")
+
+    with pytest.raises(LookupError, match="no such word"):
+        Hessian(Net(forward, out=linear(6, 4)), F.cross_entropy, batch()).dense()
 
 
 def test_single_products_of_tables_take_the_loop(monkeypatch) -> None:

@@ -40,9 +40,9 @@ def test_every_layout(left: str, right: str) -> None:
     assert gemm.preferred(a, b)
     truth = a.double() @ b.double()
     for out in (None, torch.empty(7, 5), torch.empty(5, 7).t()):
-        found = gemm.mm(a, b, out)
-        assert out is None or found is out
-        assert float((found - truth).norm() / truth.norm()) < 1e-6
+        result = gemm.mm(a, b, out)
+        assert out is None or result is out
+        assert float((result - truth).norm() / truth.norm()) < 1e-6
 
 
 def test_doubles_stay_doubles() -> None:

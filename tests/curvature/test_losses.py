@@ -87,8 +87,8 @@ def test_sampled_labels_have_the_ggn_for_their_mean(name: str) -> None:
     often = 4000
     many = (x.repeat(often, 1), y.repeat(often, *[1] * (y.ndim - 1)))
     total = often if LOSSES[name].reduction == "sum" else 1
-    found = Fisher(model, LOSSES[name], many).dense() / total
-    assert relative(found, truth) < 0.06
+    result = Fisher(model, LOSSES[name], many).dense() / total
+    assert relative(result, truth) < 0.06
     for method, data, draws in (("samples", many, 1), ("signs", (x, y), 2000)):
         parts = fisher_diagonal(model, LOSSES[name], data, method=method, num_draws=draws)
         diagonal = torch.cat([p.reshape(-1) for p in parts.values()])
@@ -135,8 +135,8 @@ def test_a_batch_without_any_label_weighs_nothing(kind, method: str) -> None:
 def test_labels_of_any_integer_type(kind, dtype: torch.dtype) -> None:
     model, x, y = build("mlp-tanh")
     truth = kind(model, nn.CrossEntropyLoss(weight=WEIGHTS), (x, y)).dense()
-    found = kind(model, nn.CrossEntropyLoss(weight=WEIGHTS), (x, y.to(dtype))).dense()
-    torch.testing.assert_close(found, truth)
+    result = kind(model, nn.CrossEntropyLoss(weight=WEIGHTS), (x, y.to(dtype))).dense()
+    torch.testing.assert_close(result, truth)
 
 
 def test_an_operation_without_a_derivative_at_zero() -> None:

@@ -39,9 +39,9 @@ def test_mappings_are_as_dicts(data) -> None:
     truth = GGN(model, F.cross_entropy, [(PLAIN, Y)])
     torch.testing.assert_close(operator.dense(), truth.dense())
     assert operator.check().ok
-    found = fisher_diagonal(model, F.cross_entropy, data, labels="data")
+    result = fisher_diagonal(model, F.cross_entropy, data, labels="data")
     expected = fisher_diagonal(model, F.cross_entropy, [(PLAIN, Y)], labels="data")
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(result, expected)
 
 
 def test_a_batch_encoding() -> None:
@@ -49,5 +49,5 @@ def test_a_batch_encoding() -> None:
     torch.manual_seed(0)
     model = Named()
     encoding = transformers.BatchEncoding(PLAIN)
-    found = GGN(model, F.cross_entropy, [(encoding, Y)]).dense()
-    torch.testing.assert_close(found, GGN(model, F.cross_entropy, [(PLAIN, Y)]).dense())
+    result = GGN(model, F.cross_entropy, [(encoding, Y)]).dense()
+    torch.testing.assert_close(result, GGN(model, F.cross_entropy, [(PLAIN, Y)]).dense())

@@ -29,11 +29,11 @@ def test_the_matrix_is_that_of_the_cpu(name, kind: type[SymmetricOperator], meth
     # From the start: recurrent layers keep flat weights of the device they were made on.
     model = build(name)[0].cuda()
     # The data may lie elsewhere than the network.
-    found = kind(model, F.cross_entropy, (x, y), method=method).dense()
-    assert found.device.type == "cuda"
+    result = kind(model, F.cross_entropy, (x, y), method=method).dense()
+    assert result.device.type == "cuda"
     # CUDA's hardswish divides by a 6 in float32, in float64 too.
     rtol, atol = (1e-6, 1e-7) if name == "activations" else (1e-9, 1e-10)
-    torch.testing.assert_close(found.cpu(), truth, rtol=rtol, atol=atol)
+    torch.testing.assert_close(result.cpu(), truth, rtol=rtol, atol=atol)
 
 
 def test_dropout_has_one_mask_and_random_state_stays() -> None:
@@ -55,8 +55,8 @@ def test_products_in_float32(kind: type[SymmetricOperator]) -> None:
     size = sum(p.numel() for p in model.parameters())
     V = torch.randn(size, 8)
     truth = kind(model.double(), F.cross_entropy, (x.double(), y)) @ V.double()
-    found = kind(model.float().cuda(), F.cross_entropy, (x.cuda(), y.cuda())) @ V.cuda()
-    assert float((found.cpu() - truth).norm() / truth.norm()) < 1e-4
+    result = kind(model.float().cuda(), F.cross_entropy, (x.cuda(), y.cuda())) @ V.cuda()
+    assert float((result.cpu() - truth).norm() / truth.norm()) < 1e-4
 
 
 class Attending(nn.Module):
@@ -90,8 +90,8 @@ def test_fused_attention_and_batch_norm_have_folded_rules(kind, causal, masked, 
     truth = kind(copy.deepcopy(model).double(), F.cross_entropy, (x.double(), y)) @ V.double()
     operator = kind(model.cuda(), F.cross_entropy, (x.cuda(), y.cuda()))
     assert operator.explain().startswith("folded")
-    found = operator @ V.cuda()
-    assert float((found.cpu() - truth).norm() / truth.norm()) < 1e-4
+    result = operator @ V.cuda()
+    assert float((result.cpu() - truth).norm() / truth.norm()) < 1e-4
 
 
 def test_a_card_and_top_eigenvalues() -> None:

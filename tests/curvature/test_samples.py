@@ -29,6 +29,6 @@ def test_a_forward_pass_that_reads_a_value_gives_the_same_diagonal():
         net.forward = lambda ids, mask: model(ids, mask).logits
         return fisher_diagonal(net.eval(), F.cross_entropy, [((inputs["ids"], inputs["mask"]), y)])
 
-    expected, found = diagonal(plain), diagonal(cutting)
-    assert all(torch.allclose(found[n], expected[n], rtol=1e-5, atol=1e-9) for n in expected)
-    assert any(v.abs().sum() > 0 for v in found.values())
+    expected, result = diagonal(plain), diagonal(cutting)
+    assert all(torch.allclose(result[n], expected[n], rtol=1e-5, atol=1e-9) for n in expected)
+    assert any(v.abs().sum() > 0 for v in result.values())

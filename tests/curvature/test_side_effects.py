@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 
 import pytest
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from curvature_cases import build, snapshot
 from curvature_truth import Net, batch, linear, relative, truths
-from fast.curvature import GGN, Fisher, Hessian, Identity
+from fast.curvature import GGN, Fisher, Hessian, Identity, keep_freed_memory
 from fast.curvature.network.evaluation import evaluation
 
 
@@ -154,6 +156,25 @@ def test_a_data_loader_draws_nothing_from_the_global_generator() -> None:
     before = torch.get_rng_state()
     Hessian(model, F.cross_entropy, loader).dense()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])
+def test_malloc_is_changed_only_when_asked(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Libc:
+        @staticmethod
+        def mallopt(option: int, value: int) -> int:
+            calls.append((option, value))
+            return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Libc)
+    monkeypatch.setattr(sys, "platform", "linux")
+    model, x, y = build("mlp-tanh")
+    kind(model, F.cross_entropy, (x, y)).dense()
+    assert not calls
+    assert keep_freed_memory.__wrapped__()
+    assert dict(calls) == {-3: 32 * 2**20, -1: 2**30}
 
 
 def test_no_vectors_give_no_numbers() -> None:

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fast.models.load import load_model
-from fast.models.spec import parse_spec
+from fast.models.load import load_model, parse_spec
 from fast.models.weights import load_weights
 
 NETS = """

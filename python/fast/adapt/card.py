@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def bound_card(card: Any, model: nn.Module) -> SourceCard:
     if not isinstance(card, (SourceCard, str, Path)):
         raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
     loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
-    return loaded if loaded.is_bound(model) else _without_weights(loaded.bind(model))
+    return loaded if loaded.is_bound(model) else loaded.bind(model).without_weights()
 
 
 def estimate_card(model: nn.Module, samples: SourceInputs, *, seen: int, seed: int) -> SourceCard:
@@ -49,9 +48,4 @@ def estimate_card(model: nn.Module, samples: SourceInputs, *, seen: int, seed: i
         coherence=False,
         seed=seed,
     )
-    return _without_weights(card)
-
-
-def _without_weights(card: SourceCard) -> SourceCard:
-    """The optimizer of an adaptation keeps the pretrained weights already."""
-    return dataclasses.replace(card, _anchors={})
+    return card.without_weights()

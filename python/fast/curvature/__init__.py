@@ -9,7 +9,7 @@ H.top(5), H.trace(), H.spectrum(), H.check()
 
 from fast.curvature.algorithms.cg import Solution, cg
 from fast.curvature.algorithms.check import CheckReport, check
-from fast.curvature.algorithms.diagonal import fisher_diagonal, hutchinson_diagonal
+from fast.curvature.algorithms.diagonal import hutchinson_diagonal
 from fast.curvature.algorithms.lanczos import Eigenpairs, top
 from fast.curvature.algorithms.spectrum import Spectrum, spectrum
 from fast.curvature.algorithms.summary import Summary, summarise
@@ -17,9 +17,12 @@ from fast.curvature.algorithms.trace import Estimate, block_traces, trace
 from fast.curvature.losses.closed_forms import CrossEntropy, SquaredError
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.graph import SecondDerivativeError
+from fast.curvature.network.malloc import keep_freed_memory
 from fast.curvature.network.parameter_space import ParameterSpace
 from fast.curvature.operators.base import Identity, MatrixOperator, SymmetricOperator
+from fast.curvature.operators.fisher_diagonal import fisher_diagonal
 from fast.curvature.operators.hessian import GGN, Fisher, Hessian
+from fast.curvature.operators.network_operator import NetworkOperator
 
 __all__ = [
     "GGN",
@@ -32,6 +35,7 @@ __all__ = [
     "Identity",
     "Loss",
     "MatrixOperator",
+    "NetworkOperator",
     "ParameterSpace",
     "SecondDerivativeError",
     "Solution",
@@ -44,6 +48,7 @@ __all__ = [
     "check",
     "fisher_diagonal",
     "hutchinson_diagonal",
+    "keep_freed_memory",
     "spectrum",
     "summarise",
     "top",

@@ -1,4 +1,4 @@
-"""One form for the data of a run: tensors, a Dataset or a DataLoader."""
+"""The data of a run, whether they are tensors, a Dataset or a DataLoader."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from fast.data.arrays import as_tensor, warn_unscaled
 from fast.data.labels import check_labels, count_classes
@@ -29,7 +23,7 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
     """(inputs, labels) of a batch: a pair, a longer tuple that ends in labels, or a mapping.
 
     Raises:
-        TypeError: no labels in it; the message says what came.
+        TypeError: the batch has no labels; the message says what came.
     """
     if isinstance(batch, Mapping):
         named, labels = split_labels(batch)
@@ -44,27 +38,24 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
         try:
             return inputs, torch.as_tensor(batch[-1])
         except (TypeError, ValueError, RuntimeError) as error:
+            last = batch[-1]
+            last = last[0] if isinstance(last, (list, tuple)) and last else last
             raise TypeError(
-                f"{name}: a sample ends in {_first_kind(batch[-1])}, where its label is expected; "
+                f"{name}: a sample ends in {kind(last)}, where its label is expected; "
                 "give (inputs, label), or several inputs and then the label"
             ) from error
     raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {kind(batch)}")
 
 
-def _first_kind(values: Any) -> str:
-    """What the first of a batch is."""
-    return kind(values[0]) if isinstance(values, (list, tuple)) and values else kind(values)
-
-
 @dataclass(kw_only=True)
 class Data:
-    """One data set, whatever it came as; made by `as_data`.
+    """A data set: either inputs and labels in memory, or a Dataset, or a DataLoader; see `as_data`.
 
     Attributes:
         name: for messages: train, val or source.
-        inputs, labels: in memory; else None.
-        dataset: a map-style `Dataset`; else None.
-        loader: the user's `DataLoader`; else None.
+        inputs, labels: all samples and their labels `[N]`, where they are in memory.
+        dataset: a map-style Dataset.
+        loader: a DataLoader.
     """
 
     name: str
@@ -84,7 +75,7 @@ class Data:
         return self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
 
     def recorded_targets(self) -> Any:
-        """The labels that a data set keeps beside its samples, or None."""
+        """The labels that a data set records beside its samples, or None."""
         try:
             return recorded_labels(self._source)
         except Exception as error:
@@ -94,12 +85,11 @@ class Data:
             ) from error
 
     def batch_at(self, index: Tensor) -> tuple[Any, Tensor]:
-        """Inputs and labels of these rows (in memory or map-style only)."""
+        """Inputs and labels of these samples `[B]`; not of a DataLoader's."""
         if self.labels is not None:
             return pick(self.inputs, index), self.labels[index]
-        return split_batch(
-            self._collated([(i, self._sample(i)) for i in index.tolist()]), self.name
-        )
+        samples = [(i, self._sample(i)) for i in index.tolist()]
+        return split_batch(self._collated(samples), self.name)
 
     def _sample(self, i: int) -> Any:
         try:
@@ -136,11 +126,11 @@ class Data:
             yield self.batch_at(torch.arange(start, min(start + batch_size, n)))
 
     def infer_num_classes(self) -> int:
-        """Number of classes, from the labels or from the data set's own record of them.
+        """Number of classes, by the labels or by what the data set records.
 
         Raises:
-            ValueError: it cannot be told without reading everything; pass num_classes. Or labels
-                that are no class indices.
+            ValueError: only reading all samples could tell (pass num_classes), or labels are no
+                class indices.
         """
         labels = self.labels
         if labels is None:
@@ -170,10 +160,11 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
     """Accept (x, y) tensors (x may be a mapping or tuple), a Dataset, or a DataLoader.
 
     Args:
-        any_labels: take labels that are no class indices.
+        any_labels: whether labels need not be class indices.
 
     Raises:
-        TypeError: something else; ValueError: empty, or lengths that differ.
+        TypeError: `data` is something else.
+        ValueError: there are no samples, or not as many labels as inputs.
     """
     if isinstance(data, Data):
         return data
@@ -185,26 +176,10 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
         return Data(name=name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
-        labels = as_tensor(labels, f"{name}: labels")
-        if not isinstance(inputs, (Mapping, tuple, list)):
-            inputs = as_tensor(inputs, f"{name}: inputs")
-        counts = [len(x) for x in leaves(inputs)]
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"{name}: inputs differ in their number of samples: {', '.join(map(str, counts))}"
-            )
-        count = length(inputs)
-        if count != len(labels):
-            raise ValueError(f"{name}: {count} inputs but {len(labels)} labels")
-        if not len(labels):
-            raise ValueError(f"{name}: no samples")
+        in_memory = _in_memory(inputs, labels, name, any_labels)
         if name == "train":
-            warn_unscaled(inputs, name)
-        return Data(
-            name=name,
-            inputs=inputs,
-            labels=labels if any_labels else check_labels(labels, None, name),
-        )
+            warn_unscaled(in_memory.inputs, name)
+        return in_memory
     dataset = map_style(data, name)
     if dataset is None:
         raise TypeError(
@@ -219,11 +194,29 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
     return Data(name=name, dataset=dataset)
 
 
-def map_style(data: Any, name: str) -> Any:
-    """A data set with `len` and samples by number, of torch or of another library; None where
-    `data` is something else.
+def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
+    labels = as_tensor(labels, f"{name}: labels")
+    if not isinstance(inputs, (Mapping, tuple, list)):
+        inputs = as_tensor(inputs, f"{name}: inputs")
+    counts = [len(x) for x in leaves(inputs)]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"{name}: inputs differ in their number of samples: {', '.join(map(str, counts))}"
+        )
+    if length(inputs) != len(labels):
+        raise ValueError(f"{name}: {length(inputs)} inputs but {len(labels)} labels")
+    if not len(labels):
+        raise ValueError(f"{name}: no samples")
+    if not any_labels:
+        labels = check_labels(labels, None, name)
+    return Data(name=name, inputs=inputs, labels=labels)
 
-    A table of the `datasets` library gives tensors, as `with_format("torch")` does.
+
+def map_style(data: Any, name: str) -> Any:
+    """`data` where it is a data set with `len` and samples by number, of torch or of another
+    library; else None.
+
+    Tables of the `datasets` library return tensors, as `with_format("torch")` makes them do.
 
     Raises:
         TypeError: a column of the table holds texts or pictures.
@@ -246,7 +239,7 @@ def map_style(data: Any, name: str) -> Any:
 
 
 def _numeric(feature: Any) -> bool:
-    """Of a column of the `datasets` library: numbers, or lists of them."""
+    """Whether a column of a table holds numbers, or lists of them."""
     inner = getattr(feature, "feature", None)
     if inner is not None:
         return _numeric(inner)
@@ -254,7 +247,11 @@ def _numeric(feature: Any) -> bool:
 
 
 def read_loader(loader: DataLoader[Any], name: str) -> Iterator[Any]:
-    """The batches of a DataLoader; what its data set raises names the data."""
+    """The batches of a DataLoader.
+
+    Raises:
+        ValueError: the loader raised something; the message names the data.
+    """
     batches = iter(loader)
     while True:
         try:
@@ -263,11 +260,8 @@ def read_loader(loader: DataLoader[Any], name: str) -> Iterator[Any]:
             return
         except Exception as error:
             raise ValueError(
-                f"{name}: the DataLoader raised {type(error).__name__}: {_last_line(error)}"
+                # A worker's error ends with what went wrong, after its traceback.
+                f"{name}: the DataLoader raised {type(error).__name__}: "
+                + (str(error).strip().splitlines() or [""])[-1]
             ) from error
         yield batch
-
-
-def _last_line(error: Exception) -> str:
-    """A worker's error ends with what went wrong, after its traceback."""
-    return (str(error).strip().splitlines() or [""])[-1]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fast.data.trees import leaves
 
-# Samples that are looked at together: what is computed of them takes memory.
+# Samples that are checked together, so that the intermediate results take little memory.
 CHUNK = 4096
 
 
 def broken_rows(inputs: Any) -> Tensor | None:
-    """Which samples hold a number that is not finite, bool `[N]`; None for whole numbers."""
+    """Which samples hold a number that is not finite, bool `[N]`; None where all are integers."""
     rows: Tensor | None = None
     for x in leaves(inputs):
         if x.is_floating_point() and x.dim():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,17 +71,11 @@ def seeded(seed: int) -> Iterator[None]:
 
     Data sets that augment draw from any of the three.
     """
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(devices=list(cuda)):
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+    with held(_of_process().values()):
+        torch.manual_seed(seed)  # GPUs that are first used in the block, too
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
 
 
 @contextmanager
@@ -97,13 +91,7 @@ def held(generators: Iterable[Generator]) -> Iterator[None]:
 
 def process_generators() -> dict[str, Any]:
     """The states of the process-wide generators: torch's on each device, numpy's and `random`'s."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": _plain(torch.get_rng_state().numpy()),
-        "cuda": [_plain(state.numpy()) for state in cuda],
-        "numpy": _plain(np.random.get_state(legacy=False)),
-        "python": _plain(random.getstate()),
-    }
+    return {name: state_of(generator) for name, generator in _of_process().items()}
 
 
 def set_process_generators(states: dict[str, Any]) -> None:
@@ -112,13 +100,18 @@ def set_process_generators(states: dict[str, Any]) -> None:
     Raises:
         ValueError, TypeError, KeyError: these are no states.
     """
-    torch.set_rng_state(torch.from_numpy(_restored(states["torch"])))
-    for i, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
-        torch.cuda.set_rng_state(torch.from_numpy(_restored(state)), i)
-    legacy = _restored(states["numpy"])
-    _check(legacy)
-    np.random.set_state(legacy)
-    random.setstate(_restored(states["python"]))
+    for name, generator in _of_process().items():
+        if name in states or not name.startswith("cuda"):
+            set_state(generator, states[name])
+
+
+def _of_process() -> dict[str, Generator]:
+    gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return {
+        "torch": torch.default_generator,
+        "numpy": cast(Any, np.random.get_state).__self__,
+        "python": cast(Any, random.getstate).__self__,
+    } | {f"cuda:{i}": generator for i, generator in enumerate(gpus)}
 
 
 def _check(state: dict[str, Any]) -> None:

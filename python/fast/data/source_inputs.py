@@ -106,14 +106,14 @@ class SourceInputs:
 
 
 def parse_source_inputs(data: Any) -> SourceInputs:
-    """The first `LIMIT` source inputs of a run, on the CPU or wherever they are.
+    """The first `LIMIT` source inputs of a run, on the device where they are.
 
     Args:
         data: what `SourceInputs.parse` takes.
 
     Raises:
-        TypeError, ValueError: they are no source inputs, too few, not finite or labelled wrongly;
-            the message says which, and names `source_inputs`.
+        TypeError, ValueError: the data are no source inputs, too few, not finite or labelled
+            wrongly; the message says which, and names `source_inputs`.
     """
     samples = SourceInputs.parse(data, LIMIT, "source_inputs")
     if samples.size < LEAST:
@@ -130,8 +130,8 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
     """The first training inputs of one shape, in the order of the first epoch, on the CPU.
 
     Args:
-        limit: samples, at most, but at least `LEAST`; the last batch is taken whole. `BYTES` bound
-            them too.
+        limit: number of samples, at most; but `LEAST` in any case, and the last batch whole. They
+            take no more than `BYTES`, and a batch.
     """
     parts: list[Any] = []
     count = size = 0

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Under the first of these that a mapping has, it keeps its labels.
+# A batch that is a mapping has its labels under the first of these keys that it has.
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
 
 def split_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Everything in a mapping but its labels, and the labels; None for labels where it has none."""
+    """(the mapping without its labels, its labels); None for labels where it has none."""
     key = next((key for key in LABEL_KEYS if key in batch), None)
     return {k: v for k, v in batch.items() if k != key}, None if key is None else batch[key]
 

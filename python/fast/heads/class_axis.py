@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from fast.heads.find import classes_of, find_head
+from fast.heads.find import HeadLayer, classes_of, find_head
+from fast.heads.forward import evaluating, forward_logits, pick
 from fast.heads.replace import task_head
 
 
@@ -14,21 +18,57 @@ def class_dim(model: nn.Module, logits: Tensor, sample: Any) -> int:
     """The dimension of `logits` that holds the classes.
 
     Linear heads put classes last, `[N, ..., C]`; convolutions, and networks that transpose for
-    torch's cross-entropy, second, `[N, C, ...]`. Where both are as long as the head is wide, the
-    kind of the head decides.
+    torch's cross-entropy, second, `[N, C, ...]`. Where both dimensions are as long as the head is
+    wide, the head's own output tells whether the network transposes it.
 
     Args:
         sample: inputs, to find the head by.
+
+    Raises:
+        ValueError: the network has neither a linear head nor a convolution, and logits of more than
+            two dimensions.
     """
     if logits.dim() <= 2:
         return 1
     head = task_head(model)
     try:
         layer = head.source if head is not None else find_head(model, sample).module
-    except ValueError:  # no linear layer: as torch has it
-        return 1
-    places = (logits.dim() - 1, 1) if isinstance(layer, nn.Linear) else (1, logits.dim() - 1)
-    return next((d for d in places if logits.shape[d] == classes_of(layer)), places[0])
+    except ValueError as error:
+        if any(isinstance(m, _ConvNd) for m in model.modules()):
+            return 1
+        raise ValueError(
+            f"logits are {list(logits.shape)}, and which dimension holds the classes cannot be "
+            f"told: {type(model).__name__} has no linear head. Give batches (x, y) with labels, "
+            "whose shape tells, or make the head an nn.Linear"
+        ) from error
+    last = logits.dim() - 1
+    places = (last, 1) if isinstance(layer, nn.Linear) else (1, last)
+    fitting = [d for d in places if logits.shape[d] == classes_of(layer)]
+    if len(fitting) == 2 and _moves_classes(model, layer, sample):
+        return places[1]
+    return fitting[0] if fitting else places[0]
+
+
+@torch.no_grad()
+def _moves_classes(model: nn.Module, layer: HeadLayer, sample: Any) -> bool:
+    """Whether the logits are the head's output with its classes in the other place."""
+    outputs: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _, args, output: outputs.append(output.clone()))
+    try:
+        with evaluating(model):
+            logits = forward_logits(model, pick(sample, slice(2)))
+    finally:
+        hook.remove()
+    moved = logits.movedim(*((1, -1) if isinstance(layer, nn.Linear) else (-1, 1)))
+    # Alike, not equal: a network may scale what its head makes.
+    return any(_alike(o, moved) > _alike(o, logits) for o in outputs)
+
+
+def _alike(a: Tensor, b: Tensor) -> float:
+    """Cosine between two tensors; -1 where their shapes differ."""
+    if a.shape != b.shape:
+        return -1.0
+    return float(F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
 
 
 def classes_second(model: nn.Module, logits: Tensor, sample: Any) -> Tensor:

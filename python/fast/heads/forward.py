@@ -1,4 +1,4 @@
-"""Call a classifier on whatever its batches look like, and take the logits from what it returns."""
+"""Call a classifier on a batch of any form, and take the logits from whatever it returns."""
 
 from __future__ import annotations
 
@@ -80,20 +80,21 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back afterwards."""
+    """Evaluation mode without gradients; see `in_mode`."""
     with in_mode(model, False), torch.no_grad():
         yield
 
 
 @contextmanager
 def taking(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[None]:
-    """Name the data in what a network raises that does not take them.
+    """Explain errors of a forward pass: the network does not take these inputs.
 
     Args:
-        model: to say what it takes.
+        name: of the data, for the message.
+        model: where it is given, the message says what it takes.
 
     Raises:
-        ValueError: in place of what the forward raises of shape, type or number of inputs.
+        ValueError: in place of an error about the shape, type or number of inputs.
     """
     try:
         yield
@@ -108,7 +109,7 @@ def taking(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[N
 
 
 def mismatch(model: nn.Module, inputs: Any) -> str:
-    """What a network takes, where these inputs are plainly something else; else nothing."""
+    """What a network takes, for a message; empty unless these inputs are plainly something else."""
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = getattr(model, "main_input_name", next(iter(parameters), ""))

@@ -1,4 +1,4 @@
-"""Rows of features by the sample they are of: some networks fold positions into the batch."""
+"""Rows of features by sample: some networks fold positions into the batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fast.heads.replace import features_of
 
 
 def by_sample(rows: Tensor, size: int) -> Tensor:
-    """`[B, ...]` as it is, and `[B * T, ...]` of tokens or pixels as `[B, T, ...]`.
+    """Rows `[B * T, ...]` of tokens or pixels as `[B, T, ...]`; `[B, ...]` stays as it is.
 
     Args:
         size: B, the number of samples.
 
     Raises:
-        ValueError: the rows are no multiple of the samples.
+        ValueError: the number of rows is no multiple of B.
     """
     if len(rows) == size:
         return rows
@@ -34,10 +34,10 @@ def folds_positions(model: nn.Module, head: nn.Module, sample: Any) -> bool:
     """Whether the head sees several rows of a sample.
 
     Args:
-        sample: a batch of inputs; two of them are used.
+        sample: a batch of inputs, of which two are used.
 
     Raises:
-        ValueError: they are mixed with those of other samples.
+        ValueError: rows of several samples are mixed.
     """
     both = features_of(model, head, pick(sample, slice(2)))
     if len(both) == 2:

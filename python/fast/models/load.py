@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,8 +13,12 @@ from fast.data.images.preprocessing import declared
 from fast.models.libraries import load_library
 from fast.models.loaded import LoadedModel
 from fast.models.model_file import network_from_file
-from fast.models.spec import LIBRARIES, parse_spec
 from fast.models.weights import load_weights
+
+LIBRARIES = ("timm", "torchvision", "transformers")
+_LIBRARY_NETWORK = re.compile(r"([^()]+?)\s*(?:\((.*)\))?", re.DOTALL)
+# Paths may have brackets, colons and spaces: `C:\\nets (1).py:Net(20)`.
+_FILE_NETWORK = re.compile(r"(.+\.py):\s*(\w+)\s*(?:\((.*)\))?", re.DOTALL)
 
 
 def load_model(
@@ -50,3 +57,45 @@ def load_model(
         loaded.notes.append(f"weights in {stored} are trained in float32")
         loaded.model.float()
     return loaded
+
+
+def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:
+    """`"where:name(1, k=2)"` -> `(where, name, [1], {"k": 2})`; only literals are evaluated.
+
+    `hf-hub:OWNER/NAME` is timm's name for a network on the hub, with or without `timm:` before it.
+
+    Raises:
+        ValueError: it names no network.
+    """
+    where, _, rest = spec.strip().partition(":")
+    if where in ("hf-hub", "hf_hub"):
+        where, rest = "timm", spec.strip()
+    if where in LIBRARIES:
+        if where == "transformers" and Path(rest).expanduser().is_dir():
+            return where, rest, [], {}  # a folder's name may have brackets
+        match = _LIBRARY_NETWORK.fullmatch(rest.strip())
+        parts = (where, match[1], match[2]) if match else None
+    else:
+        match = _FILE_NETWORK.fullmatch(spec.strip())
+        parts = (match[1], match[2], match[3]) if match else None
+    if parts is None:
+        raise ValueError(
+            f"model {spec!r}: must be timm:NAME, torchvision:NAME, transformers:NAME or "
+            "path/file.py:Factory(args)"
+        )
+    where, name, arguments = parts
+    return where, name, *_literals(spec, arguments or "")
+
+
+def _literals(spec: str, arguments: str) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or any(k.arg is None for k in call.keywords):
+            raise ValueError("not a plain argument list")
+        args = [ast.literal_eval(a) for a in call.args]
+        return args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
+        raise ValueError(
+            f"model {spec!r}: arguments must be literals such as (20, width=0.5, name='a'); "
+            f"got ({arguments})"
+        ) from err

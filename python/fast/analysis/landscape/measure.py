@@ -13,9 +13,9 @@ from fast.analysis.landscape.path import WeightPath
 from fast.analysis.landscape.plane import Plane, grid
 from fast.analysis.landscape.result import Landscape, PathGeometry
 from fast.analysis.landscape.walk import MATRICES, Walker, subset
+from fast.curvature import NetworkOperator
 from fast.curvature.algorithms.progress import bar
 from fast.curvature.card import SourceCard
-from fast.curvature.operators.hessian import NetworkOperator
 from fast.data.dataset import Data
 
 # Residual over the largest eigenvalue. On the digits the shares of single steps are then within

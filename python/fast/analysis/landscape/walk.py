@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.curvature import GGN, Hessian, NetworkOperator
 from fast.curvature.card import SourceCard
 from fast.curvature.card.answers import Answers
-from fast.curvature.operators.hessian import GGN, Hessian, NetworkOperator
 from fast.data.dataset import Data, as_data
 from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, task_head

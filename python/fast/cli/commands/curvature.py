@@ -84,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     folder = _output(args)
 
     from fast.cli.curvature_job import losses_of
-    from fast.curvature import GGN, Hessian, summarise
+    from fast.curvature import GGN, Hessian, keep_freed_memory, summarise
 
+    keep_freed_memory()
     kind = {"hessian": Hessian, "ggn": GGN}[args.kind]
     found, methods = {}, {}
     for loss in losses_of(args):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_finite, check_whole
 from fast.curvature.algorithms.progress import bar
+from fast.curvature.algorithms.protocol import Symmetric
 from fast.curvature.network.parameter_space import Vectors
-from fast.curvature.operators.base import SymmetricOperator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solution:
-    """solution in the form of b; residuals [K] = |b - A x| / |b|."""
+    """`solution` in the form of b, and `residuals` [K] = |b - A x| / |b|."""
 
     solution: Vectors = field(repr=False)
     residuals: Tensor
@@ -24,7 +26,7 @@ class Solution:
 
 
 def cg(
-    operator: SymmetricOperator,
+    operator: Symmetric,
     b: Vectors,
     *,
     tol: float = 1e-5,
@@ -34,14 +36,15 @@ def cg(
     """Solve A x = b for positive definite A (Hestenes and Stiefel 1952), all K columns in step.
 
     Raises:
-        ValueError: a direction of negative curvature was met: A is not positive definite. Use
-            fast.GGN instead of fast.Hessian, or `.damped(...)`. Or b is not finite, or an option
-            is no number.
+        ValueError: a direction of negative curvature shows that A is not positive definite (use
+            fast.GGN instead of fast.Hessian, or `.damped(...)`); b is not finite; or an option is
+            no number.
     """
     check_whole(max_iterations=max_iterations)
     check_finite(tol=tol)
-    blocks, restore = operator.space.unpack(b)
-    rhs = operator.space.join(blocks)
+    space = operator.space
+    blocks, restore = space.unpack(b)
+    rhs = space.join(blocks)
     if not bool(rhs.isfinite().all()):
         raise ValueError("b holds NaN or infinity")
     # Squares of tiny (huge) numbers underflow (overflow): every column is solved at size one.
@@ -75,8 +78,22 @@ def cg(
             rr = new
     residuals = (rr.sqrt() / scale).double().cpu()
     return Solution(
-        restore(operator.space.split(x * size)),
-        residuals,
-        iterations,
-        bool((residuals <= tol).all()),
+        solution=restore(space.split(x * size)),
+        residuals=residuals,
+        num_iterations=iterations,
+        converged=bool((residuals <= tol).all()),
     )
+
+
+def solve(operator: Symmetric, b: Vectors, **options: Any) -> Vectors:
+    """The solution alone, with a RuntimeWarning where `cg` has not reached `tol`."""
+    result = cg(operator, b, **options)
+    if not result.converged:
+        warnings.warn(
+            f"solve: after {result.num_iterations} iterations the relative residual is "
+            f"{float(result.residuals.max()):.1e}: raise max_iterations, add damping with "
+            ".damped(...), or take fast.curvature.cg, which returns the residuals",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return result.solution

@@ -1,170 +1,27 @@
-"""The diagonal of a curvature matrix: of any operator, and cheaply of GGN and Fisher matrices."""
+"""The diagonal of any symmetric operator."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_whole
 from fast.curvature.algorithms.probes import draw_probes
-from fast.curvature.losses.loss import Loss
-from fast.curvature.losses.recognise import recognise
-from fast.curvature.network.batches import Batch, Batches
-from fast.curvature.network.network import Network, Params, laid_out
-from fast.data.trees import leaves
-
-if TYPE_CHECKING:
-    from fast.curvature.operators.base import SymmetricOperator
-
-LABELS = ("sampled", "predicted", "data")
+from fast.curvature.algorithms.protocol import Symmetric
 
 
 def hutchinson_diagonal(
-    operator: SymmetricOperator, num_matvecs: int = 32, *, seed: int = 0, chunk: int = 8
+    operator: Symmetric, num_matvecs: int = 32, *, seed: int = 0, chunk: int = 8
 ) -> Tensor:
-    """Mean of v * (A v) over random signs v, [P] (Bekas, Kokiopoulou and Saad 2007).
+    """Mean of v * (A v) over vectors v of random signs, [P] (Bekas, Kokiopoulou and Saad 2007).
 
-    Unbiased; the variance of entry i is the sum of the squared off-diagonal entries of row i,
-    divided by `num_matvecs`.
+    The estimate is unbiased; the variance of entry i is the sum of the squared off-diagonal entries
+    of row i, divided by `num_matvecs`.
     """
-    check_whole(num_matvecs=num_matvecs, seed=seed)
-    if num_matvecs < 1:
-        raise ValueError(f"num_matvecs must be at least 1; got {num_matvecs}")
-    total = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
-    for v in draw_probes(operator, num_matvecs, seed=seed, chunk=chunk):
+    check_whole(seed=seed)
+    check_whole(num_matvecs=num_matvecs, least=1)
+    space = operator.space
+    total = torch.zeros(space.numel, dtype=space.dtype, device=space.device)
+    for v in draw_probes(space, num_matvecs, seed=seed, chunk=chunk):
         total += (v * operator.rows(v)).sum(0)
     return total / num_matvecs
-
-
-def fisher_diagonal(
-    model: nn.Module,
-    loss_fn: Any,
-    data: Any,
-    params: Params = None,
-    *,
-    labels: str = "sampled",
-    method: str = "auto",
-    num_draws: int | None = None,
-    reduction: str = "mean",
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Diagonal of the Fisher matrix, one tensor per parameter, shaped like it.
-
-    With labels drawn from the network itself it is an unbiased estimate of the diagonal of the GGN
-    (cross-entropy, squared error), and the data need no labels: x alone, or batches of x, will do.
-
-    Args:
-        labels: "sampled" from the network's predictive distribution, its most likely "predicted"
-            ones (biased: a sure network then shows no curvature), or those of the "data" (the
-            empirical Fisher).
-        method: "samples" squares the gradient of every sample: exact given the labels, about
-            2 to 4 gradients per draw. "signs" squares the gradient of a randomly signed sum over
-            the batch: exact in expectation, one gradient per draw, any network and batch norm in
-            train mode; relative standard deviation sqrt(2 / draws) per entry. "auto" takes samples
-            where the network allows per-sample gradients.
-        num_draws: label draws per sample ("samples", default 1) or signed sums ("signs", default
-            8); each draws labels afresh.
-
-    Raises:
-        ValueError: an option is unknown, or the labels that it needs are missing.
-    """
-    if labels not in LABELS:
-        raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
-    if method not in ("auto", "samples", "signs"):
-        raise ValueError(f"method must be 'auto', 'samples' or 'signs'; got {method!r}")
-    network = Network(model, params, seed)
-    loss = recognise(loss_fn, reduction)
-    if method == "auto":
-        method = "signs" if mixes_samples(network.model) else "samples"
-    if method == "samples" and (name := mixes_samples(network.model)):
-        raise ValueError(
-            f"{name} mixes the samples of a batch, so there is no gradient of one sample: call "
-            "model.eval(), or use method='signs'"
-        )
-    squares = _sample_squares if method == "samples" else _signed_squares
-    draws = num_draws if num_draws is not None else (1 if method == "samples" else 8)
-    check_whole(num_draws=draws)
-    if draws < 1:
-        raise ValueError(f"num_draws must be at least 1; got {draws}")
-
-    total = [torch.zeros_like(p) for p in network.selected(network.leaves())]
-    weight = 0.0
-    for index, batch in enumerate(Batches(data, labels=labels == "data")):
-        batch = batch.to(network.space.device)
-        network.look_for_classes(batch, loss)
-        if method == "samples" and any(x.is_nested for x in leaves(batch.inputs)):
-            raise ValueError("nested tensors do not come apart into samples: use method='signs'")
-        part, w = squares(network, loss, batch, index, labels, draws)
-        weight += w
-        if loss.reduction == "sum":
-            torch._foreach_add_(total, part)
-        elif w:
-            torch._foreach_lerp_(total, part, w / weight)
-    return dict(zip(network.names, [t.detach() for t in total], strict=True))
-
-
-def mixes_samples(model: nn.Module) -> str:
-    """Name of a module whose output for one sample depends on the others, or ""."""
-    for name, module in model.named_modules():
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if batch_norm and (module.training or module.running_mean is None):
-            return f"{name} ({type(module).__name__} in train mode)"
-    return ""
-
-
-def _target(loss: Loss, z: Tensor, y: Any, labels: str) -> Any:
-    if labels == "data" and y is None:
-        raise ValueError("labels='data' needs labelled batches (x, y); or use 'sampled'")
-    return loss.predict(z, y) if labels == "predicted" else y
-
-
-def _residual(loss: Loss, z: Tensor, y: Any, labels: str) -> tuple[Tensor, float]:
-    """The rows r and their factor; see `Loss.residual`."""
-    return loss.sampled_residual(z, y) if labels == "sampled" else loss.residual(z, y)
-
-
-def _signed_squares(
-    network: Network, loss: Loss, batch: Batch, index: int, labels: str, draws: int
-) -> tuple[list[Tensor], float]:
-    with network.scope(index, differentiable_twice=False):
-        weights = network.leaves()
-        params = network.selected(weights)
-        output, y = network.answers(weights, batch, loss)
-        z = output.detach()
-        y = _target(loss, z, y, labels)
-        total = [torch.zeros_like(p) for p in params]
-        for draw in range(draws):
-            r, scale = _residual(loss, z, y, labels)
-            signs = torch.randint(0, 2, (r.shape[0], 1), device=r.device).to(r) * 2 - 1
-            cotangent = loss.unrows((r * signs)[None], z.shape)[0]
-            grads = torch.autograd.grad(
-                output, params, cotangent, retain_graph=draw + 1 < draws, allow_unused=True
-            )
-            for t, g in zip(total, grads, strict=True):
-                if g is not None:
-                    t.addcmul_(g, g, value=scale / draws)
-        return total, loss.weight(z, y, batch.size)
-
-
-def _sample_squares(
-    network: Network, loss: Loss, batch: Batch, index: int, labels: str, draws: int
-) -> tuple[list[Tensor], float]:
-    from fast.curvature.algorithms.samples import squared_sample_gradients
-
-    with network.scope(index, differentiable_twice=False):
-        weights = network.leaves()
-        with torch.no_grad():
-            output = network.outputs(weights, batch.inputs)
-        dim = loss.class_dim(output, batch.target, network.class_dim)
-        z, y = laid_out(output, batch.target, dim)
-        y = _target(loss, z, y, labels)
-        total = [torch.zeros_like(p) for p in network.selected(weights)]
-        for _ in range(draws):
-            r, scale = _residual(loss, z, y, labels)
-            c = loss.unrows(r[None], z.shape)[0]
-            c = c if dim == 1 else c.movedim(1, dim)
-            part = squared_sample_gradients(network, weights, batch, c)
-            torch._foreach_add_(total, part, alpha=scale / draws)
-        return total, loss.weight(z, y, batch.size)

@@ -8,17 +8,24 @@ import torch
 from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_finite, check_whole
-from fast.curvature.algorithms.probes import probe_block, require_finite
+from fast.curvature.algorithms.probes import normal_block, require_finite
 from fast.curvature.algorithms.progress import bar
-from fast.curvature.operators.base import SymmetricOperator
+from fast.curvature.algorithms.protocol import Symmetric
 
 WHICH = ("magnitude", "largest", "smallest")
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """values [k] (float64, in the order of `which`), vectors [P, k] with unit columns,
-    residuals [k] = |A x - value x|, which bounds the distance to an eigenvalue."""
+    """The k extreme eigenpairs of a symmetric matrix A.
+
+    Attributes:
+        values: [k], float64, in the order of `which`.
+        vectors: [P, k], unit columns.
+        residuals: [k] = |A x - value x|, which bounds the distance to an eigenvalue.
+        num_matvecs: products that they cost.
+        converged: whether every residual is within the tolerance.
+    """
 
     values: Tensor
     vectors: Tensor
@@ -34,7 +41,7 @@ class Eigenpairs:
 
 
 def top(
-    operator: SymmetricOperator,
+    operator: Symmetric,
     k: int = 1,
     *,
     which: str = "magnitude",
@@ -48,24 +55,27 @@ def top(
 ) -> Eigenpairs:
     """The k extreme eigenpairs (thick-restart Lanczos: Wu and Simon 2000).
 
-    A matrix of low rank, or with few different eigenvalues, has a Krylov space that ends early: a
-    random vector orthogonal to it then goes on, at least once more than was needed.
+    A matrix of low rank, or with few different eigenvalues, has a Krylov space that ends early: the
+    iteration then goes on from a random vector orthogonal to it, at least once more than needed.
 
     Args:
-        which: of largest "magnitude", or the algebraically "largest" or "smallest".
+        which: the eigenvalues of largest "magnitude", or the algebraically "largest" or "smallest".
         tol: a pair has converged when its residual is below tol times the largest |eigenvalue|
-            found; the eigenvalue is then more accurate than that (about tol^2 over the gap).
+            seen; the eigenvalue is then more accurate than that (about tol^2 over the gap).
         max_matvecs: products after which the best pairs so far are returned with
             `converged=False`; default 40 k + 200.
-        block_size: vectors per product. More find clustered eigenvalues and make better use of
-            batched products, at more products in all. One vector at a time sees a multiple
-            eigenvalue only once, unless its Krylov space ends before.
+        block_size: vectors per product. Larger blocks find clustered eigenvalues and make better
+            use of batched products, but need more products in all. A single vector sees a multiple
+            eigenvalue only once, unless its Krylov space ends early.
         multiple: after convergence, look for further copies of the eigenvalues from random vectors
-            orthogonal to what was found, until one brings nothing new. For networks with
-            symmetries; about the products of one more eigenpair per look.
-        subspace: basis vectors kept, each of P numbers; default max(2 k + 20, 4 block_size).
+            orthogonal to all eigenvectors so far, until one brings nothing new. This is meant for
+            networks with symmetries; each look costs about as much as one more eigenpair.
+        subspace: number of basis vectors, of P numbers each; default max(2 k + 20, 4 block_size).
+
+    Raises:
+        ValueError: an option is out of range, or a product is not finite.
     """
-    size = operator.shape[0]
+    size = operator.space.numel
     check_whole(k=k, block_size=block_size, seed=seed)
     check_finite(tol=tol)
     if not 1 <= k <= size:
@@ -79,30 +89,33 @@ def top(
     if limit < min(k + block_size, size):
         raise ValueError(f"subspace must be at least k + block_size; got {subspace}")
     max_matvecs = max_matvecs or 40 * k + 200
-    space = _Subspace(operator, k, which, limit, block_size, multiple, seed)
+    krylov = _Subspace(operator, k, which, limit, block_size, multiple, seed)
     matvecs = 0
     with bar(max_matvecs, f"top {k}", progress) as ticks:
         while True:
-            count = space.expand()
+            count = krylov.expand()
             matvecs += count
             ticks.update(count)
-            done, full = space.converged(tol), space.used >= size
-            if (done or full or matvecs >= max_matvecs) and space.used >= k:
-                return Eigenpairs(*space.best(), matvecs, converged=done or full)
-            space.advance()
+            done, full = krylov.converged(tol), krylov.used >= size
+            if (done or full or matvecs >= max_matvecs) and krylov.used >= k:
+                return Eigenpairs(*krylov.best(), matvecs, converged=done or full)
+            krylov.advance()
 
 
 class _Subspace:
-    """Rows of an orthonormal basis: first `lock` eigenvectors, then the Krylov run in progress.
+    """Rows of an orthonormal basis: `lock` converged eigenvectors, then the current Krylov run.
 
-    A run that finds an invariant subspace ends there: what it found is locked, and a random block
-    orthogonal to that starts the next one, which finds what the first could not see: other copies
-    of the same eigenvalue, and the rest of the spectrum.
+    A run ends at an invariant subspace. Its converged pairs are locked, and a random block
+    orthogonal to them starts the next run, which can see what the first could not: other copies of
+    the same eigenvalue, and the rest of the spectrum.
+
+    The first `multiplied` rows have been multiplied with A, those from there to `used` have not.
+    `projected` is the matrix in this basis; `theta` and `s` are the run's Ritz values and vectors.
     """
 
     def __init__(
         self,
-        operator: SymmetricOperator,
+        operator: Symmetric,
         k: int,
         which: str,
         limit: int,
@@ -113,12 +126,12 @@ class _Subspace:
         self.operator, self.k, self.which = operator, k, which
         self.limit, self.block_size, self.multiple = limit, block_size, multiple
         self.generator = torch.Generator().manual_seed(seed)
-        shape = (limit + block_size, operator.shape[0])
-        self.basis = torch.empty(shape, dtype=operator.dtype, device=operator.device)
-        self.projected = torch.zeros((shape[0],) * 2, dtype=torch.float64)
+        rows, space = limit + block_size, operator.space
+        self.basis = torch.empty(rows, space.numel, dtype=space.dtype, device=space.device)
+        self.projected = torch.zeros(rows, rows, dtype=torch.float64)
         self.locked = torch.zeros(0, dtype=torch.float64)
         self.locked_residuals = torch.zeros(0, dtype=torch.float64)
-        self.known = self.used = 0
+        self.multiplied = self.used = 0
         self.scale = self.tolerance = 0.0
         self._start()
 
@@ -127,35 +140,35 @@ class _Subspace:
         return len(self.locked)
 
     def _start(self) -> None:
-        count = min(self.block_size, self.operator.shape[0] - self.lock)
-        rows = probe_block(self.operator, count, generator=self.generator, distribution="normal")
+        space = self.operator.space
+        rows = normal_block(space, min(self.block_size, space.numel - self.lock), self.generator)
         rows = _orthogonalise(rows, self.basis[: self.lock])[0]
         fresh = _orthonormal_rows(rows, self.basis[: self.lock], 0.0)[0]
-        self.known = self.lock
+        self.multiplied = self.lock
         self._append(fresh)
 
     def _append(self, rows: Tensor) -> None:
-        self.basis[self.known : self.known + len(rows)] = rows
-        self.used = self.known + len(rows)
+        self.basis[self.multiplied : self.multiplied + len(rows)] = rows
+        self.used = self.multiplied + len(rows)
 
     def expand(self) -> int:
-        """Multiply with the newest rows and take the run's Ritz pairs; the products it took."""
-        known, used = self.known, self.used
-        w = require_finite(self.operator.rows(self.basis[known:used]))
+        """Multiply the newest rows, compute the run's Ritz pairs, return the number of products."""
+        old, used = self.multiplied, self.used
+        w = require_finite(self.operator.rows(self.basis[old:used]))
         w, coefficients = _orthogonalise(w, self.basis[:used])
-        self.projected[:used, known:used] = coefficients
-        self.projected[known:used, :used] = coefficients.T
+        self.projected[:used, old:used] = coefficients
+        self.projected[old:used, :used] = coefficients.T
         run = slice(self.lock, used)
         self.theta, self.s = torch.linalg.eigh(self.projected[run, run])
         self.scale = max(self.scale, float(self.theta.abs().max()), torch.finfo(torch.float64).tiny)
         self.following, coupling = _orthonormal_rows(w, self.basis[:used], self.scale)
         # Only the newest rows couple to what lies outside of the basis.
-        self.residuals = (coupling @ self.s[known - self.lock :]).norm(dim=0)
-        self.known = used
-        return used - known
+        self.residuals = (coupling @ self.s[old - self.lock :]).norm(dim=0)
+        self.multiplied = used
+        return used - old
 
-    def _chosen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The best k: values, residuals, and places (locked rows, then the pairs of the run)."""
+    def _best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, residuals and places of the best k, counted through locked rows and the run."""
         values = torch.cat([self.locked, self.theta])
         residuals = torch.cat([self.locked_residuals, self.residuals])
         order = _order(values, self.which)[: self.k]
@@ -165,9 +178,9 @@ class _Subspace:
         limit = self.tolerance = tol * self.scale
         if bool((self.residuals <= limit).all()):  # within `tol` the run has ended
             self.following = self.following[:0]
-        if self.used < self.k or not bool((self._chosen()[1] <= limit).all()):
+        if self.used < self.k or not bool((self._best()[1] <= limit).all()):
             return False
-        # Of a run from a random block its best pair tells what is left of the spectrum.
+        # The best pair of a run from a random block tells what is left of the spectrum.
         lead = _order(self.theta, self.which)[0]
         if self.residuals[lead] > limit:
             return False
@@ -184,7 +197,7 @@ class _Subspace:
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
         """values [k], vectors [P, k], residuals [k]."""
-        values, residuals, order = self._chosen()
+        values, residuals, order = self._best()
         mix = torch.zeros((len(order), self.used), dtype=torch.float64)
         for row, place in zip(mix, order.tolist(), strict=True):
             if place < self.lock:
@@ -194,15 +207,15 @@ class _Subspace:
         return values, (mix.to(self.basis) @ self.basis[: self.used]).T, residuals
 
     def advance(self) -> None:
-        """The next rows to multiply with; a restart where there is no room for them."""
+        """Append the next rows to multiply with, and restart where there is no room for them."""
         if not len(self.following):
             self._lock_run()
             self._start()
             return
         if self.used + len(self.following) > self.limit:
-            wanted = self.k + max(4, self.k // 2)
             room = self.limit - self.lock - len(self.following)
-            self._keep(_order(self.theta, self.which)[: max(1, min(wanted, room))])
+            count = max(1, min(self.k + max(4, self.k // 2), room))
+            self._keep(_order(self.theta, self.which)[:count])
         self._append(self.following)
 
     def _keep(self, order: Tensor) -> None:
@@ -212,14 +225,14 @@ class _Subspace:
         self.projected[first:, first:] = 0
         self.projected[first:last, first:last] = torch.diag(self.theta[order])
         self.theta, self.residuals = self.theta[order], self.residuals[order]
-        self.known = self.used = last
+        self.multiplied = self.used = last
 
     def _lock_run(self) -> None:
         done = (self.residuals <= self.tolerance).nonzero()[:, 0]
         self._keep(done[_order(self.theta[done], self.which)])
         self.locked = torch.cat([self.locked, self.theta])
         self.locked_residuals = torch.cat([self.locked_residuals, self.residuals])
-        # Where the next run would have no room, only what is asked for stays.
+        # Where the next run would have no room, only the best k stay.
         if self.lock > max(self.k, self.limit - self.block_size - self.k - 4):
             order = _order(self.locked, self.which)[: self.k]
             self.basis[: len(order)] = self.basis[order.to(self.basis.device)]
@@ -236,9 +249,9 @@ def _order(theta: Tensor, which: str) -> Tensor:
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """w [b, P] minus its part in the rows of `basis`, and that part's coefficients, float64.
+    """w [b, P] minus its part in the rows of `basis`, and the coefficients of that part, float64.
 
-    Twice is enough (Kahan and Parlett): one pass leaves an error that grows with every step.
+    Two passes are enough (Kahan and Parlett); the error of a single one grows with every step.
     """
     coefficients = torch.zeros((basis.shape[0], w.shape[0]), dtype=torch.float64)
     for _ in range(2):
@@ -249,10 +262,10 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_rows(w: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Q [r, P] with orthonormal rows, r <= b, and R [r, b] with w = R^T Q; R in float64.
+    """Q [r, P] with orthonormal rows, r <= b, and R [r, b] in float64, with w = R^T Q.
 
-    Rows of w, a product of size `scale` less its part in `basis`, of which only rounding is left
-    bring no direction of their own: that may lie anywhere, inside of `basis` too.
+    w is a product of size `scale` minus its part in `basis`. A row of which only rounding is left
+    is dropped: its direction may lie anywhere, also inside `basis`.
     """
     noise = 10 * torch.finfo(w.dtype).eps * scale
     coupling = torch.zeros((w.shape[0],) * 2, dtype=torch.float64)
@@ -266,7 +279,7 @@ def _orthonormal_rows(w: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, T
             continue
         coupling[count, i] = norm
         v = v / norm
-        if norm <= 1e-2 * scale:  # rounding has grown with the division
+        if norm <= 1e-2 * scale:  # the division has magnified rounding
             for others in (basis, q[:count]):
                 v, _ = _orthogonalise(v, others)
             v = v / v.norm()

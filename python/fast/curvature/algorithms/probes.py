@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fast.curvature.operators.base import SymmetricOperator
+from fast.curvature.network.parameter_space import ParameterSpace
 
 
 def require_finite(products: Tensor) -> Tensor:
-    """The same; what follows (factorisations, mostly) would fail with messages of its own."""
+    """Return `products`, or raise ValueError: factorisations fail with messages of their own."""
     if not bool(products.isfinite().all()):
         raise ValueError(
             "a product of the operator is not finite: there is nan or infinity in its parameters, "
@@ -23,39 +21,27 @@ def require_finite(products: Tensor) -> Tensor:
 
 
 def draw_probes(
-    operator: SymmetricOperator,
-    count: int,
-    *,
-    seed: int,
-    chunk: int = 8,
-    distribution: str = "rademacher",
+    space: ParameterSpace, count: int, *, seed: int, chunk: int = 8
 ) -> Iterator[Tensor]:
-    """`count` vectors of `operator`'s space, [chunk, P] at a time (the last may be smaller)."""
+    """`count` vectors of random signs, [chunk, P] at a time (the last block may be smaller)."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, count, chunk):
-        yield probe_block(
-            operator, min(chunk, count - start), generator=generator, distribution=distribution
-        )
+        yield sign_block(space, min(chunk, count - start), generator)
 
 
-def probe_block(
-    operator: SymmetricOperator,
-    count: int,
-    *,
-    generator: torch.Generator,
-    distribution: str = "rademacher",
-) -> Tensor:
-    """[count, P] of signs or standard normals, drawn on the CPU so that every device agrees."""
-    size = operator.shape[0]
-    # One row at a time: the n-th probe is the same whatever the chunk.
-    rows = []
-    for _ in range(count):
-        if distribution == "rademacher":
-            row = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8)
-            rows.append(row.to(operator.device, operator.dtype).mul_(2).sub_(1))
-        elif distribution == "normal":
-            row = torch.randn(size, generator=generator, dtype=torch.float32)
-            rows.append(row.to(operator.device, operator.dtype))
-        else:
-            raise ValueError(f"distribution must be 'rademacher' or 'normal'; got {distribution!r}")
-    return torch.stack(rows)
+def sign_block(space: ParameterSpace, count: int, generator: torch.Generator) -> Tensor:
+    """[count, P] of random signs."""
+    # The CPU draws one row at a time: the n-th probe is the same for every device and chunk.
+    rows = [
+        torch.randint(0, 2, (space.numel,), generator=generator, dtype=torch.int8)
+        for _ in range(count)
+    ]
+    return torch.stack([r.to(space.device, space.dtype).mul_(2).sub_(1) for r in rows])
+
+
+def normal_block(space: ParameterSpace, count: int, generator: torch.Generator) -> Tensor:
+    """[count, P] of standard normals."""
+    rows = [
+        torch.randn(space.numel, generator=generator, dtype=torch.float32) for _ in range(count)
+    ]
+    return torch.stack([r.to(space.device, space.dtype) for r in rows])

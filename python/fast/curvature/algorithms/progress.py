@@ -1,4 +1,4 @@
-"""Progress bars of the long estimates: on by default when a person is watching."""
+"""Progress bars for long estimates: shown by default when a person is watching."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from tqdm import tqdm
 
 
 def bar(total: int, what: str, progress: bool | None) -> Any:
-    """A tqdm bar that counts products; `progress` None means: when stderr is a terminal."""
+    """A tqdm bar that counts products; `progress=None` shows it where stderr is a terminal."""
     shown = sys.stderr.isatty() if progress is None else progress
     return tqdm(total=total, desc=what, unit="product", disable=not shown, leave=False)

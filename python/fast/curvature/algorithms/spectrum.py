@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_whole
-from fast.curvature.algorithms.probes import probe_block, require_finite
+from fast.curvature.algorithms.probes import require_finite, sign_block
 from fast.curvature.algorithms.progress import bar
-from fast.curvature.operators.base import SymmetricOperator
+from fast.curvature.algorithms.protocol import Symmetric
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-# Bytes of Lanczos vectors held for several probes at once.
+# Bytes of Lanczos vectors that are held for several probes at once.
 BASIS_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Quadrature of the spectral density of a [P, P] matrix: nodes and weights [probes, steps].
+    """Quadrature of the spectral density of a [P, P] matrix A: the density is about
+    (1 / probes) sum_ij weights_ij delta(x - nodes_ij).
 
     Each probe's weights add up to one, so `P * (weights * f(nodes)).sum(1).mean()` estimates the
     trace of f(A).
+
+    Attributes:
+        nodes, weights: [probes, steps].
+        size: P.
     """
 
     nodes: Tensor = field(repr=False)
@@ -56,7 +59,7 @@ class Spectrum:
     def plot(self, path: str | Path | None = None, *, ax: Any = None, label: str = "") -> Any:
         """Draw the density on a logarithmic axis (matplotlib); save a PNG when `path` is given."""
         if ax is None:
-            # Not pyplot: no display is opened, and the caller's backend stays as it is.
+            # pyplot would open a display and may change the caller's backend.
             from matplotlib.figure import Figure
 
             ax = Figure(figsize=(7, 4), layout="constrained").subplots()
@@ -72,7 +75,7 @@ class Spectrum:
 
 
 def spectrum(
-    operator: SymmetricOperator,
+    operator: Symmetric,
     num_probes: int = 8,
     num_lanczos_steps: int = 64,
     *,
@@ -81,10 +84,11 @@ def spectrum(
 ) -> Spectrum:
     """Spectral density (Lin, Saad and Yang 2016; Ghorbani, Krishnan and Xiao 2019).
 
-    Costs num_probes * num_lanczos_steps products, several probes at a time; fully
-    reorthogonalised, which holds num_lanczos_steps vectors of P numbers per probe.
+    It costs num_probes * num_lanczos_steps products, several probes at a time. Full
+    reorthogonalisation holds num_lanczos_steps vectors of P numbers per probe.
     """
-    size = operator.shape[0]
+    space = operator.space
+    size = space.numel
     check_whole(num_probes=num_probes, num_lanczos_steps=num_lanczos_steps, seed=seed)
     if num_probes < 1 or num_lanczos_steps < 1:
         raise ValueError(
@@ -92,14 +96,13 @@ def spectrum(
             f"{num_lanczos_steps}"
         )
     steps = min(num_lanczos_steps, size)
-    item = torch.empty((), dtype=operator.dtype).element_size()
-    together = max(1, min(num_probes, BASIS_BYTES // (steps * size * item)))
+    together = max(1, min(num_probes, BASIS_BYTES // (steps * size * space.dtype.itemsize)))
     generator = torch.Generator().manual_seed(seed)
     nodes, weights = [], []
     with bar(num_probes * steps, "spectrum", progress) as ticks:
         for start in range(0, num_probes, together):
             count = min(together, num_probes - start)
-            probes = probe_block(operator, count, generator=generator)
+            probes = sign_block(space, count, generator)
             for tridiagonal in tridiagonals(operator, probes, steps, ticks):
                 theta, s = torch.linalg.eigh(tridiagonal)
                 nodes.append(theta)
@@ -108,10 +111,8 @@ def spectrum(
     return Spectrum(_pad(nodes, width, weights=False), _pad(weights, width, weights=True), size)
 
 
-def tridiagonals(
-    operator: SymmetricOperator, probes: Tensor, steps: int, ticks: Any
-) -> list[Tensor]:
-    """One Lanczos run per probe [K, P], all in step: their tridiagonal matrices, float64.
+def tridiagonals(operator: Symmetric, probes: Tensor, steps: int, ticks: Any) -> list[Tensor]:
+    """One Lanczos run per probe [K, P], all in step: their tridiagonal matrices, in float64.
 
     A run that meets an invariant subspace ends there; its matrix is smaller.
     """
@@ -133,7 +134,7 @@ def tridiagonals(
             alive = (norm > 0)[:, None]
             basis[j + 1] = torch.where(alive, w / norm.clamp_min(1e-30)[:, None], 0)
     out = []
-    tolerance = 10 * torch.finfo(operator.dtype).eps
+    tolerance = 10 * torch.finfo(operator.space.dtype).eps
     for a, b in zip(alpha, beta, strict=True):
         small = (b[:-1] <= tolerance * (a.abs().max() + b.abs().max())).nonzero()
         end = int(small[0]) + 1 if len(small) else steps
@@ -143,7 +144,7 @@ def tridiagonals(
 
 
 def _pad(rows: list[Tensor], width: int, *, weights: bool) -> Tensor:
-    """Equal lengths: a shorter run repeats its last node with weight zero."""
+    """[len(rows), width]: a shorter run repeats its last node with weight zero."""
     padded = torch.zeros((len(rows), width), dtype=torch.float64)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = row

@@ -1,25 +1,35 @@
-"""The curvature of one loss in a few figures: loss, gradient, top eigenvalues, trace, density, and
-the same by layer."""
+"""The curvature of one loss in a few figures: loss, gradient, top eigenvalues, trace and spectral
+density, and the first of these by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from fast.curvature.algorithms.lanczos import Eigenpairs, top
+from fast.curvature.algorithms.protocol import Symmetric
 from fast.curvature.algorithms.spectrum import Spectrum, spectrum
 from fast.curvature.algorithms.trace import Estimate, block_traces, trace
 from fast.curvature.network.network import Params
-from fast.curvature.operators.hessian import NetworkOperator
 
-# A layer's largest eigenvalue is there to be compared with its neighbours' by eye.
+# The largest eigenvalue of a layer is only compared with its neighbours', by eye.
 LAYER_TOL, LAYER_MATVECS = 1e-2, 40
 
 
-@dataclass(frozen=True)
+class LossMatrix(Symmetric, Protocol):
+    """A curvature matrix that also knows its loss, and its principal blocks."""
+
+    def value_and_gradient(self) -> tuple[float, Tensor]: ...
+
+    def blocks(self, by: str | Mapping[str, Params] = ...) -> Mapping[str, Symmetric]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One principal block: number of parameters, trace, eigenvalue of largest magnitude."""
+    """One principal block: its size, its trace, and its eigenvalue of largest magnitude."""
 
     numel: int
     trace: Estimate
@@ -29,9 +39,9 @@ class Layer:
         return {"parameters": self.numel, "trace": vars(self.trace), "top": _pairs(self.top)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Curvature of one loss. `layers` is empty where it was not asked for, `spectrum` None."""
+    """Curvature of one loss; without layers `layers` is empty, without density `spectrum` None."""
 
     numel: int
     loss: float
@@ -57,7 +67,7 @@ class Summary:
 
 
 def summarise(
-    operator: NetworkOperator,
+    operator: LossMatrix,
     *,
     num_top: int = 5,
     trace_matvecs: int = 48,
@@ -70,29 +80,34 @@ def summarise(
     """Everything in `Summary`, each estimate with its error.
 
     Args:
-        num_top: eigenpairs of largest magnitude.
-        trace_matvecs: products for the trace, and again for the traces of the layers.
-        num_probes: of the spectral density, `num_lanczos_steps` products each; 0: no density.
-        layers: as `NetworkOperator.blocks` takes it; None: no layers.
+        num_top: number of eigenpairs, those of largest magnitude.
+        trace_matvecs: products for the trace, and as many for the traces of the layers.
+        num_probes: probes of the spectral density, `num_lanczos_steps` products each; 0 leaves the
+            density out.
+        layers: the argument of `Hessian.blocks`; None leaves the layers out.
     """
     loss, gradient = operator.value_and_gradient()
     shared: dict[str, Any] = {"seed": seed, "progress": progress}
-    num_top = min(num_top, operator.shape[0])
-    pairs = top(operator, num_top, **shared)
+    pairs = top(operator, min(num_top, operator.space.numel), **shared)
     total = trace(operator, trace_matvecs, **shared)
-    density = None
-    if num_probes:
-        density = spectrum(operator, num_probes, num_lanczos_steps, **shared)
-    found = {}
+    density = spectrum(operator, num_probes, num_lanczos_steps, **shared) if num_probes else None
+    parts = {}
     if layers is not None:
         blocks = operator.blocks(layers)
-        traces = block_traces(
-            operator, {n: b.space.names for n, b in blocks.items()}, trace_matvecs, **shared
-        )
+        names = {name: block.space.names for name, block in blocks.items()}
+        traces = block_traces(operator, names, trace_matvecs, **shared)
         for name, block in blocks.items():
-            best = top(block, 1, tol=LAYER_TOL, max_matvecs=LAYER_MATVECS, **shared)
-            found[name] = Layer(block.shape[0], traces[name], best)
-    return Summary(operator.shape[0], loss, float(gradient.norm()), pairs, total, density, found)
+            largest = top(block, 1, tol=LAYER_TOL, max_matvecs=LAYER_MATVECS, **shared)
+            parts[name] = Layer(numel=block.space.numel, trace=traces[name], top=largest)
+    return Summary(
+        numel=operator.space.numel,
+        loss=loss,
+        gradient_norm=float(gradient.norm()),
+        top=pairs,
+        trace=total,
+        spectrum=density,
+        layers=parts,
+    )
 
 
 def _pairs(pairs: Eigenpairs) -> dict[str, Any]:

@@ -6,19 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_whole
 from fast.curvature.algorithms.probes import draw_probes, require_finite
 from fast.curvature.algorithms.progress import bar
+from fast.curvature.algorithms.protocol import Symmetric
 from fast.curvature.network.parameter_space import dot
-from fast.curvature.operators.base import SymmetricOperator
 
 METHODS = ("hutch++", "hutchinson")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A random estimate: its value, its standard error, and what it cost."""
+    """A random estimate, its standard error, and the number of products that it cost."""
 
     value: float
     stderr: float
@@ -32,7 +33,7 @@ class Estimate:
 
 
 def trace(
-    operator: SymmetricOperator,
+    operator: Symmetric,
     num_matvecs: int = 48,
     *,
     method: str = "hutch++",
@@ -40,13 +41,18 @@ def trace(
     chunk: int = 8,
     progress: bool | None = None,
 ) -> Estimate:
-    """Trace of an operator, unbiased.
+    """Unbiased estimate of tr A.
 
-    "hutch++" (Meyer et al. 2021) takes a third of the products to find the dominant subspace, takes
-    the trace there exactly, and estimates only the remainder: far better where few eigenvalues
-    dominate, as in trained networks. It holds num_matvecs / 3 vectors of P numbers. "hutchinson"
-    (Hutchinson 1990, random signs) holds `chunk` vectors and needs only v^T A v, which is cheaper
-    than a product for GGN and Fisher.
+    "hutch++" (Meyer, Musco, Musco and Woodruff 2021): with Q an orthonormal basis of A S, S a third
+    of the products' worth of random signs,
+
+        tr A = tr(Q^T A Q) + E[v^T (I - QQ^T) A (I - QQ^T) v],
+
+    of which the first term is exact and only the second is estimated. That is far better where few
+    eigenvalues dominate, as in trained networks. Q is num_matvecs / 3 vectors of P numbers.
+
+    "hutchinson" (Hutchinson 1990): the mean of v^T A v over random signs v. It holds `chunk`
+    vectors, and v^T A v is cheaper than a product for GGN and Fisher.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}; got {method!r}")
@@ -57,35 +63,31 @@ def trace(
             f"num_matvecs must be at least {least} with {method}, for an error estimate; got "
             f"{num_matvecs}"
         )
+    space = operator.space
     with bar(num_matvecs, "trace", progress) as ticks:
-        if method == "hutchinson" or operator.shape[0] <= num_matvecs // 3:
-            values = []
-            for v in draw_probes(operator, num_matvecs, seed=seed, chunk=chunk):
-                values.append(operator._quad(operator.space.split(v)).cpu())
-                ticks.update(v.shape[0])
-            return _estimate(torch.cat(values), 0.0, num_matvecs)
+
+        def quadratics(rows: Tensor) -> Tensor:
+            ticks.update(rows.shape[0])
+            return operator.quadratics(space.split(rows)).cpu()
+
+        if method == "hutchinson" or space.numel <= num_matvecs // 3:
+            probes = draw_probes(space, num_matvecs, seed=seed, chunk=chunk)
+            return _estimate([quadratics(v) for v in probes], 0.0, num_matvecs)
 
         third = num_matvecs // 3
         images = []
-        for v in draw_probes(operator, third, seed=seed, chunk=chunk):
+        for v in draw_probes(space, third, seed=seed, chunk=chunk):
             images.append(require_finite(operator.rows(v)))
             ticks.update(v.shape[0])
         basis = torch.linalg.qr(torch.cat(images).T)[0].T.contiguous()
-        exact = 0.0
-        for q in basis.split(chunk):
-            exact += float(operator._quad(operator.space.split(q)).sum())
-            ticks.update(q.shape[0])
-        values = []
-        rest = num_matvecs - 2 * third
-        for v in draw_probes(operator, rest, seed=seed + 1, chunk=chunk):
-            v = v - (v @ basis.T) @ basis
-            values.append(operator._quad(operator.space.split(v)).cpu())
-            ticks.update(v.shape[0])
-        return _estimate(torch.cat(values), exact, num_matvecs)
+        exact = sum(float(quadratics(q).sum()) for q in basis.split(chunk))
+        probes = draw_probes(space, num_matvecs - 2 * third, seed=seed + 1, chunk=chunk)
+        rest = [quadratics(v - (v @ basis.T) @ basis) for v in probes]
+        return _estimate(rest, exact, num_matvecs)
 
 
 def block_traces(
-    operator: SymmetricOperator,
+    operator: Symmetric,
     blocks: Mapping[str, Iterable[str]],
     num_matvecs: int = 48,
     *,
@@ -93,27 +95,29 @@ def block_traces(
     chunk: int = 8,
     progress: bool | None = None,
 ) -> dict[str, Estimate]:
-    """Traces of principal blocks, all of them from the same products (Hutchinson, random signs).
+    """Traces of principal blocks, all from the same products (Hutchinson, random signs).
 
     Args:
-        blocks: name -> names of parameters, e.g. one layer's.
+        blocks: name -> names of the parameters in that block, e.g. those of one layer.
     """
     check_whole(num_matvecs=num_matvecs, seed=seed)
     if num_matvecs < 2:
         raise ValueError(f"num_matvecs must be at least 2, for an error; got {num_matvecs}")
-    place = {name: i for i, name in enumerate(operator.space.names)}
-    wanted = {name: [place[n] for n in names] for name, names in blocks.items()}
-    values: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    space = operator.space
+    place = {name: i for i, name in enumerate(space.names)}
+    places = {name: [place[n] for n in names] for name, names in blocks.items()}
+    values: dict[str, list[Tensor]] = {name: [] for name in places}
     with bar(num_matvecs, "traces of layers", progress) as ticks:
-        for rows in draw_probes(operator, num_matvecs, seed=seed, chunk=chunk):
-            v = operator.space.split(rows)
+        for rows in draw_probes(space, num_matvecs, seed=seed, chunk=chunk):
+            v = space.split(rows)
             av = operator.products(v)
-            for name, at in wanted.items():
+            for name, at in places.items():
                 values[name].append(dot([v[i] for i in at], [av[i] for i in at]).cpu())
             ticks.update(rows.shape[0])
-    return {name: _estimate(torch.cat(parts), 0.0, num_matvecs) for name, parts in values.items()}
+    return {name: _estimate(parts, 0.0, num_matvecs) for name, parts in values.items()}
 
 
-def _estimate(values: torch.Tensor, exact: float, num_matvecs: int) -> Estimate:
+def _estimate(parts: list[Tensor], exact: float, num_matvecs: int) -> Estimate:
+    values = torch.cat(parts)
     stderr = float(values.std()) / len(values) ** 0.5
     return Estimate(exact + float(values.mean()), stderr, num_matvecs)

@@ -1,4 +1,4 @@
-"""What a diagonal says in nats: the rise of source loss, measured along the steps that Adam takes.
+"""From a diagonal to nats: the rise of the source loss, measured along steps as Adam takes them.
 
 Steps of fine-tuning are coherent: `d^T H d` exceeds `sum H_ii d_i^2` by orders of magnitude, and a
 sure network is flat around its weights and steep further out. Neither a diagonal nor an exact
@@ -30,20 +30,20 @@ from fast.heads.outputs import source_logits
 # Sizes of the steps that are tried, as multiples of Adam's usual step of 1e-3 per weight.
 STEP_SIZES = (3e-4, 1e-3, 3e-3)
 DIRECTIONS = 2
-# Beyond this the network is destroyed, and the loss says how sure it is of being wrong.
+# Nats beyond which the network is destroyed, and its loss measures how sure it is of being wrong.
 CEILING = 5.0
 EXPONENTS = (0.5, 2.0)
-LEAST = 1e-9  # nats that are no rounding
+LEAST = 1e-9  # nats; a smaller rise is rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """`nats = scale * energy ** exponent`, with `energy = 1/2 sum C_ii (w - w0)_i^2`.
 
     Attributes:
-        spread: factor by which the measured steps lie around this line, at worst.
-        coherence: `d^T G d / sum G_ii d_i^2` of these steps, by exact Gauss-Newton products: what
-            a diagonal alone is too small by; NaN where it was not measured.
+        spread: largest factor between a measured step and this line.
+        coherence: `d^T G d / sum G_ii d_i^2` of these steps d, by exact Gauss-Newton products: the
+            factor by which the diagonal alone is too small; NaN where it was not measured.
         points: the measurements, `(energy, nats)`.
     """
 
@@ -58,7 +58,7 @@ class Calibration:
         return self.scale * max(energy, 0.0) ** self.exponent
 
     def energy(self, nats: float) -> float:
-        """The energy at which `nats` are forecast; infinite where no step was seen to cost any."""
+        """The energy at which `nats` are forecast; infinite where no measured step cost any."""
         if not self.scale:
             return math.inf
         return (max(nats, 0.0) / self.scale) ** (1 / self.exponent)
@@ -66,17 +66,17 @@ class Calibration:
     def reaches(self, energy: float) -> bool:
         """Whether steps of this energy were measured: beyond them a forecast is extrapolated.
 
-        Steps are measured along signs of gradients, as Adam's first ones are. Those of a run turn,
-        and are held to the source: within reach too, they cost less than is forecast.
+        Steps are measured along signs of gradients, as Adam's first steps are. The steps of a run
+        turn and are pulled back to the source: within reach, too, they cost less than is forecast.
         """
-        seen = [e for e, nats in self.points if nats < CEILING]
-        return not seen or energy <= max(seen)
+        measured = [e for e, nats in self.points if nats < CEILING]
+        return not measured or energy <= max(measured)
 
     def through(self, energy: float, nats: float, exponent: float | None = None) -> Calibration:
-        """The line through one more measurement, that of the run itself.
+        """The line moved to one more measurement, that of a run itself.
 
         Args:
-            exponent: its slope (default: as it is).
+            exponent: the slope of the new line (default: that of this one).
         """
         if not (energy > 0 and nats > 0):
             return self
@@ -92,13 +92,15 @@ def calibrate(
     temperature: float | None,
     seed: int,
 ) -> Calibration:
-    """Measure the rise along signs of gradients of random labels: what Adam's first steps are.
+    """Measure the rise along signs of gradients of random labels, which Adam's first steps are.
 
-    Costs two gradients, a Gauss-Newton product (4 gradients) and 7 forward passes of `data`. The
-    weights are put back exactly.
+    This costs two gradients, a Gauss-Newton product (4 gradients) and 7 forward passes of `data`.
+    The weights are put back exactly.
 
     Args:
-        temperature: of the Gauss-Newton matrix; None for no product, and no coherence.
+        params: backbone parameter -> its tensor.
+        diagonal: the same names -> `C_ii`.
+        temperature: that of the Gauss-Newton matrix; None leaves the product out, and coherence.
     """
     device = next(iter(params.values())).device
     probe = data.to(device)
@@ -137,12 +139,14 @@ def calibrate(
             RuntimeWarning,
             stacklevel=3,
         )
-        return Calibration(0.0, 1.0, 1.0, math.nan, tuple(points))
+        return Calibration(
+            scale=0.0, exponent=1.0, spread=1.0, coherence=math.nan, points=tuple(points)
+        )
     return fit(points, coherence[0] if coherence else math.nan)
 
 
 def fit(points: Sequence[tuple[float, float]], coherence: float) -> Calibration:
-    """The line through `log nats` over `log energy`; slope within `EXPONENTS`.
+    """Least squares of `log nats` over `log energy`, with the slope held within `EXPONENTS`.
 
     Raises:
         ValueError: no step changed the answers.
@@ -164,7 +168,13 @@ def fit(points: Sequence[tuple[float, float]], coherence: float) -> Calibration:
     slope = min(max(slope, EXPONENTS[0]), EXPONENTS[1])
     offset = my - slope * mx
     spread = max(abs(b - offset - slope * a) for a, b in zip(x, y, strict=True))
-    return Calibration(math.exp(offset), slope, math.exp(spread), coherence, tuple(points))
+    return Calibration(
+        scale=math.exp(offset),
+        exponent=slope,
+        spread=math.exp(spread),
+        coherence=coherence,
+        points=tuple(points),
+    )
 
 
 def _signs(
@@ -174,6 +184,7 @@ def _signs(
     answers: Tensor,
     generator: torch.Generator,
 ) -> list[Tensor]:
+    """Signs of the gradient of the loss of random labels, one tensor per weight."""
     classes = answers.shape[1]
     labels = torch.randint(classes, (answers.shape[0],), generator=generator).to(answers.device)
     with evaluating(model), source_task(model), torch.enable_grad():
@@ -193,10 +204,10 @@ def _exact(
     probe: SourceInputs,
     temperature: float,
 ) -> float:
-    """`1/2 d^T G d` of what the diagonal is the diagonal of."""
+    """`1/2 d^T G d` of a step d, by a product with the Gauss-Newton matrix G."""
     names = [f"model.{n}" for n in params]
     with evaluating(model), source_task(model):
-        batch = (probe.inputs, None)  # of cross-entropy, a Gauss-Newton matrix needs no label
+        batch = (probe.inputs, None)  # the Gauss-Newton matrix of cross-entropy needs no label
         data = Batches([batch], labels=None)
         operator = GGN(Answers(model, temperature), "cross_entropy", data, names)
         quad = float(operator.quad(dict(zip(names, step, strict=True))))

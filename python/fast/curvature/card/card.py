@@ -1,4 +1,4 @@
-"""`SourceCard`: what a few hundred source inputs say about which weights the source task needs."""
+"""`SourceCard`: which weights the source task needs, estimated from a few hundred source inputs."""
 
 from __future__ import annotations
 
@@ -15,63 +15,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.algorithms.diagonal import LABELS, fisher_diagonal
 from fast.curvature.card.answers import Answers, backbone_parameters
 from fast.curvature.card.calibrate import Calibration, calibrate
-from fast.curvature.card.file import fingerprint, load_card, save_card
+from fast.curvature.card.codes import Codes
+from fast.curvature.card.file import fingerprint, read_card, write_card
 from fast.curvature.losses.loss import Loss
 from fast.curvature.losses.recognise import recognise
 from fast.curvature.network.network import Params, select
+from fast.curvature.operators.fisher_diagonal import LABELS, fisher_diagonal
 from fast.data.finite import check_finite_inputs
 from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, unwrap
 from fast.heads.forward import taking
 from fast.heads.outputs import source_logits
-from fastkernels import _storage
 
 TEMPERATURE = 3.0
 BATCH = 64
 IGNORED = -100  # the label that torch leaves out
-# Codes of 8 bits, of which the last is left out: a file packs 7, and takes less than a byte per
-# weight. They are a quarter of an octave apart, which is finer than an entry's sampling error.
-LAST_OF_7 = 1 << 20
 
 
-@dataclass(frozen=True, repr=False)
-class Codes:
-    """One tensor's diagonal: even `codes`, uint8 of its shape; `scales`, one per 128 entries."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def __repr__(self) -> str:
-        return f"Codes({list(self.codes.shape)})"
-
-    @classmethod
-    def of(cls, value: Tensor) -> Codes:
-        flat = value.detach().float().cpu().contiguous().flatten()
-        codes, scales = _storage.encode(flat, LAST_OF_7, signed=False)
-        return cls((codes & 0xFE).view(value.shape), scales)
-
-    def decode(self) -> Tensor:
-        flat = _storage.decode(self.codes.flatten(), self.scales, signed=False)
-        return flat.view(self.codes.shape)
-
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SourceCard:
-    """Curvature of the source loss at the pretrained weights, as a diagonal, and what it is worth.
+    """Curvature of the source loss at the pretrained weights: a diagonal, calibrated in nats.
 
-    Made by `estimate`, kept by `save` and `load`. As `curvature=` of `fast.AdamW` it says how hard
-    each weight is pulled back; `forecast` turns a displacement into nats of source loss.
+    `estimate` makes a card, `save` and `load` keep it. As `curvature=` of `fast.AdamW` it says how
+    hard each weight is pulled back; `forecast` turns a displacement into nats of source loss.
 
     Attributes:
         entries: backbone parameter -> its diagonal `C_ii >= 0`, nats per squared weight, in 7 bits.
-        fingerprints: backbone parameter -> hash of the weights that it is the curvature at.
+        fingerprints: backbone parameter -> hash of the weights at which the curvature was taken.
         num_samples, labels, temperature: how it was estimated.
         calibration: from the diagonal's energy to nats.
-        source_loss, source_accuracy: of the samples, where they had labels.
-        seconds: that estimating took.
+        source_loss, source_accuracy: those of the samples, where they had labels.
+        seconds: time that estimating took.
     """
 
     entries: dict[str, Codes]
@@ -83,8 +59,8 @@ class SourceCard:
     source_loss: float | None = None
     source_accuracy: float | None = None
     seconds: float = 0.0
-    # Name -> parameter, of the model that this card was estimated on or bound to; and that model's
-    # weights at the time. Weak: an id alone may by now be that of another tensor.
+    # Name -> parameter of the model that this card was estimated on or bound to (weak, for an id
+    # alone may by now be that of another tensor), and name -> a copy of that model's weights then.
     _names: dict[str, weakref.ref[Tensor]] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
@@ -107,12 +83,13 @@ class SourceCard:
     ) -> SourceCard:
         """Estimate the card of `model`, which answers the source task.
 
-        The diagonal is that of the Gauss-Newton (Fisher) matrix, from squared gradients of single
-        samples: about 2 gradients per sample of `num_samples`, and 8 per calibration sample. The
-        weights, modes and random state of the model stay as they are.
+        `C_ii = T^2 mean (d log p_T(y | x) / dw_i)^2`, with `p_T` the softmax of the logits over the
+        temperature T: the diagonal of the Gauss-Newton (Fisher) matrix, from squared gradients of
+        single samples. That costs about 2 gradients per sample of `num_samples`, and 8 per
+        calibration sample. The weights, modes and random state of the model stay as they are.
 
         Target inputs will do where no source data are left: the card then says which weights the
-        source head's answers to the target's inputs need. That protects less.
+        source head's answers to the target inputs need. That protects less.
 
         Args:
             model: a classifier with its original head, or after `fast.replace_head`.
@@ -121,14 +98,15 @@ class SourceCard:
             loss_fn: the source loss.
             labels: "sampled" from the network's own answers (default; none needed), its "predicted"
                 ones, or those of the "data".
-            num_samples: at most; the standard error of an entry goes as its inverse root.
-            calibration_samples: of them, that the calibration measures on.
-            temperature: of the source answers, with labels of its own. At 1 a network that is sure
-                of its training images has hardly any curvature left; what it will need to stay sure
-                of shows at 3.
-            coherence: measure it by an exact product, half of the cost of a calibration sample; it
-                is only reported.
-            seed: of the labels and of the calibration.
+            num_samples: the largest number of samples; the standard error of an entry goes as the
+                inverse root of their number.
+            calibration_samples: number of those samples that the calibration measures on.
+            temperature: T, of the answers that labels are sampled from, too. At 1 a network that is
+                sure of its training images has hardly any curvature left; what it needs to stay
+                sure shows at 3.
+            coherence: whether to measure it by an exact product, half of the cost of a calibration
+                sample; it is only reported.
+            seed: seed of the labels and of the calibration.
             params: which parameters (default: those of the backbone that can be trained).
 
         Raises:
@@ -159,13 +137,13 @@ class SourceCard:
                 "source data: the network's answers are not finite (NaN or infinite), the inputs "
                 "are: look at its weights and at the scale of the inputs"
             )
-        chosen = backbone_parameters(model, samples.part(0, 2).inputs)
+        backbone = backbone_parameters(model, samples.part(0, 2).inputs)
         if params is not None:
-            chosen = {n: chosen[n] for n in select(chosen, params)}
-        diagonal = _diagonal(model, samples, chosen, loss_fn, labels, temperature, seed)
+            backbone = {n: backbone[n] for n in select(backbone, params)}
+        diagonal = _diagonal(model, samples, backbone, loss_fn, labels, temperature, seed)
         calibration = calibrate(
             model,
-            chosen,
+            backbone,
             diagonal,
             samples.part(0, calibration_samples),
             temperature if coherence else None,
@@ -175,57 +153,64 @@ class SourceCard:
         if samples.labels is not None:
             loss, accuracy = _performance(model, samples, recognise(loss_fn))
         card = cls(
-            {n: Codes.of(d) for n, d in diagonal.items()},
-            {n: fingerprint(p) for n, p in chosen.items()},
-            samples.size,
-            labels,
-            temperature,
-            calibration,
-            loss,
-            accuracy,
-            round(time.monotonic() - start, 2),
+            entries={n: Codes.of(d) for n, d in diagonal.items()},
+            fingerprints={n: fingerprint(p) for n, p in backbone.items()},
+            num_samples=samples.size,
+            labels=labels,
+            temperature=temperature,
+            calibration=calibration,
+            source_loss=loss,
+            source_accuracy=accuracy,
+            seconds=round(time.monotonic() - start, 2),
         )
-        return card._remember(chosen)
+        return card._remember(backbone)
 
     def save(self, path: str | Path) -> Path:
         """Write the card as safetensors, whole or not at all: 0.91 bytes per backbone weight."""
-        return save_card(self, Path(path))
+        facts = {n: v for n, v in vars(self).items() if n != "entries" and not n.startswith("_")}
+        facts["calibration"] = dataclasses.asdict(self.calibration)
+        return write_card(Path(path), entries=self.entries, facts=facts, summary=str(self))
 
     @classmethod
     def load(cls, path: str | Path) -> SourceCard:
         """Read a card.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: truncated, damaged, no card, or with anything in it that no card says.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated or damaged, is no card, or holds what no card holds.
         """
-        tensors, facts = load_card(Path(path))
+        entries, facts = read_card(Path(path))
         facts["calibration"] = Calibration(**facts["calibration"])
-        entries = {n: Codes(*tensors[n]) for n in facts["fingerprints"]}
-        return cls(entries, **facts)
+        return cls(entries=entries, **facts)
 
     def bind(self, model: nn.Module) -> SourceCard:
-        """The same card, for this model: checks that it is the card of its weights.
+        """The same card, for this model, after a check that it is the card of its weights.
 
         Raises:
-            ValueError: of another model, or of other weights; the message names the first tensor.
+            ValueError: it is the card of another model, or of other weights; the message names the
+                first tensor that differs.
         """
-        own = dict(unwrap(model).named_parameters())
+        params = dict(unwrap(model).named_parameters())
         for name, codes in self.entries.items():
             where = f"this card is of another model: its tensor {name!r}"
-            if name not in own:
+            if name not in params:
                 raise ValueError(f"{where} is no parameter of {type(model).__name__}")
-            if own[name].shape != codes.codes.shape:
+            if params[name].shape != codes.codes.shape:
                 raise ValueError(
-                    f"{where} is {list(codes.codes.shape)}, the model's {list(own[name].shape)}"
+                    f"{where} is {list(codes.codes.shape)}, the model's {list(params[name].shape)}"
                 )
-            if fingerprint(own[name]) != self.fingerprints[name]:
+            if fingerprint(params[name]) != self.fingerprints[name]:
                 raise ValueError(
                     f"this card is of other weights: {name!r} differs (first of "
                     f"{len(self.entries)} tensors checked in order). Bind it to the pretrained "
                     "checkpoint that it was estimated on, before training"
                 )
-        return self._remember({n: own[n] for n in self.entries})
+        return self._remember({n: params[n] for n in self.entries})
+
+    def without_weights(self) -> SourceCard:
+        """The same card without its copy of the pretrained weights: `energy` and `forecast` then
+        need `anchors=`, such as those that the optimizer keeps."""
+        return dataclasses.replace(self, _anchors={})
 
     def is_bound(self, model: nn.Module) -> bool:
         """Whether the card was bound to this model, at the weights that it had then."""
@@ -246,23 +231,24 @@ class SourceCard:
     def curvature_for(self, params: Iterable[Tensor]) -> list[Tensor | None]:
         """`F` of each parameter: its diagonal over the mean of all; None for those not in the card.
 
-        Mean 1 keeps the meaning of `anchor_decay` from network to network. Parameters are known by
-        identity on the model of `estimate` or `bind`, else by the hash of their values.
+        Mean 1 keeps the meaning of `anchor_decay` from network to network. The parameters of the
+        model of `estimate` or `bind` are recognised by identity, others by the hash of their
+        values.
 
         Raises:
-            ValueError: not one of the parameters is known.
+            ValueError: not one of the parameters is in the card.
         """
-        found = self._match(list(params))
         mean = self.mean or 1.0
         return [
-            None if n is None else (self.entries[n].decode() / mean).to(p.device) for n, p in found
+            None if n is None else (self.entries[n].decode() / mean).to(p.device)
+            for n, p in self._match(list(params))
         ]
 
     def energy(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:
         """`1/2 sum C_ii (w - w0)_i^2`: the forecast of the diagonal alone, before calibration.
 
         Args:
-            anchors: the pretrained weights of `params` (default: as remembered by this card).
+            anchors: the pretrained weights of `params` (default: the copy that this card holds).
         """
         params = list(params)
         total = 0.0
@@ -282,8 +268,9 @@ class SourceCard:
     def forecast(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:
         """Forecast rise of the source loss at these weights, in nats.
 
-        Right within a factor of a few only (`calibration.spread`, and more for directions unlike
-        Adam's first steps): `Calibration.through` one measurement of the run makes it useful.
+        The forecast is right within a factor of a few only (`calibration.spread`, and more for
+        directions unlike Adam's first steps); `Calibration.through` a measurement of the run itself
+        makes it useful.
         """
         return self.calibration.nats(self.energy(params, anchors))
 
@@ -316,7 +303,7 @@ class SourceCard:
         return "\n".join(lines)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copied or pickled, a card is of no model's parameters until it is bound."""
+        """A copied or pickled card belongs to no model's parameters until it is bound."""
         return {**self.__dict__, "_names": {}}
 
     def _remember(self, params: Mapping[str, nn.Parameter]) -> SourceCard:
@@ -325,16 +312,17 @@ class SourceCard:
         return dataclasses.replace(self, _names=names, _anchors=anchors)
 
     def _match(self, params: list[Tensor]) -> list[tuple[str | None, Tensor]]:
+        """(name in this card or None, parameter), in the order of `params`."""
         bound = {id(p): n for n, reference in self._names.items() if (p := reference()) is not None}
         if any(id(p) in bound for p in params):
             return [(bound.get(id(p)), p) for p in params]
         # Equal tensors (fresh biases) are told apart by their order, which is the model's.
-        known: dict[tuple[str, torch.Size], list[str]] = {}
+        by_value: dict[tuple[str, torch.Size], list[str]] = {}
         for name, codes in self.entries.items():
-            known.setdefault((self.fingerprints[name], codes.codes.shape), []).append(name)
+            by_value.setdefault((self.fingerprints[name], codes.codes.shape), []).append(name)
         names: list[str | None] = []
         for p in params:
-            same = known.get((fingerprint(p), p.shape))
+            same = by_value.get((fingerprint(p), p.shape))
             names.append(same.pop(0) if same else None)
         if params and not any(names):
             first = next(iter(self.entries))
@@ -349,10 +337,10 @@ class SourceCard:
 def _performance(
     model: nn.Module, samples: SourceInputs, loss: Loss
 ) -> tuple[float | None, float | None]:
-    """Loss and accuracy, where the labels are of the source head's answers."""
+    """Loss and accuracy of the samples; None where the source head cannot give their labels."""
     answers, labels = source_logits(model, samples), samples.labels
     assert labels is not None
-    # Labels that the source head cannot give are of a skill that is in the features.
+    # Other labels belong to a skill that the features have and the source head has not.
     if labels.shape != answers.argmax(1).shape or int(labels.max()) >= answers.shape[1]:
         return None, None
     counted = labels != getattr(loss, "ignore_index", IGNORED)
@@ -369,10 +357,10 @@ def _diagonal(
     temperature: float,
     seed: int,
 ) -> dict[str, Tensor]:
-    """`C_ii`: at temperature T the curvature of `T^2 KL` of the softened answers."""
+    """`C_ii`: at temperature T the curvature of `T^2 KL` of the answers over T."""
     batches = [(x, y) if labels == "data" else (x, None) for x, y in samples.batches(BATCH)]
     with evaluating(model), source_task(model):
         network = Answers(model, temperature)
         names = [f"model.{n}" for n in params]
-        found = fisher_diagonal(network, loss_fn, batches, names, labels=labels, seed=seed)
-    return {n: found[f"model.{n}"] * temperature**2 for n in params}
+        diagonal = fisher_diagonal(network, loss_fn, batches, names, labels=labels, seed=seed)
+    return {n: diagonal[f"model.{n}"] * temperature**2 for n in params}

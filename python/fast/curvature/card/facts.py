@@ -1,4 +1,4 @@
-"""What a source card says of itself, checked field by field: the file may be a stranger's."""
+"""The fields of a source card, checked one by one: the file may be a stranger's."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from fast.curvature.algorithms.diagonal import LABELS
+from fast.curvature.operators.fisher_diagonal import LABELS
 
-# Slopes of nats over energy are between 0.5 and 2; steeper ones overflow.
+# Estimated slopes of nats over energy lie between 0.5 and 2; steeper ones overflow.
 STEEPEST = 10.0
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 
 class CardError(ValueError):
-    """Something that no card says."""
+    """A field or tensor that no card has; the message names it."""
 
 
 def read_facts(text: str) -> dict[str, Any]:
-    """The fields of a card but its entries, and `shapes`; points are tuples.
+    """All fields of a card except its entries, and `shapes`; points are tuples.
 
     Raises:
-        CardError: no JSON, a field that is missing or unknown, or a value that it cannot have.
+        CardError: the text is no JSON, a field is missing or unknown, or has an impossible value.
     """
     try:
         facts = json.loads(text)
@@ -37,16 +37,16 @@ def read_facts(text: str) -> dict[str, Any]:
     return facts
 
 
-def _fields(found: Any, checks: dict[str, Callable[[Any], bool]], inside: str) -> dict[str, Any]:
-    if not isinstance(found, dict):
+def _fields(fields: Any, checks: dict[str, Callable[[Any], bool]], inside: str) -> dict[str, Any]:
+    if not isinstance(fields, dict):
         raise CardError(f"{inside or 'its description'} is no mapping")
-    if differing := sorted(found.keys() ^ checks.keys()):
-        what = "unknown" if differing[0] in found else "missing"
+    if differing := sorted(fields.keys() ^ checks.keys()):
+        what = "unknown" if differing[0] in fields else "missing"
         raise CardError(f"field {differing[0]!r} is {what}")
     for name, check in checks.items():
-        if not check(found[name]):
-            raise CardError(f"{name} cannot be {_short(found[name])}")
-    return found
+        if not check(fields[name]):
+            raise CardError(f"{name} cannot be {_short(fields[name])}")
+    return fields
 
 
 def _short(value: Any) -> str:
@@ -62,7 +62,7 @@ def _number(value: Any) -> bool:
 
 
 def _finite(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    """A float, not an integer too large to be one."""
+    """Whether a value is a number between the limits; integers too large for a float are not."""
     return _number(value) and -1e300 < value < 1e300 and least <= value <= most
 
 
@@ -70,7 +70,7 @@ def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
-def _known(value: Any, check: Callable[[Any], bool]) -> bool:
+def _optional(value: Any, check: Callable[[Any], bool]) -> bool:
     return value is None or check(value)
 
 
@@ -104,7 +104,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "labels": lambda v: v in LABELS,
     "temperature": lambda v: _finite(v, 0) and v > 0,
     "calibration": lambda v: bool(_fields(v, CALIBRATION, "calibration")),
-    "source_loss": lambda v: _known(v, _number),
-    "source_accuracy": lambda v: _known(v, lambda a: _finite(a, 0, 1)),
+    "source_loss": lambda v: _optional(v, _number),
+    "source_accuracy": lambda v: _optional(v, lambda a: _finite(a, 0, 1)),
     "seconds": lambda v: _finite(v, 0),
 }

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fast.curvature.card.codes import Codes, num_scales, packed_size
 from fast.curvature.card.facts import CardError, read_facts
 from fast.errors import first_line
 from fast.files import atomic_file
-from fastkernels._update import CODE_BLOCK
-
-if TYPE_CHECKING:
-    from fast.curvature.card.card import SourceCard
 
 FORMAT = "fast-source-card-2"
+ABOUT = """
+One 7-bit code per weight, high bit first and packed without gaps, and one float32 scale per 128:
+with y = diagonal / scale, a code counts quarters of an octave of y + 1. No source sample can be
+read from it: it is a mean of squared gradients. Read it with fast.SourceCard.load(path)."""
 
 
 def fingerprint(weights: Tensor) -> str:
@@ -36,17 +35,28 @@ def fingerprint(weights: Tensor) -> str:
     return digest.hexdigest()
 
 
-def save_card(card: SourceCard, path: Path) -> Path:
+def write_card(
+    path: Path, *, entries: Mapping[str, Codes], facts: Mapping[str, Any], summary: str
+) -> Path:
+    """Write a card, whole or not at all.
+
+    Args:
+        entries: parameter -> its diagonal.
+        facts: the card's other fields, as `read_facts` takes them, without `shapes`.
+        summary: a few lines for those who read the metadata by eye.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors = {}
-    for name, entry in card.entries.items():
-        tensors[f"{name}:codes"], tensors[f"{name}:scales"] = _packed(entry.codes), entry.scales
-    skip = ("entries", "_names", "_anchors")
-    facts: dict[str, Any] = {
-        f.name: getattr(card, f.name) for f in dataclasses.fields(card) if f.name not in skip
+    for name, entry in entries.items():
+        tensors[f"{name}:codes"], tensors[f"{name}:scales"] = entry.packed(), entry.scales
+    shapes = {name: list(entry.codes.shape) for name, entry in entries.items()}
+    metadata = {
+        "format": FORMAT,
+        "card": json.dumps({**facts, "shapes": shapes}),
+        "about": f"{summary}\n{ABOUT}",
     }
-    facts["calibration"] = dataclasses.asdict(card.calibration)
-    facts["shapes"] = {name: list(entry.codes.shape) for name, entry in card.entries.items()}
-    metadata = {"format": FORMAT, "card": json.dumps(facts), "about": f"{card}\n{ABOUT}"}
     metadata["checksum"] = _checksum(tensors, metadata)
     with atomic_file(path) as temporary:
         try:
@@ -56,20 +66,14 @@ def save_card(card: SourceCard, path: Path) -> Path:
     return path
 
 
-ABOUT = """
-One 7-bit code per weight, high bit first and packed without gaps, and one float32 scale per 128:
-with y = diagonal / scale, a code counts quarters of an octave of y + 1. No source sample can be
-read from it: it is a mean of squared gradients. Read it with fast.SourceCard.load(path)."""
+def read_card(path: Path) -> tuple[dict[str, Codes], dict[str, Any]]:
+    """Entries and facts of a card, as `write_card` takes them, all of them checked.
 
-
-def load_card(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Any]]:
-    """(name -> codes and scales, the card's other fields), all of them checked.
-
-    A card without a checksum, as they were written before there was one, is read with a warning.
+    A card without a checksum, as older versions wrote them, is read with a warning.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, no card, or with anything in it that no card says.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or damaged, is no card, or holds what no card holds.
     """
     if not path.is_file():
         raise FileNotFoundError(f"source card {path}: no such file")
@@ -85,7 +89,7 @@ def load_card(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, A
             shapes = facts.pop("shapes")
             _check_sizes(file, shapes)
             keys = file.keys()
-            stored = {key: file.get_tensor(key) for key in keys}
+            tensors = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({first_line(error)})"
@@ -99,53 +103,42 @@ def load_card(path: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, A
             "again, and damage will be seen",
             stacklevel=3,
         )
-    elif checksum != _checksum(stored, metadata):
+    elif checksum != _checksum(tensors, metadata):
         raise ValueError(f"source card {path}: damaged (its checksum differs); estimate it anew")
-    for name in shapes:
-        scales = stored[f"{name}:scales"]
+    entries = {}
+    for name, shape in shapes.items():
+        scales = tensors[f"{name}:scales"]
         if not bool((scales.isfinite() & (scales >= 0)).all()):
             raise ValueError(f"source card {path}: scales of {name!r} are negative or not finite")
-    tensors = {
-        name: (_unpacked(stored[f"{name}:codes"], shape), stored[f"{name}:scales"])
-        for name, shape in shapes.items()
-    }
-    return tensors, facts
+        entries[name] = Codes.unpacked(tensors[f"{name}:codes"], scales, shape)
+    return entries, facts
 
 
 def _check_sizes(file: Any, shapes: dict[str, list[int]]) -> None:
-    """That what is stored is what the shapes ask for, before anything is read or allocated."""
+    """Raise CardError unless the stored tensors have the sizes that the shapes ask for.
+
+    Nothing is read or allocated before that is known.
+    """
     expected = {}
     for name, shape in shapes.items():
         count = math.prod(shape)
-        expected[f"{name}:codes"] = ("U8", [-(-7 * count // 8)])
-        expected[f"{name}:scales"] = ("F32", [-(-count // CODE_BLOCK)])
+        expected[f"{name}:codes"] = ("U8", [packed_size(count)])
+        expected[f"{name}:scales"] = ("F32", [num_scales(count)])
     keys = set(file.keys())
     if wrong := sorted(keys ^ expected.keys()):
         there = "more" if wrong[0] in keys else "missing"
         raise CardError(f"tensor {wrong[0]!r} is {there} than the card's shapes name")
-    for key, (dtype, shape) in expected.items():
+    for key, (dtype, size) in expected.items():
         stored = file.get_slice(key)
-        found = (stored.get_dtype(), stored.get_shape())
-        if found != (dtype, shape):
-            raise CardError(f"tensor {key!r} is {found[0]} {found[1]}, not {dtype} {shape}")
+        got = (stored.get_dtype(), stored.get_shape())
+        if got != (dtype, size):
+            raise CardError(f"tensor {key!r} is {got[0]} {got[1]}, not {dtype} {size}")
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of everything in a file but itself, 32 hex digits."""
+    """Hash of everything in a file except the checksum itself, 32 hex digits."""
     digest = hashlib.blake2b(json.dumps(sorted(metadata.items())).encode(), digest_size=16)
     for key in sorted(tensors):
         digest.update(f"{key}{list(tensors[key].shape)}".encode())
         digest.update(tensors[key].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _packed(codes: Tensor) -> Tensor:
-    """Even uint8 codes as 7 bits each."""
-    bits = np.unpackbits(codes.flatten().numpy()[:, None], axis=1)[:, :7]
-    return torch.from_numpy(np.packbits(bits))
-
-
-def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
-    count = math.prod(shape)
-    bits = np.unpackbits(packed.numpy(), count=7 * count).reshape(count, 7)
-    return torch.from_numpy(np.packbits(bits, axis=1)).view(shape)

@@ -1,1 +1,1 @@
-"""What curvature needs to know of a loss."""
+"""Losses, with what curvature needs of them: denominators, gradients and Hessians."""

@@ -1,4 +1,4 @@
-"""Losses of torch whose denominators, and mostly whose Hessians, are known."""
+"""Losses of torch with known denominators, and mostly with closed forms of their Hessians."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastkernels import cross_entropy_hvp_, cross_entropy_quad
 class _OfClasses(Loss):
     """A loss of outputs [N, C, ...] and class labels [N, ...], each with the weight of its class.
 
-    Outputs may also have their classes last, [N, ..., C], as token logits do: the shape of the
-    labels tells, and where there are none the network's head.
+    Outputs may also have their classes last, [N, ..., C], as token logits do. The shape of the
+    labels tells, or the network's head where there are no labels.
     """
 
     def __init__(self, fn: LossFn, weight: Tensor | None, ignore_index: int, reduction: str):
@@ -28,7 +28,7 @@ class _OfClasses(Loss):
         return [self.class_weight, self.ignore_index, self.reduction]
 
     def _options(self, z: Tensor, y: Any) -> dict[str, Any]:
-        """Of torch's own functions."""
+        """The keywords of torch's own function."""
         _needs_target(y)
         w = None if self.class_weight is None else self.class_weight.to(z)
         return {"weight": w, "ignore_index": self.ignore_index, "reduction": self.reduction}
@@ -67,20 +67,21 @@ class _OfClasses(Loss):
         return torch.ones(classes, dtype=z.dtype, device=z.device) if w is None else w.to(z)
 
     def _label_weights(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Which labels count, and the weights of their classes, both [n]."""
+        """Whether each label counts, and the weight of its class (0 where not), both [n]."""
         y = y.reshape(-1).long()
-        kept = y != self.ignore_index
+        counts = y != self.ignore_index
         w = self._class_weights(z)
-        if bool((kept & ((y < 0) | (y >= len(w)))).any()):
+        if bool((counts & ((y < 0) | (y >= len(w)))).any()):
             raise ValueError(
                 f"labels must be classes 0..{len(w) - 1}, or {self.ignore_index} for none; got "
                 f"{int(y.min())}..{int(y.max())}"
             )
-        plain = self.class_weight is None
-        return kept, kept.to(w) if plain else w[y.where(kept, y.new_zeros(()))] * kept
+        if self.class_weight is None:
+            return counts, counts.to(w)
+        return counts, w[y.where(counts, y.new_zeros(()))] * counts
 
     def residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
-        # Every label is a sample of its own: positions of a sequence are not added up.
+        # Every label is a sample: positions of a sequence are not added up.
         g = self.rows(self.gradient(z, y)[None])[0]
         scale = self.weight(z, y, len(z)) if self.reduction == "mean" else 1.0
         if not scale:  # every label is ignored
@@ -91,7 +92,7 @@ class _OfClasses(Loss):
 class CrossEntropy(_OfClasses):
     """torch.nn.functional.cross_entropy with any of its options.
 
-    Per row with probabilities p the Hessian is a (diag(p) - p p^T), a = the row's share of the
+    The Hessian of a row with probabilities p is a (diag(p) - p p^T), with a the row's share of the
     loss; label smoothing, class weights, ignored and soft labels only change a.
     """
 
@@ -115,17 +116,17 @@ class CrossEntropy(_OfClasses):
         return F.cross_entropy(z, y, label_smoothing=self.label_smoothing, **options)
 
     def _row_scale(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """a [n] of every row before division by the denominator, and that denominator (0-d).
+        """The share a [n] of every row, times the denominator, and that denominator (0-d).
 
-        Without labels (y None), what is expected of them where the network draws them itself.
+        Without labels (y None) both are their expectations over labels drawn from the network.
         """
         if z.ndim < 1 or not (y is None or isinstance(y, Tensor)):
             raise ValueError("cross-entropy needs logits [N, C, ...] and a tensor of labels")
         w = self._class_weights(z)
         classes, smooth = len(w), self.label_smoothing
         if y is None:
-            own = torch.softmax(self.rows(z[None])[0], -1) @ w
-            return (1 - smooth) * own + smooth / classes * w.sum(), own.sum()
+            expected = torch.softmax(self.rows(z[None])[0], -1) @ w
+            return (1 - smooth) * expected + smooth / classes * w.sum(), expected.sum()
         if y.is_floating_point():
             if y.shape != z.shape:
                 raise ValueError(
@@ -136,15 +137,15 @@ class CrossEntropy(_OfClasses):
             soft = self.rows(y.to(z)[None])[0]
             scale = ((1 - smooth) * soft + smooth / classes) @ w
             return scale, scale.new_tensor(float(scale.numel()))
-        kept, own = self._label_weights(z, y)
-        scale = (1 - smooth) * own + smooth / classes * w.sum() * kept
-        return scale, own.sum()
+        counts, weights = self._label_weights(z, y)
+        scale = (1 - smooth) * weights + smooth / classes * w.sum() * counts
+        return scale, weights.sum()
 
     def weight(self, z: Tensor, y: Any, size: int) -> float:
         return float(self._row_scale(z.detach(), y)[1])
 
     def scaled_rows(self, z: Tensor, y: Tensor) -> Tensor:
-        """a / denominator, [n]: what each row's diag(p) - p p^T is multiplied by."""
+        """The share a [n] of every row in the loss."""
         scale, denominator = self._row_scale(z, y)
         return scale / denominator if self.reduction == "mean" else scale
 
@@ -165,8 +166,8 @@ class CrossEntropy(_OfClasses):
         return OutputHessian(product, quad)
 
     def sampled_residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
-        # The row's own weight belongs to the given label. With that of the drawn label, squared,
-        # the expectation would be another matrix than the GGN, a (diag(p) - p p^T) in every row.
+        # The row keeps the weight of the label in the data. With that of the drawn label, squared,
+        # the expectation would not be the GGN, a (diag(p) - p p^T) in every row.
         logits = self.rows(z.detach()[None])[0]
         p = torch.softmax(logits, -1)
         scale, denominator = self._row_scale(z.detach(), y)
@@ -190,7 +191,7 @@ class CrossEntropy(_OfClasses):
 
 
 class NegativeLogLikelihood(_OfClasses):
-    """torch.nn.functional.nll_loss of log-probabilities. Linear in them: its GGN is zero."""
+    """torch.nn.functional.nll_loss of log-probabilities: linear in them, so its GGN is zero."""
 
     def __init__(
         self, weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
@@ -198,8 +199,7 @@ class NegativeLogLikelihood(_OfClasses):
         super().__init__(self._nll, weight, ignore_index, reduction)
 
     def _nll(self, z: Tensor, y: Any) -> Tensor:
-        options = self._options(z, y)
-        return F.nll_loss(z, y.long(), **options)
+        return F.nll_loss(z, y.long(), **self._options(z, y))
 
     def weight(self, z: Tensor, y: Any, size: int) -> float:
         _needs_target(y)
@@ -210,25 +210,25 @@ class Elementwise(Loss):
     """A loss of torch that is a mean or a sum over all entries of output and target.
 
     Args:
-        fn: with its own options, the mean or the sum.
-        own: which of the two `fn` is.
-        reduction: which of them is wanted.
+        fn: the loss with its own options.
+        fn_reduction: whether `fn` is a "mean" or a "sum".
+        reduction: which of them this loss is to be.
     """
 
-    def __init__(self, fn: LossFn, own: str, reduction: str):
+    def __init__(self, fn: LossFn, fn_reduction: str, reduction: str):
         super().__init__(self._reduced, reduction)
-        self.function, self.own = fn, own
+        self.function, self.fn_reduction = fn, fn_reduction
 
     def state(self) -> list[Any]:
-        return [*parts(self.function), self.own, self.reduction]
+        return [*parts(self.function), self.fn_reduction, self.reduction]
 
     def _reduced(self, z: Tensor, y: Any) -> Tensor:
         _needs_target(y)
-        found = self.function(z, y)
-        return found if self.reduction == self.own else found * _entries(z, y)
+        loss = self.function(z, y)
+        return loss if self.reduction == self.fn_reduction else loss * _entries(z, y)
 
     def weight(self, z: Tensor, y: Any, size: int) -> float:
-        # torch divides by the number of entries, and samples may have more or fewer of them.
+        # torch divides by the number of entries, and samples may differ in how many they have.
         return float(_entries(z, y))
 
     def per_sample(self, z: Tensor, y: Any, size: int) -> float:
@@ -242,13 +242,13 @@ class SquaredError(Elementwise):
         super().__init__(F.mse_loss, "mean", reduction)
 
     def hessian(self, z: Tensor, y: Any) -> OutputHessian:
-        # A target that z broadcasts against counts every entry of z so many times.
+        # A target that z broadcasts against counts every entry of z several times.
         mean = self.reduction == "mean"
         factor = 2.0 / max(z.numel(), 1) * (1 if mean else _entries(z, y))
         return OutputHessian.of(lambda u: u * factor)
 
     def sample(self, z: Tensor, y: Any) -> Any:
-        # The density with -log p = (z - y)^2 per sample mean: a Gaussian of variance d / 2.
+        # The density p with -log p = the sample's mean of (z - y)^2: a Gaussian of variance d / 2.
         size = max(z.shape[0] if z.ndim else 1, 1)
         outputs = z.numel() / size if self.reduction == "mean" else _entries(z, y) / z.numel()
         return z.detach() + torch.randn_like(z) * (outputs / 2) ** 0.5
@@ -258,7 +258,7 @@ class SquaredError(Elementwise):
 
 
 def _entries(z: Tensor, y: Any) -> int:
-    """Entries of z - y; of z where there is no y."""
+    """Number of entries of z - y, or of z where there is no y."""
     if not isinstance(y, Tensor):
         return z.numel()
     return torch.broadcast_shapes(z.shape, y.shape).numel()

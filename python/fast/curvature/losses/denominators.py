@@ -1,8 +1,8 @@
-"""What the mean of a loss divides by, measured where it is not known.
+"""Measure what the mean of a loss divides by, where that is not known.
 
-A mean over the samples of two batches together is `(d1 L1 + d2 L2) / (d1 + d2)`, and so are its
-gradients: those in the outputs of the first batch are `d1 / (d1 + d2)` times what they are of that
-batch alone. The share is read off there; values and the other batch have to agree with it.
+A mean over the samples of two batches together is `(d1 L1 + d2 L2) / (d1 + d2)`. Its gradient in
+the outputs of the first batch is therefore `d1 / (d1 + d2)` times the gradient of that batch alone.
+This share is measured; the values, and the gradient in the second batch, have to agree with it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ WAY_OUT = (
     "...), add the batches up with reduction='sum', or give all data as one batch"
 )
 NEITHER = "it is neither a mean nor a sum over samples"
-# Largest disagreement, in square roots of the machine precision; and what is taken for rounding of
-# a whole number, in units of it.
-SLACK = 8.0
-ROUNDING = 256.0
+SLACK = 8.0  # the largest disagreement, in square roots of the machine precision
+ROUNDING = 256.0  # what passes for rounding of a whole number, in units of the machine precision
 
 
 def check_reduction(reduction: Any) -> None:
@@ -40,9 +38,9 @@ class Joint:
     """A loss of two batches in one call.
 
     Attributes:
-        first, second: what the gradient in the outputs of each is, as a multiple of that batch
-            alone; NaN where that is zero or not finite.
-        additive: whether the loss is the sum of the two, each times its multiple.
+        first, second: the gradient in the outputs of each batch, as a multiple of the gradient of
+            that batch alone; NaN where that is zero or not finite.
+        additive: whether the loss is the sum of the two losses, each times its multiple.
     """
 
     first: float
@@ -51,9 +49,9 @@ class Joint:
 
 
 class Denominators:
-    """Denominators of the batches of one pass over the data, as multiples of the first one's.
+    """Denominators of the batches of one pass over the data, in units of the first one's.
 
-    The first batch weighs its rows: for a mean over samples every batch then weighs its own.
+    The first batch weighs as many as it has rows; for a mean over samples, so does every other.
 
     Args:
         value: the loss, (output, target) -> 0-d tensor.
@@ -62,7 +60,7 @@ class Denominators:
     def __init__(self, value: Callable[[Tensor, Any], Tensor]):
         self.value = value
         self.reduction: str | None = None  # as measured
-        self.by_rows = False  # whether gradients of single samples were asked for
+        self.by_rows = False  # whether gradients of single samples are needed
         self.first: tuple[Tensor, Any] | None = None
 
     def weight(self, z: Tensor, y: Any, size: int) -> float:
@@ -82,14 +80,14 @@ class Denominators:
         if self.reduction == "sum":
             return rows
         unit = float(self.first[0].shape[0])
-        found = max(unit * (1 - share) / share, 0.0)
-        if self.by_rows and min(found, abs(found - rows)) > tolerance(z) * rows:
+        weight = max(unit * (1 - share) / share, 0.0)
+        if self.by_rows and min(weight, abs(weight - rows)) > tolerance(z) * rows:
             raise _unknown("its mean is not over samples, so single samples have no gradients")
         rounding = ROUNDING * _precision(z) * max(rows, unit)
-        return next((n for n in (rows, 0.0) if abs(found - n) < rounding), found)
+        return next((n for n in (rows, 0.0) if abs(weight - n) < rounding), weight)
 
     def of_samples(self, z: Tensor, y: Any) -> str:
-        """Whether the loss is a "mean" or a "sum" over samples; from now on that is required."""
+        """ "mean" or "sum", whichever the loss is over samples; from now on it has to be one."""
         self.by_rows = True
         self.reduction = self.reduction or self._reduction_of(z, y)
         return self.reduction
@@ -133,8 +131,9 @@ def joint(
         ValueError, RuntimeError, ...: they cannot be joined along their first dimension.
     """
     both = pytree.tree_map(_join, first, second)
-    found = [_value_and_gradient(value, *part) for part in (first, second, both)]
-    (a, ga), (b, gb), (c, gc) = found
+    (a, ga), (b, gb), (c, gc) = (
+        _value_and_gradient(value, *part) for part in (first, second, both)
+    )
     rows = first[0].shape[0]
     shares, agree = [], True
     limit = tolerance(first[0])
@@ -185,7 +184,7 @@ def _precision(z: Tensor) -> float:
 
 
 def tolerance(z: Tensor) -> float:
-    """Of shares, by the precision that they are measured in."""
+    """Largest error of a share, by the precision in which it is measured."""
     return SLACK * _precision(z) ** 0.5
 
 

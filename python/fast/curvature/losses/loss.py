@@ -37,15 +37,15 @@ class OutputHessian:
 class Loss:
     """A scalar loss of (output, target), the mean or the sum over a batch.
 
-    Over several batches a loss is what it is over all data at once: the mean of the batches'
-    values, weighted by what each of them was divided by, or their sum.
+    Over several batches a loss is that of all data at once: the mean of the batches' values, each
+    weighted by its denominator, or their sum.
 
     Args:
         fn: (output, target) -> one number.
-        reduction: "mean" or "sum". What a mean divides by is measured where it is not given, and a
+        reduction: "mean" or "sum". Without a denominator, what a mean divides by is measured, and a
             function that turns out to be a sum over samples is added up (see `Denominators`).
-        denominator: (output, target) -> number, what the mean over this batch divides by: the
-            number of samples, of labels that count, the sum of their weights.
+        denominator: (output, target) -> number that the mean over this batch divides by: the number
+            of samples, that of labels that count, or the sum of their weights.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Loss:
 
     @property
     def is_measured(self) -> bool:
-        """Whether nothing but measurements tells what the mean divides by."""
-        known = type(self).weight is not Loss.weight or self.denominator is not None
-        return self.reduction == "mean" and not known
+        """Whether only a measurement can tell what the mean divides by."""
+        computed = type(self).weight is not Loss.weight or self.denominator is not None
+        return self.reduction == "mean" and not computed
 
     def fresh(self) -> Loss:
         """The same loss for another pass over the data."""
@@ -76,7 +76,7 @@ class Loss:
         return other
 
     def state(self) -> list[Any]:
-        """What the loss depends on besides output and target."""
+        """Everything that the loss depends on besides output and target."""
         return [*parts(self.fn), *parts(self.denominator), self.reduction]
 
     of_classes = False  # whether one dimension of the output holds classes
@@ -85,7 +85,7 @@ class Loss:
         """The dimension of z [N, ...] that has to become its dimension 1.
 
         Args:
-            default: where the target does not tell.
+            default: the answer where the target does not tell.
         """
         return 1
 
@@ -97,28 +97,28 @@ class Loss:
         return loss.reshape(())
 
     def weight(self, z: Tensor, y: Any, size: int) -> float:
-        """What a batch of `size` samples weighs in the mean over all data; 0: it has no label.
+        """What a batch of `size` samples weighs in the mean over all data; 0 if it has no label.
 
-        Batches have to come in the order of the data, and every pass over the data needs a `Loss`
-        of its own: denominators are measured against the first batch.
+        Denominators are measured against the first batch: batches have to come in the order of the
+        data, and every pass over the data needs a fresh `Loss`.
 
         Raises:
-            ValueError: the denominator is neither given nor can be measured.
+            ValueError: the denominator cannot be measured.
         """
         if self.denominator is not None:
-            return self._given_denominator(z, y)
+            return self._call_denominator(z, y)
         if self.reduction == "sum":
             return float(size)
-        found = self._measured.weight(z, y, size)
+        weight = self._measured.weight(z, y, size)
         self.reduction = self._measured.reduction or self.reduction
-        return found
+        return weight
 
-    def _given_denominator(self, z: Tensor, y: Any) -> float:
+    def _call_denominator(self, z: Tensor, y: Any) -> float:
         assert self.denominator is not None
-        found = float(self.denominator(z, y))
-        if not 0 <= found < math.inf:
-            raise ValueError(f"denominator must give a number of at least 0; it gave {found:g}")
-        return found
+        value = float(self.denominator(z, y))
+        if not 0 <= value < math.inf:
+            raise ValueError(f"denominator must give a number of at least 0; it gave {value:g}")
+        return value
 
     def gradient(self, z: Tensor, y: Any) -> Tensor:
         """dL/dz, shaped as z."""
@@ -130,8 +130,8 @@ class Loss:
         """U [K, *z.shape] -> (d2L/dz2) U_k for every k."""
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            # A cotangent that requires a gradient: a backward marked once_differentiable is silent
-            # about what it saved, but not about that.
+            # The cotangent requires a gradient: without that, a backward marked
+            # once_differentiable would leave no mark in the graph.
             value = self.value(z, y)
             one = torch.ones_like(value, requires_grad=True)
             (g,) = torch.autograd.grad(value, z, one, create_graph=True, allow_unused=True)
@@ -172,9 +172,9 @@ class Loss:
         return rows, 1.0 / (scale or 1.0)
 
     def per_sample(self, z: Tensor, y: Any, size: int) -> float:
-        """What makes the gradient in one of `size` rows that of the row's own loss."""
+        """The factor from the gradient in one of `size` rows to that of the row's own loss."""
         if self.denominator is not None:
-            return self._given_denominator(z, y) if self.reduction == "mean" else 1.0
+            return self._call_denominator(z, y) if self.reduction == "mean" else 1.0
         if self.reduction == "mean":
             self.reduction = self._measured.of_samples(z, y)
         return float(size) if self.reduction == "mean" else 1.0
@@ -182,12 +182,13 @@ class Loss:
     def sampled_residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
         """As `residual`, with targets drawn so that its expectation is the GGN.
 
-        y: the given target, for what it says besides the label (weights, ignored); may be None.
+        Args:
+            y: the target in the data or None; it says which labels are ignored, and their weights.
         """
         return self.residual(z, self.sample(z, y))
 
     def rows(self, u: Tensor) -> Tensor:
-        """[K, *z] -> [K, n, d], rows as in `residual`."""
+        """[K, *z] -> [K, n, d], with rows as in `residual`."""
         return u.flatten(2) if u.ndim > 2 else u[..., None]
 
     def unrows(self, u: Tensor, shape: torch.Size) -> Tensor:
@@ -209,7 +210,7 @@ class Loss:
 
 
 def parts(fn: Any) -> list[Any]:
-    """A function; of a partial, what it was made of."""
+    """The function; of a partial its function and arguments."""
     if isinstance(fn, functools.partial):
         return [fn.func, *fn.args, *fn.keywords.values()]
     return [fn]

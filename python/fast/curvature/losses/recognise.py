@@ -1,4 +1,4 @@
-"""Which loss a function, a module of torch.nn or its name is."""
+"""Recognise a loss by its function, its module of torch.nn or its name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OF_CLASSES: dict[Any, type[CrossEntropy] | type[NegativeLogLikelihood]] = {
     nn.NLLLoss.forward: NegativeLogLikelihood,
 }
 SQUARES = (F.mse_loss, nn.MSELoss.forward)
-# Their mean is over all entries, whatever their other options.
+# The means of these are over all entries, whatever their other options.
 ELEMENTWISE = (
     F.binary_cross_entropy,
     F.binary_cross_entropy_with_logits,
@@ -50,14 +50,14 @@ OPTIONS = ("weight", "ignore_index", "label_smoothing")
 
 
 def recognise(loss_fn: Any, reduction: str = "mean") -> Loss:
-    """The known loss behind `loss_fn`, with its denominator; else what autograd makes of it.
+    """The loss of torch behind `loss_fn`, with its denominator, or else a plain `Loss`.
 
-    A known loss is summed where either `reduction` or its own is "sum". Partials with keywords
-    only, and subclasses of torch's modules that keep their `forward`, are known too.
+    A loss of torch is summed where either `reduction` or its own reduction is "sum". Partials with
+    keywords only, and subclasses of torch's modules that keep their `forward`, are recognised too.
 
     Raises:
-        TypeError: it is no function.
-        ValueError: `reduction`, its own or the one wanted, is none that gives one number.
+        TypeError: `loss_fn` is no function.
+        ValueError: `reduction`, or that of the loss itself, does not give one number.
     """
     check_reduction(reduction)
     if isinstance(loss_fn, Loss):
@@ -75,25 +75,25 @@ def recognise(loss_fn: Any, reduction: str = "mean") -> Loss:
             f"{loss_fn!r}"
         )
     function, options = _taken_apart(loss_fn)
-    own = options.pop("reduction", "mean")
-    if isinstance(own, str) and own == "none":
+    fn_reduction = options.pop("reduction", "mean")
+    if isinstance(fn_reduction, str) and fn_reduction == "none":
         raise ValueError(
             "loss_fn has reduction='none', one number per entry: take 'mean' or 'sum', or reduce "
             "it in a function of your own"
         )
-    wanted = "sum" if "sum" in (own, reduction) else "mean"
-    if own in REDUCTIONS and not options.keys() & {"size_average", "reduce"}:
-        if (known := OF_CLASSES.get(function)) is not None and not options.keys() - set(OPTIONS):
-            return known(reduction=wanted, **options)
+    reduction = "sum" if "sum" in (fn_reduction, reduction) else "mean"
+    if fn_reduction in REDUCTIONS and not options.keys() & {"size_average", "reduce"}:
+        if function in OF_CLASSES and not options.keys() - set(OPTIONS):
+            return OF_CLASSES[function](reduction=reduction, **options)
         if function in SQUARES and not options.keys() - set(OPTIONS):
-            return SquaredError(wanted)
+            return SquaredError(reduction)
         if function in ELEMENTWISE:
-            return Elementwise(loss_fn, own, wanted)
-    return Loss(loss_fn, wanted)
+            return Elementwise(loss_fn, fn_reduction, reduction)
+    return Loss(loss_fn, reduction)
 
 
 def _taken_apart(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
-    """torch's own function or `forward` behind a loss, and its options; nothing of others."""
+    """The function or `forward` of torch behind a loss, and its options; (None, {}) for others."""
     if isinstance(loss_fn, nn.Module):
         forward = type(loss_fn).forward
         if forward.__module__ != nn.modules.loss.__name__:

@@ -1,4 +1,4 @@
-"""Batches: one (x, y), a dict with labels, or any iterable of those that can be read again."""
+"""Batches: one (x, y), a dict with labels, or an iterable of them that can be read repeatedly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fast.data.trees import LABEL_KEYS, plain, split_labels
 
 
 class Batch(NamedTuple):
-    """What goes into the model, and what its output is compared with (None: no labels given)."""
+    """The inputs of the model, and the labels or other target of its output (None without)."""
 
     inputs: Any
     target: Any
@@ -34,7 +34,8 @@ class Batches:
     """The data of an operator: every pass over it gives the same batches.
 
     Args:
-        labels: whether batches must have them; None: they may.
+        labels: True where every batch must have labels, False where none is read as such; with
+            None a batch may have them.
     """
 
     def __init__(self, data: Any, labels: bool | None = True):
@@ -42,7 +43,7 @@ class Batches:
         if _is_batch(data, labels):
             self._source: Iterable[Any] = [data]
         elif isinstance(data, Iterator):
-            # One-shot: a second product would see no data at all.
+            # A second product would see no data: an iterator can be read only once.
             self._source = list(data)
         elif isinstance(data, Iterable):
             self._source = data
@@ -107,5 +108,5 @@ def _to(tree: Any, device: torch.device) -> Any:
 
 
 def _usable(t: Tensor, device: torch.device) -> Tensor:
-    """On the device, and not of inference mode, of which autograd saves nothing."""
+    """The tensor on the device; a copy of one from inference mode, which autograd cannot save."""
     return t.clone().to(device) if t.is_inference() else t.to(device)

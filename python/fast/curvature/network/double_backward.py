@@ -42,20 +42,22 @@ def explain_failure(
 def explain_not_finite(
     network: Network, batch: Batch, index: int, again: Callable[[], object]
 ) -> Exception | None:
-    """Why a product of finite vectors is not finite; None where that of this batch is.
+    """An error that names the operation which makes products with finite vectors not finite.
+
+    None where the products of this batch are finite.
 
     Args:
-        again: computes it once more, by autograd alone.
+        again: computes the products once more, by autograd alone.
     """
     operation = ""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the anomaly mode, about itself
+        warnings.simplefilter("ignore")  # the anomaly mode warns about itself
         try:
             with torch.autograd.detect_anomaly():
                 again()
         except RuntimeError as error:
-            found = re.search(r"Function '(\w+?)(Backward\d*)?' returned nan", str(error))
-            operation = found[1] if found else ""
+            match = re.search(r"Function '(\w+?)(Backward\d*)?' returned nan", str(error))
+            operation = match[1] if match else ""
     if not operation:
         return None
     where = "the network or its loss"
@@ -70,7 +72,7 @@ def explain_not_finite(
 
 @dataclass(frozen=True)
 class Call:
-    """A module or function of torch, and what it was called with."""
+    """One call of a module or of a function of torch, with its arguments."""
 
     name: str
     function: Callable[..., Any]
@@ -83,26 +85,27 @@ class Call:
 
 
 class _Calls(TorchFunctionMode):
-    """Notes the functions of torch that are called with numbers."""
+    """Records the functions of torch that are called with floating-point tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Call] = []
+        self.calls: list[Call] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = args, kwargs or {}
-        if any(isinstance(t, Tensor) and t.is_floating_point() for t in pytree.tree_leaves(given)):
-            self.found.append(Call(getattr(func, "__name__", str(func)), func, *_kept(given)))
+        arguments = args, kwargs or {}
+        leaves = pytree.tree_leaves(arguments)
+        if any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
+            self.calls.append(Call(getattr(func, "__name__", str(func)), func, *_copied(arguments)))
         return func(*args, **(kwargs or {}))
 
 
 def _operation(call: Call) -> str:
-    """The first function inside a call that has no finite derivatives at the inputs it gets."""
-    with _Calls() as calls, torch.no_grad():
-        call.function(*_kept(call.args), **_kept(call.kwargs))
-    return next((c.name for c in calls.found if not _finite_twice(c)), "")
+    """Name of the first function inside a call without finite derivatives at its inputs."""
+    with _Calls() as recorded, torch.no_grad():
+        call.function(*_copied(call.args), **_copied(call.kwargs))
+    return next((c.name for c in recorded.calls if not _finite_twice(c)), "")
 
 
 def _first_call(
@@ -113,7 +116,7 @@ def _first_call(
     pending: list[tuple[Any, Any]] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-        pending.append(_kept((args, kwargs)))
+        pending.append(_copied((args, kwargs)))
 
     def after(name: str, module: nn.Module) -> None:
         calls.append(Call(name, module, *pending.pop()))
@@ -132,7 +135,7 @@ def _first_call(
         return next((call for call in calls if not passes(call)), None)
 
 
-def _kept(tree: Any) -> Any:
+def _copied(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 
@@ -146,27 +149,27 @@ def _differentiable_twice(call: Call) -> bool:
 
 def _finite_twice(call: Call) -> bool:
     try:
-        found = _second_derivatives(call)
+        derivatives = _second_derivatives(call)
     except (RuntimeError, TypeError):
         return True  # it fails in another way, or is no function of tensors
-    return all(bool(t.isfinite().all()) for t in found)
+    return all(bool(t.isfinite().all()) for t in derivatives)
 
 
 def _second_derivatives(call: Call) -> list[Tensor]:
-    """Derivatives of a function of a call's gradients, and these.
+    """The gradients of a call at its inputs, and the derivatives of a function of them.
 
     Raises:
-        RuntimeError: an operation has none.
+        RuntimeError: an operation has no second derivative.
     """
     leaves: list[Tensor] = []
 
-    def given(t: Tensor) -> Tensor:
+    def leaf(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t
         leaves.append(t.detach().requires_grad_())
-        return leaves[-1].clone()  # which the module may write to
+        return leaves[-1].clone()  # the module may write to it
 
-    args, kwargs = pytree.tree_map_only(Tensor, given, (tuple(call.args), call.kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, leaf, (tuple(call.args), call.kwargs))
     if isinstance(call.function, nn.Module):
         params = {n: p.detach().requires_grad_() for n, p in call.function.named_parameters()}
         buffers = {n: b.clone() for n, b in call.function.named_buffers()}
@@ -177,7 +180,7 @@ def _second_derivatives(call: Call) -> list[Tensor]:
     outs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
     if not outs or not leaves:
         return []
-    # The cotangent has to depend on the output.
+    # The cotangent has to depend on the output: hence squares, at random weights.
     total = torch.stack([(t * torch.rand_like(t)).square().sum() for t in outs]).sum()
     grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
     if cut_off(list(grads)):
@@ -186,5 +189,5 @@ def _second_derivatives(call: Call) -> list[Tensor]:
     if not moving:
         return []
     again = torch.stack([g.square().sum() for g in moving]).sum()
-    found = torch.autograd.grad(again, leaves, allow_unused=True)
-    return [t for t in (*moving, *found) if t is not None]
+    second = torch.autograd.grad(again, leaves, allow_unused=True)
+    return [t for t in (*moving, *second) if t is not None]

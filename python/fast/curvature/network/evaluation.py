@@ -1,4 +1,4 @@
-"""What a network is evaluated in: exact forms of operations, settings of torch, random state."""
+"""The state in which a network is evaluated: exact operations, settings of torch, random state."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.utils import checkpoint as torch_checkpoint
 
 
 class _Counted:
-    """A setting of the whole process, made while any thread is inside.
+    """A setting of the whole process that lasts as long as any thread is inside.
 
-    Threads that enter and leave in turn would each put back what another one had set.
+    Without the count, threads that overlap would each put back what another one had set.
     """
 
     def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]):
@@ -60,8 +60,8 @@ _here = threading.local()
 def _checkpoint_inline() -> Iterator[None]:
     """Run checkpointed segments as plain code, in threads that are inside `evaluation`.
 
-    A second derivative through a segment that is recomputed in the backward pass either fails
-    (reentrant) or is recomputed once per vector; the graph is kept for all vectors anyway.
+    A second derivative through a segment that the backward pass recomputes either fails
+    (reentrant) or recomputes it once per vector, while the graph is kept for all vectors anyway.
     """
     reentrant = torch_checkpoint.CheckpointFunction
     generator = torch_checkpoint._checkpoint_without_reentrant_generator
@@ -99,22 +99,23 @@ CUDNN = _Counted(lambda: torch.backends.cudnn.flags(enabled=False))
 def evaluation(
     device: torch.device, seed: int, *, differentiable_twice: bool, cudnn: bool = True
 ) -> Iterator[None]:
-    """Gradients on, compiled code and shortcuts off, random state that of `seed`, put back after.
+    """Turn gradients on, compiled code and shortcuts off, and seed; put all of it back afterwards.
 
-    `differentiable_twice`: attention by plain products, recurrent layers without cuDNN where
-    `cudnn` is false.
+    Args:
+        differentiable_twice: compute attention by plain products, and recurrent layers without
+            cuDNN where `cudnn` is false.
     """
     with contextlib.ExitStack() as stack:
         cuda = device.type == "cuda"
         stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
-        # torch.manual_seed would seed the generators of all devices, which nobody puts back.
+        # torch.manual_seed would also seed all other devices, which fork_rng does not put back.
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled; it weighs 128 MiB
+        if "torch._dynamo" in sys.modules:  # 128 MiB; where it is not loaded, nothing is compiled
             stack.enter_context(EAGER)
         stack.enter_context(MHA)
         stack.enter_context(CHECKPOINT)
@@ -131,7 +132,7 @@ def evaluation(
 
 
 class ExactForms(TorchFunctionMode):
-    """Replaces operations whose derivatives torch has wrong, or that change the model."""
+    """Replaces operations that change the model, or whose derivatives are wrong in torch."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -146,18 +147,18 @@ class ExactForms(TorchFunctionMode):
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """v g / |v|: torch's own second derivative of this is wrong on the CPU (torch 2.13)."""
+    """v g / |v|; torch's own second derivative is wrong on the CPU (torch 2.13)."""
     dims = [d for d in range(v.ndim) if d != dim % v.ndim] if dim != -1 else list(range(v.ndim))
     return v * (g / v.square().sum(dims, keepdim=True).sqrt())
 
 
 def _logaddexp(input: Tensor, other: Tensor) -> Tensor:
-    """log(e^a + e^b): torch's own second derivative of this is NaN where b - a is large."""
+    """log(e^a + e^b); torch's own second derivative is NaN where b - a is large."""
     return input - F.logsigmoid(input - other)
 
 
 def _logcumsumexp(input: Tensor, dim: int) -> Tensor:
-    """By doubling steps: torch's own second derivative takes logarithms of the first one."""
+    """By doubling steps; torch's own second derivative takes logarithms of the first."""
     length, step = input.shape[dim] if input.ndim else 1, 1
     while step < length:
         start, rest = input.narrow(dim, 0, step), length - step
@@ -183,26 +184,26 @@ _BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_fr
 
 
 def _plain_embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an embedding that changes nothing and has a dense, true gradient."""
+    """All arguments of an embedding, changed so that it writes nothing and has a dense gradient."""
     names = _EMBEDDING if func is F.embedding else _BAG
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if given.get("scale_grad_by_freq"):
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    if arguments.get("scale_grad_by_freq"):
         raise ValueError(
             "an embedding of model has scale_grad_by_freq=True: what its backward pass gives is no "
             "gradient of the loss, and has no symmetric derivative; set it to False"
         )
-    limit, weight = given.pop("max_norm", None), given["weight"]
+    limit, weight = arguments.pop("max_norm", None), arguments["weight"]
     if limit is not None:
-        used = weight.detach()[given["input"].reshape(-1)]
-        norms = torch.linalg.vector_norm(used, given.get("norm_type", 2.0), dim=-1)
-        # What torch's own rescaling leaves is the limit to within rounding.
+        used = weight.detach()[arguments["input"].reshape(-1)]
+        norms = torch.linalg.vector_norm(used, arguments.get("norm_type", 2.0), dim=-1)
+        # torch rescales rows to the limit within rounding.
         slack = 1 + 16 * torch.finfo(weight.dtype).eps
         if bool((norms > limit * slack).any()):
             raise ValueError(
                 f"an embedding of model has max_norm={limit} and rows that are longer: evaluating "
                 "it would rescale them. Run model(inputs) once, which does, or set max_norm=None"
             )
-    return {**given, "sparse": False}
+    return {**arguments, "sparse": False}
 
 
 _DETACHING = (
@@ -213,7 +214,12 @@ _DETACHING = (
 )
 
 
-class _StopGradients(TorchFunctionMode):
+class StopGradients(TorchFunctionMode):
+    """Tells `stopped` of every tensor that the model's own code detaches.
+
+    Below autograd, such a detach looks the same as the ones that autograd makes for itself.
+    """
+
     def __init__(self, stopped: Callable[[Tensor], object]):
         super().__init__()
         self.stopped = stopped
@@ -225,11 +231,3 @@ class _StopGradients(TorchFunctionMode):
         if func in _DETACHING:
             self.stopped(out)
         return out
-
-
-def stop_gradients(stopped: Callable[[Tensor], object]) -> TorchFunctionMode:
-    """Tell `stopped` of every tensor that the model's own code detaches.
-
-    Below autograd, such a detach looks the same as the ones that autograd makes for itself.
-    """
-    return _StopGradients(stopped)

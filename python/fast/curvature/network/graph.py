@@ -1,4 +1,4 @@
-"""Walking the graph that autograd keeps."""
+"""Walks through the graph that autograd keeps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SecondDerivativeError(RuntimeError):
 def cut_off(tensors: list[Tensor | None]) -> bool:
     """Whether a once-differentiable function is in the graph of `tensors`.
 
-    torch raises for those only when a path through them leads to the inputs asked for, and the
-    path ends there: autograd.grad then leaves the term out and says nothing.
+    torch raises an error for such a function only where a path through it leads on to the inputs.
+    Where the path ends there, autograd.grad leaves the term out in silence.
     """
     return any(node.name() == "torch::autograd::Error" for node in nodes(tensors))

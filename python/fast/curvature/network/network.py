@@ -15,7 +15,6 @@ from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
 from fast.curvature.network.evaluation import evaluation
 from fast.curvature.network.graph import graph_leaves
-from fast.curvature.network.malloc import reuse_freed_pages
 from fast.curvature.network.parameter_space import ParameterSpace
 from fast.heads import unwrap
 from fast.heads.class_axis import class_dim
@@ -35,11 +34,11 @@ class Network:
     """A model, the parameters that an operator differentiates by, and a scope to evaluate it in.
 
     Args:
-        model: any module; of a compiled or data-parallel one, the original is evaluated.
+        model: any module; a compiled or data-parallel one is evaluated as the original inside.
         params: None for all of `model.parameters()`; or names, tensors, a module of the model, a
             regular expression that a whole name must match, or a function (name, tensor) -> bool.
             Order and tying are those of `model.named_parameters()`.
-        seed: of the random masks (dropout), the same at every evaluation of the same batch.
+        seed: seed of the random masks (dropout), which are the same at every evaluation of a batch.
     """
 
     def __init__(self, model: nn.Module, params: Params = None, seed: int = 0):
@@ -54,8 +53,6 @@ class Network:
             )
         self.names = select(every, params)
         self.space = ParameterSpace({n: every[n] for n in self.names})
-        if self.space.device.type == "cpu":
-            reuse_freed_pages()
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         embedded = sum(every[n].numel() for n in self.names if id(every[n]) in tables)
         self.mostly_embeddings = 2 * embedded > self.space.numel
@@ -65,9 +62,9 @@ class Network:
         )
 
     def leaves(self) -> dict[str, Tensor]:
-        """Detached aliases of all parameters; those selected require a gradient."""
-        chosen = set(self.names)
-        return {n: p.detach().requires_grad_(n in chosen) for n, p in self.model.named_parameters()}
+        """Detached aliases of all parameters; the selected ones require a gradient."""
+        names = set(self.names)
+        return {n: p.detach().requires_grad_(n in names) for n, p in self.model.named_parameters()}
 
     def selected(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
         return [leaves[n] for n in self.names]
@@ -97,7 +94,7 @@ class Network:
         return laid_out(z, batch.target, loss.class_dim(z, batch.target, self.class_dim))
 
     def look_for_classes(self, batch: Batch, loss: Loss) -> None:
-        """Find out where outputs have their classes, which a batch without labels does not tell."""
+        """Set `class_dim`, where classes lie in an output: a batch without labels does not tell."""
         if batch.target is not None or self.class_dim is not None or not loss.of_classes:
             return
         with self.scope(0, differentiable_twice=False), torch.no_grad():
@@ -106,10 +103,11 @@ class Network:
 
     @contextlib.contextmanager
     def scope(self, index: int, *, differentiable_twice: bool) -> Iterator[None]:
-        """Evaluate batch `index` in here: random state restored, compiled code and shortcuts off.
+        """The state in which batch `index` is evaluated; see `evaluation`.
 
-        `differentiable_twice`: choose implementations that autograd can differentiate twice
-        (attention by plain products, recurrent layers without cuDNN); else the user's own.
+        Args:
+            differentiable_twice: choose implementations that autograd can differentiate twice
+                (attention by plain products, recurrent layers without cuDNN).
         """
         # One mask per (operator, batch): products are of one matrix, not of a random one.
         with evaluation(
@@ -125,9 +123,9 @@ class Network:
 
         Such a parameter cannot be replaced by a leaf: products would take it for a constant.
         """
-        known = {id(t) for t in leaves.values()}
+        ids = {id(t) for t in leaves.values()}
         for leaf in graph_leaves([output]):
-            if id(leaf) in known:
+            if id(leaf) in ids:
                 continue
             name = self.names_by_id().get(id(leaf))
             if name is not None and name in self.names:
@@ -146,7 +144,7 @@ class Network:
 
 
 def laid_out(z: Tensor, y: Any, dim: int) -> tuple[Tensor, Any]:
-    """Output and target with dimension `dim` as dimension 1."""
+    """Output z and target y with dimension `dim` moved to dimension 1."""
     if dim == 1:
         return z, y
     soft = isinstance(y, Tensor) and y.ndim == z.ndim
@@ -154,12 +152,12 @@ def laid_out(z: Tensor, y: Any, dim: int) -> tuple[Tensor, Any]:
 
 
 def mask_seed(seed: int, index: int) -> int:
-    """Random state that batch `index` of an operator with `seed` is evaluated in."""
+    """The seed of batch `index` of an operator with `seed`."""
     return seed * 1_000_003 + index
 
 
 class StrayParameter(ValueError):
-    """A parameter is used that a leaf cannot stand for; the message names it."""
+    """The model uses a parameter that no leaf can stand for; the message names it."""
 
     def __init__(self, name: str, message: str = ""):
         super().__init__(
@@ -186,23 +184,23 @@ def select(every: Mapping[str, Tensor], params: Params) -> tuple[str, ...]:
                 f"params={params!r} is no regular expression ({error}); for names as they are, "
                 "pass a list of them"
             ) from error
-        chosen = {n for n in every if pattern.fullmatch(n)}
-        if not chosen:
+        names = {n for n in every if pattern.fullmatch(n)}
+        if not names:
             raise ValueError(
                 f"params={params!r} matches no parameter name; names are {list(every)[:5]}, ..."
             )
     elif callable(params):
-        chosen = {n for n, p in every.items() if params(n, p)}
+        names = {n for n, p in every.items() if params(n, p)}
     else:
-        chosen = set()
+        names = set()
         by_id = {id(p): n for n, p in every.items()}
         for item in params:
             name = item if isinstance(item, str) else by_id.get(id(item), "")
             if name not in every:
                 what = repr(item) if isinstance(item, str) else f"a tensor {list(item.shape)}"
                 raise ValueError(f"params has {what}, which is no parameter of the model")
-            chosen.add(name)
-    return tuple(n for n in every if n in chosen)
+            names.add(name)
+    return tuple(n for n in every if n in names)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -215,7 +213,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextlib.contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Put back tensors that are plain attributes, as old-style weight norm writes its weight."""
+    """Put back tensors that are plain attributes: old-style weight norm writes its weight there."""
     before = [
         (vars(m), name, value)
         for m in model.modules()

@@ -1,4 +1,4 @@
-"""Vectors over named parameters, in the three forms that users hold them in."""
+"""Vectors over named parameters, in the three forms that users have them in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Vectors = Tensor | Mapping[str, Tensor]
-Blocks = list[Tensor]  # one [K, *shape] per parameter; the form that all operators work in
+Blocks = list[Tensor]  # one [K, *shape] per parameter: the form that operators work in
 
 
 class ParameterSpace:
@@ -45,9 +45,13 @@ class ParameterSpace:
     __hash__ = None  # type: ignore[assignment]
 
     def unpack(self, vectors: Vectors) -> tuple[Blocks, Callable[[Blocks], Vectors]]:
-        """One [K, *shape] block per parameter, and the way back to the caller's own form.
+        """One [K, *shape] block per parameter, and a function back to the caller's form.
 
-        `vectors`: [P], [P, K], or a dict name -> [K, *shape] (all with the same K, or all without).
+        Args:
+            vectors: [P], [P, K], or a dict name -> [K, *shape] (with one K for all, or without).
+
+        Raises:
+            ValueError, TypeError: the form, shape, dtype or device does not fit.
         """
         if isinstance(vectors, Mapping):
             return self._unpack_dict(vectors)
@@ -129,7 +133,7 @@ class ParameterSpace:
         ]
 
     def slices(self) -> dict[str, slice]:
-        """Where each parameter lies among the P coordinates."""
+        """Name -> the place of the parameter among the P coordinates."""
         out, start = {}, 0
         for name, size in zip(self.names, self.sizes, strict=True):
             out[name] = slice(start, start + size)

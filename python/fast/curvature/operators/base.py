@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +10,16 @@ import torch
 from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_finite
+from fast.curvature.algorithms.cg import solve
+from fast.curvature.algorithms.check import CheckReport, Finding, check
+from fast.curvature.algorithms.diagonal import hutchinson_diagonal
+from fast.curvature.algorithms.lanczos import Eigenpairs, top
+from fast.curvature.algorithms.spectrum import Spectrum, spectrum
+from fast.curvature.algorithms.trace import Estimate, trace
 from fast.curvature.network.parameter_space import Blocks, ParameterSpace, Vectors, dot
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyOperator
-
-    from fast.curvature.algorithms.check import CheckReport
-    from fast.curvature.algorithms.lanczos import Eigenpairs
-    from fast.curvature.algorithms.spectrum import Spectrum
-    from fast.curvature.algorithms.trace import Estimate
 
 
 class SymmetricOperator(abc.ABC):
@@ -33,7 +33,7 @@ class SymmetricOperator(abc.ABC):
 
     @abc.abstractmethod
     def products(self, vectors: Blocks) -> Blocks:
-        """One [K, *shape] block per parameter in, the same out. Never modifies its input."""
+        """One [K, *shape] block per parameter in, the same out. The input is never modified."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +55,7 @@ class SymmetricOperator(abc.ABC):
         return self.matmat(vectors)
 
     def matmat(self, vectors: Vectors, out: Vectors | None = None) -> Vectors:
-        """A V, into `out` when given (same form and shapes as `vectors`)."""
+        """A V; written into `out` where there is one (of the form and shapes of `vectors`)."""
         blocks, restore = self.space.unpack(vectors)
         result = restore(self.products(blocks) if blocks[0].shape[0] else blocks)
         if out is None:
@@ -69,19 +69,20 @@ class SymmetricOperator(abc.ABC):
         raise TypeError("out must have the form of V: a tensor for a tensor, a dict for a dict")
 
     def rows(self, vectors: Tensor) -> Tensor:
-        """[K, P] -> [K, P]: the form that the algorithms work in."""
+        """A V with one vector per row, [K, P] -> [K, P]."""
         return self.space.join(self.products(self.space.split(vectors)))
 
     def quad(self, vectors: Vectors) -> Tensor:
-        """v^T A v of every vector, [K] (0-d for one vector), in float64."""
+        """v^T A v of every vector, [K] (0-d for a single vector), in float64."""
         blocks, _ = self.space.unpack(vectors)
-        values = self._quad(blocks)
+        values = self.quadratics(blocks)
         single = isinstance(vectors, Tensor) and vectors.ndim == 1
         if isinstance(vectors, dict):
             single = vectors[self.space.names[0]].shape == self.space.shapes[0]
         return values[0] if single else values
 
-    def _quad(self, vectors: Blocks) -> Tensor:
+    def quadratics(self, vectors: Blocks) -> Tensor:
+        """v^T A v of each of the K vectors, [K], in float64."""
         return dot(vectors, self.products(vectors))
 
     def dense(self, chunk: int = 64) -> Tensor:
@@ -89,30 +90,22 @@ class SymmetricOperator(abc.ABC):
         eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
         return torch.cat([self.rows(part) for part in eye.split(chunk)])
 
-    # The algorithms; each is a function of any operator, in a module of its own.
+    # Each algorithm is a function of any symmetric matrix, in a module of its own.
 
     def trace(self, **options: Any) -> Estimate:
         """See `fast.curvature.trace`."""
-        from fast.curvature.algorithms.trace import trace
-
         return trace(self, **options)
 
     def diagonal(self, **options: Any) -> Tensor:
         """Estimate of the diagonal, [P]; see `fast.curvature.hutchinson_diagonal`."""
-        from fast.curvature.algorithms.diagonal import hutchinson_diagonal
-
         return hutchinson_diagonal(self, **options)
 
     def top(self, k: int = 1, **options: Any) -> Eigenpairs:
         """The k eigenpairs of largest magnitude; see `fast.curvature.top`."""
-        from fast.curvature.algorithms.lanczos import top
-
         return top(self, k, **options)
 
     def spectrum(self, **options: Any) -> Spectrum:
         """Spectral density; see `fast.curvature.spectrum`."""
-        from fast.curvature.algorithms.spectrum import spectrum
-
         return spectrum(self, **options)
 
     def solve(self, b: Vectors, **options: Any) -> Vectors:
@@ -120,24 +113,15 @@ class SymmetricOperator(abc.ABC):
 
         Warns (RuntimeWarning) where the iterations ran out before `tol` was reached.
         """
-        from fast.curvature.algorithms.cg import cg
-
-        found = cg(self, b, **options)
-        if not found.converged:
-            warnings.warn(
-                f"solve: after {found.num_iterations} iterations the relative residual is "
-                f"{float(found.residuals.max()):.1e}: raise max_iterations, add damping with "
-                ".damped(...), or take fast.curvature.cg, which returns the residuals",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return found.solution
+        return solve(self, b, **options)
 
     def check(self, **options: Any) -> CheckReport:
         """Symmetry, linearity, determinism and more; see `fast.curvature.check`."""
-        from fast.curvature.algorithms.check import check
-
         return check(self, **options)
+
+    def findings(self, v: Tensor, av: Tensor, rtol: float) -> list[Finding]:
+        """What `check` looks at in this kind of matrix alone, given one product A v (both [P])."""
+        return []
 
     def to_scipy(self) -> ScipyOperator:
         """The operator for scipy.sparse.linalg: numpy in and out, moved to the device and back."""
@@ -147,11 +131,11 @@ class SymmetricOperator(abc.ABC):
             tensor = torch.as_tensor(v, dtype=self.dtype).to(self.device)
             result = self.matmat(tensor)
             assert isinstance(result, Tensor)
-            return result.cpu().to(plain).numpy()
+            return result.cpu().to(outside).numpy()
 
         # numpy has no bfloat16.
-        plain = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
-        dtype = torch.empty((), dtype=plain).numpy().dtype
+        outside = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+        dtype = torch.empty((), dtype=outside).numpy().dtype
         return LinearOperator(
             self.shape,
             matvec=lambda v: matmat(v.reshape(-1)),
@@ -211,8 +195,8 @@ class Sum(SymmetricOperator):
     def products(self, vectors: Blocks) -> Blocks:
         return list(torch._foreach_add(self.first.products(vectors), self.second.products(vectors)))
 
-    def _quad(self, vectors: Blocks) -> Tensor:
-        return self.first._quad(vectors) + self.second._quad(vectors)
+    def quadratics(self, vectors: Blocks) -> Tensor:
+        return self.first.quadratics(vectors) + self.second.quadratics(vectors)
 
 
 class Scaled(SymmetricOperator):
@@ -225,12 +209,12 @@ class Scaled(SymmetricOperator):
     def products(self, vectors: Blocks) -> Blocks:
         return list(torch._foreach_mul(self.base.products(vectors), self.factor))
 
-    def _quad(self, vectors: Blocks) -> Tensor:
-        return self.base._quad(vectors) * self.factor
+    def quadratics(self, vectors: Blocks) -> Tensor:
+        return self.base.quadratics(vectors) * self.factor
 
 
 class Identity(SymmetricOperator):
-    """I over the parameters of another operator."""
+    """I over a parameter space, such as the `space` of another operator."""
 
     def __init__(self, space: ParameterSpace):
         self.space = space

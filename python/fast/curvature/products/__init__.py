@@ -1,1 +1,1 @@
-"""Products with curvature matrices, looped and batched."""
+"""Products with curvature matrices: one vector after the other, or all K at once."""

@@ -26,7 +26,7 @@ OutputCurvature = Callable[[Loss, Tensor, Any], OutputHessian]
 class GraphHessian:
     """Exact Hessian of one batch: the graph of its gradient, differentiated once per vector.
 
-    About 2 gradients per vector; the memory is that of the graph and does not grow with K.
+    A vector costs about 2 gradients; the memory is that of the graph and does not grow with K.
     """
 
     def __init__(self, network: Network, loss: Loss, batch: Batch, index: int):
@@ -38,7 +38,7 @@ class GraphHessian:
             value = loss.value(z, y)
             self.answers, self.weight = (z.detach(), y), 0.0
             self.loss = value.detach()
-            # What `cut_off` looks for is only made where the cotangent requires a gradient.
+            # The nodes that `cut_off` looks for exist only where the cotangent requires a gradient.
             one = torch.ones_like(value, requires_grad=True)
             self.grads = grad_or_none([value], self.params, [one], create_graph=True)
         self.explain = functools.partial(explain_failure, network, batch, index)
@@ -69,8 +69,8 @@ class GraphHessian:
 class GraphGGN:
     """J^T S J of one batch, S the curvature at the output.
 
-    J by differentiating u -> J^T u, where the network can be differentiated twice; else in forward
-    mode, or where that fails too, row by row.
+    J v is computed by differentiating u -> J^T u where the network can be differentiated twice,
+    else in forward mode, and where that fails too, row by row.
     """
 
     def __init__(
@@ -103,15 +103,15 @@ class GraphGGN:
         """[K, *output]."""
         while len(self.ways) > 1:
             try:
-                found = self.ways[0](vectors)
+                tangents = self.ways[0](vectors)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # an operation that has no such derivative
                 del self.ways[0]
                 continue
             # Where torch masks a NaN in its derivative, it does not in that of the derivative.
-            if bool(found.isfinite().all()):
-                return found
+            if bool(tangents.isfinite().all()):
+                return tangents
             del self.ways[0]
         return self.ways[0](vectors)
 
@@ -139,7 +139,7 @@ class GraphGGN:
         return torch.stack(rows)
 
     def _by_rows(self, vectors: Blocks) -> Tensor:
-        """One gradient for each entry of the output, for all vectors together."""
+        """J v for all vectors together, at one gradient for each entry of the output."""
         entries = self.output.reshape(-1)
         out = entries.new_zeros((vectors[0].shape[0], len(entries)))
         for i, entry in enumerate(entries if entries.requires_grad else ()):
@@ -172,7 +172,7 @@ class GraphGGN:
 def _dual_level() -> Iterator[None]:
     with forward_ad.dual_level():
         with warnings.catch_warnings():
-            # The first dual of a process compiles scripts of torch's own, which warn of themselves.
+            # The first dual number of a process compiles scripts of torch that raise warnings.
             warnings.simplefilter("ignore", DeprecationWarning)
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
         yield

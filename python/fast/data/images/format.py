@@ -94,10 +94,7 @@ class ImageFormat:
         return self.without_resizing(torch.from_numpy(self.fit(picture).copy())[None])[0]
 
     def fit(self, picture: Picture) -> np.ndarray:
-        """A picture, resized and cropped -> uint8 `[C, size, size]`.
-
-        Arrays are fit in the same way, but in float and by torch's threads.
-        """
+        """A picture, resized and cropped by Pillow -> uint8 `[C, size, size]`."""
         if self.size is not None:
             from PIL import Image
 
@@ -113,7 +110,7 @@ class ImageFormat:
         return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
     def _fit_array(self, x: Tensor, size: int) -> Tensor:
-        """`x` in 0..1, resized (antialiased) and cropped."""
+        """`x` in 0..1, resized (antialiased) and cropped as `fit` does it, but by torch."""
         height, width = self._resized(x.shape[2], x.shape[3], size)
         if (height, width) != tuple(x.shape[2:]):
             if self.interpolation == "nearest":

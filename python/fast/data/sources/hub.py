@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,10 @@ from fast.data.sources.types import EncodedImages, NamedData, Split, labelled, n
 from fast.errors import first_line, printable, some
 
 UNLABELLED = -1
+USUAL_COLUMNS = {
+    "--label-column": ("label", "labels"),
+    "--input-column": ("image", "img", "text", "sentence"),
+}
 
 
 def read_hugging_face(name: str, input_column: str | None, label_column: str | None) -> NamedData:
@@ -29,22 +32,11 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     if not training and not held_out:
         raise ValueError(f"{name}: has neither train nor validation; got {some(list(loaded), 10)}")
     features = loaded[(training or held_out)[0]].features
-    label_column = _column(
-        name,
-        "--label-column",
-        label_column,
-        features,
-        lambda f: isinstance(f, datasets.ClassLabel),
-        ("label", "labels"),
-    )
-    input_column = _column(
-        name,
-        "--input-column",
-        input_column,
-        features,
-        lambda f: isinstance(f, datasets.Image),
-        ("image", "img", "text", "sentence"),
-    )
+    try:
+        label_column = _column("--label-column", label_column, features, datasets.ClassLabel)
+        input_column = _column("--input-column", input_column, features, datasets.Image)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     labels = {split: loaded[split][label_column][:] for split in training + held_out}
     # Benchmarks publish the inputs of their test split, and -1 for its labels.
     has_labels = [s for s in held_out if any(label != UNLABELLED for label in labels[s])]
@@ -106,24 +98,17 @@ def _load(name: str) -> tuple[Any, Any]:
         ) from err
 
 
-def _column(
-    name: str,
-    option: str,
-    column: str | None,
-    features: Any,
-    fits: Callable[[Any], bool],
-    usual: tuple[str, ...],
-) -> str:
-    """The column that the user names; else the first that `fits`, or has a usual name."""
+def _column(option: str, column: str | None, features: Any, kind: type) -> str:
+    """The column that the user names; else the first of this kind, or with a usual name."""
     columns = some(list(features), 20)
     if column is not None:
         if column not in features:
-            raise ValueError(f"{name}: no column {column!r}; {option} can be: {columns}")
+            raise ValueError(f"no column {column!r}; {option} can be: {columns}")
         return column
-    by_type = [c for c, feature in features.items() if fits(feature)]
-    candidates = by_type or [c for c in usual if c in features]
+    of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
+    candidates = of_kind or [name for name in USUAL_COLUMNS[option] if name in features]
     if not candidates:
-        raise ValueError(f"{name}: say which column to use with {option}: {columns}")
+        raise ValueError(f"say which column to use with {option}: {columns}")
     return candidates[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def _class_names(archive: Archive) -> tuple[str, ...]:
     names = tuple(
         v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values.tolist()
     )
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 10_000 else []
-    if len(set(names)) < len(names):
-        raise ValueError(f"{archive.path}: classes has a name more than once: {some(twice)}")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ValueError(f"{archive.path}: classes has a name more than once: {some(repeated)}")
     return names
 
 

@@ -61,14 +61,10 @@ def scan(root: Path) -> Folder:
 
 
 def left_out(others: Counter[str]) -> str:
-    """`"3 .heic (Pillow cannot read them; convert them to JPEG), 2 .txt"`."""
+    """`"3 .heic (Pillow does not read them here; convert them to JPEG), 2 .txt"`."""
+    hint = " (Pillow does not read them here; convert them to JPEG)"
     return ", ".join(
-        f"{count} {printable(kind)}"
-        + (
-            " (Pillow does not read them here; convert them to JPEG)"
-            if kind in CAMERA_FORMATS
-            else ""
-        )
+        f"{count} {printable(kind)}{hint if kind in CAMERA_FORMATS else ''}"
         for kind, count in others.most_common()
     )
 

@@ -1,4 +1,4 @@
-"""One batch, linearised: the record of its gradient, and products by pushing tangents through."""
+"""The linearisation of one batch: a record of its gradient, through which tangents are pushed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
-from fast.curvature.network.evaluation import stop_gradients
+from fast.curvature.network.evaluation import StopGradients
 from fast.curvature.network.network import Network
 from fast.curvature.network.parameter_space import Blocks, dot
 from fast.curvature.products.batched.recorder import Recorder
@@ -15,7 +15,7 @@ from fast.curvature.products.batched.tape import Program, Tape
 from fast.curvature.products.looped import OutputCurvature, grad_or_none
 from fast.curvature.products.rules import UnsupportedOperation
 
-# Bytes of tangents held at a time on the CPU, unless the caller says otherwise.
+# Default for the bytes of tangents that are held at a time on the CPU.
 DEFAULT_BUDGET = 2**30
 # On a CPU a pass is fastest when its largest tangent stays below the size from which malloc maps
 # fresh, zeroed pages every time (32 MiB, less what is alive). Gradients per product, exact, one
@@ -27,9 +27,9 @@ CPU_TANGENT = 8 * 2**20
 class _Folded:
     """What Hessian and GGN share: forward record, curvature at the output, backward record.
 
-    The Hessian is the derivative of the whole gradient. The GGN holds everything that the backward
-    pass reads from the forward pass fixed: the same record, with the output's cotangent as its only
-    variable.
+    The Hessian is the derivative of the whole gradient. For the GGN, everything that the backward
+    pass reads from the forward pass is fixed: it is the same record, with the output's cotangent as
+    the only variable.
     """
 
     exact: bool
@@ -53,7 +53,7 @@ class _Folded:
                 i: n for i, n in network.names_by_id().items() if n in network.names
             }
             self.param_slots = [recorder.activate(p) for p in params]
-            with stop_gradients(lambda t: recorder.slots.pop(t, None)), recorder:
+            with StopGradients(lambda t: recorder.slots.pop(t, None)), recorder:
                 z, y = network.answers(leaves, batch, loss)
             self.output_shape = z.shape
             self.output_slot = recorder.slot(z)
@@ -62,7 +62,7 @@ class _Folded:
             detached = z.detach()
             self.answers, self.weight = (detached, y), 0.0
             self.curvature = curvature(loss, detached, y)
-            # Of a GGN's only the shape matters, and there may be no label to have one from.
+            # Only the shape of a GGN's cotangent matters, and there may be no label to compute it.
             cotangent = torch.zeros_like(detached)
             if self.exact:
                 cotangent = loss.gradient(detached, y)
@@ -92,7 +92,7 @@ class _Folded:
         self.chunk = chunk or self._chunk(network.space.device, budget)
 
     def _chunk(self, device: torch.device, budget: int | None) -> int:
-        """Vectors per pass, from the bytes that one vector's tangents take."""
+        """Number of vectors per pass, from the bytes that the tangents of one vector take."""
         start = {s for s in self.param_slots if s is not None}
         held = self.forward.reads() & self.backward.reads() if self.exact else set()
         peak = max(self.forward.peak(start), self.backward.peak(held), 1)
@@ -104,7 +104,7 @@ class _Folded:
         return max(1, min(budget // peak, CPU_TANGENT // largest))
 
     def jvp(self, vectors: Blocks) -> tuple[Tensor, list[Tensor | None]]:
-        """Tangents of the output, [K, *output], and of everything that is still needed."""
+        """Tangents of the output, [K, *output], and those by slot that are still needed."""
         num_vectors = vectors[0].shape[0]
         values: list[Tensor | None] = [None] * len(self.forward.sizes)
         for slot, v in zip(self.param_slots, vectors, strict=True):
@@ -131,7 +131,7 @@ class _Folded:
             values[self.output_slot] = None
         if not self.exact:
             values = [None] * len(self.backward.sizes)
-        values[self.cotangent_slot] = self.curvature.product(_own(u, [*vectors, *values]))
+        values[self.cotangent_slot] = self.curvature.product(_unshared(u, [*vectors, *values]))
         del u
         into = {}
         for slot, o in zip(self.grad_slots, out, strict=True):
@@ -170,8 +170,8 @@ class FoldedGGN(_Folded):
     exact = False
 
 
-def _own(u: Tensor, others: list[Tensor | None]) -> Tensor:
-    """u itself where nothing else reads its memory, else a copy: it will be overwritten."""
+def _unshared(u: Tensor, others: list[Tensor | None]) -> Tensor:
+    """u, which will be overwritten; a copy where one of the others shares its memory."""
     memory = u.untyped_storage().data_ptr()
     used = any(t is not None and t.untyped_storage().data_ptr() == memory for t in others)
     return u.clone() if used else u

@@ -13,11 +13,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fast.curvature.network.network import StrayParameter
 from fast.curvature.products.batched.tape import Slots, Step, Tape
-from fast.curvature.products.rules import RULES, Call, UnsupportedOperation, decomposition
+from fast.curvature.products.rules import (
+    NO_FAULT,
+    RULES,
+    Call,
+    RuleError,
+    UnsupportedOperation,
+    decomposition,
+)
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation on an active tensor, where active means: depends on the parameters."""
+    """Records every operation on an active tensor: one that depends on the parameters."""
 
     def __init__(self, tape: Tape, exact: bool):
         super().__init__()
@@ -25,15 +32,15 @@ class Recorder(TorchDispatchMode):
         self.exact = exact
         self.slots = WeakTensorKeyDictionary()
         self.forward = True
-        # Parameters of the model by id, which leaves stand for: nothing should read them.
+        # Parameters of the model by id. Leaves stand for them, so that nothing should read them.
         self.originals: dict[int, str] = {}
         self.below_autograd = False  # inside a decomposition
         self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # torch would load its compiler, 128 MiB, to keep it out of __torch_dispatch__; the scope
-        # that we record in turns it off where it is loaded.
+        # torch would load its compiler, 128 MiB, to keep it out of __torch_dispatch__; where it is
+        # loaded, `evaluation` turns it off.
         return False
 
     def activate(self, tensor: Tensor) -> int:
@@ -73,8 +80,8 @@ class Recorder(TorchDispatchMode):
                 raise UnsupportedOperation(str(func))
             return self._decompose(decomposed, args, kwargs)
         # The transposed pass of a GGN is linear in what moves: only its shapes matter.
-        spared = not (self.forward or self.exact) and _is_dear(args)
-        out = (_placeholder if spared else _call)(func, *args, **kwargs)
+        shapes_only = not (self.forward or self.exact) and _is_expensive(args)
+        out = _placeholder(func, *args, **kwargs) if shapes_only else func(*args, **kwargs)
         self._note(func, rule, args, kwargs, slots, out)
         return out
 
@@ -91,7 +98,12 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         active = tuple(_any(s) for s in slots)
         call = Call(func, args, kwargs, out, active, self.tape.kept, self.cache, self.exact)
-        derivative = rule(call)
+        try:
+            derivative = rule(call)
+        except NO_FAULT:
+            raise
+        except Exception as error:
+            raise RuleError.of(func, error) from error
         outs = out if isinstance(out, tuple | list) else (out,)
         which = call.differentiable_outputs
         targets = tuple(
@@ -126,21 +138,21 @@ class Recorder(TorchDispatchMode):
         if isinstance(arg, Tensor):
             return self._slot_of(arg)
         if isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg):
-            found = [self._slot_of(a) if isinstance(a, Tensor) else None for a in arg]
-            return found if any(f is not None for f in found) else None
+            slots = [self._slot_of(a) if isinstance(a, Tensor) else None for a in arg]
+            return slots if any(s is not None for s in slots) else None
         return None
 
     def _slot_of(self, tensor: Tensor) -> int | None:
         slot: int | None = self.slots.get(tensor)
         if slot is None or tensor.requires_grad or not self.forward or self.below_autograd:
             return slot
-        # Detached where no function mode sees it: in scripted code, by torch.tensor(h), in vmap.
-        # Gone for good: the backward pass reads it as the constant that it is.
+        # It was detached where no function mode sees it: in scripted code, by torch.tensor(h), in
+        # vmap. From here on it is a constant, in the backward pass too.
         del self.slots[tensor]
         return None
 
     def _check_untracked(self, func: Any, args: Sequence[Any]) -> None:
-        """Autograd must not know of a dependence that we do not."""
+        """Raise where autograd knows of a dependence on the parameters that the record misses."""
         if not (self.forward and torch.is_grad_enabled()):
             return
         for arg in args:
@@ -155,25 +167,22 @@ class Recorder(TorchDispatchMode):
                     )
 
 
-# Elements from which on a CPU is slower to compute a result than torch is to find its shape, 50 to
-# 150 us in Python: a record of 12 transformer layers of width 64 took 4 times as long without this.
-DEAR = 2**17
+# Number of elements from which a CPU takes longer to compute a result than torch takes to infer its
+# shape (50 to 150 us of Python): without this limit, a record of 12 transformer layers of width 64
+# took 4 times as long.
+EXPENSIVE = 2**17
 
 
-def _is_dear(args: Any) -> bool:
-    """Whether a result is better made up. A GPU computes it while Python goes on."""
+def _is_expensive(args: Any) -> bool:
+    """Whether a result takes longer than its shape. (A GPU computes it while Python goes on.)"""
     return any(
-        isinstance(t, Tensor) and t.device.type == "cpu" and t.numel() > DEAR
+        isinstance(t, Tensor) and t.device.type == "cpu" and t.numel() > EXPENSIVE
         for t in pytree.tree_leaves(args)
     )
 
 
-def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
-    return func(*args, **kwargs)
-
-
 def _placeholder(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Uninitialised results of the right shapes; views are views."""
+    """Uninitialised results of the right shapes; views stay views."""
     if any(r.alias_info is not None for r in func._schema.returns):
         return func(*args, **kwargs)
     device = next(t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
@@ -206,7 +215,7 @@ def _mutated(func: Any, args: Sequence[Any]) -> Tensor | None:
 
 
 def _functional(func: Any) -> Any:
-    """aten.add.Tensor for aten.add_.Tensor; None where there is no such thing."""
+    """aten.add.Tensor for aten.add_.Tensor; None where there is no such operation."""
     name = func._schema.name.removeprefix("aten::")
     if not name.endswith("_") or func.namespace != "aten":
         return None

@@ -1,4 +1,4 @@
-"""Recorded steps, and running tangents through them."""
+"""Recorded operations, and how tangents run through them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fast.curvature.products.rules import UnsupportedOperation
+from fast.curvature.products.rules import NO_FAULT, RuleError, UnsupportedOperation
 
-# Derivative of one call: tangents of the arguments in (None where an argument has none; a list for
-# an argument that is a list), tangents of the outputs out.
+# The derivative of one call maps tangents of the arguments (None where an argument has none, a list
+# for an argument that is a list) to tangents of the outputs.
 Derivative = Callable[..., Any]
 Slots = int | None | list[int | None]
 
@@ -28,18 +28,24 @@ class Step:
 
 @dataclass
 class Tape:
-    """Recorded steps, and how to push tangents through them."""
+    """The steps of one pass.
+
+    Attributes:
+        steps: in the order of the pass.
+        kept: tensors that derivatives read, with their version and the operation's name.
+        sizes: bytes of one tangent, by slot.
+    """
 
     steps: list[Step] = field(default_factory=list)
     kept: list[tuple[Tensor, int, str]] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)  # bytes of one tangent, by slot
+    sizes: list[int] = field(default_factory=list)
 
     def new_slot(self, tensor: Tensor) -> int:
         self.sizes.append(tensor.numel() * tensor.element_size())
         return len(self.sizes) - 1
 
     def verify(self) -> None:
-        """A value that a derivative relies on must not have been overwritten since."""
+        """Raise UnsupportedOperation where a value that a derivative reads was overwritten."""
         for tensor, version, name in self.kept:
             if tensor._version != version:
                 raise UnsupportedOperation(f"{name}, an input of which is overwritten later on")
@@ -47,7 +53,7 @@ class Tape:
 
 
 class Program:
-    """Steps to run in order; a tangent is let go after its last use, unless it is in `keep`."""
+    """Steps to run in order; a tangent is freed after its last use, unless it is in `keep`."""
 
     def __init__(self, steps: list[Step], sizes: list[int], keep: Iterable[int | None]):
         self.steps = steps
@@ -66,7 +72,11 @@ class Program:
         return {s for step in self.steps for s in _flat(step.inputs)}
 
     def peak(self, live: set[int]) -> int:
-        """Bytes per vector of the tangents that are alive together, `live` being there already."""
+        """Largest number of bytes per vector of tangents that are alive together.
+
+        Args:
+            live: slots of the tangents that are there at the start.
+        """
         now = most = sum(self.sizes[s] for s in live)
         for step, free in zip(self.steps, self.free, strict=True):
             now += sum(self.sizes[s] for s in step.outputs if s is not None)
@@ -80,10 +90,13 @@ class Program:
         for step, free in zip(self.steps, self.free, strict=True):
             inputs = (_gather(values, s) for s in step.inputs)
             target = into.get(step.outputs[0]) if step.outputs[0] is not None else None
-            if target is not None and hasattr(step.derivative, "writes_into"):
-                out = step.derivative(*inputs, into=target)
-            else:
-                out = step.derivative(*inputs)
+            writes = target is not None and hasattr(step.derivative, "writes_into")
+            try:
+                out = step.derivative(*inputs, **({"into": target} if writes else {}))
+            except NO_FAULT:
+                raise
+            except Exception as error:
+                raise RuleError.of(step.name, error) from error
             outs = out if isinstance(out, tuple | list) else (out,)
             for slot, o in zip(step.outputs, outs, strict=True):
                 if slot is not None:
@@ -94,18 +107,18 @@ class Program:
 
     def sources(self, slots: Iterable[int | None]) -> dict[int, tuple[int, bool]]:
         """slot -> (slot that it is a view of, whether transposed), through recorded transposes."""
-        made = {s: step for step in self.steps for s in step.outputs if s is not None}
-        found = {}
+        writer = {s: step for step in self.steps for s in step.outputs if s is not None}
+        sources = {}
         for slot in slots:
             if slot is None:
                 continue
             source, transposed = slot, False
-            while source in made and made[source].name == "aten.t.default":
-                before = made[source].inputs[0]
+            while source in writer and writer[source].name == "aten.t.default":
+                before = writer[source].inputs[0]
                 assert isinstance(before, int)
                 source, transposed = before, not transposed
-            found[slot] = (source, transposed)
-        return found
+            sources[slot] = (source, transposed)
+        return sources
 
 
 def _flat(inputs: tuple[Slots, ...]) -> list[int]:

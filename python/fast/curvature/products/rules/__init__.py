@@ -9,6 +9,13 @@ from fast.curvature.products.rules import (  # noqa: F401  (importing registers 
     reduce,
     shape,
 )
-from fast.curvature.products.rules.base import RULES, Call, UnsupportedOperation, decomposition
+from fast.curvature.products.rules.base import (
+    NO_FAULT,
+    RULES,
+    Call,
+    RuleError,
+    UnsupportedOperation,
+    decomposition,
+)
 
-__all__ = ["RULES", "Call", "UnsupportedOperation", "decomposition"]
+__all__ = ["NO_FAULT", "RULES", "Call", "RuleError", "UnsupportedOperation", "decomposition"]

@@ -3,8 +3,8 @@
     S = c q k^T,  P = softmax(S),  o = P v
     gv = P^T g,   gP = g v^T,  gS = P (gP - <gP, P>),  gq = c gS k,  gk = c gS^T q
 
-P and gS are formed once per batch; every product then moves by the product rule. This is the only
-way to second derivatives of torch's default attention, whose kernels have none of their own.
+P and gS are computed once per batch; the tangents follow by the product rule. torch's own kernels
+of attention have no second derivatives.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
         scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + mask
     p = torch.softmax(scores, -1)
     if mask is not None:
-        # A row that may look nowhere: the kernels answer zero, the softmax nan.
+        # Where a row masks every key, the kernels give zero and the softmax NaN.
         p = p.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
     return p
 
@@ -58,13 +58,13 @@ def _terms(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tangent:
 
 
 def _softmax_tangent(p: Tensor, ds: Tensor) -> Tensor:
-    """P (dS - <dS, P>), over dS."""
+    """P (dS - <dS, P>), written into dS."""
     ds = ds.mul_(p)
     return ds.sub_(ds.sum(-1, keepdim=True) * p)
 
 
 class _Attention:
-    """The fixed tensors of one attention, heads and batch in one dimension."""
+    """The fixed tensors of one attention, with heads and batch in one dimension."""
 
     def __init__(
         self,
@@ -199,7 +199,8 @@ def flash_cpu_backward(call: Call):
 
 @rule(aten._scaled_dot_product_efficient_attention.default)
 def efficient(call: Call):
-    """What CUDA takes for float32: q, k, v, bias, compute_log_sumexp, dropout, causal."""
+    """The kernel for float32 on CUDA. Its arguments: q, k, v, bias, compute_log_sumexp, dropout,
+    causal."""
     _no_dropout(call.arg(5, 0.0))
     _fixed_mask(call, 3)
     return _forward_rule(call, call.arg(3, None), call.arg(6, False), call.kwargs.get("scale"))
@@ -207,7 +208,8 @@ def efficient(call: Call):
 
 @rule(aten._scaled_dot_product_efficient_attention_backward.default)
 def efficient_backward(call: Call):
-    """Of g, q, k, v, bias, out, log-sum-exp, random state (2), dropout, output mask, causal."""
+    """Arguments: g, q, k, v, bias, out, log-sum-exp, random state (2), dropout, output mask,
+    causal."""
     _no_dropout(call.arg(9, 0.0))
     _fixed_mask(call, 4)
     return _backward_rule(call, call.arg(4, None), call.arg(11, False), call.kwargs.get("scale"))
@@ -215,13 +217,13 @@ def efficient_backward(call: Call):
 
 @rule(aten._scaled_dot_product_flash_attention.default)
 def flash(call: Call):
-    """What CUDA takes for half precision: q, k, v, dropout, causal."""
+    """The kernel for half precision on CUDA. Its arguments: q, k, v, dropout, causal."""
     _no_dropout(call.arg(3, 0.0))
     return _forward_rule(call, None, call.arg(4, False), call.kwargs.get("scale"))
 
 
 @rule(aten._scaled_dot_product_flash_attention_backward.default)
 def flash_backward(call: Call):
-    """Of g, q, k, v, out, log-sum-exp, lengths (4), dropout, causal, random state (2)."""
+    """Arguments: g, q, k, v, out, log-sum-exp, lengths (4), dropout, causal, random state (2)."""
     _no_dropout(call.arg(10, 0.0))
     return _backward_rule(call, None, call.arg(11, False), call.kwargs.get("scale"))

@@ -1,4 +1,4 @@
-"""The registry of rules, and what a rule is given.
+"""The registry of rules, and the record of a call that a rule gets.
 
 A rule looks at one call at the recorded point and returns its derivative: a function of one tangent
 per positional argument (None where the argument does not depend on the parameters, a list for a
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 aten = torch.ops.aten
-# One tangent, [K, *shape], or None where the argument does not move.
+# One tangent, [K, *shape], or None for an argument that does not depend on the parameters.
 Tangent = Any
 Rule = Callable[["Call"], Callable[..., Any]]
 RULES: dict[Any, Rule] = {}
@@ -25,6 +25,18 @@ RULES: dict[Any, Rule] = {}
 
 class UnsupportedOperation(Exception):
     """An operation that the record cannot hold; the message names it."""
+
+
+class RuleError(RuntimeError):
+    """A rule or its derivative failed; the message names the operation."""
+
+    @classmethod
+    def of(cls, operation: Any, error: Exception) -> RuleError:
+        return cls(f"in the rule of {operation}, {type(error).__name__}: {error}")
+
+
+# What a rule may raise without being at fault.
+NO_FAULT = (UnsupportedOperation, torch.OutOfMemoryError)
 
 
 @dataclass
@@ -38,7 +50,7 @@ class Call:
     active: tuple[bool, ...]
     kept: list[tuple[Tensor, int, str]]
     cache: dict[Any, tuple[Any, tuple[Tensor, ...]]]
-    exact: bool  # whether the backward pass will read moving values of the forward pass
+    exact: bool  # whether the backward pass reads values of the forward pass that depend on w
     differentiable_outputs: tuple[int, ...] | None = None
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -49,17 +61,18 @@ class Call:
     def shared(self, name: Any, tensors: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
         """make(), computed once for the forward and the backward call on the same values.
 
-        `name` holds all that make() reads besides the tensors: two calls on one tensor may have
-        other masks, scales or epsilons.
+        Args:
+            name: everything that make() reads besides the tensors: two calls on one tensor may have
+                different masks, scales or epsilons.
         """
         key = (name, *((t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in tensors))
         if key not in self.cache:
-            # The entry holds the tensors, so that no other one can come to lie at their address.
+            # The entry holds the tensors, so that no other tensor can get their address.
             self.cache[key] = (make(), tensors)
         return self.cache[key][0]
 
     def constant(self) -> Callable[..., Any]:
-        """The derivative of a call whose results do not depend on the parameters after all."""
+        """The derivative of a call whose results do not depend on the parameters."""
         self.differentiable_outputs = ()
         nothing = (None,) * len(self.out) if isinstance(self.out, tuple | list) else None
         return lambda *_: nothing
@@ -72,8 +85,12 @@ class Call:
 
 
 def rule(*funcs: Any, ignores_self: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule; `ignores_self`: it does not read the first argument's value, so the
-    in-place form needs no copy of it."""
+    """Register a rule for some operations.
+
+    Args:
+        ignores_self: the rule does not read the value of the first argument, so that the in-place
+            form needs no copy of it.
+    """
 
     def register(f: Rule) -> Rule:
         f.ignores_self = ignores_self  # type: ignore[attr-defined]
@@ -85,12 +102,12 @@ def rule(*funcs: Any, ignores_self: bool = False) -> Callable[[Rule], Rule]:
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:
-    """torch's own way to write `func` with simpler operations, where there is one."""
+    """torch's decomposition of `func` into simpler operations, where there is one."""
     return decomposition_table.get(func)
 
 
 def spread(d: Tensor, ndim: int, target_ndim: int) -> Tensor:
-    """[K, *shape] with `ndim` own dimensions, ready to broadcast against one with more of them."""
+    """[K, *shape], with shape of `ndim` dimensions, as [K, 1, ..., *shape] of `target_ndim`."""
     if ndim == target_ndim:
         return d
     return d.reshape(d.shape[0], *([1] * (target_ndim - ndim)), *d.shape[1:])

@@ -1,9 +1,9 @@
 """Convolutions: K joins the batch, the input or the output channels, never a group.
 
-vmap turns K kernels into a grouped convolution, which runs at half the rate of the loop. One call
-per term does without: a moving input joins the batch, a moving kernel adds output channels, and in
-the backward pass a moving gradient adds output channels and a moving input adds input channels.
-Tangents are kept as [B, K, C, H, W] in memory, which is the layout of all four.
+vmap would turn K kernels into a grouped convolution, which runs at half the rate of the loop. Here
+each term is one plain call: tangents of the input join the batch, tangents of the kernel add output
+channels, and in the backward pass tangents of the gradient add output channels and tangents of the
+input add input channels. All four lie as [B, K, C, H, W] in memory.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def convolution_backward(call: Call):
     for tensor in (g, x, w):
         call.keep(tensor)
 
-    def backward(g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> tuple[Any, ...]:
+    def backward(g: Tensor, x: Tensor, w: Tensor, outputs: list[bool]) -> tuple[Any, ...]:
         return aten.convolution_backward(
-            g, x, w, bias_sizes if wanted[2] else None, *options, groups, wanted
+            g, x, w, bias_sizes if outputs[2] else None, *options, groups, outputs
         )
 
     def input_gradient(dg: Tangent, dw: Tangent) -> Tangent:

@@ -1,9 +1,8 @@
 """One matrix product, by the faster of the two libraries that torch has for it on a CPU.
 
-torch.mm is MKL's on x86, and MKL keeps to AVX2 on processors that Intel did not make. oneDNN does
-not, and is part of torch as well: on an EPYC of 2024 (Zen 5, 512 x 1024 x 1024, one thread)
-it multiplies float32 at 254 GFLOP/s where MKL does at 119. Where MKL uses AVX-512 there is nothing
-to gain.
+On x86, torch.mm calls MKL, which uses no AVX-512 on processors that Intel did not make. oneDNN,
+which is part of torch as well, does: on an EPYC of 2024 (Zen 5, 512 x 1024 x 1024, one thread) it
+multiplies float32 at 254 GFLOP/s, MKL at 119. Where MKL uses AVX-512 there is nothing to gain.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Below this many multiplications, or with fewer rows or columns, choosing the kernel costs more
-# than it brings.
+# With fewer multiplications, rows or columns than these, oneDNN's overhead is more than it saves.
 LEAST_WORK, LEAST_SIDE = 2**21, 8
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether float32 products by oneDNN are the faster ones here, by the processor's name."""
+    """Whether oneDNN multiplies float32 faster than MKL here, judged by the processor's name."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":

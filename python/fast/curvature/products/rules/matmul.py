@@ -1,8 +1,8 @@
 """Matrix products, with K folded into a row dimension or into one batched product.
 
-A B moves by dA B + A dB. On a CPU (AVX-512, 512 x 1024 x 1024, K = 8) one product of K stacked rows
-and a batched product with a broadcast factor both run at the rate of a plain one (104 to 108
-GFLOP/s), and the second term is added by the product itself (beta = 1) at no cost.
+The tangent of A B is dA B + A dB. On a CPU (AVX-512, 512 x 1024 x 1024, K = 8) one product of K
+stacked rows and a batched product with a broadcast factor both run at the rate of a plain one (104
+to 108 GFLOP/s), and the product itself adds the second term (beta = 1) at no cost.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from fast.curvature.products.rules import gemm
 from fast.curvature.products.rules.base import Call, Tangent, aten, rule, spread
 
-# Below this many columns a product per vector is mostly overhead: fold K into the columns.
+# Below this many columns a product per vector is mostly overhead: K is folded into the columns.
 NARROW = 64
 
 
 def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """d [K, m, k] times b [k, n], written to `into` when given."""
+    """d [K, m, k] times b [k, n]: [K, m, n], written to `into` where there is one."""
     num_vectors, m, k = d.shape
     if not d.is_contiguous():
         if gemm.preferred(d[0], b):
@@ -34,7 +34,7 @@ def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
 def fixed_times(
     a: Tensor, d: Tensor, onto: Tensor | None = None, into: Tensor | None = None
 ) -> Tensor:
-    """a [m, k] times d [K, k, n]: added onto `onto` in place, or written to `into`."""
+    """a [m, k] times d [K, k, n]: [K, m, n], added to `onto` in place or written to `into`."""
     num_vectors, _, n = d.shape
     if gemm.preferred(a, d[0]):
         if onto is None:
@@ -125,7 +125,7 @@ def moving_product(da: Tangent, db: Tangent, a: Tangent, b: Tangent) -> Tangent:
 
 
 def batched(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a [..., p, q] @ b [..., q, r] as one batched product, added in place when asked."""
+    """a [..., p, q] @ b [..., q, r] as one batched product, added to `onto` where there is one."""
     lead = a.shape[:-2]
     left, right = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     if onto is None:

@@ -13,7 +13,6 @@ from fast.curvature.products.rules.base import Call, Tangent, aten, rule, spread
 
 # f'(x), from the input x, the output y and the call.
 Slope = Callable[[Tensor, Tensor, Call], Tensor]
-# (f'(x), f''(x)) for the backward operation grad * f'(x): its two partial derivatives' factors.
 
 
 def _unary(func: Any, slope: Slope) -> None:
@@ -80,7 +79,7 @@ def clamp_min(call: Call):
 @rule(aten.pow.Tensor_Scalar)
 def power(call: Call):
     x, p = call.args
-    if p == 0:  # where x is zero, p x^(p - 1) is no number
+    if p == 0:  # p x^(p - 1) is NaN at x = 0
         return lambda d, *_: torch.zeros_like(d)
     factor = p * x ** (p - 1)
     return lambda d, *_: d * factor
@@ -112,7 +111,7 @@ def add(call: Call):
         else:
             out = spread(db, b_ndim, ndim)
             out = out if alpha == 1 else out * alpha
-        out = out.to(dtype)  # a constant side may be what gives the result its type
+        out = out.to(dtype)  # a constant operand may give the result its type
         return out if out.shape[1:] == shape else out.expand(out.shape[0], *shape)
 
     return derivative
@@ -159,7 +158,7 @@ def div(call: Call):
 def where(call: Call):
     condition, a, b = call.args
     ndim, a_ndim, b_ndim = call.out.ndim, a.ndim, b.ndim
-    # A constant side may be what gives the result its shape and its type.
+    # A constant operand may give the result its shape and its type.
     shape, dtype = call.out.shape, call.out.dtype
     mask = call.keep(condition).expand(shape)
 
@@ -173,18 +172,17 @@ def where(call: Call):
 
 @rule(aten.masked_fill.Scalar, ignores_self=True)
 def masked_fill(call: Call):
-    mask, ndim, own = call.keep(call.args[1]), call.out.ndim, call.args[0].ndim
-    shape = call.out.shape
+    mask, shape, ndim = call.keep(call.args[1]), call.out.shape, call.args[0].ndim
 
     def derivative(d: Tensor, *_: Any) -> Tensor:
-        d = spread(d, own, ndim)
+        d = spread(d, ndim, len(shape))
         return d.expand(d.shape[0], *shape).masked_fill(mask, 0.0)
 
     return derivative
 
 
 def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor | None]]) -> None:
-    """f_backward(g, x) = g f'(x), with `slopes` giving the derivatives by g and by x over g."""
+    """Register f_backward(g, x) = g f'(x), with slopes(x) = (f'(x), f''(x))."""
 
     @rule(func)
     def backward(call: Call):
@@ -202,7 +200,7 @@ def _backward(func: Any, slopes: Callable[[Tensor, Call], tuple[Tensor, Tensor |
 
 
 def gelu_slopes(x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """First derivative of GELU and, where the call is for an exact Hessian, the second."""
+    """First derivative of GELU and, where an exact Hessian needs it, the second."""
     approximate = call.kwargs.get("approximate", "none")
     slopes = _gelu_tanh if approximate == "tanh" else _gelu
     return call.shared(f"gelu {approximate}", (x,), lambda: slopes(x, call.exact))
@@ -243,7 +241,7 @@ _backward(aten.sigmoid_backward.default, lambda y, c: (y * (1 - y), 1 - 2 * y))
 
 
 def _masked_backward(func: Any, factor: Callable[[Call], Tensor]) -> None:
-    """Backward of a piecewise linear function: linear in the gradient, flat in the input."""
+    """Register the backward of a piecewise linear function: it does not change with the input."""
 
     @rule(func)
     def backward(call: Call):

@@ -1,4 +1,4 @@
-"""Sums, softmax, pooling."""
+"""Sums, means, softmax and pooling."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def log_softmax(call: Call):
 
 @rule(aten._softmax_backward_data.default)
 def softmax_backward(call: Call):
-    """y (g - <g, y>), g and y both moving."""
+    """y (g - <g, y>), a function of both g and y."""
     g, y, dim = call.args[:3]
     dim = dim % max(y.ndim, 1)
     y = call.keep(y)
@@ -78,7 +78,7 @@ def log_softmax_backward(call: Call):
 
 
 def _over_images(call: Call):
-    """Linear, images in the last three dimensions: K joins the batch."""
+    """A linear operation on images, the last three dimensions: K joins the batch."""
     func, rest, kwargs = call.func, call.args[1:], call.kwargs
 
     def derivative(d: Tensor, *_: Any) -> Tangent:
@@ -97,7 +97,7 @@ rule(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)(_over_images)
 
 @rule(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default)
 def pool_backward(call: Call):
-    """Linear in the gradient; of the input it reads the shape alone."""
+    """It is linear in the gradient, and reads only the shape of the input."""
     if not call.is_active(0):
         return call.constant()
     func, x, rest = call.func, call.args[1], call.args[2:]
@@ -127,7 +127,7 @@ def max_pool(call: Call):
 
 @rule(aten.max_pool2d_with_indices_backward.default)
 def max_pool_backward(call: Call):
-    """Scatter of the gradient; the indices are fixed."""
+    """The gradient is scattered to fixed indices."""
     if not call.is_active(0):
         return call.constant()
     indices, shape = call.args[7].flatten(-2), call.args[1].shape

@@ -1,4 +1,4 @@
-"""Operations that move values: the same move on every tangent."""
+"""Operations that move values: every tangent is moved in the same way."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def alias(call: Call):
 
 @rule(aten.clone.default, ignores_self=True)
 def clone(call: Call):
-    # A clone is made for its memory order, which views of the tangent then need as well.
+    # Clones serve to change the memory order, which views of the tangent then need as well.
     dense = call.out.is_contiguous()
     return lambda d, *_: d.contiguous() if dense else d
 
@@ -109,34 +109,22 @@ def select(call: Call):
     return lambda d, *_: d.select(dim, index)
 
 
-@rule(aten.cat.default)
-def cat(call: Call):
+@rule(aten.cat.default, aten.stack.default)
+def join(call: Call):
     shapes = [t.shape for t in call.args[0]]
     dim = call.arg(1, 0) % call.out.ndim + 1
+    join = torch.cat if call.func is aten.cat.default else torch.stack
 
     def derivative(parts: list[Tangent], *_: Any) -> Tensor:
-        return torch.cat(_filled(parts, shapes), dim)
+        some = next(p for p in parts if p is not None)
+        zero = some.new_zeros(())
+        filled = [
+            zero.expand(some.shape[0], *s) if p is None else p
+            for p, s in zip(parts, shapes, strict=True)
+        ]
+        return join(filled, dim)
 
     return derivative
-
-
-@rule(aten.stack.default)
-def stack(call: Call):
-    shapes = [t.shape for t in call.args[0]]
-    dim = call.arg(1, 0) % call.out.ndim + 1
-
-    def derivative(parts: list[Tangent], *_: Any) -> Tensor:
-        return torch.stack(_filled(parts, shapes), dim)
-
-    return derivative
-
-
-def _filled(parts: list[Tensor | None], shapes: list[torch.Size]) -> list[Tensor]:
-    some = next(p for p in parts if p is not None)
-    return [
-        some.new_zeros(()).expand(some.shape[0], *s) if p is None else p
-        for p, s in zip(parts, shapes, strict=True)
-    ]
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default)
@@ -151,7 +139,7 @@ def unbind(call: Call):
     return lambda d, *_: d.unbind(dim)
 
 
-# Linear in the first argument and independent of the values of the others: vmap over K.
+# Operations that are linear in the first argument, the others being fixed: vmap over K.
 LINEAR = (
     aten.flip.default,
     aten.roll.default,
@@ -206,7 +194,7 @@ def linear(call: Call):
     ),
 )
 def constant(call: Call):
-    """Of the values of the arguments nothing is left that could be differentiated."""
+    """The results do not change with the values of the arguments."""
     return call.constant()
 
 
@@ -219,7 +207,7 @@ def constant_pad(call: Call):
 
 @rule(aten.embedding.default)
 def embedding(call: Call):
-    """Rows of the tangent; as in autograd, the row `padding_idx` does not move."""
+    """Rows of the tangent; the row `padding_idx` does not move, as in autograd."""
     if not call.is_active(0):
         return call.constant()
     index, padding = call.args[1], call.arg(2, -1)

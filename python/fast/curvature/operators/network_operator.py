@@ -1,0 +1,419 @@
+"""What Hessian, GGN and Fisher share: data, the mean over them, and how a batch is linearised."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fast.curvature.algorithms.check import Finding, compared
+from fast.curvature.losses.loss import Loss, OutputHessian
+from fast.curvature.losses.recognise import recognise
+from fast.curvature.network.batches import Batch, Batches
+from fast.curvature.network.double_backward import explain_not_finite
+from fast.curvature.network.network import Network, Params, StrayParameter
+from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.network.snapshot import same, snapshot
+from fast.curvature.operators.base import SymmetricOperator
+from fast.curvature.operators.mean import WeightedMean
+from fast.curvature.operators.self_check import (
+    Answer,
+    data_finding,
+    denominator_findings,
+    difference_tolerance,
+    dropout_finding,
+    in_float64,
+)
+from fast.curvature.operators.settings import Settings
+from fast.curvature.products.batched import (
+    FoldedGGN,
+    FoldedHessian,
+    RuleError,
+    UnsupportedOperation,
+)
+from fast.curvature.products.looped import grad_or_none
+
+
+class Linearization(Protocol):
+    """One batch at fixed parameters: cheap to multiply with, again and again.
+
+    Attributes:
+        answers: the detached output and the target, laid out as the loss takes them.
+        weight: what the batch weighs in the mean over all data.
+    """
+
+    answers: tuple[Tensor, Any]
+    weight: float
+
+    def products(self, vectors: Blocks) -> Blocks: ...
+
+    def quad(self, vectors: Blocks) -> Tensor: ...
+
+
+class NetworkOperator(SymmetricOperator):
+    """A curvature matrix of a network's loss over some data; see its kinds, Hessian, GGN, Fisher.
+
+    Args:
+        model: any module. It is evaluated in the modes (train or eval) that its parts are in at the
+            time of the product, at the parameters of that time, and left unchanged: modes, buffers,
+            `.grad` and random state stay as they were.
+        loss_fn: a function (output, target) -> scalar; `F.cross_entropy`, `nn.CrossEntropyLoss`,
+            `F.mse_loss`, `nn.MSELoss` (and partials of them) take closed forms. Classes are in
+            dimension 1 of the output, or last where the labels' shape says so.
+        data: one batch (x, y), a dict with "labels", or an iterable of batches that gives the same
+            batches each time it is read. x may be a tensor, a tuple (`model(*x)`) or a dict
+            (`model(**x)`).
+        params: which parameters, in the model's order; default all. Names, tensors, a module of
+            the model, a regular expression for whole names, or a function (name, tensor) -> bool.
+        reduction: "mean" (batches weighted by what their mean is over, which is measured where the
+            loss is not one of torch's; see `fast.curvature.Loss`) or "sum" (batch losses added up;
+            torch's losses are then sums themselves).
+        method: "folded" pushes all vectors through a record of the gradient at once, "loop"
+            differentiates the kept graph once per vector. "auto" takes the first where every
+            operation of the network has a rule, except for single exact products of batches that
+            are not kept; `explain()` tells which. A rule that fails is a RuntimeWarning, and the
+            loop takes over.
+        chunk: vectors per pass of "folded"; "auto" derives it from `memory_budget`.
+        memory_budget: bytes for their tangents; default 1 GiB, on a GPU a quarter of what is free.
+        cache: keep what the products of a single batch share (activations, the record) from one
+            product to the next, until parameters, buffers, data or the make-up of the modules
+            (parts, modes, hooks, plain attributes) change. What a function or an object that is no
+            module reads is not seen: call `refresh()` after changing that.
+        process_group: each rank holds its own part of the data (and the same model); all ranks make
+            the same calls with the same vectors, and get the same product over all data by one
+            all-reduce (`torch.distributed.group.WORLD` for all ranks).
+        seed: seed of dropout masks, which are the same at every product, and of sampled labels.
+
+    Raises (at a product):
+        SecondDerivativeError: the network or the loss has no second derivative, or none that is
+            finite; the message names the module.
+        ValueError: V, the parameters or the output are not finite, or what the loss divides
+            several batches by cannot be known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Any,
+        data: Any,
+        params: Params = None,
+        *,
+        reduction: str = "mean",
+        method: str = "auto",
+        chunk: int | str = "auto",
+        memory_budget: int | None = None,
+        cache: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ):
+        self.settings = Settings(
+            reduction=reduction,
+            method=method,
+            chunk=chunk,
+            memory_budget=memory_budget,
+            cache=cache,
+            process_group=process_group,
+            seed=seed,
+        )
+        self.loss_fn = loss_fn
+        loss = self.loss  # an unknown one is refused here, not at a product
+        ranks = 1 if process_group is None else dist.get_world_size(process_group)
+        if loss.is_measured and ranks > 1:
+            raise ValueError(
+                "loss_fn in a process group: what its mean divides by is measured against the "
+                "first batch, which each rank has another of. Give it, fast.curvature.Loss("
+                "loss_fn, denominator=lambda output, target: ...), or reduction='sum'"
+            )
+        self.data = data if isinstance(data, Batches) else Batches(data)
+        self._set_network(Network(model, params, seed))
+
+    def _set_network(self, network: Network) -> None:
+        self.network, self.space = network, network.space
+        self.why_loop = ""  # with "auto": why products do not take the batched way
+        self._cache: tuple[list[Any], Linearization] | None = None
+
+    @property
+    def loss(self) -> Loss:
+        """The loss as `loss_fn` is now: the weights of a loss module may be exchanged."""
+        return recognise(self.loss_fn, self.settings.reduction)
+
+    # One batch.
+
+    @abc.abstractmethod
+    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization: ...
+
+    @abc.abstractmethod
+    def _folded(self, batch: Batch, index: int, loss: Loss) -> Linearization: ...
+
+    def _curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
+        """The matrix at the network's output."""
+        return loss.hessian(z, y)
+
+    def _prefers_loop(self, num_vectors: int) -> bool:
+        """Whether recording a batch for so few products costs more than it saves."""
+        return False
+
+    def linearize(
+        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None = None
+    ) -> Linearization:
+        """Compute everything about one batch that its products share.
+
+        Args:
+            loss: the `Loss` of this pass over the data.
+            num_vectors: number of products that will be taken; None where the result is kept.
+        """
+        batch = batch.to(self.device)
+        self.network.look_for_classes(batch, loss)
+        method = self.settings.method
+        few = num_vectors is not None and self._prefers_loop(num_vectors)
+        if method == "loop" or self.why_loop or (few and method == "auto"):
+            part = self._loop(batch, index, loss)
+        else:
+            part = self._folded_if_possible(batch, index, loss)
+        part.weight = loss.weight(*part.answers, batch.size)
+        return part
+
+    def _folded_if_possible(self, batch: Batch, index: int, loss: Loss) -> Linearization:
+        try:
+            return self._folded(batch, index, loss)
+        except StrayParameter:
+            raise
+        except UnsupportedOperation as error:
+            reason = f"no folded rule for {error}"
+            if self.settings.method == "folded":
+                raise UnsupportedOperation(f"{reason}: use method='auto' or 'loop'") from error
+            self.why_loop = reason
+            return self._loop(batch, index, loss)
+        except Exception as error:
+            if self.settings.method == "folded":
+                raise
+            # Where the network itself is at fault, the loop raises as well, and no rule is blamed.
+            part = self._loop(batch, index, loss)
+            self._fall_back(error)
+            return part
+
+    def _fall_back(self, error: Exception) -> None:
+        """Take the loop from now on, and say so once: a rule failed that should not."""
+        name = "" if isinstance(error, RuleError) else f"{type(error).__name__}: "
+        self.why_loop = f"the record failed ({name}{error})"
+        self._cache = None
+        warnings.warn(
+            f"{type(self).__name__}: {self.why_loop}. Products are right, but computed one vector "
+            "after the other, which is slower; method='loop' does that without this warning. "
+            "Please report the operation",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def linearizations(
+        self, num_vectors: int, loss: Loss
+    ) -> Iterator[tuple[int, Batch, Linearization]]:
+        """Index, batch and linearisation of every batch, each for `num_vectors` products."""
+        for index, batch in enumerate(self.data):
+            if self.data.single and self.settings.cache:
+                yield index, batch, self._cached(batch, loss)
+                return
+            yield index, batch, self.linearize(batch, index, loss, num_vectors)
+
+    def _cached(self, batch: Batch, loss: Loss) -> Linearization:
+        """The linearisation of a single batch, kept from one product to the next."""
+        if self._cache is not None and same(self._cache[0], self._state(batch)):
+            return self._cache[1]
+        self._cache = None
+        part = self.linearize(batch, 0, loss)
+        # The state is taken afterwards: a forward pass may itself count or keep something.
+        self._cache = (self._state(batch), part)
+        return part
+
+    def _state(self, batch: Batch) -> list[Any]:
+        return snapshot(self.network.model, pytree.tree_leaves(tuple(batch)), self.loss.state())
+
+    def refresh(self) -> None:
+        """Forget what is kept of a single batch, after a change that `cache` cannot see."""
+        self._cache = None
+
+    def explain(self) -> str:
+        """How products are computed: the method, vectors per pass, and why not the other method."""
+        with torch.inference_mode(False):
+            part = next(self.linearizations(2, self.loss))[2]
+        if isinstance(part, FoldedHessian | FoldedGGN):
+            return f"folded, {part.chunk} vectors a pass"
+        return "loop" + (f": {self.why_loop}" if self.why_loop else "")
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        chunk = self.settings.chunk
+        return (chunk if isinstance(chunk, int) else None), self.settings.memory_budget
+
+    # All batches.
+
+    def products(self, vectors: Blocks) -> Blocks:
+        def products() -> Blocks:
+            return self._mean(vectors, lambda part, v: part.products(v)).result(vectors)
+
+        result = products()
+        if not _finite(result) and self.settings.method == "auto" and not self.why_loop:
+            self.why_loop = "the record gave NaN or infinity"
+            self._cache = None
+            result = products()
+        if not _finite(result):
+            raise self._not_finite(vectors)
+        return result
+
+    def quadratics(self, vectors: Blocks) -> Tensor:
+        zeros = vectors[0].new_zeros(vectors[0].shape[0], dtype=torch.float64)
+        if not len(zeros):
+            return zeros
+        (result,) = self._mean(vectors, lambda part, v: [part.quad(v)]).result([zeros])
+        if not _finite([result]):
+            raise self._not_finite(vectors)
+        return result
+
+    @torch.inference_mode(False)
+    def _mean(
+        self, vectors: Blocks, apply: Callable[[Linearization, Blocks], Blocks]
+    ) -> WeightedMean:
+        """The mean over batches of what `apply` makes of their linearisations."""
+        vectors = [v.clone() if v.is_inference() else v for v in vectors]
+        loss = self.loss
+        mean = WeightedMean(self.settings.process_group)
+        for index, batch, part in self.linearizations(vectors[0].shape[0], loss):
+            try:
+                value = apply(part, vectors)
+            except Exception as error:
+                folded = isinstance(part, FoldedHessian | FoldedGGN)
+                if self.settings.method != "auto" or not folded:
+                    raise
+                value = apply(self._loop(batch.to(self.device), index, loss), vectors)
+                self._fall_back(error)
+            mean.add(value, part.weight, loss.reduction)
+        return mean
+
+    def _not_finite(self, vectors: Blocks) -> Exception:
+        """The error that says why products with `vectors` are not finite."""
+        if not _finite(vectors):
+            return ValueError("V holds NaN or infinity: a product with it is not finite")
+        if not _finite(self.network.selected(self.network.leaves())):
+            return ValueError("a product is not finite: the parameters hold NaN or infinity")
+        for index, batch in enumerate(self.data):
+            batch = batch.to(self.device)
+            loss = self.loss
+            self.network.look_for_classes(batch, loss)
+            part = self._loop(batch, index, loss)
+            if not bool(part.answers[0].isfinite().all()):
+                return ValueError(
+                    f"a product is not finite: the network's output for batch {index} holds NaN or "
+                    "infinity"
+                )
+            again = functools.partial(part.products, vectors)
+            if (error := explain_not_finite(self.network, batch, index, again)) is not None:
+                return error
+        return ValueError(f"a product is not finite: it overflows {self.dtype}")
+
+    def gradient(self) -> Tensor:
+        """Gradient of the loss over all data, [P]."""
+        return self.value_and_gradient()[1]
+
+    @torch.inference_mode(False)
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """The loss over all data, and its gradient, [P]."""
+        loss = self.loss
+        mean = WeightedMean(self.settings.process_group)
+        for index, batch in enumerate(self.data):
+            batch = batch.to(self.device)
+            with self.network.scope(index, differentiable_twice=False):
+                leaves = self.network.leaves()
+                params = self.network.selected(leaves)
+                z, y = self.network.answers(leaves, batch, loss)
+                self.network.refuse_strays(z, leaves)
+                value = loss.value(z, y)
+                grads = grad_or_none([value], params)
+                weight = loss.weight(z.detach(), y, batch.size)
+            rows = [
+                torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)
+            ]
+            blocks = [value.detach()[None], *(g.detach()[None] for g in rows)]
+            mean.add(blocks, weight, loss.reduction)
+        zeros = self.space.zeros(1)
+        total, *gradient = mean.result([zeros[0].new_zeros(1), *zeros])
+        return float(total), self.space.join(gradient)[0]
+
+    def answers(self) -> list[Answer]:
+        """Output, target and number of samples of every batch."""
+        network, loss, out = self.network, self.loss, []
+        for index, batch in enumerate(self.data):
+            batch = batch.to(self.device)
+            network.look_for_classes(batch, loss)
+            with network.scope(index, differentiable_twice=True):
+                z, y = network.answers(network.leaves(), batch, loss)
+            out.append((z.detach(), y, batch.size))
+        return out
+
+    # Parts of the matrix, and checks of it.
+
+    def blocks(self, by: str | Mapping[str, Params] = "layer") -> dict[str, Self]:
+        """Principal blocks, by "layer" (parameters of one module), "parameter", or your own groups.
+
+        Args:
+            by: or a dict name -> parameters (as `params`), e.g. one entry per optimizer group.
+        """
+        if isinstance(by, Mapping):
+            return {name: self.block(group) for name, group in by.items()}
+        if by not in ("layer", "parameter"):
+            raise ValueError(f"by must be 'layer', 'parameter' or a dict of groups; got {by!r}")
+        groups: dict[str, list[str]] = {}
+        for name in self.space.names:
+            group = name if by == "parameter" else name.rpartition(".")[0]
+            groups.setdefault(group, []).append(name)
+        return {name: self.block(names) for name, names in groups.items()}
+
+    def block(self, params: Params) -> Self:
+        """The principal block of some of the parameters, as an operator of its own."""
+        return self._over(Network(self.network.model, params, self.settings.seed))
+
+    def _over(self, network: Network) -> Self:
+        other = copy.copy(self)
+        other._set_network(network)
+        return other
+
+    def findings(self, v: Tensor, av: Tensor, rtol: float) -> list[Finding]:
+        findings = [
+            data_finding(self.data),
+            dropout_finding(self.network),
+            *denominator_findings(self.loss, self.answers()),
+        ]
+        error = self._difference_error(v, av)
+        if error is not None:
+            limit = difference_tolerance(self.dtype, rtol)
+            findings.append(compared("difference", error, "central difference in float64", limit))
+        return findings
+
+    def _difference_error(self, v: Tensor, av: Tensor) -> float | None:
+        """Relative error of A v against a central difference in float64, where there is one."""
+        return None
+
+    def _in_float64(self) -> Self:
+        """The same matrix of a copy of the model in float64, by the loop."""
+        model, data = in_float64(self.network.model, self.data)
+        other = self._over(Network(model, self.space.names, self.settings.seed))
+        other.data, other.settings = data, dataclasses.replace(self.settings, method="loop")
+        return other
+
+    def _direction(self, v: Tensor) -> dict[str, Tensor]:
+        """A vector [P] by name of parameter, in float64."""
+        blocks = self.space.split(v[None])
+        return {n: b[0].double() for n, b in zip(self.space.names, blocks, strict=True)}
+
+
+def _finite(blocks: Blocks) -> bool:
+    """Whether all numbers are finite; the device is waited for only once."""
+    return bool(torch.stack(torch._foreach_norm(blocks, math.inf)).isfinite().all())
