@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common import commit
 from fastkernels.backends import native
-
-HERE = Path(__file__).parent
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
@@ -27,10 +17,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "native": native.available()[1],
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "changed": bool(
-            _git("status", "--porcelain", "--untracked-files=no", "csrc", "fastkernels", "python")
-        ),
+        "commit": commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "platform": platform.platform(),
     }

@@ -41,8 +41,8 @@ def machine(info: Record) -> str:
     cpu = info.get("cpu", {})
     return (
         f"{cpu.get('brand_raw', info['processor'])}, {cpu.get('count', '?')} cores; Python "
-        f"{info['python_version']}, torch {info['torch']}, {info['native']}; commit "
-        f"{info['commit']}{' with changes' if info['changed'] else ''}"
+        f"{info['python_version']}, torch {info['torch']}, {info['native']}; "
+        f"commit {info['commit']}"
     )
 
 

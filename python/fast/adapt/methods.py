@@ -48,7 +48,7 @@ class Method:
 METHODS: dict[str, Method] = {
     # Adam's first step is sign(g) in every weight at once. At lr 1e-3 it changed the normalised
     # features by 1.1 to 2.3 times their norm on six pairs, and raised the loss on all but one, by
-    # up to 20 nats (benchmarks/first_step.py): hence the ramp.
+    # up to 20 nats (benchmarks/experiments/first_step.py): hence the ramp.
     # distill and anchor_decay trade target for source along one curve; distill does it without
     # source data where the source head means something, the pull wherever it does not.
     "fast": Method(
