@@ -11,7 +11,7 @@ from helpers import ROOT, run_python
 
 # Each layer may import itself and those before it.
 LAYERS = (
-    ("fastkernels", "fast.errors", "fast.files", "fast.profiling"),
+    ("fastkernels", "fast.errors", "fast.files", "fast.profiling", "fast.records"),
     ("fast.data", "fast.optim", "fast.heads", "fast.curvature", "fast.models"),
     ("fast.adapt",),
     ("fast.train",),

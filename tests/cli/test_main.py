@@ -106,7 +106,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_an_error_of_several_lines_is_one(error, line, monkeypatch, capsys):
-    def run(args):
+    def run(spec):
         raise error
 
     monkeypatch.setattr("fast.cli.commands.env.run", run)
@@ -115,7 +115,7 @@ def test_an_error_of_several_lines_is_one(error, line, monkeypatch, capsys):
 
 
 def test_what_no_message_was_written_for_is_one_line_with_its_place(monkeypatch, capsys):
-    def run(args):
+    def run(spec):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
     monkeypatch.setattr("fast.cli.commands.env.run", run)
@@ -129,7 +129,7 @@ def test_what_no_message_was_written_for_is_one_line_with_its_place(monkeypatch,
 
 
 def test_a_warning_is_a_note_without_its_source_line(monkeypatch, capsys):
-    def run(args):
+    def run(spec):
         warnings.simplefilter("always")
         warnings.warn("look\n out\x1b[2J", stacklevel=1)
         return 0
@@ -141,7 +141,7 @@ def test_a_warning_is_a_note_without_its_source_line(monkeypatch, capsys):
 
 def test_sigterm_has_an_exit_code_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(
-        "fast.cli.commands.env.run", lambda args: signal.raise_signal(signal.SIGTERM)
+        "fast.cli.commands.env.run", lambda spec: signal.raise_signal(signal.SIGTERM)
     )
     assert main(["env"]) == 143
     assert capsys.readouterr().err == "fast: terminated\n"

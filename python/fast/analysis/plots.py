@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fast.analysis.intervals import half_interval
+from fast.files import atomic_file
 
 History = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Sequence[History]]
@@ -154,10 +155,10 @@ def _labels(axis: Any, points: Sequence[Mapping[str, Any]], methods: Sequence[st
 
 
 def save(figure: Any, path: str | Path) -> Path:
-    """Write `figure` as PNG."""
+    """Write `figure` as PNG, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path
 
 

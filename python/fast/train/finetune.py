@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from fast.adapt.config import Budget, TrainConfig
 from fast.adapt.guards.protect import bound_card
+from fast.adapt.methods import Plan
 from fast.adapt.undo import Untouched
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Transform
@@ -131,6 +132,41 @@ def finetune(
             config, model, train, val, source, num_classes, transform, card, source_inputs, folder
         )
         return trainer.run(untouched.keep)
+
+
+class _Planned(Exception):
+    """Ends the set-up of a run that is only planned, so that the model is put back as it was."""
+
+
+def plan(
+    model: nn.Module,
+    train: Any,
+    val: Any = None,
+    source: Any = None,
+    *,
+    num_classes: int | None = None,
+    transform: Transform | None = None,
+    card: SourceCard | str | Path | None = None,
+    source_inputs: Any = None,
+    **options: Any,
+) -> Plan:
+    """The settings that the options of `finetune` come to; the model is left as it was.
+
+    Args: those of `finetune`.
+
+    Raises: what `finetune` raises before its first step.
+    """
+    config = TrainConfig(**options)
+    model = _module_inside(model)
+    check_model(model)
+    if card is not None:
+        card = bound_card(card, model)
+    data = (train, val, source, num_classes, transform, card, source_inputs)
+    untouched = Untouched(model, weights=False)
+    with suppress(_Planned), _alone(), seeded(config.seed), untouched, in_float32(model):
+        settings = Trainer(config, model, *data).plan
+        raise _Planned
+    return settings
 
 
 def _module_inside(model: nn.Module) -> nn.Module:

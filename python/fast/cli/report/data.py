@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast.cli.spec.task import TaskSpec
 from fast.data.images.pixels import ImageFormat, ImageReport
 from fast.data.images.preprocessing import Preprocessing
 from fast.errors import printable, some
 
-# Of so many classes each is listed with its samples.
+# Up to so many classes are listed one by one.
 LISTED = 12
 
 
 def image_facts(
-    form: ImageFormat, says: Preprocessing, given: set[str], report: ImageReport
+    spec: TaskSpec, form: ImageFormat, says: Preprocessing, report: ImageReport
 ) -> dict[str, Any]:
     """How images are prepared, and who says so.
 
     Args:
-        given: names of options that were given.
-        report: of the images that were read.
+        says: what the network says of the images that it was trained on.
+        report: what was met in the images that were read.
     """
+    options = {"size": spec.input_size, "mean": spec.mean, "std": spec.std}
     origin = {
-        name: "option" if name in given else says.origin if getattr(says, name) else "default"
-        for name in ("size", "mean", "std")
+        name: "option" if value else says.origin if getattr(says, name) else "default"
+        for name, value in options.items()
     }
     smallest, largest = min(report.sizes, default=(0, 0)), max(report.sizes, default=(0, 0))
     return {
@@ -40,13 +42,13 @@ def image_facts(
     }
 
 
-def lines(description: dict[str, Any]) -> str:
+def lines(data: dict[str, Any], images: dict[str, Any] | None) -> str:
     """For a reader of the terminal.
 
     Args:
-        description: `{"data": NamedData.description, "images": image_facts(...) or None}`.
+        data: `NamedData.description`.
+        images: `image_facts`; None where the data are none.
     """
-    data, images = description["data"], description["images"]
     classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
     held_out = f", {sum(val)} held out ({data['held_out']})" if val else ", none held out"
@@ -85,9 +87,9 @@ def _images(images: dict[str, Any]) -> str:
     return f"images: {stored}, {fit}{order}{numbers}"
 
 
-def gaps(description: dict[str, Any]) -> list[str]:
-    """Classes without samples where some are needed."""
-    classes, samples = description["classes"], description["samples"]
+def gaps(data: dict[str, Any]) -> list[str]:
+    """Classes without samples where some are needed; `data` is `NamedData.description`."""
+    classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
     missing = [classes[i] for i, count in enumerate(train) if not count]
     notes = []
