@@ -23,7 +23,16 @@ READERS = {
     "output": values.folder_name,
     "resume": values.folder_name,
 }
-METAVARS = {int: "N", float: "X", str: "NAME"}
+METAVARS: dict[Any, str] = {
+    int: "N",
+    float: "X",
+    str: "NAME",
+    values.at_least_one: "N",
+    values.folder_name: "FOLDER",
+    values.names: "NAME,NAME",
+    values.share: "X",
+    values.whole_numbers: "N,N",
+}
 
 
 def flag(name: str) -> str:
@@ -31,7 +40,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def option(default: Any, help: str, **how: Any) -> Any:
+def option(help: str, default: Any = None, **how: Any) -> Any:
     """A field that is an option of its name.
 
     Args:
@@ -123,7 +132,7 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
         group.add_argument(name, choices=how["choices"], help=text)
     else:
         read = how.get("read") or READERS.get(item.name, kind)
-        metavar = how.get("metavar") or METAVARS.get(kind, "X,X,...")
+        metavar = how.get("metavar") or METAVARS.get(read, "X,X")
         group.add_argument(name, type=read, metavar=metavar, help=text)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from argparse import ArgumentTypeError
-from collections.abc import Callable
 
 from fast.adapt.config import Budget
 
@@ -74,10 +73,11 @@ def class_weights(text: str) -> str | tuple[float, ...]:
     return text if text == "balanced" else numbers(text)
 
 
-def normalisation(name: str) -> Callable[[str], tuple[float, ...]]:
-    """The reader of `--mean` or `--std`: numbers, or a name in `NORMALISATIONS`."""
+def mean(text: str) -> tuple[float, ...]:
+    """Numbers, or the name of a normalisation."""
+    return NORMALISATIONS["mean"].get(text) or numbers(text)
 
-    def read(text: str) -> tuple[float, ...]:
-        return NORMALISATIONS[name].get(text) or numbers(text)
 
-    return read
+def std(text: str) -> tuple[float, ...]:
+    """Numbers, or the name of a normalisation."""
+    return NORMALISATIONS["std"].get(text) or numbers(text)

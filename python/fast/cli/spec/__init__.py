@@ -22,7 +22,7 @@ class EnvSpec(Spec):
 
     about = "versions, hardware, and which kernels run here"
 
-    json: bool = option(False, "print JSON")
+    json: bool = option("print JSON", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class DemoSpec(Spec):
 
     about = "the effect in a minute: offline, on scikit-learn's digits"
 
-    output: str = option("fast-demo", "of demo.png", read=values.folder_name, metavar="FOLDER")
+    output: str = option("of demo.png", "fast-demo", read=values.folder_name)
 
 
 COMMANDS: dict[str, type[Spec]] = {

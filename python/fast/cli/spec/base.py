@@ -27,7 +27,7 @@ class Spec:
 
 
 def output_folder(default: str) -> Any:
-    return option(None, f"(default: {default})", read=values.folder_name, metavar="FOLDER")
+    return option(f"(default: {default})", read=values.folder_name)
 
 
 def at_least(spec: Any, name: str, least: int) -> None:

@@ -38,26 +38,24 @@ class CurvatureSpec(Spec):
 
     about = "eigenvalues, trace and density of source and target loss"
 
-    checkpoint: str | None = option(
-        None, "of an adapted network", read=values.folder_name, metavar="FOLDER"
-    )
+    checkpoint: str | None = option("of an adapted network", read=values.folder_name)
     output: str | None = output_folder("curvature/ in the checkpoint")
-    kind: str = option("hessian", "which matrix", choices=("hessian", "ggn"))
+    kind: str = option("which matrix", "hessian", choices=("hessian", "ggn"))
     params: str | None = option(
-        None, "only parameters whose whole name matches (default: all)", metavar="REGEX"
+        "only parameters whose whole name matches (default: all)", metavar="REGEX"
     )
     samples: int = option(
-        256, "samples of each task, drawn by --seed; training data where there are"
+        "samples of each task, drawn by --seed; training data where there are", 256
     )
-    batch_size: int = option(64, "samples per pass: memory")
-    top: int = option(5, "eigenvalues of largest magnitude")
-    trace_products: int = option(48, "matrix-vector products for a trace")
-    probes: int = option(4, "random vectors for the spectral density; 0: none")
-    lanczos_steps: int = option(48, "products for each of them")
-    seed: int = option(0, "of samples and probes")
-    layers: bool = option(True, "the table by layer")
-    device: str | None = option(None, "(default: cuda if there is one)")
-    progress: bool | None = option(None, "bars (default: when stderr is a terminal)")
+    batch_size: int = option("samples per pass: memory", 64)
+    top: int = option("eigenvalues of largest magnitude", 5)
+    trace_products: int = option("matrix-vector products for a trace", 48)
+    probes: int = option("random vectors for the spectral density; 0: none", 4)
+    lanczos_steps: int = option("products for each of them", 48)
+    seed: int = option("of samples and probes", 0)
+    layers: bool = option("the table by layer", True)
+    device: str | None = option("(default: cuda if there is one)")
+    progress: bool | None = option("bars (default: when stderr is a terminal)")
     task: TaskSpec = field(
         default_factory=TaskSpec, metadata=part("data", ("source_inputs", "card"))
     )

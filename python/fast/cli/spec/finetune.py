@@ -32,7 +32,7 @@ class FinetuneSpec(Spec):
 
     about = "adapt a pretrained classifier to new data"
 
-    plan: bool = option(False, "print what was read and what would be done; train nothing")
+    plan: bool = option("print what was read and what would be done; train nothing", False)
     task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data"))
     training: TrainConfig = field(default_factory=TrainConfig, metadata=part("training"))
 

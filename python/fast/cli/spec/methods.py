@@ -25,9 +25,7 @@ DEMO_LENGTH = {"steps": 100, "eval_every": 5}
 
 
 def _methods(*default: str) -> Any:
-    return option(
-        default, f"of {', '.join(METHODS)}, or all", read=values.names, metavar="NAME,NAME"
-    )
+    return option(f"of {', '.join(METHODS)}, or all", default, read=values.names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +37,10 @@ class MethodsSpec(Spec):
     methods: tuple[str, ...] = _methods("fast", "vanilla")
     output: str | None = output_folder("runs/COMMAND-MODEL-DATA")
     demo: bool = option(
-        False, "digits 0-4, then 5-9, of scikit-learn (offline) in place of --model and --data"
+        "digits 0-4, then 5-9, of scikit-learn (offline) in place of --model and --data", False
     )
     task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data"))
-    training: TrainConfig = field(
-        default_factory=TrainConfig, metadata=part("training", without=SINGLE)
-    )
+    training: TrainConfig = field(default_factory=TrainConfig, metadata=part("training", SINGLE))
 
     @classmethod
     def parse(cls, given: dict[str, Any]) -> Self:
@@ -68,9 +64,8 @@ class MethodsSpec(Spec):
 class SweepSpec(MethodsSpec):
     """The options of commands that run each method with several seeds and learning rates."""
 
-    seeds: tuple[int, ...] = option((0,), "", read=values.whole_numbers, metavar="N,N")
+    seeds: tuple[int, ...] = option("", (0,), read=values.whole_numbers)
     lr: tuple[float, ...] | None = option(
-        None,
         "with several, each run of the first seed is repeated at all of them, and the others are "
         "made at the one best for its target accuracy (default: the method's own)",
         read=values.numbers,
@@ -103,9 +98,7 @@ class CompareSpec(SweepSpec):
 
     about = "run several methods on the same job: table, curves, report"
     needs = ("model", "data")
-    training: TrainConfig = field(
-        default_factory=TrainConfig, metadata=part("training", without=(*SINGLE, "seed", "lr"))
-    )
+    training: TrainConfig = field(default_factory=TrainConfig, metadata=part("training", SWEPT))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,21 +120,17 @@ class RetentionSpec(SweepSpec):
 
     methods: tuple[str, ...] = _methods("fast")
     strengths: tuple[float, ...] | None = option(
-        None,
         f"what the method holds the source with, times this (default: "
         f"{','.join(f'{s:g}' for s in STRENGTHS)})",
         read=values.numbers,
-        metavar="X,X",
     )
     budgets: tuple[str, ...] | None = option(
-        None,
         "sweep forget_budget in place of the strength: nats (0.1) or points (2%)",
         read=values.budgets,
-        metavar="X,X",
     )
     training: TrainConfig = field(
         default_factory=TrainConfig,
-        metadata=part("training", without=(*SINGLE, "seed", "lr", *SWEPT)),
+        metadata=part("training", (*SWEPT, *HOLDING)),
     )
 
     def __post_init__(self) -> None:
@@ -169,16 +158,16 @@ class LandscapeSpec(MethodsSpec):
 
     about = "both losses over the plane of an adaptation, its path and its stiff steps"
 
-    resolution: int = option(21, "points along the longer side of the plane")
-    samples: int = option(256, "samples of source and of target, for losses and curvature")
-    stiff: int = option(5, "number of stiff directions", metavar="K")
+    resolution: int = option("points along the longer side of the plane", 21)
+    samples: int = option("samples of source and of target, for losses and curvature", 256)
+    stiff: int = option("number of stiff directions", 5, metavar="K")
     matrix: str = option(
-        "ggn",
         "of the source loss: ggn (Gauss-Newton) or hessian",
+        "ggn",
         choices=("ggn", "hessian"),
     )
     training: TrainConfig = field(
-        default_factory=TrainConfig, metadata=part("training", without=(*SINGLE, "patience"))
+        default_factory=TrainConfig, metadata=part("training", (*SINGLE, "patience"))
     )
 
     def __post_init__(self) -> None:

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fast.cli import values
 from fast.cli.options import flag, option
-
-
-def _normalisation(name: str) -> Any:
-    return option(
-        None,
-        f"{name} of images in 0..1, by channel; or imagenet, or none (default: the network's; "
-        "needed where it does not say)",
-        read=values.normalisation(name),
-        metavar="X[,X,X]",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,62 +14,61 @@ class TaskSpec:
     """A network and its data, by name."""
 
     model: str | None = option(
-        None,
         "timm:NAME, torchvision:NAME, transformers:NAME or path/file.py:Factory(args)",
         metavar="SPEC",
         group="model",
     )
     weights: str | None = option(
-        None, "its weights: safetensors, or a torch state dict", metavar="FILE", group="model"
+        "its weights: safetensors, or a torch state dict", metavar="FILE", group="model"
     )
-    allow_missing: bool = option(False, "weights may lack tensors of the network", group="model")
+    allow_missing: bool = option("weights may lack tensors of the network", False, group="model")
     data: str | None = option(
-        None,
         "target task: folder of class folders, .npz, or Hugging Face OWNER/NAME",
         metavar="DATA",
     )
     source: str | None = option(
-        None, "source task, labelled as the network's own head is", metavar="DATA"
+        "source task, labelled as the network's own head is", metavar="DATA"
     )
     source_inputs: str | None = option(
-        None,
         "a few hundred other samples of the source task, labelled as --source is: what must be "
         "kept; its training split where there is one",
         metavar="DATA",
     )
-    card: str | None = option(
-        None, "fast.SourceCard of these weights: what must be kept", metavar="FILE"
-    )
+    card: str | None = option("fast.SourceCard of these weights: what must be kept", metavar="FILE")
     val_fraction: float = option(
-        0.2,
         "share of each class held out where there is no val or test split; 0: train on all",
+        0.2,
         read=values.share,
     )
     input_size: int | None = option(
-        None,
         "side of the images (default: the network's, else as they are)",
         read=values.at_least_one,
     )
     resize: int | None = option(
-        None,
         "their shorter side before the central square is taken (default: as the network was "
         "trained, else --input-size)",
         read=values.at_least_one,
     )
     interpolation: str | None = option(
-        None,
         "of resized images (default: the network's, else bicubic)",
         choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
     )
-    mean: tuple[float, ...] | None = _normalisation("mean")
-    std: tuple[float, ...] | None = _normalisation("std")
-    skip_broken: bool = option(False, "leave out images that cannot be read, and count them")
-    flip: bool = option(False, "mirror training images at random")
-    input_column: str | None = option(
-        None, "inputs of a Hugging Face data set (default: guessed, and printed)"
+    mean: tuple[float, ...] | None = option(
+        "mean of images in 0..1, by channel; or imagenet, or none (default: the network's; needed "
+        "where it does not say)",
+        read=values.mean,
+        metavar="X[,X,X]",
     )
-    label_column: str | None = option(None, "its labels (default: guessed, and printed)")
-    max_length: int = option(128, "tokens of a text", read=values.at_least_one)
+    std: tuple[float, ...] | None = option(
+        "standard deviation of images, likewise", read=values.std, metavar="X[,X,X]"
+    )
+    skip_broken: bool = option("leave out images that cannot be read, and count them", False)
+    flip: bool = option("mirror training images at random", False)
+    input_column: str | None = option(
+        "inputs of a Hugging Face data set (default: guessed, and printed)"
+    )
+    label_column: str | None = option("its labels (default: guessed, and printed)")
+    max_length: int = option("tokens of a text", 128, read=values.at_least_one)
 
     def require(self, *names: str) -> None:
         """Raise ValueError where one of these options is missing."""
