@@ -121,6 +121,7 @@ def test_demo_needs_no_files(job, monkeypatch):
         (["--budgets", "0.1,x"], "forget_budget must be nats of source loss"),
         (["--demo"], "--demo brings its own model and data; drop --model"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
+        (["--anchor-decay", "1"], "unrecognized arguments: --anchor-decay 1"),
     ],
 )
 def test_bad_input_says_so_and_writes_nothing(job, options, message):

@@ -19,7 +19,7 @@ def plan_table(plan: Plan) -> str:
 
 
 def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
