@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fast.analysis.plots import STYLE, matplotlib_
+from fast.analysis.plots import STYLE, load_matplotlib
 from fast.cli.report.table import text_table
 from fast.curvature import Eigenpairs, Estimate, Summary
 
 
 def figure(kind: str, summaries: Mapping[str, Summary]) -> Any:
     """The matplotlib Figure: one panel per loss, its density and its top eigenvalues."""
-    matplotlib = matplotlib_()
+    matplotlib = load_matplotlib()
     with matplotlib.rc_context(STYLE):
         size = (6.4, 2.6 * len(summaries) + 0.3)
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
