@@ -136,13 +136,13 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
         group.add_argument(name, type=read, metavar=metavar, help=text)
 
 
-def build(record: type[Record], given: dict[str, Any]) -> Record:
+def build(record: type[Record], options: dict[str, Any]) -> Record:
     """The record of these options."""
     arguments: dict[str, Any] = {}
     for f in fields(record):  # type: ignore[arg-type]
         if is_part(f):
-            inner = {k: v for k, v in given.items() if k not in f.metadata["without"]}
+            inner = {k: v for k, v in options.items() if k not in f.metadata["without"]}
             arguments[f.name] = build(field_types(record)[f.name], inner)
-        elif f.name in given:
-            arguments[f.name] = given[f.name]
+        elif f.name in options:
+            arguments[f.name] = options[f.name]
     return record(**arguments)

@@ -123,13 +123,13 @@ class Runner:
         options = {**changes, **rate, "method": method, "seed": seed}
         config = dataclasses.replace(self.spec.training, **options)
         key = run_key(self.spec.task, config, self.spec.demo)
-        # With the key, so that the same folder keeps the runs of other options.
+        # The key is in the name, so that the same folder keeps the runs of other options.
         parts = (method, setting, rate and f"lr{lr:g}", f"seed{seed}", key[:KEY_DIGITS])
         file = self.folder / "runs" / f"{'-'.join(part for part in parts if part)}.json"
-        kept = read_run(file, key)
-        if kept is not None:
-            print(f"{kept} (kept from before)")
-            return kept
+        finished = read_run(file, key)
+        if finished is not None:
+            print(f"{finished} (kept from before)")
+            return finished
         start = time.monotonic()
         run = Run.of(adapt(self.task, config), time.monotonic() - start, setting)
         write_json(file, {"key": key, **vars(run)})

@@ -190,8 +190,8 @@ def _along(
 ) -> tuple[list[float], list[tuple[float, bool]]]:
     """Source loss at each of the path's weights, and the rise that the card forecasts there."""
     losses, forecasts = [], []
-    # With batch norm per task the source keeps norms that no path moves: the network of each path has
-    # a source loss of its own. The card is bound to the network of the first path.
+    # With batch norm per task the source keeps norms that no path moves: the source loss depends on
+    # the network of the path. The card is bound to that of the first.
     moved = MovableNetwork(path.model, path.parameters, BATCH)
     for weights in path.weights:
         moved.move_to(weights)

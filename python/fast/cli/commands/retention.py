@@ -46,8 +46,8 @@ def run(spec: RetentionSpec) -> int:
         runner = Runner(spec, task, folder)
         curves = [
             (setting, runner.all_seeds(method, setting.name, **setting.options))
-            for method, chosen in points.items()
-            for setting in chosen
+            for method, curve in points.items()
+            for setting in curve
         ]
     _write(spec, task, folder, curves)
     return 0

@@ -17,13 +17,13 @@ class Spec:
     about: ClassVar[str]
 
     @classmethod
-    def parse(cls, given: dict[str, Any]) -> Self:
+    def parse(cls, options: dict[str, Any]) -> Self:
         """From the options that were typed.
 
         Raises:
             ValueError: an option is out of range, or does not go with another.
         """
-        return build(cls, given)
+        return build(cls, options)
 
 
 def output_folder(default: str) -> Any:

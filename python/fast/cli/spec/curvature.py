@@ -61,20 +61,20 @@ class CurvatureSpec(Spec):
     )
 
     @classmethod
-    def parse(cls, given: dict[str, Any]) -> Self:
+    def parse(cls, options: dict[str, Any]) -> Self:
         """Model and data are as `fast finetune` had them, where the command line does not say."""
-        if "checkpoint" in given:
-            folder = Path(given["checkpoint"])
+        if "checkpoint" in options:
+            folder = Path(options["checkpoint"])
             if not folder.is_dir():
                 raise FileNotFoundError(f"--checkpoint {folder}: no such folder")
             if (folder / JOB_FILE).is_file():
                 parser = parser_of(FinetuneSpec)
-                saved = read_record(folder, "--checkpoint", parser, "model" in given)
+                record = read_record(folder, "--checkpoint", parser, "model" in options)
                 # Who names data means those, and no others.
-                left_out = {"data", "source"} if {"data", "source"} & set(given) else set()
-                kept = {k: v for k, v in saved.items() if k in FROM_JOB and k not in left_out}
-                given = kept | given
-        return super().parse(given)
+                own_data = {"data", "source"} & set(options)
+                names = set(FROM_JOB) - ({"data", "source"} if own_data else set())
+                options = {k: v for k, v in record.items() if k in names} | options
+        return super().parse(options)
 
     def __post_init__(self) -> None:
         self.task.require("model")

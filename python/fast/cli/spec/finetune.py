@@ -37,19 +37,19 @@ class FinetuneSpec(Spec):
     training: TrainConfig = field(default_factory=TrainConfig, metadata=part("training"))
 
     @classmethod
-    def parse(cls, given: dict[str, Any]) -> Self:
-        if "resume" not in given:
-            return super().parse(given)
-        folder = Path(given["resume"])
-        changed = sorted(set(given) - FREE_ON_RESUME)
+    def parse(cls, options: dict[str, Any]) -> Self:
+        if "resume" not in options:
+            return super().parse(options)
+        folder = Path(options["resume"])
+        changed = sorted(set(options) - FREE_ON_RESUME)
         if changed:
             raise ValueError(
                 f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop {flag(changed[0])}"
             )
-        saved = read_record(folder, "--resume", parser_of(cls), "model" in given)
-        if not saved.get("data"):
+        record = read_record(folder, "--resume", parser_of(cls), "model" in options)
+        if not record.get("data"):
             raise ValueError(f"{folder / JOB_FILE} is damaged or was changed: it names no data")
-        return super().parse(saved | given)
+        return super().parse(record | options)
 
     def __post_init__(self) -> None:
         self.task.require("model", "data")

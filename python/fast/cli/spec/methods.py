@@ -43,10 +43,10 @@ class MethodsSpec(Spec):
     training: TrainConfig = field(default_factory=TrainConfig, metadata=part("training", SINGLE))
 
     @classmethod
-    def parse(cls, given: dict[str, Any]) -> Self:
-        if given.get("demo") and "epochs" not in given:
-            given = DEMO_LENGTH | given
-        return super().parse(given)
+    def parse(cls, options: dict[str, Any]) -> Self:
+        if options.get("demo") and "epochs" not in options:
+            options = DEMO_LENGTH | options
+        return super().parse(options)
 
     def __post_init__(self) -> None:
         unknown = [m for m in self.methods if m not in (*METHODS, ALL)]
