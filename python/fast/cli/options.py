@@ -12,26 +12,26 @@ from collections.abc import Iterable, Iterator
 from dataclasses import Field, field, fields
 from typing import Any, NoReturn, TypeVar
 
-from fast.cli import values
+from fast.cli.values import at_least_one, class_weights, folder_name, names, share, whole_numbers
 from fast.errors import did_you_mean
 from fast.records import field_types
 
 Record = TypeVar("Record")
 # Fields of `TrainConfig` whose text is not read by their type alone.
 READERS = {
-    "class_weights": values.class_weights,
-    "output": values.folder_name,
-    "resume": values.folder_name,
+    "class_weights": class_weights,
+    "output": folder_name,
+    "resume": folder_name,
 }
 METAVARS: dict[Any, str] = {
     int: "N",
     float: "X",
     str: "NAME",
-    values.at_least_one: "N",
-    values.folder_name: "FOLDER",
-    values.names: "NAME,NAME",
-    values.share: "X",
-    values.whole_numbers: "N,N",
+    at_least_one: "N",
+    folder_name: "FOLDER",
+    names: "NAME,NAME",
+    share: "X",
+    whole_numbers: "N,N",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import time
@@ -11,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fast
-from fast.adapt.config import TrainConfig
 from fast.adapt.methods import METHODS
 from fast.cli.commands import demo
 from fast.cli.report.summary import Run
@@ -20,7 +17,6 @@ from fast.cli.run_key import run_key
 from fast.cli.spec.methods import ALL, MethodsSpec, SweepSpec
 from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
-from fast.models.load import LoadedModel
 from fast.train.device import pick_device
 
 KEY_DIGITS = 8
@@ -41,20 +37,7 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
         yield load_task(spec.task, source_skill=spec.training.source_skill), folder
         return
     with demo.few_threads():
-        yield _digits(), folder
-
-
-def _digits() -> LoadedTask:
-    source, target = demo.digits(range(5)), demo.digits(range(5, 10))
-    return LoadedTask(
-        name="digits",
-        loaded=LoadedModel(demo.pretrain(*source)),
-        classes=("5", "6", "7", "8", "9"),
-        train=target[0],
-        val=target[1],
-        source=source[1],
-        sizes={"train": len(target[0][1]), "val": len(target[1][1]), "source": len(source[1][1])},
-    )
+        yield demo.digits_task(), folder
 
 
 def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:
@@ -74,12 +57,6 @@ def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:
         if name in lacking:
             raise ValueError(f"--methods: {name} trains on source inputs, and none were given")
     return list(methods)
-
-
-def adapt(task: LoadedTask, config: TrainConfig, **replaced: Any) -> fast.Result:
-    """`fast.finetune` of a copy of the network; `replaced` takes the place of the task's data."""
-    model = copy.deepcopy(task.loaded.model)
-    return fast.finetune(model, **(task.arguments | replaced), **dataclasses.asdict(config))
 
 
 class Runner:
@@ -131,7 +108,7 @@ class Runner:
             print(f"{finished} (kept from before)")
             return finished
         start = time.monotonic()
-        run = Run.of(adapt(self.task, config), time.monotonic() - start, setting)
+        run = Run.of(self.task.adapt(config), time.monotonic() - start, setting)
         write_json(file, {"key": key, **vars(run)})
         print(f"{run} ({run.seconds:.0f} s)")
         return run

@@ -60,7 +60,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.split(",")))
 
 
-def budgets(text: str) -> tuple[str, ...]:
+def budget_list(text: str) -> tuple[str, ...]:
     """`"0.1,2%"` -> `("0.1", "2%")`."""
     try:
         return tuple(part for part in text.split(",") if Budget.parse(part))
@@ -73,11 +73,11 @@ def class_weights(text: str) -> str | tuple[float, ...]:
     return text if text == "balanced" else numbers(text)
 
 
-def mean(text: str) -> tuple[float, ...]:
+def means(text: str) -> tuple[float, ...]:
     """Numbers, or the name of a normalisation."""
     return NORMALISATIONS["mean"].get(text) or numbers(text)
 
 
-def std(text: str) -> tuple[float, ...]:
+def stds(text: str) -> tuple[float, ...]:
     """Numbers, or the name of a normalisation."""
     return NORMALISATIONS["std"].get(text) or numbers(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fast
+from fast.adapt.config import TrainConfig
 from fast.cli.report.html import save_curves
 from fast.cli.report.summary import NOTES, Run, summarise
 from fast.cli.report.table import text_table
 from fast.cli.spec import DemoSpec
 from fast.cli.spec.methods import DEMO_LENGTH
+from fast.cli.task.load import LoadedTask
 from fast.data.sources import Split, stratified_split
 from fast.files import check_writable
+from fast.models.load import LoadedModel
 
 Samples = tuple[Tensor, Tensor]
 SEEDS = (0, 1, 2)
@@ -50,6 +51,7 @@ def run(spec: DemoSpec) -> int:
 
 @contextmanager
 def few_threads() -> Iterator[None]:
+    """Run the block with `THREADS` threads of torch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
@@ -59,16 +61,41 @@ def few_threads() -> Iterator[None]:
 
 
 def _pretrain_and_adapt(start: float) -> list[Run]:
-    source, target = digits(range(5)), digits(range(5, 10))
-    network = pretrain(*source)
+    task = digits_task()
     print(f"pretrained on digits 0-4 ({time.monotonic() - start:.0f} s); adapting to 5-9:")
-    runs = [_adapt(network, source, target, "fast", seed, FAST_LR) for seed in SEEDS]
-    vanilla = {
-        lr: [_adapt(network, source, target, "vanilla", seed, lr) for seed in SEEDS]
-        for lr in VANILLA_LRS
-    }
-    runs += max(vanilla.values(), key=lambda rs: sum(r.target_accuracy for r in rs))
-    return runs
+    runs = [_adapt(task, "fast", seed, FAST_LR) for seed in SEEDS]
+    vanilla = [[_adapt(task, "vanilla", seed, lr) for seed in SEEDS] for lr in VANILLA_LRS]
+    return runs + max(vanilla, key=lambda rs: sum(r.target_accuracy for r in rs))
+
+
+def _adapt(task: LoadedTask, method: str, seed: int, lr: float) -> Run:
+    start = time.monotonic()
+    config = TrainConfig(
+        method=method,
+        steps=STEPS,
+        eval_every=EVAL_EVERY,
+        batch_size=BATCH,
+        lr=lr,
+        seed=seed,
+        progress=False,
+    )
+    run = Run.of(task.adapt(config), time.monotonic() - start)
+    print(f"  {run}")
+    return run
+
+
+def digits_task() -> LoadedTask:
+    """A network of the digits 0-4, to be adapted to 5-9."""
+    source, (train, val) = digits(range(5)), digits(range(5, 10))
+    return LoadedTask(
+        name="digits",
+        loaded=LoadedModel(pretrain(source[0])),
+        classes=("5", "6", "7", "8", "9"),
+        train=train,
+        val=val,
+        source=source[1],
+        sizes={"train": len(train[1]), "val": len(val[1]), "source": len(source[1][1])},
+    )
 
 
 def digits(which: range) -> tuple[Samples, Samples]:
@@ -107,7 +134,7 @@ def build_network(num_classes: int = 5) -> nn.Module:
     )
 
 
-def pretrain(train: Samples, test: Samples) -> nn.Module:
+def pretrain(train: Samples) -> nn.Module:
     """The source network: plain AdamW with a cosine schedule."""
     x, y = train
     with torch.random.fork_rng(devices=[]):
@@ -122,30 +149,3 @@ def pretrain(train: Samples, test: Samples) -> nn.Module:
                 optimizer.step()
             schedule.step()
     return network.eval()
-
-
-def _adapt(
-    network: nn.Module,
-    source: tuple[Samples, Samples],
-    target: tuple[Samples, Samples],
-    method: str,
-    seed: int,
-    lr: float,
-) -> Run:
-    start = time.monotonic()
-    result = fast.finetune(
-        copy.deepcopy(network),
-        train=target[0],
-        val=target[1],
-        source=source[1],
-        method=method,
-        steps=STEPS,
-        eval_every=EVAL_EVERY,
-        batch_size=BATCH,
-        lr=lr,
-        seed=seed,
-        progress=False,
-    )
-    run = Run.of(result, time.monotonic() - start)
-    print(f"  {run}")
-    return run

@@ -16,12 +16,11 @@ from fast.cli.record import JOB_FILE, write_record
 from fast.cli.report.finetune import plan_table, summary
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.load import LoadedTask, load_task
+from fast.cli.task.load import load_task
 from fast.errors import printable
 from fast.files import check_writable
 from fast.models.saved import MANIFEST_FILE
 from fast.train.device import pick_device
-from fast.train.finetune import plan
 from fast.train.finite import Diverged, diverged
 from fast.train.resume.checkpoint import list_checkpoints
 from fast.train.resume.run_folder import is_going_on
@@ -37,7 +36,8 @@ def run(spec: FinetuneSpec) -> int:
         _check_new(Path(config.output))
     task = load_task(spec.task, source_skill=config.source_skill, measured=False)
     if spec.plan:
-        _show_plan(task, config)
+        plan = task.plan(config)
+        print(f"{plan}\n\n{plan_table(plan)}")
         return 0
     start = time.monotonic()
     with _going_on(resumed) if resumed is not None else _claimed(spec) as folder:
@@ -55,14 +55,6 @@ def run(spec: FinetuneSpec) -> int:
     if message:
         raise FloatingPointError(message)
     return 0
-
-
-def _show_plan(task: LoadedTask, config: TrainConfig) -> None:
-    """Print what a run would do."""
-    options = dataclasses.replace(config, output=None, resume=None)
-    data = task.arguments | {"source": None}  # it is only measured
-    settings = plan(task.loaded.model, **data, **dataclasses.asdict(options))
-    print(f"{settings}\n\n{plan_table(settings)}")
 
 
 def _continued(config: TrainConfig, folder: Path) -> TrainConfig:

@@ -11,7 +11,7 @@ from fast.analysis.landscape.draw import draw
 from fast.cli.report.landscape import notes, table
 from fast.cli.report.results import write_results
 from fast.cli.report.table import percent, text_table
-from fast.cli.runs import adapt, opened, runnable
+from fast.cli.runs import opened, runnable
 from fast.cli.spec import LandscapeSpec
 from fast.cli.task.load import LoadedTask
 
@@ -42,7 +42,7 @@ def _path(spec: LandscapeSpec, task: LoadedTask, method: str) -> WeightPath:
     """The path of one run."""
     recorder = fast.PathRecorder(task.source)
     config = dataclasses.replace(spec.training, method=method)
-    result = adapt(task, config, source=recorder)
+    result = task.adapt(config, source=recorder)
     path = recorder.path(result)
     print(
         f"{method}: {path.steps[-1]} steps, target {percent(result.target_accuracy)} %, source "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import dataclasses
 import io
@@ -21,7 +20,6 @@ from fast.cli.spec import RetentionSpec
 from fast.cli.spec.methods import STRENGTHS
 from fast.cli.task.load import LoadedTask
 from fast.files import atomic_file
-from fast.train.finetune import plan
 
 # What a strength multiplies.
 HOLDS = ("anchor_decay", "distill", "rehearse")
@@ -39,7 +37,11 @@ class Setting:
 def run(spec: RetentionSpec) -> int:
     with opened(spec, "retention") as (task, folder):
         points = {
-            method: settings(_plan(spec, task, method), spec.strengths, spec.budgets)
+            method: settings(
+                task.plan(dataclasses.replace(spec.training, method=method)),
+                spec.strengths,
+                spec.budgets,
+            )
             for method in runnable(spec.methods, task)
         }
         note_replaced(folder / "retention.json", spec)
@@ -51,13 +53,6 @@ def run(spec: RetentionSpec) -> int:
         ]
     _write(spec, task, folder, curves)
     return 0
-
-
-def _plan(spec: RetentionSpec, task: LoadedTask, method: str) -> Plan:
-    """What a run of the method without a sweep would do."""
-    config = dataclasses.replace(spec.training, method=method)
-    data = task.arguments | {"source": None}  # it is only measured
-    return plan(copy.deepcopy(task.loaded.model), **data, **dataclasses.asdict(config))
 
 
 def settings(

@@ -69,16 +69,13 @@ def lines(data: dict[str, Any], images: dict[str, Any] | None) -> str:
 
 
 def _images(images: dict[str, Any]) -> str:
+    """How images of the stored sizes become the network's input."""
     low, high = ("x".join(map(str, size)) for size in images["stored_sizes"])
     stored = low if low == high else f"{low} to {high}"
     fit = "as they are"
     if images["size"]:
-        side = (
-            f"both sides to {images['resize']}"
-            if images["stretch"]
-            else (f"shorter side to {images['resize']}")
-        )
-        fit = f"{side} ({images['interpolation']}), central {images['size']}x{images['size']}"
+        side, size = "both sides" if images["stretch"] else "shorter side", images["size"]
+        fit = f"{side} to {images['resize']} ({images['interpolation']}), central {size}x{size}"
     order = f" in {images['channels']}" if images["channels"] == "BGR" else ""
     numbers = "".join(
         f", {name} {','.join(f'{v:.4g}' for v in images[name])} ({images['origin'][name]})"

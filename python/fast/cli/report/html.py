@@ -42,7 +42,6 @@ def write_report(
     figure: bytes,
     options: Mapping[str, Any],
     machine: Mapping[str, str],
-    notes: str = NOTES,
 ) -> None:
     """Write the report, whole or not at all; `figure` is a PNG and becomes part of the file."""
     page = f"""<!doctype html>
@@ -56,7 +55,7 @@ def write_report(
 <body>
 <h1>{html.escape(title)}</h1>
 <div class="scroll">{html_table(*table)}</div>
-<p class="note">{html.escape(notes)}</p>
+<p class="note">{html.escape(NOTES)}</p>
 <h2>Curves</h2>
 <img alt="Target and source accuracy of each method"
      src="data:image/png;base64,{base64.b64encode(figure).decode("ascii")}">

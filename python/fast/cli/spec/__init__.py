@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fast.cli import values
 from fast.cli.options import option
 from fast.cli.spec.base import Spec
 from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
+from fast.cli.values import folder_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class DemoSpec(Spec):
 
     about = "the effect in a minute: offline, on scikit-learn's digits"
 
-    output: str = option("of demo.png", "fast-demo", read=values.folder_name)
+    output: str = option("of demo.png", "fast-demo", read=folder_name)
 
 
 COMMANDS: dict[str, type[Spec]] = {

@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from fast.adapt.config import TrainConfig
-from fast.cli import values
 from fast.cli.options import build, flag, is_part, option
+from fast.cli.values import folder_name
 
 
 class Spec:
@@ -27,7 +27,7 @@ class Spec:
 
 
 def output_folder(default: str) -> Any:
-    return option(f"(default: {default})", read=values.folder_name)
+    return option(f"(default: {default})", read=folder_name)
 
 
 def at_least(spec: Any, name: str, least: int) -> None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fast.cli import values
 from fast.cli.options import option, parser_of, part
 from fast.cli.record import JOB_FILE, read_record
 from fast.cli.spec.base import Spec, at_least, output_folder
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
+from fast.cli.values import folder_name
 
 # What a job file says of network and data.
 FROM_JOB = (
@@ -38,7 +38,7 @@ class CurvatureSpec(Spec):
 
     about = "eigenvalues, trace and density of source and target loss"
 
-    checkpoint: str | None = option("of an adapted network", read=values.folder_name)
+    checkpoint: str | None = option("of an adapted network", read=folder_name)
     output: str | None = output_folder("curvature/ in the checkpoint")
     kind: str = option("which matrix", "hessian", choices=("hessian", "ggn"))
     params: str | None = option(

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Self
 
 from fast.adapt.config import TrainConfig
 from fast.adapt.methods import METHODS
-from fast.cli import values
 from fast.cli.options import flag, option, part
 from fast.cli.spec.base import Spec, at_least, output_folder
 from fast.cli.spec.task import TaskSpec
+from fast.cli.values import budget_list, names, numbers, whole_numbers
 
 ALL = "all"
 # Options of a training run that these commands set themselves: all of them, those with several runs
@@ -25,7 +25,7 @@ DEMO_LENGTH = {"steps": 100, "eval_every": 5}
 
 
 def _methods(*default: str) -> Any:
-    return option(f"of {', '.join(METHODS)}, or all", default, read=values.names)
+    return option(f"of {', '.join(METHODS)}, or all", default, read=names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,11 @@ class MethodsSpec(Spec):
 class SweepSpec(MethodsSpec):
     """The options of commands that run each method with several seeds and learning rates."""
 
-    seeds: tuple[int, ...] = option("", (0,), read=values.whole_numbers)
+    seeds: tuple[int, ...] = option("", (0,), read=whole_numbers)
     lr: tuple[float, ...] | None = option(
         "with several, each run of the first seed is repeated at all of them, and the others are "
         "made at the one best for its target accuracy (default: the method's own)",
-        read=values.numbers,
+        read=numbers,
         metavar="X[,X]",
     )
 
@@ -122,11 +122,11 @@ class RetentionSpec(SweepSpec):
     strengths: tuple[float, ...] | None = option(
         f"what the method holds the source with, times this (default: "
         f"{','.join(f'{s:g}' for s in STRENGTHS)})",
-        read=values.numbers,
+        read=numbers,
     )
     budgets: tuple[str, ...] | None = option(
         "sweep forget_budget in place of the strength: nats (0.1) or points (2%)",
-        read=values.budgets,
+        read=budget_list,
     )
     training: TrainConfig = field(
         default_factory=TrainConfig,

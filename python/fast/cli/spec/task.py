@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fast.cli import values
 from fast.cli.options import flag, option
+from fast.cli.values import at_least_one, means, share, stds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,16 @@ class TaskSpec:
     val_fraction: float = option(
         "share of each class held out where there is no val or test split; 0: train on all",
         0.2,
-        read=values.share,
+        read=share,
     )
     input_size: int | None = option(
         "side of the images (default: the network's, else as they are)",
-        read=values.at_least_one,
+        read=at_least_one,
     )
     resize: int | None = option(
         "their shorter side before the central square is taken (default: as the network was "
         "trained, else --input-size)",
-        read=values.at_least_one,
+        read=at_least_one,
     )
     interpolation: str | None = option(
         "of resized images (default: the network's, else bicubic)",
@@ -56,11 +56,11 @@ class TaskSpec:
     mean: tuple[float, ...] | None = option(
         "mean of images in 0..1, by channel; or imagenet, or none (default: the network's; needed "
         "where it does not say)",
-        read=values.mean,
+        read=means,
         metavar="X[,X,X]",
     )
     std: tuple[float, ...] | None = option(
-        "standard deviation of images, likewise", read=values.std, metavar="X[,X,X]"
+        "standard deviation of images, likewise", read=stds, metavar="X[,X,X]"
     )
     skip_broken: bool = option("leave out images that cannot be read, and count them", False)
     flip: bool = option("mirror training images at random", False)
@@ -68,7 +68,7 @@ class TaskSpec:
         "inputs of a Hugging Face data set (default: guessed, and printed)"
     )
     label_column: str | None = option("its labels (default: guessed, and printed)")
-    max_length: int = option("tokens of a text", 128, read=values.at_least_one)
+    max_length: int = option("tokens of a text", 128, read=at_least_one)
 
     def require(self, *names: str) -> None:
         """Raise ValueError where one of these options is missing."""

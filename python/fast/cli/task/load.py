@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import copy
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
+import fast
+from fast.adapt.config import TrainConfig
+from fast.adapt.methods import Plan
 from fast.cli.options import flag
 from fast.cli.report.data import gaps, image_facts, lines
 from fast.cli.spec.task import TaskSpec
@@ -28,6 +33,7 @@ from fast.cli.task.prepare import (
 from fast.data.images.pixels import is_image_split, merged
 from fast.data.sources import NamedData, Split
 from fast.models.load import LoadedModel
+from fast.train.finetune import plan
 
 
 @dataclass(kw_only=True)
@@ -60,6 +66,17 @@ class LoadedTask:
         """Keyword arguments of `fast.finetune`."""
         names = ("train", "val", "source", "source_inputs", "card", "transform")
         return {name: getattr(self, name) for name in names} | {"num_classes": len(self.classes)}
+
+    def adapt(self, config: TrainConfig, **replaced: Any) -> fast.Result:
+        """`fast.finetune` of a copy of the network; `replaced` takes the place of arguments."""
+        model = copy.deepcopy(self.loaded.model)
+        return fast.finetune(model, **(self.arguments | replaced), **dataclasses.asdict(config))
+
+    def plan(self, config: TrainConfig) -> Plan:
+        """What `adapt` would do; the network is left as it is."""
+        data = self.arguments | {"source": None}  # it is only measured
+        options = dataclasses.replace(config, output=None, resume=None)
+        return plan(self.loaded.model, **data, **dataclasses.asdict(options))
 
 
 def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = True) -> LoadedTask:
@@ -96,7 +113,7 @@ def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = Tr
         report = merged(reports[part] for part in PARTS if part in reports)
         images = image_facts(spec, form, loaded.says, report)
     read = {part: Split(None, labels_of(prepared[part])) for part in PARTS if part in prepared}
-    data = replace(target, train=read["train"], val=read.get("val")).description
+    data = dataclasses.replace(target, train=read["train"], val=read.get("val")).description
     loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(data)]
     print(lines(data, images))
     print_notes(loaded.notes)
