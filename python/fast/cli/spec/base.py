@@ -27,7 +27,7 @@ class Spec:
 
 
 def output_folder(default: str) -> Any:
-    return option(f"(default: {default})", read=folder_name)
+    return option(f"folder of the results (default: {default})", read=folder_name)
 
 
 def at_least(spec: Any, name: str, least: int) -> None:

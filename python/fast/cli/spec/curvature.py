@@ -52,10 +52,10 @@ class CurvatureSpec(Spec):
     trace_products: int = option("matrix-vector products for a trace", 48)
     probes: int = option("random vectors for the spectral density; 0: none", 4)
     lanczos_steps: int = option("products for each of them", 48)
-    seed: int = option("of samples and probes", 0)
+    seed: int = option("seed of samples and probes", 0)
     layers: bool = option("the table by layer", True)
-    device: str | None = option("(default: cuda if there is one)")
-    progress: bool | None = option("bars (default: when stderr is a terminal)")
+    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    progress: bool | None = option("progress bars (default: when stderr is a terminal)")
     task: TaskSpec = field(
         default_factory=TaskSpec, metadata=part("data", ("source_inputs", "card"))
     )

@@ -64,7 +64,7 @@ class MethodsSpec(Spec):
 class SweepSpec(MethodsSpec):
     """The options of commands that run each method with several seeds and learning rates."""
 
-    seeds: tuple[int, ...] = option("", (0,), read=whole_numbers)
+    seeds: tuple[int, ...] = option("of the runs of each method", (0,), read=whole_numbers)
     lr: tuple[float, ...] | None = option(
         "with several, each run of the first seed is repeated at all of them, and the others are "
         "made at the one best for its target accuracy (default: the method's own)",
