@@ -8,7 +8,7 @@ from typing import Any
 
 from fast.cli.report.machine import describe
 from fast.cli.spec.base import Spec, shown
-from fast.files import write_json
+from fast.files import read_json, write_json
 
 # Options that change nothing in the results.
 SHOWN_ONLY = ("output", "progress")
@@ -27,18 +27,14 @@ def note_replaced(file: Path, spec: Spec) -> None:
     if not file.is_file():
         return
     try:
-        saved = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error}); move it away") from error
-    before = saved.get("options") if isinstance(saved, dict) else None
-    if not isinstance(before, dict):
-        raise ValueError(f"{file} holds no results of fast; move it away")
+        before = dict(read_json(file)["options"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no results of fast; move it away") from error
     now = json.loads(json.dumps(shown(spec), default=str))
-    names = [name for name in {**before, **now} if name not in SHOWN_ONLY]
     other = [
         f"{name} {before.get(name, 'not given')}"
-        for name in names
-        if before.get(name) != now.get(name)
+        for name in {**before, **now}
+        if name not in SHOWN_ONLY and before.get(name) != now.get(name)
     ]
     if other:
         print(
