@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fast
-from fast.curvature.card.answers import SourceInputs, divergence, source_answers
+from fast.curvature.card.answers import divergence
+from fast.data.source_inputs import SourceInputs
+from fast.heads.outputs import source_logits
 from fast.train.trainer import Trainer
 from pairs import PAIRS, Folder
 from runs import RESULTS, commit, machine
@@ -63,14 +65,14 @@ def ratios(name: str, method: str, options: dict[str, Any], data: Path) -> list[
     pair = PAIRS[name]
     job = pair.make(Folder(data))
     inputs, count = job.source_inputs, len(job.source_inputs)
-    asked = SourceInputs(job.source, 10_000)
-    held = SourceInputs(inputs[count // 2 :], count)
-    before = [source_answers(job.model, x) for x in (asked, held)]
+    asked = SourceInputs.parse(job.source, 10_000)
+    held = SourceInputs(inputs=inputs[count // 2 :])
+    before = [source_logits(job.model, x) for x in (asked, held)]
     labels = asked.labels
     found: list[dict[str, float]] = []
 
     def look(model: torch.nn.Module) -> None:
-        test, now = (source_answers(model, x) for x in (asked, held))
+        test, now = (source_logits(model, x) for x in (asked, held))
         rise = F.cross_entropy(test, labels) - F.cross_entropy(before[0], labels)
         said = {f"T={t}": t * float(divergence(before[1], now, t)) for t in TEMPERATURES}
         found.append({k: round(v, 5) for k, v in ({"rise": float(rise)} | said).items()})

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.data.dataset import pick
+from fast.data.trees import pick
 from fast.heads import forward_logits, replace_head, set_batch_norm, task_head
 from pairs import PAIRS, Folder
 

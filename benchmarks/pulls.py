@@ -25,8 +25,10 @@ from torch import Tensor, nn
 import fast
 from fast.adapt.schedule import lr_factor
 from fast.curvature import GGN
-from fast.data.dataset import TrainBatches, as_data
-from fast.heads import forward_logits, pick, set_batch_norm, source_task
+from fast.data.dataset import as_data
+from fast.data.stream import TrainBatches
+from fast.data.trees import pick
+from fast.heads import forward_logits, set_batch_norm, source_task
 from fast.train.metrics import evaluate
 from pairs import PAIRS, Folder, Job
 from runs import RESULTS, commit, machine

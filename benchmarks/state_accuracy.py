@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
-from fast.heads import forward_logits, pick
+from fast.data.trees import pick
+from fast.heads import forward_logits
 from pairs import PAIRS, Folder
 from runs import RESULTS, commit, machine
 

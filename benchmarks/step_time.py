@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fast.adapt.config import TrainConfig
-from fast.heads import find_head, forward_logits, pick
+from fast.data.trees import pick
+from fast.heads import find_head, forward_logits
 from fast.train.trainer import Trainer
 from pairs import PAIRS, Folder, Job
 from retention import ISSUE_PAIRS

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fast.adapt.adaptation import Adaptation
+    from fast.adapt.result import Result
     from fast.analysis.landscape import PathRecorder, landscape
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
     from fast.train.finetune import finetune
-    from fast.train.result import Result
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "GGN",
     "SGD",
     "AdamW",
+    "Adaptation",
     "Fisher",
     "Hessian",
     "PathRecorder",
@@ -39,10 +41,11 @@ _HOME = {
     "GGN": "fast.curvature",
     "SGD": "fast.optim",
     "AdamW": "fast.optim",
+    "Adaptation": "fast.adapt.adaptation",
     "Fisher": "fast.curvature",
     "Hessian": "fast.curvature",
     "PathRecorder": "fast.analysis.landscape",
-    "Result": "fast.train.result",
+    "Result": "fast.adapt.result",
     "SourceCard": "fast.curvature.card",
     "finetune": "fast.train.finetune",
     "fold_head": "fast.heads",

@@ -1,4 +1,4 @@
-"""Words for messages of one line."""
+"""Helpers for error messages of one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-# Colours and styles that libraries put into their messages.
+# The escape codes of colours and styles in messages of libraries.
 _STYLES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -17,7 +17,7 @@ def distribution(module: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its message that says anything; libraries write pages."""
+    """The first line of an error's message that is not empty; libraries write pages."""
     lines = (line.strip() for line in _STYLES.sub("", str(error)).splitlines())
     return next(filter(None, lines), type(error).__name__)
 
@@ -25,20 +25,20 @@ def first_line(error: BaseException) -> str:
 def printable(text: object) -> str:
     r"""`text` in one line that a terminal shows as it is.
 
-    File and class names come from strangers. What would move the cursor, clear the screen, end the
-    line or turn the direction of writing is shown by its code, such as `\x1b`.
+    File and class names come from strangers. Characters that would move the cursor, clear the
+    screen, end the line or turn the direction of writing are shown by their codes, such as `\x1b`.
     """
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return "".join(shown)
 
 
 def some(names: Sequence[object], most: int = 3, separator: str = ", ") -> str:
-    """The first few names, and how many more there are."""
+    """The first `most` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return separator.join(map(printable, names[:most])) + more
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean lr?` where a known name is close, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`; did you mean lr?` where one of `names` is similar, else nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,5 +1,4 @@
-"""Write a file or a folder so that it is there whole or not at all, and tell what is read from what
-was written."""
+"""Write files and folders whole or not at all; read JSON, and detect damage."""
 
 from __future__ import annotations
 
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished"
-# What is read as JSON is never that long; a stranger's file may be.
+# Our JSON files are never that long; a stranger's file may be.
 MOST_JSON_BYTES = 16 << 20
 CHECKSUM = "checksum"
-# What comes of values that are not there, or of other types than were written.
+# What code raises that reads values which are missing or have other types than expected.
 _DAMAGE = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
 )  # fmt: skip
@@ -57,39 +56,39 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed in the middle of a write has left in `folder`."""
+    """Remove what processes that were killed while writing have left in `folder`."""
     for path in folder.glob(f".*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _settle(file: Path, folder: Path) -> None:
-    """On the disk, and readable by whom the user's umask lets read (safetensors has its own)."""
+    """Flush a file to the disk, with the permissions of its folder (safetensors sets its own)."""
     file.chmod(folder.stat().st_mode & 0o666)
     with file.open("rb") as f:
         os.fsync(f.fileno())
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Now, and not after the work of an hour; leaves nothing there.
+    """Check, before any work is done, that a folder can be written to; nothing stays there.
 
     Args:
-        option: that named the folder, for the message.
+        option: the option that named the folder, for the message.
 
     Raises:
-        ValueError: it is a file, or cannot be written to.
+        ValueError: the path is a file, or cannot be written to.
     """
-    made: list[Path] = []
+    new: list[Path] = []
     try:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{option} {folder}: is a file; name a folder")
-        made = [p for p in (folder, *folder.parents) if not p.exists()]
+        new = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
     finally:
-        for part in made:
+        for part in new:
             if part.is_dir():
                 part.rmdir()
 
@@ -100,10 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that any reader takes: NaN and infinities, which it does not have, are null.
-
-    What JSON does not know either (paths, devices) is written as text.
-    """
+    """JSON that every reader takes: NaN and infinities become null, paths and devices text."""
     return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
 
 
@@ -117,10 +113,10 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Name the file in what is raised by values that it does not have, or has otherwise.
+    """Name the file in errors about values that are missing or have unexpected types.
 
     Raises:
-        ValueError: in place of all of these.
+        ValueError: in place of these errors.
     """
     try:
         yield
@@ -133,8 +129,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds anything else; the message names the file.
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no JSON object; the message names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -148,7 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """JSON with a checksum of itself, which `read_sealed` compares."""
+    """Write JSON with its own checksum, which `read_sealed` compares."""
     with path.open("x") as file:
         json.dump({**value, CHECKSUM: _checksum(value)}, file)
 
@@ -157,13 +153,13 @@ def read_sealed(path: Path, format: int) -> dict[str, Any]:
     """What `write_sealed` wrote.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it has changed since, or is not of this `format`; the message names the file.
+        FileNotFoundError: there is no such file.
+        ValueError: it has changed since, or has another `format`; the message names the file.
     """
     value = read_json(path)
-    found = value.get("format")
-    if found != format:
-        raise ValueError(f"{path} is of format {found!r}; this version of fast reads {format}")
+    written = value.get("format")
+    if written != format:
+        raise ValueError(f"{path} is of format {written!r}; this version of fast reads {format}")
     if value.pop(CHECKSUM, None) != _checksum(value):
         raise ValueError(f"{path} is damaged or was changed: its checksum is another")
     return value

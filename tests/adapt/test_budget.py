@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fast
-from fast.adapt.guards import protect
+from fast.adapt.guards.budget import ForgettingBudget
+from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.curvature.card.answers import expected_rise
 from fast.train import trainer
 from networks import ConvNet, images
@@ -57,16 +58,21 @@ def rise(result):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What the checks of a run have found, `(step, lost, factor of the pull)`."""
+    """What each check of a run measured, `(step, lost, factor of the pull)`."""
     checks = []
-    after_step = protect.Protection.after_step
+    after_step, finish = ForgettingBudget.after_step, ForgettingBudget.finish
 
-    def watched(self, done, model):
-        after_step(self, done, model)
-        if done in self.checks or done == self.steps:
-            checks.append((done, self.known, self.controller.factor))
+    def watched(self, step):
+        after_step(self, step)
+        if self.measured is not None:
+            checks.append((step, self.measured, self.controller.factor))
 
-    monkeypatch.setattr(protect.Protection, "after_step", watched)
+    def finished(self):
+        finish(self)
+        checks.append((RUN["steps"], self.measured, self.controller.factor))
+
+    monkeypatch.setattr(ForgettingBudget, "after_step", watched)
+    monkeypatch.setattr(ForgettingBudget, "finish", finished)
     return checks
 
 
@@ -158,15 +164,15 @@ def test_a_resumed_run_ends_in_the_same_weights(pretrained, tmp_path, monkeypatc
         "average": 10,
     }
     whole = run(pretrained, output=str(tmp_path / "whole"), **options)
-    step = trainer.Trainer._step
+    step = trainer.Trainer.step
 
-    def dying(self, index, *batch):
-        if index == 41:
+    def dying(self, *batch):
+        if self.adaptation.done == 41:
             raise Stopped
-        return step(self, index, *batch)
+        return step(self, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", dying)
+        patch.setattr(trainer.Trainer, "step", dying)
         with pytest.raises(Stopped):
             run(pretrained, output=str(tmp_path / "cut"), **options)
     resumed = run(pretrained, resume=str(tmp_path / "cut"), **options)
@@ -240,8 +246,8 @@ def test_tracked_statistics_go_back_with_the_weights(pretrained):
 
 
 def test_a_budget_that_cannot_be_met_is_said(pretrained, monkeypatch):
-    gauge = protect.Gauge.__call__
-    monkeypatch.setattr(protect.Gauge, "__call__", lambda *args: 1.0 + gauge(*args))
+    meter = ForgettingMeter.__call__
+    monkeypatch.setattr(ForgettingMeter, "__call__", lambda *args: 1.0 + meter(*args))
     options = {"method": "l2-sp", "source_inputs": KNOWN, "forget_budget": 0.1}
     with pytest.warns(UserWarning, match=r"forget_budget 0\.1 nats is not met: 1 is lost even"):
         run(pretrained, **options)

@@ -11,24 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
-from fast.adapt.config import Budget, TrainConfig
-from fast.adapt.guards.budget import (
-    AIM,
-    LAST_CHECKS,
-    OVERSHOOT,
-    SETTLED,
-    STRONGER,
-    WEAKER,
-    Controller,
-    Effort,
-    Forecast,
-    Segment,
-    last_samples,
-)
-from fast.adapt.guards.forgetting import TEMPERATURE, Gauge, by_neighbours
-from fast.adapt.guards.protect import hold_back
-from fast.curvature.card.answers import SourceInputs, divergence, expected_rise
+from fast.adapt.config import Budget
+from fast.adapt.guards.budget import AIM, OVERSHOOT, SETTLED, STRONGER, WEAKER, PullController
+from fast.adapt.guards.checks import BUDGET, LAST_CHECKS, last_samples
+from fast.adapt.guards.forecast import Forecast
+from fast.adapt.guards.forgetting import TEMPERATURE, ForgettingMeter, by_neighbours, hold_back
+from fast.adapt.guards.weight_line import WeightLine
+from fast.curvature.card.answers import divergence, expected_rise
 from fast.curvature.card.calibrate import Calibration
+from fast.data.source_inputs import SourceInputs
 from networks import ConvNet, images
 
 X, Y = images(60, 5, seed=4)
@@ -57,25 +48,25 @@ def answers(networks):
     [(0.1, 0.1, False), ("0.25", 0.25, False), ("2%", 0.02, True), (" 0.5 % ", 0.005, True)],
 )
 def test_a_budget_is_nats_or_points(value, amount, points):
-    assert Budget.parse(value) == Budget(pytest.approx(amount), points)
+    assert Budget.parse(value) == Budget(amount=pytest.approx(amount), points=points)
 
 
-def test_without_labels_the_gauge_doubts_the_answers(networks):
+def test_without_labels_the_meter_doubts_the_answers(networks):
     """Twice the divergence at temperature 2."""
-    gauge = Gauge(networks[0], SourceInputs(X, 60), points=False)
+    meter = ForgettingMeter(networks[0], SourceInputs.parse(X, 60), points=False)
     p, q = ((z.double() / 2).log_softmax(1) for z in answers(networks))
-    assert gauge(networks[1]) == pytest.approx(2 * (p.exp() * (p - q)).sum(1).mean().item())
+    assert meter(networks[1]) == pytest.approx(2 * (p.exp() * (p - q)).sum(1).mean().item())
     part = 2 * (p.exp() * (p - q)).sum(1)[:20].mean().item()
-    assert gauge(networks[1], 20) == pytest.approx(part)
-    assert gauge(networks[0]) == 0
+    assert meter(networks[1], 20) == pytest.approx(part)
+    assert meter(networks[0]) == 0
 
 
 def test_with_labels_it_is_the_rise_of_the_loss(networks):
-    gauge = Gauge(networks[0], SourceInputs((X, Y), 60), points=False)
+    meter = ForgettingMeter(networks[0], SourceInputs.parse((X, Y), 60), points=False)
     z0, z = answers(networks)
     expected = F.cross_entropy(z, Y) - F.cross_entropy(z0, Y)
-    assert gauge(networks[1]) == pytest.approx(expected.item(), rel=1e-5)
-    assert gauge(networks[0]) == 0
+    assert meter(networks[1]) == pytest.approx(expected.item(), rel=1e-5)
+    assert meter(networks[0]) == 0
 
 
 @pytest.mark.parametrize("size", [0.01, 30.0])
@@ -94,10 +85,10 @@ def test_doubt_matters_for_small_losses_only(size):
 
 def test_points_are_the_accuracy_lost(networks):
     z0, z = answers(networks)
-    labelled = Gauge(networks[0], SourceInputs((X, Y), 60), points=True)
+    labelled = ForgettingMeter(networks[0], SourceInputs.parse((X, Y), 60), points=True)
     right = [(a.argmax(1) == Y).double().mean().item() for a in (z0, z)]
     assert labelled(networks[1]) == pytest.approx(right[0] - right[1])
-    bare = Gauge(networks[0], SourceInputs(X, 60), points=True)
+    bare = ForgettingMeter(networks[0], SourceInputs.parse(X, 60), points=True)
     p = z0.double().softmax(1)
     rows = range(60)
     expected = (p.amax(1) - p[rows, z.argmax(1)]).mean().item()
@@ -123,79 +114,81 @@ def test_features_of_a_network_whose_head_does_not_count(networks, labels):
     """A head of noise: what is lost by neighbourhood does not depend on it."""
     before, now = networks
     data = X if labels is None else (X, labels)
-    gauge = Gauge(before, SourceInputs(data, 60), points=False, skill="features")
-    lost = gauge(now)
+    meter = ForgettingMeter(before, SourceInputs.parse(data, 60), points=False, skill="features")
+    lost = meter(now)
     assert lost != 0
     with torch.no_grad():
         now.decide.source.weight.normal_()
         now.decide.linear.weight.normal_()
-    assert gauge(now) == pytest.approx(lost)
+    assert meter(now) == pytest.approx(lost)
 
 
 def test_labels_that_the_head_cannot_give(networks):
-    samples = SourceInputs((X, Y + 4), 60)
-    assert Gauge(networks[0], samples, points=False).by_features
+    samples = SourceInputs.parse((X, Y + 4), 60)
+    assert ForgettingMeter(networks[0], samples, points=False).by_features
     with pytest.raises(ValueError, match=r"label 8, and the source head has 5 classes.*features"):
-        Gauge(networks[0], samples, points=False, skill="answers")
-    alone = SourceInputs((X, torch.arange(60)), 60)
+        ForgettingMeter(networks[0], samples, points=False, skill="answers")
+    alone = SourceInputs.parse((X, torch.arange(60)), 60)
     with pytest.raises(ValueError, match="60 held-back samples of 60 classes"):
-        Gauge(networks[0], alone, points=False)
+        ForgettingMeter(networks[0], alone, points=False)
 
 
 def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
     """Also where it is not among the samples held back to measure on."""
     network = copy.deepcopy(networks[0])
-    _, gauge = hold_back(TrainConfig(), network, (X, Y % 2))
-    assert not gauge.by_features
+    _, meter = hold_back(network, SourceInputs.parse((X, Y % 2), 60), budget=None, skill="auto")
+    assert not meter.by_features
     labels = Y % 2
     labels[0] = 7
-    _, gauge = hold_back(TrainConfig(), network, (X, labels))
-    assert int(gauge.samples.labels.max()) < 5
-    assert gauge.by_features
+    _, meter = hold_back(network, SourceInputs.parse((X, labels), 60), budget=None, skill="auto")
+    assert int(meter.samples.labels.max()) < 5
+    assert meter.by_features
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 6.0])
-def test_a_segment_lands_where_the_aim_is_lost(power):
+def test_a_line_lands_where_the_aim_is_lost(power):
     """On a loss that is a power of the displacement, whatever power was guessed."""
     anchor, p = torch.zeros(5), nn.Parameter(torch.randn(5))
     end = p.detach().clone()
-    segment = Segment([p], [anchor])
+    line = WeightLine([p], [anchor])
 
     def loss():
         return 3 * float(p.detach().norm() / end.norm()) ** power
 
-    lost = segment.land(loss, 3.0, 0.4, exponent=2.0, checks=8)
+    lost = line.land(loss, lost=3.0, aim=0.4, exponent=2.0, checks=8)
     assert lost == pytest.approx(0.4, rel=0.1)
     assert loss() == pytest.approx(lost)
-    assert torch.allclose(p, segment.place * end)
+    assert torch.allclose(p, line.place * end)
 
 
-def test_a_segment_goes_far_back_where_all_is_lost_at_once():
+def test_a_line_goes_far_back_where_all_is_lost_at_once():
     """A cliff at a twentieth of the way: the last check found nothing inside, a guess follows."""
     p = nn.Parameter(torch.ones(1))
-    segment = Segment([p], [torch.zeros(1)])
-    lost = segment.land(lambda: 9.0 if p.item() > 0.05 else 0.0, 9.0, 0.1, 2.0, checks=4)
+    line = WeightLine([p], [torch.zeros(1)])
+    lost = line.land(
+        lambda: 9.0 if p.item() > 0.05 else 0.0, lost=9.0, aim=0.1, exponent=2.0, checks=4
+    )
     assert lost <= 0.1
     assert p.item() < 0.05
 
 
 @pytest.mark.parametrize("surely", [True, False])
-def test_what_a_segment_says_is_lost_was_measured(surely):
+def test_what_a_line_says_is_lost_was_measured(surely):
     """Everywhere but at the very start more is lost than the aim: no guess passes for the aim."""
     p = nn.Parameter(torch.ones(1))
-    segment = Segment([p], [torch.zeros(1)])
+    line = WeightLine([p], [torch.zeros(1)])
 
     def loss():
         return 9.0 if p.item() > 0 else 0.02
 
-    lost = segment.land(loss, 9.0, 0.1, 2.0, checks=3, surely=surely)
+    lost = line.land(loss, lost=9.0, aim=0.1, exponent=2.0, checks=3, surely=surely)
     assert lost == loss() == (0.02 if surely else 9.0)
 
 
 def test_landing_is_the_same_from_any_number_of_looks():
     start, end = torch.randn(50), torch.randn(50)
     p, q = nn.Parameter(end.clone()), nn.Parameter(end.clone())
-    a, b = Segment([p], [start]), Segment([q], [start])
+    a, b = WeightLine([p], [start]), WeightLine([q], [start])
     for place in (0.3, 0.9, 0.1):
         a.go(place)
     a.go(0.5)
@@ -204,7 +197,7 @@ def test_landing_is_the_same_from_any_number_of_looks():
 
 
 def test_the_forecast_goes_through_what_was_measured():
-    forecast = Forecast(Calibration(2.0, 1.0, 1.0, 1.0))
+    forecast = Forecast(Calibration(scale=2.0, exponent=1.0, spread=1.0, coherence=1.0))
     assert forecast(0.5) == 1.0
     forecast.update(0.5, 0.1)
     assert forecast(0.5) == pytest.approx(0.1)
@@ -214,52 +207,41 @@ def test_the_forecast_goes_through_what_was_measured():
     for energy, measured in [(1.0, -0.1), (0.0, 1.0), (1.0, math.nan)]:  # no news
         forecast.update(energy, measured)
         assert forecast(2.0) == pytest.approx(0.1 * 4**1.5)
-    again = Forecast(Calibration(5.0, 0.7, 1.0, 1.0))
-    again.load(forecast.state())
+    again = Forecast(Calibration(scale=5.0, exponent=0.7, spread=1.0, coherence=1.0))
+    again.load_state_dict(forecast.state_dict())
     assert again(3.0) == forecast(3.0)
 
 
-class Optimizer:
-    def __init__(self):
-        self.param_groups = [
-            {"name": "backbone", "anchor_decay": 5.0},
-            {"name": "head", "anchor_decay": 0.0},
-        ]
-
-    @property
-    def pull(self):
-        return self.param_groups[0]["anchor_decay"]
-
-
 def test_the_pull_follows_what_is_lost():
-    optimizer = Optimizer()
-    controller = Controller(Budget(0.1), optimizer)
-    assert controller.due(1.0) == pytest.approx(OVERSHOOT * AIM * 0.1)
-    assert controller.due(SETTLED) > controller.due(0.5) > controller.due(1.0)
-    assert controller.due(0.1) < controller.due(0.2) < controller.due(SETTLED)
-    controller.adjust(controller.due(0.2), done=0.2)
-    assert optimizer.pull == pytest.approx(5.0)
-    controller.adjust(2 * controller.due(0.5), done=0.5)
-    assert optimizer.pull == pytest.approx(10.0)
-    controller.adjust(math.nan, done=0.6)
-    assert optimizer.pull == pytest.approx(10.0)
-    controller.adjust(1e3, done=0.7)
-    assert optimizer.pull == pytest.approx(10.0 * STRONGER)
-    controller.adjust(-0.1, done=0.8)
-    assert optimizer.pull == pytest.approx(10.0 * STRONGER / WEAKER)
+    factors = []
+    controller = PullController(Budget(amount=0.1), factors.append)
+    allowed = controller.allowed
+    assert allowed(1.0) == pytest.approx(OVERSHOOT * AIM * 0.1)
+    assert allowed(SETTLED) > allowed(0.5) > allowed(1.0)
+    assert allowed(0.1) < allowed(0.2) < allowed(SETTLED)
+    for lost, way, expected in [
+        (allowed(0.2), 0.2, 1.0),
+        (2 * allowed(0.5), 0.5, 2.0),
+        (1e3, 0.7, 2.0 * STRONGER),
+        (-0.1, 0.8, 2.0 * STRONGER / WEAKER),
+    ]:
+        controller.adjust(lost, way)
+        assert factors[-1] == pytest.approx(expected)
+    controller.adjust(math.nan, 0.9)  # no news
+    assert len(factors) == 4
     for _ in range(50):
-        controller.adjust(0.0, done=1.0)
-    assert 0 < optimizer.pull < 1e-2
-    assert optimizer.param_groups[1]["anchor_decay"] == 0
+        controller.adjust(0.0, 1.0)
+    assert 0 < factors[-1] < 1e-3
 
 
 @pytest.mark.parametrize(("steps", "held"), [(4, 128), (150, 512), (20_000, 512)])
 def test_checks_cost_no_more_than_their_share(steps, held):
     """Each needs a few samples at least, so in a very short run a few checks cost more."""
-    effort = Effort(share=0.05, least=8, most=16)
-    checks, samples = effort.plan(held, steps, batch_size=64, whole=False)
+    times, samples = BUDGET.schedule(samples=held, whole=False, steps=steps, stall=0, batch_size=64)
+    checks = len(times) + 1
     assert 1 <= checks <= min(16, steps)
     assert samples <= held
+    assert all(0 < time < steps for time in times)
     if steps > 100:
-        assert checks * samples / 3 <= 0.05 * 64 * steps
+        assert checks * samples / 3 <= 0.03 * 64 * steps
         assert (1 + LAST_CHECKS) * last_samples(held, steps, 64) / 3 <= 0.03 * 64 * steps

@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fast
-from fast.adapt.config import TrainConfig
-from fast.adapt.methods import LEAST_STEPS, METHODS, SETTLED, plan_for, steps_for
-from fast.data.dataset import TrainBatches, as_data
+from fast.adapt.methods import METHODS
+from fast.adapt.plan import LEAST_STEPS, SETTLED, plan_for, steps_for
+from fast.data.dataset import as_data
+from fast.data.stream import TrainBatches
+from fast.train.config import TrainConfig
 from networks import ConvNet, images
 
 TRAIN, VAL = images(120, 4, seed=1), images(100, 4, seed=2)

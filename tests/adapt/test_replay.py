@@ -11,11 +11,11 @@ from torch import nn
 
 import fast
 from fast.adapt.guards.replay import Replay, replay_loss
+from fast.data.source_inputs import SourceInputs
 from networks import ConvNet, TextNet, images, sentences
 
 TRAIN = images(300, 4, seed=1)
 KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,11 @@ def pretrained():
         F.cross_entropy(model(x[index]), y[index]).backward()
         optimizer.step()
     return model.eval()
+
+
+def replayed(model, data, size=50, seed=0):
+    samples = SourceInputs.parse(data, 4096)
+    return Replay(model=model, samples=samples, batch_size=size, seed=seed)
 
 
 def lost(pretrained, **options):
@@ -47,15 +52,14 @@ def test_replay_forgets_a_fraction_of_what_vanilla_forgets(pretrained, known):
 
 
 def test_the_loss_is_least_at_the_answers_themselves(pretrained):
-    replay = Replay(pretrained, KNOWN[0], 50, 0, CPU)
-    x, answers = next(replay.from_step(0))
+    x, answers = replayed(pretrained, KNOWN[0]).batch(0)
     assert answers.sum(1).allclose(torch.ones(50))
     entropy = -(answers * answers.log()).sum()
     assert replay_loss(pretrained, x, answers).item() == pytest.approx(entropy.item(), rel=1e-4)
 
 
 def test_labels_are_used_where_there_are_some(pretrained):
-    x, answers = next(Replay(pretrained, KNOWN, 50, 0, CPU).from_step(0))
+    x, answers = replayed(pretrained, KNOWN).batch(0)
     assert answers.dtype == torch.int64
     with torch.no_grad():
         expected = F.cross_entropy(pretrained(x), answers, reduction="sum")
@@ -65,12 +69,13 @@ def test_labels_are_used_where_there_are_some(pretrained):
 def test_batches_depend_on_seed_and_step_alone():
     model = TextNet().eval()
     known = sentences(30, 5, 7)[0]
-    first = Replay(model, known, 8, 3, CPU).from_step(0)
-    batches = [next(first) for _ in range(9)]
-    later = next(Replay(model, known, 8, 3, CPU).from_step(8))
+    first = replayed(model, known, 8, 3)
+    batches = [first.batch(step) for step in range(9)]
+    assert first.batch(8) is batches[8]
+    later = replayed(model, known, 8, 3).batch(8)
     assert torch.equal(batches[8][0]["ids"], later[0]["ids"])
     assert torch.equal(batches[8][1], later[1])
-    other = next(Replay(model, known, 8, 4, CPU).from_step(8))
+    other = replayed(model, known, 8, 4).batch(8)
     assert not torch.equal(later[0]["ids"], other[0]["ids"])
 
 

@@ -29,15 +29,15 @@ def start():
 
 def run(folder, at=None, **options):
     """A run, which dies at step `at`."""
-    step = trainer.Trainer._step
+    step = trainer.Trainer.step
 
-    def dying(self, index, *batch):
-        if index == at:
+    def dying(self, *batch):
+        if self.adaptation.done == at:
             raise InterruptedError
-        return step(self, index, *batch)
+        return step(self, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", dying)
+        patch.setattr(trainer.Trainer, "step", dying)
         return fast.finetune(start(), TRAIN, VAL, output=folder, **OPTIONS, **options)
 
 

@@ -12,9 +12,9 @@ import shutil
 import pytest
 
 import fast
-from fast.adapt.config import TrainConfig
 from fast.cli import main, run_key
 from fast.cli.spec.task import TaskSpec
+from fast.train.config import TrainConfig
 
 COMPARE = ("--methods", "fast,vanilla", "--seeds", "0,1", "--steps", 6, "--output", "out")
 

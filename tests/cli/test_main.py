@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fast import __version__
-from fast.adapt.config import TrainConfig
 from fast.cli import COMMANDS, main
+from fast.train.config import TrainConfig
 
 
 def python(*args, **kwargs):

@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from fast.records import field_types
 
-from fast.adapt.config import TrainConfig
 from fast.cli.options import parser_of
 from fast.cli.record import _argv
 from fast.cli.spec import COMMANDS, FinetuneSpec, LandscapeSpec, RetentionSpec
 from fast.cli.spec.base import shown
-from fast.records import field_types
+from fast.train.config import TrainConfig
 
 NAMED = ["--model", "nets.py:Net(3)", "--data", "target.npz"]
 

@@ -7,10 +7,11 @@ import json
 import pytest
 
 import fast
-from fast.adapt.config import TrainConfig
-from fast.adapt.methods import EASED, METHODS, REHEARSING_LR, SETTLED, plan_for
+from fast.adapt.methods import METHODS
+from fast.adapt.plan import EASED, REHEARSING_LR, SETTLED, plan_for
 from fast.cli.commands import demo
 from fast.cli.commands.retention import settings
+from fast.train.config import TrainConfig
 
 SWEEP = ("--steps", 6, "--output", "out")
 

@@ -244,7 +244,7 @@ def test_a_copied_card_is_bound_again(model, card):
 def test_bad_options(model, change, message):
     with pytest.raises(ValueError, match=message):
         fast.SourceCard.estimate(model, X, **change)
-    with pytest.raises(TypeError, match="source data must be"):
+    with pytest.raises(TypeError, match="source data: got int; give inputs"):
         fast.SourceCard.estimate(model, 3)
 
 

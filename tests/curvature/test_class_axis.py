@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import fast
 from curvature_truth import Net, linear, relative
 from fast.curvature import GGN, CrossEntropy, Fisher, Hessian, fisher_diagonal
-from fast.curvature.card.answers import SourceInputs, divergence, expected_rise, source_answers
+from fast.curvature.card.answers import divergence, expected_rise
+from fast.data.source_inputs import SourceInputs
+from fast.heads.outputs import source_logits
 
 X = torch.randn(8, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -104,14 +106,14 @@ def test_answers_and_their_divergence() -> None:
     model, other = tokens(), tokens()
     with torch.no_grad():
         other.first.weight += 0.3
-    data = SourceInputs(X, 8)
-    before, now = source_answers(model, data), source_answers(other, data)
+    data = SourceInputs.parse(X, 8)
+    before, now = source_logits(model, data), source_logits(other, data)
     assert before.shape == (8, 6, 5)
     p, q = (net(X).detach().float().double().log_softmax(-1) for net in (model, other))
     truth = (p.exp() * (p - q)).sum(-1).mean()
     assert float(divergence(before, now)) == pytest.approx(float(truth), rel=1e-5)
     assert float(expected_rise(before, now)) > 0
-    assert torch.equal(source_answers(transposed(model), data), before)
+    assert torch.equal(source_logits(transposed(model), data), before)
 
 
 def test_accuracy_and_loss_of_token_labels() -> None:

@@ -13,9 +13,9 @@ from torch.utils.data import (
 )
 
 import fast
-from fast.adapt.config import TrainConfig
-from fast.data.dataset import TrainBatches, as_data, split_batch
-from fast.train.trainer import Trainer
+from fast.adapt.guards.rehearse import Rehearsal
+from fast.data.dataset import as_data, split_batch
+from fast.data.stream import TrainBatches
 from networks import ConvNet, images
 
 X, Y = torch.arange(40.0)[:, None], torch.arange(40) % 3
@@ -114,10 +114,11 @@ def test_the_batches_of_a_loader_are_what_a_step_is_measured_by():
 
     def sizes(**options):
         loader = DataLoader(TensorDataset(*images(96, 4)), **options)
-        config = TrainConfig(steps=2)
-        trainer = Trainer(config, ConvNet(), loader, None, None, 4, None, None, known)
-        inputs, _, _, (sources, _) = next(trainer.stream(0))
-        return len(inputs), len(sources)
+        adaptation = fast.Adaptation(ConvNet(), loader, num_classes=4, source_inputs=known, steps=2)
+        inputs, _, rows = next(adaptation.batches())
+        assert rows is None
+        (rehearsal,) = (g for g in adaptation.guards if isinstance(g, Rehearsal))
+        return len(inputs), len(rehearsal.source_batch(0).reference)
 
     assert sizes(batch_size=16) == (16, 2)
     assert sizes(batch_size=48) == (48, 6)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fast.data.images import pixels as images
-from fast.data.images.pixels import ImageFormat, PreparedImages, prepare_images
+from fast.data.images.format import ImageFormat
+from fast.data.images.pixels import PreparedImages, prepare_images
 from fast.data.sources import EncodedImages, Split
 
 RNG = np.random.default_rng(0)
@@ -14,9 +15,17 @@ GREY = RNG.integers(0, 256, (5, 6, 6), dtype=np.uint8)
 LABELS = np.array([0, 1, 0, 1, 1])
 
 
+def arrays(images, labels=None):
+    return Split(inputs=images, labels=np.zeros(len(images), int) if labels is None else labels)
+
+
+def files(paths):
+    return arrays(EncodedImages(names=paths, open=paths.__getitem__))
+
+
 def test_scaling_and_normalisation():
     form = ImageFormat(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    x, y = prepare_images(Split(COLOUR, LABELS), form)
+    x, y = prepare_images(arrays(COLOUR, LABELS), form)
     expected = (COLOUR / 255.0 - form.mean) / form.std
     np.testing.assert_allclose(x.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
     assert x.dtype == torch.float32
@@ -25,32 +34,32 @@ def test_scaling_and_normalisation():
 
 def test_the_callers_array_is_left_alone():
     before = GREY.copy()
-    prepare_images(Split(GREY, LABELS), ImageFormat())
+    prepare_images(arrays(GREY), ImageFormat())
     np.testing.assert_array_equal(GREY, before)
 
 
 def test_channels_first_arrays_are_the_same_images():
-    a, _ = prepare_images(Split(COLOUR, LABELS), ImageFormat())
-    b, _ = prepare_images(Split(COLOUR.transpose(0, 3, 1, 2).copy(), LABELS), ImageFormat())
+    a, _ = prepare_images(arrays(COLOUR), ImageFormat())
+    b, _ = prepare_images(arrays(COLOUR.transpose(0, 3, 1, 2).copy()), ImageFormat())
     assert torch.equal(a, b)
 
 
 def test_grey_is_repeated_and_colour_is_weighed():
-    x, _ = prepare_images(Split(GREY, LABELS), ImageFormat(channels=3))
+    x, _ = prepare_images(arrays(GREY), ImageFormat(channels=3))
     assert x.shape == (5, 3, 6, 6)
     assert torch.equal(x[:, 0], x[:, 2])
-    x, _ = prepare_images(Split(COLOUR, LABELS), ImageFormat(channels=1, mean=(0,), std=(1,)))
+    x, _ = prepare_images(arrays(COLOUR), ImageFormat(channels=1, mean=(0,), std=(1,)))
     expected = (COLOUR / 255.0) @ [0.299, 0.587, 0.114]
     np.testing.assert_allclose(x[:, 0].numpy(), expected, atol=1e-5)
     with_alpha = np.concatenate([COLOUR, COLOUR[..., :1]], axis=-1)
-    x, _ = prepare_images(Split(with_alpha, LABELS), ImageFormat(channels=3))
+    x, _ = prepare_images(arrays(with_alpha), ImageFormat(channels=3))
     assert x.shape == (5, 3, 6, 6)
 
 
 def test_resize_takes_the_central_square_and_stays_in_range():
     wide = np.zeros((1, 8, 16, 1), np.uint8)
     wide[:, :, 4:12] = 255
-    x, _ = prepare_images(Split(wide, LABELS[:1]), ImageFormat(size=4, mean=(0,), std=(1,)))
+    x, _ = prepare_images(arrays(wide), ImageFormat(size=4, mean=(0,), std=(1,)))
     assert x.shape == (1, 1, 4, 4)
     assert x.min() >= 0
     assert x.max() <= 1
@@ -59,13 +68,13 @@ def test_resize_takes_the_central_square_and_stays_in_range():
 
 def test_wrong_numbers_of_values():
     with pytest.raises(ValueError, match="mean has 2 values but the images have 3 channels"):
-        prepare_images(Split(COLOUR, LABELS), ImageFormat(mean=(0.5, 0.5)))
+        prepare_images(arrays(COLOUR), ImageFormat(mean=(0.5, 0.5)))
     with pytest.raises(ValueError, match="std must be positive"):
         ImageFormat(std=(0.0,))
     with pytest.raises(ValueError, match="input size must be positive"):
         ImageFormat(size=0)
     with pytest.raises(ValueError, match="uint8 images must be"):
-        prepare_images(Split(np.zeros((5, 6, 6, 7), np.uint8), LABELS), ImageFormat())
+        prepare_images(arrays(np.zeros((5, 6, 6, 7), np.uint8)), ImageFormat())
 
 
 class TestFiles:
@@ -80,7 +89,7 @@ class TestFiles:
             path = folder / f"{i}.png"
             image_class.fromarray(pixels).save(path)
             paths.append(str(path))
-        return Split(EncodedImages(paths, paths.__getitem__), np.zeros(len(paths), np.int64))
+        return files(paths)
 
     def test_any_size_becomes_the_wanted_one(self, image_class, tmp_path):
         split = self.files(image_class, tmp_path, [(8, 8), (12, 20), (30, 9)])
@@ -103,15 +112,13 @@ class TestFiles:
             else:
                 image_class.fromarray(pixels).save(path)
             paths.append(str(path))
-        split = Split(EncodedImages(paths, paths.__getitem__), np.zeros(6, np.int64))
+        split = files(paths)
         x, _ = prepare_images(split, ImageFormat(channels=3, mean=(0,), std=(1,)))
         assert x[:5].min() > 0.98
         np.testing.assert_allclose(x[5, 0].numpy(), deep / 65535, atol=1 / 255)
 
         image_class.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "f.tiff")
-        split = Split(
-            EncodedImages(["f.tiff"], lambda i: str(tmp_path / "f.tiff")), np.zeros(1, int)
-        )
+        split = arrays(EncodedImages(names=["f.tiff"], open=lambda i: str(tmp_path / "f.tiff")))
         with pytest.raises(ValueError, match=r"f\.tiff: .* mode F have no known range"):
             prepare_images(split, ImageFormat())
 
@@ -119,7 +126,7 @@ class TestFiles:
         for i, mode in enumerate(("L", "RGB")):
             image_class.new(mode, (8, 8)).save(tmp_path / f"{i}.png")
         paths = [str(tmp_path / f"{i}.png") for i in range(2)]
-        split = Split(EncodedImages(paths, paths.__getitem__), np.zeros(2, np.int64))
+        split = files(paths)
         with pytest.raises(ValueError, match=r"1\.png: .*convert them to one colour mode"):
             prepare_images(split, ImageFormat())
         assert prepare_images(split, ImageFormat(channels=3))[0].shape == (2, 3, 8, 8)
@@ -129,8 +136,8 @@ class TestFiles:
         path = str(tmp_path / "a.png")
         image_class.fromarray(pixels[0]).save(path)
         form = ImageFormat(size=12, mean=(0,), std=(1,))
-        a, _ = prepare_images(Split(pixels, LABELS[:1]), form)
-        b, _ = prepare_images(Split(EncodedImages([path], lambda i: path), LABELS[:1]), form)
+        a, _ = prepare_images(arrays(pixels), form)
+        b, _ = prepare_images(files([path]), form)
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=3 / 255)
 
     def test_resize_agrees_with_pillow(self, image_class, tmp_path):

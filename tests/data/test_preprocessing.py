@@ -17,7 +17,7 @@ def photo(width=300, height=200):
 
 
 def check(says, expected, channels=3):
-    ours = says.format("BGR" if says.bgr else channels).prepared(photo())
+    ours = says.format("BGR" if says.bgr else channels).prepare(photo())
     assert ours.shape == expected.shape
     assert (ours - expected).abs().mean() < 1e-3 * expected.abs().max()
 

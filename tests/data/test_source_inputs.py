@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import fast
+from fast.data.source_inputs import SourceInputs
 from networks import ConvNet, images
 
 TRAIN, (X, Y) = images(60, 4, seed=1), images(40, 5, seed=3)
@@ -17,7 +18,7 @@ HOLED[-3] = float("nan")
 
 @pytest.mark.parametrize("method", ["fast", "ewc", "replay"])
 @pytest.mark.parametrize(
-    ("known", "message"),
+    ("data", "message"),
     [
         (HOLED, "1 samples are not finite (NaN or infinite), the first is number 37; drop"),
         (X[:, :, :, 0], "the network does not take these inputs ([40, 1, 8] torch.float32)"),
@@ -31,10 +32,7 @@ HOLED[-3] = float("nan")
         ((X, Y + 0.5), "labels must be whole numbers"),
         ((X, torch.full((40,), float("nan"))), "40 labels are NaN"),
         (TensorDataset(X, Y + 0.5), "labels must be whole numbers (class indices), not"),
-        (
-            TensorDataset(X, Y * float("nan")),
-            "labels must be whole numbers (class indices), not nan",
-        ),
+        (TensorDataset(X, Y * float("nan")), "40 labels are NaN, the first in row 0"),
         ((X, Y[:-1]), "40 inputs but 39 labels"),
         (
             (X, Y[:, None]),
@@ -42,9 +40,9 @@ HOLED[-3] = float("nan")
         ),
     ],
 )
-def test_what_is_wrong_is_said(method, known, message):
+def test_what_is_wrong_is_said(method, data, message):
     with pytest.raises(ValueError) as caught:
-        fast.finetune(ConvNet(), TRAIN, method=method, steps=2, source_inputs=known)
+        fast.finetune(ConvNet(), TRAIN, method=method, steps=2, source_inputs=data)
     assert str(caught.value).startswith("source_inputs: ")
     assert message in str(caught.value)
 
@@ -74,8 +72,8 @@ def test_answers_that_overflow_are_refused():
 
 def test_arrays_are_as_good_as_tensors():
     losses = [
-        fast.finetune(seeded(), TRAIN, steps=3, source_inputs=known).history[-1]["loss"]
-        for known in ((X, Y), (X.double().numpy(), np.asarray(Y)))
+        fast.finetune(seeded(), TRAIN, steps=3, source_inputs=data).history[-1]["loss"]
+        for data in ((X, Y), (X.double().numpy(), np.asarray(Y)))
     ]
     assert losses[0] == losses[1]
 
@@ -90,3 +88,58 @@ def test_batches_of_one():
     assert result.history[-1]["loss"] < 10
     with pytest.raises(ValueError, match="batch_size must be at least 2 to rehearse"):
         fast.finetune(ConvNet(), TRAIN, steps=3, batch_size=1, source_inputs=X)
+
+
+class Batches:
+    """An iterable of batches that is no DataLoader."""
+
+    def __iter__(self):
+        return ((X[i : i + 7], Y[i : i + 7]) for i in range(0, 40, 7))
+
+
+@pytest.mark.parametrize(
+    ("data", "labelled"),
+    [
+        (X, False),
+        ((X, Y), True),
+        ([X[:20], X[20:]], False),
+        (X.numpy(), False),
+        ((X.numpy(), Y.numpy()), True),
+        (TensorDataset(X), False),
+        (TensorDataset(X, Y), True),
+        (DataLoader(TensorDataset(X, Y), batch_size=9), True),
+        (Batches(), True),
+    ],
+)
+def test_all_forms_of_source_data_give_the_first_samples(data, labelled):
+    samples = SourceInputs.parse(data, 25)
+    assert samples.size == 25
+    assert torch.equal(samples.inputs, X[:25])
+    assert (samples.labels is not None) == labelled
+    if labelled:
+        assert torch.equal(samples.labels, Y[:25])
+    parts = list(samples.batches(10))
+    assert torch.equal(torch.cat([x for x, _ in parts]), X[:25])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"a": X, "b": X + 1, "y": Y},
+        ({"a": X, "b": X + 1}, Y),
+        DataLoader([{"a": x, "b": x + 1, "y": y} for x, y in zip(X, Y, strict=True)]),
+    ],
+)
+def test_several_inputs_stay_together(data):
+    samples = SourceInputs.parse(data, 25)
+    assert torch.equal(samples.part(3, 5).inputs["b"], X[3:5] + 1)
+    assert torch.equal(samples.part(3, 5).labels, Y[3:5])
+
+
+def test_errors_name_the_data():
+    with pytest.raises(ValueError, match=r"^kept: 7 inputs but 6 labels; give inputs"):
+        SourceInputs.parse([(X[:7], Y[:6])], 25, "kept")
+    with pytest.raises(ValueError, match=r"^kept: 1 sample; give at least 2"):
+        SourceInputs.parse(X[:1], 25, "kept")
+    with pytest.raises(TypeError, match=r"^kept: inputs must be numbers"):
+        SourceInputs.parse(np.array(["a", "b"]), 25, "kept")

@@ -207,14 +207,14 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
 )
 def test_names_of_the_hub(name, monkeypatch):
     asked = []
-    empty = NamedData(name, None, None, ())
+    empty = NamedData(name=name, train=None, val=None, classes=())
     monkeypatch.setattr(sources, "read_hugging_face", lambda *found: asked.append(found) or empty)
     load_data(name)
     assert asked == [(name, None, None)]
 
 
 def test_split_keeps_a_training_sample_of_every_class():
-    split = Split(np.arange(7), np.array([0, 0, 1, 1, 1, 1, 2]))
+    split = Split(inputs=np.arange(7), labels=np.array([0, 0, 1, 1, 1, 1, 2]))
     rest, part = stratified_split(split, 0.1)
     assert sorted(set(rest.labels)) == [0, 1, 2]
     assert sorted([*rest.inputs, *part.inputs]) == list(range(7))
@@ -222,7 +222,7 @@ def test_split_keeps_a_training_sample_of_every_class():
     with pytest.raises(ValueError, match="between 0 and 1"):
         stratified_split(split, 1.0)
     with pytest.raises(ValueError, match="single sample"):
-        stratified_split(Split(np.arange(2), np.array([0, 1])), 0.5)
+        stratified_split(Split(inputs=np.arange(2), labels=np.array([0, 1])), 0.5)
 
 
 class TestHuggingFace:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fast
-from fast.heads import check_num_classes, find_head, task_head
+from fast.data.labels import check_num_classes
+from fast.heads import find_head, task_head
 
 X = torch.randn(16, 8)
 

@@ -129,6 +129,15 @@ def test_two_heads_are_named(library, name, options, x, heads, num_classes):
     assert set(model.state_dict()) == before
 
 
+@pytest.mark.parametrize("head", ["head", "head_dist"])
+def test_two_heads_of_a_distilled_network_are_refused_without_a_sample(head):
+    model = timm_model("deit_tiny_distilled_patch16_224", img_size=32)(6)
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match="has two heads, head, head_dist, which make the logits"):
+        fast.replace_head(model, 3, head=head)
+    assert set(model.state_dict()) == before
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
 def test_a_backbone_of_timm_gets_a_head_of_its_own(name):
     backbone = timm_model(name, **({"img_size": 32} if "vit" in name else {}))(0)

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fast.models.load import load_model
-from fast.models.spec import parse_spec
+from fast.models.load import load_model, parse_spec
 from fast.models.weights import load_weights
 
 NETS = """
@@ -160,7 +159,7 @@ def test_damaged_weights_files(net, tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(other_values(net), path)
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"a\.safetensors: truncated or not"):
+    with pytest.raises(ValueError, match=r"a\.safetensors is truncated or not"):
         load_weights(net, path)
     path = tmp_path / "b.pt"
     torch.save(other_values(net), path)
@@ -230,7 +229,7 @@ def test_libraries_bring_their_input_format(library, name, tmp_path):
         tmp_path / "w.pt",
     )
     loaded = load_model(f"{library}:{name}", tmp_path / "w.pt")
-    assert loaded.mean == (0.485, 0.456, 0.406)
+    assert loaded.preprocessing.mean == (0.485, 0.456, 0.406)
     assert loaded.channels == 3
     with pytest.raises(ValueError, match=rf"{library}:nosuch.*[Uu]nknown model"):
         load_model(f"{library}:nosuch", tmp_path / "w.pt")

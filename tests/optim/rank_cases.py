@@ -1,4 +1,4 @@
-"""Runs on every rank: `python -m rank_cases CASE RANK WORLD FOLDER` (test_interplay_distributed).
+"""Runs on every rank: `python -m rank_cases CASE RANK WORLD FOLDER` (test_distributed).
 
 Each case trains the same network on the same whole batch without sharding beside it, and compares.
 """

@@ -13,6 +13,7 @@ from torch import nn
 import fast.optim
 from fast.optim import SGD, AdamW
 from helpers import assert_no_worse_than_torch
+from optim.cases import batch, flat, network, train
 
 PAIRS = {
     "adamw": (torch.optim.AdamW, AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
@@ -32,31 +33,6 @@ PAIRS = {
     "sgd_nesterov": (torch.optim.SGD, SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
 }
 pairs = pytest.mark.parametrize(("theirs", "ours", "options"), PAIRS.values(), ids=PAIRS)
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 4 * 4, 5)).to(
-        dtype
-    )
-
-
-def batch(model: nn.Module) -> torch.Tensor:
-    dtype = next(model.parameters()).dtype
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(16, 3, 6, 6, generator=generator).to(dtype)
-    return nn.functional.cross_entropy(model(x), torch.arange(16) % 5)
-
-
-def train(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 12) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        batch(model).backward()
-        optimizer.step()
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 @pairs

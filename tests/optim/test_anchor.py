@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import fast
 from fast.optim import SGD, AdamW
-from optim.test_against_torch import batch, flat, network, train
+from optim.cases import batch, flat, network, parameter, train
 
 
 def drift(optimizer: torch.optim.Optimizer) -> float:
@@ -161,61 +162,6 @@ def test_torch_checkpoint_keeps_the_anchors_there_are():
     assert (group["anchor_decay"], group["stall"], group["weight_decay"]) == (0.5, 1, 0.01)
 
 
-def test_stall_skips_completely_and_ramp_rises():
-    p, head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    optimizer = AdamW([{"params": [p], "stall": 2, "ramp": 4}, {"params": [head]}], lr=0.1, eps=0.0)
-    moved = []
-    for _ in range(8):
-        before = p.detach().clone()
-        p.grad, head.grad = torch.ones(3), torch.ones(3)
-        optimizer.step()
-        moved.append((before - p).mean().item())
-    assert moved == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
-    assert optimizer.state[p]["step"] == 6
-    assert optimizer.state[head]["step"] == 8
-
-
-def test_stall_survives_a_checkpoint():
-    runs = []
-    for interrupted in (False, True):
-        p = nn.Parameter(torch.ones(3))
-        make = lambda p=p: AdamW([p], lr=0.1, stall=2, ramp=4)  # noqa: E731
-        optimizer = make()
-        for i in range(6):
-            if interrupted and i == 3:
-                state = optimizer.state_dict()
-                assert type(state["param_groups"][0]["progress"]) is int
-                optimizer = make()
-                optimizer.load_state_dict(state)
-            p.grad = torch.ones(3)
-            optimizer.step()
-        runs.append(p.detach())
-    assert torch.equal(*runs)
-
-
-def test_stalled_parameters_do_not_count_in_the_norms():
-    p, head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))
-    optimizer = AdamW([{"params": [p], "stall": 1}, {"params": [head]}], lr=0.1)
-    p.grad, head.grad = torch.ones(3), torch.ones(4)
-    optimizer.step()
-    assert optimizer.stats()["grad_norm"].item() == pytest.approx(2.0)
-    optimizer.step()
-    assert optimizer.stats()["grad_norm"].item() == pytest.approx(math.sqrt(7))
-
-
-def test_stats_without_an_anchor_or_a_step_are_nan():
-    model = network()
-    optimizer = AdamW(model.parameters())
-    assert all(v.isnan() for v in optimizer.stats().values())
-    train(optimizer, model, 1)
-    stats = optimizer.stats()
-    assert list(stats) == ["grad_norm", "drift", "update_norm", "forgetting"]
-    assert stats["drift"].isnan()
-    assert stats["forgetting"].isnan()
-    norm = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).double().norm()
-    torch.testing.assert_close(stats["grad_norm"], norm, rtol=1e-5, atol=0)
-
-
 def test_clipping_is_that_of_torch():
     weights = []
     for ours in (True, False):
@@ -233,3 +179,23 @@ def test_clipping_is_that_of_torch():
             optimizer.step()
         weights.append(flat(model))
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pull_beyond_all_bounds_is_the_anchor_itself():
+    for anchor_decay, curvature in ((1e3, 1e37), (math.inf, 1.0), (1e38, 1e38)):
+        p = parameter(1.0, 2.0)
+        p.grad = torch.ones(2)
+        options = {"anchor_decay": anchor_decay, "curvature": [torch.full((2,), curvature)]}
+        fast.AdamW([p], lr=0.1, **options).step()
+        torch.testing.assert_close(p.detach(), torch.tensor([1.0, 2.0]))
+
+
+def test_an_anchor_that_its_dtype_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"anchor: a value is too large for torch\.float16"):
+        fast.AdamW([parameter(1e5)], anchor_decay=1.0, anchor_dtype=torch.float16)
+
+
+def test_bad_anchors_are_named():
+    optimizer = fast.AdamW([parameter(1.0)], anchor_decay=1.0)
+    with pytest.raises(ValueError, match=r"anchors\[0\] must be a tensor; got NoneType"):
+        optimizer.set_anchors([None])

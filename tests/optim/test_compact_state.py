@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import fast
 from fast.optim import SGD, AdamW
-from optim.test_against_torch import batch, flat, network, train
+from optim.cases import batch, flat, network, train
 
 COMPACT = {
     "bfloat16": {"state_dtype": torch.bfloat16, "anchor_dtype": torch.bfloat16},
@@ -180,3 +181,22 @@ def test_exact_parameters_that_are_float32_now():
     optimizer.load_state_dict(saved)
     optimizer.step()
     assert all("remainder" not in state for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("began", ["with an anchor", "with a step"])
+def test_exact_bf16_of_a_model_that_became_bf16_later(began):
+    model = nn.Linear(3, 1)
+    decay = 1e-9 if began == "with an anchor" else 0.0
+    optimizer = fast.AdamW(model.parameters(), lr=1e-5, exact_bf16=True, anchor_decay=decay)
+    if began == "with a step":
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    for _ in range(400):
+        model.weight.grad = torch.ones_like(model.weight)
+        model.bias.grad = torch.ones_like(model.bias)
+        optimizer.step()
+    # 400 steps of 1e-5: below half a unit in the last place each, and together above one.
+    assert model.weight.float().max() < 0.9985

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
+import fast
 from fast.optim import SGD, AdamW
-from optim.test_against_torch import flat, network, train
+from optim.cases import flat, network, parameter, train
 
 CLASSES = {"adamw": (AdamW, "exp_avg_sq"), "sgd": (SGD, "momentum_buffer")}
 classes = pytest.mark.parametrize(("cls", "last"), CLASSES.values(), ids=CLASSES)
@@ -169,56 +169,33 @@ def test_a_state_that_never_stepped_starts_its_momentum_undamped(second):
     assert "momentum_buffer" in fresh.state[model[0].weight], "the state itself is not changed"
 
 
-def scaled_steps(device, overflows):
-    """[(progress, how far the weight moved)] of a run with `stall` 2, `ramp` 2."""
-    p = nn.Parameter(torch.ones(3, device=device))
-    optimizer = AdamW([p], lr=0.1, eps=0.0, stall=2, ramp=2)
-    scaler = torch.amp.GradScaler(device, init_scale=2.0**16)
-    seen = []
-    for overflow in overflows:
-        before = p.detach().clone()
-        optimizer.zero_grad()
-        loss = scaler.scale(p.sum())
-        (loss * float("inf") if overflow else loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        progress = optimizer.state_dict()["param_groups"][0]["progress"]
-        seen.append((progress, round((before - p).mean().item(), 5)))
-    return seen
+def foreign_states():
+    def state(make):
+        p = parameter(1.0)
+        optimizer = make([p])
+        p.grad = torch.ones(1)
+        optimizer.step()
+        return optimizer.state_dict()
+
+    adamw = state(torch.optim.AdamW)
+    incomplete = copy.deepcopy(adamw)
+    del incomplete["state"][0]["exp_avg_sq"]
+    return {
+        "SGD's": (state(torch.optim.SGD), "is not one of AdamW: its groups have no betas, eps"),
+        "Adam's": (
+            state(lambda p: torch.optim.Adam(p, weight_decay=0.1)),
+            "whose weight decay goes into the gradient",
+        ),
+        "half a state": (incomplete, "has exp_avg but not all of"),
+        "no state": ({}, "has no 'state'"),
+        "a list": (adamw | {"state": {0: [1]}}, "must be a dict"),
+    }
 
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-    ),
-]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_overflows_use_up_neither_stall_nor_ramp(device):
-    clean = [(1, 0.0), (2, 0.0), (3, 0.05), (4, 0.1)]
-    assert scaled_steps(device, [False] * 4) == clean
-    seen = scaled_steps(device, [True, True, False, True, False, True, False, True, False])
-    assert [row for i, row in enumerate(seen) if i in (2, 4, 6, 8)] == clean
-    assert [seen[i] for i in (0, 1, 3, 5, 7)] == [(0, 0), (0, 0), (1, 0), (2, 0), (3, 0)]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_does_not_wait_for_itself():
-    """With GradScaler and in the ramp: a step waits for the one before it at most."""
-    p = nn.Parameter(torch.ones(3, device="cuda"))
-    optimizer = AdamW([p], lr=0.1, ramp=100)
-    optimizer.found_inf = torch.zeros((), device="cuda")
-    optimizer.grad_scale = torch.ones((), device="cuda")
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    optimizer.step()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000_000)  # about a second of work queued before the step
-    queued = torch.cuda.Event()
-    queued.record()
-    optimizer.step()
-    assert not queued.query()
-    assert optimizer.state_dict()["param_groups"][0]["progress"] == 3
-    assert queued.query()
+@pytest.mark.parametrize("which", ["SGD's", "Adam's", "half a state", "no state", "a list"])
+def test_states_of_others_are_refused_and_change_nothing(which):
+    state, message = foreign_states()[which]
+    optimizer = fast.AdamW([parameter(1.0)], lr=0.5)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5

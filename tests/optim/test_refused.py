@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import fast
-from fast.optim import _dtensor, _state
-from fast.optim._dtensor import Place
+from fast.optim import dtensor, storage
+from fast.optim.dtensor import Place
 from fastkernels import _storage
+from optim.cases import parameter
 
 STATE_DTYPES = [None, torch.bfloat16, torch.uint8]
 
@@ -201,7 +202,7 @@ def test_states_in_the_first_8_bit_code_are_converted():
     state = optimizer.state[p]
     found = _storage.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
     torch.testing.assert_close(found, x, rtol=0.15, atol=0.01)
-    assert optimizer.param_groups[0]["code_format"] == _state.CODE_FORMAT
+    assert optimizer.param_groups[0]["code_format"] == storage.CODE_FORMAT
     plain = stepped(n=9)[1]
     plain.load_state_dict(in_first_format(optimizer, x))
     (state,) = plain.state.values()
@@ -223,32 +224,27 @@ def test_a_clip_coefficient_of_float64_parameters_is_float64(monkeypatch, sharde
     p.grad, q.grad = torch.randn(50, dtype=torch.float64), None
     q.grad = p.grad.clone()
     if sharded:
-        monkeypatch.setattr(_dtensor, "sum_over", lambda groups, values: values)
-        monkeypatch.setattr(_dtensor, "place", lambda t: Place(t.device, ("ranks",)))
-        monkeypatch.setattr(_dtensor, "any_sharded", lambda params: True)
+        monkeypatch.setattr(dtensor, "sum_over", lambda groups, values: values)
+        monkeypatch.setattr(dtensor, "place", lambda t: Place(t.device, ("ranks",)))
+        monkeypatch.setattr(dtensor, "any_sharded", lambda params: True)
     fast.SGD([p], lr=1.0, max_grad_norm=0.3).step()
     torch.nn.utils.clip_grad_norm_([q], 0.3)
     torch.optim.SGD([q], lr=1.0).step()
     torch.testing.assert_close(p, q, rtol=0, atol=1e-15)
 
 
-class Tied(nn.Module):
-    def __init__(self, head_bias: bool) -> None:
-        super().__init__()
-        self.embedding, self.body = nn.Embedding(5, 3), nn.Linear(3, 3)
-        self.head = nn.Linear(3, 5, bias=head_bias)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(self.embedding(x)))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_weight_that_the_head_shares_stays_in_the_backbone_with_its_anchor(bias):
-    model = Tied(bias)
-    groups = {g["name"]: g for g in fast.param_groups(model, anchor_decay=1.0)}
-    assert any(p is model.embedding.weight for p in groups["backbone"]["params"])
-    assert groups["backbone"]["anchor_decay"] == 1.0
-    assert [p is model.head.bias for p in groups.get("head", {"params": []})["params"]] == [
-        True
-    ] * bias
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": None}, "lr must be a number"),
+        ({"lr": "x"}, "lr must be a number"),
+        ({"eps": None}, "eps must be a number"),
+        ({"betas": ("a", 0.9)}, r"betas\[0\] must be a number"),
+        ({"max_grad_norm": "1"}, "max_grad_norm must be a number"),
+        ({"seed": 2**63}, "seed must be an integer in"),
+        ({"curvature": [torch.ones(1).to_sparse()]}, r"curvature\[0\] is torch.sparse"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fast.AdamW([parameter(1.0)], **options)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fast
-from fast.adapt.config import TrainConfig
+from fast.train.config import TrainConfig
 from networks import ConvNet, images
 
 X, Y = images(40, 4)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import fast
 from fast.files import file_hash, read_sealed, write_sealed
-from fast.train.resume import checkpoint
+from fast.models.tensor_files import save_tensors
+from fast.train.measure import Measure
 from fast.train.resume.checkpoint import FORMAT, list_checkpoints
 from networks import ConvNet, images
 
@@ -141,15 +142,15 @@ def test_values_that_no_run_has_written_are_refused(runs, kind):
         resume(runs / "a")
 
 
+AVERAGE = "adaptation.guards.WeightAverage.0"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("average.0"), "lacks average.0"),
-        (
-            lambda t: t.update({"average.0": torch.ones(1)}),
-            r"average.0 is \[1\] torch.float32, and",
-        ),
-        (lambda t: t.update({"average.0": t["average.0"].double()}), "float64, and must be"),
+        (lambda t: t.pop(AVERAGE), f"lacks {AVERAGE}"),
+        (lambda t: t.update({AVERAGE: torch.ones(1)}), rf"{AVERAGE} is \[1\] torch.float32, and"),
+        (lambda t: t.update({AVERAGE: t[AVERAGE].double()}), "float64, and must be"),
         (lambda t: t.pop("best.project.weight"), "lacks best.project.weight"),
     ],
 )
@@ -184,14 +185,12 @@ def test_the_history_is_appended_and_not_part_of_the_state(runs):
 
 
 def test_a_history_that_is_not_finite_comes_back(tmp_path, monkeypatch):
-    from fast.train import trainer
+    record = Measure.record
 
-    record = trainer.Trainer._record
+    def odd(self, *args):
+        return record(self, *args) | {"target_loss": float("inf")}
 
-    def odd(self, step, losses):
-        return record(self, step, losses) | {"target_loss": float("inf")}
-
-    monkeypatch.setattr(trainer.Trainer, "_record", odd)
+    monkeypatch.setattr(Measure, "record", odd)
     whole = fast.finetune(start(), TRAIN, VAL, output=tmp_path, **OPTIONS)
     again = fast.finetune(start(), TRAIN, VAL, resume=tmp_path, **OPTIONS)
     assert again.history == whole.history
@@ -200,4 +199,4 @@ def test_a_history_that_is_not_finite_comes_back(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):
     with pytest.raises(OSError, match=r"nowhere/model.safetensors cannot be written"):
-        checkpoint.save_tensors({"a": torch.ones(1)}, tmp_path / "nowhere" / "model.safetensors")
+        save_tensors({"a": torch.ones(1)}, tmp_path / "nowhere" / "model.safetensors")

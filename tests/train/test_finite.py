@@ -19,17 +19,18 @@ TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
 
 def spoiled(monkeypatch, at, weights_too):
     """The loss of step `at` (0-based) is NaN; or the weights are after it, and the loss is not."""
-    step = trainer.Trainer._step
+    step = trainer.Trainer.step
 
-    def spoiling(self, index, *batch):
-        loss = step(self, index, *batch)
-        if index == at and weights_too:
-            next(iter(self.optimizer.param_groups[0]["params"])).data.fill_(math.nan)
-        elif index == at:
+    def spoiling(self, *batch):
+        loss = step(self, *batch)
+        now = self.adaptation.done - 1 == at
+        if now and weights_too:
+            self.adaptation.params[0].data.fill_(math.nan)
+        elif now:
             loss = loss * math.nan
         return loss
 
-    monkeypatch.setattr(trainer.Trainer, "_step", spoiling)
+    monkeypatch.setattr(trainer.Trainer, "step", spoiling)
 
 
 @pytest.mark.parametrize("weights_too", [False, True])

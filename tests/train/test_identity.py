@@ -67,15 +67,15 @@ def run(model=None, train=(X, Y), at=None, monkeypatch=None, **options):
     model = model or Net()
     if at is None:
         return fast.finetune(model, train, **OPTIONS, **options).model.state_dict()
-    step = trainer.Trainer._step
+    step = trainer.Trainer.step
 
-    def dying(self, index, *batch):
-        if index == at:
+    def dying(self, *batch):
+        if self.adaptation.done == at:
             raise Stopped
-        return step(self, index, *batch)
+        return step(self, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", dying)
+        patch.setattr(trainer.Trainer, "step", dying)
         with pytest.raises(Stopped):
             fast.finetune(model, train, **OPTIONS, **options)
     return None

@@ -41,15 +41,15 @@ def network():
 
 def interrupted(monkeypatch, model, at, *args, **options):
     """Run until step `at` has been taken, then die."""
-    step = trainer.Trainer._step
+    step = trainer.Trainer.step
 
-    def dying(self, index, *batch):
-        if index == at:
+    def dying(self, *batch):
+        if self.adaptation.done == at:
             raise Stopped
-        return step(self, index, *batch)
+        return step(self, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", dying)
+        patch.setattr(trainer.Trainer, "step", dying)
         with pytest.raises(Stopped):
             fast.finetune(model, *args, **options)
 
@@ -379,7 +379,7 @@ def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path, monk
     (tmp_path / ".checkpoint-00000006-x.unfinished" / "model.safetensors").write_text("half")
     state = list_checkpoints(tmp_path)[-1] / "state.json"
     saved = read_sealed(state, checkpoint.FORMAT)
-    saved["record"]["seconds"] += 1000
+    saved["record"]["measure"]["seconds"] += 1000
     state.unlink()
     write_sealed(state, saved)
     resumed = fast.finetune(network(), TRAIN, VAL, resume=tmp_path, **options)

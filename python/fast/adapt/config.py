@@ -1,25 +1,28 @@
-"""Every option of a fine-tuning run in one record; the command line is generated from it."""
+"""The options of an adaptation, checked one by one."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypedDict
 
 from fast.adapt.methods import METHODS
 
 BATCH_NORM_POLICIES = ("frozen", "per_task", "track")
-SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "constant")
 SOURCE_SKILLS = ("auto", "answers", "features")
-# More than these are a slip of the pen: a loss of 20 nats is that of guessing among 10^8 classes.
+# Larger numbers are slips of the pen: a loss of 20 nats is that of guessing among 10^8 classes.
 MOST_NATS, MOST, MOST_SEED = 20.0, 10**7, 2**63 - 1
+NEW, KEEP = "new", "keep"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """What may be lost: nats of source loss, or points of source accuracy (0..1)."""
 
@@ -44,159 +47,138 @@ class Budget:
                 "forget_budget must be nats of source loss (0.1) or points of source accuracy "
                 f"('2%'), more than zero, and less than {MOST_NATS:g} nats or 100%; got {value!r}"
             )
-        return cls(amount, points)
+        return cls(amount=amount, points=points)
 
     def __str__(self) -> str:
         return f"{100 * self.amount:g} %" if self.points else f"{self.amount:g} nats"
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] | None = None,
+    least: int | None = None,
+    positive: bool = False,
+    place: bool = False,
+) -> Any:
+    """A field of an options record.
+
+    Args:
+        least: 0 or 1, the smallest value.
+        positive: values must be more than 0.
+        place: it says where or how a run is shown, not what it computes, and may differ on resume.
+    """
+    choices = None if choices is None else tuple(choices)
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "least": least,
+            "positive": positive,
+            "place": place,
+        },
+    )
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Options of `fast.finetune`. `None` means: the method's own default (`fast.adapt.methods`).
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Options of `fast.Adaptation`. `None` stands for the method's own default (`METHODS`).
 
     Raises:
         ValueError: an option is out of range; the message names it.
     """
 
-    method: str = _option("fast", "how to adapt", tuple(METHODS))
-    steps: int | None = _option(None, "optimizer steps (default: from --epochs)")
-    epochs: int | None = _option(
-        None, "passes over the training data (default: 3, and at least 100 steps)"
+    method: str = option("fast", "how to adapt", choices=METHODS)
+    steps: int | None = option(None, "optimizer steps (default: from --epochs)", least=1)
+    epochs: int | None = option(
+        None, "passes over the training data (default: 3, and at least 100 steps)", least=1
     )
-    batch_size: int = _option(64, "samples per optimizer step")
-    lr: float | None = _option(
-        None,
-        "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3)",
+    batch_size: int = option(64, "samples per optimizer step", least=1)
+    lr: float | None = option(
+        None, "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3)", positive=True
     )
-    eval_every: int | None = _option(
-        None, "optimizer steps between evaluations (default: 1/10 run)"
-    )
-    seed: int = _option(0, "seed of head, data order and augmentation")
+    seed: int = option(0, "seed of head, data order and augmentation", least=0)
 
-    head: str | None = _option(
-        None, "name of the layer that makes the logits (default: found by running the network)"
-    )
-    max_entropy: bool | None = _option(
+    head: str | None = option(
         None,
-        "head of zeros on normalised features, else a random one (default: the method's)",
+        "'new' (the default) replaces the layer that makes the logits, 'keep' goes on with it; "
+        "or the name of that layer, where running the network does not find it",
     )
-    head_lr_scale: float | None = _option(
-        None, "head's lr as a multiple of lr (default: the method's)"
+    max_entropy: bool | None = option(
+        None, "head of zeros on normalised features, else a random one (default: the method's)"
     )
-    anchor_decay: float | None = _option(
-        None, "pull towards the pretrained weights, times lr (default: the method's)"
+    head_lr_scale: float | None = option(
+        None, "head's lr as a multiple of lr (default: the method's)", positive=True
     )
-    weight_decay: float = _option(0.0, "decoupled weight decay, times lr")
-    distill: float | None = _option(
-        None, "weight of staying with the source head's answers on target inputs"
+    anchor_decay: float | None = option(
+        None, "pull towards the pretrained weights, times lr (default: the method's)", least=0
     )
-    forget_budget: str | float | None = _option(
+    weight_decay: float = option(0.0, "decoupled weight decay, times lr", least=0)
+    distill: float | None = option(
+        None, "weight of staying with the source head's answers on target inputs", least=0
+    )
+    forget_budget: str | float | None = option(
         None, "what may be lost: nats of source loss (0.1) or points of accuracy (2%)"
     )
-    source_skill: str = _option(
+    source_skill: str = option(
         "auto",
         "what must not be forgotten: the source head's answers, or how features lie to each other",
-        SOURCE_SKILLS,
+        choices=SOURCE_SKILLS,
     )
-    stall: int | None = _option(None, "steps before the backbone moves (default: the method's)")
-    ramp: int | None = _option(
-        None, "steps over which the backbone's lr then rises (default: the method's)"
+    stall: int | None = option(
+        None, "steps before the backbone moves (default: the method's)", least=0
     )
-    head_steps: int | None = _option(
-        None, "steps of the head alone on features computed beforehand (default: the method's)"
+    ramp: int | None = option(
+        None, "steps over which the backbone's lr then rises (default: the method's)", least=0
     )
-    rehearse: float | None = _option(
+    head_steps: int | None = option(
+        None,
+        "steps of the head alone on features computed beforehand (default: the method's)",
+        least=0,
+    )
+    rehearse: float | None = option(
         None,
         "weight of keeping the features of source inputs, or without them of the target's own "
         "(default: the method's)",
+        least=0,
     )
-    average: int | None = _option(
-        None, "steps over which the weights are averaged; 0 keeps the last (default: the method's)"
+    average: int | None = option(
+        None,
+        "steps over which the weights are averaged; 0 keeps the last (default: the method's)",
+        least=0,
     )
-    probe_steps: int | None = _option(
-        None, "lp-ft: steps of linear probing (default: 1/6 of the run)"
+    probe_steps: int | None = option(
+        None, "lp-ft: steps of linear probing (default: 1/6 of the run)", least=0
     )
-    batch_norm: str | None = _option(
+    batch_norm: str | None = option(
         None,
         "what backbone batch norm does (default: per_task where features are rehearsed, else "
         "frozen)",
-        BATCH_NORM_POLICIES,
+        choices=BATCH_NORM_POLICIES,
     )
 
-    optimizer: str = _option("adamw", "update rule", OPTIMIZERS)
-    schedule: str = _option("cosine", "learning-rate schedule", SCHEDULES)
-    warmup: int = _option(0, "steps of linear warm-up")
-    grad_accum_steps: int = _option(1, "micro-batches per optimizer step")
-    max_grad_norm: float | None = _option(None, "clip the global gradient norm to this")
-    precision: str = _option("auto", "arithmetic of the forward pass", PRECISIONS)
-    label_smoothing: float = _option(0.0, "label smoothing of the cross-entropy")
-    class_weights: str | tuple[float, ...] | None = _option(
-        None, "'balanced', or one weight per class"
+    optimizer: str = option("adamw", "update rule", choices=OPTIMIZERS)
+    schedule: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
+    warmup: int = option(0, "steps of linear warm-up", least=0)
+    grad_accum_steps: int = option(1, "micro-batches per optimizer step", least=1)
+    max_grad_norm: float | None = option(
+        None, "clip the global gradient norm to this", positive=True
     )
-    patience: int | None = _option(None, "stop after this many evaluations without a better val")
-
-    device: str | None = _option(
-        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)"
-    )
-    output: str | None = _option(None, "folder for model, checkpoints, config and log")
-    save_every: int | None = _option(None, "steps between checkpoints (default: at evaluations)")
-    resume: str | None = _option(None, "folder of an interrupted run to go on with")
-    progress: bool | None = _option(None, "progress bar (default: when stderr is a terminal)")
 
     def __post_init__(self) -> None:
-        self._make_plain()
+        types = field_types(type(self))
         for f in dataclasses.fields(self):
+            value = self._plain(f.name, getattr(self, f.name), types[f.name])
+            object.__setattr__(self, f.name, value)  # the record is frozen
             choices = f.metadata["choices"]
-            value = getattr(self, f.name)
             if choices and value not in choices and (value is not None or f.default is not None):
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
-        positive = (
-            "batch_size",
-            "grad_accum_steps",
-            "steps",
-            "epochs",
-            "eval_every",
-            "save_every",
-            "patience",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        not_negative = (
-            "seed",
-            "anchor_decay",
-            "distill",
-            "weight_decay",
-            "stall",
-            "ramp",
-            "warmup",
-            "head_steps",
-            "rehearse",
-            "average",
-            "probe_steps",
-        )
-        for name in not_negative:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                wrong = "must not be negative" if value < 0 else "must be finite"
-                raise ValueError(f"{name} {wrong}; got {value}")
-        for name in ("lr", "head_lr_scale", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive; got {value}")
+        for f in dataclasses.fields(self):
+            _check_range(f.name, getattr(self, f.name), f.metadata)
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
-            if self.patience is not None:
-                raise ValueError(
-                    "patience goes back to weights that forget_budget has not checked: drop one"
-                )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.batch_size % self.grad_accum_steps:
@@ -205,35 +187,95 @@ class TrainConfig:
                 f"({self.grad_accum_steps}): every micro-batch has the same size"
             )
 
-    def _make_plain(self) -> None:
-        """Paths, devices, numpy's numbers and tensors of weights as JSON has them.
+    @property
+    def budget(self) -> Budget | None:
+        """`forget_budget`, parsed."""
+        return None if self.forget_budget is None else Budget.parse(self.forget_budget)
 
-        A run is then what its saved options say, and can be compared with them.
-        """
-        plain: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), str(f.type)
-            if value is None:
-                continue
-            if f.name in ("output", "resume", "device"):
-                plain[f.name] = str(value)
-            elif kind.startswith("int"):
-                if isinstance(value, bool) or not isinstance(value, Integral):
-                    raise ValueError(f"{f.name} must be a whole number; got {value!r}")
-                most = MOST_SEED if f.name == "seed" else MOST
-                if int(value) > most:
-                    raise ValueError(f"{f.name} must be at most {most}; got {value}")
-                plain[f.name] = int(value)
-            elif kind.startswith("float"):
-                if isinstance(value, bool) or not isinstance(value, Real):
-                    raise ValueError(f"{f.name} must be a number; got {value!r}")
-                plain[f.name] = float(value)
-            elif f.name == "class_weights" and not isinstance(value, str):
-                try:
-                    plain[f.name] = tuple(float(weight) for weight in value)
-                except (TypeError, ValueError) as error:
-                    raise ValueError(
-                        f"class_weights must be 'balanced' or one weight per class; got {value!r}"
-                    ) from error
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)  # the record is frozen
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the network goes on with its own head, and its own task."""
+        return self.head == KEEP
+
+    @property
+    def head_name(self) -> str | None:
+        """The name of the layer that makes the logits, where the user gave it."""
+        return None if self.head in (NEW, KEEP) else self.head
+
+    @classmethod
+    def places(cls) -> set[str]:
+        """Names of the options that say where or how a run is shown."""
+        return {f.name for f in dataclasses.fields(cls) if f.metadata["place"]}
+
+    def computed(self) -> dict[str, Any]:
+        """The options that decide what is computed, as JSON has them."""
+        options = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in options.items() if name not in self.places()}
+
+    def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+        """The value as JSON has it: numpy's numbers become Python's."""
+        if value is None or str in kinds:
+            return value
+        if int in kinds:
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} must be a whole number; got {value!r}")
+            most = MOST_SEED if name == "seed" else MOST
+            if int(value) > most:
+                raise ValueError(f"{name} must be at most {most}; got {value}")
+            return int(value)
+        if float in kinds:
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number; got {value!r}")
+            return float(value)
+        return value
+
+
+class AdaptOptions(TypedDict, total=False):
+    """The fields of `AdaptConfig` as keyword arguments, for type checkers."""
+
+    method: str
+    steps: int | None
+    epochs: int | None
+    batch_size: int
+    lr: float | None
+    seed: int
+    head: str | None
+    max_entropy: bool | None
+    head_lr_scale: float | None
+    anchor_decay: float | None
+    weight_decay: float
+    distill: float | None
+    forget_budget: str | float | None
+    source_skill: str
+    stall: int | None
+    ramp: int | None
+    head_steps: int | None
+    rehearse: float | None
+    average: int | None
+    probe_steps: int | None
+    batch_norm: str | None
+    schedule: str
+    warmup: int
+    grad_accum_steps: int
+    max_grad_norm: float | None
+
+
+def field_types(record: type) -> dict[str, tuple[type, ...]]:
+    """The types that each field of an options record takes, `None` left out."""
+    types = {}
+    for name, hint in typing.get_type_hints(record).items():
+        members = typing.get_args(hint) or (hint,)
+        types[name] = tuple(m for m in members if m is not type(None))
+    return types
+
+
+def _check_range(name: str, value: Any, bounds: Any) -> None:
+    if value is None:
+        return
+    if bounds["least"] == 1 and value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    if bounds["least"] == 0 and not 0 <= value < math.inf:
+        wrong = "must not be negative" if value < 0 else "must be finite"
+        raise ValueError(f"{name} {wrong}; got {value}")
+    if bounds["positive"] and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive; got {value}")

@@ -70,6 +70,10 @@ class Loss:
     def __init__(self, weights: Tensor | None, smoothing: float) -> None:
         self.weights, self.smoothing = weights, smoothing
 
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over a batch: logits `[B, C]`, labels `[B]`."""
+        return self.part(logits, labels, self.denominator(labels))
+
     def denominator(self, labels: Tensor) -> Tensor | int:
         """What the mean over a whole batch divides by."""
         if self.weights is None:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import Field, field, fields
 from typing import Any, NoReturn, TypeVar
 
+from fast.adapt.config import field_types
 from fast.cli.values import at_least_one, class_weights, folder_name, names, share, whole_numbers
 from fast.errors import did_you_mean
-from fast.records import field_types
 
 Record = TypeVar("Record")
 # Fields of `TrainConfig` whose text is not read by their type alone.
@@ -108,7 +108,7 @@ def _options(
     record: type, title: str = "", without: Iterable[str] = ()
 ) -> Iterator[tuple[str, Any, Field[Any]]]:
     """Group, type and field of each option, those of the record itself first."""
-    types = field_types(record)
+    types = {name: kinds[0] for name, kinds in field_types(record).items()}
     named = [f for f in fields(record) if f.name not in without]  # type: ignore[arg-type]
     for f in named:
         if not is_part(f):
@@ -142,7 +142,7 @@ def build(record: type[Record], options: dict[str, Any]) -> Record:
     for f in fields(record):  # type: ignore[arg-type]
         if is_part(f):
             inner = {k: v for k, v in options.items() if k not in f.metadata["without"]}
-            arguments[f.name] = build(field_types(record)[f.name], inner)
+            arguments[f.name] = build(field_types(record)[f.name][0], inner)
         elif f.name in options:
             arguments[f.name] = options[f.name]
     return record(**arguments)

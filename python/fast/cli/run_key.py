@@ -14,8 +14,8 @@ import torch
 
 import fast
 import fastkernels
-from fast.adapt.config import TrainConfig
 from fast.cli.spec.task import TaskSpec
+from fast.train.config import TrainConfig
 from fast.train.device import pick_device
 
 # They take no part in a run.

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from fast.data.trees import leaves
 
-# Enough to see in which units images are.
+# So many images show in which units all of them are.
 FEW = 64
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
-    """Tensors as they are; arrays, pandas tables and lists in torch's default precision where they
-    are float64, in int64 where they are unsigned.
+    """Values as a tensor.
+
+    Tensors stay as they are. Float64 arrays, pandas tables and lists take torch's default
+    precision, unsigned integers become int64.
 
     Raises:
-        TypeError: what came cannot be a tensor of real numbers (strings, ragged lists).
+        TypeError: the values are no real numbers, or rows differ in length.
     """
-    given = values
-    if hasattr(values, "to_numpy"):  # by position: an index says nothing
+    original = values
+    if hasattr(values, "to_numpy"):  # in the order of rows; a table's index does not count
         values = values.to_numpy()
     elif not isinstance(values, (Tensor, np.ndarray, list, tuple)) and hasattr(values, "__len__"):
         values = list(values)
@@ -35,7 +37,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{name} must be numbers, as a tensor or array; got {_what(given, values)}"
+            f"{name} must be numbers, as a tensor or array; got {_what(original, values)}"
         ) from error
     if tensor.is_complex():
         raise TypeError(f"{name} must be real numbers; got {tensor.dtype}: give two real columns")
@@ -47,8 +49,8 @@ def as_tensor(values: Any, name: str) -> Tensor:
 def warn_unscaled(inputs: Any, name: str) -> None:
     """Warn where float images `[N, ...]` are in 0..255: no network was trained on those."""
     for x in leaves(inputs):
-        plain = x.layout == torch.strided and not x.is_meta
-        if not plain or x.dim() < 3 or not x.is_floating_point() or not x.numel():
+        dense = x.layout == torch.strided and not x.is_meta
+        if not dense or x.dim() < 3 or not x.is_floating_point() or not x.numel():
             continue
         few = x[:FEW]
         low, high = few.min(), few.max()
@@ -60,11 +62,11 @@ def warn_unscaled(inputs: Any, name: str) -> None:
             )
 
 
-def _what(given: Any, values: Any) -> str:
+def _what(original: Any, values: Any) -> str:
     if isinstance(values, np.ndarray):
         kind = str(values.dtype)
         if values.dtype == object and values.size:
             kind = type(values.flat[0]).__name__
     else:
         kind = type(values[0]).__name__ if len(values) else "nothing"
-    return f"{type(given).__name__} of {kind}"
+    return f"{type(original).__name__} of {kind}"

@@ -1,38 +1,38 @@
-"""The user's transform of training batches: what it returns is checked where it is first called."""
+"""Apply the user's transform of training batches, and check what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fast.data.dataset import Transform, length, move
-from fast.data.trees import kind, leaves, taking
-from fast.heads import evaluating, forward_logits, pick
+from fast.data.trees import kind, leaves, length
+
+Transform = Callable[[Any], Any]
 
 
 class Augmentation:
-    """`transform`, or nothing where it is None.
+    """A transform of training batches.
 
     Args:
-        transform: of a batch of inputs, on the CPU.
-        model: takes what it returns.
+        transform: takes and returns a batch of inputs, on the CPU; None changes nothing.
+        check: raises where the network does not take its argument; called for the first batch.
     """
 
-    def __init__(self, transform: Transform | None, model: nn.Module) -> None:
-        self.transform, self.model = transform, model
-        self._tried = False
+    def __init__(self, transform: Transform | None, check: Callable[[Any], None]) -> None:
+        self.transform = transform
+        self._check: Callable[[Any], None] | None = check
 
     def __call__(self, inputs: Any, size: int) -> Any:
-        """The batch as it is trained on.
+        """The batch as the network is trained on it.
 
         Args:
-            size: samples of the batch.
+            size: samples in the batch.
 
         Raises:
-            TypeError, ValueError: it is no batch of as many inputs, or not what the network takes.
+            TypeError, ValueError: the transform returned no batch of as many inputs, or one that
+                the network does not take.
         """
         if self.transform is None:
             return inputs
@@ -44,13 +44,7 @@ class Augmentation:
             )
         if length(inputs) != size:
             raise ValueError(f"transform made {length(inputs)} inputs of {size}; it must keep them")
-        if not self._tried:
-            self._try(inputs)
-            self._tried = True
+        if self._check is not None:
+            self._check(inputs)
+            self._check = None
         return inputs
-
-    @torch.no_grad()
-    def _try(self, inputs: Any) -> None:
-        device = next(self.model.parameters()).device
-        with taking("transform", inputs, self.model), evaluating(self.model):
-            forward_logits(self.model, move(pick(inputs, slice(2)), device))

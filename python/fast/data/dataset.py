@@ -1,48 +1,34 @@
-"""Training and evaluation batches from tensors, Datasets and DataLoaders, in an order that can
-resume."""
+"""The data of a run, whether they are tensors, a Dataset or a DataLoader."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from fast.curvature.card.answers import LABEL_KEYS
 from fast.data.arrays import as_tensor, warn_unscaled
-from fast.data.generators import find_generators, held, reseed
 from fast.data.labels import check_labels, count_classes
-from fast.data.reachable import GENERATORS
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
-from fast.data.seeding import seeded
-from fast.data.trees import kind, leaves, shapes
+from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, split_labels
 from fast.errors import first_line, printable, some
-from fast.heads import pick
 
 
 def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
     """(inputs, labels) of a batch: a pair, a longer tuple that ends in labels, or a mapping.
 
     Raises:
-        TypeError: no labels in it; the message says what came.
+        TypeError: the batch has no labels; the message says what came.
     """
     if isinstance(batch, Mapping):
-        for key in LABEL_KEYS:
-            if key in batch:
-                return {k: v for k, v in batch.items() if k != key}, torch.as_tensor(batch[key])
+        named, labels = split_labels(batch)
+        if labels is not None:
+            return named, torch.as_tensor(labels)
         raise TypeError(
             f"{name}: a batch is a mapping without labels (keys: {', '.join(map(str, batch))}); "
             f"call them one of {', '.join(LABEL_KEYS)}"
@@ -52,41 +38,24 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
         try:
             return inputs, torch.as_tensor(batch[-1])
         except (TypeError, ValueError, RuntimeError) as error:
+            last = batch[-1]
+            last = last[0] if isinstance(last, (list, tuple)) and last else last
             raise TypeError(
-                f"{name}: a sample ends in {_first_kind(batch[-1])}, where its label is expected; "
+                f"{name}: a sample ends in {kind(last)}, where its label is expected; "
                 "give (inputs, label), or several inputs and then the label"
             ) from error
     raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {kind(batch)}")
 
 
-def _first_kind(values: Any) -> str:
-    """What the first of a batch is."""
-    return kind(values[0]) if isinstance(values, (list, tuple)) and values else kind(values)
-
-
-def move(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Mapping):
-        return {k: move(v, device) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(move(v, device) for v in inputs)
-    return inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
-
-
-def length(inputs: Any) -> int:
-    """Number of rows of a tensor, or of the first tensor in a tuple or mapping."""
-    first = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), None)
-    return len(inputs) if isinstance(inputs, Tensor) else len(cast(Sized, first))
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Data:
-    """One data set, whatever it came as; made by `as_data`.
+    """A data set: either inputs and labels in memory, or a Dataset, or a DataLoader; see `as_data`.
 
     Attributes:
         name: for messages: train, val or source.
-        inputs, labels: in memory; else None.
-        dataset: a map-style `Dataset`; else None.
-        loader: the user's `DataLoader`; else None.
+        inputs, labels: all samples and their labels `[N]`, where they are in memory.
+        dataset: a map-style Dataset.
+        loader: a DataLoader.
     """
 
     name: str
@@ -106,7 +75,7 @@ class Data:
         return self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
 
     def recorded_targets(self) -> Any:
-        """The labels that a data set keeps beside its samples, or None."""
+        """The labels that a data set records beside its samples, or None."""
         try:
             return recorded_labels(self._source)
         except Exception as error:
@@ -116,12 +85,11 @@ class Data:
             ) from error
 
     def batch_at(self, index: Tensor) -> tuple[Any, Tensor]:
-        """Inputs and labels of these rows (in memory or map-style only)."""
+        """Inputs and labels of these samples `[B]`; not of a DataLoader's."""
         if self.labels is not None:
             return pick(self.inputs, index), self.labels[index]
-        return split_batch(
-            self._collated([(i, self._sample(i)) for i in index.tolist()]), self.name
-        )
+        samples = [(i, self._sample(i)) for i in index.tolist()]
+        return split_batch(self._collated(samples), self.name)
 
     def _sample(self, i: int) -> Any:
         try:
@@ -150,7 +118,7 @@ class Data:
     def eval_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
         """Every sample once, in order."""
         if self.loader is not None:
-            for batch in _from_loader(iter(self.loader), self.name):
+            for batch in read_loader(self.loader, self.name):
                 yield split_batch(batch, self.name)
             return
         n = cast(int, self.num_samples)
@@ -158,11 +126,11 @@ class Data:
             yield self.batch_at(torch.arange(start, min(start + batch_size, n)))
 
     def infer_num_classes(self) -> int:
-        """Number of classes, from the labels or from the data set's own record of them.
+        """Number of classes, by the labels or by what the data set records.
 
         Raises:
-            ValueError: it cannot be told without reading everything; pass num_classes. Or labels
-                that are no class indices.
+            ValueError: only reading all samples could tell (pass num_classes), or labels are no
+                class indices.
         """
         labels = self.labels
         if labels is None:
@@ -188,11 +156,15 @@ class Data:
         return count
 
 
-def as_data(data: Any, name: str) -> Data:
+def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
     """Accept (x, y) tensors (x may be a mapping or tuple), a Dataset, or a DataLoader.
 
+    Args:
+        any_labels: whether labels need not be class indices.
+
     Raises:
-        TypeError: something else; ValueError: empty, or lengths that differ.
+        TypeError: `data` is something else.
+        ValueError: there are no samples, or not as many labels as inputs.
     """
     if isinstance(data, Data):
         return data
@@ -201,25 +173,13 @@ def as_data(data: Any, name: str) -> Data:
             raise TypeError(f"{name}: the DataLoader reads an IterableDataset; use a map-style one")
         if not len(data):
             raise ValueError(f"{name}: the DataLoader gives no batches")
-        return Data(name, loader=data)
+        return Data(name=name, loader=data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs, labels = data
-        labels = as_tensor(labels, f"{name}: labels")
-        if not isinstance(inputs, (Mapping, tuple, list)):
-            inputs = as_tensor(inputs, f"{name}: inputs")
-        counts = [len(x) for x in leaves(inputs)]
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"{name}: inputs differ in their number of samples: {', '.join(map(str, counts))}"
-            )
-        count = length(inputs)
-        if count != len(labels):
-            raise ValueError(f"{name}: {count} inputs but {len(labels)} labels")
-        if not len(labels):
-            raise ValueError(f"{name}: no samples")
+        in_memory = _in_memory(inputs, labels, name, any_labels)
         if name == "train":
-            warn_unscaled(inputs, name)
-        return Data(name, inputs=inputs, labels=check_labels(labels, None, name))
+            warn_unscaled(in_memory.inputs, name)
+        return in_memory
     dataset = map_style(data, name)
     if dataset is None:
         raise TypeError(
@@ -231,14 +191,32 @@ def as_data(data: Any, name: str) -> Data:
         raise ValueError(f"{name}: the data set is empty")
     if name == "train" and isinstance(dataset, TensorDataset):
         warn_unscaled(dataset.tensors[0], name)
-    return Data(name, dataset=dataset)
+    return Data(name=name, dataset=dataset)
+
+
+def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
+    labels = as_tensor(labels, f"{name}: labels")
+    if not isinstance(inputs, (Mapping, tuple, list)):
+        inputs = as_tensor(inputs, f"{name}: inputs")
+    counts = [len(x) for x in leaves(inputs)]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"{name}: inputs differ in their number of samples: {', '.join(map(str, counts))}"
+        )
+    if length(inputs) != len(labels):
+        raise ValueError(f"{name}: {length(inputs)} inputs but {len(labels)} labels")
+    if not len(labels):
+        raise ValueError(f"{name}: no samples")
+    if not any_labels:
+        labels = check_labels(labels, None, name)
+    return Data(name=name, inputs=inputs, labels=labels)
 
 
 def map_style(data: Any, name: str) -> Any:
-    """A data set with `len` and samples by number, of torch or of another library; None where
-    `data` is something else.
+    """`data` where it is a data set with `len` and samples by number, of torch or of another
+    library; else None.
 
-    A table of the `datasets` library gives tensors, as `with_format("torch")` does.
+    Tables of the `datasets` library return tensors, as `with_format("torch")` makes them do.
 
     Raises:
         TypeError: a column of the table holds texts or pictures.
@@ -261,15 +239,20 @@ def map_style(data: Any, name: str) -> Any:
 
 
 def _numeric(feature: Any) -> bool:
-    """Of a column of the `datasets` library: numbers, or lists of them."""
+    """Whether a column of a table holds numbers, or lists of them."""
     inner = getattr(feature, "feature", None)
     if inner is not None:
         return _numeric(inner)
     return getattr(feature, "dtype", "").startswith(("int", "uint", "float", "bool"))
 
 
-def _from_loader(batches: Iterator[Any], name: str) -> Iterator[Any]:
-    """Batches of a DataLoader; what its data set raises names the data."""
+def read_loader(loader: DataLoader[Any], name: str) -> Iterator[Any]:
+    """The batches of a DataLoader.
+
+    Raises:
+        ValueError: the loader raised something; the message names the data.
+    """
+    batches = iter(loader)
     while True:
         try:
             batch = next(batches)
@@ -277,119 +260,8 @@ def _from_loader(batches: Iterator[Any], name: str) -> Iterator[Any]:
             return
         except Exception as error:
             raise ValueError(
-                f"{name}: the DataLoader raised {type(error).__name__}: {_last_line(error)}"
+                # A worker's error ends with what went wrong, after its traceback.
+                f"{name}: the DataLoader raised {type(error).__name__}: "
+                + (str(error).strip().splitlines() or [""])[-1]
             ) from error
         yield batch
-
-
-def _last_line(error: Exception) -> str:
-    """A worker's error ends with what went wrong, after its traceback."""
-    return (str(error).strip().splitlines() or [""])[-1]
-
-
-class TrainBatches:
-    """The endless stream of training batches; batch `step` depends on the seed and on `step` alone.
-
-    Every batch is full, and every epoch uses every sample: the shuffled epochs follow each other
-    without a seam, so one batch may hold the end of an epoch and the beginning of the next. A
-    user's DataLoader keeps its own batches; its shuffling is made repeatable by seeding torch with
-    (seed, epoch) as it starts, and the generators that it and its samplers have of their own;
-    resuming reads and drops what was used.
-
-    Attributes:
-        batch_size: samples of a batch, at most as many as there are; of a loader what it says.
-        given_size: of a loader's own batches.
-        steps_per_epoch: batches until every sample was used.
-    """
-
-    def __init__(self, data: Data, batch_size: int, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.given_size: int | None = None
-        if data.loader is not None:
-            self.steps_per_epoch = len(data.loader)
-            made = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
-            if not isinstance(made, int):  # a sampler of the user's: the first batch tells
-                made = len(next(self._loader_batches(data.loader, 0))[1])
-            self.batch_size = self.given_size = made
-        else:
-            self.batch_size = min(batch_size, cast(int, data.num_samples))
-            self.steps_per_epoch = self.steps_for(1)
-
-    def steps_for(self, epochs: int) -> int:
-        """Batches that use every sample `epochs` times."""
-        if self.data.loader is not None:
-            return epochs * self.steps_per_epoch
-        return math.ceil(epochs * cast(int, self.data.num_samples) / self.batch_size)
-
-    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader)."""
-        if self.data.loader is not None:
-            yield from self._loader_batches(self.data.loader, step)
-        epoch, first = divmod(step * self.batch_size, cast(int, self.data.num_samples))
-        rows = self._order(epoch)[first:]
-        while True:
-            while len(rows) < self.batch_size:
-                epoch += 1
-                rows = torch.cat([rows, self._order(epoch)])
-            index, rows = rows[: self.batch_size], rows[self.batch_size :]
-            yield *self.data.batch_at(index), index
-
-    def once(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """The samples of the first epoch, each once: what `from_step` gives, the last part cut."""
-        if self.data.loader is not None:
-            yield from itertools.islice(self.from_step(0), self.steps_per_epoch)
-            return
-        for index in self._order(0).split(self.batch_size):
-            yield *self.data.batch_at(index), index
-
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self._seed_of(epoch))
-        return torch.randperm(cast(int, self.data.num_samples), generator=generator)
-
-    def _seed_of(self, epoch: int) -> int:
-        # Hashed: torch's CPU generator takes 64 bits of seed and uses the lower 32.
-        return int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
-
-    def _loader_batches(
-        self, loader: DataLoader[Any], step: int
-    ) -> Iterator[tuple[Any, Tensor, None]]:
-        epoch, skip = divmod(step, self.steps_per_epoch)
-        while True:
-            for batch in self._loader_epoch(loader, self._seed_of(epoch), skip):
-                yield *split_batch(batch, self.data.name), None
-            epoch, skip = epoch + 1, 0
-
-    def _loader_epoch(self, loader: DataLoader[Any], seed: int, skip: int) -> Iterator[Any]:
-        # The sampler draws its seed with the first batch. Neither that nor reading again what was
-        # used may move the generators of the run: a resumed run has restored them already.
-        own = find_generators(loader=loader).values() if skip else []
-        with seeded(seed), held(own):
-            for owner in _sampling(loader):
-                for value in vars(owner).values():
-                    if isinstance(value, GENERATORS):
-                        reseed(value, seed)
-            iterator = _from_loader(iter(loader), self.data.name)
-            first = next(iterator)
-            for _ in range(skip - 1):
-                next(iterator)
-        if skip == 0:
-            yield first
-        yield from iterator
-
-
-def _sampling(loader: DataLoader[Any]) -> list[Any]:
-    """All that has a say in which samples a loader gives: itself, its samplers, and theirs."""
-    found: list[Any] = [loader]
-    for owner in found:
-        for name in ("sampler", "batch_sampler"):
-            inner = getattr(owner, name, None)
-            if (
-                inner is not None
-                and hasattr(inner, "__dict__")
-                and all(inner is not o for o in found)
-            ):
-                found.append(inner)
-    return found
-
-
-Transform = Callable[[Any], Any]

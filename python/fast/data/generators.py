@@ -1,11 +1,11 @@
-"""Random generators: their states as JSON, those of the process and those that data hold."""
+"""Random generators: find those that data hold, seed them, save their states as JSON."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ MT19937_WORDS, PHILOX_BUFFER = 624, 4
 
 
 def find_generators(**roots: Any) -> dict[str, Generator]:
-    """Generators that can be reached from data, a transform or a network, by a path to each."""
+    """Path -> generator, for all that can be reached from data, a transform or a network."""
     return {
         path: value
         for path, value in reachable(**roots)
@@ -39,8 +39,8 @@ def set_state(generator: Generator, state: Any) -> None:
     """Put a generator into a state.
 
     Raises:
-        ValueError, TypeError, KeyError: not the state of such a generator. numpy itself would read
-            beyond its memory at a position that is out of range.
+        ValueError, TypeError, KeyError: this is no state of such a generator. numpy itself would
+            read beyond its memory at a position that is out of range.
     """
     value = _restored(state)
     if isinstance(generator, torch.Generator):
@@ -66,8 +66,21 @@ def reseed(generator: Generator, seed: int) -> None:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and `random`, and restore their states after the block.
+
+    Data sets that augment draw from any of the three.
+    """
+    with held(_of_process().values()):
+        torch.manual_seed(seed)  # GPUs that are first used in the block, too
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
+
+
+@contextmanager
 def held(generators: Iterable[Generator]) -> Iterator[None]:
-    """Outside of the block the generators go on as if nothing had happened in it."""
+    """Restore the states of these generators after the block."""
     states = [(g, state_of(g)) for g in generators]
     try:
         yield
@@ -77,25 +90,28 @@ def held(generators: Iterable[Generator]) -> Iterator[None]:
 
 
 def process_generators() -> dict[str, Any]:
-    """States of the process-wide generators: torch's on each device, numpy's and `random`'s."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": _plain(torch.get_rng_state().numpy()),
-        "cuda": [_plain(state.numpy()) for state in cuda],
-        "numpy": _plain(np.random.get_state(legacy=False)),
-        "python": _plain(random.getstate()),
-    }
+    """The states of the process-wide generators: torch's on each device, numpy's and `random`'s."""
+    return {name: state_of(generator) for name, generator in _of_process().items()}
 
 
 def set_process_generators(states: dict[str, Any]) -> None:
-    """Raises ValueError, TypeError, KeyError: these are no states."""
-    torch.set_rng_state(torch.from_numpy(_restored(states["torch"])))
-    for i, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
-        torch.cuda.set_rng_state(torch.from_numpy(_restored(state)), i)
-    legacy = _restored(states["numpy"])
-    _check(legacy)
-    np.random.set_state(legacy)
-    random.setstate(_restored(states["python"]))
+    """Restore what `process_generators` returned.
+
+    Raises:
+        ValueError, TypeError, KeyError: these are no states.
+    """
+    for name, generator in _of_process().items():
+        if name in states or not name.startswith("cuda"):
+            set_state(generator, states[name])
+
+
+def _of_process() -> dict[str, Generator]:
+    gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return {
+        "torch": torch.default_generator,
+        "numpy": cast(Any, np.random.get_state).__self__,
+        "python": cast(Any, random.getstate).__self__,
+    } | {f"cuda:{i}": generator for i, generator in enumerate(gpus)}
 
 
 def _check(state: dict[str, Any]) -> None:

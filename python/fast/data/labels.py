@@ -1,16 +1,18 @@
-"""The one check of class labels, for files, data sets and batches."""
+"""Check class labels, whether files, data sets or batches have them."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fast.heads.replace import MOST_CLASSES
+# A larger head would fill the memory.
+MOST_CLASSES = 1_000_000
 
-# A head of so many classes may be that of the source task, of which there are few samples.
+# Up to so many classes, a few samples are no reason for doubt: they may be those of a source task.
 FEW_CLASSES = 10_000
 
 
@@ -19,12 +21,12 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
 
     Args:
         labels: a tensor, array or list of numbers `[N]` or `[N, 1]`.
-        num_classes: what they must be below; None: they only must not be negative.
+        num_classes: every label must be below this; None: labels must only not be negative.
         name: of the data, for messages.
 
     Raises:
-        ValueError: no numbers, NaN, fractional, of another shape, or out of range; the message says
-            which row is the first.
+        ValueError: labels are no numbers, NaN, fractional, of another shape, or out of range; the
+            message names the first such row.
     """
     labels = labels if isinstance(labels, Tensor) else _from_array(np.asarray(labels), name)
     if labels.dim() == 2 and labels.shape[1] == 1:
@@ -35,26 +37,7 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
             f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
             + hint
         )
-    if labels.is_complex():
-        raise ValueError(
-            f"{name}: labels must be whole numbers (class indices), not {labels.dtype}"
-        )
-    if labels.is_floating_point():
-        nan = labels.isnan()
-        if nan.any():
-            raise ValueError(
-                f"{name}: {int(nan.sum())} labels are NaN, the first in row {_first(nan)}; drop "
-                "those rows"
-            )
-        infinite = labels.isinf()
-        if infinite.any():
-            raise ValueError(
-                f"{name}: {int(infinite.sum())} labels are infinite, the first in row "
-                f"{_first(infinite)}; drop those rows"
-            )
-        if (labels != labels.round()).any():
-            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
-    labels = labels.long()
+    labels = whole_labels(labels, name)
     if labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (num_classes is not None and high >= num_classes):
@@ -69,16 +52,56 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
     return labels
 
 
+def whole_labels(labels: Tensor, name: str) -> Tensor:
+    """Labels `[N, ...]` as int64.
+
+    Raises:
+        ValueError: some are complex, NaN, infinite or fractional.
+    """
+    if labels.is_complex():
+        raise ValueError(
+            f"{name}: labels must be whole numbers (class indices), not {labels.dtype}"
+        )
+    if labels.is_floating_point():
+        for word, wrong in (("NaN", labels.isnan()), ("infinite", labels.isinf())):
+            if wrong.any():
+                raise ValueError(
+                    f"{name}: {int(wrong.sum())} labels are {word}, the first in row "
+                    f"{_first(wrong)}; drop those rows"
+                )
+        if (labels != labels.round()).any():
+            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
+    return labels.long()
+
+
+def check_num_classes(num_classes: Any) -> int:
+    """The number of classes of a head, as an int.
+
+    Raises:
+        TypeError: `num_classes` is no whole number.
+        ValueError: it is less than 2, or more than `MOST_CLASSES`.
+    """
+    try:
+        number = operator.index(num_classes)
+    except TypeError as error:
+        raise TypeError(f"num_classes must be a whole number; got {num_classes!r}") from error
+    if number < 2:
+        raise ValueError(f"num_classes must be at least 2; got {number}")
+    if number > MOST_CLASSES:
+        raise ValueError(f"num_classes must be at most {MOST_CLASSES}; got {number}")
+    return number
+
+
 def count_classes(top: int, samples: int, name: str) -> int:
-    """`top + 1`, of classes that are numbered.
+    """The number of classes, `top + 1`.
 
     Args:
         top: the largest label.
-        samples: labelled with them.
+        samples: the number of samples.
         name: of the data, for the message.
 
     Raises:
-        ValueError: far more classes than samples: a network with such a head would fill the memory.
+        ValueError: there are far more classes than samples, and such a head would fill the memory.
     """
     if top >= min(MOST_CLASSES, max(FEW_CLASSES, 10 * samples)):
         raise ValueError(
@@ -98,4 +121,4 @@ def _from_array(labels: np.ndarray, name: str) -> Tensor:
 
 
 def _first(wrong: Tensor) -> int:
-    return int(wrong.nonzero()[0])
+    return int(wrong.nonzero()[0, 0])

@@ -1,4 +1,4 @@
-"""What an object holds and runs: the generators, the code and the plain values behind it."""
+"""Everything that an object holds and runs: generators, code and plain values."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
-# Their versions are compared instead.
+# The code of these is not looked at: a run compares their versions.
 LIBRARIES = {"torch", "numpy", "builtins", "abc", "typing", "collections", "functools", "fast"}
 TORCH_PARTS = (nn.Module, Dataset, DataLoader, Sampler)
 MOST_OBJECTS = 200_000
 
 
 def reachable(**roots: Any) -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that can be reached from `roots`, in an order that is always the same.
+    """(path, value) of everything that can be reached from `roots`, always in the same order.
 
-    Through attributes, containers, closures, defaults, bound methods, the methods of classes that
-    are no library's, and the globals that their code names. Not into tensors and arrays; no further
-    than `MOST_OBJECTS`.
+    The search follows attributes, containers, closures, defaults, bound methods, the methods of
+    classes that are no library's, and the globals that their code names. It does not look into
+    tensors and arrays, and ends after `MOST_OBJECTS`.
     """
     waiting = list(reversed(roots.items()))
-    seen: dict[int, Any] = {}  # holds them, so that no id is given twice
+    seen: dict[int, Any] = {}  # keeps the values alive, so that no id is used twice
     while waiting and len(seen) < MOST_OBJECTS:
         path, value = waiting.pop()
         if isinstance(value, PLAIN):
@@ -48,13 +48,13 @@ def reachable(**roots: Any) -> Iterator[tuple[str, Any]]:
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
-        # torch numbers hooks as they are made in a process.
+        # Keys that are no strings may differ between processes: torch numbers its hooks.
         names = ((k if isinstance(k, str) else str(i), v) for i, (k, v) in enumerate(value.items()))
         yield from names
     elif isinstance(value, (list, tuple)):
         yield from ((str(i), v) for i, v in enumerate(value))
     elif isinstance(value, types.FunctionType):
-        yield from _behind(value)
+        yield from _inside_function(value)
     elif isinstance(value, types.MethodType):
         yield from (("self", value.__self__), ("function", value.__func__))
     elif isinstance(value, functools.partial):
@@ -85,7 +85,7 @@ def _methods(kind: type) -> Iterator[tuple[str, Any]]:
             yield name, part
 
 
-def _behind(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _inside_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     names = function.__code__.co_freevars
     for name, cell in zip(names, function.__closure__ or (), strict=True):
         try:
@@ -109,18 +109,18 @@ def _names(code: types.CodeType) -> list[str]:
 def code_of(**roots: Any) -> str | None:
     """Hash of the code of all functions that can be reached; None where there are none.
 
-    Of bytecode: comments and the place of a function in its file do not count, nor the name that a
-    module is imported by. Another version of Python has other bytecode.
+    Bytecode is hashed: comments and the place of a function in its file do not count, nor the name
+    by which a module is imported. Another version of Python has other bytecode.
     """
-    digest, found = hashlib.blake2b(digest_size=8), False
+    digest, has_code = hashlib.blake2b(digest_size=8), False
     for _, value in reachable(**roots):
         if isinstance(value, types.FunctionType) and _foreign(value.__module__):
             _feed(digest, value.__code__)
-            found = True
+            has_code = True
         elif isinstance(value, (types.BuiltinFunctionType, type)):
             digest.update(f"{value.__qualname__}\n".encode())
-            found = True
-    return digest.hexdigest() if found else None
+            has_code = True
+    return digest.hexdigest() if has_code else None
 
 
 def _foreign(module: str | None) -> bool:
@@ -132,16 +132,16 @@ def _feed(digest: Any, code: types.CodeType) -> None:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             _feed(digest, constant)
-        elif isinstance(constant, frozenset):  # in the order of this process
+        elif isinstance(constant, frozenset):  # whose order differs between processes
             digest.update(repr(sorted(map(repr, constant))).encode())
         else:
             digest.update(repr(constant).encode())
 
 
 def values_of(**roots: Any) -> str:
-    """Hash of the plain values that can be reached, by their paths.
+    """Hash of the plain values that can be reached, and of their paths.
 
-    Not of `training`, which every loop sets, nor of what starts with two underscores.
+    It leaves out `training`, which every loop sets, and names that begin with two underscores.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path, value in reachable(**roots):

@@ -1,4 +1,4 @@
-"""What a data set says of its labels, without a sample being read."""
+"""The labels and classes that a data set records, found without reading a sample."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from fast.curvature.card.answers import LABEL_KEYS
+from fast.data.trees import LABEL_KEYS
 
 
 def recorded_labels(dataset: Any) -> Any:
     """One label for each sample, as the samples have them; None where they are not recorded.
 
-    They are `targets` or `labels` (torchvision), after `target_transform`; the last of several
-    tensors; a column of a Hugging Face data set; and parts of those.
+    Records are `targets` or `labels` (torchvision), after `target_transform`; the last of several
+    tensors; a column of a Hugging Face data set; and those of a subset or concatenation.
     """
     if isinstance(dataset, Subset):
         inner = recorded_labels(dataset.dataset)
         return None if inner is None else [_plain(inner)[i] for i in dataset.indices]
     if isinstance(dataset, ConcatDataset):
         parts = [recorded_labels(part) for part in dataset.datasets]
-        known = [label for part in parts if part is not None for label in _plain(part)]
-        return known if len(known) == len(dataset) else None
+        labels = [label for part in parts if part is not None for label in _plain(part)]
+        return labels if len(labels) == len(dataset) else None
     for name in ("targets", "labels"):
         values = getattr(dataset, name, None)
         if isinstance(values, Sized) and len(values) == len(dataset):
@@ -35,7 +35,7 @@ def recorded_labels(dataset: Any) -> Any:
 
 
 def recorded_classes(dataset: Any) -> int | None:
-    """How many classes it says it has; None where it does not, or relabels them."""
+    """How many classes a data set says it has; None where it says nothing, or relabels them."""
     if isinstance(dataset, Subset):
         return recorded_classes(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
@@ -52,8 +52,8 @@ def recorded_classes(dataset: Any) -> int | None:
 
 
 def _features(dataset: Any) -> Any:
-    """Columns of a Hugging Face data set, by name."""
-    return getattr(dataset, "features", None) if is_table(dataset) else {}
+    """The columns of a Hugging Face data set, by name; empty for any other."""
+    return dataset.features if is_table(dataset) else {}
 
 
 def is_table(dataset: Any) -> bool:
@@ -62,5 +62,5 @@ def is_table(dataset: Any) -> bool:
 
 
 def _plain(values: Any) -> Any:
-    """Numbers of a tensor, array or Series."""
+    """The numbers in a tensor, array or Series."""
     return values.tolist() if hasattr(values, "tolist") else values

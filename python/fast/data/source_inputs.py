@@ -1,51 +1,121 @@
-"""Source inputs as they come: what is wrong with them is said before anything is changed."""
+"""Source inputs: the first few samples of source data, in memory, with or without labels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-from fast.curvature.card.answers import SourceInputs, source_answers
 from fast.data.arrays import as_tensor
-from fast.data.dataset import TrainBatches, length, map_style, move
-from fast.data.labels import check_labels
-from fast.data.trees import check_finite_inputs, leaves, taking
+from fast.data.dataset import map_style
+from fast.data.finite import check_finite_inputs
+from fast.data.labels import check_labels, whole_labels
+from fast.data.stream import TrainBatches
+from fast.data.trees import alike, concatenate, leaves, length, move, pick, split_labels
 from fast.errors import first_line
-from fast.heads import evaluating, forward_logits, pick, source_task
 
-# Kept in memory, at most.
+# Samples that a run keeps in memory, at most, and their bytes.
 LIMIT = 4096
 BYTES = 2**28
-# Half of them are held back, and a loss of one sample says nothing.
+# Half of them are held back, and the loss of one sample says nothing.
 LEAST = 4
 
 
-def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
-    """The first `LIMIT` source inputs, on the CPU or wherever they are.
+@dataclass(frozen=True, kw_only=True)
+class SourceInputs:
+    """Samples of the source task.
+
+    Attributes:
+        inputs: a tensor `[N, ...]`, or a tuple or mapping of tensors.
+        labels: int64 `[N]`, or None.
+    """
+
+    inputs: Any
+    labels: Tensor | None = None
+
+    @classmethod
+    def parse(cls, data: Any, limit: int, name: str = "source data") -> SourceInputs:
+        """Read the first `limit` samples.
+
+        Args:
+            data: another of these; inputs alone (a tensor, or a tuple or mapping of tensors);
+                `(inputs, labels)`; a map-style Dataset; or a DataLoader or another iterable of
+                batches of either kind. Arrays and tables will do for tensors. Labels are
+                one-dimensional: that tells a pair of inputs and labels from a tuple of two inputs.
+            name: of the data, for messages.
+
+        Raises:
+            TypeError, ValueError: the data are something else, are empty, cannot be read, or have
+                labels that are no whole numbers.
+        """
+        if isinstance(data, SourceInputs):
+            return data.part(0, limit)
+        inputs: list[Any] = []
+        labels: list[Tensor] = []
+        count = 0
+        try:
+            for batch in _batches(data, name, limit):
+                x, y = _split(batch)
+                x = pick(x, slice(limit - count))
+                inputs.append(x)
+                if y is not None:
+                    labels.append(torch.as_tensor(y)[: length(x)])
+                count += length(x)
+                if count >= limit:
+                    break
+            if not count:
+                raise ValueError("0 samples")
+            together = concatenate(inputs)
+            answers = torch.cat(labels) if len(labels) == len(inputs) else None
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            reason = first_line(error).removeprefix(f"{name}: ").split(";")[0].rstrip(".")
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(
+                f"{name}: {reason}; give inputs, (inputs, labels), a Dataset or a DataLoader"
+            ) from error
+        if count < 2:
+            raise ValueError(f"{name}: 1 sample; give at least 2")
+        return cls(inputs=together, labels=None if answers is None else whole_labels(answers, name))
+
+    @property
+    def size(self) -> int:
+        return length(self.inputs)
+
+    def part(self, start: int, stop: int) -> SourceInputs:
+        """Samples `start` to `stop`."""
+        rows = slice(start, stop)
+        return SourceInputs(
+            inputs=pick(self.inputs, rows),
+            labels=None if self.labels is None else self.labels[rows],
+        )
+
+    def to(self, device: torch.device) -> SourceInputs:
+        return SourceInputs(inputs=move(self.inputs, device), labels=move(self.labels, device))
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Tensor | None]]:
+        """Inputs and labels of `size` samples at a time, in order."""
+        for start in range(0, self.size, size):
+            part = self.part(start, start + size)
+            yield part.inputs, part.labels
+
+
+def parse_source_inputs(data: Any) -> SourceInputs:
+    """The first `LIMIT` source inputs of a run, on the device where they are.
 
     Args:
-        model: answers the source task.
-        data: what `SourceInputs` takes; or arrays in the tensors' place.
+        data: what `SourceInputs.parse` takes.
 
     Raises:
-        TypeError, ValueError: they are no source inputs, too few, not finite, labelled wrongly, or
-            not what the network takes; the message says which, and names `source_inputs`.
+        TypeError, ValueError: the data are no source inputs, too few, not finite or labelled
+            wrongly; the message says which, and names `source_inputs`.
     """
-    data = _tensors(data)
-    if isinstance(data, (tuple, list)) and len(data) == 2:
-        _check_pair(*data)
-    try:
-        samples = SourceInputs(data, LIMIT)
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        reason = first_line(error).removeprefix("source data: ").split(";")[0].rstrip(".")
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(
-            f"source_inputs: {reason}; give inputs, (inputs, labels), a Dataset or a DataLoader"
-        ) from error
+    samples = SourceInputs.parse(data, LIMIT, "source_inputs")
     if samples.size < LEAST:
         raise ValueError(
             f"source_inputs: {samples.size} samples; give at least {LEAST}, better 500"
@@ -53,8 +123,6 @@ def known_inputs(model: nn.Module, data: Any) -> SourceInputs:
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")
     check_finite_inputs(samples.inputs, "source_inputs")
-    with taking("source_inputs", samples.inputs, model):
-        _try(model, samples)
     return samples
 
 
@@ -62,12 +130,13 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
     """The first training inputs of one shape, in the order of the first epoch, on the CPU.
 
     Args:
-        limit: samples, at most, but `LEAST`; a batch more, and no more than `BYTES`.
+        limit: number of samples, at most; but `LEAST` in any case, and the last batch whole. They
+            take no more than `BYTES`, and a batch.
     """
     parts: list[Any] = []
     count = size = 0
     for inputs, _, index in batches.once():
-        if parts and not _alike(parts[0], inputs):  # texts of another length, ...
+        if parts and not alike(parts[0], inputs):  # texts of another length, ...
             continue
         check_finite_inputs(inputs, "train", index)
         parts.append(inputs)
@@ -75,46 +144,59 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
         size += sum(x.nbytes for x in leaves(inputs))
         if count >= max(limit, LEAST) or size >= BYTES:
             break
-    return SourceInputs.of(parts)
+    return SourceInputs(inputs=concatenate(parts))
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether two batches of inputs differ in their number of samples only."""
-    first, second = ([(x.shape[1:], x.dtype) for x in leaves(batch)] for batch in (a, b))
-    return first == second
-
-
-def classes_of_source(model: nn.Module, samples: SourceInputs) -> int:
-    """Number of classes that the source head can answer."""
-    device = next(model.parameters()).device
-    return source_answers(model, samples.part(0, 2).to(device)).shape[1]
+def _batches(data: Any, name: str, limit: int) -> Iterable[Any]:
+    """The batches in source data, in order."""
+    data = _tensors(data)
+    if _is_batch(data):
+        return [data]
+    streams = isinstance(data, IterableDataset) and isinstance(data, Sized)
+    dataset = data if streams else map_style(data, name)
+    if dataset is not None:
+        return DataLoader(dataset, batch_size=min(64, limit))
+    if isinstance(data, Iterable):
+        return data
+    raise TypeError(f"got {type(data).__name__}")
 
 
 def _tensors(data: Any) -> Any:
-    """Arrays and tables as tensors; data sets of other libraries as torch's loader takes them."""
+    """The same with tensors for arrays and tables."""
     if isinstance(data, np.ndarray) or hasattr(data, "to_numpy"):
-        return as_tensor(data, "source_inputs")
+        return as_tensor(data, "inputs")
     if isinstance(data, tuple):
-        return tuple(_tensors(x) for x in data)
-    if type(data) is dict:
-        return {k: _tensors(v) for k, v in data.items()}
-    if isinstance(data, (Dataset, SourceInputs, DataLoader)):
-        return data
-    found = map_style(data, "source_inputs")
-    return data if found is None else DataLoader(found, batch_size=64)
+        return tuple(map(_tensors, data))
+    return {k: _tensors(v) for k, v in data.items()} if type(data) is dict else data
 
 
-def _check_pair(inputs: Any, labels: Any) -> None:
-    """What looks like labels must be labels: else it would be taken for a second input."""
-    if not isinstance(labels, Tensor) or labels.dim() != 1:
-        return
-    check_labels(labels, None, "source_inputs")
-    if isinstance(inputs, Tensor) and inputs.dim() > 1 and len(inputs) != len(labels):
-        raise ValueError(f"source_inputs: {len(inputs)} inputs but {len(labels)} labels")
+def _is_batch(data: Any) -> bool:
+    """Whether this is one batch, and not several of them."""
+    if isinstance(data, (Tensor, Mapping)):
+        return True
+    if not isinstance(data, (tuple, list)) or not data:
+        return False
+    # A tuple of tensors is several inputs, a list of them is several batches.
+    return _ends_in_labels(data) or (isinstance(data, tuple) and isinstance(data[0], Tensor))
 
 
-@torch.no_grad()
-def _try(model: nn.Module, samples: SourceInputs) -> Tensor:
-    device = next(model.parameters()).device
-    with evaluating(model), source_task(model):
-        return forward_logits(model, move(pick(samples.inputs, slice(2)), device))
+def _ends_in_labels(batch: tuple[Any, ...] | list[Any]) -> bool:
+    return len(batch) > 1 and isinstance(batch[-1], Tensor) and batch[-1].dim() == 1
+
+
+def _split(batch: Any) -> tuple[Any, Any]:
+    """Inputs of a batch, and its labels or None."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        return split_labels(batch)
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"a batch is a {type(batch).__name__}, not tensors of inputs")
+    if len(batch) == 1:
+        return batch[0], None
+    if not _ends_in_labels(batch):
+        return tuple(batch), None
+    inputs, labels = batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
+    if length(inputs) != len(labels):
+        raise ValueError(f"{length(inputs)} inputs but {len(labels)} labels")
+    return inputs, labels

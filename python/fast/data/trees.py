@@ -1,19 +1,21 @@
-"""Inputs of a network, whatever they are: a tensor, or tuples and mappings of tensors."""
+"""Batches of inputs, whatever they are: a tensor, or tuples, lists and mappings of tensors."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fast.errors import first_line
+# A batch that is a mapping has its labels under the first of these keys that it has.
+LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
-# Samples looked at together: what is computed of them takes memory.
-CHUNK = 4096
+
+def split_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """(the mapping without its labels, its labels); None for labels where it has none."""
+    key = next((key for key in LABEL_KEYS if key in batch), None)
+    return {k: v for k, v in batch.items() if k != key}, None if key is None else batch[key]
 
 
 def leaves(inputs: Any) -> list[Tensor]:
@@ -26,7 +28,7 @@ def leaves(inputs: Any) -> list[Tensor]:
 
 
 def mapped(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Inputs of the same form with `function` of each tensor; all else as it is."""
+    """Inputs of the same form with `function` of each tensor; all else stays as it is."""
     if isinstance(inputs, Mapping):
         return {k: mapped(v, function) for k, v in inputs.items()}
     if isinstance(inputs, (tuple, list)):
@@ -35,12 +37,67 @@ def mapped(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def plain(inputs: Any) -> Any:
-    """The same with dicts for mappings of any other kind, which torch's trees do not know."""
+    """The same with dicts for mappings of any other kind, which torch's pytrees do not know."""
     if isinstance(inputs, Mapping):
         return {k: plain(v) for k, v in inputs.items()}
     if type(inputs) in (tuple, list):
         return type(inputs)(plain(v) for v in inputs)
     return inputs
+
+
+def length(inputs: Any) -> int:
+    """Number of samples: the rows of a tensor, or of the first one in a tuple or mapping."""
+    while isinstance(inputs, Mapping) or _is_several(inputs):
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs), ())
+    return len(inputs)
+
+
+def pick(inputs: Any, index: Any) -> Any:
+    """The samples `index` (a slice, a number, or a tensor or array of numbers) of a batch."""
+    if isinstance(inputs, Mapping):
+        return {k: pick(v, index) for k, v in inputs.items()}
+    if _is_several(inputs):
+        return tuple(pick(v, index) for v in inputs)
+    if isinstance(inputs, list) and not isinstance(index, (int, slice)):
+        return [inputs[i] for i in index]
+    return inputs[index]
+
+
+def move(inputs: Any, device: torch.device) -> Any:
+    """Inputs on a device; a copy to a GPU does not wait."""
+    return mapped(inputs, lambda x: x.to(device, non_blocking=device.type != "cpu"))
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two batches are of tensors that differ in their number of samples at most."""
+    if isinstance(a, Mapping):
+        same = isinstance(b, Mapping) and set(a) == set(b)
+        return same and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        same = isinstance(b, (tuple, list)) and len(a) == len(b)
+        return same and all(map(alike, a, b))
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return a.dim() == b.dim() > 0 and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+
+
+def concatenate(batches: list[Any]) -> Any:
+    """Batches as one.
+
+    Raises:
+        RuntimeError: they do not fit together.
+    """
+    first = batches[0]
+    if isinstance(first, Mapping):
+        return {k: concatenate([batch[k] for batch in batches]) for k in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(concatenate([batch[i] for batch in batches]) for i in range(len(first)))
+    return torch.cat(batches)
+
+
+def join(a: Any, b: Any) -> Any | None:
+    """Two batches as one; None where they do not fit together."""
+    return concatenate([a, b]) if alike(a, b) else None
 
 
 def kind(x: Any) -> str:
@@ -57,67 +114,6 @@ def shapes(inputs: Any) -> str:
     return f"{list(inputs.shape)} {inputs.dtype}" if isinstance(inputs, Tensor) else kind(inputs)
 
 
-@contextmanager
-def taking(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[None]:
-    """Name the data in what a network raises that does not take them.
-
-    Args:
-        model: to say what it takes.
-
-    Raises:
-        ValueError: in place of what the forward raises of shape, type or number of inputs.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        hint = "" if model is None else mismatch(model, inputs)
-        raise ValueError(
-            f"{name}: the network does not take these inputs ({shapes(inputs)}): "
-            f"{first_line(error)}{hint}"
-        ) from error
-
-
-def mismatch(model: nn.Module, inputs: Any) -> str:
-    """What a network takes, where these inputs are plainly something else; else nothing."""
-    parameters = inspect.signature(model.forward).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = getattr(model, "main_input_name", next(iter(parameters), ""))
-    found = leaves(inputs)
-    if found and found[0].dim() == 4 and named in ("input_ids", "ids", "tokens"):
-        return f"; it is a text network (it takes {named}), and these look like images"
-    if found and not found[0].is_floating_point() and named in ("pixel_values", "input_values"):
-        return f"; it takes {named}, numbers with a fraction, and these are whole numbers"
-    if isinstance(inputs, Mapping) and (named not in inputs or not set(inputs) <= set(parameters)):
-        if not takes_all:
-            return f"; its forward takes ({', '.join(parameters)}): give the data these names"
-        if named not in inputs:
-            return f"; it takes {named}"
-    return ""
-
-
-def broken_rows(inputs: Any) -> Tensor | None:
-    """Which samples hold a number that is not finite, bool `[N]`; None of whole numbers."""
-    rows: Tensor | None = None
-    for x in leaves(inputs):
-        if x.is_floating_point() and x.dim():
-            parts = [~p.isfinite().flatten(1).all(1) for p in x.unsqueeze(-1).split(CHUNK)]
-            found = torch.cat(parts)
-            rows = found if rows is None else rows | found
-    return rows
-
-
-def check_finite_inputs(inputs: Any, name: str, numbers: Tensor | None = None) -> None:
-    """Raise ValueError where a sample holds a number that is not finite.
-
-    Args:
-        numbers: of the samples in the data, `[B]` (default: counted from 0 in these inputs).
-    """
-    rows = broken_rows(inputs)
-    if rows is not None and rows.any():
-        first = rows.nonzero()[0]
-        raise ValueError(
-            f"{name}: {int(rows.sum())} samples are not finite (NaN or infinite), the first is "
-            f"number {int(first if numbers is None else numbers[first.cpu()])}; drop them"
-        )
+def _is_several(inputs: Any) -> bool:
+    """Whether these are several inputs, and not one input of texts, one text for each sample."""
+    return isinstance(inputs, (tuple, list)) and bool(inputs) and not isinstance(inputs[0], str)

@@ -10,12 +10,11 @@ from fast.heads.batch_norm import (
 )
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, find_head, own_parameters, places_of
-from fast.heads.forward import evaluating, forward_logits, in_mode, pick, unwrap
+from fast.heads.forward import evaluating, forward_logits, in_mode, unwrap
 from fast.heads.replace import (
     TaskHead,
     calibrate,
     calibrate_from,
-    check_num_classes,
     features_of,
     fold_head,
     replace_head,
@@ -31,7 +30,6 @@ __all__ = [
     "by_sample",
     "calibrate",
     "calibrate_from",
-    "check_num_classes",
     "estimate_statistics",
     "evaluating",
     "features_of",
@@ -42,7 +40,6 @@ __all__ = [
     "has_batch_norm",
     "in_mode",
     "own_parameters",
-    "pick",
     "places_of",
     "plain_batch_norm",
     "replace_head",

@@ -1,4 +1,4 @@
-"""Whether one layer alone makes a classifier's logits: asked of the network, not of its names."""
+"""Check that one layer alone makes a classifier's logits."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.data.trees import pick
 from fast.heads.find import Head, classes_of, is_head_layer
-from fast.heads.forward import call, evaluating, logits_of, pick
+from fast.heads.forward import call, evaluating, logits_of
 
 
 @torch.enable_grad()
 def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learns: bool) -> None:
-    """Raise where replacing `head` would not replace the classifier.
+    """Check that replacing `head` replaces the classifier.
 
-    Two rows of the sample run with the outputs of the layer set to zero. Then the logits of a row
-    are equal, unless something beside the layer makes part of them (a second head, a residual, a
-    learned prior); what would do so later (an adapter that starts at zero) has a gradient already.
-    The network is left as it was.
+    The network runs on two samples with the outputs of the layer set to zero. The logits of a
+    sample are then all equal, unless something beside the layer makes part of them: a second head,
+    a residual, a learned prior. An adapter that starts at zero makes no part yet, but its gradient
+    is not zero. The network stays as it was.
 
     Args:
-        head: as `find_head` found it.
+        head: what `find_head` returned.
         sample: a batch of inputs.
-        named: the user has named the layer.
-        learns: the layer is to start at zero, and has to learn from there.
+        named: whether the user named the layer.
+        learns: whether the new layer starts at zero, and has to learn from there.
 
     Raises:
         ValueError: the network has several heads, or none, or one that cannot learn from zero; the
@@ -34,11 +35,11 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
 
     def silence(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         zeros.append(torch.zeros_like(output, requires_grad=True))
-        return zeros[-1].clone()  # what follows may work in place
+        return zeros[-1].clone()  # the next module may work in place
 
     hook = head.module.register_forward_hook(silence)
     try:
-        with evaluating(model), torch.enable_grad():  # which evaluating switches off
+        with evaluating(model), torch.enable_grad():  # `evaluating` has switched gradients off
             output = call(model, pick(sample, slice(2)))
     finally:
         hook.remove()
@@ -50,27 +51,43 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
         )
     if not named:
         _check_one_answer(output, logits, head)
-    own = {id(p) for p in head.module.parameters()}
-    others = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
-    moved = [False] * (len(zeros) + len(others))
+    in_head = {id(p) for p in head.module.parameters()}
+    others = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_head}
+    reacts = [False] * (len(zeros) + len(others))
     rows = logits.float().flatten(1)
     if logits.requires_grad:
-        # Weights that differ: a sum of logits would not react behind a log-softmax.
+        # The weights differ, because the plain sum of log-softmax outputs has no gradient.
         weights = torch.arange(1.0, rows.shape[1] + 1, device=rows.device)
-        asked = [*zeros, *others.values()]
-        found = torch.autograd.grad((rows * weights).sum(), asked, allow_unused=True)
-        moved = [g is not None and bool(g.any()) for g in found]
-    past = [name for name, m in zip(others, moved[len(zeros) :], strict=True) if m]
+        inputs = [*zeros, *others.values()]
+        grads = torch.autograd.grad((rows * weights).sum(), inputs, allow_unused=True)
+        reacts = [g is not None and bool(g.any()) for g in grads]
+    beside = [name for name, r in zip(others, reacts[len(zeros) :], strict=True) if r]
     rows = rows.detach()
     spread = rows.amax(1) - rows.amin(1)
     equal = bool((spread <= 1e-5 * (1 + rows.abs().amax(1))).all())
-    if past or not equal:
-        raise ValueError(_not_alone(model, head, list(logits.shape), past))
-    if learns and not any(moved[: len(zeros)]):
+    if beside or not equal:
+        raise ValueError(_not_alone(model, head, list(logits.shape), beside))
+    if learns and not any(reacts[: len(zeros)]):
         raise ValueError(
             f"the logits do not react to a zero head at {head.name}: a ReLU or a stop-gradient "
             "follows it. Remove that, or pass max_entropy=False (--no-max-entropy), which starts "
             "it at random"
+        )
+
+
+def check_declared(model: nn.Module, head: Head) -> None:
+    """Check, without a sample, that `get_classifier` as timm has it tells of no second head.
+
+    Raises:
+        ValueError: the network is a distilled one, whose logits are the mean of two heads.
+    """
+    get_classifier = getattr(model, "get_classifier", None)
+    heads = get_classifier() if get_classifier is not None else None
+    if isinstance(heads, (tuple, list)) and len(heads) > 1 and any(h is head.module for h in heads):
+        names = [name for name, m in model.named_modules() if any(h is m for h in heads)]
+        raise ValueError(
+            f"{type(model).__name__} has two heads, {', '.join(names)}, which make the logits "
+            "together: let its forward return what one of them makes"
         )
 
 
@@ -85,21 +102,22 @@ def _check_one_answer(output: Any, logits: Tensor, head: Head) -> None:
         )
 
 
-def _not_alone(model: nn.Module, head: Head, shape: list[int], past: list[str]) -> str:
+def _not_alone(model: nn.Module, head: Head, shape: list[int], beside: list[str]) -> str:
+    """The message; `beside` names parameters outside of the head that the logits depend on."""
     width, name = classes_of(head.module), head.name
     rivals = [
         n
         for n, m in model.named_modules()
-        if is_head_layer(m) and classes_of(m) == width and _owns(n, past)
+        if is_head_layer(m) and classes_of(m) == width and _owns(n, beside)
     ]
-    if any("lora_" in n for n in past if _owns(name.rpartition(".")[0], [n])):
+    if any("lora_" in n for n in beside if _owns(name.rpartition(".")[0], [n])):
         what = f"an adapter adds to {name}"
         way = "merge it (merge_and_unload), or take the head out of its target_modules"
     elif rivals:
         what = f"two heads (or a residual): {', '.join([*rivals[-3:], name])} make them together"
         way = "let its forward return what one of them makes"
     else:
-        what = f"{past[-1]} adds to {name}" if past else f"they do not come from {name} alone"
+        what = f"{beside[-1]} adds to {name}" if beside else f"they do not come from {name} alone"
         way = "let its forward return what one linear layer makes"
     return (
         f"no single layer of {type(model).__name__} makes its logits {shape}: {what}; {way}. A "

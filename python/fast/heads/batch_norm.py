@@ -1,11 +1,10 @@
 """What the backbone's batch norms do during adaptation: frozen, kept per task, or plain torch.
 
-Batch norm in train mode forgets by statistics alone: on CIFAR-10 -> digits the source accuracy of a
-ResNet-20 fell from .92 to .61 within ten steps without any change of weights. `frozen` is therefore
-the default.
+Plain batch norm in training mode forgets by statistics alone: from CIFAR-10 to digits the source
+accuracy of a ResNet-20 fell from .92 to .61 within ten steps, with all weights as they were.
 
-A policy changes the class of the batch norms in place, so it holds whenever `model.train()` is
-called, survives `copy.deepcopy`, and `isinstance(module, nn.BatchNorm2d)` stays true.
+A policy changes the class of the batch norms in place, so it survives `model.train()` and
+`copy.deepcopy`, and `isinstance(module, nn.BatchNorm2d)` stays true.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fast.heads.task import TwoTask
 
 
 class _Policy:
-    """Base of the classes that a policy puts in front of a batch norm's own class."""
+    """Base of the classes that come before a batch norm's own class in its bases."""
 
     plain_class: type[_BatchNorm]
 
@@ -31,28 +30,28 @@ class _Policy:
 
 
 class _Frozen(_Policy):
-    """Source statistics always; the affine part still learns."""
+    """Always the source statistics; the affine part still learns."""
 
     def train(self, mode: bool = True) -> Any:
         return cast(Any, super()).train(False)
 
 
 class _Track(_Policy):
-    """Plain torch, but that a batch of one value per channel, which has no variance, takes the
-    statistics that were tracked and adds nothing to them."""
+    """Plain torch, except that a batch of one value per channel, which has no variance, uses the
+    tracked statistics and leaves them as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self
-        learns = norm.training
-        norm.training = learns and x.numel() != x.shape[1]
+        training = norm.training
+        norm.training = training and x.numel() != x.shape[1]
         try:
             return cast(Any, super()).forward(x)
         finally:
-            norm.training = learns
+            norm.training = training
 
 
 class _PerTask(_Track, TwoTask):
-    """Target statistics and affine, with the source's kept beside them as `source_norm`."""
+    """Target statistics and affine parameters; `source_norm` keeps the source's."""
 
     source_norm: nn.Module
 
@@ -67,10 +66,11 @@ class _PerTask(_Track, TwoTask):
         return cast(Any, super()).forward(x)
 
 
-_combinations: dict[tuple[type, type], type] = {}
+_combinations: dict[tuple[type, type], Any] = {}
 
 
-def _combined(policy: type[_Policy], plain: type[_BatchNorm]) -> type:
+def _combined(policy: type[_Policy], plain: type[_BatchNorm]) -> Any:
+    """The class of a batch norm of class `plain` under a policy."""
     if (policy, plain) not in _combinations:
         name = f"{policy.__name__.strip('_')}{plain.__name__}"
         _combinations[policy, plain] = type(name, (policy, plain), {"plain_class": plain})
@@ -78,18 +78,18 @@ def _combined(policy: type[_Policy], plain: type[_BatchNorm]) -> type:
 
 
 def _rebuild(policy: type[_Policy], plain: type[_BatchNorm]) -> nn.Module:
-    cls: Any = _combined(policy, plain)
-    return cls.__new__(cls)
+    combined = _combined(policy, plain)
+    return combined.__new__(combined)
+
+
+_POLICIES = {"frozen": _Frozen, "per_task": _PerTask, "track": _Track}
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """Batch norms with running statistics, those of nested `source_norm`s left out."""
-    kept = {id(m.source_norm) for m in model.modules() if isinstance(m, _PerTask)}
-    return [
-        m
-        for m in model.modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in kept
-    ]
+    """The batch norms with running statistics, but the `source_norm`s inside them."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    source = {id(m.source_norm) for m in norms if isinstance(m, _PerTask)}
+    return [m for m in norms if id(m) not in source]
 
 
 def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
@@ -97,15 +97,15 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
 
     Args:
         model: any network; one without batch norm is left as it is.
-        policy: `"frozen"`: source statistics, also in train mode. `"per_task"`: target statistics
-            and affine parameters, the source's kept beside them and used inside `fast.source_task`.
-            `"track"`: plain torch. A batch of one value per channel, which torch refuses, takes the
-            statistics as they are.
+        policy: `"frozen"` uses the source statistics in training mode too. `"per_task"` has target
+            statistics and affine parameters, and uses the source's inside `fast.source_task`.
+            `"track"` is plain torch, except that a batch of one value per channel, which torch
+            refuses, uses the tracked statistics.
 
     Raises:
-        ValueError: an unknown policy, or one that would throw away statistics kept per task.
+        ValueError: the policy is unknown, or would lose statistics that are kept per task.
     """
-    if policy not in ("frozen", "per_task", "track"):
+    if policy not in _POLICIES:
         raise ValueError(f"policy must be frozen, per_task or track; got {policy!r}")
     for norm in _batch_norms(model):
         if isinstance(norm, _PerTask):
@@ -116,27 +116,22 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
                 )
             continue
         _restore(norm)
-        if policy == "frozen":
-            mode = norm.training
-            norm.__class__ = _combined(_Frozen, type(norm))
-            norm.train(mode)
-        elif policy == "track":
-            norm.__class__ = _combined(_Track, type(norm))
-        else:
-            source = copy.deepcopy(norm).eval().requires_grad_(False)
-            norm.__class__ = _combined(_PerTask, type(norm))
+        source = copy.deepcopy(norm).eval().requires_grad_(False) if policy == "per_task" else None
+        norm.__class__ = _combined(_POLICIES[policy], type(norm))
+        if source is not None:
             norm.add_module("source_norm", source)
+        norm.train(norm.training)
     return model
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a policy would change anything: a batch norm with running statistics."""
+    """Whether a network has batch norms with running statistics, so that a policy matters."""
     return bool(_batch_norms(model))
 
 
 def source_norms(model: nn.Module) -> dict[str, Tensor]:
-    """State of the source's batch norms, where they are kept per task, by the names of the plain
-    network's; empty otherwise."""
+    """The state of the source's batch norms that are kept per task, by its names in the plain
+    network; empty where none are."""
     return {
         f"{name}.{key}": value
         for name, norm in model.named_modules()
@@ -146,19 +141,16 @@ def source_norms(model: nn.Module) -> dict[str, Tensor]:
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The running means and variances `[C]` of the batch norms, as they are, not copied."""
-    found = [(m.running_mean, m.running_var) for m in _batch_norms(model)]
-    return [x for pair in found for x in pair if x is not None]
+    """The running means and variances `[C]` of the batch norms, not copied."""
+    pairs = [(m.running_mean, m.running_var) for m in _batch_norms(model)]
+    return [x for pair in pairs for x in pair if x is not None]
 
 
 def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set the target statistics of batch norms kept per task to those of these inputs.
+    """Set the target statistics of batch norms that are kept per task, from target inputs.
 
-    One forward pass each, of which each counts the same; everything else stays in evaluation mode.
-    The source's statistics stay, and batch norms of other policies.
-
-    Args:
-        batches: of target inputs; one of a single value per channel does not count.
+    Each batch takes one forward pass and counts the same; a batch of one value per channel does not
+    count. Everything but these batch norms stays in evaluation mode.
     """
     norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
     momenta = [norm.momentum for norm in norms]
@@ -184,7 +176,7 @@ def _restore(norm: _BatchNorm) -> None:
 
 
 def plain_batch_norm(model: nn.Module) -> nn.Module:
-    """Give every batch norm its own class back; of norms kept per task the target's stays."""
+    """Give every batch norm its own class back; those kept per task keep the target's state."""
     for norm in _batch_norms(model):
         if isinstance(norm, _PerTask):
             del norm.source_norm

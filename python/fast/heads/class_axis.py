@@ -25,7 +25,7 @@ def class_dim(model: nn.Module, logits: Tensor, sample: Any) -> int:
     head = task_head(model)
     try:
         layer = head.source if head is not None else find_head(model, sample).module
-    except ValueError:  # no linear layer: as torch has it
+    except ValueError:  # without a linear head, torch's own order is likely
         return 1
     places = (logits.dim() - 1, 1) if isinstance(layer, nn.Linear) else (1, logits.dim() - 1)
     return next((d for d in places if logits.shape[d] == classes_of(layer)), places[0])

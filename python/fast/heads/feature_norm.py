@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Share of the mean feature variance that is added to every feature's own. A ReLU feature that is
-# dead on the target sample has variance 0, and would be amplified without bound once it comes
-# alive.
+# Share of the mean feature variance that is added to the variance of every feature. A ReLU feature
+# that is zero on the target sample has variance 0, and would be amplified without bound later.
 VARIANCE_FLOOR = 0.0025
 
 
 class FeatureNorm(nn.Module):
-    """`(x - mean) / std` per feature, with statistics that are estimated first and tracked after.
+    """`(x - mean) / std` per feature; the statistics are estimated first, and tracked in training.
 
-    Statistics are constants of the gradient: the head sees normalised features, the backbone a
-    plain affine map. `fast.fold_head` folds that map into the head.
+    The gradient takes the statistics as constants, so this is an affine map, which `fast.fold_head`
+    folds into the head.
 
     Args:
         num_features: D.
-        dim: where the features are: -1 for `[..., D]` (linear heads), 1 for `[B, D, H, W]`.
+        dim: the dimension of the features: -1 for `[..., D]` (linear heads), 1 for `[B, D, H, W]`.
         momentum: weight of a training batch in the tracked statistics.
     """
 
@@ -32,7 +31,7 @@ class FeatureNorm(nn.Module):
         self.num_features = num_features
         self.dim = dim
         self.momentum = momentum
-        # A trainer that splits batches collects their features, and updates once per step.
+        # A loop that splits its batches collects their features, and updates once per step.
         self.deferred = False
         self._pending: list[Tensor] = []
         self.register_buffer("mean", torch.zeros(num_features))
@@ -44,10 +43,10 @@ class FeatureNorm(nn.Module):
         """Move the statistics towards those of a batch; the first batch sets them.
 
         Args:
-            features: a batch, at least two values per feature.
+            features: a batch; one with a single value per feature changes nothing.
             momentum: weight of this batch (default: `self.momentum`).
         """
-        x = features.detach().float().movedim(self.dim, -1).reshape(-1, self.num_features)
+        x = self.rows(features.detach().float())
         if x.shape[0] < 2:
             return
         # Kept on the device: `.item()` here would stall every training step on a GPU.
@@ -59,25 +58,29 @@ class FeatureNorm(nn.Module):
         self.num_batches_tracked += 1
 
     def update_deferred(self) -> None:
-        """Update with all the features seen since the last call, as one batch."""
+        """Update with all features since the last call, as one batch."""
         if self._pending:
-            rows = [x.movedim(self.dim, -1).reshape(-1, self.num_features) for x in self._pending]
+            rows = torch.cat([self.rows(x) for x in self._pending])
             self._pending = []
-            self.update(torch.cat(rows))
+            self.update(rows)
 
     def stop_deferring(self) -> None:
-        """Update with every batch again; what was seen and not used is dropped."""
+        """Update with every batch again; features that are still pending are dropped."""
         self.deferred, self._pending = False, []
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
-        """Use these statistics, both `[D]`, from now on (tracking goes on from them)."""
+        """Start from these statistics, both `[D]`."""
         self.mean.copy_(mean)
         self.var.copy_(var)
         self.num_batches_tracked.fill_(1)
 
+    def rows(self, features: Tensor) -> Tensor:
+        """Features as `[N, D]`: one row for each sample and position."""
+        return features.movedim(self.dim, -1).reshape(-1, self.num_features)
+
     def scale(self) -> Tensor:
-        """`1 / std`, `[D]`: the reciprocal of what `forward` divides by."""
+        """`1 / std`, `[D]`."""
         return (self.var + VARIANCE_FLOOR * self.var.mean()).clamp_min(1e-12).rsqrt()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,23 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fast.heads.forward import evaluating, forward_logits, pick, unwrap
+from fast.data.trees import pick
+from fast.heads.forward import evaluating, forward_logits, unwrap
 
-# Where timm, torchvision, transformers and most hand-written networks keep their classifier.
+# The names of the classifier in timm, torchvision, transformers and most hand-written networks.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
 
 
 HeadLayer = nn.Linear | nn.Conv2d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Head:
     """The layer that makes the logits, and every place where it is registered.
 
     Attributes:
         module: `nn.Linear`, or a 1x1 `nn.Conv2d`.
         places: (parent module, attribute name, qualified name), several when the layer is shared.
-        auxiliary: names of layers with as many outputs that did not run: heads for training alone.
+        auxiliary: names of layers with as many outputs that did not run: heads that only training
+            uses.
     """
 
     module: HeadLayer
@@ -51,11 +53,11 @@ def is_head_layer(module: nn.Module) -> TypeGuard[HeadLayer]:
 
 
 def own_parameters(model: nn.Module, layer: nn.Module) -> list[nn.Parameter]:
-    """Parameters of a layer that no other layer of the model holds (as a tied embedding does)."""
+    """Parameters of a layer that no other layer shares, as a tied embedding would."""
     inside = {id(m) for m in layer.modules()}
     others = (m for m in model.modules() if id(m) not in inside)
-    taken = {id(p) for m in others for p in m.parameters(recurse=False)}
-    return [p for p in layer.parameters() if id(p) not in taken]
+    elsewhere = {id(p) for m in others for p in m.parameters(recurse=False)}
+    return [p for p in layer.parameters() if id(p) not in elsewhere]
 
 
 def classes_of(layer: HeadLayer) -> int:
@@ -63,18 +65,26 @@ def classes_of(layer: HeadLayer) -> int:
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
+def layer_like(layer: HeadLayer, num_classes: int, bias: bool) -> HeadLayer:
+    """A new layer for the same features, with its own random initialisation."""
+    options: Any = {"bias": bias, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Conv2d):
+        return nn.Conv2d(layer.in_channels, num_classes, 1, layer.stride, **options)  # type: ignore[arg-type]
+    return nn.Linear(layer.in_features, num_classes, **options)
+
+
 def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> Head:
     """Find the last linear layer (or 1x1 convolution) of a classifier.
 
-    With a sample the network is run once on two rows of it, in evaluation mode, and the layer whose
-    output becomes the logits is taken. Without one, timm's `get_classifier` decides, or a customary
-    name (`fc`, `classifier`, `head`, `score`, ...) where that is also the last linear layer, or
-    there being only one.
+    With a sample the network runs once on two of its rows, in evaluation mode, and the head is the
+    layer whose output becomes the logits. Without one the head is what timm's `get_classifier`
+    returns, or the last linear layer where it has a customary name (`fc`, `classifier`, `head`,
+    `score`, ...) or is the only one.
 
     Args:
-        model: a classifier; of a compiled or data-parallel one, the module inside is looked at.
+        model: a classifier; a compiled or data-parallel one is unwrapped.
         sample: a batch of inputs, as `model` takes them (a tuple or mapping is unpacked).
-        name: of the layer, where it is known.
+        name: the name of the layer; None to find it.
 
     Raises:
         ValueError: there is no such layer, several could be it, or it is part of compiled code.
@@ -87,7 +97,7 @@ def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> 
         layer = _by_convention(model)
     else:
         layer, auxiliary = _by_trace(model, sample)
-    head = Head(layer, places_of(model, layer), auxiliary)
+    head = Head(module=layer, places=places_of(model, layer), auxiliary=auxiliary)
     if "_orig_mod" in head.name.split("."):
         part, _, _ = head.name.partition("._orig_mod")
         raise ValueError(
@@ -114,28 +124,27 @@ def places_of(model: nn.Module, layer: nn.Module) -> tuple[tuple[nn.Module, str,
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, HeadLayer]]:
-    found = [(name, m) for name, m in model.named_modules() if is_head_layer(m)]
-    if not found:
+    layers = [(name, m) for name, m in model.named_modules() if is_head_layer(m)]
+    if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise ValueError(
             f"model {type(model).__name__} has no linear head: no nn.Linear and no 1x1 nn.Conv2d "
             f"among its layers ({', '.join(kinds) or 'none'}). Add one: nn.Sequential(model, "
             "nn.LazyLinear(num_classes)), run once"
         )
-    lazy = [n for n, m in found if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()]
+    lazy = [n for n, m in layers if isinstance(m, LazyModuleMixin) and m.has_uninitialized_params()]
     if lazy:
         raise ValueError(f"{lazy[0]} is lazy: run the model once, so that it gets its weights")
-    return found
+    return layers
 
 
 def _by_name(model: nn.Module, name: str) -> HeadLayer:
     candidates = _candidates(model)
-    known = dict(model.named_modules())
-    layer = known.get(name)
+    layer = dict(model.named_modules()).get(name)
     if layer is None or not is_head_layer(layer):
-        found = "no layer of that name" if layer is None else f"a {type(layer).__name__} there"
+        there = "no layer of that name" if layer is None else f"a {type(layer).__name__} there"
         raise ValueError(
-            f"head={name!r}: {type(model).__name__} has {found}; a head is an nn.Linear or a 1x1 "
+            f"head={name!r}: {type(model).__name__} has {there}; a head is an nn.Linear or a 1x1 "
             f"nn.Conv2d, such as {', '.join(n for n, _ in candidates[-5:])}"
         )
     return layer
@@ -151,7 +160,7 @@ def _by_convention(model: nn.Module) -> HeadLayer:
     if isinstance(model, nn.Sequential):
         named.append(model)
     by_name = [m for m in named if isinstance(m, nn.Module) and last in m.modules()]
-    # A hidden layer may be called `fc` too: the name alone is not enough.
+    # A hidden layer may be called `fc`, too: its name alone is not enough.
     if by_name or len({id(layer) for _, layer in candidates}) == 1:
         return last
     names = ", ".join(name for name, _ in candidates[-5:])
@@ -163,7 +172,7 @@ def _by_convention(model: nn.Module) -> HeadLayer:
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled parts run as they are written, and so run hooks."""
+    """Run compiled parts without compilation: compiled code runs no hooks."""
     if any(hasattr(m, "_orig_mod") for m in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
@@ -213,13 +222,12 @@ def _exactly(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer
 
 def _most_likely(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer | None:
     """The layer whose output may become the logits; `check_alone` tells whether it does."""
-    # Something follows the layer (a log-softmax, a mean over positions): the last one of that
-    # width.
+    # Something follows the layer, such as a log-softmax or a mean over positions.
     for module, _ in reversed(calls):
         width = classes_of(module)
         if logits.dim() > 1 and width in (logits.shape[1], logits.shape[-1]):
             return module
-    # A head padded to a round number of classes, of which the first are the logits.
+    # The head is padded to a round number of classes, and its first outputs are the logits.
     for module, output in reversed(calls):
         if logits.dim() == 2 == output.dim() and torch.equal(output[:, : logits.shape[1]], logits):
             return module

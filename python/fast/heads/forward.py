@@ -1,13 +1,17 @@
-"""Call a classifier on whatever its batches look like, and take the logits from what it returns."""
+"""Call a classifier on a batch of any form, and take the logits from whatever it returns."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fast.data.trees import leaves, move, pick, shapes
+from fast.errors import first_line
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -62,16 +66,6 @@ def forward_logits(model: nn.Module, inputs: Any) -> Tensor:
     return logits_of(call(model, inputs))
 
 
-def pick(inputs: Any, index: Any) -> Any:
-    """The rows `index` of a tensor, or of every tensor in a tuple or mapping."""
-    if isinstance(inputs, Mapping):
-        nested = {k: pick(v, index) for k, v in inputs.items() if isinstance(v, Mapping)}
-        return {k: nested[k] if k in nested else v[index] for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(v[index] for v in inputs)
-    return inputs[index]
-
-
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Training or evaluation mode; every module gets its own mode back afterwards."""
@@ -86,6 +80,58 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back afterwards."""
+    """Evaluation mode without gradients; see `in_mode`."""
     with in_mode(model, False), torch.no_grad():
         yield
+
+
+@contextmanager
+def taking(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[None]:
+    """Explain errors of a forward pass: the network does not take these inputs.
+
+    Args:
+        name: of the data, for the message.
+        model: where it is given, the message says what it takes.
+
+    Raises:
+        ValueError: in place of an error about the shape, type or number of inputs.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        hint = "" if model is None else mismatch(model, inputs)
+        raise ValueError(
+            f"{name}: the network does not take these inputs ({shapes(inputs)}): "
+            f"{first_line(error)}{hint}"
+        ) from error
+
+
+def mismatch(model: nn.Module, inputs: Any) -> str:
+    """What a network takes, for a message; empty unless these inputs are plainly something else."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = getattr(model, "main_input_name", next(iter(parameters), ""))
+    tensors = leaves(inputs)
+    if tensors and tensors[0].dim() == 4 and named in ("input_ids", "ids", "tokens"):
+        return f"; it is a text network (it takes {named}), and these look like images"
+    if tensors and not tensors[0].is_floating_point() and named in ("pixel_values", "input_values"):
+        return f"; it takes {named}, numbers with a fraction, and these are whole numbers"
+    if isinstance(inputs, Mapping) and (named not in inputs or not set(inputs) <= set(parameters)):
+        if not takes_all:
+            return f"; its forward takes ({', '.join(parameters)}): give the data these names"
+        if named not in inputs:
+            return f"; it takes {named}"
+    return ""
+
+
+def check_takes(model: nn.Module, inputs: Any, name: str) -> None:
+    """Try two samples of a batch, on any device.
+
+    Raises:
+        ValueError: the network does not take them.
+    """
+    device = next(model.parameters()).device
+    with taking(name, inputs, model), evaluating(model):
+        forward_logits(model, move(pick(inputs, slice(2)), device))

@@ -1,37 +1,46 @@
 """Replace a classifier's head by a maximum-entropy one, keeping the source head; and fold it back.
 
-Zero weights on normalised features: softmax is uniform, its entropy is log C, and the error sent to
-the backbone is W^T (p - y) = 0, so the first error stays in the head (arXiv 2007.01388, section 3).
+With zero weights on normalised features, softmax is uniform, its entropy is log C, and the error
+that reaches the backbone is W^T (p - y) = 0: the first error stays in the head (Varno et al. 2020,
+arXiv 2007.01388, section 3).
 """
 
 from __future__ import annotations
 
 import copy
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast.data.labels import check_num_classes
+from fast.data.trees import pick
 from fast.errors import first_line
-from fast.heads.alone import check_alone
+from fast.heads.alone import check_alone, check_declared
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, HeadLayer, classes_of, find_head, own_parameters, places_of
-from fast.heads.forward import evaluating, forward_logits, pick, unwrap
+from fast.heads.find import (
+    Head,
+    HeadLayer,
+    classes_of,
+    find_head,
+    layer_like,
+    own_parameters,
+    places_of,
+)
+from fast.heads.forward import evaluating, forward_logits, unwrap
 from fast.heads.task import TwoTask
-
-# A head of more would fill the memory before anything is said.
-MOST_CLASSES = 1_000_000
 
 
 class TaskHead(nn.Module, TwoTask):
-    """The target head in the source head's place: `linear(norm(x))`, or `source(x)` when asked to.
+    """The target head `linear(norm(x))`; inside `fast.source_task` it is the source head.
 
     Attributes:
         norm: `FeatureNorm`, or None for a plain head.
         linear: the target layer, of the source layer's kind.
         source: the source head, frozen.
+        source_labels: the names of the source's classes in `model.config`, which transformers
+            forgets when their number changes.
         auxiliary: names of further heads of the network, which only run in training mode.
     """
 
@@ -40,7 +49,6 @@ class TaskHead(nn.Module, TwoTask):
         self.norm = norm
         self.linear = linear
         self.source = source
-        # transformers forgets the names of the labels when their number changes.
         self.source_labels: dict[str, Any] = {}
         self.auxiliary: tuple[str, ...] = ()
 
@@ -51,7 +59,7 @@ class TaskHead(nn.Module, TwoTask):
 
     @property
     def weight(self) -> Tensor:
-        """Of the layer that answers; networks look here for the dtype of their head."""
+        """The weight of the layer that answers; networks read the dtype of their head from it."""
         return (self.source if self.answers_source else self.linear).weight
 
     @property
@@ -59,7 +67,7 @@ class TaskHead(nn.Module, TwoTask):
         return classes_of(self.linear)
 
     def announce(self, model: nn.Module) -> None:
-        """Tell the model how many classes it answers, where timm and transformers look for it."""
+        """Set the number of classes where timm and transformers look for it."""
         source = self.answers_source
         announce_classes(model, classes_of(self.source if source else self.linear))
         if source:
@@ -84,24 +92,6 @@ def task_head(model: nn.Module) -> TaskHead | None:
     return next((m for m in model.modules() if isinstance(m, TaskHead)), None)
 
 
-def check_num_classes(num_classes: Any) -> int:
-    """The number of classes of a head, as an int.
-
-    Raises:
-        TypeError: no whole number.
-        ValueError: fewer than 2, or more than `MOST_CLASSES`.
-    """
-    try:
-        number = operator.index(num_classes)
-    except TypeError as error:
-        raise TypeError(f"num_classes must be a whole number; got {num_classes!r}") from error
-    if number < 2:
-        raise ValueError(f"num_classes must be at least 2; got {number}")
-    if number > MOST_CLASSES:
-        raise ValueError(f"num_classes must be at most {MOST_CLASSES}; got {number}")
-    return number
-
-
 def replace_head(
     model: nn.Module,
     num_classes: int,
@@ -113,50 +103,60 @@ def replace_head(
     """Give a pretrained classifier a new head, in place; the source head is kept inside it.
 
     Args:
-        model: any network that ends in an `nn.Linear` or a 1x1 `nn.Conv2d`: timm, torchvision,
-            transformers, or your own.
-        num_classes: C, of the target task.
-        sample: a batch of target inputs, as `model` takes them. Finds the head by running the model
-            once, checks that it alone makes the logits, and sets the statistics of the feature
+        model: any network that ends in an `nn.Linear` or a 1x1 `nn.Conv2d`: one of timm,
+            torchvision or transformers, or your own.
+        num_classes: the number of classes of the target task, C.
+        sample: a batch of target inputs, as `model` takes them. With it the model runs to find the
+            head, to check that it alone makes the logits, and to set the statistics of the feature
             normaliser. Without it the head is found by its customary name, and the first training
             batch sets the statistics.
-        max_entropy: zero weights behind a feature normaliser; False gives the layer's own random
-            initialisation on raw features (the usual baseline).
+        max_entropy: start at zero weights behind a feature normaliser; False starts at the layer's
+            own random initialisation on raw features (the usual baseline).
         head: name of the layer that makes the logits, where it cannot be found.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: no head was found, several layers make the logits together, the head was
+        ValueError: there is no head, several layers make the logits together, the head was
             replaced before, or `num_classes` is not in 2..1,000,000. The model is as it was.
     """
-    num_classes = check_num_classes(num_classes)
+    return put_head(
+        model, check_num_classes(num_classes), sample=sample, max_entropy=max_entropy, head=head
+    )
+
+
+def put_head(
+    model: nn.Module, num_outputs: int, *, sample: Any, max_entropy: bool, head: str | None
+) -> nn.Module:
+    """`replace_head` for any number of outputs, of which a regression has one."""
     inner = unwrap(model)
     if task_head(inner) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
     if torch.is_inference_mode_enabled():
         raise ValueError("a head made under torch.inference_mode cannot learn: replace it outside")
-    found = find_head(inner, sample, head)
-    if sample is not None:
-        check_alone(inner, found, sample, named=head is not None, learns=max_entropy)
-    trainable = [p.requires_grad for p in found.module.parameters()]
-    made = _new_head(inner, found, num_classes, max_entropy)
-    found.put(made)
-    announce_classes(inner, num_classes)
-    made.train(inner.training)
+    old = find_head(inner, sample, head)
+    if sample is None:
+        check_declared(inner, old)
+    else:
+        check_alone(inner, old, sample, named=head is not None, learns=max_entropy)
+    trainable = [p.requires_grad for p in old.module.parameters()]
+    new = _new_head(inner, old, num_outputs, max_entropy)
+    old.put(new)
+    announce_classes(inner, num_outputs)
+    new.train(inner.training)
     try:
         if sample is not None:
-            _check_width(inner, made, sample, found.name)
+            _check_width(inner, new, sample, old.name)
             calibrate(inner, [sample])
     except BaseException:
-        _restore(inner, found.module, trainable)
+        _restore(inner, old.module, trainable)
         raise
     return model
 
 
 def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None:
-    """Put the source's own layer back, its parameters trainable as they were."""
+    """Put the source's layer back, with its parameters as trainable as they were."""
     head = task_head(model)
     assert head is not None
     head.answers_source = True
@@ -167,27 +167,21 @@ def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None
         parameter.requires_grad_(before)
 
 
-def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool) -> TaskHead:
-    source = found.module
-    options: Any = {"device": source.weight.device, "dtype": source.weight.dtype}
-    options["bias"] = max_entropy or source.bias is not None  # the mean of the features goes there
-    linear: HeadLayer
-    if isinstance(source, nn.Conv2d):
-        features, dim = source.in_channels, 1
-        linear = nn.Conv2d(features, num_classes, 1, source.stride, **options)  # type: ignore[arg-type]
-    else:
-        features, dim = source.in_features, -1
-        linear = nn.Linear(features, num_classes, **options)
+def _new_head(model: nn.Module, old: Head, num_classes: int, max_entropy: bool) -> TaskHead:
+    source = old.module
+    # `fold_head` puts the mean of the features into the bias.
+    linear = layer_like(source, num_classes, bias=max_entropy or source.bias is not None)
     norm = None
     if max_entropy:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
-        norm = FeatureNorm(features, dim).to(source.weight.device)
+        dim = 1 if isinstance(source, nn.Conv2d) else -1
+        norm = FeatureNorm(source.weight.shape[1], dim).to(source.weight.device)
     if len(own_parameters(model, source)) < len(list(source.parameters())):
         # Frozen weights in the head must not freeze the embedding that they are tied to.
         source = copy.deepcopy(source)
     head = TaskHead(norm, linear, source.requires_grad_(False))
-    head.auxiliary = found.auxiliary
+    head.auxiliary = old.auxiliary
     config = getattr(model, "config", None)
     names = ("id2label", "label2id")
     head.source_labels = {n: getattr(config, n) for n in names if hasattr(config, n)}
@@ -195,8 +189,12 @@ def _new_head(model: nn.Module, found: Head, num_classes: int, max_entropy: bool
 
 
 def _check_width(model: nn.Module, head: TaskHead, sample: Any, name: str) -> None:
-    """A network may cut the outputs of a padded head, or count its classes on its own."""
-    told = f"with a head of {head.num_classes} classes at {name}"
+    """Check that the logits are as wide as the new head.
+
+    Raises:
+        ValueError: the forward cuts the outputs of a padded head, or counts the classes itself.
+    """
+    prefix = f"with a head of {head.num_classes} classes at {name}"
     way = (
         "its forward counts the classes on its own (let it take them from the head), or it ends in "
         "features (give it a head: nn.Sequential(model, nn.Linear(D, num_classes)))"
@@ -207,21 +205,20 @@ def _check_width(model: nn.Module, head: TaskHead, sample: Any, name: str) -> No
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{told} the network fails ({first_line(error)}): {way}") from error
+        raise ValueError(f"{prefix} the network fails ({first_line(error)}): {way}") from error
     if head.num_classes not in shape[1:]:
-        raise ValueError(f"{told} the logits have shape {shape}: {way}")
+        raise ValueError(f"{prefix} the logits have shape {shape}: {way}")
 
 
 def calibrate(model: nn.Module, batches: Any) -> nn.Module:
-    """Set the feature normaliser to the statistics of these inputs; one forward pass each.
+    """Set the feature normaliser to the statistics of these inputs, with one forward pass each.
 
     Args:
-        model: a network whose head was replaced.
+        model: a network after `replace_head`.
         batches: an iterable of batches of target inputs.
 
     Raises:
-        ValueError: the head was not replaced; the inputs give fewer than two feature vectors, or
-            features that are all the same or not finite.
+        ValueError: the head was not replaced, or `calibrate_from` refuses the features.
     """
     head = task_head(model)
     if head is None:
@@ -231,8 +228,8 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
     return model
 
 
-def features_of(model: nn.Module, head: TaskHead, inputs: Any) -> Tensor:
-    """What the head sees of a batch of inputs: `[B, D]`, or what the network has there."""
+def features_of(model: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
+    """The input of the head for a batch of inputs: `[B, D]`, or of the network's own shape."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
@@ -247,9 +244,10 @@ def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
     """Set the statistics of `norm` to those of these features.
 
     Raises:
-        ValueError: fewer than two, all the same, or not finite.
+        ValueError: there are fewer than two rows of features, all are the same, or some are not
+            finite.
     """
-    rows = [x.movedim(norm.dim, -1).reshape(-1, norm.num_features).double() for x in batches]
+    rows = [norm.rows(x).double() for x in batches]
     features = torch.cat(rows) if rows else torch.empty(0)
     if features.shape[0] < 2:
         raise ValueError(
@@ -262,7 +260,7 @@ def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
             f"to {float(features.abs().max()):.0e}): look at the scale of the inputs, and at the "
             "weights and batch norm statistics of the network"
         )
-    # More than rounding.
+    # Smaller variances are rounding.
     if not bool((var > 1e-12 * features.square().mean(0)).any()):
         raise ValueError(
             f"the backbone gives all {len(features)} training inputs the same features, of which "
@@ -275,11 +273,11 @@ def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
 def fold_head(model: nn.Module) -> nn.Module:
     """Make the target head a plain layer again, in place, and drop the source head.
 
-    The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), batch
-    norms get their own class back: nothing of this library is left in the network.
+    The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), and
+    batch norms get their own class back: nothing of this library remains in the network.
 
     Returns:
-        `model`. A network whose head was never replaced is returned as it is.
+        `model`. Without a replaced head it stays as it is.
     """
     head = task_head(model)
     if head is not None:

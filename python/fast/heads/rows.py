@@ -1,4 +1,4 @@
-"""Rows of features by the sample they are of: some networks fold positions into the batch."""
+"""Rows of features by sample: some networks fold positions into the batch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.heads.forward import pick
-from fast.heads.replace import TaskHead, features_of
+from fast.data.trees import pick
+from fast.heads.replace import features_of
 
 
 def by_sample(rows: Tensor, size: int) -> Tensor:
-    """`[B, ...]` as it is, and `[B * T, ...]` of tokens or pixels as `[B, T, ...]`.
+    """Rows `[B * T, ...]` of tokens or pixels as `[B, T, ...]`; `[B, ...]` stays as it is.
 
     Args:
         size: B, the number of samples.
 
     Raises:
-        ValueError: the rows are no multiple of the samples.
+        ValueError: the number of rows is no multiple of B.
     """
     if len(rows) == size:
         return rows
@@ -30,14 +30,14 @@ def by_sample(rows: Tensor, size: int) -> Tensor:
     return rows.unflatten(0, (size, -1))
 
 
-def folds_positions(model: nn.Module, head: TaskHead, sample: Any) -> bool:
+def folds_positions(model: nn.Module, head: nn.Module, sample: Any) -> bool:
     """Whether the head sees several rows of a sample.
 
     Args:
-        sample: a batch of inputs; two of them are used.
+        sample: a batch of inputs, of which two are used.
 
     Raises:
-        ValueError: they are mixed with those of other samples.
+        ValueError: rows of several samples are mixed.
     """
     both = features_of(model, head, pick(sample, slice(2)))
     if len(both) == 2:

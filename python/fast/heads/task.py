@@ -1,4 +1,4 @@
-"""Which task a network answers: modules that know two tasks, and the switch between them."""
+"""Switch a network between the source task and the target task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from fast.heads.forward import unwrap
 
 
 class TwoTask:
-    """Mixin of modules that can answer the source task in place of the target task."""
+    """Mixin of modules that have parameters for both tasks.
+
+    Attributes:
+        answers_source: whether the source's are used.
+    """
 
     answers_source: bool = False
 
@@ -23,14 +27,14 @@ def two_task_modules(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def source_task(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the network answer the source task: its original head, and batch norms kept per task.
+    """Let the network answer the source task, with its original head and its batch norms per task.
 
-    The weights are the current ones, so what is measured inside is what the network still knows.
-    Mode, gradients and buffers are left as they are. May be nested.
+    The weights are the current ones, so this measures what the network still knows. Mode, gradients
+    and buffers stay as they are. Contexts may be nested.
 
     Args:
-        model: a network whose head was replaced by `fast.replace_head`; a network that still has
-            its own head answers its own task anyway.
+        model: a network after `fast.replace_head`. One with its own head answers its own task
+            anyway.
 
     Yields:
         the same model.
@@ -39,14 +43,14 @@ def source_task(model: nn.Module) -> Iterator[nn.Module]:
     before = [m.answers_source for m in modules]
     for m in modules:
         m.answers_source = True
-    labels = [m for m in modules if hasattr(m, "announce")]
+    heads = [m for m in modules if hasattr(m, "announce")]
     inner = unwrap(model)
-    for m in labels:
-        m.announce(inner)
+    for head in heads:
+        head.announce(inner)
     try:
         yield model
     finally:
         for m, state in zip(modules, before, strict=True):
             m.answers_source = state
-        for m in labels:
-            m.announce(inner)
+        for head in heads:
+            head.announce(inner)

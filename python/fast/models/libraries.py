@@ -1,4 +1,4 @@
-"""Networks of timm, torchvision and transformers, with their weights and what they say of input."""
+"""Load networks of timm, torchvision and transformers, and what they say about their input."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
-from fast.data.images.preprocessing import Preprocessing, from_config, from_preset
+from fast.data.images.preprocessing import from_config, from_preset
 from fast.data.images.processor import measure
 from fast.data.sources.connection import quick_offline
 from fast.errors import distribution, first_line, printable, some
-
-# Network, what it says of images, tokenizer, notes.
-Found = tuple[nn.Module, Preprocessing, Any, list[str]]
+from fast.models.loaded import LoadedModel
 
 
 def load_library(
     library: str, name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
-) -> Found:
+) -> LoadedModel:
     """The network `name` of a library.
 
     Raises:
-        ValueError: it has none of this name, the arguments do not fit, or the weights cannot be
-            had; the message names the way out.
-        ImportError: the library, or what it needs, is not installed.
+        ValueError: the library has no network of this name, the arguments do not fit, or the
+            weights cannot be downloaded; the message names the way out.
+        ImportError: the library, or one that it needs, is not installed.
     """
     load = {"timm": _timm, "torchvision": _torchvision, "transformers": _transformers}[library]
     return load(name, pretrained, args, dict(kwargs))
 
 
-def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> Found:
+def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> LoadedModel:
     timm = _library("timm", "timm")
     wanted = bool(kwargs.pop("pretrained", True))
     pretrained = pretrained and wanted
@@ -53,29 +49,36 @@ def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) 
     if kwargs.get("in_chans") == 1:
         for key in ("mean", "std"):
             config[key] = (sum(config[key]) / len(config[key]),)
-    return model, from_config(config, "timm"), None, notes
+    return LoadedModel(model=model, preprocessing=from_config(config, "timm"), notes=notes)
 
 
-def _torchvision(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> Found:
+def _torchvision(
+    name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
+) -> LoadedModel:
     models = _library("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise _unknown(f"torchvision:{name}", name, models.list_models())
-    asked = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
+    wanted = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
     with _naming(f"torchvision:{name}", pretrained):
-        known = models.get_model_weights(name)
-        weights = known[str(asked or "DEFAULT").split(".")[-1]]
-        given = weights if pretrained and asked else None
-        model = models.get_model(name, *args, weights=given, **kwargs)
-    notes = [] if asked else [_untrained(f"torchvision:{name}")]
-    return model, from_preset(weights.transforms(), "torchvision"), None, notes
+        # Without weights the network is prepared for as with its default ones.
+        weights = models.get_model_weights(name)[str(wanted or "DEFAULT").split(".")[-1]]
+        loads = pretrained and wanted
+        model = models.get_model(name, *args, weights=weights if loads else None, **kwargs)
+    return LoadedModel(
+        model=model,
+        preprocessing=from_preset(weights.transforms(), "torchvision"),
+        notes=[] if wanted else [_untrained(f"torchvision:{name}")],
+    )
 
 
-def _transformers(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> Found:
+def _transformers(
+    name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
+) -> LoadedModel:
     transformers = _library("transformers", "transformers")
     wanted = bool(kwargs.pop("pretrained", True))
     pretrained = pretrained and wanted
     notes = [] if wanted else [_untrained(f"transformers:{name}")]
-    # Else a repository that brings code of its own would be asked about, and waited for.
+    # Left out, transformers would ask about a repository with code of its own, and wait.
     trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
     with _naming(f"transformers:{name}", True), _quiet(transformers):
         config = transformers.AutoConfig.from_pretrained(name, **trust)
@@ -101,14 +104,14 @@ def _transformers(name: str, pretrained: bool, args: list[Any], kwargs: dict[str
             model = auto.from_config(config, **trust)
         if images:
             processor = transformers.AutoImageProcessor.from_pretrained(name, **trust)
-            return model, measure(processor), None, notes
+            return LoadedModel(model=model, preprocessing=measure(processor), notes=notes)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
-        notes += _padded(tokenizer, model.config)
-        return model, Preprocessing(), tokenizer, notes
+        notes += _pad(tokenizer, model.config)
+        return LoadedModel(model=model, tokenizer=tokenizer, notes=notes)
 
 
-def _padded(tokenizer: Any, config: Any) -> list[str]:
-    """Give both a padding token, where texts of several lengths could not make a batch."""
+def _pad(tokenizer: Any, config: Any) -> list[str]:
+    """Give both a padding token where they have none: texts of several lengths need one."""
     notes = []
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -124,9 +127,9 @@ def _untrained(spec: str) -> str:
     return f"{spec}: without pretrained weights, as asked"
 
 
-def _unknown(spec: str, name: str, known: Sequence[str]) -> ValueError:
+def _unknown(spec: str, name: str, names: Sequence[str]) -> ValueError:
     library = spec.partition(":")[0]
-    close = difflib.get_close_matches(name, known, n=3)
+    close = difflib.get_close_matches(name, names, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"see {library}'s list_models()"
     return ValueError(f"model {spec}: unknown model; {hint}")
 
@@ -163,7 +166,7 @@ def _naming(spec: str, downloads: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without bars and reports of loading; what matters of them is in the notes."""
+    """No progress bars and loading reports; the notes say what matters in them."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from fast.data.images.pixels import BGR
-from fast.data.images.preprocessing import Preprocessing, declared
+from fast.data.images.preprocessing import declared
 from fast.models.libraries import load_library
+from fast.models.loaded import LoadedModel
 from fast.models.model_file import network_from_file
-from fast.models.spec import LIBRARIES, parse_spec
 from fast.models.weights import load_weights
 
-
-@dataclass
-class LoadedModel:
-    """A network with what is known about its input.
-
-    says: how the images were prepared that it was trained on, as far as the network says.
-    tokenizer: of a text network from transformers.
-    notes: what a reader of the run should know, one line each.
-    """
-
-    model: nn.Module
-    says: Preprocessing = field(default_factory=Preprocessing)
-    tokenizer: Any = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def size(self) -> int | None:
-        return self.says.size
-
-    @property
-    def mean(self) -> tuple[float, ...] | None:
-        return self.says.mean
-
-    @property
-    def std(self) -> tuple[float, ...] | None:
-        return self.says.std
-
-    @property
-    def channels(self) -> int | str | None:
-        """Image channels: those of the first convolution; None without one, or not 1 or 3.
-
-        "BGR" where the network takes blue first.
-        """
-        if self.says.bgr:
-            return BGR
-        for module in self.model.modules():
-            if isinstance(module, nn.Conv2d):
-                return module.in_channels if module.in_channels in (1, 3) else None
-        return None
+LIBRARIES = ("timm", "torchvision", "transformers")
+_LIBRARY_NETWORK = re.compile(r"([^()]+?)\s*(?:\((.*)\))?", re.DOTALL)
+# Paths may have brackets, colons and spaces: `C:\\nets (1).py:Net(20)`.
+_FILE_NETWORK = re.compile(r"(.+\.py):\s*(\w+)\s*(?:\((.*)\))?", re.DOTALL)
 
 
 def load_model(
@@ -66,23 +30,23 @@ def load_model(
 ) -> LoadedModel:
     """Build the network that `spec` names, on the CPU, and load `weights` into it.
 
-    Without `weights` a library's network comes with its pretrained ones (`pretrained=False`: with
-    none), and a factory's as the factory returns it. Arguments in brackets are Python literals:
-    `timm:resnet18(num_classes=10)`. Weights in half precision become float32, to be trained.
+    Without `weights` a library's network has its pretrained ones (`pretrained=False`: random ones),
+    and a factory's network stays as the factory returns it. Arguments in brackets are Python
+    literals: `timm:resnet18(num_classes=10)`. Weights in half precision become float32, to be
+    trained.
 
     Raises:
         ValueError: the spec cannot be read, or the weights do not fit.
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ImportError: the library is not installed, or the file cannot be imported.
     """
     where, name, args, kwargs = parse_spec(spec)
     pretrained = pretrained and weights is None
     if where in LIBRARIES:
-        model, says, tokenizer, notes = load_library(where, name, pretrained, args, kwargs)
-        loaded = LoadedModel(model, says, tokenizer, notes)
+        loaded = load_library(where, name, pretrained, args, kwargs)
     else:
         model = network_from_file(Path(where).expanduser(), name, args, kwargs)
-        loaded = LoadedModel(model, declared(model))
+        loaded = LoadedModel(model=model, preprocessing=declared(model))
         if pretrained:
             loaded.notes.append(f"no --weights: the network is used as {name}() returns it")
     if weights is not None:
@@ -93,3 +57,45 @@ def load_model(
         loaded.notes.append(f"weights in {stored} are trained in float32")
         loaded.model.float()
     return loaded
+
+
+def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:
+    """`"where:name(1, k=2)"` -> `(where, name, [1], {"k": 2})`; only literals are evaluated.
+
+    `hf-hub:OWNER/NAME` is timm's name for a network on the hub, with or without `timm:` before it.
+
+    Raises:
+        ValueError: it names no network.
+    """
+    where, _, rest = spec.strip().partition(":")
+    if where in ("hf-hub", "hf_hub"):
+        where, rest = "timm", spec.strip()
+    if where in LIBRARIES:
+        if where == "transformers" and Path(rest).expanduser().is_dir():
+            return where, rest, [], {}  # a folder's name may have brackets
+        match = _LIBRARY_NETWORK.fullmatch(rest.strip())
+        parts = (where, match[1], match[2]) if match else None
+    else:
+        match = _FILE_NETWORK.fullmatch(spec.strip())
+        parts = (match[1], match[2], match[3]) if match else None
+    if parts is None:
+        raise ValueError(
+            f"model {spec!r}: must be timm:NAME, torchvision:NAME, transformers:NAME or "
+            "path/file.py:Factory(args)"
+        )
+    where, name, arguments = parts
+    return where, name, *_literals(spec, arguments or "")
+
+
+def _literals(spec: str, arguments: str) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or any(k.arg is None for k in call.keywords):
+            raise ValueError("not a plain argument list")
+        args = [ast.literal_eval(a) for a in call.args]
+        return args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
+        raise ValueError(
+            f"model {spec!r}: arguments must be literals such as (20, width=0.5, name='a'); "
+            f"got ({arguments})"
+        ) from err

@@ -1,4 +1,4 @@
-"""A network from a Python file of the user's."""
+"""Build a network that a Python file of the user's defines."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def network_from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, 
     """What `name(*args, **kwargs)` of the file returns; the file may import what lies beside it.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: no such file; it cannot be imported; it has no
-            such factory, or that returns no network.
+        FileNotFoundError: there is no such file.
+        ImportError: the file cannot be imported.
+        ValueError: it has no such factory, or one that fails or returns no network.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model file {path}: no such file")
@@ -27,8 +28,8 @@ def network_from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, 
         module = _import_file(path)
         factory = getattr(module, name, None)
         if not callable(factory):
-            found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise ValueError(f"{path}: has no {name}; it has {', '.join(found) or 'no callables'}")
+            names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise ValueError(f"{path}: has no {name}; it has {', '.join(names) or 'no callables'}")
         try:
             model = factory(*args, **kwargs)
         except TypeError as err:
@@ -44,7 +45,7 @@ def network_from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, 
 
 
 def _import_file(path: Path) -> Any:
-    """Import under a name of its own, so that a file called `json.py` shadows nothing."""
+    """Import a file under a unique name, so that one called `json.py` shadows nothing."""
     name = f"fast_model_{path.stem}_{abs(hash(str(path.resolve()))):x}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -1,4 +1,4 @@
-"""The networks in a folder that `Result.save` (or `fast finetune --output`) wrote."""
+"""Read the networks in a folder that `Result.save` (or `fast finetune --output`) wrote."""
 
 from __future__ import annotations
 
@@ -9,27 +9,40 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.files import atomic_file, file_hash, read_json, read_sealed, reading, write_sealed
-from fast.heads.find import Head, HeadLayer, find_head
+from fast.files import (
+    atomic_file,
+    file_hash,
+    read_json,
+    read_sealed,
+    reading,
+    write_sealed,
+)
+from fast.heads.find import Head, HeadLayer, find_head, layer_like
 from fast.heads.replace import announce_classes
-from fast.train.resume.checkpoint import load_tensors
+from fast.models.tensor_files import load_tensors
 
 MODEL_FILE = "model.safetensors"
 SOURCE_HEAD_FILE = "source_head.safetensors"
 SOURCE_NORMS_FILE = "source_norms.safetensors"
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
-# What belongs to a result, where it is there; checkpoints and pictures beside it do not.
+# The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
     MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, "config.json", "result.json", "history.jsonl",
     "job.json", "data.json",
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SavedNetworks:
-    """Plain networks with the adapted weights; `source` (None: cannot be had, `note` says why) has
-    the head, and answers the task, that the network had before."""
+    """Plain networks with the adapted weights.
+
+    Attributes:
+        target: answers the new task.
+        source: has the head of before, and answers the task of before; None where the folder lacks
+            what it needs.
+        note: says what is lacking.
+    """
 
     target: nn.Module
     source: nn.Module | None
@@ -40,16 +53,16 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     """Read the networks of a saved run.
 
     Args:
-        folder: with `model.safetensors`, and `source_head.safetensors` beside it; and
-            `source_norms.safetensors` where each task had batch norms of its own.
+        folder: has `model.safetensors`; for the source network also `source_head.safetensors`, and
+            `source_norms.safetensors` where each task had its own batch norms.
         model: the plain architecture, with a head for any number of classes; becomes the target
             network.
         sample: a batch of inputs, to find the head by.
 
     Raises:
-        FileNotFoundError: no `model.safetensors` there.
-        ValueError: a file is damaged, or not of the same result as the others; or the weights are
-            of another network; the message names the first that differ.
+        FileNotFoundError: the folder has no `model.safetensors`.
+        ValueError: a file is damaged or belongs to another result; or the weights are those of
+            another network, and the message names the first that differ.
     """
     folder = Path(folder)
     file = folder / MODEL_FILE
@@ -58,9 +71,9 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     state = load_tensors(file)
     _take_dtypes(model, state)
     _fit_head(model, head, state, f"{head.name}.", file)
-    own = model.state_dict()
-    wrong = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
-    wrong += [n for n in state if n not in own or own[n].shape != state[n].shape]
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [n for n in shapes if n not in state and not n.endswith("num_batches_tracked")]
+    wrong += [n for n in state if shapes.get(n) != state[n].shape]
     if wrong:
         raise ValueError(
             f"{file} is of another network: {len(wrong)} tensors differ, first "
@@ -69,14 +82,16 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     model.load_state_dict(state, strict=False)
     source_file = folder / SOURCE_HEAD_FILE
     if not source_file.is_file():
-        return SavedNetworks(model, None, f"{folder} has no source_head.safetensors")
+        return SavedNetworks(
+            target=model, source=None, note=f"{folder} has no source_head.safetensors"
+        )
     norms_file = folder / SOURCE_NORMS_FILE
     norms = load_tensors(norms_file) if norms_file.is_file() else {}
     if not norms and _batch_norm_policy(folder) == "per_task":
         why = "the source's batch norm statistics were kept per task, and are not in the folder"
-        return SavedNetworks(model, None, f"{folder}: {why}")
+        return SavedNetworks(target=model, source=None, note=f"{folder}: {why}")
     source = copy.deepcopy(model)
-    odd = [n for n, t in norms.items() if n not in own or own[n].shape != t.shape]
+    odd = [n for n, t in norms.items() if shapes.get(n) != t.shape]
     if odd:
         raise ValueError(f"{norms_file} is of another network: it has {odd[0]}")
     source.load_state_dict(norms, strict=False)
@@ -84,11 +99,11 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     weights = load_tensors(source_file)
     layer = _fit_head(source, old, weights, "", source_file)
     layer.load_state_dict(weights)
-    return SavedNetworks(model, source)
+    return SavedNetworks(target=model, source=source)
 
 
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give the tensors of `model` the precision that they are saved in, so that none is rounded."""
+    """Give the tensors of `model` the precision that they were saved in: none is rounded then."""
     for module_name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
@@ -104,20 +119,13 @@ def _fit_head(
 ) -> HeadLayer:
     """Give `model` a head of the shape that `state` has."""
     weight = state.get(f"{prefix}weight")
-    own = head.module.weight
-    if weight is None or weight.shape[1:] != own.shape[1:]:
-        found = "nothing" if weight is None else list(weight.shape)
+    shape = head.module.weight.shape
+    if weight is None or weight.shape[1:] != shape[1:]:
+        there = "nothing" if weight is None else list(weight.shape)
         raise ValueError(
-            f"{file} does not fit the head {head.name} {list(own.shape)}: it has {found} there"
+            f"{file} does not fit the head {head.name} {list(shape)}: it has {there} there"
         )
-    bias = f"{prefix}bias" in state
-    options: Any = {"bias": bias, "device": own.device, "dtype": own.dtype}
-    layer: HeadLayer
-    if isinstance(head.module, nn.Conv2d):
-        stride: Any = head.module.stride
-        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, stride, **options)
-    else:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], **options)
+    layer = layer_like(head.module, weight.shape[0], bias=f"{prefix}bias" in state)
     head.put(layer)
     announce_classes(model, weight.shape[0])
     return layer
@@ -129,11 +137,11 @@ def _batch_norm_policy(folder: Path) -> str | None:
 
 
 def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:
-    """Tie the files of a result together: their hashes, in a file with a checksum of itself.
+    """Tie the files of a result together: write their hashes into a file with its own checksum.
 
     Args:
-        run: id of the run that they are of.
-        options: of that run.
+        run: id of the run that wrote them.
+        options: what the run computed by.
     """
     files = {name: file_hash(folder / name) for name in FILES if (folder / name).is_file()}
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -143,10 +151,10 @@ def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> No
 
 
 def check_manifest(folder: Path) -> None:
-    """Compare the files of a result with what was written; files that were taken away are no harm.
+    """Compare the files of a result with what was written; some may have been removed.
 
     Raises:
-        FileNotFoundError: no result there.
+        FileNotFoundError: the folder holds no result.
         ValueError: a file is damaged, or was not saved together with the others.
     """
     for name in (MODEL_FILE, MANIFEST_FILE):

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fast.errors import first_line, printable, some
+from fast.models.tensor_files import load_tensors
 
-# What trainers put weights under, the best first: averaged weights are what is evaluated.
-STATE_KEYS: tuple[str, ...]
-STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
-STATE_KEYS += ("checkpoint",)
-# What wrappers put before each name: DataParallel, torch.compile, Lightning, students of teachers.
-WRAPPERS = frozenset(("module", "_orig_mod", "model", "net", "network", "backbone", "base_model"))
-WRAPPERS |= {"ema", "student", "teacher"}
+# Keys under which trainers store weights, the best first: averaged weights are evaluated.
+STATE_KEYS = (
+    "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "checkpoint",
+)  # fmt: skip
+# Prefixes of names by wrappers: DataParallel, torch.compile, Lightning, distillation.
+WRAPPERS = frozenset((
+    "module", "_orig_mod", "model", "net", "network", "backbone", "base_model", "ema", "student",
+    "teacher",
+))  # fmt: skip
 
 
 def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = False) -> list[str]:
@@ -29,27 +32,28 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     network's (`module.`, `_orig_mod.`, `backbone.`).
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, shapes differ, none of its tensors is the network's, or
             names are missing (beyond batch norm's `num_batches_tracked`) and `allow_missing` is not
             set. The model is then unchanged.
     """
     path = Path(path).expanduser()
     state, notes = _read_state(path)
-    own = model.state_dict()
-    state, renamed = _matched(state, own, path)
+    expected = model.state_dict()
+    state, renamed = _matched(state, expected, path)
     notes += renamed
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
-    unexpected = [n for n in state if n not in own]
+    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
+    unexpected = [n for n in state if n not in expected]
+    both = [(n, state[n], expected[n]) for n in expected if n in state]
     shapes = [
-        f"{n} is {tuple(state[n].shape)} in the file, {tuple(own[n].shape)} in the network"
-        for n in own
-        if n in state and state[n].shape != own[n].shape
+        f"{n} is {tuple(stored.shape)} in the file, {tuple(wanted.shape)} in the network"
+        for n, stored, wanted in both
+        if stored.shape != wanted.shape
     ]
-    kinds = [
-        f"{n} ({state[n].dtype})"
-        for n in own
-        if n in state and own[n].is_floating_point() and not state[n].is_floating_point()
+    no_floats = [
+        f"{n} ({stored.dtype})"
+        for n, stored, wanted in both
+        if wanted.is_floating_point() and not stored.is_floating_point()
     ]
     parameters = [name for name, _ in model.named_parameters()]
     if parameters and not any(name in state for name in parameters):
@@ -63,21 +67,22 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
             f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
             "are of, for example with (num_classes=...)"
         )
-    if kinds:
-        raise ValueError(f"{path}: tensors that are no floats: {some(kinds, 4)}; unpack them first")
+    if no_floats:
+        raise ValueError(
+            f"{path}: tensors that are no floats: {some(no_floats, 4)}; unpack them first"
+        )
     if missing and not allow_missing:
         raise ValueError(
-            f"{path}: lacks {len(missing)} of {len(own)} tensors of the network: "
+            f"{path}: lacks {len(missing)} of {len(expected)} tensors of the network: "
             f"{some(missing, 4)}"
             + (f"; it has others that do not belong: {some(unexpected, 4)}" if unexpected else "")
             + "; --allow-missing leaves them as they are"
         )
     model.load_state_dict(state, strict=False)
     if missing:
-        loaded = sum(n in state for n in own)
         notes.append(
-            f"{path}: {loaded} of {len(own)} tensors loaded, {len(missing)} tensors missing, left "
-            f"as built: {some(missing, 4)}"
+            f"{path}: {len(both)} of {len(expected)} tensors loaded, {len(missing)} tensors "
+            f"missing, left as built: {some(missing, 4)}"
         )
     if unexpected:
         notes.append(f"{path}: {len(unexpected)} tensors not used: {some(unexpected, 4)}")
@@ -89,13 +94,7 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: no such file")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path), []
-        except SafetensorError as err:
-            raise ValueError(f"{path}: truncated or not a safetensors file ({err})") from err
+        return load_tensors(path), []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
@@ -112,19 +111,19 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _unpacked(state: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict among what a trainer stored."""
+    """The state dict in what a trainer stored, and notes."""
     if _is_state(state):
         return state, []
-    found = {k: v for k, v in state.items() if isinstance(v, dict)} if _is_named(state) else {}
-    key = next((key for key in STATE_KEYS if found.get(key)), None)
+    dicts = {k: v for k, v in state.items() if isinstance(v, dict)} if _is_named(state) else {}
+    key = next((key for key in STATE_KEYS if dicts.get(key)), None)
     if key is None:
-        states = [k for k, v in found.items() if _is_state(v)]
+        states = [k for k, v in dicts.items() if _is_state(v)]
         if len(states) != 1:
             what = f"several: {some(states)}" if states else f"but a {type(state).__name__}"
             raise ValueError(f"{path}: holds no state dict of tensors, {what}")
         key = states[0]
-    inner, notes = _unpacked(found[key], path)
-    others = [k for k, v in found.items() if k != key and _is_state(v)]
+    inner, notes = _unpacked(dicts[key], path)
+    others = [k for k, v in dicts.items() if k != key and _is_state(v)]
     if others:
         notes.append(f"{path}: the weights under {key!r} are used, not {some(others)}")
     return inner, notes
@@ -139,31 +138,31 @@ def _is_state(state: Any) -> bool:
 
 
 def _matched(
-    state: dict[str, Tensor], own: dict[str, Tensor], path: Path
+    state: dict[str, Tensor], expected: dict[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state with the one prefix taken off, or put before, that makes its names the network's.
+    """The state under the names of the network: all of its own names have one prefix more, or less.
 
     Raises:
-        ValueError: two prefixes do so: the file has several networks.
+        ValueError: two prefixes fit equally: the file has several networks.
     """
-    matches = sum(name in own for name in state)
-    taken, put = _prefixes(state, own), _prefixes(own, state)
-    found = max(taken, put, key=lambda counts: max(counts.values(), default=0))
-    if matches >= max(found.values(), default=0):
+    matches = sum(name in expected for name in state)
+    superfluous, lacking = _prefixes(state, expected), _prefixes(expected, state)
+    counts = max(superfluous, lacking, key=lambda counts: max(counts.values(), default=0))
+    if matches >= max(counts.values(), default=0):
         return state, []
-    (best, count), *others = found.most_common()
+    (best, count), *others = counts.most_common()
     if others and others[0][1] == count:
         raise ValueError(
             f"{path}: holds several networks, {printable(best)} and {printable(others[0][0])}: "
             "store one of them"
         )
-    if found is taken:
+    if counts is superfluous:
         return {name.removeprefix(best): v for name, v in state.items()}, []
     return {best + n: v for n, v in state.items()}, [f"{path}: its names lack {printable(best)}"]
 
 
 def _prefixes(long: dict[str, Tensor], short: dict[str, Tensor]) -> Counter[str]:
-    """Prefixes by wrappers that names in `long` have before one in `short`, counted."""
+    """How many names in `long` are one of `short` with a wrapper's prefix, by prefix."""
     counts: Counter[str] = Counter()
     for name in long:
         parts = name.split(".")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import fastkernels
-
-from ._base import AnchoredOptimizer, finite, number
-from ._batch import Batch, Group
-from ._state import Storage
+from fast.optim.base import AnchoredOptimizer
+from fast.optim.batch import Batch
+from fast.optim.groups import Group, check_numbers, number
+from fast.optim.loading import Format
 
 
 class AdamW(AnchoredOptimizer):
@@ -22,7 +22,8 @@ class AdamW(AnchoredOptimizer):
     diagonal curvature of the source loss as `F`, EWC (Kirkpatrick et al. 2017), decoupled.
 
     lr, betas, eps, weight_decay, anchor_decay, curvature, stall, ramp and maximize may also be set
-    per group.
+    per group. A group has one key more, `restraint` (1.0): every step multiplies its lr by it, as
+    by the ramp, so that a method can slow a group down while a scheduler owns `lr`.
 
     Args:
         params: parameters, named parameters, or dicts of groups.
@@ -54,9 +55,12 @@ class AdamW(AnchoredOptimizer):
         ValueError: a value is out of range; the message names it.
     """
 
-    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-    own_keys: ClassVar[frozenset[str]] = frozenset({"betas", "eps"})
-    torch_keys: ClassVar[frozenset[str]] = frozenset({"amsgrad"})  # which RAdam and NAdam lack
+    format: ClassVar[Format] = Format(
+        name="AdamW",
+        moments=("exp_avg", "exp_avg_sq"),
+        group_keys=frozenset({"betas", "eps"}),
+        torch_keys=frozenset({"amsgrad"}),  # which RAdam and NAdam lack
+    )
 
     def __init__(
         self,
@@ -92,17 +96,18 @@ class AdamW(AnchoredOptimizer):
         super().__init__(
             params,
             defaults,
-            storage=Storage(state_dtype, anchor_dtype, curvature_dtype, exact_bf16),
             curvature=curvature,
             max_grad_norm=max_grad_norm,
             seed=seed,
+            state_dtype=state_dtype,
+            anchor_dtype=anchor_dtype,
+            curvature_dtype=curvature_dtype,
+            exact_bf16=exact_bf16,
         )
 
     def _check_values(self, group: Group) -> None:
         super()._check_values(group)
-        finite("eps", group["eps"])
-        if not number("eps", group["eps"]) >= 0:
-            raise ValueError(f"eps must not be negative; got {group['eps']}")
+        check_numbers(group, "eps")
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, (beta1, beta2); got {betas!r}")

@@ -9,7 +9,7 @@ from torch import nn
 from fast.heads import find_head, own_parameters, task_head
 
 OPTIMIZER_KEYS = {"betas", "eps", "momentum", "dampening", "nesterov", "maximize", "weight_decay"}
-KEYS = OPTIMIZER_KEYS | {"anchor_decay", "curvature", "stall", "ramp"}
+KEYS = OPTIMIZER_KEYS | {"anchor_decay", "curvature", "stall", "ramp", "restraint"}
 
 
 def param_groups(

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 import fastkernels
-
-from . import _dtensor, _state
-from ._base import AnchoredOptimizer, finite, number
-from ._batch import Batch, Group
-from ._state import State, Storage
+from fast.optim import dtensor
+from fast.optim.base import AnchoredOptimizer
+from fast.optim.batch import Batch
+from fast.optim.groups import Group, check_numbers
+from fast.optim.loading import Format
+from fast.optim.storage import State, drop, is_stored
 
 
 class SGD(AnchoredOptimizer):
@@ -30,9 +31,12 @@ class SGD(AnchoredOptimizer):
         ValueError: a value is out of range; the message names it.
     """
 
-    moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
-    counts_steps: ClassVar[bool] = False
-    own_keys: ClassVar[frozenset[str]] = frozenset({"momentum", "dampening", "nesterov"})
+    format: ClassVar[Format] = Format(
+        name="SGD",
+        moments=("momentum_buffer",),
+        group_keys=frozenset({"momentum", "dampening", "nesterov"}),
+        counts_steps=False,
+    )
 
     def __init__(
         self,
@@ -67,26 +71,27 @@ class SGD(AnchoredOptimizer):
         super().__init__(
             params,
             defaults,
-            storage=Storage(state_dtype, anchor_dtype, curvature_dtype, exact_bf16),
             curvature=curvature,
             max_grad_norm=max_grad_norm,
             seed=seed,
+            state_dtype=state_dtype,
+            anchor_dtype=anchor_dtype,
+            curvature_dtype=curvature_dtype,
+            exact_bf16=exact_bf16,
         )
 
     def _check_values(self, group: Group) -> None:
         super()._check_values(group)
-        for key in ("momentum", "dampening"):
-            finite(key, group[key])
-        if not number("momentum", group["momentum"]) >= 0:
-            raise ValueError(f"momentum must not be negative; got {group['momentum']}")
+        check_numbers(group, "momentum")
+        check_numbers(group, "dampening", not_negative=False)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov needs a momentum and zero dampening")
 
     def _group_moments(self, group: Group) -> tuple[str, ...]:
-        return self.moments if group["momentum"] else ()
+        return super()._group_moments(group) if group["momentum"] else ()
 
     def _ensure(self, group: Group, p: Tensor) -> State:
-        begun = _state.is_stored(self.state[p], "momentum_buffer")
+        begun = is_stored(self.state[p], "momentum_buffer")
         state = super()._ensure(group, p)
         if not begun and self._group_moments(group):
             state["step"].zero_()  # at step 0 a momentum starts as the gradient, without dampening
@@ -97,13 +102,13 @@ class SGD(AnchoredOptimizer):
         for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
             # torch starts a momentum that is not there as we do at step 0, and dampens one of
             # zeros. A sharded state stays complete, as torch.distributed.checkpoint needs it.
-            if not group["dampening"] or _dtensor.any_sharded(group["params"]):
+            if not group["dampening"] or dtensor.any_sharded(group["params"]):
                 continue
             for i in saved["params"]:
                 state = found["state"].get(i, {})
-                if _state.is_stored(state, "momentum_buffer") and not state["step"].any():
+                if is_stored(state, "momentum_buffer") and not state["step"].any():
                     found["state"][i] = state = dict(state)
-                    _state.drop(state, "momentum_buffer")
+                    drop(state, "momentum_buffer")
         return found
 
     def _hyper_row(self, group: Group, lr: float) -> list[float]:

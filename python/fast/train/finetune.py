@@ -6,26 +6,27 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import nn
 
-from fast.adapt.config import Budget, TrainConfig
-from fast.adapt.guards.protect import bound_card
-from fast.adapt.methods import Plan
-from fast.adapt.undo import Untouched
+from fast.adapt.card import bound_card
+from fast.adapt.network.rollback import RollbackOnError
+from fast.adapt.plan import Plan
+from fast.adapt.result import Result
+from fast.adapt.setup import check_gradients, check_model, settle
 from fast.curvature.card import SourceCard
-from fast.data.dataset import Transform
-from fast.data.seeding import seeded
+from fast.data.augment import Transform
+from fast.data.generators import seeded
 from fast.errors import did_you_mean
 from fast.heads import unwrap
-from fast.train.finite import check_model
+from fast.train.config import TrainConfig, TrainOptions
+from fast.train.device import pick_device
 from fast.train.precision import in_float32
-from fast.train.result import Result
 from fast.train.resume.run_folder import RunFolder
+from fast.train.run_data import read_data
 from fast.train.trainer import Trainer
 
 _running = threading.RLock()
@@ -38,17 +39,10 @@ def finetune(
     source: Any = None,
     *,
     num_classes: int | None = None,
-    method: str = "fast",
-    steps: int | None = None,
-    epochs: int | None = None,
-    batch_size: int = 64,
-    lr: float | None = None,
-    eval_every: int | None = None,
-    seed: int = 0,
     transform: Transform | None = None,
     card: SourceCard | str | Path | None = None,
     source_inputs: Any = None,
-    **options: Any,
+    **options: Unpack[TrainOptions],
 ) -> Result:
     """Adapt a pretrained classifier to a new task.
 
@@ -68,14 +62,6 @@ def finetune(
         source: the same, of the source task, only measured, as `source_accuracy`, with the source
             head; or a function of the model that returns an accuracy in 0..1.
         num_classes: C (default: from the labels).
-        method: `fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`.
-        steps, epochs: length of the run (default: 3 epochs, and at least 100 steps).
-        batch_size: samples per optimizer step; a DataLoader for `train` has its own, and inputs
-            that are rehearsed then come on top of them.
-        lr: peak learning rate of the backbone (default: 1e-3; `fast` 1.5e-3, less in runs of fewer
-            than 60 steps).
-        eval_every: steps between evaluations (default: a tenth of the run).
-        seed: of the head, the data order and dropout.
         transform: applied to each training batch of inputs, on the CPU: augmentation.
         card: a `fast.SourceCard` of this checkpoint, or its file: weights the pull of `fast` and
             `ewc` by what the source task needs, and forecasts what is forgotten.
@@ -84,7 +70,12 @@ def finetune(
             the target, and forecasts and `forget_budget` are checked on others of them, held back.
             Without them `fast` rehearses features of the target's inputs, and `ewc` makes its card
             of these, which protects less.
-        **options: the other fields of `fast.adapt.config.TrainConfig`.
+        **options: the fields of `fast.train.config.TrainConfig`, the first of which are `method`
+            (`fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`), `steps` or `epochs` (default:
+            3 epochs, and at least 100 steps), `batch_size` (a DataLoader for `train` has its own,
+            and inputs that are rehearsed then come on top of them), `lr` (peak learning rate of the
+            backbone; default: 1e-3, `fast` 1.5e-3, less in runs of fewer than 60 steps),
+            `eval_every` (default: a tenth of the run) and `seed` (of head, data order and dropout).
 
     Returns:
         `Result`: model, history, accuracies, `save(folder)`.
@@ -95,47 +86,20 @@ def finetune(
         RuntimeError: another thread of this process is in here.
         FloatingPointError: the run diverged: a loss, a weight or an answer is NaN or infinite.
     """
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        hint = did_you_mean(unknown[0], known) or f". Known: {', '.join(sorted(known))}"
-        raise TypeError(f"finetune got unknown options: {', '.join(unknown)}{hint}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    config = TrainConfig(
-        method=method,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        eval_every=eval_every,
-        seed=seed,
-        **options,
-    )
+    config, model = _checked(model, options)
     _note_budget(config)
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-        raise ValueError(f"finetune was called under torch.{mode}, where nothing can be trained")
-    model = _module_inside(model)
     check_model(model)
-    untouched = Untouched(model, weights=config.resume is not None)
-    if card is not None:  # of the weights as they were saved, which may be of 16 bits
+    rollback = RollbackOnError(model, weights=config.resume is not None)
+    if card is not None:  # it is of the weights as they were saved, which may be of 16 bits
         card = bound_card(card, model)
-    with (
-        _alone(),
-        seeded(seed),
-        untouched,
-        in_float32(model),
-        RunFolder(config) if config.output or config.resume else nullcontext() as folder,
-    ):
+    folder_or_none = RunFolder(config) if config.output or config.resume else nullcontext()
+    with _alone(), seeded(config.seed), rollback, in_float32(model), folder_or_none as folder:
+        data = read_data(config, model, train, val, source, transform, num_classes)
+        model = model.to(pick_device(config.device))
         trainer = Trainer(
-            config, model, train, val, source, num_classes, transform, card, source_inputs, folder
+            config, model, data, card=card, source_inputs=source_inputs, folder=folder
         )
-        return trainer.run(untouched.keep)
-
-
-class _Planned(Exception):
-    """Ends the set-up of a run that is only planned, so that the model is put back as it was."""
+        return trainer.run(rollback.keep)
 
 
 def plan(
@@ -148,28 +112,36 @@ def plan(
     transform: Transform | None = None,
     card: SourceCard | str | Path | None = None,
     source_inputs: Any = None,
-    **options: Any,
+    **options: Unpack[TrainOptions],
 ) -> Plan:
-    """The settings that the options of `finetune` come to; the model is left as it was.
-
-    Args: those of `finetune`.
-
-    Raises: what `finetune` raises before its first step.
-    """
-    config = TrainConfig(**options)
-    model = _module_inside(model)
+    """What `fast.finetune` would do with these arguments; nothing is trained or changed."""
+    config, model = _checked(model, options)
     check_model(model)
     if card is not None:
-        card = bound_card(card, model)
-    data = (train, val, source, num_classes, transform, card, source_inputs)
-    untouched = Untouched(model, weights=False)
-    with suppress(_Planned), _alone(), seeded(config.seed), untouched, in_float32(model):
-        settings = Trainer(config, model, *data).plan
-        raise _Planned
-    return settings
+        bound_card(card, model)
+    with seeded(config.seed), RollbackOnError(model), in_float32(model):
+        data = read_data(config, model, train, val, source, transform, num_classes)
+        return settle(
+            config,
+            model,
+            data.train,
+            num_classes=data.num_classes,
+            source_inputs=source_inputs,
+            has_card=card is not None,
+            any_labels=False,
+        ).plan
 
 
-def _module_inside(model: nn.Module) -> nn.Module:
+def _checked(model: Any, options: Any) -> tuple[TrainConfig, nn.Module]:
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        hint = did_you_mean(unknown[0], fields) or f". Known: {', '.join(sorted(fields))}"
+        raise TypeError(f"finetune got unknown options: {', '.join(unknown)}{hint}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    config = TrainConfig(**options)
+    check_gradients("finetune")
     inside = unwrap(model)
     if inside is not model:
         warnings.warn(
@@ -177,11 +149,11 @@ def _module_inside(model: nn.Module) -> nn.Module:
             "it is written and on one device",
             stacklevel=3,
         )
-    return inside
+    return config, inside
 
 
 def _note_budget(config: TrainConfig) -> None:
-    budget = None if config.forget_budget is None else Budget.parse(config.forget_budget)
+    budget = config.budget
     if budget and not budget.points and budget.amount >= 1:
         warnings.warn(
             f"forget_budget {budget} lets the source loss rise by as much; points of accuracy "

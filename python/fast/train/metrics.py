@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast.data.dataset import Data, move
+from fast.data.dataset import Data
+from fast.data.finite import broken_rows
 from fast.data.labels import check_labels
-from fast.data.trees import broken_rows, kind, taking
+from fast.data.trees import kind, move
 from fast.heads import evaluating, forward_logits
+from fast.heads.forward import taking
 
 
 class Score(NamedTuple):

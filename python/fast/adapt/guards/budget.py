@@ -1,243 +1,278 @@
-"""Keep what is forgotten inside a budget: the pull adjusts itself to what is measured.
+"""Forecast what is forgotten, and keep it inside a budget.
 
-Measured now and then by the truth, `fast.adapt.guards.forgetting`. Between two checks the forecast
-follows the update's own telemetry.
+Checks on held-back source inputs tell the truth now and then (`fast.adapt.guards.forgetting`);
+between two of them the forecast follows the update's own telemetry. Under a budget the pull is
+adjusted at each check, and after the last step a search along the line to the pretrained weights
+keeps the budget exactly.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fast.adapt.config import Budget
-from fast.adapt.shared_forward import FunctionPull
-from fast.curvature.card.calibrate import EXPONENTS, Calibration
-from fast.optim import SGD, AdamW
+from fast.adapt.guards.base import Guard
+from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
+from fast.adapt.guards.drift import Drift
+from fast.adapt.guards.forecast import UNKNOWN, Forecast
+from fast.adapt.guards.forgetting import ForgettingMeter
+from fast.adapt.guards.weight_average import WeightAverage
+from fast.adapt.guards.weight_line import WeightLine
+from fast.adapt.plan import Plan
+from fast.adapt.schedule import lr_factor
+from fast.curvature.card import SourceCard
+from fast.heads import running_statistics
+from fast.optim.groups import ramp_factor
 
-# The last search ends within a twentieth of what it aims at: inside the budget.
-AIM, TOLERANCE = 0.95, 0.05
-# The pull lets more than the aim be lost, and the last search takes what is over exactly. By
-# `SETTLED` of the way a free run has lost about what it loses in the end; in between it loses up to
-# half as much again, which a falling learning rate wins back: hence twice the aim, less at the end.
-OVERSHOOT = 1.3
-SETTLED, HEIGHT = 0.4, 0.7
+# The last search aims at this share of the budget, and ends within a twentieth of it: inside.
+AIM = 0.95
+# Mid-run about twice the aim may be lost: a run without a budget overshoots its final loss by half,
+# and the falling learning rate wins that back. The source loss levels off after `SETTLED` of the
+# way, so that
+#     allowed(s) = AIM * budget * (OVERSHOOT + HEIGHT * (1 - s)) * min(1, s / SETTLED)
+# at the share s of the way. The last search takes back what is over.
+OVERSHOOT, HEIGHT, SETTLED = 1.3, 0.7, 0.4
 # The pull gets stronger and weaker by at most these factors per check: it takes steps to act. What
 # was let go too far is taken back at the next check, what was held too hard is lost to the target.
 STRONGER, WEAKER = 4.0, 10.0
 RANGE = (1e-4, 1e4)
-# Two checks tell the exponent of the forecast where the energy grew by this factor between them.
-APART = 1.3
+# Where a check measures more than this multiple of the budget, the weights are moved back at once
+# to what was due by now; less is left to the pull, and to the search at the end.
+EXCESS = 3.0
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What checks may cost, and how many there are.
-
-    Attributes:
-        share: of the run's time; a forward pass is a third of a step.
-        least, most: checks per run.
-        samples: per check, at most, if the share allows.
-    """
-
-    share: float
-    least: int
-    most: int
-    samples: int = 128
-
-    def plan(self, held: int, steps: int, batch_size: int, whole: bool) -> tuple[int, int]:
-        """(checks, samples of each).
-
-        Args:
-            held: samples there are.
-            whole: a check needs them all.
-        """
-        allowed = _forwards(self.share, steps, batch_size)
-        samples = held if whole else min(held, self.samples, max(32, allowed // self.least))
-        return min(max(allowed // samples, self.least), self.most, steps), samples
-
-
-def last_samples(held: int, steps: int, batch_size: int) -> int:
-    """Samples of each of the checks that decide where the run ends."""
-    allowed = _forwards(LAST_SHARE, steps, batch_size)
-    return min(held, max(128, allowed // (1 + LAST_CHECKS)))
-
-
-def _forwards(share: float, steps: int, batch_size: int) -> int:
-    """Forward passes of samples that take this share of a run's time."""
-    return int(share * 3 * batch_size * steps)
-
-
-# A forecast alone must not show in the time of a step. A budget was asked for, and needs to see.
-FORECAST = Effort(share=0.01, least=2, most=8)
-BUDGET = Effort(share=0.03, least=8, most=16)
-# Exact checks of the last search, along the segment to the pretrained weights, and their share.
-LAST_CHECKS, LAST_SHARE = 5, 0.03
-
-
-class Forecast:
-    """From the energy of the displacement to what is counted, through the last checks.
-
-    Args:
-        calibration: of the card, or a plain proportion of unknown scale where there is none.
-    """
-
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
-        self.checked: tuple[float, float] | None = None
-
-    def __call__(self, energy: float) -> float:
-        return self.calibration.nats(energy) if math.isfinite(energy) else math.nan
-
-    def update(self, energy: float, measured: float) -> None:
-        """Go through a new measurement from now on; one that shows no loss tells nothing."""
-        if not (energy > 0 and measured > 0 and math.isfinite(measured)):
-            return
-        exponent = self.calibration.exponent
-        if self.checked is not None:
-            before, lost = self.checked
-            if max(energy, before) > APART * min(energy, before):
-                slope = math.log(measured / lost) / math.log(energy / before)
-                exponent = min(max(slope, EXPONENTS[0]), EXPONENTS[1])
-        self.checked = (energy, measured)
-        self.calibration = self.calibration.through(energy, measured, exponent)
-
-    def state(self) -> dict[str, Any]:
-        c = self.calibration
-        return {"scale": c.scale, "exponent": c.exponent, "checked": self.checked}
-
-    def load(self, state: dict[str, Any]) -> None:
-        c = self.calibration
-        self.calibration = Calibration(
-            state["scale"], state["exponent"], c.spread, c.coherence, c.points
-        )
-        self.checked = None if state["checked"] is None else tuple(state["checked"])
-
-
-class Controller:
+class PullController:
     """Turns what is lost, over what may be lost by now, into the strength of the pull.
 
     Args:
-        budget: that the end of the run is aimed at, times `AIM`.
-        optimizer: the `anchor_decay` of its backbone groups is adjusted,
-        pull: and the weight of this, if there is one.
+        budget: the end of the run is aimed at it, times `AIM`.
+        set_pull: takes the factor on the pull.
     """
 
-    def __init__(
-        self, budget: Budget, optimizer: AdamW | SGD, pull: FunctionPull | None = None
-    ) -> None:
-        self.budget, self.optimizer, self.pull = budget, optimizer, pull
-        self.base = [group["anchor_decay"] for group in self._groups()]
-        self.base_weight = pull.weight if pull else 0.0
+    def __init__(self, budget: Budget, set_pull: Callable[[float], None]) -> None:
+        self.budget, self._set_pull = budget, set_pull
         self.factor = 1.0
-
-    def _groups(self) -> list[dict[str, Any]]:
-        # Asked for each time: loading a state makes new ones.
-        return [g for g in self.optimizer.param_groups if g["name"].startswith("backbone")]
 
     @property
     def aim(self) -> float:
         return AIM * self.budget.amount
 
-    def due(self, done: float) -> float:
-        """What may be lost when this share of the way is behind."""
-        high = OVERSHOOT + HEIGHT * (1 - done)
-        return high * self.aim * min(1.0, done / SETTLED)
+    def allowed(self, way: float) -> float:
+        """What may be lost when the share `way` of the run's learning rates is behind."""
+        high = OVERSHOOT + HEIGHT * (1 - way)
+        return high * self.aim * min(1.0, way / SETTLED)
 
-    def adjust(self, lost: float, done: float) -> None:
-        """Stronger when more is lost than was due by now, weaker when less.
-
-        Args:
-            lost: so far.
-            done: share of the way that the learning rates have gone.
-        """
+    def adjust(self, lost: float, way: float) -> None:
+        """Stronger when more is lost than was allowed by now, weaker when less."""
         if not math.isfinite(lost):
             return
-        change = max(lost, 0.0) / self.due(done)
+        change = max(lost, 0.0) / self.allowed(way)
         change = min(max(change, 1 / WEAKER), STRONGER)
         self.set(min(max(self.factor * change, RANGE[0]), RANGE[1]))
 
     def set(self, factor: float) -> None:
         self.factor = factor
-        for group, base in zip(self._groups(), self.base, strict=True):
-            group["anchor_decay"] = base * factor
-        if self.pull:
-            self.pull.weight = self.base_weight * factor
+        self._set_pull(factor)
 
 
-class Segment:
-    """The way from the pretrained weights to those of now, and a place on it.
-
-    The loss rises along it (Wortsman et al. 2022, arXiv 2109.01903), so any smaller loss can be
-    chosen.
+class ForgettingBudget(Guard):
+    """Checks, forecast and budget of one run.
 
     Args:
-        params: trained, and statistics that are tracked; they move.
-        anchors: where they started.
+        model: with its new head, still at the pretrained weights and statistics.
+        plan: of the run.
+        batch_size: of a step, source inputs included.
+        budget: or None: forgetting is measured and forecast, and not acted upon.
+        meter: exact checks, made before the head was replaced; or None.
+        card: or None; a state that is loaded may stand for the card that weights the pull.
+        weighted: the optimizer's pull is weighted by a card's curvature.
+        stats: the optimizer's figures of the last step.
+        drift: of the backbone.
+        average: what the run returns, where that is not its last weights: checks look at it.
+        set_pull: takes the factor on the pull.
+
+    Raises:
+        ValueError: a budget and nothing to check it on, or no pull to adjust.
     """
 
-    def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor]) -> None:
-        self.params, self.anchors = params, anchors
-        self.place = 1.0
-        self._ends: list[Tensor] = []
-
-    @torch.no_grad()
-    def go(self, place: float) -> None:
-        """Place the parameters at a share (0..1) of the way; exact whatever came before."""
-        if not self._ends:
-            self._ends = [p.detach().clone() for p in self.params]
-        for p, a, end in zip(self.params, self.anchors, self._ends, strict=True):
-            p.copy_(torch.lerp(a.to(p.dtype), end, place))
-        self.place = place
-
-    def land(
+    def __init__(
         self,
-        measure: Callable[[], float],
-        lost: float,
-        aim: float,
-        exponent: float,
-        checks: int,
-        tolerance: float = TOLERANCE,
-        surely: bool = True,
-    ) -> float:
-        """Go where `aim` is lost, within a tolerance, or less.
+        *,
+        model: nn.Module,
+        plan: Plan,
+        batch_size: int,
+        budget: Budget | None,
+        meter: ForgettingMeter | None,
+        card: SourceCard | None,
+        weighted: bool,
+        stats: Callable[[], dict[str, Tensor]],
+        drift: Drift,
+        average: WeightAverage | None,
+        set_pull: Callable[[float], None],
+    ) -> None:
+        self.model, self.meter, self.card, self.drift = model, meter, card, drift
+        self.weighted, self.mean = weighted, card.mean if card is not None else None
+        self.average, self._stats = average, stats
+        self.forecaster = Forecast(card.calibration if card is not None else UNKNOWN)
+        # What the last check measured, until the next step.
+        self.measured: float | None = 0.0 if card is not None or meter is not None else None
+        self.controller: PullController | None = None
+        if budget is not None:
+            _check_budget(budget, plan, meter, weighted or card is not None)
+            self.controller = PullController(budget, set_pull)
+        # Tracked batch norm forgets by its statistics too: they go back with the weights.
+        tracked = plan.batch_norm == "track" and budget is not None
+        self._statistics = running_statistics(model) if tracked else []
+        self._first_statistics = [x.clone() for x in self._statistics]
+        size = meter.size if meter is not None else 1
+        self.checks, self._samples = (BUDGET if budget else FORECAST).schedule(
+            samples=size,
+            whole=meter is not None and meter.by_features,
+            steps=plan.steps,
+            stall=plan.stall,
+            batch_size=batch_size,
+        )
+        self._last_samples = last_samples(size, plan.steps, batch_size)
+        self._way = _shares_of_the_way(plan)
+        self._steps = plan.steps
 
-        Args:
-            lost: at the end of the way, where the parameters are, more than `aim`.
-            exponent: a guess at how the loss grows with the place.
-            surely: all the way back, where nothing else was found to be inside; else to a guess.
+    def energy(self) -> float:
+        """`1/2 sum C (w - w0)^2` after the last step, from the update's own figures."""
+        if self.card is not None and not self.weighted:
+            return self.card.energy(self.drift.params, self.drift.anchors)
+        figure = float(self._stats()["forgetting"])
+        if math.isnan(figure):  # stalled, or a pull of zero: the optimizer keeps no anchor
+            figure = 0.5 * self.drift() ** 2 if not self.weighted else 0.0
+        return figure * self.mean if self.weighted and self.mean is not None else figure
+
+    def forecast(self) -> float | None:
+        """Forecast rise of the source loss (or loss of accuracy), None where nothing is known.
+
+        Right after a check it is what that has measured.
+        """
+        value = self.forecaster(self.energy()) if self.measured is None else self.measured
+        return value if math.isfinite(value) else None
+
+    def after_step(self, step: int) -> None:
+        """Check and adjust, when it is time."""
+        self.measured = None
+        if step >= self._steps or step not in self.checks:
+            return
+        way = self._way[step - 1]
+        place = 1.0
+        with self.average.applied() if self.average else nullcontext():
+            lost = self._check(self._samples)
+            if self.controller and lost > EXCESS * self.controller.budget.amount:
+                due = max(self.controller.aim, self.controller.allowed(way))
+                place = self._land(lost, due, checks=1)
+        if self.controller is None:
+            return
+        if place < 1 and self.average:
+            WeightLine(self.drift.params, self.drift.anchors).go(place)
+        self.controller.adjust(lost, way)
+
+    def finish(self) -> None:
+        """Meet the budget, whatever the pull could not do in time.
+
+        The weights are those that the run returns.
+        """
+        if self.controller is None:
+            if self.meter is not None:
+                self._check(self._samples)
+            return
+        lost = self._check(self._last_samples)
+        self._land(lost, self.controller.aim, checks=LAST_CHECKS)
+        if self.measured is not None and self.measured > self.controller.budget.amount:
+            warnings.warn(
+                f"forget_budget {self.controller.budget} is not met: {self.measured:.3g} is lost "
+                "even with the weights and batch norm statistics back at the pretrained ones, so "
+                "the network answers otherwise for another reason: buffers of its own, or chance",
+                stacklevel=2,
+            )
+
+    def _check(self, samples: int) -> float:
+        energy = self.energy()
+        if self.meter is None:
+            return self.forecaster(energy)
+        lost = self.meter(self.model, samples)
+        self.forecaster.update(energy, lost)
+        self.measured = lost
+        return lost
+
+    def _land(self, lost: float, aim: float, *, checks: int) -> float:
+        """Go back along the line to the pretrained weights, to where `aim` is lost.
 
         Returns:
-            what is lost there, as measured.
+            the share of the way that is left.
         """
-        low, high = (0.0, 0.0), (1.0, lost)
-        for _ in range(checks):
-            if low[1] > 0:
-                exponent = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
-            place = high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25))
-            # Inside what is known, and not at its edge, where nothing would be learned.
-            width = high[0] - low[0]
-            place = min(max(place, low[0] + 0.1 * width), high[0] - 0.02 * width)
-            self.go(place)
-            lost = measure()
-            if abs(lost - aim) <= tolerance * aim:
-                return lost
-            if lost > aim:
-                high = (place, lost)
-            else:
-                low = (place, lost)
         if not lost > aim:
-            return lost
-        if low[0] > 0:  # the best that is known to be inside
-            self.go(low[0])
-            return low[1]
-        self.go(high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25)))
-        lost = measure()
-        if surely and lost > aim:
-            self.go(0.0)
-            lost = measure()
-        return lost
+            return 1.0
+        line = WeightLine(
+            [*self.drift.params, *self._statistics], [*self.drift.anchors, *self._first_statistics]
+        )
+        surely, energy, meter = checks > 1, self.energy(), self.meter
+        samples = self._last_samples if surely else self._samples
+
+        def measure() -> float:
+            if meter is None:
+                return self.forecaster(energy * line.place**2)
+            return meter(self.model, samples)
+
+        self.measured = line.land(
+            measure,
+            lost=lost,
+            aim=aim,
+            exponent=2 * self.forecaster.calibration.exponent,
+            checks=checks,
+            surely=surely,
+        )
+        if meter is not None:
+            self.forecaster.update(energy * line.place**2, self.measured)
+        return line.place
+
+    def state_dict(self) -> dict[str, Any]:
+        factor = self.controller.factor if self.controller else 1.0
+        return {
+            "forecast": self.forecaster.state_dict(),
+            "factor": factor,
+            "mean": self.mean,
+            "measured": self.measured,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.forecaster.load_state_dict(state["forecast"])
+        self.mean, self.measured = state["mean"], state["measured"]
+        if self.controller:
+            self.controller.set(float(state["factor"]))
+
+
+def _check_budget(
+    budget: Budget, plan: Plan, meter: ForgettingMeter | None, has_card: bool
+) -> None:
+    if meter is None and (not has_card or budget.points):
+        raise ValueError(
+            "forget_budget needs source_inputs to check on, or (for nats) a card to forecast by"
+        )
+    if not plan.anchor_decay:
+        raise ValueError(
+            f"forget_budget needs a pull to adjust: method {plan.method!r} has none; use 'fast', "
+            "'ewc' or 'l2-sp', or set anchor_decay"
+        )
+
+
+def _shares_of_the_way(plan: Plan) -> list[float]:
+    """Share of the sum of all learning rates of the backbone that is behind after each step."""
+    rates = [
+        ramp_factor(step, plan.stall, plan.ramp)
+        * lr_factor(plan.schedule, step, plan.steps, plan.warmup)
+        for step in range(plan.steps)
+    ]
+    total = sum(rates)
+    return [x / total for x in accumulate(rates)] if total else [1.0] * plan.steps

@@ -6,22 +6,27 @@ is a linear layer on features that the step computes anyway, and the outputs at 
 per sample, so a step costs no more than before. No source data is needed.
 
 What is remembered of one view of a sample holds for no other: where inputs are augmented, the
-outputs at w0 come from a frozen copy of the network, which sees what the network sees.
+outputs at w0 come from a frozen copy of the network, which sees what the network sees. The copy
+costs a third more work per step and the memory of the weights.
 """
 
 from __future__ import annotations
 
-import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.adapt.guards.base import Guard, Seen
 from fast.curvature.card.file import fingerprint
-from fast.data.dataset import length
-from fast.data.trees import leaves
-from fast.heads import TaskHead, by_sample, features_of, pick, task_head
+from fast.data.trees import leaves, length, move, pick
+from fast.heads import by_sample, features_of
+
+log = logging.getLogger("fast")
 
 TEMPERATURE = 2.0
 
@@ -32,60 +37,10 @@ def summed_kl(before: Tensor, now: Tensor) -> Tensor:
     Args:
         before, now: source outputs `[B, C]`; or `[B, C, ...]`, then averaged over positions.
     """
-    softened = ((x.float() / TEMPERATURE).log_softmax(1) for x in (before, now))
-    target, answer = softened
+    target, answer = ((x.float() / TEMPERATURE).log_softmax(1) for x in (before, now))
     kl = F.kl_div(answer, target, log_target=True, reduction="none").sum(1)
-    return (
-        TEMPERATURE**2 * kl.flatten(1).mean(1).sum() if kl.dim() > 1 else TEMPERATURE**2 * kl.sum()
-    )
-
-
-class Distillation:
-    """The penalty of one run, in micro-batch parts that add up to the mean over a batch.
-
-    Args:
-        head: of the model that is trained.
-        weight: of the penalty, in units of the target loss.
-    """
-
-    def __init__(self, head: TaskHead, weight: float) -> None:
-        self.head, self.weight = head, weight
-
-    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
-        """Where the outputs at w0 of each sample of a batch are, `[B]` on the CPU; -1: not known.
-
-        Args:
-            index: rows in the training data, or None.
-            inputs: as the network will see them.
-        """
-        raise NotImplementedError
-
-    def before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
-        """Rows of a micro-batch whose outputs at w0 are known, and these outputs."""
-        raise NotImplementedError
-
-    def penalty(self, features: Tensor, places: Tensor, inputs: Any) -> Tensor:
-        """Sum over the samples whose outputs at w0 are known, `[]`.
-
-        Args:
-            features: of a micro-batch, as the head sees them now; one row of a sample or several.
-            places: of its samples.
-            inputs: on the model's device.
-        """
-        rows, outputs = self.before(places, inputs)
-        if not len(outputs):
-            return torch.zeros((), device=features.device)
-        # Several rows of a sample (tokens, pixels) count as one, on average.
-        positions = len(features) // length(inputs)
-        features = by_sample(features, length(inputs))[rows]
-        if positions > 1:
-            features, outputs = features.flatten(0, 1), outputs.flatten(0, 1)
-        now = self.head.source(features)
-        if isinstance(
-            self.head.source, nn.Linear
-        ):  # has its classes last, where there are positions
-            outputs, now = outputs.movedim(-1, 1), now.movedim(-1, 1)
-        return self.weight * summed_kl(outputs, now) / positions
+    per_sample = kl.flatten(1).mean(1) if kl.dim() > 1 else kl
+    return TEMPERATURE**2 * per_sample.sum()
 
 
 def digest(inputs: Any) -> str:
@@ -93,66 +48,131 @@ def digest(inputs: Any) -> str:
     return " ".join(fingerprint(x) for x in leaves(inputs))
 
 
-class CachedDistillation(Distillation):
-    """Outputs at w0 of some training samples, computed beforehand.
+@dataclass(frozen=True, kw_only=True)
+class Remembered:
+    """Source outputs at w0 of some training samples.
+
+    Attributes:
+        rows: of these samples in the training data, `[M]`.
+        outputs: `[M, C, ...]`, or `[M, T, C, ...]` where the head sees T rows of a sample.
+        num_samples: of the training data.
+        digests: of the M inputs; None where a row has the same inputs always. Nothing is
+            remembered of other inputs.
+        inputs: of the training data, where they are in memory; else None.
+    """
+
+    rows: Tensor
+    outputs: Tensor
+    num_samples: int
+    digests: list[str] | None = None
+    inputs: Any = None
+
+
+class Distillation(Guard):
+    """The penalty, in micro-batch parts that add up to the mean over a batch.
 
     Args:
-        index: their rows in the training data, `[M]`.
-        outputs: `[M, C, ...]`, or `[M, T, C, ...]` where the head sees T rows of a sample.
-        num_samples: N of the training data.
-        digests: of the M inputs; None where a row has the same inputs always. Of other inputs than
-            these, nothing is known.
+        source: the layer that gives the source's logits, `[B, D] -> [B, C]`.
+        weight: of the penalty, in units of the target loss.
+        remembered: outputs at w0; or None: a frozen copy gives them.
+        pretrained_copy: makes the network as it was at w0, its head and its source layer; called
+            when the copy is first needed.
     """
 
     def __init__(
         self,
-        head: TaskHead,
+        *,
+        source: nn.Module,
         weight: float,
-        index: Tensor,
-        outputs: Tensor,
-        num_samples: int,
-        digests: list[str] | None = None,
+        remembered: Remembered | None,
+        pretrained_copy: Callable[[], tuple[nn.Module, nn.Module, nn.Module]],
     ) -> None:
-        super().__init__(head, weight)
-        self.outputs, self.digests = outputs, digests
-        self.place = torch.full((num_samples,), -1)
-        self.place[index] = torch.arange(len(index))
+        self.source, self.weight = source, weight
+        self._pretrained_copy = pretrained_copy
+        self._frozen: tuple[nn.Module, nn.Module, nn.Module] | None = None
+        self.remembered = remembered
+        if remembered is None:
+            self._frozen = pretrained_copy()
+        else:
+            self._place = torch.full((remembered.num_samples,), -1)
+            self._place[remembered.rows] = torch.arange(len(remembered.rows))
 
-    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
-        assert index is not None
-        places = self.place[index]
-        if self.digests is not None:
+    @property
+    def live(self) -> bool:
+        """Whether a frozen copy gives the outputs at w0."""
+        return self.remembered is None
+
+    def go_live(self) -> None:
+        """Take the outputs at w0 from a frozen copy from now on."""
+        if not self.live:
+            self.remembered, self._frozen = None, self._pretrained_copy()
+
+    def check(self, rows: Tensor, inputs: Any) -> None:
+        """Go live where the inputs of these rows are not those that answers are remembered of."""
+        if self.remembered is None or self.remembered.inputs is None:
+            return
+        came = leaves(inputs)
+        own = leaves(move(pick(self.remembered.inputs, rows.cpu()), came[0].device))
+        if not all(
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(came, own, strict=True)
+        ):
+            log.info(
+                "the inputs of these rows are not those of the training data: source answers come "
+                "from a frozen copy of the network from now on"
+            )
+            self.go_live()
+
+    def places(self, rows: Tensor | None, inputs: Any) -> Tensor:
+        """Where the outputs at w0 of each sample are, `[B]` on the CPU; -1: not remembered.
+
+        Args:
+            rows: of the batch in the training data, or None.
+            inputs: of the batch, as the network will see them.
+        """
+        if rows is None:
+            self.go_live()
+        if self.remembered is None:
+            return torch.arange(length(inputs))
+        assert rows is not None
+        places = self._place[rows.cpu()]
+        if self.remembered.digests is not None:
             for i, place in enumerate(places.tolist()):
-                if place >= 0 and digest(pick(inputs, i)) != self.digests[place]:
+                if place >= 0 and digest(pick(inputs, i)) != self.remembered.digests[place]:
                     places[i] = -1
         return places
 
-    def before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
-        rows = (places >= 0).nonzero().squeeze(1)
-        return rows.to(self.outputs.device), self.outputs[places[rows].to(self.outputs.device)]
+    def penalty(self, seen: Seen) -> Tensor | None:
+        if not seen.batch.remembered or seen.features is None:
+            return None
+        rows, outputs = self._before(seen.batch.places, seen.inputs)
+        if not len(outputs):
+            return None
+        # Several rows of a sample (tokens, pixels) count as one, on average.
+        size = length(seen.inputs)
+        positions = len(seen.features) // size
+        features = by_sample(seen.features, size)[rows]
+        if positions > 1:
+            features, outputs = features.flatten(0, 1), outputs.flatten(0, 1)
+        now = self.source(features)
+        if isinstance(self.source, nn.Linear):  # has its classes last, where there are positions
+            outputs, now = outputs.movedim(-1, 1), now.movedim(-1, 1)
+        return self.weight * summed_kl(outputs, now) / positions / seen.batch.remembered
 
-
-class LiveDistillation(Distillation):
-    """Outputs of a frozen copy of the pretrained network: for inputs that are not seen twice, or
-    data that have no row numbers.
-
-    A third more work per step, and a copy of the weights.
-
-    Args:
-        model: with its new head, at the pretrained weights.
-    """
-
-    def __init__(self, head: TaskHead, weight: float, model: nn.Module) -> None:
-        self.pretrained = copy.deepcopy(model).requires_grad_(False)
-        frozen = task_head(self.pretrained)
-        assert frozen is not None
-        self.frozen: TaskHead = frozen
-        super().__init__(head, weight)
-
-    def places(self, index: Tensor | None, inputs: Any) -> Tensor:
-        return torch.arange(length(inputs))
-
-    def before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+    def _before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
+        """Rows of the micro-batch whose outputs at w0 there are, and these outputs."""
+        if self.remembered is not None:
+            outputs = self.remembered.outputs
+            rows = (places >= 0).nonzero().squeeze(1)
+            return rows.to(outputs.device), outputs[places[rows].to(outputs.device)]
+        assert self._frozen is not None
+        model, head, source = self._frozen
         with torch.no_grad():
-            features = features_of(self.pretrained, self.frozen, inputs)
-            return slice(None), by_sample(self.frozen.source(features), length(inputs))
+            rows = by_sample(source(features_of(model, head, inputs)), length(inputs))
+        return slice(None), rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"live": self.live}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["live"]:
+            self.go_live()

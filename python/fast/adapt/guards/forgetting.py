@@ -6,40 +6,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.card.answers import (
-    SourceInputs,
-    divergence,
-    expected_rise,
-    source_answers,
-    source_features,
-)
+from fast.adapt.config import Budget
+from fast.curvature.card.answers import divergence, expected_rise
+from fast.data.source_inputs import SourceInputs
+from fast.heads.outputs import source_features, source_logits
 
-# Of cosines, as contrastively trained encoders use it (MoCo, He et al. 2020, arXiv 1911.05722).
+# Cosines are divided by it, as in contrastively trained encoders (MoCo, He et al. 2020,
+# arXiv 1911.05722).
 TEMPERATURE = 0.07
 NEVER = -1e4
+# Source inputs that are held back for checks: no more than half, and with a budget as many as make
+# the loss of the end known within a fifth or so.
+HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
 
 
-class Gauge:
+class ForgettingMeter:
     """The exact quantity that a budget limits, on some source inputs.
 
     The answers of the network to them are those of its source head; or, where what it is valued
     for are its features, by neighbourhood: to which class mean a feature vector is nearest, with
     labels, or to which other sample, without.
 
-    Nats: with labels, the rise of the cross-entropy, so they had better be of data that the network
-    was not trained on. Without, what the divergence of its answers makes expect of such data
-    (`expected_rise`); of features, the divergence. Points: the accuracy lost; without labels, what
-    the pretrained network itself expects to lose, the mean of `p0(its answer) - p0(the answer
-    now)`; features have no accuracy without labels.
+    In nats, with labels: the rise of the cross-entropy, so they had better be of data that the
+    network was not trained on. Without labels: the rise that the divergence of its answers makes
+    one expect on such data (`expected_rise`); for features, the divergence. In points, with labels:
+    the accuracy lost. Without: what the pretrained network itself expects to lose, the mean of
+    `p0(its answer) - p0(the answer now)`; features have no accuracy without labels.
 
     Args:
         model: at the pretrained weights.
         samples: on its device.
-        points: of accuracy (0..1), not nats.
+        points: measure points of accuracy (0..1), not nats.
         skill: "answers", "features", or "auto": features where there are labels that the source
             head cannot give.
-        top: the largest label of all source inputs, of which `samples` may be a part: which of them
-            are held back must not decide what is measured. None: that of the samples.
+        top: the largest label of all source inputs (default: of `samples`, which may be a part of
+            them): which of them are held back must not decide what is measured.
 
     Raises:
         ValueError: answers that are not finite; labels that the head cannot give; features and
@@ -59,7 +60,7 @@ class Gauge:
         self.labels = y
         self.by_features = skill == "features"
         if not self.by_features:
-            answers = source_answers(model, samples)
+            answers = source_logits(model, samples)
             if y is not None and top is None:
                 top = int(y.max())
             if y is not None and top is not None and top >= answers.shape[1]:
@@ -106,7 +107,7 @@ class Gauge:
         """What is lost so far.
 
         Args:
-            size: of the samples, the first (default: all).
+            size: how many of the samples, from the first (default: all).
         """
         size = self.size if size is None or self.by_features else min(size, self.size)
         now, before = self._answers(model, size), self.before[:size]
@@ -120,7 +121,7 @@ class Gauge:
     def _answers(self, model: nn.Module, size: int) -> Tensor:
         part = self.samples if size == self.size else self.samples.part(0, size)
         if not self.by_features:
-            return source_answers(model, part)
+            return source_logits(model, part)
         features = F.normalize(source_features(model, part).double(), dim=1)
         return by_neighbours(features, self.labels)
 
@@ -155,3 +156,22 @@ def _accuracy_lost(before: Tensor, now: Tensor, labels: Tensor | None) -> float:
     p = before.double().softmax(1)
     first, last = (p.gather(1, x.argmax(1, keepdim=True)).mean() for x in (before, now))
     return float(first - last)
+
+
+def hold_back(
+    model: nn.Module, samples: SourceInputs, *, budget: Budget | None, skill: str
+) -> tuple[SourceInputs, ForgettingMeter]:
+    """The first source inputs, to work with, and a meter on the last, which are held back.
+
+    Args:
+        model: at the pretrained weights, with its own head.
+
+    Raises:
+        ValueError: what `ForgettingMeter` refuses.
+    """
+    wanted = HELD_FOR_FORECAST if budget is None else HELD_FOR_BUDGET
+    first = samples.size - min(wanted, samples.size // 2)
+    held = samples.part(first, samples.size).to(next(model.parameters()).device)
+    points = budget is not None and budget.points
+    top = None if samples.labels is None else int(samples.labels.max())
+    return samples.part(0, first), ForgettingMeter(model, held, points, skill, top)

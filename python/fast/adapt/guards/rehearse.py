@@ -25,28 +25,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.card.answers import SourceInputs
-from fast.data.dataset import Data, TrainBatches, length, move
-from fast.heads import (
-    TaskHead,
-    by_sample,
-    features_of,
-    forward_logits,
-    in_mode,
-    pick,
-    source_task,
-    task_head,
-)
+from fast.adapt.guards.base import Guard, Seen, SourceBatch
+from fast.adapt.plan import TARGET_INPUTS
+from fast.data.dataset import Data
+from fast.data.source_inputs import SourceInputs
+from fast.data.stream import TrainBatches, row_batches
+from fast.data.trees import length, move, pick
+from fast.heads import by_sample, features_of
 
 SHARE = 1 / 8
-# The e that is pulled back at the plain weight. Of ResNet-20 on
-# signs it came to 0.03-0.05 at the end of a run, of MobileNet without norm layers to 0.4.
+# The e that is pulled back at the plain weight. At the end of a run it was 0.03-0.05 for ResNet-20
+# on signs, and 0.4 for a MobileNet without norm layers.
 TOLERANCE = 0.1
-# Of the pull, as a multiple of that of e.
+# The largest pull, as a multiple of that of e.
 STEEPEST = 3.0
 # Features that are lost have to find back: the learning rate falls by no more than this.
 LEAST = 0.1
-# Of features that are kept: maps of a fully convolutional network are large.
+# Bytes of features that are kept: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
 # Target inputs whose features are kept where there are no source inputs.
@@ -65,19 +60,19 @@ def places_for(batch_size: int) -> int:
 def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBatches, int]:
     """Target batches, and how many places beside them rehearse.
 
-    These are taken from the target's, so that a step costs what it did; a user's DataLoader keeps
-    its own batches, and they come on top.
+    The places are taken from the target's, so that a step costs what it did; a user's DataLoader
+    keeps its own batches, and they come on top.
 
     Args:
         size: samples of a step.
-        rehearsed: whose features: see `fast.adapt.methods.Plan`.
+        rehearsed: whose features: see `fast.adapt.plan.Plan`.
 
     Raises:
         ValueError: batches of one sample, and source inputs to rehearse beside it.
     """
     batches = TrainBatches(data, size, seed)
     size = batches.given_size or size
-    own = rehearsed == "target inputs"
+    own = rehearsed == TARGET_INPUTS
     if not rehearsed or (own and (size < 2 or not _can_be_kept(batches))):
         return batches, 0
     if size < 2:
@@ -96,34 +91,37 @@ def _can_be_kept(batches: TrainBatches) -> bool:
     return isinstance(inputs, Tensor) or all(isinstance(part, Tensor) for part in parts)
 
 
-class Rehearsal:
+class Rehearsal(Guard):
     """Source inputs and the features they had at the pretrained weights.
 
     Attributes:
         restraint: factor on the learning rate, at most 1.
 
     Args:
-        model: with its new head, at the pretrained weights.
-        head: its head.
+        model: at the pretrained weights, answering the source task.
+        head: the module whose input the features are.
         samples: source inputs.
+        name: what these are called in messages.
         size: of them per step.
         weight: of the penalty, in units of the target loss.
         seed: of their order.
-        apart: run them by themselves, in evaluation mode, as `depends_on_mode` wants it; else in
-            one batch with target inputs.
+
+    Raises:
+        ValueError: features that are not finite, or the same for all inputs.
     """
 
     def __init__(
         self,
+        *,
         model: nn.Module,
-        head: TaskHead,
+        head: nn.Module,
         samples: SourceInputs,
+        name: str,
         size: int,
         weight: float,
         seed: int,
-        apart: bool = False,
     ) -> None:
-        self.weight, self.apart = weight, apart
+        self.weight = weight
         device = next(model.parameters()).device
         parts: list[Tensor] = []
         for inputs, _ in samples.batches(CHUNK):
@@ -132,40 +130,48 @@ class Rehearsal:
             if sum(p.nbytes for p in parts) > FEATURE_BYTES:
                 break
         self.features = torch.cat(parts)
+        _check_features(self.features, name)
         self.moved = 0.0
         self.restraint = 1.0
-        # Of this step: the sum of e, on the device, and over how many samples.
+        # The sum of e over the samples of this step, on the device, and their number.
         self._seen, self._count = torch.zeros((), device=device), 0
-        # Of one feature on average. A constant feature would blow up a variance of its own.
+        # The mean over features: a constant feature would blow up a variance of its own.
         self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
         count = len(self.features)
-        inputs = pick(samples.inputs, slice(count))
-        self.batches = TrainBatches(
-            Data("source_inputs", inputs=inputs, labels=torch.arange(count)), size, seed
-        )
+        self.inputs = pick(samples.inputs, slice(count))
+        self._size, self._seed = size, seed
+        self._rows: Iterator[Tensor] = iter(())
+        self._next = -1
 
-    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
-        """Inputs and their features at w0, from `step` on."""
-        for inputs, rows, _ in self.batches.from_step(step):
-            yield inputs, self.features[rows.to(self.features.device)]
+    def source_batch(self, step: int) -> SourceBatch:
+        if step != self._next:
+            self._rows = row_batches(len(self.features), self._size, self._seed, step)
+        rows = next(self._rows)
+        self._next = step + 1
+        features = self.features[rows.to(self.features.device)]
+        return SourceBatch(inputs=pick(self.inputs, rows), reference=features, total=len(rows))
 
-    def penalty(self, before: Tensor, now: Tensor) -> Tensor:
-        """Sum over samples, `[]`."""
+    def penalty(self, seen: Seen) -> Tensor | None:
+        source = seen.batch.source
+        if source is None or seen.source_features is None:
+            return None
+        before = source.reference
+        now = by_sample(seen.source_features, len(before))
         e = self.scale * (now.float() - before).square().flatten(1).mean(1)
         with torch.no_grad():
             self._seen += e.sum()
         self._count += len(e)
         pull = F.huber_loss(e, torch.zeros_like(e), reduction="sum", delta=STEEPEST * TOLERANCE)
-        return self.weight / TOLERANCE * pull
+        return self.weight / TOLERANCE * pull / source.total
 
-    def after_step(self, strength: float = 1.0) -> None:
+    def lr_factor(self) -> float:
+        return self.restraint
+
+    def after_step(self, step: int) -> None:
         """Take in what the step has seen, and decide on the learning rate of the next.
 
-        On a GPU this waits for the step: all that is lost is the time to launch the next one.
-
-        Args:
-            strength: factor on the penalty at present; a budget that leaves more room leaves it
-                the learning rate too.
+        On a GPU this waits for the step: all that is lost is the time to launch the next one. A
+        budget that leaves the penalty more room leaves it the learning rate too.
         """
         if not self._count:
             return
@@ -173,112 +179,24 @@ class Rehearsal:
         self._seen.zero_()
         self._count = 0
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)
-        self.restraint = max(LEAST, min(1.0, TOLERANCE / strength / max(self.moved, 1e-12)))
+        self.restraint = max(LEAST, min(1.0, TOLERANCE / self.strength / max(self.moved, 1e-12)))
 
-    def state(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return {"moved": self.moved, "restraint": self.restraint}
 
-    def load(self, state: dict[str, float]) -> None:
-        self.moved = state["moved"]
-        self.restraint = state["restraint"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.moved, self.restraint = float(state["moved"]), float(state["restraint"])
 
 
-@torch.no_grad()
-def depends_on_mode(model: nn.Module, inputs: Any) -> bool:
-    """Whether training mode changes what the head sees: by dropout, stochastic depth, statistics of
-    the batch. Random state, modes and buffers stay as they are.
-
-    Features in training mode would then not be what they were in evaluation mode though no weight
-    has moved: with dropout of 0.2 before the head, e is a third from the first step on.
-    """
-    head = task_head(model)
-    assert head is not None
-    device = next(model.parameters()).device
-    seen = HeadInput(head)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    found = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for training in (False, True):
-            with in_mode(model, training), source_task(model):
-                found.append(seen.features(model, inputs).float())
-    seen.close()
-    for name, b in model.named_buffers():
-        b.copy_(buffers[name])
-    asked, trained = found
-    return bool((trained - asked).square().mean() > 1e-4 * asked.square().mean())
-
-
-class HeadInput:
-    """Watches what the head of a model is given, where it is asked to, and holds back the last
-    rows."""
-
-    def __init__(self, head: TaskHead) -> None:
-        self.rows: int | None = None
-        self._watching = False
-        self._features: Tensor | None = None
-        self._hook = head.register_forward_pre_hook(self._keep)
-
-    def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not self._watching:
-            return None
-        self._features = args[0]
-        return None if self.rows is None else (args[0][: self.rows], *args[1:])
-
-    def forward(
-        self, model: nn.Module, inputs: Any, source: Any | None, apart: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Run target inputs, and source inputs with them where their shapes allow it.
-
-        Returns:
-            target logits; features of the target inputs; features of the source inputs, or None.
-        """
-        both = None if source is None or apart else joined(inputs, source)
-        if both is not None:
-            rows = length(inputs)
-            logits, features = self._run(model, both, rows)
-            return logits, features[:rows], features[rows:]
-        logits, features = self._run(model, inputs)
-        if source is None:
-            return logits, features, None
-        with source_task(model), in_mode(model, False):
-            return logits, features, self.features(model, source)
-
-    def features(self, model: nn.Module, inputs: Any) -> Tensor:
-        """What the head sees of these inputs, in the mode and for the task that the model is in."""
-        return self._run(model, inputs)[1]
-
-    def cut(self, model: nn.Module, inputs: Any, rows: int) -> Tensor:
-        """Logits of the first `rows` of these inputs; all of them go as far as the head."""
-        return self._run(model, inputs, rows)[0]
-
-    def _run(self, model: nn.Module, inputs: Any, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        self._watching, self.rows = True, rows
-        try:
-            logits = forward_logits(model, inputs)
-        finally:
-            self._watching, self.rows = False, None
-        features, self._features = self._features, None
-        assert features is not None
-        return logits, features
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._hook.remove()
-
-
-def joined(a: Any, b: Any) -> Any | None:
-    """Two batches of inputs as one, or None where they do not fit together."""
-    if isinstance(a, Mapping):
-        if not isinstance(b, Mapping) or set(a) != set(b):
-            return None
-        parts = {k: joined(a[k], b[k]) for k in a}
-        return None if any(v is None for v in parts.values()) else parts
-    if isinstance(a, (tuple, list)):
-        if not isinstance(b, (tuple, list)) or len(a) != len(b):
-            return None
-        items = [joined(x, y) for x, y in zip(a, b, strict=True)]
-        return None if any(v is None for v in items) else tuple(items)
-    fits = isinstance(a, Tensor) and isinstance(b, Tensor)
-    if not fits or a.dim() < 1 or a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
-        return None
-    return torch.cat([a, b])
+def _check_features(features: Tensor, name: str) -> None:
+    """Raise ValueError where features `[N, ...]` of the inputs `name` give nothing to rehearse."""
+    if not features.isfinite().all():
+        raise ValueError(
+            f"{name}: the network gives the inputs features that are not finite (NaN or infinite)"
+        )
+    # Rehearsal measures by their variance, which must be more than rounding.
+    if not features.var(0).mean() > 1e-10 * features.square().mean():
+        raise ValueError(
+            f"{name}: the network gives all {len(features)} inputs the same features; give inputs "
+            "that differ, or set rehearse=0"
+        )

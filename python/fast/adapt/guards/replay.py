@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.card.answers import SourceInputs, source_answers
-from fast.data.dataset import Data, TrainBatches
+from fast.adapt.guards.base import Guard, Seen
 from fast.data.labels import check_labels
-from fast.data.source_inputs import LIMIT, classes_of_source
+from fast.data.source_inputs import SourceInputs
+from fast.data.stream import row_batches
+from fast.data.trees import move, pick
 from fast.heads import forward_logits, source_task
 from fast.heads.class_axis import classes_second
+from fast.heads.outputs import source_logits
 
 
-class Replay:
+class Replay(Guard):
     """The source loss on a batch of source inputs per step.
 
     Inputs without labels are learned as the pretrained network answers them, with all its doubts
@@ -30,32 +31,50 @@ class Replay:
 
     Args:
         model: at the pretrained weights.
-        data: source inputs, `(inputs, labels)`, a Dataset or a DataLoader; the first `LIMIT`.
+        samples: source inputs.
         batch_size: source samples per step; all of them where there are fewer.
         seed: of their order.
-        device: of the model.
 
     Raises:
         ValueError: labels that the source head cannot give.
     """
 
+    in_loss = False  # the loss of a run is the target's
+
     def __init__(
-        self, model: nn.Module, data: Any, batch_size: int, seed: int, device: torch.device
+        self, *, model: nn.Module, samples: SourceInputs, batch_size: int, seed: int
     ) -> None:
-        samples = SourceInputs(data, LIMIT).to(device)
+        samples = samples.to(next(model.parameters()).device)
         labels = samples.labels
         if labels is not None:
-            check_labels(labels, classes_of_source(model, samples), "source_inputs")
-        self.answers = source_answers(model, samples).softmax(1) if labels is None else labels
-        rows = torch.arange(samples.size)
-        self.batches = TrainBatches(
-            Data("source_inputs", inputs=samples.inputs, labels=rows), batch_size, seed
-        )
+            num_classes = source_logits(model, samples.part(0, 2)).shape[1]
+            check_labels(labels, num_classes, "source_inputs")
+        self.answers = source_logits(model, samples).softmax(1) if labels is None else labels
+        self.inputs = samples.inputs
+        self._size, self._seed = batch_size, seed
+        self._rows: Iterator[Tensor] = iter(())
+        self._next = -1
+        self._batch: tuple[Any, Tensor] = (None, self.answers)
 
-    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor]]:
-        """Inputs and what to answer, from `step` on: the batches depend on seed and step alone."""
-        for inputs, rows, _ in self.batches.from_step(step):
-            yield inputs, self.answers[rows.to(self.answers.device)]
+    def batch(self, step: int) -> tuple[Any, Tensor]:
+        """Inputs of a step, and what to answer; they depend on the seed and on `step` alone."""
+        if step != self._next - 1:
+            if step != self._next:
+                self._rows = row_batches(len(self.answers), self._size, self._seed, step)
+            rows = next(self._rows)
+            self._batch = pick(self.inputs, rows), self.answers[rows.to(self.answers.device)]
+            self._next = step + 1
+        return self._batch
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        inputs, answers = self.batch(seen.step)
+        n = len(answers)
+        part, parts = seen.batch.part, seen.batch.parts
+        rows = slice(n * part // parts, n * (part + 1) // parts)
+        if rows.start == rows.stop:
+            return None
+        inputs = move(pick(inputs, rows), answers.device)
+        return replay_loss(seen.model, inputs, answers[rows]) / n
 
 
 def replay_loss(model: nn.Module, inputs: Any, answers: Tensor) -> Tensor:

@@ -10,34 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fast.adapt.guards.base import Guard
 
 # Updating takes three passes over the weights, a third of an optimizer step; every other step.
 EVERY = 2
 
 
-class Average:
+class WeightAverage(Guard):
     """Exponential average of `params` over about `horizon` steps.
 
     Args:
         params: trained; their values now are where the average starts.
         horizon: steps; the first ones are averaged over as many as there are.
+        stall: steps before the backbone moves, for which the weights are taken over as they are.
     """
 
-    def __init__(self, params: Sequence[Tensor], horizon: int) -> None:
+    def __init__(self, params: Sequence[Tensor], horizon: int, stall: int = 0) -> None:
         self.params = list(params)
-        self.horizon = horizon
+        self.horizon, self.stall = horizon, stall
         self.values = [p.detach().clone() for p in self.params]
+        self.adopted = False
 
     @torch.no_grad()
-    def update(self, moved: int) -> None:
-        """Take in the weights after a step.
-
-        Args:
-            moved: steps in which the backbone has moved; before that the weights are taken over.
-        """
+    def after_step(self, step: int) -> None:
+        moved = step - self.stall
         if moved < 1:  # the head learns during a stall, and may learn fast: the last is the best
             torch._foreach_copy_(self.values, self._current())
         elif moved % EVERY == 0 or moved < EVERY:
@@ -46,28 +47,35 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The average in the parameters' place."""
-        self.swap()
+        """The average in the parameters' place; nothing changes once it was adopted."""
+        if self.adopted:
+            yield
+            return
+        self._swap()
         try:
             yield
         finally:
-            self.swap()
+            self._swap()
 
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the average and the weights."""
+    def _swap(self) -> None:
         current = [p.clone() for p in self._current()]
         torch._foreach_copy_(self._current(), self.values)
         torch._foreach_copy_(self.values, current)
 
     @torch.no_grad()
-    def adopt(self) -> None:
+    def finish(self) -> None:
         """Make the average the weights."""
         torch._foreach_copy_(self._current(), self.values)
+        self.adopted = True
 
     def _current(self) -> list[Tensor]:
         return [p.detach() for p in self.params]
 
-    def state(self) -> dict[str, Tensor]:
-        """The average itself, by names of its own: to be saved, or filled on resuming."""
-        return {f"average.{i}": v for i, v in enumerate(self.values)}
+    def state_dict(self) -> dict[str, Any]:
+        return {"adopted": self.adopted, **{str(i): v for i, v in enumerate(self.values)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adopted = bool(state["adopted"])
+        for i, value in enumerate(self.values):
+            value.copy_(state[str(i)])

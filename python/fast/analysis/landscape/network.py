@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fast.curvature.card import SourceCard
-from fast.curvature.card.answers import Answers, SourceInputs
+from fast.curvature.card.answers import Answers
 from fast.curvature.operators.hessian import GGN, Hessian, NetworkOperator
 from fast.data.dataset import Data, as_data
+from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, task_head
 from fast.train.metrics import evaluate
 
@@ -100,7 +101,7 @@ def subset(data: Any, name: str, samples: int, seed: int) -> Data:
     """
     whole = as_data(data, name)
     if whole.loader is not None:
-        first = SourceInputs(whole.loader, samples)
+        first = SourceInputs.parse(whole.loader, samples, name)
         if first.labels is None:
             raise TypeError(f"{name}: the DataLoader gives no labels")
         return as_data((first.inputs, first.labels), name)

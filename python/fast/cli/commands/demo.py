@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.config import TrainConfig
 from fast.cli.report.html import save_curves
 from fast.cli.report.summary import NOTES, Run, summarise
 from fast.cli.report.table import text_table
@@ -22,6 +21,7 @@ from fast.cli.task.load import LoadedTask
 from fast.data.sources import Split, stratified_split
 from fast.files import check_writable
 from fast.models.load import LoadedModel
+from fast.train.config import TrainConfig
 
 Samples = tuple[Tensor, Tensor]
 SEEDS = (0, 1, 2)
@@ -89,7 +89,7 @@ def digits_task() -> LoadedTask:
     source, (train, val) = digits(range(5)), digits(range(5, 10))
     return LoadedTask(
         name="digits",
-        loaded=LoadedModel(pretrain(source[0])),
+        loaded=LoadedModel(model=pretrain(source[0])),
         classes=("5", "6", "7", "8", "9"),
         train=train,
         val=val,
@@ -109,7 +109,7 @@ def digits(which: range) -> tuple[Samples, Samples]:
     wanted = np.isin(raw.target, list(which))
     images = (raw.images[wanted, None] / 8 - 1).astype(np.float32)
     labels = raw.target[wanted].astype(np.int64) - which.start
-    train, test = stratified_split(Split(images, labels), 0.3)
+    train, test = stratified_split(Split(inputs=images, labels=labels), 0.3)
 
     def tensors(split: Split) -> Samples:
         return torch.from_numpy(split.inputs), torch.from_numpy(split.labels)

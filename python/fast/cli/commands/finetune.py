@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fast
-from fast.adapt.config import TrainConfig
 from fast.cli.record import JOB_FILE, write_record
 from fast.cli.report.finetune import plan_table, summary
 from fast.cli.spec import FinetuneSpec
@@ -20,6 +19,7 @@ from fast.cli.task.load import load_task
 from fast.errors import printable
 from fast.files import check_writable
 from fast.models.saved import MANIFEST_FILE
+from fast.train.config import TrainConfig
 from fast.train.device import pick_device
 from fast.train.finite import Diverged, diverged
 from fast.train.resume.checkpoint import list_checkpoints

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fast.adapt.config import Budget
-from fast.adapt.methods import Plan
+from fast.adapt.plan import Plan
 from fast.analysis import plots
 from fast.cli.report.results import note_replaced, write_results
 from fast.cli.report.summary import Run, intervals, spread

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fast.cli.spec.task import TaskSpec
-from fast.data.images.pixels import ImageFormat, ImageReport
+from fast.data.images.format import ImageFormat
+from fast.data.images.pixels import ImageReport
 from fast.data.images.preprocessing import Preprocessing
 from fast.errors import printable, some
 

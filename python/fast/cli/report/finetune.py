@@ -6,7 +6,7 @@ import dataclasses
 
 import fast
 from fast.adapt.config import Budget
-from fast.adapt.methods import Plan
+from fast.adapt.plan import Plan
 from fast.cli.report.table import percent, text_table
 from fast.cli.task.load import LoadedTask
 from fast.errors import printable

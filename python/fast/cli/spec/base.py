@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
-from fast.adapt.config import TrainConfig
 from fast.cli.options import build, flag, is_part, option
 from fast.cli.values import folder_name
+from fast.train.config import TrainConfig
 
 
 class Spec:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fast.adapt.config import Budget, TrainConfig
+from fast.adapt.config import Budget
 from fast.cli.options import flag, option, parser_of, part
 from fast.cli.record import JOB_FILE, read_record
 from fast.cli.spec.base import Spec
 from fast.cli.spec.task import TaskSpec
+from fast.train.config import TrainConfig
 
 # With --resume everything else is as it was; the model may be named again, and is compared.
 FREE_ON_RESUME = {"resume", "device", "progress", "model", "plan"}

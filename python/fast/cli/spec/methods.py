@@ -6,12 +6,12 @@ import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from fast.adapt.config import TrainConfig
 from fast.adapt.methods import METHODS
 from fast.cli.options import flag, option, part
 from fast.cli.spec.base import Spec, at_least, output_folder
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import budget_list, names, numbers, whole_numbers
+from fast.train.config import TrainConfig
 
 ALL = "all"
 # Options of a training run that these commands set themselves: all of them, those with several runs

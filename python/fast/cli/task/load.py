@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fast
-from fast.adapt.config import TrainConfig
-from fast.adapt.methods import Plan
+from fast.adapt.plan import Plan
 from fast.cli.options import flag
 from fast.cli.report.data import gaps, image_facts, lines
 from fast.cli.spec.task import TaskSpec
@@ -33,6 +32,7 @@ from fast.cli.task.prepare import (
 from fast.data.images.pixels import is_image_split, merged
 from fast.data.sources import NamedData, Split
 from fast.models.load import LoadedModel
+from fast.train.config import TrainConfig
 from fast.train.finetune import plan
 
 
@@ -111,8 +111,12 @@ def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = Tr
     images = None
     if is_image_split(splits["train"]):
         report = merged(reports[part] for part in PARTS if part in reports)
-        images = image_facts(spec, form, loaded.says, report)
-    read = {part: Split(None, labels_of(prepared[part])) for part in PARTS if part in prepared}
+        images = image_facts(spec, form, loaded.preprocessing, report)
+    read = {
+        part: Split(inputs=None, labels=labels_of(prepared[part]))
+        for part in PARTS
+        if part in prepared
+    }
     data = dataclasses.replace(target, train=read["train"], val=read.get("val")).description
     loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(data)]
     print(lines(data, images))

@@ -13,8 +13,9 @@ from fast.cli.options import flag
 from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.task.data import print_notes, read_data, training_split
 from fast.cli.task.prepare import load_network, prepare_splits, try_forward
-from fast.data.dataset import Data, as_data, move
+from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
+from fast.data.trees import move
 from fast.heads import evaluating, forward_logits
 from fast.models.load import LoadedModel
 from fast.models.saved import load_saved

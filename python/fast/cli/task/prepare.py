@@ -11,9 +11,9 @@ from torch import Tensor
 from fast.cli.spec.task import TaskSpec
 from fast.cli.task.data import check_kinds
 from fast.data.dataset import as_data
+from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import (
     SKIP,
-    ImageFormat,
     ImageReport,
     PreparedImages,
     is_image_split,
@@ -67,7 +67,7 @@ def image_format(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) 
     Raises:
         ValueError: there are images, and nobody says how they are to be normalised.
     """
-    says = loaded.says
+    says = loaded.preprocessing
     mean, std = spec.mean or says.mean, spec.std or says.std
     if not any(map(is_image_split, splits.values())):
         mean, std = mean or (0.0,), std or (1.0,)

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.curvature.card.answers import Answers, SourceInputs, expected_rise, source_answers
+from fast.curvature.card.answers import Answers, expected_rise
 from fast.curvature.network.batches import Batches
 from fast.curvature.operators.hessian import GGN
+from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, forward_logits, source_task
 from fast.heads.class_axis import classes_second
+from fast.heads.outputs import source_logits
 
 # Sizes of the steps that are tried, as multiples of Adam's usual step of 1e-3 per weight.
 STEP_SIZES = (3e-4, 1e-3, 3e-3)
@@ -102,7 +104,7 @@ def calibrate(
     probe = data.to(device)
     weights: list[Tensor] = list(params.values())
     before = [p.detach().clone() for p in weights]
-    answers = source_answers(model, probe)
+    answers = source_logits(model, probe)
     generator = torch.Generator().manual_seed(seed)
     points: list[tuple[float, float]] = []
     coherence: list[float] = []
@@ -120,7 +122,7 @@ def calibrate(
             for size in STEP_SIZES:
                 with torch.no_grad():
                     torch._foreach_add_(weights, step, alpha=-size)
-                now = source_answers(model, probe)
+                now = source_logits(model, probe)
                 nats = float(expected_rise(answers, now))
                 with torch.no_grad():
                     torch._foreach_copy_(weights, before)

@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.curvature.algorithms.diagonal import LABELS, fisher_diagonal
-from fast.curvature.card.answers import Answers, SourceInputs, backbone_parameters, source_answers
+from fast.curvature.card.answers import Answers, backbone_parameters
 from fast.curvature.card.calibrate import Calibration, calibrate
 from fast.curvature.card.file import fingerprint, load_card, save_card
 from fast.curvature.losses.loss import Loss
 from fast.curvature.losses.recognise import recognise
 from fast.curvature.network.network import Params, select
-from fast.data.trees import check_finite_inputs, taking
+from fast.data.finite import check_finite_inputs
+from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, unwrap
+from fast.heads.forward import taking
+from fast.heads.outputs import source_logits
 from fastkernels import _storage
 
 TEMPERATURE = 3.0
@@ -143,14 +146,14 @@ class SourceCard:
             if not isinstance(number, int) or number < 2:
                 raise ValueError(f"{name} must be at least 2, a whole number; got {number!r}")
         model = unwrap(model)
-        samples = SourceInputs(data, num_samples)
+        samples = SourceInputs.parse(data, num_samples)
         if labels == "data" and samples.labels is None:
             raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
         device = next(model.parameters()).device
         samples = samples.to(device)
         check_finite_inputs(samples.inputs, "source data")
         with taking("source data", samples.inputs):
-            first = source_answers(model, samples.part(0, 2))
+            first = source_logits(model, samples.part(0, 2))
         if not first.isfinite().all():
             raise ValueError(
                 "source data: the network's answers are not finite (NaN or infinite), the inputs "
@@ -223,6 +226,12 @@ class SourceCard:
                     "checkpoint that it was estimated on, before training"
                 )
         return self._remember({n: own[n] for n in self.entries})
+
+    def is_bound(self, model: nn.Module) -> bool:
+        """Whether the card was bound to this model, at the weights that it had then."""
+        own = dict(unwrap(model).named_parameters())
+        names = self._names.items()
+        return bool(names) and all(r() is own.get(name) for name, r in names)
 
     def diagonal(self) -> dict[str, Tensor]:
         """Parameter name -> `C_ii`, float32 on the CPU, in nats per squared weight."""
@@ -341,7 +350,7 @@ def _performance(
     model: nn.Module, samples: SourceInputs, loss: Loss
 ) -> tuple[float | None, float | None]:
     """Loss and accuracy, where the labels are of the source head's answers."""
-    answers, labels = source_answers(model, samples), samples.labels
+    answers, labels = source_logits(model, samples), samples.labels
     assert labels is not None
     # Labels that the source head cannot give are of a skill that is in the features.
     if labels.shape != answers.argmax(1).shape or int(labels.max()) >= answers.shape[1]:

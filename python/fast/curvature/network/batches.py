@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fast.data.trees import plain
-
-LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+from fast.data.trees import LABEL_KEYS, plain, split_labels
 
 
 class Batch(NamedTuple):
@@ -90,11 +88,9 @@ def _as_batch(item: Any, labels: bool | None) -> Batch:
         return item
     item = plain(item)
     if isinstance(item, Mapping):
-        for key in LABEL_KEYS:
-            if key in item:
-                return Batch({k: v for k, v in item.items() if k != key}, item[key])
-        if not labels:
-            return Batch(item, None)
+        inputs, target = split_labels(item)
+        if not labels or len(inputs) < len(item):
+            return Batch(inputs, target)
         raise ValueError(f"a dict batch needs one of the keys {LABEL_KEYS}; got {list(item)}")
     if isinstance(item, tuple | list) and len(item) == 2:
         return Batch(item[0], item[1])

@@ -1,1 +1,1 @@
-"""Pictures: their files, their pixels, and how a network wants them."""
+"""Decode images, and prepare them as a network takes them."""

@@ -1,155 +1,33 @@
-"""Raw images to network input: decode, resize, crop, scale to 0..1, normalise per channel."""
+"""Prepare the images of a split: in memory where they fit, else as they are read."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fast.data.images.files import Unreadable, read
+from fast.data.images.decoding import Unreadable, decode
+from fast.data.images.format import ImageFormat
 from fast.data.sources import EncodedImages, Split
 from fast.errors import printable, some
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
 
 # Prepared once and kept in memory up to this size; larger sets are decoded as they are read.
 CACHE_BYTES = 2 << 30
 CHUNK = 256
-# ITU-R BT.601, as Pillow's convert("L").
-LUMINANCE = (0.299, 0.587, 0.114)
-BGR = "BGR"
-# A strip is resized as a whole where it is at most so many times as long as wide.
-LONGEST = 8
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """What the network wants: `(image / 255 - mean) / std`, float32 `[channels, size, size]`.
-
-    size: None keeps the size of the images.
-    mean, std: one value, or one per channel, in units of the full scale.
-    channels: 1, 3 (red, green, blue), "BGR", or None: as many as the images have.
-    resize: the shorter side becomes this, and of that the central square `size` is taken; None:
-        `size`.
-    stretch: both sides become `resize`, whatever the shape of the image.
-    interpolation: one of `INTERPOLATIONS`. Arrays have no box, hamming and lanczos: bilinear and
-        bicubic take their places.
-    """
-
-    size: int | None = None
-    mean: Sequence[float] = (0.5,)
-    std: Sequence[float] = (0.5,)
-    channels: int | str | None = None
-    resize: int | None = None
-    stretch: bool = False
-    interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"input size must be positive; got {self.size}")
-        if self.resize is not None and (self.size is None or self.resize < self.size):
-            raise ValueError(f"resize is {self.resize}: less than the input size {self.size}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if not all(map(math.isfinite, values)):
-                raise ValueError(f"{name} must be finite; got {tuple(values)}")
-            if max(map(abs, values)) > 2:
-                scaled = ",".join(f"{v / 255:.4g}" for v in values)
-                raise ValueError(
-                    f"{name} is {tuple(values)}, and images are in 0..1 when it is applied: of "
-                    f"values in 0..255 give {scaled}"
-                )
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive; got {tuple(self.std)}")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 `[N, C, H, W]` -> float32 `[N, channels, size, size]`."""
-        x = images.float().div_(255)
-        if self.channels is not None:
-            x = _to_channels(x, 3 if self.channels == BGR else int(self.channels))
-        if self.size is not None:
-            x = self._fit(x)
-        if self.channels == BGR:
-            x = x.flip(1)
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, x.shape[1]):
-                raise ValueError(
-                    f"{name} has {len(values)} values but the images have {x.shape[1]} channels"
-                )
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(1, -1, 1, 1)
-        return x.sub_(mean).div_(std)
-
-    def prepared(self, picture: Picture) -> Tensor:
-        """A picture in mode L or RGB as `[channels, size, size]`."""
-        array = np.array(self.fit_picture(picture))
-        image = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-        # What is fit already is not to be resized again.
-        return replace(self, size=None, resize=None)(torch.from_numpy(image.copy())[None])[0]
-
-    def fit_picture(self, picture: Picture) -> Picture:
-        """As arrays are fit, but on 8-bit values and without torch's threads."""
-        if self.size is None:
-            return picture
-        from PIL import Image
-
-        if not self.stretch:
-            picture = _without_ends(picture)
-        height, width = self._resized(picture.height, picture.width)
-        if picture.size != (width, height):
-            resample = Image.Resampling[self.interpolation.upper()]
-            picture = picture.resize((width, height), resample)
-        top, left = self._corner(height, width)
-        return picture.crop((left, top, left + self.size, top + self.size))
-
-    def _fit(self, x: Tensor) -> Tensor:
-        """`x` in 0..1, resized (antialiased) and cropped."""
-        assert self.size is not None
-        height, width = self._resized(*x.shape[2:])
-        if (height, width) != tuple(x.shape[2:]):
-            if self.interpolation == "nearest":
-                x = F.interpolate(x, [height, width], mode="nearest-exact")
-            else:
-                smooth = self.interpolation in ("bicubic", "lanczos")
-                mode = "bicubic" if smooth else "bilinear"
-                x = F.interpolate(x, [height, width], mode=mode, antialias=True).clamp_(0, 1)
-        top, left = self._corner(height, width)
-        return x[:, :, top : top + self.size, left : left + self.size]
-
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
-        side = self.resize or self.size
-        assert side is not None
-        if self.stretch:
-            return side, side
-        short = min(height, width)
-        # Cut off, not rounded, as torchvision does.
-        return side * height // short, side * width // short
-
-    def _corner(self, height: int, width: int) -> tuple[int, int]:
-        """(top, left) of the central square."""
-        assert self.size is not None
-        return round((height - self.size) / 2), round((width - self.size) / 2)
-
-
 SKIP = " (or go on without: --skip-broken)"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ImageReport:
     """What was met while images were read.
 
-    broken: names of those that cannot be read, and why.
-    sizes: (width, height) as stored.
+    Attributes:
+        broken: name -> reason, of the images that cannot be read.
+        sizes: (width, height) of the images as stored.
     """
 
     broken: dict[str, str] = field(default_factory=dict)
@@ -170,7 +48,7 @@ class ImageReport:
 
 
 def merged(reports: Iterable[ImageReport]) -> ImageReport:
-    """One of several splits."""
+    """One report of several splits."""
     whole = ImageReport()
     for report in reports:
         whole.broken |= report.broken
@@ -194,13 +72,14 @@ def prepare_images(
         report: takes the images that cannot be read, which are left out; None: they are an error.
 
     Raises:
-        ValueError: images cannot be read (they are named), or sizes differ and none was given.
+        ValueError: images cannot be read (they are named), or sizes differ and `form` has none.
     """
-    found = report if report is not None else ImageReport()
+    tolerant = report is not None
+    report = ImageReport() if report is None else report
     prepared = PreparedImages(split, form)
     out: Tensor | None = None
     good: list[int] = []
-    for index, images in prepared.chunks(found):
+    for index, images in prepared.chunks(report):
         if out is None:
             shape = images.shape[1:]
             lazy = 4 * shape.numel() * len(split) > CACHE_BYTES
@@ -210,8 +89,8 @@ def prepare_images(
         if len(out):
             out[len(good) : len(good) + len(index)] = images
         good += index
-    if report is None or out is None:
-        found.refuse_broken(SKIP if report is None else "")
+    if not tolerant or out is None:
+        report.refuse_broken("" if tolerant else SKIP)
     assert out is not None, "a split has samples"
     if len(good) < len(split):
         prepared = PreparedImages(split.subset(np.array(good)), form)
@@ -247,21 +126,19 @@ class PreparedImages(Dataset):
             report.sizes.add((images.shape[3], images.shape[2]))
             return list(index), self.form(images)
         decoded: dict[int, np.ndarray] = {}
-        first: np.ndarray | None = None
         for i in index:
             image = self._decode(i, report)
-            if image is None:
-                continue
-            first = image if first is None else first
-            if image.shape != first.shape:
-                self.refuse(i, image.shape, first.shape)
-            decoded[i] = image
-        if first is None:
+            if image is not None:
+                decoded[i] = image
+                first = next(iter(decoded.values()))
+                if image.shape != first.shape:
+                    self.refuse(i, image.shape, first.shape)
+        if not decoded:
             return [], torch.empty(0)
         # torch sees whole chunks only: on a busy machine its threads waited 15 ms for each other on
         # every image (5 in torch.cat), where decoding and resizing one takes 0.7.
-        done = replace(self.form, size=None, resize=None)  # they have their size
-        return list(decoded), done(torch.from_numpy(np.stack(list(decoded.values()))))
+        images = torch.from_numpy(np.stack(list(decoded.values())))
+        return list(decoded), self.form.without_resizing(images)
 
     def _decode(self, i: int, report: ImageReport) -> np.ndarray | None:
         """Image `i` as uint8 `[C, H, W]`, fit to the size; None where it is broken: reported."""
@@ -269,14 +146,13 @@ class PreparedImages(Dataset):
         # Lets the JPEG decoder scale by 1/2, 1/4, 1/8, never below twice the wanted size.
         draft = 2 * (form.resize or form.size) if form.size is not None else None
         try:
-            picture, size = read(lambda: self.inputs.open(i), form.channels, draft)
+            picture, size = decode(lambda: self.inputs.open(i), form.channels, draft)
         except Unreadable as err:
             name = self.inputs.names[i]
             report.broken[name] = str(err).replace(name, "the file")
             return None
         report.sizes.add(size)
-        array = np.array(form.fit_picture(picture))
-        return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+        return form.fit(picture)
 
     def refuse(self, i: int, shape: Sequence[int], others: Sequence[int]) -> None:
         """Raise ValueError: image `i` is not shaped as the others."""
@@ -301,27 +177,3 @@ def channels_first(x: np.ndarray) -> Tensor:
             f"shape {x.shape}"
         )
     return torch.from_numpy(np.ascontiguousarray(x))
-
-
-def _without_ends(picture: Picture) -> Picture:
-    """The middle of a strip, where all of it would be enlarged to be thrown away."""
-    width, height = picture.size
-    most = LONGEST * min(width, height)
-    if max(width, height) <= most:
-        return picture
-    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
-    return picture.crop((left, top, width - left, height - top))
-
-
-def _to_channels(x: Tensor, channels: int) -> Tensor:
-    if x.shape[1] == channels:
-        return x
-    if x.shape[1] == 4:  # seen on white, as files are
-        x = x[:, :3] * x[:, 3:] + (1 - x[:, 3:])
-    if x.shape[1] == channels:
-        return x
-    if x.shape[1] == 1:
-        return x.repeat(1, channels, 1, 1)
-    if channels == 1:
-        return (x * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    raise ValueError(f"the network takes {channels} channels, the images have {x.shape[1]}")

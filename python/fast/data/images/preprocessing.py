@@ -1,4 +1,4 @@
-"""How images were prepared that a network was trained on, as the network or its library says."""
+"""How the images that a network was trained on were prepared, as it or its library says."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.data.images.pixels import INTERPOLATIONS, ImageFormat
+from fast.data.images.format import INTERPOLATIONS, ImageFormat
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Fields of `ImageFormat`; None where it is not said.
+    """Fields of `ImageFormat`; None where nobody says.
 
-    origin: who says it, for a reader.
+    Attributes:
+        bgr: whether the network takes blue first.
+        origin: who says it, for a reader.
     """
 
     size: int | None = None
@@ -29,22 +31,22 @@ class Preprocessing:
     origin: str = ""
 
     def format(self, channels: int | str | None) -> ImageFormat:
-        """For a network that says it all."""
+        """The whole format; mean and std must be there."""
         assert self.mean is not None
         assert self.std is not None
         return ImageFormat(
-            self.size,
-            self.mean,
-            self.std,
-            channels,
-            self.resize,
-            self.stretch,
-            self.interpolation,
+            size=self.size,
+            mean=self.mean,
+            std=self.std,
+            channels=channels,
+            resize=self.resize,
+            stretch=self.stretch,
+            interpolation=self.interpolation,
         )
 
 
 def from_config(config: Mapping[str, Any], origin: str) -> Preprocessing:
-    """Of a mapping with timm's keys: input_size, mean, std, crop_pct, crop_mode, interpolation."""
+    """Read timm's keys: input_size, mean, std, crop_pct, crop_mode, interpolation."""
     size = config.get("input_size")
     side = int(size[-1] if isinstance(size, (tuple, list)) else size) if size else None
     mode = config.get("interpolation")
@@ -60,7 +62,7 @@ def from_config(config: Mapping[str, Any], origin: str) -> Preprocessing:
 
 
 def from_preset(preset: Any, origin: str) -> Preprocessing:
-    """Of what `weights.transforms()` of torchvision gives."""
+    """Read what `weights.transforms()` of torchvision returns."""
     return Preprocessing(
         size=preset.crop_size[0],
         mean=tuple(preset.mean),
@@ -72,9 +74,8 @@ def from_preset(preset: Any, origin: str) -> Preprocessing:
 
 
 def declared(model: nn.Module) -> Preprocessing:
-    """What the network of a file says about itself: `pretrained_cfg` or `default_cfg` as timm's
-    networks have them, a mapping `preprocessing` with the same keys, or plain attributes `mean` and
-    `std`.
+    """What a network says about itself: `pretrained_cfg` or `default_cfg` as timm's networks have
+    them, a mapping `preprocessing` with the same keys, or plain attributes `mean` and `std`.
 
     Buffers of these names are left alone: a network that has them normalises by itself.
     """
@@ -83,16 +84,16 @@ def declared(model: nn.Module) -> Preprocessing:
         config = config if isinstance(config, Mapping) else vars(config) if config else {}
         if config.get("mean") is not None and config.get("std") is not None:
             return from_config(config, f"the network's {name}")
-    found = {name: getattr(model, name, None) for name in ("mean", "std")}
-    if any(value is None or isinstance(value, (Tensor, nn.Module)) for value in found.values()):
+    values = {name: getattr(model, name, None) for name in ("mean", "std")}
+    if any(value is None or isinstance(value, (Tensor, nn.Module)) for value in values.values()):
         return Preprocessing()
     try:
-        return from_config(found, "the network's mean and std")
+        return from_config(values, "the network's mean and std")
     except (TypeError, ValueError):  # methods, say, of these names
         return Preprocessing()
 
 
-def _values(given: Any) -> tuple[float, ...] | None:
-    if given is None:
+def _values(value: Any) -> tuple[float, ...] | None:
+    if value is None:
         return None
-    return tuple(map(float, given)) if isinstance(given, (tuple, list)) else (float(given),)
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else (float(value),)

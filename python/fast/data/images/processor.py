@@ -1,8 +1,7 @@
-"""What an image processor of transformers does, found out on test pictures.
+"""Measure what an image processor of transformers does, on test pictures.
 
-Each class of processors has flags of its own, and reads them in its own way. What comes out for a
-few known pictures tells it all: scale and offset of each channel, their order, and where a pixel of
-the input goes.
+Each class of processors has flags of its own, and reads them in its own way. Its outputs for a few
+test pictures tell all: scale and offset of each channel, their order, and where each pixel goes.
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.data.images.pixels import BGR
+from fast.data.images.format import BGR
 from fast.data.images.preprocessing import Preprocessing
 
 WIDTH, HEIGHT = 400, 300
 # Resizing by other code differs by a few levels of 255 at single pixels, 0.001 in the mean.
 CLOSE = 0.005
-# By the numbers of PIL.Image.Resampling.
+# PIL.Image.Resampling, by number.
 _RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def measure(processor: Any) -> Preprocessing:
-    """How it prepares pictures.
+    """How a processor prepares pictures.
 
     Raises:
-        ValueError: in a way that `ImageFormat` does not know.
+        ValueError: it prepares them in a way that `ImageFormat` does not know.
     """
     pictures = _pictures()
     black, red, green, blue, ramp, photo = _outputs(processor, pictures)
@@ -63,35 +62,34 @@ def measure(processor: Any) -> Preprocessing:
     if resize < height or (not stretch and abs(resized[0] - resize * WIDTH / HEIGHT) > 2):
         raise _refusal(processor, "pads pictures, or crops them without resizing them")
     resample = getattr(processor, "resample", None)
-    found = replace(
+    preprocessing = replace(
         colours,
         size=height,
         resize=resize,
         stretch=stretch,
         interpolation="bilinear" if resample is None else _RESAMPLING[int(resample)],
     )
-    ours = found.format(BGR if bgr else len(offset)).prepared(pictures[-1])
+    ours = preprocessing.format(BGR if bgr else len(offset)).prepare(pictures[-1])
     apart = ((ours - photo) / gain[:, None, None]).abs().mean()
     if apart > CLOSE:
         raise _refusal(processor, f"gives other pixels than here (by {apart:.2g} of 1)")
-    return found
+    return preprocessing
 
 
 def _pictures() -> list[Any]:
-    """Black, red, green and blue; one whose red rises from left to right, green downwards; and one
-    of blurred noise.
+    """Flat black, red, green and blue; a ramp, whose red rises from left to right and whose green
+    rises downwards; and blurred noise.
     """
     from PIL import Image
 
     rng = np.random.default_rng(0)
-
     flat = np.zeros((4, HEIGHT, WIDTH, 3), np.uint8)
     for channel in range(3):
         flat[channel + 1, :, :, channel] = 255
     ramp = np.zeros((HEIGHT, WIDTH, 3))
     ramp[:, :, 0] = (np.arange(WIDTH) + 0.5) / WIDTH
     ramp[:, :, 1] = (np.arange(HEIGHT)[:, None] + 0.5) / HEIGHT
-    # Rounded up or down at random, so that means over rows and columns are exact.
+    # Rounding up or down at random keeps the means over rows and columns exact.
     dithered = (255 * ramp + rng.random(ramp.shape)).astype(np.uint8)
     noise = Image.fromarray(rng.integers(0, 256, (HEIGHT // 10, WIDTH // 10, 3), np.uint8))
     photo = noise.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
@@ -106,7 +104,10 @@ def _outputs(processor: Any, pictures: list[Any]) -> list[Tensor]:
 
 
 def _resized(profile: Tensor) -> int:
-    """Length that the whole side has, of which `profile` `[n]`, values in 0..1, is the middle."""
+    """Length to which a whole side was resized, of which `profile` `[n]` is the middle.
+
+    The values along the whole side rise from 0 to 1.
+    """
     n = len(profile)
     inner = slice(n // 8, n - n // 8)  # borders of a resized picture are not on the line
     x = torch.arange(n, dtype=torch.float64)[inner]

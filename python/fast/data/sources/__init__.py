@@ -1,7 +1,7 @@
 """Read labelled data by name: a folder of class folders, an .npz, a Hugging Face data set.
 
-What comes back is raw (uint8 images, file names, strings, float features): how it is prepared
-depends on the network, and is done by `fast.data.images.pixels` and `fast.models.load`.
+What comes back is raw: uint8 images, file names, strings, float features. How these are prepared
+depends on the network; `fast.data.images` does it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ from pathlib import Path
 from fast.data.sources.folder import read_folder
 from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
-from fast.data.sources.types import (
-    EncodedImages,
-    NamedData,
-    Split,
-    stratified_split,
-)
+from fast.data.sources.types import EncodedImages, NamedData, Split, stratified_split
 
 __all__ = [
     "DataWarning",
@@ -55,29 +50,30 @@ def load_data(
 ) -> NamedData:
     """Read the data set called `name`.
 
-    A folder: `CLASS/*.jpg`, or `train/CLASS/*.jpg` with `val/` or `test/`, under these or any of
-    the names that they are published by (`Training/`, `dev/`, `seg_test/`), alone or in a folder
-    that holds everything. Hidden files and those that systems leave behind are no data.
+    A folder: `CLASS/*.jpg`, or `train/CLASS/*.jpg` with `val/` or `test/`, under these names or
+    others that data sets are published with (`Training/`, `dev/`, `seg_test/`); one folder may hold
+    all of it. Hidden files and those that systems leave behind are ignored.
 
-    An `.npz`: `x_train`, `y_train` with `x_val`, `y_val` (or `_test`), or `x`, `y`; names `classes`
-    are optional. `x` is uint8 images, or what the network takes as it is; several inputs are
-    `x_train.input_ids`, ...; encoded images are bytes `jpeg_train` with borders `offset_train`
-    `[N + 1]`.
+    An `.npz`: `x_train`, `y_train` with `x_val`, `y_val` (or `_test`), or `x`, `y`; `classes` may
+    hold the names of the classes. `x` is uint8 images, or what the network takes as it is; several
+    inputs are `x_train.input_ids`, ...; encoded images are bytes `jpeg_train`, cut at
+    `offset_train` `[N + 1]`.
 
-    Else a Hugging Face data set: a folder written by `save_to_disk`, or `OWNER/NAME` or `hf:NAME`,
-    with `:CONFIG` where it has several.
+    Anything else is a Hugging Face data set: a folder written by `save_to_disk`, or `OWNER/NAME` or
+    `hf:NAME`, with `:CONFIG` where it has several.
 
     Args:
-        numeric_labels: integer names of class folders are labels, not just names (a folder that
-            holds some of the classes of a source task).
+        input_column, label_column: columns of a Hugging Face data set (default: by their types and
+            usual names).
+        numeric_labels: integer names of class folders are labels, not just names. A folder may then
+            hold some of the classes of a source task.
 
     Returns:
-        what was read; `description` says it in plain values. What was left out is in `notes`, and
-        each of them is also a `DataWarning`.
+        what was read. Each of its `notes` on what was left out is also a `DataWarning`.
 
     Raises:
-        FileNotFoundError: no such file, and no such data set.
-        ValueError: the data are unusable; the message names the file and what is wrong.
+        FileNotFoundError: there is no such file, and no such data set.
+        ValueError: the data cannot be used; the message names the file and what is wrong.
     """
     data = _read(name, input_column, label_column, numeric_labels)
     for note in data.notes:
@@ -100,7 +96,7 @@ def _read(
             f"{name}: unknown file type {path.suffix!r}; give a folder of class folders, an .npz, "
             "or the name of a Hugging Face data set"
         )
-    # Asking the hub for what is only a misspelt file costs 23 s of back-off without a network.
+    # Asking the hub for a misspelt file costs 23 s of back-off without a network.
     if not name.startswith("hf:") and not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(
             f"{name}: no such file or folder (a Hugging Face data set is OWNER/NAME, or hf:NAME)"

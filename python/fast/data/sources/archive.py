@@ -1,4 +1,4 @@
-"""Arrays of an `.npz` of unknown origin: read one by one, their sizes checked before that."""
+"""Read the arrays of an `.npz` of unknown origin one by one, after a check of their sizes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from fast.errors import first_line, printable
 
-# Deflated zeros are 230 to 1,000 times smaller, text 10 times. What is small may be empty.
+# Deflate makes zeros 230 to 1,000 times smaller, text 10 times. Small arrays may be all zeros.
 MOST_COMPRESSED, HARMLESS = 100, 64 << 20
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -25,8 +24,8 @@ class Archive:
     """The arrays in a file, by name, while it is open.
 
     Raises:
-        ValueError: by any method: it is damaged, not an `.npz`, or has arrays that are not plain,
-            or larger than what they are stored in allows.
+        ValueError: by any method: the file is damaged or no `.npz`, or an array holds objects, is
+            much larger than the file explains, or is larger than the memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +35,7 @@ class Archive:
             raise ValueError(f"{path}: is not a file")
         try:
             self._zip = zipfile.ZipFile(path)
-        except Exception as err:  # of damaged files zipfile raises errors of many kinds
+        except Exception as err:  # zipfile raises errors of many kinds on damaged files
             raise self._refusal(err) from err
         members = [n for n in self._zip.namelist() if n.endswith(".npy")]
         self.names = [name.removesuffix(".npy") for name in members]
@@ -46,12 +45,7 @@ class Archive:
     def __enter__(self) -> Archive:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._zip.close()
 
     def read(self, name: str) -> np.ndarray:
@@ -99,8 +93,8 @@ class Archive:
 
     def _refusal(self, err: Exception) -> ValueError:
         with self.path.open("rb") as file:
-            array = file.read(6) == np.lib.format.MAGIC_PREFIX
-        if array:
+            is_single = file.read(6) == np.lib.format.MAGIC_PREFIX
+        if is_single:
             return ValueError(
                 f"{self.path}: is a single array (.npy) by another name; store inputs and labels "
                 "together: np.savez(file, x=..., y=...)"
@@ -110,4 +104,4 @@ class Archive:
 
 
 class _Refused(ValueError):
-    """Has its message already."""
+    """An error whose message says all."""

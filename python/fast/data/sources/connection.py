@@ -1,4 +1,4 @@
-"""A hub that cannot be reached is found out at once, not after a minute of attempts."""
+"""Find out at once, and not after a minute of attempts, that the hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT = 4.0
 
 @contextmanager
 def quick_offline() -> Iterator[None]:
-    """Within it, clients of the Hugging Face hub read their cache only where there is no way to it.
+    """Let clients of the Hugging Face hub read only their cache where the hub cannot be reached.
 
     Left to themselves they try five times, for 20 to 70 s, with a line of noise for each.
     """
@@ -33,14 +33,14 @@ def quick_offline() -> Iterator[None]:
 
 
 def _switches() -> list[Any]:
-    """Modules that read the environment variable once, as they are imported."""
+    """Imported modules that have read the environment variable HF_HUB_OFFLINE."""
     names = ("huggingface_hub.constants", "datasets.config")
-    found = [sys.modules.get(name) for name in names]
-    return [module for module in found if hasattr(module, "HF_HUB_OFFLINE")]
+    modules = [sys.modules.get(name) for name in names]
+    return [module for module in modules if hasattr(module, "HF_HUB_OFFLINE")]
 
 
 def _reachable() -> bool:
-    """Whether somebody listens where the hub is; behind a proxy that is for the proxy to say."""
+    """Whether something listens where the hub is; True behind a proxy, which alone can tell."""
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if getproxies().get(endpoint.scheme):
         return True

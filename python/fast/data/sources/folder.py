@@ -1,7 +1,7 @@
-"""A folder with a folder of images for each class, in the layouts that data sets are published in.
+"""Read a folder that has a folder of images for each class, in the layouts of published data sets.
 
-What the folders are is decided by what is in them, not by names alone: a split holds folders of
-images, a class holds images. What could be either is an error.
+Contents decide what a folder is, not names alone: a split holds folders of images, a class holds
+images. A folder that could be either is an error.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from pathlib import Path
 import numpy as np
 
 from fast.data.labels import count_classes
-from fast.data.sources.files import Folder, left_out, natural, scan
+from fast.data.sources.scan import Folder, left_out, natural, scan
 from fast.data.sources.splits import HELD_OUT, ROLES, TRAIN, roles_of
 from fast.data.sources.types import EncodedImages, NamedData, Split
 from fast.errors import printable, some
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Layout:
-    """Folders of class folders, by split (`train`, `val`), and what is not used."""
+    """Folders of class folders, by split (`train`, `val`), and notes on what is not used."""
 
     parts: dict[str, Folder]
     notes: list[str] = field(default_factory=list)
 
 
 def read_folder(root: Path, numeric_labels: bool) -> NamedData:
-    found = _layout(scan(root))
-    parts, notes = found.parts, found.notes
+    layout = _layout(scan(root))
+    parts, notes = layout.parts, layout.notes
     files = {part: _class_files(folder) for part, folder in parts.items()}
     names = sorted(files.get("train", files.get("val", {})), key=natural)
     if numeric_labels and all(name.isdecimal() for name in names):
@@ -53,7 +53,8 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
             )
         paths = [str(path) for name in entries for path in entries[name]]
         labels = np.repeat([number[name] for name in entries], list(map(len, entries.values())))
-        splits[part] = Split(EncodedImages(paths, paths.__getitem__), labels.astype(np.int64))
+        images = EncodedImages(names=paths, open=paths.__getitem__)
+        splits[part] = Split(inputs=images, labels=labels.astype(np.int64))
     others = sum((folder.all_others() for folder in parts.values()), Counter())
     if others:
         notes.append(f"files that are no images to us are left out: {left_out(others)}")
@@ -64,17 +65,17 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
             notes.append(f"{len(folder.images)} images beside the class folders are left out")
     held_out = parts["val"].path.relative_to(root) if "train" in parts and "val" in parts else ""
     return NamedData(
-        str(root),
-        splits.get("train"),
-        splits.get("val"),
-        classes,
-        f"folder {printable(held_out)}" if held_out else "",
-        tuple(notes),
+        name=str(root),
+        train=splits.get("train"),
+        val=splits.get("val"),
+        classes=classes,
+        held_out=f"folder {printable(held_out)}" if held_out else "",
+        notes=tuple(notes),
     )
 
 
 def _layout(root: Folder) -> Layout:
-    """Raises ValueError where it cannot be told what the folders are."""
+    """Tell splits from classes; raises ValueError where the folders could be either."""
     roles = roles_of(root.with_images)
     splits = {name for name in roles if _holds_classes(root.folders[name])}
     if splits:
@@ -85,11 +86,16 @@ def _layout(root: Folder) -> Layout:
             "a folder of its own, or rename what is a class"
         )
     inner = _wrapped(root)
-    return _layout(inner) if inner is not None else Layout({"train": root})
+    return _layout(inner) if inner is not None else Layout(parts={"train": root})
 
 
 def _splits(root: Folder, roles: dict[str, str], splits: set[str]) -> Layout:
-    """Of folders with these roles; `splits` are those that hold class folders."""
+    """The layout of a folder of splits.
+
+    Args:
+        roles: the folders with a split's name, and what that says.
+        splits: those of them that hold class folders.
+    """
     inside = {name: _unwrapped(root.folders[name]) for name in root.with_images}
     beside = [name for name in inside if name not in roles]
     shared = any(_alike(inside[a], inside[b]) for a in splits for b in inside if a != b)
@@ -106,22 +112,22 @@ def _splits(root: Folder, roles: dict[str, str], splits: set[str]) -> Layout:
         )
     held_out = [name for role in HELD_OUT for name in by_role[role]]
     used = {"train": trains[:1], "val": held_out[:1]}
-    chosen = {part: names[0] for part, names in used.items() if names}
-    if not chosen:
+    used_names = {part: names[0] for part, names in used.items() if names}
+    if not used_names:
         raise ValueError(f"{_at(root)}: {some(sorted(splits))} is no training or validation split")
     notes = []
     for name, folder in root.folders.items():
-        if name not in chosen.values():
+        if name not in used_names.values():
             loose = ", not in class folders" if name in roles and name not in splits else ""
             count = len(folder.all_images())
             notes.append(f"folder {printable(name)} is not used ({count} images{loose})")
     if root.images:
         notes.append(f"{len(root.images)} images beside the folders are not used")
-    return Layout({part: inside[name] for part, name in chosen.items()}, notes)
+    return Layout(parts={part: inside[name] for part, name in used_names.items()}, notes=notes)
 
 
 def _check_classes(root: Folder) -> None:
-    """Raise ValueError where folders are no classes, or cannot be told from splits."""
+    """Raise ValueError where the folders in `root` are no classes, or may be splits."""
     if not root.folders:
         others = f" (it has {left_out(root.others)})" if root.others else ""
         raise ValueError(
@@ -149,7 +155,7 @@ def _check_classes(root: Folder) -> None:
 
 
 def _class_files(root: Folder) -> dict[str, list[Path]]:
-    """Images by class."""
+    """The images of each class, by its name."""
     _check_classes(root)
     for folder in root.folders.values():
         if not folder.has_images:
@@ -168,7 +174,7 @@ def _holds_classes(folder: Folder) -> bool:
 
 
 def _wrapped(root: Folder) -> Folder | None:
-    """The one folder that holds everything, or None."""
+    """The one folder in `root` that holds everything; None where there is none."""
     if root.images or len(root.folders) != 1:
         return None
     (inner,) = root.folders.values()
@@ -182,7 +188,7 @@ def _unwrapped(folder: Folder) -> Folder:
 
 
 def _alike(a: Folder, b: Folder) -> bool:
-    """Whether they hold folders of the same names: then they are parts of one data set."""
+    """Whether two folders hold folders of the same names, as splits of one data set do."""
     both = len(set(a.with_images) & set(b.with_images))
     return both > 0 and 2 * both >= min(len(a.with_images), len(b.with_images))
 

@@ -1,9 +1,8 @@
-"""A Hugging Face data set, from the hub or from a folder written by `save_to_disk`."""
+"""Read a Hugging Face data set, from the hub or from a folder written by `save_to_disk`."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,10 @@ from fast.data.sources.types import EncodedImages, NamedData, Split, labelled, n
 from fast.errors import first_line, printable, some
 
 UNLABELLED = -1
+USUAL_COLUMNS = {
+    "--label-column": ("label", "labels"),
+    "--input-column": ("image", "img", "text", "sentence"),
+}
 
 
 def read_hugging_face(name: str, input_column: str | None, label_column: str | None) -> NamedData:
@@ -29,36 +32,25 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     if not training and not held_out:
         raise ValueError(f"{name}: has neither train nor validation; got {some(list(loaded), 10)}")
     features = loaded[(training or held_out)[0]].features
-    label_column = _column(
-        name,
-        "--label-column",
-        label_column,
-        features,
-        lambda f: isinstance(f, datasets.ClassLabel),
-        ("label", "labels"),
-    )
-    input_column = _column(
-        name,
-        "--input-column",
-        input_column,
-        features,
-        lambda f: isinstance(f, datasets.Image),
-        ("image", "img", "text", "sentence"),
-    )
+    try:
+        label_column = _column("--label-column", label_column, features, datasets.ClassLabel)
+        input_column = _column("--input-column", input_column, features, datasets.Image)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     labels = {split: loaded[split][label_column][:] for split in training + held_out}
     # Benchmarks publish the inputs of their test split, and -1 for its labels.
-    known = [split for split in held_out if any(label != UNLABELLED for label in labels[split])]
-    used = {"train": training, "val": known[:1]}
-    chosen = {part: splits[0] for part, splits in used.items() if splits}
+    has_labels = [s for s in held_out if any(label != UNLABELLED for label in labels[s])]
+    used = {"train": training, "val": has_labels[:1]}
+    split_of = {part: splits[0] for part, splits in used.items() if splits}
     notes = [
         f"split {printable(split)} is not used"
-        + (": its labels are all -1" if split in held_out and split not in known else "")
+        + (": its labels are all -1" if split in held_out and split not in has_labels else "")
         for split in loaded
-        if split not in chosen.values()
+        if split not in split_of.values()
     ]
     classes = getattr(features[label_column], "names", None)
     splits: dict[str, Split] = {}
-    for part, split in chosen.items():
+    for part, split in split_of.items():
         where = f"{name}: split {printable(split)}: "
         splits[part] = labelled(
             _inputs(datasets, loaded[split], input_column, where),
@@ -71,17 +63,17 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     if not classes:
         classes = numbered_classes(list(splits.values()), f"{name}: {printable(label_column)}")
     return NamedData(
-        name,
-        splits.get("train"),
-        splits.get("val"),
-        tuple(classes),
-        f"split {printable(chosen['val'])}" if len(splits) == 2 else "",
-        tuple(notes),
+        name=name,
+        train=splits.get("train"),
+        val=splits.get("val"),
+        classes=tuple(classes),
+        held_out=f"split {printable(split_of['val'])}" if len(splits) == 2 else "",
+        notes=tuple(notes),
     )
 
 
 def _load(name: str) -> tuple[Any, Any]:
-    """The library, and what it loads by this name."""
+    """The library `datasets`, and what it loads by this name."""
     try:
         import datasets
     except ImportError as err:
@@ -89,7 +81,7 @@ def _load(name: str) -> tuple[Any, Any]:
             f"{name}: no such file or folder (to read Hugging Face data sets: pip install datasets)"
         ) from err
     if int(datasets.__version__.split(".")[0]) < 4:
-        # Older ones run the code that comes with a data set.
+        # Older versions run the code that comes with a data set.
         raise ImportError(
             f"datasets {datasets.__version__} is too old: pip install --upgrade 'datasets>=4'"
         )
@@ -106,25 +98,18 @@ def _load(name: str) -> tuple[Any, Any]:
         ) from err
 
 
-def _column(
-    name: str,
-    option: str,
-    asked: str | None,
-    features: Any,
-    fits: Callable[[Any], bool],
-    usual: tuple[str, ...],
-) -> str:
+def _column(option: str, column: str | None, features: Any, kind: type) -> str:
+    """The column that the user names; else the first of this kind, or with a usual name."""
     columns = some(list(features), 20)
-    if asked is not None:
-        if asked not in features:
-            raise ValueError(f"{name}: no column {asked!r}; {option} can be: {columns}")
-        return asked
-    found = [c for c, feature in features.items() if fits(feature)] or [
-        c for c in usual if c in features
-    ]
-    if not found:
-        raise ValueError(f"{name}: say which column to use with {option}: {columns}")
-    return found[0]
+    if column is not None:
+        if column not in features:
+            raise ValueError(f"no column {column!r}; {option} can be: {columns}")
+        return column
+    of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
+    candidates = of_kind or [name for name in USUAL_COLUMNS[option] if name in features]
+    if not candidates:
+        raise ValueError(f"say which column to use with {option}: {columns}")
+    return candidates[0]
 
 
 def _inputs(datasets: Any, table: Any, column: str, where: str) -> Any:
@@ -138,7 +123,7 @@ def _inputs(datasets: Any, table: Any, column: str, where: str) -> Any:
             return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
 
         names = [f"{where}{printable(column)}[{i}]" for i in range(len(table))]
-        return EncodedImages(names, open_image)
+        return EncodedImages(names=names, open=open_image)
     values = list(table[column])
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:

@@ -1,9 +1,10 @@
-"""An `.npz`: images or features as arrays, images as encoded bytes, or several named inputs."""
+"""Read an `.npz`: images or features as arrays, images as encoded bytes, or several inputs."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ def read_npz(path: Path) -> NamedData:
             dict.fromkeys(m["suffix"] or "" for n in archive.names if (m := _MEMBER.fullmatch(n)))
         )
         by_role = {suffix: TRAIN if suffix == "" else role_of(suffix) for suffix in suffixes}
-        chosen = {
-            "train": next((s for s in sorted(suffixes, reverse=True) if by_role[s] == TRAIN), None),
-            "val": next((s for role in HELD_OUT for s in suffixes if by_role[s] == role), None),
+        train = next((s for s in sorted(suffixes, reverse=True) if by_role[s] == TRAIN), None)
+        val = next((s for role in HELD_OUT for s in suffixes if by_role[s] == role), None)
+        splits = {
+            part: _split(archive, suffix, classes)
+            for part, suffix in (("train", train), ("val", val))
+            if suffix is not None
         }
-        splits: dict[str, Split] = {}
-        for part, suffix in chosen.items():
-            if suffix is not None:
-                splits[part] = _split(archive, suffix, classes)
         if not splits:
             raise ValueError(
                 f"{path}: has no data; expected x_train and y_train (and x_val, y_val or _test), "
@@ -44,12 +44,12 @@ def read_npz(path: Path) -> NamedData:
     if classes is None:
         classes = numbered_classes(list(splits.values()), str(path))
     return NamedData(
-        str(path),
-        splits.get("train"),
-        splits.get("val"),
-        classes,
-        f"x{printable(chosen['val'])}" if len(splits) == 2 else "",
-        (f"arrays that are not used: {some(unused, 6)}",) if unused else (),
+        name=str(path),
+        train=splits.get("train"),
+        val=splits.get("val"),
+        classes=classes,
+        held_out=f"x{printable(val)}" if len(splits) == 2 else "",
+        notes=(f"arrays that are not used: {some(unused, 6)}",) if unused else (),
     )
 
 
@@ -91,9 +91,9 @@ def _class_names(archive: Archive) -> tuple[str, ...]:
     names = tuple(
         v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values.tolist()
     )
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(names) < 10_000 else []
-    if len(set(names)) < len(names):
-        raise ValueError(f"{archive.path}: classes has a name more than once: {some(twice)}")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ValueError(f"{archive.path}: classes has a name more than once: {some(repeated)}")
     return names
 
 
@@ -128,4 +128,6 @@ def _packed_images(archive: Archive, suffix: str) -> EncodedImages:
             f"{path}: offset{shown} must rise from 0 to {len(packed)}, the bytes there are"
         )
     names = [f"{path}: jpeg{shown}[{i}]" for i in range(len(border) - 1)]
-    return EncodedImages(names, lambda i: io.BytesIO(packed[border[i] : border[i + 1]].tobytes()))
+    return EncodedImages(
+        names=names, open=lambda i: io.BytesIO(packed[border[i] : border[i + 1]].tobytes())
+    )

@@ -1,4 +1,4 @@
-"""Names by which published data sets call their splits."""
+"""The names that published data sets have for their splits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 TRAIN = "train"
-# Held-out splits, the best first: the first that is there is used.
+# Held-out splits, the best first: the first one that a data set has is used.
 HELD_OUT = ("val", "eval", "test")
-# What is predicted, or learned from without labels.
+# Splits without labels.
 REST = "rest"
 ROLES = (TRAIN, *HELD_OUT, REST)
 _WORDS = {
@@ -20,22 +20,22 @@ _WORDS = {
     REST: "pred predict prediction unlabeled unlabelled unsupervised",
 }
 _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
-# What a name says besides: `training_set`, `val-images`.
+# Words that a name may have besides: `training_set`, `val-images`.
 _FILLERS = frozenset(
-    ("set", "sets", "data", "dataset", "split", "folder", "images", "image", "imgs", "img")
+    ["set", "sets", "data", "dataset", "split", "folder", "images", "image", "imgs", "img"]
 )
 _GLUED = re.compile(rf"({'|'.join(sorted(_ROLES, key=len, reverse=True))})({'|'.join(_FILLERS)})")
 
 
 def role_of(name: str) -> str | None:
-    """`Training_Set` -> `train`, `seg_test` -> `test`, `dev` -> `val`; None of another name."""
+    """`Training_Set` -> `train`, `seg_test` -> `test`, `dev` -> `val`, any other name -> None."""
     return _read(name)[0]
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
-    """Roles of those names that are split names.
+    """The role of each name that is a split's.
 
-    One more word may say what is split, where two of them have it: `seg_train` beside `seg_test`,
+    One more word may say what is split, where two names share it: `seg_train` beside `seg_test`,
     but not `train_station` beside `test_tube`.
     """
     read = {name: _read(name) for name in names}

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fast.data.labels import check_labels, count_classes
+from fast.data.trees import length, pick
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodedImages:
-    """`N` images still to be decoded; `open(i)` yields a file name or a binary stream."""
+    """`N` images still to be decoded; `open(i)` returns a file name or a binary stream."""
 
     names: Sequence[str]
     open: Callable[[int], Any]
@@ -21,18 +22,21 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.names)
 
-    def subset(self, index: np.ndarray) -> EncodedImages:
-        return EncodedImages([self.names[i] for i in index], lambda i: self.open(int(index[i])))
+    def __getitem__(self, index: np.ndarray) -> EncodedImages:
+        return EncodedImages(
+            names=[self.names[i] for i in index], open=lambda i: self.open(int(index[i]))
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """`N` inputs of one kind with their labels.
 
-    inputs: uint8 images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; `EncodedImages`; a list of
-        strings; arrays handed to the network as they are (float, or token ids); or a dict of such
-        arrays, for networks whose forward takes several.
-    labels: int64 `[N]`, in `0 .. len(classes) - 1`.
+    Attributes:
+        inputs: uint8 images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; `EncodedImages`; a list
+            of strings; arrays that the network takes as they are (floats, or token ids); or a dict
+            of such arrays, for networks whose forward takes several.
+        labels: int64 `[N]`, in `0 .. len(classes) - 1`.
     """
 
     inputs: Any
@@ -42,18 +46,19 @@ class Split:
         return len(self.labels)
 
     def subset(self, index: np.ndarray) -> Split:
-        return Split(_take(self.inputs, index), self.labels[index])
+        return Split(inputs=pick(self.inputs, index), labels=self.labels[index])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NamedData:
     """What a name on the command line stands for.
 
-    name: as it was given.
-    train, val: splits; at least one is there.
-    classes: names of the labels 0, 1, ...
-    held_out: where val comes from.
-    notes: what was left out, or guessed, while reading; one line each.
+    Attributes:
+        name: as the user wrote it.
+        train, val: splits; at least one of them is not None.
+        classes: names of the labels 0, 1, ...
+        held_out: where val comes from.
+        notes: what was left out, or guessed, while reading; one line each.
     """
 
     name: str
@@ -64,9 +69,8 @@ class NamedData:
     notes: tuple[str, ...] = ()
 
     def with_val(self, fraction: float, seed: int = 0) -> NamedData:
-        """Itself if it has a val split; else with `fraction` of each class moved there.
-
-        With a fraction of 0 all samples stay in train.
+        """The same data with a val split: where there is none, `fraction` of each class moves there
+        from train. A fraction of 0 moves nothing.
         """
         if self.val is not None or self.train is None or fraction == 0:
             return self
@@ -75,15 +79,15 @@ class NamedData:
         return replace(self, train=train, val=val, held_out=held_out)
 
     def for_evaluation(self) -> Split:
-        """The held-out split; all there is where nothing is held out."""
+        """The val split; the train split where there is none."""
         split = self.val if self.val is not None else self.train
         assert split is not None, "load_data returns at least one split"
         return split
 
     @property
     def description(self) -> dict[str, Any]:
-        """What was read, as plain values: classes in the order of their labels, samples of each by
-        split, where val comes from, notes.
+        """What was read, as plain values: the classes in the order of their labels, the number of
+        samples of each class by split, where val comes from, and the notes.
         """
         splits = {"train": self.train, "val": self.val}
         count = len(self.classes)
@@ -101,7 +105,11 @@ class NamedData:
 
 
 def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:
-    """`(rest, part)`: `fraction` of every class in `part`, at least one sample if it has two."""
+    """`(rest, part)`: `part` has `fraction` of every class, at least one sample where it has two.
+
+    Raises:
+        ValueError: the fraction is not between 0 and 1, or no class has two samples.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"the share held out must be between 0 and 1; got {fraction}")
     rng = np.random.default_rng(seed)
@@ -121,27 +129,25 @@ def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Spli
 
 
 def labelled(inputs: Any, labels: Any, where: str, num_classes: int | None = None) -> Split:
-    """A `Split` of inputs and their labels as found, or a ValueError that says what is wrong."""
+    """A `Split` of inputs and labels.
+
+    Raises:
+        ValueError: they do not fit together, or the labels are no class indices.
+    """
     checked = check_labels(labels, num_classes, where)
-    count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+    count = length(inputs)
     if len(checked) != count:
         raise ValueError(f"{where}: {count} inputs but {len(checked)} labels")
     if count == 0:
         raise ValueError(f"{where}: is empty")
-    return Split(inputs, checked.numpy())
+    return Split(inputs=inputs, labels=checked.numpy())
 
 
 def numbered_classes(splits: Sequence[Split], where: str) -> tuple[str, ...]:
-    """`("0", "1", ...)` up to the largest label; a ValueError where that cannot be meant."""
+    """`("0", "1", ...)` up to the largest label.
+
+    Raises:
+        ValueError: that would be far more classes than there are samples.
+    """
     top = max(int(s.labels.max()) for s in splits)
     return tuple(map(str, range(count_classes(top, sum(map(len, splits)), where))))
-
-
-def _take(inputs: Any, index: np.ndarray) -> Any:
-    if isinstance(inputs, dict):
-        return {name: value[index] for name, value in inputs.items()}
-    if isinstance(inputs, EncodedImages):
-        return inputs.subset(index)
-    if isinstance(inputs, list):
-        return [inputs[i] for i in index]
-    return inputs[index]

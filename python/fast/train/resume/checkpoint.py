@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fast.adapt.adaptation import Adaptation
+from fast.adapt.state import check_state, joined_state, split_state
 from fast.data.generators import (
     process_generators,
     set_process_generators,
@@ -28,11 +28,13 @@ from fast.data.generators import (
 )
 from fast.data.reachable import Generator
 from fast.files import atomic_folder, file_hash, read_sealed, reading, write_sealed
+from fast.models.tensor_files import load_tensors, save_tensors
 from fast.train.early_stopping import BEST
 from fast.train.resume.optimizer_state import flatten, unflatten
 
 PREFIX = "checkpoint-"
-FORMAT = 2
+FORMAT = 3
+ADAPTATION = "adaptation"
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
 # Of the model's bytes: two moments in fp32 of bf16 weights are 4, and there are averages; and a
 # header. A stranger's file is not read beyond these.
@@ -43,7 +45,7 @@ HINTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a run shares with the one that it goes on from.
 
@@ -60,50 +62,29 @@ class Facts:
     environment: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class State:
     """What a run is made of, to be saved, or restored in place.
 
     Attributes:
-        model, optimizer: the trained ones.
-        averages: further tensors of fixed names and shapes.
+        adaptation: with its model and optimizer.
         generators: that data, transform and network hold, by path.
     """
 
-    model: nn.Module
-    optimizer: Optimizer
-    averages: dict[str, Tensor]
+    adaptation: Adaptation
     generators: dict[str, Generator]
 
+    @property
+    def model(self) -> nn.Module:
+        return self.adaptation.model
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Save tensors of any layout; tied ones are stored once for each name.
-
-    Raises:
-        OSError: the file cannot be written, as on a full disk.
-    """
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    try:
-        save_file(plain, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Raises ValueError, with the file's name, where the file is truncated or no safetensors."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.adaptation.optimizer
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    state: State,
-    facts: Facts,
-    record: dict[str, Any],
-    best: dict[str, Tensor],
+    folder: Path, state: State, facts: Facts, record: dict[str, Any], best: dict[str, Tensor]
 ) -> Path:
     """Save a training state, then remove the checkpoints before it.
 
@@ -115,19 +96,22 @@ def save_checkpoint(
     Returns:
         the new checkpoint's folder.
     """
+    step = state.adaptation.done
     target = folder / f"{PREFIX}{step:08d}"
     if target.exists():
         shutil.rmtree(target)
     tensors, optimizer = flatten(state.optimizer)
+    plain, more = split_state(state.adaptation.state_dict(), ADAPTATION)
     with atomic_folder(target) as temporary:
         save_tensors(dict(state.model.state_dict()), temporary / MODEL_FILE)
-        save_tensors(tensors | state.averages | best, temporary / TRAINING_FILE)
+        save_tensors(tensors | more | best, temporary / TRAINING_FILE)
         meta = {
             "format": FORMAT,
             "step": step,
             "files": {name: file_hash(temporary / name) for name in (MODEL_FILE, TRAINING_FILE)},
             **vars(facts),
             "optimizer": optimizer,
+            ADAPTATION: plain,
             "process generators": process_generators(),
             "generators": {path: state_of(g) for path, g in state.generators.items()},
             "record": record,
@@ -145,32 +129,29 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, state: State, facts: Facts, steps: int
-) -> tuple[Path, int, dict[str, Any], dict[str, Tensor]]:
+    folder: Path, state: State, facts: Facts
+) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     """Restore the newest checkpoint of a run into `state` and the random generators.
 
-    Args:
-        steps: of the whole run.
-
     Returns:
-        its `state.json`, the step it was saved after, and the record and the best weights saved
-        with it.
+        its `state.json`, and the record and the best weights saved with it.
 
     Raises:
         FileNotFoundError: no complete checkpoint there.
         ValueError: files that are damaged, or are not of one save; or a checkpoint of another run,
             model, optimizer or job; nothing is changed then.
     """
-    found = list_checkpoints(folder)
-    if not found:
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
         raise FileNotFoundError(f"no checkpoint to resume from in {folder}")
-    path = found[-1]
+    path, steps = checkpoints[-1], state.adaptation.plan.steps
     file = path / STATE_FILE
     meta = read_sealed(file, FORMAT)
     with reading(file):
-        saved = Facts(*(meta[name] for name in vars(facts)))
+        saved = Facts(**{name: meta[name] for name in vars(facts)})
         step, hashes, optimizer = meta["step"], dict(meta["files"]), meta["optimizer"]
         record, generators = meta["record"], dict(meta["generators"])
+        plain = dict(meta[ADAPTATION])
         groups = [len(group["params"]) for group in optimizer["groups"]]
         if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
             raise ValueError(f"step {step!r} of {steps}, in {path.name}")
@@ -181,26 +162,30 @@ def load_checkpoint(
     _check_same_model(state.model, weights, path)
     _check_same_optimizer(state.optimizer, groups, path)
     _check_job(path, saved, facts)
-    _check_tensors(path / TRAINING_FILE, training, state.averages)
+    own = state.adaptation.state_dict()
+    _, tensors = split_state(own, ADAPTATION)
+    _check_tensors(path / TRAINING_FILE, training, tensors)
+    with reading(file):
+        adaptation = joined_state(plain, training, own, ADAPTATION)
+        check_state(adaptation, own)
     if best:
-        own = {BEST + name: value for name, value in state.model.state_dict().items()}
-        _check_tensors(path / TRAINING_FILE, best, own)
-        best = {name: best[name] for name in own}
+        entries = {BEST + name: value for name, value in state.model.state_dict().items()}
+        _check_tensors(path / TRAINING_FILE, best, entries)
+        best = {name: best[name] for name in entries}
     if sorted(generators) != sorted(state.generators):
         raise ValueError(
             f"{path} is of another job: the data, transform and network held the generators "
             f"{_some(sorted(generators))}, here {_some(sorted(state.generators))}"
         )
-    averages = {name: training.pop(name) for name in state.averages}
+    training = {name: x for name, x in training.items() if name not in tensors}
     with reading(file):
         unflatten(state.optimizer, training, optimizer)
+        state.adaptation.load_state_dict(adaptation)
         for name, generator in state.generators.items():
             set_state(generator, generators[name])
         set_process_generators(meta["process generators"])
     state.model.load_state_dict(weights)
-    for name, value in averages.items():
-        state.averages[name].copy_(value)
-    return file, step, record, best
+    return file, record, best
 
 
 def _check_run(path: Path, saved: Facts, now: Facts) -> None:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 import fast
 from fast.curvature.card import SourceCard
-from fast.curvature.card.answers import SourceInputs
 from fast.curvature.card.file import fingerprint
 from fast.data.dataset import Data
-from fast.data.generators import find_generators, held, reseed
+from fast.data.generators import find_generators, held, reseed, seeded
 from fast.data.reachable import PLAIN, code_of, values_of
-from fast.data.seeding import seeded
+from fast.data.source_inputs import SourceInputs
 from fast.data.trees import leaves
 
 # Of a data set that reads its samples when they are asked for.
@@ -78,7 +77,7 @@ def data_identity(data: Any) -> str | None:
     if data is None:
         return None
     if isinstance(data, SourceInputs):
-        data = Data("source_inputs", inputs=data.inputs, labels=data.labels)
+        data = Data(name="source_inputs", inputs=data.inputs, labels=data.labels)
     if not isinstance(data, Data):
         return f"a function, {code_of(function=data)}"
     digest = hashlib.blake2b(digest_size=8)

@@ -10,23 +10,16 @@ import shutil
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from fast.adapt.config import TrainConfig
 from fast.files import check_writable, clear_unfinished, read_json, write_json
+from fast.models.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
 from fast.models.saved import MANIFEST_FILE
+from fast.train.config import TrainConfig
 from fast.train.log import BOARD_FOLDER, HISTORY_FILE
 from fast.train.resume.checkpoint import list_checkpoints
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs are then told apart when one saves
-    fcntl = None  # type: ignore[assignment]
-
-CLAIM_FILE = "run.json"
 CONFIG_FILE = "config.json"
-# Options that say where and how a run is shown, not what it computes: they may differ on resume.
-PLACE_OPTIONS = ("output", "resume", "progress", "device", "save_every")
 
 
 class RunFolder:
@@ -55,7 +48,7 @@ class RunFolder:
         self.run = run_of(goes_on) if goes_on else secrets.token_hex(8)
         self.new = [p for p in (self.path, *self.path.parents) if not p.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        self._file = _locked(self.path)
+        self._file = claim(self.path)
         if not goes_on:
             self._write()
         clear_unfinished(self.path)
@@ -80,7 +73,7 @@ class RunFolder:
     def check(self) -> None:
         """Raises FileNotFoundError where the folder, or its claim, is no longer this run's."""
         try:
-            same = _same_file(self._file, self.path / CLAIM_FILE) and run_of(self.path) == self.run
+            same = same_file(self._file, self.path / CLAIM_FILE) and run_of(self.path) == self.run
         except (FileNotFoundError, NotADirectoryError):
             same = False
         if not same:
@@ -118,50 +111,6 @@ class RunFolder:
                 return
 
 
-def run_of(folder: Path) -> str:
-    """The id of the run whose folder this is."""
-    return str(read_json(folder / CLAIM_FILE).get("run"))
-
-
-def is_going_on(folder: Path) -> bool:
-    """Whether a run, in this or another process, has a claim on the folder now."""
-    if not (folder / CLAIM_FILE).is_file():
-        return False
-    with (folder / CLAIM_FILE).open() as file:
-        return not _lock(file)
-
-
-def _locked(folder: Path) -> IO[str]:
-    path = folder / CLAIM_FILE
-    while True:
-        file = path.open("a+")
-        if not _lock(file):
-            file.close()
-            raise ValueError(
-                f"output: another run is going on in {folder} (see {CLAIM_FILE} there); name "
-                "another folder, or wait for its end"
-            )
-        if path.exists() and _same_file(file, path):
-            return file
-        file.close()  # its run ended just now, and has removed it
-
-
-def _lock(file: IO[str]) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks; `check` notices another run at the next save
-        return True
-    return True
-
-
-def _same_file(file: IO[str], path: Path) -> bool:
-    return os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
 def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
     if source is None:
         if (folder / MANIFEST_FILE).exists():
@@ -189,18 +138,12 @@ def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
     check_options(config, read_json(path), source)
 
 
-def options_of(config: TrainConfig) -> dict[str, Any]:
-    """What a run computes by, as JSON has it."""
-    options = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in options.items() if name not in PLACE_OPTIONS}
-
-
 def check_options(config: TrainConfig, saved: dict[str, Any], source: Path) -> None:
     """Raise ValueError where the run in `source` had other options."""
-    now = options_of(config)
+    now, places = config.computed(), config.places()
     # Options that this version has and that one had not were at their defaults.
-    were = options_of(TrainConfig()) | saved
-    differ = [k for k in were if k not in PLACE_OPTIONS and were[k] != now.get(k)]
+    were = TrainConfig().computed() | saved
+    differ = [k for k in were if k not in places and were[k] != now.get(k)]
     if differ:
         changes = ", ".join(f"{k} was {_told(were[k])}, is {_told(now.get(k))}" for k in differ)
         raise ValueError(f"cannot resume {source} with other options: {changes}")

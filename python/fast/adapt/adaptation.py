@@ -1,0 +1,457 @@
+"""`fast.Adaptation`: the method as an object, which any training loop can drive."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fast.adapt.card import CARD_SAMPLES, bound_card, estimate_card
+from fast.adapt.config import AdaptConfig, AdaptOptions
+from fast.adapt.guards.base import Guard, MicroBatch, Seen, SourceBatch
+from fast.adapt.guards.budget import ForgettingBudget
+from fast.adapt.guards.forgetting import hold_back
+from fast.adapt.guards.replay import Replay
+from fast.adapt.guards.weight_average import WeightAverage
+from fast.adapt.loss import Loss
+from fast.adapt.methods import METHODS
+from fast.adapt.network.adapted import AdaptedNetwork
+from fast.adapt.network.prepare import prepare
+from fast.adapt.network.rollback import HeadStart, RollbackOnError
+from fast.adapt.network.shared_forward import shares
+from fast.adapt.optimizer import AnchoredOptimizer, MakeOptimizer
+from fast.adapt.result import Result
+from fast.adapt.schedule import lr_factor
+from fast.adapt.setup import Setup, check_gradients, settle
+from fast.adapt.state import check_state
+from fast.curvature.card import SourceCard
+from fast.data.source_inputs import target_inputs
+from fast.data.trees import length, move, pick
+from fast.heads import (
+    unwrap,
+)
+
+FORMAT = 1
+
+
+class Adaptation:
+    """Adapts a pretrained network to a target task, and holds what it knew.
+
+    The object has no loop. The loop takes its optimizer, passes inputs through `forward`, and adds
+    the penalty to its own loss; everything that follows a step hangs on the step hooks of the
+    optimizer. Schedulers, gradient scalers and accumulation are the loop's:
+
+        adaptation = fast.Adaptation(model, (x, y), source_inputs=kept, steps=1000, batch_size=64)
+        optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
+        model.train()
+        for inputs, labels, rows in adaptation.batches():
+            logits, penalty = adaptation.forward(inputs, rows)
+            (F.cross_entropy(logits, labels) + penalty).backward()
+            optimizer.step(); scheduler.step(); optimizer.zero_grad()
+        result = adaptation.finish()
+
+    This gives the weights of `fast.finetune`, bit for bit, after `torch.manual_seed(seed)`.
+
+    The model is changed in place: it gets a new head (`head="keep"`: it goes on with its own),
+    which is taught on the features of training inputs before the first step. When the constructor
+    fails, the model is as it was.
+
+    Args:
+        model: a pretrained network, on the device it is trained on.
+        train: training data: `(inputs, labels)`, a map-style Dataset or a DataLoader. The loop may
+            read them in any way; here they calibrate the head, teach it, and give the inputs whose
+            source answers or features are kept.
+        num_classes: C, outputs of the new head (default: from the labels).
+        source_inputs: a few hundred source inputs, with labels or without: see `fast.finetune`.
+        card: a `fast.SourceCard` of this checkpoint, or its file.
+        loss: `loss(logits, labels)`, the mean over a batch, that teaches the head before the first
+            step. Default: cross-entropy, and labels are class indices `[N]`. With any other loss
+            labels may be anything that it takes (several labels, numbers, positions).
+        optimizer: "adamw" or "sgd", fused; or a function of parameter groups that returns any
+            `torch.optim.Optimizer`, to which the pull is added unfused.
+        augmented: the loop changes inputs between visits (augmentation, Mixup), so that source
+            answers cannot be remembered by row.
+        autocast_dtype: of the passes before the first step; None for full precision.
+        resuming: a state will be loaded before the first step: what it holds is not computed.
+        **options: the fields of `fast.adapt.config.AdaptConfig`: `method`, `steps`, `epochs`,
+            `batch_size`, `lr`, `seed`, `head`, ...
+
+    Attributes:
+        optimizer: `fast.AdamW`, `fast.SGD`, or what `optimizer` returned.
+        plan: the resolved settings.
+        target_size: target samples of a step; with the source inputs that ride along it makes
+            `batch_size`.
+        guards: what holds the source.
+        done: steps taken.
+
+    Raises:
+        ValueError, TypeError: an option, the data or the model does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        *,
+        num_classes: int | None = None,
+        source_inputs: Any = None,
+        card: SourceCard | str | Path | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        optimizer: str | MakeOptimizer = "adamw",
+        augmented: bool = False,
+        autocast_dtype: torch.dtype | None = None,
+        resuming: bool = False,
+        **options: Unpack[AdaptOptions],
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        check_gradients("Adaptation")
+        make = None if isinstance(optimizer, str) else optimizer
+        name = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
+        self.config = AdaptConfig(**options, **name)
+        self.model = unwrap(model)
+        self.done = 0
+        self._micro_batches = 0
+        self._pull_factor = 1.0
+        with RollbackOnError(self.model):
+            bound = None if card is None else bound_card(card, self.model)
+            setup = settle(
+                self.config,
+                self.model,
+                train,
+                num_classes=num_classes,
+                source_inputs=source_inputs,
+                has_card=card is not None,
+                any_labels=loss is not None and not isinstance(loss, Loss),
+            )
+            self.num_classes, self._batches = setup.num_classes, setup.batches
+            # The source is measured at the pretrained weights, before the network changes.
+            self.source, meter = setup.source, None
+            if self.source is not None:
+                self.source, meter = hold_back(
+                    self.model,
+                    self.source,
+                    budget=self.config.budget,
+                    skill=self.config.source_skill,
+                )
+            self.held_back = meter.samples if meter is not None else None
+            if bound is None and setup.plan.weighted and not resuming:
+                bound = self._own_card(setup)
+            replay = self._replay(setup)
+            with torch.autocast(
+                setup.device.type, autocast_dtype, enabled=autocast_dtype is not None
+            ):
+                self._network = AdaptedNetwork(
+                    self.model,
+                    None if self.config.keeps_head else setup.num_classes,
+                    sample=setup.sample,
+                    max_entropy=setup.plan.max_entropy,
+                    head_name=self.config.head_name,
+                )
+                self._distillation, rehearsal = prepare(
+                    self._network,
+                    setup,
+                    samples=self.source,
+                    loss=loss or Loss(None, 0.0),
+                    augmented=augmented,
+                    resuming=resuming,
+                    seed=self.config.seed,
+                )
+            weighted = setup.plan.weighted and METHODS[self.config.method].card_decay is not None
+            self._anchored = AnchoredOptimizer(
+                model=self.model,
+                plan=setup.plan,
+                card=bound if weighted else None,
+                optimizer=make,
+                sample=setup.sample,
+                own_lr=self.config.lr is not None,
+            )
+        self.optimizer: Optimizer = self._anchored.optimizer
+        self.plan = plan = self._anchored.plan
+        self.drift = self._network.drift = self._anchored.drift
+        self.head_start = HeadStart(self.model, self.drift) if plan.head_steps else None
+        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.average = None
+        if plan.average:
+            self.average = WeightAverage(self.params, plan.average, plan.stall)
+        self.budget = ForgettingBudget(
+            model=self.model,
+            plan=plan,
+            batch_size=setup.batch_size,
+            budget=self.config.budget,
+            meter=meter,
+            card=bound,
+            weighted=weighted,
+            stats=self.stats,
+            drift=self.drift,
+            average=self.average,
+            set_pull=self.set_pull,
+        )
+        guards = (self._distillation, rehearsal, replay, self.average, self.budget)
+        self.guards: list[Guard] = [guard for guard in guards if guard is not None]
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_post_hook(self._after_step)
+
+    def _own_card(self, setup: Setup) -> SourceCard:
+        samples = self.source
+        if samples is None:  # `ewc` without source inputs
+            samples = target_inputs(setup.batches, CARD_SAMPLES[1])
+        seen = setup.plan.steps * setup.batch_size
+        return estimate_card(self.model, samples, seen=seen, seed=self.config.seed)
+
+    def _replay(self, setup: Setup) -> Replay | None:
+        if not METHODS[self.config.method].replay:
+            return None
+        if self.source is None:
+            raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
+        return Replay(
+            model=self.model,
+            samples=self.source,
+            batch_size=setup.batch_size,
+            seed=self.config.seed,
+        )
+
+    # The loop.
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters that are trained."""
+        return self._anchored.params
+
+    @property
+    def target_size(self) -> int:
+        return self.plan.target_size
+
+    def batches(self, start: int | None = None) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+        """Training batches in the order of `fast.finetune`, to the end of the plan.
+
+        Args:
+            start: number of the first step (default: steps done).
+
+        Yields:
+            inputs, labels and row numbers `[B]` (None from a DataLoader), as they are in `train`.
+        """
+        start = self.done if start is None else start
+        yield from itertools.islice(self._batches.from_step(start), max(0, self.plan.steps - start))
+
+    def scheduler(self) -> LambdaLR:
+        """The plan's learning-rate schedule, at the step that the adaptation is at."""
+        plan = self.plan
+
+        def factor(step: int) -> float:
+            return lr_factor(plan.schedule, step, plan.steps, plan.warmup)
+
+        last = self.done - 1 if self.done else -1
+        return LambdaLR(self.optimizer, factor, last_epoch=last)
+
+    def schedule(self) -> None:
+        """Set the learning rates of the next step by the plan's schedule."""
+        plan = self.plan
+        factor = lr_factor(plan.schedule, self.done, plan.steps, plan.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def forward(
+        self, inputs: Any, rows: Tensor | None = None, *, model: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Target logits, and the penalty to add to the loss; source inputs ride in the same pass.
+
+        Where the plan has `grad_accum_steps`, each call takes one micro-batch, whose loss and
+        penalty the loop divides by their number.
+
+        Args:
+            inputs: target inputs `[B, ...]`, as the network takes them.
+            rows: their row numbers in the training data `[B]`, where the inputs are as they are
+                there; without them source answers come from a frozen copy of the network.
+            model: the network as it is wrapped (`DistributedDataParallel`, compiled).
+
+        Returns:
+            logits `[B, C]`, or what the network gives; and the penalty, `[]`.
+        """
+        parts = self.plan.grad_accum_steps
+        part = self._micro_batches % parts
+        self._micro_batches += 1
+        if self._distillation is not None and rows is not None:
+            self._distillation.check(rows, inputs)
+        places = self._places(inputs, rows)
+        source = shares(self._source_batch(), parts)[part]
+        if source is not None:
+            source = replace(source, total=source.total / parts)
+        batch = MicroBatch(
+            inputs=inputs,
+            places=places,
+            remembered=int((places >= 0).sum()),
+            source=source,
+            part=part,
+            parts=parts,
+        )
+        logits, inside, outside = self.forward_part(batch, model)
+        return logits, inside + outside
+
+    def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
+        """A step's batch in micro-batches of `size`, whose penalties add up to the batch's.
+
+        Args:
+            inputs: of the whole batch, as the network will see them.
+            rows: see `forward`.
+        """
+        places = self._places(inputs, rows)
+        slices = [slice(i, i + size) for i in range(0, length(inputs), size)]
+        sources = shares(self._source_batch(), len(slices))
+        return [
+            MicroBatch(
+                inputs=pick(inputs, part),
+                places=places[part],
+                remembered=int((places >= 0).sum()),
+                source=source,
+                part=i,
+                parts=len(slices),
+            )
+            for i, (part, source) in enumerate(zip(slices, sources, strict=True))
+        ]
+
+    def forward_part(
+        self, batch: MicroBatch, model: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run a micro-batch.
+
+        Returns:
+            target logits; the penalty that belongs to the reported loss, `[]`; and the one that
+            does not (replay), `[]`.
+        """
+        device = self._network.device
+        inputs = move(batch.inputs, device)
+        logits, features, source_features = self._network.forward(model, inputs, batch.source)
+        seen = Seen(
+            model=self.model,
+            step=self.done,
+            batch=batch,
+            inputs=inputs,
+            features=features,
+            source_features=source_features,
+        )
+        inside, outside = torch.zeros((), device=device), torch.zeros((), device=device)
+        for guard in self.guards:
+            penalty = guard.penalty(seen)
+            if penalty is not None and guard.in_loss:
+                inside = inside + penalty
+            elif penalty is not None:
+                outside = outside + penalty
+        return logits, self._pull_factor * inside, outside
+
+    def _places(self, inputs: Any, rows: Tensor | None) -> Tensor:
+        if self._distillation is None:
+            return torch.full((length(inputs),), -1)
+        return self._distillation.places(rows, inputs)
+
+    def _source_batch(self) -> SourceBatch | None:
+        batches = (guard.source_batch(self.done) for guard in self.guards)
+        return next((batch for batch in batches if batch is not None), None)
+
+    # What follows a step.
+
+    def _before_step(self, *_: Any) -> None:
+        group = self.optimizer.param_groups[0]
+        self.last_lr = float(group["lr"]) * group["restraint"]
+
+    def _after_step(self, *_: Any) -> None:
+        self.done += 1
+        self._micro_batches = 0
+        if self._network.norm is not None:
+            self._network.norm.update_deferred()
+        for guard in self.guards:
+            guard.after_step(self.done)
+        self._anchored.restrain(math.prod(guard.lr_factor() for guard in self.guards))
+        if self.done == self.plan.steps:
+            self._finish_guards()
+
+    def _finish_guards(self) -> None:
+        for guard in self.guards:
+            guard.finish()
+
+    def set_pull(self, factor: float) -> None:
+        """Multiply what holds the source: the pull of the optimizer, and the penalties."""
+        self._pull_factor = factor
+        self._anchored.set_pull(factor)
+        for guard in self.guards:
+            guard.strength = factor
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averaged weights in place, as the run will return them."""
+        return self.average.applied() if self.average else nullcontext()
+
+    def stats(self) -> dict[str, Tensor]:
+        """Figures of the last step: `grad_norm`, `update_norm`, `drift`, `forgetting`."""
+        return self._anchored.stats()
+
+    def forecast(self) -> float | None:
+        """Forecast of what the source has lost: see `ForgettingBudget.forecast`."""
+        return self.budget.forecast()
+
+    def finish(self) -> Result:
+        """Adopt the average and keep the budget, where the last step has not; stop watching.
+
+        Returns:
+            the adapted model, in evaluation mode, with one record of drift and forecast.
+        """
+        if self.done < self.plan.steps:
+            self._finish_guards()
+        self.close()
+        self.optimizer.zero_grad()
+        self.model.eval()
+        record = {
+            "step": self.done,
+            "loss": None,
+            "target_accuracy": None,
+            "source_accuracy": None,
+            "forecast": self.forecast(),
+            "drift": self.drift(),
+            "lr": self.last_lr,
+        }
+        return Result(model=self.model, history=[record], config=self.config, plan=self.plan)
+
+    def close(self) -> None:
+        """Remove what watches the head; the penalty ends with it."""
+        self._network.close()
+        for guard in self.guards:
+            guard.close()
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What neither the model's state nor the optimizer's holds: tensors and plain values.
+
+        To go on, make an `Adaptation` of the pretrained network with the same arguments, then load
+        the states of the model, of the optimizer and this one.
+        """
+        return {
+            "format": FORMAT,
+            "done": self.done,
+            "guards": {type(g).__name__: g.state_dict() for g in self.guards},
+            "optimizer": self._anchored.state_dict(),
+            "head_start": self.head_start.state_dict() if self.head_start else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: it is of another adaptation; nothing is changed then.
+        """
+        check_state(state, self.state_dict())
+        self.done = int(state["done"])
+        self._anchored.load_state_dict(state["optimizer"])
+        for guard in self.guards:
+            guard.load_state_dict(state["guards"][type(guard).__name__])
+        if self.head_start is not None:
+            self.head_start.load_state_dict(state["head_start"])
+        self._anchored.restrain(math.prod(guard.lr_factor() for guard in self.guards))

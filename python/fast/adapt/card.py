@@ -1,0 +1,57 @@
+"""The source card of an adaptation: the user's, or one of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fast.curvature.card import SourceCard
+from fast.data.source_inputs import SourceInputs
+
+# A sample of a card costs two training samples, one of its calibration four: this keeps the card of
+# a run of a hundred steps below 5 % of it (benchmarks/results/card_cost.md).
+CARD_SHARE = 0.01
+CARD_SAMPLES = (48, 512)
+CALIBRATION_SAMPLES = 16
+
+
+def bound_card(card: Any, model: nn.Module) -> SourceCard:
+    """A card, or the one in a file, for this model; one that is bound to it stays as it is.
+
+    Raises:
+        TypeError: something else; ValueError: the card is of another model.
+    """
+    if not isinstance(card, (SourceCard, str, Path)):
+        raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
+    loaded = card if isinstance(card, SourceCard) else SourceCard.load(card)
+    return loaded if loaded.is_bound(model) else _without_weights(loaded.bind(model))
+
+
+def estimate_card(model: nn.Module, samples: SourceInputs, *, seen: int, seed: int) -> SourceCard:
+    """A card of these inputs, of a size that suits the run.
+
+    Args:
+        model: at the pretrained weights, with its own head.
+        seen: samples that the run trains on, one at each of its places.
+
+    Raises:
+        ValueError: the inputs do not fit.
+    """
+    low, high = CARD_SAMPLES
+    card = SourceCard.estimate(
+        model,
+        samples,
+        num_samples=min(max(int(CARD_SHARE * seen), low), high),
+        calibration_samples=CALIBRATION_SAMPLES,
+        coherence=False,
+        seed=seed,
+    )
+    return _without_weights(card)
+
+
+def _without_weights(card: SourceCard) -> SourceCard:
+    """The optimizer of an adaptation keeps the pretrained weights already."""
+    return dataclasses.replace(card, _anchors={})

@@ -1,0 +1,106 @@
+"""The protocol of guards: what each of them may do for the source task in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceBatch:
+    """Source inputs that run beside a target batch.
+
+    Attributes:
+        inputs: `[S, ...]`, in any form that the network takes.
+        reference: what holds for each of them, `[S, ...]`: features at the pretrained weights, or
+            answers.
+        total: what a sum over the samples is divided by: the number of source samples of the step.
+    """
+
+    inputs: Any
+    reference: Tensor
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """A part of a step's batch, or all of it.
+
+    Attributes:
+        inputs: of the target, `[B, ...]`.
+        places: where each target sample's remembered source answer is, `[B]` on the CPU; -1: none
+            is remembered.
+        remembered: samples of the whole step with a place.
+        source: source inputs that run beside them, or None.
+        part, parts: number of the micro-batch, and how many the step has.
+    """
+
+    inputs: Any
+    places: Tensor
+    remembered: int
+    source: SourceBatch | None
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a forward pass showed of a micro-batch.
+
+    Attributes:
+        model: the network, unwrapped.
+        step: 0-based.
+        batch: the micro-batch.
+        inputs: its target inputs, on the model's device.
+        features: what the head saw of them, `[B, D]` or `[B, T, D]`; None where no guard asks.
+        source_features: what the head saw of the source inputs, or None.
+    """
+
+    model: nn.Module
+    step: int
+    batch: MicroBatch
+    inputs: Any
+    features: Tensor | None
+    source_features: Tensor | None
+
+
+class Guard:
+    """Something that holds the source task while the target is learned; every method is optional.
+
+    Attributes:
+        strength: factor on the penalty, which a forgetting budget sets.
+        in_loss: whether the loss that a run reports contains the penalty.
+    """
+
+    strength: float = 1.0
+    in_loss: bool = True
+
+    def source_batch(self, step: int) -> SourceBatch | None:
+        """Source inputs to run beside the target batch of this step."""
+        return None
+
+    def penalty(self, seen: Seen) -> Tensor | None:
+        """What is added to the loss, `[]`, without `strength`; the parts of a step add up."""
+        return None
+
+    def lr_factor(self) -> float:
+        """Factor on the learning rate, at most 1."""
+        return 1.0
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimizer step, `step` of them done."""
+
+    def finish(self) -> None:
+        """Called once, after the last step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that `load_state_dict` goes on from."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state; tensors are copied into those that are there."""
+
+    def close(self) -> None:
+        """Remove hooks."""

@@ -1,0 +1,91 @@
+"""The line from the pretrained weights to those of now, and the search for a place on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# The search ends within this share of its aim, on either side.
+TOLERANCE = 0.05
+
+
+class WeightLine:
+    """Places parameters on the line `w(t) = w0 + t (w1 - w0)`, t in 0..1.
+
+    The source loss rises along it (Wortsman et al. 2022, arXiv 2109.01903), so any loss between
+    those of the ends can be chosen.
+
+    Args:
+        params: trained parameters and tracked statistics, at w1; they move.
+        anchors: w0.
+    """
+
+    def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor]) -> None:
+        self.params, self.anchors = params, anchors
+        self.place = 1.0
+        self._ends: list[Tensor] = []
+
+    @torch.no_grad()
+    def go(self, place: float) -> None:
+        """Go to t = `place`; exact whatever came before."""
+        if not self._ends:
+            self._ends = [p.detach().clone() for p in self.params]
+        for p, a, end in zip(self.params, self.anchors, self._ends, strict=True):
+            p.copy_(torch.lerp(a.to(p.dtype), end, place))
+        self.place = place
+
+    def land(
+        self,
+        measure: Callable[[], float],
+        *,
+        lost: float,
+        aim: float,
+        exponent: float,
+        checks: int,
+        surely: bool = True,
+    ) -> float:
+        """Go where `aim` is lost, within a tolerance, or less.
+
+        A secant search on `L(t) = lost * t ** exponent`, in which the exponent is taken from the
+        two measurements that enclose the aim once there are two.
+
+        Args:
+            measure: what is lost where the parameters are.
+            lost: at t = 1, where the parameters are; more than `aim`.
+            exponent: a guess at how the loss grows with t.
+            checks: measurements, at most, before the last decision.
+            surely: go back to t = 0 where no place was measured to be inside; else to the guess.
+
+        Returns:
+            what is lost there, as measured.
+        """
+        low, high = (0.0, 0.0), (1.0, lost)
+        for _ in range(checks):
+            if low[1] > 0:
+                exponent = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
+            place = high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25))
+            # Inside what is enclosed, and not at its edge, where nothing would be learned.
+            width = high[0] - low[0]
+            place = min(max(place, low[0] + 0.1 * width), high[0] - 0.02 * width)
+            self.go(place)
+            lost = measure()
+            if abs(lost - aim) <= TOLERANCE * aim:
+                return lost
+            if lost > aim:
+                high = (place, lost)
+            else:
+                low = (place, lost)
+        if not lost > aim:
+            return lost
+        if low[0] > 0:  # the best place that was measured to be inside
+            self.go(low[0])
+            return low[1]
+        self.go(high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25)))
+        lost = measure()
+        if surely and lost > aim:
+            self.go(0.0)
+            lost = measure()
+        return lost

@@ -1,0 +1,1 @@
+"""The network before the first step: its head, what it computes, and the way back."""

@@ -1,0 +1,110 @@
+"""A network with the head that learns, and what its head is given."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.adapt.guards.base import SourceBatch
+from fast.adapt.guards.drift import Drift
+from fast.adapt.network.shared_forward import HeadInput
+from fast.data.trees import move
+from fast.heads import find_head, forward_logits, task_head
+from fast.heads.feature_norm import FeatureNorm
+from fast.heads.replace import put_head
+
+
+class AdaptedNetwork:
+    """The network of an adaptation, with a new head or the one that it keeps.
+
+    Args:
+        model: pretrained; it gets the new head.
+        num_outputs: of the new head; None keeps the old one.
+        sample: a batch of inputs, on its device.
+        max_entropy: see `fast.replace_head`.
+        head_name: of the layer that makes the logits, where the user gave it.
+
+    Attributes:
+        head: the module whose input the features are.
+        learns: the layer that makes the target's logits.
+        source: the layer that makes the source's logits, of the same features.
+        norm: of the features, or None.
+        drift: from the pretrained weights; set once there is an optimizer.
+    """
+
+    drift: Drift
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_outputs: int | None,
+        *,
+        sample: Any,
+        max_entropy: bool,
+        head_name: str | None,
+    ) -> None:
+        self.model = model
+        self.head: nn.Module
+        self.norm: FeatureNorm | None = None
+        if num_outputs is None:
+            self.head = self.learns = self.source = find_head(model, sample, head_name).module
+        else:
+            put_head(model, num_outputs, sample=sample, max_entropy=max_entropy, head=head_name)
+            head = task_head(model)
+            assert head is not None
+            self.head, self.learns, self.source = head, head.linear, head.source
+            self.norm = head.norm
+        self._input: HeadInput | None = None
+        self._apart = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def watch(self, apart: bool) -> None:
+        """Keep what the head is given in every forward pass from now on.
+
+        Args:
+            apart: source inputs run by themselves, in evaluation mode and for the source task.
+        """
+        self._input, self._apart = HeadInput(self.head), apart
+
+    def forward(
+        self, wrapped: nn.Module | None, inputs: Any, source: SourceBatch | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run target inputs, and source inputs beside them.
+
+        Args:
+            wrapped: the network inside of `DistributedDataParallel`, ...; None: as it is.
+            inputs: on its device.
+
+        Returns:
+            target logits; features of target and of source inputs, where they are watched.
+        """
+        network = self.model if wrapped is None else wrapped
+        if self._input is None:
+            return forward_logits(network, inputs), None, None
+        beside = None if source is None else move(source.inputs, self.device)
+        return self._input.forward(network, inputs, beside, self._apart)
+
+    def pretrained_copy(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """A copy that does not learn, at the pretrained weights; its head, and its source layer."""
+        names = {module: name for name, module in self.model.named_modules()}
+        copied = copy.deepcopy(self.model).requires_grad_(False)
+        if hasattr(self, "drift"):
+            anchors = dict(zip(map(id, self.drift.params), self.drift.anchors, strict=True))
+            for p, q in zip(self.model.parameters(), copied.parameters(), strict=True):
+                if id(p) in anchors:
+                    q.copy_(anchors[id(p)])
+        head, source = (copied.get_submodule(names[m]) for m in (self.head, self.source))
+        return copied, head, source
+
+    def close(self) -> None:
+        """Stop watching; the normaliser is updated by every batch again."""
+        if self._input is not None:
+            self._input.close()
+        if self.norm is not None:
+            self.norm.stop_deferring()

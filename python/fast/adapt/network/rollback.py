@@ -1,0 +1,125 @@
+"""Back to a network as it was: where an adaptation fails to begin, or makes things worse."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.adapt.guards.drift import Drift
+from fast.heads import task_head
+
+Buffers = list[tuple[nn.Module, str, Tensor]]
+
+
+def _copied_buffers(model: nn.Module) -> Buffers:
+    """Copies of the buffers, by name: a module may put another tensor in a buffer's place."""
+    return [
+        (m, name, b.clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+
+
+class RollbackOnError:
+    """Puts a model back as it was when the block ends in an exception, until `keep` is called.
+
+    The model has its own head and batch norms again, their statistics, its modes and what of it can
+    be trained. Only the device stays.
+
+    Args:
+        weights: they may be overwritten inside (by a checkpoint), so copy them too.
+    """
+
+    def __init__(self, model: nn.Module, weights: bool = False) -> None:
+        self.model = model
+        self._parts = [(m, type(m), dict(m._modules), m.training) for m in model.modules()]
+        self._trainable = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
+        copied = model.parameters() if weights else ()
+        self._weights = [(p, p.detach().clone()) for p in copied]
+        self._buffers = _copied_buffers(model)
+        self._head = task_head(model)
+        self.kept = False
+
+    def keep(self) -> None:
+        """From now on the model stays what it is; forgets what it was."""
+        self.kept = True
+        self._weights, self._buffers = [], []
+
+    def __enter__(self) -> RollbackOnError:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not self.kept:
+            self._restore()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        head = task_head(self.model)
+        if head is not None and head is not self._head:
+            head.answers_source = True
+            head.announce(self.model)
+        for module, kind, children, training in self._parts:
+            module.__class__ = kind
+            module._modules.clear()
+            module._modules.update(children)
+            module.training = training
+        for parameter, trainable, dtype in self._trainable:
+            parameter.requires_grad_(trainable)
+            if parameter.dtype != dtype:  # 16-bit weights, made wider and not yet changed
+                parameter.data = parameter.data.to(dtype)
+        for parameter, value in self._weights:
+            parameter.copy_(value)
+        for module, name, value in self._buffers:
+            module._buffers[name] = module._buffers[name].to(value.dtype).copy_(value)  # type: ignore[union-attr]
+
+
+class HeadStart:
+    """The network before its first step: the pretrained backbone and a head taught on its features.
+
+    With few samples it can be better than all that comes after it.
+
+    Args:
+        model: now.
+        drift: keeps the backbone's trained weights as they are now, so that only the rest, the head
+            and the statistics, is copied.
+    """
+
+    def __init__(self, model: nn.Module, drift: Drift) -> None:
+        self._drift = drift
+        backbone = {id(p) for p in drift.params}
+        self._weights = [
+            (p, p.detach().clone())
+            for p in model.parameters()
+            if p.requires_grad and id(p) not in backbone
+        ]
+        self._buffers = _copied_buffers(model)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights and statistics back."""
+        pairs = zip(self._drift.params, self._drift.anchors, strict=True)
+        for now, before in (*pairs, *self._weights):
+            now.copy_(before)
+        for module, name, value in self._buffers:
+            module._buffers[name] = value.clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "weights": {str(i): value for i, (_, value) in enumerate(self._weights)},
+            "buffers": {str(i): value for i, (*_, value) in enumerate(self._buffers)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, (_, value) in enumerate(self._weights):
+            value.copy_(state["weights"][str(i)])
+        for i, (*_, value) in enumerate(self._buffers):
+            value.copy_(state["buffers"][str(i)])

@@ -1,0 +1,147 @@
+"""Target and source inputs through the network in one pass, as far as the head.
+
+The rows of the target go on through the head, those of the source end at its input: the penalty of
+rehearsal costs no forward pass of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.adapt.guards.base import SourceBatch
+from fast.data.trees import join, length, pick
+from fast.heads import evaluating, forward_logits, in_mode, source_task
+
+
+class HeadInput:
+    """Watches what the head of a network is given, and can hold back the last rows of it.
+
+    Args:
+        head: the module whose first argument the features are; it is hooked until `close`.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        self._rows: int | None = None
+        self._watching = False
+        self._features: Tensor | None = None
+        self._hook = head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self._watching:
+            return None
+        self._features = args[0]
+        return None if self._rows is None else (args[0][: self._rows], *args[1:])
+
+    def forward(
+        self, model: nn.Module, inputs: Any, source: Any | None, apart: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run target inputs, and source inputs with them where their shapes allow it.
+
+        Args:
+            source: inputs, or None.
+            apart: run them by themselves, in evaluation mode and for the source task.
+
+        Returns:
+            target logits; features of the target inputs; features of the source inputs, or None.
+        """
+        both = None if source is None or apart else join(inputs, source)
+        if both is not None:
+            rows = length(inputs)
+            logits, features = self._run(model, both, rows)
+            return logits, features[:rows], features[rows:]
+        logits, features = self._run(model, inputs)
+        if source is None:
+            return logits, features, None
+        with source_task(model), in_mode(model, False):
+            return logits, features, self.features(model, source)
+
+    def features(self, model: nn.Module, inputs: Any) -> Tensor:
+        """What the head sees of these inputs, in the mode and for the task that the model is in."""
+        return self._run(model, inputs)[1]
+
+    def cut(self, model: nn.Module, inputs: Any, rows: int) -> Tensor:
+        """Logits of the first `rows` of these inputs; all of them go as far as the head."""
+        return self._run(model, inputs, rows)[0]
+
+    def _run(self, model: nn.Module, inputs: Any, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        self._watching, self._rows = True, rows
+        try:
+            logits = forward_logits(model, inputs)
+        finally:
+            self._watching, self._rows = False, None
+        features, self._features = self._features, None
+        assert features is not None
+        return logits, features
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._hook.remove()
+
+
+def shares(source: SourceBatch | None, parts: int) -> list[SourceBatch | None]:
+    """The source samples of a step for each of its micro-batches; None where there are none."""
+    if source is None:
+        return [None] * parts
+    n = len(source.reference)
+    bounds = [n * i // parts for i in range(parts + 1)]
+    return [
+        SourceBatch(
+            inputs=pick(source.inputs, slice(a, b)),
+            reference=source.reference[a:b],
+            total=source.total,
+        )
+        if b > a
+        else None
+        for a, b in itertools.pairwise(bounds)
+    ]
+
+
+@torch.no_grad()
+def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) -> bool:
+    """Whether target and source inputs can run together up to the head, and only the target beyond.
+
+    They cannot where what follows the head counts the samples for itself, by the inputs.
+
+    Args:
+        target, source: batches of inputs, on the model's device; a few of the first are used.
+    """
+    few = pick(target, slice(4))
+    both = join(few, source)
+    if both is None:
+        return True
+    head_input = HeadInput(head)
+    try:
+        with evaluating(model):
+            alone = forward_logits(model, few)
+            return head_input.cut(model, both, length(few)).shape == alone.shape
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    finally:
+        head_input.close()
+
+
+@torch.no_grad()
+def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
+    """Whether training mode changes what the head sees: by dropout, stochastic depth, statistics of
+    the batch. Random state, modes and buffers stay as they are.
+
+    Features in training mode would then not be what they were in evaluation mode though no weight
+    has moved: with dropout of 0.2 before the head, e is a third from the first step on.
+    """
+    device = next(model.parameters()).device
+    head_input = HeadInput(head)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    features = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for training in (False, True):
+            with in_mode(model, training), source_task(model):
+                features.append(head_input.features(model, inputs).float())
+    head_input.close()
+    for name, b in model.named_buffers():
+        b.copy_(buffers[name])
+    before, trained = features
+    return bool((trained - before).square().mean() > 1e-4 * before.square().mean())

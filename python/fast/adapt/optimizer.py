@@ -1,0 +1,157 @@
+"""The optimizer of an adaptation: the fused one, or any other with the pull beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fast.adapt.guards.drift import Drift
+from fast.adapt.plan import Plan
+from fast.curvature.card import SourceCard
+from fast.optim import SGD, AdamW
+from fast.optim.param_groups import param_groups
+
+Groups = list[dict[str, Any]]
+MakeOptimizer = Callable[[Groups], Optimizer]
+
+
+class AnchoredOptimizer:
+    """An optimizer over backbone and head, anchored at the weights as they are now.
+
+    Args:
+        model: with its new head, or the one it keeps.
+        plan: whose settings the groups get.
+        card: weights the pull, where it is given.
+        optimizer: makes any optimizer of parameter groups; None: the fused one that the plan names.
+            Where the user gave no `lr`, such an optimizer has its own.
+        sample: a batch of inputs, to find a head by that is kept.
+        own_lr: whether `plan.lr` was given by the user.
+
+    Attributes:
+        optimizer: `fast.AdamW`, `fast.SGD`, or what was made.
+        plan: with the learning rate that the optimizer has.
+        drift: how far the backbone is from its anchors.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        plan: Plan,
+        card: SourceCard | None,
+        optimizer: MakeOptimizer | None,
+        sample: Any,
+        own_lr: bool,
+    ) -> None:
+        self.plan = plan
+        groups = _groups(model, plan, sample)
+        for group in _backbone(groups):
+            if card is not None:
+                group["curvature"] = card.curvature_for(group["params"])
+        self.unfused: Any = None
+        if optimizer is not None:
+            self.optimizer = self._foreign(groups, optimizer, own_lr)
+            from fast.optim.unfused import UnfusedPull
+
+            self.unfused = UnfusedPull(self.optimizer)
+        else:
+            fused: Any = AdamW
+            options: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm}
+            if plan.optimizer == "sgd":
+                fused, options["momentum"] = SGD, 0.9
+            self.optimizer = fused(groups, **options)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self._base = [group["anchor_decay"] for group in _backbone(self.optimizer.param_groups)]
+        self.drift = self._drift()
+
+    def _foreign(self, groups: Groups, make: MakeOptimizer, own_lr: bool) -> Optimizer:
+        if not self.plan.weight_decay:
+            for group in groups:
+                del group["weight_decay"]  # the optimizer's own holds
+        if not own_lr:
+            for group in groups:
+                del group["lr"]
+        optimizer = make(groups)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "optimizer must be 'adamw', 'sgd' or a function of parameter groups that returns a "
+                f"torch.optim.Optimizer; it returned {type(optimizer).__name__}"
+            )
+        if not own_lr:
+            self.plan = replace(self.plan, lr=float(optimizer.param_groups[0]["lr"]))
+            for group in optimizer.param_groups:
+                if group["name"].startswith("head"):
+                    group["lr"] = group["lr"] * self.plan.head_lr_scale
+        return optimizer
+
+    def _drift(self) -> Drift:
+        params = [p for group in _backbone(self.optimizer.param_groups) for p in group["params"]]
+        known: dict[Tensor, Tensor] = self.unfused.anchors if self.unfused is not None else {}
+        state = self.optimizer.state
+        anchors = []
+        for p in params:
+            anchor = known.get(p)
+            if anchor is None and p in state:
+                anchor = state[p].get("anchor")
+            anchors.append(p.detach().clone() if anchor is None else anchor)
+        return Drift(params, anchors)
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All that is trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def stats(self) -> dict[str, Tensor]:
+        """Figures of the last step: see `fast.AdamW.stats`."""
+        owner: Any = self.unfused if self.unfused is not None else self.optimizer
+        return owner.stats()
+
+    def set_pull(self, factor: float) -> None:
+        """Multiply the pull of the backbone."""
+        # The groups are asked for each time: loading a state makes new ones.
+        for group, base in zip(_backbone(self.optimizer.param_groups), self._base, strict=True):
+            group["anchor_decay"] = base * factor
+
+    def restrain(self, factor: float) -> None:
+        """Multiply the learning rate of all groups, beside what a scheduler sets."""
+        for group in self.optimizer.param_groups:
+            group["restraint"] = factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizer's own state does not hold."""
+        return {} if self.unfused is None else self.unfused.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.unfused is not None:
+            self.unfused.load_state_dict(state)
+
+
+def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:
+    groups = param_groups(
+        model,
+        lr=plan.lr,
+        head_lr_scale=plan.head_lr_scale,
+        sample=sample,
+        anchor_decay=plan.anchor_decay,
+        stall=plan.stall,
+        ramp=plan.ramp,
+        weight_decay=plan.weight_decay,
+    )
+    for group in groups:
+        if not group["name"].startswith("head"):
+            continue
+        if plan.head == "keep":  # it is pretrained like the rest
+            group |= {"anchor_decay": plan.anchor_decay, "stall": plan.stall, "ramp": plan.ramp}
+            group["name"] = f"backbone_{group['name']}"
+        elif plan.head_steps:
+            group["ramp"] = plan.ramp  # it has learned: Adam's first step would undo that, too
+    return groups
+
+
+def _backbone(groups: Groups) -> Groups:
+    return [group for group in groups if group["name"].startswith("backbone")]

@@ -1,0 +1,157 @@
+"""What an adaptation gives back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast.adapt.config import AdaptConfig
+from fast.adapt.plan import Plan
+from fast.files import atomic_file, clear_unfinished, to_json, write_json
+from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
+from fast.models.claim import is_going_on
+from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
+from fast.models.tensor_files import save_tensors
+
+
+@dataclass(kw_only=True)
+class Result:
+    """A fine-tuned model and how it got there.
+
+    Attributes:
+        model: the adapted network, in evaluation mode, with the source head inside
+            (`fast.fold_head` makes it plain).
+        history: one record per evaluation: step, loss (mean over the steps since the last record,
+            nats: the target's, with the penalties of distillation and rehearsal, without the loss
+            of replayed inputs), target_accuracy, target_loss, source_accuracy, source_loss, drift
+            (`||w - w0||`), forgetting (source accuracy lost so far), forecast (of the rise of
+            source loss, nats, or of the accuracy lost under a budget in points; with a card or
+            source inputs; what is measured at a check), grad_norm, lr, seconds. What was not
+            measured is None.
+        config: the options of the run, as they were given.
+        plan: the settings that the options came to.
+        source_accuracy_before: of the pretrained network, before anything was changed.
+        run: id of the run, where it had a folder.
+        data: what the command line read: classes, samples of each, preprocessing.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    config: AdaptConfig
+    source_accuracy_before: float | None = None
+    classes: list[str] | None = field(default=None)
+    chosen: dict[str, Any] | None = None
+    plan: Plan | None = None
+    run: str | None = None
+    data: dict[str, Any] | None = None
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of the backbone."""
+        assert self.plan is not None
+        return self.plan.lr
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The record of the weights in `model`: the last; or the best one under early stopping; or
+        the first, where training has made the head start worse on `val`."""
+        return self.chosen or self.history[-1]
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """Accuracy on `val`, or None without one."""
+        return self.final["target_accuracy"]
+
+    @property
+    def source_accuracy(self) -> float | None:
+        """Accuracy on `source` with the source head, or None without source data."""
+        return self.final["source_accuracy"]
+
+    @property
+    def notes(self) -> list[str]:
+        """What `model.safetensors` has that the plain architecture of as many classes has not."""
+        model = unwrap(self.model)
+        head = task_head(model)
+        if head is None:
+            return []
+        name, found = places_of(model, head)[0][2], []
+        if head.source.bias is None and head.linear.bias is not None:
+            found.append(
+                f"{name} has a bias (the mean of the features is part of it), and the network's "
+                f"own head has none: give it one before loading, or {name}.bias is lost"
+            )
+        if head.auxiliary:
+            found.append(
+                f"{', '.join(head.auxiliary)}: auxiliary heads keep the source's classes; give "
+                "them as many before loading"
+            )
+        return found
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model and how it was made; each file whole or not at all.
+
+        `model.safetensors` is folded and loads into the plain architecture, with as many classes
+        and a bias in its head (the mean of the features becomes part of it);
+        `source_head.safetensors` holds weight and bias of the layer that it replaced, and
+        `source_norms.safetensors` the source's batch norms where each task has its own;
+        `config.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes`
+        and history; `data.json` what was read; `manifest.json` the hashes of all.
+
+        Returns:
+            the folder.
+
+        Raises:
+            ValueError: a run is going on there.
+        """
+        folder = Path(folder)
+        if is_going_on(folder):
+            raise ValueError(f"{folder}: a run is going on there; name another folder")
+        clear_unfinished(folder)
+        model = unwrap(self.model)
+        head = task_head(model)
+        if head is not None:
+            with atomic_file(folder / SOURCE_HEAD_FILE) as path:
+                save_tensors(_plain_layer(head.source), path)
+        norms = source_norms(model)
+        if norms:
+            with atomic_file(folder / SOURCE_NORMS_FILE) as path:
+                save_tensors(_plain_names(norms), path)
+        else:  # of a run before
+            (folder / SOURCE_NORMS_FILE).unlink(missing_ok=True)
+        with atomic_file(folder / MODEL_FILE) as path:
+            save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
+        write_json(folder / "config.json", dataclasses.asdict(self.config))
+        write_json(
+            folder / "result.json",
+            {
+                "target_accuracy": self.target_accuracy,
+                "source_accuracy": self.source_accuracy,
+                "source_accuracy_before": self.source_accuracy_before,
+                "classes": self.classes,
+                "final": self.final,
+                "plan": dataclasses.asdict(self.plan) if self.plan else None,
+                "notes": self.notes,
+            },
+        )
+        if self.data is not None:
+            write_json(folder / "data.json", self.data)
+        with atomic_file(folder / "history.jsonl") as path:
+            path.write_text("".join(to_json(r) + "\n" for r in self.history))
+        write_manifest(folder, self.run, self.config.computed())
+        return folder
+
+
+def _plain_layer(layer: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias, also where they are computed of others (weight norm)."""
+    tensors = {"weight": layer.weight, "bias": layer.bias}
+    return {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+
+
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of a network as it is without `torch.compile` around its parts."""
+    return {name.replace("_orig_mod.", ""): x for name, x in state.items()}

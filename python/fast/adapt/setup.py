@@ -1,0 +1,254 @@
+"""What an adaptation will work on, settled before anything is changed: data, batches, plan."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.adapt.config import AdaptConfig
+from fast.adapt.guards.rehearse import OWN_INPUTS, make_room
+from fast.adapt.network.head_start import head_is_last
+from fast.adapt.plan import (
+    LEAST_FOR_STATISTICS,
+    TARGET_INPUTS,
+    Plan,
+    plan_for,
+    rehearsed_by,
+    steps_for,
+    uses_card,
+)
+from fast.data.dataset import Data, as_data
+from fast.data.finite import check_finite_inputs
+from fast.data.labels import check_labels, check_num_classes
+from fast.data.source_inputs import LEAST, SourceInputs, parse_source_inputs, target_inputs
+from fast.data.stream import TrainBatches
+from fast.data.trees import join, leaves, length, move, pick
+from fast.heads import (
+    evaluating,
+    find_head,
+    forward_logits,
+    has_batch_norm,
+    source_task,
+)
+from fast.heads.find import classes_of
+from fast.heads.forward import check_takes, taking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """An adaptation before its first change to the network.
+
+    Attributes:
+        plan: what will be done.
+        num_classes: C, the outputs of the head.
+        batches: target samples; `batch_size` counts these and the rehearsed ones of a step.
+        sample: a batch of target inputs, on the model's device.
+        source: source inputs, or None.
+        own: target inputs whose features are rehearsed, or None.
+    """
+
+    plan: Plan
+    num_classes: int
+    batches: TrainBatches
+    batch_size: int
+    sample: Any
+    source: SourceInputs | None
+    own: SourceInputs | None
+
+    @property
+    def device(self) -> torch.device:
+        return leaves(self.sample)[0].device
+
+
+def settle(
+    config: AdaptConfig,
+    model: nn.Module,
+    train: Any,
+    *,
+    num_classes: int | None,
+    source_inputs: Any,
+    has_card: bool,
+    any_labels: bool,
+) -> Setup:
+    """Read the data and resolve the plan; the network is run and not changed.
+
+    Args:
+        has_card: the user gave a card.
+        any_labels: the loss is the user's, and labels need be no class indices.
+
+    Raises:
+        ValueError, TypeError: the data, the network or an option do not fit.
+    """
+    check_model(model)
+    data = as_data(train, "train", any_labels=any_labels)
+    check_data(data)
+    if config.keeps_head:
+        outputs = kept_outputs(model, data, config.head_name, num_classes)
+    elif any_labels:
+        outputs = _num_outputs(data, num_classes)
+    else:
+        outputs = target_classes(data, num_classes)
+    device = next(model.parameters()).device
+    source = None
+    if source_inputs is not None:
+        source = parse_source_inputs(source_inputs)
+        with source_task(model):
+            check_takes(model, source.inputs, "source_inputs")
+    rehearsed = rehearsed_by(config, source is not None)
+    batches, source_size = make_room(data, config.batch_size, config.seed, rehearsed)
+    batch_size = batches.given_size or config.batch_size
+    if config.batch_size not in (batch_size, AdaptConfig.batch_size):
+        warnings.warn(
+            f"batch_size={config.batch_size} is not used: train is a DataLoader, with batches of "
+            f"{batch_size}",
+            stacklevel=5,
+        )
+    steps = steps_for(config, batches)
+    sample = move(_first_inputs(batches), device)
+    if not source_size:
+        rehearsed = ""
+    own = None
+    if rehearsed == TARGET_INPUTS:
+        own = target_inputs(batches, min(OWN_INPUTS, steps * source_size))
+        if own.size < LEAST:  # too few of one shape to say how much features vary
+            rehearsed, source_size, own = "", 0, None
+    with taking("train", sample, model), evaluating(model):
+        forward_logits(model, pick(sample, slice(2)))
+    last = head_is_last(model, sample, config.head_name)
+    if config.head_steps and not last:
+        raise ValueError(
+            "head_steps: something follows the head of this network, so that it cannot learn "
+            "from its features alone; use stall="
+        )
+    micro_batch = batches.batch_size // config.grad_accum_steps
+    plan = plan_for(
+        config,
+        steps=steps,
+        target_size=batches.batch_size,
+        source_size=source_size,
+        weighted=uses_card(config, has_card, source is not None),
+        head_is_last=last,
+        rehearsed=rehearsed,
+        batch_norms=has_batch_norm(model) and micro_batch >= LEAST_FOR_STATISTICS,
+    )
+    return Setup(
+        plan=plan,
+        num_classes=outputs,
+        batches=batches,
+        batch_size=batch_size,
+        sample=sample,
+        source=source,
+        own=own,
+    )
+
+
+def target_classes(data: Data, num_classes: int | None) -> int:
+    """Classes of the target: what the user says, else what the labels say.
+
+    Raises:
+        ValueError: one class only; or labels out of range.
+    """
+    if num_classes is not None:
+        number = check_num_classes(num_classes)
+    else:
+        number = data.infer_num_classes()
+        if number < 2:
+            raise ValueError(
+                "train: all labels are 0, one class; pass num_classes= where there are others"
+            )
+    if data.labels is not None:
+        check_labels(data.labels, number, data.name)
+    return number
+
+
+def kept_outputs(
+    model: nn.Module, data: Data, head_name: str | None, num_classes: int | None
+) -> int:
+    """Outputs of the head that is kept.
+
+    Raises:
+        ValueError: `num_classes` says otherwise.
+    """
+    sample = next(TrainBatches(data, 2, 0).from_step(0))[0]
+    sample = move(sample, next(model.parameters()).device)
+    with taking("train", sample, model):
+        outputs = classes_of(find_head(model, sample, head_name).module)
+    if num_classes not in (None, outputs):
+        raise ValueError(
+            f"num_classes={num_classes}, and the head that is kept has {outputs} outputs; leave "
+            "num_classes out, or set head='new'"
+        )
+    return outputs
+
+
+def _num_outputs(data: Data, num_classes: int | None) -> int:
+    """Outputs of a new head whose labels are the user's own."""
+    if num_classes is not None:
+        return num_classes
+    labels = data.labels
+    if labels is not None and labels.dim() == 2:
+        return labels.shape[1]
+    if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
+        return target_classes(data, None)
+    raise ValueError(
+        "num_classes is not given, and the labels do not say how many outputs the head needs"
+    )
+
+
+def _first_inputs(batches: TrainBatches) -> Any:
+    """Inputs of the first batch, or of the first two where that is a single sample."""
+    stream = batches.from_step(0)
+    inputs, _, index = next(stream)
+    if batches.data.inputs is None:
+        check_finite_inputs(inputs, "train", index)
+    if length(inputs) > 1 or batches.steps_per_epoch == 1:
+        return inputs
+    both = join(inputs, next(stream)[0])
+    return inputs if both is None else both
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError where a network cannot be trained, whatever the data are."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    if not tensors:
+        raise ValueError(f"model {type(model).__name__} has no parameters, and so no linear head")
+    tensors |= {n: b for n, b in model.named_buffers() if "running_" in n}
+    for name, x in tensors.items():
+        if x.is_meta:
+            raise ValueError(f"model: {name} is on the meta device; load its weights first")
+        if x.is_inference():
+            raise ValueError(
+                f"model: {name} was made under torch.inference_mode, so it cannot be trained: make "
+                "the model outside of it"
+            )
+        if x.is_floating_point() and not x.isfinite().all():
+            raise ValueError(
+                f"model: {int((~x.isfinite()).sum())} of {x.numel()} values of {name} are not "
+                "finite (NaN or infinite): the weights are damaged, load others"
+            )
+
+
+def check_gradients(caller: str) -> None:
+    """Raise ValueError where nothing can be trained, because gradients are switched off."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        raise ValueError(f"{caller} was called under torch.{mode}, where nothing can be trained")
+
+
+def check_data(data: Data) -> None:
+    """Raise ValueError where training data in memory cannot be trained on."""
+    if data.num_samples == 1:
+        raise ValueError(f"{data.name}: 1 sample; give at least 2, of two classes")
+    for x in leaves(data.inputs):
+        if x.is_meta or x.layout != torch.strided:
+            form = "on the meta device" if x.is_meta else f"of layout {x.layout}"
+            raise ValueError(f"{data.name}: inputs {form}; give dense tensors, x.to_dense()")
+        if x.is_inference():
+            raise ValueError(
+                f"{data.name}: inputs were made under torch.inference_mode; give x.clone()"
+            )
+    check_finite_inputs(data.inputs, data.name)

@@ -1,0 +1,68 @@
+"""Nested states of tensors and plain values: compare their forms, take the tensors out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+def check_state(state: Any, own: State, path: str = "state") -> None:
+    """Raise ValueError where `state` is not of the form of `own`; the message names the entry.
+
+    Dicts must have the same keys, and tensors the same shapes and dtypes. Plain values may differ.
+    """
+    if not isinstance(state, dict) or set(state) != set(own):
+        names = sorted(map(str, set(state) ^ set(own))) if isinstance(state, dict) else ["all"]
+        raise ValueError(
+            f"{path} is of another adaptation: {', '.join(names[:3])} on one side only; make the "
+            "Adaptation with the same arguments"
+        )
+    for key, value in own.items():
+        where, other = f"{path}.{key}", state[key]
+        if isinstance(value, dict):
+            check_state(other, value, where)
+        elif isinstance(value, Tensor):
+            form = (list(value.shape), value.dtype)
+            theirs = (list(other.shape), other.dtype) if isinstance(other, Tensor) else other
+            if form != theirs:
+                raise ValueError(f"{where} is {theirs}, and must be {form}: of another network")
+        elif isinstance(other, (Tensor, dict)):
+            raise ValueError(f"{where} is a {type(other).__name__}, and must be a plain value")
+
+
+def split_state(state: State, path: str) -> tuple[State, dict[str, Tensor]]:
+    """The plain values of a nested state, and its tensors by dotted names."""
+    plain: State = {}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = f"{path}.{key}"
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict):
+            plain[key], inner = split_state(value, name)
+            tensors |= inner
+        else:
+            plain[key] = value
+    return plain, tensors
+
+
+def joined_state(plain: State, tensors: dict[str, Tensor], own: State, path: str) -> State:
+    """The state that `split_state` took apart.
+
+    Args:
+        own: a state of the same form, which says where the tensors were.
+
+    Raises:
+        KeyError: a tensor or a part of the state is missing.
+    """
+    state: State = dict(plain)
+    for key, value in own.items():
+        name = f"{path}.{key}"
+        if isinstance(value, Tensor):
+            state[key] = tensors[name]
+        elif isinstance(value, dict):
+            state[key] = joined_state(plain[key], tensors, value, name)
+    return state

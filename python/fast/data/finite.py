@@ -1,0 +1,39 @@
+"""Check that inputs are finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.data.trees import leaves
+
+# Samples that are checked together, so that the intermediate results take little memory.
+CHUNK = 4096
+
+
+def broken_rows(inputs: Any) -> Tensor | None:
+    """Which samples hold a number that is not finite, bool `[N]`; None where all are integers."""
+    rows: Tensor | None = None
+    for x in leaves(inputs):
+        if x.is_floating_point() and x.dim():
+            parts = [~p.isfinite().flatten(1).all(1) for p in x.unsqueeze(-1).split(CHUNK)]
+            broken = torch.cat(parts)
+            rows = broken if rows is None else rows | broken
+    return rows
+
+
+def check_finite_inputs(inputs: Any, name: str, numbers: Tensor | None = None) -> None:
+    """Raise ValueError where a sample holds a number that is not finite.
+
+    Args:
+        numbers: which samples of the data these are, `[B]` (default: the first ones).
+    """
+    rows = broken_rows(inputs)
+    if rows is not None and rows.any():
+        first = rows.nonzero()[0]
+        raise ValueError(
+            f"{name}: {int(rows.sum())} samples are not finite (NaN or infinite), the first is "
+            f"number {int(first if numbers is None else numbers[first.cpu()])}; drop them"
+        )

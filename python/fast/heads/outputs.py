@@ -1,0 +1,34 @@
+"""The logits of a network's source head on source inputs, and the features that it sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fast.data.source_inputs import SourceInputs
+from fast.heads.class_axis import classes_second
+from fast.heads.find import find_head
+from fast.heads.forward import evaluating, forward_logits
+from fast.heads.replace import features_of, task_head
+from fast.heads.task import source_task
+
+
+@torch.no_grad()
+def source_logits(model: nn.Module, data: SourceInputs, batch_size: int = 128) -> Tensor:
+    """Source logits `[N, C, ...]` in float32, in evaluation mode, at the current weights."""
+    with evaluating(model), source_task(model):
+        logits = [forward_logits(model, x).float() for x, _ in data.batches(batch_size)]
+        return classes_second(model, torch.cat(logits), data.part(0, 2).inputs)
+
+
+@torch.no_grad()
+def source_features(model: nn.Module, data: SourceInputs, batch_size: int = 128) -> Tensor:
+    """The input of the head `[N, D]` in float32, in evaluation mode, averaged over positions."""
+    head = task_head(model)
+    layer = head.source if head is not None else find_head(model, data.part(0, 2).inputs).module
+    # The channels of a convolution come first, the features of a linear layer last.
+    dim = -1 if isinstance(layer, nn.Linear) else 1
+    with source_task(model):
+        batches = [features_of(model, head or layer, x) for x, _ in data.batches(batch_size)]
+    rows = [x.float().movedim(dim, -1) for x in batches]
+    return torch.cat([x.flatten(1, -2).mean(1) if x.dim() > 2 else x for x in rows])

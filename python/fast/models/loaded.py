@@ -1,0 +1,39 @@
+"""A network that was loaded by its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fast.data.images.format import BGR
+from fast.data.images.preprocessing import Preprocessing
+
+
+@dataclass(kw_only=True)
+class LoadedModel:
+    """A network with what is known about its input.
+
+    Attributes:
+        preprocessing: how the images that it was trained on were prepared, where the network says.
+        tokenizer: that of a text network from transformers.
+        notes: what a reader of the run should know, one line each.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    tokenizer: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def channels(self) -> int | str | None:
+        """1 or 3, as many as the first convolution takes; "BGR" where the network takes blue first;
+        None where neither tells.
+        """
+        if self.preprocessing.bgr:
+            return BGR
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):
+                return module.in_channels if module.in_channels in (1, 3) else None
+        return None

@@ -1,0 +1,34 @@
+"""Tensors by name in safetensors files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Save tensors of any memory layout; tied ones are stored once for each name.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+    """
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file.
+
+    Raises:
+        ValueError: the file is truncated or no safetensors; the message names it.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error

@@ -1,0 +1,159 @@
+"""Parameter groups: checks of their values, anchors and curvature; their ramp and their steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.optim import dtensor
+
+Group = dict[str, Any]
+
+
+def number(name: str, value: Any) -> Any:
+    """`value`, a number or a tensor of one element.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must have one element; got a tensor {list(value.shape)}")
+    if not isinstance(value, (int, float, Tensor)):
+        raise ValueError(f"{name} must be a number; got {value!r}")
+    return value
+
+
+def check_numbers(group: Group, *keys: str, finite: bool = True, not_negative: bool = True) -> None:
+    """Raise a ValueError that names the first of these keys whose value is out of range."""
+    for key in keys:
+        value = number(key, group[key])
+        if finite and not math.isfinite(value):
+            raise ValueError(f"{key} must be finite; got {value}")
+        if not_negative and not value >= 0:
+            raise ValueError(f"{key} must not be negative; got {value}")
+
+
+def match_anchors(
+    params: Sequence[Tensor], anchors: Mapping[Tensor, Tensor] | Sequence[Tensor] | None
+) -> Mapping[Tensor, Tensor]:
+    """An anchor for each of `params`, or for some of them.
+
+    Args:
+        anchors: tensors in the order and shapes of `params`; or a mapping from some of them; or
+            None: their values now.
+
+    Raises:
+        ValueError: number or shapes do not fit.
+    """
+    if isinstance(anchors, Mapping):
+        everything = set(params)
+        if any(p not in everything for p in anchors):
+            raise ValueError("anchors: a key is not a parameter of this optimizer")
+        params, values = list(anchors), list(anchors.values())
+    else:
+        values = list(params if anchors is None else anchors)
+    if len(values) != len(params):
+        raise ValueError(f"anchors: {len(values)} tensors for {len(params)} parameters")
+    for i, (p, value) in enumerate(zip(params, values, strict=True)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"anchors[{i}] must be a tensor; got {type(value).__name__}")
+        if p.shape != value.shape:
+            raise ValueError(f"anchors[{i}] is {list(value.shape)}, its parameter {list(p.shape)}")
+    return dict(zip(params, values, strict=True))
+
+
+def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | None]:
+    """A curvature tensor (or None) for each of `params`.
+
+    Args:
+        curvature: tensors in the order and shapes of `params`, or an object whose
+            `curvature_for(params)` gives such a list (`fast.SourceCard`).
+
+    Raises:
+        TypeError: it is no such list.
+        ValueError: number or shapes do not fit, or a value is negative or not finite.
+    """
+    if hasattr(curvature, "curvature_for"):
+        curvature = curvature.curvature_for(params)
+    if isinstance(curvature, (Tensor, Mapping)) or not isinstance(curvature, Iterable):
+        raise TypeError(
+            "curvature must be a SourceCard, or a list of a tensor (or None) per parameter; got "
+            f"{type(curvature).__name__}"
+        )
+    tensors = list(curvature)
+    if len(tensors) != len(params):
+        raise ValueError(f"curvature: {len(tensors)} tensors for {len(params)} parameters")
+    for i, (p, f) in enumerate(zip(params, tensors, strict=True)):
+        if f is None:
+            continue
+        if not isinstance(f, Tensor):
+            raise TypeError(f"curvature[{i}] must be a tensor or None; got {type(f).__name__}")
+        if f.shape != p.shape:
+            raise ValueError(f"curvature[{i}] is {list(f.shape)}, its parameter {list(p.shape)}")
+        if f.layout is not torch.strided or not f.is_floating_point():
+            raise ValueError(f"curvature[{i}] is {f.layout} {f.dtype}; it must be dense and real")
+        shard = dtensor.local(f)
+        if shard.numel() and not bool(((shard >= 0) & shard.isfinite()).all()):
+            raise ValueError(
+                f"curvature[{i}] has negative or non-finite values; clamp it (a Hessian diagonal "
+                "may be negative, a GGN or Fisher diagonal is not)"
+            )
+    return tensors
+
+
+def ramp_factor(progress: int, stall: int, ramp: int) -> float:
+    """The factor of the learning rate after `progress` steps: 0 during the stall, and then
+    1/ramp, 2/ramp, ..., 1. The first step after the stall already moves."""
+    steps = progress - stall + 1
+    if steps <= 0:
+        return 0.0
+    return steps / ramp if steps < ramp else 1.0
+
+
+class Progress:
+    """Advances the key `progress` of groups, by which they leave their stall and ramp.
+
+    Whether a step under a GradScaler overflowed, and so does not count, is known on its device
+    only. The flag is copied to the host behind the step, and read when it decides something: at the
+    next step, which then waits for the step before (not for the passes queued since), and only
+    while a group stalls or ramps.
+    """
+
+    def __init__(self) -> None:
+        self._flag: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
+        """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed."""
+        if found_inf is None or not self.warming(groups):
+            _advance(groups)
+        elif found_inf.device.type == "cuda":
+            self._flag = torch.empty(
+                found_inf.shape, dtype=found_inf.dtype, pin_memory=True, device="cpu"
+            )
+            self._flag.copy_(found_inf, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(found_inf.device).record_event()
+        else:
+            self._flag = found_inf.clone()
+
+    def warming(self, groups: Sequence[Group]) -> bool:
+        """Whether a group is still in its stall or ramp."""
+        return any(g["progress"] < g["stall"] + g["ramp"] for g in groups)
+
+    def settle(self, groups: Sequence[Group]) -> None:
+        """Count the last step if it is still open."""
+        flag, arrived = self._flag, self._arrived
+        self._flag = self._arrived = None
+        if arrived is not None:
+            arrived.synchronize()
+        if flag is not None and not flag.any():
+            _advance(groups)
+
+
+def _advance(groups: Sequence[Group]) -> None:
+    for group in groups:
+        group["progress"] += 1

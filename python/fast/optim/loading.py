@@ -1,0 +1,189 @@
+"""States as they were saved, by this library or by torch's optimizer: checked, and taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.optim import dtensor
+from fast.optim.groups import Group
+from fast.optim.storage import (
+    CODE_FORMAT,
+    State,
+    Storage,
+    StoredTensor,
+    is_stored,
+    signed,
+)
+from fastkernels import _storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What the state dict of an optimizer looks like.
+
+    Args:
+        name: of the optimizer, in messages.
+        moments: names of the moments in the state, as torch's optimizer of the same name has them.
+        group_keys: by which its groups are recognised.
+        torch_keys: further ones that torch's groups have, and ours have not.
+        counts_steps: whether torch's state has a `step`.
+    """
+
+    name: str
+    moments: tuple[str, ...]
+    group_keys: frozenset[str]
+    torch_keys: frozenset[str] = frozenset()
+    counts_steps: bool = True
+
+
+def check_state_dict(
+    state_dict: Mapping[str, Any], expected: Format, params: Sequence[Tensor]
+) -> None:
+    """Raise a ValueError when a state dict is not one of this format, or does not fit `params`.
+
+    Values of its groups are not looked at, and torch checks their number.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict has no {key!r}: it is not the state of an optimizer")
+    for group in state_dict["param_groups"]:
+        _check_group(group, expected)
+    owners = [(i, group) for group in state_dict["param_groups"] for i in group["params"]]
+    for (i, group), p in zip(owners, params, strict=False):
+        state, where = state_dict["state"].get(i, {}), f"state_dict: state[{i}]"
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{where} must be a dict; got {type(state).__name__}")
+        _check_names(state, group, expected, where)
+        _check_tensors(state, expected, p, where)
+
+
+def _check_group(group: Group, expected: Format) -> None:
+    missing = sorted(expected.group_keys - set(group))
+    if "anchor_decay" not in group:
+        missing += sorted(expected.torch_keys - set(group))
+    if missing:
+        raise ValueError(
+            f"state_dict is not one of {expected.name}: its groups have no {', '.join(missing)}; "
+            f"if its moments are those of {expected.name} all the same, add the keys to its groups"
+        )
+    if group.get("code_format", 1) not in (1, CODE_FORMAT):
+        raise ValueError(
+            f"state_dict: its 8-bit codes are of format {group['code_format']}, this "
+            f"version knows up to {CODE_FORMAT}; load it with the one that wrote it"
+        )
+    if group.get("amsgrad"):
+        raise ValueError("state_dict: amsgrad=True is not supported; go on with torch's")
+    if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+        raise ValueError(
+            "state_dict is one of Adam, whose weight decay goes into the gradient; set it "
+            "to 0 or start anew"
+        )
+
+
+def _check_names(state: Mapping[str, Any], group: Group, expected: Format, where: str) -> None:
+    """Raise a ValueError when a saved state has not the entries of this format."""
+    moments = expected.moments
+    tensors = (*moments, "anchor", "curvature")
+    names = {"step", "remainder", *tensors}
+    names |= {f"{name}_{part}" for name in tensors for part in ("codes", "scales")}
+    if "exp_avg_sq" in moments:
+        names.add("max_exp_avg_sq")  # torch leaves it where amsgrad was switched off
+    if unknown := sorted(map(repr, set(state) - names)):
+        raise ValueError(
+            f"{where} has {', '.join(unknown)}, which no {expected.name} has: it is of another "
+            "optimizer (bitsandbytes calls the moments state1, state2); rename what means the "
+            f"same to {', '.join(moments)}, and leave out the rest"
+        )
+    stored = [name for name in moments if is_stored(state, name)]
+    if stored and len(stored) < len(moments):
+        raise ValueError(f"{where} has {stored[0]} but not all of {moments}")
+    if not expected.counts_steps:
+        return
+    if stored and "step" not in state:
+        way = f"; its group has step {group['step']}: copy it" if "step" in group else ": add it"
+        raise ValueError(f"{where} has {stored[0]} but no 'step'{way} into every state")
+    if not stored and state.get("step", 0):
+        raise ValueError(f"{where} has a step but none of {moments}")
+
+
+def _check_tensors(state: Mapping[str, Any], expected: Format, p: Tensor, where: str) -> None:
+    """Raise a ValueError that names the entry when a saved state is not one of `p`."""
+    step = state.get("step", 0)
+    if not isinstance(step, (int, float, Tensor)) or torch.as_tensor(step).numel() != 1:
+        raise ValueError(f"{where}['step'] must be one number; got {step!r}")
+    shapes: dict[str, Sequence[int]] = {}
+    for name in (*expected.moments, "anchor", "curvature", "remainder"):
+        shapes |= {name: p.shape, f"{name}_codes": p.shape}
+        shapes[f"{name}_scales"] = (_storage.code_scales(p.numel()),)
+        if f"{name}_codes" in state and f"{name}_scales" not in state:
+            raise ValueError(f"{where} has {name}_codes but no {name}_scales")
+    for key, shape in shapes.items():
+        value = state.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where}[{key!r}] must be a tensor; got {type(value).__name__}")
+        if value.shape != torch.Size(shape):
+            raise ValueError(
+                f"{where}[{key!r}] is {list(value.shape)}, but must be {list(shape)} for its "
+                f"parameter {list(p.shape)}: the state is of another model or order of parameters"
+            )
+
+
+def loaded_state(
+    p: Tensor,
+    saved: Mapping[str, Any],
+    before: Mapping[str, Any],
+    *,
+    moments: Sequence[str],
+    storage: Storage,
+    code_format: int,
+) -> State:
+    """The state of `p` after loading, which may lack moments.
+
+    Args:
+        saved: as torch's optimizer or this library saved it; torch's cast to the dtype of `p`,
+            which it does with what it has loaded, is not in it.
+        before: the state that `p` had, from which anchor and curvature stay if `saved` has none.
+        code_format: of the 8-bit codes in `saved`.
+    """
+    state: State = {}
+    for name in ("anchor", "curvature"):
+        source = saved if is_stored(saved, name) else before
+        # Curvature has no sign, and an anchor no codes: their format has never changed.
+        _take(state, source, name, p, storage.dtype(name, p))
+    for name in moments:
+        _take(state, saved, name, p, storage.dtype(name, p), code_format)
+    if "step" in saved or any(is_stored(saved, name) for name in moments):
+        # torch's SGD counts no steps: where there is a momentum, it has begun.
+        step = torch.as_tensor(saved.get("step", 1.0))
+        state["step"] = step.to(dtype=torch.float32, device=p.device)
+    if storage.exact_bf16 and p.dtype == torch.bfloat16:
+        _take(state, saved, "remainder", p, torch.int16)
+    return state
+
+
+def _take(
+    state: State,
+    saved: Mapping[str, Any],
+    name: str,
+    p: Tensor,
+    dtype: torch.dtype,
+    code_format: int = CODE_FORMAT,
+) -> None:
+    """Take the tensor `name` from a saved state, as it is (not copied) where it fits."""
+    stored = StoredTensor.read(saved, name)
+    if stored is None:
+        return
+    values = dtensor.like(stored.values, p)
+    fits = values.dtype == dtype and values.device == p.device and values.stride() == p.stride()
+    if fits and not (stored.scales is not None and code_format == 1 and signed(name)):
+        stored = StoredTensor(values=values, scales=stored.scales)
+    else:
+        stored = StoredTensor.encode(name, stored.decode(name, code_format), p, dtype)
+    stored.write(state, name)

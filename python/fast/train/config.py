@@ -1,0 +1,80 @@
+"""The options of `fast.finetune`: those of the adaptation, and those of the loop around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fast.adapt.config import AdaptConfig, AdaptOptions, option
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PATHS = ("output", "resume", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(AdaptConfig):
+    """Options of `fast.finetune`. `None` stands for the method's own default.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    eval_every: int | None = option(
+        None, "optimizer steps between evaluations (default: 1/10 run)", least=1
+    )
+    precision: str = option("auto", "arithmetic of the forward pass", choices=PRECISIONS)
+    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
+    class_weights: str | tuple[float, ...] | None = option(
+        None, "'balanced', or one weight per class"
+    )
+    patience: int | None = option(
+        None, "stop after this many evaluations without a better val", least=1
+    )
+    device: str | None = option(
+        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)", place=True
+    )
+    output: str | None = option(None, "folder for model, checkpoints, config and log", place=True)
+    save_every: int | None = option(
+        None, "steps between checkpoints (default: at evaluations)", least=1, place=True
+    )
+    resume: str | None = option(None, "folder of an interrupted run to go on with", place=True)
+    progress: bool | None = option(
+        None, "progress bar (default: when stderr is a terminal)", place=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.patience is not None and self.forget_budget is not None:
+            raise ValueError(
+                "patience goes back to weights that forget_budget has not checked: drop one"
+            )
+
+    def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+        if name in PATHS and value is not None:
+            return str(value)
+        if name == "class_weights" and value is not None and not isinstance(value, str):
+            try:
+                return tuple(float(weight) for weight in value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"class_weights must be 'balanced' or one weight per class; got {value!r}"
+                ) from error
+        return super()._plain(name, value, kinds)
+
+
+class TrainOptions(AdaptOptions, total=False):
+    """The fields of `TrainConfig` as keyword arguments, for type checkers."""
+
+    optimizer: str
+    eval_every: int | None
+    precision: str
+    label_smoothing: float
+    class_weights: str | tuple[float, ...] | None
+    patience: int | None
+    device: str | None
+    output: str | None
+    save_every: int | None
+    resume: str | None
+    progress: bool | None

@@ -1,0 +1,88 @@
+"""What a run saves to go on from, and how it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.adapt.adaptation import Adaptation
+from fast.curvature.card import SourceCard
+from fast.data.generators import find_generators
+from fast.models.claim import run_of
+from fast.train.config import TrainConfig
+from fast.train.resume.checkpoint import Facts, State, load_checkpoint, save_checkpoint
+from fast.train.resume.identity import (
+    card_identity,
+    code_identity,
+    data_identity,
+    environment,
+    model_identity,
+)
+from fast.train.resume.run_folder import RunFolder
+from fast.train.run_data import RunData
+
+
+class Saver:
+    """Checkpoints of one run, tied to its network, data and options.
+
+    Args:
+        folder: of the run.
+        model: at the pretrained weights.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: TrainConfig, model: nn.Module, data: RunData
+    ) -> None:
+        self.folder, self.config = folder, config
+        self._environment = environment(next(model.parameters()).device, data.transform)
+        self._generators = find_generators(model=model, **data.roots)
+        self._job: dict[str, Any] = {
+            "training samples": data.train.num_samples,
+            "classes": data.num_classes,
+            **code_identity(model, data.transform),
+            "pretrained weights (hash)": model_identity(model),
+            "training data (hash)": data_identity(data.train),
+            "validation data (hash)": data_identity(data.val),
+            "source data (hash)": data_identity(data.source),
+        }
+
+    @property
+    def resumes(self) -> bool:
+        return self.folder.source is not None
+
+    def add_source(self, adaptation: Adaptation, card: SourceCard | None) -> None:
+        """Note what the adaptation works with, and the card that the user gave."""
+        self._job["source inputs (hash)"] = data_identity(adaptation.source)
+        self._job["held-back source inputs (hash)"] = data_identity(adaptation.held_back)
+        self._job["card"] = None if card is None else card_identity(card)
+
+    def save(self, adaptation: Adaptation, record: dict[str, Any], best: dict[str, Tensor]) -> None:
+        """Write a checkpoint; see `save_checkpoint`."""
+        self.folder.check()
+        facts = self._facts(self.folder.run)
+        save_checkpoint(self.folder.path, self._state(adaptation), facts, record, best)
+
+    def load(self, adaptation: Adaptation) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+        """Restore the newest checkpoint; see `load_checkpoint`."""
+        source = self.folder.source
+        assert source is not None
+        return load_checkpoint(source, self._state(adaptation), self._facts(run_of(source)))
+
+    def _state(self, adaptation: Adaptation) -> State:
+        return State(adaptation=adaptation, generators=self._generators)
+
+    def _facts(self, run: str) -> Facts:
+        return Facts(
+            run=run,
+            options=self.config.computed(),
+            job=self._job,
+            environment=self._environment,
+        )
+
+
+def tensors(values: list[float], device: torch.device) -> list[Tensor]:
+    """Saved losses, as the loop holds them."""
+    return [torch.tensor(float(x), device=device) for x in values]

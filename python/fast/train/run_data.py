@@ -1,0 +1,75 @@
+"""The data of a run, read and checked before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fast.adapt.setup import check_data, kept_outputs, target_classes
+from fast.data.augment import Transform
+from fast.data.dataset import Data, as_data
+from fast.data.labels import check_labels
+from fast.train.config import TrainConfig
+from fast.train.metrics import Evaluator
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What `fast.finetune` trains on and measures.
+
+    Attributes:
+        train: training data.
+        val: of the target task, or None.
+        source: of the source task, or a function of the network; or None.
+        transform: of training batches, or None.
+        num_classes: C of the target.
+        roots: the objects as the user gave them, by argument name.
+    """
+
+    train: Data
+    val: Data | None
+    source: Data | Evaluator | None
+    transform: Transform | None
+    num_classes: int
+    roots: dict[str, Any]
+
+
+def read_data(
+    config: TrainConfig,
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    source: Any,
+    transform: Transform | None,
+    num_classes: int | None,
+) -> RunData:
+    """Wrap and check the data that `fast.finetune` was given.
+
+    Raises:
+        ValueError, TypeError: they do not fit; the message names the argument.
+    """
+    train_data = as_data(train, "train")
+    check_data(train_data)
+    val_data = None if val is None else as_data(val, "val")
+    source_data: Data | Evaluator | None = source
+    if source is not None and not callable(source):
+        source_data = as_data(source, "source")
+    if config.keeps_head:
+        classes = kept_outputs(model, train_data, config.head_name, num_classes)
+    else:
+        classes = target_classes(train_data, num_classes)
+    for data in (train_data, val_data):
+        if data is not None and data.labels is not None:
+            check_labels(data.labels, classes, data.name)
+    if config.patience is not None and val is None:
+        raise ValueError("patience needs val: early stopping watches the validation accuracy")
+    return RunData(
+        train=train_data,
+        val=val_data,
+        source=source_data,
+        transform=transform,
+        num_classes=classes,
+        roots={"train": train, "val": val, "source": source, "transform": transform},
+    )

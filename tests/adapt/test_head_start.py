@@ -1,0 +1,43 @@
+"""The head start: when there is one, and what it learns from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fast
+from fast.adapt.network.head_start import head_is_last
+from fast.heads import find_head
+from networks import IMAGE_NETWORKS, ConvNet, images
+
+TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
+KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
+RUN = {"steps": 60, "lr": 1e-2, "eval_every": 60}
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_whether_the_head_makes_the_logits(name):
+    model = IMAGE_NETWORKS[name]()
+    assert head_is_last(model, TRAIN[0]) == (name != "conv head")
+    assert not find_head(model, TRAIN[0][:2]).module._forward_hooks
+
+
+def test_the_head_starts_with_what_features_alone_can_tell(pretrained):
+    accuracy = {}
+    for steps in (0, 200):
+        model = copy.deepcopy(pretrained)
+        result = fast.finetune(model, TRAIN, VAL, steps=1, head_steps=steps, stall=1)
+        accuracy[steps] = result.history[0]["target_accuracy"]
+    assert accuracy[0] < 0.5 < 0.8 < accuracy[200]
+
+
+def test_class_weights_hold_for_the_head_start():
+    answers = {}
+    for weight in (0.0, 1.0):
+        config = {"num_classes": 4, "class_weights": (weight, 1.0, 1.0, 1.0)}
+        result = fast.finetune(ConvNet(), TRAIN, VAL, steps=1, stall=1, **config)
+        with torch.no_grad():
+            answers[weight] = (result.model(VAL[0]).argmax(1) == 0).float().mean().item()
+    assert answers[0.0] < 0.5 * answers[1.0]

@@ -1,0 +1,197 @@
+"""Rehearsal in the batch: features stay, the learning rate gives way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fast
+from fast.adapt.guards.rehearse import Rehearsal, places_for
+from fast.adapt.network.shared_forward import HeadInput, depends_on_mode
+from fast.data.source_inputs import SourceInputs
+from fast.data.trees import join
+from fast.heads import features_of, set_batch_norm, source_task, task_head
+from fast.heads.outputs import source_features
+from fast.models.saved import load_saved
+from networks import ConvNet, TextNet, images, sentences
+
+TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
+KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
+RUN = {"steps": 60, "lr": 1e-2, "eval_every": 60}
+
+
+def lost(pretrained, train=TRAIN, **options):
+    """Rise of the source loss on inputs that were not rehearsed, in nats."""
+    model = copy.deepcopy(pretrained)
+    history = fast.finetune(model, train, source=ASKED, num_classes=4, **RUN, **options).history
+    return history[-1]["source_loss"] - history[0]["source_loss"]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+@pytest.mark.parametrize("batch_norm", ["frozen", "per_task"])
+def test_rehearsal_alone_keeps_most_of_the_source(pretrained, kind, batch_norm):
+    x, y = TRAIN[0], (TRAIN[1] + 1) % 4
+    train = (x, y) if kind == "tensors" else DataLoader(TensorDataset(x, y), batch_size=60)
+    options = {"distill": 0.0, "anchor_decay": 0.0, "batch_norm": batch_norm}
+    without = lost(pretrained, train, rehearse=0.0, **options)
+    kept = lost(pretrained, train, source_inputs=KNOWN[0], **options)
+    assert kept < 0.3 * without
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "per_task"])
+def test_a_step_sees_no_more_samples_than_before(pretrained, batch_norm):
+    seen = []
+    model = copy.deepcopy(pretrained)
+    model.features.register_forward_pre_hook(
+        lambda m, args: seen.append(len(args[0])) if torch.is_grad_enabled() else None
+    )
+    options = {"batch_norm": batch_norm, "source_inputs": KNOWN[0]}
+    fast.finetune(model, TRAIN, steps=3, batch_size=32, **options)
+    # Batch norms of two tasks cannot share a pass.
+    step = [32] if batch_norm == "frozen" else [28, 4]
+    assert seen[-3 * len(step) :] == 3 * step
+    assert places_for(32) == 4
+
+
+def test_the_head_never_sees_the_source_rows():
+    model = fast.replace_head(ConvNet(), 4, sample=TRAIN[0][:64]).train()
+    head = task_head(model)
+    watched = HeadInput(head)
+    target, source = TRAIN[0][:6], KNOWN[0][:2]
+    set_batch_norm(model, "frozen")
+    logits, features, kept = watched.forward(model, target, source, apart=False)
+    assert logits.shape == (6, 4)
+    assert torch.allclose(features, features_of(model, head, target), atol=1e-5)
+    assert torch.allclose(kept, features_of(model, head, source), atol=1e-5)
+    watched.close()
+    assert not head._forward_pre_hooks
+
+
+def test_source_inputs_of_another_shape_go_through_the_network_apart():
+    assert join(torch.zeros(2, 3), torch.zeros(2, 4)) is None
+    assert join({"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}) is None
+    assert join((torch.zeros(2, 3),), (torch.ones(1, 3),))[0].shape == (3, 3)
+    known = {k: v[:, :4] for k, v in sentences(60, 5, 3)[0].items()}
+    train, val = sentences(300, 4, 1), sentences(100, 4, 2)
+    result = fast.finetune(TextNet(), train, val, steps=60, lr=3e-3, source_inputs=known)
+    assert result.target_accuracy > 0.8
+
+
+def test_rehearsal_adds_up_over_micro_batches():
+    start = ConvNet().double()
+    train, known = (TRAIN[0].double(), TRAIN[1]), KNOWN[0].double()
+    runs = []
+    for parts in (1, 4):
+        model = copy.deepcopy(start)
+        options = {"rehearse": 3.0, "grad_accum_steps": parts, "source_inputs": known}
+        options |= {"batch_norm": "frozen"}  # else a micro batch has statistics of its own
+        fast.finetune(model, train, steps=6, stall=0, **options)
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*runs, rtol=1e-4, atol=1e-6)
+
+
+def test_features_that_run_away_lower_the_learning_rate(pretrained):
+    rates = {}
+    for lr in (1e-4, 1e-1):
+        model = copy.deepcopy(pretrained)
+        options = {"schedule": "constant", "source_inputs": KNOWN[0], "rehearse": 1e-3}
+        history = fast.finetune(model, TRAIN, steps=40, lr=lr, **options).history
+        rates[lr] = min(record["lr"] for record in history)
+    assert rates[1e-4] == 1e-4
+    assert 0.1 * 1e-1 <= rates[1e-1] < 0.8 * 1e-1
+
+
+class Dropping(nn.Module):
+    """A network whose head sees features through a dropout."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.drop, self.fc = body, nn.Dropout(0.5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.fc(self.drop(self.body(x)))
+
+
+def test_dropout_is_no_movement_of_features(pretrained):
+    """Where training mode changes features, source rows run apart, in evaluation mode: at a rate
+    that hardly moves the weights, they are where they were."""
+
+    def changes(network):
+        return depends_on_mode(network, task_head(network), TRAIN[0])
+
+    torch.manual_seed(0)
+    model = Dropping(copy.deepcopy(pretrained)).eval()
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    assert changes(fast.replace_head(copy.deepcopy(model), 4, sample=TRAIN[0]))
+    plain = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
+    assert changes(plain)  # batch norm
+    set_batch_norm(plain, "frozen")
+    assert not changes(plain)
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
+    options = {"steps": 20, "lr": 1e-6, "schedule": "constant", "ramp": 0, "eval_every": 5}
+    history = fast.finetune(model, TRAIN, source_inputs=KNOWN[0], **options).history
+    assert {record["lr"] for record in history[1:]} == {1e-6}
+
+
+@pytest.mark.parametrize(("method", "card"), [("fast", False), ("ewc", True)])
+def test_ewc_keeps_its_card_when_it_rehearses(method, card):
+    options = {"method": method, "rehearse": 1.0, "steps": 20}
+    adaptation = fast.Adaptation(ConvNet(), TRAIN, source_inputs=KNOWN[0], **options)
+    assert (adaptation.budget.card is not None) == card
+    assert any(isinstance(guard, Rehearsal) for guard in adaptation.guards)
+    groups = adaptation.optimizer.param_groups
+    assert all(g["anchor_decay"] > 0 for g in groups if g["name"].startswith("backbone"))
+    states = adaptation.optimizer.state.values()
+    assert any("curvature" in state or "curvature_codes" in state for state in states) == card
+
+
+def test_without_source_inputs_the_targets_own_are_rehearsed(pretrained):
+    """Under the source's statistics: their features stay where they were."""
+    moved = {}
+    for weight in (0.0, 10.0):
+        model = copy.deepcopy(pretrained)
+        options = {"rehearse": weight, "anchor_decay": 0.0, "distill": 0.0}
+        result = fast.finetune(model, TRAIN, steps=60, lr=3e-3, **options)
+        assert result.plan.rehearsed == ("target inputs" if weight else "")
+        before, now = (
+            source_features(m, SourceInputs.parse(TRAIN[0], 200)) for m in (pretrained, model)
+        )
+        moved[weight] = float((now - before).square().mean() / before.var(0).mean())
+    assert moved[10.0] < 0.3 * moved[0.0]
+
+
+def test_per_task_batch_norm_starts_from_the_statistics_of_the_target(pretrained):
+    """Head start and normaliser see what the target's own batch norms give."""
+    (x, y), (asked, right) = TRAIN, VAL
+    train, val = (5 * x + 3, y), (5 * asked + 3, right)
+    model = copy.deepcopy(pretrained)
+    before = copy.deepcopy(pretrained).eval()(KNOWN[0])
+    options = {"batch_norm": "per_task", "steps": 2, "stall": 2, "source_inputs": KNOWN}
+    result = fast.finetune(model, train, val, **options)
+    assert result.history[0]["target_accuracy"] > 0.8
+    head = task_head(model)
+    features = features_of(model, head, train[0])
+    assert (features.mean(0) - head.norm.mean).abs().max() < 0.3 * features.std()
+    with fast.source_task(model):
+        assert torch.allclose(model(KNOWN[0]), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "per_task"])
+def test_a_saved_run_answers_both_tasks(pretrained, tmp_path, batch_norm):
+    model = copy.deepcopy(pretrained)
+    options = {"batch_norm": batch_norm, "steps": 5, "source_inputs": KNOWN[0]}
+    result = fast.finetune(model, TRAIN, **options)
+    result.save(tmp_path)
+    saved = load_saved(tmp_path, ConvNet(), VAL[0][:2])
+    x = VAL[0]
+    result.model.eval()
+    with torch.no_grad(), source_task(result.model):
+        asked = result.model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(saved.source.eval()(x), asked)
+        torch.testing.assert_close(saved.target.eval()(x), result.model(x), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "source_norms.safetensors").exists() == (batch_norm == "per_task")
