@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from fast.records import field_types
 
 from fast.cli.options import parser_of
 from fast.cli.record import _argv
@@ -90,9 +89,3 @@ def test_a_demo_has_a_length_of_its_own():
 def test_every_option_has_a_line_of_help(name):
     for action in parser_of(COMMANDS[name])._actions:
         assert action.help[0] not in " (", action.option_strings
-
-
-def test_types_of_fields():
-    types = field_types(TrainConfig)
-    assert (types["steps"], types["lr"], types["head"]) == (int, float, str)
-    assert types["progress"] is bool

@@ -50,7 +50,7 @@ def test_strengths_multiply_what_holds_a_method_that_rehearses():
     (none, one) = (options for _, options in points(plan, (0, 1)))
     assert one == {name: getattr(plan, name) for name in ("anchor_decay", "rehearse")}
     weak = planned("fast", **none, weighted=True)
-    held = dict.fromkeys(one, 0.0) | {"rehearsed": ""}
+    held = dict.fromkeys(one, 0.0) | {"rehearsed": "", "weighted": True}
     assert dataclasses.asdict(weak) == dataclasses.asdict(plan) | held
     (_, ewc) = points(planned("ewc", rehearse=1.0, weighted=True, rehearsed="source inputs"))[0]
     assert ewc["anchor_decay"] == 0.5 * EASED * METHODS["ewc"].card_decay

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fast.analysis.intervals import half_interval
-from fast.train.result import Result
+from fast.adapt.result import Result
 
 BASELINE = "vanilla"
 NOTES = (

@@ -112,11 +112,8 @@ def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = Tr
     if is_image_split(splits["train"]):
         report = merged(reports[part] for part in PARTS if part in reports)
         images = image_facts(spec, form, loaded.preprocessing, report)
-    read = {
-        part: Split(inputs=None, labels=labels_of(prepared[part]))
-        for part in PARTS
-        if part in prepared
-    }
+    labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
+    read = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
     data = dataclasses.replace(target, train=read["train"], val=read.get("val")).description
     loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(data)]
     print(lines(data, images))
