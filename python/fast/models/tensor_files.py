@@ -31,4 +31,4 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
