@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastkernels import _native
+from fastkernels.backends import native
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
 
 
 def _git(*arguments: str) -> str:
@@ -28,7 +26,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info |= {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "native": _native.available()[1],
+        "native": native.available()[1],
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": bool(
             _git("status", "--porcelain", "--untracked-files=no", "csrc", "fastkernels", "python")

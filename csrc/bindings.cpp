@@ -3,13 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstring>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
 #include "fast/anchored.h"
 #include "fast/cross_entropy.h"
-#include "fast/streams.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -19,44 +21,16 @@ namespace {
 
 using Addresses = std::vector<uintptr_t>;
 
-template <class T>
-T* pointer(const Addresses& addresses, size_t i) {
-  return addresses.empty() ? nullptr : reinterpret_cast<T*>(addresses[i]);
-}
-
 // The tables of one list of tensors, kept between steps: only the gradients' addresses change.
 class AnchoredPlan {
  public:
-  AnchoredPlan(const std::vector<int64_t>& numels, const std::vector<int32_t>& groups,
-               const std::string& types, const Addresses& params,
-               const std::vector<Addresses>& moments, const std::vector<Addresses>& scales,
-               const Addresses& steps, const Addresses& anchors, const Addresses& curvature,
-               const Addresses& curvature_scales, const Addresses& remainders)
-      : rows_(numels.size()) {
-    for (size_t i = 0; i < rows_.size(); i++) {
-      const auto type = [&](size_t k) { return static_cast<Dtype>(types.at(6 * i + k)); };
-      Row& row = rows_[i];
-      row = Row{};
-      row.param = pointer<void>(params, i);
-      for (size_t k = 0; k < moments.size(); k++) row.moment[k] = pointer<void>(moments[k], i);
-      for (size_t k = 0; k < scales.size(); k++) row.scale[k] = pointer<float>(scales[k], i);
-      row.step = pointer<float>(steps, i);
-      row.anchor = pointer<void>(anchors, i);
-      row.curvature = pointer<void>(curvature, i);
-      row.curvature_scale = pointer<float>(curvature_scales, i);
-      row.remainder = pointer<int16_t>(remainders, i);
-      row.numel = numels[i];
-      row.group = groups.at(i);
-      row.param_type = type(0);
-      row.grad_type = type(1);
-      row.moment_type[0] = type(2);
-      row.moment_type[1] = type(3);
-      row.anchor_type = type(4);
-      row.curvature_type = type(5);
-      for (int64_t begin = 0; begin < row.numel; begin += kChunk)
+  // `words`: int64 [count, sizeof(Row) / 8], the rows with no gradient; they are copied.
+  AnchoredPlan(uintptr_t words, size_t count) : rows_(count) {
+    if (count) std::memcpy(rows_.data(), reinterpret_cast<const void*>(words), count * sizeof(Row));
+    for (size_t i = 0; i < count; i++)
+      for (int64_t begin = 0; begin < rows_[i].numel; begin += kChunk)
         chunks_.push_back({begin, static_cast<int32_t>(i),
-                           static_cast<int32_t>(std::min(kChunk, row.numel - begin))});
-    }
+                           static_cast<int32_t>(std::min(kChunk, rows_[i].numel - begin))});
     partial_.resize(chunks_.size() * kStats);
   }
 
@@ -66,7 +40,8 @@ class AnchoredPlan {
     py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (grads.size() != rows_.size()) throw std::invalid_argument("one gradient per parameter");
-    for (size_t i = 0; i < rows_.size(); i++) rows_[i].grad = pointer<void>(grads, i);
+    for (size_t i = 0; i < rows_.size(); i++)
+      rows_[i].grad = reinterpret_cast<const void*>(grads[i]);
     UpdateArgs args{};
     args.rows = rows_.data();
     args.row_count = static_cast<int64_t>(rows_.size());
@@ -111,41 +86,12 @@ auto bind_signature(bool (Signature::*walk)(const std::vector<Signature::List>&,
   };
 }
 
-// The streams of a list of tensors, walked as an update would and without its arithmetic.
-class StreamWalk {
- public:
-  // widths[k] and written[k] hold for stream k of every tensor; bases[k][i] is its address.
-  StreamWalk(const std::vector<int64_t>& numels, const std::vector<int64_t>& widths,
-             const std::vector<bool>& written, const std::vector<Addresses>& bases) {
-    const auto kinds = static_cast<int64_t>(widths.size());
-    for (size_t i = 0; i < numels.size(); i++) {
-      const auto first = static_cast<int64_t>(streams_.size());
-      for (size_t k = 0; k < widths.size(); k++)
-        streams_.push_back({pointer<char>(bases.at(k), i), widths[k], written.at(k)});
-      for (int64_t begin = 0; begin < numels[i]; begin += kChunk)
-        chunks_.push_back({first, kinds, begin, std::min(kChunk, numels[i] - begin)});
-    }
-  }
-
-  uint64_t run(int threads) const {
-    py::gil_scoped_release release;
-    return walk_streams(streams_.data(), chunks_.data(), static_cast<int64_t>(chunks_.size()),
-                        threads);
-  }
-
- private:
-  std::vector<Stream> streams_;
-  std::vector<StreamChunk> chunks_;
-};
-
 }  // namespace
 }  // namespace fast
 
 PYBIND11_MODULE(_C, m) {
   using fast::AnchoredPlan;
-  m.doc() = "Native kernels of fastkernels; see fastkernels/_native.py.";
-  m.attr("chunk") = fast::kChunk;
-  m.attr("code_block") = fast::kCodeBlock;
+  m.doc() = "Native kernels of fastkernels; see fastkernels/backends/native.py.";
   m.def("cpu_instruction_set", &fast::cpu_instruction_set);
   m.def("cross_entropy", [](uintptr_t u, uintptr_t p, uintptr_t scale, uintptr_t quad,
                             int64_t vectors, int64_t rows, int64_t classes, bool f64, int threads) {
@@ -162,19 +108,11 @@ PYBIND11_MODULE(_C, m) {
     };
   };
   py::class_<AnchoredPlan>(m, "AnchoredPlan")
-      .def(py::init<const std::vector<int64_t>&, const std::vector<int32_t>&, const std::string&,
-                    const fast::Addresses&, const std::vector<fast::Addresses>&,
-                    const std::vector<fast::Addresses>&, const fast::Addresses&,
-                    const fast::Addresses&, const fast::Addresses&, const fast::Addresses&,
-                    const fast::Addresses&>())
-      .def("adamw", bind(&fast::anchored_adamw_cpu))
-      .def("sgd", bind(&fast::anchored_sgd_cpu));
+      .def(py::init<uintptr_t, size_t>())
+      .def("anchored_adamw_", bind(&fast::anchored_adamw_cpu))
+      .def("anchored_sgd_", bind(&fast::anchored_sgd_cpu));
   py::class_<fast::Signature>(m, "Signature")
       .def(py::init([](const py::object& capsule) { return fast::Signature(capsule.ptr()); }))
       .def("record", fast::bind_signature(&fast::Signature::record))
       .def("match", fast::bind_signature(&fast::Signature::match));
-  py::class_<fast::StreamWalk>(m, "StreamWalk")
-      .def(py::init<const std::vector<int64_t>&, const std::vector<int64_t>&,
-                    const std::vector<bool>&, const std::vector<fast::Addresses>&>())
-      .def("run", &fast::StreamWalk::run);
 }

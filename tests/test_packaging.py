@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkernels import _native
+from fastkernels.backends import native
 from helpers import ROOT
 
 needs_build_tools = pytest.mark.skipif(
@@ -68,6 +68,56 @@ def test_a_compiler_that_fails_is_survived(checkout):
     assert "without native kernels" in done.stdout
 
 
+# Stands for nvcc: writes down how it was called, and makes the files it was asked for.
+NVCC = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/calls"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) touch "$2" ;;
+    -MF) echo "out:" > "$2" ;;
+  esac
+  shift
+done
+"""
+
+
+def stand_in(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@needs_build_tools
+def test_cuda_kernels_are_compiled_apart_and_linked(checkout, tmp_path):
+    stand_in(tmp_path / "bin" / "nvcc", NVCC)
+    done = build(checkout, CXX="no-such-compiler", FAST_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "bin" / "calls").read_text().splitlines()
+    compiled = {Path(c.split(" -c ")[1].split()[0]).name: c for c in calls if " -c " in c}
+    assert set(compiled) == {"anchored.cu", "bindings.cpp"}
+    for call in compiled.values():
+        assert "-fmad=false" in call
+        assert "code=sm_90" in call
+        assert f"-I{checkout}/csrc/include" in call
+    assert "pybind11" in compiled["bindings.cpp"]
+    (linked,) = set(calls) - set(compiled.values())
+    assert "-shared" in linked
+    assert all(name in linked for name in ("cuda_anchored.o", "cuda_bindings.o", "_C_cuda"))
+
+
+@needs_build_tools
+@pytest.mark.parametrize("required", [False, True])
+def test_an_nvcc_that_fails(checkout, tmp_path, required):
+    stand_in(tmp_path / "bin" / "nvcc", "#!/bin/sh\nexit 1\n")
+    stand_in(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\n")
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    wanted = {"FAST_CUDA": "1"} if required else {"FAST_CUDA": ""}
+    done = build(checkout, CXX="no-such-compiler", CUDA_HOME="", PATH=path, **wanted)
+    assert (done.returncode != 0) == required, done.stderr
+    if not required:
+        assert "without CUDA C++ kernels" in done.stdout
+
+
 @pytest.mark.slow
 @needs_build_tools
 def test_wheel_has_both_packages_and_links_no_torch(checkout, tmp_path):
@@ -82,7 +132,8 @@ def test_wheel_has_both_packages_and_links_no_torch(checkout, tmp_path):
         names = archive.namelist()
         (native,) = (n for n in names if n.startswith("fastkernels/_C"))
         archive.extract(native, tmp_path / "wheel")
-    assert {"fast/__init__.py", "fast/py.typed", "fastkernels/py.typed"} <= set(names)
+    files = ("fastkernels/ops/update/batch.py", "fastkernels/backends/native.py")
+    assert {"fast/__init__.py", "fast/py.typed", "fastkernels/py.typed", *files} <= set(names)
     if shutil.which("ldd"):
         linked = subprocess.run(
             ["ldd", tmp_path / "wheel" / native], capture_output=True, text=True, check=True
@@ -94,19 +145,19 @@ def test_required_native_is_there():
     """CI sets FAST_REQUIRE_NATIVE=1: then a build that quietly failed must not pass."""
     if os.environ.get("FAST_REQUIRE_NATIVE") != "1":
         pytest.skip("FAST_REQUIRE_NATIVE is not 1")
-    assert _native.available()[0], _native.available()[1]
+    assert native.available()[0], native.available()[1]
 
 
 def test_missing_native_names_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastkernels._C", None)
     monkeypatch.delattr("fastkernels._C", raising=False)
-    _native.load.cache_clear()
+    native.load.cache_clear()
     try:
-        ok, reason = _native.available()
+        ok, reason = native.available()
         assert not ok
         assert "FAST_REQUIRE_NATIVE=1" in reason
         with pytest.raises(RuntimeError, match="C\\+\\+17 compiler"):
-            _native.module()
+            native.module()
     finally:
         monkeypatch.undo()
-        _native.load.cache_clear()
+        native.load.cache_clear()

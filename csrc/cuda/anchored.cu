@@ -8,24 +8,12 @@
 
 #include <cuda_runtime.h>
 
-#include <cstddef>
-
 #include "fast/anchored_cuda.h"
 #include "fast/update.h"
 #include "storage.cuh"
 
 namespace fast {
 namespace {
-
-// fastkernels/_update_tables.py writes rows and chunks as words of 8 bytes.
-static_assert(sizeof(Row) == 14 * 8 && sizeof(Chunk) == 2 * 8, "tables");
-static_assert(offsetof(Row, moment) == 2 * 8 && offsetof(Row, anchor) == 4 * 8 &&
-                  offsetof(Row, scale) == 6 * 8 && offsetof(Row, curvature_scale) == 8 * 8 &&
-                  offsetof(Row, remainder) == 9 * 8 && offsetof(Row, step) == 10 * 8 &&
-                  offsetof(Row, group) == 12 * 8 && offsetof(Row, param_type) == 12 * 8 + 4 &&
-                  offsetof(Row, curvature_type) == 13 * 8 + 1,
-              "tables");
-static_assert(offsetof(Chunk, row) == 8 && offsetof(Chunk, count) == 12, "tables");
 
 constexpr int kReduceThreads = 1024;
 
@@ -269,6 +257,7 @@ struct Addresses {
   uint64_t value[kCount];
 };
 
+// table: [count], written.
 __global__ void write_addresses_kernel(uint64_t* table, int count, const Addresses addresses) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) table[i] = addresses.value[i];
 }

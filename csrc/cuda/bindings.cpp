@@ -58,12 +58,9 @@ auto bind(cudaError_t (*update)(const CudaUpdateArgs&, cudaStream_t)) {
 }  // namespace fast
 
 PYBIND11_MODULE(_C_cuda, m) {
-  m.doc() = "CUDA kernels of fastkernels; see fastkernels/_update_cuda.py.";
-  m.attr("row_bytes") = sizeof(fast::Row);
-  m.attr("chunk_bytes") = sizeof(fast::Chunk);
-  m.attr("code_block") = fast::kCodeBlock;
-  m.def("adamw", fast::bind(&fast::anchored_adamw_cuda));
-  m.def("sgd", fast::bind(&fast::anchored_sgd_cuda));
+  m.doc() = "CUDA kernels of fastkernels; see fastkernels/backends/cuda.py.";
+  m.def("anchored_adamw_", fast::bind(&fast::anchored_adamw_cuda));
+  m.def("anchored_sgd_", fast::bind(&fast::anchored_sgd_cuda));
   m.def("write_addresses",
         [](int device, uintptr_t stream, uintptr_t table, const std::vector<uint64_t>& addresses) {
           const py::gil_scoped_release release;

@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all; read JSON, and detect damage."""
+"""Write files and folders whole or not at all; read JSON and tensors, and detect damage."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastkernels
-from fastkernels import _storage
+from fastkernels import codes as codec
 
 F32, F64, BF16, F16, U8 = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8,
@@ -167,8 +167,8 @@ def put(
         stored = torch.empty(0)
     elif dtype == U8:
         dense = torch.empty_like(p, dtype=F32).copy_(value)
-        codes, scale = _storage.encode(_storage.flat(dense), 1 << 19, signed=signed)
-        _storage.flat(stored).copy_(codes)
+        codes, scale = codec.encode(codec.flat(dense), 1 << 19, signed=signed)
+        codec.flat(stored).copy_(codes)
     else:
         stored.copy_(value)
     call[key].append(stored)
@@ -183,7 +183,7 @@ def value_of(t: Tensor, scale: Tensor | None, *, signed: bool) -> Tensor:
     if t.dtype != U8:
         return t.double()
     out = torch.empty_like(t, dtype=F64)
-    _storage.flat(out).copy_(_storage.decode(_storage.flat(t), scale, signed=signed))
+    codec.flat(out).copy_(codec.decode(codec.flat(t), scale, signed=signed))
     return out
 
 
@@ -320,7 +320,7 @@ def cell_of(t: Tensor, scale: Tensor | None, x: Tensor, *, signed: bool, second:
         return torch.zeros_like(x)
     if t.dtype == U8:
         wide = torch.empty_like(t, dtype=F64)
-        flat = _storage.flat(wide)
+        flat = codec.flat(wide)
         flat.copy_(scale.double().repeat_interleave(128)[: t.numel()])
         if signed:  # a quarter of an octave, or a step of the flat part
             fine = x.abs() / 4 + wide / 7000
@@ -337,7 +337,7 @@ def finite_block(t: Tensor, x: Tensor) -> Tensor:
     """Where the code block of an element has nothing that is not finite, or beyond float32."""
     fine = torch.empty_like(t, dtype=torch.bool).copy_(x.isfinite() & (x.abs() < 1e38))
     if t.dtype == U8:
-        flat = _storage.flat(fine)
+        flat = codec.flat(fine)
         bad = torch.nn.functional.pad(~flat, (0, -flat.numel() % 128)).view(-1, 128).any(1)
         flat.copy_(~bad.repeat_interleave(128)[: flat.numel()])
     return fine

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from campaigns.children import run_cases, seed
-from fastkernels import _native
+from fastkernels.backends import native
 
 FOLDER = Path(__file__).parent
 TRITON = {"TRITON_INTERPRET": "1"} if importlib.util.find_spec("triton") else {}
@@ -31,8 +31,8 @@ WRONG_INPUTS = 500
 @pytest.mark.parametrize("share", SHARES)
 def test_lists_against_float64(share):
     environment, first, last = SHARES[share]
-    if environment["FASTKERNELS_BACKEND"] == "native" and not _native.available()[0]:
-        pytest.skip(_native.available()[1])
+    if environment["FASTKERNELS_BACKEND"] == "native" and not native.available()[0]:
+        pytest.skip(native.available()[1])
     if environment["FASTKERNELS_BACKEND"] == "triton" and not TRITON:
         pytest.skip("triton is not installed")
     outcome = run_cases(FOLDER / "fuzz_ops.py", first, last, environment)

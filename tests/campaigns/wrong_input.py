@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import fast
 import fastkernels
-from fastkernels import _backends, _storage
+from fastkernels import codes as codec
+from fastkernels.op import ENVIRONMENT
 
 OPS = {"adamw": fastkernels.anchored_adamw_, "sgd": fastkernels.anchored_sgd_}
 MOMENTS = {"adamw": ["exp_avgs", "exp_avg_sqs"], "sgd": ["momentum_buffers"]}
@@ -31,7 +32,7 @@ Call = dict[str, Any]
 
 
 def backends() -> list[str]:
-    rows = _backends.explain()
+    rows = fastkernels.explain()
     return sorted({r.backend for r in rows if r.op == "anchored_adamw_" and r.device == "cpu"
                    and r.available})  # fmt: skip
 
@@ -153,7 +154,7 @@ def spoil_memory(rng: random.Random, rule: str, call: Call) -> str:
 def spoil_codes(rng: random.Random, rule: str, call: Call) -> str:
     k = rng.randrange(len(MOMENTS[rule]))
     call[MOMENTS[rule][k]] = [torch.zeros(p.shape, dtype=torch.uint8) for p in call["params"]]
-    scales: list[Any] = [torch.zeros(_storage.code_scales(p.numel())) for p in call["params"]]
+    scales: list[Any] = [torch.zeros(codec.code_scales(p.numel())) for p in call["params"]]
     kind = rng.choice(
         ["missing", "short", "long", "double", "few", "none", "integers", "inference"]
     )
@@ -317,7 +318,7 @@ def main() -> None:
         print("begin", number, name, flush=True)
         said, changed = {}, {}
         for backend in backends():
-            os.environ[_backends.ENVIRONMENT] = backend
+            os.environ[ENVIRONMENT] = backend
             said[backend], changed[backend] = outcome(run)
         print(
             json.dumps({"case": number, "kind": name, "said": said, "changed": changed}), flush=True

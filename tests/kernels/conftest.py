@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastkernels import _backends, _triton
+from fastkernels.backends import triton
+from fastkernels.op import ENVIRONMENT, explain
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -22,19 +23,19 @@ def _one_thread() -> Iterator[None]:
 
 def _backends_on_cpu() -> list[str]:
     """Triton's kernels too under TRITON_INTERPRET=1; tests/kernels/test_triton.py asks for it."""
-    return ["reference", "native", *(["triton"] if _triton.interpreting() else [])]
+    return ["reference", "native", *(["triton"] if triton.interpreting() else [])]
 
 
 @pytest.fixture(params=_backends_on_cpu())
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the backend that every op of the test is forced to."""
     name: str = request.param
-    for row in _backends.explain():
+    for row in explain():
         if row.backend == name and row.device == "cpu" and not row.available:
             pytest.skip(f"{name}: {row.reason}")
     if name == "triton":  # the interpreter is numpy, which warns where IEEE arithmetic is meant
         request.getfixturevalue("_quiet_numpy")
-    monkeypatch.setenv(_backends.ENVIRONMENT, name)
+    monkeypatch.setenv(ENVIRONMENT, name)
     return name
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastkernels
 from cases import CHUNK, FEATURES, Feature
-from fastkernels import _backends
+from fastkernels.op import ENVIRONMENT
 from kernels.update_harness import Run
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -250,7 +250,7 @@ def test_no_tensors_is_no_work():
 
 
 def test_unknown_backend_is_refused(monkeypatch):
-    monkeypatch.setenv(_backends.ENVIRONMENT, "abacus")
+    monkeypatch.setenv(ENVIRONMENT, "abacus")
     run, grads = make("adamw", FEATURES["plain"])
     with pytest.raises(RuntimeError, match="FASTKERNELS_BACKEND=abacus"):
         run.step(grads)

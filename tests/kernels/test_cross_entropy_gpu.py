@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastkernels import _backends, cross_entropy_hvp_, cross_entropy_quad
+from fastkernels import cross_entropy_hvp_, cross_entropy_quad
+from fastkernels.op import ENVIRONMENT
 from fastkernels.ops.cross_entropy_hvp import reference
 
 pytestmark = [
@@ -21,7 +22,7 @@ RELATIVE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, tor
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product_and_form(monkeypatch, shape, dtype) -> None:
-    monkeypatch.setenv(_backends.ENVIRONMENT, "triton")
+    monkeypatch.setenv(ENVIRONMENT, "triton")
     u = torch.randn(shape, device="cuda").to(dtype)
     p = torch.softmax(3 * torch.randn(shape[1:], device="cuda"), -1).to(dtype)
     scale = torch.rand(shape[1], device="cuda").to(dtype)
@@ -38,7 +39,7 @@ def test_product_and_form(monkeypatch, shape, dtype) -> None:
 
 def test_offsets_beyond_31_bits(monkeypatch) -> None:
     """The last vector of 2.2e9 numbers in bfloat16 (4.3 GiB)."""
-    monkeypatch.setenv(_backends.ENVIRONMENT, "triton")
+    monkeypatch.setenv(ENVIRONMENT, "triton")
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of device memory")
     u = torch.zeros(2200, 1000, 1000, device="cuda", dtype=torch.bfloat16)

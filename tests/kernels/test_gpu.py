@@ -9,7 +9,7 @@ import torch
 
 import fast
 from cases import FEATURES, Feature
-from fastkernels import _backends
+from fastkernels.op import ENVIRONMENT, explain
 from kernels.update_harness import Run
 
 pytestmark = [
@@ -27,10 +27,10 @@ STATES = {
 
 @pytest.fixture(params=["triton", "native"])
 def backend(request, monkeypatch):
-    for row in _backends.explain():
+    for row in explain():
         if (row.backend, row.device) == (request.param, "cuda") and not row.available:
             pytest.skip(f"{request.param}: {row.reason}")
-    monkeypatch.setenv(_backends.ENVIRONMENT, request.param)
+    monkeypatch.setenv(ENVIRONMENT, request.param)
     return request.param
 
 
@@ -71,7 +71,7 @@ def everything(run: Run) -> list[torch.Tensor]:
 def test_against_the_reference(monkeypatch, backend, rule, param, feature):
     runs = []
     for name in (backend, "reference"):
-        monkeypatch.setenv(_backends.ENVIRONMENT, name)
+        monkeypatch.setenv(ENVIRONMENT, name)
         run = make(rule, feature, param=param)
         for grads in gradients(3, param):
             run.step(grads, **flags(run))
@@ -87,7 +87,7 @@ def test_against_the_reference(monkeypatch, backend, rule, param, feature):
 def test_compact_state_is_that_of_the_reference(monkeypatch, backend, dtypes):
     stored = []
     for name in (backend, "reference"):
-        monkeypatch.setenv(_backends.ENVIRONMENT, name)
+        monkeypatch.setenv(ENVIRONMENT, name)
         run = make("adamw", Feature(), dtypes)
         run.step(gradients(1)[0], seed=2**40 + 7)
         stored.append([t.float() for m in run.moments for t in m if t.numel()])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cases import FEATURES
-from fastkernels import _native
+from fastkernels.backends import native
 from helpers import run_python
 from kernels.update_harness import Run
 
-pytestmark = pytest.mark.skipif(not _native.available()[0], reason=_native.available()[1])
+pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
 
 SIZES = (100_003, 1, 40_000, 8192, 700)
 COMPACT = {
@@ -49,8 +49,8 @@ import torch
 from cases import FEATURES
 from kernels.update_harness import Run, torch_steps
 from helpers import assert_no_worse_than_torch
-from fastkernels import _native
-print(_native.module().cpu_instruction_set())
+from fastkernels.backends import native
+print(native.module().cpu_instruction_set())
 for rule in ("adamw", "sgd"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         torch.manual_seed(0)
@@ -78,8 +78,8 @@ def test_one_openmp_runtime():
     """Two runtimes in a process would mean two thread pools on the same cores."""
     code = """
 import fastkernels, torch
-from fastkernels import _native
-_native.module()
+from fastkernels.backends import native
+native.module()
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line
            or "libomp" in line or "iomp" in line}))
 """

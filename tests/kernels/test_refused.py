@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastkernels
-from fastkernels import _storage
+from fastkernels import codes as codec
 
 pytestmark = pytest.mark.usefixtures("backend")
 N = 7
@@ -192,6 +192,6 @@ def test_codes_are_of_enough_scales():
     call = arguments()
     call["exp_avgs"] = [torch.zeros(300, dtype=torch.uint8)] * 2
     call |= {key: [torch.ones(300), torch.ones(300)] for key in ("params", "grads", "exp_avg_sqs")}
-    call |= {"exp_avg_scales": [torch.zeros(_storage.code_scales(300) - 1)] * 2, "anchors": []}
+    call |= {"exp_avg_scales": [torch.zeros(codec.code_scales(300) - 1)] * 2, "anchors": []}
     with pytest.raises(ValueError, match=r"scales of exp_avgs\[0\], .* float32 with 3 elements"):
         fastkernels.anchored_adamw_(**call)

@@ -7,14 +7,14 @@ import torch
 
 import fastkernels
 from cases import FEATURES
-from fastkernels import _backends, _schemas
+from fastkernels.op import OPS, candidates
 from kernels.update_harness import Run
 
 
-@pytest.mark.parametrize("name", _schemas.SCHEMAS)
+@pytest.mark.parametrize("name", OPS)
 def test_op_is_complete(name):
     assert hasattr(torch.ops.fastkernels, name)
-    names = {b.name for b in _backends.candidates(name, "cpu")}
+    names = {b.name for b in candidates(name, "cpu")}
     assert "reference" in names
     assert name in fastkernels.__all__
     doc = getattr(fastkernels, name).__doc__
@@ -75,5 +75,5 @@ def test_profiler_shows_the_op(backend):
 
 def test_explain_covers_every_op():
     rows = fastkernels.explain()
-    assert {row.op for row in rows} == set(_schemas.SCHEMAS)
+    assert {row.op for row in rows} == set(OPS)
     assert all(row.reason for row in rows)

@@ -6,32 +6,38 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastkernels
-from fastkernels import _native, _plans, _signature
-from fastkernels._update import Batch
-
-OP = fastkernels.ops.anchored_adamw.OP
+from fastkernels.backends import native
+from fastkernels.ops.update import plan
+from fastkernels.ops.update.adamw import ADAMW
+from fastkernels.ops.update.batch import Batch
+from fastkernels.ops.update.plan import Plans
 
 
 def batch(*shapes: tuple[int, ...]) -> Batch:
     def each() -> list[Tensor]:
         return [torch.randn(s) for s in shapes]
 
-    steps = [torch.zeros(()) for _ in shapes]
-    hyper = torch.zeros(1, 7, dtype=torch.float64)
     return Batch(
-        OP, each(), each(), (each(), each()), steps, hyper, [0] * len(shapes), anchors=each()
+        rule=ADAMW,
+        params=each(),
+        grads=each(),
+        moments=(each(), each()),
+        moment_scales=((), ()),
+        steps=[torch.zeros(()) for _ in shapes],
+        hyper=torch.zeros(1, 7, dtype=torch.float64),
+        groups=[0] * len(shapes),
+        anchors=each(),
     )
 
 
 @pytest.fixture(params=["NativeSignature", "TorchSignature"])
 def signature(request):
     if request.param == "NativeSignature":
-        if not _native.available()[0]:
-            pytest.skip(_native.available()[1])
+        if not native.available()[0]:
+            pytest.skip(native.available()[1])
         if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
             pytest.skip("this torch has no DLPack exchange table")
-    return getattr(_signature, request.param)()
+    return getattr(plan, request.param)()
 
 
 def test_gradients_may_move_and_nothing_else(signature):
@@ -85,12 +91,12 @@ def test_strides_of_dimensions_of_size_one_mean_nothing(signature):
 
 def test_a_plan_is_built_once_and_again_when_something_moved():
     built = []
-    plans = _plans.Plans(lambda b: built.append(len(b.params)) or len(built))
+    plans = Plans(lambda b: built.append(len(b.params)) or len(built))
     b = batch((3, 4), (5,))
     assert [plans.find(b)[0] for _ in range(3)] == [1, 1, 1]
     b.grads[0] = torch.zeros(()).expand(3, 4)  # copied to the parameter's layout: the plan holds
-    plan, used, addresses, _ = plans.find(b)
-    assert plan == 1
+    number, used, addresses, _ = plans.find(b)
+    assert number == 1
     assert used.grads[0].is_contiguous()
     assert addresses[0] == used.grads[0].data_ptr()
     b.moments[0][1] = b.moments[0][1].clone()
@@ -98,9 +104,9 @@ def test_a_plan_is_built_once_and_again_when_something_moved():
 
 
 def test_plans_do_not_grow_for_ever(monkeypatch):
-    monkeypatch.setattr(_plans, "MAX_TENSORS", 3)
-    plans = _plans.Plans(lambda b: object())
+    monkeypatch.setattr(plan, "MAX_TENSORS", 3)
+    plans = Plans(lambda b: object())
     kept = [batch((2,)) for _ in range(5)]
     for b in kept:
         plans.find(b)
-    assert len(plans._known) == 3
+    assert len(plans._entries) == 3

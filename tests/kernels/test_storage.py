@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cases import CHUNK, Feature
-from fastkernels import _storage
+from fastkernels import codes as codec
 from kernels.update_harness import Run
 
 NEAREST = 1 << 19
@@ -20,8 +20,8 @@ def test_codes_hold_the_range(signed):
     low = -9 if signed else -18
     x = torch.logspace(low / 2, 0, 128, dtype=torch.float32)
     x = torch.cat([x, -x]) if signed else x
-    codes, scales = _storage.encode(x, NEAREST, signed=signed)
-    back = _storage.decode(codes, scales, signed=signed)
+    codes, scales = codec.encode(x, NEAREST, signed=signed)
+    back = codec.decode(codes, scales, signed=signed)
     # Half of an eighth of an octave, absolute near zero; signed ones have quarters of an octave,
     # and steps of 1/80 of the largest value from 9/80 of it on.
     bound = x.abs() / 16 * 1.01 + scales.repeat_interleave(128) / 16
@@ -30,7 +30,7 @@ def test_codes_hold_the_range(signed):
             x.abs() < 9 / 80, x.abs() / 8 * 1.01 + 1e-6, torch.tensor(1 / 160 * 1.01)
         )
     assert ((back - x).abs() <= bound).all()
-    again, scales_again = _storage.encode(back, NEAREST, signed=signed)
+    again, scales_again = codec.encode(back, NEAREST, signed=signed)
     assert torch.equal(again, codes)
     torch.testing.assert_close(scales_again, scales)
 
@@ -38,18 +38,18 @@ def test_codes_hold_the_range(signed):
 @pytest.mark.parametrize("signed", [False, True])
 def test_codes_of_zeros_of_nothing_and_of_what_is_not_finite(signed):
     for x in (torch.zeros(5), torch.zeros(0)):
-        codes, scales = _storage.encode(x, NEAREST, signed=signed)
-        assert torch.equal(_storage.decode(codes, scales, signed=signed), x)
-    codes, scales = _storage.encode(torch.tensor([1.0, torch.nan]), NEAREST, signed=signed)
-    assert _storage.decode(codes, scales, signed=signed).isnan().all()
+        codes, scales = codec.encode(x, NEAREST, signed=signed)
+        assert torch.equal(codec.decode(codes, scales, signed=signed), x)
+    codes, scales = codec.encode(torch.tensor([1.0, torch.nan]), NEAREST, signed=signed)
+    assert codec.decode(codes, scales, signed=signed).isnan().all()
 
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_codes_of_values_whose_inverse_no_float_holds(backend, signed):
     """A zero beside a denormal stays zero, on every backend."""
     x = torch.tensor([0.0, 1e-38, 1e-40])
-    codes, scales = _storage.encode(x, NEAREST, signed=signed)
-    torch.testing.assert_close(_storage.decode(codes, scales, signed=signed)[:2], x[:2])
+    codes, scales = codec.encode(x, NEAREST, signed=signed)
+    torch.testing.assert_close(codec.decode(codes, scales, signed=signed)[:2], x[:2])
     run = Run("adamw", [torch.zeros(3)], Feature(), moment_dtypes=(torch.uint8, torch.uint8))
     run.step([x * 1e19])
     assert run.moments[not signed][0][0] == 0
@@ -64,7 +64,7 @@ def momentum_errors(backend: str) -> Iterator[tuple[Tensor, Tensor]]:
     for _ in range(40 if backend == "native" else 8):
         g = 0.01 * torch.randn(32768)
         run.step([g])
-        held = _storage.decode(run.moments[0][0], run.scales[0][0], signed=True)
+        held = codec.decode(run.moments[0][0], run.scales[0][0], signed=True)
         yield held, (0.9 * truth + g if run.steps[0] > 1 else g)
         truth = held
 
@@ -82,23 +82,23 @@ def test_momentum_is_as_exact_as_bitsandbytes(backend):
 )
 def test_momentum_keeps_its_relative_error(kind, bound):
     x = kind(1 << 16)
-    back = _storage.decode(*_storage.encode(x, NEAREST, signed=True), signed=True)
+    back = codec.decode(*codec.encode(x, NEAREST, signed=True), signed=True)
     assert (back - x).norm() / x.norm() < bound
 
 
 def test_a_second_moment_never_becomes_zero():
     x = torch.tensor([1.0, 1e-30])
-    codes, scales = _storage.encode(x, 0, signed=False)
-    assert (_storage.decode(codes, scales, signed=False) > 0).all()
+    codes, scales = codec.encode(x, 0, signed=False)
+    assert (codec.decode(codes, scales, signed=False) > 0).all()
 
 
 def test_draws_are_uniform_and_differ_by_step_and_seed():
     step = torch.tensor(1.0)
-    draws = _storage.draws(1 << 16, 0, step).double() / 2**32
+    draws = codec.draws(1 << 16, 0, step).double() / 2**32
     for bits in (draws, (draws * 2**16) % 1):
         counts = torch.histc(bits, 64, 0, 1)
         assert ((counts - 1024).square() / 1024).sum() < 120  # 63 degrees of freedom, p = 1e-5
-    for other in (_storage.draws(1 << 16, 1, step), _storage.draws(1 << 16, 0, step + 1)):
+    for other in (codec.draws(1 << 16, 1, step), codec.draws(1 << 16, 0, step + 1)):
         correlation = torch.corrcoef(torch.stack([draws, other.double()]))[0, 1]
         assert correlation.abs() < 0.02
 
@@ -117,7 +117,7 @@ def test_second_moment_decays(backend, dtype):
         exact.step([g])
     v = compact.moments[1][0]
     if dtype == torch.uint8:
-        v = _storage.decode(v, compact.scales[1][0], signed=False)
+        v = codec.decode(v, compact.scales[1][0], signed=False)
     ratio = v.float().sqrt().mean() / exact.moments[1][0].sqrt().mean()
     assert ratio.item() == pytest.approx(1.0, abs=0.03)
 
@@ -156,7 +156,7 @@ def test_exact_bf16_parameters_follow_float32(backend):
         run.hyper[0, 0] = 1e-5
         for g in grads:
             run.step([g])
-    joined = _storage.load_param(split.params[0], remainder)
+    joined = codec.load_param(split.params[0], remainder)
     torch.testing.assert_close(joined, exact.params[0], rtol=1e-6, atol=1e-7)
     assert (plain.params[0] == start).float().mean() > 0.9, "the case must need the remainders"
 
@@ -168,9 +168,9 @@ def test_split_keeps_every_float():
         torch.empty(x.shape, dtype=torch.bfloat16),
         x.new_empty(x.shape, dtype=torch.int16),
     )
-    for target, value in _storage.store_param(param, remainder, x):
+    for target, value in codec.store_param(param, remainder, x):
         target.copy_(value)
-    assert torch.equal(_storage.load_param(param, remainder), x)
+    assert torch.equal(codec.load_param(param, remainder), x)
     assert (param.float() - x).abs()[9:].max() <= x[9:].abs().max() * 2**-8
 
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkernels import _triton
+from fastkernels.backends import triton as backend
+from fastkernels.ops.update.plan import DTYPES
 from helpers import ROOT
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 needs_compiler = pytest.mark.skipif(
-    _triton.interpreting(), reason="TRITON_INTERPRET=1 replaces the compiler"
+    backend.interpreting(), reason="TRITON_INTERPRET=1 replaces the compiler"
 )
 
 # All of tests/kernels takes minutes in the interpreter (TRITON_INTERPRET=1 pytest tests/kernels);
@@ -54,8 +55,10 @@ def test_suite_in_the_interpreter():
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 
-# (dtype codes of param, grad, moments, anchor, curvature as in csrc's Dtype; remainders).
-F32, F64, BF16, CODES = 1, 2, 3, 5
+# (dtypes of param, grad, moments, anchor, curvature by csrc's Dtype; whether there are remainders).
+F32, F64, BF16, CODES = map(
+    DTYPES.index, (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
+)
 VARIANTS = {
     "plain": ((F32, F32, F32, F32, 0, 0), False),
     "anchor": ((F32, F32, F32, F32, F32, 0), False),
@@ -67,7 +70,7 @@ VARIANTS = {
 }
 MAIN = ("plain", "anchor", "curvature", "bf16_state")
 POINTERS = {
-    "table": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
+    "rows": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
     "control": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "partial": "*fp64",
     "max_norm": "*fp64", "stats": "*fp64",
 }  # fmt: skip
@@ -92,15 +95,14 @@ def offline(kernel, constants: dict, options: dict, pointers: dict[str, str] = P
 @functools.cache
 def compiled(rule: str, types: tuple[int, ...], remainder: bool, clip: bool):
     """The update kernel for sm_90 and its kind."""
-    from fastkernels import _update_triton
+    from fastkernels.ops.update import triton as op
 
     if rule == "sgd":
         types = (*types[:3], 0, *types[4:])
-    kind = _update_triton.kind_of(bytes(types), remainder, True)
-    module = importlib.import_module(f"fastkernels.ops.anchored_{rule}.triton")
-    kernel = getattr(module, f"anchored_{rule}_kernel")
-    constants = {**kind._asdict(), "CLIP": clip, "STATS": True}
-    return offline(kernel, constants, kind.options), kind
+    kind = op.kind_of(bytes(types), remainder, True)
+    rule_constants = op.RULES[f"anchored_{rule}_"] | {"COLUMNS": 7}
+    constants = {**rule_constants, **kind._asdict(), "CLIP": clip, "STATS": True}
+    return offline(op.update_kernel, constants, kind.options), kind
 
 
 def resources(kernel) -> dict[str, int]:
@@ -154,15 +156,15 @@ def test_clipping_needs_no_more():
 def test_what_goes_before_and_after_compiles_too(name):
     import triton.language as tl
 
-    from fastkernels import _update_triton
+    from fastkernels.ops.update import triton as op
 
     constants = {
-        "gradient_norm": {"G": tl.float32, "ALIGN": 16, "BLOCK": _update_triton.BLOCK},
-        "clip": {"BLOCK": _update_triton._REDUCE},
-        "finish": {"CLIP": True, "BLOCK": _update_triton._REDUCE},
+        "gradient_norm": {"G": tl.float32, "ALIGN": 16, "BLOCK": op.BLOCK},
+        "clip": {"BLOCK": op._REDUCE},
+        "finish": {"CLIP": True, "BLOCK": op._REDUCE},
     }[name]
-    kernel = getattr(_update_triton, f"{name}_kernel")
-    options = {"num_warps": _update_triton._WARPS}
+    kernel = getattr(op, f"{name}_kernel")
+    options = {"num_warps": op._WARPS}
     compiled_kernel = offline(kernel, constants, options)
     used = resources(compiled_kernel)
     assert used["stack"] == used["local"] == 0

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from cases import Feature
-from fastkernels import _storage, _triton, _update_tables
+from fastkernels import codes as codec
+from fastkernels.backends import triton
+from fastkernels.ops.update import plan as plans
 from kernels.update_harness import Run
 
 pytestmark = pytest.mark.skipif(
-    not _triton.interpreting(), reason="needs TRITON_INTERPRET=1; run by test_triton.py"
+    not triton.interpreting(), reason="needs TRITON_INTERPRET=1; run by test_triton.py"
 )
 BF16, CODES = torch.bfloat16, torch.uint8
 FULL = Feature(0.5, True, 0.1, 0.5, 8.0)
@@ -31,7 +33,7 @@ def values(run: Run) -> list[torch.Tensor]:
     found = [p.double() for p in run.params]
     for k, (moments, scales) in enumerate(zip(run.moments, run.scales, strict=True)):
         for i, m in enumerate(moments):
-            decoded = _storage.load(m.flatten(), scales[i] if scales else None, signed=k == 0)
+            decoded = codec.load(m.flatten(), scales[i] if scales else None, signed=k == 0)
             found.append(decoded.double())
     return [*found, *run.steps, run.stats]
 
@@ -65,7 +67,7 @@ def test_storage_forms_agree_with_the_reference(monkeypatch, form):
         run.gradient_dtype = gradient
         run.anchors = [a.to(anchor) for a in run.anchors]
         if curvature == CODES:
-            coded = [_storage.encode(f, 1 << 19, signed=False) for f in run.curvature]
+            coded = [codec.encode(f, 1 << 19, signed=False) for f in run.curvature]
             run.curvature = [codes for codes, _ in coded]
             run.options["curvature_scales"] = [scales for _, scales in coded]
         else:
@@ -125,17 +127,17 @@ def test_one_list_of_many_kinds(monkeypatch):
 
 def test_one_launch_for_any_number_of_tensors(monkeypatch):
     """Tensors of one kind: all of a network's, whatever their shapes."""
-    plans, find = [], _update_tables.PLANS.find
+    found, find = [], plans.DEVICE_PLANS.find
 
     def watched(*args):
-        plans.append(find(*args))
-        return plans[-1]
+        found.append(find(*args))
+        return found[-1]
 
-    monkeypatch.setattr(_update_tables.PLANS, "find", watched)
+    monkeypatch.setattr(plans.DEVICE_PLANS, "find", watched)
     shapes = [(64, 3, 7, 7), (64,), (), (1,), (0,), (3, 5)] * 20 + [(40000,)]
     run = Run("adamw", [torch.randn(s) for s in shapes], Feature(anchor_decay=0.5))
     run.step([torch.randn(s) for s in shapes])
-    ((plan, *_),) = plans
+    ((plan, *_),) = found
     (launch,) = plan.launches
     # A chunk of its own for each tensor that has elements, three for the last.
     assert launch.count == len([s for s in shapes if 0 not in s]) + 2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastkernels
 from cases import Feature
-from fastkernels import _storage
+from fastkernels import codes as codec
 
 LR = 0.01
 
@@ -55,7 +55,7 @@ class Run:
         for moments in self.moments:
             coded = any(m.dtype == torch.uint8 for m in moments)
             self.scales.append(
-                [torch.zeros(_storage.code_scales(m.numel())) for m in moments] if coded else []
+                [torch.zeros(codec.code_scales(m.numel())) for m in moments] if coded else []
             )
         self.steps = [torch.zeros(()) for _ in self.params]
         self.stats = torch.full((4,), torch.nan, dtype=torch.float64)

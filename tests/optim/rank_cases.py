@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fast
+import fast.optim
 
 BATCH, STEPS = 8, 4
 # The gradient is a sum over ranks in another order; Adam makes of a difference near zero up to lr.
@@ -109,6 +110,21 @@ def fsdp_sgd(rank: int, world: int, folder: Path) -> None:
     assert_same(model, whole)
 
 
+def unfused(rank: int, world: int, folder: Path) -> None:
+    """The pull around torch's optimizer over shards is that over the whole network."""
+    whole, model = network(), sharded_network(world)
+    curvature = [torch.rand_like(p) for p in list(whole.parameters())[:-2]]
+    pulls = []
+    for net, share in ((whole, slice(None)), (model, share_of(rank, world))):
+        opt = torch.optim.SGD(groups(net, curvature=curvature, stall=1), lr=0.1, momentum=0.9)
+        pulls.append(fast.optim.UnfusedPull(opt, grad_norm=True))
+        train(net, opt, batches(), share)
+    assert_same(model, whole)
+    a, b = (pull.stats() for pull in pulls)
+    for key in ("grad_norm", "drift", "forgetting"):
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-6)
+
+
 def checkpoint(rank: int, world: int, folder: Path) -> None:
     """Save, load into another optimizer over moved weights, go on: as if never stopped."""
     for index, keys in enumerate(options()):
@@ -133,11 +149,11 @@ def checkpoint(rank: int, world: int, folder: Path) -> None:
         for p, q in zip(model.parameters(), again.parameters(), strict=True):
             assert torch.equal(p.to_local(), q.to_local())
             for key, value in opt.state[p].items():
-                found = other.state[q][key]
-                assert type(found) is type(value), key
-                assert found.dtype == value.dtype, key
-                own, theirs = (t.to_local() if key != "step" else t for t in (value, found))
-                assert torch.equal(own, theirs), key
+                loaded = other.state[q][key]
+                assert type(loaded) is type(value), key
+                assert loaded.dtype == value.dtype, key
+                ours, theirs = (t.to_local() if key != "step" else t for t in (value, loaded))
+                assert torch.equal(ours, theirs), key
 
 
 def whole_into_sharded(rank: int, world: int, folder: Path) -> None:
@@ -193,10 +209,8 @@ def scaler(rank: int, world: int, folder: Path) -> None:
     assert scaling.get_scale() == 2.0
 
 
-CASES: dict[str, Callable[[int, int, Path], None]] = {
-    f.__name__: f
-    for f in (fsdp, fsdp_sgd, checkpoint, whole_into_sharded, codes_are_refused, ddp, scaler)
-}
+ALL = (fsdp, fsdp_sgd, unfused, checkpoint, whole_into_sharded, codes_are_refused, ddp, scaler)
+CASES: dict[str, Callable[[int, int, Path], None]] = {case.__name__: case for case in ALL}
 
 if __name__ == "__main__":
     name, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])

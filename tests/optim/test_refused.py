@@ -13,7 +13,7 @@ from torch import nn
 import fast
 from fast.optim import dtensor, storage
 from fast.optim.dtensor import Place
-from fastkernels import _storage
+from fastkernels import codes as codec
 from optim.cases import parameter
 
 STATE_DTYPES = [None, torch.bfloat16, torch.uint8]
@@ -200,7 +200,7 @@ def test_states_in_the_first_8_bit_code_are_converted():
     p, optimizer = stepped(state_dtype=torch.uint8)
     optimizer.load_state_dict(in_first_format(optimizer, x))
     state = optimizer.state[p]
-    found = _storage.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
+    found = codec.decode(state["exp_avg_codes"], state["exp_avg_scales"], signed=True)
     torch.testing.assert_close(found, x, rtol=0.15, atol=0.01)
     assert optimizer.param_groups[0]["code_format"] == storage.CODE_FORMAT
     plain = stepped(n=9)[1]

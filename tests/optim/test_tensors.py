@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fast
-from fastkernels import _native, _update_native
+from fastkernels.backends import native
+from fastkernels.ops.update.native import PLANS
 from optim.cases import parameter
 
 
@@ -37,13 +38,13 @@ def test_negative_views_are_read_as_what_they_are():
 
 def test_plans_of_changing_sets_of_gradients_are_kept():
     """Alternating heads of one size evicted each other's plan at every step."""
-    if not _native.available()[0] or os.environ.get("FASTKERNELS_BACKEND", "native") != "native":
+    if not native.available()[0] or os.environ.get("FASTKERNELS_BACKEND", "native") != "native":
         pytest.skip("the native kernels are not built, or not asked for")
     body = [nn.Parameter(torch.randn(3)) for _ in range(4)]
     heads = [[nn.Parameter(torch.randn(3))] for _ in range(2)]
     optimizer = fast.AdamW([*body, *heads[0], *heads[1]])
-    built, build = [], _update_native._plans._build
-    _update_native._plans._build = lambda batch, *what: built.append(1) or build(batch, *what)
+    built, build = [], PLANS._build
+    PLANS._build = lambda batch, *what: built.append(1) or build(batch, *what)
     try:
         for step in range(8):
             for p in (*body, *heads[0], *heads[1]):
@@ -52,7 +53,7 @@ def test_plans_of_changing_sets_of_gradients_are_kept():
                 p.grad = torch.randn(3)
             optimizer.step()
     finally:
-        _update_native._plans._build = build
+        PLANS._build = build
     assert len(built) == 2
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fast
 from fast.files import file_hash, read_sealed, write_sealed
-from fast.models.tensor_files import save_tensors
+from fast.tensor_files import save_tensors
 from fast.train.measure import Measure
 from fast.train.resume.checkpoint import FORMAT, list_checkpoints
 from networks import ConvNet, images

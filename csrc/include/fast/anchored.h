@@ -2,6 +2,7 @@
 // read the same tables.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "fast/numeric.h"
@@ -31,6 +32,16 @@ struct Chunk {
   int64_t begin;
   int32_t row, count;
 };
+
+// fastkernels/ops/update/plan.py writes rows and chunks as words of 8 bytes.
+static_assert(sizeof(Row) == 14 * 8 && sizeof(Chunk) == 2 * 8, "tables");
+static_assert(offsetof(Row, moment) == 2 * 8 && offsetof(Row, anchor) == 4 * 8 &&
+                  offsetof(Row, scale) == 6 * 8 && offsetof(Row, curvature_scale) == 8 * 8 &&
+                  offsetof(Row, remainder) == 9 * 8 && offsetof(Row, step) == 10 * 8 &&
+                  offsetof(Row, group) == 12 * 8 && offsetof(Row, param_type) == 12 * 8 + 4 &&
+                  offsetof(Row, curvature_type) == 13 * 8 + 1,
+              "tables");
+static_assert(offsetof(Chunk, row) == 8 && offsetof(Chunk, count) == 12, "tables");
 
 enum Stat { grad_norm, drift, update_norm, forgetting, kStats };
 

@@ -1,4 +1,4 @@
-// The update rules, written once. The equations are in fastkernels/ops/anchored_*/reference.py.
+// The update rules, written once. The equations are in fastkernels/ops/update/reference.py.
 #pragma once
 
 #include "fast/numeric.h"

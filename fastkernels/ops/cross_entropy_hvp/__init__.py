@@ -6,16 +6,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkernels import _backends, _memory, _native, _schemas, _triton
+from fastkernels import backends, memory
+from fastkernels.op import Backend, always, choose, operator
 
 HVP, QUAD = "cross_entropy_hvp_", "cross_entropy_quad"
-for _op in (HVP, QUAD):
-    _backends.register(_op, "native", ("cpu",), f"{__name__}.native", _native.available)
-    _backends.register(_op, "triton", ("cuda",), f"{__name__}.triton", _triton.available)
-    _backends.register(_op, "reference", ("cpu", "cuda"), f"{__name__}.reference")
-    _backends.register(_op, "triton", ("cpu",), f"{__name__}.triton", _triton.available_on_cpu)
 
 
+def _backends(op: str) -> tuple[Backend, ...]:
+    return tuple(
+        Backend(
+            name=name,
+            device=device,
+            module=f"{__name__}.{name}",
+            function=op,
+            available=available,
+        )
+        for name, device, available in (
+            ("native", "cpu", backends.native.available),
+            ("triton", "cuda", backends.triton.available),
+            ("reference", "cpu", always),
+            ("reference", "cuda", always),
+            ("triton", "cpu", backends.triton.available_on_cpu),
+        )
+    )
+
+
+def _fake_hvp(u: Tensor, p: Tensor, scale: Tensor) -> None:
+    torch._check(u.shape[1:] == p.shape, lambda: "u must be [K, *p.shape]")
+
+
+def _fake_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
+    return u.new_empty(u.shape[0], dtype=torch.float64)
+
+
+@operator(fake=_fake_hvp, mutates=("u",), backends=_backends(HVP))
 def cross_entropy_hvp_(u: Tensor, p: Tensor, scale: Tensor) -> None:
     """Overwrite every `u[k]` with the Hessian of the loss in the logits times `u[k]`.
 
@@ -32,9 +56,12 @@ def cross_entropy_hvp_(u: Tensor, p: Tensor, scale: Tensor) -> None:
         ValueError: shapes, dtypes, devices or layouts do not fit; the message names the tensor.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    torch.ops.fastkernels.cross_entropy_hvp_(u, p, scale)
+    _check(HVP, u, p, scale)
+    if u.numel():
+        choose(HVP, u.device.type)(u, p, scale)
 
 
+@operator(fake=_fake_quad, mutates=(), backends=_backends(QUAD))
 def cross_entropy_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
     """`[K]`, float64: `<u[k], H u[k]>` for every k; `u` is read once and nothing else is written.
 
@@ -45,7 +72,10 @@ def cross_entropy_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
         ValueError: shapes, dtypes, devices or layouts do not fit; the message names the tensor.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    result: Tensor = torch.ops.fastkernels.cross_entropy_quad(u, p, scale)
+    _check(QUAD, u, p, scale)
+    if not u.numel():
+        return u.new_zeros(u.shape[0], dtype=torch.float64)
+    result: Tensor = choose(QUAD, u.device.type)(u, p, scale)
     return result
 
 
@@ -62,22 +92,4 @@ def _check(op: str, u: Tensor, p: Tensor, scale: Tensor) -> None:
             raise ValueError(f"{op}: {name} is on {t.device}, u on {u.device}")
         if not t.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous; pass {name}.contiguous()")
-    _memory.check(op, (("u", u, op == HVP), ("p", p, False), ("scale", scale, False)))
-
-
-def _hvp(u: Tensor, p: Tensor, scale: Tensor) -> None:
-    _check(HVP, u, p, scale)
-    if u.numel():
-        _backends.choose(HVP, u.device.type)(u, p, scale)
-
-
-def _quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
-    _check(QUAD, u, p, scale)
-    if not u.numel():
-        return u.new_zeros(u.shape[0], dtype=torch.float64)
-    result: Tensor = _backends.choose(QUAD, u.device.type)(u, p, scale)
-    return result
-
-
-_schemas.implement(HVP, _hvp)
-_schemas.implement(QUAD, _quad)
+    memory.check(op, (("u", u, op == HVP), ("p", p, False), ("scale", scale, False)))

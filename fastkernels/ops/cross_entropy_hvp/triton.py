@@ -23,7 +23,11 @@ TILE = 2048
 
 @triton.jit(do_not_specialize=["K", "N"])
 def rows_kernel(
-    u, p, scale, quad, K, N, C: tl.constexpr,
+    u,  # [K, N, C], read, and overwritten with WRITE
+    p,  # [N, C]
+    scale,  # [N]
+    quad,  # float64 [K, N], written without WRITE
+    K, N, C: tl.constexpr,
     REAL: tl.constexpr, WRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of BLOCK >= C columns. C is a constant of the kernel: what divides it decides how
@@ -51,7 +55,11 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["K", "N"])
 def long_kernel(
-    u, p, scale, quad, K, N, C: tl.constexpr,
+    u,  # [K, N, C], read, and overwritten with WRITE
+    p,  # [N, C]
+    scale,  # [N]
+    quad,  # float64 [K, N], written without WRITE
+    K, N, C: tl.constexpr,
     REAL: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of BLOCK >= C columns: u stays on chip, p is read twice for each vector, from
@@ -68,7 +76,7 @@ def long_kernel(
         v = tl.load(row + columns, mask=inside, other=0.0).to(REAL)
         w = tl.load(weights + columns, mask=inside, other=0.0, eviction_policy="evict_last")
         mean = tl.sum(w.to(REAL) * v, 0)
-        # Of another policy, or the compiler keeps the first one's registers and spills.
+        # With another policy, or the compiler keeps the first one's registers and spills.
         again = tl.load(weights + columns, mask=inside, other=0.0).to(REAL)
         if WRITE:
             new = again * (a * v - a * mean)
@@ -82,7 +90,11 @@ def long_kernel(
 
 @triton.jit(do_not_specialize=["K", "N"])
 def wide_kernel(
-    u, p, scale, quad, K, N, C: tl.constexpr,
+    u,  # [K, N, C], read, and overwritten with WRITE
+    p,  # [N, C]
+    scale,  # [N]
+    quad,  # float64 [K, N], written without WRITE
+    K, N, C: tl.constexpr,
     REAL: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row, swept twice by BLOCK columns: the second time from cache."""

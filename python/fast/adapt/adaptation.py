@@ -175,31 +175,31 @@ class Adaptation:
                 sample=setup.sample,
                 own_lr=self.config.lr is not None,
             )
-        self.optimizer: Optimizer = self._anchored.optimizer
-        self.plan = plan = self._anchored.plan
-        self.drift = self._network.drift = self._anchored.drift
-        self.head_start = HeadStart(self.model, self.drift) if plan.head_steps else None
-        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
-        self.average = None
-        if plan.average:
-            self.average = WeightAverage(self.params, plan.average, plan.stall)
-        self.budget = ForgettingBudget(
-            model=self.model,
-            plan=plan,
-            batch_size=setup.batch_size,
-            budget=self.config.budget,
-            meter=meter,
-            card=bound,
-            weighted=weighted,
-            stats=self.stats,
-            drift=self.drift,
-            average=self.average,
-            set_pull=self.set_pull,
-        )
-        guards = (self._distillation, rehearsal, replay, self.average, self.budget)
-        self.guards: list[Guard] = [guard for guard in guards if guard is not None]
-        self.optimizer.register_step_pre_hook(self._before_step)
-        self.optimizer.register_step_post_hook(self._after_step)
+            self.optimizer: Optimizer = self._anchored.optimizer
+            self.plan = plan = self._anchored.plan
+            self.drift = self._network.drift = self._anchored.drift
+            self.head_start = HeadStart(self.model, self.drift) if plan.head_steps else None
+            self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+            self.average = None
+            if plan.average:
+                self.average = WeightAverage(self.params, plan.average, plan.stall)
+            self.budget = ForgettingBudget(
+                model=self.model,
+                plan=plan,
+                batch_size=setup.batch_size,
+                budget=self.config.budget,
+                meter=meter,
+                card=bound,
+                weighted=weighted,
+                stats=self.stats,
+                drift=self.drift,
+                average=self.average,
+                set_pull=self.set_pull,
+            )
+            guards = (self._distillation, rehearsal, replay, self.average, self.budget)
+            self.guards: list[Guard] = [guard for guard in guards if guard is not None]
+            self.optimizer.register_step_pre_hook(self._before_step)
+            self.optimizer.register_step_post_hook(self._after_step)
 
     def _own_card(self, setup: Setup) -> SourceCard:
         samples = self.source

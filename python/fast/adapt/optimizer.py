@@ -14,6 +14,7 @@ from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.optim import SGD, AdamW
 from fast.optim.param_groups import param_groups
+from fast.optim.unfused import UnfusedPull
 
 Groups = list[dict[str, Any]]
 MakeOptimizer = Callable[[Groups], Optimizer]
@@ -52,12 +53,10 @@ class AnchoredOptimizer:
         for group in _backbone(groups):
             if card is not None:
                 group["curvature"] = card.curvature_for(group["params"])
-        self.unfused: Any = None
+        self.unfused: UnfusedPull | None = None
         if optimizer is not None:
             self.optimizer = self._foreign(groups, optimizer, own_lr)
-            from fast.optim.unfused import UnfusedPull
-
-            self.unfused = UnfusedPull(self.optimizer)
+            self.unfused = UnfusedPull(self.optimizer, grad_norm=True)
         else:
             fused: Any = AdamW
             options: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm}

@@ -16,7 +16,7 @@ from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
 from fast.models.claim import is_going_on
 from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
-from fast.models.tensor_files import save_tensors
+from fast.tensor_files import save_tensors
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from fast.files import (
 )
 from fast.heads.find import Head, HeadLayer, find_head, layer_like
 from fast.heads.replace import announce_classes
-from fast.models.tensor_files import load_tensors
+from fast.tensor_files import load_tensors
 
 MODEL_FILE = "model.safetensors"
 SOURCE_HEAD_FILE = "source_head.safetensors"

@@ -282,7 +282,8 @@ class AnchoredOptimizer(Optimizer):
         unanchored = 0
         for (i, saved_group), (group, p) in zip(owners, self._members(), strict=True):
             entries, old = saved["state"].get(i, {}), before["state"].get(p, {})
-            unanchored += bool(saved["state"]) and "anchor" in old and "anchor" not in entries
+            if saved["state"] and p.requires_grad:
+                unanchored += "anchor" in old and "anchor" not in entries
             state = loading.loaded_state(
                 p,
                 entries,

@@ -11,7 +11,7 @@ from torch import Tensor
 from fast.optim import dtensor
 from fast.optim.dtensor import Place
 from fast.optim.groups import Group
-from fastkernels._update import STATS
+from fastkernels.ops.update import STATS
 
 # As functions: a step of thousands of small tensors is mostly Python, which calls these faster.
 _device_of = Tensor.device.__get__  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from fast.optim.storage import (
     is_stored,
     signed,
 )
-from fastkernels import _storage
+from fastkernels import codes as codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ def _check_tensors(state: Mapping[str, Any], expected: Format, p: Tensor, where:
     shapes: dict[str, Sequence[int]] = {}
     for name in (*expected.moments, "anchor", "curvature", "remainder"):
         shapes |= {name: p.shape, f"{name}_codes": p.shape}
-        shapes[f"{name}_scales"] = (_storage.code_scales(p.numel()),)
+        shapes[f"{name}_scales"] = (codec.code_scales(p.numel()),)
         if f"{name}_codes" in state and f"{name}_scales" not in state:
             raise ValueError(f"{where} has {name}_codes but no {name}_scales")
     for key, shape in shapes.items():

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fast.optim import dtensor
-from fastkernels import _storage
-from fastkernels._update import compute_dtype
+from fastkernels import codes as codec
+from fastkernels.codes import compute_dtype
 
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19
@@ -82,7 +82,7 @@ class StoredTensor:
         values = empty_like(p, dtype).zero_()
         if dtype != torch.uint8:
             return cls(values=values)
-        count = _storage.code_scales(p.numel())
+        count = codec.code_scales(p.numel())
         return cls(values=values, scales=torch.zeros(count, dtype=torch.float32, device=p.device))
 
     @classmethod
@@ -104,21 +104,21 @@ class StoredTensor:
                     )
             return cls(values=values)
         dense = empty_like(p, torch.float32).copy_(value)
-        codes, scales = _storage.encode(_storage.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
+        codes, scales = codec.encode(codec.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
         values = empty_like(p, torch.uint8)
-        _storage.flat(values).copy_(codes)
+        codec.flat(values).copy_(codes)
         return cls(values=values, scales=scales)
 
     def decode(self, name: str, code_format: int) -> Tensor:
         """The numbers: float32 from codes, and in the dtype they have otherwise."""
         if self.scales is None:
             return self.values
-        codes, scales = _storage.flat(self.values), self.scales
+        codes, scales = codec.flat(self.values), self.scales
         numbers = torch.empty_like(self.values, dtype=torch.float32)
-        _storage.flat(numbers).copy_(
-            _storage.decode_format_1(codes, scales)
+        codec.flat(numbers).copy_(
+            codec.decode_format_1(codes, scales)
             if code_format == 1 and signed(name)
-            else _storage.decode(codes, scales, signed=signed(name))
+            else codec.decode(codes, scales, signed=signed(name))
         )
         return numbers
 

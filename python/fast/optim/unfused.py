@@ -24,7 +24,8 @@ from fast.optim.groups import (
     match_curvature,
     ramp_factor,
 )
-from fastkernels._update import STATS, compute_dtype
+from fastkernels.codes import compute_dtype
+from fastkernels.ops.update import STATS
 
 KEYS: Group = {
     "anchor_decay": 0.0, "curvature": None, "stall": 0, "ramp": 0, "restraint": 1.0, "progress": 0

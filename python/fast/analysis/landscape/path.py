@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fast.adapt.result import Result
 from fast.curvature.card.answers import backbone_parameters
 from fast.data.dataset import as_data
 from fast.heads import source_task, task_head, unwrap
 from fast.train.metrics import evaluate
-from fast.adapt.result import Result
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fast.analysis.intervals import half_interval
 from fast.adapt.result import Result
+from fast.analysis.intervals import half_interval
 
 BASELINE = "vanilla"
 NOTES = (

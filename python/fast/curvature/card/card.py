@@ -27,7 +27,7 @@ from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, unwrap
 from fast.heads.forward import taking
 from fast.heads.outputs import source_logits
-from fastkernels import _storage
+from fastkernels import codes as codec
 
 TEMPERATURE = 3.0
 BATCH = 64
@@ -50,11 +50,11 @@ class Codes:
     @classmethod
     def of(cls, value: Tensor) -> Codes:
         flat = value.detach().float().cpu().contiguous().flatten()
-        codes, scales = _storage.encode(flat, LAST_OF_7, signed=False)
+        codes, scales = codec.encode(flat, LAST_OF_7, signed=False)
         return cls((codes & 0xFE).view(value.shape), scales)
 
     def decode(self) -> Tensor:
-        flat = _storage.decode(self.codes.flatten(), self.scales, signed=False)
+        flat = codec.decode(self.codes.flatten(), self.scales, signed=False)
         return flat.view(self.codes.shape)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fast.curvature.card.facts import CardError, read_facts
 from fast.errors import first_line
 from fast.files import atomic_file
-from fastkernels._update import CODE_BLOCK
+from fastkernels.codes import CODE_BLOCK
 
 if TYPE_CHECKING:
     from fast.curvature.card.card import SourceCard

@@ -27,8 +27,14 @@ from fast.data.generators import (
     state_of,
 )
 from fast.data.reachable import Generator
-from fast.files import atomic_folder, file_hash, read_sealed, reading, write_sealed
-from fast.models.tensor_files import load_tensors, save_tensors
+from fast.files import (
+    atomic_folder,
+    file_hash,
+    read_sealed,
+    reading,
+    write_sealed,
+)
+from fast.tensor_files import load_tensors, save_tensors
 from fast.train.early_stopping import BEST
 from fast.train.resume.optimizer_state import flatten, unflatten
 

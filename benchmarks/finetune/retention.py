@@ -1,0 +1,188 @@
+"""Does FAST forget almost nothing? Every method on five real pairs, as two tables.
+
+    python -m benchmarks.finetune.retention --data FOLDER
+
+All methods get the same few hundred source inputs and the same number of steps. FAST runs at its
+defaults; every baseline at the better of two learning rates, by final target accuracy on the first
+seed. Finished runs are kept in `benchmarks/results/retention.jsonl` and not run again.
+
+Variants of a method, on one seed, into files of their own:
+
+    python -m benchmarks.finetune.retention --data FOLDER --name tried --seeds 0 \\
+        --pairs "resnet20 -> gtsrb" --methods fast,fast:distill=0.1
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import correlation, mean, stdev
+
+from benchmarks.common import arguments, commits, complete, save, table
+from benchmarks.finetune.figures import (
+    Runs,
+    best_rate,
+    curve,
+    final,
+    lost,
+    source_change,
+    steps_to,
+)
+from benchmarks.finetune.runs import learning_rates, run
+from benchmarks.real_pairs import README_PAIRS
+
+METHODS = "fast,vanilla,lp-ft,l2-sp,ewc,replay"
+NAME = "fast"
+# The tables use the end of a baseline and two forecasts on the way: evaluating it as often as FAST
+# would take as long as its run.
+EVALUATIONS = dict.fromkeys(("vanilla", "lp-ft", "l2-sp", "ewc", "replay"), 3)
+Methods = dict[str, Runs]
+
+
+def best_baseline(methods: Methods) -> str:
+    """The baseline with the highest mean final target accuracy."""
+    baselines = [m for m in methods if not m.startswith(NAME)]
+    return max(baselines, key=lambda m: final(methods[m], "target_accuracy"))
+
+
+def accuracies(by_pair: dict[str, Methods]) -> list[str]:
+    """The table of every method on every pair."""
+    rows = []
+    for pair, methods in by_pair.items():
+        for method in sorted(methods, key=lambda m: not m.startswith(NAME)):
+            runs = methods[method]
+            targets = [100 * r["history"][-1]["target_accuracy"] for r in runs]
+            spread = f" ± {stdev(targets):.1f}" if len(targets) > 1 else ""
+            loss = curve(runs, "source_loss")
+            rows.append(
+                {
+                    "pair": pair,
+                    "method, lr": f"{method}, {runs[0]['lr']:g}",
+                    "seeds": len(runs),
+                    "target accuracy": f"{mean(targets):.1f}{spread} %",
+                    "source accuracy": source_change(runs),
+                    "rise of source loss": f"{loss[-1][1] - loss[0][1]:.2f}" if loss else "-",
+                }
+            )
+    return table(rows)
+
+
+def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
+    """The table of FAST and its variants, each beside the best baseline of the pair."""
+    rows: Runs = []
+    variants = dict.fromkeys(m for ms in by_pair.values() for m in ms if m.startswith(NAME))
+    for variant in variants:
+        figures = []
+        for pair, methods in by_pair.items():
+            if variant not in methods or all(m.startswith(NAME) for m in methods):
+                continue
+            name = best_baseline(methods)
+            best, runs = methods[name], methods[variant]
+            goal = final(best, "target_accuracy")
+            steps, whole = steps_to(runs, goal), best[0]["history"][-1]["step"]
+            share = (steps or whole) / whole  # a goal that is not reached counts as the whole run
+            ahead = 100 * (final(runs, "target_accuracy") - goal)
+            ours, its = 100 * lost(runs), 100 * lost(best)
+            figures.append((share, ahead, ours, its))
+            reached = f"{share:.2f}" if steps else "not reached"
+            part = f"{ours / its:.2f}" if its > 0 else "-"
+            rows.append(
+                {
+                    "method": variant,
+                    "pair": pair,
+                    "best baseline": name,
+                    "steps to its final target accuracy, share of its steps": reached,
+                    "final target minus its, points": f"{ahead:+.1f}",
+                    "source accuracy lost, points: ours / its": f"{ours:.1f} / {its:.1f}",
+                    "share": part,
+                }
+            )
+        if figures:
+            share, ahead, ours, its = (mean(column) for column in zip(*figures, strict=True))
+            shares = mean(o / i for _, _, o, i in figures if i > 0)
+            rows.append(
+                {
+                    "method": variant,
+                    "pair": "**mean** (wanted: 0.5, -0.5, 0.25)",
+                    "best baseline": "",
+                    "steps to its final target accuracy, share of its steps": f"**{share:.2f}**",
+                    "final target minus its, points": f"**{ahead:+.1f}**",
+                    "source accuracy lost, points: ours / its": f"**{ours:.1f} / {its:.1f}**",
+                    "share": f"**{shares:.2f}**, of the means {ours / its:.2f}",
+                }
+            )
+    return table(rows)
+
+
+def forecasts(records: Runs) -> list[str]:
+    """How forecast and measured rises of the source loss, in nats, go together."""
+    rises: dict[str, list[tuple[float, float]]] = {"at the end": [], "on the way": []}
+    for r in records:
+        start, *between, end = r["history"]
+        for where, rows in (("at the end", [end]), ("on the way", between)):
+            rises[where] += [
+                (row["forecast"], row["source_loss"] - start["source_loss"])
+                for row in rows
+                if row["source_loss"] is not None and row["forecast"] is not None
+            ]
+    lines = []
+    for where, pairs in rises.items():
+        if len(pairs) > 2:
+            sides = list(zip(*pairs, strict=True))
+            logs = [[math.log(max(x, 1e-6)) for x in side] for side in sides]
+            lines += [
+                "",
+                f"Forecast against measured rise of the source loss {where}, {len(pairs)} pairs: "
+                f"correlation {correlation(*sides):.2f}, "
+                f"of their logarithms {correlation(*logs):.2f}.",
+            ]
+    return lines
+
+
+def report(records: Runs) -> list[str]:
+    by_pair: dict[str, Methods] = {}
+    for pair in dict.fromkeys(r["pair"] for r in records):
+        names = dict.fromkeys(r["method"] for r in records if r["pair"] == pair)
+        by_pair[pair] = {m: best_rate(records, pair, m, first_seed_only=True) for m in names}
+    machines = dict.fromkeys(f"\n{r['pair']}: {r['machine']}" for r in records)
+    return [
+        *accuracies(by_pair),
+        "",
+        *against_baselines(by_pair),
+        *forecasts(records),
+        "",
+        f"Means over seeds. Commit {commits(records)}.",
+        *machines,
+    ]
+
+
+def main() -> None:
+    parser = arguments(__doc__, README_PAIRS)
+    parser.add_argument("--methods", default=METHODS, help="e.g. fast:distill=0.1,vanilla")
+    parser.add_argument("--seeds", default="0,1,2", help="the first one chooses learning rates")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--name", default="retention", help="of the files in benchmarks/results/")
+    args = parser.parse_args()
+
+    pairs, methods = args.pairs.split(","), args.methods.split(",")
+    first, *others = map(int, args.seeds.split(","))
+
+    def completed(pair: str, seeds: list[int], rates: dict[str, tuple[float, ...]]) -> Runs:
+        settings = [
+            {"pair": pair, "method": method, "lr": lr, "seed": seed}
+            for seed in seeds
+            for method in methods
+            for lr in rates[method]
+        ]
+        return complete(args.name, run, settings, args.workers, data=args.data.resolve(),
+                        evaluations=EVALUATIONS, with_source_inputs=True)  # fmt: skip
+
+    # Pair by pair: what is finished when it is stopped makes whole rows.
+    for pair in pairs:
+        records = completed(pair, [first], {m: learning_rates(m, True) for m in methods})
+        best = {m: best_rate(records, pair, m, first_seed_only=True)[0]["lr"] for m in methods}
+        records = completed(pair, others, {m: (lr,) for m, lr in best.items()})
+    save(args.name, report([r for r in records if r["pair"] in pairs]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""One fine-tuning run on a real pair, from a line of text such as `fast:distill=0.1`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fast
+from benchmarks.common import Record, machine
+from benchmarks.real_pairs import real_pair
+from fast.adapt.plan import DEFAULT_LR, REHEARSING_LR
+
+# FAST runs at its default; every baseline at the better of two.
+BASELINE_RATES = (3e-4, 1e-3)
+HISTORY = (
+    "step", "loss", "target_accuracy", "target_loss", "source_accuracy", "source_loss",
+    "forecast", "drift", "seconds",
+)  # fmt: skip
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """The method and the options of `fast.finetune` in `method:option=value:option=value`."""
+    method, *settings = spec.split(":")
+    pairs = (setting.split("=", 1) for setting in settings)
+    return method, {name: ast.literal_eval(value) for name, value in pairs}
+
+
+def learning_rates(spec: str, with_source_inputs: bool = False) -> tuple[float, ...]:
+    """Those to try: the default for `fast`, unless its spec names another; two for baselines."""
+    method, options = parse(spec)
+    if "lr" in options:
+        return (options["lr"],)
+    if method != "fast":
+        return BASELINE_RATES
+    rehearses = with_source_inputs and options.get("rehearse") != 0
+    return (REHEARSING_LR if rehearses else DEFAULT_LR,)
+
+
+def run(
+    *,
+    pair: str,
+    method: str,
+    lr: float,
+    seed: int,
+    data: Path,
+    evaluations: Mapping[str, int],
+    with_source_inputs: bool = False,
+    with_source_labels: bool = False,
+) -> Record:
+    """One run; returns its history and what it started from.
+
+    Args:
+        method: a spec, see `parse`.
+        evaluations: their number in a run of each method; by default as often as the pair says.
+        with_source_labels: also hand over the labels of the source inputs, if the pair has them.
+    """
+    spec = method
+    method, options = parse(spec)
+    torch.manual_seed(seed)
+    real = real_pair(pair, data)
+    count = evaluations.get(method)
+    if with_source_inputs:
+        labels = real.source_labels if with_source_labels else None
+        inputs = real.source_inputs
+        options["source_inputs"] = inputs if labels is None else (inputs, labels)
+    result = fast.finetune(
+        real.model,
+        real.train,
+        real.val,
+        real.source,
+        method=method,
+        steps=real.steps,
+        seed=seed,
+        eval_every=real.steps // count if count else real.eval_every,
+        progress=False,
+        **({"lr": lr} | options),
+    )
+    history = [
+        {k: round(r[k], 5) if r[k] is not None else None for k in HISTORY} for r in result.history
+    ]
+    return {
+        "source_before": result.source_accuracy_before,
+        "history": history,
+        "machine": machine(result.model),
+    }

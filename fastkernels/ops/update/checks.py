@@ -1,0 +1,158 @@
+"""Checks of the tensors of an update: what reaches a kernel is safe for a flat loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkernels import memory
+from fastkernels.codes import code_scales
+from fastkernels.ops.update.batch import READ_ONLY, Batch
+
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
+# What each list may be stored as.
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "grads": _REAL,
+    "anchors": _REAL,
+    "curvature": (*_REAL, torch.uint8),
+    "remainders": (torch.int16,),
+}
+
+
+def check_tensors(batch: Batch) -> None:
+    """Raise a ValueError that names the list and the entry that does not fit its parameter, or that
+    breaks a rule of `fastkernels.memory`."""
+    name, count, lists = batch.rule.name, len(batch.params), batch.lists()
+    required = {"params", "grads", "steps", "groups", *batch.rule.moments}
+    for key, entries in (lists | {"groups": batch.groups}).items():
+        if len(entries) != count and (entries or key in required):
+            raise ValueError(f"{name}: {key} has {len(entries)} entries for {count} params")
+        for i, t in enumerate(entries):
+            optional = t is None and key in READ_ONLY - {"grads"}
+            if key != "groups" and not isinstance(t, Tensor) and not optional:
+                raise ValueError(f"{name}: {key}[{i}] must be a tensor; got {type(t).__name__}")
+    shaped = ("grads", *batch.rule.moments, "anchors", "curvature", "remainders")
+    may_be_empty = ("remainders", *batch.rule.optional_moments)
+    for i, p in enumerate(batch.params):
+        if p.dtype not in _REAL:
+            legal = ", ".join(map(str, _REAL))
+            raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {legal}")
+        if p.layout is not torch.strided:
+            raise ValueError(f"{name}: params[{i}] is {p.layout}; it must be dense")
+        _check_flat(f"{name}: steps[{i}]", batch.steps[i], 1, p.device)
+        for key in shaped:
+            t = lists[key][i] if lists[key] else None
+            if t is None or (t.numel() == 0 and key in may_be_empty):
+                continue
+            _check_shaped(f"{name}: {key}[{i}]", t, i, p, _DTYPES.get(key, _MOMENTS))
+            if key == "remainders" and p.dtype != torch.bfloat16:
+                raise ValueError(f"{name}: remainders[{i}] must be of a bfloat16 parameter")
+            if t.dtype == torch.uint8:
+                scale_key = "curvature_scales" if key == "curvature" else f"scales of {key}"
+                scales = lists[scale_key][i] if lists.get(scale_key) else None
+                what = f"{name}: scales of {key}[{i}], which are 8-bit codes,"
+                if scales is None:
+                    raise ValueError(f"{what} are missing")
+                _check_flat(what, scales, code_scales(t.numel()), p.device)
+    memory.check(name, (
+        (f"{key}[{i}]", t, key not in READ_ONLY)
+        for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
+    ))  # fmt: skip
+
+
+def _check_shaped(what: str, t: Tensor, i: int, p: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if t.layout is not p.layout:
+        raise ValueError(f"{what} is {t.layout}, params[{i}] {p.layout}")
+    if t.shape != p.shape:
+        raise ValueError(f"{what} is {list(t.shape)}, params[{i}] is {list(p.shape)}")
+    if t.device != p.device:
+        raise ValueError(f"{what} is on {t.device}, params[{i}] on {p.device}")
+    if t.dtype not in dtypes:
+        raise ValueError(f"{what} is {t.dtype}; it must be one of {', '.join(map(str, dtypes))}")
+
+
+def _check_flat(what: str, t: Tensor, size: int, device: torch.device) -> None:
+    """Raise a ValueError unless `t` is a step count, or scales, of `size` elements."""
+    if t.dtype != torch.float32 or t.numel() != size or not t.is_contiguous():
+        raise ValueError(
+            f"{what} must be float32 with {size} elements, contiguous; got {t.dtype} "
+            f"{list(t.shape)}"
+        )
+    if t.device != device:
+        raise ValueError(f"{what} must be on {device}; got {t.device}")
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape keep their elements in the same order in the storage.
+
+    Strides of dimensions of size 1 mean nothing.
+    """
+    if a.stride() == b.stride():
+        return True
+    return a.numel() == 0 or all(
+        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def like(t: Tensor, param: Tensor) -> Tensor:
+    """`t`, or a copy of it in the layout of `param`."""
+    if same_layout(t, param):
+        return t
+    return torch.empty_strided(param.shape, param.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
+    """Check `batch`, and give every tensor its parameter's layout, by copies where it has another.
+
+    Returns:
+        the batch to work on, and what to call after the update: it brings copies of tensors that
+        were written back to where they came from.
+    """
+    check_tensors(batch)
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def mutated(t: Tensor, p: Tensor) -> Tensor:
+        if t.numel() == 0 or same_layout(t, p):
+            return t
+        if t.dtype == torch.uint8:
+            raise ValueError(
+                f"{batch.rule.name}: 8-bit codes of strides {t.stride()} for a parameter of "
+                f"strides {p.stride()}; their blocks follow the storage, so both must be the same "
+                "and without gaps: make the parameter contiguous, or use torch.bfloat16 state"
+            )
+        copies.append((t, like(t, p)))
+        return copies[-1][1]
+
+    params = list(batch.params)
+    for i, p in enumerate(params):
+        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            raise ValueError(f"{batch.rule.name}: params[{i}] is expanded; give its .clone()")
+        if p.numel() and not memory.is_dense(p):
+            params[i] = p.contiguous()
+            copies.append((p, params[i]))
+
+    def each(tensors: Sequence[Any]) -> list[Any]:
+        return [t if t is None else like(t, p) for t, p in zip(tensors, params, strict=False)]
+
+    prepared = dataclasses.replace(
+        batch,
+        params=params,
+        grads=each(batch.grads),
+        moments=tuple(
+            [mutated(t, p) for t, p in zip(m, params, strict=True)] for m in batch.moments
+        ),
+        anchors=each(batch.anchors),
+        curvature=each(batch.curvature),
+        remainders=[mutated(t, p) for t, p in zip(batch.remainders, params, strict=False)],
+    )
+
+    def write_back() -> None:
+        for target, copy in copies:
+            target.copy_(copy)
+
+    return prepared, write_back

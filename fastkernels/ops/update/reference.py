@@ -1,0 +1,142 @@
+"""The anchored updates in plain torch: the truth the other backends are held to.
+
+AdamW:
+
+    m  <- beta1 m + (1 - beta1) g                   v  <- beta2 v + (1 - beta2) g^2
+    u  <- w (1 - lr weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+
+SGD with momentum, as torch.optim.SGD:
+
+    g  <- g + weight_decay w
+    b  <- g at the first step, else momentum b + (1 - dampening) g
+    u  <- w - lr (g + momentum b if nesterov, else b)
+
+and then, for both, the proximal pull to the anchor w0:
+
+    w  <- (u + c w0) / (1 + c),                     c = lr anchor_decay F
+
+`g` is the gradient after `grad_scale` and clipping, negated when maximizing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkernels import codes
+from fastkernels.ops.update.batch import HARDEST, Batch
+from fastkernels.ops.update.checks import prepare
+
+
+def _adamw(
+    h: Tensor, step: Tensor, w: Tensor, g: Tensor, m: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    lr, beta1, beta2, eps, weight_decay = h[:5]
+    # torch's lerp, which starts from the end that is nearer: small gradients are not lost in a
+    # large m.
+    m = torch.where(1 - beta1 < 0.5, m + (1 - beta1) * (g - m), g - beta1 * (g - m))
+    v = beta2 * v + (1 - beta2) * g.square()
+    denominator = v.sqrt() / (1 - beta2**step).sqrt() + eps
+    return w * (1 - lr * weight_decay) - lr / (1 - beta1**step) * (m / denominator), m, v
+
+
+def _sgd(
+    h: Tensor, step: Tensor, w: Tensor, g: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    lr, momentum, dampening, nesterov, weight_decay = h[:5]
+    g = g + weight_decay * w
+    if b is None:
+        return w - lr * g, None
+    b = torch.where(step == 1, g, momentum * b + (1 - dampening) * g)
+    return w - lr * torch.where(nesterov != 0, g + momentum * b, b), b
+
+
+# (row of hyper, step [], w, g, *moments or None) -> (u, *new moments), flat, compute dtype
+RULES: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "anchored_adamw_": _adamw,
+    "anchored_sgd_": _sgd,
+}
+
+
+def _entry(tensors: Sequence[Any], i: int) -> Any:
+    """Entry i of an optional list: None when the list is off or the entry is empty."""
+    t = tensors[i] if tensors else None
+    return None if t is None or t.numel() == 0 else t
+
+
+def run(batch: Batch) -> None:
+    """Step every tensor of `batch` in place."""
+    rule = RULES[batch.rule.name]
+    batch, write_back = prepare(batch)
+    device = batch.params[0].device
+    columns = batch.rule.columns
+    scale = torch.ones((), dtype=torch.float64, device=device)
+    if batch.grad_scale is not None:
+        scale = scale / batch.grad_scale.to(device).double().reshape(())
+    squares = torch.zeros(4, dtype=torch.float64, device=device)
+    for g in batch.grads:
+        squares[0] += (g.double() * scale).square().sum()
+    skip = torch.zeros((), dtype=torch.bool, device=device)
+    if batch.found_inf is not None:
+        skip = batch.found_inf.to(device).reshape(()) != 0
+    if batch.max_grad_norm is not None:
+        norm = squares[0].sqrt()
+        if batch.grad_scale is not None:
+            skip = skip | ~norm.isfinite()
+        scale = scale * (batch.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def store(target: Tensor, value: Tensor) -> None:
+        target.copy_(torch.where(skip, target, value.to(target.dtype)))
+
+    for i, param in enumerate(batch.params):
+        if param.numel() == 0:
+            store(batch.steps[i], batch.steps[i] + 1)
+            continue
+        dtype = codes.compute_dtype(param)
+        h = batch.hyper[batch.groups[i]].to(device)
+        step = batch.steps[i].double() + 1
+        remainder = _entry(batch.remainders, i)
+        if remainder is not None:
+            remainder = codes.flat(remainder)
+        w = codes.load_param(codes.flat(param), remainder).to(dtype)
+        sign = torch.where(h[columns.index("maximize")] != 0, -scale, scale)
+        g = codes.flat(batch.grads[i]).to(dtype) * sign.to(dtype)
+        stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in batch.moments]
+        scales = [_entry(s, i) for s in batch.moment_scales] or [None] * len(stored)
+        old = [
+            None if m is None else codes.load(m, s, signed=k == 0).to(dtype)
+            for k, (m, s) in enumerate(zip(stored, scales, strict=True))
+        ]
+        new_w, *new = rule(h, step, w, g, *old)
+        if (anchor := _entry(batch.anchors, i)) is not None:
+            w0 = codes.flat(anchor).to(dtype)
+            c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=HARDEST)
+            c = c.clamp(max=HARDEST).to(dtype)
+            f = _entry(batch.curvature, i)
+            if f is not None:
+                f = codes.load(codes.flat(f), _entry(batch.curvature_scales, i), signed=False)
+                c = c * f.to(dtype)
+            # From w0 on for a strong pull: w may be so large that w0 is lost in it.
+            weak, strong = new_w + c / (1 + c) * (w0 - new_w), w0 + (new_w - w0) / (1 + c)
+            new_w = torch.where(c > 1, strong, weak)
+            away = (new_w - w0).double().square()
+            squares[1] += away.sum()
+            squares[3] += (away if f is None else away * f.double()).sum()
+        squares[2] += (new_w - w).double().square().sum()
+        for target, value in codes.store_param(codes.flat(param), remainder, new_w):
+            store(target, value)
+        for k, (m, s, value) in enumerate(zip(stored, scales, new, strict=True)):
+            if m is not None:
+                draws = functools.partial(codes.draws, param.numel(), batch.seed, step)
+                for target, part in codes.store(m, s, value, draws, signed=k == 0):
+                    store(target, part)
+        store(batch.steps[i], step)
+    if batch.stats is not None:
+        squares[:3].sqrt_()
+        squares[3] *= 0.5
+        store(batch.stats, squares)
+    write_back()

@@ -1,0 +1,286 @@
+"""`fast.Adaptation` in loops of one's own: what `fast.finetune` does, to the bit; and more."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fast
+from networks import TextNet, images, sentences
+
+TRAIN, VAL = images(200, 4, seed=1), images(100, 4, seed=2)
+SOURCE = images(120, 5, seed=3)
+STEPS, BATCH = 12, 32
+RUNS = {
+    "fast": {},
+    "fast, source inputs": {"source_inputs": SOURCE},
+    "fast, frozen norms": {"source_inputs": SOURCE[0], "batch_norm": "frozen"},
+    "fast, distillation": {"distill": 0.2, "rehearse": 0.0},
+    "fast, budget": {"source_inputs": SOURCE, "forget_budget": 0.01},
+    "fast, sgd": {"optimizer": "sgd", "lr": 0.02, "max_grad_norm": 1.0},
+    "vanilla": {"method": "vanilla"},
+    "lp-ft": {"method": "lp-ft", "warmup": 3, "weight_decay": 0.1},
+    "l2-sp": {"method": "l2-sp", "source_inputs": SOURCE, "forget_budget": "5%"},
+    "ewc": {"method": "ewc", "schedule": "constant"},
+    "replay": {"method": "replay", "source_inputs": SOURCE, "batch_norm": "per_task"},
+}
+
+
+def network(pretrained):
+    """One whose dropout draws random numbers in every step."""
+    torch.manual_seed(1)
+    return nn.Sequential(copy.deepcopy(pretrained), nn.Dropout(0.2), nn.ReLU(), nn.Linear(5, 5))
+
+
+def loop(model, train=TRAIN, loss=F.cross_entropy, **options):
+    """The whole method in a plain loop."""
+    torch.manual_seed(0)
+    adaptation = fast.Adaptation(model, train, steps=STEPS, batch_size=BATCH, **options)
+    optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
+    model.train()
+    for inputs, labels, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(inputs, rows)
+        (loss(logits, labels) + penalty).backward()
+        optimizer.step(), scheduler.step(), optimizer.zero_grad()
+    return adaptation.finish()
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_plain_loop_gives_the_weights_of_finetune(pretrained, name):
+    mine, theirs = network(pretrained), network(pretrained)
+    result = loop(mine, **RUNS[name])
+    other = fast.finetune(theirs, TRAIN, steps=STEPS, batch_size=BATCH, **RUNS[name])
+    assert same(mine, theirs)
+    assert not same(mine, network(pretrained))
+    assert result.plan == other.plan
+    assert result.final["forecast"] == other.final["forecast"]
+    assert result.final["drift"] == other.final["drift"]
+
+
+def test_a_text_network_and_its_inputs_by_name():
+    torch.manual_seed(0)
+    mine = TextNet()
+    theirs = copy.deepcopy(mine)
+    train, source = sentences(100, 4, 1), sentences(40, 5, 3)[0]
+    loop(mine, train, source_inputs=source)
+    fast.finetune(theirs, train, steps=STEPS, batch_size=BATCH, source_inputs=source)
+    assert same(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["fast", "fast, distillation", "fast, budget", "lp-ft", "replay"])
+def test_a_state_goes_on_to_the_bit(pretrained, name):
+    """Through `torch.save`, which then loads tensors and plain values only."""
+    whole = network(pretrained)
+    loop(whole, **RUNS[name])
+
+    def begin():
+        model = network(pretrained)
+        torch.manual_seed(0)
+        adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, batch_size=BATCH, **RUNS[name])
+        return model, adaptation, adaptation.scheduler()
+
+    def take(adaptation, scheduler, steps):
+        adaptation.model.train()
+        for (inputs, labels, rows), _ in zip(adaptation.batches(), range(steps), strict=False):
+            logits, penalty = adaptation.forward(inputs, rows)
+            (F.cross_entropy(logits, labels) + penalty).backward()
+            adaptation.optimizer.step(), scheduler.step(), adaptation.optimizer.zero_grad()
+
+    model, adaptation, scheduler = begin()
+    take(adaptation, scheduler, 7)
+    file = io.BytesIO()
+    parts = (model, adaptation.optimizer, scheduler, adaptation)
+    torch.save([part.state_dict() for part in parts] + [torch.get_rng_state()], file)
+    file.seek(0)
+
+    model, adaptation, scheduler = begin()
+    *states, generator = torch.load(file, weights_only=True)
+    for part, state in zip(
+        (model, adaptation.optimizer, scheduler, adaptation), states, strict=True
+    ):
+        part.load_state_dict(state)
+    torch.set_rng_state(generator)
+    assert adaptation.done == 7
+    take(adaptation, scheduler, STEPS)
+    adaptation.finish()
+    assert same(model, whole)
+
+
+def test_a_state_of_another_adaptation_changes_nothing(pretrained):
+    state = fast.Adaptation(network(pretrained), TRAIN, steps=STEPS).state_dict()
+    other = fast.Adaptation(network(pretrained), TRAIN, steps=STEPS, average=0)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=r"state\.guards is of another adaptation: WeightAverage"):
+        other.load_state_dict(state)
+    assert other.state_dict() == before
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(pretrained):
+    weights = []
+    for parts in (1, 4):
+        model = copy.deepcopy(pretrained).double()
+        x, y = TRAIN[0].double(), TRAIN[1]
+        adaptation = fast.Adaptation(
+            model,
+            (x, y),
+            source_inputs=SOURCE[0].double(),
+            steps=6,
+            batch_size=32,
+            batch_norm="frozen",
+            grad_accum_steps=parts,
+        )
+        model.train()
+        for inputs, labels, rows in adaptation.batches():
+            for part in torch.arange(len(labels)).chunk(parts):
+                logits, penalty = adaptation.forward(inputs[part], rows[part])
+                ((F.cross_entropy(logits, labels[part]) + penalty) / parts).backward()
+            adaptation.optimizer.step()
+            adaptation.optimizer.zero_grad()
+        assert adaptation.done == 6
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.allclose(*weights, rtol=1e-6, atol=1e-9)
+
+
+def test_a_foreign_scheduler_owns_the_learning_rate(pretrained):
+    """OneCycle sets lr; the restraint of rehearsal multiplies it in the step, and leaves it."""
+    model = copy.deepcopy(pretrained)
+    adaptation = fast.Adaptation(
+        model, TRAIN, source_inputs=SOURCE[0], steps=40, lr=0.1, rehearse=1e-3, ramp=0
+    )
+    optimizer = adaptation.optimizer
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=41)
+    model.train()
+    restraints = []
+    for inputs, labels, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(inputs, rows)
+        (F.cross_entropy(logits, labels) + penalty).backward()
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == rate
+        restraints.append(adaptation.last_lr / rate)
+        scheduler.step()
+        optimizer.zero_grad()
+    assert restraints[0] == 1
+    assert 0.05 < min(restraints) < 0.9
+
+
+def test_under_a_gradient_scaler_it_is_the_same_run(pretrained):
+    plain = copy.deepcopy(pretrained)
+    loop(plain, source_inputs=SOURCE[0])
+    scaled = copy.deepcopy(pretrained)
+    torch.manual_seed(0)
+    adaptation = fast.Adaptation(
+        scaled, TRAIN, steps=STEPS, batch_size=BATCH, source_inputs=SOURCE[0]
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scheduler = adaptation.scheduler()
+    scaled.train()
+    for inputs, labels, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(inputs, rows)
+        scaler.scale(F.cross_entropy(logits, labels) + penalty).backward()
+        scaler.step(adaptation.optimizer)
+        scaler.update()
+        scheduler.step()
+        adaptation.optimizer.zero_grad()
+    adaptation.finish()
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def lion(groups):
+    optim = pytest.importorskip("timm.optim", reason="a third party's optimizer")
+    return optim.Lion(groups, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "fused"),
+    [
+        (lambda groups: torch.optim.SGD(groups, lr=0.02, momentum=0.9), "sgd"),
+        (lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0), "adamw"),
+        (lion, None),
+    ],
+    ids=["torch SGD", "torch AdamW", "timm Lion"],
+)
+def test_any_optimizer(pretrained, make, fused):
+    """The pull beside a foreign step is that inside the fused one."""
+    source = SOURCE[0].double()
+    train = TRAIN[0].double(), TRAIN[1]
+    model = copy.deepcopy(pretrained).double()
+    options = {"source_inputs": source, "forget_budget": 0.02}
+    result = loop(model, train, optimizer=make, **options)
+    assert result.final["drift"] > 0
+    assert result.final["forecast"] <= 0.02
+    if fused is not None:
+        other = copy.deepcopy(pretrained).double()
+        expected = loop(other, train, optimizer=fused, lr=result.plan.lr, **options)
+        assert result.final["drift"] == pytest.approx(expected.final["drift"], rel=1e-6)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_an_optimizer_that_is_none_is_refused(pretrained):
+    model = copy.deepcopy(pretrained)
+    with pytest.raises(TypeError, match="optimizer must be 'adamw', 'sgd' or a function"):
+        fast.Adaptation(model, TRAIN, steps=2, optimizer=lambda groups: None)
+    assert same(model, pretrained)
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, sgd"):
+        fast.Adaptation(model, TRAIN, steps=2, optimizer="adam")
+
+
+def test_without_rows_a_frozen_copy_remembers(pretrained):
+    """Before anything has moved, staying what it was costs nothing."""
+    model = copy.deepcopy(pretrained)
+    options = {"distill": 10.0, "rehearse": 0.0, "batch_norm": "frozen"}
+    adaptation = fast.Adaptation(model, TRAIN, steps=4, **options)
+    _, with_rows = adaptation.forward(TRAIN[0][:8], torch.arange(8))
+    assert with_rows.item() == pytest.approx(0, abs=1e-5)
+    assert with_rows.requires_grad
+    # Rows of other inputs than these hold nothing that could be compared with.
+    _, mixed = adaptation.forward(TRAIN[0][:8] + 1.0, torch.arange(8))
+    assert mixed.item() == pytest.approx(0, abs=1e-5)
+    _, without = adaptation.forward(TRAIN[0][:8])
+    assert without.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_averaged_weights_are_in_place_for_a_while(pretrained):
+    model = copy.deepcopy(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, steps=20, lr=1e-2, average=4)
+    model.train()
+    for inputs, labels, rows in list(adaptation.batches())[:9]:
+        logits, penalty = adaptation.forward(inputs, rows)
+        (F.cross_entropy(logits, labels) + penalty).backward()
+        adaptation.optimizer.step()
+        adaptation.optimizer.zero_grad()
+    now = copy.deepcopy(model)
+    with adaptation.averaged():
+        assert not same(model, now)
+        average = copy.deepcopy(model)
+    assert same(model, now)
+    adaptation.finish()
+    assert same(model, average)
+
+
+def test_a_constructor_that_fails_leaves_the_model(pretrained):
+    model = copy.deepcopy(pretrained)
+    for options, message in [
+        ({"source_inputs": torch.zeros(9, 7)}, "source_inputs: the network does not take"),
+        ({"forget_budget": 0.1}, "forget_budget needs source_inputs"),
+        ({"method": "replay"}, "pass source_inputs="),
+        ({"num_classes": 1}, "num_classes must be at least 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fast.Adaptation(model, TRAIN, steps=2, **options)
+        assert same(model, pretrained)
+        assert not model.training
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stepz'"):
+        fast.Adaptation(model, TRAIN, stepz=2)
