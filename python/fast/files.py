@@ -14,10 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 UNFINISHED = ".unfinished"
 # Our JSON files are never that long; a stranger's file may be.
 MOST_JSON_BYTES = 16 << 20
@@ -177,28 +173,3 @@ def file_hash(path: Path) -> str:
     """Hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Save tensors of any memory layout as safetensors; tied ones are stored once for each name.
-
-    Raises:
-        OSError: the file cannot be written, as on a full disk.
-    """
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    try:
-        save_file(plain, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file, by name.
-
-    Raises:
-        ValueError: the file is truncated or no safetensors; the message names it.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error

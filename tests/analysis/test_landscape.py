@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
-from fast.analysis.landscape import WeightPath
+from fast.analysis.landscape import Plane, WeightPath
 from fast.analysis.landscape.draw import draw
 from fast.curvature.card.answers import backbone_parameters
 from networks import ConvNet, TextNet, images, sentences
@@ -37,7 +37,7 @@ def paths():
 
 
 @pytest.fixture(scope="module")
-def found(paths):
+def landscape(paths):
     return fast.landscape(paths, SOURCE, TARGET, resolution=5, num_stiff=3)
 
 
@@ -53,15 +53,16 @@ def by_hand(displacements):
     params = backbone_parameters(net, None)
     origin = torch.cat([p.detach().flatten() for p in params.values()])
     weights = origin + torch.cat([torch.zeros(1, len(origin)), displacements(origin)])
-    return WeightPath("hand", list(range(len(weights))), weights, tuple(params), net)
+    steps, names = list(range(len(weights))), tuple(params)
+    return WeightPath(name="hand", steps=steps, weights=weights, parameters=names, model=net)
 
 
 def source_hessian(path):
     """Dense Hessian of the source loss at the start of the path, by torch alone."""
     net = copy.deepcopy(path.model)
     x, y = TEXTS
-    own = dict(net.named_parameters())
-    shapes = [own[n].shape for n in path.parameters]
+    by_name = dict(net.named_parameters())
+    shapes = [by_name[n].shape for n in path.parameters]
 
     def loss(w):
         parts = w.split([s.numel() for s in shapes])
@@ -90,13 +91,13 @@ def test_the_recorder_keeps_the_weights_that_were_measured(paths):
         assert path.history[-1]["source_accuracy"] == pytest.approx(accuracy)
 
 
-def test_losses_are_those_of_the_networks(found, paths):
-    assert (found.source_samples, found.target_samples) == (60, 40)
-    assert found.num_parameters == paths[0].weights.shape[1]
+def test_losses_are_those_of_the_networks(landscape, paths):
+    assert (landscape.source_samples, landscape.target_samples) == (60, 40)
+    assert landscape.num_parameters == paths[0].weights.shape[1]
     with torch.no_grad():
         before = F.cross_entropy(network().eval()(SOURCE[0]), SOURCE[1]).item()
-        assert found.source_loss_before == pytest.approx(before, rel=1e-5)
-        for path, geometry in zip(paths, found.paths, strict=True):
+        assert landscape.source_loss_before == pytest.approx(before, rel=1e-5)
+        for path, geometry in zip(paths, landscape.paths, strict=True):
             with fast.source_task(path.model):
                 loss = F.cross_entropy(path.model(SOURCE[0]), SOURCE[1]).item()
             assert geometry.rise[0] == 0
@@ -107,38 +108,38 @@ def test_losses_are_those_of_the_networks(found, paths):
             assert geometry.target_accuracy[-1] == path.history[-1]["target_accuracy"]
 
 
-def test_two_paths_end_in_the_plane(found):
-    assert [len(row) for row in found.source_loss] == [len(found.x)] * len(found.y)
-    assert max(len(found.x), len(found.y)) == 5
-    for path in found.paths:
+def test_two_paths_end_in_the_plane(landscape):
+    assert [len(row) for row in landscape.source_loss] == [len(landscape.x)] * len(landscape.y)
+    assert max(len(landscape.x), len(landscape.y)) == 5
+    for path in landscape.paths:
         assert (path.x[-1] ** 2 + path.y[-1] ** 2) ** 0.5 == pytest.approx(path.drift[-1], rel=1e-4)
         assert 0.3 < path.in_plane <= 1 + 1e-6
-        assert found.x[0] < min(path.x) <= max(path.x) < found.x[-1]
-        assert found.y[0] < min(path.y) <= max(path.y) < found.y[-1]
+        assert landscape.x[0] < min(path.x) <= max(path.x) < landscape.x[-1]
+        assert landscape.y[0] < min(path.y) <= max(path.y) < landscape.y[-1]
 
 
 def test_the_surface_is_the_loss_of_both_heads_on_the_plane(paths):
     path = paths[1]
-    found = fast.landscape(path, SOURCE, TARGET, resolution=3, num_stiff=1)
-    from fast.analysis.landscape import Plane
-
+    landscape = fast.landscape(path, SOURCE, TARGET, resolution=3, num_stiff=1)
     plane = Plane.through(path.weights[0], path.weights - path.weights[0])
     net = copy.deepcopy(path.model)
-    own = dict(net.named_parameters())
+    by_name = dict(net.named_parameters())
     with torch.no_grad():
-        parts = plane.at(found.x[0], found.y[-1]).split([own[n].numel() for n in path.parameters])
+        parts = plane.at(landscape.x[0], landscape.y[-1]).split(
+            [by_name[n].numel() for n in path.parameters]
+        )
         for name, part in zip(path.parameters, parts, strict=True):
-            own[name].copy_(part.view_as(own[name]))
+            by_name[name].copy_(part.view_as(by_name[name]))
         target = F.cross_entropy(net(TARGET[0]), TARGET[1]).item()
         with fast.source_task(net):
             source = F.cross_entropy(net(SOURCE[0]), SOURCE[1]).item()
-    assert found.source_loss[-1][0] == pytest.approx(source, rel=1e-4)
-    assert found.target_loss[-1][0] == pytest.approx(target, rel=1e-4)
+    assert landscape.source_loss[-1][0] == pytest.approx(source, rel=1e-4)
+    assert landscape.target_loss[-1][0] == pytest.approx(target, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
 def eigenvectors():
-    """Of the dense Hessian of the source loss at w0, ascending: `(values, vectors)`."""
+    """`(values, vectors)` of the dense Hessian of the source loss at w0, ascending."""
     still = by_hand(lambda origin: torch.zeros(1, len(origin), dtype=torch.float64))
     return torch.linalg.eigh(source_hessian(still))
 
@@ -160,13 +161,13 @@ def test_stiff_share_is_one_along_an_eigenvector_and_zero_across(eigenvectors):
     stiff, soft = vectors[:, -1], vectors[:, len(values) // 2]
     path = by_hand(lambda _: 0.1 * torch.stack([stiff, stiff + soft, stiff + soft]))
     options = {"resolution": 3, "num_stiff": 1, "matrix": "hessian"}
-    found = fast.landscape(path, TEXTS, QUESTIONS, **options)
-    assert found.eigenvalues[0] == pytest.approx(float(values[-1]), rel=1e-3)
-    share = found.paths[0].stiff_share
+    landscape = fast.landscape(path, TEXTS, QUESTIONS, **options)
+    assert landscape.eigenvalues[0] == pytest.approx(float(values[-1]), rel=1e-3)
+    share = landscape.paths[0].stiff_share
     assert share[0] == pytest.approx(1, abs=1e-3)
     assert share[1] == pytest.approx(0, abs=0.05)
     assert share[2] is None  # nothing moved
-    assert found.chance == pytest.approx(len(values) ** -0.5)
+    assert landscape.chance == pytest.approx(len(values) ** -0.5)
 
 
 def state_of(model):
@@ -190,9 +191,9 @@ def test_nothing_is_changed(paths, training):
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_it_is_plain_data_and_the_same_again(found, paths):
+def test_it_is_plain_data_and_the_same_again(landscape, paths):
     again = fast.landscape(paths, SOURCE, TARGET, resolution=5, num_stiff=3)
-    assert json.loads(json.dumps(found.to_dict())) == json.loads(json.dumps(again.to_dict()))
+    assert json.loads(json.dumps(landscape.to_dict())) == json.loads(json.dumps(again.to_dict()))
 
 
 def test_texts_from_a_dataset_and_a_loader():
@@ -201,17 +202,19 @@ def test_texts_from_a_dataset_and_a_loader():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         path = adapt("l2-sp", TextNet(4), source, target, stall=0)
-    found = fast.landscape(path, loader, target, resolution=3, num_stiff=1, samples=30)
-    assert (found.source_samples, found.target_samples) == (30, 30)
-    assert max(found.paths[0].drift) > 0
+    landscape = fast.landscape(path, loader, target, resolution=3, num_stiff=1, samples=30)
+    assert (landscape.source_samples, landscape.target_samples) == (30, 30)
+    assert max(landscape.paths[0].drift) > 0
 
 
 def test_batch_norm_kept_per_task():
     path = adapt("fast", batch_norm="per_task")
-    found = fast.landscape(path, SOURCE, TARGET, resolution=3, num_stiff=1)
+    landscape = fast.landscape(path, SOURCE, TARGET, resolution=3, num_stiff=1)
     with fast.source_task(path.model), torch.no_grad():
         loss = F.cross_entropy(path.model(SOURCE[0]), SOURCE[1]).item()
-    assert found.paths[0].rise[-1] + found.source_loss_before == pytest.approx(loss, rel=1e-4)
+    assert landscape.paths[0].rise[-1] + landscape.source_loss_before == pytest.approx(
+        loss, rel=1e-4
+    )
 
 
 def test_a_card_of_the_pretrained_network_forecasts(paths):
@@ -225,29 +228,29 @@ def test_a_card_of_the_pretrained_network_forecasts(paths):
         fast.landscape(paths[1], SOURCE, TARGET, resolution=3, num_stiff=1, card=other)
 
 
-def test_correlation(found):
+def test_correlation(landscape):
     table = [
-        torch.tensor([getattr(p, name) for p in found.paths], dtype=torch.float64).flatten()
+        torch.tensor([getattr(p, name) for p in landscape.paths], dtype=torch.float64).flatten()
         for name in ("forecast", "rise")
     ]
     expected = float(torch.corrcoef(torch.stack(table))[0, 1])
-    assert found.correlation() == pytest.approx(expected)
-    still = copy.deepcopy(found)
+    assert landscape.correlation() == pytest.approx(expected)
+    still = copy.deepcopy(landscape)
     for path in still.paths:
         path.rise = [0.0] * len(path.rise)
     assert still.correlation() is None
 
 
-def test_figure(found):
+def test_figure(landscape):
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
-    figure = draw(found, title="job")
+    figure = draw(landscape, title="job")
     source, _, stiff, forecast = figure.axes[:4]
     paths = {line.get_label().split()[0]: line for line in source.get_lines()[:2]}
     assert set(paths) == {"fast", "vanilla"}
-    assert list(paths["fast"].get_xdata()) == found.paths[0].x
+    assert list(paths["fast"].get_xdata()) == landscape.paths[0].x
     assert "3 stiffest" in stiff.get_ylabel()
     assert forecast.get_title(loc="left").startswith("How foreseen")
-    still = copy.deepcopy(found)
+    still = copy.deepcopy(landscape)
     for path in still.paths:
         path.rise = [0.0] * len(path.rise)
     figure = draw(still)

@@ -1,8 +1,8 @@
 """`fast compare`: table, files, and runs that are not repeated."""
 
-import argparse
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -12,8 +12,9 @@ import shutil
 import pytest
 
 import fast
-from fast.cli import main, runs
-from fast.cli.runs import fingerprint
+from fast.cli import main, run_key
+from fast.cli.spec.task import TaskSpec
+from fast.train.config import TrainConfig
 
 COMPARE = ("--methods", "fast,vanilla", "--seeds", "0,1", "--steps", 6, "--output", "out")
 
@@ -129,12 +130,7 @@ def test_a_rate_that_diverges_is_not_chosen(job):
 
 def test_a_changed_file_in_a_folder_is_another_job(tmp_path):
     def key(data):
-        args = argparse.Namespace(
-            model="m.py:N", weights=None, data=str(data), source=None, val_fraction=0.2,
-            input_size=None, mean=None, std=None, flip=False, input_column=None,
-            label_column=None, max_length=128,
-        )  # fmt: skip
-        return fingerprint(args, {})
+        return run_key.run_key(TaskSpec(model="m.py:N", data=str(data)), TrainConfig())
 
     photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     for folder in (photos / "cat", elsewhere):
@@ -160,19 +156,24 @@ def test_a_changed_file_in_a_folder_is_another_job(tmp_path):
 def test_all_that_decides_a_run_is_in_its_key(tmp_path, monkeypatch):
     (tmp_path / "nets.py").write_text("from parts import Net")
     (tmp_path / "parts.py").write_text("class Net: pass")
-    args = argparse.Namespace(model=f"{tmp_path}/nets.py:Net(3)")
-    run = {"method": "fast", "seed": 0, "lr": 0.1}
-    keys = [fingerprint(args, {}, run)]
-    assert fingerprint(args, {}, dict(run)) == keys[0]
-    keys += [fingerprint(args, {}, run | other) for other in ({"lr": 0.1000001}, {"seed": 1})]
-    keys.append(fingerprint(args, {"head_steps": 3}, run))
+    task = TaskSpec(model=f"{tmp_path}/nets.py:Net(3)")
+    config = TrainConfig(lr=0.1)
+
+    def key(**changes):
+        return run_key.run_key(task, dataclasses.replace(config, **changes))
+
+    keys = [key()]
+    assert key(lr=0.1, progress=False) == keys[0]
+    keys += [key(lr=0.1000001), key(seed=1), key(head_steps=3)]
+    keys.append(run_key.run_key(task, config, demo=True))
+    keys.append(run_key.run_key(dataclasses.replace(task, max_length=7), config))
     (tmp_path / "parts.py").write_text("class Net: changed = True")
-    keys.append(fingerprint(args, {}, run))
+    keys.append(key())
     with monkeypatch.context() as patch:
         patch.setattr("torch.__version__", "9.9")
-        keys.append(fingerprint(args, {}, run))
-    monkeypatch.setattr(runs, "code_identity", lambda: "other code")
-    keys.append(fingerprint(args, {}, run))
+        keys.append(key())
+    monkeypatch.setattr(run_key, "code_identity", lambda: "other code")
+    keys.append(key())
     assert len(set(keys)) == len(keys)
 
 

@@ -144,7 +144,7 @@ def test_a_run_that_diverged_is_saved_and_fails(job, monkeypatch):
     ],
 )
 def test_options_are_looked_at_before_anything_is_read(job, monkeypatch, options, message):
-    monkeypatch.setattr("fast.cli.job.load_job", None)  # not called
+    monkeypatch.setattr("fast.cli.commands.finetune.load_task", None)  # not called
     code, _, err = job.fast("finetune", *job.args, *options)
     assert code == 2
     (line,) = err.splitlines()
@@ -297,8 +297,8 @@ def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
     """The second looks for its folder while the first has just taken its own, and fails."""
     claim, results = finetune._claim, []
 
-    def claim_and_start_another(args):
-        folder = claim(args)
+    def claim_and_start_another(spec):
+        folder = claim(spec)
         if not results:
             results.append(None)
             with pytest.MonkeyPatch.context() as patch:
@@ -319,8 +319,8 @@ def test_a_failing_run_removes_its_own_files_only(job, monkeypatch):
     fail_at(monkeypatch, 5, ValueError("no"))
     claim = finetune._claim
 
-    def claim_with_notes(args):
-        folder = claim(args)
+    def claim_with_notes(spec):
+        folder = claim(spec)
         (folder / "notes.txt").write_text("mine")
         return folder
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from fast.cli.record import JOB_FILE
+from fast.cli.record import JOB_FILE, _sign
 
 RUN = ("--steps", 6, "--eval-every", 2, "--output", "out")
 EVIL = 'open("ran", "w").close()\n'
@@ -123,3 +123,23 @@ def test_a_model_file_that_is_gone_is_named(finished):
     code, _, err = finished.fast("finetune", "--resume", "out")
     assert code == 2
     assert "the file of its network is not there any more" in err
+
+
+def test_a_run_of_an_earlier_version_goes_on(job):
+    """Its file holds every option of the network and the data, also those that were not given."""
+    code, _, err = job.fast("finetune", *job.args, *RUN, "--no-progress")
+    assert code == 0, err
+    file = job.folder / "out" / JOB_FILE
+    record = json.loads(file.read_text())
+    earlier = {
+        "weights": None, "allow_missing": False, "source_inputs": None, "card": None,
+        "val_fraction": 0.2, "input_size": None, "resize": None, "interpolation": None,
+        "mean": None, "std": None, "skip_broken": False, "flip": False, "input_column": None,
+        "label_column": None, "max_length": 128, "progress": False,
+    }  # fmt: skip
+    del record["signature"]
+    record = earlier | record
+    file.write_text(json.dumps(record | {"signature": _sign(record)}))
+    for command in (("finetune", "--resume"), ("curvature", "--samples", 24, "--checkpoint")):
+        code, _, err = job.fast(*command, "out")
+        assert code == 0, err

@@ -1,6 +1,5 @@
 """`fast retention`: the points of a curve, its files, and runs that are not repeated."""
 
-import argparse
 import csv
 import dataclasses
 import json
@@ -17,42 +16,44 @@ from fast.train.config import TrainConfig
 SWEEP = ("--steps", 6, "--output", "out")
 
 
-def points(method, data=(), **options):
-    args = argparse.Namespace(**({"strengths": (0.5, 2), "budgets": None, "steps": 60} | options))
-    return [(s.label, s.options) for s in settings(method, args, dict.fromkeys(data), True)]
+FACTS = {"steps": 60, "head_is_last": True, "batch_norms": True}
+
+
+def points(plan, strengths=(0.5, 2), budgets=None):
+    return [(s.label, s.options) for s in settings(plan, strengths, budgets)]
+
+
+def planned(method, **options):
+    facts = FACTS | {k: options.pop(k) for k in ("weighted", "rehearsed") if k in options}
+    return plan_for(TrainConfig(method=method, **options), **facts)
 
 
 def test_strengths_multiply_what_the_method_itself_sets():
     fast_ = METHODS["fast"]
-    assert points("fast", rehearse=0.0) == [
+    assert points(planned("fast", rehearse=0.0)) == [
         (label, {"anchor_decay": s * fast_.anchor_decay, "distill": s * fast_.distill})
         for label, s in (("0.5", 0.5), ("2", 2))
     ]
-    informed = points("fast", data=["card"], rehearse=0.0)
+    informed = points(planned("fast", rehearse=0.0, weighted=True))
     assert informed[0][1]["anchor_decay"] == 0.5 * fast_.card_decay
-    assert points("l2-sp", data=["source_inputs"]) == [
+    assert points(planned("l2-sp")) == [
         ("0.5", {"anchor_decay": 0.5 * METHODS["l2-sp"].anchor_decay}),
         ("2", {"anchor_decay": 2 * METHODS["l2-sp"].anchor_decay}),
     ]
-    # ewc makes its card of the target's inputs where there are no source inputs.
-    assert points("ewc", strengths=(0.0,)) == [("0", {"anchor_decay": 0.0})]
+    assert points(planned("ewc", weighted=True), (0.0,)) == [("0", {"anchor_decay": 0.0})]
 
 
 def test_strengths_multiply_what_holds_a_method_that_rehearses():
     """Strength 1 is the run without the sweep; 0 differs in nothing but what holds the source."""
-    data = {"source_inputs", "train"}
-    (none, one) = (options for _, options in points("fast", data, strengths=(0, 1)))
-    facts = {"steps": 60, "head_is_last": True, "batch_norms": True, "rehearsed": "source inputs"}
-    config = TrainConfig(steps=60)
-    plan = plan_for(config, **facts)
+    plan = planned("fast", rehearsed="source inputs")
     assert plan.batch_norm == "per_task"
+    (none, one) = (options for _, options in points(plan, (0, 1)))
     assert one == {name: getattr(plan, name) for name in ("anchor_decay", "rehearse")}
-    without = facts | {"rehearsed": ""}
-    weak = plan_for(dataclasses.replace(config, **none), weighted=True, **without)
-    held = dict.fromkeys(one, 0.0) | {"rehearsed": ""}
+    weak = planned("fast", **none, weighted=True)
+    held = dict.fromkeys(one, 0.0) | {"rehearsed": "", "weighted": True}
     assert dataclasses.asdict(weak) == dataclasses.asdict(plan) | held
-    (_, ewc) = points("ewc", data, strengths=(1,), **{"rehearse": 1.0})[0]
-    assert ewc == {"anchor_decay": EASED * METHODS["ewc"].card_decay, "rehearse": 1.0}
+    (_, ewc) = points(planned("ewc", rehearse=1.0, weighted=True, rehearsed="source inputs"))[0]
+    assert ewc["anchor_decay"] == 0.5 * EASED * METHODS["ewc"].card_decay
 
 
 def test_a_strength_of_nought_keeps_the_learning_rate(job):
@@ -65,15 +66,16 @@ def test_a_strength_of_nought_keeps_the_learning_rate(job):
 
 
 def test_distillation_is_left_out_where_batch_norm_is_kept_per_task():
-    assert all("distill" not in o for _, o in points("fast", batch_norm="per_task"))
+    plan = planned("fast", batch_norm="per_task")
+    assert all("distill" not in options for _, options in points(plan))
 
 
 def test_a_method_that_holds_nothing_is_one_point():
-    assert points("vanilla") == [("", {})]
+    assert points(planned("vanilla")) == [("", {})]
 
 
 def test_budgets_start_with_the_largest():
-    budgets = points("fast", budgets=["0.1", "0.3"])
+    budgets = points(planned("fast"), budgets=("0.1", "0.3"))
     assert budgets == [("0.3", {"forget_budget": "0.3"}), ("0.1", {"forget_budget": "0.1"})]
 
 
@@ -120,6 +122,7 @@ def test_demo_needs_no_files(job, monkeypatch):
         (["--budgets", "0.1,x"], "forget_budget must be nats of source loss"),
         (["--demo"], "--demo brings its own model and data; drop --model"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
+        (["--anchor-decay", "1"], "unrecognized arguments: --anchor-decay 1"),
     ],
 )
 def test_bad_input_says_so_and_writes_nothing(job, options, message):

@@ -8,7 +8,16 @@ from fast.cli.report.table import html_table, percent, text_table
 
 def run(method, seed, targets, after=None, before=0.9):
     history = [{"step": 10 * i, "target_accuracy": t} for i, t in enumerate(targets)]
-    return Run(method, seed, 1e-3, history, targets[-1], after, after and before, 2.0)
+    return Run(
+        method=method,
+        seed=seed,
+        lr=1e-3,
+        history=history,
+        target_accuracy=targets[-1],
+        source_accuracy=after,
+        source_accuracy_before=after and before,
+        seconds=2.0,
+    )
 
 
 def test_means_spreads_and_steps():

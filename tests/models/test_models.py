@@ -159,7 +159,7 @@ def test_damaged_weights_files(net, tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(other_values(net), path)
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"a\.safetensors is truncated or not"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: truncated or not"):
         load_weights(net, path)
     path = tmp_path / "b.pt"
     torch.save(other_values(net), path)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fast
-from fast.files import file_hash, read_sealed, save_tensors, write_sealed
+from fast.files import file_hash, read_sealed, write_sealed
+from fast.tensor_files import save_tensors
 from fast.train.measure import Measure
 from fast.train.resume.checkpoint import FORMAT, list_checkpoints
 from networks import ConvNet, images

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.plan import Plan
-from fast.files import atomic_file, clear_unfinished, save_tensors, to_json, write_json
+from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
 from fast.models.claim import is_going_on
 from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
+from fast.tensor_files import save_tensors
 
 
 @dataclass(kw_only=True)

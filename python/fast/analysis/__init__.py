@@ -1,1 +1,1 @@
-"""Figures, and the geometry of an adaptation."""
+"""Figures of runs, and the landscape of losses that an adaptation moves through."""

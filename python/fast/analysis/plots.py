@@ -1,4 +1,4 @@
-"""Figures of fine-tuning runs. matplotlib is imported here only."""
+"""Figures of fine-tuning runs. matplotlib is loaded on first use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fast.analysis.intervals import half_interval
+from fast.files import atomic_file
 
 History = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Sequence[History]]
 
-# Okabe and Ito's palette, told apart by colour-blind readers; the method of the house stands out.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; `fast` stands out.
 COLOURS = {
     "fast": "#D55E00",
     "vanilla": "#0072B2",
@@ -22,8 +23,9 @@ COLOURS = {
     "ewc": "#56B4E9",
     "replay": "#E69F00",
 }
+GREY = "#666666"
 OTHER_COLOURS = ("#000000", "#999999")
-# Shape as well as colour, for grey print.
+# Methods differ in shape as well as in colour, for grey print.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE = {
     "font.size": 9,
@@ -32,7 +34,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
+    "axes.edgecolor": GREY,
     "axes.grid": True,
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.8,
@@ -40,7 +42,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "figure.dpi": 150,
 }
-# Single seeds behind their mean.
+# Opacity of single seeds behind their mean.
 FAINT = 0.18
 
 
@@ -52,13 +54,14 @@ def comparison(runs: Runs, *, title: str = "", source_before: float | None = Non
 
     Args:
         runs: method -> one history for each seed. A history is a list of dicts with `step`,
-            `target_accuracy` and, if measured, `source_accuracy` in 0..1; others are passed over.
+            `target_accuracy` and, if measured, `source_accuracy` in 0..1; those without a
+            `target_accuracy` are skipped.
         source_before: source accuracy before adaptation, drawn as a dashed line.
 
     Raises:
         ValueError: there is no evaluated step in any history.
     """
-    matplotlib = matplotlib_()
+    matplotlib = load_matplotlib()
     curves = {
         method: [c for c in (evaluations(h) for h in histories) if len(c["step"])]
         for method, histories in runs.items()
@@ -101,12 +104,12 @@ def retention(
     measured = [p for p in points if p["target"] is not None and p["source"] is not None]
     if not measured:
         raise ValueError("no point has target and source accuracy: there is nothing to draw")
-    matplotlib = matplotlib_()
+    matplotlib = load_matplotlib()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(5.4, 4.2), layout="constrained")
         axis = figure.subplots()
         if source_before is not None:
-            axis.axhline(100 * source_before, color="#666666", linestyle="--", linewidth=1)
+            _level(axis, source_before)
         methods = list(dict.fromkeys(p["method"] for p in measured))
         for i, method in enumerate(methods):
             _trade_off(axis, [p for p in measured if p["method"] == method], method, i)
@@ -134,7 +137,7 @@ def _trade_off(axis: Any, points: Sequence[Mapping[str, Any]], method: str, i: i
 
 
 def _labels(axis: Any, points: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> None:
-    """What stands beside each point, where it does not cover one that is there already."""
+    """Write the label of each point beside it, unless it would cover an earlier one."""
     to_pixels = axis.transData.transform
     taken: list[Any] = []
     for point in points:
@@ -154,15 +157,19 @@ def _labels(axis: Any, points: Sequence[Mapping[str, Any]], methods: Sequence[st
 
 
 def save(figure: Any, path: str | Path) -> Path:
-    """Write `figure` as PNG."""
+    """Write `figure` as PNG, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path
 
 
 def evaluations(history: History) -> dict[str, np.ndarray]:
-    """Evaluated steps of a history: `step`; `target` and `source` (empty if not measured) in %."""
+    """The evaluated steps of a history, and target and source accuracy there in %.
+
+    Returns:
+        `step`, `target` and `source`, `[n]` each; `source` is empty where it was not measured.
+    """
     rows = [row for row in history if row.get("target_accuracy") is not None]
     source = [row["source_accuracy"] for row in rows if row.get("source_accuracy") is not None]
     return {
@@ -190,18 +197,22 @@ def _target_panel(axis: Any, curves: Any, before: float | None) -> None:
 
 def _source_panel(axis: Any, curves: Any, before: float | None) -> None:
     if before is not None:
-        axis.axhline(100 * before, color="#666666", linestyle="--", linewidth=1)
+        _level(axis, before)
         axis.annotate(
             "before",
             (1, 100 * before),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",
-            color="#666666",
+            color=GREY,
             fontsize=8,
         )
     _curve_panel(axis, curves, "source")
     axis.set(title="Keeps: source accuracy", xlabel="step", ylabel="%")
+
+
+def _level(axis: Any, accuracy: float) -> None:
+    axis.axhline(100 * accuracy, color=GREY, linestyle="--", linewidth=1)
 
 
 def _curve_panel(axis: Any, curves: Any, key: str) -> None:
@@ -253,7 +264,7 @@ def _plane_panel(axis: Any, curves: Any, before: float | None) -> None:
 
 
 def _mean_point(ends: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Mean and half intervals, in 0..1, of `(target, source)` in %."""
+    """Mean and half intervals, in 0..1, of points `(target, source)` in %."""
     point: dict[str, Any] = {}
     for name, values in zip(("target", "source"), zip(*ends, strict=True), strict=True):
         point[name] = float(np.mean(values)) / 100
@@ -262,7 +273,7 @@ def _mean_point(ends: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def _cross(axis: Any, point: Mapping[str, Any], colour: str) -> None:
-    """The 95 % intervals of both means. The view is not widened for them: of two or three seeds
+    """The 95 % intervals of both means. The view is not widened for them: with two or three seeds
     they are wider than all curves together."""
     if point["target_half"] is None:
         return
@@ -288,13 +299,13 @@ def _better(axis: Any) -> None:
         (0.03, 0.04),
         xycoords="axes fraction",
         fontsize=8,
-        color="#666666",
-        arrowprops={"arrowstyle": "->", "color": "#666666"},
+        color=GREY,
+        arrowprops={"arrowstyle": "->", "color": GREY},
     )
 
 
 def colour_of(method: str, i: int) -> str:
-    """The colour of a method; of an unknown one, the i-th, one of its own."""
+    """The colour of a method; one of the other colours for the i-th that is unknown."""
     return COLOURS.get(method, OTHER_COLOURS[i % len(OTHER_COLOURS)])
 
 
@@ -302,10 +313,10 @@ def _order(method: str) -> int:
     return 5 if method == "fast" else 3
 
 
-def matplotlib_() -> Any:
+def load_matplotlib() -> Any:
     """matplotlib without pyplot: no display is opened and the caller's backend stays as it is."""
     try:
         import matplotlib.figure
-    except ImportError as err:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from err
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     return matplotlib

@@ -3,7 +3,6 @@ network and data again and runs no code of a stranger's."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import hmac
 import json
@@ -13,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fast.cli.options import Parser, flag
 from fast.errors import printable
 from fast.files import read_json, to_json
 
@@ -21,29 +21,27 @@ KEY_BYTES = 32
 # What a record holds besides options.
 MODEL_HASH, SIGNATURE = "model_hash", "signature"
 PATHS = ("weights", "data", "source", "source_inputs", "card", "model")
-NOT_KEPT = ("run", "unset", "parser", "output", "resume")
 
 
-def write_record(folder: Path, args: argparse.Namespace) -> None:
-    """What `read_record` needs to build the same model and data again.
+def write_record(folder: Path, options: dict[str, Any]) -> None:
+    """Keep the options of a run, with files by their absolute paths.
 
     Raises:
-        FileExistsError: the folder has it already.
+        FileExistsError: the folder has a record already.
     """
-    given = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
-    given |= {name: _absolute(given[name]) for name in PATHS}
-    given[MODEL_HASH] = _model_hash(given["model"])
-    record = json.loads(to_json(given))
+    paths = {name: _absolute(options[name]) for name in PATHS if name in options}
+    facts = {**options, **paths, MODEL_HASH: _model_hash(paths["model"])}
+    record = json.loads(to_json(facts))
     with (folder / JOB_FILE).open("x") as file:
         file.write(to_json(record | {SIGNATURE: _sign(record)}, indent=2) + "\n")
 
 
-def read_record(folder: Path, option: str, parser: argparse.ArgumentParser, named: bool) -> Any:
-    """The options of a run, read as if they had been given on the command line.
+def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[str, Any]:
+    """The options of a run, read as if they were typed on the command line.
 
     Args:
-        option: that named the folder, for messages.
-        parser: of the command that wrote them.
+        option: the one that named the folder, for messages.
+        parser: of the command that wrote the record.
         named: the model is named on this command line, so that the recorded one does not run.
 
     Raises:
@@ -64,10 +62,10 @@ def read_record(folder: Path, option: str, parser: argparse.ArgumentParser, name
             f"look at it, and name it: --model '{printable(model)}'"
         )
     try:
-        options = parser.parse_args(_argv(record, parser))
+        options = parser.read(_argv(record, parser))
     except ValueError as error:
         raise ValueError(f"{file} is damaged or was changed: {error}") from error
-    now = None if named else _model_hash(options.model)
+    now = None if named else _model_hash(options.get("model"))
     if not named and model_hash and now is None:
         raise FileNotFoundError(
             f"{option} {folder}: the file of its network is not there any more: name it where it "
@@ -81,25 +79,24 @@ def read_record(folder: Path, option: str, parser: argparse.ArgumentParser, name
     return options
 
 
-def _argv(record: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+def _argv(record: dict[str, Any], parser: Parser) -> list[str]:
     """`{"lr": 0.1, "mean": [0.5, 0.5]}` -> `["--lr=0.1", "--mean=0.5,0.5"]`."""
-    found = []
+    argv = []
     for name, value in record.items():
-        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            no = f"--no-{flag}"
-            found += [f"--{flag}"] if value else [no] * (no in parser._option_string_actions)
+            off = "--no-" + flag(name).removeprefix("--")
+            argv += [flag(name)] if value else [off] * parser.has(off)
         elif isinstance(value, list):
-            found.append(f"--{flag}={','.join(map(str, value))}")
+            argv.append(f"{flag(name)}={','.join(map(str, value))}")
         elif isinstance(value, dict):
             raise ValueError(f"{name} is {value}")
         elif value is not None:
-            found.append(f"--{flag}={value}")
-    return found
+            argv.append(f"{flag(name)}={value}")
+    return argv
 
 
 def _model_hash(spec: str | None) -> str | None:
-    """Of the file that `path/file.py:Factory` names; None of a library's network."""
+    """Hash of the file that `path/file.py:Factory` names; None for a library's network."""
     name, colon, _ = (spec or "").partition(".py:")
     path = Path(f"{name}.py").expanduser()
     if not colon or not path.is_file():
@@ -119,7 +116,7 @@ def _absolute(name: str | None) -> str | None:
 
 
 def _sign(record: dict[str, Any]) -> str | None:
-    """By a key that only this user has; None where there is no place for one."""
+    """Signature by a key that only this user has; None where there is no place for one."""
     key = _key()
     text = json.dumps(record, sort_keys=True).encode()
     return None if key is None else hmac.new(key, text, "sha256").hexdigest()
@@ -135,7 +132,7 @@ def _key() -> bytes | None:
                 whole.write(secrets.token_bytes(KEY_BYTES))
                 whole.flush()
                 os.link(whole.name, path)
-    except FileExistsError:  # another run has made it just now
+    except FileExistsError:  # another run has just made it
         pass
     except (OSError, RuntimeError):  # no home, or one that cannot be written to
         return None

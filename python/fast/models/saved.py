@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fast.files import (
     atomic_file,
     file_hash,
-    load_tensors,
     read_json,
     read_sealed,
     reading,
@@ -20,6 +19,7 @@ from fast.files import (
 )
 from fast.heads.find import Head, HeadLayer, find_head, layer_like
 from fast.heads.replace import announce_classes
+from fast.tensor_files import load_tensors
 
 MODEL_FILE = "model.safetensors"
 SOURCE_HEAD_FILE = "source_head.safetensors"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.errors import first_line, printable, some
-from fast.files import load_tensors
+from fast.tensor_files import load_tensors
 
 # Keys under which trainers store weights, the best first: averaged weights are evaluated.
 STATE_KEYS = (

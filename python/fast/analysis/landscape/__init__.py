@@ -1,4 +1,4 @@
-"""The geometry of an adaptation: its path through the landscapes of source and target loss."""
+"""The path of an adaptation through the landscapes of source and target loss."""
 
 from fast.analysis.landscape.measure import landscape
 from fast.analysis.landscape.path import PathRecorder, WeightPath

@@ -8,31 +8,30 @@ from typing import Any
 import numpy as np
 
 from fast.analysis.landscape.result import Landscape, PathGeometry
-from fast.analysis.plots import MARKERS, STYLE, colour_of, matplotlib_
+from fast.analysis.plots import GREY, MARKERS, STYLE, colour_of, load_matplotlib
 
-# Losses are drawn on a logarithmic scale that ends here: a destroyed network is a destroyed one.
+# Losses are drawn on a logarithmic scale between these. Above the highest a network knows nothing.
 LEVELS = 14
 LOWEST, HIGHEST = 1e-3, 20.0
-# Rises below this are rounding and sampling.
+# Smaller rises, in nats, are rounding and sampling.
 SMALLEST_RISE = 1e-4
-GREY = "#666666"
 
 
-def draw(found: Landscape, *, title: str = "") -> Any:
+def draw(landscape: Landscape, *, title: str = "") -> Any:
     """The matplotlib Figure of a landscape.
 
     Above: source loss and target loss over the plane, with the paths. Below: the share of each step
     in the source's stiff directions, and forecast against measured rise of the source loss.
     """
-    matplotlib = matplotlib_()
+    matplotlib = load_matplotlib()
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(9.2, 7.6), layout="constrained")
         (source, target), (stiff, forecast) = figure.subplots(2, 2)
-        _surface(figure, source, found, found.source_loss, "Source loss, nats")
-        head = "" if len(found.paths) == 1 else f", head of {found.head_of}"
-        _surface(figure, target, found, found.target_loss, f"Target loss, nats{head}")
-        _stiff_panel(stiff, found)
-        _forecast_panel(forecast, found)
+        _surface(figure, source, landscape, landscape.source_loss, "Source loss, nats")
+        head = "" if len(landscape.paths) == 1 else f", head of {landscape.head_of}"
+        _surface(figure, target, landscape, landscape.target_loss, f"Target loss, nats{head}")
+        _stiff_panel(stiff, landscape)
+        _forecast_panel(forecast, landscape)
         handles, labels = source.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         if title:
@@ -40,30 +39,32 @@ def draw(found: Landscape, *, title: str = "") -> Any:
     return figure
 
 
-def _surface(figure: Any, axis: Any, found: Landscape, losses: Sequence[Any], title: str) -> None:
+def _surface(
+    figure: Any, axis: Any, landscape: Landscape, losses: Sequence[Any], title: str
+) -> None:
     from matplotlib.colors import LogNorm
 
     values = np.clip(np.nan_to_num(np.array(losses), nan=HIGHEST), LOWEST, HIGHEST)
     low, high = float(values.min()), float(values.max())
     levels = np.geomspace(low, max(high, 1.01 * low), LEVELS)
     filled = axis.contourf(
-        found.x,
-        found.y,
+        landscape.x,
+        landscape.y,
         values,
         levels=levels,
         cmap="Greys",
         norm=LogNorm(levels[0], 3 * levels[-1]),  # the darkest grey would hide the paths
         extend="both",
     )
-    axis.contour(found.x, found.y, values, levels=levels, colors="white", linewidths=0.5)
+    axis.contour(landscape.x, landscape.y, values, levels=levels, colors="white", linewidths=0.5)
     bar = figure.colorbar(filled, ax=axis, shrink=0.9, pad=0.02)
     bar.set_ticks(levels[::3], labels=[f"{v:.2g}" for v in levels[::3]])
     bar.minorticks_off()
-    for i, path in enumerate(found.paths):
+    for i, path in enumerate(landscape.paths):
         _path(axis, path, i)
     axis.plot(0, 0, marker="*", color="black", markersize=11, zorder=7)
     axis.annotate("w0", (0, 0), (6, 6), textcoords="offset points", fontsize=8, zorder=7)
-    towards = f"||w - w0||, towards the end of {found.paths[-1].name}"
+    towards = f"||w - w0||, towards the end of {landscape.paths[-1].name}"
     axis.set(title=title, xlabel=towards, ylabel="across", aspect="equal")
     axis.grid(visible=False)
 
@@ -83,21 +84,21 @@ def _path(axis: Any, path: PathGeometry, i: int) -> None:
     )
 
 
-def _stiff_panel(axis: Any, found: Landscape) -> None:
-    for i, path in enumerate(found.paths):
+def _stiff_panel(axis: Any, landscape: Landscape) -> None:
+    for i, path in enumerate(landscape.paths):
         pairs = zip(path.steps[1:], path.stiff_share, strict=True)
-        known = [(step, share) for step, share in pairs if share]
-        if known:
+        moved = [(step, share) for step, share in pairs if share]
+        if moved:
             axis.plot(
-                *zip(*known, strict=True),
+                *zip(*moved, strict=True),
                 color=colour_of(path.name, i),
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=4,
             )
-    axis.axhline(found.chance, color=GREY, linestyle="--", linewidth=1)
+    axis.axhline(landscape.chance, color=GREY, linestyle="--", linewidth=1)
     axis.annotate(
         "a random direction",
-        (1, found.chance),
+        (1, landscape.chance),
         xycoords=("axes fraction", "data"),
         ha="right",
         va="bottom",
@@ -108,24 +109,24 @@ def _stiff_panel(axis: Any, found: Landscape) -> None:
     axis.set(
         title="How stiff: steps in the source loss",
         xlabel="step",
-        ylabel=f"share in its {len(found.eigenvalues)} stiffest directions",
+        ylabel=f"share in its {len(landscape.eigenvalues)} stiffest directions",
     )
 
 
-def undrawn(found: Landscape) -> int:
-    """Points of the forecast panel, after the start, that have no place on its logarithmic axes."""
+def undrawn(landscape: Landscape) -> int:
+    """Number of points, after the start, that have no place on logarithmic axes."""
     pairs = [
         pair
-        for path in found.paths
+        for path in landscape.paths
         for forecast in ([*path.forecast], path.card_shown)
         for pair in list(zip(path.rise, forecast, strict=True))[1:]
     ]
     return sum(f is not None and not min(m, f) > SMALLEST_RISE for m, f in pairs)
 
 
-def _forecast_panel(axis: Any, found: Landscape) -> None:
+def _forecast_panel(axis: Any, landscape: Landscape) -> None:
     drawn: list[float] = []
-    for i, path in enumerate(found.paths):
+    for i, path in enumerate(landscape.paths):
         colour, marker = colour_of(path.name, i), MARKERS[i % len(MARKERS)]
         for forecast, full in (([*path.forecast], True), (path.card_shown, False)):
             pairs = zip(path.rise, forecast, strict=True)

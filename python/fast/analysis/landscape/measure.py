@@ -1,4 +1,5 @@
-"""Source and target loss over the plane that runs have moved in, and how their steps lie."""
+"""Source and target loss over the plane that runs have moved in, and the directions of their
+steps."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast.analysis.landscape.network import MATRICES, MovableNetwork, subset
 from fast.analysis.landscape.path import WeightPath
 from fast.analysis.landscape.plane import Plane, grid
 from fast.analysis.landscape.result import Landscape, PathGeometry
-from fast.analysis.landscape.walk import MATRICES, Walker, subset
 from fast.curvature import NetworkOperator
 from fast.curvature.algorithms.progress import bar
 from fast.curvature.card import SourceCard
@@ -22,7 +23,7 @@ from fast.data.dataset import Data
 # 0.4 % of those at 1e-5; at 1e-2 they were off by up to 27 %, and hardly a product was saved.
 EIGEN_TOL = 1e-3
 BATCH = 128
-# What a path takes over from the history of its run.
+# Columns that a path copies from the history of its run.
 MEASURED = ("target_loss", "target_accuracy", "source_accuracy")
 
 
@@ -41,22 +42,24 @@ def landscape(
 ) -> Landscape:
     """Where adaptation went, and what it cost the source task.
 
-    The plane goes through the pretrained weights w0. Of one path it is the plane closest to all its
-    steps (their principal components about w0); of two it goes through their ends; of more it is
-    the one closest to their ends. The networks are copied: no weight, buffer or mode changes.
+    The plane goes through the pretrained weights w0. For one path it is the plane closest to all of
+    its steps (their principal components about w0); for two it goes through their ends; for more it
+    is the one closest to their ends. The networks are copied: no weight, buffer or mode changes.
 
     Costs `resolution^2` evaluations of both samples, about 15 products for each stiff direction and
     one for each step.
 
     Args:
-        paths: of runs that started from the same weights, by `fast.PathRecorder`.
+        paths: runs that started from the same weights, kept by `fast.PathRecorder`.
         source, target: labelled data: `(x, y)`, a Dataset or a DataLoader.
         resolution: grid points along the longer side.
-        samples: of source and of target, at most: losses, curvature and forecasts are all of these.
-        num_stiff: k, eigenvectors of the largest eigenvalues of the source matrix at w0.
+        samples: at most so many of source and of target; losses, curvature and forecasts are all
+            means over these.
+        num_stiff: k, the number of stiff directions: eigenvectors of the largest eigenvalues of the
+            source matrix at w0.
         matrix: "ggn" (Gauss-Newton) or "hessian", for stiff directions and forecast.
-        card: for `card_forecast` (default: estimated on the source samples at w0).
-        seed: of the samples and of all random vectors.
+        card: makes `card_forecast` (default: estimated on the source samples at w0).
+        seed: decides the samples and all random vectors.
         progress: show bars; None: when stderr is a terminal.
 
     Raises:
@@ -66,19 +69,19 @@ def landscape(
     if isinstance(paths, WeightPath):
         paths = [paths]
     origin = _check(paths, resolution, num_stiff, matrix)
-    walker = Walker(paths[0].model, paths[0].parameters, BATCH)
+    network = MovableNetwork(paths[0].model, paths[0].parameters, BATCH)
     source_data = subset(source, "source", samples, seed)
     target_data = subset(target, "target", samples, seed)
 
     spanning = paths[0].weights if len(paths) == 1 else torch.stack([p.weights[-1] for p in paths])
     plane = Plane.through(origin, spanning - origin, seed)
     x, y = grid([plane.coordinates(p.weights - origin) for p in paths], resolution)
-    surfaces = _surfaces(walker, plane, x, y, source_data, target_data, progress)
+    surfaces = _surfaces(network, plane, x, y, source_data, target_data, progress)
 
-    walker.put(origin)
-    before = walker.source_loss(source_data)
-    card = card.bind(walker.model) if card else walker.card(source_data, seed)
-    with walker.curvature(source_data, matrix) as operator:
+    network.move_to(origin)
+    before = network.source_loss(source_data)
+    card = card.bind(network.model) if card else network.card(source_data, seed)
+    with network.curvature(source_data, matrix) as operator:
         stiff = operator.top(
             num_stiff, which="largest", tol=EIGEN_TOL, seed=seed, progress=progress
         )
@@ -87,7 +90,7 @@ def landscape(
     geometry = []
     for path, forecast in zip(paths, orders, strict=True):
         d = path.weights - origin
-        rise, by_card = _along(walker, path, source_data, card)
+        losses, by_card = _along(network, path, source_data, card)
         geometry.append(
             PathGeometry(
                 name=path.name,
@@ -97,7 +100,7 @@ def landscape(
                 in_plane=plane.share(d),
                 drift=d.double().norm(dim=1).tolist(),
                 stiff_share=_shares(d, stiff.vectors.cpu()),
-                rise=[loss - before for loss in rise],
+                rise=[loss - before for loss in losses],
                 forecast=forecast,
                 card_forecast=[nats for nats, _ in by_card],
                 card_reaches=[within for _, within in by_card],
@@ -124,7 +127,7 @@ def landscape(
 
 
 def _check(paths: Sequence[WeightPath], resolution: int, num_stiff: int, matrix: str) -> Tensor:
-    """The weights that all paths start from."""
+    """The weights `[P]` that all paths start from, when the arguments are in order."""
     if not paths:
         raise ValueError("paths is empty: record one with fast.PathRecorder")
     if matrix not in MATRICES:
@@ -152,7 +155,7 @@ def _check(paths: Sequence[WeightPath], resolution: int, num_stiff: int, matrix:
 
 
 def _surfaces(
-    walker: Walker,
+    network: MovableNetwork,
     plane: Plane,
     x: list[float],
     y: list[float],
@@ -168,9 +171,9 @@ def _surfaces(
             over_source.append([])
             over_target.append([])
             for u in x:
-                walker.put(plane.at(u, v))
-                over_source[-1].append(walker.source_loss(source))
-                over_target[-1].append(walker.target_loss(target))
+                network.move_to(plane.at(u, v))
+                over_source[-1].append(network.source_loss(source))
+                over_target[-1].append(network.target_loss(target))
                 ticks.update()
     return over_source, over_target
 
@@ -183,25 +186,25 @@ def _second_order(operator: NetworkOperator, gradient: Tensor, d: Tensor) -> lis
 
 
 def _along(
-    walker: Walker, path: WeightPath, source: Data, card: SourceCard
+    network: MovableNetwork, path: WeightPath, source: Data, card: SourceCard
 ) -> tuple[list[float], list[tuple[float, bool]]]:
-    """Source loss at each of the path's weights, and what the card forecasts to be its rise."""
+    """Source loss at each of the path's weights, and the rise that the card forecasts there."""
     losses, forecasts = [], []
-    # Batch norm per task leaves the source norms that no path moves: each path's network has a
-    # source loss of its own. The card knows the weights of the first.
-    own = Walker(path.model, path.parameters, BATCH)
+    # With batch norm per task the source keeps norms that no path moves: the source loss depends on
+    # the network of the path. The card is bound to that of the first.
+    moved = MovableNetwork(path.model, path.parameters, BATCH)
     for weights in path.weights:
-        own.put(weights)
-        losses.append(own.source_loss(source))
-        walker.put(weights)
-        forecasts.append(walker.forecast(card))
+        moved.move_to(weights)
+        losses.append(moved.source_loss(source))
+        network.move_to(weights)
+        forecasts.append(network.forecast(card))
     return losses, forecasts
 
 
 def _shares(d: Tensor, stiff: Tensor) -> list[float | None]:
-    """Norm of each step's part in the columns of `stiff`, `[P, k]`, over the norm of the step."""
-    found: list[float | None] = []
+    """Norm of each step's component in the span of `stiff`, `[P, k]`, over the norm of the step."""
+    shares: list[float | None] = []
     for step in d.diff(dim=0):
         norm = float(step.double().norm())
-        found.append(float((step @ stiff).double().norm()) / norm if norm else None)
-    return found
+        shares.append(float((step @ stiff).double().norm()) / norm if norm else None)
+    return shares

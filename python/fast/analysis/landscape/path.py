@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fast.adapt.result import Result
 from fast.curvature.card.answers import backbone_parameters
 from fast.data.dataset import as_data
 from fast.heads import source_task, task_head, unwrap
 from fast.train.metrics import evaluate
-from fast.train.result import Result
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WeightPath:
-    """Where one run led.
+    """The backbone weights of one run at its evaluations.
 
     Attributes:
-        name: for legends, usually of the method.
+        name: for legends, usually the name of the method.
         steps: `[n]` optimizer steps, the first of them 0.
         weights: `[n, P]` backbone weights after those steps, on the CPU; the first are pretrained.
-        parameters: their names, in the order in which they are flattened.
+        parameters: names of the parameters, in the order in which they are flattened.
         model: the adapted network; it answers both tasks.
         history: one record for each step, of `fast.finetune`.
     """
@@ -50,7 +50,7 @@ class PathRecorder:
 
     Args:
         source: what `fast.finetune` takes as `source`: `(x, y)`, a Dataset or a DataLoader.
-        batch_size: of the evaluation.
+        batch_size: samples of a forward pass.
     """
 
     def __init__(self, source: Any, batch_size: int = 128) -> None:
@@ -61,7 +61,7 @@ class PathRecorder:
     def __call__(self, model: nn.Module) -> float:
         """Source accuracy of `model`, in 0..1; it is left as it was."""
         model = unwrap(model)
-        if task_head(model) is not None:  # not before the run, when it still has its own head
+        if task_head(model) is not None:  # before the run the model still has its own head
             params = backbone_parameters(model, None)
             self.parameters = tuple(params)
             self.rows.append(flatten(list(params.values())))
@@ -73,13 +73,14 @@ class PathRecorder:
         """The path of the run that this recorder was given to.
 
         Args:
-            name: default: of the method.
+            name: for legends (default: the name of the method).
 
         Raises:
-            ValueError: it was given to another run, to several, or to a resumed one; or the run
-                changed the batch norms' statistics of the source task.
+            ValueError: the recorder was given to another run, to several, or to a resumed one; or
+                the run changed the batch norms' statistics of the source task.
         """
-        if result.config.batch_norm == "track" and any(
+        assert result.plan is not None, "fast.finetune gives its plan back"
+        if result.plan.batch_norm == "track" and any(
             isinstance(m, _BatchNorm) and m.track_running_stats for m in result.model.modules()
         ):
             raise ValueError(
@@ -92,12 +93,12 @@ class PathRecorder:
                 f"{len(result.history)}: give each run a recorder of its own, and do not resume it"
             )
         return WeightPath(
-            name or result.config.method,
-            [row["step"] for row in result.history],
-            torch.stack(self.rows),
-            self.parameters,
-            result.model,
-            result.history,
+            name=name or result.plan.method,
+            steps=[row["step"] for row in result.history],
+            weights=torch.stack(self.rows),
+            parameters=self.parameters,
+            model=result.model,
+            history=result.history,
         )
 
 

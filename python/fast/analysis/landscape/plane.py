@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Room around the paths, as a share of the longer side.
+# The room around the paths is this share of the longer side.
 MARGIN = 0.25
 # The shorter side is at least this share of the longer: a path is often hardly bent.
 MIN_ASPECT = 0.5
@@ -16,7 +16,7 @@ MIN_ASPECT = 0.5
 RANK_TOL = 1e-10
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Plane:
     """`origin + x * basis[0] + y * basis[1]`.
 
@@ -53,7 +53,7 @@ class Plane:
             noise = torch.randn(len(origin), generator=generator).to(displacements)
             rows = torch.stack([rows[0], noise])
         basis = torch.linalg.qr(rows.T)[0].T.contiguous()
-        return cls(origin, _turned(basis, displacements))
+        return cls(origin=origin, basis=_turned(basis, displacements))
 
     def coordinates(self, displacements: Tensor) -> Tensor:
         """`[n, P]` -> `[n, 2]`, in float64."""

@@ -1,4 +1,4 @@
-"""What `fast.landscape` finds, as plain data."""
+"""The result of `fast.landscape`, as plain data."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 
 
-@dataclass(repr=False)
+@dataclass(kw_only=True, repr=False)
 class PathGeometry:
     """One run in the landscape; lists have one entry for each kept step, unless said otherwise.
 
     Attributes:
-        name, steps: of the path.
-        x, y: its place in the plane, in units of `||w - w0||`.
-        in_plane: share of its squared displacements that lies in the plane, 0..1.
+        name, steps: those of the path.
+        x, y: coordinates in the plane, in units of `||w - w0||`.
+        in_plane: share of the squared displacements that lies in the plane, 0..1.
         drift: `||w - w0||`.
-        stiff_share: one less: norm of each step's part in the source's stiff directions over the
-            norm of the step, 0..1; None where nothing moved. A step here is what lies between two
-            evaluations.
-        rise: of the source loss since w0, measured, nats.
+        stiff_share: one entry less: norm of the component of each step in the stiff directions of
+            the source loss, over the norm of the step, 0..1; None where nothing moved. A step here
+            is the displacement between two evaluations.
+        rise: measured rise of the source loss since w0, nats.
         forecast: the same by the exact product, `g.d + 1/2 d^T G d`.
-        card_forecast: by the diagonal of a source card, as it is calibrated before a run: on steps
-            like Adam's first ones, which cost more than those of a run that turns or is held to
-            its source.
-        card_reaches: whether the card was calibrated on steps that far; beyond, its forecast is
+        card_forecast: the same by the diagonal of a source card, which is calibrated on steps like
+            Adam's first ones. They cost more than those of a run that turns or is held to its
+            source.
+        card_reaches: whether the card was calibrated on steps that long; beyond, its forecast is
             extrapolated, and neither shown nor counted.
         target_loss, target_accuracy, source_accuracy: as the run measured them (None: it did not),
             with its own head and all its validation data.
@@ -60,25 +60,25 @@ class PathGeometry:
     @property
     def mean_stiff_share(self) -> float | None:
         """Root of the mean square over the steps; None where nothing moved."""
-        known = [s for s in self.stiff_share if s is not None]
-        return math.sqrt(sum(s * s for s in known) / len(known)) if known else None
+        shares = [s for s in self.stiff_share if s is not None]
+        return math.sqrt(sum(s * s for s in shares) / len(shares)) if shares else None
 
 
-@dataclass(repr=False)
+@dataclass(kw_only=True, repr=False)
 class Landscape:
-    """Plain data of `landscape`: numbers, lists and strings only.
+    """Losses over a plane of weights and the paths of runs: numbers, lists and strings only.
 
     Attributes:
-        x, y: places of the grid, in units of `||w - w0||`; the origin is w0.
+        x, y: coordinates of the grid, in units of `||w - w0||`; the origin is w0.
         source_loss, target_loss: `[len(y)][len(x)]`, nats.
-        head_of: whose target head answers, all over the plane.
-        source_loss_before: at w0, nats.
+        head_of: name of the run whose target head answers all over the plane.
+        source_loss_before: source loss at w0, nats.
         matrix: "ggn" or "hessian", of the source loss at w0.
-        eigenvalues, residuals: of its stiff directions.
-        converged: to a thousandth of the largest.
-        chance: the stiff share that a step of random direction would have, `sqrt(k / P)`.
+        eigenvalues, residuals: those of the stiff directions, `[k]`.
+        converged: whether each residual is below a thousandth of the largest eigenvalue.
+        chance: the stiff share that a step in a random direction would have, `sqrt(k / P)`.
         num_parameters: P.
-        source_samples, target_samples: that all this was measured on.
+        source_samples, target_samples: number of samples that the losses are means over.
         paths: the runs.
     """
 
@@ -103,7 +103,8 @@ class Landscape:
         return f"Landscape({len(self.x)} x {len(self.y)} points, paths {names})"
 
     def correlation(self, kind: str = "forecast") -> float | None:
-        """Pearson's, of forecast and measured rise over all steps; None where it is not defined.
+        """Pearson's correlation of forecast and measured rise over all steps; None where it is not
+        defined.
 
         Args:
             kind: "forecast", or "card_forecast" (as far as the card reaches).

@@ -1,105 +1,124 @@
-"""The effect in a minute, offline: teach a network of digits 0-4 the digits 5-9; see what it loses.
-
-Pretrains a small convolutional network on scikit-learn's digits 0-4, adapts it to 5-9 by `vanilla`
-fine-tuning and by `fast`, over three seeds, and prints what each learned and what each kept.
-Vanilla gets the better of two learning rates; fast its defaults.
-"""
+"""`fast demo`, and the digits of `--demo`."""
 
 from __future__ import annotations
 
-import argparse
-import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from fast.cli.options import folder_name
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fast.cli.report.html import save_curves
 from fast.cli.report.summary import NOTES, Run, summarise
 from fast.cli.report.table import text_table
+from fast.cli.spec import DemoSpec
+from fast.cli.spec.methods import DEMO_LENGTH
+from fast.cli.task.load import LoadedTask
+from fast.data.sources import Split, stratified_split
 from fast.files import check_writable
+from fast.models.load import LoadedModel
+from fast.train.config import TrainConfig
 
+Samples = tuple[Tensor, Tensor]
 SEEDS = (0, 1, 2)
 VANILLA_LRS = (3e-4, 1e-3)
 FAST_LR = 1e-3
-STEPS, EVAL_EVERY, BATCH = 100, 5, 64
+STEPS, EVAL_EVERY, BATCH = DEMO_LENGTH["steps"], DEMO_LENGTH["eval_every"], 64
 PRETRAIN_EPOCHS, PRETRAIN_LR = 30, 3e-3
 # 8x8 images leave a second thread nothing but barriers: pretraining took 2.5 s with one thread,
 # 6.7 s with two, 36 s with two on a busy machine (2 cores).
 THREADS = 1
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        type=folder_name,
-        default="fast-demo",
-        metavar="FOLDER",
-        help="of demo.png (default: fast-demo)",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    check_writable(Path(args.output), "--output")
-
-    import torch
-
+def run(spec: DemoSpec) -> int:
+    check_writable(Path(spec.output), "--output")
     start = time.monotonic()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
+    with few_threads():
         runs = _pretrain_and_adapt(start)
-    finally:
-        torch.set_num_threads(threads)
     header, rows = summarise(runs)
     # The clock of runs this short says nothing about the methods.
     rows = [row[: header.index("seconds")] for row in rows]
     print("\n" + text_table(header[: header.index("seconds")], rows) + f"\n\n{NOTES}")
-    figure = Path(args.output) / "demo.png"
+    figure = Path(spec.output) / "demo.png"
     save_curves(runs, "Digits 0-4, then 5-9", figure)
     print(f"\n{figure} ({time.monotonic() - start:.0f} s in all)")
     return 0
 
 
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """Run the block with `THREADS` threads of torch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _pretrain_and_adapt(start: float) -> list[Run]:
-    source, target = digits(range(5)), digits(range(5, 10))
-    network = pretrain(*source)
+    task = digits_task()
     print(f"pretrained on digits 0-4 ({time.monotonic() - start:.0f} s); adapting to 5-9:")
-    runs = [_adapt(network, source, target, "fast", seed, FAST_LR) for seed in SEEDS]
-    vanilla = {
-        lr: [_adapt(network, source, target, "vanilla", seed, lr) for seed in SEEDS]
-        for lr in VANILLA_LRS
-    }
-    runs += max(vanilla.values(), key=lambda rs: sum(r.target_accuracy for r in rs))
-    return runs
+    runs = [_adapt(task, "fast", seed, FAST_LR) for seed in SEEDS]
+    vanilla = [[_adapt(task, "vanilla", seed, lr) for seed in SEEDS] for lr in VANILLA_LRS]
+    return runs + max(vanilla, key=lambda rs: sum(r.target_accuracy for r in rs))
 
 
-def digits(which: range) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+def _adapt(task: LoadedTask, method: str, seed: int, lr: float) -> Run:
+    start = time.monotonic()
+    config = TrainConfig(
+        method=method,
+        steps=STEPS,
+        eval_every=EVAL_EVERY,
+        batch_size=BATCH,
+        lr=lr,
+        seed=seed,
+        progress=False,
+    )
+    run = Run.of(task.adapt(config), time.monotonic() - start)
+    print(f"  {run}")
+    return run
+
+
+def digits_task() -> LoadedTask:
+    """A network of the digits 0-4, to be adapted to 5-9."""
+    source, (train, val) = digits(range(5)), digits(range(5, 10))
+    return LoadedTask(
+        name="digits",
+        loaded=LoadedModel(model=pretrain(source[0])),
+        classes=("5", "6", "7", "8", "9"),
+        train=train,
+        val=val,
+        source=source[1],
+        sizes={"train": len(train[1]), "val": len(val[1]), "source": len(source[1][1])},
+    )
+
+
+def digits(which: range) -> tuple[Samples, Samples]:
     """`(train, test)` of these digits, labels from 0; 70 % and 30 % of each class.
 
     Images are `[N, 1, 8, 8]` in -1..1 (scikit-learn's copy of the UCI handwritten digits).
     """
-    import numpy as np
-    import torch
-    from sklearn.datasets import load_digits
-
-    from fast.data.sources import Split, stratified_split
+    from sklearn.datasets import load_digits  # scikit-learn is optional
 
     raw = load_digits()
-    chosen = np.isin(raw.target, list(which))
-    images = (raw.images[chosen, None] / 8 - 1).astype(np.float32)
-    labels = raw.target[chosen].astype(np.int64) - which.start
+    wanted = np.isin(raw.target, list(which))
+    images = (raw.images[wanted, None] / 8 - 1).astype(np.float32)
+    labels = raw.target[wanted].astype(np.int64) - which.start
     train, test = stratified_split(Split(inputs=images, labels=labels), 0.3)
 
-    def tensors(split: Split) -> tuple[Any, Any]:
+    def tensors(split: Split) -> Samples:
         return torch.from_numpy(split.inputs), torch.from_numpy(split.labels)
 
     return tensors(train), tensors(test)
 
 
-def build_network(num_classes: int = 5) -> Any:
+def build_network(num_classes: int = 5) -> nn.Module:
     """Three 3x3 convolutions with batch norm, global average, linear head: 24 k parameters."""
-    from torch import nn
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -115,11 +134,8 @@ def build_network(num_classes: int = 5) -> Any:
     )
 
 
-def pretrain(train: tuple[Any, Any], test: tuple[Any, Any]) -> Any:
+def pretrain(train: Samples) -> nn.Module:
     """The source network: plain AdamW with a cosine schedule."""
-    import torch
-    import torch.nn.functional as F
-
     x, y = train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -133,25 +149,3 @@ def pretrain(train: tuple[Any, Any], test: tuple[Any, Any]) -> Any:
                 optimizer.step()
             schedule.step()
     return network.eval()
-
-
-def _adapt(network: Any, source: Any, target: Any, method: str, seed: int, lr: float) -> Run:
-    import fast
-
-    start = time.monotonic()
-    result = fast.finetune(
-        copy.deepcopy(network),
-        train=target[0],
-        val=target[1],
-        source=source[1],
-        method=method,
-        steps=STEPS,
-        eval_every=EVAL_EVERY,
-        batch_size=BATCH,
-        lr=lr,
-        seed=seed,
-        progress=False,
-    )
-    done = Run.of(result, time.monotonic() - start)
-    print(f"  {done}")
-    return done

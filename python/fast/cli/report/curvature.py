@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fast.analysis.plots import STYLE, load_matplotlib
 from fast.cli.report.table import text_table
-
-if TYPE_CHECKING:
-    from fast.curvature import Eigenpairs, Estimate, Summary
+from fast.curvature import Eigenpairs, Estimate, Summary
 
 
-def figure(kind: str, found: Mapping[str, Summary]) -> Any:
+def figure(kind: str, summaries: Mapping[str, Summary]) -> Any:
     """The matplotlib Figure: one panel per loss, its density and its top eigenvalues."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from fast.analysis.plots import STYLE
-
-    style: Any = STYLE
-    with rc_context(style):
-        drawn = Figure(figsize=(6.4, 2.6 * len(found) + 0.3), layout="constrained")
-        axes = drawn.subplots(len(found), 1, squeeze=False)[:, 0]
-        for ax, (name, s) in zip(axes, found.items(), strict=True):
+    matplotlib = load_matplotlib()
+    with matplotlib.rc_context(STYLE):
+        size = (6.4, 2.6 * len(summaries) + 0.3)
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(summaries), 1, squeeze=False)[:, 0]
+        for ax, (name, s) in zip(axes, summaries.items(), strict=True):
             assert s.spectrum is not None
             s.spectrum.plot(ax=ax)
             low = ax.get_ylim()[0]
@@ -30,37 +25,39 @@ def figure(kind: str, found: Mapping[str, Summary]) -> Any:
                     label=f"top {len(s.top.values)}")  # fmt: skip
             ax.legend()
             ax.set_title(f"{kind} of the {name} loss, {s.numel:,} parameters")
-    return drawn
+    return figure
 
 
-def text(kind: str, found: Mapping[str, Summary]) -> str:
+def text(kind: str, summaries: Mapping[str, Summary]) -> str:
     """The printed tables: one column per loss, then one row per layer."""
-    columns = list(found)
+    columns = list(summaries)
     rows = [
-        ["loss, nats", *(f"{s.loss:.4g}" for s in found.values())],
-        ["gradient norm", *(f"{s.gradient_norm:.4g}" for s in found.values())],
-        ["trace", *(_estimate(s.trace) for s in found.values())],
+        ["loss, nats", *(f"{s.loss:.4g}" for s in summaries.values())],
+        ["gradient norm", *(f"{s.gradient_norm:.4g}" for s in summaries.values())],
+        ["trace", *(_estimate(s.trace) for s in summaries.values())],
     ]
-    for i in range(max(len(s.top.values) for s in found.values())):
-        rows.append([f"eigenvalue {i + 1} (residual)", *(_pair(s.top, i) for s in found.values())])
-    sizes = " and ".join(dict.fromkeys(f"{s.numel:,}" for s in found.values()))
+    for i in range(max(len(s.top.values) for s in summaries.values())):
+        rows.append(
+            [f"eigenvalue {i + 1} (residual)", *(_pair(s.top, i) for s in summaries.values())]
+        )
+    sizes = " and ".join(dict.fromkeys(f"{s.numel:,}" for s in summaries.values()))
     out = f"\n{kind}, {sizes} parameters\n\n" + text_table(["", *columns], rows)
-    unfinished = [name for name, s in found.items() if not s.top.converged]
+    unfinished = [name for name, s in summaries.items() if not s.top.converged]
     if unfinished:
         out += f"\n\nnot converged: eigenvalues of {', '.join(unfinished)}; see their residuals"
-    if any(s.layers for s in found.values()):
-        out += "\n\n" + _layer_table(found)
+    if any(s.layers for s in summaries.values()):
+        out += "\n\n" + _layer_table(summaries)
     return out
 
 
-def _layer_table(found: Mapping[str, Summary]) -> str:
-    names = list(dict.fromkeys(name for s in found.values() for name in s.layers))
+def _layer_table(summaries: Mapping[str, Summary]) -> str:
+    names = list(dict.fromkeys(name for s in summaries.values() for name in s.layers))
     header = ["layer", "parameters"]
-    for column in found:
+    for column in summaries:
         header += [f"{column} trace", f"{column} top eigenvalue"]
     rows = []
     for name in names:
-        layers = [s.layers.get(name) for s in found.values()]
+        layers = [s.layers.get(name) for s in summaries.values()]
         row = [name or "(network)", " / ".join(dict.fromkeys(f"{x.numel:,}" for x in layers if x))]
         for layer in layers:
             row += ["-"] * 2 if layer is None else [_estimate(layer.trace), _first(layer.top)]

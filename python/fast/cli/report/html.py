@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fast.cli.report.summary import NOTES, Run
+from fast.analysis import plots
+from fast.cli.report.summary import NOTES, Run, by_method
 from fast.cli.report.table import html_table
 from fast.files import atomic_file
 
@@ -28,14 +29,9 @@ p.note { opacity: .75; font-size: 13px; max-width: 50rem; }
 
 def save_curves(runs: Sequence[Run], title: str, path: Path) -> None:
     """Target and source accuracy of each method over the steps, as a PNG."""
-    from fast.analysis import plots
-
-    histories: dict[str, list[Any]] = {}
-    for r in runs:
-        histories.setdefault(r.method, []).append(r.history)
+    histories = {method: [r.history for r in seeds] for method, seeds in by_method(runs).items()}
     figure = plots.comparison(histories, title=title, source_before=runs[0].source_accuracy_before)
-    with atomic_file(path) as temporary:
-        plots.save(figure, temporary)
+    plots.save(figure, path)
 
 
 def write_report(
@@ -46,7 +42,6 @@ def write_report(
     figure: bytes,
     options: Mapping[str, Any],
     machine: Mapping[str, str],
-    notes: str = NOTES,
 ) -> None:
     """Write the report, whole or not at all; `figure` is a PNG and becomes part of the file."""
     page = f"""<!doctype html>
@@ -60,7 +55,7 @@ def write_report(
 <body>
 <h1>{html.escape(title)}</h1>
 <div class="scroll">{html_table(*table)}</div>
-<p class="note">{html.escape(notes)}</p>
+<p class="note">{html.escape(NOTES)}</p>
 <h2>Curves</h2>
 <img alt="Target and source accuracy of each method"
      src="data:image/png;base64,{base64.b64encode(figure).decode("ascii")}">

@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fast.adapt.result import Result
 from fast.analysis.intervals import half_interval
-
-if TYPE_CHECKING:
-    from fast.train.result import Result
 
 BASELINE = "vanilla"
 NOTES = (
@@ -21,11 +19,14 @@ NOTES = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """One method, one seed. Accuracies in 0..1, seconds of wall clock with evaluations.
+    """The result of one method with one seed.
 
-    `setting` is what it differs in from other runs of its method: a strength, a budget.
+    Attributes:
+        target_accuracy, source_accuracy, source_accuracy_before: in 0..1.
+        seconds: wall clock, with evaluations.
+        setting: what it differs in from other runs of its method: a strength, a budget.
     """
 
     method: str
@@ -40,20 +41,19 @@ class Run:
 
     @classmethod
     def of(cls, result: Result, seconds: float, setting: str = "") -> Run:
-        """From what `fast.finetune` gave back; it must have measured the target."""
-        config = result.config
+        """The run that gave `result`; it must have measured the target."""
         if result.target_accuracy is None:
             raise ValueError("a comparison needs validation data of the target task")
         return cls(
-            config.method,
-            config.seed,
-            result.lr,
-            result.history,
-            result.target_accuracy,
-            result.source_accuracy,
-            result.source_accuracy_before,
-            round(seconds, 2),
-            setting,
+            method=result.config.method,
+            seed=result.config.seed,
+            lr=result.lr,
+            history=result.history,
+            target_accuracy=result.target_accuracy,
+            source_accuracy=result.source_accuracy,
+            source_accuracy_before=result.source_accuracy_before,
+            seconds=round(seconds, 2),
+            setting=setting,
         )
 
     def __str__(self) -> str:
@@ -67,31 +67,33 @@ class Run:
         return self.history[-1]["step"]
 
 
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, in the order in which they come."""
+    groups: dict[str, list[Run]] = {}
+    for r in runs:
+        groups.setdefault(r.method, []).append(r)
+    return groups
+
+
 def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """`(header, rows)` of the comparison; the baseline is vanilla, or else the first method."""
-    methods = list(dict.fromkeys(r.method for r in runs))
-    baseline = BASELINE if BASELINE in methods else methods[0]
-    of_baseline = [r for r in runs if r.method == baseline]
-    goal = statistics.mean(r.target_accuracy for r in of_baseline)
-    full = statistics.mean(r.steps for r in of_baseline)
-    # Of the same network on the same data, hence the same in every run.
+    methods = by_method(runs)
+    baseline = BASELINE if BASELINE in methods else next(iter(methods))
+    goal = statistics.mean(r.target_accuracy for r in methods[baseline])
+    full = statistics.mean(r.steps for r in methods[baseline])
+    # It is of the same network on the same data, hence the same in every run.
     before = runs[0].source_accuracy_before or 0.0
     with_source = runs[0].source_accuracy is not None
     header = ["method", "lr", "target"]
     header += ["source before", "source after", "source lost"] if with_source else []
     header += [f"steps to {baseline}'s {100 * goal:.1f}", "seconds"]
     rows = []
-    for method in methods:
-        mine = [r for r in runs if r.method == method]
-        row = [method, f"{mine[0].lr:g}", spread([r.target_accuracy for r in mine])]
+    for method, seeds in methods.items():
+        row = [method, f"{seeds[0].lr:g}", spread([r.target_accuracy for r in seeds])]
         if with_source:
-            after = [r.source_accuracy for r in mine if r.source_accuracy is not None]
-            row += [
-                spread([before]),
-                spread(after),
-                spread([before - accuracy for accuracy in after]),
-            ]
-        row += [_steps(mine, goal, full), f"{statistics.mean(r.seconds for r in mine):.0f}"]
+            after = [r.source_accuracy for r in seeds if r.source_accuracy is not None]
+            row += [spread([before]), spread(after), spread([before - a for a in after])]
+        row += [_steps(seeds, goal, full), f"{statistics.mean(r.seconds for r in seeds):.0f}"]
         rows.append(row)
     return header, rows
 
@@ -101,16 +103,16 @@ def intervals(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     A half interval is None where there is one seed, a source figure where none was measured.
     """
-    found = []
+    rows = []
     for method, setting in dict.fromkeys((r.method, r.setting) for r in runs):
-        mine = [r for r in runs if (r.method, r.setting) == (method, setting)]
-        row: dict[str, Any] = {"method": method, "setting": setting, "seeds": len(mine)}
-        source = [r.source_accuracy for r in mine if r.source_accuracy is not None]
-        for name, values in (("target", [r.target_accuracy for r in mine]), ("source", source)):
+        seeds = [r for r in runs if (r.method, r.setting) == (method, setting)]
+        row: dict[str, Any] = {"method": method, "setting": setting, "seeds": len(seeds)}
+        source = [r.source_accuracy for r in seeds if r.source_accuracy is not None]
+        for name, values in (("target", [r.target_accuracy for r in seeds]), ("source", source)):
             row[name] = statistics.mean(values) if values else None
             row[f"{name}_half"] = half_interval(values) if len(values) > 1 else None
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def steps_to(history: Sequence[dict[str, Any]], accuracy: float) -> int | None:
@@ -129,11 +131,12 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _steps(runs: Sequence[Run], goal: float, full: float) -> str:
-    found = [steps_to(r.history, goal) for r in runs]
-    reached = sum(step is not None for step in found)
+    """Mean steps to the accuracy `goal`, and their share of the baseline's `full` run."""
+    firsts = [steps_to(r.history, goal) for r in runs]
+    reached = sum(step is not None for step in firsts)
     if not reached:
         return "not reached"
     # Without the seeds that missed it a method would look the faster the more of them it has.
-    taken = [r.steps if step is None else step for r, step in zip(runs, found, strict=True)]
-    text = f"{statistics.mean(taken):.0f} ({statistics.mean(taken) / full:.2f})"
+    steps = [r.steps if first is None else first for r, first in zip(runs, firsts, strict=True)]
+    text = f"{statistics.mean(steps):.0f} ({statistics.mean(steps) / full:.2f})"
     return text if reached == len(runs) else f"{text}, {reached} of {len(runs)} seeds"

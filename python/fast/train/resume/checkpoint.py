@@ -30,12 +30,11 @@ from fast.data.reachable import Generator
 from fast.files import (
     atomic_folder,
     file_hash,
-    load_tensors,
     read_sealed,
     reading,
-    save_tensors,
     write_sealed,
 )
+from fast.tensor_files import load_tensors, save_tensors
 from fast.train.early_stopping import BEST
 from fast.train.resume.optimizer_state import flatten, unflatten
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast.cli.spec.task import TaskSpec
 from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import ImageReport
 from fast.data.images.preprocessing import Preprocessing
 from fast.errors import printable, some
 
-# Of so many classes each is listed with its samples.
+# Up to so many classes are listed one by one.
 LISTED = 12
 
 
 def image_facts(
-    form: ImageFormat, says: Preprocessing, given: set[str], report: ImageReport
+    spec: TaskSpec, form: ImageFormat, says: Preprocessing, report: ImageReport
 ) -> dict[str, Any]:
     """How images are prepared, and who says so.
 
     Args:
-        given: names of options that were given.
-        report: of the images that were read.
+        says: what the network says of the images that it was trained on.
+        report: what was met in the images that were read.
     """
+    options = {"size": spec.input_size, "mean": spec.mean, "std": spec.std}
     origin = {
-        name: "option" if name in given else says.origin if getattr(says, name) else "default"
-        for name in ("size", "mean", "std")
+        name: "option" if value else says.origin if getattr(says, name) else "default"
+        for name, value in options.items()
     }
     smallest, largest = min(report.sizes, default=(0, 0)), max(report.sizes, default=(0, 0))
     return {
@@ -41,13 +43,13 @@ def image_facts(
     }
 
 
-def lines(description: dict[str, Any]) -> str:
+def lines(data: dict[str, Any], images: dict[str, Any] | None) -> str:
     """For a reader of the terminal.
 
     Args:
-        description: `{"data": NamedData.description, "images": image_facts(...) or None}`.
+        data: `NamedData.description`.
+        images: `image_facts`; None where the data are none.
     """
-    data, images = description["data"], description["images"]
     classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
     held_out = f", {sum(val)} held out ({data['held_out']})" if val else ", none held out"
@@ -68,16 +70,13 @@ def lines(description: dict[str, Any]) -> str:
 
 
 def _images(images: dict[str, Any]) -> str:
+    """How images of the stored sizes become the network's input."""
     low, high = ("x".join(map(str, size)) for size in images["stored_sizes"])
     stored = low if low == high else f"{low} to {high}"
     fit = "as they are"
     if images["size"]:
-        side = (
-            f"both sides to {images['resize']}"
-            if images["stretch"]
-            else (f"shorter side to {images['resize']}")
-        )
-        fit = f"{side} ({images['interpolation']}), central {images['size']}x{images['size']}"
+        side, size = "both sides" if images["stretch"] else "shorter side", images["size"]
+        fit = f"{side} to {images['resize']} ({images['interpolation']}), central {size}x{size}"
     order = f" in {images['channels']}" if images["channels"] == "BGR" else ""
     numbers = "".join(
         f", {name} {','.join(f'{v:.4g}' for v in images[name])} ({images['origin'][name]})"
@@ -86,9 +85,9 @@ def _images(images: dict[str, Any]) -> str:
     return f"images: {stored}, {fit}{order}{numbers}"
 
 
-def gaps(description: dict[str, Any]) -> list[str]:
-    """Classes without samples where some are needed."""
-    classes, samples = description["classes"], description["samples"]
+def gaps(data: dict[str, Any]) -> list[str]:
+    """Classes without samples where some are needed; `data` is `NamedData.description`."""
+    classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
     missing = [classes[i] for i, count in enumerate(train) if not count]
     notes = []

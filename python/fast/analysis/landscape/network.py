@@ -1,4 +1,4 @@
-"""A network whose backbone can be put anywhere, and what its source loss looks like from there."""
+"""A network whose backbone can be moved, and its losses and curvature where it is."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from fast.train.metrics import evaluate
 MATRICES: dict[str, type[NetworkOperator]] = {"ggn": GGN, "hessian": Hessian}
 
 
-class Walker:
+class MovableNetwork:
     """A private copy of an adapted network, in evaluation mode.
 
     Args:
-        model: left as it is.
-        parameters: names of the backbone weights that it is moved by.
+        model: it is left as it is.
+        parameters: names of the backbone weights, in the order in which they are flattened.
+        batch_size: samples of a forward pass.
 
     Raises:
         ValueError: the head was never replaced, or the network lacks one of the parameters.
@@ -40,18 +41,18 @@ class Walker:
             )
         self.model = copy.deepcopy(model).eval()
         self.model.zero_grad(set_to_none=True)
-        own = dict(self.model.named_parameters())
-        missing = [n for n in parameters if n not in own]
+        by_name = dict(self.model.named_parameters())
+        missing = [n for n in parameters if n not in by_name]
         if missing:
             raise ValueError(f"the path moves {missing[0]!r}, which the model does not have")
         self.names = parameters
-        self.params = [own[n] for n in parameters]
+        self.params = [by_name[n] for n in parameters]
         self.batch_size = batch_size
         self.device = self.params[0].device
 
     @torch.no_grad()
-    def put(self, weights: Tensor) -> None:
-        """Move the backbone to `weights`, `[P]`."""
+    def move_to(self, weights: Tensor) -> None:
+        """Set the backbone to `weights`, `[P]`."""
         parts = weights.split([p.numel() for p in self.params])
         for p, part in zip(self.params, parts, strict=True):
             p.copy_(part.view_as(p))
@@ -62,6 +63,7 @@ class Walker:
             return self.target_loss(data)
 
     def target_loss(self, data: Data) -> float:
+        """Mean cross-entropy of the target head, nats."""
         loss = evaluate(self.model, data, self.batch_size, self.device).loss
         assert loss is not None
         return loss
@@ -84,13 +86,14 @@ class Walker:
         return SourceCard.estimate(self.model, samples, seed=seed)
 
     def forecast(self, card: SourceCard) -> tuple[float, bool]:
-        """What `card` says that has been lost here, in nats; whether it was calibrated so far."""
+        """The rise of the source loss that `card` forecasts, in nats; whether it was calibrated on
+        steps as long."""
         energy = card.energy(self.params)
         return card.calibration.nats(energy), card.calibration.reaches(energy)
 
 
 def subset(data: Any, name: str, samples: int, seed: int) -> Data:
-    """At most this many samples, in memory: drawn at random, or the first of a loader.
+    """At most this many samples, in memory: drawn at random, or the first ones of a loader.
 
     Args:
         data: what `fast.finetune` takes as `source` or `val`.

@@ -1,0 +1,59 @@
+"""An exception as an exit code and a line for the user."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+from types import FrameType
+
+TRACEBACK = "FAST_TRACEBACK"
+FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+# Their messages were written to be read; others say what went wrong in the code that raised them.
+EXPLAINED = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
+
+
+def explain(error: Exception, model: str | None) -> tuple[int, str]:
+    """Exit code and message of an error.
+
+    Args:
+        model: what --model names, whose own code may have raised it.
+    """
+    kind = type(error).__name__  # torch's and fastkernels' own are not imported here
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return USER_ERROR, f"out of memory: lower --batch-size ({error})"
+    if isinstance(error, EXPLAINED):
+        place = _in_model_file(error.__cause__ or error, model)
+        return USER_ERROR, f"{error} ({place})" if place else str(error)
+    if kind == "BackendError":
+        return USER_ERROR, str(error)
+    place = _in_model_file(error, model)
+    code = FAILED if place is None else USER_ERROR
+    place = place or _outside_torch(error)
+    return code, f"{place} raised {kind}: {error} ({TRACEBACK}=1 shows where)"
+
+
+def _outside_torch(error: BaseException) -> str:
+    """`resnet.py:12`, the last line that ran outside of torch."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    named = [f"{Path(f.f_code.co_filename).name}:{line}" for f, line in frames if not _torch(f)]
+    return named[-1] if named else type(error).__module__
+
+
+def _torch(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
+
+
+def _in_model_file(error: BaseException, model: str | None) -> str | None:
+    """`file.py:12`, the last line that ran of the file that --model names, or of one beside it;
+    None where the error is not theirs."""
+    name, colon, _ = (model or "").partition(".py:")
+    if not colon:
+        return None
+    folder = Path(os.path.realpath(os.path.expanduser(f"{name}.py"))).parent
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = Path(frame.f_code.co_filename)
+        if file.is_absolute() and Path(os.path.realpath(file)).parent == folder:
+            place = f"{file.name}:{line}"
+    return place

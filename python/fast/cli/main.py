@@ -1,0 +1,135 @@
+"""The `fast` command: find the command that is named, read its options, run it.
+
+Options are read without torch, so that `--help` is immediate; `fast.cli.commands` imports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fast import __version__
+from fast.cli.failures import FAILED, INTERRUPTED, TERMINATED, TRACEBACK, explain
+from fast.cli.options import Parser, parser_of
+from fast.cli.spec import COMMANDS
+from fast.errors import did_you_mean, printable
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the same as Ctrl-C, with an exit code of its own."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        the exit code: 0; 2 for input that cannot be used, and a run that diverged; 1 where the code
+        of a network, or ours, raised what no message was written for. Each is said in one line on
+        stderr (environment variable FAST_TRACEBACK=1 shows where). 130 when interrupted, 143 when
+        terminated.
+    """
+    options: dict[str, Any] = {}
+    try:
+        with _one_line_warnings(), _plans_once(), _terminable():
+            name, options = _parsed(list(sys.argv[1:] if argv is None else argv))
+            spec = COMMANDS[name].parse(options)
+            return importlib.import_module(f"fast.cli.commands.{name}").run(spec)
+    except SystemExit as stop:  # argparse has printed help, or the version
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except Terminated:
+        print("fast: terminated", file=sys.stderr)
+        return TERMINATED
+    except KeyboardInterrupt:
+        print("fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        code, message = explain(error, options.get("model"))
+        print(f"fast: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        return code
+
+
+def _parsed(argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command that is named, and the options that are given to it."""
+    place = next((i for i, text in enumerate(argv) if not text.startswith("-")), len(argv))
+    for name in argv[place : place + 1]:
+        if name not in COMMANDS:
+            hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
+            raise ValueError(f"no command {name!r}{hint} (fast --help)")
+    name = _parser().read(argv[: place + 1])["command"]
+    return name, parser_of(COMMANDS[name], f"fast {name}").read(argv[place + 1 :])
+
+
+def _parser() -> Parser:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"    {name:{width}}  {spec.about}" for name, spec in COMMANDS.items())
+    parser = Parser(
+        prog="fast",
+        usage="fast [-h] [--version] COMMAND ...",
+        description="Fine-tune a pretrained classifier fast, and keep what it knew.\n\n"
+        f"commands:\n{commands}",
+        epilog="`fast COMMAND --help` lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fast {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of these")
+    return parser
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings without the line of source that they come from."""
+
+    def note(message: Warning | str, *_: Any) -> None:
+        print(f"fast: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
+def _plans_once() -> Iterator[None]:
+    """Log each message once: runs of several seeds have the same plan."""
+    messages: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in messages
+        messages.add(message)
+        return new
+
+    log = logging.getLogger("fast")
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated`, so that what is half done is cleared up."""
+
+    def stop(*_: Any) -> None:
+        raise Terminated
+
+    free = threading.current_thread() is threading.main_thread()
+    if not free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,52 @@
+"""What the records of all commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, ClassVar, Self
+
+from fast.cli.options import build, flag, is_part, option
+from fast.cli.values import folder_name
+from fast.train.config import TrainConfig
+
+
+class Spec:
+    """The options of a command."""
+
+    about: ClassVar[str]
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Self:
+        """From the options that were typed.
+
+        Raises:
+            ValueError: an option is out of range, or does not go with another.
+        """
+        return build(cls, options)
+
+
+def output_folder(default: str) -> Any:
+    return option(f"folder of the results (default: {default})", read=folder_name)
+
+
+def at_least(spec: Any, name: str, least: int) -> None:
+    """Raise ValueError where this option is less."""
+    value = getattr(spec, name)
+    if value < least:
+        raise ValueError(f"{flag(name)} must be at least {least}; got {value}")
+
+
+def shown(spec: Any) -> dict[str, Any]:
+    """The options of a run, for the files of its results: those that have a value; of the training,
+    those that differ from their default."""
+    return dict(_shown(spec))
+
+
+def _shown(spec: Any) -> Iterator[tuple[str, Any]]:
+    for f in fields(spec):
+        value = getattr(spec, f.name)
+        if is_part(f):
+            yield from _shown(value)
+        elif value is not None and not (isinstance(spec, TrainConfig) and value == f.default):
+            yield f.name, value

@@ -1,0 +1,98 @@
+"""The options of `fast curvature`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from fast.cli.options import option, parser_of, part
+from fast.cli.record import JOB_FILE, read_record
+from fast.cli.spec.base import Spec, at_least, output_folder
+from fast.cli.spec.finetune import FinetuneSpec
+from fast.cli.spec.task import TaskSpec
+from fast.cli.values import folder_name
+
+# What a job file says of network and data.
+FROM_JOB = (
+    "model", "data", "source", "val_fraction", "input_size", "resize", "interpolation", "mean",
+    "std", "skip_broken", "input_column", "label_column", "max_length",
+)  # fmt: skip
+MOST_TOP = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureSpec(Spec):
+    r"""Curvature of the source and the target loss: eigenvalues, trace, density, layers.
+
+      fast curvature --checkpoint runs/ResNet-signs-fast
+      fast curvature --checkpoint adapted/ --model nets.py:ResNet(20) \
+          --data signs.npz --source cifar10.npz
+      fast curvature --model timm:resnet18 --source imagenet-part/
+
+    A checkpoint is what `fast finetune --output` or `Result.save` wrote; of the former, model and
+    data are known. --data is the loss of the target task (head of the checkpoint), --source that of
+    the source task (head that it had before); a network without a checkpoint has its own task only.
+    Writes curvature.json and spectrum.png to --output.
+    """
+
+    about = "eigenvalues, trace and density of source and target loss"
+
+    checkpoint: str | None = option("of an adapted network", read=folder_name)
+    output: str | None = output_folder("curvature/ in the checkpoint")
+    kind: str = option("which matrix", "hessian", choices=("hessian", "ggn"))
+    params: str | None = option(
+        "only parameters whose whole name matches (default: all)", metavar="REGEX"
+    )
+    samples: int = option(
+        "samples of each task, drawn by --seed; training data where there are", 256
+    )
+    batch_size: int = option("samples per pass: memory", 64)
+    top: int = option("eigenvalues of largest magnitude", 5)
+    trace_products: int = option("matrix-vector products for a trace", 48)
+    probes: int = option("random vectors for the spectral density; 0: none", 4)
+    lanczos_steps: int = option("products for each of them", 48)
+    seed: int = option("seed of samples and probes", 0)
+    layers: bool = option("the table by layer", True)
+    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    progress: bool | None = option("progress bars (default: when stderr is a terminal)")
+    task: TaskSpec = field(
+        default_factory=TaskSpec, metadata=part("data", ("source_inputs", "card"))
+    )
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Self:
+        """Model and data are as `fast finetune` had them, where the command line does not say."""
+        if "checkpoint" in options:
+            folder = Path(options["checkpoint"])
+            if not folder.is_dir():
+                raise FileNotFoundError(f"--checkpoint {folder}: no such folder")
+            if (folder / JOB_FILE).is_file():
+                parser = parser_of(FinetuneSpec)
+                record = read_record(folder, "--checkpoint", parser, "model" in options)
+                # Who names data means those, and no others.
+                own_data = {"data", "source"} & set(options)
+                names = set(FROM_JOB) - ({"data", "source"} if own_data else set())
+                options = {k: v for k, v in record.items() if k in names} | options
+        return super().parse(options)
+
+    def __post_init__(self) -> None:
+        self.task.require("model")
+        for name in ("samples", "batch_size", "top", "lanczos_steps"):
+            at_least(self, name, 1)
+        at_least(self, "trace_products", 6)
+        at_least(self, "probes", 0)
+        if self.top > MOST_TOP:
+            raise ValueError(
+                f"--top must be at most {MOST_TOP}; got {self.top}: each is a vector of the size "
+                "of the network. --probes gives the density of all"
+            )
+        if not (self.task.data or self.task.source):
+            raise ValueError("--source or --data must be given; see --help")
+        if self.task.data and not self.checkpoint:
+            raise ValueError(
+                "--data is the target task, and needs a --checkpoint with a head for it; the task "
+                "that the network itself was trained on goes to --source"
+            )
+        if self.checkpoint and self.task.weights:
+            raise ValueError("--weights: the checkpoint has the weights; drop one of the two")

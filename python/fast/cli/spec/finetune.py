@@ -1,0 +1,64 @@
+"""The options of `fast finetune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from fast.adapt.config import Budget
+from fast.cli.options import flag, option, parser_of, part
+from fast.cli.record import JOB_FILE, read_record
+from fast.cli.spec.base import Spec
+from fast.cli.spec.task import TaskSpec
+from fast.train.config import TrainConfig
+
+# With --resume everything else is as it was; the model may be named again, and is compared.
+FREE_ON_RESUME = {"resume", "device", "progress", "model", "plan"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSpec(Spec):
+    r"""Adapt a pretrained classifier to new data, and say what it still knows of the old.
+
+      fast finetune --model timm:resnet18 --data photos/ --epochs 5
+      fast finetune --model nets.py:ResNet(20) --weights resnet20.safetensors \
+          --data signs.npz --source cifar10.npz --steps 150
+      fast finetune --resume runs/ResNet-signs-fast
+
+    The folder --output then holds model.safetensors (loads into the plain network), result.json,
+    history.jsonl, the options in config.json and job.json, classes and preprocessing in data.json,
+    and the last checkpoint.
+    """
+
+    about = "adapt a pretrained classifier to new data"
+
+    plan: bool = option("print what was read and what would be done; train nothing", False)
+    task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data"))
+    training: TrainConfig = field(default_factory=TrainConfig, metadata=part("training"))
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Self:
+        if "resume" not in options:
+            return super().parse(options)
+        folder = Path(options["resume"])
+        changed = sorted(set(options) - FREE_ON_RESUME)
+        if changed:
+            raise ValueError(
+                f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop {flag(changed[0])}"
+            )
+        record = read_record(folder, "--resume", parser_of(cls), "model" in options)
+        if not record.get("data"):
+            raise ValueError(f"{folder / JOB_FILE} is damaged or was changed: it names no data")
+        return super().parse(record | options)
+
+    def __post_init__(self) -> None:
+        self.task.require("model", "data")
+        budget = self.training.forget_budget
+        if budget is None or self.task.source_inputs:
+            return
+        if not self.task.card or Budget.parse(budget).points:
+            raise ValueError(
+                "--forget-budget needs --source-inputs to check on, or (for nats) a --card to "
+                "forecast by"
+            )

@@ -1,0 +1,92 @@
+"""The network and the data that are named on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fast.cli.options import flag, option
+from fast.cli.values import at_least_one, means, share, stds
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """A network and its data, by name."""
+
+    model: str | None = option(
+        "timm:NAME, torchvision:NAME, transformers:NAME or path/file.py:Factory(args)",
+        metavar="SPEC",
+        group="model",
+    )
+    weights: str | None = option(
+        "its weights: safetensors, or a torch state dict", metavar="FILE", group="model"
+    )
+    allow_missing: bool = option("weights may lack tensors of the network", False, group="model")
+    data: str | None = option(
+        "target task: folder of class folders, .npz, or Hugging Face OWNER/NAME",
+        metavar="DATA",
+    )
+    source: str | None = option(
+        "source task, labelled as the network's own head is", metavar="DATA"
+    )
+    source_inputs: str | None = option(
+        "a few hundred other samples of the source task, labelled as --source is: what must be "
+        "kept; its training split where there is one",
+        metavar="DATA",
+    )
+    card: str | None = option("fast.SourceCard of these weights: what must be kept", metavar="FILE")
+    val_fraction: float = option(
+        "share of each class held out where there is no val or test split; 0: train on all",
+        0.2,
+        read=share,
+    )
+    input_size: int | None = option(
+        "side of the images (default: the network's, else as they are)",
+        read=at_least_one,
+    )
+    resize: int | None = option(
+        "their shorter side before the central square is taken (default: as the network was "
+        "trained, else --input-size)",
+        read=at_least_one,
+    )
+    interpolation: str | None = option(
+        "of resized images (default: the network's, else bicubic)",
+        choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
+    )
+    mean: tuple[float, ...] | None = option(
+        "mean of images in 0..1, by channel; or imagenet, or none (default: the network's; needed "
+        "where it does not say)",
+        read=means,
+        metavar="X[,X,X]",
+    )
+    std: tuple[float, ...] | None = option(
+        "standard deviation of images, likewise", read=stds, metavar="X[,X,X]"
+    )
+    skip_broken: bool = option("leave out images that cannot be read, and count them", False)
+    flip: bool = option("mirror training images at random", False)
+    input_column: str | None = option(
+        "inputs of a Hugging Face data set (default: guessed, and printed)"
+    )
+    label_column: str | None = option("its labels (default: guessed, and printed)")
+    max_length: int = option("tokens of a text", 128, read=at_least_one)
+
+    def require(self, *names: str) -> None:
+        """Raise ValueError where one of these options is missing."""
+        missing = [flag(name) for name in names if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given; see --help")
+
+    @property
+    def short_name(self) -> str:
+        """Network and data in a word each, for titles and folders.
+
+        `path/nets.py:Net(20)` and `data/signs.npz` -> `Net-signs`.
+        """
+        return f"{_short(self.model or '')}-{_short(self.data or self.source or '')}"
+
+
+def _short(name: str) -> str:
+    plain = name.split("(")[0].rstrip("/").removeprefix("hf:")
+    if plain.startswith(("timm:", "torchvision:", "transformers:")) or ".py:" in plain:
+        plain = plain.split(":")[-1]
+    return Path(plain).name.removesuffix(".npz").replace(":", "-") or "data"

@@ -1,0 +1,1 @@
+"""From the names of a network and its data to tensors."""

@@ -1,0 +1,188 @@
+"""The data sets that are named on the command line, as they are stored."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fast.cli.options import flag
+from fast.cli.spec.task import TaskSpec
+from fast.data.images.pixels import is_image_split
+from fast.data.source_inputs import LIMIT
+from fast.data.sources import DataWarning, NamedData, Split, has_columns, load_data
+from fast.errors import printable
+
+ROLES = ("data", "source", "source_inputs")
+IMAGES = "images"
+PARTS = ("train", "val")
+
+
+def read_data(spec: TaskSpec, notes: list[str]) -> dict[str, NamedData]:
+    """The data sets by the options that name them; what is left out of them is told in `notes`.
+
+    Raises:
+        ValueError: a data set is unusable, or an option does not fit it.
+        FileNotFoundError: it is not there.
+    """
+    names = {role: getattr(spec, role) for role in ROLES if getattr(spec, role)}
+    columns = {"input_column": spec.input_column, "label_column": spec.label_column}
+    for option, column in columns.items():
+        if column is not None and not any(map(has_columns, names.values())):
+            name = next(iter(names.values()))
+            raise ValueError(
+                f"{flag(option)} is for Hugging Face data sets; {name} is none: drop it"
+            )
+    sets = {}
+    for role, name in names.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)
+            sets[role] = load_data(name, **columns, numeric_labels=role != "data")
+        notes += [f"{flag(role)} {name}: {note}" for note in sets[role].notes]
+        if role == "data":
+            sets[role] = _hold_out(spec, sets[role])
+    return sets
+
+
+def _hold_out(spec: TaskSpec, data: NamedData) -> NamedData:
+    """The data with a share of the training samples held out, where none of their own are."""
+    if data.val is not None and spec.val_fraction != TaskSpec.val_fraction:
+        raise ValueError(
+            f"--val-fraction: --data {spec.data} has held-out samples of its own "
+            f"({data.held_out}); drop the option"
+        )
+    return data.with_val(spec.val_fraction)
+
+
+def check_target(spec: TaskSpec, target: NamedData, measured: bool) -> None:
+    """Raise ValueError where nothing can be trained on `target`, or measured."""
+    if target.train is None:
+        raise ValueError(
+            f"--data {spec.data}: has held-out samples ({target.held_out or 'val'}) and no "
+            "training split: give one that is called train, or name the folder of the classes "
+            "itself"
+        )
+    if measured and target.val is None:
+        raise ValueError("--val-fraction 0: what is compared is measured on held-out samples")
+    if len(target.classes) < 2:
+        raise ValueError(
+            f"--data {spec.data}: has one class only, {printable(target.classes[0])!r}"
+        )
+
+
+def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:
+    """What a run uses of each data set: train, val, source and source_inputs."""
+    target = sets["data"]
+    splits = {"train": target.train, "val": target.val}
+    if "source" in sets:
+        splits["source"] = sets["source"].for_evaluation()
+    if "source_inputs" in sets:
+        split = training_split(sets["source_inputs"])
+        # Folders are sorted by class, and not all samples are used.
+        order = np.random.default_rng(0).permutation(len(split))
+        splits["source_inputs"] = split.subset(order[:LIMIT])
+    return {name: split for name, split in splits.items() if split is not None}
+
+
+def training_split(data: NamedData) -> Split:
+    """The training split; the held-out one where there is no other."""
+    return data.train if data.train is not None else data.for_evaluation()
+
+
+def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
+    """Compare the kinds of data with each other and with the options.
+
+    Raises:
+        ValueError: training and validation data are of different kinds; or options of images are
+            given, and there are none to apply them to.
+    """
+    kinds = {name: _kind(split) for name, split in splits.items()}
+    if "val" in kinds and kinds["val"] != kinds["train"]:
+        raise ValueError(
+            f"--data {spec.data}: the training split is {kinds['train']}, the validation split "
+            f"{kinds['val']}: they would be prepared differently; store both alike"
+        )
+    options = ("input_size", "resize", "interpolation", "mean", "std")
+    image_option = next((name for name in options if getattr(spec, name)), None)
+    other = next((name for name, kind in kinds.items() if kind != IMAGES), None)
+    if image_option and other is not None:
+        role = other if other in ROLES else "data"
+        raise ValueError(
+            f"{flag(image_option)} is for images, and {flag(role)} is {kinds[other]}, "
+            "handed to the network as it is: store uint8 images, or prepare the data and drop it"
+        )
+
+
+def _kind(split: Split) -> str:
+    x = split.inputs
+    if is_image_split(split):
+        return IMAGES
+    if isinstance(x, list):
+        return "texts"
+    if isinstance(x, dict):
+        return f"arrays {', '.join(sorted(x))}"
+    return "an array of floats" if x.dtype.kind == "f" else "an array of whole numbers"
+
+
+def check_shapes(spec: TaskSpec, splits: dict[str, Split], prepared: dict[str, Any]) -> None:
+    """Raise ValueError where samples of training and validation differ in shape. Those of whole
+    numbers may be tokens, and padded to another length.
+    """
+    x, images = splits["train"].inputs, is_image_split(splits["train"])
+    if not images and (isinstance(x, (list, dict)) or x.dtype.kind != "f"):
+        return
+    if "val" not in prepared:
+        return
+    first = [prepared[name][0] for name in PARTS]
+    train, val = (list(x.shape[1:] if isinstance(x, Tensor) else x[0].shape) for x in first)
+    if train != val:
+        raise ValueError(
+            f"--data {spec.data}: training samples are {train}, validation samples {val}; they "
+            "must be of one shape" + (" (--input-size)" if images else "")
+        )
+
+
+def check_source_labels(option: str, data: NamedData, classes: int, more: bool = False) -> int:
+    """Refuse labels that cannot be the network's own, before anything is run.
+
+    Args:
+        option: with its value, for the message.
+        classes: number of classes that the network's head answers.
+        more: labels beyond these belong to a skill that is in the features, and are taken as such.
+
+    Returns:
+        the largest label.
+
+    Raises:
+        ValueError: the labels cannot be the network's own.
+    """
+    head = f"the network's own head has {classes} classes"
+    folders = Path(data.name).expanduser().is_dir() and not has_columns(data.name)
+    named = folders and not all(name.isdigit() for name in data.classes)
+    if named and len(data.classes) != classes and not (more and len(data.classes) > classes):
+        raise ValueError(
+            f"{option}: {len(data.classes)} class folders with names, and {head}: which is which "
+            f"cannot be told. Name the folders by the classes' numbers, 0..{classes - 1}"
+        )
+    top = max(int(s.labels.max()) for s in (data.train, data.val) if s is not None)
+    if top >= classes and not more:
+        raise ValueError(
+            f"{option}: labels must be 0..{classes - 1}, as {head}; got {top}. Is it the data that "
+            "the network was trained for?"
+        )
+    return top
+
+
+def same_samples(source: NamedData, source_inputs: NamedData) -> bool:
+    """Whether both come from the one split of one file or folder."""
+    a, b = (Path(data.name).expanduser().resolve() for data in (source, source_inputs))
+    return a == b and (source.train is None or source.val is None)
+
+
+def print_notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {printable(note)}", file=sys.stderr)

@@ -1,0 +1,148 @@
+"""A network and its data, read and prepared: what `fast.finetune` takes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import fast
+from fast.adapt.plan import Plan
+from fast.cli.options import flag
+from fast.cli.report.data import gaps, image_facts, lines
+from fast.cli.spec.task import TaskSpec
+from fast.cli.task.data import (
+    PARTS,
+    check_shapes,
+    check_source_labels,
+    check_target,
+    print_notes,
+    read_data,
+    same_samples,
+    splits_of,
+)
+from fast.cli.task.prepare import (
+    labels_of,
+    load_network,
+    prepare_splits,
+    random_flip,
+    try_forward,
+)
+from fast.data.images.pixels import is_image_split, merged
+from fast.data.sources import NamedData, Split
+from fast.models.load import LoadedModel
+from fast.train.config import TrainConfig
+from fast.train.finetune import plan
+
+
+@dataclass(kw_only=True)
+class LoadedTask:
+    """One network and its data, prepared.
+
+    Attributes:
+        name: network and data in a word each.
+        train, val, source, source_inputs: `(x, y)` tensors or Datasets; val is None where all
+            samples are trained on.
+        sizes: number of samples of each.
+        card: file of a source card.
+        description: classes, samples of each, preprocessing, as plain values.
+    """
+
+    name: str
+    loaded: LoadedModel
+    classes: tuple[str, ...]
+    train: Any
+    val: Any = None
+    source: Any = None
+    source_inputs: Any = None
+    card: str | None = None
+    transform: Any = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `fast.finetune`."""
+        names = ("train", "val", "source", "source_inputs", "card", "transform")
+        return {name: getattr(self, name) for name in names} | {"num_classes": len(self.classes)}
+
+    def adapt(self, config: TrainConfig, **replaced: Any) -> fast.Result:
+        """`fast.finetune` of a copy of the network; `replaced` takes the place of arguments."""
+        model = copy.deepcopy(self.loaded.model)
+        return fast.finetune(model, **(self.arguments | replaced), **dataclasses.asdict(config))
+
+    def plan(self, config: TrainConfig) -> Plan:
+        """What `adapt` would do; the network is left as it is."""
+        data = self.arguments | {"source": None}  # it is only measured
+        options = dataclasses.replace(config, output=None, resume=None)
+        return plan(self.loaded.model, **data, **dataclasses.asdict(options))
+
+
+def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = True) -> LoadedTask:
+    """Read network and data, and print what they are.
+
+    Args:
+        source_skill: where the source task is measured by features, labels of source inputs need
+            not be those of the network's head.
+        measured: there must be samples held out.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: what is wrong with the network or the data,
+            before training.
+    """
+    notes: list[str] = []
+    sets = read_data(spec, notes)
+    target = sets["data"]
+    check_target(spec, target, measured)
+    loaded = load_network(spec)
+    splits = splits_of(sets)
+    if {"source", "source_inputs"} <= set(sets) and same_samples(
+        sets["source"], sets["source_inputs"]
+    ):
+        notes.append(
+            f"--source-inputs {spec.source_inputs}: the same samples as --source: what is kept "
+            "is measured on what it is kept with, and looks better than it is; name others"
+        )
+    prepared, form, reports = prepare_splits(spec, loaded, splits)
+    check_shapes(spec, splits, prepared)
+    notes += _check_source(spec, sets, try_forward(loaded, prepared["train"]), source_skill)
+
+    images = None
+    if is_image_split(splits["train"]):
+        report = merged(reports[part] for part in PARTS if part in reports)
+        images = image_facts(spec, form, loaded.preprocessing, report)
+    labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
+    read = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
+    data = dataclasses.replace(target, train=read["train"], val=read.get("val")).description
+    loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(data)]
+    print(lines(data, images))
+    print_notes(loaded.notes)
+    return LoadedTask(
+        name=spec.short_name,
+        loaded=loaded,
+        classes=target.classes,
+        **prepared,
+        card=spec.card,
+        transform=random_flip if spec.flip else None,
+        sizes={name: len(labels_of(split)) for name, split in prepared.items()},
+        description={"data": data, "images": images, "notes": loaded.notes},
+    )
+
+
+def _check_source(
+    spec: TaskSpec, sets: dict[str, NamedData], classes: int, skill: str
+) -> list[str]:
+    """Refuse labels of the source task that the network's head does not have; return notes."""
+    if "source" in sets:
+        check_source_labels(f"--source {spec.source}", sets["source"], classes)
+    if "source_inputs" not in sets or skill == "features":
+        return []
+    option = f"{flag('source_inputs')} {spec.source_inputs}"
+    top = check_source_labels(option, sets["source_inputs"], classes, more=True)
+    if top < classes or skill != "auto":
+        return []
+    return [
+        f"{option}: label {top}, and the network's own head has {classes} classes: what is "
+        "forgotten is measured by its features, not by its answers (--source-skill)"
+    ]

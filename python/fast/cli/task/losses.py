@@ -1,0 +1,96 @@
+"""The losses that `fast curvature` looks at: networks with batches of their data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.cli.options import flag
+from fast.cli.spec.curvature import CurvatureSpec
+from fast.cli.task.data import print_notes, read_data, training_split
+from fast.cli.task.prepare import load_network, prepare_splits, try_forward
+from fast.data.dataset import Data, as_data
+from fast.data.labels import check_labels
+from fast.data.trees import move
+from fast.heads import evaluating, forward_logits
+from fast.models.load import LoadedModel
+from fast.models.saved import load_saved
+from fast.train.device import pick_device
+
+# Losses by the options that name their data, in the order in which they are shown.
+TASKS = {"source": "source", "target": "data"}
+
+
+@dataclass(kw_only=True)
+class TaskLoss:
+    """The loss of a task: the network that answers it, and batches (inputs, labels) of its data."""
+
+    name: str
+    model: nn.Module
+    batches: list[tuple[Any, Tensor]]
+    data: str
+
+    @property
+    def samples(self) -> int:
+        return sum(len(y) for _, y in self.batches)
+
+
+def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
+    """Source and target loss, as far as there are data for them; the networks in eval mode."""
+    device = pick_device(spec.device)
+    notes: list[str] = []
+    sets = read_data(spec.task, notes)
+    splits = {task: training_split(sets[r]) for task, r in TASKS.items() if r in sets}
+    loaded = load_network(spec.task, pretrained=not spec.checkpoint)
+    prepared, _, _ = prepare_splits(spec.task, loaded, splits)
+    data = {task: as_data(split, flag(TASKS[task])) for task, split in prepared.items()}
+    for part in data.values():
+        if part.num_samples is not None and part.num_samples < 2:
+            raise ValueError(f"{part.name}: {part.num_samples} sample; curvature needs at least 2")
+    networks = _networks(spec, loaded, next(iter(data.values())))
+    print_notes([*loaded.notes, *notes])
+    losses = []
+    for task in TASKS:
+        if task in networks and task in data:
+            network = networks[task].to(device).eval()
+            batches = list(_batches(spec, data[task], device))
+            _check_classes(network, batches, data[task].name)
+            name = getattr(spec.task, TASKS[task])
+            losses.append(TaskLoss(name=task, model=network, batches=batches, data=name))
+    if not losses:
+        raise ValueError("no loss to look at: " + "; ".join(loaded.notes))
+    return losses
+
+
+def _networks(spec: CurvatureSpec, loaded: LoadedModel, data: Data) -> dict[str, nn.Module]:
+    """The network of each task, as far as it can be had."""
+    try_forward(loaded, data)
+    if not spec.checkpoint:
+        return {"source": loaded.model}
+    sample, _ = data.batch_at(torch.arange(2))
+    saved = load_saved(spec.checkpoint, loaded.model, sample)
+    if saved.source is not None:
+        return {"source": saved.source, "target": saved.target}
+    if spec.task.source:
+        loaded.notes.append(f"the source loss is left out: {saved.note}")
+    return {"target": saved.target}
+
+
+def _batches(spec: CurvatureSpec, data: Data, device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """Samples of `data` drawn at random, in the order in which they are stored."""
+    assert data.num_samples is not None, "data read by name have a length"
+    order = torch.randperm(data.num_samples, generator=torch.Generator().manual_seed(spec.seed))
+    for index in order[: spec.samples].sort().values.split(spec.batch_size):
+        x, y = data.batch_at(index)
+        yield move(x, device), y.to(device)
+
+
+def _check_classes(network: nn.Module, batches: list[tuple[Any, Tensor]], name: str) -> None:
+    with evaluating(network):
+        classes = forward_logits(network, batches[0][0]).shape[1]
+    for _, y in batches:
+        check_labels(y, classes, name)

@@ -1,0 +1,155 @@
+"""From data as stored to tensors, as the options and the network have it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast.cli.spec.task import TaskSpec
+from fast.cli.task.data import check_kinds
+from fast.data.dataset import as_data
+from fast.data.images.format import ImageFormat
+from fast.data.images.pixels import (
+    SKIP,
+    ImageReport,
+    PreparedImages,
+    is_image_split,
+    merged,
+    prepare_images,
+)
+from fast.data.sources import Split
+from fast.errors import first_line, some
+from fast.heads import evaluating, forward_logits
+from fast.models.load import LoadedModel, load_model
+
+
+def load_network(spec: TaskSpec, pretrained: bool = True) -> LoadedModel:
+    """The network that --model names."""
+    assert spec.model is not None
+    return load_model(
+        spec.model, spec.weights, allow_missing=spec.allow_missing, pretrained=pretrained
+    )
+
+
+def prepare_splits(
+    spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]
+) -> tuple[dict[str, Any], ImageFormat, dict[str, ImageReport]]:
+    """Each split as `(x, y)` tensors, or a Dataset where it is too large for memory; how images
+    were prepared; and what was met in the images of each split.
+
+    Raises:
+        ValueError: the data do not fit the network, the options or each other.
+    """
+    check_kinds(spec, splits)
+    form = image_format(spec, loaded, splits)
+    reports = {name: ImageReport() for name in splits}
+    prepared = {
+        name: _prepare(split, loaded, form, spec.max_length, reports[name])
+        for name, split in splits.items()
+    }
+    whole = merged(reports.values())
+    if not spec.skip_broken:
+        whole.refuse_broken(SKIP)
+    if whole.broken:
+        loaded.notes.append(
+            f"--skip-broken: {len(whole.broken)} images cannot be read, and are left out: "
+            f"{some(list(whole.broken), 10)}"
+        )
+    return prepared, form, reports
+
+
+def image_format(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) -> ImageFormat:
+    """What the options say, else what the network says; else the images as they are.
+
+    Raises:
+        ValueError: there are images, and nobody says how they are to be normalised.
+    """
+    says = loaded.preprocessing
+    mean, std = spec.mean or says.mean, spec.std or says.std
+    if not any(map(is_image_split, splits.values())):
+        mean, std = mean or (0.0,), std or (1.0,)
+    if mean is None or std is None:
+        raise ValueError(
+            f"--mean and --std: the network {spec.model} does not say how its inputs were "
+            f"normalised; pass {'both' if mean is std is None else 'the other, too'}: imagenet "
+            "(.485,.456,.406 and .229,.224,.225), none (inputs in 0..1), or numbers (0.5 and 0.5: "
+            "inputs in -1..1)"
+        )
+    size, resize = spec.input_size or says.size, spec.resize
+    if resize is None and says.size and says.resize and size:
+        resize = round(size * says.resize / says.size)
+    return ImageFormat(
+        size=size,
+        mean=mean,
+        std=std,
+        channels=loaded.channels,
+        resize=resize,
+        stretch=says.stretch,
+        interpolation=spec.interpolation or says.interpolation,
+    )
+
+
+def _prepare(
+    split: Split, loaded: LoadedModel, form: ImageFormat, max_length: int, report: ImageReport
+) -> Any:
+    if is_image_split(split):
+        if loaded.tokenizer is not None:
+            raise ValueError("the data are images, and the network reads texts")
+        return prepare_images(split, form, report)
+    labels = torch.from_numpy(split.labels)
+    if isinstance(split.inputs, list):
+        if loaded.tokenizer is None:
+            raise ValueError("the data are texts: only a transformers: network brings a tokenizer")
+        tokens = loaded.tokenizer(
+            split.inputs,
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        return dict(tokens), labels
+    if isinstance(split.inputs, dict):
+        return {name: _tensor(value) for name, value in split.inputs.items()}, labels
+    return _tensor(split.inputs), labels
+
+
+def _tensor(x: np.ndarray) -> Tensor:
+    # Files hold types and byte orders that torch does not have.
+    return torch.from_numpy(
+        np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64)
+    )
+
+
+def labels_of(prepared: Any) -> np.ndarray:
+    """The labels of a prepared split, int64 `[N]`."""
+    return (prepared.labels if isinstance(prepared, PreparedImages) else prepared[1]).numpy()
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Mirror each image `[B, C, H, W]` with probability 1/2."""
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise ValueError("--flip needs images")
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(3), images)
+
+
+def try_forward(loaded: LoadedModel, prepared: Any) -> int:
+    """Number of classes that the network answers.
+
+    Raises:
+        ValueError: the network cannot take the data; before anything is written.
+    """
+    inputs, _ = as_data(prepared, "train").batch_at(torch.arange(2))
+    try:
+        with evaluating(loaded.model):
+            return forward_logits(loaded.model, inputs).shape[1]
+    except Exception as error:
+        shown = inputs if isinstance(inputs, dict) else {"x": inputs}
+        shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in shown.items())
+        raise ValueError(
+            f"the network does not take these inputs ({shapes}, a batch of two): "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error

@@ -1,0 +1,83 @@
+"""Values of options as they are typed: each function reads one and says what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import os
+from argparse import ArgumentTypeError
+
+from fast.adapt.config import Budget
+
+NORMALISATIONS: dict[str, dict[str, tuple[float, ...]]] = {
+    "mean": {"imagenet": (0.485, 0.456, 0.406), "none": (0.0,)},
+    "std": {"imagenet": (0.229, 0.224, 0.225), "none": (1.0,)},
+}
+
+
+def folder_name(text: str) -> str:
+    """A folder; `~` is the user's home, also after `--output=`, where shells leave it."""
+    if not text:
+        raise ArgumentTypeError("a folder, not an empty name")
+    return os.path.expanduser(text)
+
+
+def share(text: str) -> float:
+    """`"0.2"` -> 0.2; 0 is a share, 1 is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise ArgumentTypeError(f"a share from 0 to less than 1, as 0.2, not {text!r}")
+    return value
+
+
+def at_least_one(text: str) -> int:
+    """`"12"` -> 12."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """`"0.5,0.4"` -> `(0.5, 0.4)`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"numbers separated by commas, not {text!r}") from None
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """`"0,1,2"` -> `(0, 1, 2)`, without repetitions."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise ArgumentTypeError(f"whole numbers separated by commas, not {text!r}") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`"fast,vanilla"` -> `("fast", "vanilla")`, without repetitions."""
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def budget_list(text: str) -> tuple[str, ...]:
+    """`"0.1,2%"` -> `("0.1", "2%")`."""
+    try:
+        return tuple(part for part in text.split(",") if Budget.parse(part))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def class_weights(text: str) -> str | tuple[float, ...]:
+    """`"balanced"`, or one number for each class."""
+    return text if text == "balanced" else numbers(text)
+
+
+def means(text: str) -> tuple[float, ...]:
+    """Numbers, or the name of a normalisation."""
+    return NORMALISATIONS["mean"].get(text) or numbers(text)
+
+
+def stds(text: str) -> tuple[float, ...]:
+    """Numbers, or the name of a normalisation."""
+    return NORMALISATIONS["std"].get(text) or numbers(text)

@@ -1,0 +1,34 @@
+"""Tensors in safetensors files. Apart from `fast.files`, which is read without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Save tensors of any memory layout as safetensors; tied ones are stored once for each name.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+    """
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, by name.
+
+    Raises:
+        ValueError: the file is truncated or no safetensors; the message names it.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
