@@ -10,8 +10,10 @@ from helpers import ROOT, run_python
 # A layer may import itself and those before it.
 LAYERS = (
     ("fastkernels",),
-    ("fast.errors", "fast.files", "fast.profiling", "fast.tensor_files"),
-    ("fast.data", "fast.heads", "fast.optim", "fast.curvature", "fast.models"),
+    ("fast.errors", "fast.files", "fast.profiling", "fast.version", "fast.tensor_files"),
+    ("fast.data",),
+    ("fast.heads",),
+    ("fast.optim", "fast.curvature", "fast.models"),
     ("fast.adapt",),
     ("fast.train", "fast.integrations"),
     ("fast.analysis",),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fast.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fast.adapt.adaptation import Adaptation
     from fast.adapt.result import Result
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from fast.optim.param_groups import param_groups
     from fast.train.finetune import finetune
 
-__version__ = "0.1.0"
 
 __all__ = [
     "GGN",

@@ -71,7 +71,7 @@ def test_with_labels_it_is_the_rise_of_the_loss(networks):
 
 @pytest.mark.parametrize("size", [0.01, 30.0])
 def test_doubt_matters_for_small_losses_only(size):
-    """Of sure answers: where the margin of each is lost by `size`."""
+    """The answers are sure, and the margin of each is lost by `size`."""
     z0 = torch.zeros(4, 2)
     z0[:, 0] = 8.0
     z = z0.clone()

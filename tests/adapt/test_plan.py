@@ -111,7 +111,7 @@ def padded(rows, names):
 
 @pytest.mark.parametrize("names", [False, True])
 def test_batches_that_cannot_be_put_together_are_trained_on(names):
-    """Of inputs of one shape features are kept; beside names, of none."""
+    """Features are kept of inputs of one shape, and of none that come beside names."""
     loader = DataLoader(Texts(), 4, shuffle=True, collate_fn=lambda rows: padded(rows, names))
     result = fast.finetune(Bag(), loader, num_classes=3, steps=20)
     assert result.plan.rehearsed == ("" if names else "target inputs")

@@ -15,7 +15,7 @@ from helpers import ROOT
 
 
 def seed() -> int:
-    """Of all campaigns: FAST_CAMPAIGN_SEED, or 0."""
+    """The seed of all campaigns: FAST_CAMPAIGN_SEED, or 0."""
     return int(os.environ.get("FAST_CAMPAIGN_SEED", "0"))
 
 

@@ -345,7 +345,7 @@ def finite_block(t: Tensor, x: Tensor) -> Tensor:
 
 def wrong_entries(what: str, ours: Tensor, truth: Bounded, cell: Tensor, fine: Tensor) -> list[str]:
     error, bound = (ours - truth.x).abs(), SLACK * truth.error + cell
-    # Of what overflows on the way nothing is asked; what is not finite in the truth must not be.
+    # Nothing is asked of what overflows on the way; what is not finite in the truth must not be.
     known = fine & truth.error.isfinite() & (truth.error < 1e37)
     bad = known & ~(error <= bound)
     lost = ~truth.x.isfinite() & ours.isfinite() & ~ours.isnan()

@@ -280,7 +280,7 @@ def test_shorter_lanczos_runs_add_no_eigenvalue() -> None:
     nodes = _pad(list(short), 2, weights=False)
     weights = _pad([torch.ones(1).double(), torch.full((2,), 0.5).double()], 2, weights=True)
     assert nodes.tolist() == [[5.0, 5.0], [5.0, 6.0]]
-    padded = Spectrum(nodes, weights, 8)
+    padded = Spectrum(nodes=nodes, weights=weights, size=8)
     assert padded.expectation(torch.log)[0] == pytest.approx(
         8 * (math.log(5) + (math.log(5) + math.log(6)) / 2) / 2
     )

@@ -119,7 +119,7 @@ def test_another_environment_is_one_warning(tmp_path, monkeypatch, kind):
     if kind == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     elif kind == "version":
-        monkeypatch.setattr(fast, "__version__", "9.9")
+        monkeypatch.setattr("fast.version.__version__", "9.9")
     else:
         transform = functools.partial(scaled, by=0.5)
     message = {"threads": "threads 1, here 7", "version": "fast .*, here 9.9", "values": "values"}

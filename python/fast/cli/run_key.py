@@ -16,7 +16,7 @@ import fast
 import fastkernels
 from fast.cli.spec.task import TaskSpec
 from fast.train.config import TrainConfig
-from fast.train.device import pick_device
+from fast.train.engine import pick_device
 
 # They take no part in a run.
 NO_PART = ("analysis", "cli", "integrations")

@@ -17,7 +17,7 @@ from fast.cli.run_key import run_key
 from fast.cli.spec.methods import ALL, MethodsSpec, SweepSpec
 from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
-from fast.train.device import pick_device
+from fast.train.engine import pick_device
 
 KEY_DIGITS = 8
 

@@ -23,8 +23,7 @@ from fast.data.generators import seeded
 from fast.errors import did_you_mean
 from fast.heads import unwrap
 from fast.train.config import TrainConfig, TrainOptions
-from fast.train.device import pick_device
-from fast.train.precision import in_float32
+from fast.train.engine import in_float32, pick_device
 from fast.train.resume.run_folder import RunFolder
 from fast.train.run_data import read_data
 from fast.train.trainer import Trainer

@@ -20,7 +20,7 @@ from fast.errors import printable
 from fast.files import check_writable
 from fast.models.saved import MANIFEST_FILE
 from fast.train.config import TrainConfig
-from fast.train.device import pick_device
+from fast.train.engine import pick_device
 from fast.train.finite import Diverged, diverged
 from fast.train.resume.checkpoint import list_checkpoints
 from fast.train.resume.run_folder import is_going_on

@@ -19,7 +19,7 @@ from fast.data.trees import move
 from fast.heads import evaluating, forward_logits
 from fast.models.load import LoadedModel
 from fast.models.saved import load_saved
-from fast.train.device import pick_device
+from fast.train.engine import pick_device
 
 # Losses by the options that name their data, in the order in which they are shown.
 TASKS = {"source": "source", "target": "data"}

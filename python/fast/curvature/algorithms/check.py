@@ -14,7 +14,7 @@ from fast.curvature.algorithms.protocol import Symmetric
 RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     name: str
     ok: bool
@@ -83,7 +83,7 @@ def check(operator: Checkable, *, rtol: float | None = None, seed: int = 0) -> C
 
 def compared(name: str, error: float, detail: str, limit: float) -> Finding:
     """A finding that is fine where a relative error is at most `limit`."""
-    return Finding(name, error <= limit, f"{detail}, relative {error:.1e}")
+    return Finding(name=name, ok=error <= limit, detail=f"{detail}, relative {error:.1e}")
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -15,7 +15,7 @@ from fast.curvature.algorithms.protocol import Symmetric
 WHICH = ("magnitude", "largest", "smallest")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Eigenpairs:
     """The k extreme eigenpairs of a symmetric matrix A.
 
@@ -98,7 +98,14 @@ def top(
             ticks.update(count)
             done, full = krylov.converged(tol), krylov.used >= size
             if (done or full or matvecs >= max_matvecs) and krylov.used >= k:
-                return Eigenpairs(*krylov.best(), matvecs, converged=done or full)
+                values, vectors, residuals = krylov.best()
+                return Eigenpairs(
+                    values=values,
+                    vectors=vectors,
+                    residuals=residuals,
+                    num_matvecs=matvecs,
+                    converged=done or full,
+                )
             krylov.advance()
 
 

@@ -18,7 +18,7 @@ from fast.curvature.algorithms.protocol import Symmetric
 BASIS_BYTES = 512 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spectrum:
     """Quadrature of the spectral density of a [P, P] matrix A: the density is about
     (1 / probes) sum_ij weights_ij delta(x - nodes_ij).
@@ -108,7 +108,11 @@ def spectrum(
                 nodes.append(theta)
                 weights.append(s[0] ** 2)
     width = max(len(n) for n in nodes)
-    return Spectrum(_pad(nodes, width, weights=False), _pad(weights, width, weights=True), size)
+    return Spectrum(
+        nodes=_pad(nodes, width, weights=False),
+        weights=_pad(weights, width, weights=True),
+        size=size,
+    )
 
 
 def tridiagonals(operator: Symmetric, probes: Tensor, steps: int, ticks: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from fast.curvature.network.parameter_space import dot
 METHODS = ("hutch++", "hutchinson")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A random estimate, its standard error, and the number of products that it cost."""
 
@@ -120,4 +120,4 @@ def block_traces(
 def _estimate(parts: list[Tensor], exact: float, num_matvecs: int) -> Estimate:
     values = torch.cat(parts)
     stderr = float(values.std()) / len(values) ** 0.5
-    return Estimate(exact + float(values.mean()), stderr, num_matvecs)
+    return Estimate(value=exact + float(values.mean()), stderr=stderr, num_matvecs=num_matvecs)

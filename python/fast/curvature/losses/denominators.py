@@ -33,7 +33,7 @@ def check_reduction(reduction: Any) -> None:
         raise ValueError(f"reduction must be 'mean' or 'sum'; got {reduction!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Joint:
     """A loss of two batches in one call.
 
@@ -148,7 +148,7 @@ def joint(
     if not math.isnan(one + other):
         size = abs(c) + abs(one * a) + abs(other * b)
         agree &= abs(c - one * a - other * b) <= limit * max(size, 1e-30)
-    return Joint(one, other, agree)
+    return Joint(first=one, second=other, additive=agree)
 
 
 def _value_and_gradient(

@@ -70,7 +70,7 @@ def explain_not_finite(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Call:
     """One call of a module or of a function of torch, with its arguments."""
 
@@ -97,7 +97,9 @@ class _Calls(TorchFunctionMode):
         arguments = args, kwargs or {}
         leaves = pytree.tree_leaves(arguments)
         if any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
-            self.calls.append(Call(getattr(func, "__name__", str(func)), func, *_copied(arguments)))
+            args, kwargs = _copied(arguments)
+            name = getattr(func, "__name__", str(func))
+            self.calls.append(Call(name=name, function=func, args=args, kwargs=kwargs))
         return func(*args, **(kwargs or {}))
 
 
@@ -119,7 +121,8 @@ def _first_call(
         pending.append(_copied((args, kwargs)))
 
     def after(name: str, module: nn.Module) -> None:
-        calls.append(Call(name, module, *pending.pop()))
+        args, kwargs = pending.pop()
+        calls.append(Call(name=name, function=module, args=args, kwargs=kwargs))
 
     handles = []
     for name, module in network.model.named_modules():

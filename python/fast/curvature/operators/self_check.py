@@ -39,7 +39,7 @@ def data_finding(data: Batches) -> Finding:
     if first != second:
         detail = "batches differ between two passes over the data: turn shuffling and augmentation "
         detail += "off, or pass list(loader)"
-    return Finding("data", first == second, detail)
+    return Finding(name="data", ok=first == second, detail=detail)
 
 
 def _digest(batch: Batch) -> str:
@@ -61,10 +61,10 @@ def dropout_finding(network: Network) -> Finding:
         if module.training and _drop_probability(module) > 0
     ]
     if not active:
-        return Finding("dropout", True, "none active")
+        return Finding(name="dropout", ok=True, detail="none active")
     detail = f"active in {active[:3]}: the products are of one random thinned network (seed "
     detail += f"{network.seed}); call model.eval() for the network itself"
-    return Finding("dropout", False, detail)
+    return Finding(name="dropout", ok=False, detail=detail)
 
 
 def _drop_probability(module: nn.Module) -> float:
@@ -93,7 +93,7 @@ def denominator_findings(loss: Loss, answers: Sequence[Answer]) -> list[Finding]
     detail = f"{count} batches, each in one call with the first, off by {largest:.1e}"
     if not (ok := largest < tolerance(batches[0][0])):
         detail += ": the loss of all data is another mean than the one over batches"
-    return [Finding("denominators", ok, detail)]
+    return [Finding(name="denominators", ok=ok, detail=detail)]
 
 
 def difference_tolerance(dtype: torch.dtype, rtol: float) -> float:

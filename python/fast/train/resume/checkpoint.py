@@ -42,8 +42,8 @@ PREFIX = "checkpoint-"
 FORMAT = 3
 ADAPTATION = "adaptation"
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
-# Of the model's bytes: two moments in fp32 of bf16 weights are 4, and there are averages; and a
-# header. A stranger's file is not read beyond these.
+# A stranger's file is read up to this multiple of the model's bytes, and a header. Two moments in
+# fp32 of bf16 weights are 4 times as many; averages and the head start come on top.
 MOST_COPIES, MOST_HEADER = 16, 64 << 20
 HINTS = {
     "pretrained weights (hash)": ". The network does not begin with the weights that the run began "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fast
+from fast import version
 from fast.curvature.card import SourceCard
 from fast.curvature.card.file import fingerprint
 from fast.data.dataset import Data
@@ -21,7 +21,7 @@ from fast.data.reachable import PLAIN, code_of, values_of
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import leaves
 
-# Of a data set that reads its samples when they are asked for.
+# How many samples of a data set that is not in memory are read and hashed.
 SAMPLES_READ = 16
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -59,7 +59,7 @@ def environment(device: torch.device, transform: Any) -> dict[str, str]:
         kind = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
     return {
         "torch": torch.__version__,
-        "fast": fast.__version__,
+        "fast": version.__version__,
         "Python": PYTHON,
         "threads": str(torch.get_num_threads()),
         "device": kind,
@@ -133,6 +133,6 @@ def _feed(digest: Any, value: Any) -> None:
 
 
 def card_identity(card: SourceCard) -> str:
-    """Of which weights a card is, and from what it was estimated."""
+    """Hash of the weights that a card belongs to, and of what it was estimated from."""
     facts = [sorted(card.fingerprints.items()), card.num_samples, card.labels, card.temperature]
     return hashlib.blake2b(f"{facts} {card.mean!r}".encode(), digest_size=8).hexdigest()

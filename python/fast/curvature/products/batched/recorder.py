@@ -97,7 +97,16 @@ class Recorder(TorchDispatchMode):
         self, func: Any, rule: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], out: Any
     ) -> None:
         active = tuple(_any(s) for s in slots)
-        call = Call(func, args, kwargs, out, active, self.tape.kept, self.cache, self.exact)
+        call = Call(
+            func=func,
+            args=args,
+            kwargs=kwargs,
+            out=out,
+            active=active,
+            kept=self.tape.kept,
+            cache=self.cache,
+            exact=self.exact,
+        )
         try:
             derivative = rule(call)
         except NO_FAULT:
@@ -110,7 +119,9 @@ class Recorder(TorchDispatchMode):
             self.activate(o) if isinstance(o, Tensor) and (which is None or i in which) else None
             for i, o in enumerate(outs)
         )
-        self.tape.steps.append(Step(str(func), derivative, slots, targets))
+        self.tape.steps.append(
+            Step(name=str(func), derivative=derivative, inputs=slots, outputs=targets)
+        )
 
     def _in_place(
         self, func: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], mutated: Tensor

@@ -16,7 +16,7 @@ Derivative = Callable[..., Any]
 Slots = int | None | list[int | None]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Step:
     """One recorded call: read the slots `inputs`, apply, write the slots `outputs`."""
 
@@ -26,7 +26,7 @@ class Step:
     outputs: tuple[int | None, ...]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tape:
     """The steps of one pass.
 

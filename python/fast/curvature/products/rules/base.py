@@ -39,7 +39,7 @@ class RuleError(RuntimeError):
 NO_FAULT = (UnsupportedOperation, torch.OutOfMemoryError)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Call:
     """One call of an operation: `active[i]` says whether argument i depends on the parameters."""
 
