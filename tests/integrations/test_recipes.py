@@ -62,8 +62,8 @@ def test_lightning(names, tmp_path):
 def test_timm(names):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     pytest.importorskip("timm.task", reason="this timm has no training tasks")
-    names["model"] = timm.create_model("resnet10t", num_classes=5, in_chans=1)
-    names["plain"] = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5)
+    names["model"] = timm.create_model("test_resnet", num_classes=5, in_chans=1)
+    names["plain"] = timm.create_model("test_vit", num_classes=5)
     exec(recipe("timm"), names)
     assert names["result"].final["step"] == 4
     assert isinstance(names["optimizer"], fast.AdamW)
