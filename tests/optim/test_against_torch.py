@@ -13,7 +13,7 @@ from torch import nn
 import fast.optim
 from fast.optim import SGD, AdamW
 from helpers import assert_no_worse_than_torch
-from optim.cases import batch, flat, network, train
+from optim.small_networks import batch, flat, network, train
 
 PAIRS = {
     "adamw": (torch.optim.AdamW, AdamW, {"lr": 1e-2, "weight_decay": 0.1}),

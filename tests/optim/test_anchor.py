@@ -10,7 +10,7 @@ from torch import nn
 
 import fast
 from fast.optim import SGD, AdamW
-from optim.cases import batch, flat, network, parameter, train
+from optim.small_networks import batch, flat, network, parameter, train
 
 
 def drift(optimizer: torch.optim.Optimizer) -> float:

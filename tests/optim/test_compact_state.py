@@ -10,7 +10,7 @@ from torch import nn
 
 import fast
 from fast.optim import SGD, AdamW
-from optim.cases import batch, flat, network, train
+from optim.small_networks import batch, flat, network, train
 
 COMPACT = {
     "bfloat16": {"state_dtype": torch.bfloat16, "anchor_dtype": torch.bfloat16},

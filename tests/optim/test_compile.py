@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter, EagerAndRecordGraphs
 
 import fast
-from optim.cases import parameter
+from optim.small_networks import parameter
 
 STEPS = 12
 OPTIMIZERS = {

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import fast
 from fast.optim import AdamW
-from optim.cases import flat, network, parameter, train
+from optim.small_networks import flat, network, parameter, train
 
 OPTIMIZERS = {
     "adamw": (fast.AdamW, torch.optim.AdamW, {}),

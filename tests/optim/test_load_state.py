@@ -9,7 +9,7 @@ import torch
 
 import fast
 from fast.optim import SGD, AdamW
-from optim.cases import flat, network, parameter, train
+from optim.small_networks import flat, network, parameter, train
 
 CLASSES = {"adamw": (AdamW, "exp_avg_sq"), "sgd": (SGD, "momentum_buffer")}
 classes = pytest.mark.parametrize(("cls", "last"), CLASSES.values(), ids=CLASSES)

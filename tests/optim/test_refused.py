@@ -14,7 +14,7 @@ import fast
 from fast.optim import dtensor, storage
 from fast.optim.dtensor import Place
 from fastkernels import codes as codec
-from optim.cases import parameter
+from optim.small_networks import parameter
 
 STATE_DTYPES = [None, torch.bfloat16, torch.uint8]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fast
 from fast.optim import AdamW
-from optim.cases import network, parameter, train
+from optim.small_networks import network, parameter, train
 
 
 def test_figures_are_those_of_the_last_step():

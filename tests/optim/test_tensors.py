@@ -11,7 +11,7 @@ from torch import nn
 import fast
 from fastkernels.backends import native
 from fastkernels.ops.update.native import PLANS
-from optim.cases import parameter
+from optim.small_networks import parameter
 
 
 def test_a_gradient_that_is_still_being_reduced():

@@ -13,7 +13,7 @@ from torch import nn
 
 import fast
 from fast.optim import UnfusedPull
-from optim.cases import batch, flat, network, parameter, train
+from optim.small_networks import batch, flat, network, parameter, train
 
 DOUBLE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 OPTIMIZERS = {

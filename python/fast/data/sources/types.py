@@ -12,7 +12,7 @@ from fast.data.labels import check_labels, count_classes
 from fast.data.trees import length, pick
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EncodedImages:
     """`N` images still to be decoded; `open(i)` returns a file name or a binary stream."""
 
