@@ -88,8 +88,20 @@ def announce_classes(model: nn.Module, num_classes: int) -> None:
 
 
 def task_head(model: nn.Module) -> TaskHead | None:
-    """The head that `replace_head` made, or None."""
-    return next((m for m in model.modules() if isinstance(m, TaskHead)), None)
+    """The head that `replace_head` made, or None.
+
+    Raises:
+        ValueError: there are several, of which a wrapper made copies.
+    """
+    heads = {name: m for name, m in model.named_modules() if isinstance(m, TaskHead)}
+    if len(heads) > 1:
+        raise ValueError(
+            f"the network has several new heads, {' and '.join(heads)}: a wrapper has copied what "
+            "fast.replace_head made, as PEFT does for modules_to_save and task_type='SEQ_CLS'. "
+            "Wrap the pretrained network first (get_peft_model), and replace the head of the "
+            "wrapped one"
+        )
+    return next(iter(heads.values()), None)
 
 
 def replace_head(

@@ -41,10 +41,10 @@ def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) 
     config = dict(timm.data.resolve_model_data_config(model))
     notes = [] if wanted else [_untrained(f"timm:{name}")]
     height, width = config["input_size"][-2:]
-    if config["crop_mode"] == "border" or height != width:
+    if config["crop_mode"] == "border" or height != width or config["crop_pct"] > 1:
         notes.append(
-            f"timm:{name}: prepares images by {config['crop_mode']!r} to {width}x{height}; here "
-            "the central square is taken"
+            f"timm:{name}: prepares images by {config['crop_mode']!r} to {width}x{height} "
+            f"(crop_pct {config['crop_pct']:g}); here the central square is taken"
         )
     if kwargs.get("in_chans") == 1:
         for key in ("mean", "std"):

@@ -50,8 +50,8 @@ def param_groups(
         dicts with `params`, `name`, `lr` and the given keys; empty groups are left out.
 
     Raises:
-        ValueError: no head was found, nothing can be trained, `curvature` has another length, or
-            `layer_decay` is not in (0, 1] or finds no layers.
+        ValueError: no head was found, nothing can be trained or not the new head, `curvature` has
+            another length, or `layer_decay` is not in (0, 1] or finds no layers.
         TypeError: a key that no optimizer here knows.
     """
     if unknown := sorted(set(backbone) - KEYS):
@@ -64,6 +64,12 @@ def param_groups(
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter with requires_grad=True: nothing can be trained")
+    if replaced is not None and not any(p.requires_grad for p in replaced.linear.parameters()):
+        raise ValueError(
+            "the new head is frozen (requires_grad=False), and would stay at its zeros. "
+            "get_peft_model freezes what it wraps: wrap the pretrained network first, and call "
+            "fast.replace_head(model, num_classes) on the wrapped one"
+        )
     body = [p for p in trainable if id(p) not in head_ids]
     head = [p for p in trainable if id(p) in head_ids]
     curvature = backbone.pop("curvature", None)

@@ -91,9 +91,13 @@ class AdaptedNetwork:
         return self._input.forward(network, inputs, beside, self._apart)
 
     def pretrained_copy(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """A copy that does not learn, at the pretrained weights; its head, and its source layer."""
+        """A copy that does not learn, at the pretrained weights; its head, and its source layer.
+
+        Frozen weights are shared with the network, so that of one with adapters little is copied.
+        """
         names = {module: name for name, module in self.model.named_modules()}
-        copied = copy.deepcopy(self.model).requires_grad_(False)
+        shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        copied = copy.deepcopy(self.model, shared).requires_grad_(False)
         if hasattr(self, "drift"):
             anchors = dict(zip(map(id, self.drift.params), self.drift.anchors, strict=True))
             for p, q in zip(self.model.parameters(), copied.parameters(), strict=True):

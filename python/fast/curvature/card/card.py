@@ -194,7 +194,10 @@ class SourceCard:
         for name, codes in self.entries.items():
             where = f"this card is of another model: its tensor {name!r}"
             if name not in params:
-                raise ValueError(f"{where} is no parameter of {type(model).__name__}")
+                hint = ""
+                if any(".lora_" in n for n in params):
+                    hint = "; fast.integrations.peft.adapter_card makes one for its LoRA factors"
+                raise ValueError(f"{where} is no parameter of {type(model).__name__}{hint}")
             if params[name].shape != codes.codes.shape:
                 raise ValueError(
                     f"{where} is {list(codes.codes.shape)}, the model's {list(params[name].shape)}"

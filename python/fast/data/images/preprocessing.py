@@ -46,7 +46,10 @@ class Preprocessing:
 
 
 def from_config(config: Mapping[str, Any], origin: str) -> Preprocessing:
-    """Read timm's keys: input_size, mean, std, crop_pct, crop_mode, interpolation."""
+    """Read timm's keys: input_size, mean, std, crop_pct, crop_mode, interpolation.
+
+    A `crop_pct` above 1, which pads, counts as 1.
+    """
     size = config.get("input_size")
     side = int(size[-1] if isinstance(size, (tuple, list)) else size) if size else None
     mode = config.get("interpolation")
@@ -54,7 +57,7 @@ def from_config(config: Mapping[str, Any], origin: str) -> Preprocessing:
         size=side,
         mean=_values(config.get("mean")),
         std=_values(config.get("std")),
-        resize=math.floor(side / (config.get("crop_pct") or 1)) if side else None,
+        resize=math.floor(side / min(1, config.get("crop_pct") or 1)) if side else None,
         stretch=config.get("crop_mode") == "squash",
         interpolation=mode if mode in INTERPOLATIONS else "bicubic",
         origin=origin,

@@ -1,0 +1,235 @@
+"""The method inside Lightning's Trainer: a callback, and one line in `training_step`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fast.adapt.adaptation import Adaptation
+from fast.adapt.result import Result
+from fast.data.dataset import as_data
+from fast.data.trees import pick
+from fast.heads import source_task, unwrap
+from fast.train.metrics import evaluate
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+EVAL_BATCH = 128
+
+
+class FastCallback(Callback):
+    """Adapts a network of a LightningModule, and holds what it knew.
+
+        class Classifier(lightning.LightningModule):
+            def __init__(self, network, fast):
+                super().__init__()
+                self.network, self.fast = network, fast
+
+            def configure_optimizers(self):
+                return self.fast.optimizers()
+
+            def training_step(self, batch, index):
+                inputs, labels = batch
+                logits, penalty = self.fast.forward(inputs)
+                return F.cross_entropy(logits, labels) + penalty
+
+        fast_callback = FastCallback(network, (x, y), source_inputs=kept)
+        trainer = lightning.Trainer(max_epochs=3, callbacks=[fast_callback])
+        trainer.fit(Classifier(network, fast_callback), loader)
+        fast_callback.result.save("adapted/")
+
+    `trainer.fit` makes a `fast.Adaptation` before optimizers are configured, on the device of the
+    Trainer. Validation, test and prediction see the averaged weights. Checkpoints hold the state of
+    the adaptation and of the random generators, so that a run goes on to the bit where its loader
+    gives the same batches again; `loader` does.
+
+    Args:
+        network: pretrained; the LightningModule or a part of it.
+        train: training data: see `fast.Adaptation`.
+        source: labelled data of the source task, or a function of the network that returns an
+            accuracy in 0..1: `source_accuracy` is logged in every validation.
+        **options: of `fast.Adaptation`. `steps` defaults to the Trainer's number of steps,
+            `grad_accum_steps` to its `accumulate_grad_batches`.
+
+    Attributes:
+        result: after `fit`, what `Adaptation.finish` returned; before it, None.
+    """
+
+    def __init__(self, network: nn.Module, train: Any, *, source: Any = None, **options: Any):
+        self.network, self.options = unwrap(network), options
+        self._train = train
+        self.source = source if source is None or callable(source) else as_data(source, "source")
+        self.result: Result | None = None
+        self._adaptation: Adaptation | None = None
+        self._before: float | None = None
+        self._generators: dict[str, Any] | None = None
+        self._averaged = ExitStack()
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """The adaptation of this run.
+
+        Raises:
+            RuntimeError: `trainer.fit` has not begun.
+        """
+        if self._adaptation is None:
+            raise RuntimeError(
+                "FastCallback has no adaptation yet: pass it to Trainer(callbacks=[...]), whose "
+                "fit() makes one"
+            )
+        return self._adaptation
+
+    # What the LightningModule calls.
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.adaptation.optimizer
+
+    def optimizers(self) -> dict[str, Any]:
+        """The optimizer and the plan's schedule, as `configure_optimizers` returns them."""
+        scheduler = {"scheduler": self.adaptation.scheduler(), "interval": "step"}
+        return {"optimizer": self.adaptation.optimizer, "lr_scheduler": scheduler}
+
+    def forward(self, inputs: Any, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Target logits `[B, C]`, and the penalty `[]`: see `fast.Adaptation.forward`."""
+        return self.adaptation.forward(inputs, rows)
+
+    @property
+    def loader(self) -> PlannedBatches:
+        """Batches `(inputs, labels, rows)` of `train` in the order of `fast.finetune`, which a
+        resumed run goes on with: `trainer.fit(module, callback.loader)`."""
+        return PlannedBatches(self)
+
+    # What the Trainer calls.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self._adaptation is not None:
+            raise ValueError(
+                "this FastCallback has adapted its network already: make a new one, of a "
+                "pretrained network, for another fit()"
+            )
+        if all(m is not self.network for m in pl_module.modules()):
+            raise ValueError(
+                f"the network of FastCallback, a {type(self.network).__name__}, is no part of "
+                f"{type(pl_module).__name__}: give both the same object"
+            )
+        options = dict(self.options)
+        if not {"steps", "epochs"} & set(options):
+            options["steps"] = _steps(trainer)
+        options.setdefault("grad_accum_steps", trainer.accumulate_grad_batches)
+        options.setdefault("autocast_dtype", AUTOCAST.get(str(trainer.precision)))
+        self.network.to(trainer.strategy.root_device)
+        self._before = self._source_accuracy()
+        self._adaptation = Adaptation(
+            self.network, self._train, resuming=trainer.ckpt_path is not None, **options
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        planned, coming = self.adaptation.plan.steps, _steps(trainer)
+        if coming > planned:
+            raise ValueError(
+                f"the Trainer takes {coming} steps and the plan of FastCallback ends after "
+                f"{planned}: pass steps={coming}, or Trainer(max_steps={planned})"
+            )
+        if coming < planned:
+            warnings.warn(
+                f"the Trainer ends after {coming} of the {planned} steps that FastCallback has "
+                f"planned: the learning rate does not fall to its end. Pass steps={coming}",
+                stacklevel=2,
+            )
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        # Loaders and sanity checks draw numbers before this.
+        if self._generators is not None:
+            torch.set_rng_state(self._generators["cpu"])
+            if self._generators["cuda"]:
+                torch.cuda.set_rng_state_all(self._generators["cuda"])
+            self._generators = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.result = result = self.adaptation.finish()
+        result.source_accuracy_before = self._before
+        result.final["source_accuracy"] = self._source_accuracy()
+
+    def on_validation_start(self, *_: Any) -> None:
+        if self._adaptation is not None:
+            self._averaged.enter_context(self._adaptation.averaged())
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._adaptation is None or trainer.sanity_checking:
+            return
+        accuracy, forecast = self._source_accuracy(), self._adaptation.forecast()
+        if accuracy is not None:
+            pl_module.log("source_accuracy", accuracy)
+        if forecast is not None:
+            pl_module.log("forecast", forecast)
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._averaged.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_exception = on_validation_end
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._adaptation is None:
+            return {}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        generators = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        return {"adaptation": self._adaptation.state_dict(), "generators": generators}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._adaptation is not None and state_dict:
+            self._adaptation.load_state_dict(state_dict["adaptation"])
+            self._generators = state_dict["generators"]
+
+    def _source_accuracy(self) -> float | None:
+        if self.source is None:
+            return None
+        device = next(self.network.parameters()).device
+        with source_task(self.network):
+            return evaluate(self.network, self.source, EVAL_BATCH, device).accuracy
+
+
+class PlannedBatches:
+    """The training batches of a callback's plan, from the step that it is at; micro-batches where
+    the plan has `grad_accum_steps`."""
+
+    def __init__(self, callback: FastCallback) -> None:
+        self._callback = callback
+
+    def __len__(self) -> int:
+        plan = self._callback.adaptation.plan
+        return plan.steps * plan.grad_accum_steps
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+        adaptation = self._callback.adaptation
+        for inputs, labels, rows in adaptation.batches():
+            for part in torch.arange(len(labels)).chunk(adaptation.plan.grad_accum_steps):
+                yield pick(inputs, part), labels[part], None if rows is None else rows[part]
+
+
+def _steps(trainer: Trainer) -> int:
+    """Optimizer steps of a fit.
+
+    Raises:
+        ValueError: they are not limited.
+    """
+    steps = trainer.max_steps
+    if trainer.train_dataloader is not None or steps < 0:
+        steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError(
+            "FastCallback has to know the length of the run: Trainer(max_steps=), or a loader of "
+            "known length and max_epochs="
+        )
+    return int(steps)

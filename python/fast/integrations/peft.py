@@ -1,0 +1,93 @@
+"""PEFT: a source card of LoRA factors, from the card of the weights that they add to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fast.curvature.card import SourceCard
+from fast.curvature.card.codes import Codes
+from fast.curvature.card.file import fingerprint
+
+
+def adapter_card(card: SourceCard, model: nn.Module) -> SourceCard:
+    """The card of a network with fresh LoRA adapters, from that of the network without.
+
+    A layer with adapters has the weight `W + s B A`, with `B = 0` at first. A step `dB` moves it by
+    `s dB A`, so that the diagonal of B is `s^2 F_W (A * A)^T`, with `F_W` the diagonal of W. That
+    of A is zero where B is, so A stays free: what A does to the source, it does through B. The
+    forecast takes A as it is now.
+
+        card = fast.SourceCard.load("model.card.safetensors")
+        model = peft.get_peft_model(pretrained, config)
+        fast.Adaptation(model, train, method="ewc", card=adapter_card(card, model))
+
+    Args:
+        card: of the network before `get_peft_model`, not bound or bound to it.
+        model: what `get_peft_model` returned, before its first step.
+
+    Returns:
+        a card that is bound to `model`, with its trainable parameters only.
+
+    Raises:
+        ValueError: there are no LoRA factors of matrices that the card knows, the weights are not
+            those of the card, or the adapters have learned already.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    diagonals: dict[Tensor, Tensor] = {}
+    for weight, a, b, scale, transposed in _factors(model):
+        name = names[weight]
+        plain = _plain_name(name)
+        if plain not in card.entries or card.fingerprints[plain] != fingerprint(weight):
+            raise ValueError(
+                f"card: {plain!r} is not in it, or other weights of it are; estimate the card of "
+                "the network that get_peft_model is given"
+            )
+        if b.any():
+            raise ValueError(
+                f"model: the adapters of {plain!r} have learned already, and the card is of the "
+                "weights without them; fast.SourceCard.estimate(model, ...) makes one as it is now"
+            )
+        diagonal = card.entries[plain].decode()
+        if transposed:
+            diagonal = diagonal.T
+        squares = a.detach().float().cpu().square()
+        diagonals[b] = scale**2 * diagonal @ squares.T
+        diagonals[a] = squares.new_zeros(squares.shape)
+    if not diagonals:
+        raise ValueError(f"model: a {type(model).__name__} without LoRA factors of linear layers")
+    entries = {names[p]: Codes.of(diagonal) for p, diagonal in diagonals.items()}
+    for p, name in names.items():  # biases, say, that are trained beside the adapters
+        if p.requires_grad and p not in diagonals and _plain_name(name) in card.entries:
+            entries[name] = card.entries[_plain_name(name)]
+    params = dict(model.named_parameters())
+    fingerprints = {name: fingerprint(params[name]) for name in entries}
+    mapped = dataclasses.replace(
+        card, entries=entries, fingerprints=fingerprints, _names={}, _anchors={}
+    )
+    return mapped.bind(model)
+
+
+def _factors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor, float, bool]]:
+    """Of each active adapter of a linear layer: W, A `[r, in]`, B `[out, r]`, s, and whether W is
+    stored as `[in, out]`."""
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for name in module.active_adapters:
+            if name not in module.lora_A:
+                continue
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            if a.dim() != 2 or module.use_dora.get(name):
+                kind = "DoRA" if module.use_dora.get(name) else type(module.base_layer).__name__
+                raise ValueError(f"model: no card is known for the adapters of a {kind}")
+            transposed = bool(getattr(module, "fan_in_fan_out", False))
+            yield module.base_layer.weight, a, b, float(module.scaling[name]), transposed
+
+
+def _plain_name(name: str) -> str:
+    """The name of a parameter before `get_peft_model`."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

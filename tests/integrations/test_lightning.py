@@ -1,0 +1,204 @@
+"""`FastCallback` in Lightning's Trainer: the run of a plain loop, to the bit, also when resumed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fast
+from networks import ConvNet, images
+
+lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+FastCallback = pytest.importorskip("fast.integrations.lightning", reason="as above").FastCallback
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+# Lightning advises (a loader has few workers, modules are in evaluation mode), and torch advises it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
+]
+TRAIN, VAL, SOURCE = images(200, 4, seed=1), images(100, 4, seed=2), images(120, 5, seed=3)
+STEPS, BATCH = 12, 32
+RUNS = {
+    "source inputs": {"source_inputs": SOURCE, "batch_size": BATCH},
+    "none": {"batch_size": BATCH},
+    "budget": {"source_inputs": SOURCE, "forget_budget": 0.01, "batch_size": BATCH},
+}
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self, network, callback):
+        super().__init__()
+        self.network, self.fast = network, callback
+        self.evaluated = []
+
+    def configure_optimizers(self):
+        return self.fast.optimizers()
+
+    def training_step(self, batch, index):
+        inputs, labels, *rows = batch
+        logits, penalty = self.fast.forward(inputs, *rows)
+        return F.cross_entropy(logits, labels) + penalty
+
+    def validation_step(self, batch, index):
+        inputs, labels = batch
+        self.evaluated.append(copy.deepcopy(self.network.state_dict()))
+        self.log("accuracy", (self.network(inputs).argmax(1) == labels).float().mean())
+
+
+def network():
+    """One whose dropout draws random numbers in every step."""
+    torch.manual_seed(1)
+    model = nn.Sequential(ConvNet(), nn.Dropout(0.2), nn.ReLU(), nn.Linear(5, 5))
+    torch.manual_seed(0)
+    return model
+
+
+def trainer(*callbacks, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = quiet | {"enable_checkpointing": False, "max_steps": STEPS} | options
+    return lightning.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **options)
+
+
+def fit(options, *callbacks, ckpt_path=None, **trainer_options):
+    model = network()
+    callback = FastCallback(model, TRAIN, **options)
+    module = Classifier(model, callback)
+    host = trainer(callback, *callbacks, **trainer_options)
+    host.fit(module, callback.loader, ckpt_path=ckpt_path)
+    return callback
+
+
+def loader(data, size=BATCH):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=size)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_trainer_gives_the_weights_of_finetune(name):
+    callback, model = fit(RUNS[name]), network()
+    result = fast.finetune(model, TRAIN, steps=STEPS, **RUNS[name])
+    assert same(callback.network, model)
+    assert not same(callback.network, fast.replace_head(network(), 4))
+    assert callback.result.final["drift"] == result.final["drift"] > 0
+
+
+def test_accumulated_gradients_are_those_of_one_batch():
+    weights = []
+    for parts in (1, 2):
+        model = copy.deepcopy(network()[0])
+        callback = FastCallback(
+            model, TRAIN, steps=6, batch_size=BATCH, source_inputs=SOURCE[0], batch_norm="frozen"
+        )
+        host = trainer(callback, max_steps=6, accumulate_grad_batches=parts)
+        host.fit(Classifier(model, callback), callback.loader)
+        assert callback.adaptation.done == 6
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
+class Checkpoint(lightning.Callback):
+    """Saves one in the middle of the run, and may end the process there."""
+
+    def __init__(self, path, step, dies=False):
+        self.path, self.step, self.dies = path, step, dies
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            if self.dies:
+                raise ConnectionError("the machine is gone")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_to_the_bit(tmp_path, name):
+    """With dropout, in the middle of an epoch, from a checkpoint of Lightning's own."""
+    whole = fit(RUNS[name])
+    path = tmp_path / "7.ckpt"
+    with pytest.raises(ConnectionError):
+        fit(RUNS[name], Checkpoint(path, 7, dies=True))
+    torch.manual_seed(99)
+    resumed = fit(RUNS[name], ckpt_path=path)
+    assert resumed.adaptation.done == STEPS
+    assert same(resumed.network, whole.network)
+
+
+def test_a_loader_of_ones_own_and_the_length_of_the_run():
+    model = network()
+    callback = FastCallback(model, TRAIN, source_inputs=SOURCE[0], augmented=True)
+    host = trainer(callback, max_steps=-1, max_epochs=3)
+    host.fit(Classifier(model, callback), loader(TRAIN))
+    assert callback.adaptation.plan.steps == 3 * 7 == callback.adaptation.done
+
+
+def test_validation_sees_the_average_and_the_source_is_measured(tmp_path):
+    model = network()
+    callback = FastCallback(
+        model, TRAIN, source=SOURCE, source_inputs=SOURCE, lr=1e-2, ramp=0, average=4, steps=20
+    )
+    module = Classifier(model, callback)
+    path = tmp_path / "10.ckpt"
+    host = trainer(callback, Checkpoint(path, 10), max_steps=20, val_check_interval=10)
+    host.fit(module, callback.loader, loader(VAL, 100))
+    assert len(module.evaluated) == 2 + 1  # the first is Lightning's sanity check
+    # The checkpoint has the weights that the run went on with, and the average beside them.
+    saved = torch.load(path, weights_only=False)
+    weights = {k.removeprefix("network."): v for k, v in saved["state_dict"].items()}
+    average = next(iter(saved["callbacks"].values()))["adaptation"]["guards"]["WeightAverage"]
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    index = names.index("3.linear.weight")
+    order = [id(p) for p in callback.adaptation.params]
+    place = order.index(id(dict(model.named_parameters())[names[index]]))
+    assert torch.equal(module.evaluated[1]["3.linear.weight"], average[str(place)])
+    assert not torch.equal(weights["3.linear.weight"], average[str(place)])
+    with fast.source_task(model), torch.no_grad():
+        kept = (model(SOURCE[0]).argmax(1) == SOURCE[1]).double().mean().item()
+    assert host.callback_metrics["source_accuracy"].item() == pytest.approx(kept)
+    assert callback.result.source_accuracy == pytest.approx(kept)
+    before = network().eval()
+    right = (before(SOURCE[0]).argmax(1) == SOURCE[1]).double().mean().item()
+    assert callback.result.source_accuracy_before == pytest.approx(right)
+    # A later validation changes nothing.
+    accuracy = host.validate(module, loader(VAL, 100), verbose=False)[0]["accuracy"]
+    assert accuracy == host.callback_metrics["accuracy"].item()
+    assert same(callback.result.model, model)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    model = network()
+    with pytest.raises(RuntimeError, match=r"pass it to Trainer\(callbacks="):
+        FastCallback(model, TRAIN).optimizers()
+    callback = FastCallback(network(), TRAIN, steps=4)
+    with pytest.raises(ValueError, match="is no part of Classifier"):
+        trainer(callback).fit(Classifier(model, callback), loader(TRAIN))
+    callback = FastCallback(model, TRAIN, steps=4)
+    with pytest.raises(ValueError, match=r"takes 12 steps and the plan .* ends after 4"):
+        trainer(callback, max_epochs=9).fit(Classifier(model, callback), loader(TRAIN))
+    with pytest.raises(ValueError, match="adapted its network already"):
+        trainer(callback).fit(Classifier(model, callback), loader(TRAIN))
+    callback = FastCallback(model, TRAIN, steps=4)
+    with pytest.raises(ValueError, match="replaced already"):
+        trainer(callback).fit(Classifier(model, callback), loader(TRAIN))
+    callback = FastCallback(network(), TRAIN)
+    with pytest.raises(ValueError, match=r"Trainer\(max_steps=\)"):
+        trainer(callback, max_steps=-1, max_epochs=-1).fit(
+            Classifier(callback.network, callback), loader(TRAIN)
+        )
+
+
+def test_a_trainer_that_ends_early_says_so():
+    model = network()
+    callback = FastCallback(model, TRAIN, steps=40)
+    with pytest.warns(UserWarning, match="ends after 12 of the 40 steps"):
+        trainer(callback, max_epochs=9).fit(Classifier(model, callback), loader(TRAIN))
+    assert callback.result.final["step"] == STEPS
