@@ -39,8 +39,8 @@ class Ranks:
             raise ValueError(
                 f"process_group must be 'auto', None or a process group; got {process_group!r}"
             )
-        group = process_group
-        if group == AUTO:
+        group: Any = process_group
+        if isinstance(group, str):
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self.group: Any = None
         self.rank, self.size = 0, 1
@@ -124,21 +124,21 @@ class Ranks:
         Raises:
             RuntimeError: another rank failed; the message is that rank's.
         """
-        if self.size == 1:
-            yield
-            return
-        error: Exception | None = None
         try:
             yield
-        except Exception as caught:
-            error = caught
-        if not self.largest(error is not None):
-            return
-        failures = self.all(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        rank = next(i for i, failure in enumerate(failures) if failure is not None)
-        raise RuntimeError(f"rank {rank} failed: {failures[rank]}")
+        except Exception as error:
+            self._failure(f"{type(error).__name__}: {error}")
+            raise
+        failure = self._failure(None)
+        if failure is not None:
+            raise RuntimeError(failure)
+
+    def _failure(self, own: str | None) -> str | None:
+        """What the first rank that failed says of it; None where all went well."""
+        if self.size == 1 or not self.largest(own is not None):
+            return None
+        said = self.all(own)
+        return next(f"rank {i} failed: {x}" for i, x in enumerate(said) if x is not None)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

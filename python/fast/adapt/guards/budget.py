@@ -29,8 +29,8 @@ from fast.adapt.plan import Plan
 from fast.adapt.schedule import lr_factor
 from fast.curvature.card import SourceCard
 from fast.heads import running_statistics
-from fast.ranks import ALONE, Ranks
 from fast.optim.groups import ramp_factor
+from fast.ranks import ALONE, Ranks
 
 # The last search aims at this share of the budget, and ends within a twentieth of it: inside.
 AIM = 0.95

@@ -62,32 +62,31 @@ class Replay(Guard):
         self._size, self._seed, self._ranks = batch_size, seed, ranks
         self._rows: Iterator[Tensor] = iter(())
         self._next = -1
-        self._batch: tuple[Any, Tensor, float] = (None, self.answers, 0.0)
+        self._batch: tuple[Any, Tensor] = (None, self.answers)
+        self._total = 0.0  # what a sum over the batch is divided by
 
-    def batch(self, step: int) -> tuple[Any, Tensor, float]:
-        """Inputs of a step, what to answer, and what their loss is divided by.
-
-        The whole batch depends on the seed and on `step` alone; this is the rank's share of it.
-        """
+    def batch(self, step: int) -> tuple[Any, Tensor]:
+        """A rank's share of the inputs of a step, and what to answer; the step's depend on the seed
+        and on `step` alone."""
         if step != self._next - 1:
             if step != self._next:
                 self._rows = row_batches(len(self.answers), self._size, self._seed, step)
             rows = next(self._rows)
-            total, rows = len(rows) / self._ranks.size, rows[self._ranks.share]
+            self._total, rows = len(rows) / self._ranks.size, rows[self._ranks.share]
             answers = self.answers[rows.to(self.answers.device)]
-            self._batch = pick(self.inputs, rows), answers, total
+            self._batch = pick(self.inputs, rows), answers
             self._next = step + 1
         return self._batch
 
     def penalty(self, seen: Seen) -> Tensor | None:
-        inputs, answers, total = self.batch(seen.step)
+        inputs, answers = self.batch(seen.step)
         n = len(answers)
         part, parts = seen.batch.part, seen.batch.parts
         rows = slice(n * part // parts, n * (part + 1) // parts)
         if rows.start == rows.stop:
             return None
         inputs = move(pick(inputs, rows), answers.device)
-        return replay_loss(seen.model, inputs, answers[rows]) / total
+        return replay_loss(seen.model, inputs, answers[rows]) / self._total
 
 
 def replay_loss(model: nn.Module, inputs: Any, answers: Tensor) -> Tensor:

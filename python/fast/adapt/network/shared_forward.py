@@ -57,7 +57,7 @@ class HeadInput:
         logits, features = self._run(model, inputs)
         if source is None:
             return logits, features, None
-        # `DistributedDataParallel` takes one pass per step; the gradients are averaged all the same.
+        # `DistributedDataParallel` takes one pass per step, and averages all gradients even so.
         alone = model.module if isinstance(model, DistributedDataParallel) else model
         with source_task(alone), in_mode(alone, False):
             return logits, features, self.features(alone, source)

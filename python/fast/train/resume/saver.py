@@ -68,9 +68,7 @@ class Saver:
         randomness = self._ranks.all(state.randomness())
         with self._ranks.together():
             if self._ranks.first:
-                save_checkpoint(
-                    self.folder.path, state, facts, record, best, randomness=randomness
-                )
+                save_checkpoint(self.folder.path, state, facts, record, best, randomness=randomness)
 
     def load(self, adaptation: Adaptation) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
         """Restore the newest checkpoint; see `load_checkpoint`."""
