@@ -31,14 +31,13 @@ from fast.adapt.network.shared_forward import shares
 from fast.adapt.optimizer import AnchoredOptimizer, MakeOptimizer
 from fast.adapt.result import Result
 from fast.adapt.schedule import lr_factor
-from fast.adapt.setup import Setup, check_gradients, settle
+from fast.adapt.setup import Setup, check_gradients, check_ranks, settle
 from fast.adapt.state import check_state
 from fast.curvature.card import SourceCard
 from fast.data.source_inputs import target_inputs
 from fast.data.trees import length, move, pick
-from fast.heads import (
-    unwrap,
-)
+from fast.heads import running_statistics, unwrap
+from fast.ranks import AUTO, Ranks, tensors_of
 
 FORMAT = 1
 
@@ -82,6 +81,9 @@ class Adaptation:
             answers cannot be remembered by row.
         autocast_dtype: of the passes before the first step; None for full precision.
         resuming: a state will be loaded before the first step: what it holds is not computed.
+        process_group: the processes that train together, each on its share of every batch (see
+            docs/distributed.md). `"auto"`: all of them, where torch.distributed is initialised;
+            None: this one alone. Each is given the same data and options.
         **options: the fields of `fast.adapt.config.AdaptConfig`: `method`, `steps`, `epochs`,
             `batch_size`, `lr`, `seed`, `head`, ...
 
@@ -92,6 +94,8 @@ class Adaptation:
             `batch_size`.
         guards: what holds the source.
         done: steps taken.
+        ranks: the processes that train together.
+        sample: a batch of target inputs, on the model's device.
 
     Raises:
         ValueError, TypeError: an option, the data or the model does not fit; the message names it.
@@ -110,6 +114,7 @@ class Adaptation:
         augmented: bool = False,
         autocast_dtype: torch.dtype | None = None,
         resuming: bool = False,
+        process_group: Any = AUTO,
         **options: Unpack[AdaptOptions],
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -119,36 +124,46 @@ class Adaptation:
         name = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
         self.config = AdaptConfig(**options, **name)
         self.model = unwrap(model)
+        self.ranks = ranks = Ranks(process_group)
         self.done = 0
         self._micro_batches = 0
         self._pull_factor = 1.0
         with RollbackOnError(self.model):
-            bound = None if card is None else bound_card(card, self.model)
-            setup = settle(
-                self.config,
-                self.model,
-                train,
-                num_classes=num_classes,
-                source_inputs=source_inputs,
-                has_card=card is not None,
-                any_labels=loss is not None and not isinstance(loss, Loss),
-            )
+            ranks.copy_from_first(tensors_of(self.model))
+            with ranks.together():
+                bound = None if card is None else bound_card(card, self.model)
+                setup = settle(
+                    self.config,
+                    self.model,
+                    train,
+                    num_classes=num_classes,
+                    source_inputs=source_inputs,
+                    has_card=card is not None,
+                    any_labels=loss is not None and not isinstance(loss, Loss),
+                )
+            check_ranks(setup, ranks)
             self.num_classes, self._batches = setup.num_classes, setup.batches
+            self.sample = setup.sample
             # The source is measured at the pretrained weights, before the network changes.
             self.source, meter = setup.source, None
-            if self.source is not None:
-                self.source, meter = hold_back(
-                    self.model,
-                    self.source,
-                    budget=self.config.budget,
-                    skill=self.config.source_skill,
-                )
-            self.held_back = meter.samples if meter is not None else None
-            if bound is None and setup.plan.weighted and not resuming:
-                bound = self._own_card(setup)
-            replay = self._replay(setup)
-            with torch.autocast(
-                setup.device.type, autocast_dtype, enabled=autocast_dtype is not None
+            with ranks.together():
+                if self.source is not None:
+                    self.source, meter = hold_back(
+                        self.model,
+                        self.source,
+                        budget=self.config.budget,
+                        skill=self.config.source_skill,
+                    )
+                self.held_back = meter.samples if meter is not None else None
+                if bound is None and setup.plan.weighted and not resuming:
+                    bound = self._own_card(setup)
+                replay = self._replay(setup)
+            bound = ranks.from_first(bound)
+            with (
+                ranks.together(),
+                torch.autocast(
+                    setup.device.type, autocast_dtype, enabled=autocast_dtype is not None
+                ),
             ):
                 self._network = AdaptedNetwork(
                     self.model,
@@ -165,7 +180,9 @@ class Adaptation:
                     augmented=augmented,
                     resuming=resuming,
                     seed=self.config.seed,
+                    ranks=ranks,
                 )
+            ranks.copy_from_first(tensors_of(self.model))
             weighted = setup.plan.weighted and METHODS[self.config.method].card_decay is not None
             self._anchored = AnchoredOptimizer(
                 model=self.model,
@@ -195,7 +212,10 @@ class Adaptation:
                 drift=self.drift,
                 average=self.average,
                 set_pull=self.set_pull,
+                ranks=ranks,
             )
+            tracked = plan.batch_norm != "frozen"
+            self._statistics = running_statistics(self.model) if tracked else []
             guards = (self._distillation, rehearsal, replay, self.average, self.budget)
             self.guards: list[Guard] = [guard for guard in guards if guard is not None]
             self.optimizer.register_step_pre_hook(self._before_step)
@@ -218,6 +238,7 @@ class Adaptation:
             samples=self.source,
             batch_size=setup.batch_size,
             seed=self.config.seed,
+            ranks=self.ranks,
         )
 
     # The loop.
@@ -232,7 +253,8 @@ class Adaptation:
         return self.plan.target_size
 
     def batches(self, start: int | None = None) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Training batches in the order of `fast.finetune`, to the end of the plan.
+        """Training batches in the order of `fast.finetune`, to the end of the plan; of several
+        processes, each gets its share of every batch.
 
         Args:
             start: number of the first step (default: steps done).
@@ -241,7 +263,8 @@ class Adaptation:
             inputs, labels and row numbers `[B]` (None from a DataLoader), as they are in `train`.
         """
         start = self.done if start is None else start
-        yield from itertools.islice(self._batches.from_step(start), max(0, self.plan.steps - start))
+        stream = self._batches.from_step(start, self.ranks.share)
+        yield from itertools.islice(stream, max(0, self.plan.steps - start))
 
     def scheduler(self) -> LambdaLR:
         """The plan's learning-rate schedule, at the step that the adaptation is at."""
@@ -266,7 +289,8 @@ class Adaptation:
         """Target logits, and the penalty to add to the loss; source inputs ride in the same pass.
 
         Where the plan has `grad_accum_steps`, each call takes one micro-batch, whose loss and
-        penalty the loop divides by their number.
+        penalty the loop divides by their number. Of several processes, each takes its share of the
+        batch, and the penalties are such that their mean over the processes is the step's.
 
         Args:
             inputs: target inputs `[B, ...]`, as the network takes them.
@@ -283,13 +307,14 @@ class Adaptation:
         if self._distillation is not None and rows is not None:
             self._distillation.check(rows, inputs)
         places = self._places(inputs, rows)
+        remembered = self._remembered(places)
         source = shares(self._source_batch(), parts)[part]
         if source is not None:
             source = replace(source, total=source.total / parts)
         batch = MicroBatch(
             inputs=inputs,
             places=places,
-            remembered=int((places >= 0).sum()),
+            remembered=remembered,
             source=source,
             part=part,
             parts=parts,
@@ -305,13 +330,14 @@ class Adaptation:
             rows: see `forward`.
         """
         places = self._places(inputs, rows)
+        remembered = self._remembered(places)
         slices = [slice(i, i + size) for i in range(0, length(inputs), size)]
         sources = shares(self._source_batch(), len(slices))
         return [
             MicroBatch(
                 inputs=pick(inputs, part),
                 places=places[part],
-                remembered=int((places >= 0).sum()),
+                remembered=remembered,
                 source=source,
                 part=i,
                 parts=len(slices),
@@ -353,6 +379,12 @@ class Adaptation:
             return torch.full((length(inputs),), -1)
         return self._distillation.places(rows, inputs)
 
+    def _remembered(self, places: Tensor) -> float:
+        number = int((places >= 0).sum())
+        if self._distillation is None or self.ranks.size == 1:
+            return number
+        return self.ranks.total(number) / self.ranks.size
+
     def _source_batch(self) -> SourceBatch | None:
         batches = (guard.source_batch(self.done) for guard in self.guards)
         return next((batch for batch in batches if batch is not None), None)
@@ -367,7 +399,8 @@ class Adaptation:
         self.done += 1
         self._micro_batches = 0
         if self._network.norm is not None:
-            self._network.norm.update_deferred()
+            self._network.norm.update_deferred(self.ranks)
+        self.ranks.mean_(self._statistics)
         for guard in self.guards:
             guard.after_step(self.done)
         self._anchored.restrain(math.prod(guard.lr_factor() for guard in self.guards))

@@ -36,6 +36,7 @@ from fast.heads import (
 )
 from fast.heads.find import classes_of
 from fast.heads.forward import check_takes, taking
+from fast.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +231,24 @@ def check_model(model: nn.Module) -> None:
                 f"model: {int((~x.isfinite()).sum())} of {x.numel()} values of {name} are not "
                 "finite (NaN or infinite): the weights are damaged, load others"
             )
+
+
+def check_ranks(setup: Setup, ranks: Ranks) -> None:
+    """Raise ValueError where the processes that train together would not do the same."""
+    number = ranks.size
+    if number == 1:
+        return
+    if setup.plan.target_size < number:
+        raise ValueError(
+            f"batch_size: a step has {setup.plan.target_size} target samples for {number} "
+            "processes; raise it, or start fewer processes"
+        )
+    facts = (str(setup.plan), setup.num_classes, setup.batches.data.num_samples)
+    if len(set(ranks.all(facts))) > 1:
+        raise ValueError(
+            "the processes were given other data or options than each other: give all of them the "
+            "whole data set, of which each takes its share"
+        )
 
 
 def check_gradients(caller: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -115,14 +116,21 @@ class Data:
                 f"{self.name}: sample {first} is ({shapes(a)}); give tensors, arrays or numbers"
             ) from error
 
-    def eval_batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
-        """Every sample once, in order."""
+    def eval_batches(
+        self, batch_size: int, share: slice = slice(None)
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Every sample once, in order.
+
+        Args:
+            share: the batches that are wanted.
+        """
         if self.loader is not None:
-            for batch in read_loader(self.loader, self.name):
+            batches = read_loader(self.loader, self.name)
+            for batch in itertools.islice(batches, share.start, share.stop, share.step):
                 yield split_batch(batch, self.name)
             return
         n = cast(int, self.num_samples)
-        for start in range(0, n, batch_size):
+        for start in range(0, n, batch_size)[share]:
             yield self.batch_at(torch.arange(start, min(start + batch_size, n)))
 
     def infer_num_classes(self) -> int:

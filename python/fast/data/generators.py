@@ -72,10 +72,15 @@ def seeded(seed: int) -> Iterator[None]:
     Data sets that augment draw from any of the three.
     """
     with held(_of_process().values()):
-        torch.manual_seed(seed)  # GPUs that are first used in the block, too
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_process(seed)
         yield
+
+
+def seed_process(seed: int) -> None:
+    """Seed torch, numpy and `random`."""
+    torch.manual_seed(seed)  # GPUs that are first used later, too
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 @contextmanager

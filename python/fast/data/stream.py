@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 from fast.data.dataset import Data, read_loader, split_batch
 from fast.data.generators import find_generators, held, reseed, seeded
 from fast.data.reachable import GENERATORS
+from fast.data.trees import pick
+
+EVERYTHING = slice(None)
 
 
 class TrainBatches:
@@ -51,13 +54,24 @@ class TrainBatches:
             return epochs * self.steps_per_epoch
         return math.ceil(epochs * cast(int, self.data.num_samples) / self.batch_size)
 
-    def from_step(self, step: int) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader)."""
+    def from_step(
+        self, step: int, share: slice = EVERYTHING
+    ) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+        """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader).
+
+        Args:
+            share: the samples of each batch that are wanted; of a data set no others are read.
+        """
         if self.data.loader is not None:
-            yield from self._loader_batches(self.data.loader, step)
+            for inputs, labels, _ in self._loader_batches(self.data.loader, step):
+                if share == EVERYTHING:
+                    yield inputs, labels, None
+                else:
+                    yield pick(inputs, share), labels[share], None
         count = cast(int, self.data.num_samples)
         for index in row_batches(count, self.batch_size, self.seed, step):
-            yield *self.data.batch_at(index), index
+            own = index[share]
+            yield *self.data.batch_at(own), own
 
     def once(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         """The samples of the first epoch, each once, as `from_step` has them; the last batch may be
@@ -74,7 +88,7 @@ class TrainBatches:
     ) -> Iterator[tuple[Any, Tensor, None]]:
         epoch, skip = divmod(step, self.steps_per_epoch)
         while True:
-            for batch in self._loader_epoch(loader, _seed_of(self.seed, epoch), skip):
+            for batch in self._loader_epoch(loader, spread_seed(self.seed, epoch), skip):
                 yield *split_batch(batch, self.data.name), None
             epoch, skip = epoch + 1, 0
 
@@ -113,13 +127,14 @@ def row_batches(count: int, batch_size: int, seed: int, step: int = 0) -> Iterat
 
 
 def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(_seed_of(seed, epoch))
+    generator = torch.Generator().manual_seed(spread_seed(seed, epoch))
     return torch.randperm(count, generator=generator)
 
 
-def _seed_of(seed: int, epoch: int) -> int:
+def spread_seed(seed: int, number: int) -> int:
+    """A seed for each epoch, or rank, of a run with this seed."""
     # Hashed: torch's CPU generator takes 64 bits of seed and uses the lower 32.
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def _samplers(loader: DataLoader[Any]) -> list[Any]:

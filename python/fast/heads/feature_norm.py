@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fast.ranks import ALONE, Ranks
+
 # Share of the mean feature variance that is added to the variance of every feature. A ReLU feature
 # that is zero on the target sample has variance 0, and would be amplified without bound later.
 VARIANCE_FLOOR = 0.0025
@@ -46,23 +48,41 @@ class FeatureNorm(nn.Module):
             features: a batch; one with a single value per feature changes nothing.
             momentum: weight of this batch (default: `self.momentum`).
         """
-        x = self.rows(features.detach().float())
-        if x.shape[0] < 2:
-            return
+        x = self.rows(features.detach())
+        x = x if x.dtype == torch.float64 else x.float()
+        if x.shape[0] >= 2:
+            self._move(x.mean(0), x.var(0), momentum)
+
+    def _move(self, mean: Tensor, var: Tensor, momentum: float | None = None) -> None:
         # Kept on the device: `.item()` here would stall every training step on a GPU.
-        first = (self.num_batches_tracked == 0).to(x.dtype)
+        first = (self.num_batches_tracked == 0).to(mean.dtype)
         weight = first + (1 - first) * (self.momentum if momentum is None else momentum)
-        mean = x.mean(0)
         self.mean.lerp_(mean.to(self.mean.dtype), weight.to(self.mean.dtype))
-        self.var.lerp_(x.var(0).to(self.var.dtype), weight.to(self.var.dtype))
+        self.var.lerp_(var.to(self.var.dtype), weight.to(self.var.dtype))
         self.num_batches_tracked += 1
 
-    def update_deferred(self) -> None:
-        """Update with all features since the last call, as one batch."""
-        if self._pending:
-            rows = torch.cat([self.rows(x) for x in self._pending])
-            self._pending = []
+    @torch.no_grad()
+    def update_deferred(self, ranks: Ranks = ALONE) -> None:
+        """Update with all features since the last call, as one batch.
+
+        Args:
+            ranks: the processes whose features make the batch; all of them have to call.
+        """
+        if not self._pending:
+            return
+        rows = torch.cat([self.rows(x) for x in self._pending])
+        self._pending = []
+        if ranks.size == 1:
             self.update(rows)
+            return
+        # Count, sum and sum of squares, in double precision: squares of features with a large mean
+        # would lose their variance in less.
+        x = rows.double()
+        moments = ranks.sum_(torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])]))
+        total, squares, count = moments.split([self.num_features, self.num_features, 1])
+        mean = total / count
+        var = (squares - count * mean.square()).clamp_min(0) / (count - 1)
+        self._move(mean, var)
 
     def stop_deferring(self) -> None:
         """Update with every batch again; features that are still pending are dropped."""

@@ -5,35 +5,73 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from fast.data.trees import leaves, mapped
+from fast.data.trees import leaves, mapped, pick
+from fast.heads import forward_logits, in_mode
+from fast.ranks import ALONE, Ranks, local_rank
 
 ENVIRONMENT = "FAST_DEVICE"
 HALF = (torch.bfloat16, torch.float16)
 
 
 class Engine:
-    """One device.
+    """One device, of this process.
 
     Args:
         device: of the network.
         precision: an option of `TrainConfig`; "fp16" scales the loss.
+        ranks: the processes that train together.
+
+    Attributes:
+        network: inside of `DistributedDataParallel`, or None for one process; set by `parallelize`.
     """
 
-    def __init__(self, device: torch.device, precision: str) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, precision: str, ranks: Ranks = ALONE) -> None:
+        self.device, self.ranks = device, ranks
+        self.network: DistributedDataParallel | None = None
         self.dtype = autocast_dtype(precision, device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def parallelize(self, model: nn.Module, sample: Any) -> None:
+        """Average gradients over the ranks from now on.
+
+        A trial pass tells whether all parameters get a gradient. It also makes torch settle the
+        order of its messages, which it does after the first pass: the sums of a run that is resumed
+        are then rounded as those of one that was not.
+
+        Args:
+            model: with its new head.
+            sample: a batch of its inputs.
+        """
+        if self.ranks.size == 1 or not any(p.requires_grad for p in model.parameters()):
+            return
+        few = pick(sample, slice(2))
+        with in_mode(model, False), held_buffers(model):
+            forward_logits(model, few).float().sum().backward()
+            unused = any(p.requires_grad and p.grad is None for p in model.parameters())
+            self.network = DistributedDataParallel(
+                model,
+                process_group=self.ranks.group,
+                find_unused_parameters=bool(self.ranks.largest(unused)),
+            )
+            for _ in range(2):
+                forward_logits(self.network, few).float().sum().backward()
+        model.zero_grad()
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch: gradients are averaged with the last one of a step."""
+        return nullcontext() if self.network is None or last else self.network.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
@@ -49,14 +87,28 @@ class Engine:
         self._scaler.load_state_dict(state)
 
 
+@contextmanager
+def held_buffers(model: nn.Module) -> Iterator[None]:
+    """Put buffers and random states back after the block."""
+    before = [(b, b.clone()) for b in model.buffers()]
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    for buffer, value in before:
+        buffer.copy_(value)
+
+
 def pick_device(name: str | torch.device | None) -> torch.device:
     """The device called `name`, tried out; None: that of the environment variable FAST_DEVICE, else
-    CUDA when there is one, else the CPU.
+    CUDA when there is one, else the CPU. Under `torchrun`, "cuda" is the GPU of this process.
 
     Raises:
         ValueError: no such device, or none that can compute here; the message says which can.
     """
     name = name or os.environ.get(ENVIRONMENT) or None
+    local = local_rank()
+    if local is not None and torch.cuda.is_available() and str(name or "cuda") == "cuda":
+        name = f"cuda:{local}"
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -22,6 +22,7 @@ from fast.data.augment import Transform
 from fast.data.generators import seeded
 from fast.errors import did_you_mean
 from fast.heads import unwrap
+from fast.ranks import joined
 from fast.train.config import TrainConfig, TrainOptions
 from fast.train.engine import in_float32, pick_device
 from fast.train.resume.run_folder import RunFolder
@@ -48,6 +49,8 @@ def finetune(
     The model is changed in place: it gets a new head for `num_classes` classes (the source head is
     kept inside) and is trained; when the call fails before the first step it is again what it was,
     but for its device.
+    Inside an initialised process group, and under `torchrun`, all processes train the network
+    together: docs/distributed.md.
     The global random states of torch, numpy and `random` are left as they were found.
 
     Args:
@@ -91,14 +94,23 @@ def finetune(
     rollback = RollbackOnError(model, weights=config.resume is not None)
     if card is not None:  # it is of the weights as they were saved, which may be of 16 bits
         card = bound_card(card, model)
-    folder_or_none = RunFolder(config) if config.output or config.resume else nullcontext()
-    with _alone(), seeded(config.seed), rollback, in_float32(model), folder_or_none as folder:
-        data = read_data(config, model, train, val, source, transform, num_classes)
-        model = model.to(pick_device(config.device))
-        trainer = Trainer(
-            config, model, data, card=card, source_inputs=source_inputs, folder=folder
-        )
-        return trainer.run(rollback.keep)
+    with joined() as ranks, ranks.quiet(), _alone():
+        has_folder = bool(config.output or config.resume)
+        folder_or_none = RunFolder(config, ranks) if has_folder else nullcontext()
+        with seeded(config.seed), rollback, in_float32(model), folder_or_none as folder:
+            with ranks.together():
+                data = read_data(config, model, train, val, source, transform, num_classes)
+                model = model.to(pick_device(config.device))
+            trainer = Trainer(
+                config,
+                model,
+                data,
+                card=card,
+                source_inputs=source_inputs,
+                folder=folder,
+                ranks=ranks,
+            )
+            return trainer.run(rollback.keep)
 
 
 def plan(

@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from fast.ranks import Ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -25,6 +27,13 @@ class Interruption:
     @property
     def waiting(self) -> bool:
         return self._came is not None
+
+    def waits_on_any(self, ranks: Ranks) -> bool:
+        """Whether a signal came to one of the ranks: it has then come to all of them."""
+        came = ranks.largest(self._came or 0)
+        if came:
+            self._came = came
+        return bool(came)
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -48,6 +57,8 @@ class Interruption:
             self._act(came)
 
     def _act(self, number: int) -> None:
+        if number not in self._before:  # ignored here, and not where it came
+            raise KeyboardInterrupt
         signal.signal(number, self._before[number])
         signal.raise_signal(number)
         signal.signal(number, self._keep)  # a handler of the user's, which returned

@@ -45,7 +45,7 @@ class RunLog:
     """Appends one record per evaluation.
 
     Args:
-        folder: of the run, or None for nowhere.
+        folder: of the run, or None for nowhere: without one, and on all ranks but the first.
         kept: lines of an interrupted run that this one goes on from, as `read_history` gave them;
             later ones, which that run wrote after its checkpoint, are dropped.
     """

@@ -55,7 +55,9 @@ class Measure:
         target = None
         if self.val is not None:
             with self.engine.autocast():
-                target = evaluate(model, self.val, self.batch_size, self.engine.device)
+                target = evaluate(
+                    model, self.val, self.batch_size, self.engine.device, self.engine.ranks
+                )
         source = self._source(model)
         return {
             "step": step,
@@ -78,7 +80,9 @@ class Measure:
         if self.source is None:
             return None
         with source_task(model), self.engine.autocast():
-            return evaluate(model, self.source, self.batch_size, self.engine.device)
+            return evaluate(
+                model, self.source, self.batch_size, self.engine.device, self.engine.ranks
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ from fast.data.labels import check_labels
 from fast.data.trees import kind, move
 from fast.heads import evaluating, forward_logits
 from fast.heads.forward import taking
+from fast.ranks import ALONE, Ranks
 
 
 class Score(NamedTuple):
@@ -28,12 +29,17 @@ Evaluator = Callable[[nn.Module], float]
 
 
 def evaluate(
-    model: nn.Module, data: Data | Evaluator, batch_size: int, device: torch.device
+    model: nn.Module,
+    data: Data | Evaluator,
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Accuracy and mean cross-entropy, in evaluation mode; every module keeps its mode.
 
     Args:
         data: a data set, or a function of the model that returns an accuracy in 0..1.
+        ranks: that share the batches; of a function, all of them take what the first one's gives.
 
     Raises:
         TypeError: a function that returns no number.
@@ -43,15 +49,15 @@ def evaluate(
             message says how many.
     """
     if not isinstance(data, Data):
-        with evaluating(model):
-            found = data(model)
-        return Score(_accuracy(found), None)
+        with ranks.together(), evaluating(model):
+            accuracy = _accuracy(data(model))
+        return Score(ranks.from_first(accuracy), None)
     right = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     count = 0
-    with evaluating(model):
-        for inputs, labels in data.eval_batches(batch_size):
+    with ranks.together(), evaluating(model):
+        for inputs, labels in data.eval_batches(batch_size, ranks.share):
             with taking(data.name, inputs, model):
                 logits = forward_logits(model, move(inputs, device)).float()
             labels = check_labels(labels, logits.shape[1], data.name).to(device)
@@ -61,6 +67,9 @@ def evaluate(
             # like others.
             wrong += (~logits.logsumexp(1).isfinite()).sum()
             count += len(labels)
+    count = ranks.total(count)
+    for figure in (right, loss, wrong):
+        ranks.sum_(figure)
     if not count:
         raise ValueError(f"{data.name}: no samples to evaluate on")
     if wrong.item():

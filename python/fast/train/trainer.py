@@ -18,10 +18,13 @@ from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
 from fast.data.augment import Augmentation
 from fast.data.finite import check_finite_inputs
+from fast.data.generators import seed_process
 from fast.data.labels import check_labels
+from fast.data.stream import spread_seed
 from fast.data.trees import length
 from fast.files import reading
 from fast.heads.forward import check_takes
+from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
 from fast.train.early_stopping import EarlyStopping
 from fast.train.engine import Engine
@@ -43,6 +46,7 @@ class Trainer:
         model: pretrained, on its device.
         card, source_inputs: see `fast.finetune`.
         folder: to save in, or None.
+        ranks: the processes that train together.
     """
 
     adaptation: Adaptation
@@ -59,8 +63,10 @@ class Trainer:
         card: SourceCard | None = None,
         source_inputs: Any = None,
         folder: RunFolder | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.model, self.data, self.folder = config, model, data, folder
+        self.ranks = ranks
         self.sources = {"card": card, "source_inputs": source_inputs}
         self.augment = Augmentation(data.transform, partial(check_takes, model, name="transform"))
         self.stopping = EarlyStopping(config.patience)
@@ -79,8 +85,10 @@ class Trainer:
         try:
             if self.folder is not None:
                 self.folder.start()
-            run_log = RunLog(self.folder.path if self.folder else None, earlier)
-            bar = progress_bar(self.config.progress, adaptation.done, plan.steps, plan.method)
+            first = self.ranks.first
+            run_log = RunLog(self.folder.path if self.folder and first else None, earlier)
+            show = self.config.progress if first else False
+            bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
             try:
                 self._train(began, losses, run_log, bar)
             finally:
@@ -93,8 +101,9 @@ class Trainer:
     def prepare(self, resuming: bool = False) -> Adaptation:
         """Measure the source, then change the network."""
         config, data = self.config, self.data
-        self.engine = Engine(next(self.model.parameters()).device, config.precision)
-        weights = class_weights(config.class_weights, data.train, data.num_classes)
+        self.engine = Engine(next(self.model.parameters()).device, config.precision, self.ranks)
+        with self.ranks.together():
+            weights = class_weights(config.class_weights, data.train, data.num_classes)
         if weights is not None:
             weights = weights.to(self.engine.device)
         self.loss = Loss(weights, config.label_smoothing)
@@ -110,9 +119,13 @@ class Trainer:
             augmented=data.transform is not None,
             autocast_dtype=self.engine.dtype,
             resuming=resuming,
+            process_group=self.ranks.group,
             **self.sources,
             **own,
         )
+        self.engine.parallelize(self.model, self.adaptation.sample)
+        if not self.ranks.first:  # dropout and augmentation are each rank's own from here on
+            seed_process(spread_seed(config.seed, self.ranks.rank))
         self.measure.started = time.monotonic()
         return self.adaptation
 
@@ -121,7 +134,8 @@ class Trainer:
         if self.folder is None:
             self.prepare()
             return None, []
-        self.saver = Saver(self.folder, self.config, self.model, self.data)
+        with self.ranks.together():
+            self.saver = Saver(self.folder, self.config, self.model, self.data)
         adaptation = self.prepare(resuming=self.saver.resumes)
         self.saver.add_source(adaptation, self.sources["card"])
         if self.folder.source is None:
@@ -161,48 +175,74 @@ class Trainer:
                     losses = []
                     run_log.add(record)
                     bar.set_postfix(summary(record))
-                stop = interruption is not None and interruption.waiting
+                stop = interruption is not None and interruption.waits_on_any(self.ranks)
                 if self.saver and (stop or done % save_every == 0 or done == steps):
                     check_finite(adaptation, losses, folder)  # it takes the place of a good one
                     self._save(run_log, losses)
-                if interruption is not None:
+                if interruption is not None and stop:
                     interruption.deliver()
 
     def batches(self) -> Iterator[Batch]:
-        """Training batches from the step that the run is at."""
-        return self.adaptation.batches()
+        """Training batches from the step that the run is at; each rank's share of them."""
+        stream = self.adaptation.batches()
+        while True:
+            with self.ranks.together():
+                batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
 
     def step(self, batch: Batch, began: Callable[[], None] = lambda: None) -> Tensor:
         """One optimizer step, and all that follows it.
 
         Returns:
-            the batch's mean loss on the target and the penalties, on the device; the loss of
-            replayed inputs is not in it.
+            the batch's mean loss on the target and the penalties, over all ranks and on the device;
+            the loss of replayed inputs is not in it.
         """
         adaptation, engine = self.adaptation, self.engine
-        inputs, labels, rows = batch
         adaptation.schedule()
-        labels = check_labels(labels, self.data.num_classes, "train").to(engine.device)
-        if length(inputs) != len(labels):
-            raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
-        with engine.autocast():
-            inputs = self.augment(inputs, len(labels))
-        if self.data.transform is not None or self.data.train.inputs is None:  # else seen before
-            check_finite_inputs(inputs, "train", rows)
+        with self.ranks.together():
+            inputs, labels, rows = self._ready(batch)
         denominator = self.loss.denominator(labels)
+        if self.ranks.size > 1:  # gradients are averaged over the ranks
+            share = torch.as_tensor(denominator, dtype=torch.float32, device=engine.device)
+            denominator = self.ranks.sum_(share.clone()) / self.ranks.size
         total = torch.zeros((), device=engine.device)
         adaptation.optimizer.zero_grad()
         size = -(-len(labels) // self.config.grad_accum_steps)
         parts = adaptation.parts(inputs, rows, size)
         for part, y in zip(parts, labels.split(size), strict=True):
-            with engine.autocast():
-                logits, penalty, replayed = adaptation.forward_part(part)
-                loss = self.loss.part(logits, y, denominator) + penalty
-            engine.backward(loss + replayed)
+            with engine.accumulating(last=part is parts[-1]):
+                with engine.autocast():
+                    logits, penalty, replayed = adaptation.forward_part(part, engine.network)
+                    loss = self.loss.part(logits, y, denominator) + penalty
+                engine.backward(loss + replayed)
             total += loss.detach()
         began()
         engine.step(adaptation.optimizer)
+        self.ranks.mean_([total])
         return total
+
+    def _ready(self, batch: Batch) -> Batch:
+        """A batch as the network will see it, with labels on the device.
+
+        Raises:
+            ValueError: it cannot be trained on.
+        """
+        inputs, labels, rows = batch
+        labels = check_labels(labels, self.data.num_classes, "train").to(self.engine.device)
+        if length(inputs) != len(labels):
+            raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
+        if not len(labels):
+            raise ValueError(
+                f"train: the DataLoader gave a batch of fewer samples than there are processes "
+                f"({self.ranks.size}): set drop_last=True"
+            )
+        with self.engine.autocast():
+            inputs = self.augment(inputs, len(labels))
+        if self.data.transform is not None or self.data.train.inputs is None:  # else seen before
+            check_finite_inputs(inputs, "train", rows)
+        return inputs, labels, rows
 
     def _save(self, run_log: RunLog, losses: list[Tensor]) -> None:
         assert self.saver is not None

@@ -16,7 +16,8 @@ class SourceBatch:
         inputs: `[S, ...]`, in any form that the network takes.
         reference: what holds for each of them, `[S, ...]`: features at the pretrained weights, or
             answers.
-        total: what a sum over the samples is divided by: the number of source samples of the step.
+        total: what a sum over the samples is divided by: the number of source samples of the step,
+            on average over the ranks.
     """
 
     inputs: Any
@@ -32,14 +33,14 @@ class MicroBatch:
         inputs: of the target, `[B, ...]`.
         places: where each target sample's remembered source answer is, `[B]` on the CPU; -1: none
             is remembered.
-        remembered: samples of the whole step with a place.
+        remembered: samples of the whole step with a place, on average over the ranks.
         source: source inputs that run beside them, or None.
         part, parts: number of the micro-batch, and how many the step has.
     """
 
     inputs: Any
     places: Tensor
-    remembered: int
+    remembered: float
     source: SourceBatch | None
     part: int = 0
     parts: int = 1

@@ -30,6 +30,7 @@ from fast.adapt.schedule import lr_factor
 from fast.curvature.card import SourceCard
 from fast.heads import running_statistics
 from fast.optim.groups import ramp_factor
+from fast.ranks import ALONE, Ranks
 
 # The last search aims at this share of the budget, and ends within a twentieth of it: inside.
 AIM = 0.95
@@ -97,6 +98,7 @@ class ForgettingBudget(Guard):
         drift: of the backbone.
         average: what the run returns, where that is not its last weights: checks look at it.
         set_pull: takes the factor on the pull.
+        ranks: whose first decides for all.
 
     Raises:
         ValueError: a budget and nothing to check it on, or no pull to adjust.
@@ -116,7 +118,9 @@ class ForgettingBudget(Guard):
         drift: Drift,
         average: WeightAverage | None,
         set_pull: Callable[[float], None],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self.model, self.meter, self.card, self.drift = model, meter, card, drift
         self.weighted, self.mean = weighted, card.mean if card is not None else None
         self.average, self._stats = average, stats
@@ -197,11 +201,15 @@ class ForgettingBudget(Guard):
                 stacklevel=2,
             )
 
+    def _agreed(self, figure: float) -> float:
+        # The ranks have the same weights, but may round differently.
+        return float(self._ranks.from_first(figure))
+
     def _check(self, samples: int) -> float:
-        energy = self.energy()
+        energy = self._agreed(self.energy())
         if self.meter is None:
             return self.forecaster(energy)
-        lost = self.meter(self.model, samples)
+        lost = self._agreed(self.meter(self.model, samples))
         self.forecaster.update(energy, lost)
         self.measured = lost
         return lost
@@ -217,13 +225,13 @@ class ForgettingBudget(Guard):
         line = WeightLine(
             [*self.drift.params, *self._statistics], [*self.drift.anchors, *self._first_statistics]
         )
-        surely, energy, meter = checks > 1, self.energy(), self.meter
+        surely, energy, meter = checks > 1, self._agreed(self.energy()), self.meter
         samples = self._last_samples if surely else self._samples
 
         def measure() -> float:
             if meter is None:
                 return self.forecaster(energy * line.place**2)
-            return meter(self.model, samples)
+            return self._agreed(meter(self.model, samples))
 
         self.measured = line.land(
             measure,

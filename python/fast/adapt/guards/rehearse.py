@@ -32,6 +32,7 @@ from fast.data.source_inputs import SourceInputs
 from fast.data.stream import TrainBatches, row_batches
 from fast.data.trees import length, move, pick
 from fast.heads import by_sample, features_of
+from fast.ranks import ALONE, Ranks
 
 SHARE = 1 / 8
 # The e that is pulled back at the plain weight. At the end of a run it was 0.03-0.05 for ResNet-20
@@ -105,6 +106,7 @@ class Rehearsal(Guard):
         size: of them per step.
         weight: of the penalty, in units of the target loss.
         seed: of their order.
+        ranks: that share the inputs of a step.
 
     Raises:
         ValueError: features that are not finite, or the same for all inputs.
@@ -120,8 +122,9 @@ class Rehearsal(Guard):
         size: int,
         weight: float,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.weight = weight
+        self.weight, self._ranks = weight, ranks
         device = next(model.parameters()).device
         parts: list[Tensor] = []
         for inputs, _ in samples.batches(CHUNK):
@@ -143,13 +146,16 @@ class Rehearsal(Guard):
         self._rows: Iterator[Tensor] = iter(())
         self._next = -1
 
-    def source_batch(self, step: int) -> SourceBatch:
+    def source_batch(self, step: int) -> SourceBatch | None:
         if step != self._next:
             self._rows = row_batches(len(self.features), self._size, self._seed, step)
         rows = next(self._rows)
         self._next = step + 1
+        total, rows = len(rows) / self._ranks.size, rows[self._ranks.share]
+        if not len(rows):
+            return None
         features = self.features[rows.to(self.features.device)]
-        return SourceBatch(inputs=pick(self.inputs, rows), reference=features, total=len(rows))
+        return SourceBatch(inputs=pick(self.inputs, rows), reference=features, total=total)
 
     def penalty(self, seen: Seen) -> Tensor | None:
         source = seen.batch.source
@@ -173,9 +179,13 @@ class Rehearsal(Guard):
         On a GPU this waits for the step: all that is lost is the time to launch the next one. A
         budget that leaves the penalty more room leaves it the learning rate too.
         """
-        if not self._count:
+        seen, count = self._seen, self._count
+        if self._ranks.size > 1:  # all of them decide alike
+            both = self._ranks.sum_(torch.stack([seen, seen.new_tensor(count)]).double())
+            seen, count = both[0], int(both[1])
+        if not count:
             return
-        e = self._seen.item() / self._count
+        e = seen.item() / count
         self._seen.zero_()
         self._count = 0
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)

@@ -21,6 +21,7 @@ from fast.data.trees import move, pick
 from fast.heads import forward_logits, source_task
 from fast.heads.class_axis import classes_second
 from fast.heads.outputs import source_logits
+from fast.ranks import ALONE, Ranks
 
 
 class Replay(Guard):
@@ -34,6 +35,7 @@ class Replay(Guard):
         samples: source inputs.
         batch_size: source samples per step; all of them where there are fewer.
         seed: of their order.
+        ranks: that share the inputs of a step.
 
     Raises:
         ValueError: labels that the source head cannot give.
@@ -42,7 +44,13 @@ class Replay(Guard):
     in_loss = False  # the loss of a run is the target's
 
     def __init__(
-        self, *, model: nn.Module, samples: SourceInputs, batch_size: int, seed: int
+        self,
+        *,
+        model: nn.Module,
+        samples: SourceInputs,
+        batch_size: int,
+        seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         samples = samples.to(next(model.parameters()).device)
         labels = samples.labels
@@ -51,18 +59,22 @@ class Replay(Guard):
             check_labels(labels, num_classes, "source_inputs")
         self.answers = source_logits(model, samples).softmax(1) if labels is None else labels
         self.inputs = samples.inputs
-        self._size, self._seed = batch_size, seed
+        self._size, self._seed, self._ranks = batch_size, seed, ranks
         self._rows: Iterator[Tensor] = iter(())
         self._next = -1
         self._batch: tuple[Any, Tensor] = (None, self.answers)
+        self._total = 0.0  # what a sum over the batch is divided by
 
     def batch(self, step: int) -> tuple[Any, Tensor]:
-        """Inputs of a step, and what to answer; they depend on the seed and on `step` alone."""
+        """A rank's share of the inputs of a step, and what to answer; the step's depend on the seed
+        and on `step` alone."""
         if step != self._next - 1:
             if step != self._next:
                 self._rows = row_batches(len(self.answers), self._size, self._seed, step)
             rows = next(self._rows)
-            self._batch = pick(self.inputs, rows), self.answers[rows.to(self.answers.device)]
+            self._total, rows = len(rows) / self._ranks.size, rows[self._ranks.share]
+            answers = self.answers[rows.to(self.answers.device)]
+            self._batch = pick(self.inputs, rows), answers
             self._next = step + 1
         return self._batch
 
@@ -74,7 +86,7 @@ class Replay(Guard):
         if rows.start == rows.stop:
             return None
         inputs = move(pick(inputs, rows), answers.device)
-        return replay_loss(seen.model, inputs, answers[rows]) / n
+        return replay_loss(seen.model, inputs, answers[rows]) / self._total
 
 
 def replay_loss(model: nn.Module, inputs: Any, answers: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from fast.heads import (
     source_task,
     task_head,
 )
+from fast.ranks import Ranks
 
 # Features of this many training samples set the normaliser's first statistics: the standard error
 # of a mean is then 3 % of a standard deviation, at the cost of a few forward passes.
@@ -165,7 +166,9 @@ def check_backbone(network: AdaptedNetwork, method: str) -> None:
     warnings.warn(f"{told}: only the head is trained", stacklevel=6)
 
 
-def rehearsal(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int) -> Rehearsal:
+def rehearsal(
+    network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int, ranks: Ranks
+) -> Rehearsal:
     """The guard that keeps the features of these inputs, at the pretrained weights."""
     with source_task(network.model):
         return Rehearsal(
@@ -176,6 +179,7 @@ def rehearsal(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed
             size=setup.plan.source_size,
             weight=setup.plan.rehearse,
             seed=seed,
+            ranks=ranks,
         )
 
 
@@ -204,6 +208,7 @@ def prepare(
     augmented: bool,
     resuming: bool,
     seed: int,
+    ranks: Ranks,
 ) -> tuple[Distillation | None, Rehearsal | None]:
     """Calibrate the head and teach it; remember what the network computes.
 
@@ -213,7 +218,7 @@ def prepare(
     Args:
         samples: source inputs to rehearse, or None.
         loss: that teaches the head.
-        augmented, resuming, seed: see `fast.Adaptation`.
+        augmented, resuming, seed, ranks: see `fast.Adaptation`.
 
     Returns:
         the guards that hold the function.
@@ -243,7 +248,7 @@ def prepare(
             labels = check_labels(labels, setup.num_classes, "train")
         labels = labels.to(network.device)
         start_head(head, first.features, labels, loss=loss, steps=plan.head_steps, seed=seed)
-    keeps = None if rehearsed is None else rehearsal(network, setup, rehearsed, seed)
+    keeps = None if rehearsed is None else rehearsal(network, setup, rehearsed, seed, ranks)
     apart = rehearsed is not None and runs_apart(network, setup, rehearsed, folded)
     distillation = None
     if plan.distill:

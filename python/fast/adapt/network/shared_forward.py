@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fast.adapt.guards.base import SourceBatch
 from fast.data.trees import join, length, pick
@@ -56,8 +57,10 @@ class HeadInput:
         logits, features = self._run(model, inputs)
         if source is None:
             return logits, features, None
-        with source_task(model), in_mode(model, False):
-            return logits, features, self.features(model, source)
+        # `DistributedDataParallel` takes one pass per step, and averages all gradients even so.
+        alone = model.module if isinstance(model, DistributedDataParallel) else model
+        with source_task(alone), in_mode(alone, False):
+            return logits, features, self.features(alone, source)
 
     def features(self, model: nn.Module, inputs: Any) -> Tensor:
         """What the head sees of these inputs, in the mode and for the task that the model is in."""

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 import fast
@@ -19,6 +19,7 @@ from fast.cli.task.load import load_task
 from fast.errors import printable
 from fast.files import check_writable
 from fast.models.saved import MANIFEST_FILE
+from fast.ranks import Ranks, joined
 from fast.train.config import TrainConfig
 from fast.train.engine import pick_device
 from fast.train.finite import Diverged, diverged
@@ -27,20 +28,36 @@ from fast.train.resume.run_folder import is_going_on
 
 
 def run(spec: FinetuneSpec) -> int:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined())
+        if not ranks.first:  # the first of the processes speaks for all
+            stack.enter_context(ranks.quiet())
+            stack.enter_context(redirect_stdout(None))
+        return _run(spec, ranks)
+
+
+def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     config, resumed = spec.training, None
-    pick_device(config.device)
-    if config.resume:
-        resumed = Path(config.resume)
-        config = _continued(config, resumed)
-    elif config.output and not spec.plan:
-        _check_new(Path(config.output))
-    task = load_task(spec.task, source_skill=config.source_skill, measured=False)
+    with ranks.together():
+        pick_device(config.device)
+        if config.resume:
+            resumed = Path(config.resume)
+            config = _continued(config, resumed)
+        elif config.output and not spec.plan:
+            _check_new(Path(config.output))
+        task = load_task(spec.task, source_skill=config.source_skill, measured=False)
     if spec.plan:
         plan = task.plan(config)
         print(f"{plan}\n\n{plan_table(plan)}")
         return 0
     start = time.monotonic()
-    with _going_on(resumed) if resumed is not None else _claimed(spec) as folder:
+    with ExitStack() as stack:
+        folder = resumed or Path()
+        with ranks.together():
+            if ranks.first:
+                going_on = _going_on(resumed) if resumed is not None else _claimed(spec)
+                folder = stack.enter_context(going_on)
+        folder = ranks.from_first(folder)
         options = dataclasses.asdict(dataclasses.replace(config, output=str(folder)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Diverged)  # an error here, when all is saved
@@ -48,7 +65,9 @@ def run(spec: FinetuneSpec) -> int:
     seconds = time.monotonic() - start
     result.classes = list(task.classes)
     result.data = task.description
-    result.save(folder)
+    with ranks.together():
+        if ranks.first:
+            result.save(folder)
     print(summary(task, result, seconds))
     print(f"saved in {printable(folder)}")
     message = diverged(result.history[-1]["loss"], len(task.classes))

@@ -40,7 +40,7 @@ from fast.train.resume.optimizer_state import flatten, unflatten
 
 PREFIX = "checkpoint-"
 FORMAT = 3
-ADAPTATION = "adaptation"
+ADAPTATION, OTHERS = "adaptation", "other ranks"
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
 # A stranger's file is read up to this multiple of the model's bytes, and a header. Two moments in
 # fp32 of bf16 weights are 4 times as many; averages and the head start come on top.
@@ -88,9 +88,22 @@ class State:
     def optimizer(self) -> Optimizer:
         return self.adaptation.optimizer
 
+    def randomness(self) -> dict[str, Any]:
+        """The states of all random generators of this process."""
+        return {
+            "process generators": process_generators(),
+            "generators": {path: state_of(g) for path, g in self.generators.items()},
+        }
+
 
 def save_checkpoint(
-    folder: Path, state: State, facts: Facts, record: dict[str, Any], best: dict[str, Tensor]
+    folder: Path,
+    state: State,
+    facts: Facts,
+    record: dict[str, Any],
+    best: dict[str, Tensor],
+    *,
+    randomness: list[dict[str, Any]],
 ) -> Path:
     """Save a training state, then remove the checkpoints before it.
 
@@ -98,6 +111,7 @@ def save_checkpoint(
         folder: of the run.
         record: anything else that JSON can hold; `load_checkpoint` returns it.
         best: further tensors, whose names begin with `BEST`, which it returns too.
+        randomness: each rank's `State.randomness`.
 
     Returns:
         the new checkpoint's folder.
@@ -118,8 +132,8 @@ def save_checkpoint(
             **vars(facts),
             "optimizer": optimizer,
             ADAPTATION: plain,
-            "process generators": process_generators(),
-            "generators": {path: state_of(g) for path, g in state.generators.items()},
+            **randomness[0],
+            OTHERS: randomness[1:],
             "record": record,
         }
         write_sealed(temporary / STATE_FILE, meta)
@@ -135,9 +149,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, state: State, facts: Facts
+    folder: Path, state: State, facts: Facts, *, rank: int = 0
 ) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     """Restore the newest checkpoint of a run into `state` and the random generators.
+
+    Args:
+        rank: whose generators these are; one that the run did not have keeps its own.
 
     Returns:
         its `state.json`, and the record and the best weights saved with it.
@@ -156,7 +173,8 @@ def load_checkpoint(
     with reading(file):
         saved = Facts(**{name: meta[name] for name in vars(facts)})
         step, hashes, optimizer = meta["step"], dict(meta["files"]), meta["optimizer"]
-        record, generators = meta["record"], dict(meta["generators"])
+        record, randomness = meta["record"], [meta, *meta.get(OTHERS, ())]
+        generators = dict(randomness[min(rank, len(randomness) - 1)]["generators"])
         plain = dict(meta[ADAPTATION])
         groups = [len(group["params"]) for group in optimizer["groups"]]
         if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
@@ -187,9 +205,10 @@ def load_checkpoint(
     with reading(file):
         unflatten(state.optimizer, training, optimizer)
         state.adaptation.load_state_dict(adaptation)
-        for name, generator in state.generators.items():
-            set_state(generator, generators[name])
-        set_process_generators(meta["process generators"])
+        if rank < len(randomness):
+            for name, generator in state.generators.items():
+                set_state(generator, generators[name])
+            set_process_generators(randomness[rank]["process generators"])
     state.model.load_state_dict(weights)
     return file, record, best
 

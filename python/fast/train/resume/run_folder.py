@@ -15,6 +15,7 @@ from typing import Any
 from fast.files import check_writable, clear_unfinished, read_json, write_json
 from fast.models.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
 from fast.models.saved import MANIFEST_FILE
+from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
 from fast.train.log import BOARD_FOLDER, HISTORY_FILE
 from fast.train.resume.checkpoint import list_checkpoints
@@ -31,6 +32,7 @@ class RunFolder:
 
     Args:
         config: whose `output` or `resume` names the folder.
+        ranks: the processes of the run; the first one claims and writes for all.
 
     Raises:
         FileNotFoundError: nothing to resume from.
@@ -38,10 +40,18 @@ class RunFolder:
             had other options; or it cannot be written to. Nothing is changed then.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+        self.config, self.ranks = config, ranks
         self.path = Path(config.output or str(config.resume))
         self.source = Path(config.resume) if config.resume else None
+        self.run = ""
+        with ranks.together():
+            if ranks.first:
+                self._open()
+        self.run = ranks.from_first(self.run)
+
+    def _open(self) -> None:
+        config = self.config
         _check(config, self.path, self.source)
         check_writable(self.path, "output" if config.output else "resume")
         goes_on = self.source if self.goes_on else None
@@ -67,11 +77,16 @@ class RunFolder:
     def start(self) -> None:
         """Write the options, after all that can be checked beforehand."""
         self.check()
-        if not self.goes_on:
+        if self.ranks.first and not self.goes_on:
             write_json(self.path / CONFIG_FILE, dataclasses.asdict(self.config))
 
     def check(self) -> None:
         """Raises FileNotFoundError where the folder, or its claim, is no longer this run's."""
+        with self.ranks.together():
+            if self.ranks.first:
+                self._check_claim()
+
+    def _check_claim(self) -> None:
         try:
             same = same_file(self._file, self.path / CLAIM_FILE) and run_of(self.path) == self.run
         except (FileNotFoundError, NotADirectoryError):
@@ -91,6 +106,8 @@ class RunFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self.ranks.first:
+            return
         try:
             if error is not None and not self.goes_on and not list_checkpoints(self.path):
                 self._clear()

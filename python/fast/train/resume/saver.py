@@ -37,7 +37,9 @@ class Saver:
         self, folder: RunFolder, config: TrainConfig, model: nn.Module, data: RunData
     ) -> None:
         self.folder, self.config = folder, config
+        self._ranks = folder.ranks
         self._environment = environment(next(model.parameters()).device, data.transform)
+        self._environment["processes"] = str(self._ranks.size)
         self._generators = find_generators(model=model, **data.roots)
         self._job: dict[str, Any] = {
             "training samples": data.train.num_samples,
@@ -62,14 +64,19 @@ class Saver:
     def save(self, adaptation: Adaptation, record: dict[str, Any], best: dict[str, Tensor]) -> None:
         """Write a checkpoint; see `save_checkpoint`."""
         self.folder.check()
-        facts = self._facts(self.folder.run)
-        save_checkpoint(self.folder.path, self._state(adaptation), facts, record, best)
+        facts, state = self._facts(self.folder.run), self._state(adaptation)
+        randomness = self._ranks.all(state.randomness())
+        with self._ranks.together():
+            if self._ranks.first:
+                save_checkpoint(self.folder.path, state, facts, record, best, randomness=randomness)
 
     def load(self, adaptation: Adaptation) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
         """Restore the newest checkpoint; see `load_checkpoint`."""
         source = self.folder.source
         assert source is not None
-        return load_checkpoint(source, self._state(adaptation), self._facts(run_of(source)))
+        state, facts = self._state(adaptation), self._facts(run_of(source))
+        with self._ranks.together():
+            return load_checkpoint(source, state, facts, rank=self._ranks.rank)
 
     def _state(self, adaptation: Adaptation) -> State:
         return State(adaptation=adaptation, generators=self._generators)

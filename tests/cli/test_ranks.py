@@ -1,0 +1,28 @@
+"""`torchrun -m fast finetune`: several processes, one run."""
+
+import json
+
+import pytest
+import torch.distributed as dist
+
+from torchrun import torchrun
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
+)
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(job):
+    options = ("--steps", "10", "--lr", "0.01", "--output", "out")
+    text = torchrun(2, "fast", "finetune", *job.args, *options)
+    assert text.count("saved in out") == 1
+    assert text.count("10 steps of") == 1
+    lines = (job.folder / "out" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(11))
+    result = json.loads((job.folder / "out" / "result.json").read_text())
+    assert result["target_accuracy"] == json.loads(lines[-1])["target_accuracy"]
+    assert [path.name for path in job.folder.iterdir() if path.is_dir()] == ["out"]
+
+    text = torchrun(2, "fast", "finetune", *job.args, *options, fails=True)
+    assert "--output out: exists" in text

@@ -1,0 +1,141 @@
+"""Runs on every rank: `python -m rank_runs NAME FOLDER` (test_ranks); not collected itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+import fast
+from fast.ranks import AUTO, Ranks, joined
+
+STEPS = 30
+SOURCE = {"source_inputs": True}
+RUNS: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "source inputs": SOURCE,
+    "budget": {**SOURCE, "forget_budget": 0.002},
+    "vanilla": {"method": "vanilla", "max_entropy": False},
+    "ewc": {**SOURCE, "method": "ewc"},
+    "replay": {**SOURCE, "method": "replay"},
+    "micro-batches": {**SOURCE, "grad_accum_steps": 2},
+    "distillation": {"distill": 0.2, "rehearse": 0.0},
+    "class weights": {"class_weights": (1.0, 2.0, 0.5), "label_smoothing": 0.1},
+    "per_task": {**SOURCE, "batch_norm": "per_task"},
+    "own loop": SOURCE,
+    "dropout": SOURCE,
+    "broken": {},
+}
+
+
+KILLED_AT = 17
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(24) if name == "per_task" else nn.LayerNorm(24)
+    extra = nn.Dropout(0.2 if name == "dropout" else 0.0)
+    model = nn.Sequential(nn.Linear(16, 24), norm, nn.GELU(), nn.Linear(24, 24), extra)
+    return model.append(nn.Linear(24, 10)).double()
+
+
+def samples(count: int, seed: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 16, generator=generator, dtype=torch.float64)
+    return x, (x[:, :2] > 0).sum(1).remainder(classes)
+
+
+def run(name: str, **options: Any) -> fast.Result:
+    """One of `RUNS` by `fast.finetune`, on one process or inside a group."""
+    options = {**RUNS[name], **options}
+    if options.pop("source_inputs", False):
+        options["source_inputs"] = samples(96, 2, 3)
+    return fast.finetune(
+        network(name),
+        Broken() if name == "broken" else samples(256, 1, 3),
+        val=samples(101, 3, 3),
+        steps=STEPS,
+        batch_size=32,
+        lr=3e-2,
+        eval_every=10,
+        progress=False,
+        **options,
+    )
+
+
+class Broken(Dataset):
+    """One row of it cannot be read by the second process, once the run is under way."""
+
+    row = 7
+
+    def __init__(self) -> None:
+        self.samples, self.targets = samples(256, 1, 3)
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        self.reads += i == self.row
+        if i == self.row and self.reads > 1 and Ranks(AUTO).rank == 1:
+            raise OSError("disk")
+        return self.samples[i], int(self.targets[i])
+
+
+def own_loop() -> fast.Adaptation:
+    """A loop that knows of its ranks by `DistributedDataParallel` only."""
+    model = network("own loop")
+    adaptation = fast.Adaptation(
+        model,
+        samples(256, 1, 3),
+        source_inputs=samples(96, 2, 3),
+        steps=STEPS,
+        batch_size=32,
+        lr=3e-2,
+    )
+    optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
+    parallel = DistributedDataParallel(model)
+    parallel.train()
+    for inputs, labels, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(inputs, rows, model=parallel)
+        (F.cross_entropy(logits, labels) + penalty).backward()
+        optimizer.step(), scheduler.step(), optimizer.zero_grad()
+    adaptation.finish()
+    return adaptation
+
+
+def kill_later(rank: int) -> None:
+    """The last step of the second process is its last deed."""
+    after_step = fast.Adaptation._after_step
+
+    def killed(self: fast.Adaptation, *args: Any) -> None:
+        after_step(self, *args)
+        if self.done == KILLED_AT and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fast.Adaptation._after_step = killed  # type: ignore[method-assign]
+
+
+def main(name: str, folder: str, place: str = "") -> None:
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {}
+    how, _, path = place.partition("=")
+    if path:
+        options = {"save_every": 1, "resume" if how == "resume" else "output": path}
+    with joined() as ranks:
+        if how == "kill":
+            kill_later(ranks.rank)
+        model = own_loop().model if name == "own loop" else run(name, **options).model
+        torch.save(model.state_dict(), Path(folder) / f"{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

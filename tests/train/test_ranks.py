@@ -1,0 +1,104 @@
+"""Training on several gloo processes gives what one process gives; the cases: rank_runs.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchrun import torchrun
+
+sys.path.insert(0, str(Path(__file__).parent))
+from rank_runs import KILLED_AT, RUNS, Broken, run
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
+)
+
+
+DISAGREE = ("per_task", "own loop", "dropout", "broken")
+
+
+def on_ranks(number: int, name: str, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The weights and statistics that each of `number` processes ends with."""
+    torchrun(number, "rank_runs", name, str(folder))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert list(a) == list(b)
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+def check(number: int, name: str, folder: Path, most: float = 1e-8) -> None:
+    first, *others = on_ranks(number, name, folder)
+    for other in others:
+        assert furthest(first, other) == 0
+    assert furthest(first, run(name).model.state_dict()) <= most
+
+
+def test_two_ranks_with_source_inputs_and_a_budget(tmp_path):
+    check(2, "budget", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in DISAGREE])
+def test_ranks_give_the_weights_of_one_process(number, name, tmp_path):
+    check(number, name, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own(tmp_path):
+    """`fast.Adaptation` in plain `DistributedDataParallel`."""
+    first, second = on_ranks(2, "own loop", tmp_path)
+    assert furthest(first, second) == 0
+    assert furthest(first, run("source inputs").model.state_dict()) <= 1e-8
+
+
+@pytest.mark.slow
+def test_per_task_batch_norm_agrees_on_all_ranks(tmp_path):
+    """Each rank normalises by its own share, so the weights are not those of one process."""
+    first, second = on_ranks(2, "per_task", tmp_path)
+    assert furthest(first, second) == 0
+    alone = run("per_task").model.state_dict()
+    assert furthest(first, alone) > 1e-8
+    source = {key: value for key, value in alone.items() if "source_norm" in key}
+    assert source
+    assert furthest({key: first[key] for key in source}, source) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_killed_run_goes_on_to_the_bit(number, tmp_path):
+    """Through dropout, which each rank draws by itself."""
+    whole = on_ranks(number, "dropout", tmp_path)
+    output = tmp_path / "run"
+    torchrun(number, "rank_runs", "dropout", str(tmp_path), f"kill={output}", fails=True)
+    assert [p.name for p in output.glob("checkpoint-*")] == [f"checkpoint-{KILLED_AT - 1:08d}"]
+    torchrun(number, "rank_runs", "dropout", str(tmp_path), f"resume={output}")
+    for rank, weights in enumerate(whole):
+        again = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert furthest(weights, again) == 0
+    lines = (output / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 30]
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_to_rounding(tmp_path):
+    output = tmp_path / "run"
+    torchrun(2, "rank_runs", "source inputs", str(tmp_path), f"kill={output}", fails=True)
+    with pytest.warns(UserWarning, match="processes 2, here 1"):
+        result = run("source inputs", resume=str(output), save_every=1)
+    assert furthest(result.model.state_dict(), run("source inputs").model.state_dict()) <= 1e-8
+
+
+@pytest.mark.slow
+def test_a_failure_on_one_rank_ends_all(tmp_path):
+    output = torchrun(2, "rank_runs", "broken", str(tmp_path), fails=True)
+    assert f"train: sample {Broken.row} cannot be read: OSError: disk" in output
+    assert "RuntimeError: rank 1 failed: ValueError: train: sample" in output
