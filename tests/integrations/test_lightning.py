@@ -17,7 +17,7 @@ lightning = pytest.importorskip("lightning", reason="lightning is not installed"
 FastCallback = pytest.importorskip("fast.integrations.lightning", reason="as above").FastCallback
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-# Lightning advises (a loader has few workers, modules are in evaluation mode), and torch advises it.
+# Lightning advises (a loader has few workers, modules are in evaluation mode), and so does torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),

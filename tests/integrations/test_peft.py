@@ -57,7 +57,7 @@ def adapt(model, steps=6, **options):
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
 def test_wrap_then_adapt(tmp_path, task_type):
-    """Adapters and head learn, the rest stays; folded, it is merged, saved and read as any other."""
+    """Adapters and head learn, the rest stays; folded, it is merged and saved as any other."""
     model = lora(bert(), task_type)
     before = copy.deepcopy(model.state_dict())
     result = adapt(model, source_inputs=KEPT)

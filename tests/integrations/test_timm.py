@@ -1,4 +1,4 @@
-"""timm: the optimizers by name, layer decay, the training task, and the pixels that networks see."""
+"""timm: the optimizers by name, layer decay, the training task, and what pixels networks see."""
 
 from __future__ import annotations
 
