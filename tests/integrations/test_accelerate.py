@@ -1,4 +1,4 @@
-"""Accelerate: `prepare` wraps the network and the optimizer of an adaptation, and nothing is ours."""
+"""Accelerate: `prepare` wraps the network and the optimizer of an adaptation as they are."""
 
 from __future__ import annotations
 

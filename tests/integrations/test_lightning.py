@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 
 import pytest
@@ -14,10 +15,10 @@ import fast
 from networks import ConvNet, images
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
-FastCallback = pytest.importorskip("fast.integrations.lightning", reason="as above").FastCallback
+FastCallback = importlib.import_module("fast.integrations.lightning").FastCallback
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-# Lightning advises (a loader has few workers, modules are in evaluation mode), and torch advises it.
+# Lightning advises (a loader has few workers, modules are in evaluation mode), and so does torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),

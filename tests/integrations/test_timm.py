@@ -1,9 +1,10 @@
-"""timm: the optimizers by name, layer decay, the training task, and the pixels that networks see."""
+"""timm: the optimizers by name, layer decay, the training task, and what pixels networks see."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import io
 
 import numpy as np
@@ -17,7 +18,7 @@ from fast.models.load import load_model
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("timm.task", reason="this timm has no training tasks")
-adapter = pytest.importorskip("fast.integrations.timm", reason="timm is not installed")
+adapter = importlib.import_module("fast.integrations.timm")
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
 create_optimizer = timm.optim.create_optimizer_v2
 

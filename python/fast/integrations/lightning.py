@@ -148,7 +148,9 @@ class FastCallback(Callback):
                 stacklevel=2,
             )
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         # Loaders and sanity checks draw numbers before this.
         if self._generators is not None:
             torch.set_rng_state(self._generators["cpu"])
@@ -161,10 +163,6 @@ class FastCallback(Callback):
         result.source_accuracy_before = self._before
         result.final["source_accuracy"] = self._source_accuracy()
 
-    def on_validation_start(self, *_: Any) -> None:
-        if self._adaptation is not None:
-            self._averaged.enter_context(self._adaptation.averaged())
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._adaptation is None or trainer.sanity_checking:
             return
@@ -174,11 +172,29 @@ class FastCallback(Callback):
         if forecast is not None:
             pl_module.log("forecast", forecast)
 
-    def on_validation_end(self, *_: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._adaptation is not None:
+            self._averaged.enter_context(self._adaptation.averaged())
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._averaged.close()
 
-    on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_exception = on_validation_end
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._averaged.close()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._averaged.close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._averaged.close()
 
     def state_dict(self) -> dict[str, Any]:
         if self._adaptation is None:
@@ -224,7 +240,7 @@ def _steps(trainer: Trainer) -> int:
     Raises:
         ValueError: they are not limited.
     """
-    steps = trainer.max_steps
+    steps: float = trainer.max_steps
     if trainer.train_dataloader is not None or steps < 0:
         steps = trainer.estimated_stepping_batches
     if not 0 < steps < math.inf:

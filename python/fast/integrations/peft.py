@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def adapter_card(card: SourceCard, model: nn.Module) -> SourceCard:
         ValueError: there are no LoRA factors of matrices that the card knows, the weights are not
             those of the card, or the adapters have learned already.
     """
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     diagonals: dict[Tensor, Tensor] = {}
     for weight, a, b, scale, transposed in _factors(model):
         name = names[weight]
@@ -72,20 +73,21 @@ def adapter_card(card: SourceCard, model: nn.Module) -> SourceCard:
 
 
 def _factors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor, float, bool]]:
-    """Of each active adapter of a linear layer: W, A `[r, in]`, B `[out, r]`, s, and whether W is
-    stored as `[in, out]`."""
-    for module in model.modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        for name in module.active_adapters:
-            if name not in module.lora_A:
+    """Yield the parts of each active adapter of a linear layer.
+
+    They are W, A `[r, in]`, B `[out, r]`, s, and whether W is stored as `[in, out]`.
+    """
+    layers: Any = (m for m in model.modules() if isinstance(m, LoraLayer))
+    for layer in layers:
+        for name in layer.active_adapters:
+            if name not in layer.lora_A:
                 continue
-            a, b = module.lora_A[name].weight, module.lora_B[name].weight
-            if a.dim() != 2 or module.use_dora.get(name):
-                kind = "DoRA" if module.use_dora.get(name) else type(module.base_layer).__name__
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if a.dim() != 2 or layer.use_dora.get(name):
+                kind = "DoRA" if layer.use_dora.get(name) else type(layer.base_layer).__name__
                 raise ValueError(f"model: no card is known for the adapters of a {kind}")
-            transposed = bool(getattr(module, "fan_in_fan_out", False))
-            yield module.base_layer.weight, a, b, float(module.scaling[name]), transposed
+            transposed = bool(getattr(layer, "fan_in_fan_out", False))
+            yield layer.base_layer.weight, a, b, float(layer.scaling[name]), transposed
 
 
 def _plain_name(name: str) -> str:

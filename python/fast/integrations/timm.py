@@ -19,7 +19,7 @@ from fast.adapt.adaptation import Adaptation
 from fast.optim import SGD, AdamW
 
 
-def anchored_adamw(params: Iterable[Any], **options: Any) -> AdamW:
+class AnchoredAdamW(AdamW):
     """`fast.AdamW`, after a check that no new head is anchored; `anchoredadamw` in timm.
 
         create_optimizer_v2(model, "anchoredadamw", param_group_fn=functools.partial(
@@ -28,12 +28,16 @@ def anchored_adamw(params: Iterable[Any], **options: Any) -> AdamW:
     Raises:
         ValueError: a weight matrix of zeros would be pulled back to zero.
     """
-    return AdamW(_checked(params, options), **options)
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        super().__init__(_checked(params, options), **options)
 
 
-def anchored_sgd(params: Iterable[Any], **options: Any) -> SGD:
+class AnchoredSGD(SGD):
     """`fast.SGD`, after the same check; `anchoredsgd` in timm."""
-    return SGD(_checked(params, options), **options)
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        super().__init__(_checked(params, options), **options)
 
 
 def _checked(params: Iterable[Any], options: dict[str, Any]) -> list[Any]:
@@ -58,13 +62,13 @@ def _checked(params: Iterable[Any], options: dict[str, Any]) -> list[Any]:
 for _info in (
     OptimInfo(
         name="anchoredadamw",
-        opt_class=anchored_adamw,
+        opt_class=AnchoredAdamW,
         description="fast.AdamW: AdamW with a pull towards the pretrained weights",
         has_betas=True,
     ),
     OptimInfo(
         name="anchoredsgd",
-        opt_class=anchored_sgd,
+        opt_class=AnchoredSGD,
         description="fast.SGD: SGD with momentum and a pull towards the pretrained weights",
         has_eps=False,
         has_momentum=True,
