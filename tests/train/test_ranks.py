@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torchrun import torchrun
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rank_runs import KILLED_AT, RUNS, Broken, run
+from rank_runs import KILLED_AT, RUNS, Broken, own_loop, run
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
@@ -57,7 +57,7 @@ def test_a_loop_of_ones_own(tmp_path):
     """`fast.Adaptation` in plain `DistributedDataParallel`."""
     first, second = on_ranks(2, "own loop", tmp_path)
     assert furthest(first, second) == 0
-    assert furthest(first, run("source inputs").model.state_dict()) <= 1e-8
+    assert furthest(first, own_loop().model.state_dict()) <= 1e-8
 
 
 @pytest.mark.slow
@@ -86,6 +86,16 @@ def test_a_killed_run_goes_on_to_the_bit(number, tmp_path):
         assert furthest(weights, again) == 0
     lines = (output / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 30]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(tmp_path):
+    output = tmp_path / "run"
+    torchrun(2, "rank_runs", "vanilla", str(tmp_path), f"stop={output}", fails=True)
+    assert [p.name for p in output.glob("checkpoint-*")] == [f"checkpoint-{KILLED_AT:08d}"]
+    with pytest.warns(UserWarning, match="processes 2, here 1"):
+        result = run("vanilla", resume=str(output), save_every=1)
+    assert furthest(result.model.state_dict(), run("vanilla").model.state_dict()) <= 1e-8
 
 
 @pytest.mark.slow
