@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fast.ranks import Ranks
 from torchrun import torchrun
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,6 +40,20 @@ def check(number: int, name: str, folder: Path, most: float = 1e-8) -> None:
     for other in others:
         assert furthest(first, other) == 0
     assert furthest(first, run(name).model.state_dict()) <= most
+
+
+def test_one_process_exchanges_nothing():
+    ranks, x = Ranks(None), torch.arange(3.0)
+    assert ranks.first
+    assert ranks.share == slice(None)
+    assert ranks.sum_(x) is x
+    assert (ranks.total(3), ranks.largest(2), ranks.from_first("a"), ranks.all(1)) == (
+        3, 2, "a", [1],
+    )  # fmt: skip
+    with pytest.raises(OSError, match="disk"), ranks.together():
+        raise OSError("disk")
+    with pytest.raises(ValueError, match="process_group must be 'auto', None or a process group"):
+        Ranks("all")
 
 
 def test_two_ranks_with_source_inputs_and_a_budget(tmp_path):
