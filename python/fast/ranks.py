@@ -169,7 +169,8 @@ def _host_group(group: Any) -> Any:
     """A group of the same processes whose messages are on the host."""
     if "gloo" in str(dist.get_backend_config(group)):
         return group
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    members = dist.get_process_group_ranks(group)
+    return dist.new_group(members, backend="gloo", use_local_synchronization=True)
 
 
 def local_rank() -> int | None:

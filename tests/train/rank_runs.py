@@ -37,6 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 KILLED_AT = 17
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
 
 
 def network(name: str) -> nn.Module:
@@ -102,7 +103,7 @@ def own_loop() -> fast.Adaptation:
         lr=3e-2,
     )
     optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
-    parallel = DistributedDataParallel(model)
+    parallel = DistributedDataParallel(model) if Ranks(AUTO).size > 1 else model
     parallel.train()
     for inputs, labels, rows in adaptation.batches():
         logits, penalty = adaptation.forward(inputs, rows, model=parallel)
@@ -112,14 +113,14 @@ def own_loop() -> fast.Adaptation:
     return adaptation
 
 
-def kill_later(rank: int) -> None:
-    """The last step of the second process is its last deed."""
+def send_later(rank: int, number: int) -> None:
+    """The second process gets a signal at the end of a step."""
     after_step = fast.Adaptation._after_step
 
     def killed(self: fast.Adaptation, *args: Any) -> None:
         after_step(self, *args)
         if self.done == KILLED_AT and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     fast.Adaptation._after_step = killed  # type: ignore[method-assign]
 
@@ -129,10 +130,11 @@ def main(name: str, folder: str, place: str = "") -> None:
     options: dict[str, Any] = {}
     how, _, path = place.partition("=")
     if path:
-        options = {"save_every": 1, "resume" if how == "resume" else "output": path}
+        options = {"save_every": 20 if how == "stop" else 1}
+        options["resume" if how == "resume" else "output"] = path
     with joined() as ranks:
-        if how == "kill":
-            kill_later(ranks.rank)
+        if how in SIGNALS:
+            send_later(ranks.rank, SIGNALS[how])
         model = own_loop().model if name == "own loop" else run(name, **options).model
         torch.save(model.state_dict(), Path(folder) / f"{ranks.rank}.pt")
 

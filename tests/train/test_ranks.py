@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fast.ranks import Ranks
 from torchrun import torchrun
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rank_runs import KILLED_AT, RUNS, Broken, run
+from rank_runs import KILLED_AT, RUNS, Broken, own_loop, run
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
@@ -41,6 +42,20 @@ def check(number: int, name: str, folder: Path, most: float = 1e-8) -> None:
     assert furthest(first, run(name).model.state_dict()) <= most
 
 
+def test_one_process_exchanges_nothing():
+    ranks, x = Ranks(None), torch.arange(3.0)
+    assert ranks.first
+    assert ranks.share == slice(None)
+    assert ranks.sum_(x) is x
+    assert (ranks.total(3), ranks.largest(2), ranks.from_first("a"), ranks.all(1)) == (
+        3, 2, "a", [1],
+    )  # fmt: skip
+    with pytest.raises(OSError, match="disk"), ranks.together():
+        raise OSError("disk")
+    with pytest.raises(ValueError, match="process_group must be 'auto', None or a process group"):
+        Ranks("all")
+
+
 def test_two_ranks_with_source_inputs_and_a_budget(tmp_path):
     check(2, "budget", tmp_path)
 
@@ -57,7 +72,7 @@ def test_a_loop_of_ones_own(tmp_path):
     """`fast.Adaptation` in plain `DistributedDataParallel`."""
     first, second = on_ranks(2, "own loop", tmp_path)
     assert furthest(first, second) == 0
-    assert furthest(first, run("source inputs").model.state_dict()) <= 1e-8
+    assert furthest(first, own_loop().model.state_dict()) <= 1e-8
 
 
 @pytest.mark.slow
@@ -86,6 +101,16 @@ def test_a_killed_run_goes_on_to_the_bit(number, tmp_path):
         assert furthest(weights, again) == 0
     lines = (output / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 30]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(tmp_path):
+    output = tmp_path / "run"
+    torchrun(2, "rank_runs", "vanilla", str(tmp_path), f"stop={output}", fails=True)
+    assert [p.name for p in output.glob("checkpoint-*")] == [f"checkpoint-{KILLED_AT:08d}"]
+    with pytest.warns(UserWarning, match="processes 2, here 1"):
+        result = run("vanilla", resume=str(output), save_every=1)
+    assert furthest(result.model.state_dict(), run("vanilla").model.state_dict()) <= 1e-8
 
 
 @pytest.mark.slow

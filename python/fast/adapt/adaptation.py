@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -125,6 +126,11 @@ class Adaptation:
         self.config = AdaptConfig(**options, **name)
         self.model = unwrap(model)
         self.ranks = ranks = Ranks(process_group)
+        if isinstance(model, DistributedDataParallel) and not self.config.keeps_head:
+            raise ValueError(
+                "model is in DistributedDataParallel already, which would not know the new head: "
+                "wrap it after fast.Adaptation, and pass it to forward(..., model=)"
+            )
         self.done = 0
         self._micro_batches = 0
         self._pull_factor = 1.0

@@ -219,6 +219,11 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"model {type(model).__name__} has no parameters, and so no linear head")
     tensors |= {n: b for n, b in model.named_buffers() if "running_" in n}
     for name, x in tensors.items():
+        if hasattr(x, "device_mesh"):
+            raise ValueError(
+                f"model: {name} is sharded (FSDP2, DTensor), and an adaptation needs whole "
+                "parameters on every process: use DistributedDataParallel (docs/distributed.md)"
+            )
         if x.is_meta:
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
         if x.is_inference():

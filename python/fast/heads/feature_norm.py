@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.ranks import ALONE, Ranks
+from fastkernels.codes import compute_dtype
 
 # Share of the mean feature variance that is added to the variance of every feature. A ReLU feature
 # that is zero on the target sample has variance 0, and would be amplified without bound later.
@@ -48,8 +49,7 @@ class FeatureNorm(nn.Module):
             features: a batch; one with a single value per feature changes nothing.
             momentum: weight of this batch (default: `self.momentum`).
         """
-        x = self.rows(features.detach())
-        x = x if x.dtype == torch.float64 else x.float()
+        x = self.rows(features.detach().to(compute_dtype(features)))
         if x.shape[0] >= 2:
             self._move(x.mean(0), x.var(0), momentum)
 

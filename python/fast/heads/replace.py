@@ -30,6 +30,7 @@ from fast.heads.find import (
 )
 from fast.heads.forward import evaluating, forward_logits, unwrap
 from fast.heads.task import TwoTask
+from fastkernels.codes import compute_dtype
 
 
 class TaskHead(nn.Module, TwoTask):
@@ -188,7 +189,8 @@ def _new_head(model: nn.Module, old: Head, num_classes: int, max_entropy: bool) 
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
         dim = 1 if isinstance(source, nn.Conv2d) else -1
-        norm = FeatureNorm(source.weight.shape[1], dim).to(source.weight.device)
+        norm = FeatureNorm(source.weight.shape[1], dim)
+        norm.to(source.weight.device, compute_dtype(source.weight))
     if len(own_parameters(model, source)) < len(list(source.parameters())):
         # Frozen weights in the head must not freeze the embedding that they are tied to.
         source = copy.deepcopy(source)

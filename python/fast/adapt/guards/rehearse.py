@@ -33,6 +33,7 @@ from fast.data.stream import TrainBatches, row_batches
 from fast.data.trees import length, move, pick
 from fast.heads import by_sample, features_of
 from fast.ranks import ALONE, Ranks
+from fastkernels.codes import compute_dtype
 
 SHARE = 1 / 8
 # The e that is pulled back at the plain weight. At the end of a run it was 0.03-0.05 for ResNet-20
@@ -128,7 +129,8 @@ class Rehearsal(Guard):
         device = next(model.parameters()).device
         parts: list[Tensor] = []
         for inputs, _ in samples.batches(CHUNK):
-            rows = features_of(model, head, move(inputs, device)).float()
+            rows = features_of(model, head, move(inputs, device))
+            rows = rows.to(compute_dtype(rows))
             parts.append(by_sample(rows, length(inputs)))
             if sum(p.nbytes for p in parts) > FEATURE_BYTES:
                 break
@@ -137,7 +139,7 @@ class Rehearsal(Guard):
         self.moved = 0.0
         self.restraint = 1.0
         # The sum of e over the samples of this step, on the device, and their number.
-        self._seen, self._count = torch.zeros((), device=device), 0
+        self._seen, self._count = torch.zeros((), dtype=self.features.dtype, device=device), 0
         # The mean over features: a constant feature would blow up a variance of its own.
         self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
         count = len(self.features)
@@ -163,7 +165,7 @@ class Rehearsal(Guard):
             return None
         before = source.reference
         now = by_sample(seen.source_features, len(before))
-        e = self.scale * (now.float() - before).square().flatten(1).mean(1)
+        e = self.scale * (now.to(before.dtype) - before).square().flatten(1).mean(1)
         with torch.no_grad():
             self._seen += e.sum()
         self._count += len(e)
