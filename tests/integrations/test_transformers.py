@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 
 import fast
 from fast.heads import task_head
+from helpers import ROOT
 
 transformers = pytest.importorskip("transformers", reason="the Trainer is its")
 datasets = pytest.importorskip("datasets", reason="its tables are the Trainer's data")
@@ -103,7 +106,7 @@ def trainer(folder, name="bert", *, dropout=0.0, model=None, args=None, **option
         train_dataset=data(72, CLASSES, 1),
         eval_dataset=data(40, CLASSES, 2),
         compute_metrics=accuracy,
-        **{"num_classes": CLASSES} | sources | options,
+        **{"num_classes": CLASSES, "head_steps": 10} | sources | options,
     )
 
 
@@ -117,7 +120,8 @@ def evaluations(run):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_network_learns_and_the_source_is_measured(tmp_path, name):
-    run = trainer(tmp_path, name, args={"max_steps": 60, "eval_steps": 20})
+    args = {"max_steps": 60, "eval_steps": 20, "save_strategy": "no"}
+    run = trainer(tmp_path, name, args=args, head_steps=None)
     before = run.source_accuracy_before
     run.train()
     records = evaluations(run)
@@ -404,7 +408,7 @@ def test_a_loss_of_the_users_own(tmp_path):
 
 
 def test_under_bf16(tmp_path):
-    run = trainer(tmp_path, "vit", args={"bf16": True})
+    run = trainer(tmp_path, "vit", args={"bf16": True, "save_steps": 10})
     run.train()
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     again = trainer(tmp_path, "vit", args={"bf16": True})
@@ -498,3 +502,32 @@ def test_the_callback_in_a_trainer_of_ones_own(tmp_path, with_penalty):
     assert [r["eval_source_accuracy"] for r in evaluations(whole)] == [0.25] * 3
     again, _ = run(str(tmp_path / "checkpoint-5"))
     assert torch.equal(weights(whole.model), weights(again.model))
+
+
+def test_the_recipes_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    quiet = '"runs/intents", use_cpu=True, report_to=[], disable_tqdm=True,'
+    short = {'"runs/intents",': quiet, "300": "12", "steps=100": "steps=6"}
+    data = {k: torch.tensor(v) for k, v in texts(72, CLASSES, 1)[:].items()}
+    names = {
+        "model": bert(),
+        "pretrained": bert(),
+        "own_model": bert(),
+        "train": texts(72, CLASSES, 1),
+        "val": texts(40, CLASSES, 2),
+        "kept": texts(40, SOURCE_CLASSES, 3),
+        "old": texts(200, SOURCE_CLASSES, 4),
+        "inputs": {k: v for k, v in data.items() if k != "labels"},
+        "labels": data["labels"],
+    }
+    for block in blocks:
+        for old, new in short.items():
+            block = block.replace(old, new)
+        exec(block, names)
+        shutil.rmtree("runs/intents/checkpoint-12", ignore_errors=True)  # so that there is a rest
+    for folder in ("adapted", "own"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(weights(names["model"]), weights(names["pretrained"]))
