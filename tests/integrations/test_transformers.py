@@ -103,11 +103,19 @@ def trainer(folder, name="bert", *, dropout=0.0, model=None, args=None, **option
     return FastTrainer(
         model or make(dropout),
         transformers.TrainingArguments(str(folder), **quiet | arguments | (args or {})),
-        train_dataset=data(72, CLASSES, 1),
-        eval_dataset=data(40, CLASSES, 2),
         compute_metrics=accuracy,
-        **{"num_classes": CLASSES, "head_steps": 10} | sources | options,
+        **{
+            "train_dataset": data(72, CLASSES, 1),
+            "eval_dataset": data(40, CLASSES, 2),
+            "num_classes": CLASSES,
+            "head_steps": 10,
+        }
+        | sources
+        | options,
     )
+
+
+KEPT = {name: texts(72, SOURCE_CLASSES, 1) for name in ("train_dataset", "eval_dataset")}
 
 
 def weights(model):
@@ -249,7 +257,7 @@ def test_a_budget_is_kept(tmp_path):
     kept.train()
     assert 0 < kept.result.final["forecast"] <= allowed
     assert source_loss(kept) < 2 * allowed  # on other inputs than those that it was kept on
-    assert "was allowed to lose" in kept.card_text()
+    assert "was allowed to lose" in kept.card_section()
 
 
 def test_evaluation_and_checkpoints_are_of_the_averaged_weights(tmp_path):
@@ -334,6 +342,26 @@ def test_the_arguments_rule_the_optimizer(tmp_path):
     assert {g["weight_decay"] for g in run.optimizer.param_groups} == {0.0, 0.1}  # none of biases
     run.train()
     assert run.adaptation.done == STEPS
+
+
+def test_epochs_are_counted_as_the_trainer_counts_them(tmp_path):
+    args = {"max_steps": -1, "num_train_epochs": 1.5, "per_device_train_batch_size": 8}
+    run = trainer(tmp_path, args=args | {"gradient_accumulation_steps": 4, "eval_strategy": "no"})
+    assert run.adaptation.plan.target_size == 32
+    run.train()
+    assert run.state.max_steps == run.adaptation.plan.steps == run.adaptation.done == 5
+
+
+def test_a_head_that_is_kept_goes_on_with_its_own_task(tmp_path):
+    model = bert()
+    args = {"max_steps": 40, "save_strategy": "no", "eval_strategy": "no"}
+    options = {"head": "keep", "num_classes": None, "head_steps": None, "source_inputs": None}
+    run = trainer(tmp_path, model=model, args=args, lr=1e-2, ramp=0, **options, **KEPT)
+    run.train()
+    assert run.source_accuracy > run.source_accuracy_before + 0.3
+    run.save_model(str(tmp_path / "saved"))
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(weights(plain), weights(model))
 
 
 def test_any_optimizer_of_the_trainer_gets_the_pull(tmp_path):
@@ -441,6 +469,12 @@ def test_a_head_without_bias_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give the head a bias, or set max_entropy=False"):
         trainer(tmp_path, model=model)
     assert task_head(model) is None
+
+
+def test_data_without_row_numbers_are_refused(tmp_path):
+    stream = texts(72, CLASSES, 1).to_iterable_dataset()
+    with pytest.raises(ValueError, match="train_dataset is iterable only"):
+        trainer(tmp_path, train_dataset=stream)
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):

@@ -1,18 +1,14 @@
-"""The whole method inside Hugging Face's Trainer: `FastTrainer`, and `FastCallback` for a part."""
+"""The whole method inside Hugging Face's Trainer."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -28,24 +24,20 @@ from fast.data.recorded import is_table
 from fast.data.source_inputs import LIMIT
 from fast.data.trees import LABEL_KEYS, move
 from fast.heads import evaluating, fold_head, forward_logits, source_task, task_head
-
-STATE_FILE = "adaptation.pt"
-PAPER = "[FAST](https://arxiv.org/abs/2007.01388) (arXiv:2007.01388)"
-CARD_FRONT = "---\nlibrary_name: transformers\ntags:\n- fast\n---\n"
-CARD_HEADING = "## What the model still knows"
-# Options of `fast.Adaptation` that `TrainingArguments` has under a name of its own.
-ELSEWHERE = {
-    "steps": "max_steps",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "grad_accum_steps": "gradient_accumulation_steps",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-    "warmup": "warmup_steps",
-    "weight_decay": "weight_decay",
-}
-DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
-PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from fast.integrations.transformers.arguments import (
+    adaptation_options,
+    autocast_dtype,
+    check_arguments,
+    check_options,
+    plan_schedules,
+)
+from fast.integrations.transformers.files import (
+    append_to_card,
+    card_section,
+    load_state,
+    save_state,
+    write_card,
+)
 
 
 class FastTrainer(Trainer):
@@ -109,8 +101,7 @@ class FastTrainer(Trainer):
         card: SourceCard | str | Path | None = None,
         **options: Unpack[AdaptOptions],
     ) -> None:
-        for name in sorted(ELSEWHERE.keys() & options.keys()):
-            raise ValueError(f"{name}: set {ELSEWHERE[name]} of TrainingArguments")
+        check_options(options)
         super().__init__(
             model,
             args,
@@ -123,60 +114,34 @@ class FastTrainer(Trainer):
             callbacks=callbacks,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        _check(self.args, model)
+        check_arguments(self.args, model)
         loader = self.get_train_dataloader()
-        if not hasattr(loader.dataset, "__getitem__"):
-            raise ValueError(
-                "train_dataset is iterable only; give one with len() and samples by number"
-            )
-        steps = _num_steps(self.args, len(loader))
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        train = DataLoader(
-            loader.dataset, batch_size=batch_size, shuffle=True, collate_fn=loader.collate_fn
-        )
-        own_schedule = self.args.lr_scheduler_type != DEFAULTS["lr_scheduler_type"]
-        self._plan_schedules = "schedule" in options or not own_schedule
-        if own_schedule and self.args.lr_scheduler_type.startswith("constant"):
-            options.setdefault("schedule", "constant")
-        if self.args.learning_rate != DEFAULTS["learning_rate"]:
-            options.setdefault("lr", self.args.learning_rate)
+        samples = loader.dataset
+        if isinstance(samples, IterableDataset):
+            raise ValueError("train_dataset is iterable only; give one with samples by number")
+        self._plan_schedules = plan_schedules(self.args, options)
+        self.mean_loss = Loss(None, self.args.label_smoothing_factor)
         self.source_eval = source_eval
         self.source_accuracy_before = self.source_accuracy = self.measure_source()
-        self.mean_loss = Loss(None, self.args.label_smoothing_factor)
-        options |= {
-            "steps": steps,
-            "batch_size": batch_size,
-            "grad_accum_steps": self.args.gradient_accumulation_steps,
-            "seed": self.args.seed,
-            "warmup": self.args.get_warmup_steps(steps),
-            "weight_decay": self.args.weight_decay,
-        }
+        settings = adaptation_options(self.args, len(loader), options)
         with RollbackOnError(model):
             self.adaptation = Adaptation(
                 model,
-                train,
+                DataLoader(samples, settings["batch_size"], True, collate_fn=loader.collate_fn),
                 num_classes=num_classes,
                 source_inputs=self._collated(source_inputs),
                 card=card,
                 loss=self._own_loss if compute_loss_func else self.mean_loss,
                 optimizer=self._optimizer_choice(),
-                autocast_dtype=next(
-                    (t for n, t in PRECISION.items() if getattr(self.args, n)), None
-                ),
-                **options,
+                autocast_dtype=autocast_dtype(self.args),
+                **settings,
             )
-            for group in self.adaptation.optimizer.param_groups:
-                if "betas" in group:
-                    group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
-                    group["eps"] = self.args.adam_epsilon
             _check_folds(model)
-            names = _recorded_names(loader.dataset) if id2label is None else dict(id2label)
-            classes = self.adaptation.num_classes
-            if id2label is not None and set(names) != set(range(classes)):
-                raise ValueError(
-                    f"id2label must name the classes 0 to {classes - 1}; got {list(names)}"
-                )
-        self.id2label = names if len(names) == classes else {}
+            self.id2label = _names_of(samples, id2label, self.adaptation.num_classes)
+        for group in self.adaptation.optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
+                group["eps"] = self.args.adam_epsilon
         self.result: Result | None = None
 
     # Data.
@@ -312,43 +277,20 @@ class FastTrainer(Trainer):
             super()._save(output_dir)
         finally:
             self.model = model
-        readme = Path(output_dir or cast(str, self.args.output_dir)) / "README.md"
-        if not readme.exists() or CARD_HEADING in readme.read_text(encoding="utf-8"):
-            readme.write_text(f"{CARD_FRONT}\n{self.card_text()}", encoding="utf-8")
+        write_card(output_dir or cast(str, self.args.output_dir), self.card_section())
 
-    def card_text(self) -> str:
-        """What a model card should say of the adaptation, in Markdown."""
-        plan = self.adaptation.plan
-        lines = [CARD_HEADING, "", f"Fine-tuned with {PAPER}: {plan}."]
-        if plan.forget_budget is not None:
-            lines.append(f"The source task was allowed to lose {self.adaptation.config.budget}.")
-        before, after = self.source_accuracy_before, self.source_accuracy
-        if before is None or after is None:
-            lines.append("The accuracy on the source task was not measured.")
-        else:
-            lines += [
-                "",
-                "| accuracy on the source task | |",
-                "| --- | --- |",
-                f"| before | {100 * before:.1f} % |",
-                f"| after | {100 * after:.1f} % |",
-            ]
-        return "\n".join(lines) + "\n"
+    def card_section(self) -> str:
+        """What the model card says of the adaptation, in Markdown."""
+        return card_section(self.adaptation, self.source_accuracy_before, self.source_accuracy)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         super().create_model_card(*args, **options)
         if self.is_world_process_zero():
-            readme = Path(cast(str, self.args.output_dir)) / "README.md"
-            text = readme.read_text(encoding="utf-8")
-            readme.write_text(f"{text}\n{self.card_text()}", encoding="utf-8")
+            append_to_card(cast(str, self.args.output_dir), self.card_section())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = {
-            "model": self.adaptation.model.state_dict(),
-            "adaptation": self.adaptation.state_dict(),
-        }
-        torch.save(state, Path(output_dir) / STATE_FILE)
+        save_state(output_dir, self.adaptation)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.adaptation.model.load_state_dict(load_state(resume_from_checkpoint)["model"])
@@ -364,103 +306,6 @@ class FastTrainer(Trainer):
         self.adaptation.load_state_dict(load_state(folder)["adaptation"])
 
 
-def load_state(folder: str | Path) -> dict[str, Any]:
-    """What a checkpoint folder holds of the adaptation.
-
-    Raises:
-        ValueError: it holds nothing.
-    """
-    file = Path(folder) / STATE_FILE
-    if not file.exists():
-        raise ValueError(
-            f"{folder} has no {STATE_FILE}: another Trainer wrote it, or save_only_model was set. "
-            "Start anew from the pretrained model"
-        )
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-class FastCallback(TrainerCallback):
-    """What a callback can do of the method, for those who keep their own Trainer class.
-
-        adaptation = fast.Adaptation(model, train, steps=args.max_steps, ...)
-        trainer = MyTrainer(model, args, callbacks=[FastCallback(adaptation)],
-                            optimizers=(adaptation.optimizer, adaptation.scheduler()), ...)
-
-    It evaluates the averaged weights, saves the adaptation in the Trainer's checkpoint folders and
-    goes on from there, and finishes it. A callback has no hand in the loss: distillation and
-    rehearsal need the three lines of `compute_loss` in docs/transformers.md. Evaluation is of one
-    data set, and `save_model` writes the unfolded model: call `fast.fold_head` before.
-
-    Args:
-        adaptation: of the model that the Trainer trains.
-        source_eval: a function of the model that returns an accuracy, or None; its figure is
-            `eval_source_accuracy` in the metrics and in the last record of the log.
-    """
-
-    def __init__(
-        self, adaptation: Adaptation, source_eval: Callable[[nn.Module], float] | None = None
-    ) -> None:
-        self.adaptation, self.source_eval = adaptation, source_eval
-        self.result: Result | None = None
-        self._averaged: AbstractContextManager[None] | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step > self.adaptation.done:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.adaptation.load_state_dict(load_state(folder)["adaptation"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if control.should_evaluate and self._averaged is None:
-            self._averaged = self.adaptation.averaged()
-            self._averaged.__enter__()
-
-    on_epoch_end = on_step_end
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
-    ) -> None:
-        if self.source_eval is not None and metrics is not None:
-            with source_task(self.adaptation.model), evaluating(self.adaptation.model):
-                metrics["eval_source_accuracy"] = float(self.source_eval(self.adaptation.model))
-            state.log_history[-1]["eval_source_accuracy"] = metrics["eval_source_accuracy"]
-        if self._averaged is not None:
-            self._averaged.__exit__(None, None, None)
-            self._averaged = None
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        torch.save({"adaptation": self.adaptation.state_dict()}, folder / STATE_FILE)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.result = self.adaptation.finish()
-
-
-def _check(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise ValueError for what the method cannot do inside the Trainer."""
-    refused = {
-        "auto_find_batch_size": "the plan counts steps of one size; leave it out",
-        "bf16_full_eval": "it casts the weights; bf16=True evaluates under autocast",
-        "fp16_full_eval": "it casts the weights; fp16=True evaluates under autocast",
-        "deepspeed": "it trains copies of the weights; leave it out",
-        "fsdp": "it shards the weights; leave it out",
-    }
-    for name, reason in refused.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{name} of TrainingArguments: {reason}")
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError(
-            f"FastTrainer trains on one device, and there are {max(args.world_size, args.n_gpu)}: "
-            "set CUDA_VISIBLE_DEVICES, or use fast.finetune or fast.Adaptation in a loop of yours"
-        )
-    if args.load_best_model_at_end and args.save_only_model:
-        raise ValueError(f"load_best_model_at_end reads {STATE_FILE}: leave save_only_model out")
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            "model is a PEFT model, whose head and adapters are saved apart: use fast.Adaptation "
-            "in a loop of yours, or merge_and_unload()"
-        )
-
-
 def _check_folds(model: nn.Module) -> None:
     head = task_head(model)
     if head is not None and head.source.bias is None and head.linear.bias is not None:
@@ -470,18 +315,20 @@ def _check_folds(model: nn.Module) -> None:
         )
 
 
-def _num_steps(args: TrainingArguments, batches: int) -> int:
-    """Optimizer steps of the run, as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    return math.ceil(args.num_train_epochs * per_epoch)
+def _names_of(samples: Any, id2label: Mapping[int, str] | None, num_classes: int) -> dict[int, str]:
+    """Names of the classes: the user's, or those that the data set records; empty without.
 
-
-def _recorded_names(dataset: Any) -> dict[int, str]:
-    """Names of the classes, where a data set records them."""
-    names = getattr(dataset, "classes", None)
-    if is_table(dataset):
-        features = [dataset.features[key] for key in LABEL_KEYS if key in dataset.features]
+    Raises:
+        ValueError: the user's do not name each class.
+    """
+    if id2label is not None:
+        if set(id2label) != set(range(num_classes)):
+            raise ValueError(
+                f"id2label must name the classes 0 to {num_classes - 1}; got {list(id2label)}"
+            )
+        return dict(id2label)
+    names = getattr(samples, "classes", None)
+    if is_table(samples):
+        features = [samples.features[key] for key in LABEL_KEYS if key in samples.features]
         names = getattr(features[0], "names", None) if features else None
-    return dict(enumerate(names or ()))
+    return dict(enumerate(names)) if names and len(names) == num_classes else {}
