@@ -246,6 +246,7 @@ def source_loss(run):
     return F.kl_div(now, before, log_target=True, reduction="batchmean").item()
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(tmp_path):
     options = {"lr": 1e-2, "rehearse": 0.0, "distill": 0.0, "anchor_decay": 0.1}
     args = {"max_steps": 40, "save_strategy": "no", "eval_strategy": "no"}
@@ -290,6 +291,7 @@ def test_evaluation_and_checkpoints_are_of_the_averaged_weights(tmp_path):
     assert torch.equal(first.flatten(), seen[0][: first.numel()])
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_was_evaluated(tmp_path):
     args = {
         "load_best_model_at_end": True,
@@ -364,6 +366,7 @@ def test_a_head_that_is_kept_goes_on_with_its_own_task(tmp_path):
     assert torch.equal(weights(plain), weights(model))
 
 
+@pytest.mark.slow
 def test_any_optimizer_of_the_trainer_gets_the_pull(tmp_path):
     run = trainer(tmp_path, args={"optim": "rmsprop", "learning_rate": 1e-3})
     run.train()
@@ -374,6 +377,7 @@ def test_any_optimizer_of_the_trainer_gets_the_pull(tmp_path):
     assert torch.equal(weights(run.model), weights(again.model))
 
 
+@pytest.mark.slow
 def test_texts_of_many_lengths(tmp_path):
     """The collator pads each batch to its longest text."""
 
@@ -412,6 +416,7 @@ def test_texts_of_many_lengths(tmp_path):
     assert not torch.equal(weights(run.model), weights(model))
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_users_own(tmp_path):
     """Several labels per text; the head is taught by the same loss, and smoothing is the loss's."""
 
@@ -435,6 +440,7 @@ def test_a_loss_of_the_users_own(tmp_path):
     assert (answers == torch.stack([r["labels"] for r in rows]).argmax(1)).float().mean() > 0.8
 
 
+@pytest.mark.slow
 def test_under_bf16(tmp_path):
     run = trainer(tmp_path, "vit", args={"bf16": True, "save_steps": 10})
     run.train()
