@@ -1,0 +1,103 @@
+"""What `TrainingArguments` says, as options of `fast.Adaptation`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from fast.adapt.config import AdaptOptions
+from fast.integrations.transformers.files import STATE_FILE
+
+# Options of `fast.Adaptation` that `TrainingArguments` has, under these names.
+ELSEWHERE = {
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "warmup": "warmup_steps",
+    "weight_decay": "weight_decay",
+}
+REFUSED = {
+    "auto_find_batch_size": "the plan counts steps of one size; leave it out",
+    "bf16_full_eval": "it casts the weights; bf16=True evaluates under autocast",
+    "fp16_full_eval": "it casts the weights; fp16=True evaluates under autocast",
+    "deepspeed": "it trains copies of the weights; leave it out",
+    "fsdp": "it shards the weights; leave it out",
+}
+DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
+
+
+def check_options(options: AdaptOptions) -> None:
+    """Raise ValueError for an option that belongs to `TrainingArguments`."""
+    for name in sorted(ELSEWHERE.keys() & options.keys()):
+        raise ValueError(f"{name}: set {ELSEWHERE[name]} of TrainingArguments")
+
+
+def check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise ValueError for what the method cannot do inside the Trainer."""
+    for name, reason in REFUSED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{name} of TrainingArguments: {reason}")
+    devices = max(args.world_size, args.n_gpu)
+    if devices > 1:
+        raise ValueError(
+            f"FastTrainer trains on one device, and there are {devices}: set CUDA_VISIBLE_DEVICES, "
+            "or use fast.finetune or fast.Adaptation in a loop of yours"
+        )
+    if args.load_best_model_at_end and args.save_only_model:
+        raise ValueError(f"load_best_model_at_end reads {STATE_FILE}: leave save_only_model out")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "model is a PEFT model, whose head and adapters are saved apart: use fast.Adaptation "
+            "in a loop of yours, or merge_and_unload()"
+        )
+
+
+def adaptation_options(args: TrainingArguments, batches: int, options: AdaptOptions) -> Any:
+    """The options with those that `args` decides.
+
+    Args:
+        batches: of the Trainer in an epoch.
+        options: the user's own.
+    """
+    steps = _num_steps(args, batches)
+    own = dict(options)
+    if not plan_schedules(args, options) and args.lr_scheduler_type.startswith("constant"):
+        own["schedule"] = "constant"
+    if args.learning_rate != DEFAULTS["learning_rate"]:
+        own.setdefault("lr", args.learning_rate)
+    return own | {
+        "steps": steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
+        "grad_accum_steps": args.gradient_accumulation_steps,
+        "seed": args.seed,
+        "warmup": args.get_warmup_steps(steps),
+        "weight_decay": args.weight_decay,
+    }
+
+
+def plan_schedules(args: TrainingArguments, options: AdaptOptions) -> bool:
+    """Whether the plan's schedule holds, and not the Trainer's own scheduler."""
+    return "schedule" in options or args.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """The type that forward passes compute in under the Trainer's mixed precision, or None."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else None
+
+
+def _num_steps(args: TrainingArguments, batches: int) -> int:
+    """Optimizer steps of the run, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    return math.ceil(args.num_train_epochs * per_epoch)

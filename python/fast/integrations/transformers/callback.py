@@ -1,0 +1,70 @@
+"""What a callback can do of the method, for those who keep their own Trainer class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from fast.adapt.adaptation import Adaptation
+from fast.adapt.result import Result
+from fast.heads import evaluating, source_task
+from fast.integrations.transformers.files import load_state, save_state
+
+
+class FastCallback(TrainerCallback):
+    """Evaluates the averaged weights, saves and resumes an adaptation, and finishes it.
+
+        adaptation = fast.Adaptation(model, train, steps=args.max_steps, ...)
+        trainer = MyTrainer(model, args, callbacks=[FastCallback(adaptation)],
+                            optimizers=(adaptation.optimizer, adaptation.scheduler()), ...)
+
+    The state is in the Trainer's checkpoint folders. A callback has no hand in the loss:
+    distillation and rehearsal need the lines of `compute_loss` in docs/transformers.md. Evaluation
+    is of one data set, and `save_model` writes the unfolded model: call `fast.fold_head` before.
+
+    Args:
+        adaptation: of the model that the Trainer trains.
+        source_eval: a function of the model that returns an accuracy, or None; its figure is
+            `eval_source_accuracy` in the metrics and in the last record of the log.
+    """
+
+    def __init__(
+        self, adaptation: Adaptation, source_eval: Callable[[nn.Module], float] | None = None
+    ) -> None:
+        self.adaptation, self.source_eval = adaptation, source_eval
+        self.result: Result | None = None
+        self._averaged: AbstractContextManager[None] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step > self.adaptation.done:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.adaptation.load_state_dict(load_state(folder)["adaptation"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if control.should_evaluate and self._averaged is None:
+            self._averaged = self.adaptation.averaged()
+            self._averaged.__enter__()
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
+        if self.source_eval is not None and metrics is not None:
+            with source_task(self.adaptation.model), evaluating(self.adaptation.model):
+                metrics["eval_source_accuracy"] = float(self.source_eval(self.adaptation.model))
+            state.log_history[-1]["eval_source_accuracy"] = metrics["eval_source_accuracy"]
+        if self._averaged is not None:
+            self._averaged.__exit__(None, None, None)
+            self._averaged = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.adaptation)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.result = self.adaptation.finish()
