@@ -65,6 +65,24 @@ def test_goes_on_as_if_it_had_never_stopped(case, tmp_path):
         assert optimizer.state[p].keys() == other.state[q].keys()
 
 
+@pytest.mark.parametrize("keys", [{}, {"ramp": 5}, {"stall": 2}, {"anchor_decay": 1.0}], ids=str)
+@pytest.mark.parametrize("unfused", [False, True])
+def test_reading_a_fresh_state_is_no_step(keys, unfused):
+    model = nn.Linear(4, 3)
+    if unfused:
+        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), **keys}])
+        fast.optim.UnfusedPull(optimizer)
+    else:
+        optimizer = fast.AdamW([{"params": list(model.parameters()), **keys}])
+    get_state_dict(model, optimizer)
+    (group,) = optimizer.param_groups
+    assert group.get("progress", 0) == 0
+    for step in range(1, 4):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        assert group.get("progress", step) == step
+
+
 @pytest.mark.parametrize("how", ["group", "curvature", "some anchors"])
 def test_one_state_means_a_state_for_every_parameter(how):
     params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
