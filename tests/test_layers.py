@@ -10,7 +10,14 @@ from helpers import ROOT, run_python
 # A layer may import itself and those before it.
 LAYERS = (
     ("fastkernels",),
-    ("fast.errors", "fast.files", "fast.profiling", "fast.version", "fast.tensor_files"),
+    (
+        "fast.errors",
+        "fast.figures",
+        "fast.files",
+        "fast.profiling",
+        "fast.version",
+        "fast.tensor_files",
+    ),
     ("fast.data",),
     ("fast.heads",),
     ("fast.optim", "fast.curvature", "fast.models"),

@@ -52,7 +52,7 @@ def whole(t: Any) -> Any:
 
 
 def shard(value: Tensor, p: Any) -> Tensor:
-    """`value`, which every rank has, on the device of `p` and sharded as `p` is. Nothing is sent."""
+    """`value`, which every rank has, where `p` is and sharded as it is. Nothing is sent."""
     value = value.to(p.device)
     if not is_sharded(p):
         return value

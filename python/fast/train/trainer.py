@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from fast.train.early_stopping import EarlyStopping
 from fast.train.engine import Engine
 from fast.train.finite import check_finite, warn_diverged
 from fast.train.interrupt import Interruption
-from fast.train.log import History, RunLog, log, progress_bar, read_history, summary
+from fast.train.log import Callback, History, RunLog, log, progress_bar, read_history, summary
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
 from fast.train.resume.saver import Saver, tensors
@@ -43,6 +43,7 @@ class Trainer:
         model: pretrained, on its device.
         card, source_inputs: see `fast.finetune`.
         folder: to save in, or None.
+        callbacks: see `fast.finetune`.
     """
 
     adaptation: Adaptation
@@ -59,8 +60,10 @@ class Trainer:
         card: SourceCard | None = None,
         source_inputs: Any = None,
         folder: RunFolder | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.model, self.data, self.folder = config, model, data, folder
+        self.callbacks = callbacks
         self.sources = {"card": card, "source_inputs": source_inputs}
         self.augment = Augmentation(data.transform, partial(check_takes, model, name="transform"))
         self.stopping = EarlyStopping(config.patience)
@@ -79,7 +82,7 @@ class Trainer:
         try:
             if self.folder is not None:
                 self.folder.start()
-            run_log = RunLog(self.folder.path if self.folder else None, earlier)
+            run_log = RunLog(self.folder.path if self.folder else None, earlier, self.callbacks)
             bar = progress_bar(self.config.progress, adaptation.done, plan.steps, plan.method)
             try:
                 self._train(began, losses, run_log, bar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import time
 import weakref
@@ -304,6 +305,9 @@ class SourceCard:
                 f"  source loss {self.source_loss:.3f} nats, accuracy {self.source_accuracy:.1%}"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled card belongs to no model's parameters until it is bound."""
