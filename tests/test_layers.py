@@ -15,6 +15,7 @@ LAYERS = (
         "fast.figures",
         "fast.files",
         "fast.profiling",
+        "fast.progress",
         "fast.version",
         "fast.tensor_files",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 import fast
 from fast.train.log import progress_bar
+from helpers import ROOT
 from networks import ConvNet, images
 
 TRAIN, VAL = images(60, 4, seed=1), images(30, 4, seed=2)
@@ -76,3 +78,28 @@ def test_a_notebook_has_a_bar(config, shown, monkeypatch):
     bar = progress_bar(None, 0, 3, "fast")
     assert bar.disable is not shown
     bar.close()
+
+
+def test_the_page_about_watching_a_run(monkeypatch):
+    """Its Python runs as it stands; stand-ins take the place of the loggers, which need servers."""
+    pytest.importorskip("pandas", reason="the page makes a DataFrame")
+    pytest.importorskip("matplotlib", reason="the page draws")
+    page = (ROOT / "docs" / "watching.md").read_text()
+    sent: list[dict] = []
+    logger = SimpleNamespace(
+        init=lambda project: None,
+        set_experiment=lambda name: None,
+        log=lambda figures, step: sent.append(figures),
+        log_metrics=lambda figures, step: sent.append(figures),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", logger)
+    monkeypatch.setitem(sys.modules, "mlflow", logger)
+    names = dict(zip(("x", "y", "x_val", "y_val"), (*TRAIN, *VAL), strict=True))
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        names["model"] = ConvNet()
+        exec(block.replace("epochs=5", "steps=2, eval_every=1"), names)
+    assert [figures["step"] for figures in sent] == [0, 1, 2] * 2
+    assert all(isinstance(value, int | float) for figures in sent for value in figures.values())
+    assert names["frame"].index.tolist() == [0, 1, 2]

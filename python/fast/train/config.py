@@ -43,7 +43,7 @@ class TrainConfig(AdaptConfig):
     )
     resume: str | None = option(None, "folder of an interrupted run to go on with", place=True)
     progress: bool | None = option(
-        None, "progress bar (default: when stderr is a terminal)", place=True
+        None, "progress bar (default: in a terminal or a notebook)", place=True
     )
 
     def __post_init__(self) -> None:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from fast.files import reading, to_json
+from fast.progress import bar
 
 Callback = Callable[[dict[str, Any]], object]
 HISTORY_FILE = "history.jsonl"
@@ -174,18 +173,9 @@ def name_of(callback: Callback) -> str:
     return getattr(callback, "__qualname__", type(callback).__qualname__)
 
 
-def in_notebook() -> bool:
-    """Whether the output is a notebook's, which no terminal is, and shows bars all the same."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and "IPKernelApp" in shell.config
-
-
 def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
-    """A tqdm bar on stderr or in a notebook; quiet elsewhere, unless asked for."""
-    if show is None:
-        show = sys.stderr.isatty() or in_notebook()
-    return tqdm(total=steps, initial=start, desc=method, unit="step", disable=not show, leave=True)
+    """The bar of a run, which stays; see `fast.progress`."""
+    return bar(steps, method, show, unit="step", start=start, leave=True)
 
 
 def summary(record: dict[str, Any]) -> dict[str, str]:
