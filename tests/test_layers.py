@@ -12,8 +12,10 @@ LAYERS = (
     ("fastkernels",),
     (
         "fast.errors",
+        "fast.figures",
         "fast.files",
         "fast.profiling",
+        "fast.progress",
         "fast.ranks",
         "fast.version",
         "fast.tensor_files",

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fast.analysis import plots
+from fast.figures import save
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
@@ -100,6 +101,6 @@ def test_saved_as_png_without_touching_the_backend(tmp_path):
     import matplotlib
 
     before = matplotlib.rcParams["backend"], matplotlib.rcParams["font.size"]
-    path = plots.save(plots.comparison({"fast": [history([0.1, 0.9])]}), tmp_path / "a" / "b.png")
+    path = save(plots.comparison({"fast": [history([0.1, 0.9])]}), tmp_path / "a" / "b.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert (matplotlib.rcParams["backend"], matplotlib.rcParams["font.size"]) == before

@@ -26,16 +26,18 @@ from torch.distributed.tensor import DTensor
 
 import fast
 import fast.optim
+from fast.adapt.guards.weight_average import WeightAverage
 
 BATCH, STEPS = 8, 4
 # The gradient is a sum over ranks in another order; Adam makes of a difference near zero up to lr.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def network() -> nn.Module:
+def network(outputs: int = 1) -> nn.Module:
     """Over two ranks: rows that do not divide evenly (5, 7), and one row, empty on the second."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    body = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh()
+    return nn.Sequential(*body, nn.Linear(7, outputs))
 
 
 def batches() -> list[Tensor]:
@@ -156,6 +158,68 @@ def checkpoint(rank: int, world: int, folder: Path) -> None:
                 assert torch.equal(ours, theirs), key
 
 
+def clip_in_double(rank: int, world: int, folder: Path) -> None:
+    """The clip coefficient of float64 shards is float64."""
+    whole, model = network().double(), network().double()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    keys = {"lr": 0.1, "momentum": 0.9, "max_grad_norm": 0.01}
+    xs = [x.double() for x in batches()]
+    train(whole, fast.SGD(groups(whole), **keys), xs)
+    train(model, fast.SGD(groups(model), **keys), xs, share_of(rank, world))
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-14, atol=1e-15)
+
+
+def card(rank: int, world: int, folder: Path) -> None:
+    """A card weights the pull of shards as that of the whole network, bound before or after."""
+    xs = torch.cat(batches())
+    whole, model = network(3), network(3)
+    estimated = fast.SourceCard.estimate(model, xs, num_samples=16, calibration_samples=4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    for given in (estimated, estimated.bind(model)):
+        sharded = given.curvature_for(model.parameters())
+        assert sharded[0].to_local().shape == next(iter(model.parameters())).to_local().shape
+        a = fast.AdamW(groups(whole, anchor_decay=50.0), lr=0.01, curvature=estimated.bind(whole))
+        b = fast.AdamW(groups(model, anchor_decay=50.0), lr=0.01, curvature=given)
+        for (_, p), (_, q) in zip(a._members(), b._members(), strict=True):
+            assert ("curvature" in a.state[p]) == ("curvature" in b.state[q])
+            if "curvature" in a.state[p]:
+                assert torch.equal(b.state[q]["curvature"].full_tensor(), a.state[p]["curvature"])
+    of_whole, of_shards = estimated.bind(whole), estimated.bind(model)
+    train(whole, a, batches())
+    train(model, b, batches(), share_of(rank, world))
+    assert_same(model, whole)
+    for key, figure in a.stats().items():
+        torch.testing.assert_close(b.stats()[key], figure, rtol=1e-3, atol=1e-6)
+    energies = [of_shards.energy(model.parameters()), of_whole.energy(whole.parameters())]
+    anchors = [p for _, p in network(3).named_parameters()]
+    energies.append(of_shards.energy(model.parameters(), anchors))
+    assert energies[1] > 0
+    assert max(energies) < (1 + 1e-3) * min(energies)
+    with pytest.raises(ValueError, match="of other weights"):
+        estimated.bind(model)
+
+
+def average(rank: int, world: int, folder: Path) -> None:
+    """The average of sharded weights is that of the whole ones; it is applied, saved, adopted."""
+    whole, model = network(), sharded_network(world)
+    kept = [WeightAverage(list(m.parameters()), horizon=3) for m in (whole, model)]
+    optimizers = [fast.AdamW(groups(m), lr=0.01) for m in (whole, model)]
+    for step, x in enumerate(batches(), start=1):
+        train(whole, optimizers[0], [x])
+        train(model, optimizers[1], [x], share_of(rank, world))
+        for guard in kept:
+            guard.after_step(step)
+    with kept[0].applied(), kept[1].applied():
+        assert_same(model, whole)
+    assert_same(model, whole)
+    again = WeightAverage(list(model.parameters()), horizon=3)
+    again.load_state_dict(copy.deepcopy(kept[1].state_dict()))
+    kept[0].finish()
+    again.finish()
+    assert_same(model, whole)
+
+
 def whole_into_sharded(rank: int, world: int, folder: Path) -> None:
     """A state of one process loads into a sharded optimizer, and whole anchors are taken."""
     whole, model = network(), sharded_network(world)
@@ -209,7 +273,19 @@ def scaler(rank: int, world: int, folder: Path) -> None:
     assert scaling.get_scale() == 2.0
 
 
-ALL = (fsdp, fsdp_sgd, unfused, checkpoint, whole_into_sharded, codes_are_refused, ddp, scaler)
+ALL = (
+    fsdp,
+    fsdp_sgd,
+    unfused,
+    clip_in_double,
+    card,
+    average,
+    checkpoint,
+    whole_into_sharded,
+    codes_are_refused,
+    ddp,
+    scaler,
+)
 CASES: dict[str, Callable[[int, int, Path], None]] = {case.__name__: case for case in ALL}
 
 if __name__ == "__main__":

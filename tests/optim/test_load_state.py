@@ -195,6 +195,8 @@ def foreign_states():
 @pytest.mark.parametrize("which", ["SGD's", "Adam's", "half a state", "no state", "a list"])
 def test_states_of_others_are_refused_and_change_nothing(which):
     state, message = foreign_states()[which]
+    if which == "Adam's" and "decoupled_weight_decay" not in state["param_groups"][0]:
+        pytest.skip("this torch does not record how the weights decay")
     optimizer = fast.AdamW([parameter(1.0)], lr=0.5)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)

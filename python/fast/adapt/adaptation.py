@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast.adapt.card import CARD_SAMPLES, bound_card, estimate_card
-from fast.adapt.config import AdaptConfig, AdaptOptions
+from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
 from fast.adapt.guards.base import Guard, MicroBatch, Seen, SourceBatch
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.forgetting import hold_back
@@ -111,7 +111,7 @@ class Adaptation:
         source_inputs: Any = None,
         card: SourceCard | str | Path | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        optimizer: str | MakeOptimizer = "adamw",
+        optimizer: OptimizerName | MakeOptimizer = "adamw",
         augmented: bool = False,
         autocast_dtype: torch.dtype | None = None,
         resuming: bool = False,

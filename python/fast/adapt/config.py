@@ -6,17 +6,16 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
-from fast.adapt.methods import METHODS
+from fast.adapt.methods import MethodName
 
-BATCH_NORM_POLICIES = ("frozen", "per_task", "track")
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "constant")
-SOURCE_SKILLS = ("auto", "answers", "features")
+BatchNormPolicy = Literal["frozen", "per_task", "track"]
+OptimizerName = Literal["adamw", "sgd"]
+Schedule = Literal["cosine", "constant"]
+SourceSkill = Literal["auto", "answers", "features"]
 # Larger numbers are slips of the pen: a loss of 20 nats is that of guessing among 10^8 classes.
 MOST_NATS, MOST, MOST_SEED = 20.0, 10**7, 2**63 - 1
 NEW, KEEP = "new", "keep"
@@ -57,7 +56,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Iterable[str] | None = None,
+    choices: Any = None,
     least: int | None = None,
     positive: bool = False,
     place: bool = False,
@@ -65,16 +64,16 @@ def option(
     """A field of an options record.
 
     Args:
+        choices: the `Literal` of its values.
         least: 0 or 1, the smallest value.
         positive: values must be more than 0.
         place: it says where or how a run is shown, not what it computes, and may differ on resume.
     """
-    choices = None if choices is None else tuple(choices)
     return field(
         default=default,
         metadata={
             "help": help,
-            "choices": choices,
+            "choices": typing.get_args(choices) or None,
             "least": least,
             "positive": positive,
             "place": place,
@@ -90,7 +89,7 @@ class AdaptConfig:
         ValueError: an option is out of range; the message names it.
     """
 
-    method: str = option("fast", "how to adapt", choices=METHODS)
+    method: str = option("fast", "how to adapt", choices=MethodName)
     steps: int | None = option(None, "optimizer steps (default: from --epochs)", least=1)
     epochs: int | None = option(
         None, "passes over the training data (default: 3, and at least 100 steps)", least=1
@@ -125,7 +124,7 @@ class AdaptConfig:
     source_skill: str = option(
         "auto",
         "what must not be forgotten: the source head's answers, or how features lie to each other",
-        choices=SOURCE_SKILLS,
+        choices=SourceSkill,
     )
     stall: int | None = option(
         None, "steps before the backbone moves (default: the method's)", least=0
@@ -156,11 +155,11 @@ class AdaptConfig:
         None,
         "what backbone batch norm does (default: per_task where features are rehearsed, else "
         "frozen)",
-        choices=BATCH_NORM_POLICIES,
+        choices=BatchNormPolicy,
     )
 
-    optimizer: str = option("adamw", "update rule", choices=OPTIMIZERS)
-    schedule: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
+    optimizer: str = option("adamw", "update rule", choices=OptimizerName)
+    schedule: str = option("cosine", "learning-rate schedule", choices=Schedule)
     warmup: int = option(0, "steps of linear warm-up", least=0)
     grad_accum_steps: int = option(1, "micro-batches per optimizer step", least=1)
     max_grad_norm: float | None = option(
@@ -233,7 +232,7 @@ class AdaptConfig:
 class AdaptOptions(TypedDict, total=False):
     """The fields of `AdaptConfig` as keyword arguments, for type checkers."""
 
-    method: str
+    method: MethodName
     steps: int | None
     epochs: int | None
     batch_size: int
@@ -246,15 +245,15 @@ class AdaptOptions(TypedDict, total=False):
     weight_decay: float
     distill: float | None
     forget_budget: str | float | None
-    source_skill: str
+    source_skill: SourceSkill
     stall: int | None
     ramp: int | None
     head_steps: int | None
     rehearse: float | None
     average: int | None
     probe_steps: int | None
-    batch_norm: str | None
-    schedule: str
+    batch_norm: BatchNormPolicy | None
+    schedule: Schedule
     warmup: int
     grad_accum_steps: int
     max_grad_norm: float | None

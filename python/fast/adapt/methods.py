@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["fast", "vanilla", "lp-ft", "l2-sp", "ewc", "replay"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.plan import Plan
+from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
 from fast.models.claim import is_going_on
@@ -19,7 +21,7 @@ from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, w
 from fast.tensor_files import save_tensors
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Result:
     """A fine-tuned model and how it got there.
 
@@ -71,6 +73,44 @@ class Result:
     def source_accuracy(self) -> float | None:
         """Accuracy on `source` with the source head, or None without source data."""
         return self.final["source_accuracy"]
+
+    def plot(self) -> Any:
+        """The matplotlib Figure of the run: target and source accuracy, and the forecast, over the
+        steps. In a notebook it shows after `%matplotlib inline`; `figure.savefig` writes it.
+
+        Raises:
+            ValueError: nothing was measured.
+            ImportError: matplotlib is not installed.
+        """
+        budget = self.config.budget
+        return run_figure(
+            self.history,
+            self.config.method,
+            source_before=self.source_accuracy_before,
+            forecast_in_points=budget is not None and budget.points,
+        )
+
+    def _facts(self) -> dict[str, str]:
+        """What the run came to, for those who look at it."""
+        final = self.final
+        facts = {"model": type(self.model).__name__, "method": self.config.method}
+        facts["step"] = str(final["step"])
+        for name in ("target_accuracy", "source_accuracy"):
+            if final[name] is not None:
+                facts[name] = f"{final[name]:.4f}"
+        if self.source_accuracy_before is not None:
+            facts["source_accuracy_before"] = f"{self.source_accuracy_before:.4f}"
+        return facts
+
+    def __repr__(self) -> str:
+        return f"Result({', '.join(f'{name}={fact}' for name, fact in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th>{name}</th><td>{html.escape(fact)}</td></tr>"
+            for name, fact in self._facts().items()
+        )
+        return f"<table><caption>Result</caption>{''.join(rows)}</table>"
 
     @property
     def notes(self) -> list[str]:

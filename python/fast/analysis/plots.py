@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fast.analysis.intervals import half_interval
-from fast.files import atomic_file
+from fast.figures import GREY, MARKERS, STYLE, colour_of, level, load_matplotlib
 
 History = Sequence[Mapping[str, Any]]
 Runs = Mapping[str, Sequence[History]]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; `fast` stands out.
-COLOURS = {
-    "fast": "#D55E00",
-    "vanilla": "#0072B2",
-    "l2-sp": "#009E73",
-    "lp-ft": "#CC79A7",
-    "ewc": "#56B4E9",
-    "replay": "#E69F00",
-}
-GREY = "#666666"
-OTHER_COLOURS = ("#000000", "#999999")
-# Methods differ in shape as well as in colour, for grey print.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "figure.dpi": 150,
-}
 # Opacity of single seeds behind their mean.
 FAINT = 0.18
 
@@ -109,7 +80,7 @@ def retention(
         figure = matplotlib.figure.Figure(figsize=(5.4, 4.2), layout="constrained")
         axis = figure.subplots()
         if source_before is not None:
-            _level(axis, source_before)
+            level(axis, source_before)
         methods = list(dict.fromkeys(p["method"] for p in measured))
         for i, method in enumerate(methods):
             _trade_off(axis, [p for p in measured if p["method"] == method], method, i)
@@ -156,14 +127,6 @@ def _labels(axis: Any, points: Sequence[Mapping[str, Any]], methods: Sequence[st
         )
 
 
-def save(figure: Any, path: str | Path) -> Path:
-    """Write `figure` as PNG, whole or not at all."""
-    path = Path(path)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return path
-
-
 def evaluations(history: History) -> dict[str, np.ndarray]:
     """The evaluated steps of a history, and target and source accuracy there in %.
 
@@ -197,7 +160,7 @@ def _target_panel(axis: Any, curves: Any, before: float | None) -> None:
 
 def _source_panel(axis: Any, curves: Any, before: float | None) -> None:
     if before is not None:
-        _level(axis, before)
+        level(axis, before)
         axis.annotate(
             "before",
             (1, 100 * before),
@@ -209,10 +172,6 @@ def _source_panel(axis: Any, curves: Any, before: float | None) -> None:
         )
     _curve_panel(axis, curves, "source")
     axis.set(title="Keeps: source accuracy", xlabel="step", ylabel="%")
-
-
-def _level(axis: Any, accuracy: float) -> None:
-    axis.axhline(100 * accuracy, color=GREY, linestyle="--", linewidth=1)
 
 
 def _curve_panel(axis: Any, curves: Any, key: str) -> None:
@@ -304,19 +263,5 @@ def _better(axis: Any) -> None:
     )
 
 
-def colour_of(method: str, i: int) -> str:
-    """The colour of a method; one of the other colours for the i-th that is unknown."""
-    return COLOURS.get(method, OTHER_COLOURS[i % len(OTHER_COLOURS)])
-
-
 def _order(method: str) -> int:
     return 5 if method == "fast" else 3
-
-
-def load_matplotlib() -> Any:
-    """matplotlib without pyplot: no display is opened and the caller's backend stays as it is."""
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    return matplotlib

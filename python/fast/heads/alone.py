@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fast.data.trees import pick
 from fast.heads.find import Head, classes_of, is_head_layer
-from fast.heads.forward import call, evaluating, logits_of
+from fast.heads.forward import call, hooked, logits_of
 
 
 @torch.enable_grad()
@@ -38,11 +38,8 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
         return zeros[-1].clone()  # the next module may work in place
 
     hook = head.module.register_forward_hook(silence)
-    try:
-        with evaluating(model), torch.enable_grad():  # `evaluating` has switched gradients off
-            output = call(model, pick(sample, slice(2)))
-    finally:
-        hook.remove()
+    with hooked(model, hook), torch.enable_grad():  # `hooked` has switched gradients off
+        output = call(model, pick(sample, slice(2)))
     logits = logits_of(output)
     if logits.dim() < 2:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fast.heads.find import HeadLayer, classes_of, find_head
-from fast.heads.forward import evaluating, forward_logits, pick
+from fast.heads.forward import forward_logits, hooked, pick
 from fast.heads.replace import task_head
 
 
@@ -54,11 +54,8 @@ def _moves_classes(model: nn.Module, layer: HeadLayer, sample: Any) -> bool:
     """Whether the logits are the head's output with its classes in the other place."""
     outputs: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _, args, output: outputs.append(output.clone()))
-    try:
-        with evaluating(model):
-            logits = forward_logits(model, pick(sample, slice(2)))
-    finally:
-        hook.remove()
+    with hooked(model, hook):
+        logits = forward_logits(model, pick(sample, slice(2)))
     moved = logits.movedim(*((1, -1) if isinstance(layer, nn.Linear) else (-1, 1)))
     # Alike, not equal: a network may scale what its head makes.
     return any(_alike(o, moved) > _alike(o, logits) for o in outputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fast.data.trees import pick
-from fast.heads.forward import evaluating, forward_logits, unwrap
+from fast.heads.forward import forward_logits, hooked, unwrap
 
 # The names of the classifier in timm, torchvision, transformers and most hand-written networks.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
@@ -171,13 +170,6 @@ def _by_convention(model: nn.Module) -> HeadLayer:
     )
 
 
-def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Run compiled parts without compilation: compiled code runs no hooks."""
-    if any(hasattr(m, "_orig_mod") for m in model.modules()):
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
-
-
 @torch.no_grad()
 def _by_trace(model: nn.Module, sample: Any) -> tuple[HeadLayer, tuple[str, ...]]:
     """The layer that makes the logits, and the names of auxiliary heads."""
@@ -188,12 +180,8 @@ def _by_trace(model: nn.Module, sample: Any) -> tuple[HeadLayer, tuple[str, ...]
         calls.append((module, output.clone()))
 
     hooks = [m.register_forward_hook(record) for m in dict.fromkeys(m for _, m in candidates)]
-    try:
-        with evaluating(model), _uncompiled(model):
-            logits = forward_logits(model, pick(sample, slice(2)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(model, *hooks):
+        logits = forward_logits(model, pick(sample, slice(2)))
     layer = _exactly(calls, logits)
     if layer is None and getattr(model, "num_classes", None) == 0:
         raise ValueError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fast.data.trees import leaves, move, pick, shapes
 from fast.errors import first_line
@@ -83,6 +84,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; see `in_mode`."""
     with in_mode(model, False), torch.no_grad():
         yield
+
+
+@contextmanager
+def hooked(model: nn.Module, *hooks: RemovableHandle) -> Iterator[None]:
+    """Evaluation with hooks, which are removed afterwards.
+
+    What is compiled runs as it is written, because code that is compiled runs no new hooks.
+    """
+    compiled = any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    try:
+        with evaluating(model), eager:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

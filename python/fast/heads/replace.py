@@ -28,7 +28,7 @@ from fast.heads.find import (
     own_parameters,
     places_of,
 )
-from fast.heads.forward import evaluating, forward_logits, unwrap
+from fast.heads.forward import evaluating, forward_logits, hooked, unwrap
 from fast.heads.task import TwoTask
 from fastkernels.codes import compute_dtype
 
@@ -246,11 +246,8 @@ def features_of(model: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
     """The input of the head for a batch of inputs: `[B, D]`, or of the network's own shape."""
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        with evaluating(model):
-            forward_logits(unwrap(model), inputs)
-    finally:
-        hook.remove()
+    with hooked(model, hook):
+        forward_logits(unwrap(model), inputs)
     return seen[-1]
 
 

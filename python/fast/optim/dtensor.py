@@ -46,6 +46,23 @@ def local(t: Any) -> Any:
     return t.to_local() if is_sharded(t) else t
 
 
+def whole(t: Any) -> Any:
+    """The tensor of all ranks, which are asked for their parts; `t` itself when not sharded."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def shard(value: Tensor, p: Any) -> Tensor:
+    """`value`, which every rank has, where `p` is and sharded as it is. Nothing is sent."""
+    value = value.to(p.device)
+    if not is_sharded(p):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = p.device_mesh
+    copies = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copies.redistribute(mesh, p.placements)
+
+
 def local_state(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: local(value) for key, value in state.items()}
 
@@ -54,7 +71,7 @@ def like(value: Any, p: Any) -> Tensor:
     """`value` sharded as `p` is, or whole when `p` is whole. Communicates when they differ."""
     result: Tensor
     if not is_sharded(p):
-        result = value.full_tensor() if is_sharded(value) else value
+        result = whole(value)
     elif not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 

@@ -128,7 +128,13 @@ class Progress:
         self._arrived: torch.cuda.Event | None = None
 
     def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
-        """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed."""
+        """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed.
+
+        A first step at learning rate 0 does not count: torch.distributed.checkpoint makes one, to
+        fill the states of an optimizer that has none yet.
+        """
+        if _tried_out(groups):
+            return
         if found_inf is None or not self.warming(groups):
             _advance(groups)
         elif found_inf.device.type == "cuda":
@@ -152,6 +158,15 @@ class Progress:
             arrived.synchronize()
         if flag is not None and not flag.any():
             _advance(groups)
+
+
+def _tried_out(groups: Sequence[Group]) -> bool:
+    """Whether a first step was made at learning rate 0, as far as the host knows the rate."""
+    if any(group["progress"] for group in groups) or torch.compiler.is_compiling():
+        return False
+    rates = [group["lr"] for group in groups]
+    on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in rates)
+    return on_host and all(float(lr) == 0 for lr in rates)
 
 
 def _advance(groups: Sequence[Group]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from fast.adapt.config import AdaptConfig, AdaptOptions, option
+import torch
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, option
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PATHS = ("output", "resume", "device")
 
 
@@ -22,7 +26,7 @@ class TrainConfig(AdaptConfig):
     eval_every: int | None = option(
         None, "optimizer steps between evaluations (default: 1/10 run)", least=1
     )
-    precision: str = option("auto", "arithmetic of the forward pass", choices=PRECISIONS)
+    precision: str = option("auto", "arithmetic of the forward pass", choices=Precision)
     label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
     class_weights: str | tuple[float, ...] | None = option(
         None, "'balanced', or one weight per class"
@@ -39,7 +43,7 @@ class TrainConfig(AdaptConfig):
     )
     resume: str | None = option(None, "folder of an interrupted run to go on with", place=True)
     progress: bool | None = option(
-        None, "progress bar (default: when stderr is a terminal)", place=True
+        None, "progress bar (default: in a terminal or a notebook)", place=True
     )
 
     def __post_init__(self) -> None:
@@ -67,14 +71,14 @@ class TrainConfig(AdaptConfig):
 class TrainOptions(AdaptOptions, total=False):
     """The fields of `TrainConfig` as keyword arguments, for type checkers."""
 
-    optimizer: str
+    optimizer: OptimizerName
     eval_every: int | None
-    precision: str
+    precision: Precision
     label_smoothing: float
-    class_weights: str | tuple[float, ...] | None
+    class_weights: Literal["balanced"] | Iterable[float] | None
     patience: int | None
-    device: str | None
-    output: str | None
+    device: str | torch.device | None
+    output: str | Path | None
     save_every: int | None
-    resume: str | None
+    resume: str | Path | None
     progress: bool | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,6 +25,7 @@ from fast.heads import unwrap
 from fast.ranks import joined
 from fast.train.config import TrainConfig, TrainOptions
 from fast.train.engine import in_float32, pick_device
+from fast.train.log import Callback, check_callbacks
 from fast.train.resume.run_folder import RunFolder
 from fast.train.run_data import read_data
 from fast.train.trainer import Trainer
@@ -42,6 +43,7 @@ def finetune(
     transform: Transform | None = None,
     card: SourceCard | str | Path | None = None,
     source_inputs: Any = None,
+    callbacks: Sequence[Callback] = (),
     **options: Unpack[TrainOptions],
 ) -> Result:
     """Adapt a pretrained classifier to a new task.
@@ -72,6 +74,8 @@ def finetune(
             the target, and forecasts and `forget_budget` are checked on others of them, held back.
             Without them `fast` rehearses features of the target's inputs, and `ewc` makes its card
             of these, which protects less.
+        callbacks: functions that are called with the record of each evaluation, as it is in
+            `Result.history`: for loggers. What one raises ends the run, with its name.
         **options: the fields of `fast.train.config.TrainConfig`, the first of which are `method`
             (`fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`), `steps` or `epochs` (default:
             3 epochs, and at least 100 steps), `batch_size` (a DataLoader for `train` has its own,
@@ -89,6 +93,7 @@ def finetune(
         FloatingPointError: the run diverged: a loss, a weight or an answer is NaN or infinite.
     """
     config, model = _checked(model, options)
+    callbacks = check_callbacks(callbacks)
     _note_budget(config)
     check_model(model)
     rollback = RollbackOnError(model, weights=config.resume is not None)
@@ -108,6 +113,7 @@ def finetune(
                 card=card,
                 source_inputs=source_inputs,
                 folder=folder,
+                callbacks=callbacks if ranks.first else (),
                 ranks=ranks,
             )
             return trainer.run(rollback.keep)

@@ -10,13 +10,14 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fast.files import reading, to_json
+from fast.progress import bar
 
+Callback = Callable[[dict[str, Any]], object]
 HISTORY_FILE = "history.jsonl"
 BOARD_FOLDER = "tensorboard"
 
@@ -46,11 +47,18 @@ class RunLog:
 
     Args:
         folder: of the run, or None for nowhere: without one, and on all ranks but the first.
+        callbacks: functions that are called with each record.
         kept: lines of an interrupted run that this one goes on from, as `read_history` gave them;
             later ones, which that run wrote after its checkpoint, are dropped.
     """
 
-    def __init__(self, folder: Path | None, kept: History | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        kept: History | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.callbacks = callbacks
         self.history = list(kept.records) if kept else []
         self._file = None
         self._board: Any = None
@@ -83,6 +91,12 @@ class RunLog:
             for key, value in record.items():
                 if key != "step" and isinstance(value, float):
                     self._board.add_scalar(key, value, record["step"])
+        for callback in self.callbacks:
+            try:
+                callback(dict(record))
+            except Exception as error:
+                error.add_note(f"in the callback {name_of(callback)}, at step {record['step']}")
+                raise
 
     def _count(self, lines: bytes) -> None:
         self._length += len(lines)
@@ -143,11 +157,25 @@ def _hash(data: bytes = b"") -> Any:
     return hashlib.blake2b(data, digest_size=16)
 
 
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """The callbacks of a run.
+
+    Raises:
+        TypeError: they are no list of functions.
+    """
+    functions = tuple(callbacks) if isinstance(callbacks, Iterable) else (None,)
+    if not all(map(callable, functions)):
+        raise TypeError(f"callbacks must be a list of functions of a record; got {callbacks!r}")
+    return functions
+
+
+def name_of(callback: Callback) -> str:
+    return getattr(callback, "__qualname__", type(callback).__qualname__)
+
+
 def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
-    """A tqdm bar on stderr; quiet when that is no terminal, unless asked for."""
-    if show is None:
-        show = sys.stderr.isatty()
-    return tqdm(total=steps, initial=start, desc=method, unit="step", disable=not show, leave=True)
+    """The bar of a run, which stays; see `fast.progress`."""
+    return bar(steps, method, show, unit="step", start=start, leave=True)
 
 
 def summary(record: dict[str, Any]) -> dict[str, str]:

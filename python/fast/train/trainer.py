@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from fast.train.early_stopping import EarlyStopping
 from fast.train.engine import Engine
 from fast.train.finite import check_finite, warn_diverged
 from fast.train.interrupt import Interruption
-from fast.train.log import History, RunLog, log, progress_bar, read_history, summary
+from fast.train.log import Callback, History, RunLog, log, progress_bar, read_history, summary
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
 from fast.train.resume.saver import Saver, tensors
@@ -47,6 +47,7 @@ class Trainer:
         card, source_inputs: see `fast.finetune`.
         folder: to save in, or None.
         ranks: the processes that train together.
+        callbacks: see `fast.finetune`.
     """
 
     adaptation: Adaptation
@@ -64,9 +65,10 @@ class Trainer:
         source_inputs: Any = None,
         folder: RunFolder | None = None,
         ranks: Ranks = ALONE,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.model, self.data, self.folder = config, model, data, folder
-        self.ranks = ranks
+        self.ranks, self.callbacks = ranks, callbacks
         self.sources = {"card": card, "source_inputs": source_inputs}
         self.augment = Augmentation(data.transform, partial(check_takes, model, name="transform"))
         self.stopping = EarlyStopping(config.patience)
@@ -86,7 +88,8 @@ class Trainer:
             if self.folder is not None:
                 self.folder.start()
             first = self.ranks.first
-            run_log = RunLog(self.folder.path if self.folder and first else None, earlier)
+            folder = self.folder.path if self.folder and first else None
+            run_log = RunLog(folder, earlier, self.callbacks)
             show = self.config.progress if first else False
             bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
             try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fast.adapt.guards.base import Guard
+from fast.optim import dtensor
 
 # Updating takes three passes over the weights, a third of an optimizer step; every other step.
 EVERY = 2
@@ -40,10 +41,10 @@ class WeightAverage(Guard):
     def after_step(self, step: int) -> None:
         moved = step - self.stall
         if moved < 1:  # the head learns during a stall, and may learn fast: the last is the best
-            torch._foreach_copy_(self.values, self._current())
+            torch._foreach_copy_(_local(self.values), self._current())
         elif moved % EVERY == 0 or moved < EVERY:
             weight = min(1.0, EVERY / min(self.horizon, moved))
-            torch._foreach_lerp_(self.values, self._current(), weight)
+            torch._foreach_lerp_(_local(self.values), self._current(), weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -60,17 +61,17 @@ class WeightAverage(Guard):
     @torch.no_grad()
     def _swap(self) -> None:
         current = [p.clone() for p in self._current()]
-        torch._foreach_copy_(self._current(), self.values)
-        torch._foreach_copy_(self.values, current)
+        torch._foreach_copy_(self._current(), _local(self.values))
+        torch._foreach_copy_(_local(self.values), current)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Make the average the weights."""
-        torch._foreach_copy_(self._current(), self.values)
+        torch._foreach_copy_(self._current(), _local(self.values))
         self.adopted = True
 
     def _current(self) -> list[Tensor]:
-        return [p.detach() for p in self.params]
+        return _local(self.params)
 
     def state_dict(self) -> dict[str, Any]:
         return {"adopted": self.adopted, **{str(i): v for i, v in enumerate(self.values)}}
@@ -79,3 +80,8 @@ class WeightAverage(Guard):
         self.adopted = bool(state["adopted"])
         for i, value in enumerate(self.values):
             value.copy_(state[str(i)])
+
+
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each: torch has no `_foreach_copy_` of sharded tensors."""
+    return [dtensor.local(t.detach()) for t in tensors]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.trees import pick
-from fast.heads import TaskHead, evaluating, find_head, forward_logits
+from fast.heads import TaskHead, find_head, forward_logits
+from fast.heads.forward import hooked
 
 # Features have unit variance, so this suits every network; Adam.
 LR = 1e-2
@@ -43,11 +44,8 @@ def head_is_last(model: nn.Module, sample: Any, name: str | None = None) -> bool
     seen: list[Tensor] = []
     layer = find_head(model, rows, name).module
     hook = layer.register_forward_hook(lambda *args: seen.append(args[2]))
-    try:
-        with evaluating(model):
-            logits = forward_logits(model, rows)
-    finally:
-        hook.remove()
+    with hooked(model, hook):
+        logits = forward_logits(model, rows)
     _check_no_probabilities(model, logits, seen[-1])
     return seen[-1].shape == logits.shape and logits.dim() == 2 and torch.equal(seen[-1], logits)
 

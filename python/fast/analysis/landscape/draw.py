@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fast.analysis.landscape.result import Landscape, PathGeometry
-from fast.analysis.plots import GREY, MARKERS, STYLE, colour_of, load_matplotlib
+from fast.figures import GREY, MARKERS, STYLE, colour_of, load_matplotlib
 
 # Losses are drawn on a logarithmic scale between these. Above the highest a network knows nothing.
 LEVELS = 14

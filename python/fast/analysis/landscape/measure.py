@@ -15,9 +15,9 @@ from fast.analysis.landscape.path import WeightPath
 from fast.analysis.landscape.plane import Plane, grid
 from fast.analysis.landscape.result import Landscape, PathGeometry
 from fast.curvature import NetworkOperator
-from fast.curvature.algorithms.progress import bar
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
+from fast.progress import bar
 
 # Residual over the largest eigenvalue. On the digits the shares of single steps are then within
 # 0.4 % of those at 1e-5; at 1e-2 they were off by up to 27 %, and hardly a product was saved.
@@ -60,7 +60,7 @@ def landscape(
         matrix: "ggn" (Gauss-Newton) or "hessian", for stiff directions and forecast.
         card: makes `card_forecast` (default: estimated on the source samples at w0).
         seed: decides the samples and all random vectors.
-        progress: show bars; None: when stderr is a terminal.
+        progress: show bars; None: in a terminal or a notebook.
 
     Raises:
         ValueError: an option is out of range, paths that do not start together, or weights that
@@ -166,7 +166,7 @@ def _surfaces(
     """Source and target loss, `[len(y)][len(x)]`."""
     over_source: list[list[float]] = []
     over_target: list[list[float]] = []
-    with bar(len(x) * len(y), "landscape", progress) as ticks:
+    with bar(len(x) * len(y), "landscape", progress, unit="point") as ticks:
         for v in y:
             over_source.append([])
             over_target.append([])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fast.analysis import plots
 from fast.cli.report.curvature import figure, text
 from fast.cli.report.results import write_results
 from fast.cli.spec import CurvatureSpec
@@ -18,6 +17,7 @@ from fast.curvature import (
     keep_freed_memory,
     summarise,
 )
+from fast.figures import save
 from fast.files import check_writable
 
 KINDS = {"hessian": Hessian, "ggn": GGN}
@@ -34,7 +34,7 @@ def run(spec: CurvatureSpec) -> int:
         losses[loss.name] = summaries[loss.name].as_dict() | {"method": method}
     write_results(folder / "curvature.json", spec, losses=losses)
     if spec.probes:
-        plots.save(figure(spec.kind, summaries), folder / "spectrum.png")
+        save(figure(spec.kind, summaries), folder / "spectrum.png")
     print(text(spec.kind, summaries))
     print(f"\n{folder}: curvature.json" + (", spectrum.png" if spec.probes else ""))
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import fast
-from fast.analysis import plots
 from fast.analysis.landscape import WeightPath
 from fast.analysis.landscape.draw import draw
 from fast.cli.report.landscape import notes, table
@@ -14,6 +13,7 @@ from fast.cli.report.table import percent, text_table
 from fast.cli.runs import opened, runnable
 from fast.cli.spec import LandscapeSpec
 from fast.cli.task.load import LoadedTask
+from fast.figures import save
 
 
 def run(spec: LandscapeSpec) -> int:
@@ -30,7 +30,7 @@ def run(spec: LandscapeSpec) -> int:
             seed=spec.training.seed,
             progress=spec.training.progress,
         )
-    plots.save(draw(landscape, title=task.name), folder / "landscape.png")
+    save(draw(landscape, title=task.name), folder / "landscape.png")
     write_results(folder / "landscape.json", spec, **landscape.to_dict())
     print("\n" + text_table(*table(landscape)))
     print(notes(landscape))

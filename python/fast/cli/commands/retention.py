@@ -19,6 +19,7 @@ from fast.cli.runs import Runner, opened, runnable
 from fast.cli.spec import RetentionSpec
 from fast.cli.spec.methods import STRENGTHS
 from fast.cli.task.load import LoadedTask
+from fast.figures import save
 from fast.files import atomic_file
 
 # What a strength multiplies.
@@ -97,7 +98,7 @@ def _write(
     header = ["method", "budget" if spec.budgets else "strength", "target", "source", "lost"]
 
     figure = plots.retention(points, title=task.name, source_before=before)
-    plots.save(figure, folder / "retention.png")
+    save(figure, folder / "retention.png")
     with atomic_file(folder / "retention.csv") as temporary:
         temporary.write_text(_csv(points))
     write_results(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fast.analysis.plots import STYLE, load_matplotlib
 from fast.cli.report.table import text_table
 from fast.curvature import Eigenpairs, Estimate, Summary
+from fast.figures import STYLE, load_matplotlib
 
 
 def figure(kind: str, summaries: Mapping[str, Summary]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from fast.analysis import plots
 from fast.cli.report.summary import NOTES, Run, by_method
 from fast.cli.report.table import html_table
+from fast.figures import save
 from fast.files import atomic_file
 
 STYLE = """
@@ -31,7 +32,7 @@ def save_curves(runs: Sequence[Run], title: str, path: Path) -> None:
     """Target and source accuracy of each method over the steps, as a PNG."""
     histories = {method: [r.history for r in seeds] for method, seeds in by_method(runs).items()}
     figure = plots.comparison(histories, title=title, source_before=runs[0].source_accuracy_before)
-    plots.save(figure, path)
+    save(figure, path)
 
 
 def write_report(

@@ -55,7 +55,7 @@ class CurvatureSpec(Spec):
     seed: int = option("seed of samples and probes", 0)
     layers: bool = option("the table by layer", True)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    progress: bool | None = option("progress bars (default: when stderr is a terminal)")
+    progress: bool | None = option("progress bars (default: in a terminal or a notebook)")
     task: TaskSpec = field(
         default_factory=TaskSpec, metadata=part("data", ("source_inputs", "card"))
     )

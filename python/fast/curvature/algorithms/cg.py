@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_finite, check_whole
-from fast.curvature.algorithms.progress import bar
 from fast.curvature.algorithms.protocol import Symmetric
 from fast.curvature.network.parameter_space import Vectors
+from fast.progress import bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def cg(
     scale = rhs.norm(dim=1).clamp_min(torch.finfo(rhs.dtype).tiny)
     rr = torch.linalg.vecdot(r, r)
     iterations = 0
-    with bar(max_iterations, "cg", progress) as ticks:
+    with bar(max_iterations, "cg", progress, unit="product") as ticks:
         while iterations < max_iterations:
             active = rr.sqrt() > tol * scale
             if not bool(active.any()):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_finite, check_whole
 from fast.curvature.algorithms.probes import normal_block, require_finite
-from fast.curvature.algorithms.progress import bar
 from fast.curvature.algorithms.protocol import Symmetric
+from fast.progress import bar
 
 WHICH = ("magnitude", "largest", "smallest")
 
@@ -91,7 +91,7 @@ def top(
     max_matvecs = max_matvecs or 40 * k + 200
     krylov = _Subspace(operator, k, which, limit, block_size, multiple, seed)
     matvecs = 0
-    with bar(max_matvecs, f"top {k}", progress) as ticks:
+    with bar(max_matvecs, f"top {k}", progress, unit="product") as ticks:
         while True:
             count = krylov.expand()
             matvecs += count

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_whole
 from fast.curvature.algorithms.probes import require_finite, sign_block
-from fast.curvature.algorithms.progress import bar
 from fast.curvature.algorithms.protocol import Symmetric
+from fast.progress import bar
 
 # Bytes of Lanczos vectors that are held for several probes at once.
 BASIS_BYTES = 512 * 2**20
@@ -99,7 +99,7 @@ def spectrum(
     together = max(1, min(num_probes, BASIS_BYTES // (steps * size * space.dtype.itemsize)))
     generator = torch.Generator().manual_seed(seed)
     nodes, weights = [], []
-    with bar(num_probes * steps, "spectrum", progress) as ticks:
+    with bar(num_probes * steps, "spectrum", progress, unit="product") as ticks:
         for start in range(0, num_probes, together):
             count = min(together, num_probes - start)
             probes = sign_block(space, count, generator)

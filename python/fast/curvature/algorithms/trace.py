@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fast.curvature.algorithms.arguments import check_whole
 from fast.curvature.algorithms.probes import draw_probes, require_finite
-from fast.curvature.algorithms.progress import bar
 from fast.curvature.algorithms.protocol import Symmetric
 from fast.curvature.network.parameter_space import dot
+from fast.progress import bar
 
 METHODS = ("hutch++", "hutchinson")
 
@@ -64,7 +64,7 @@ def trace(
             f"{num_matvecs}"
         )
     space = operator.space
-    with bar(num_matvecs, "trace", progress) as ticks:
+    with bar(num_matvecs, "trace", progress, unit="product") as ticks:
 
         def quadratics(rows: Tensor) -> Tensor:
             ticks.update(rows.shape[0])
@@ -107,7 +107,7 @@ def block_traces(
     place = {name: i for i, name in enumerate(space.names)}
     places = {name: [place[n] for n in names] for name, names in blocks.items()}
     values: dict[str, list[Tensor]] = {name: [] for name in places}
-    with bar(num_matvecs, "traces of layers", progress) as ticks:
+    with bar(num_matvecs, "traces of layers", progress, unit="product") as ticks:
         for rows in draw_probes(space, num_matvecs, seed=seed, chunk=chunk):
             v = space.split(rows)
             av = operator.products(v)

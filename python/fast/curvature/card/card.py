@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import time
 import weakref
@@ -28,6 +29,7 @@ from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, unwrap
 from fast.heads.forward import taking
 from fast.heads.outputs import source_logits
+from fast.optim import dtensor
 
 TEMPERATURE = 3.0
 BATCH = 64
@@ -236,14 +238,15 @@ class SourceCard:
 
         Mean 1 keeps the meaning of `anchor_decay` from network to network. The parameters of the
         model of `estimate` or `bind` are recognised by identity, others by the hash of their
-        values.
+        values: those that were sharded after it, too (`fully_shard` makes new ones), each of which
+        gets its shard of `F`.
 
         Raises:
             ValueError: not one of the parameters is in the card.
         """
         mean = self.mean or 1.0
         return [
-            None if n is None else (self.entries[n].decode() / mean).to(p.device)
+            None if n is None else dtensor.shard(self.entries[n].decode() / mean, p)
             for n, p in self._match(list(params))
         ]
 
@@ -264,8 +267,9 @@ class SourceCard:
                     "this card does not know the pretrained weights: card.bind(model) before "
                     "training, or pass anchors="
                 )
-            c = self.entries[name].decode().to(p.device)
-            total += float((c.double() * (p - before).detach().double().square()).sum())
+            c = dtensor.shard(self.entries[name].decode(), p).double()
+            moved = (p - dtensor.like(before, p)).detach().double()
+            total += float(dtensor.whole((c * moved.square()).sum()))
         return 0.5 * total
 
     def forecast(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:
@@ -304,6 +308,9 @@ class SourceCard:
                 f"  source loss {self.source_loss:.3f} nats, accuracy {self.source_accuracy:.1%}"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled card belongs to no model's parameters until it is bound."""

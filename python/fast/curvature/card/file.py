@@ -19,6 +19,7 @@ from fast.curvature.card.codes import Codes, num_scales, packed_size
 from fast.curvature.card.facts import CardError, read_facts
 from fast.errors import first_line
 from fast.files import atomic_file
+from fast.optim import dtensor
 
 FORMAT = "fast-source-card-2"
 ABOUT = """
@@ -28,8 +29,9 @@ read from it: it is a mean of squared gradients. Read it with fast.SourceCard.lo
 
 
 def fingerprint(weights: Tensor) -> str:
-    """Hash of a tensor's dtype and values, 16 hex digits."""
-    plain = weights.detach().cpu().contiguous()
+    """Hash of a tensor's dtype and values, 16 hex digits; of a sharded one those of all ranks, each
+    of which has to ask for it."""
+    plain = dtensor.whole(weights.detach()).cpu().contiguous()
     digest = hashlib.blake2b(str(plain.dtype).encode(), digest_size=8)
     digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

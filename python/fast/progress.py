@@ -1,0 +1,30 @@
+"""Progress bars: shown by default when a person is watching."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def bar(
+    total: int, what: str, show: bool | None, *, unit: str, start: int = 0, leave: bool = False
+) -> Any:
+    """A tqdm bar.
+
+    Args:
+        show: None shows it where stderr is a terminal, and in a notebook.
+        start: units done before.
+        leave: whether it stays when it is full.
+    """
+    if show is None:
+        show = sys.stderr.isatty() or in_notebook()
+    return tqdm(total=total, initial=start, desc=what, unit=unit, disable=not show, leave=leave)
+
+
+def in_notebook() -> bool:
+    """Whether the output is a notebook's, which is no terminal, and shows bars all the same."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
