@@ -27,7 +27,7 @@ from fast.data.dataset import as_data
 from fast.data.stream import TrainBatches
 from fast.data.trees import pick
 from fast.heads import forward_logits, set_batch_norm, source_task
-from fast.train.metrics import evaluate
+from fast.train.measure import evaluate
 
 PAIRS = "resnet20 -> gtsrb,resnet20 -> sign_digits,mobilenet 0.25 -> flowers"
 LR, HEAD_SCALE, STALL, RAMP = 1e-3, 10.0, 5, 30

@@ -10,7 +10,7 @@ from torch import nn
 
 import fast
 from fast.data.dataset import as_data
-from fast.train import metrics, trainer
+from fast.train import measure, trainer
 from fast.train.resume.checkpoint import list_checkpoints
 from networks import ConvNet, images
 
@@ -53,7 +53,7 @@ def test_no_checkpoint_is_spoken_of_where_there_is_none(tmp_path, monkeypatch, o
 
 
 def score(model, data):
-    return metrics.evaluate(model, as_data(data, "val"), 16, torch.device("cpu"))
+    return measure.evaluate(model, as_data(data, "val"), 16, torch.device("cpu"))
 
 
 def test_answers_that_are_not_finite_are_no_class():

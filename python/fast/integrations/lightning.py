@@ -19,7 +19,7 @@ from fast.adapt.result import Result
 from fast.data.dataset import as_data
 from fast.data.trees import pick
 from fast.heads import source_task, unwrap
-from fast.train.metrics import evaluate
+from fast.train.measure import evaluate
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 EVAL_BATCH = 128

@@ -12,7 +12,7 @@ from fast.data.augment import Transform
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
 from fast.train.config import TrainConfig
-from fast.train.metrics import Evaluator
+from fast.train.measure import Evaluator
 
 
 @dataclass(frozen=True, kw_only=True)

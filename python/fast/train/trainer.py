@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
@@ -16,14 +14,9 @@ from fast.adapt.config import AdaptConfig
 from fast.adapt.loss import Loss, class_weights
 from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
-from fast.data.augment import Augmentation
-from fast.data.finite import check_finite_inputs
 from fast.data.generators import seed_process
-from fast.data.labels import check_labels
 from fast.data.stream import spread_seed
-from fast.data.trees import length
 from fast.files import reading
-from fast.heads.forward import check_takes
 from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
 from fast.train.early_stopping import EarlyStopping
@@ -35,8 +28,7 @@ from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
 from fast.train.resume.saver import Saver, tensors
 from fast.train.run_data import RunData
-
-Batch = tuple[Any, Tensor, Tensor | None]
+from fast.train.step import Batch, TrainStep
 
 
 class Trainer:
@@ -51,9 +43,8 @@ class Trainer:
     """
 
     adaptation: Adaptation
-    engine: Engine
     measure: Measure
-    loss: Loss
+    train_step: TrainStep
 
     def __init__(
         self,
@@ -68,9 +59,9 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.model, self.data, self.folder = config, model, data, folder
-        self.ranks, self.callbacks = ranks, callbacks
+        self.engine = Engine(next(model.parameters()).device, config.precision, ranks)
         self.sources = {"card": card, "source_inputs": source_inputs}
-        self.augment = Augmentation(data.transform, partial(check_takes, model, name="transform"))
+        self.callbacks = callbacks
         self.stopping = EarlyStopping(config.patience)
         self.saver: Saver | None = None
 
@@ -87,7 +78,7 @@ class Trainer:
         try:
             if self.folder is not None:
                 self.folder.start()
-            first = self.ranks.first
+            first = self.engine.ranks.first
             folder = self.folder.path if self.folder and first else None
             run_log = RunLog(folder, earlier, self.callbacks)
             show = self.config.progress if first else False
@@ -103,14 +94,13 @@ class Trainer:
 
     def prepare(self, resuming: bool = False) -> Adaptation:
         """Measure the source, then change the network."""
-        config, data = self.config, self.data
-        self.engine = Engine(next(self.model.parameters()).device, config.precision, self.ranks)
-        with self.ranks.together():
+        config, data, engine = self.config, self.data, self.engine
+        with engine.ranks.together():
             weights = class_weights(config.class_weights, data.train, data.num_classes)
         if weights is not None:
-            weights = weights.to(self.engine.device)
-        self.loss = Loss(weights, config.label_smoothing)
-        self.measure = Measure(data.val, data.source, self.engine, config.batch_size)
+            weights = weights.to(engine.device)
+        loss = Loss(weights, config.label_smoothing)
+        self.measure = Measure(data.val, data.source, engine, config.batch_size)
         if not resuming:
             self.measure.measure_before(self.model)
         own = {f: getattr(config, f) for f in AdaptConfig.__dataclass_fields__}
@@ -118,17 +108,18 @@ class Trainer:
             self.model,
             data.train,
             num_classes=data.num_classes,
-            loss=self.loss,
+            loss=loss,
             augmented=data.transform is not None,
-            autocast_dtype=self.engine.dtype,
+            autocast_dtype=engine.dtype,
             resuming=resuming,
-            process_group=self.ranks.group,
+            process_group=engine.ranks.group,
             **self.sources,
             **own,
         )
-        self.engine.parallelize(self.model, self.adaptation.sample)
-        if not self.ranks.first:  # dropout and augmentation are each rank's own from here on
-            seed_process(spread_seed(config.seed, self.ranks.rank))
+        engine.parallelize(self.model, self.adaptation.sample)
+        if not engine.ranks.first:  # dropout and augmentation are each rank's own from here on
+            seed_process(spread_seed(config.seed, engine.ranks.rank))
+        self.train_step = TrainStep(self.adaptation, data, loss, engine)
         self.measure.started = time.monotonic()
         return self.adaptation
 
@@ -137,7 +128,7 @@ class Trainer:
         if self.folder is None:
             self.prepare()
             return None, []
-        with self.ranks.together():
+        with self.engine.ranks.together():
             self.saver = Saver(self.folder, self.config, self.model, self.data)
         adaptation = self.prepare(resuming=self.saver.resumes)
         self.saver.add_source(adaptation, self.sources["card"])
@@ -163,7 +154,7 @@ class Trainer:
         self.model.train()
         # Without a folder there is nothing to save, and nothing to wait for.
         with Interruption() if self.folder else nullcontext() as interruption:
-            for batch in self.batches():
+            for batch in self.train_step.batches():
                 if self.stopping.stop:
                     break
                 losses.append(self.step(batch, began))
@@ -178,74 +169,16 @@ class Trainer:
                     losses = []
                     run_log.add(record)
                     bar.set_postfix(summary(record))
-                stop = interruption is not None and interruption.waits_on_any(self.ranks)
+                stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
                 if self.saver and (stop or done % save_every == 0 or done == steps):
                     check_finite(adaptation, losses, folder)  # it takes the place of a good one
                     self._save(run_log, losses)
                 if interruption is not None and stop:
                     interruption.deliver()
 
-    def batches(self) -> Iterator[Batch]:
-        """Training batches from the step that the run is at; each rank's share of them."""
-        stream = self.adaptation.batches()
-        while True:
-            with self.ranks.together():
-                batch = next(stream, None)
-            if batch is None:
-                return
-            yield batch
-
     def step(self, batch: Batch, began: Callable[[], None] = lambda: None) -> Tensor:
-        """One optimizer step, and all that follows it.
-
-        Returns:
-            the batch's mean loss on the target and the penalties, over all ranks and on the device;
-            the loss of replayed inputs is not in it.
-        """
-        adaptation, engine = self.adaptation, self.engine
-        adaptation.schedule()
-        with self.ranks.together():
-            inputs, labels, rows = self._ready(batch)
-        denominator = self.loss.denominator(labels)
-        if self.ranks.size > 1:  # gradients are averaged over the ranks
-            share = torch.as_tensor(denominator, dtype=torch.float32, device=engine.device)
-            denominator = self.ranks.sum_(share.clone()) / self.ranks.size
-        total = torch.zeros((), device=engine.device)
-        adaptation.optimizer.zero_grad()
-        size = -(-len(labels) // self.config.grad_accum_steps)
-        parts = adaptation.parts(inputs, rows, size)
-        for part, y in zip(parts, labels.split(size), strict=True):
-            with engine.accumulating(last=part is parts[-1]):
-                with engine.autocast():
-                    logits, penalty, replayed = adaptation.forward_part(part, engine.network)
-                    loss = self.loss.part(logits, y, denominator) + penalty
-                engine.backward(loss + replayed)
-            total += loss.detach()
-        began()
-        engine.step(adaptation.optimizer)
-        self.ranks.mean_([total])
-        return total
-
-    def _ready(self, batch: Batch) -> Batch:
-        """A batch as the network will see it, with labels on the device.
-
-        Raises:
-            ValueError: it cannot be trained on.
-        """
-        inputs, labels, rows = batch
-        labels = check_labels(labels, self.data.num_classes, "train").to(self.engine.device)
-        if length(inputs) != len(labels):
-            raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
-        if not len(labels):
-            raise ValueError(
-                f"train: the DataLoader gave a batch of fewer samples than there are processes "
-                f"({self.ranks.size}): set drop_last=True"
-            )
-        with self.engine.autocast():
-            inputs = self.augment(inputs, len(labels))
-        if self.data.transform is not None or self.data.train.inputs is None:  # else seen before
-            check_finite_inputs(inputs, "train", rows)
-        return inputs, labels, rows
+        """One optimizer step: see `TrainStep`."""
+        return self.train_step(batch, began)
 
     def _save(self, run_log: RunLog, losses: list[Tensor]) -> None:
         assert self.saver is not None

@@ -16,7 +16,7 @@ from fast.curvature.card.answers import Answers
 from fast.data.dataset import Data, as_data
 from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, task_head
-from fast.train.metrics import evaluate
+from fast.train.measure import evaluate
 
 MATRICES: dict[str, type[NetworkOperator]] = {"ggn": GGN, "hessian": Hessian}
 

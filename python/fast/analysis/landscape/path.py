@@ -13,7 +13,7 @@ from fast.adapt.result import Result
 from fast.curvature.card.answers import backbone_parameters
 from fast.data.dataset import as_data
 from fast.heads import source_task, task_head, unwrap
-from fast.train.metrics import evaluate
+from fast.train.measure import evaluate
 
 
 @dataclass(kw_only=True)

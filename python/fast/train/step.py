@@ -1,0 +1,99 @@
+"""One optimizer step of a run: its batch, checked, and its loss in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.adapt.adaptation import Adaptation
+from fast.adapt.loss import Loss
+from fast.data.augment import Augmentation
+from fast.data.finite import check_finite_inputs
+from fast.data.labels import check_labels
+from fast.data.trees import length
+from fast.heads.forward import check_takes
+from fast.train.engine import Engine
+from fast.train.run_data import RunData
+
+Batch = tuple[Any, Tensor, Tensor | None]
+
+
+class TrainStep:
+    """Takes steps of an adaptation with cross-entropy.
+
+    Args:
+        data: of the run; its transform is applied.
+        loss: of the target.
+        engine: where the network is.
+    """
+
+    def __init__(self, adaptation: Adaptation, data: RunData, loss: Loss, engine: Engine) -> None:
+        self.adaptation, self.data, self.loss, self.engine = adaptation, data, loss, engine
+        check = partial(check_takes, adaptation.model, name="transform")
+        self.augment = Augmentation(data.transform, check)
+
+    def batches(self) -> Iterator[Batch]:
+        """Training batches from the step that the run is at; each rank's share of them."""
+        stream = self.adaptation.batches()
+        while True:
+            with self.engine.ranks.together():
+                batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
+
+    def __call__(self, batch: Batch, began: Callable[[], None] = lambda: None) -> Tensor:
+        """One optimizer step, and all that follows it.
+
+        Returns:
+            the batch's mean loss on the target and the penalties, over all ranks and on the device;
+            the loss of replayed inputs is not in it.
+        """
+        adaptation, engine = self.adaptation, self.engine
+        adaptation.schedule()
+        with self.engine.ranks.together():
+            inputs, labels, rows = self._ready(batch)
+        denominator = self.loss.denominator(labels)
+        if self.engine.ranks.size > 1:  # gradients are averaged over the ranks
+            share = torch.as_tensor(denominator, dtype=torch.float32, device=engine.device)
+            denominator = self.engine.ranks.sum_(share.clone()) / self.engine.ranks.size
+        total = torch.zeros((), device=engine.device)
+        adaptation.optimizer.zero_grad()
+        size = -(-len(labels) // adaptation.plan.grad_accum_steps)
+        parts = adaptation.parts(inputs, rows, size)
+        for part, y in zip(parts, labels.split(size), strict=True):
+            with engine.accumulating(last=part is parts[-1]):
+                with engine.autocast():
+                    logits, penalty, replayed = adaptation.forward_part(part, engine.network)
+                    loss = self.loss.part(logits, y, denominator) + penalty
+                engine.backward(loss + replayed)
+            total += loss.detach()
+        began()
+        engine.step(adaptation.optimizer)
+        self.engine.ranks.mean_([total])
+        return total
+
+    def _ready(self, batch: Batch) -> Batch:
+        """A batch as the network will see it, with labels on the device.
+
+        Raises:
+            ValueError: it cannot be trained on.
+        """
+        inputs, labels, rows = batch
+        labels = check_labels(labels, self.data.num_classes, "train").to(self.engine.device)
+        if length(inputs) != len(labels):
+            raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
+        if not len(labels):
+            raise ValueError(
+                f"train: the DataLoader gave a batch of fewer samples than there are processes "
+                f"({self.engine.ranks.size}): set drop_last=True"
+            )
+        with self.engine.autocast():
+            inputs = self.augment(inputs, len(labels))
+        if self.data.transform is not None or self.data.train.inputs is None:  # else seen before
+            check_finite_inputs(inputs, "train", rows)
+        return inputs, labels, rows
