@@ -119,18 +119,19 @@ class Result:
         head = task_head(model)
         if head is None:
             return []
-        name, found = places_of(model, head)[0][2], []
+        name = places_of(model, head)[0][2]
+        notes = []
         if head.source.bias is None and head.linear.bias is not None:
-            found.append(
+            notes.append(
                 f"{name} has a bias (the mean of the features is part of it), and the network's "
                 f"own head has none: give it one before loading, or {name}.bias is lost"
             )
         if head.auxiliary:
-            found.append(
+            notes.append(
                 f"{', '.join(head.auxiliary)}: auxiliary heads keep the source's classes; give "
                 "them as many before loading"
             )
-        return found
+        return notes
 
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made; each file whole or not at all.

@@ -130,11 +130,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     learning rate of 2e-5, one in a hundred would move. Nor could they hold the result, so the
     network stays in float32; the caller is warned. Parameters stay the objects that they are.
     """
-    found = {t.dtype for t in chain(model.parameters(), model.buffers()) if t.dtype in HALF}
-    if not found:
+    dtypes = {t.dtype for t in chain(model.parameters(), model.buffers()) if t.dtype in HALF}
+    if not dtypes:
         yield
         return
-    names = " and ".join(sorted(str(d).removeprefix("torch.") for d in found))
+    names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
     warnings.warn(
         f"the network has {names} weights, too coarse for the steps of fine-tuning: it is trained "
         "and returned in float32; round it afterwards with result.model.to(dtype)",

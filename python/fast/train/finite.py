@@ -71,8 +71,8 @@ def warn_diverged(loss: float | None, num_classes: int) -> None:
 
 
 def _kept(folder: Path | None) -> str:
-    found = [] if folder is None else list_checkpoints(folder)
-    if not found:
+    checkpoints = [] if folder is None else list_checkpoints(folder)
+    if not checkpoints:
         return ""
-    step = int(found[-1].name.removeprefix(PREFIX))
+    step = int(checkpoints[-1].name.removeprefix(PREFIX))
     return f". The checkpoint of step {step} in {folder} is left as it is"

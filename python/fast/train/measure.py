@@ -163,13 +163,15 @@ def evaluate(
 
 
 def _refuse(data: Data, wrong: int, count: int, batch_size: int) -> None:
-    told = f"{data.name}: the network's answers to {wrong} of {count} samples are NaN or infinite"
+    fault = f"{data.name}: the network's answers to {wrong} of {count} samples are NaN or infinite"
     rows = [broken_rows(inputs) for inputs, _ in data.eval_batches(batch_size)]
     broken = sum(int(r.sum()) for r in rows if r is not None)
     if broken:
-        raise ValueError(f"{told}: {broken} samples hold NaN or infinite inputs; drop or mend them")
+        raise ValueError(
+            f"{fault}: {broken} samples hold NaN or infinite inputs; drop or mend them"
+        )
     raise FloatingPointError(
-        f"{told}, the inputs are finite: of trained weights, lower lr or set max_grad_norm; of "
+        f"{fault}, the inputs are finite: of trained weights, lower lr or set max_grad_norm; of "
         "pretrained ones, look at the weights and at the scale of the inputs"
     )
 

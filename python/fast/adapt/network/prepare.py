@@ -157,13 +157,13 @@ def check_backbone(network: AdaptedNetwork, method: str) -> None:
     own = {id(p) for p in own_parameters(model, network.learns)}
     if any(p.requires_grad and id(p) not in own for p in model.parameters()):
         return
-    told = "no parameter of the backbone is trainable (requires_grad)"
+    message = "no parameter of the backbone is trainable (requires_grad)"
     if METHODS[method].replay:
         raise ValueError(
-            f"{told}: there is nothing for method {method!r} to hold. Unfreeze some, or use "
+            f"{message}: there is nothing for method {method!r} to hold. Unfreeze some, or use "
             "'vanilla'"
         )
-    warnings.warn(f"{told}: only the head is trained", stacklevel=6)
+    warnings.warn(f"{message}: only the head is trained", stacklevel=6)
 
 
 def rehearsal(

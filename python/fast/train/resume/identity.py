@@ -90,9 +90,9 @@ def data_identity(data: Any) -> str | None:
     targets = data.recorded_targets()
     if isinstance(targets, Tensor):
         targets = targets.tolist()
-    known = None if targets is None else list(targets)
+    labels = None if targets is None else list(targets)
     batches = None if data.loader is None else len(data.loader)
-    digest.update(f"{data.num_samples} {batches} {known}".encode())
+    digest.update(f"{data.num_samples} {batches} {labels}".encode())
     _read_samples(digest, data)
     return digest.hexdigest()
 
