@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,33 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers, cases, networks
 
+import torchvision_ops
 
-def _declare_ops_of_torchvision() -> None:
-    """Let timm and torchvision be imported where torchvision's compiled part does not load.
-
-    That is so where its wheel is of another build of torch: with CUDA, say, beside a torch without.
-    The Python parts then lack nothing but the declarations of these operators, which no network
-    that is tested here calls.
-    """
-    package = importlib.util.find_spec("torchvision")
-    if package is None or package.origin is None:
-        return
-    try:
-        torch.ops.load_library(Path(package.origin).parent / "_C.so")
-    except OSError:
-        if not hasattr(torch.ops.torchvision, "nms"):
-            library = torch.library.Library("torchvision", "DEF")
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define(
-                "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
-                "int pooled_width, int sampling_ratio, bool aligned) -> Tensor"
-            )
-            _LIBRARIES.append(library)
-
-
-_LIBRARIES: list[torch.library.Library] = []  # an operator ends with its library
-_declare_ops_of_torchvision()
+torchvision_ops.declare()
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,11 @@ def test_a_saved_model_needs_nothing_of_this_library(tmp_path):
     with torch.no_grad():
         torch.save((inputs, run.model(**inputs).logits), tmp_path / "expected.pt")
     code = f"""
-import sys, torch, transformers
+import sys, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torchvision_ops
+torchvision_ops.declare()
+import transformers
 inputs, expected = torch.load({str(tmp_path / "expected.pt")!r})
 for folder in ({str(tmp_path / "saved")!r}, {str(tmp_path / "run" / f"checkpoint-{STEPS}")!r}):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)

@@ -9,6 +9,7 @@ import sys
 import typing
 
 import pytest
+import torch
 
 from fast.adapt.config import AdaptConfig, AdaptOptions
 from fast.adapt.methods import METHODS, MethodName
@@ -20,7 +21,7 @@ from helpers import ROOT
     ("record", "keywords"), [(AdaptConfig, AdaptOptions), (TrainConfig, TrainOptions)]
 )
 def test_a_type_checker_knows_every_option(record, keywords):
-    hints = typing.get_type_hints(keywords)
+    hints = typing.get_type_hints(keywords, localns={"torch": torch})
     fields = {f.name: f for f in dataclasses.fields(record)}
     # `fast.Adaptation` has an argument of that name, which may be a function too.
     assert set(fields) - set(hints) <= {"optimizer"}

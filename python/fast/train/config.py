@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, option
+
+if TYPE_CHECKING:  # the options are read for `fast --help`, which does without torch
+    import torch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PATHS = ("output", "resume", "device")
