@@ -152,6 +152,7 @@ def test_a_split_of_broken_images_only(tmp_path):
         ({"std": (58, 57, 57)}, "std is .*in 0..255 give 0.2275,"),
         ({"std": (float("nan"),)}, "std must be finite"),
         ({"size": 8, "resize": 4}, "resize is 4: less than the input size 8"),
+        ({"resize": 4}, "resize is 4, and the side .* is not given: pass size"),
         ({"interpolation": "cubic"}, "interpolation must be one of nearest, "),
     ],
 )

@@ -50,7 +50,12 @@ class ImageFormat:
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
             raise ValueError(f"input size must be positive; got {self.size}")
-        if self.resize is not None and (self.size is None or self.resize < self.size):
+        if self.resize is not None and self.size is None:
+            raise ValueError(
+                f"resize is {self.resize}, and the side of the central square that is then taken "
+                "is not given: pass size (--input-size)"
+            )
+        if self.resize is not None and self.size is not None and self.resize < self.size:
             raise ValueError(f"resize is {self.resize}: less than the input size {self.size}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}")
