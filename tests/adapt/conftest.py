@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
-import torch.nn.functional as F
 
-from networks import ConvNet, images
+from networks import images, taught
 
 
 @pytest.fixture(scope="session")
 def pretrained():
     """Knows 5 places of a bright blob; not to be changed."""
-    torch.manual_seed(0)
-    model = ConvNet()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    x, y = images(300, 5, seed=3)
-    for index in torch.arange(300).repeat(20).split(100):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[index]), y[index]).backward()
-        optimizer.step()
-    return model.eval()
+    return taught(*images(300, 5, seed=3), rounds=20)

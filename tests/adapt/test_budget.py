@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fast
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.curvature.card.answers import expected_rise
 from fast.train import trainer
-from networks import ConvNet, images
+from networks import ConvNet, images, taught
 
 KNOWN, ASKED = images(400, 5, seed=3), images(200, 5, seed=4)
 RUN = {"steps": 60, "lr": 1e-2, "eval_every": 20}
@@ -35,15 +34,7 @@ def other_task(n, seed):
 @pytest.fixture(scope="module")
 def pretrained():
     """Knows the source task: 5 places of a bright blob."""
-    torch.manual_seed(0)
-    model = ConvNet()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    x, y = KNOWN
-    for index in torch.arange(400).repeat(15).split(100):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[index]), y[index]).backward()
-        optimizer.step()
-    return model.eval()
+    return taught(*KNOWN, rounds=15)
 
 
 def run(pretrained, **options):

@@ -18,19 +18,6 @@ TRAIN = images(300, 4, seed=1)
 KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
 
 
-@pytest.fixture(scope="module")
-def pretrained():
-    torch.manual_seed(0)
-    model = ConvNet()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    x, y = KNOWN
-    for index in torch.arange(300).repeat(20).split(100):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[index]), y[index]).backward()
-        optimizer.step()
-    return model.eval()
-
-
 def replayed(model, data, size=50, seed=0):
     samples = SourceInputs.parse(data, 4096)
     return Replay(model=model, samples=samples, batch_size=size, seed=seed)
