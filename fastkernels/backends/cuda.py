@@ -7,9 +7,11 @@ from types import ModuleType
 
 import torch
 
+from fastkernels.backends.compiled import Loaded, required
+
 
 @functools.cache
-def load() -> tuple[ModuleType | None, str]:
+def load() -> Loaded:
     """The module, or None, and what is (or is not) there. Nothing is compiled here."""
     if not torch.cuda.is_available():
         return None, "torch finds no CUDA device"
@@ -26,12 +28,5 @@ def available() -> tuple[bool, str]:
 
 
 def module() -> ModuleType:
-    """The compiled module.
-
-    Raises:
-        RuntimeError: it is not there; the message says how to get it.
-    """
-    loaded, reason = load()
-    if loaded is None:
-        raise RuntimeError(f"the CUDA kernels are {reason}")
-    return loaded
+    """The compiled module; raises RuntimeError where it is not there."""
+    return required(load(), "CUDA")

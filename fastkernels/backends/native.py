@@ -8,9 +8,11 @@ from types import ModuleType
 # First: torch brings the OpenMP runtime that `_C` then shares, and with it one thread pool.
 import torch  # noqa: F401
 
+from fastkernels.backends.compiled import Loaded, required
+
 
 @functools.cache
-def load() -> tuple[ModuleType | None, str]:
+def load() -> Loaded:
     """The module, or None, and what is (or is not) there. Nothing is compiled here."""
     try:
         from fastkernels import _C  # type: ignore[attr-defined]
@@ -28,12 +30,5 @@ def available() -> tuple[bool, str]:
 
 
 def module() -> ModuleType:
-    """The compiled module.
-
-    Raises:
-        RuntimeError: it is not there; the message says how to get it.
-    """
-    loaded, reason = load()
-    if loaded is None:
-        raise RuntimeError(f"the native kernels are {reason}")
-    return loaded
+    """The compiled module; raises RuntimeError where it is not there."""
+    return required(load(), "native")
