@@ -29,9 +29,8 @@ from fast.adapt.network.adapted import AdaptedNetwork
 from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
 from fast.adapt.network.shared_forward import shares
-from fast.adapt.optimizer import AnchoredOptimizer, MakeOptimizer
+from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.schedule import lr_factor
 from fast.adapt.setup import Setup, check_gradients, check_ranks, settle
 from fast.adapt.state import check_state
 from fast.curvature.card import SourceCard
@@ -190,7 +189,7 @@ class Adaptation:
                 )
             ranks.copy_from_first(tensors_of(self.model))
             weighted = setup.plan.weighted and METHODS[self.config.method].card_decay is not None
-            self._anchored = AnchoredOptimizer(
+            self._optimizer = AdaptedOptimizer(
                 model=self.model,
                 plan=setup.plan,
                 card=bound if weighted else None,
@@ -198,9 +197,9 @@ class Adaptation:
                 sample=setup.sample,
                 own_lr=self.config.lr is not None,
             )
-            self.optimizer: Optimizer = self._anchored.optimizer
-            self.plan = plan = self._anchored.plan
-            self.drift = self._network.drift = self._anchored.drift
+            self.optimizer: Optimizer = self._optimizer.optimizer
+            self.plan = plan = self._optimizer.plan
+            self.drift = self._network.drift = self._optimizer.drift
             self.head_start = HeadStart(self.model, self.drift) if plan.head_steps else None
             self.last_lr = float(self.optimizer.param_groups[0]["lr"])
             self.average = None
@@ -252,7 +251,7 @@ class Adaptation:
     @property
     def params(self) -> list[Tensor]:
         """All parameters that are trained."""
-        return self._anchored.params
+        return self._optimizer.params
 
     @property
     def target_size(self) -> int:
@@ -274,18 +273,13 @@ class Adaptation:
 
     def scheduler(self) -> LambdaLR:
         """The plan's learning-rate schedule, at the step that the adaptation is at."""
-        plan = self.plan
-
-        def factor(step: int) -> float:
-            return lr_factor(plan.schedule, step, plan.steps, plan.warmup)
-
         last = self.done - 1 if self.done else -1
-        return LambdaLR(self.optimizer, factor, last_epoch=last)
+        # A function: what else can be called has its attributes saved with the scheduler's state.
+        return LambdaLR(self.optimizer, lambda s: self.plan.lr_factor(s), last_epoch=last)
 
     def schedule(self) -> None:
         """Set the learning rates of the next step by the plan's schedule."""
-        plan = self.plan
-        factor = lr_factor(plan.schedule, self.done, plan.steps, plan.warmup)
+        factor = self.plan.lr_factor(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -409,9 +403,12 @@ class Adaptation:
         self.ranks.mean_(self._statistics)
         for guard in self.guards:
             guard.after_step(self.done)
-        self._anchored.restrain(math.prod(guard.lr_factor() for guard in self.guards))
+        self._restrain()
         if self.done == self.plan.steps:
             self._finish_guards()
+
+    def _restrain(self) -> None:
+        self._optimizer.restrain(math.prod(guard.lr_factor() for guard in self.guards))
 
     def _finish_guards(self) -> None:
         for guard in self.guards:
@@ -420,7 +417,7 @@ class Adaptation:
     def set_pull(self, factor: float) -> None:
         """Multiply what holds the source: the pull of the optimizer, and the penalties."""
         self._pull_factor = factor
-        self._anchored.set_pull(factor)
+        self._optimizer.set_pull(factor)
         for guard in self.guards:
             guard.strength = factor
 
@@ -430,7 +427,7 @@ class Adaptation:
 
     def stats(self) -> dict[str, Tensor]:
         """Figures of the last step: `grad_norm`, `update_norm`, `drift`, `forgetting`."""
-        return self._anchored.stats()
+        return self._optimizer.stats()
 
     def forecast(self) -> float | None:
         """Forecast of what the source has lost: see `ForgettingBudget.forecast`."""
@@ -476,7 +473,7 @@ class Adaptation:
             "format": FORMAT,
             "done": self.done,
             "guards": {type(g).__name__: g.state_dict() for g in self.guards},
-            "optimizer": self._anchored.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
             "head_start": self.head_start.state_dict() if self.head_start else {},
         }
 
@@ -488,9 +485,9 @@ class Adaptation:
         """
         check_state(state, self.state_dict())
         self.done = int(state["done"])
-        self._anchored.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         for guard in self.guards:
             guard.load_state_dict(state["guards"][type(guard).__name__])
         if self.head_start is not None:
             self.head_start.load_state_dict(state["head_start"])
-        self._anchored.restrain(math.prod(guard.lr_factor() for guard in self.guards))
+        self._restrain()

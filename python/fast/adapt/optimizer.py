@@ -20,7 +20,7 @@ Groups = list[dict[str, Any]]
 MakeOptimizer = Callable[[Groups], Optimizer]
 
 
-class AnchoredOptimizer:
+class AdaptedOptimizer:
     """An optimizer over backbone and head, anchored at the weights as they are now.
 
     Args:

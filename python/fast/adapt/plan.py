@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.methods import METHODS
+from fast.adapt.schedule import lr_factor
 from fast.data.stream import TrainBatches
 
 DEFAULT_LR = 1e-3
@@ -74,6 +75,10 @@ class Plan:
     max_grad_norm: float | None = None
     grad_accum_steps: int = 1
     forget_budget: str | float | None = None
+
+    def lr_factor(self, step: int) -> float:
+        """Factor of the schedule on the peak learning rate at `step` (0-based)."""
+        return lr_factor(self.schedule, step, self.steps, self.warmup)
 
     def __str__(self) -> str:
         """One line that says what will be done."""

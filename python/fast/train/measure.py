@@ -56,7 +56,6 @@ class Measure:
 
     def measure_before(self, model: nn.Module) -> None:
         self.before = self._source(model)
-        self.started = time.monotonic()
 
     def record(
         self, adaptation: Adaptation, losses: list[Tensor], folder: Any = None

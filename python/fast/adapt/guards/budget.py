@@ -26,7 +26,6 @@ from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
 from fast.adapt.plan import Plan
-from fast.adapt.schedule import lr_factor
 from fast.curvature.card import SourceCard
 from fast.heads import running_statistics
 from fast.optim.groups import ramp_factor
@@ -278,8 +277,7 @@ def _check_budget(
 def _shares_of_the_way(plan: Plan) -> list[float]:
     """Share of the sum of all learning rates of the backbone that is behind after each step."""
     rates = [
-        ramp_factor(step, plan.stall, plan.ramp)
-        * lr_factor(plan.schedule, step, plan.steps, plan.warmup)
+        ramp_factor(step, plan.stall, plan.ramp) * plan.lr_factor(step)
         for step in range(plan.steps)
     ]
     total = sum(rates)
