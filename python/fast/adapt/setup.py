@@ -138,7 +138,8 @@ def settle(
         weighted=uses_card(config, has_card, source is not None),
         head_is_last=last,
         rehearsed=rehearsed,
-        batch_norms=has_batch_norm(model) and micro_batch >= LEAST_FOR_STATISTICS,
+        batch_norms=has_batch_norm(model),
+        small_batches=micro_batch < LEAST_FOR_STATISTICS,
     )
     return Setup(
         plan=plan,
