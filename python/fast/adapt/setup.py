@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ from fast.heads import (
 from fast.heads.find import classes_of
 from fast.heads.forward import check_takes, taking
 from fast.ranks import Ranks
+
+log = logging.getLogger("fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,14 @@ def settle(
         batch_norms=has_batch_norm(model),
         small_batches=micro_batch < LEAST_FOR_STATISTICS,
     )
+    if plan.adapter_rank and (has_card or source is not None):
+        given = "source_inputs" if source is not None else "card"
+        log.info(
+            "%s: method %r changes nothing that the source task uses, so there is nothing to hold; "
+            "source inputs only report what is lost",
+            given,
+            config.method,
+        )
     return Setup(
         plan=plan,
         num_classes=outputs,
