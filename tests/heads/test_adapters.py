@@ -147,21 +147,27 @@ def test_what_is_saved_is_enough_for_both_functions():
     start = ConvNet().eval()
     model = adapted(copy.deepcopy(start))
     state = adapter_state(model)
-    assert set(state) == {f"{n}.{p}" for n in ("features.0", "project") for p in ("weight", "A", "B")}
+    assert set(state) == {
+        f"{n}.{p}" for n in ("features.0", "project") for p in ("weight", "A", "B")
+    }
     assert state["project.A"].shape == (4, 32)
     assert state["project.B"].shape == (16, 4)
     plain = fast.fold_head(copy.deepcopy(model))
     again = attach_adapters(copy.deepcopy(plain), state)
     torch.testing.assert_close(answers(again), answers(model), atol=1e-5, rtol=1e-5)
     with fast.source_task(again):
-        torch.testing.assert_close(again.project(torch.ones(1, 32)), start.project(torch.ones(1, 32)))
+        torch.testing.assert_close(
+            again.project(torch.ones(1, 32)), start.project(torch.ones(1, 32))
+        )
     assert torch.equal(again.project.base_layer.weight, start.project.weight)
     with pytest.raises(ValueError, match=r"adapters are of another network: project differs"):
         attach_adapters(copy.deepcopy(plain), {**state, "project.weight": torch.zeros(2, 2)})
 
 
 def test_a_network_with_adapters_can_be_pickled():
-    model = adapted(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5)).eval())
+    model = adapted(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    )
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(answers(again), answers(model))
     with fast.source_task(again), fast.source_task(model):

@@ -23,6 +23,7 @@ from fast.heads.forward import forward_logits, hooked
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
 
 NAME = "target"
+NO_PEFT = "method 'adapter' needs PEFT: pip install 'fast-task-adaptation[adapter]'"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -215,7 +216,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(
-            "method='adapter' needs PEFT: pip install 'fast-task-adaptation[adapter]'"
-        ) from error
+        raise ImportError(NO_PEFT) from error
     return peft
