@@ -94,8 +94,13 @@ def test_options_that_contradict_each_other_are_named(options, message):
 @pytest.mark.parametrize(
     ("network", "train", "options", "message"),
     [
-        (TextNet, sentences(60, 4), {}, "no batch norms of its own; method='adapter'"),
-        (ConvNet, TRAIN, {"batch_size": 4, "method": "vanilla"}, "too small for batch norms"),
+        (TextNet, sentences(60, 4), {}, "the network has no batch norm; method='adapter'"),
+        (
+            ConvNet,
+            TRAIN,
+            {"batch_size": 4, "method": "vanilla"},
+            "micro-batches of fewer than 8 samples have no statistics",
+        ),
     ],
 )
 def test_nothing_to_switch_is_an_error_with_a_way_out(network, train, options, message):

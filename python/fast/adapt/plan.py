@@ -209,9 +209,8 @@ def plan_for(
     tasks = config.tasks or default_tasks(config, rehearsed=rehearsed, batch_norms=norms)
     if tasks == SWITCHED and not (rank or norms or config.batch_norm):
         raise ValueError(
-            "tasks='switched' switches what is kept per task, and there is nothing: the network has "
-            f"{'micro-batches too small for' if batch_norms else 'no'} batch norms of its own; "
-            "method='adapter' keeps adapters per task"
+            "tasks='switched' switches what is kept per task, and there is nothing: "
+            f"{_no_norms(batch_norms)}; method='adapter' keeps adapters per task"
         )
 
     def setting(value: float | None, default: float) -> float:
@@ -265,6 +264,13 @@ def plan_for(
         grad_accum_steps=config.grad_accum_steps,
         forget_budget=config.forget_budget,
     )
+
+
+def _no_norms(batch_norms: bool) -> str:
+    """Why no batch norms are kept per task."""
+    if not batch_norms:
+        return "the network has no batch norm"
+    return f"micro-batches of fewer than {LEAST_FOR_STATISTICS} samples have no statistics"
 
 
 def _check_kept_head(config: AdaptConfig, rehearsed: str) -> None:

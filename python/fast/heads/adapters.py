@@ -108,8 +108,8 @@ def attach_adapters(
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """For each layer `NAME` with an adapter: `NAME.weight`, the source's, which it adds to; `NAME.A`
-    `[r, in, ...]` and `NAME.B` `[out, r, ...]`. Empty where there are none."""
+    """For each layer `NAME` with an adapter: `NAME.weight`, the source's, to which it adds;
+    `NAME.A` `[r, in, ...]` and `NAME.B` `[out, r, ...]`. Empty where there are none."""
     return {
         f"{name}.{part}": tensor
         for name, layer in adapters(model).items()

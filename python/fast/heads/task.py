@@ -69,7 +69,8 @@ def two_task_modules(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def source_task(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the network answer the source task, with its original head and batch norms, without adapters.
+    """Let the network answer the source task: with its original head, with its batch norms where
+    they are kept per task, and without the target's adapters.
 
     The weights are the current ones, so this measures what the network still knows. Mode, gradients
     and buffers stay as they are. Contexts may be nested.

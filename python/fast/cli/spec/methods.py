@@ -181,5 +181,5 @@ class LandscapeSpec(MethodsSpec):
         still = [m for m in self.methods if m != ALL and METHODS[m].adapter_rank]
         if still:
             raise ValueError(
-                f"--methods: {still[0]} moves no weight of the source task: there is no path to draw"
+                f"--methods: {still[0]} moves no weight of the source task: it has no path to draw"
             )
