@@ -28,6 +28,8 @@ RUNS = {
     "l2-sp": {"method": "l2-sp", "source_inputs": SOURCE, "forget_budget": "5%"},
     "ewc": {"method": "ewc", "schedule": "constant"},
     "replay": {"method": "replay", "source_inputs": SOURCE, "batch_norm": "per_task"},
+    "fast, two functions": {"tasks": "switched", "rehearse": 0.0},
+    "adapter": {"method": "adapter"},
 }
 
 
@@ -77,7 +79,9 @@ def test_a_text_network_and_its_inputs_by_name():
     assert same(mine, theirs)
 
 
-@pytest.mark.parametrize("name", ["fast", "fast, distillation", "fast, budget", "lp-ft", "replay"])
+@pytest.mark.parametrize(
+    "name", ["fast", "fast, distillation", "fast, budget", "lp-ft", "replay", "adapter"]
+)
 def test_a_state_goes_on_to_the_bit(pretrained, name):
     """Through `torch.save`, which then loads tensors and plain values only."""
     whole = network(pretrained)

@@ -13,7 +13,8 @@ TRAIN, KEPT = images(60, 4, seed=1), images(40, 5, seed=3)[0]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", ["wrapped before", "wrapped and run", "compiled in place"])
-def test_a_compiled_network_is_the_network(after):
+@pytest.mark.parametrize("options", [{"source_inputs": KEPT}, {"method": "adapter"}])
+def test_a_compiled_network_is_the_network(after, options):
     torch._dynamo.reset()
     x, weights = TRAIN[0], []
     for compiled in (False, True):
@@ -27,7 +28,7 @@ def test_a_compiled_network_is_the_network(after):
             if after == "wrapped and run":
                 given(x)
         torch.manual_seed(0)
-        adaptation = fast.Adaptation(given, TRAIN, source_inputs=KEPT, steps=4, batch_size=16)
+        adaptation = fast.Adaptation(given, TRAIN, steps=4, batch_size=16, **options)
         model.train()
         for inputs, labels, rows in adaptation.batches():
             logits, penalty = adaptation.forward(inputs, rows, model=given)

@@ -30,6 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "distillation": {"distill": 0.2, "rehearse": 0.0},
     "class weights": {"class_weights": (1.0, 2.0, 0.5), "label_smoothing": 0.1},
     "per_task": {**SOURCE, "batch_norm": "per_task"},
+    "adapter": {"method": "adapter"},
     "own loop": SOURCE,
     "dropout": SOURCE,
     "broken": {},

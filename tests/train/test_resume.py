@@ -54,7 +54,7 @@ def interrupted(monkeypatch, model, at, *args, **options):
             fast.finetune(model, *args, **options)
 
 
-@pytest.mark.parametrize("method", ["fast", "vanilla", "lp-ft", "replay", "rehearsing"])
+@pytest.mark.parametrize("method", ["fast", "vanilla", "lp-ft", "replay", "rehearsing", "adapter"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("kind", ["tensors", "loader"])
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, method, optimizer, kind):

@@ -147,6 +147,8 @@ class Adaptation:
                     any_labels=loss is not None and not isinstance(loss, Loss),
                 )
             check_ranks(setup, ranks)
+            if setup.plan.adapter_rank:
+                bound = None  # it is of weights that stay
             self.num_classes, self._batches = setup.num_classes, setup.batches
             self.sample = setup.sample
             # The source is measured at the pretrained weights, before the network changes.
@@ -430,8 +432,12 @@ class Adaptation:
         return self._optimizer.stats()
 
     def forecast(self) -> float | None:
-        """Forecast of what the source has lost: see `ForgettingBudget.forecast`."""
-        return self.budget.forecast()
+        """Forecast of what the source has lost: see `ForgettingBudget.forecast`.
+
+        With adapters that is 0, where it was not measured.
+        """
+        value = self.budget.forecast()
+        return 0.0 if value is None and self.plan.adapter_rank else value
 
     def finish(self) -> Result:
         """Adopt the average and keep the budget, where the last step has not; stop watching.

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
-from fast.adapt.methods import MethodName
+from fast.adapt.methods import METHODS, MethodName
 
+Tasks = Literal["together", "switched"]
 BatchNormPolicy = Literal["frozen", "per_task", "track"]
 OptimizerName = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
@@ -96,7 +97,9 @@ class AdaptConfig:
     )
     batch_size: int = option(64, "samples per optimizer step", least=1)
     lr: float | None = option(
-        None, "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3)", positive=True
+        None,
+        "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3, adapter 3e-3)",
+        positive=True,
     )
     seed: int = option(0, "seed of head, data order and augmentation", least=0)
 
@@ -158,6 +161,16 @@ class AdaptConfig:
         choices=BatchNormPolicy,
     )
 
+    tasks: str | None = option(
+        None,
+        "one function answers both tasks ('together'), or what is kept per task is switched "
+        "(default: switched where batch norm is per_task, or with adapters)",
+        choices=Tasks,
+    )
+    adapter_rank: int | None = option(
+        None, "adapter: rank of the adapters (default: the method's)", least=1
+    )
+
     optimizer: str = option("adamw", "update rule", choices=OptimizerName)
     schedule: str = option("cosine", "learning-rate schedule", choices=Schedule)
     warmup: int = option(0, "steps of linear warm-up", least=0)
@@ -178,6 +191,11 @@ class AdaptConfig:
             _check_range(f.name, getattr(self, f.name), f.metadata)
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
+        self._check_tasks()
+        if METHODS[self.method].adapter_rank:
+            self._check_adapter()
+        elif self.adapter_rank is not None:
+            raise ValueError(f"adapter_rank is for method 'adapter'; {self.method!r} has none")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         if self.batch_size % self.grad_accum_steps:
@@ -210,6 +228,50 @@ class AdaptConfig:
         """The options that decide what is computed, as JSON has them."""
         options = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in options.items() if name not in self.places()}
+
+    def _check_tasks(self) -> None:
+        """Raise ValueError where `tasks` contradicts another option."""
+        if self.tasks == "together" and self.batch_norm == "per_task":
+            raise ValueError(
+                "tasks='together' has one function, and batch_norm='per_task' makes two: use "
+                "'frozen' or 'track', or tasks='switched'"
+            )
+        if self.tasks == "together" and METHODS[self.method].adapter_rank:
+            raise ValueError(
+                f"tasks='together' has one function, and method {self.method!r} makes two: use "
+                "'fast', or tasks='switched'"
+            )
+        if self.tasks != "switched":
+            return
+        if self.keeps_head:
+            raise ValueError(
+                "tasks='switched' tells two tasks apart, and with head='keep' there is one"
+            )
+        if self.batch_norm in ("frozen", "track") and not METHODS[self.method].adapter_rank:
+            raise ValueError(
+                f"tasks='switched' switches what is kept per task, and with batch_norm="
+                f"{self.batch_norm!r} there is nothing: use 'per_task', or method='adapter'"
+            )
+
+    def _check_adapter(self) -> None:
+        """Raise ValueError for what adapters have no use for."""
+        holds = ("anchor_decay", "distill", "rehearse", "forget_budget")
+        for name in holds:
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} holds the source task, and method 'adapter' changes nothing of it: "
+                    f"leave {name} out"
+                )
+        if self.keeps_head:
+            raise ValueError(
+                "method 'adapter' makes two functions, and head='keep' goes on with one: use "
+                "'fast', or head='new'"
+            )
+        if self.batch_norm == "track":
+            raise ValueError(
+                "batch_norm='track' changes the statistics that the source task uses, and method "
+                "'adapter' changes nothing of it: use 'per_task' or 'frozen'"
+            )
 
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
         """The value as JSON has it: numpy's numbers become Python's."""
@@ -253,6 +315,8 @@ class AdaptOptions(TypedDict, total=False):
     average: int | None
     probe_steps: int | None
     batch_norm: BatchNormPolicy | None
+    tasks: Tasks | None
+    adapter_rank: int | None
     schedule: Schedule
     warmup: int
     grad_accum_steps: int

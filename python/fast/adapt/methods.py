@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MethodName = Literal["fast", "vanilla", "lp-ft", "l2-sp", "ewc", "replay"]
+MethodName = Literal["fast", "vanilla", "lp-ft", "l2-sp", "ewc", "replay", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,7 @@ class Method:
     """What a method sets where the user does not.
 
     Attributes:
+        lr: peak learning rate of the backbone; None: that of all methods.
         max_entropy: zero head on normalised features, else a random head on raw ones.
         head_lr_scale: learning rate of the head, as a multiple of the backbone's.
         anchor_decay: pull towards the pretrained weights.
@@ -31,8 +32,10 @@ class Method:
             under the source's statistics, where no source inputs are given.
         average: steps over which the weights are averaged.
         replay: each step also trains on a batch of source inputs, at twice the cost.
+        adapter_rank: of low-rank adapters, which learn in place of the weights; 0: none.
     """
 
+    lr: float | None = None
     max_entropy: bool = False
     head_lr_scale: float = 1.0
     anchor_decay: float = 0.0
@@ -45,6 +48,7 @@ class Method:
     rehearse: float = 0.0
     average: int = 0
     replay: bool = False
+    adapter_rank: int = 0
 
 
 # Measured on ResNet-20/32, MobileNet and MiniLM: benchmarks/results/, docs/defaults.md.
@@ -75,4 +79,16 @@ METHODS: dict[str, Method] = {
     "ewc": Method(card_decay=100.0),
     # fast.adapt.guards.replay. Nothing else holds the weights.
     "replay": Method(replay=True),
+    # fast.heads.adapters. What learns is the target's alone, so nothing has to be held: it has the
+    # head, head start, ramp and average of `fast`, and none of its guards.
+    "adapter": Method(
+        lr=3e-3,
+        max_entropy=True,
+        head_lr_scale=10.0,
+        stall=5,
+        ramp=30,
+        head_steps=200,
+        average=10,
+        adapter_rank=8,
+    ),
 }

@@ -33,6 +33,7 @@ REHEARSING_LR = 1.5e-3
 EASED = 0.6
 
 SOURCE_INPUTS, TARGET_INPUTS = "source inputs", "target inputs"
+TOGETHER, SWITCHED = "together", "switched"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,10 @@ class Plan:
         rehearsed: whose features: `"source inputs"`, `"target inputs"`, or `""` for none.
         head: `"new"` or `"keep"`.
         weighted: source curvature weights the pull, where the method uses it.
+        tasks: `"together"`: one function, the same weights and statistics, answers both tasks;
+            `"switched"`: two functions, between which `fast.source_task` switches what is kept per
+            task. The heads are switched in both.
+        adapter_rank: of the target's adapters; 0 for none.
 
     The other fields are the options of the same name (`fast.adapt.config.AdaptConfig`).
     """
@@ -68,6 +73,8 @@ class Plan:
     rehearse: float
     average: int
     batch_norm: str
+    tasks: str = TOGETHER
+    adapter_rank: int = 0
     optimizer: str = "adamw"
     schedule: str = "cosine"
     warmup: int = 0
@@ -92,7 +99,16 @@ class Plan:
         first = ""
         if self.head_steps:
             first = f"the head alone for up to {self.head_steps} steps, then "
-        return f"{self.method}: {first}{steps}; {rate}"
+        return f"{self.method}: {first}{steps}; {rate}; {self.functions}"
+
+    @property
+    def functions(self) -> str:
+        """How many functions answer the two tasks, and what is switched between them."""
+        if self.tasks == TOGETHER:
+            return "one function"
+        norms = ["batch norms"] if self.batch_norm == "per_task" else []
+        adapters = ["adapters"] if self.adapter_rank else []
+        return f"two functions: {' and '.join(adapters + norms)} are switched"
 
 
 def rehearse_weight(config: AdaptConfig, source_inputs: bool = True) -> float:
@@ -130,11 +146,29 @@ def uses_card(config: AdaptConfig, card: bool, source_inputs: bool) -> bool:
         card, source_inputs: whether the user gave one, or some.
     """
     method = METHODS[config.method]
+    if method.adapter_rank:
+        return False
     if card:
         return True
     if method.card_decay is None or (method.rehearse and rehearse_weight(config)):
         return False
     return source_inputs or config.method == "ewc"
+
+
+def default_tasks(config: AdaptConfig, *, rehearsed: str, batch_norms: bool) -> str:
+    """The regime of a run whose `tasks` are not given: `Plan.tasks`.
+
+    Args:
+        rehearsed: see `Plan`.
+        batch_norms: batch norms could be kept per task.
+    """
+    if METHODS[config.method].adapter_rank:
+        return SWITCHED
+    if config.batch_norm is not None:
+        return SWITCHED if config.batch_norm == "per_task" else TOGETHER
+    # With statistics of its own the target's features can differ from the source's without any
+    # weight moving. Only rehearsal holds the source under the source's statistics.
+    return SWITCHED if rehearsed and batch_norms and not config.keeps_head else TOGETHER
 
 
 def plan_for(
@@ -147,6 +181,7 @@ def plan_for(
     head_is_last: bool = False,
     rehearsed: str = "",
     batch_norms: bool = False,
+    small_batches: bool = False,
 ) -> Plan:
     """The plan of this run; options that were not given are the method's own.
 
@@ -154,20 +189,29 @@ def plan_for(
         steps, target_size, source_size, rehearsed: see `Plan`.
         weighted: the pull is weighted by source curvature.
         head_is_last: the head's outputs are the logits.
-        batch_norms: the network has batch norm, and micro-batches of `LEAST_FOR_STATISTICS`.
+        batch_norms: the network has batch norm.
+        small_batches: micro-batches are smaller than `LEAST_FOR_STATISTICS`.
 
     Raises:
         ValueError: an option that the method, or a head that is kept, has no use for.
     """
     method = METHODS[config.method]
     ease = EASED if rehearsed else 1.0
-    lr = (REHEARSING_LR if rehearsed else DEFAULT_LR) * (
-        min(1.0, steps / SETTLED) ** 2 if method.ramp else 1.0
-    )
+    lr = method.lr or (REHEARSING_LR if rehearsed else DEFAULT_LR)
+    if method.ramp:
+        lr *= min(1.0, steps / SETTLED) ** 2
     decay = method.card_decay if weighted and method.card_decay is not None else None
     new_head = not config.keeps_head
     if not new_head:
         _check_kept_head(config, rehearsed)
+    rank = int(method.adapter_rank if config.adapter_rank is None else config.adapter_rank)
+    norms = batch_norms and not small_batches
+    tasks = config.tasks or default_tasks(config, rehearsed=rehearsed, batch_norms=norms)
+    if tasks == SWITCHED and not (rank or norms or config.batch_norm):
+        raise ValueError(
+            "tasks='switched' switches what is kept per task, and there is nothing: "
+            f"{_no_norms(batch_norms)}; method='adapter' keeps adapters per task"
+        )
 
     def setting(value: float | None, default: float) -> float:
         return default if value is None else value
@@ -182,10 +226,9 @@ def plan_for(
         stall = setting(config.probe_steps, max(1, round(method.probe * steps)))
     elif config.probe_steps is not None:
         raise ValueError(f"probe_steps is for lp-ft; {config.method} has stall")
-    # With statistics of its own the target's features can differ from the source's without any
-    # weight moving. Only rehearsal holds the source under the source's statistics.
-    per_task = rehearsed and batch_norms and new_head
-    batch_norm = config.batch_norm or ("per_task" if per_task else "frozen")
+    batch_norm = config.batch_norm or ("per_task" if tasks == SWITCHED and norms else "frozen")
+    if batch_norm == "per_task" and not (batch_norms or rank):
+        tasks = TOGETHER  # there are no norms to be switched
     # Per-task norms give the source head features of its own, and a head that is kept has to answer
     # target inputs otherwise: in both cases there is nothing to distil.
     distill = 0.0 if batch_norm == "per_task" or not new_head else ease * method.distill
@@ -211,6 +254,8 @@ def plan_for(
         rehearse=rehearse_weight(config, rehearsed == SOURCE_INPUTS) if rehearsed else 0.0,
         average=int(setting(config.average, min(method.average, steps // 4))),
         batch_norm=batch_norm,
+        tasks=tasks,
+        adapter_rank=rank,
         optimizer=config.optimizer,
         schedule=config.schedule,
         warmup=config.warmup,
@@ -219,6 +264,13 @@ def plan_for(
         grad_accum_steps=config.grad_accum_steps,
         forget_budget=config.forget_budget,
     )
+
+
+def _no_norms(batch_norms: bool) -> str:
+    """Why no batch norms are kept per task."""
+    if not batch_norms:
+        return "the network has no batch norm"
+    return f"micro-batches of fewer than {LEAST_FOR_STATISTICS} samples have no statistics"
 
 
 def _check_kept_head(config: AdaptConfig, rehearsed: str) -> None:

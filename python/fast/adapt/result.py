@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import html
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,29 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast.adapt.config import AdaptConfig
-from fast.adapt.plan import Plan
+from fast.adapt.plan import SWITCHED, Plan
 from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
-from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
+from fast.heads import (
+    adapter_state,
+    adapters,
+    fold_head,
+    places_of,
+    source_norms,
+    task_head,
+    unwrap,
+)
 from fast.models.claim import is_going_on
-from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
+from fast.models.saved import (
+    ADAPTERS_FILE,
+    MODEL_FILE,
+    SOURCE_HEAD_FILE,
+    SOURCE_NORMS_FILE,
+    write_manifest,
+)
 from fast.tensor_files import save_tensors
+
+log = logging.getLogger("fast")
 
 
 @dataclass(kw_only=True, repr=False)
@@ -94,6 +111,8 @@ class Result:
         """What the run came to, for those who look at it."""
         final = self.final
         facts = {"model": type(self.model).__name__, "method": self.config.method}
+        if self.plan is not None:
+            facts["tasks"] = self.plan.tasks
         facts["step"] = str(final["step"])
         for name in ("target_accuracy", "source_accuracy"):
             if final[name] is not None:
@@ -131,7 +150,29 @@ class Result:
                 f"{', '.join(head.auxiliary)}: auxiliary heads keep the source's classes; give "
                 "them as many before loading"
             )
+        if self.plan is not None and self.plan.tasks == SWITCHED:
+            notes.append(
+                f"{self.plan.functions}: {MODEL_FILE} answers the target alone; the source's are "
+                "in the files beside it"
+            )
         return notes
+
+    def merge_adapters(self) -> nn.Module:
+        """Make `model` the plain network of the target alone, in place: `fast.fold_head`.
+
+        Each adapter is added to the weight of its layer, so that a pass costs what it cost before
+        adapting; the source task is then forgotten, and the log says so.
+
+        Returns:
+            `model`.
+
+        Raises:
+            ValueError: there are no adapters.
+        """
+        if not adapters(self.model):
+            raise ValueError("the model has no adapters: method='adapter' makes them")
+        log.info("adapters are merged into the weights: the network answers the target task alone")
+        return fold_head(self.model)
 
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made; each file whole or not at all.
@@ -140,6 +181,9 @@ class Result:
         and a bias in its head (the mean of the features becomes part of it);
         `source_head.safetensors` holds weight and bias of the layer that it replaced, and
         `source_norms.safetensors` the source's batch norms where each task has its own;
+        `adapters.safetensors`, where there are adapters, for each layer `NAME` that has one the
+        source's weight `NAME.weight`, and the factors `NAME.A` and `NAME.B` that are added to it
+        (`fast.heads.attach_adapters`); in `model.safetensors` they are merged;
         `config.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes`
         and history; `data.json` what was read; `manifest.json` the hashes of all.
 
@@ -158,12 +202,13 @@ class Result:
         if head is not None:
             with atomic_file(folder / SOURCE_HEAD_FILE) as path:
                 save_tensors(_plain_layer(head.source), path)
-        norms = source_norms(model)
-        if norms:
-            with atomic_file(folder / SOURCE_NORMS_FILE) as path:
-                save_tensors(_plain_names(norms), path)
-        else:  # of a run before
-            (folder / SOURCE_NORMS_FILE).unlink(missing_ok=True)
+        per_task = {SOURCE_NORMS_FILE: source_norms(model), ADAPTERS_FILE: adapter_state(model)}
+        for name, tensors in per_task.items():
+            if not tensors:  # of a run before
+                (folder / name).unlink(missing_ok=True)
+                continue
+            with atomic_file(folder / name) as path:
+                save_tensors(_plain_names(tensors), path)
         with atomic_file(folder / MODEL_FILE) as path:
             save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
         write_json(folder / "config.json", dataclasses.asdict(self.config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ from fast.heads import (
 from fast.heads.find import classes_of
 from fast.heads.forward import check_takes, taking
 from fast.ranks import Ranks
+
+log = logging.getLogger("fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +141,17 @@ def settle(
         weighted=uses_card(config, has_card, source is not None),
         head_is_last=last,
         rehearsed=rehearsed,
-        batch_norms=has_batch_norm(model) and micro_batch >= LEAST_FOR_STATISTICS,
+        batch_norms=has_batch_norm(model),
+        small_batches=micro_batch < LEAST_FOR_STATISTICS,
     )
+    if plan.adapter_rank and (has_card or source is not None):
+        given = "source_inputs" if source is not None else "card"
+        log.info(
+            "%s: method %r changes nothing that the source task uses, so there is nothing to hold; "
+            "source inputs only report what is lost",
+            given,
+            config.method,
+        )
     return Setup(
         plan=plan,
         num_classes=outputs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from fast.cli.run_key import run_key
 from fast.cli.spec.methods import ALL, MethodsSpec, SweepSpec
 from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
+from fast.heads.adapters import NO_PEFT
 from fast.train.engine import pick_device
 
 KEY_DIGITS = 8
@@ -45,17 +47,22 @@ def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:
 
     Raises:
         ValueError: one was named that needs source inputs, and there are none.
+        ImportError: one was named that needs PEFT, and it is not installed.
     """
-    lacking = []
-    if task.source_inputs is None:
-        lacking = [name for name, method in METHODS.items() if method.replay]
+    inputs, peft = task.source_inputs is not None, importlib.util.find_spec("peft") is not None
+    replay = [name for name, method in METHODS.items() if method.replay and not inputs]
+    adapter = [name for name, method in METHODS.items() if method.adapter_rank and not peft]
     if ALL in methods:
-        if lacking:
-            print(f"note: no source inputs were given: without {', '.join(lacking)}")
-        return [name for name in METHODS if name not in lacking]
+        if replay:
+            print(f"note: no source inputs were given: without {', '.join(replay)}")
+        if adapter:
+            print(f"note: PEFT is not installed: without {', '.join(adapter)}")
+        return [name for name in METHODS if name not in (*replay, *adapter)]
     for name in methods:
-        if name in lacking:
+        if name in replay:
             raise ValueError(f"--methods: {name} trains on source inputs, and none were given")
+        if name in adapter:
+            raise ImportError(f"--methods: {NO_PEFT}")
     return list(methods)
 
 

@@ -1,5 +1,12 @@
 """Heads: find a classifier's last layer, replace it, normalise what it sees, fold it back."""
 
+from fast.heads.adapters import (
+    adapter_state,
+    adapters,
+    add_adapters,
+    attach_adapters,
+    merge_adapters,
+)
 from fast.heads.batch_norm import (
     estimate_statistics,
     has_batch_norm,
@@ -27,6 +34,10 @@ __all__ = [
     "FeatureNorm",
     "Head",
     "TaskHead",
+    "adapter_state",
+    "adapters",
+    "add_adapters",
+    "attach_adapters",
     "by_sample",
     "calibrate",
     "calibrate_from",
@@ -39,6 +50,7 @@ __all__ = [
     "forward_logits",
     "has_batch_norm",
     "in_mode",
+    "merge_adapters",
     "own_parameters",
     "places_of",
     "plain_batch_norm",

@@ -17,26 +17,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.heads.forward import evaluating, forward_logits
-from fast.heads.task import TwoTask
+from fast.heads.task import Overlay, TwoTask, put_over, take_off
 
 
-class _Policy:
-    """Base of the classes that come before a batch norm's own class in its bases."""
-
-    plain_class: type[_BatchNorm]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__mro__[1], self.plain_class), self.__dict__
-
-
-class _Frozen(_Policy):
+class _Frozen(Overlay):
     """Always the source statistics; the affine part still learns."""
 
     def train(self, mode: bool = True) -> Any:
         return cast(Any, super()).train(False)
 
 
-class _Track(_Policy):
+class _Track(Overlay):
     """Plain torch, except that a batch of one value per channel, which has no variance, uses the
     tracked statistics and leaves them as they are."""
 
@@ -66,23 +57,7 @@ class _PerTask(_Track, TwoTask):
         return cast(Any, super()).forward(x)
 
 
-_combinations: dict[tuple[type, type], Any] = {}
-
-
-def _combined(policy: type[_Policy], plain: type[_BatchNorm]) -> Any:
-    """The class of a batch norm of class `plain` under a policy."""
-    if (policy, plain) not in _combinations:
-        name = f"{policy.__name__.strip('_')}{plain.__name__}"
-        _combinations[policy, plain] = type(name, (policy, plain), {"plain_class": plain})
-    return _combinations[policy, plain]
-
-
-def _rebuild(policy: type[_Policy], plain: type[_BatchNorm]) -> nn.Module:
-    combined = _combined(policy, plain)
-    return combined.__new__(combined)
-
-
-_POLICIES = {"frozen": _Frozen, "per_task": _PerTask, "track": _Track}
+_POLICIES: dict[str, type[Overlay]] = {"frozen": _Frozen, "per_task": _PerTask, "track": _Track}
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -115,9 +90,9 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
                     "statistics. Call fast.fold_head(model) first"
                 )
             continue
-        _restore(norm)
+        take_off(norm)
         source = copy.deepcopy(norm).eval().requires_grad_(False) if policy == "per_task" else None
-        norm.__class__ = _combined(_POLICIES[policy], type(norm))
+        put_over(norm, _POLICIES[policy])
         if source is not None:
             norm.add_module("source_norm", source)
         norm.train(norm.training)
@@ -138,6 +113,12 @@ def source_norms(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(norm, _PerTask)
         for key, value in norm.source_norm.state_dict().items()
     }
+
+
+def per_task_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The target's affine parameters of batch norms that are kept per task."""
+    norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
+    return [p for norm in norms for p in norm.parameters(recurse=False)]
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
@@ -170,15 +151,10 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
                         getattr(norm, name).copy_(value)
 
 
-def _restore(norm: _BatchNorm) -> None:
-    if isinstance(norm, _Policy):
-        norm.__class__ = norm.plain_class  # type: ignore[assignment]
-
-
 def plain_batch_norm(model: nn.Module) -> nn.Module:
     """Give every batch norm its own class back; those kept per task keep the target's state."""
     for norm in _batch_norms(model):
         if isinstance(norm, _PerTask):
             del norm.source_norm
-        _restore(norm)
+        take_off(norm)
     return model

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fast.data.labels import check_num_classes
 from fast.data.trees import pick
 from fast.errors import first_line
+from fast.heads.adapters import merge_adapters
 from fast.heads.alone import check_alone, check_declared
 from fast.heads.batch_norm import plain_batch_norm
 from fast.heads.feature_norm import FeatureNorm
@@ -285,7 +286,8 @@ def fold_head(model: nn.Module) -> nn.Module:
     """Make the target head a plain layer again, in place, and drop the source head.
 
     The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), and
-    batch norms get their own class back: nothing of this library remains in the network.
+    batch norms get their own class back, and adapters are added to the weights of their layers:
+    nothing of this library remains in the network, and nothing of the source task.
 
     Returns:
         `model`. Without a replaced head it stays as it is.
@@ -300,4 +302,4 @@ def fold_head(model: nn.Module) -> nn.Module:
             layer.weight.copy_(weight.view_as(layer.weight))
         for parent, attribute, _ in places_of(model, head):
             setattr(parent, attribute, layer)
-    return plain_batch_norm(model)
+    return plain_batch_norm(merge_adapters(model))

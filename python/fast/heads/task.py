@@ -11,6 +11,48 @@ from torch import nn
 from fast.heads.forward import unwrap
 
 
+class Overlay:
+    """Base of classes that are put over a module's own class, in place.
+
+    `isinstance(module, ...)` of the own class stays true, and the module can be copied and pickled.
+
+    Attributes:
+        plain_class: the module's own class.
+    """
+
+    plain_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__mro__[1], self.plain_class), self.__dict__
+
+
+_combinations: dict[tuple[type, type], Any] = {}
+
+
+def _combined(overlay: type[Overlay], plain: type[nn.Module]) -> Any:
+    """The class of a module of class `plain` with `overlay` over it."""
+    if (overlay, plain) not in _combinations:
+        name = f"{overlay.__name__.strip('_')}{plain.__name__}"
+        _combinations[overlay, plain] = type(name, (overlay, plain), {"plain_class": plain})
+    return _combinations[overlay, plain]
+
+
+def _rebuild(overlay: type[Overlay], plain: type[nn.Module]) -> nn.Module:
+    combined = _combined(overlay, plain)
+    return combined.__new__(combined)
+
+
+def put_over(module: nn.Module, overlay: type[Overlay]) -> None:
+    """Put `overlay` over the class of a module."""
+    module.__class__ = _combined(overlay, type(module))
+
+
+def take_off(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if isinstance(module, Overlay):
+        module.__class__ = module.plain_class
+
+
 class TwoTask:
     """Mixin of modules that have parameters for both tasks.
 
@@ -27,7 +69,8 @@ def two_task_modules(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def source_task(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the network answer the source task, with its original head and its batch norms per task.
+    """Let the network answer the source task: with its original head, with its batch norms where
+    they are kept per task, and without the target's adapters.
 
     The weights are the current ones, so this measures what the network still knows. Mode, gradients
     and buffers stay as they are. Contexts may be nested.

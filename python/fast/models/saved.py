@@ -24,12 +24,13 @@ from fast.tensor_files import load_tensors
 MODEL_FILE = "model.safetensors"
 SOURCE_HEAD_FILE = "source_head.safetensors"
 SOURCE_NORMS_FILE = "source_norms.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
-    MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, "config.json", "result.json", "history.jsonl",
-    "job.json", "data.json",
+    MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, "config.json", "result.json",
+    "history.jsonl", "job.json", "data.json",
 )  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
 
     Args:
         folder: has `model.safetensors`; for the source network also `source_head.safetensors`, and
-            `source_norms.safetensors` where each task had its own batch norms.
+            `source_norms.safetensors` where each task had its own batch norms, and
+            `adapters.safetensors` where adapters learned the target.
         model: the plain architecture, with a head for any number of classes; becomes the target
             network.
         sample: a batch of inputs, to find the head by.
@@ -85,16 +87,17 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
         return SavedNetworks(
             target=model, source=None, note=f"{folder} has no source_head.safetensors"
         )
-    norms_file = folder / SOURCE_NORMS_FILE
-    norms = load_tensors(norms_file) if norms_file.is_file() else {}
-    if not norms and _batch_norm_policy(folder) == "per_task":
-        why = "the source's batch norm statistics were kept per task, and are not in the folder"
-        return SavedNetworks(target=model, source=None, note=f"{folder}: {why}")
+    lacking = _lacking(folder)
+    if lacking:
+        return SavedNetworks(target=model, source=None, note=f"{folder}: {lacking}")
     source = copy.deepcopy(model)
-    odd = [n for n, t in norms.items() if shapes.get(n) != t.shape]
-    if odd:
-        raise ValueError(f"{norms_file} is of another network: it has {odd[0]}")
-    source.load_state_dict(norms, strict=False)
+    for own in (folder / SOURCE_NORMS_FILE, folder / ADAPTERS_FILE):
+        if own.is_file():
+            tensors = {n: t for n, t in load_tensors(own).items() if not n.endswith((".A", ".B"))}
+            odd = [n for n, t in tensors.items() if shapes.get(n) != t.shape]
+            if odd:
+                raise ValueError(f"{own} is of another network: it has {odd[0]}")
+            source.load_state_dict(tensors, strict=False)
     old = find_head(source, name=head.name)
     weights = load_tensors(source_file)
     layer = _fit_head(source, old, weights, "", source_file)
@@ -131,9 +134,19 @@ def _fit_head(
     return layer
 
 
-def _batch_norm_policy(folder: Path) -> str | None:
-    path = folder / "config.json"
-    return read_json(path).get("batch_norm") if path.is_file() else None
+def _lacking(folder: Path) -> str:
+    """What of the source was kept per task, and is not in the folder."""
+    config, result = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("config.json", "result.json")
+    )
+    plan = result.get("plan") or {}
+    if plan.get("adapter_rank") and not (folder / ADAPTERS_FILE).is_file():
+        return "the source's weights are below the adapters, which are not in the folder"
+    per_task = config.get("batch_norm") == "per_task"
+    if per_task and not (folder / SOURCE_NORMS_FILE).is_file():
+        return "the source's batch norm statistics were kept per task, and are not in the folder"
+    return ""
 
 
 def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from fast.data.source_inputs import SourceInputs
 from fast.data.stream import TrainBatches
 from fast.data.trees import move, pick
 from fast.heads import (
+    add_adapters,
     by_sample,
     calibrate_from,
     estimate_statistics,
@@ -228,6 +229,8 @@ def prepare(
     set_batch_norm(model, plan.batch_norm)
     if plan.batch_norm == "per_task" and not resuming:
         calibrate_batch_norm(model, batches)
+    if plan.adapter_rank:
+        add_adapters(model, network.head, plan.adapter_rank, setup.sample)
     rehearsed = setup.own if setup.own is not None else samples
     if not plan.source_size:
         rehearsed = None

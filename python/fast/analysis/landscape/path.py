@@ -87,6 +87,11 @@ class PathRecorder:
                 "batch_norm='track' changes the source loss by statistics, which are no place in "
                 "a landscape of weights: use 'frozen' or 'per_task'"
             )
+        if result.plan.adapter_rank:
+            raise ValueError(
+                f"method {result.plan.method!r} moves no weight of the source task: there is no "
+                "path to draw"
+            )
         if len(self.rows) != len(result.history):
             raise ValueError(
                 f"the recorder has weights of {len(self.rows)} evaluations, the run made "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import fast
+from fast.adapt.methods import METHODS
 from fast.analysis.landscape import WeightPath
 from fast.analysis.landscape.draw import draw
 from fast.cli.report.landscape import notes, table
@@ -18,7 +19,8 @@ from fast.figures import save
 
 def run(spec: LandscapeSpec) -> int:
     with opened(spec, "landscape") as (task, folder):
-        paths = [_path(spec, task, method) for method in runnable(spec.methods, task)]
+        methods = [m for m in runnable(spec.methods, task) if not METHODS[m].adapter_rank]
+        paths = [_path(spec, task, method) for method in methods]
         landscape = fast.landscape(
             paths,
             task.source,

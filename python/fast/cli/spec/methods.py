@@ -178,3 +178,8 @@ class LandscapeSpec(MethodsSpec):
             raise ValueError(
                 "--batch-norm track changes the source loss by statistics, not weights: use frozen"
             )
+        still = [m for m in self.methods if m != ALL and METHODS[m].adapter_rank]
+        if still:
+            raise ValueError(
+                f"--methods: {still[0]} moves no weight of the source task: it has no path to draw"
+            )

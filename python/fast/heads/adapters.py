@@ -1,0 +1,220 @@
+"""Low-rank adapters (LoRA: Hu et al. 2022, arXiv 2106.09685) of the target, beside frozen weights.
+
+The layers are PEFT's, one beside each linear layer and convolution of the backbone. Inside
+`fast.source_task` they are off: no weight that the source task uses has changed then, and it is
+answered as it was, to the bit.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fast.data.trees import pick
+from fast.heads.batch_norm import per_task_parameters
+from fast.heads.find import places_of
+from fast.heads.forward import forward_logits, hooked
+from fast.heads.task import Overlay, TwoTask, put_over, take_off
+
+NAME = "target"
+NO_PEFT = "method 'adapter' needs PEFT: pip install 'fast-task-adaptation[adapter]'"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Adapter(Overlay, TwoTask):
+    """One of PEFT's layers, which gives the source task its plain layer.
+
+    Attributes:
+        frozen: parameters of the network that do not learn because adapters do.
+    """
+
+    base_layer: nn.Module
+    frozen: tuple[nn.Parameter, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.answers_source:
+            return self.base_layer(*args, **kwargs)
+        return cast(Any, super()).forward(*args, **kwargs)
+
+
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """The layers with adapters of ours, by their names in the plain network."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _Adapter)}
+
+
+def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> nn.Module:
+    """Give the backbone adapters that learn the target, in place, and freeze all that both tasks
+    use.
+
+    An adapter adds `B A x` to what its layer makes of `x`. `B` is zero at first, so the network
+    answers as before. Linear layers and convolutions get one each, except for the head, and for
+    layers that cannot learn (`requires_grad`), have groups, dilation or another padding than zeros,
+    or do not run by themselves. What is the target's own goes on learning: its head, and batch
+    norms that are kept per task.
+
+    Args:
+        model: a network after `fast.replace_head`.
+        head: its new head.
+        rank: r, the rows of `A` `[r, in]` and the columns of `B` `[out, r]`.
+        sample: a batch of inputs, as `model` takes them.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: there is no layer to adapt, or there are adapters already.
+    """
+    names = _adaptable(model, head, sample)
+    if not names:
+        raise ValueError(
+            f"method='adapter': {type(model).__name__} has no layer to adapt: its backbone needs "
+            "an nn.Linear or a convolution without groups that can learn (requires_grad) and is "
+            "called as a layer; use method='fast'"
+        )
+    _inject(model, names, rank, head)
+    return model
+
+
+def attach_adapters(
+    model: nn.Module, state: dict[str, Tensor], head: nn.Module | None = None
+) -> nn.Module:
+    """Give a network the adapters of a file, in place, with the source's weights below them.
+
+    Args:
+        model: a network of the target, of `fast.replace_head` or plain.
+        state: what `adapter_state` gave.
+        head: of the network, which goes on learning.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the adapters are of another network; the message names the first layer.
+    """
+    ranks = {name.removesuffix(".A"): len(a) for name, a in state.items() if name.endswith(".A")}
+    modules = dict(model.named_modules())
+    for name in ranks:
+        weight, saved = getattr(modules.get(name), "weight", None), state.get(f"{name}.weight")
+        if saved is None or not isinstance(weight, Tensor) or weight.shape != saved.shape:
+            raise ValueError(f"the adapters are of another network: {name} differs")
+    _inject(model, list(ranks), max(ranks.values()), head)
+    with torch.no_grad():
+        for name, layer in adapters(model).items():
+            for part, tensor in _parts(layer).items():
+                tensor.copy_(state[f"{name}.{part}"])
+    return model
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """For each layer `NAME` with an adapter: `NAME.weight`, the source's, to which it adds;
+    `NAME.A` `[r, in, ...]` and `NAME.B` `[out, r, ...]`. Empty where there are none."""
+    return {
+        f"{name}.{part}": tensor
+        for name, layer in adapters(model).items()
+        for part, tensor in _parts(layer).items()
+    }
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Add each adapter to the weight of its layer, in place: a plain network, of the target alone.
+
+    What was frozen for the source's sake can learn again.
+    """
+    for layer in adapters(model).values():
+        take_off(layer)
+        layer.merge()
+        for parent, attribute, _ in places_of(model, layer):
+            setattr(parent, attribute, layer.base_layer)
+        for parameter in layer.frozen:
+            parameter.requires_grad_(True)
+        del layer.frozen
+    return model
+
+
+def _parts(layer: Any) -> dict[str, Tensor]:
+    a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    return {"weight": layer.base_layer.weight, "A": a, "B": b}
+
+
+def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> list[str]:
+    """Names of the layers that get an adapter."""
+    inside = set(head.modules())
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    linear = (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
+    names = {}
+    for name, layer in model.named_modules():
+        # Subclasses may do other things with their weight.
+        plain = type(layer) in linear or (type(layer) in CONVOLUTIONS and _is_simple(layer))
+        if plain and layer not in inside and layer.weight.requires_grad:  # type: ignore[union-attr]
+            names[name] = layer
+    ran = _that_run(model, list(names.values()), sample)
+    return [name for name, layer in names.items() if layer in ran]
+
+
+def _is_simple(layer: Any) -> bool:
+    """Whether PEFT's adapter of a convolution sees what the convolution sees."""
+    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+
+
+def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.Module]:
+    """The layers whose `forward` is called.
+
+    Attention, and an `nn.TransformerEncoderLayer` in evaluation, read the weights of layers that
+    they never call, and would miss an adapter. Forward hooks do not tell: they change the way.
+    """
+    ran: set[nn.Module] = set()
+
+    def run(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.add(layer)
+        return forward(*args, **kwargs)
+
+    for layer in layers:
+        layer.forward = partial(run, layer, layer.forward)  # type: ignore[method-assign]
+    try:
+        with hooked(model):
+            forward_logits(model, pick(sample, slice(2)))
+    finally:
+        for layer in layers:
+            del layer.forward
+    return ran
+
+
+def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | None) -> None:
+    peft = _peft()
+    if any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            "method='adapter': the network has adapters of PEFT already; merge them "
+            "(merge_and_unload), or train them with method='fast'"
+        )
+    learns = [p for p in model.parameters() if p.requires_grad]
+    own = {id(p) for p in per_task_parameters(model)}
+    own |= set() if head is None else {id(p) for p in head.parameters()}
+    frozen = tuple(p for p in learns if id(p) not in own)
+    layers = {name: model.get_submodule(name) for name in names}
+    places = {name: places_of(model, layer) for name, layer in layers.items()}
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="|".join(re.escape(name) for name in names)
+    )
+    with warnings.catch_warnings():
+        # It sees for itself which weights are stored as `[in, out]`, and says so.
+        warnings.filterwarnings("ignore", ".*fan_in_fan_out")
+        peft.inject_adapter_in_model(config, model, NAME)
+    del model.peft_config
+    for name in names:
+        adapter = model.get_submodule(name)
+        put_over(adapter, _Adapter)
+        adapter.frozen = frozen  # type: ignore[assignment]
+        for parent, attribute, _ in places[name]:
+            setattr(parent, attribute, adapter)
+    for parameter in learns:  # PEFT has frozen them all
+        parameter.requires_grad_(id(parameter) in own)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(NO_PEFT) from error
+    return peft
