@@ -103,7 +103,7 @@ def main() -> None:
 
     pairs = args.pairs.split(",")
     settings = [
-        {"pair": pair, "method": method, "lr": learning_rates(method, True)[0], "seed": int(seed)}
+        {"pair": pair, "method": method, "lr": learning_rates(method)[0], "seed": int(seed)}
         for seed in args.seeds.split(",")
         for pair in pairs
         for method in (*(f"{FREE}:forget_budget={budget}" for budget in budgets(pair)), FREE)

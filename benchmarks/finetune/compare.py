@@ -11,7 +11,7 @@ from itertools import product
 
 from benchmarks.common import arguments, commits, complete, machine, save, table
 from benchmarks.finetune.figures import Runs, best_rate, final, lost, source_change, steps_to
-from benchmarks.finetune.runs import learning_rates, run
+from benchmarks.finetune.runs import learning_rates, rate, run
 
 PAIRS = "resnet20 -> sign_digits,resnet20 -> gtsrb,mobilenet 0.25 -> flowers,minilm -> banking77"
 
@@ -31,7 +31,7 @@ def report(records: Runs) -> list[str]:
             rows.append(
                 {
                     "pair": pair,
-                    "method, lr": f"{method}, {runs[0]['lr']:g}",
+                    "method, lr": f"{method}, {rate(runs)}",
                     "seeds": len(runs),
                     "target accuracy": f"{100 * final(runs, 'target_accuracy'):.1f} %",
                     "source accuracy": source_change(runs),

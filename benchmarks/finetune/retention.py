@@ -27,7 +27,7 @@ from benchmarks.finetune.figures import (
     source_change,
     steps_to,
 )
-from benchmarks.finetune.runs import learning_rates, run
+from benchmarks.finetune.runs import learning_rates, rate, run
 from benchmarks.real_pairs import README_PAIRS
 
 METHODS = "fast,vanilla,lp-ft,l2-sp,ewc,replay"
@@ -56,7 +56,7 @@ def accuracies(by_pair: dict[str, Methods]) -> list[str]:
             rows.append(
                 {
                     "pair": pair,
-                    "method, lr": f"{method}, {runs[0]['lr']:g}",
+                    "method, lr": f"{method}, {rate(runs)}",
                     "seeds": len(runs),
                     "target accuracy": f"{mean(targets):.1f}{spread} %",
                     "source accuracy": source_change(runs),
@@ -166,7 +166,7 @@ def main() -> None:
     pairs, methods = args.pairs.split(","), args.methods.split(",")
     first, *others = map(int, args.seeds.split(","))
 
-    def completed(pair: str, seeds: list[int], rates: dict[str, tuple[float, ...]]) -> Runs:
+    def completed(pair: str, seeds: list[int], rates: dict[str, tuple[float | None, ...]]) -> Runs:
         settings = [
             {"pair": pair, "method": method, "lr": lr, "seed": seed}
             for seed in seeds
@@ -178,7 +178,7 @@ def main() -> None:
 
     # Pair by pair: what is finished when it is stopped makes whole rows.
     for pair in pairs:
-        records = completed(pair, [first], {m: learning_rates(m, True) for m in methods})
+        records = completed(pair, [first], {m: learning_rates(m) for m in methods})
         best = {m: best_rate(records, pair, m, first_seed_only=True)[0]["lr"] for m in methods}
         records = completed(pair, others, {m: (lr,) for m, lr in best.items()})
     save(args.name, report([r for r in records if r["pair"] in pairs]))

@@ -12,9 +12,9 @@ import torch
 import fast
 from benchmarks.common import Record, machine
 from benchmarks.real_pairs import real_pair
-from fast.adapt.plan import DEFAULT_LR, REHEARSING_LR
 
-# FAST runs at its default; every baseline at the better of two.
+# These run at their default; every baseline at the better of two rates.
+OURS = ("fast", "adapter")
 BASELINE_RATES = (3e-4, 1e-3)
 HISTORY = (
     "step", "loss", "target_accuracy", "target_loss", "source_accuracy", "source_loss",
@@ -29,22 +29,24 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     return method, {name: ast.literal_eval(value) for name, value in pairs}
 
 
-def learning_rates(spec: str, with_source_inputs: bool = False) -> tuple[float, ...]:
-    """Those to try: the default for `fast`, unless its spec names another; two for baselines."""
+def learning_rates(spec: str) -> tuple[float | None, ...]:
+    """Those to try: the default (None) for `fast`, unless its spec names one; two for baselines."""
     method, options = parse(spec)
     if "lr" in options:
         return (options["lr"],)
-    if method != "fast":
-        return BASELINE_RATES
-    rehearses = with_source_inputs and options.get("rehearse") != 0
-    return (REHEARSING_LR if rehearses else DEFAULT_LR,)
+    return (None,) if method in OURS else BASELINE_RATES
+
+
+def rate(runs: list[Record]) -> str:
+    """The learning rate of these runs, for a table."""
+    return "default" if runs[0]["lr"] is None else f"{runs[0]['lr']:g}"
 
 
 def run(
     *,
     pair: str,
     method: str,
-    lr: float,
+    lr: float | None,
     seed: int,
     data: Path,
     evaluations: Mapping[str, int],

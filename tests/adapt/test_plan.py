@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fast
+from fast.adapt.defaults import LEAST_STEPS, SETTLED, steps_for
 from fast.adapt.methods import METHODS
-from fast.adapt.plan import LEAST_STEPS, SETTLED, plan_for, steps_for
+from fast.adapt.plan import plan_for
 from fast.data.dataset import as_data
 from fast.data.stream import TrainBatches
 from fast.train.config import TrainConfig

@@ -7,8 +7,9 @@ import json
 import pytest
 
 import fast
+from fast.adapt.defaults import EASED, REHEARSING_LR, SETTLED
 from fast.adapt.methods import METHODS
-from fast.adapt.plan import EASED, REHEARSING_LR, SETTLED, plan_for
+from fast.adapt.plan import plan_for
 from fast.cli.commands import demo
 from fast.cli.commands.retention import settings
 from fast.train.config import TrainConfig

@@ -5,35 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fast.adapt.config import AdaptConfig
+from fast.adapt.defaults import (
+    EASED,
+    LEAST_FOR_STATISTICS,
+    SOURCE_INPUTS,
+    SWITCHED,
+    TARGET_INPUTS,
+    TOGETHER,
+    default_clip,
+    default_lr,
+    default_tasks,
+    rehearse_weight,
+)
 from fast.adapt.methods import METHODS
 from fast.adapt.schedule import lr_factor
-from fast.data.stream import TrainBatches
-
-DEFAULT_LR = 1e-3
-DEFAULT_EPOCHS = 3
-# Features of target inputs have to change, so they are held less hard than those of source inputs:
-# 300 sign digits were learned to 87.2 instead of 84.0 %, and 300 texts of banking77 cost 1.3
-# instead of 2.7 points.
-OWN_SHARE = 0.3
-# A few hundred photos make two or three steps an epoch, and three epochs of them end inside the
-# ramp (benchmarks/finetune/short_runs.py).
-LEAST_STEPS = 100
-# A shorter run has its rate cut by the square of its share: what the first steps do to a fragile
-# network, later ones mend, and there are none. Ten steps from 20 flowers cost MobileNet 6 points of
-# target with a cut in proportion, and 0.7 with this.
-SETTLED = 60
-# A micro-batch of fewer samples has a mean and a variance that are too noisy to normalise by.
-LEAST_FOR_STATISTICS = 8
-# Averaged weights bear more noise, and a run that rehearses does not lose the source by it. Against
-# 1e-3, signs and sign digits take 40 % fewer steps to the same accuracy, flowers and clothes about
-# as many, and the source is no worse (benchmarks/finetune/retention.py).
-REHEARSING_LR = 1.5e-3
-# Rehearsal holds the function on source inputs directly, and needs less of what holds it by proxy:
-# on GTSRB a card's pull of 20 beside rehearsal cost 5 points of target accuracy and kept nothing.
-EASED = 0.6
-
-SOURCE_INPUTS, TARGET_INPUTS = "source inputs", "target inputs"
-TOGETHER, SWITCHED = "together", "switched"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,66 +96,6 @@ class Plan:
         return f"two functions: {' and '.join(adapters + norms)} are switched"
 
 
-def rehearse_weight(config: AdaptConfig, source_inputs: bool = True) -> float:
-    """Weight of keeping the features of source inputs, or else of the target's own."""
-    if config.rehearse is not None:
-        return config.rehearse
-    if config.keeps_head and not source_inputs:
-        return 0.0  # the network's answers to target inputs are what has to change
-    return METHODS[config.method].rehearse * (1.0 if source_inputs else OWN_SHARE)
-
-
-def rehearsed_by(config: AdaptConfig, source_inputs: bool) -> str:
-    """Whose features a run keeps: `Plan.rehearsed`."""
-    if not rehearse_weight(config, source_inputs):
-        return ""
-    return SOURCE_INPUTS if source_inputs else TARGET_INPUTS
-
-
-def steps_for(config: AdaptConfig, batches: TrainBatches) -> int:
-    """Length of the run: what the options say, else three epochs and at least `LEAST_STEPS`."""
-    if config.steps is not None:
-        return config.steps
-    if config.epochs is not None:
-        return batches.steps_for(config.epochs)
-    return max(LEAST_STEPS, batches.steps_for(DEFAULT_EPOCHS))
-
-
-def uses_card(config: AdaptConfig, card: bool, source_inputs: bool) -> bool:
-    """Whether a run has a card, of the user's or its own.
-
-    Rehearsal keeps more than a card does (docs/research.md), so a method that rehearses by itself
-    makes none. `ewc` makes its card of target inputs where there are no source inputs.
-
-    Args:
-        card, source_inputs: whether the user gave one, or some.
-    """
-    method = METHODS[config.method]
-    if method.adapter_rank:
-        return False
-    if card:
-        return True
-    if method.card_decay is None or (method.rehearse and rehearse_weight(config)):
-        return False
-    return source_inputs or config.method == "ewc"
-
-
-def default_tasks(config: AdaptConfig, *, rehearsed: str, batch_norms: bool) -> str:
-    """The regime of a run whose `tasks` are not given: `Plan.tasks`.
-
-    Args:
-        rehearsed: see `Plan`.
-        batch_norms: batch norms could be kept per task.
-    """
-    if METHODS[config.method].adapter_rank:
-        return SWITCHED
-    if config.batch_norm is not None:
-        return SWITCHED if config.batch_norm == "per_task" else TOGETHER
-    # With statistics of its own the target's features can differ from the source's without any
-    # weight moving. Only rehearsal holds the source under the source's statistics.
-    return SWITCHED if rehearsed and batch_norms and not config.keeps_head else TOGETHER
-
-
 def plan_for(
     config: AdaptConfig,
     *,
@@ -181,7 +106,9 @@ def plan_for(
     head_is_last: bool = False,
     rehearsed: str = "",
     batch_norms: bool = False,
+    layer_norms: bool = False,
     small_batches: bool = False,
+    samples: int | None = None,
 ) -> Plan:
     """The plan of this run; options that were not given are the method's own.
 
@@ -189,17 +116,15 @@ def plan_for(
         steps, target_size, source_size, rehearsed: see `Plan`.
         weighted: the pull is weighted by source curvature.
         head_is_last: the head's outputs are the logits.
-        batch_norms: the network has batch norm.
+        batch_norms, layer_norms: the network has such norms.
         small_batches: micro-batches are smaller than `LEAST_FOR_STATISTICS`.
+        samples: of the training data, where their number is known.
 
     Raises:
         ValueError: an option that the method, or a head that is kept, has no use for.
     """
     method = METHODS[config.method]
     ease = EASED if rehearsed else 1.0
-    lr = method.lr or (REHEARSING_LR if rehearsed else DEFAULT_LR)
-    if method.ramp:
-        lr *= min(1.0, steps / SETTLED) ** 2
     decay = method.card_decay if weighted and method.card_decay is not None else None
     new_head = not config.keeps_head
     if not new_head:
@@ -238,7 +163,10 @@ def plan_for(
         target_size=target_size,
         source_size=source_size,
         rehearsed=rehearsed,
-        lr=setting(config.lr, lr),
+        lr=setting(
+            config.lr,
+            default_lr(config, steps=steps, rehearsed=bool(rehearsed), layer_norms=layer_norms),
+        ),
         head="new" if new_head else "keep",
         weighted=weighted,
         max_entropy=new_head
@@ -251,7 +179,7 @@ def plan_for(
         stall=int(stall),
         ramp=int(setting(config.ramp, ease * method.ramp)),
         head_steps=head_steps,
-        rehearse=rehearse_weight(config, rehearsed == SOURCE_INPUTS) if rehearsed else 0.0,
+        rehearse=rehearse_weight(config, rehearsed == SOURCE_INPUTS, samples) if rehearsed else 0.0,
         average=int(setting(config.average, min(method.average, steps // 4))),
         batch_norm=batch_norm,
         tasks=tasks,
@@ -260,7 +188,7 @@ def plan_for(
         schedule=config.schedule,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=config.max_grad_norm or default_clip(config),
         grad_accum_steps=config.grad_accum_steps,
         forget_budget=config.forget_budget,
     )

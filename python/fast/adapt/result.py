@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast.adapt.config import AdaptConfig
-from fast.adapt.plan import SWITCHED, Plan
+from fast.adapt.defaults import SWITCHED
+from fast.adapt.plan import Plan
 from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import (

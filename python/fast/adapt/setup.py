@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fast.adapt.config import AdaptConfig
-from fast.adapt.guards.rehearse import OWN_INPUTS, make_room
-from fast.adapt.network.head_start import head_is_last
-from fast.adapt.plan import (
+from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
     TARGET_INPUTS,
-    Plan,
-    plan_for,
     rehearsed_by,
     steps_for,
     uses_card,
 )
+from fast.adapt.guards.rehearse import OWN_INPUTS, make_room
+from fast.adapt.network.head_start import head_is_last
+from fast.adapt.plan import Plan, plan_for
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels, check_num_classes
@@ -33,6 +32,7 @@ from fast.heads import (
     find_head,
     forward_logits,
     has_batch_norm,
+    has_layer_norm,
     source_task,
 )
 from fast.heads.find import classes_of
@@ -142,7 +142,9 @@ def settle(
         head_is_last=last,
         rehearsed=rehearsed,
         batch_norms=has_batch_norm(model),
+        layer_norms=has_layer_norm(model),
         small_batches=micro_batch < LEAST_FOR_STATISTICS,
+        samples=data.num_samples,
     )
     if plan.adapter_rank and (has_card or source is not None):
         given = "source_inputs" if source is not None else "card"

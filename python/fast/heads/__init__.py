@@ -10,6 +10,7 @@ from fast.heads.adapters import (
 from fast.heads.batch_norm import (
     estimate_statistics,
     has_batch_norm,
+    has_layer_norm,
     plain_batch_norm,
     running_statistics,
     set_batch_norm,
@@ -49,6 +50,7 @@ __all__ = [
     "folds_positions",
     "forward_logits",
     "has_batch_norm",
+    "has_layer_norm",
     "in_mode",
     "merge_adapters",
     "own_parameters",

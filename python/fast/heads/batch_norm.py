@@ -104,6 +104,14 @@ def has_batch_norm(model: nn.Module) -> bool:
     return bool(_batch_norms(model))
 
 
+def has_layer_norm(model: nn.Module) -> bool:
+    """Whether a network has layer norms, or what other libraries name so (T5LayerNorm, RMSNorm)."""
+    return any(
+        name.startswith(("LayerNorm", "RMSNorm")) or name.endswith(("LayerNorm", "RMSNorm"))
+        for name in (type(module).__name__ for module in model.modules())
+    )
+
+
 def source_norms(model: nn.Module) -> dict[str, Tensor]:
     """The state of the source's batch norms that are kept per task, by its names in the plain
     network; empty where none are."""

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.adapt.defaults import TARGET_INPUTS
 from fast.adapt.guards.base import Guard, Seen, SourceBatch
-from fast.adapt.plan import TARGET_INPUTS
 from fast.data.dataset import Data
 from fast.data.source_inputs import SourceInputs
 from fast.data.stream import TrainBatches, row_batches

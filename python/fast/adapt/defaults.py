@@ -1,0 +1,139 @@
+"""What a run does where the user does not say: its length, its rate, what it keeps and how hard.
+
+The rules read the amount of data, the norms of the network, and whether there are source inputs;
+never which network or data they are. docs/defaults.md has them as a table, with measurements.
+"""
+
+from __future__ import annotations
+
+from fast.adapt.config import AdaptConfig
+from fast.adapt.methods import METHODS
+from fast.data.stream import TrainBatches
+
+SOURCE_INPUTS, TARGET_INPUTS = "source inputs", "target inputs"
+TOGETHER, SWITCHED = "together", "switched"
+
+DEFAULT_EPOCHS = 3
+# A few hundred photos make two or three steps an epoch, and three epochs of them end inside the
+# ramp (benchmarks/finetune/short_runs.py).
+LEAST_STEPS = 100
+# A shorter run has its rate cut by the square of its share: what the first steps do to a fragile
+# network, later ones mend, and there are none. Ten steps from 20 flowers cost MobileNet 6 points of
+# target with a cut in proportion, and 0.7 with this.
+SETTLED = 60
+# A micro-batch of fewer samples has a mean and a variance that are too noisy to normalise by.
+LEAST_FOR_STATISTICS = 8
+
+DEFAULT_LR = 1e-3
+# Averaged weights bear more noise, and a run that rehearses does not lose the source by it. Against
+# 1e-3, signs and sign digits take 40 % fewer steps to the same accuracy, flowers and clothes about
+# as many, and the source is no worse (benchmarks/finetune/retention.py).
+REHEARSING_LR = 1.5e-3
+# Networks with layer norms, transformers most of all, are fine-tuned at lower rates. MiniLM learned
+# trec6 to 94.5 % at either, and lost 2.2 points of its source skill at this one, 5.0 at the other;
+# a MobileNet with no norms lost no less and learned 0.8 points less at this one.
+LAYER_NORM_LR = 5e-4
+# A step of SGD with momentum is as long as its gradients, and Adam's as its rate. ResNet-20 learned
+# sign digits in 100 steps to 96.1 % at 0.03, and lost 0.9 points; at 0.1 it lost 5.0.
+SGD_FACTOR = 20.0
+
+# Features of target inputs have to change, and all the more where samples are few: what is kept is
+# then not learned, and the head, which learns them by heart, asks the backbone for less. With 100
+# sign digits a weight of 1 learned 74, one of 0.1 learned 78 %; with 2,000 to 5,000 samples it cost
+# 1 point of target and kept 1 to 5 of the source (docs/defaults.md).
+PLENTY = 2000
+LEAST_SHARE = 0.1
+# Rehearsal holds the function on source inputs directly, and needs less of what holds it by proxy:
+# on GTSRB a card's pull of 20 beside rehearsal cost 5 points of target accuracy and kept nothing.
+EASED = 0.6
+
+
+def own_share(samples: int | None) -> float:
+    """Weight of keeping the features of target inputs, as a share of that of source inputs.
+
+    Args:
+        samples: of the training data; None where their number is not known.
+    """
+    return 1.0 if samples is None else min(1.0, max(LEAST_SHARE, samples / PLENTY))
+
+
+def rehearse_weight(
+    config: AdaptConfig, source_inputs: bool = True, samples: int | None = None
+) -> float:
+    """Weight of keeping the features of source inputs, or else of the target's own."""
+    if config.rehearse is not None:
+        return config.rehearse
+    if config.keeps_head and not source_inputs:
+        return 0.0  # the network's answers to target inputs are what has to change
+    return METHODS[config.method].rehearse * (1.0 if source_inputs else own_share(samples))
+
+
+def default_lr(config: AdaptConfig, *, steps: int, rehearsed: bool, layer_norms: bool) -> float:
+    """Peak learning rate of the backbone.
+
+    Args:
+        rehearsed: features are kept, and restrain the rate where they move too far.
+        layer_norms: the network has layer norms.
+    """
+    method = METHODS[config.method]
+    rehearsing = LAYER_NORM_LR if layer_norms else REHEARSING_LR
+    lr = method.lr or (rehearsing if rehearsed else DEFAULT_LR)
+    if config.optimizer == "sgd":
+        lr *= SGD_FACTOR
+    return lr * min(1.0, steps / SETTLED) ** 2 if method.ramp else lr
+
+
+def rehearsed_by(config: AdaptConfig, source_inputs: bool) -> str:
+    """Whose features a run keeps: `Plan.rehearsed`."""
+    if not rehearse_weight(config, source_inputs):
+        return ""
+    return SOURCE_INPUTS if source_inputs else TARGET_INPUTS
+
+
+def steps_for(config: AdaptConfig, batches: TrainBatches) -> int:
+    """Length of the run: what the options say, else three epochs and at least `LEAST_STEPS`."""
+    if config.steps is not None:
+        return config.steps
+    if config.epochs is not None:
+        return batches.steps_for(config.epochs)
+    return max(LEAST_STEPS, batches.steps_for(DEFAULT_EPOCHS))
+
+
+def uses_card(config: AdaptConfig, card: bool, source_inputs: bool) -> bool:
+    """Whether a run has a card, of the user's or its own.
+
+    Rehearsal keeps more than a card does (docs/research.md), so a method that rehearses by itself
+    makes none. `ewc` makes its card of target inputs where there are no source inputs.
+
+    Args:
+        card, source_inputs: whether the user gave one, or some.
+    """
+    method = METHODS[config.method]
+    if method.adapter_rank:
+        return False
+    if card:
+        return True
+    if method.card_decay is None or (method.rehearse and rehearse_weight(config)):
+        return False
+    return source_inputs or config.method == "ewc"
+
+
+def default_clip(config: AdaptConfig) -> float | None:
+    """Largest gradient norm of a step of SGD, which nothing else bounds; None for any other."""
+    return SGD_CLIP if config.optimizer == "sgd" and METHODS[config.method].ramp else None
+
+
+def default_tasks(config: AdaptConfig, *, rehearsed: str, batch_norms: bool) -> str:
+    """The regime of a run whose `tasks` are not given: `Plan.tasks`.
+
+    Args:
+        rehearsed: see `Plan`.
+        batch_norms: batch norms could be kept per task.
+    """
+    if METHODS[config.method].adapter_rank:
+        return SWITCHED
+    if config.batch_norm is not None:
+        return SWITCHED if config.batch_norm == "per_task" else TOGETHER
+    # With statistics of its own the target's features can differ from the source's without any
+    # weight moving. Only rehearsal holds the source under the source's statistics.
+    return SWITCHED if rehearsed and batch_norms and not config.keeps_head else TOGETHER
