@@ -177,7 +177,9 @@ class AdaptConfig:
     warmup: int = option(0, "steps of linear warm-up", least=0)
     grad_accum_steps: int = option(1, "micro-batches per optimizer step", least=1)
     max_grad_norm: float | None = option(
-        None, "clip the global gradient norm to this", positive=True
+        None,
+        "clip the global gradient norm to this (default: 1 with sgd and a ramp, else none)",
+        positive=True,
     )
 
     def __post_init__(self) -> None:
