@@ -28,7 +28,7 @@ PAIRS = "resnet20 -> sign_digits,resnet20 -> omniglot,minilm -> trec6,mobilenet 
 RATES = (3e-3, 1e-3, 6e-3)
 LPFT = "lp-ft:batch_norm='per_task'"
 ADAPTER, WIDE = "adapter", "adapter:adapter_rank=16"
-# Of `lp-ft`, the rate of each network that was better before.
+# LP-FT has the rate that was better for each network before.
 LPFT_RATES = {"resnet20": 1e-3, "minilm": 3e-4, "mobilenet 0.25": 3e-4}
 BATCH, WARM_UP, STEPS = 32, 3, 15
 

@@ -298,6 +298,12 @@ def test_statistics_of_batch_norm_are_no_place():
     adapt("vanilla", TextNet(5), (sentences(20, 5)), sentences(20, 3), batch_norm="track")
 
 
+def test_adapters_have_no_path():
+    pytest.importorskip("peft", reason="peft is not installed")
+    with pytest.raises(ValueError, match="method 'adapter' moves no weight of the source task"):
+        adapt("adapter")
+
+
 def test_a_recorder_is_for_one_run():
     recorder = fast.PathRecorder(SOURCE)
     options = {"steps": 2, "source": recorder, "method": "vanilla"}

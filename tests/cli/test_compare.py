@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -207,6 +208,8 @@ def test_all_methods_are_those_that_have_what_they_need(job):
     assert code == 0, err
     assert "note: no source inputs were given: without replay" in out
     assert all(f"\n{m} " in out for m in ("fast", "vanilla", "lp-ft", "l2-sp", "ewc"))
+    peft = importlib.util.find_spec("peft") is not None
+    assert peft == ("\nadapter " in out) != ("note: PEFT is not installed" in out)
     code, _, err = job.fast("compare", *job.args, "--methods", "vanilla,replay", "--steps", 2)
     assert code == 2
     assert "--methods: replay trains on source inputs, and none were given" in err

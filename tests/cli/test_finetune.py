@@ -52,6 +52,26 @@ def test_methods_and_default_folder(job, method):
     assert (job.folder / "runs" / f"Net-target-{method}" / "model.safetensors").exists()
 
 
+def test_adapters_and_the_regime_that_is_asked_for(job):
+    pytest.importorskip("peft", reason="peft is not installed")
+    switched = ("--method", "adapter", "--tasks", "switched", "--adapter-rank", 4)
+    code, _, err = job.fast("finetune", *job.args, *RUN, *switched)
+    assert code == 0, err
+    assert "two functions: adapters and batch norms are switched" in err
+    result = json.loads((job.folder / "out" / "result.json").read_text())
+    assert result["target_accuracy"] > 0.8
+    assert result["source_accuracy"] == result["source_accuracy_before"]
+    assert (result["plan"]["tasks"], result["plan"]["adapter_rank"]) == ("switched", 4)
+    assert len(load_file("out/adapters.safetensors")["conv.A"]) == 4
+    runpy.run_path("nets.py")["Net"](4).load_state_dict(load_file("out/model.safetensors"))
+    code, out, err = job.fast("finetune", *job.args, "--plan", "--tasks", "together")
+    assert code == 0, err
+    assert "; one function" in out
+    code, _, err = job.fast("finetune", *job.args, *switched[:2], "--tasks", "together")
+    assert code == 2
+    assert "method 'adapter' makes two" in err
+
+
 def test_without_source(job):
     args = [a for a in job.args if a not in ("--source", "source.npz")]
     code, out, err = job.fast("finetune", *args, "--epochs", 1)

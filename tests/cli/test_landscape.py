@@ -53,6 +53,7 @@ def test_demo_needs_no_files(job, monkeypatch):
         (["--source", "target.npz"], "--source target.npz: labels must be 0..2"),
         (["--lr", "1e-30"], "the weights did not move"),
         (["--batch-norm", "track"], "--batch-norm track changes the source loss"),
+        (["--methods", "fast,adapter"], "--methods: adapter moves no weight of the source task"),
         (["--demo"], "--demo brings its own model and data; drop --model"),
     ],
 )

@@ -50,7 +50,7 @@ def put_over(module: nn.Module, overlay: type[Overlay]) -> None:
 def take_off(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, Overlay):
-        module.__class__ = module.plain_class
+        module.__class__ = module.plain_class  # type: ignore[assignment]
 
 
 class TwoTask:

@@ -77,11 +77,13 @@ def finetune(
         callbacks: functions that are called with the record of each evaluation, as it is in
             `Result.history`: for loggers. What one raises ends the run, with its name.
         **options: the fields of `fast.train.config.TrainConfig`, the first of which are `method`
-            (`fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc` or `replay`), `steps` or `epochs` (default:
-            3 epochs, and at least 100 steps), `batch_size` (a DataLoader for `train` has its own,
-            and inputs that are rehearsed then come on top of them), `lr` (peak learning rate of the
-            backbone; default: 1e-3, `fast` 1.5e-3, less in runs of fewer than 60 steps),
-            `eval_every` (default: a tenth of the run) and `seed` (of head, data order and dropout).
+            (`fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc`, `replay` or `adapter`), `tasks` (whether
+            one function answers both tasks, docs/regimes.md), `steps` or `epochs` (default: 3
+            epochs, and at least 100 steps), `batch_size` (a DataLoader for `train` has its own, and
+            inputs that are rehearsed then come on top of them), `lr` (peak learning rate of the
+            backbone; default: 1e-3, `fast` 1.5e-3, `adapter` 3e-3, less in runs of fewer than 60
+            steps), `eval_every` (default: a tenth of the run) and `seed` (of head, data order and
+            dropout).
 
     Returns:
         `Result`: model, history, accuracies, `save(folder)`.
