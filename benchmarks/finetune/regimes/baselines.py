@@ -49,9 +49,7 @@ def finetune(task: Task, *, steps: int, **options: Any) -> Record:
     }
 
 
-def loop(
-    task: Task, *, each: Callable[[int], None] = lambda done: None, **options: Any
-) -> Record:
+def loop(task: Task, *, each: Callable[[int], None] = lambda done: None, **options: Any) -> Record:
     """The same training in a plain loop, which is measured at its end alone: measuring a baseline
     as often as FAST would take as long as its run.
 

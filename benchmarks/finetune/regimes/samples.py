@@ -86,5 +86,6 @@ def accuracy(model: nn.Module, split: Split) -> float:
     with evaluating(model):
         for start in range(0, len(labels), EVAL_BATCH):
             rows = slice(start, start + EVAL_BATCH)
-            right += int((forward_logits(model, pick(inputs, rows)).argmax(1) == labels[rows]).sum())
+            answers = forward_logits(model, pick(inputs, rows)).argmax(1)
+            right += int((answers == labels[rows]).sum())
     return right / len(labels)

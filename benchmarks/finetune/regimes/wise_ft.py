@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def best_target(points: Sequence[Point], source: float) -> float | None:
         points: (alpha, target accuracy, source accuracy), by alpha.
     """
     targets = [t for _, t, s in points if s >= source]
-    for (_, t0, s0), (_, t1, s1) in zip(points, points[1:], strict=False):
+    for (_, t0, s0), (_, t1, s1) in pairwise(points):
         if (s0 >= source) != (s1 >= source):
             targets.append(t0 + (t1 - t0) * (source - s0) / (s1 - s0))
     return max(targets, default=None)

@@ -1,4 +1,4 @@
-"""What there is to run, in the order in which it is run: whole pairs at the first seed come first."""
+"""What there is to run: the rows of the table, and the settings of their runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ PAIRS = (
     "resnet20 -> gtsrb,minilm -> banking77,vit s14 -> flowers,vit s14 -> gtsrb,vit s14 -> trashnet"
 )
 SEEDS = (0, 1, 2)
+LENGTHS = (USUAL_STEPS, 400, 1500)
 # (steps, samples of each class): the usual run, few samples, longer runs.
 PARTS = ((USUAL_STEPS, None), (USUAL_STEPS, 10), (400, None), (1500, None))
 # A logistic regression has no steps: one row serves all lengths.
