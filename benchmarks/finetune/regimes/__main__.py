@@ -15,6 +15,7 @@ runs come first, and among them the first seed of every pair.
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 from benchmarks.common import arguments, complete, save
 from benchmarks.finetune.regimes import timing
@@ -28,6 +29,7 @@ NAME, TIMES = "regimes", "regimes_time"
 
 def main() -> None:
     parser = arguments(__doc__, PAIRS)
+    parser.add_argument("--networks", type=Path, help="unpacked packages: benchmarks/README.md")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--steps", default=",".join(map(str, LENGTHS)))
@@ -36,7 +38,8 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="measure the time, and nothing else")
     args = parser.parse_args()
 
-    data, pairs = args.data.resolve(), args.pairs.split(",")
+    pairs = args.pairs.split(",")
+    folders = {"data": args.data.resolve(), "networks": args.networks and args.networks.resolve()}
     methods = [m for m in args.methods.split(",") if METHODS[m].available]
     seeds, sizes = map(int, args.seeds.split(",")), args.samples.split(",")
     lengths = [] if args.report or args.time else map(int, args.steps.split(","))
@@ -46,9 +49,9 @@ def main() -> None:
             continue
         part = rows(pairs, methods, steps, samples)
         todo = [s for row in part for s in settings(records, row, seed)]
-        records = complete(NAME, run, todo, data=data)
+        records = complete(NAME, run, todo, **folders)
     todo = timing.settings(timing.PAIRS.split(",")) if args.time else []
-    times = complete(TIMES, timing.run, todo, data=data)
+    times = complete(TIMES, timing.run, todo, data=folders["data"])
     save(NAME, report(records, times, PAIRS.split(",")))
 
 

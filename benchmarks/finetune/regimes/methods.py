@@ -17,7 +17,7 @@ TOGETHER, SWITCHED = "together", "switched"
 REGIMES = {TOGETHER: "one function", SWITCHED: "two functions"}
 NORMS = {TOGETHER: "frozen", SWITCHED: "per_task"}
 # Batch norm is what most methods can switch; the other networks here have none.
-WITH_BATCH_NORM = ("resnet", "efficientnet")
+WITH_BATCH_NORM = ("resnet", "efficientnet", "crepe")
 WITHOUT_NORMS = ("mobilenet",)
 
 

@@ -29,6 +29,7 @@ def run(
     lr: float | None,
     seed: int,
     data: Path,
+    networks: Path | None = None,
 ) -> Record:
     """One run: accuracies, its history, and the CPU time of the whole call, measurements included.
 
@@ -38,7 +39,7 @@ def run(
         samples: of each class, or None for all.
     """
     torch.manual_seed(seed)
-    task, how = Task(pair, data, samples, seed), METHODS[method]
+    task, how = Task(pair, data, networks, samples=samples, seed=seed), METHODS[method]
     options: dict[str, Any] = dict(how.options)
     if lr is not None:
         options["lr"] = lr

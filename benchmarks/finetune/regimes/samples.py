@@ -39,6 +39,7 @@ class Task:
     """A pair with the samples of one run.
 
     Args:
+        data, networks: see `real_pair`.
         samples: of each class, or None for all.
 
     Attributes:
@@ -46,8 +47,16 @@ class Task:
         options: of `fast.finetune`, as the pair and the number of samples want them.
     """
 
-    def __init__(self, pair: str, data: Path, samples: int | None, seed: int) -> None:
-        self.real: RealPair = real_pair(pair, data)
+    def __init__(
+        self,
+        pair: str,
+        data: Path,
+        networks: Path | None = None,
+        *,
+        samples: int | None = None,
+        seed: int,
+    ) -> None:
+        self.real: RealPair = real_pair(pair, data, networks)
         self.model = self.real.model
         if any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
             # A step then takes two thirds of the time, of every method.

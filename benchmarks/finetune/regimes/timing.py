@@ -35,7 +35,7 @@ def run(
     adapted one, nothing measured; every other repeat LP-FT goes first."""
 
     def seconds(name: str) -> float:
-        task = Task(pair, data, None, repeat)
+        task = Task(pair, data, seed=repeat)
         options: dict[str, Any] = dict(METHODS[name].options)
         if source_inputs and name == method:
             options["source_inputs"] = task.real.source_inputs
