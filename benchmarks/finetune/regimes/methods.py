@@ -78,9 +78,10 @@ METHODS: dict[str, Method] = {
         norms_only=False,
         rates=FEW_WEIGHTS,
     ),
+    # Under LP-FT's head, without which it learns little.
     "norm-only": Method(
         runner="norm_only",
-        options={"method": "vanilla"},
+        options={"method": "lp-ft"},
         norms_only=False,
         needs_norms=True,
         rates=FEW_WEIGHTS,
