@@ -35,6 +35,8 @@ class Method:
         source_inputs: with (True) and without (False) source inputs; a method that has no use for
             them is run without.
         rates: learning rates, the better of which counts; None is the method's own.
+        everywhere: it is also run longer and on few samples. The rest would triple the time, and
+            LP-FT, LoRA and the linear probe are the hardest to beat there.
     """
 
     runner: str = "loop"
@@ -44,6 +46,7 @@ class Method:
     needs_norms: bool = False
     source_inputs: tuple[bool, ...] = (False,)
     rates: tuple[float | None, ...] = (3e-4, 1e-3)
+    everywhere: bool = False
 
     @property
     def available(self) -> bool:
@@ -60,6 +63,7 @@ METHODS: dict[str, Method] = {
         options={"method": "fast"},
         source_inputs=(False, True),
         rates=(None,),
+        everywhere=True,
     ),
     "adapter": Method(
         runner="finetune",
@@ -67,16 +71,20 @@ METHODS: dict[str, Method] = {
         regimes=(SWITCHED,),
         norms_only=False,
         rates=(None,),
+        everywhere=True,
     ),
-    "lp-ft": Method(runner="lp_ft", options={"method": "lp-ft"}),
+    "lp-ft": Method(runner="lp_ft", options={"method": "lp-ft"}, everywhere=True),
     "vanilla": Method(options={"method": "vanilla"}),
-    "linear probe": Method(runner="linear_probe", regimes=(TOGETHER,), rates=(None,)),
+    "linear probe": Method(
+        runner="linear_probe", regimes=(TOGETHER,), rates=(None,), everywhere=True
+    ),
     # Hu et al. 2021 (arXiv 2106.09685), under a random head.
     "lora": Method(
         options={"method": "adapter", "max_entropy": False, "head_steps": 0},
         regimes=(SWITCHED,),
         norms_only=False,
         rates=FEW_WEIGHTS,
+        everywhere=True,
     ),
     # Under LP-FT's head, without which it learns little.
     "norm-only": Method(

@@ -188,11 +188,11 @@ def report(records: Sequence[Record], times: Sequence[Record], pairs: Sequence[s
         "steps ends at the first sixth of the run at which FAST has the best baseline's final "
         "accuracy.",
         "",
-        *table(by_pair(compared)),
+        *(table(by_pair(compared)) or ["None has been run."]),
         "",
         "## Curves of what is behind at the usual length",
         "",
-        *table(curves(usual)),
+        *(table(curves(usual)) or ["None is behind."]),
         "",
         "## All rows, at the better of two rates",
         "",

@@ -29,7 +29,10 @@ def rows(
     pairs: Iterable[str], methods: Iterable[str], steps: int, samples: int | None
 ) -> Iterator[Record]:
     """The rows of one part of the table, without learning rate and seed."""
+    usual = (steps, samples) == (USUAL_STEPS, None)
     for pair, name in product(pairs, methods):
+        if not (usual or METHODS[name].everywhere):
+            continue
         if name in WITHOUT_STEPS and steps != USUAL_STEPS:
             continue
         for regime, inputs in product(regimes_of(name, pair), METHODS[name].source_inputs):
