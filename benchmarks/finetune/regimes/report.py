@@ -1,0 +1,207 @@
+"""The tables: what was wanted and what was measured, misses first; then every pair and row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import product
+from statistics import mean
+
+from benchmarks.common import Record, commits, table
+from benchmarks.finetune.regimes.figures import Comparison, at_better_rate, compare, lost
+from benchmarks.finetune.regimes.methods import METHODS, OURS, REGIMES
+from benchmarks.finetune.regimes.runs import USUAL_STEPS
+from benchmarks.finetune.regimes.timing import ratio
+from benchmarks.finetune.regimes.wanted import Figure, wanted
+from benchmarks.finetune.regimes.work import PARTS, SEEDS, rows
+
+MISS, MET, MISSING = "**miss**", "met", "not run"
+
+
+def judged(
+    method: str, pair: str, regime: str, steps: int, samples: int | None
+) -> Sequence[Record]:
+    """The rows of FAST on a pair that are judged in a regime: those that switch what the regime
+    does, or where there is nothing to switch, those that switch nothing."""
+    if regime not in METHODS[method].regimes:
+        return []
+    every = list(rows([pair], [method], steps, samples))
+    return [row for row in every if row["regime"] == regime] or every
+
+
+def comparisons(records: Sequence[Record], pairs: Iterable[str]) -> list[Comparison]:
+    """FAST's rows beside the best baseline, as far as both have been run."""
+    result = []
+    for method, regime, (steps, samples), pair in product(OURS, REGIMES, PARTS, pairs):
+        for row in judged(method, pair, regime, steps, samples):
+            if (comparison := compare(records, row, regime)) is not None:
+                result.append(comparison)
+    return result
+
+
+def verdicts(
+    comparisons: Sequence[Comparison], times: Sequence[Record], pairs: int
+) -> list[Record]:
+    """One line for each figure that is wanted: misses first, those that are not measured last."""
+    lines = []
+    for method, regime in product(OURS, REGIMES):
+        if regime not in METHODS[method].regimes:
+            continue
+        for inputs in METHODS[method].source_inputs:
+            mine = [
+                c
+                for c in comparisons
+                if (c.ours["method"], c.regime, c.ours["source_inputs"]) == (method, regime, inputs)
+            ]
+            for figure in wanted(inputs):
+                values = figure.values(mine, ratio(times, method, regime, inputs))
+                lines.append(_verdict(method, regime, inputs, figure, values, pairs))
+    order = (MISS, MET, MISSING)
+    return sorted(lines, key=lambda line: order.index(line["verdict"]))
+
+
+def _verdict(
+    method: str, regime: str, inputs: bool, figure: Figure, values: Sequence[float], pairs: int
+) -> Record:
+    measured = figure.over(values) if values else math.nan
+    met = measured <= figure.bound if figure.at_most else measured >= figure.bound
+    return {
+        "verdict": (MET if met else MISS) if values else MISSING,
+        "method": method,
+        "regime": REGIMES[regime],
+        "source inputs": "with" if inputs else "without",
+        "figure": figure.name,
+        "wanted": f"{'at most' if figure.at_most else 'at least'} {figure.bound:g}",
+        "measured": f"{measured:.2f}" if values else "-",
+        "pairs": f"{len(values)} of {figure.pairs or pairs}",
+    }
+
+
+def by_pair(comparisons: Sequence[Comparison]) -> list[Record]:
+    """One line for each comparison; the one that is furthest behind comes first."""
+    return [
+        {
+            "pair": c.ours["pair"],
+            "method": c.ours["method"],
+            "regime": REGIMES[c.regime],
+            "source inputs": "with" if c.ours["source_inputs"] else "without",
+            "steps, samples": _length(c.ours),
+            "seeds": c.seeds,
+            "target": f"{100 * c.target:.1f}",
+            "best baseline": c.baseline,
+            "minus its": f"{100 * c.ahead:+.1f}",
+            "minus WiSE-FT's": "-" if c.wise_ft is None else f"{100 * c.wise_ft:+.1f}",
+            "source lost, ours / its": f"{100 * c.lost:.1f} / {100 * c.its_lost:.1f}",
+            "share of steps": "not reached" if c.share is None else f"{c.share:.2f}",
+        }
+        for c in sorted(comparisons, key=lambda c: c.ahead)
+    ]
+
+
+def curves(comparisons: Sequence[Comparison]) -> list[Record]:
+    """The curves of what is behind its best baseline."""
+    behind = [c for c in comparisons if c.ahead < 0]
+    return [
+        {
+            "pair": c.ours["pair"],
+            "method": f"{c.ours['method']}, {REGIMES[c.regime]}",
+            "source inputs": "with" if c.ours["source_inputs"] else "without",
+            "target accuracy by step": ", ".join(f"{s}: {100 * a:.1f}" for s, a in c.curve),
+            "goal": f"{100 * (c.target - c.ahead):.1f}",
+        }
+        for c in sorted(behind, key=lambda c: c.ahead)
+    ]
+
+
+def all_rows(records: Sequence[Record], pairs: Iterable[str]) -> list[Record]:
+    """Every row that has been run, at its better rate, by pair and length."""
+    lines = []
+    for (steps, samples), pair in product(PARTS, pairs):
+        for row in rows([pair], METHODS, steps, samples):
+            if not (runs := at_better_rate(records, row)):
+                continue
+            before, after = (mean(r[key] for r in runs) for key in ("source_before", "source"))
+            lines.append(
+                {
+                    "pair": pair,
+                    "steps, samples": _length(row),
+                    "method": row["method"],
+                    "regime": REGIMES[row["regime"]],
+                    "source inputs": "with" if row["source_inputs"] else "without",
+                    "lr": "-" if runs[0]["lr"] is None else f"{runs[0]['lr']:g}",
+                    "seeds": len(runs),
+                    "target": f"{100 * mean(r['target'] for r in runs):.1f}",
+                    "source": f"{100 * before:.1f} -> {100 * after:.1f}",
+                    "lost": f"{100 * lost(runs):.1f}",
+                    "CPU seconds": f"{mean(r['cpu_seconds'] for r in runs):.0f}",
+                }
+            )
+    return lines
+
+
+def missing(records: Sequence[Record], pairs: Sequence[str]) -> list[Record]:
+    """How many runs of each method and length there are, of those that the table needs."""
+    lines = []
+    for (steps, samples), name in product(PARTS, METHODS):
+        needed = list(rows(pairs, [name], steps, samples))
+        if not needed:
+            continue
+        done = sum(
+            any(r["seed"] == seed for r in at_better_rate(records, row))
+            for row, seed in product(needed, SEEDS)
+        )
+        if done < len(needed) * len(SEEDS):
+            lines.append(
+                {
+                    "steps, samples": _length(needed[0]),
+                    "method": name if METHODS[name].available else f"{name} (fast lacks it)",
+                    "runs": f"{done} of {len(needed) * len(SEEDS)}",
+                }
+            )
+    return lines
+
+
+def _length(row: Record) -> str:
+    return f"{row['steps']}, {row['samples'] or 'all'}"
+
+
+def report(records: Sequence[Record], times: Sequence[Record], pairs: Sequence[str]) -> list[str]:
+    compared = comparisons(records, pairs)
+    figures = verdicts(compared, times, len(pairs))
+    measured = [line for line in figures if line["verdict"] != MISSING]
+    usual = [c for c in compared if _length(c.ours) == f"{USUAL_STEPS}, all"]
+    return [
+        "# Two regimes",
+        "",
+        "What was wanted and what was measured. In the regime of one function nothing is switched "
+        "between the tasks; in that of two, norms or adapters are, and every baseline of the first "
+        "is allowed too. The best baseline is the one with the highest target accuracy, WiSE-FT at "
+        "FAST's source accuracy among them. Points of accuracy, means over seeds, then over pairs.",
+        "",
+        *table(measured),
+        "",
+        f"{len(figures) - len(measured)} of {len(figures)} figures are not measured yet.",
+        "",
+        "## Pairs, furthest behind first",
+        "",
+        f"Lengths are of a pair that is usually trained for {USUAL_STEPS} steps. The share of "
+        "steps ends at the first sixth of the run at which FAST has the best baseline's final "
+        "accuracy.",
+        "",
+        *(table(by_pair(compared)) or ["None has been run."]),
+        "",
+        "## Curves of what is behind at the usual length",
+        "",
+        *(table(curves(usual)) or ["None is behind."]),
+        "",
+        "## All rows, at the better of two rates",
+        "",
+        *table(all_rows(records, pairs)),
+        "",
+        "## Missing",
+        "",
+        *table(missing(records, pairs)),
+        "",
+        *([f"Commit {commits(records)}; {', '.join(sorted({r['machine'] for r in records}))}."]
+          if records else []),
+    ]  # fmt: skip
