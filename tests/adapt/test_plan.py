@@ -8,7 +8,18 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fast
-from fast.adapt.defaults import LEAST_STEPS, SETTLED, steps_for
+from fast.adapt.defaults import (
+    LAYER_NORM_LR,
+    LEAST_SHARE,
+    LEAST_STEPS,
+    REHEARSING_LR,
+    SETTLED,
+    SGD_CLIP,
+    SGD_FACTOR,
+    TARGET_INPUTS,
+    rehearse_weight,
+    steps_for,
+)
 from fast.adapt.methods import METHODS
 from fast.adapt.plan import plan_for
 from fast.data.dataset import as_data
@@ -162,3 +173,41 @@ def test_the_head_start_has_its_buffers_back():
     with torch.no_grad():
         now = (model(VAL[0]).argmax(1) == VAL[1]).float().mean().item()
     assert now == pytest.approx(result.target_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("samples", "share"), [(20, 0.1), (500, 0.25), (2000, 1.0), (10**6, 1.0), (None, 1.0)]
+)
+def test_the_features_of_few_target_inputs_are_held_less_hard(samples, share):
+    config = TrainConfig()
+    assert rehearse_weight(config, False, samples) == pytest.approx(share)
+    assert rehearse_weight(config, True, samples) == 1.0  # source inputs need not change
+    assert rehearse_weight(TrainConfig(rehearse=0.7), False, samples) == 0.7
+    plan = plan_for(config, steps=100, rehearsed=TARGET_INPUTS, samples=samples)
+    assert plan.rehearse == pytest.approx(share)
+
+
+def test_the_weight_of_a_run_is_that_of_its_number_of_samples():
+    assert fast.Adaptation(ConvNet(), TRAIN).plan.rehearse == LEAST_SHARE
+    many = images(1500, 4, seed=1)
+    assert fast.Adaptation(ConvNet(), many, head_steps=0).plan.rehearse == pytest.approx(0.75)
+
+
+def test_a_network_with_layer_norms_has_a_lower_rate():
+    def rate(norm, **options):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), norm, nn.Linear(16, 4))
+        return fast.Adaptation(model, images(40, 4, seed=1), steps=SETTLED, **options).plan.lr
+
+    assert rate(nn.LayerNorm(16)) == LAYER_NORM_LR < rate(nn.Identity()) == REHEARSING_LR
+    assert rate(nn.LayerNorm(16), lr=1e-3) == 1e-3
+    assert rate(nn.LayerNorm(16), method="vanilla") == rate(nn.Identity(), method="vanilla")
+
+
+def test_sgd_has_a_rate_and_a_clip_of_its_own():
+    plan = plan_for(TrainConfig(optimizer="sgd"), steps=SETTLED, rehearsed=TARGET_INPUTS)
+    assert plan.lr == pytest.approx(SGD_FACTOR * REHEARSING_LR)
+    assert plan.max_grad_norm == SGD_CLIP
+    chosen = plan_for(TrainConfig(optimizer="sgd", lr=0.1, max_grad_norm=5.0), steps=SETTLED)
+    assert (chosen.lr, chosen.max_grad_norm) == (0.1, 5.0)
+    assert plan_for(TrainConfig(), steps=SETTLED).max_grad_norm is None
+    assert plan_for(TrainConfig(optimizer="sgd", method="vanilla"), steps=9).max_grad_norm is None
