@@ -80,7 +80,8 @@ METHODS: dict[str, Method] = {
     # fast.adapt.guards.replay. Nothing else holds the weights.
     "replay": Method(replay=True),
     # fast.heads.adapters. What learns is the target's alone, so nothing has to be held: it has the
-    # head, head start, ramp and average of `fast`, and none of its guards.
+    # head, head start, ramp and average of `fast`, and none of its guards. Rate and rank are the
+    # first that were tried; `benchmarks/finetune/adapters.py` compares others.
     "adapter": Method(
         lr=3e-3,
         max_entropy=True,
