@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import fast
 from benchmarks.common import Record, arguments, complete, machine, save, table
 from benchmarks.real_pairs import RealPair, real_pair
-from fast.adapt.schedule import lr_factor
 from fast.curvature import GGN
 from fast.data.dataset import as_data
 from fast.data.stream import TrainBatches
@@ -180,7 +179,7 @@ def adapt(real: RealPair, pull: Pull, batch_size: int = 64) -> nn.Module:
         optimizer.zero_grad()
         logits = forward_logits(model, inputs)
         F.cross_entropy(logits, labels).backward()
-        factor = lr_factor("cosine", step, real.steps, 0)
+        factor = 0.5 * (1 + math.cos(math.pi * step / real.steps))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         optimizer.param_groups[0]["lr"] *= pull.factor(logits)

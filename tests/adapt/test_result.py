@@ -27,7 +27,7 @@ def test_it_is_shown_in_a_line(result):
 
 def test_a_notebook_shows_a_table(result):
     page = result._repr_html_()
-    assert page.count("<tr>") == 6
+    assert page.count("<tr>") == 7
     assert f"<td>{result.source_accuracy_before:.4f}</td>" in page
 
 

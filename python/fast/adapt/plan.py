@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fast.adapt.config import AdaptConfig
@@ -18,7 +19,6 @@ from fast.adapt.defaults import (
     rehearse_weight,
 )
 from fast.adapt.methods import METHODS
-from fast.adapt.schedule import lr_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,17 @@ class Plan:
     forget_budget: str | float | None = None
 
     def lr_factor(self, step: int) -> float:
-        """Factor of the schedule on the peak learning rate at `step` (0-based)."""
-        return lr_factor(self.schedule, step, self.steps, self.warmup)
+        """Factor of the schedule on the peak learning rate at `step` (0-based).
+
+        Linear warm-up to 1 over `warmup` steps, then constant, or half a cosine down to 0
+        (Loshchilov and Hutter 2017, arXiv 1608.03983).
+        """
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
     def __str__(self) -> str:
         """One line that says what will be done."""
