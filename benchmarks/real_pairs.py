@@ -228,6 +228,11 @@ PAIRS: dict[str, Callable[[Folder], RealPair]] = {
     "mobilenet 0.5 -> gtsrb": lambda f: _imagenet(f, _mobilenet(f, 0.5), "gtsrb_part", 96, 100),
     "resnet44 -> flowers": lambda f: _cifar(f, 44, "flowers5_96jpeg", 100),
     "minilm -> sms_spam": lambda f: _minilm(f, "sms_spam", "banking77", 600, 40, 10),
+    "resnet20 -> omniglot": lambda f: _cifar(f, 20, "omniglot_small", 150),
+    "mobilenet 0.25 -> trashnet": lambda f: _imagenet(
+        f, _mobilenet(f, 0.25), "trashnet_96jpeg", 128, 100
+    ),
+    "minilm -> trec6": lambda f: _minilm(f, "trec6", "banking77", 600, 60),
 }
 # The five that the README reports.
 README_PAIRS = (

@@ -1,0 +1,206 @@
+"""`fast.join`: one softmax over the classes of the source task and of the target task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.adapt.result import Result
+from fast.data.finite import check_finite_inputs
+from fast.data.labels import check_labels
+from fast.data.source_inputs import SourceInputs
+from fast.errors import some
+from fast.heads import task_head, unwrap
+from fast.heads.find import classes_of
+from fast.merge.join_fit import Scales, Side, fit
+from fast.merge.join_parts import Part, Rows, logits_from, parts_of, rows_of
+from fast.merge.joined import Joined
+
+log = logging.getLogger("fast")
+
+# What the fit keeps in memory and reads, of each task; it has a few numbers and a direction to find.
+LIMIT = 4096
+LEAST = 10
+CHUNK = 128
+
+
+@torch.no_grad()
+def join(
+    result: Result | nn.Module,
+    *,
+    source_inputs: Any,
+    data: Any,
+    source_classes: Sequence[str] | None = None,
+    target_classes: Sequence[str] | None = None,
+) -> Joined:
+    """Make one network for the classes of both tasks, with one softmax.
+
+    The heads have learned apart: how large their logits are says nothing of which task an input
+    is of. Here they are brought to one scale on samples of both tasks, so that the cross-entropy
+    over all classes is least; `fast.merge.join_fit` says how. Nothing is trained, and the network
+    of `result` stays as it is.
+
+    Args:
+        result: what `fast.finetune` or `Adaptation.finish` returned; or its network, with both
+            heads.
+        source_inputs: a few hundred inputs of the source task, with labels or without. Without, the
+            network's own answers are taken for right.
+        data: `(inputs, labels)`, a Dataset or a DataLoader of the target task: samples that were
+            not trained on, where there are any. On training samples the target's head is surer than
+            it should be.
+        source_classes, target_classes: names of the classes, in the order of each head's logits
+            (default: what the network says, what `result` has). Classes of the same name in both
+            tasks become one.
+
+    Returns:
+        a plain module, in evaluation mode: logits `[B, C]`, first of the source's classes, then of
+        those that only the target has; `classes`, `passes`, `calibration`, `save(folder)`. One
+        forward pass, where both tasks have one function of the input (`batch_norm="frozen"`, or no
+        batch norm); two, where each has norms of its own.
+
+    Raises:
+        ValueError: the network has one head only; names do not fit; labels are out of range or
+            missing; samples are too few; or something follows the head of the network.
+    """
+    network = unwrap(result.model if isinstance(result, Result) else result)
+    model = network.network if isinstance(network, Joined) else network
+    head = task_head(model)
+    if head is None:
+        raise ValueError(
+            "result: the network has one head, and join needs the source's beside the target's: "
+            "join before fast.fold_head"
+        )
+    if target_classes is None and isinstance(result, Result):
+        target_classes = result.classes
+    sizes = classes_of(head.source), classes_of(head.linear)
+    names = (
+        class_names(source_classes, head.source_labels, sizes[0], "source"),
+        class_names(target_classes, {}, sizes[1], "target"),
+    )
+    _note_shared(*names)
+    source, target = _read(source_inputs, sizes[0], "source_inputs"), _read(data, sizes[1], "data")
+    if target.labels is None:
+        raise ValueError("data: has no labels; give (inputs, labels) of the target task")
+
+    parts = parts_of(model)
+    joined = Joined([part.network for part in parts], [*names[0], *names[1]], parts[0].name)
+    joined.to(head.linear.weight.device)
+    heads = rows_of(head.source), rows_of(parts[-1].layer)
+    places = joined.place.split(list(sizes))
+    count = len(joined.classes)
+    sides = [
+        _side(parts, heads, samples, places[i], count, name)
+        for i, samples, name in ((0, source, "source_inputs"), (1, target, "data"))
+    ]
+    own = [
+        torch.zeros(count, dtype=torch.bool).to(place).index_fill(0, place, 1).bool()
+        for place in places
+    ]
+    labelled = source.labels is not None
+    scales, joined.calibration = fit(sides, joined.place, own, labelled=labelled)
+    _put(parts, heads, scales)
+    log.info(
+        "join: %d classes, %d forward pass%s per input", count, joined.passes,
+        "" if joined.passes == 1 else "es, because each task has norms of its own",
+    )  # fmt: skip
+    return joined.eval()
+
+
+def class_names(
+    names: Sequence[str] | None, labels: dict[str, Any], count: int, task: str
+) -> list[str]:
+    """The names of a head's classes: those that are given, or that transformers has, or numbers.
+
+    Raises:
+        ValueError: there are more or fewer than the head has.
+    """
+    if names is None and isinstance(labels.get("id2label"), dict):
+        names = [str(labels["id2label"].get(i, i)) for i in range(count)]
+    if names is None:
+        return [f"{task} {i}" for i in range(count)]
+    if isinstance(names, str) or len(names) != count:
+        raise ValueError(
+            f"{task}_classes: {count} names are needed, one for each class of the {task}'s head; "
+            f"got {names!r}"
+            if isinstance(names, str)
+            else f"{task}_classes: the {task}'s head has {count} classes; got {len(names)} names"
+        )
+    return [str(name) for name in names]
+
+
+def _note_shared(source: list[str], target: list[str]) -> None:
+    """Say which classes both tasks have.
+
+    Raises:
+        ValueError: names of the target are not different, or say too little to merge by.
+    """
+    twice = sorted({name for name in target if target.count(name) > 1})
+    if twice:
+        raise ValueError(f"target_classes: {some(twice)} more than once; give each class one name")
+    shared = [name for name in target if name in set(source)]
+    numbers = [name for name in shared if name.strip().isdecimal()]
+    if numbers:
+        raise ValueError(
+            f"both tasks have classes named {some(numbers)}: numbers do not say whether they are "
+            "the same. Give names in source_classes and target_classes, the same for what is the "
+            "same"
+        )
+    if shared:
+        log.info("join: classes that both tasks have, by name: %s", some(shared))
+
+
+def _read(samples: Any, num_classes: int, name: str) -> SourceInputs:
+    read = SourceInputs.parse(samples, LIMIT, name)
+    if read.size < LEAST:
+        raise ValueError(f"{name}: {read.size} samples; give at least {LEAST}, better 500")
+    if read.labels is not None:
+        check_labels(read.labels, num_classes, name)
+    check_finite_inputs(read.inputs, name)
+    return read
+
+
+def _side(
+    parts: list[Part],
+    heads: tuple[Rows, Rows],
+    samples: SourceInputs,
+    place: Tensor,
+    count: int,
+    name: str,
+) -> Side:
+    """What the heads make of samples, and what they should.
+
+    Args:
+        place: the class of the union of each class of the samples' own task.
+    """
+    batches = [inputs for inputs, _ in samples.batches(CHUNK)]
+    features = [part.features(batches, name) for part in parts]
+    source, target = logits_from(features[0], heads[0]), logits_from(features[-1], heads[1])
+    if samples.labels is None:
+        answers = source.softmax(1)
+    else:
+        answers = F.one_hot(samples.labels.to(place.device), len(place)).to(source)
+    empty = source.new_zeros(len(source), count)
+    return Side(
+        source=source,
+        target=target,
+        features=torch.cat(features, 1),
+        answers=empty.index_add(1, place, answers),
+    )
+
+
+def _put(parts: list[Part], heads: tuple[Rows, Rows], scales: Scales) -> None:
+    """Make the scales part of the heads' weights, and put these into the networks."""
+    (w_s, b_s), (w_t, b_t) = heads
+    w_s, b_s = scales.source * w_s, scales.source * b_s
+    w_t, b_t = scales.target * w_t, scales.target * b_t + scales.offset
+    if len(parts) == 1:
+        parts[0].put((torch.cat([w_s, w_t + scales.direction]), torch.cat([b_s, b_t])))
+        return
+    v_s, v_t = scales.direction.split([w_s.shape[1], w_t.shape[1]])
+    parts[0].put((w_s - v_s, b_s))
+    parts[1].put((w_t + v_t, b_t))
