@@ -23,7 +23,7 @@ from fast.merge.joined import Joined
 
 log = logging.getLogger("fast")
 
-# What the fit keeps in memory and reads, of each task; it has a few numbers and a direction to find.
+# Samples of each task that are read, at most and at least.
 LIMIT = 4096
 LEAST = 10
 CHUNK = 128
@@ -93,22 +93,17 @@ def join(
     heads = rows_of(head.source), rows_of(parts[-1].layer)
     places = joined.place.split(list(sizes))
     count = len(joined.classes)
-    sides = [
-        _side(parts, heads, samples, places[i], count, name)
-        for i, samples, name in ((0, source, "source_inputs"), (1, target, "data"))
-    ]
-    own = [
-        torch.zeros(count, dtype=torch.bool).to(place).index_fill(0, place, 1).bool()
-        for place in places
-    ]
+    sides = (
+        _side(parts, heads, source, places[0], count, "source_inputs"),
+        _side(parts, heads, target, places[1], count, "data"),
+    )
+    own = tuple(torch.isin(torch.arange(count, device=place.device), place) for place in places)
     labelled = source.labels is not None
     scales, joined.calibration = fit(sides, joined.place, own, labelled=labelled)
     _put(parts, heads, scales)
-    log.info(
-        "join: %d classes, %d forward pass%s per input", count, joined.passes,
-        "" if joined.passes == 1 else "es, because each task has norms of its own",
-    )  # fmt: skip
-    return joined.eval()
+    cost = "" if joined.passes == 1 else "es, because each task has norms of its own"
+    log.info("join: %d classes, %d forward pass%s per input", count, joined.passes, cost)
+    return joined
 
 
 def class_names(
@@ -124,11 +119,10 @@ def class_names(
     if names is None:
         return [f"{task} {i}" for i in range(count)]
     if isinstance(names, str) or len(names) != count:
+        came = repr(names) if isinstance(names, str) else f"{len(names)} names"
         raise ValueError(
-            f"{task}_classes: {count} names are needed, one for each class of the {task}'s head; "
-            f"got {names!r}"
-            if isinstance(names, str)
-            else f"{task}_classes: the {task}'s head has {count} classes; got {len(names)} names"
+            f"{task}_classes: got {came}, and the {task}'s head has {count} classes: give one name "
+            "for each, in their order"
         )
     return [str(name) for name in names]
 

@@ -11,17 +11,17 @@ features, so that it becomes part of the heads' own weights and costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fast.merge.joined import Calibration, merged
 
-RIDGES = (1.0, 0.1, 0.01, 1e-3, 1e-4)
-FOLDS = 5
-ITERATIONS = 100
+RIDGES = (0.1, 0.01, 1e-3, 1e-4)
+FOLDS = 3
+ITERATIONS = 60
+STD_FLOOR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class Side:
 
     def pick(self, rows: Tensor) -> Side:
         return Side(**{name: x[rows] for name, x in vars(self).items()})
+
+
+Sides = tuple[Side, ...]  # the source's and the target's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,92 +66,104 @@ class Scales:
         rows = torch.cat([self.source * side.source, self.target * side.target + shift[:, None]], 1)
         return merged(rows, place, side.answers.shape[1]).log_softmax(1)
 
-    def loss(self, sides: list[Side], place: Tensor) -> Tensor:
+    def loss(self, sides: Sides, place: Tensor) -> Tensor:
         """Cross-entropy in nats, of which each task has an equal share."""
         losses = [-(side.answers * self.log_probs(side, place)).sum(1).mean() for side in sides]
         return torch.stack(losses).mean()
 
 
 def fit(
-    sides: list[Side], place: Tensor, own: list[Tensor], *, labelled: bool, seed: int = 0
+    sides: Sides, place: Tensor, own: tuple[Tensor, Tensor], *, labelled: bool, seed: int = 0
 ) -> tuple[Scales, Calibration]:
     """Fit the scales to samples of the source and of the target.
 
     Args:
-        sides: the source's and the target's samples.
+        sides: the source's samples and the target's.
         place: the class of each row.
-        own: for the source and the target, which classes of the union it has, as booleans `[C]`.
+        own: which classes of the union the source has, and which the target, as booleans `[C]`.
         labelled: whether the source's answers are labels. The network's own answers say nothing of
             its scale, which then stays 1.
+        seed: of the folds.
 
     Returns:
         the scales, and what they came to.
     """
-    generator = torch.Generator().manual_seed(seed)
-    folds = [
-        torch.randperm(len(side.answers), generator=generator).to(place.device) % FOLDS
-        for side in sides
-    ]
-    found = {}
-    for ridge in RIDGES:
-        losses, mistakes = [], []
-        for fold in range(FOLDS):
-            held = [side.pick(f == fold) for side, f in zip(sides, folds, strict=True)]
-            rest = [side.pick(f != fold) for side, f in zip(sides, folds, strict=True)]
-            scales = minimise(rest, place, ridge, labelled)
-            losses.append(scales.loss(held, place))
-            mistakes.append(_mistaken(scales, held, place, own))
-        found[ridge] = torch.stack(losses).mean().item(), torch.stack(mistakes).mean().item()
-    ridge = min(found, key=lambda r: found[r][0])
-    scales = minimise(sides, place, ridge, labelled)
-    one = torch.ones_like(scales.offset)
-    plain = Scales(source=one, target=one, offset=0 * one, direction=0 * scales.direction)
-    features = torch.cat([side.features.mean(0)[None] for side in sides]).mean(0)
-    return scales, Calibration(
-        source_scale=scales.source.item(),
-        target_scale=scales.target.item(),
-        offset=(scales.offset + features @ scales.direction).item(),
-        ridge=ridge,
-        loss_before=plain.loss(sides, place).item(),
-        loss=found[ridge][0],
-        mistaken=found[ridge][1],
-        source_labelled=labelled,
-    )
-
-
-def minimise(sides: list[Side], place: Tensor, ridge: float, labelled: bool) -> Scales:
-    """The scales of least cross-entropy, with weight decay on the direction (L-BFGS)."""
     features = torch.cat([side.features for side in sides])
     mean, std = features.mean(0), features.std(0)
     # A feature that hardly varies would get a large weight for what is rounding.
-    std = std + 0.01 * std.mean() + 1e-12
-    logs = torch.zeros(2, dtype=mean.dtype, device=mean.device, requires_grad=True)
-    offset = mean.new_zeros(()).requires_grad_()
-    direction = torch.zeros_like(mean, requires_grad=True)
+    std = std + STD_FLOOR * std.mean() + 1e-12
+    sides = tuple(replace(side, features=(side.features - mean) / std) for side in sides)
+    generator = torch.Generator().manual_seed(seed)
+    folds = [torch.randperm(len(s.answers), generator=generator) % FOLDS for s in sides]
+    tried = torch.zeros(len(RIDGES), 2, dtype=mean.dtype)
+    for fold in range(FOLDS):
+        rest, held = (
+            tuple(s.pick((f == fold) == held_back) for s, f in zip(sides, folds, strict=True))
+            for held_back in (False, True)
+        )
+        scales = None
+        for i, ridge in enumerate(RIDGES):
+            scales = minimise(rest, place, ridge, labelled, scales)
+            tried[i, 0] += scales.loss(held, place).item() / FOLDS
+            tried[i, 1] += _mistaken(scales, held, place, own) / FOLDS
+    best = int(tried[:, 0].argmin())
+    scales = minimise(sides, place, RIDGES[best], labelled)
+    one = torch.ones_like(scales.offset)
+    before = Scales(source=one, target=one, offset=0 * one, direction=0 * mean)
+    calibration = Calibration(
+        source_scale=scales.source.item(),
+        target_scale=scales.target.item(),
+        offset=scales.offset.item(),
+        ridge=RIDGES[best],
+        loss_before=before.loss(sides, place).item(),
+        loss=tried[best, 0].item(),
+        mistaken=tried[best, 1].item(),
+        source_labelled=labelled,
+    )
+    direction = scales.direction / std
+    return replace(
+        scales, offset=scales.offset - mean @ direction, direction=direction
+    ), calibration
+
+
+def minimise(
+    sides: Sides, place: Tensor, ridge: float, labelled: bool, start: Scales | None = None
+) -> Scales:
+    """The scales of least cross-entropy, with `ridge / 2 * |direction|^2` (L-BFGS).
+
+    Args:
+        start: where to begin (default: with the heads as they are).
+    """
+    like = sides[0].features
+    logs, offset = like.new_zeros(2), like.new_zeros(())
+    direction = like.new_zeros(like.shape[1])
+    if start is not None:
+        logs = torch.stack([start.source, start.target]).log()
+        offset, direction = start.offset.clone(), start.direction.clone()
+    unknowns = [x.requires_grad_() for x in (logs, offset, direction)]
+    learns = logs.new_tensor([labelled, True])
 
     def scales() -> Scales:
-        source, target = (logs * logs.new_tensor([labelled, True])).exp()
-        v = direction / std
-        return Scales(source=source, target=target, offset=offset - mean @ v, direction=v)
+        source, target = (logs * learns).exp()
+        return Scales(source=source, target=target, offset=offset, direction=direction)
 
     def objective() -> Tensor:
         optimizer.zero_grad()
         loss = scales().loss(sides, place) + ridge / 2 * direction.square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer = torch.optim.LBFGS(
-        [logs, offset, direction], max_iter=ITERATIONS, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS(unknowns, max_iter=ITERATIONS, line_search_fn="strong_wolfe")
     with torch.enable_grad():
-        optimizer.step(objective)
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        return scales()
+        return Scales(**{name: x.detach() for name, x in vars(scales()).items()})
 
 
-def _mistaken(scales: Scales, sides: list[Side], place: Tensor, own: list[Tensor]) -> Tensor:
+def _mistaken(scales: Scales, sides: Sides, place: Tensor, own: tuple[Tensor, Tensor]) -> float:
+    """The share of samples that get a class which their task does not have."""
     shares = [
-        (~mine[scales.log_probs(side, place).argmax(1)]).double().mean()
-        for side, mine in zip(sides, own, strict=True)
+        (~classes[scales.log_probs(side, place).argmax(1)]).double().mean()
+        for side, classes in zip(sides, own, strict=True)
     ]
-    return torch.stack(shares).mean()
+    return torch.stack(shares).mean().item()

@@ -135,7 +135,12 @@ def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
     }
     network = copy.deepcopy(model, shared)
     for module in two_task_modules(network):
-        plain = module.source if isinstance(module, TaskHead) else module.source_norm
+        plain = getattr(module, "source" if isinstance(module, TaskHead) else "source_norm", None)
+        if plain is None:
+            raise ValueError(
+                f"join cannot take the two tasks apart: {type(module).__name__} answers both, and is "
+                "neither a head nor a batch norm"
+            )
         for parent, attribute, _ in places_of(network, module):
             setattr(parent, attribute, plain)
     head = task_head(model)
