@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def test_logits_are_the_sources_then_the_targets(result, source_inputs):
     assert accuracy(joined, x_new, y_new + 5) > oracle - 0.05
 
 
+def test_a_result_joins_itself(adapted, source_inputs):
+    ours = adapted["frozen"].join(source_inputs=source_inputs, data=target(100, 5))
+    x = images(7, 5)[0]
+    assert torch.equal(ours(x), joined_of(adapted["frozen"], source_inputs)(x))
+
+
 def test_within_a_task_the_answers_stay(result, source_inputs):
     joined = joined_of(result, source_inputs)
     x = target(50, 12)[0]
@@ -92,11 +99,11 @@ def test_within_a_task_the_answers_stay(result, source_inputs):
 def test_one_function_takes_one_pass_and_two_functions_two(adapted, source_inputs):
     for policy, passes in (("frozen", 1), ("per_task", 2)):
         joined = joined_of(adapted[policy], source_inputs[0])
-        calls = []
+        calls = Counter()
         for network in joined.networks:
-            network.project.register_forward_hook(lambda *_: calls.append(1))
+            network.project.register_forward_hook(lambda *_, calls=calls: calls.update(["pass"]))
         joined(images(3, 5)[0])
-        assert len(calls) == joined.passes == passes
+        assert calls["pass"] == joined.passes == passes
 
 
 def test_the_loss_over_all_classes_falls(result, source_inputs):
@@ -205,7 +212,7 @@ def test_what_transformers_and_the_result_call_the_classes(adapted, source_input
     result = copy.copy(adapted["frozen"])
     result.classes = NEW
     joined = joined_of(result, source_inputs)
-    assert joined.classes == (*(f"source {i}" for i in range(5)), *NEW)
+    assert joined.classes == (*(f"class {i}" for i in range(5)), *NEW)
     head = copy.deepcopy(result.model)
     task_head(head).source_labels = {"id2label": dict(enumerate(OLD))}
     assert joined_of(head, source_inputs, target_classes=NEW).classes == (*OLD, *NEW)

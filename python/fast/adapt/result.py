@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import html
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,11 @@ class Result:
                 "them as many before loading"
             )
         return notes
+
+    def join(self, **how: Any) -> Any:
+        """One network for the source's classes and the target's: see `fast.join`."""
+        # It is built upon this layer, and comes when it is asked for.
+        return importlib.import_module("fast.merge.join").join(self, **how)
 
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made; each file whole or not at all.

@@ -16,9 +16,8 @@ from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
 from fast.errors import some
 from fast.heads import task_head, unwrap
-from fast.heads.find import classes_of
 from fast.merge.join_fit import Scales, Side, fit
-from fast.merge.join_parts import Part, Rows, logits_from, parts_of, rows_of
+from fast.merge.join_parts import TwoHeads, logits_from, two_heads
 from fast.merge.joined import Joined
 
 log = logging.getLogger("fast")
@@ -77,47 +76,57 @@ def join(
         )
     if target_classes is None and isinstance(result, Result):
         target_classes = result.classes
-    sizes = classes_of(head.source), classes_of(head.linear)
+    if source_classes is None and isinstance(head.source_labels.get("id2label"), dict):
+        source_classes = list(head.source_labels["id2label"].values())
+    return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
+
+
+def join_heads(
+    heads: TwoHeads,
+    source_inputs: Any,
+    data: Any,
+    source_classes: Sequence[str] | None = None,
+    target_classes: Sequence[str] | None = None,
+) -> Joined:
+    """`join` of networks that were taken apart; they become the joined network."""
+    sizes = len(heads.source[1]), len(heads.target[1])
     names = (
-        class_names(source_classes, head.source_labels, sizes[0], "source"),
-        class_names(target_classes, {}, sizes[1], "target"),
+        class_names(source_classes, sizes[0], 0, "source"),
+        class_names(target_classes, sizes[1], sizes[0], "target"),
     )
     _note_shared(*names)
     source, target = _read(source_inputs, sizes[0], "source_inputs"), _read(data, sizes[1], "data")
     if target.labels is None:
         raise ValueError("data: has no labels; give (inputs, labels) of the target task")
-
-    parts = parts_of(model)
-    joined = Joined([part.network for part in parts], [*names[0], *names[1]], parts[0].name)
-    joined.to(head.linear.weight.device)
-    heads = rows_of(head.source), rows_of(parts[-1].layer)
+    networks = [part.network for part in heads.parts]
+    joined = Joined(networks, [*names[0], *names[1]], heads.parts[0].name)
+    joined.to(heads.source[0].device)
     places = joined.place.split(list(sizes))
     count = len(joined.classes)
     sides = (
-        _side(parts, heads, source, places[0], count, "source_inputs"),
-        _side(parts, heads, target, places[1], count, "data"),
+        _side(heads, source, places[0], count, "source_inputs"),
+        _side(heads, target, places[1], count, "data"),
     )
     own = tuple(torch.isin(torch.arange(count, device=place.device), place) for place in places)
     labelled = source.labels is not None
     scales, joined.calibration = fit(sides, joined.place, own, labelled=labelled)
-    _put(parts, heads, scales)
+    _put(heads, scales)
     cost = "" if joined.passes == 1 else "es, because each task has norms of its own"
     log.info("join: %d classes, %d forward pass%s per input", count, joined.passes, cost)
     return joined
 
 
-def class_names(
-    names: Sequence[str] | None, labels: dict[str, Any], count: int, task: str
-) -> list[str]:
-    """The names of a head's classes: those that are given, or that transformers has, or numbers.
+def class_names(names: Sequence[str] | None, count: int, first: int, task: str) -> list[str]:
+    """The names of a head's classes: those that are given, or their places among all rows.
+
+    Args:
+        first: the place of the head's first row.
 
     Raises:
         ValueError: there are more or fewer than the head has.
     """
-    if names is None and isinstance(labels.get("id2label"), dict):
-        names = [str(labels["id2label"].get(i, i)) for i in range(count)]
     if names is None:
-        return [f"{task} {i}" for i in range(count)]
+        return [f"class {first + i}" for i in range(count)]
     if isinstance(names, str) or len(names) != count:
         came = repr(names) if isinstance(names, str) else f"{len(names)} names"
         raise ValueError(
@@ -158,22 +167,17 @@ def _read(samples: Any, num_classes: int, name: str) -> SourceInputs:
     return read
 
 
-def _side(
-    parts: list[Part],
-    heads: tuple[Rows, Rows],
-    samples: SourceInputs,
-    place: Tensor,
-    count: int,
-    name: str,
-) -> Side:
+def _side(heads: TwoHeads, samples: SourceInputs, place: Tensor, count: int, name: str) -> Side:
     """What the heads make of samples, and what they should.
 
     Args:
-        place: the class of the union of each class of the samples' own task.
+        place: where among `count` classes those of the samples' own task are.
+        name: of the samples, for messages.
     """
     batches = [inputs for inputs, _ in samples.batches(CHUNK)]
-    features = [part.features(batches, name) for part in parts]
-    source, target = logits_from(features[0], heads[0]), logits_from(features[-1], heads[1])
+    features = [part.features(batches, name) for part in heads.parts]
+    source = logits_from(features[0], heads.source)
+    target = logits_from(features[-1], heads.target)
     if samples.labels is None:
         answers = source.softmax(1)
     else:
@@ -187,14 +191,14 @@ def _side(
     )
 
 
-def _put(parts: list[Part], heads: tuple[Rows, Rows], scales: Scales) -> None:
+def _put(heads: TwoHeads, scales: Scales) -> None:
     """Make the scales part of the heads' weights, and put these into the networks."""
-    (w_s, b_s), (w_t, b_t) = heads
+    (w_s, b_s), (w_t, b_t) = heads.source, heads.target
     w_s, b_s = scales.source * w_s, scales.source * b_s
     w_t, b_t = scales.target * w_t, scales.target * b_t + scales.offset
-    if len(parts) == 1:
-        parts[0].put((torch.cat([w_s, w_t + scales.direction]), torch.cat([b_s, b_t])))
+    if len(heads.parts) == 1:
+        heads.parts[0].put((torch.cat([w_s, w_t + scales.direction]), torch.cat([b_s, b_t])))
         return
     v_s, v_t = scales.direction.split([w_s.shape[1], w_t.shape[1]])
-    parts[0].put((w_s - v_s, b_s))
-    parts[1].put((w_t + v_t, b_t))
+    heads.parts[0].put((w_s - v_s, b_s))
+    heads.parts[1].put((w_t + v_t, b_t))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from fast.data.trees import move
 from fast.heads import (
-    TaskHead,
     evaluating,
     features_of,
     fold_head,
@@ -21,12 +21,15 @@ from fast.heads import (
     plain_batch_norm,
     task_head,
 )
-from fast.heads.find import HeadLayer, layer_like
+from fast.heads.find import HeadLayer, find_head, layer_like
 from fast.heads.forward import taking
 from fast.heads.replace import announce_classes
 from fast.heads.task import two_task_modules
+from fast.models.saved import load_saved
 
 Rows = tuple[Tensor, Tensor]
+# What a module that answers both tasks calls its part for the source: a head, a norm, an adapter.
+SOURCE_MODULES = ("source", "source_norm", "base_layer")
 
 
 @dataclass(kw_only=True)
@@ -105,11 +108,26 @@ def logits_from(features: Tensor, rows: Rows) -> Tensor:
     return features @ rows[0].T + rows[1]
 
 
-def parts_of(model: nn.Module) -> list[Part]:
-    """The plain networks of an adapted one, which stays as it is: the source's and the target's.
+@dataclass(frozen=True, kw_only=True)
+class TwoHeads:
+    """Plain networks for two tasks, and the rows of both heads.
 
-    They share all parameters that both tasks use. Where the tasks differ by their heads alone there
-    is one network, the target's.
+    Attributes:
+        parts: the source's network and the target's, which share what is the same; or one, where
+            the tasks differ by their heads alone.
+        source, target: rows of the heads.
+    """
+
+    parts: tuple[Part, ...]
+    source: Rows
+    target: Rows
+
+
+def two_heads(model: nn.Module) -> TwoHeads:
+    """The plain networks of an adapted one, which stays as it is.
+
+    Raises:
+        ValueError: something beside heads, batch norms and adapters answers both tasks.
     """
     head = task_head(model)
     assert head is not None
@@ -118,10 +136,38 @@ def parts_of(model: nn.Module) -> list[Part]:
     networks = [target]
     if len(two_task_modules(model)) > 1:
         networks.insert(0, _source_network(model, target))
-    return [
-        Part(network=network.eval(), name=name, layer=network.get_submodule(name))  # type: ignore[arg-type]
-        for network in networks
-    ]
+    parts = tuple(_part(network, name) for network in networks)
+    return TwoHeads(parts=parts, source=rows_of(head.source), target=rows_of(parts[-1].layer))
+
+
+def saved_heads(folder: str | Path, model: nn.Module, sample: Any) -> TwoHeads:
+    """The same of a folder that `Result.save` wrote.
+
+    Args:
+        model: the plain architecture, with a head for any number of classes.
+        sample: a batch of inputs, to find the head by.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fast.models.saved.load_saved`; or the folder lacks what
+            the source task needs.
+    """
+    saved = load_saved(folder, model, sample)
+    if saved.source is None:
+        raise ValueError(f"{saved.note}: join needs the head of both tasks")
+    name = find_head(saved.target, sample).name
+    source, target = _part(saved.source, name), _part(saved.target, name)
+    theirs = saved.target.state_dict()
+    same = all(
+        n.startswith(f"{name}.") or torch.equal(x, theirs[n])
+        for n, x in saved.source.state_dict().items()
+    )
+    parts = (target,) if same else (source, target)
+    return TwoHeads(parts=parts, source=rows_of(source.layer), target=rows_of(target.layer))
+
+
+def _part(network: nn.Module, name: str) -> Part:
+    layer: Any = network.get_submodule(name)
+    return Part(network=network.eval(), name=name, layer=layer)
 
 
 def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
@@ -135,11 +181,11 @@ def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
     }
     network = copy.deepcopy(model, shared)
     for module in two_task_modules(network):
-        plain = getattr(module, "source" if isinstance(module, TaskHead) else "source_norm", None)
+        plain = next((getattr(module, n) for n in SOURCE_MODULES if hasattr(module, n)), None)
         if plain is None:
             raise ValueError(
-                f"join cannot take the two tasks apart: {type(module).__name__} answers both, and is "
-                "neither a head nor a batch norm"
+                f"join cannot take the two tasks apart: {type(module).__name__} answers both, and "
+                "is neither a head nor a batch norm"
             )
         for parent, attribute, _ in places_of(network, module):
             setattr(parent, attribute, plain)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.files import atomic_file, read_json, reading, write_json
 from fast.heads.forward import logits_of
@@ -126,7 +125,7 @@ class Joined(nn.Module):
         if self.passes > 1:
             own = {
                 SOURCE_HEAD_FILE: source.get_submodule(self.head).state_dict(),
-                SOURCE_NORMS_FILE: norm_state(source),
+                SOURCE_NORMS_FILE: _own_state(source, target, self.head),
             }
             for name, tensors in own.items():
                 with atomic_file(folder / name) as path:
@@ -187,11 +186,11 @@ def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:
     return torch.zeros_like(top).scatter_add(1, index, shares).log() + top
 
 
-def norm_state(network: nn.Module) -> dict[str, Tensor]:
-    """The state of the batch norms, by its names in the network."""
+def _own_state(source: nn.Module, target: nn.Module, head: str) -> dict[str, Tensor]:
+    """What the source's network has of its own, but for the head: norms, and what was adapted."""
+    theirs = target.state_dict()
     return {
-        f"{name}.{key}": value
-        for name, module in network.named_modules()
-        if isinstance(module, _BatchNorm)
-        for key, value in module.state_dict().items()
+        name: value
+        for name, value in source.state_dict().items()
+        if not name.startswith(f"{head}.") and not torch.equal(value, theirs[name])
     }
