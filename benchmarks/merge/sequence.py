@@ -29,7 +29,10 @@ TASKS = ("cifar10", "gtsrb", "omniglot")
 def run(*, seed: int, data: Path, networks: Path) -> Record:
     """Accuracy on each task after each of them, in 0..1."""
     signs, letters = (real_pair(pair, data) for pair in PAIRS)
-    tests = [signs.source, signs.val, letters.val]
+    old = logits_of(signs.model, signs.source[0][:2]).shape[1]
+    firsts = (0, old, old + signs.num_classes)
+    sets = (signs.source, signs.val, letters.val)
+    tests = [(x, first + y) for (x, y), first in zip(sets, firsts, strict=True)]
     after = [accuracies(signs.model, tests[:1])]
     adapted = network(signs, PAIRS[0], seed, "join", data, networks)
     calibration = held_back(signs)[1]
@@ -60,11 +63,7 @@ def run(*, seed: int, data: Path, networks: Path) -> Record:
 
 def accuracies(model: torch.nn.Module, tests: list[Split]) -> list[float]:
     """On the test samples of each task, among all classes of the network."""
-    found, first = [], 0
-    for x, y in tests:
-        found.append((logits_of(model, x).argmax(1) == first + y).double().mean().item())
-        first += int(y.max()) + 1
-    return found
+    return [(logits_of(model, x).argmax(1) == y).double().mean().item() for x, y in tests]
 
 
 def main() -> None:
