@@ -44,6 +44,8 @@ def test_a_run_becomes_one_network(adapted, run_folder):
     assert f"7 classes in one softmax; {passes} forward pass" in out
     facts = json.loads((adapted.folder / "both/join.json").read_text())
     assert facts["rows"][:3] == ["left", "middle", "right"]
+    assert json.loads((adapted.folder / "both/result.json").read_text())["classes"] == facts["rows"]
+    assert (adapted.folder / "both/data.json").is_file()
 
     def images(file, part):
         return ((torch.from_numpy(np.load(file)[part]).float() / 255 - 0.5) / 0.5)[:, None]

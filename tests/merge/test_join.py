@@ -254,6 +254,9 @@ def test_a_damaged_or_other_folder_is_refused(adapted, source_inputs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"join\.json"):
         load_joined(adapted["frozen"].save(tmp_path / "run"), ConvNet(), x)
     folder = joined_of(adapted["per_task"], source_inputs).save(tmp_path / "joined")
-    (folder / "source_head.safetensors").write_bytes(b"0" * 90)
-    with pytest.raises(ValueError, match="damaged"):
-        load_joined(folder, ConvNet(), x)
+    for name in ("join.json", "source_head.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-9])
+        with pytest.raises(ValueError, match="damaged"):
+            load_joined(folder, ConvNet(), x)
+        (folder / name).write_bytes(content)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fast.files import atomic_file, read_json, reading, write_json
 from fast.heads.forward import logits_of
 from fast.models.saved import (
+    JOIN_FILE,
     MODEL_FILE,
     SOURCE_HEAD_FILE,
     SOURCE_NORMS_FILE,
@@ -20,8 +21,6 @@ from fast.models.saved import (
     write_manifest,
 )
 from fast.tensor_files import save_tensors
-
-JOIN_FILE = "join.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class Joined(nn.Module):
         """
         if self.passes > 1:
             raise ValueError(
-                "the tasks have normalisations of their own, and so two networks: adapt with "
+                "each task has norms (or adapters) of its own, and so its own network: adapt with "
                 'batch_norm="frozen" to join them in one'
             )
         return self.networks[0]
@@ -105,14 +104,17 @@ class Joined(nn.Module):
         answers = [logits_of(network(*args, **kwargs)) for network in self.networks]
         return merged(torch.cat(answers, 1), self.place, len(self.classes))
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, facts: dict[str, Any] | None = None) -> Path:
         """Write the joined network; `load_joined` reads it.
 
         `model.safetensors` loads into the plain architecture with a head of all rows. Where the
-        tasks have normalisations of their own it is the target's network, and
+        tasks have norms of their own it is the target's network, and
         `source_head.safetensors` and `source_norms.safetensors` make the source's of it.
-        `join.json` has the names of the rows, the passes and the calibration, `manifest.json` the
-        hashes of all.
+        `join.json` has the names of the rows, the passes and the calibration, `result.json` the
+        classes, `manifest.json` the hashes of all.
+
+        Args:
+            facts: what else `result.json` says, of the run for instance.
 
         Returns:
             the folder.
@@ -132,13 +134,17 @@ class Joined(nn.Module):
                     save_tensors(tensors, path)
         with atomic_file(folder / MODEL_FILE) as path:
             save_tensors(target.state_dict(), path)
-        facts = {
-            "rows": self.rows,
-            "head": self.head,
-            "passes": self.passes,
-            "calibration": asdict(self.calibration) if self.calibration else None,
-        }
-        write_json(folder / JOIN_FILE, facts)
+        calibration = asdict(self.calibration) if self.calibration else None
+        write_json(
+            folder / JOIN_FILE,
+            {
+                "rows": self.rows,
+                "head": self.head,
+                "passes": self.passes,
+                "calibration": calibration,
+            },
+        )
+        write_json(folder / "result.json", {**(facts or {}), "classes": self.classes})
         write_manifest(folder, None, {})
         return folder
 

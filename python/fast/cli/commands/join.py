@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,12 +13,16 @@ from fast.cli.task.load import load_task
 from fast.data.dataset import as_data
 from fast.data.source_inputs import SourceInputs
 from fast.errors import first_line, printable
-from fast.files import check_writable
+from fast.files import atomic_file, check_writable, read_json
 from fast.heads import find_head
 from fast.heads.find import classes_of
 from fast.merge.join import LIMIT, join_heads
 from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
+
+# What stays true of a run when its heads are joined: files, and parts of result.json.
+COPIED = ("data.json", "preprocessing.json")
+KEPT_FACTS = ("network", "inputs")
 
 
 def run(spec: JoinSpec) -> int:
@@ -33,10 +38,21 @@ def run(spec: JoinSpec) -> int:
     if not spec.source_labelled:
         source = SourceInputs(inputs=source.inputs)
     joined = join_heads(heads, source, task.val, _source_classes(spec, count), task.classes)
-    joined.save(folder)
+    _save(joined, Path(spec.run), folder)
     print(_summary(joined))
     print(f"saved in {printable(folder)}")
     return 0
+
+
+def _save(joined: Joined, run: Path, folder: Path) -> None:
+    """Write the joined network, with what the run knows of network and inputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        if (run / name).is_file():
+            with atomic_file(folder / name) as path:
+                shutil.copyfile(run / name, path)
+    facts = read_json(run / "result.json")
+    joined.save(folder, {name: facts[name] for name in KEPT_FACTS if name in facts})
 
 
 def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
