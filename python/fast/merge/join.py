@@ -107,7 +107,8 @@ def join_heads(
         _side(heads, source, places[0], count, "source_inputs"),
         _side(heads, target, places[1], count, "data"),
     )
-    own = tuple(torch.isin(torch.arange(count, device=place.device), place) for place in places)
+    classes = torch.arange(count, device=joined.place.device)
+    own = torch.isin(classes, places[0]), torch.isin(classes, places[1])
     labelled = source.labels is not None
     scales, joined.calibration = fit(sides, joined.place, own, labelled=labelled)
     _put(heads, scales)
