@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
     from fast.heads import fold_head, replace_head, source_task
+    from fast.merge.join import join
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
     from fast.train.finetune import finetune
@@ -31,6 +32,7 @@ __all__ = [
     "SourceCard",
     "finetune",
     "fold_head",
+    "join",
     "landscape",
     "param_groups",
     "replace_head",
@@ -50,6 +52,7 @@ _HOME = {
     "SourceCard": "fast.curvature.card",
     "finetune": "fast.train.finetune",
     "fold_head": "fast.heads",
+    "join": "fast.merge.join",
     "landscape": "fast.analysis.landscape",
     "param_groups": "fast.optim.param_groups",
     "replace_head": "fast.heads",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import html
+import importlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,11 @@ class Result:
             raise ValueError("the model has no adapters: method='adapter' makes them")
         log.info("adapters are merged into the weights: the network answers the target task alone")
         return fold_head(self.model)
+
+    def join(self, **how: Any) -> Any:
+        """One network for the source's classes and the target's: see `fast.join`."""
+        # It is built upon this layer, and comes when it is asked for.
+        return importlib.import_module("fast.merge.join").join(self, **how)
 
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made; each file whole or not at all.

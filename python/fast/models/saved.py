@@ -26,11 +26,12 @@ SOURCE_HEAD_FILE = "source_head.safetensors"
 SOURCE_NORMS_FILE = "source_norms.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
 MANIFEST_FILE = "manifest.json"
+JOIN_FILE = "join.json"  # what `fast.merge.joined` knows beside the tensors
 FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
     MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, "config.json", "result.json",
-    "history.jsonl", "job.json", "data.json",
+    "history.jsonl", "job.json", "data.json", JOIN_FILE,
 )  # fmt: skip
 
 

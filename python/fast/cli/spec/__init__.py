@@ -12,6 +12,7 @@ from fast.cli.options import option
 from fast.cli.spec.base import Spec
 from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.spec.finetune import FinetuneSpec
+from fast.cli.spec.join import JoinSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
 from fast.cli.values import folder_name
 
@@ -41,6 +42,7 @@ class DemoSpec(Spec):
 
 COMMANDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
+    "join": JoinSpec,
     "compare": CompareSpec,
     "retention": RetentionSpec,
     "curvature": CurvatureSpec,

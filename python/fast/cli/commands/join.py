@@ -1,0 +1,87 @@
+"""`fast join`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from fast.cli.report.table import percent
+from fast.cli.spec import JoinSpec
+from fast.cli.task.load import load_task
+from fast.data.dataset import as_data
+from fast.data.source_inputs import SourceInputs
+from fast.errors import first_line, printable
+from fast.files import atomic_file, check_writable, read_json
+from fast.heads import find_head
+from fast.heads.find import classes_of
+from fast.merge.join import LIMIT, join_heads
+from fast.merge.join_parts import saved_heads
+from fast.merge.joined import Joined
+
+# What stays true of a run when its heads are joined: files, and parts of result.json.
+COPIED = ("data.json", "preprocessing.json")
+KEPT_FACTS = ("network", "inputs")
+
+
+def run(spec: JoinSpec) -> int:
+    folder = Path(spec.output)
+    check_writable(folder, "--output")
+    if folder.resolve() == Path(spec.run).resolve():
+        raise ValueError(f"--output {folder}: is the run itself; name another folder")
+    task = load_task(spec.task)
+    sample, _ = as_data(task.val, "data").batch_at(torch.arange(2))
+    count = classes_of(find_head(task.loaded.model, sample).module)
+    heads = saved_heads(spec.run, task.loaded.model, sample)
+    source = SourceInputs.parse(task.source_inputs, LIMIT, "source_inputs")
+    if not spec.source_labelled:
+        source = SourceInputs(inputs=source.inputs)
+    joined = join_heads(heads, source, task.val, _source_classes(spec, count), task.classes)
+    _save(joined, Path(spec.run), folder)
+    print(_summary(joined))
+    print(f"saved in {printable(folder)}")
+    return 0
+
+
+def _save(joined: Joined, run: Path, folder: Path) -> None:
+    """Write the joined network, with what the run knows of network and inputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        if (run / name).is_file():
+            with atomic_file(folder / name) as path:
+                shutil.copyfile(run / name, path)
+    facts = read_json(run / "result.json")
+    joined.save(folder, {name: facts[name] for name in KEPT_FACTS if name in facts})
+
+
+def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
+    """The names in --source-classes.
+
+    Raises:
+        ValueError: the file cannot be read, or has another number of lines.
+    """
+    if spec.source_classes is None:
+        return None
+    option = f"--source-classes {spec.source_classes}"
+    try:
+        text = Path(spec.source_classes).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: cannot be read ({first_line(error)})") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) != count:
+        raise ValueError(f"{option}: has {len(names)} names; the old head has {count} classes")
+    return names
+
+
+def _summary(joined: Joined) -> str:
+    found = joined.calibration
+    assert found is not None
+    merged = len(joined.rows) - len(joined.classes)
+    return (
+        f"{len(joined.classes)} classes in one softmax"
+        + (f", of which {merged} are of both tasks" if merged else "")
+        + f"; {joined.passes} forward pass{'es' if joined.passes > 1 else ''} per input"
+        + f"\n{percent(found.mistaken)} % of held-out samples are taken for the other task; loss "
+        f"over all classes {found.loss_before:.3f} -> {found.loss:.3f} nats"
+    )

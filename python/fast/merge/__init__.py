@@ -1,0 +1,1 @@
+"""What becomes of networks after an adaptation: joined, or taken back to a budget."""

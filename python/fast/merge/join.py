@@ -1,0 +1,205 @@
+"""`fast.join`: one softmax over the classes of the source task and of the target task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.adapt.result import Result
+from fast.data.finite import check_finite_inputs
+from fast.data.labels import check_labels
+from fast.data.source_inputs import SourceInputs
+from fast.errors import some
+from fast.heads import task_head, unwrap
+from fast.merge.join_fit import Scales, Side, fit
+from fast.merge.join_parts import TwoHeads, logits_from, two_heads
+from fast.merge.joined import Joined
+
+log = logging.getLogger("fast")
+
+# Samples of each task that are read, at most and at least.
+LIMIT = 4096
+LEAST = 10
+CHUNK = 128
+
+
+@torch.no_grad()
+def join(
+    result: Result | nn.Module,
+    *,
+    source_inputs: Any,
+    data: Any,
+    source_classes: Sequence[str] | None = None,
+    target_classes: Sequence[str] | None = None,
+) -> Joined:
+    """Make one network for the classes of both tasks, with one softmax.
+
+    The heads have learned apart: how large their logits are says nothing of which task an input
+    is of. Here they are brought to one scale on samples of both tasks, so that the cross-entropy
+    over all classes is least; `fast.merge.join_fit` says how. Nothing is trained, and the network
+    of `result` stays as it is.
+
+    Args:
+        result: what `fast.finetune` or `Adaptation.finish` returned; or its network, with both
+            heads.
+        source_inputs: a few hundred inputs of the source task, with labels or without. Without, the
+            network's own answers are taken for right.
+        data: `(inputs, labels)`, a Dataset or a DataLoader of the target task: samples that were
+            not trained on, where there are any. On training samples the target's head is surer than
+            it should be.
+        source_classes, target_classes: names of the classes, in the order of each head's logits
+            (default: what the network says, what `result` has). Classes of the same name in both
+            tasks become one.
+
+    Returns:
+        a plain module, in evaluation mode: logits `[B, C]`, first of the source's classes, then of
+        those that only the target has; `classes`, `passes`, `calibration`, `save(folder)`. One
+        forward pass, where both tasks have one function of the input (`batch_norm="frozen"`, or no
+        batch norm); two, where each has norms of its own.
+
+    Raises:
+        ValueError: the network has one head only; names do not fit; labels are out of range or
+            missing; samples are too few; or something follows the head of the network.
+    """
+    network = unwrap(result.model if isinstance(result, Result) else result)
+    model = network.network if isinstance(network, Joined) else network
+    head = task_head(model)
+    if head is None:
+        raise ValueError(
+            "result: the network has one head, and join needs the source's beside the target's: "
+            "join before fast.fold_head"
+        )
+    if target_classes is None and isinstance(result, Result):
+        target_classes = result.classes
+    if source_classes is None and isinstance(head.source_labels.get("id2label"), dict):
+        source_classes = list(head.source_labels["id2label"].values())
+    return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
+
+
+def join_heads(
+    heads: TwoHeads,
+    source_inputs: Any,
+    data: Any,
+    source_classes: Sequence[str] | None = None,
+    target_classes: Sequence[str] | None = None,
+) -> Joined:
+    """`join` of networks that were taken apart; they become the joined network."""
+    sizes = len(heads.source[1]), len(heads.target[1])
+    names = (
+        class_names(source_classes, sizes[0], 0, "source"),
+        class_names(target_classes, sizes[1], sizes[0], "target"),
+    )
+    _note_shared(*names)
+    source, target = _read(source_inputs, sizes[0], "source_inputs"), _read(data, sizes[1], "data")
+    if target.labels is None:
+        raise ValueError("data: has no labels; give (inputs, labels) of the target task")
+    networks = [part.network for part in heads.parts]
+    joined = Joined(networks, [*names[0], *names[1]], heads.parts[0].name)
+    joined.to(heads.source[0].device)
+    places = joined.place.split(list(sizes))
+    count = len(joined.classes)
+    sides = (
+        _side(heads, source, places[0], count, "source_inputs"),
+        _side(heads, target, places[1], count, "data"),
+    )
+    classes = torch.arange(count, device=joined.place.device)
+    own = torch.isin(classes, places[0]), torch.isin(classes, places[1])
+    labelled = source.labels is not None
+    scales, joined.calibration = fit(sides, joined.place, own, labelled=labelled)
+    _put(heads, scales)
+    cost = "" if joined.passes == 1 else "es, because each task has norms of its own"
+    log.info("join: %d classes, %d forward pass%s per input", count, joined.passes, cost)
+    return joined
+
+
+def class_names(names: Sequence[str] | None, count: int, first: int, task: str) -> list[str]:
+    """The names of a head's classes: those that are given, or their places among all rows.
+
+    Args:
+        first: the place of the head's first row.
+
+    Raises:
+        ValueError: there are more or fewer than the head has.
+    """
+    if names is None:
+        return [f"class {first + i}" for i in range(count)]
+    if isinstance(names, str) or len(names) != count:
+        came = repr(names) if isinstance(names, str) else f"{len(names)} names"
+        raise ValueError(
+            f"{task}_classes: got {came}, and the {task}'s head has {count} classes: give one name "
+            "for each, in their order"
+        )
+    return [str(name) for name in names]
+
+
+def _note_shared(source: list[str], target: list[str]) -> None:
+    """Say which classes both tasks have.
+
+    Raises:
+        ValueError: names of the target are not different, or say too little to merge by.
+    """
+    twice = sorted({name for name in target if target.count(name) > 1})
+    if twice:
+        raise ValueError(f"target_classes: {some(twice)} more than once; give each class one name")
+    shared = [name for name in target if name in set(source)]
+    numbers = [name for name in shared if name.strip().isdecimal()]
+    if numbers:
+        raise ValueError(
+            f"both tasks have classes named {some(numbers)}: numbers do not say whether they are "
+            "the same. Give names in source_classes and target_classes, the same for what is the "
+            "same"
+        )
+    if shared:
+        log.info("join: classes that both tasks have, by name: %s", some(shared))
+
+
+def _read(samples: Any, num_classes: int, name: str) -> SourceInputs:
+    read = SourceInputs.parse(samples, LIMIT, name)
+    if read.size < LEAST:
+        raise ValueError(f"{name}: {read.size} samples; give at least {LEAST}, better 500")
+    if read.labels is not None:
+        check_labels(read.labels, num_classes, name)
+    check_finite_inputs(read.inputs, name)
+    return read
+
+
+def _side(heads: TwoHeads, samples: SourceInputs, place: Tensor, count: int, name: str) -> Side:
+    """What the heads make of samples, and what they should.
+
+    Args:
+        place: where among `count` classes those of the samples' own task are.
+        name: of the samples, for messages.
+    """
+    batches = [inputs for inputs, _ in samples.batches(CHUNK)]
+    features = [part.features(batches, name) for part in heads.parts]
+    source = logits_from(features[0], heads.source)
+    target = logits_from(features[-1], heads.target)
+    if samples.labels is None:
+        answers = source.softmax(1)
+    else:
+        answers = F.one_hot(samples.labels.to(place.device), len(place)).to(source)
+    empty = source.new_zeros(len(source), count)
+    return Side(
+        source=source,
+        target=target,
+        features=torch.cat(features, 1),
+        answers=empty.index_add(1, place, answers),
+    )
+
+
+def _put(heads: TwoHeads, scales: Scales) -> None:
+    """Make the scales part of the heads' weights, and put these into the networks."""
+    (w_s, b_s), (w_t, b_t) = heads.source, heads.target
+    w_s, b_s = scales.source * w_s, scales.source * b_s
+    w_t, b_t = scales.target * w_t, scales.target * b_t + scales.offset
+    if len(heads.parts) == 1:
+        heads.parts[0].put((torch.cat([w_s, w_t + scales.direction]), torch.cat([b_s, b_t])))
+        return
+    v_s, v_t = scales.direction.split([w_s.shape[1], w_t.shape[1]])
+    heads.parts[0].put((w_s - v_s, b_s))
+    heads.parts[1].put((w_t + v_t, b_t))

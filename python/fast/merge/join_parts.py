@@ -1,0 +1,195 @@
+"""The plain networks of an adapted one, and what their heads see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.data.trees import move
+from fast.heads import (
+    evaluating,
+    features_of,
+    fold_head,
+    forward_logits,
+    places_of,
+    plain_batch_norm,
+    task_head,
+)
+from fast.heads.find import HeadLayer, find_head, layer_like
+from fast.heads.forward import taking
+from fast.heads.replace import announce_classes
+from fast.heads.task import two_task_modules
+from fast.models.saved import load_saved
+
+Rows = tuple[Tensor, Tensor]
+# What a module that answers both tasks calls its part for the source: a head, a norm, an adapter.
+SOURCE_MODULES = ("source", "source_norm", "base_layer")
+
+
+@dataclass(kw_only=True)
+class Part:
+    """A plain network with its head.
+
+    Attributes:
+        name: of the head in the network.
+        layer: the head.
+    """
+
+    network: nn.Module
+    name: str
+    layer: HeadLayer
+
+    def put(self, rows: Rows) -> None:
+        """Put a head of this weight `[C, D]` and bias `[C]` in the place of the old."""
+        weight, bias = rows
+        layer = layer_like(self.layer, len(weight), bias=True)
+        with torch.no_grad():
+            layer.weight.copy_(weight.view_as(layer.weight))
+            layer.bias.copy_(bias)  # type: ignore[union-attr]
+        for parent, attribute, _ in places_of(self.network, self.layer):
+            setattr(parent, attribute, layer)
+        announce_classes(self.network, len(weight))
+        self.layer = layer
+
+    def features(self, batches: Iterable[Any], name: str) -> Tensor:
+        """What the head sees of inputs, averaged over positions: `[N, D]` in float64.
+
+        Args:
+            name: of the data, for messages.
+
+        Raises:
+            ValueError: the network does not take the inputs, or its logits are not those of the
+                head on these features.
+        """
+        parts: list[Tensor] = []
+        for inputs in batches:
+            inputs = move(inputs, self.layer.weight.device)
+            with taking(name, inputs, self.network):
+                seen = features_of(self.network, self.layer, inputs)
+            # The channels of a convolution come first, the features of a linear layer last.
+            rows = seen.double().movedim(-1 if isinstance(self.layer, nn.Linear) else 1, -1)
+            rows = rows.flatten(1, -2).mean(1) if rows.dim() > 2 else rows
+            if not parts:
+                self._check_linear(inputs, rows)
+            parts.append(rows)
+        return torch.cat(parts)
+
+    def _check_linear(self, inputs: Any, features: Tensor) -> None:
+        with evaluating(self.network):
+            logits = forward_logits(self.network, inputs).double()
+        made = logits_from(features, rows_of(self.layer))
+        # A log-softmax behind the head takes a constant away.
+        alike = made.shape == logits.shape and torch.allclose(
+            made.log_softmax(1), logits.log_softmax(1), rtol=1e-3, atol=1e-3
+        )
+        if not alike:
+            raise ValueError(
+                f"join needs logits [B, C] that {self.name} makes of one row of features per "
+                f"sample; {type(self.network).__name__} answers {list(logits.shape)}, and the head "
+                f"makes {list(made.shape)} of its features: something follows it"
+            )
+
+
+def rows_of(layer: HeadLayer) -> Rows:
+    """Weight `[C, D]` and bias `[C]` of a head, in float64."""
+    weight = layer.weight.detach().double().flatten(1)
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+    return weight, bias
+
+
+def logits_from(features: Tensor, rows: Rows) -> Tensor:
+    """Logits `[N, C]` of features `[N, D]`."""
+    return features @ rows[0].T + rows[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoHeads:
+    """Plain networks for two tasks, and the rows of both heads.
+
+    Attributes:
+        parts: the source's network and the target's, which share what is the same; or one, where
+            the tasks differ by their heads alone.
+        source, target: rows of the heads.
+    """
+
+    parts: tuple[Part, ...]
+    source: Rows
+    target: Rows
+
+
+def two_heads(model: nn.Module) -> TwoHeads:
+    """The plain networks of an adapted one, which stays as it is.
+
+    Raises:
+        ValueError: something beside heads, batch norms and adapters answers both tasks.
+    """
+    head = task_head(model)
+    assert head is not None
+    name = places_of(model, head)[0][2]
+    target = fold_head(copy.deepcopy(model))
+    networks = [target]
+    if len(two_task_modules(model)) > 1:
+        networks.insert(0, _source_network(model, target))
+    parts = tuple(_part(network, name) for network in networks)
+    return TwoHeads(parts=parts, source=rows_of(head.source), target=rows_of(parts[-1].layer))
+
+
+def saved_heads(folder: str | Path, model: nn.Module, sample: Any) -> TwoHeads:
+    """The same of a folder that `Result.save` wrote.
+
+    Args:
+        model: the plain architecture, with a head for any number of classes.
+        sample: a batch of inputs, to find the head by.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fast.models.saved.load_saved`; or the folder lacks what
+            the source task needs.
+    """
+    saved = load_saved(folder, model, sample)
+    if saved.source is None:
+        raise ValueError(f"{saved.note}: join needs the head of both tasks")
+    name = find_head(saved.target, sample).name
+    source, target = _part(saved.source, name), _part(saved.target, name)
+    theirs = saved.target.state_dict()
+    same = all(
+        n.startswith(f"{name}.") or torch.equal(x, theirs[n])
+        for n, x in saved.source.state_dict().items()
+    )
+    parts = (target,) if same else (source, target)
+    return TwoHeads(parts=parts, source=rows_of(source.layer), target=rows_of(target.layer))
+
+
+def _part(network: nn.Module, name: str) -> Part:
+    layer: Any = network.get_submodule(name)
+    return Part(network=network.eval(), name=name, layer=layer)
+
+
+def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
+    """The plain network that answers the source task; it shares what it can with `target`."""
+    theirs = dict(target.named_parameters())
+    own = {id(p) for m in two_task_modules(model) for p in m.parameters()}
+    shared = {
+        id(p): theirs[name]
+        for name, p in model.named_parameters()
+        if name in theirs and id(p) not in own
+    }
+    network = copy.deepcopy(model, shared)
+    for module in two_task_modules(network):
+        plain = next((getattr(module, n) for n in SOURCE_MODULES if hasattr(module, n)), None)
+        if plain is None:
+            raise ValueError(
+                f"join cannot take the two tasks apart: {type(module).__name__} answers both, and "
+                "is neither a head nor a batch norm"
+            )
+        for parent, attribute, _ in places_of(network, module):
+            setattr(parent, attribute, plain)
+    head = task_head(model)
+    assert head is not None
+    announce_classes(network, len(head.source.weight))
+    return plain_batch_norm(network)

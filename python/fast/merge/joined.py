@@ -1,0 +1,202 @@
+"""One network for the classes of two tasks, as a plain module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.files import atomic_file, read_json, reading, write_json
+from fast.heads.forward import logits_of
+from fast.models.saved import (
+    JOIN_FILE,
+    MODEL_FILE,
+    SOURCE_HEAD_FILE,
+    SOURCE_NORMS_FILE,
+    load_saved,
+    write_manifest,
+)
+from fast.tensor_files import save_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How two heads were brought to one scale; losses are in nats, each task has half the weight.
+
+    Attributes:
+        source_scale, target_scale: factors on the logits of each head (one over a temperature).
+        offset: what is added to the target's logits, at the mean of the features.
+        ridge: weight of the penalty on the rest, which depends on the features.
+        loss_before: cross-entropy over all classes with the heads as they were, side by side.
+        loss: the same after calibration, on samples that it was not fitted on (cross-validated).
+        mistaken: share of these samples that are given to the other task.
+        source_labelled: whether the source inputs had labels; without, `source_scale` is 1.
+    """
+
+    source_scale: float
+    target_scale: float
+    offset: float
+    ridge: float
+    loss_before: float
+    loss: float
+    mistaken: float
+    source_labelled: bool
+
+
+class Joined(nn.Module):
+    """Logits `[B, C]` over the classes of the source and then those of the target.
+
+    Attributes:
+        networks: plain networks; one that has all the rows, or two whose logits are put side by
+            side (then an input takes two passes).
+        rows: the class names of the logits of `networks`, in their order.
+        classes: the names without repetition: C of them, in the order of the logits. A class that
+            both tasks have gets the sum of their probabilities.
+        head: name of the layer of `networks` that makes the logits.
+        calibration: how the heads were brought to one scale.
+    """
+
+    place: Tensor
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        rows: Sequence[str],
+        head: str,
+        calibration: Calibration | None = None,
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.networks = nn.ModuleList(networks)
+        self.rows = tuple(rows)
+        self.classes = tuple(dict.fromkeys(rows))
+        self.calibration = calibration
+        places = {name: place for place, name in enumerate(self.classes)}
+        self.register_buffer(
+            "place", torch.tensor([places[name] for name in rows]), persistent=False
+        )
+        self.eval()
+
+    @property
+    def network(self) -> nn.Module:
+        """The network of all rows, which further tasks can be learned by.
+
+        Raises:
+            ValueError: there are two.
+        """
+        if self.passes > 1:
+            raise ValueError(
+                "each task has norms (or adapters) of its own, and so its own network: adapt with "
+                'batch_norm="frozen" to join them in one'
+            )
+        return self.networks[0]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per input."""
+        return len(self.networks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        answers = [logits_of(network(*args, **kwargs)) for network in self.networks]
+        return merged(torch.cat(answers, 1), self.place, len(self.classes))
+
+    def save(self, folder: str | Path, facts: dict[str, Any] | None = None) -> Path:
+        """Write the joined network; `load_joined` reads it.
+
+        `model.safetensors` loads into the plain architecture with a head of all rows. Where the
+        tasks have norms of their own it is the target's network, and
+        `source_head.safetensors` and `source_norms.safetensors` make the source's of it.
+        `join.json` has the names of the rows, the passes and the calibration, `result.json` the
+        classes, `manifest.json` the hashes of all.
+
+        Args:
+            facts: what else `result.json` says, of the run for instance.
+
+        Returns:
+            the folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        source, target = self.networks[0], self.networks[-1]
+        for name in (SOURCE_HEAD_FILE, SOURCE_NORMS_FILE):  # those of a network joined before
+            (folder / name).unlink(missing_ok=True)
+        if self.passes > 1:
+            own = {
+                SOURCE_HEAD_FILE: source.get_submodule(self.head).state_dict(),
+                SOURCE_NORMS_FILE: _own_state(source, target, self.head),
+            }
+            for name, tensors in own.items():
+                with atomic_file(folder / name) as path:
+                    save_tensors(tensors, path)
+        with atomic_file(folder / MODEL_FILE) as path:
+            save_tensors(target.state_dict(), path)
+        calibration = asdict(self.calibration) if self.calibration else None
+        write_json(
+            folder / JOIN_FILE,
+            {
+                "rows": self.rows,
+                "head": self.head,
+                "passes": self.passes,
+                "calibration": calibration,
+            },
+        )
+        write_json(folder / "result.json", {**(facts or {}), "classes": self.classes})
+        write_manifest(folder, None, {})
+        return folder
+
+
+def load_joined(folder: str | Path, model: nn.Module, sample: Any) -> Joined:
+    """Read what `Joined.save` or `fast join` wrote.
+
+    Args:
+        model: the plain architecture, with a head for any number of classes.
+        sample: a batch of inputs, to find the head by.
+
+    Raises:
+        FileNotFoundError: the folder holds no joined network.
+        ValueError: a file is damaged, or is of another network.
+    """
+    folder = Path(folder)
+    file = folder / JOIN_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {JOIN_FILE}: fast join writes one")
+    saved = load_saved(folder, model, sample)
+    facts = read_json(file)
+    with reading(file):
+        rows, passes = [str(name) for name in facts["rows"]], int(facts["passes"])
+        head, fitted = str(facts["head"]), facts["calibration"]
+        calibration = Calibration(**fitted) if fitted else None
+    if passes == 1:
+        return Joined([saved.target], rows, head, calibration)
+    if saved.source is None:
+        raise ValueError(saved.note)
+    return Joined([saved.source, saved.target], rows, head, calibration)
+
+
+def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:
+    """Logits `[B, R]` of rows as `[B, C]` of classes: log-sum-exp over the rows of a class.
+
+    Args:
+        place: the class of each row, `[R]`; the first rows of all classes are in order.
+    """
+    if num_classes == logits.shape[1]:
+        return logits
+    index = place.expand(len(logits), -1)
+    empty = logits.new_full((len(logits), num_classes), -torch.inf)
+    top = empty.scatter_reduce(1, index, logits, "amax")
+    shares = (logits - top.gather(1, index)).exp()
+    return torch.zeros_like(top).scatter_add(1, index, shares).log() + top
+
+
+def _own_state(source: nn.Module, target: nn.Module, head: str) -> dict[str, Tensor]:
+    """What the source's network has of its own, but for the head: norms, and what was adapted."""
+    theirs = target.state_dict()
+    return {
+        name: value
+        for name, value in source.state_dict().items()
+        if not name.startswith(f"{head}.") and not torch.equal(value, theirs[name])
+    }

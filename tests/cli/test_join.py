@@ -1,0 +1,82 @@
+"""`fast join`: from the folder of a run to one network for both tasks."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fast.cli import main
+from fast.merge.join import join_heads
+from fast.merge.join_parts import saved_heads
+from fast.merge.joined import load_joined
+from fast.models.load import load_model
+
+ADAPT = ("--steps", 40, "--source-inputs", "source.npz", "--output", "out", "--no-progress")
+
+
+@pytest.fixture(scope="module", params=["frozen", "per_task"])
+def run_folder(request, pretrained, job_args, tmp_path_factory):
+    """What `fast finetune --output` leaves, made once."""
+    folder = tmp_path_factory.mktemp("adapted")
+    shutil.copytree(pretrained, folder, dirs_exist_ok=True)
+    args = [a for a in job_args if a not in ("--source", "source.npz")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        options = (*args, *map(str, ADAPT), "--batch-norm", request.param)
+        assert main(["finetune", *options]) == 0
+    return folder / "out", 1 if request.param == "frozen" else 2
+
+
+@pytest.fixture
+def adapted(job, run_folder):
+    # The job file names the data by its path, in the folder that the run was made in.
+    shutil.copytree(run_folder[0], job.folder / "out")
+    return job
+
+
+def test_a_run_becomes_one_network(adapted, run_folder):
+    (adapted.folder / "old.txt").write_text("left\nmiddle\nright\n")
+    code, out, err = adapted.fast("join", "out", "-o", "both", "--source-classes", "old.txt")
+    assert code == 0, err
+    passes = run_folder[1]
+    assert f"7 classes in one softmax; {passes} forward pass" in out
+    facts = json.loads((adapted.folder / "both/join.json").read_text())
+    assert facts["rows"][:3] == ["left", "middle", "right"]
+    assert json.loads((adapted.folder / "both/result.json").read_text())["classes"] == facts["rows"]
+    assert (adapted.folder / "both/data.json").is_file()
+
+    def images(file, part):
+        return ((torch.from_numpy(np.load(file)[part]).float() / 255 - 0.5) / 0.5)[:, None]
+
+    x_old, x = images("source.npz", "x_test"), images("target.npz", "x_test")
+    joined = load_joined("both", load_model("nets.py:Net(3)").model, x)
+    assert joined.passes == passes
+    right = [
+        (joined(rows).argmax(1) == first + torch.from_numpy(np.load(file)["y_test"])).float().mean()
+        for rows, file, first in ((x_old, "source.npz", 0), (x, "target.npz", 3))
+    ]
+    assert min(right) > 0.9
+
+    # Python gives the same network, from the same samples in the same order.
+    heads = saved_heads("out", load_model("nets.py:Net(3)").model, x)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x_old)))
+    y = torch.from_numpy(np.load("target.npz")["y_test"])
+    same = join_heads(heads, x_old[order], (x, y))
+    torch.testing.assert_close(same(x), joined(x), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_missing_is_named(adapted):
+    for args, message in (
+        (("out",), "--output must be given"),
+        (("nowhere", "-o", "both"), "RUN nowhere: no such folder"),
+        (("out", "-o", "out"), "is the run itself"),
+        (("out", "-o", "both", "--source-classes", "none.txt"), "cannot be read"),
+    ):
+        code, _, err = adapted.fast("join", *args)
+        assert code == 2
+        assert message in err
+    (adapted.folder / "two.txt").write_text("left\nright\n")
+    code, _, err = adapted.fast("join", "out", "-o", "both", "--source-classes", "two.txt")
+    assert (code, "has 2 names; the old head has 3 classes" in err) == (2, True)
