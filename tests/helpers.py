@@ -1,13 +1,15 @@
-"""What tests share: the error rule, and running a piece of code in a fresh interpreter."""
+"""What tests share: the error rule, sound files, and running code in a fresh interpreter."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import wave
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,3 +51,19 @@ def run_python(
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def write_wav(path, seconds=0.1, rate=8000, width=2, channels=1, pitch=440.0):
+    """Write a tone as a WAV file; the samples of one channel in -1..1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    t = np.arange(round(seconds * rate)) / rate
+    tone = np.repeat(np.sin(2 * np.pi * pitch * t)[:, None], channels, 1) * 0.5
+    scale = {1: 127, 2: 32767, 3: (1 << 23) - 1, 4: (1 << 31) - 1}[width]
+    whole = np.round(tone * scale).astype(np.int64) + (128 if width == 1 else 0)
+    raw = whole.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width].tobytes()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(raw)
+    return tone[:, 0]

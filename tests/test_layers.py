@@ -19,6 +19,7 @@ LAYERS = (
         "fast.ranks",
         "fast.version",
         "fast.tensor_files",
+        "fast.workers",
     ),
     ("fast.data",),
     ("fast.heads",),

@@ -7,6 +7,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+# The figures fit into 80 columns; a narrower window cuts off the time that remains.
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar:4}| {n_fmt}/{total_fmt}{postfix} [<{remaining}]"
+
 
 def bar(
     total: int, what: str, show: bool | None, *, unit: str, start: int = 0, leave: bool = False
@@ -20,7 +23,21 @@ def bar(
     """
     if show is None:
         show = sys.stderr.isatty() or in_notebook()
-    return tqdm(total=total, initial=start, desc=what, unit=unit, disable=not show, leave=leave)
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=what,
+        unit=unit,
+        disable=not show,
+        leave=leave,
+        bar_format=BAR_FORMAT,
+        dynamic_ncols=True,
+    )
+
+
+def write_line(text: str) -> None:
+    """Write a line on stderr, above the bars that are shown."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def in_notebook() -> bool:

@@ -1,5 +1,7 @@
 """Figures: what is on them, without looking at pixels."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -104,3 +106,20 @@ def test_saved_as_png_without_touching_the_backend(tmp_path):
     path = save(plots.comparison({"fast": [history([0.1, 0.9])]}), tmp_path / "a" / "b.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert (matplotlib.rcParams["backend"], matplotlib.rcParams["font.size"]) == before
+
+
+@pytest.mark.parametrize(
+    "path", [([0.1, 0.5, 0.9], [0.9, 0.9, 0.9]), ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9])]
+)
+def test_no_words_lie_on_a_curve(path):
+    """Also where the source is kept, which is what the picture is to show."""
+    figure = plots.comparison({"fast": [history(*path)]}, source_before=path[1][0])
+    figure.canvas.draw()
+    _, source, plane = figure.axes
+    (word,) = source.texts
+    assert word.get_window_extent().x0 >= source.get_window_extent().x1
+    (arrow,) = plane.texts
+    place = arrow.get_window_extent()
+    points = plane.transData.transform(plane.get_lines()[0].get_xydata())
+    dense = np.concatenate([np.linspace(a, b, 50) for a, b in itertools.pairwise(points)])
+    assert not any(place.contains(x, y) for x, y in dense)

@@ -37,11 +37,23 @@ def test_it_learns_and_the_saved_network_is_plain(job):
     assert accuracy(net, "target.npz", "test") == pytest.approx(result["target_accuracy"])
 
     rows = [line.split() for line in out.splitlines()]
-    assert ["target", f"{100 * result['target_accuracy']:.1f}", "80"] in rows
-    before, after = result["source_accuracy_before"], result["source_accuracy"]
-    assert ["source", f"{100 * before:.1f}", f"{100 * after:.1f}", "90"] in rows
-    history = (job.folder / "out" / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in history] == [0, 10, 20, 30]
+    lines = (job.folder / "out" / "history.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    assert [record["step"] for record in history] == [0, 10, 20, 30]
+    before, first = result["source_accuracy_before"], history[0]
+    for row in (
+        ["target", first["target_accuracy"], result["target_accuracy"], "80"],
+        ["source", before, first["source_accuracy"], result["source_accuracy"], "90"],
+    ):
+        assert [f"{100 * x:.1f}" if isinstance(x, float) else x for x in row] in rows
+
+    by_class = json.loads((job.folder / "out" / "data.json").read_text())["accuracy_by_class"]
+    assert sum(by_class["samples"]) == 80
+    assert sum(by_class["right"]) / 80 == pytest.approx(result["target_accuracy"])
+    log = (job.folder / "out" / "run.log").read_text()
+    for told in ("measuring the source", "head start: ", "training", "step 30/30 (epoch "):
+        assert told in log
+        assert told in err
 
 
 @pytest.mark.parametrize("method", ["vanilla", "l2-sp", "lp-ft"])
@@ -471,8 +483,12 @@ def floats(folder):
         (keep, ["--source", "target.npz"], "--source target.npz: labels must be 0..2, as the"),
         (named_folders, ["--source", "animals"], "--source animals: 2 class folders with names"),
         (named_folders, ["--source-inputs", "animals"], "2 class folders with names, and the net"),
-        (keep, ["--input-column", "text"], "--input-column is for Hugging Face data sets; target"),
-        (keep, ["--label-column", "y"], "--label-column is for Hugging Face data sets"),
+        (
+            keep,
+            ["--input-column", "text"],
+            "--input-column is for tables and Hugging Face data sets; target",
+        ),
+        (keep, ["--label-column", "y"], "--label-column is for tables and Hugging Face data sets"),
         (keep, ["--weights", "no.safetensors"], "no.safetensors: no such file"),
         (truncate("net.safetensors"), [], "net.safetensors: truncated"),
         (truncate("target.npz"), [], "target.npz: not a readable .npz"),

@@ -89,3 +89,25 @@ def test_a_demo_has_a_length_of_its_own():
 def test_every_option_has_a_line_of_help(name):
     for action in parser_of(COMMANDS[name])._actions:
         assert action.help[0] not in " (", action.option_strings
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--folds", "1"], "--folds: at least 2 parts"),
+        (["--folds", "5", "--val-fraction", "0.1"], "--folds holds out each part in turn"),
+        (["--folds", "5", "--save-every", "9"], "--folds: its runs are not saved"),
+        (["--flip", "--augment", "light"], "--augment light mirrors images: drop --flip"),
+        (["--max-seconds", "0"], "--max-seconds must be more than 0"),
+        (["--mixup", "-1"], "mixup must not be negative"),
+    ],
+)
+def test_options_that_do_not_go_together(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(FinetuneSpec, *argv)
+
+
+@pytest.mark.parametrize("spec", [LandscapeSpec, RetentionSpec])
+def test_folds_are_of_one_run(spec):
+    with pytest.raises(ValueError, match="unrecognized arguments: --folds"):
+        parsed(spec, "--folds", "5", "--source", "source.npz")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fast.cli.report.summary import NOTES, Run, steps_to, summarise
+from fast.cli.report.summary import NOTES, Run, settings, steps_to, summarise, verdict
 from fast.cli.report.table import html_table, percent, text_table
 
 
@@ -77,3 +77,29 @@ def test_percent(value, text):
 
 def test_the_notes_say_what_is_not_counted_as_a_step():
     assert "head_steps, of fast), are not counted" in NOTES
+
+
+def test_the_verdict_is_in_words():
+    runs = [
+        run("fast", 0, [0.1, 0.90], after=0.88),
+        run("fast", 1, [0.1, 0.92], after=0.88),
+        run("vanilla", 0, [0.1, 0.80], after=0.5),
+        run("vanilla", 1, [0.1, 0.82], after=0.5),
+        run("l2-sp", 0, [0.1, 0.85], after=0.88),
+        run("l2-sp", 1, [0.1, 0.95], after=0.88),
+    ]
+    assert verdict(runs) == (
+        "fast learns 10.0 points more than vanilla, and keeps 38.0 points more than it of the "
+        "source task. fast learns about as much as (+1.0 ± 50.8 points, which is undecided) l2-sp, "
+        "and keeps as much as it of the source task."
+    )
+    assert verdict([runs[0], runs[2]]).endswith(
+        "There is one seed of each: another may come out differently."
+    )
+    assert "source" not in verdict([run("fast", 0, [0.5]), run("vanilla", 0, [0.7])])
+
+
+def test_the_values_that_methods_ran_with():
+    one, two = run("fast", 0, [0.5]), run("vanilla", 0, [0.5])
+    one.plan, two.plan = {"method": "fast", "lr": 1.5e-3}, {"method": "vanilla", "lr": 1e-3}
+    assert settings([one, two]) == (["setting", "fast", "vanilla"], [["lr", "0.0015", "0.001"]])

@@ -1,11 +1,17 @@
 """What libraries and networks declare of their input is what is done: the same pixels."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fast.data.images.preprocessing import Preprocessing, declared, from_config, from_preset
+from fast.data.images.format import ImageFormat, evaluation_transform
+from fast.data.images.pixels import prepare_images
+from fast.data.images.preprocessing import Preprocessing, declared, from_preset
+from fast.data.sources import EncodedImages, Split
 from fast.models.load import load_model
 
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
@@ -22,28 +28,13 @@ def check(says, expected, channels=3):
     assert (ours - expected).abs().mean() < 1e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b1", "convnext_tiny", "swin_t"])
-def test_torchvision(name):
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    preset = models.get_model_weights(name).DEFAULT.transforms()
-    check(from_preset(preset, "torchvision"), preset(photo()))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"crop_pct": 0.875, "interpolation": "bilinear"},
-        {"crop_pct": 0.95, "interpolation": "bicubic"},
-        {"crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "squash"},
-        {"crop_pct": 1.0, "interpolation": "lanczos"},
-    ],
-)
-def test_timm(config):
-    timm = pytest.importorskip("timm.data", reason="timm is not installed")
-    whole = {"input_size": (3, 64, 64), "mean": (0.4,) * 3, "std": (0.2,) * 3, **config}
-    check(from_config(whole, "timm"), timm.create_transform(**whole)(photo()))
-
-
+TIMM = {
+    "resnet10t": {},  # crop_pct 0.875, bicubic
+    "test_vit": {"pretrained_cfg_overlay": {"crop_pct": 0.9, "interpolation": "bilinear"}},
+    "test_resnet": {"pretrained_cfg_overlay": {"crop_mode": "squash", "crop_pct": 0.95}},
+    "test_efficientnet": {"pretrained_cfg_overlay": {"mean": (0.0,) * 3, "std": (1.0,) * 3}},
+    "test_byobnet": {"pretrained_cfg_overlay": {"crop_mode": "border", "crop_pct": 1.0}},
+}
 PROCESSORS = [
     ("ViTImageProcessor", {}),
     ("ViTImageProcessor", {"do_normalize": False}),
@@ -64,6 +55,35 @@ PROCESSORS = [
 ]
 
 
+def as_in_a_run(says, picture, channels=3):
+    """What a saved run makes of a picture: through JSON, as its description is kept."""
+    saved = json.loads(json.dumps(says.format("BGR" if says.bgr else channels).description))
+    return evaluation_transform(saved)(picture)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b1", "convnext_tiny", "swin_t"])
+def test_torchvision(name):
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    says = from_preset(preset, "torchvision")
+    expected = preset(photo())
+    assert torch.equal(as_in_a_run(says, photo()), expected)
+    assert torch.equal(as_in_a_run(replace(says, library=None), photo()), expected)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name):
+    timm = pytest.importorskip("timm.data", reason="timm is not installed")
+    options = {"pretrained": False, **TIMM[name]}
+    arguments = ", ".join(f"{k}={v!r}" for k, v in options.items())
+    loaded = load_model(f"timm:{name}({arguments})")
+    expected = timm.create_transform(**timm.resolve_data_config({}, model=loaded.model))(photo())
+    assert torch.equal(as_in_a_run(loaded.preprocessing, photo()), expected)
+    if TIMM[name].get("pretrained_cfg_overlay", {}).get("crop_mode") != "border":
+        ours = as_in_a_run(replace(loaded.preprocessing, library=None), photo())
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize(("name", "options"), PROCESSORS)
 def test_transformers(name, options):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -71,7 +91,63 @@ def test_transformers(name, options):
     from fast.data.images.processor import measure
 
     processor = getattr(transformers, name)(**options)
-    check(measure(processor), processor(photo(), return_tensors="pt")["pixel_values"][0])
+    says = measure(processor)
+    expected = processor(photo(), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(as_in_a_run(says, photo()), expected)
+    # Resizing by other code differs by a few levels of 255 at single pixels.
+    check(replace(says, library=None), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos", "box"])
+@pytest.mark.parametrize("stretch", [False, True])
+def test_a_network_of_a_file_gets_the_pixels_of_torchvision(interpolation, stretch):
+    v2 = pytest.importorskip("torchvision.transforms.v2", reason="torchvision is not installed")
+    form = ImageFormat(
+        size=48, resize=57, stretch=stretch, interpolation=interpolation, mean=(0.4,), std=(0.3,)
+    )
+    side = (57, 57) if stretch else 57
+    steps = [
+        v2.Resize(side, v2.InterpolationMode(interpolation)),
+        v2.CenterCrop(48),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize([0.4] * 3, [0.3] * 3),
+    ]
+    levels = v2.Compose([*steps[:2], v2.PILToTensor()])(photo())
+    assert torch.equal(torch.from_numpy(form.fit(photo())), levels)
+    # Here v2 multiplies by 1 / 255, where the presets of torchvision divide.
+    ours, theirs = evaluation_transform(form.description)(photo()), v2.Compose(steps)(photo())
+    torch.testing.assert_close(ours, theirs.as_subclass(torch.Tensor), rtol=0, atol=1e-6)
+
+
+def test_a_large_photo_is_not_shrunk_while_it_is_decoded(tmp_path):
+    """The decoder could, for other pixels."""
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    preset = models.ResNet18_Weights.DEFAULT.transforms()
+    file = str(tmp_path / "large.jpg")
+    photo(2000, 1500).save(file)
+    form = from_preset(preset, "torchvision").format(3)
+    images = EncodedImages(names=[file], open=lambda i: file)
+    x, _ = prepare_images(Split(inputs=images, labels=np.zeros(1, int)), form)
+    with Image.open(file) as picture:
+        assert torch.equal(x[0], preset(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"size": 8, "library": {"library": "os"}}, "names the library 'os'"),
+        ({"mean": 3}, "the preprocessing cannot be read"),
+        (
+            {"library": {"library": "transformers", "processor": {"image_processor_type": "Path"}}},
+            "has no image processor 'Path'",
+        ),
+    ],
+)
+def test_a_damaged_description(description, message):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    with pytest.raises(ValueError, match=message):
+        evaluation_transform(description)
 
 
 class Odd:

@@ -187,10 +187,10 @@ def test_missing_and_unknown_files(tmp_path):
     for name in (tmp_path / "no.npz", tmp_path / "no"):
         with pytest.raises(FileNotFoundError, match="no such file"):
             load_data(str(name))
-    csv = tmp_path / "d.csv"
-    csv.write_text("1,2")
-    with pytest.raises(ValueError, match=r"unknown file type '\.csv'"):
-        load_data(str(csv))
+    odd = tmp_path / "d.xlsx"
+    odd.write_text("1,2")
+    with pytest.raises(ValueError, match=r"unknown file type '\.xlsx'"):
+        load_data(str(odd))
 
 
 @pytest.mark.parametrize(

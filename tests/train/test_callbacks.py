@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 import fast
-from fast.train.log import progress_bar
+from fast.progress import BAR_FORMAT
+from fast.train.log import figures, progress_bar
 from helpers import ROOT
 from networks import ConvNet, images
 
@@ -103,3 +106,21 @@ def test_the_page_about_watching_a_run(monkeypatch):
     assert [figures["step"] for figures in sent] == [0, 1, 2] * 2
     assert all(isinstance(value, int | float) for figures in sent for value in figures.values())
     assert names["frame"].index.tolist() == [0, 1, 2]
+
+
+def test_the_bar_shows_what_is_kept_in_80_columns():
+    record = {"source_accuracy": 0.825, "forecast": 0.123, "target_accuracy": 0.81}
+    out = io.StringIO()
+    with tqdm(
+        total=1000,
+        initial=21,
+        desc="fast",
+        ncols=80,
+        file=out,
+        bar_format=BAR_FORMAT,
+    ) as bar:
+        bar.set_postfix_str(figures(record, before=0.915))
+    line = next(line for line in out.getvalue().split("\r") if "source" in line).rstrip()
+    assert "21/1000, source 82.5 (-9.0) forgets 0.12 target 81.0" in line
+    assert len(line) <= 80
+    assert line.endswith("]")

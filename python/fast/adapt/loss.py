@@ -71,7 +71,7 @@ class Loss:
         self.weights, self.smoothing = weights, smoothing
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over a batch: logits `[B, C]`, labels `[B]`."""
+        """The mean over a batch: logits `[B, C]`, labels `[B]` or shares of classes `[B, C]`."""
         return self.part(logits, labels, self.denominator(labels))
 
     def denominator(self, labels: Tensor) -> Tensor | int:
@@ -79,7 +79,8 @@ class Loss:
         if self.weights is None:
             return len(labels)
         # A batch of classes of weight 0 has no loss; 0 / 0 would spoil the weights.
-        return self.weights[labels].sum().clamp_min(1e-12)
+        weights = labels @ self.weights if labels.dim() == 2 else self.weights[labels]
+        return weights.sum().clamp_min(1e-12)
 
     def part(self, logits: Tensor, labels: Tensor, denominator: Tensor | int) -> Tensor:
         total = F.cross_entropy(

@@ -163,10 +163,10 @@ def _source_panel(axis: Any, curves: Any, before: float | None) -> None:
         level(axis, before)
         axis.annotate(
             "before",
-            (1, 100 * before),
+            (1.02, 100 * before),
             xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
+            annotation_clip=False,
+            va="center",
             color=GREY,
             fontsize=8,
         )
@@ -194,6 +194,7 @@ def _curve_panel(axis: Any, curves: Any, key: str) -> None:
                 zorder=_order(method),
             )
     axis.margins(x=0.02)
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _plane_panel(axis: Any, curves: Any, before: float | None) -> None:
@@ -252,10 +253,21 @@ def _cross(axis: Any, point: Mapping[str, Any], colour: str) -> None:
 
 
 def _better(axis: Any) -> None:
+    """An arrow to the upper right, in the corner that is farthest from what is drawn."""
+    drawn = [line.get_xydata() for line in axis.get_lines()]
+    drawn += [c.get_offsets() for c in axis.collections if len(c.get_offsets())]
+    points = axis.transLimits.transform(np.concatenate(drawn)) if drawn else np.empty((0, 2))
+    points = points[np.isfinite(points).all(axis=1)]
+
+    def room(corner: tuple[float, float]) -> float:
+        middle = np.array(corner) + 0.08
+        return float(np.abs(points - middle).max(axis=1).min()) if len(points) else 1.0
+
+    x, y = max([(0.03, 0.04), (0.03, 0.78), (0.78, 0.04), (0.4, 0.04), (0.4, 0.4)], key=room)
     axis.annotate(
         "better",
-        (0.17, 0.21),
-        (0.03, 0.04),
+        (x + 0.14, y + 0.17),
+        (x, y),
         xycoords="axes fraction",
         fontsize=8,
         color=GREY,

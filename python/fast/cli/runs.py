@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,11 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
     folder = Path(spec.output or f"runs/{command}-{name}")
     check_writable(folder, "--output")
     if not spec.demo:
-        yield load_task(spec.task, source_skill=spec.training.source_skill), folder
+        config = spec.training
+        yield (
+            load_task(spec.task, source_skill=config.source_skill, workers=config.num_workers),
+            folder,
+        )
         return
     with demo.few_threads():
         yield demo.digits_task(), folder
@@ -115,10 +120,23 @@ class Runner:
             print(f"{finished} (kept from before)")
             return finished
         start = time.monotonic()
-        run = Run.of(self.task.adapt(config), time.monotonic() - start, setting)
+        with one_line_each():
+            run = Run.of(self.task.adapt(config), time.monotonic() - start, setting)
         write_json(file, {"key": key, **vars(run)})
         print(f"{run} ({run.seconds:.0f} s)")
         return run
+
+
+@contextmanager
+def one_line_each() -> Iterator[None]:
+    """Tell only the results of several runs, not what each is doing."""
+    log = logging.getLogger("fast")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def read_run(file: Path, key: str) -> Run | None:

@@ -1,4 +1,4 @@
-"""Apply the user's transform of training batches, and check what it returns."""
+"""What training batches go through: the user's transform, which is checked, and mixing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from fast.data.trees import kind, leaves, length
+from fast.errors import first_line
 
 Transform = Callable[[Any], Any]
+Mix = Callable[[Any, Tensor], tuple[Any, Tensor]]
 
 
 class Augmentation:
@@ -48,3 +50,38 @@ class Augmentation:
             self._check(inputs)
             self._check = None
         return inputs
+
+
+def mixing(mixup: float, cutmix: float, num_classes: int) -> Mix | None:
+    """Mixup and CutMix of training batches, by torchvision; None where neither is asked for.
+
+    It takes inputs `[B, C, H, W]` and labels `[B]` and returns mixed inputs and the shares of the
+    classes in them, `[B, C]`. Of Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) each batch
+    gets one, drawn by torch.
+
+    Args:
+        mixup, cutmix: alphas of their Beta distributions; 0 for none.
+
+    Raises:
+        ImportError: torchvision is not installed, or cannot be imported.
+    """
+    alphas = {"MixUp": mixup, "CutMix": cutmix}
+    if not any(alphas.values()):
+        return None
+    try:
+        from torchvision.transforms import v2
+    except (ImportError, RuntimeError) as error:  # its compiled part fails with the latter
+        raise ImportError(
+            f"mixup and cutmix need torchvision: pip install torchvision ({first_line(error)})"
+        ) from error
+    ways = [getattr(v2, name)(alpha=a, num_classes=num_classes) for name, a in alphas.items() if a]
+    draw = v2.RandomChoice(ways)
+
+    def mix(inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
+        if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+            raise ValueError(
+                f"mixup and cutmix are for images [B, C, H, W]; train has {kind(inputs)}: drop them"
+            )
+        return draw(inputs, labels)
+
+    return mix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from fast.data.arrays import as_tensor, warn_unscaled
+from fast.data.generators import find_generators, reseed, seed_process
 from fast.data.labels import check_labels, count_classes
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
 from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, split_labels
 from fast.errors import first_line, printable, some
+from fast.workers import in_workers
 
 
 def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
@@ -57,6 +59,8 @@ class Data:
         inputs, labels: all samples and their labels `[N]`, where they are in memory.
         dataset: a map-style Dataset.
         loader: a DataLoader.
+        workers: processes that read samples of `dataset`; 0 reads them here.
+        pinned: workers put batches into page-locked memory.
     """
 
     name: str
@@ -64,12 +68,20 @@ class Data:
     labels: Tensor | None = None
     dataset: Dataset[Any] | None = None
     loader: DataLoader[Any] | None = None
+    workers: int = 0
+    pinned: bool = False
 
     @property
     def num_samples(self) -> int | None:
         if self.labels is not None:
             return len(self.labels)
         return len(self._source) if isinstance(self._source, Sized) else None
+
+    @property
+    def has_views(self) -> bool:
+        """Whether the data set shows a sample differently at each visit: `view(i, seed)` is a
+        sample that depends on its arguments alone, and `dataset[i]` the sample as it is."""
+        return hasattr(self.dataset, "view")
 
     @property
     def _source(self) -> Any:
@@ -85,16 +97,41 @@ class Data:
                 f"{printable(first_line(error))}"
             ) from error
 
-    def batch_at(self, index: Tensor) -> tuple[Any, Tensor]:
-        """Inputs and labels of these samples `[B]`; not of a DataLoader's."""
+    def batch_at(self, index: Tensor, seeds: list[int] | None = None) -> tuple[Any, Tensor]:
+        """Inputs and labels of these samples `[B]`; not of a DataLoader's.
+
+        Args:
+            seeds: of their views, where the data set has some; None for the samples as they are.
+        """
         if self.labels is not None:
             return pick(self.inputs, index), self.labels[index]
-        samples = [(i, self._sample(i)) for i in index.tolist()]
+        if not self.has_views:
+            seeds = None
+        rows = index.tolist()
+        samples = [(i, self._sample(i, seeds and seeds[k])) for k, i in enumerate(rows)]
         return split_batch(self._collated(samples), self.name)
 
-    def _sample(self, i: int) -> Any:
+    def batches_at(
+        self, keys: Iterable[tuple[Tensor, list[int] | None]]
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """`batch_at` of each (index, seeds), in order, read ahead by `workers`."""
+        generators = find_generators(data=self.dataset).values() if self.workers else ()
+
+        def read(key: tuple[Tensor, list[int] | None]) -> tuple[Any, Tensor]:
+            if key[1] is not None and self.workers and not self.has_views:
+                # What a data set draws does not depend on which worker reads the batch.
+                seed_process(key[1][0])
+                for generator in generators:
+                    reseed(generator, key[1][0])
+            return self.batch_at(*key)
+
+        workers = self.workers if self.labels is None else 0
+        yield from in_workers(read, keys, workers, pinned=self.pinned)
+
+    def _sample(self, i: int, seed: int | None) -> Any:
+        dataset = cast(Any, self.dataset)
         try:
-            return cast(Any, self.dataset)[i]
+            return dataset[i] if seed is None else dataset.view(i, seed)
         except Exception as error:
             raise ValueError(
                 f"{self.name}: sample {i} cannot be read: {type(error).__name__}: "
@@ -130,8 +167,9 @@ class Data:
                 yield split_batch(batch, self.name)
             return
         n = cast(int, self.num_samples)
-        for start in range(0, n, batch_size)[share]:
-            yield self.batch_at(torch.arange(start, min(start + batch_size, n)))
+        starts = range(0, n, batch_size)[share]
+        rows = (torch.arange(start, min(start + batch_size, n)) for start in starts)
+        yield from self.batches_at((index, None) for index in rows)
 
     def infer_num_classes(self) -> int:
         """Number of classes, by the labels or by what the data set records.

@@ -32,7 +32,12 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dim() != 1:
-        hint = "; of one-hot labels give the argmax" if labels.dim() == 2 else ""
+        hint = ""
+        if labels.dim() == 2:
+            hint = (
+                "; of one-hot labels give the argmax; several labels of a sample are for "
+                "fast.Adaptation(..., loss=), docs/any-loss.md"
+            )
         raise ValueError(
             f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
             + hint

@@ -68,20 +68,33 @@ class TrainBatches:
                     yield inputs, labels, None
                 else:
                     yield pick(inputs, share), labels[share], None
+        # The rows are asked for ahead of the batches where workers read them.
+        asked, read = itertools.tee(self._keys(step, share))
+        for (rows, _), batch in zip(read, self.data.batches_at(asked), strict=False):
+            yield *batch, rows
+
+    def _keys(self, step: int, share: slice) -> Iterator[tuple[Tensor, list[int] | None]]:
+        """Row numbers `[B]` of each batch from `step` on, and a seed for each of them, where their
+        views have one: it depends on the seed of the run, the epoch and the row alone."""
         count = cast(int, self.data.num_samples)
-        for index in row_batches(count, self.batch_size, self.seed, step):
-            own = index[share]
-            yield *self.data.batch_at(own), own
+        seeded = self.data.has_views or self.data.workers > 0
+        for number, rows in enumerate(row_batches(count, self.batch_size, self.seed, step), step):
+            places = torch.arange(number * len(rows), (number + 1) * len(rows))[share]
+            epochs, own = (places // count).tolist(), rows[share]
+            pairs = zip(epochs, own.tolist(), strict=True)
+            yield own, [view_seed(self.seed, *pair) for pair in pairs] if seeded else None
 
     def once(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """The samples of the first epoch, each once, as `from_step` has them; the last batch may be
-        smaller."""
+        """The samples of the first epoch, each once, in the order of `from_step` and as they are;
+        the last batch may be smaller."""
         if self.data.loader is not None:
             yield from itertools.islice(self.from_step(0), self.steps_per_epoch)
             return
         count = cast(int, self.data.num_samples)
-        for index in _shuffled(count, self.seed, epoch=0).split(self.batch_size):
-            yield *self.data.batch_at(index), index
+        rows = _shuffled(count, self.seed, epoch=0).split(self.batch_size)
+        batches = self.data.batches_at((index, None) for index in rows)
+        for index, batch in zip(rows, batches, strict=True):
+            yield *batch, index
 
     def _loader_batches(
         self, loader: DataLoader[Any], step: int
@@ -135,6 +148,11 @@ def spread_seed(seed: int, number: int) -> int:
     """A seed for each epoch, or rank, of a run with this seed."""
     # Hashed: torch's CPU generator takes 64 bits of seed and uses the lower 32.
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def view_seed(seed: int, epoch: int, row: int) -> int:
+    """The seed of a sample's view in an epoch of a run with this seed."""
+    return int(np.random.SeedSequence((seed, epoch, row)).generate_state(1)[0])
 
 
 def _samplers(loader: DataLoader[Any]) -> list[Any]:

@@ -6,8 +6,10 @@ import difflib
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from fast.data.images.library import timm_description
 from fast.data.images.preprocessing import from_config, from_preset
 from fast.data.images.processor import measure
 from fast.data.sources.connection import quick_offline
@@ -44,12 +46,16 @@ def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) 
     if config["crop_mode"] == "border" or height != width or config["crop_pct"] > 1:
         notes.append(
             f"timm:{name}: prepares images by {config['crop_mode']!r} to {width}x{height} "
-            f"(crop_pct {config['crop_pct']:g}); here the central square is taken"
+            f"(crop_pct {config['crop_pct']:g}); of arrays, and with options for images, the "
+            "central square is taken"
         )
     if kwargs.get("in_chans") == 1:
         for key in ("mean", "std"):
             config[key] = (sum(config[key]) / len(config[key]),)
-    return LoadedModel(model=model, preprocessing=from_config(config, "timm"), notes=notes)
+    says = from_config(config, "timm")
+    if kwargs.get("in_chans", 3) == 3:
+        says = replace(says, library=timm_description(config))
+    return LoadedModel(model=model, preprocessing=says, notes=notes)
 
 
 def _torchvision(
@@ -82,11 +88,12 @@ def _transformers(
     trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
     with _naming(f"transformers:{name}", True), _quiet(transformers):
         config = transformers.AutoConfig.from_pretrained(name, **trust)
-        images = type(config) in transformers.AutoModelForImageClassification._model_mapping
-        auto = (
-            transformers.AutoModelForImageClassification
-            if images
-            else transformers.AutoModelForSequenceClassification
+        of_images = transformers.AutoModelForImageClassification
+        of_sounds = transformers.AutoModelForAudioClassification
+        kinds = (of_images, of_sounds)
+        auto = next(
+            (kind for kind in kinds if type(config) in kind._model_mapping),
+            transformers.AutoModelForSequenceClassification,
         )
         if pretrained:
             model, info = auto.from_pretrained(
@@ -102,7 +109,10 @@ def _transformers(
             for key, value in kwargs.items():
                 setattr(config, key, value)
             model = auto.from_config(config, **trust)
-        if images:
+        if auto is of_sounds:
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **trust)
+            return LoadedModel(model=model, extractor=extractor, notes=notes)
+        if auto is of_images:
             processor = transformers.AutoImageProcessor.from_pretrained(name, **trust)
             return LoadedModel(model=model, preprocessing=measure(processor), notes=notes)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)

@@ -18,12 +18,14 @@ class LoadedModel:
     Attributes:
         preprocessing: how the images that it was trained on were prepared, where the network says.
         tokenizer: that of a text network from transformers.
+        extractor: that of a sound network from transformers.
         notes: what a reader of the run should know, one line each.
     """
 
     model: nn.Module
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     tokenizer: Any = None
+    extractor: Any = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -32,6 +32,15 @@ class TrainConfig(AdaptConfig):
     class_weights: str | tuple[float, ...] | None = option(
         None, "'balanced', or one weight per class"
     )
+    mixup: float = option(0.0, "Mixup of images: alpha of its Beta distribution, as 0.2", least=0)
+    cutmix: float = option(0.0, "CutMix of images, likewise, as 1", least=0)
+    tta: bool = option(False, "measure the target on each image and its mirror image together")
+    num_workers: int | None = option(
+        None,
+        "processes that read samples of a Dataset (default: up to 8 for files that do not fit into "
+        "memory, else 0)",
+        least=0,
+    )
     patience: int | None = option(
         None, "stop after this many evaluations without a better val", least=1
     )
@@ -77,6 +86,10 @@ class TrainOptions(AdaptOptions, total=False):
     precision: Precision
     label_smoothing: float
     class_weights: Literal["balanced"] | Iterable[float] | None
+    mixup: float
+    cutmix: float
+    tta: bool
+    num_workers: int | None
     patience: int | None
     device: str | torch.device | None
     output: str | Path | None

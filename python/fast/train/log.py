@@ -1,5 +1,5 @@
-"""Where a run's history goes: a JSONL file always, TensorBoard and a progress bar when there is
-one."""
+"""Where a run's history goes: lines on stderr and in a file, a JSONL file, TensorBoard and a
+progress bar when there is one."""
 
 from __future__ import annotations
 
@@ -7,39 +7,62 @@ import hashlib
 import importlib.util
 import json
 import logging
+import logging.handlers
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fast.files import reading, to_json
-from fast.progress import bar
+from fast.progress import bar, write_line
 
 Callback = Callable[[dict[str, Any]], object]
-HISTORY_FILE = "history.jsonl"
+HISTORY_FILE, LINES_FILE = "history.jsonl", "run.log"
 BOARD_FOLDER = "tensorboard"
 
 
-class _Stderr(logging.StreamHandler[Any]):
-    """Writes to whatever `sys.stderr` is at the time."""
+class _Stderr(logging.Handler):
+    """Writes to whatever `sys.stderr` is at the time, above the bars that are shown."""
 
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        pass
+    def emit(self, record: logging.LogRecord) -> None:
+        write_line(self.format(record))
 
 
-# What a run is about to do. `logging.getLogger("fast").setLevel("WARNING")` silences it.
+# What a run is doing. `logging.getLogger("fast").setLevel("WARNING")` silences it.
 log = logging.getLogger("fast")
 if not log.handlers:
     log.addHandler(_Stderr())
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+class Lines:
+    """Keeps what is logged while a run goes on in a file of its folder, with the time of each line.
+
+    What comes before `write_to` is kept until then: a run that fails early leaves no file.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+        self._file: logging.FileHandler | None = None
+        log.addHandler(self._waiting)
+
+    def write_to(self, folder: Path | None) -> None:
+        log.removeHandler(self._waiting)
+        if folder is None:
+            return
+        self._file = logging.FileHandler(folder / LINES_FILE, encoding="utf-8")
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._waiting.setTarget(self._file)
+        self._waiting.flush()
+        log.addHandler(self._file)
+
+    def close(self) -> None:
+        log.removeHandler(self._waiting)
+        if self._file is not None:
+            log.removeHandler(self._file)
+            self._file.close()
 
 
 class RunLog:
@@ -178,12 +201,32 @@ def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
     return bar(steps, method, show, unit="step", start=start, leave=True)
 
 
-def summary(record: dict[str, Any]) -> dict[str, str]:
-    """The few figures that a progress bar has room for."""
-    names = {
-        "loss": "loss",
-        "target_accuracy": "target",
-        "source_accuracy": "source",
-        "forecast": "forgets",
-    }
-    return {s: f"{record[k]:.3f}" for k, s in names.items() if record.get(k) is not None}
+def figures(record: dict[str, Any], before: float | None = None) -> str:
+    """The few figures that a bar has room for; what the product is about comes first.
+
+    Args:
+        before: source accuracy at the pretrained weights.
+    """
+    parts = []
+    if record.get("source_accuracy") is not None:
+        lost = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
+        parts.append(f"source {100 * record['source_accuracy']:.1f}{lost}")
+    if record.get("forecast") is not None:
+        parts.append(f"forgets {record['forecast']:.2f}")
+    if record.get("target_accuracy") is not None:
+        parts.append(f"target {100 * record['target_accuracy']:.1f}")
+    return " ".join(parts)
+
+
+def line(record: dict[str, Any], steps: int, epochs: float, before: float | None) -> str:
+    """An evaluation in a line that stays.
+
+    Args:
+        steps: of the whole run.
+        epochs: of the training data until this record.
+        before: source accuracy at the pretrained weights.
+    """
+    loss = "" if record["loss"] is None else f", loss {record['loss']:.4g}"
+    rest = f"{loss}, {record['seconds']:.0f} s"
+    shown = figures(record, before) or "nothing is measured"
+    return f"step {record['step']}/{steps} (epoch {epochs:.1f}): {shown}{rest}"

@@ -40,6 +40,7 @@ class Measure:
     Args:
         val, source: data, or None; `source` may be a function of the network.
         batch_size: of a training step.
+        tta: measure the target on images and their mirror images.
 
     Attributes:
         before: of the source, at the pretrained weights; set by `measure_before`, or from a
@@ -47,9 +48,15 @@ class Measure:
     """
 
     def __init__(
-        self, val: Data | None, source: Data | Evaluator | None, engine: Engine, batch_size: int
+        self,
+        val: Data | None,
+        source: Data | Evaluator | None,
+        engine: Engine,
+        batch_size: int,
+        *,
+        tta: bool = False,
     ) -> None:
-        self.val, self.source, self.engine = val, source, engine
+        self.val, self.source, self.engine, self.tta = val, source, engine, tta
         self.batch_size = max(LEAST_EVAL_BATCH, batch_size)
         self.before: Score | None = None
         self.started = time.monotonic()
@@ -72,7 +79,12 @@ class Measure:
         if self.val is not None:
             with self.engine.autocast():
                 target = evaluate(
-                    model, self.val, self.batch_size, self.engine.device, self.engine.ranks
+                    model,
+                    self.val,
+                    self.batch_size,
+                    self.engine.device,
+                    self.engine.ranks,
+                    mirrored=self.tta,
                 )
         source = self._source(model)
         return {
@@ -118,12 +130,15 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     ranks: Ranks = ALONE,
+    *,
+    mirrored: bool = False,
 ) -> Score:
     """Accuracy and mean cross-entropy, in evaluation mode; every module keeps its mode.
 
     Args:
         data: a data set, or a function of the model that returns an accuracy in 0..1.
         ranks: that share the batches; of a function, all of them take what the first one's gives.
+        mirrored: the answer to an image is the mean of the logits for it and its mirror image.
 
     Raises:
         TypeError: a function that returns no number.
@@ -143,7 +158,7 @@ def evaluate(
     with ranks.together(), evaluating(model):
         for inputs, labels in data.eval_batches(batch_size, ranks.share):
             with taking(data.name, inputs, model):
-                logits = forward_logits(model, move(inputs, device)).float()
+                logits = answers(model, move(inputs, device), mirrored)
             labels = check_labels(labels, logits.shape[1], data.name).to(device)
             right += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
@@ -159,6 +174,43 @@ def evaluate(
     if wrong.item():
         _refuse(data, int(wrong), count, batch_size)
     return Score(right.item() / count, loss.item() / count)
+
+
+def right_by_class(
+    model: nn.Module, data: Data, num_classes: int, *, batch_size: int, mirrored: bool = False
+) -> tuple[list[int], list[int]]:
+    """For each class, how many of its samples are answered right, and how many there are.
+
+    Args:
+        mirrored: see `evaluate`.
+    """
+    device = next(model.parameters()).device
+    right = torch.zeros(num_classes, dtype=torch.int64)
+    count = torch.zeros_like(right)
+    with evaluating(model):
+        for inputs, labels in data.eval_batches(max(LEAST_EVAL_BATCH, batch_size)):
+            labels = labels.cpu()
+            hits = answers(model, move(inputs, device), mirrored).argmax(1).cpu() == labels
+            right += torch.bincount(labels[hits], minlength=num_classes)
+            count += torch.bincount(labels, minlength=num_classes)
+    return right.tolist(), count.tolist()
+
+
+def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:
+    """Logits `[B, C]` of the network.
+
+    Args:
+        mirrored: the mean over images `[B, C, H, W]` and their mirror images.
+
+    Raises:
+        ValueError: there is nothing to mirror.
+    """
+    logits = forward_logits(model, inputs).float()
+    if not mirrored:
+        return logits
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        raise ValueError(f"tta mirrors images [B, C, H, W]; val has {kind(inputs)}: drop it")
+    return (logits + forward_logits(model, inputs.flip(3)).float()) / 2
 
 
 def _refuse(data: Data, wrong: int, count: int, batch_size: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fast.adapt.setup import check_data, kept_outputs, target_classes
@@ -50,12 +51,12 @@ def read_data(
     Raises:
         ValueError, TypeError: they do not fit; the message names the argument.
     """
-    train_data = as_data(train, "train")
+    train_data = read_one(train, "train", config)
     check_data(train_data)
-    val_data = None if val is None else as_data(val, "val")
+    val_data = None if val is None else read_one(val, "val", config)
     source_data: Data | Evaluator | None = source
     if source is not None and not callable(source):
-        source_data = as_data(source, "source")
+        source_data = read_one(source, "source", config)
     if config.keeps_head:
         classes = kept_outputs(model, train_data, config.head_name, num_classes)
     else:
@@ -73,3 +74,14 @@ def read_data(
         num_classes=classes,
         roots={"train": train, "val": val, "source": source, "transform": transform},
     )
+
+
+def read_one(data: Any, name: str, config: TrainConfig) -> Data:
+    """`as_data`, with the worker processes that the options, or else the data set, ask for."""
+    read = as_data(data, name)
+    if read.dataset is None:
+        return read
+    workers = config.num_workers
+    if workers is None:
+        workers = getattr(read.dataset, "workers", 0)
+    return replace(read, workers=workers, pinned=torch.cuda.is_available())

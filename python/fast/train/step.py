@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.loss import Loss
-from fast.data.augment import Augmentation
+from fast.data.augment import Augmentation, Mix
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
 from fast.data.trees import length
@@ -29,10 +29,19 @@ class TrainStep:
         data: of the run; its transform is applied.
         loss: of the target.
         engine: where the network is.
+        mix: see `fast.data.augment.mixing`, or None.
     """
 
-    def __init__(self, adaptation: Adaptation, data: RunData, loss: Loss, engine: Engine) -> None:
+    def __init__(
+        self,
+        adaptation: Adaptation,
+        data: RunData,
+        loss: Loss,
+        engine: Engine,
+        mix: Mix | None = None,
+    ) -> None:
         self.adaptation, self.data, self.loss, self.engine = adaptation, data, loss, engine
+        self.mix = mix
         check = partial(check_takes, adaptation.model, name="transform")
         self.augment = Augmentation(data.transform, check)
 
@@ -78,7 +87,8 @@ class TrainStep:
         return total
 
     def _ready(self, batch: Batch) -> Batch:
-        """A batch as the network will see it, with labels on the device.
+        """A batch as the network will see it, with labels on the device; mixed ones are shares of
+        the classes, `[B, C]`.
 
         Raises:
             ValueError: it cannot be trained on.
@@ -96,4 +106,7 @@ class TrainStep:
             inputs = self.augment(inputs, len(labels))
         if self.data.transform is not None or self.data.train.inputs is None:  # else seen before
             check_finite_inputs(inputs, "train", rows)
+        if self.mix is not None:
+            inputs, labels = self.mix(inputs, labels.to("cpu"))
+            labels = labels.to(self.engine.device)
         return inputs, labels, rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fast.adapt.config import AdaptConfig
 from fast.adapt.loss import Loss, class_weights
 from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
+from fast.data.augment import mixing
 from fast.data.generators import seed_process
 from fast.data.stream import spread_seed
 from fast.files import reading
@@ -23,7 +24,17 @@ from fast.train.early_stopping import EarlyStopping
 from fast.train.engine import Engine
 from fast.train.finite import check_finite, warn_diverged
 from fast.train.interrupt import Interruption
-from fast.train.log import Callback, History, RunLog, log, progress_bar, read_history, summary
+from fast.train.log import (
+    Callback,
+    History,
+    Lines,
+    RunLog,
+    figures,
+    line,
+    log,
+    progress_bar,
+    read_history,
+)
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
 from fast.train.resume.saver import Saver, tensors
@@ -71,25 +82,22 @@ class Trainer:
         Args:
             began: called before weights change, after all that can be checked beforehand.
         """
-        earlier, losses = self._prepare()
-        adaptation, plan = self.adaptation, self.adaptation.plan
-        count = self.data.train.num_samples
-        log.info("%s; %s classes, %s training samples", plan, self.data.num_classes, count)
-        try:
-            if self.folder is not None:
-                self.folder.start()
-            first = self.engine.ranks.first
-            folder = self.folder.path if self.folder and first else None
-            run_log = RunLog(folder, earlier, self.callbacks)
-            show = self.config.progress if first else False
-            bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
-            try:
-                self._train(began, losses, run_log, bar)
-            finally:
-                bar.close()
-                run_log.close()
-        finally:
-            adaptation.close()
+        with closing(Lines()) as lines:
+            earlier, losses = self._prepare()
+            adaptation, plan = self.adaptation, self.adaptation.plan
+            count = self.data.train.num_samples
+            log.info("%s; %s classes, %s training samples", plan, self.data.num_classes, count)
+            with closing(adaptation):
+                if self.folder is not None:
+                    self.folder.start()
+                first = self.engine.ranks.first
+                folder = self.folder.path if self.folder and first else None
+                run_log = RunLog(folder, earlier, self.callbacks)
+                lines.write_to(folder)
+                show = self.config.progress if first else False
+                bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
+                with closing(run_log), closing(bar):
+                    self._train(began, losses, run_log, bar)
         return self._result(run_log.history)
 
     def prepare(self, resuming: bool = False) -> Adaptation:
@@ -100,16 +108,20 @@ class Trainer:
         if weights is not None:
             weights = weights.to(engine.device)
         loss = Loss(weights, config.label_smoothing)
-        self.measure = Measure(data.val, data.source, engine, config.batch_size)
+        mix = mixing(config.mixup, config.cutmix, data.num_classes)
+        self.measure = Measure(data.val, data.source, engine, config.batch_size, tta=config.tta)
         if not resuming:
+            if data.source is not None:
+                log.info("measuring the source")
             self.measure.measure_before(self.model)
+            log.info("head start: the features of training samples, and a head on them")
         own = {f: getattr(config, f) for f in AdaptConfig.__dataclass_fields__}
         self.adaptation = Adaptation(
             self.model,
             data.train,
             num_classes=data.num_classes,
             loss=loss,
-            augmented=data.transform is not None,
+            augmented=data.transform is not None or mix is not None,
             autocast_dtype=engine.dtype,
             resuming=resuming,
             process_group=engine.ranks.group,
@@ -119,7 +131,7 @@ class Trainer:
         engine.parallelize(self.model, self.adaptation.sample)
         if not engine.ranks.first:  # dropout and augmentation are each rank's own from here on
             seed_process(spread_seed(config.seed, engine.ranks.rank))
-        self.train_step = TrainStep(self.adaptation, data, loss, engine)
+        self.train_step = TrainStep(self.adaptation, data, loss, engine, mix)
         self.measure.started = time.monotonic()
         return self.adaptation
 
@@ -149,14 +161,19 @@ class Trainer:
         eval_every = self.config.eval_every or max(1, steps // 10)
         save_every = self.config.save_every or eval_every
         folder = self.folder.path if self.folder else None
+        log.info("training")
         if not run_log.history:
-            run_log.add(self.measure.record(adaptation, [], folder))
+            self._show(self.measure.record(adaptation, [], folder), run_log, bar)
+        else:
+            bar.set_postfix_str(figures(run_log.history[-1], self._source_before))
         self.model.train()
         # Without a folder there is nothing to save, and nothing to wait for.
         with Interruption() if self.folder else nullcontext() as interruption:
             for batch in self.train_step.batches():
                 if self.stopping.stop:
                     break
+                if adaptation.done == steps - 1 and self.config.budget is not None:
+                    log.info("checking the budget")
                 losses.append(self.step(batch, began))
                 bar.update()
                 done = adaptation.done
@@ -167,14 +184,31 @@ class Trainer:
                         record = self.measure.record(adaptation, losses, folder)
                         self.stopping.update(record, self.model)
                     losses = []
-                    run_log.add(record)
-                    bar.set_postfix(summary(record))
+                    self._show(record, run_log, bar)
                 stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
                 if self.saver and (stop or done % save_every == 0 or done == steps):
                     check_finite(adaptation, losses, folder)  # it takes the place of a good one
                     self._save(run_log, losses)
                 if interruption is not None and stop:
                     interruption.deliver()
+
+    def _show(self, record: dict[str, Any], run_log: RunLog, bar: Any) -> None:
+        """Tell what was measured: to files and callbacks, in a line, and beside the bar."""
+        run_log.add(record)
+        before, steps = self._source_before, self.adaptation.plan.steps
+        log.info("%s", line(record, steps, self._epochs(record["step"]), before))
+        bar.set_postfix_str(figures(record, before))
+
+    def _epochs(self, step: int) -> float:
+        """How often each training sample was used until a step."""
+        train = self.data.train
+        if train.loader is not None:
+            return step / len(train.loader)
+        return step * self.adaptation.plan.target_size / (train.num_samples or 1)
+
+    @property
+    def _source_before(self) -> float | None:
+        return self.measure.before.accuracy if self.measure.before else None
 
     def step(self, batch: Batch, began: Callable[[], None] = lambda: None) -> Tensor:
         """One optimizer step: see `TrainStep`."""
@@ -202,12 +236,11 @@ class Trainer:
             final = first
         self.adaptation.optimizer.zero_grad()
         self.model.eval()
-        before = self.measure.before
         return Result(
             model=self.model,
             history=history,
             config=self.config,
-            source_accuracy_before=before.accuracy if before else None,
+            source_accuracy_before=self._source_before,
             chosen=final,
             plan=self.adaptation.plan,
             run=self.folder.run if self.folder else None,

@@ -145,6 +145,8 @@ def same_at_each_visit(batches: TrainBatches) -> bool:
 
     The first batch of a data set tells, read twice: one that augments shows other views.
     """
+    if batches.data.has_views:
+        return False
     if batches.data.dataset is None:
         return batches.data.loader is None
     inputs, _, index = next(batches.from_step(0))

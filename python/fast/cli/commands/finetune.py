@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 import fast
+from fast.cli.folds import cross_validate
 from fast.cli.record import JOB_FILE, write_record
-from fast.cli.report.finetune import plan_table, summary
+from fast.cli.report.finetune import by_class, plan_table, summary
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.load import load_task
@@ -45,10 +46,18 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
             config = _continued(config, resumed)
         elif config.output and not spec.plan:
             _check_new(Path(config.output))
-        task = load_task(spec.task, source_skill=config.source_skill, measured=False)
+        task = load_task(
+            spec.task,
+            source_skill=config.source_skill,
+            measured=False,
+            workers=config.num_workers,
+        )
     if spec.plan:
         plan = task.plan(config)
         print(f"{plan}\n\n{plan_table(plan)}")
+        return 0
+    if spec.task.folds:
+        cross_validate(spec, task)
         return 0
     start = time.monotonic()
     with ExitStack() as stack:
@@ -65,6 +74,8 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     seconds = time.monotonic() - start
     result.classes = list(task.classes)
     result.data = task.description
+    if task.val is not None and ranks.first:
+        result.data["accuracy_by_class"] = by_class(task, result)
     with ranks.together():
         if ranks.first:
             result.save(folder)

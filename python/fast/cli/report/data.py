@@ -30,13 +30,9 @@ def image_facts(
     }
     smallest, largest = min(report.sizes, default=(0, 0)), max(report.sizes, default=(0, 0))
     return {
-        "size": form.size,
+        **form.description,
         "resize": form.resize or form.size,
-        "stretch": form.stretch,
-        "interpolation": form.interpolation,
-        "mean": list(form.mean),
-        "std": list(form.std),
-        "channels": form.channels,
+        "augment": spec.augment,
         "origin": origin,
         "stored_sizes": [list(smallest), list(largest)],
         "skipped": list(report.broken),

@@ -10,6 +10,12 @@ from fast.adapt.plan import Plan
 from fast.cli.report.table import percent, text_table
 from fast.cli.task.load import LoadedTask
 from fast.errors import printable
+from fast.train.config import TrainConfig
+from fast.train.measure import right_by_class
+from fast.train.run_data import read_one
+
+# The worst classes of many.
+LISTED = 12
 
 
 def plan_table(plan: Plan) -> str:
@@ -24,15 +30,22 @@ def _shown(value: object) -> str:
 
 def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     """What was learned and what was kept, as a line and a table."""
-    plan, final = result.plan, result.final
+    plan, final, first = result.plan, result.final, result.history[0]
     assert plan is not None
-    rows = []
-    if task.val is not None:
-        rows.append(["target", "", percent(result.target_accuracy), str(task.sizes["val"])])
-    if task.source is not None:
-        before, after = result.source_accuracy_before, result.source_accuracy
-        rows.append(["source", percent(before), percent(after), str(task.sizes["source"])])
-    table = text_table(["accuracy, %", "before", "after", "samples"], rows) if rows else ""
+    measured = {"val": "target", "source": "source"}
+    rows = [
+        [
+            name,
+            percent(result.source_accuracy_before if name == "source" else None),
+            percent(first[f"{name}_accuracy"]),
+            percent(final[f"{name}_accuracy"]),
+            str(task.sizes[part]),
+        ]
+        for part, name in measured.items()
+        if getattr(task, part) is not None
+    ]
+    start = "head start" if plan.head_steps else "step 0"
+    table = text_table(["accuracy, %", "before", start, "after", "samples"], rows) if rows else ""
     steps = result.history[-1]["step"]
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
     if not final["step"]:
@@ -41,8 +54,39 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     budget = _budget_line(task, result.config.forget_budget, final["forecast"])
     return (
         f"{printable(task.name)}: {plan.method}, {steps} steps of {size}, "
-        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n\n{table}\n{budget}"
+        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n\n{table}\n{budget}{_class_lines(result)}"
     )
+
+
+def by_class(task: LoadedTask, result: fast.Result) -> dict[str, list[int]]:
+    """How many held-out samples of each class are answered `right`, and how many there are, in the
+    order of the classes."""
+    config = result.config
+    assert isinstance(config, TrainConfig)
+    right, samples = right_by_class(
+        result.model,
+        read_one(task.val, "val", config),
+        len(task.classes),
+        batch_size=config.batch_size,
+        mirrored=config.tta,
+    )
+    return {"right": right, "samples": samples}
+
+
+def _class_lines(result: fast.Result) -> str:
+    """The accuracy of each class, the worst first; of many classes the worst."""
+    found = (result.data or {}).get("accuracy_by_class")
+    if found is None or result.classes is None:
+        return ""
+    rows = [
+        (right / count, name, count)
+        for name, right, count in zip(result.classes, found["right"], found["samples"], strict=True)
+        if count
+    ]
+    rows.sort(key=lambda row: (row[0], row[1]))
+    shown = [[printable(name), percent(share), str(n)] for share, name, n in rows[:LISTED]]
+    more = f"(the worst {LISTED} of {len(rows)} classes)\n" if len(rows) > LISTED else ""
+    return "\n" + text_table(["class", "right, %", "samples"], shown) + f"\n{more}"
 
 
 def _budget_line(task: LoadedTask, option: str | float | None, lost: float | None) -> str:

@@ -14,6 +14,7 @@ from fast.cli.report.table import html_table
 from fast.figures import save
 from fast.files import atomic_file
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -39,12 +40,23 @@ def write_report(
     path: Path,
     *,
     title: str,
-    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    verdict: str,
+    table: Table,
     figure: bytes,
+    settings: Table,
     options: Mapping[str, Any],
+    command: str,
     machine: Mapping[str, str],
 ) -> None:
-    """Write the report, whole or not at all; `figure` is a PNG and becomes part of the file."""
+    """Write the report, whole or not at all.
+
+    Args:
+        verdict: what was found, in words.
+        figure: a PNG, which becomes part of the file.
+        settings: the values that each method ran with.
+        options: as they were given.
+        command: as it was typed.
+    """
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -55,12 +67,16 @@ def write_report(
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
+<p>{html.escape(verdict)}</p>
 <div class="scroll">{html_table(*table)}</div>
 <p class="note">{html.escape(NOTES)}</p>
 <h2>Curves</h2>
 <img alt="Target and source accuracy of each method"
      src="data:image/png;base64,{base64.b64encode(figure).decode("ascii")}">
-<h2>Options</h2>
+<h2>Values used</h2>
+<div class="plain scroll">{html_table(*settings)}</div>
+<h2>Options given</h2>
+<pre class="scroll">{html.escape(command)}</pre>
 {_pairs(options)}
 <h2>Machine</h2>
 {_pairs(machine)}

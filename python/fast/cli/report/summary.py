@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Run:
         target_accuracy, source_accuracy, source_accuracy_before: in 0..1.
         seconds: wall clock, with evaluations.
         setting: what it differs in from other runs of its method: a strength, a budget.
+        plan: the settings that its options came to; None of a run that an older version kept.
     """
 
     method: str
@@ -38,6 +40,7 @@ class Run:
     source_accuracy_before: float | None
     seconds: float
     setting: str = ""
+    plan: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, result: Result, seconds: float, setting: str = "") -> Run:
@@ -54,6 +57,7 @@ class Run:
             source_accuracy_before=result.source_accuracy_before,
             seconds=round(seconds, 2),
             setting=setting,
+            plan=dataclasses.asdict(result.plan) if result.plan else None,
         )
 
     def __str__(self) -> str:
@@ -96,6 +100,59 @@ def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         row += [_steps(seeds, goal, full), f"{statistics.mean(r.seconds for r in seeds):.0f}"]
         rows.append(row)
     return header, rows
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    """What the comparison says, in words: of the first method, against each of the others."""
+    methods = by_method(runs)
+    first, *others = methods
+    sentences = []
+    for other in others:
+        learns = _difference(methods[first], methods[other], "target_accuracy")
+        sentence = f"{first} learns {_in_words(learns, 'more', 'less')} {other}"
+        if runs[0].source_accuracy is not None:
+            keeps = _difference(methods[first], methods[other], "source_accuracy")
+            sentence += f", and keeps {_in_words(keeps, 'more', 'less')} it of the source task"
+        sentences.append(sentence + ".")
+    if others and min(map(len, methods.values())) < 2:
+        sentences.append("There is one seed of each: another may come out differently.")
+    return " ".join(sentences)
+
+
+def _difference(a: Sequence[Run], b: Sequence[Run], name: str) -> tuple[float, float | None]:
+    """Mean difference of two methods in points, and half of its 95 % interval over the seeds that
+    both have (None for a single one)."""
+    of_b = {run.seed: getattr(run, name) for run in b}
+    differences = [100 * (getattr(r, name) - of_b[r.seed]) for r in a if r.seed in of_b]
+    half = half_interval(differences) if len(differences) > 1 else None
+    return statistics.mean(differences), half
+
+
+def _in_words(difference: tuple[float, float | None], more: str, less: str) -> str:
+    """`2.1 points more than`, `as much as`."""
+    mean, half = difference
+    if round(abs(mean), 1) == 0:
+        return "as much as"
+    if half is not None and abs(mean) <= half:
+        return f"about as much as ({mean:+.1f} ± {half:.1f} points, which is undecided)"
+    sign = more if mean > 0 else less
+    return f"{abs(mean):.1f} points {sign} than"
+
+
+def settings(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """`(header, rows)` of the values that the methods ran with, as their first runs had them."""
+    plans = {name: seeds[0].plan for name, seeds in by_method(runs).items() if seeds[0].plan}
+    names = list(dict.fromkeys(key for plan in plans.values() if plan for key in plan))
+    rows = [
+        [name, *(_shown((plan or {}).get(name)) for plan in plans.values())]
+        for name in names
+        if name != "method"
+    ]
+    return ["setting", *plans], rows
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def intervals(runs: Sequence[Run]) -> list[dict[str, Any]]:

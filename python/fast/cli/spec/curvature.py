@@ -57,7 +57,8 @@ class CurvatureSpec(Spec):
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     progress: bool | None = option("progress bars (default: in a terminal or a notebook)")
     task: TaskSpec = field(
-        default_factory=TaskSpec, metadata=part("data", ("source_inputs", "card"))
+        default_factory=TaskSpec,
+        metadata=part("data", ("source_inputs", "card", "folds", "augment")),
     )
 
     @classmethod

@@ -54,6 +54,8 @@ class FinetuneSpec(Spec):
 
     def __post_init__(self) -> None:
         self.task.require("model", "data")
+        if self.task.folds and (self.training.resume or self.training.save_every):
+            raise ValueError("--folds: its runs are not saved, and cannot be resumed")
         budget = self.training.forget_budget
         if budget is None or self.task.source_inputs:
             return

@@ -39,7 +39,7 @@ class MethodsSpec(Spec):
     demo: bool = option(
         "digits 0-4, then 5-9, of scikit-learn (offline) in place of --model and --data", False
     )
-    task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data"))
+    task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data", ("folds",)))
     training: TrainConfig = field(default_factory=TrainConfig, metadata=part("training", SINGLE))
 
     @classmethod

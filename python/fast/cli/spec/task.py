@@ -23,7 +23,8 @@ class TaskSpec:
     )
     allow_missing: bool = option("weights may lack tensors of the network", False, group="model")
     data: str | None = option(
-        "target task: folder of class folders, .npz, or Hugging Face OWNER/NAME",
+        "target task: folder of class folders (images, sounds, texts), .csv, .parquet, .npz, or "
+        "Hugging Face OWNER/NAME",
         metavar="DATA",
     )
     source: str | None = option(
@@ -64,11 +65,33 @@ class TaskSpec:
     )
     skip_broken: bool = option("leave out images that cannot be read, and count them", False)
     flip: bool = option("mirror training images at random", False)
+    augment: str = option(
+        "random views of training images: none; light (crop of at least half the area, mirrored "
+        "or not); strong (of at least a quarter, and RandAugment)",
+        "none",
+        choices=("none", "light", "strong"),
+    )
     input_column: str | None = option(
-        "inputs of a Hugging Face data set (default: guessed, and printed)"
+        "column of inputs, of a table or a Hugging Face data set (default: guessed, and printed)"
     )
     label_column: str | None = option("its labels (default: guessed, and printed)")
     max_length: int = option("tokens of a text", 128, read=at_least_one)
+    max_seconds: float = option("of a sound, which is cut there", 10.0)
+    folds: int | None = option(
+        "train on all but one part of so many, measure on that part, and do so for each; nothing "
+        "but the accuracies is kept",
+        read=at_least_one,
+    )
+
+    def __post_init__(self) -> None:
+        if self.flip and self.augment != "none":
+            raise ValueError(f"--augment {self.augment} mirrors images: drop --flip")
+        if self.folds == 1:
+            raise ValueError("--folds: at least 2 parts, or drop it")
+        if self.folds and self.val_fraction != TaskSpec.val_fraction:
+            raise ValueError("--folds holds out each part in turn: drop --val-fraction")
+        if not 0 < self.max_seconds <= 3600:
+            raise ValueError(f"--max-seconds must be more than 0; got {self.max_seconds:g}")
 
     def require(self, *names: str) -> None:
         """Raise ValueError where one of these options is missing."""

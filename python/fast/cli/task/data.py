@@ -14,7 +14,7 @@ from fast.cli.options import flag
 from fast.cli.spec.task import TaskSpec
 from fast.data.images.pixels import is_image_split
 from fast.data.source_inputs import LIMIT
-from fast.data.sources import DataWarning, NamedData, Split, has_columns, load_data
+from fast.data.sources import DataWarning, EncodedAudio, NamedData, Split, has_columns, load_data
 from fast.errors import printable
 
 ROLES = ("data", "source", "source_inputs")
@@ -35,7 +35,7 @@ def read_data(spec: TaskSpec, notes: list[str]) -> dict[str, NamedData]:
         if column is not None and not any(map(has_columns, names.values())):
             name = next(iter(names.values()))
             raise ValueError(
-                f"{flag(option)} is for Hugging Face data sets; {name} is none: drop it"
+                f"{flag(option)} is for tables and Hugging Face data sets; {name} is none: drop it"
             )
     sets = {}
     for role, name in names.items():
@@ -55,7 +55,12 @@ def _hold_out(spec: TaskSpec, data: NamedData) -> NamedData:
             f"--val-fraction: --data {spec.data} has held-out samples of its own "
             f"({data.held_out}); drop the option"
         )
-    return data.with_val(spec.val_fraction)
+    if data.val is not None and spec.folds:
+        raise ValueError(
+            f"--folds: --data {spec.data} has held-out samples of its own ({data.held_out}); name "
+            "its training split alone, or drop the option"
+        )
+    return data if spec.folds else data.with_val(spec.val_fraction)
 
 
 def check_target(spec: TaskSpec, target: NamedData, measured: bool) -> None:
@@ -106,6 +111,8 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
             f"--data {spec.data}: the training split is {kinds['train']}, the validation split "
             f"{kinds['val']}: they would be prepared differently; store both alike"
         )
+    if spec.augment != "none" and kinds.get("train", IMAGES) != IMAGES:
+        raise ValueError(f"--augment is for images, and --data is {kinds['train']}: drop it")
     options = ("input_size", "resize", "interpolation", "mean", "std")
     image_option = next((name for name in options if getattr(spec, name)), None)
     other = next((name for name, kind in kinds.items() if kind != IMAGES), None)
@@ -121,6 +128,8 @@ def _kind(split: Split) -> str:
     x = split.inputs
     if is_image_split(split):
         return IMAGES
+    if isinstance(x, EncodedAudio):
+        return "sounds"
     if isinstance(x, list):
         return "texts"
     if isinstance(x, dict):
@@ -132,8 +141,9 @@ def check_shapes(spec: TaskSpec, splits: dict[str, Split], prepared: dict[str, A
     """Raise ValueError where samples of training and validation differ in shape. Those of whole
     numbers may be tokens, and padded to another length.
     """
-    x, images = splits["train"].inputs, is_image_split(splits["train"])
-    if not images and (isinstance(x, (list, dict)) or x.dtype.kind != "f"):
+    images = is_image_split(splits["train"])
+    made = None if images else prepared["train"][0]
+    if not images and (isinstance(made, dict) or not made.dtype.is_floating_point):
         return
     if "val" not in prepared:
         return

@@ -7,6 +7,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+
 import fast
 from fast.adapt.plan import Plan
 from fast.cli.options import flag
@@ -29,8 +32,10 @@ from fast.cli.task.prepare import (
     random_flip,
     try_forward,
 )
-from fast.data.images.pixels import is_image_split, merged
+from fast.data.images.pixels import PreparedImages, is_image_split, merged
 from fast.data.sources import NamedData, Split
+from fast.data.trees import pick
+from fast.errors import printable
 from fast.models.load import LoadedModel
 from fast.train.config import TrainConfig
 from fast.train.finetune import plan
@@ -72,6 +77,16 @@ class LoadedTask:
         model = copy.deepcopy(self.loaded.model)
         return fast.finetune(model, **(self.arguments | replaced), **dataclasses.asdict(config))
 
+    def fold(self, rows: np.ndarray) -> LoadedTask:
+        """The same task, with these training samples held out."""
+        rest = np.setdiff1d(np.arange(self.sizes["train"]), rows)
+        return dataclasses.replace(
+            self,
+            train=_subset(self.train, rest),
+            val=_subset(self.train, rows, augment=False),
+            sizes=self.sizes | {"train": len(rest), "val": len(rows)},
+        )
+
     def plan(self, config: TrainConfig) -> Plan:
         """What `adapt` would do; the network is left as it is."""
         data = self.arguments | {"source": None}  # it is only measured
@@ -79,19 +94,34 @@ class LoadedTask:
         return plan(self.loaded.model, **data, **dataclasses.asdict(options))
 
 
-def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = True) -> LoadedTask:
+def _subset(prepared: Any, rows: np.ndarray, augment: bool = True) -> Any:
+    if isinstance(prepared, PreparedImages):
+        return prepared.subset(rows, augment=augment)
+    index = torch.from_numpy(rows)
+    return tuple(pick(part, index) for part in prepared)
+
+
+def load_task(
+    spec: TaskSpec,
+    *,
+    source_skill: str = "auto",
+    measured: bool = True,
+    workers: int | None = None,
+) -> LoadedTask:
     """Read network and data, and print what they are.
 
     Args:
         source_skill: where the source task is measured by features, labels of source inputs need
             not be those of the network's head.
         measured: there must be samples held out.
+        workers: processes that decode images; None: as many as are useful.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: what is wrong with the network or the data,
             before training.
     """
     notes: list[str] = []
+    print(f"reading {printable(spec.data)} and {printable(spec.model)}", flush=True)
     sets = read_data(spec, notes)
     target = sets["data"]
     check_target(spec, target, measured)
@@ -104,7 +134,7 @@ def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = Tr
             f"--source-inputs {spec.source_inputs}: the same samples as --source: what is kept "
             "is measured on what it is kept with, and looks better than it is; name others"
         )
-    prepared, form, reports = prepare_splits(spec, loaded, splits)
+    prepared, form, reports = prepare_splits(spec, loaded, splits, workers)
     check_shapes(spec, splits, prepared)
     notes += _check_source(spec, sets, try_forward(loaded, prepared["train"]), source_skill)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fast.cli.spec.task import TaskSpec
 from fast.cli.task.data import check_kinds
+from fast.data.audio.waveforms import prepare_audio
 from fast.data.dataset import as_data
 from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import (
@@ -20,10 +21,11 @@ from fast.data.images.pixels import (
     merged,
     prepare_images,
 )
-from fast.data.sources import Split
+from fast.data.sources import EncodedAudio, Split
 from fast.errors import first_line, some
 from fast.heads import evaluating, forward_logits
 from fast.models.load import LoadedModel, load_model
+from fast.workers import workers_for
 
 
 def load_network(spec: TaskSpec, pretrained: bool = True) -> LoadedModel:
@@ -35,10 +37,13 @@ def load_network(spec: TaskSpec, pretrained: bool = True) -> LoadedModel:
 
 
 def prepare_splits(
-    spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]
+    spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split], workers: int | None = None
 ) -> tuple[dict[str, Any], ImageFormat, dict[str, ImageReport]]:
     """Each split as `(x, y)` tensors, or a Dataset where it is too large for memory; how images
     were prepared; and what was met in the images of each split.
+
+    Args:
+        workers: processes that decode images; None: as many as are useful.
 
     Raises:
         ValueError: the data do not fit the network, the options or each other.
@@ -47,7 +52,15 @@ def prepare_splits(
     form = image_format(spec, loaded, splits)
     reports = {name: ImageReport() for name in splits}
     prepared = {
-        name: _prepare(split, loaded, form, spec.max_length, reports[name])
+        name: prepare_images(
+            split,
+            form,
+            reports[name],
+            augment=spec.augment if name == "train" else "none",
+            workers=workers_for(len(split)) if workers is None else workers,
+        )
+        if is_image_split(split)
+        else _prepare(split, loaded, spec)
         for name, split in splits.items()
     }
     whole = merged(reports.values())
@@ -69,6 +82,9 @@ def image_format(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) 
     """
     says = loaded.preprocessing
     mean, std = spec.mean or says.mean, spec.std or says.std
+    if any(map(is_image_split, splits.values())) and (loaded.tokenizer or loaded.extractor):
+        reads = "reads texts" if loaded.tokenizer else "hears sounds"
+        raise ValueError(f"the data are images, and the network {reads}")
     if not any(map(is_image_split, splits.values())):
         mean, std = mean or (0.0,), std or (1.0,)
     if mean is None or std is None:
@@ -81,24 +97,25 @@ def image_format(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) 
     size, resize = spec.input_size or says.size, spec.resize
     if resize is None and says.size and says.resize and size:
         resize = round(size * says.resize / says.size)
+    options = (spec.input_size, spec.resize, spec.interpolation, spec.mean, spec.std)
+    library = None if any(options) else says.library
     return ImageFormat(
         size=size,
         mean=mean,
         std=std,
-        channels=loaded.channels,
+        channels=loaded.channels or (3 if library else None),
+        library=library,
         resize=resize,
         stretch=says.stretch,
         interpolation=spec.interpolation or says.interpolation,
     )
 
 
-def _prepare(
-    split: Split, loaded: LoadedModel, form: ImageFormat, max_length: int, report: ImageReport
-) -> Any:
-    if is_image_split(split):
-        if loaded.tokenizer is not None:
-            raise ValueError("the data are images, and the network reads texts")
-        return prepare_images(split, form, report)
+def _prepare(split: Split, loaded: LoadedModel, spec: TaskSpec) -> Any:
+    if isinstance(split.inputs, EncodedAudio):
+        if loaded.tokenizer or loaded.preprocessing.library:
+            raise ValueError("the data are sounds, and the network takes texts or images")
+        return prepare_audio(split, loaded.extractor, spec.max_seconds)
     labels = torch.from_numpy(split.labels)
     if isinstance(split.inputs, list):
         if loaded.tokenizer is None:
@@ -107,7 +124,7 @@ def _prepare(
             split.inputs,
             padding=True,
             truncation=True,
-            max_length=max_length,
+            max_length=spec.max_length,
             return_tensors="pt",
         )
         return dict(tokens), labels

@@ -25,17 +25,16 @@ class Unreadable(ValueError):
 
 
 def decode(
-    opened: Callable[[], Any], channels: int | str | None, draft: int | None
+    opened: Callable[[], Any], channels: int | str | None
 ) -> tuple[Picture, tuple[int, int]]:
     """Read a picture: upright, and on white where it is transparent.
 
     Args:
         opened: returns the file's name, or a stream.
         channels: see `ImageFormat`; None: as many as the file has.
-        draft: the decoder may shrink the picture, to sides not below this.
 
     Returns:
-        the picture, in mode L or RGB, and its (width, height) before shrinking.
+        the picture, in mode L or RGB, and its (width, height).
 
     Raises:
         Unreadable: the file is damaged, or in no format that is read here.
@@ -43,8 +42,6 @@ def decode(
     try:
         with pillow().open(opened(), formats=readable_formats()) as picture:
             width, height = picture.size
-            if draft is not None:
-                picture.draft(None, (draft, draft))
             picture.load()
             orientation = _orientation(picture)
             size = (height, width) if orientation in SIDEWAYS else (width, height)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fast.data.images.library import library_transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -37,6 +40,8 @@ class ImageFormat:
         stretch: both sides become `resize`, whatever the shape of the image.
         interpolation: one of `INTERPOLATIONS`. Arrays have no box, hamming and lanczos: bilinear
             and bicubic take their places.
+        library: description of a library's own transform, which then prepares pictures from files;
+            the other fields say what it does to those that look, augment, or have arrays.
     """
 
     size: int | None = None
@@ -46,6 +51,7 @@ class ImageFormat:
     resize: int | None = None
     stretch: bool = False
     interpolation: str = "bicubic"
+    library: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 1:
@@ -74,7 +80,13 @@ class ImageFormat:
     @property
     def without_resizing(self) -> ImageFormat:
         """The rest of it, for images that have their size already."""
-        return replace(self, size=None, resize=None)
+        return replace(self, size=None, resize=None, library=None)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The fields as JSON has them, for `evaluation_transform`."""
+        plain = asdict(self)
+        return plain | {"mean": list(self.mean), "std": list(self.std)}
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 `[N, C, H, W]` -> float32 `[N, channels, size, size]`."""
@@ -96,10 +108,21 @@ class ImageFormat:
 
     def prepare(self, picture: Picture) -> Tensor:
         """A picture in mode L or RGB -> float32 `[channels, size, size]`."""
-        return self.without_resizing(torch.from_numpy(self.fit(picture).copy())[None])[0]
+        return self.finish(torch.from_numpy(self.fit(picture))[None])[0]
+
+    def finish(self, images: Tensor) -> Tensor:
+        """What `fit` returned, of several pictures `[N, C, H, W]` -> float32."""
+        return images if self.library else self.without_resizing(images)
+
+    @cached_property
+    def _library(self) -> Callable[[Picture], Tensor]:
+        return library_transform(self.library or {})
 
     def fit(self, picture: Picture) -> np.ndarray:
-        """A picture, resized and cropped by Pillow -> uint8 `[C, size, size]`."""
+        """A picture, resized and cropped -> uint8 `[C, size, size]`; by a library: float32, and
+        normalised, too."""
+        if self.library:
+            return self._library(picture if self.stretch else _without_ends(picture)).numpy()
         if self.size is not None:
             from PIL import Image
 
@@ -111,8 +134,7 @@ class ImageFormat:
                 picture = picture.resize((width, height), resample)
             top, left = _corner(height, width, self.size)
             picture = picture.crop((left, top, left + self.size, top + self.size))
-        array = np.array(picture)
-        return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+        return as_array(picture)
 
     def _fit_array(self, x: Tensor, size: int) -> Tensor:
         """`x` in 0..1, resized (antialiased) and cropped as `fit` does it, but by torch."""
@@ -134,6 +156,40 @@ class ImageFormat:
         short = min(height, width)
         # Cut off, not rounded, as torchvision does.
         return side * height // short, side * width // short
+
+
+def evaluation_transform(description: Mapping[str, Any]) -> Callable[[Picture], Tensor]:
+    """The transform with which a run measured: of a picture to float32 `[C, size, size]`.
+
+    This is how a saved run prepares what it is asked about:
+
+        images = json.loads((run / "data.json").read_text())["images"]
+        transform = evaluation_transform(images)
+        picture, _ = decode(lambda: "photo.jpg", images["channels"])     # fast.data.images.decoding
+        logits = network(transform(picture)[None])
+
+    Args:
+        description: `ImageFormat.description`, also after JSON, and with other keys; what a run
+            saves as `images`.
+
+    Raises:
+        ValueError: the description is damaged.
+        ImportError: the library whose transform it was is not installed.
+    """
+    names = {f.name for f in fields(ImageFormat)}
+    try:
+        form = ImageFormat(**{k: v for k, v in description.items() if k in names})
+    except TypeError as error:
+        raise ValueError(f"the preprocessing cannot be read: {error}") from error
+    if form.library:
+        library_transform(form.library)
+    return form.prepare
+
+
+def as_array(picture: Picture) -> np.ndarray:
+    """A picture as uint8 `[C, H, W]`."""
+    array = np.array(picture)
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
 
 
 def _corner(height: int, width: int, size: int) -> tuple[int, int]:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fast.data.images.augmentation import augmentation
 from fast.data.images.decoding import Unreadable, decode
-from fast.data.images.format import ImageFormat
+from fast.data.images.format import ImageFormat, as_array
 from fast.data.sources import EncodedImages, Split
+from fast.data.sources.formats import pillow
 from fast.errors import printable, some
+from fast.workers import in_workers, workers_for
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 # Prepared once and kept in memory up to this size; larger sets are decoded as they are read.
 CACHE_BYTES = 2 << 30
-CHUNK = 256
+# Images that are prepared at once; a worker sends them through shared memory, which may be small.
+CHUNK, SENT = 256, 16
 SKIP = " (or go on without: --skip-broken)"
 
 
@@ -64,25 +72,33 @@ def is_image_split(split: Split) -> bool:
 
 
 def prepare_images(
-    split: Split, form: ImageFormat, report: ImageReport | None = None
+    split: Split,
+    form: ImageFormat,
+    report: ImageReport | None = None,
+    *,
+    augment: str = "none",
+    workers: int = 0,
 ) -> tuple[Tensor, Tensor] | PreparedImages:
-    """The split as `(float32 [N, C, H, W], int64 [N])`; a lazy Dataset above `CACHE_BYTES`.
+    """The split as `(float32 [N, C, H, W], int64 [N])`; a Dataset that decodes what is asked for
+    above `CACHE_BYTES`, and where pictures are augmented.
 
     Args:
         report: takes the images that cannot be read, which are left out; None: they are an error.
+        augment: `none`, or a preset of `fast.data.images.augmentation`.
+        workers: processes that decode.
 
     Raises:
         ValueError: images cannot be read (they are named), or sizes differ and `form` has none.
     """
     tolerant = report is not None
     report = ImageReport() if report is None else report
-    prepared = PreparedImages(split, form)
+    prepared = prepared_by(split, form, augment)
     out: Tensor | None = None
     good: list[int] = []
-    for index, images in prepared.chunks(report):
+    for index, images in prepared.chunks(report, workers):
         if out is None:
             shape = images.shape[1:]
-            lazy = 4 * shape.numel() * len(split) > CACHE_BYTES
+            lazy = augment != "none" or 4 * shape.numel() * len(split) > CACHE_BYTES
             out = torch.empty((0 if lazy else len(split), *shape))
         if images.shape[1:] != out.shape[1:]:
             prepared.refuse(index[0], images.shape[1:], out.shape[1:])
@@ -93,16 +109,31 @@ def prepare_images(
         report.refuse_broken("" if tolerant else SKIP)
     assert out is not None, "a split has samples"
     if len(good) < len(split):
-        prepared = PreparedImages(split.subset(np.array(good)), form)
+        prepared = prepared_by(split.subset(np.array(good)), form, augment)
     return (out[: len(good)], prepared.labels) if len(out) else prepared
 
 
+def prepared_by(split: Split, form: ImageFormat, augment: str) -> PreparedImages:
+    if augment == "none":
+        return PreparedImages(split, form)
+    return AugmentedImages(split, form, augment)
+
+
 class PreparedImages(Dataset):
-    """Decodes and normalises on access; for sets that do not fit into memory as floats."""
+    """Decodes and normalises on access; for sets that do not fit into memory as floats.
+
+    Attributes:
+        labels: int64 `[N]`.
+        workers: how many processes should read it, where nobody says.
+        augment: the preset of `fast.data.images.augmentation` by which views are made.
+    """
+
+    augment = "none"
 
     def __init__(self, split: Split, form: ImageFormat):
         self.inputs, self.form = split.inputs, form
         self.labels = torch.from_numpy(split.labels)
+        self.workers = workers_for(len(split))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,10 +144,21 @@ class PreparedImages(Dataset):
         report.refuse_broken()
         return images[0], self.labels[i]
 
-    def chunks(self, report: ImageReport) -> Iterator[tuple[list[int], Tensor]]:
+    def chunks(self, report: ImageReport, workers: int = 0) -> Iterator[tuple[list[int], Tensor]]:
         """Rows and images `[n, C, H, W]`, chunk by chunk; what cannot be read is left out."""
-        for start in range(0, len(self), CHUNK):
-            rows, images = self._read(range(start, min(start + CHUNK, len(self))), report)
+
+        def read(chunk: range) -> tuple[list[int], Tensor, ImageReport]:
+            part = ImageReport()
+            return *self._read(chunk, part), part
+
+        if not isinstance(self.inputs, EncodedImages):
+            workers = 0  # there is nothing to decode
+        size = SENT if workers else CHUNK
+        starts = range(0, len(self), size)
+        chunks = (range(start, min(start + size, len(self))) for start in starts)
+        for rows, images, part in in_workers(read, chunks, workers):
+            report.broken |= part.broken
+            report.sizes |= part.sizes
             if rows:
                 yield rows, images
 
@@ -127,9 +169,9 @@ class PreparedImages(Dataset):
             return list(index), self.form(images)
         decoded: dict[int, np.ndarray] = {}
         for i in index:
-            image = self._decode(i, report)
-            if image is not None:
-                decoded[i] = image
+            picture = self._decode(i, report)
+            if picture is not None:
+                decoded[i] = image = self.form.fit(picture)
                 first = next(iter(decoded.values()))
                 if image.shape != first.shape:
                     self.refuse(i, image.shape, first.shape)
@@ -137,22 +179,18 @@ class PreparedImages(Dataset):
             return [], torch.empty(0)
         # torch sees whole chunks only: on a busy machine its threads waited 15 ms for each other on
         # every image (5 in torch.cat), where decoding and resizing one takes 0.7.
-        images = torch.from_numpy(np.stack(list(decoded.values())))
-        return list(decoded), self.form.without_resizing(images)
+        return list(decoded), self.form.finish(torch.from_numpy(np.stack(list(decoded.values()))))
 
-    def _decode(self, i: int, report: ImageReport) -> np.ndarray | None:
-        """Image `i` as uint8 `[C, H, W]`, fit to the size; None where it is broken: reported."""
-        form = self.form
-        # Lets the JPEG decoder scale by 1/2, 1/4, 1/8, never below twice the wanted size.
-        draft = 2 * (form.resize or form.size) if form.size is not None else None
+    def _decode(self, i: int, report: ImageReport) -> Picture | None:
+        """Image `i`, or None where it is broken: reported."""
         try:
-            picture, size = decode(lambda: self.inputs.open(i), form.channels, draft)
+            picture, size = decode(lambda: self.inputs.open(i), self.form.channels)
         except Unreadable as err:
             name = self.inputs.names[i]
             report.broken[name] = str(err).replace(name, "the file")
             return None
         report.sizes.add(size)
-        return form.fit(picture)
+        return picture
 
     def refuse(self, i: int, shape: Sequence[int], others: Sequence[int]) -> None:
         """Raise ValueError: image `i` is not shaped as the others."""
@@ -163,6 +201,39 @@ class PreparedImages(Dataset):
             f"{printable(self.inputs.names[i])}: [C, H, W] is {list(shape)}, of others "
             f"{list(others)}; {way_out}{option}"
         )
+
+
+class AugmentedImages(PreparedImages):
+    """Shows each image in a random view at each visit; by `[i]` as it is at evaluation.
+
+    Args:
+        augment: a preset of `fast.data.images.augmentation`.
+    """
+
+    def __init__(self, split: Split, form: ImageFormat, augment: str):
+        super().__init__(split, form)
+        self.augment = augment
+        self._augmented = augmentation(augment, form)
+
+    def view(self, i: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Image `i` in a view that depends on the seed alone, and its label."""
+        report = ImageReport()
+        picture = self._picture(i, report)
+        report.refuse_broken()
+        assert picture is not None
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            pixels = as_array(self._augmented(picture))
+        finally:
+            torch.default_generator.set_state(before)
+        return self.form.without_resizing(torch.from_numpy(pixels)[None])[0], self.labels[i]
+
+    def _picture(self, i: int, report: ImageReport) -> Picture | None:
+        if isinstance(self.inputs, EncodedImages):
+            return self._decode(i, report)
+        array = np.moveaxis(channels_first(self.inputs[i : i + 1])[0].numpy(), 0, -1)
+        return pillow().fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def channels_first(x: np.ndarray) -> Tensor:

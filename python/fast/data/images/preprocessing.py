@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast.data.images.format import INTERPOLATIONS, ImageFormat
+from fast.data.images.library import torchvision_description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Preprocessing:
 
     Attributes:
         bgr: whether the network takes blue first.
+        library: description of the library's own transform (`fast.data.images.library`).
         origin: who says it, for a reader.
     """
 
@@ -28,6 +30,7 @@ class Preprocessing:
     resize: int | None = None
     stretch: bool = False
     interpolation: str = "bicubic"
+    library: Mapping[str, Any] | None = None
     origin: str = ""
 
     def format(self, channels: int | str | None) -> ImageFormat:
@@ -42,6 +45,7 @@ class Preprocessing:
             resize=self.resize,
             stretch=self.stretch,
             interpolation=self.interpolation,
+            library=self.library,
         )
 
 
@@ -72,6 +76,7 @@ def from_preset(preset: Any, origin: str) -> Preprocessing:
         std=tuple(preset.std),
         resize=preset.resize_size[0],
         interpolation=preset.interpolation.value,
+        library=torchvision_description(preset),
         origin=origin,
     )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fast.data.images.format import BGR
+from fast.data.images.library import transformers_description
 from fast.data.images.preprocessing import Preprocessing
 
 WIDTH, HEIGHT = 400, 300
@@ -42,6 +43,7 @@ def measure(processor: Any) -> Preprocessing:
     if gains.abs().sum() > 1.001 * gain.sum() or gain.min() <= 0:
         raise _refusal(processor, "mixes or inverts the colours")
     colours = Preprocessing(
+        library=transformers_description(processor),
         mean=_rounded(-offset / gain),
         std=_rounded(1 / gain),
         bgr=bool(bgr),
@@ -69,7 +71,11 @@ def measure(processor: Any) -> Preprocessing:
         stretch=stretch,
         interpolation="bilinear" if resample is None else _RESAMPLING[int(resample)],
     )
-    ours = preprocessing.format(BGR if bgr else len(offset)).prepare(pictures[-1])
+    ours = (
+        replace(preprocessing, library=None)
+        .format(BGR if bgr else len(offset))
+        .prepare(pictures[-1])
+    )
     apart = ((ours - photo) / gain[:, None, None]).abs().mean()
     if apart > CLOSE:
         raise _refusal(processor, f"gives other pixels than here (by {apart:.2g} of 1)")

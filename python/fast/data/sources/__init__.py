@@ -1,6 +1,6 @@
-"""Read labelled data by name: a folder of class folders, an .npz, a Hugging Face data set.
+"""Read labelled data by name: folders of classes, tables, an .npz, a Hugging Face data set.
 
-What comes back is raw: uint8 images, file names, strings, float features. How these are prepared
+What comes back is raw: uint8 images, files, strings, float features. How these are prepared
 depends on the network; `fast.data.images` does it.
 """
 
@@ -9,17 +9,29 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
-from fast.data.sources.folder import read_folder
+from fast.data.sources.files import read_lines
+from fast.data.sources.folder import has_classes, read_folder
 from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
-from fast.data.sources.types import EncodedImages, NamedData, Split, stratified_split
+from fast.data.sources.table import SUFFIXES, from_columns, read_table, read_tables, split_tables
+from fast.data.sources.types import (
+    EncodedAudio,
+    EncodedImages,
+    NamedData,
+    Split,
+    fold_rows,
+    stratified_split,
+)
 
 __all__ = [
     "DataWarning",
+    "EncodedAudio",
     "EncodedImages",
     "NamedData",
     "Split",
+    "fold_rows",
     "has_columns",
     "load_data",
     "stratified_split",
@@ -34,15 +46,20 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.+)?")
 
 
 def has_columns(name: str) -> bool:
-    """Whether this names a Hugging Face data set, and no file or folder of another kind."""
+    """Whether this names a table: a file, a folder with some, or a Hugging Face data set."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return any((path / f"dataset_{part}.json").exists() for part in ("dict", "info"))
-    return path.suffix != ".npz" and not path.exists()
+        return is_saved_table(path) or bool(split_tables(path))
+    return path.suffix in SUFFIXES or (path.suffix != ".npz" and not path.exists())
+
+
+def is_saved_table(path: Path) -> bool:
+    """Whether `save_to_disk` of the `datasets` library wrote this folder."""
+    return any((path / f"dataset_{part}.json").exists() for part in ("dict", "info"))
 
 
 def load_data(
-    name: str,
+    name: Any,
     *,
     input_column: str | None = None,
     label_column: str | None = None,
@@ -50,21 +67,27 @@ def load_data(
 ) -> NamedData:
     """Read the data set called `name`.
 
-    A folder: `CLASS/*.jpg`, or `train/CLASS/*.jpg` with `val/` or `test/`, under these names or
-    others that data sets are published with (`Training/`, `dev/`, `seg_test/`); one folder may hold
-    all of it. Hidden files and those that systems leave behind are ignored.
+    A folder: `CLASS/*.jpg` (or `*.wav`, `*.txt`), or `train/CLASS/*.jpg` with `val/` or `test/`,
+    under these names or others that data sets are published with (`Training/`, `dev/`,
+    `seg_test/`); one folder may hold all of it. Hidden files and those that systems leave behind
+    are ignored.
 
     An `.npz`: `x_train`, `y_train` with `x_val`, `y_val` (or `_test`), or `x`, `y`; `classes` may
     hold the names of the classes. `x` is uint8 images, or what the network takes as it is; several
     inputs are `x_train.input_ids`, ...; encoded images are bytes `jpeg_train`, cut at
     `offset_train` `[N + 1]`.
 
+    A table, `.csv`, `.tsv` or `.parquet`, or a pandas data frame: a column of files (from the
+    table's folder), texts or numbers, one of labels, and perhaps one that says `train` or `val`.
+    A folder may have one for each split: `train.csv`, `test.csv`. A folder of text files without
+    folders has a class in each file, and a sample in each line.
+
     Anything else is a Hugging Face data set: a folder written by `save_to_disk`, or `OWNER/NAME` or
     `hf:NAME`, with `:CONFIG` where it has several.
 
     Args:
-        input_column, label_column: columns of a Hugging Face data set (default: by their types and
-            usual names).
+        input_column, label_column: columns of a table or a Hugging Face data set (default: by
+            their types and usual names).
         numeric_labels: integer names of class folders are labels, not just names. A folder may then
             hold some of the classes of a source task.
 
@@ -75,6 +98,9 @@ def load_data(
         FileNotFoundError: there is no such file, and no such data set.
         ValueError: the data cannot be used; the message names the file and what is wrong.
     """
+    if hasattr(name, "to_dict"):  # a data frame
+        columns = {"train": name.to_dict("list")}
+        return from_columns("the data frame", columns, Path(), input_column, label_column)
     data = _read(name, input_column, label_column, numeric_labels)
     for note in data.notes:
         warnings.warn(f"{name}: {note}", DataWarning, stacklevel=2)
@@ -85,16 +111,21 @@ def _read(
     name: str, input_column: str | None, label_column: str | None, numeric_labels: bool
 ) -> NamedData:
     path = Path(name).expanduser()
-    if has_columns(name) and path.is_dir():
-        return read_hugging_face(name, input_column, label_column)
     if path.is_dir():
-        return read_folder(path, numeric_labels)
+        if is_saved_table(path):
+            return read_hugging_face(name, input_column, label_column)
+        tables = split_tables(path)
+        if tables and not has_classes(path):
+            return read_tables(path, tables, input_column, label_column)
+        return read_lines(path) or read_folder(path, numeric_labels)
     if path.suffix == ".npz":
         return read_npz(path)
+    if path.suffix.lower() in SUFFIXES and path.exists():
+        return read_table(path, input_column, label_column)
     if path.exists():
         raise ValueError(
             f"{name}: unknown file type {path.suffix!r}; give a folder of class folders, an .npz, "
-            "or the name of a Hugging Face data set"
+            "a .csv or .parquet, or the name of a Hugging Face data set"
         )
     # Asking the hub for a misspelt file costs 23 s of back-off without a network.
     if not name.startswith("hf:") and not _HUB_NAME.fullmatch(name):

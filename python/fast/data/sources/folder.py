@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from fast.data.labels import count_classes
+from fast.data.sources.files import samples_of, suffixes_in
 from fast.data.sources.scan import Folder, left_out, natural, scan
 from fast.data.sources.splits import HELD_OUT, ROLES, TRAIN, roles_of
-from fast.data.sources.types import EncodedImages, NamedData, Split
+from fast.data.sources.types import NamedData, Split
 from fast.errors import printable, some
 
 
@@ -28,7 +29,9 @@ class Layout:
 
 
 def read_folder(root: Path, numeric_labels: bool) -> NamedData:
-    layout = _layout(scan(root))
+    whole = scan(root)
+    suffixes = None if whole.has_images else suffixes_in(whole)
+    layout = _layout(whole if suffixes is None else scan(root, suffixes))
     parts, notes = layout.parts, layout.notes
     files = {part: _class_files(folder) for part, folder in parts.items()}
     names = sorted(files.get("train", files.get("val", {})), key=natural)
@@ -53,11 +56,11 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
             )
         paths = [str(path) for name in entries for path in entries[name]]
         labels = np.repeat([number[name] for name in entries], list(map(len, entries.values())))
-        images = EncodedImages(names=paths, open=paths.__getitem__)
-        splits[part] = Split(inputs=images, labels=labels.astype(np.int64))
+        splits[part] = Split(inputs=samples_of(paths), labels=labels.astype(np.int64))
     others = sum((folder.all_others() for folder in parts.values()), Counter())
     if others:
-        notes.append(f"files that are no images to us are left out: {left_out(others)}")
+        wanted = "images to us" if suffixes is None else "samples to us"
+        notes.append(f"files that are no {wanted} are left out: {left_out(others)}")
     for part, folder in parts.items():
         if any(_holds_classes(f) for f in folder.folders.values()):
             notes.append(f"{part}: class folders hold folders, whose images are taken together")
@@ -72,6 +75,14 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
         held_out=f"folder {printable(held_out)}" if held_out else "",
         notes=tuple(notes),
     )
+
+
+def has_classes(path: Path) -> bool:
+    """Whether a folder has class folders, and not just one of samples, or one for each split."""
+    root = scan(path)
+    flat = [name for name, folder in root.with_images.items() if not _holds_classes(folder)]
+    roles = roles_of(root.with_images)
+    return len(flat) < len(root.with_images) or len([n for n in flat if n not in roles]) > 1
 
 
 def _layout(root: Folder) -> Layout:

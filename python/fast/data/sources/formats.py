@@ -10,7 +10,8 @@ FORMATS = (
     "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM",
     "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM",
 )  # fmt: skip
-# Suffixes that everybody takes for images, and not every Pillow can read.
+# Suffixes that everybody takes for images; not every Pillow can read the second.
+COMMON = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 CAMERA_FORMATS = frozenset((".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef"))
 
 
@@ -37,6 +38,11 @@ def readable_formats() -> tuple[str, ...]:
 
 @cache
 def readable_suffixes() -> frozenset[str]:
-    """Suffixes of the files that Pillow reads here, in lower case."""
+    """Suffixes of the files that Pillow reads here, in lower case; without Pillow those of images
+    all the same: what cannot be read is told when it is read."""
+    try:
+        pillow()
+    except ImportError:
+        return COMMON
     suffixes = pillow().registered_extensions().items()
     return frozenset(suffix for suffix, name in suffixes if name in readable_formats())

@@ -10,13 +10,20 @@ import numpy as np
 
 from fast.data.sources.connection import quick_offline
 from fast.data.sources.splits import HELD_OUT, TRAIN, role_of
-from fast.data.sources.types import EncodedImages, NamedData, Split, labelled, numbered_classes
+from fast.data.sources.types import (
+    EncodedAudio,
+    EncodedImages,
+    NamedData,
+    Split,
+    labelled,
+    numbered_classes,
+)
 from fast.errors import first_line, printable, some
 
 UNLABELLED = -1
 USUAL_COLUMNS = {
     "--label-column": ("label", "labels"),
-    "--input-column": ("image", "img", "text", "sentence"),
+    "--input-column": ("image", "img", "audio", "text", "sentence"),
 }
 
 
@@ -113,17 +120,19 @@ def _column(option: str, column: str | None, features: Any, kind: type) -> str:
 
 
 def _inputs(datasets: Any, table: Any, column: str, where: str) -> Any:
-    if isinstance(table.features[column], datasets.Image):
-        raw = table.cast_column(column, datasets.Image(decode=False))
+    feature = table.features[column]
+    if isinstance(feature, (datasets.Image, datasets.Audio)):
+        raw = table.cast_column(column, type(feature)(decode=False))
 
-        def open_image(i: int) -> Any:
+        def open_file(i: int) -> Any:
             cell = raw[i][column]
             if cell is None:
                 raise ValueError("the cell is empty")
             return io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
 
         names = [f"{where}{printable(column)}[{i}]" for i in range(len(table))]
-        return EncodedImages(names=names, open=open_image)
+        kind = EncodedImages if isinstance(feature, datasets.Image) else EncodedAudio
+        return kind(names=names, open=open_file)
     values = list(table[column])
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:

@@ -29,7 +29,7 @@ class Folder:
 
     Attributes:
         folders: the folders directly in it, by name, in natural order.
-        images: the images directly in it, in order.
+        images: the images directly in it, in order; or what else is looked for.
         others: number of other files directly in it, by suffix or by what else they are.
     """
 
@@ -55,9 +55,13 @@ class Folder:
         return {name: folder for name, folder in self.folders.items() if folder.has_images}
 
 
-def scan(root: Path) -> Folder:
-    """Read the names in a folder; no file is opened."""
-    return _scan(root, readable_suffixes(), ())
+def scan(root: Path, suffixes: frozenset[str] | None = None) -> Folder:
+    """Read the names in a folder; no file is opened.
+
+    Args:
+        suffixes: of the files to look for (default: of images).
+    """
+    return _scan(root, readable_suffixes() if suffixes is None else suffixes, ())
 
 
 def left_out(others: Counter[str]) -> str:

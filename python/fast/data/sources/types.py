@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from fast.data.trees import length, pick
 
 
 @dataclass(frozen=True)
-class EncodedImages:
-    """`N` images still to be decoded; `open(i)` returns a file name or a binary stream."""
+class EncodedFiles:
+    """`N` samples still to be decoded; `open(i)` returns a file name or a binary stream."""
 
     names: Sequence[str]
     open: Callable[[int], Any]
@@ -22,10 +22,18 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: np.ndarray) -> EncodedImages:
-        return EncodedImages(
+    def __getitem__(self, index: np.ndarray) -> Self:
+        return type(self)(
             names=[self.names[i] for i in index], open=lambda i: self.open(int(index[i]))
         )
+
+
+class EncodedImages(EncodedFiles):
+    """Images still to be decoded."""
+
+
+class EncodedAudio(EncodedFiles):
+    """Sounds still to be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +41,9 @@ class Split:
     """`N` inputs of one kind with their labels.
 
     Attributes:
-        inputs: uint8 images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; `EncodedImages`; a list
-            of strings; arrays that the network takes as they are (floats, or token ids); or a dict
-            of such arrays, for networks whose forward takes several.
+        inputs: uint8 images `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`; `EncodedImages`;
+            `EncodedAudio`; a list of strings; arrays that the network takes as they are (floats, or
+            token ids); or a dict of such arrays, for networks whose forward takes several.
         labels: int64 `[N]`, in `0 .. len(classes) - 1`.
     """
 
@@ -126,6 +134,24 @@ def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Spli
             "all); --val-fraction 0 trains on all of them"
         )
     return split.subset(np.flatnonzero(~held_out)), split.subset(np.flatnonzero(held_out))
+
+
+def fold_rows(labels: np.ndarray, folds: int, seed: int = 0) -> list[np.ndarray]:
+    """Row numbers of each of `folds` parts, which have about as many samples of every class.
+
+    Raises:
+        ValueError: there are fewer samples than parts.
+    """
+    if len(labels) < folds:
+        raise ValueError(f"{len(labels)} samples cannot be split into {folds} parts")
+    rng = np.random.default_rng(seed)
+    part = np.empty(len(labels), dtype=np.int64)
+    dealt = 0
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        part[members] = (dealt + np.arange(len(members))) % folds
+        dealt += len(members)
+    return [np.flatnonzero(part == i) for i in range(folds)]
 
 
 def labelled(inputs: Any, labels: Any, where: str, num_classes: int | None = None) -> Split:

@@ -98,7 +98,7 @@ def data_identity(data: Any) -> str | None:
 
 
 def _read_samples(digest: Any, data: Data) -> None:
-    source = data.dataset if data.loader is None else data.loader.dataset
+    source: Any = data.dataset if data.loader is None else data.loader.dataset
     count = data.num_samples or 0
     own = find_generators(data=source).values()
     for i in np.unique(np.linspace(0, count - 1, min(count, SAMPLES_READ)).astype(int)):
@@ -106,7 +106,9 @@ def _read_samples(digest: Any, data: Data) -> None:
             for generator in own:
                 reseed(generator, 0)
             try:
-                _feed(digest, source[int(i)])  # type: ignore[index]
+                # What a data set shows at each visit tells how it augments.
+                sample = source.view(int(i), 0) if data.has_views else source[int(i)]
+                _feed(digest, sample)
             except (LookupError, ValueError, TypeError, OSError) as error:
                 # A sampler may leave out what cannot be read, or have names for the samples.
                 digest.update(type(error).__name__.encode())

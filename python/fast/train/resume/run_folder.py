@@ -17,7 +17,7 @@ from fast.models.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
 from fast.models.saved import MANIFEST_FILE
 from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
-from fast.train.log import BOARD_FOLDER, HISTORY_FILE
+from fast.train.log import BOARD_FOLDER, HISTORY_FILE, LINES_FILE
 from fast.train.resume.checkpoint import list_checkpoints
 
 CONFIG_FILE = "config.json"
@@ -119,7 +119,7 @@ class RunFolder:
             return
         shutil.rmtree(self.path / BOARD_FOLDER, ignore_errors=True)
         clear_unfinished(self.path)
-        for name in (HISTORY_FILE, CONFIG_FILE, CLAIM_FILE):
+        for name in (HISTORY_FILE, LINES_FILE, CONFIG_FILE, CLAIM_FILE):
             (self.path / name).unlink(missing_ok=True)
         for path in self.new:
             try:

@@ -1,0 +1,57 @@
+"""Cross-validation of one run: `fast finetune --folds`."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+from fast.cli.report.results import write_results
+from fast.cli.report.summary import Run
+from fast.cli.report.table import percent, text_table
+from fast.cli.spec import FinetuneSpec
+from fast.cli.task.load import LoadedTask
+from fast.cli.task.prepare import labels_of
+from fast.data.sources import fold_rows
+from fast.errors import printable
+from fast.files import check_writable
+
+FOLDS_FILE = "folds.json"
+
+
+def cross_validate(spec: FinetuneSpec, task: LoadedTask) -> None:
+    """Train on all parts but one and measure on that, for each; print and save the accuracies.
+
+    Raises:
+        ValueError: there are fewer samples than parts, or the folder has results already.
+        FloatingPointError: a run diverged.
+    """
+    folds, config = spec.task.folds, spec.training
+    assert folds is not None
+    folder = Path(config.output or f"runs/{spec.task.short_name}-{config.method}-folds")
+    check_writable(folder, "--output")
+    if (folder / FOLDS_FILE).exists():
+        raise ValueError(f"--output {folder}: has a {FOLDS_FILE} already; name another folder")
+    runs: list[Run] = []
+    for i, rows in enumerate(fold_rows(labels_of(task.train), folds), 1):
+        start = time.monotonic()
+        result = task.fold(rows).adapt(dataclasses.replace(config, output=None))
+        runs.append(Run.of(result, time.monotonic() - start, f"fold {i} of {folds}"))
+        print(f"{runs[-1]} ({runs[-1].seconds:.0f} s)")
+    names = ("target_accuracy", "source_accuracy")
+    values = {name: [getattr(run, name) for run in runs] for name in names}
+    spread = {
+        name: {"mean": statistics.mean(found), "std": statistics.stdev(found)}
+        for name, found in values.items()
+        if None not in found
+    }
+    write_results(
+        folder / FOLDS_FILE, spec, samples=task.sizes, spread=spread, runs=[vars(r) for r in runs]
+    )
+    rows_of_table = [
+        [name.removesuffix("_accuracy"), percent(found["mean"]), percent(found["std"])]
+        for name, found in spread.items()
+    ]
+    print("\n" + text_table([f"accuracy over {folds} folds, %", "mean", "std"], rows_of_table))
+    print(f"saved in {printable(folder / FOLDS_FILE)}; without --folds a network is trained on all")

@@ -1,0 +1,1 @@
+"""Decode sounds, and prepare them as a network takes them."""

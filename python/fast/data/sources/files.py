@@ -1,0 +1,103 @@
+"""Read samples that are files: pictures and sounds stay files, texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fast.data.sources.formats import readable_suffixes
+from fast.data.sources.scan import Folder, natural, scan
+from fast.data.sources.splits import HELD_OUT, TRAIN, roles_of
+from fast.data.sources.types import EncodedAudio, EncodedImages, NamedData, Split, labelled
+from fast.errors import printable, some
+
+TEXT_SUFFIXES = frozenset((".txt", ".md"))
+# Besides .wav these need the package soundfile.
+AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"))
+# A longer file is no sample.
+LONGEST_TEXT = 10 << 20
+
+
+def suffixes_in(root: Folder) -> frozenset[str] | None:
+    """The suffixes of the samples in a folder without images: sounds or texts, else None."""
+    there = set(root.all_others())
+    return next((kind for kind in (AUDIO_SUFFIXES, TEXT_SUFFIXES) if there & kind), None)
+
+
+def samples_of(paths: Sequence[str]) -> Any:
+    """The inputs of a split that has these files, all of one kind."""
+    suffix = Path(paths[0]).suffix.lower()
+    if suffix in AUDIO_SUFFIXES:
+        return EncodedAudio(names=paths, open=list(paths).__getitem__)
+    if suffix in TEXT_SUFFIXES:
+        return [text_of(Path(path)) for path in paths]
+    return EncodedImages(names=paths, open=list(paths).__getitem__)
+
+
+def files_of(where: str, cells: Sequence[str], root: Path) -> Any:
+    """Cells of a table that name files, as samples; all else is texts.
+
+    Raises:
+        ValueError: they look like files, and some are not there.
+    """
+    kinds = AUDIO_SUFFIXES | TEXT_SUFFIXES | readable_suffixes()
+    if not all(Path(cell).suffix.lower() in kinds for cell in cells):
+        return list(cells)
+    paths = [root / cell for cell in cells]
+    missing = [cell for cell, path in zip(cells, paths, strict=True) if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{where}: {len(missing)} files are not there: {some(missing, 5)}; paths are absolute, "
+            f"or from {printable(root)}"
+        )
+    return samples_of([str(path) for path in paths])
+
+
+def text_of(path: Path) -> str:
+    """The text in a file, UTF-8 or what is left of it."""
+    if path.stat().st_size > LONGEST_TEXT:
+        raise ValueError(f"{printable(path)}: more than 10 MB: no text to classify")
+    return path.read_text(encoding="utf-8", errors="replace").strip()
+
+
+def read_lines(root: Path) -> NamedData | None:
+    """A folder of text files, one for each class, with a sample in each line, or such folders by
+    split; None where it is none."""
+    top = scan(root, TEXT_SUFFIXES)
+    parts = {"train": top}
+    if not top.images:
+        roles = roles_of(top.folders)
+        names = {role: name for name, role in reversed(roles.items())}
+        held_out = next((names[role] for role in HELD_OUT if role in names), None)
+        if TRAIN not in names:
+            return None
+        parts = {"train": top.folders[names[TRAIN]]}
+        if held_out is not None:
+            parts["val"] = top.folders[held_out]
+    for part in parts.values():
+        # Text files beside pictures say where objects are in these.
+        if len(part.images) < 2 or part.folders or part.others.keys() & readable_suffixes():
+            return None
+    classes = sorted({path.stem for path in parts["train"].images}, key=natural)
+    splits: dict[str, Split] = {}
+    for name, part in parts.items():
+        texts: list[str] = []
+        labels: list[int] = []
+        for path in part.images:
+            if path.stem not in classes:
+                raise ValueError(f"{printable(path)}: has no counterpart among {some(classes)}")
+            lines = [line.strip() for line in text_of(path).splitlines() if line.strip()]
+            texts += lines
+            labels += [classes.index(path.stem)] * len(lines)
+        splits[name] = labelled(texts, np.array(labels, np.int64), str(part.path), len(classes))
+    return NamedData(
+        name=str(root),
+        train=splits["train"],
+        val=splits.get("val"),
+        classes=tuple(classes),
+        held_out=f"folder {printable(parts['val'].path.name)}" if "val" in parts else "",
+        notes=("each file is a class, and each line in it a sample",),
+    )

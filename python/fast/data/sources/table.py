@@ -1,0 +1,239 @@
+"""Read tables (CSV, Parquet, data frames) with a column of files, texts or numbers and a label."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fast.data.sources.files import files_of
+from fast.data.sources.scan import natural
+from fast.data.sources.splits import HELD_OUT, TRAIN, role_of
+from fast.data.sources.types import NamedData, Split, labelled
+from fast.errors import first_line, printable, some
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+LABELS = (
+    "label",
+    "labels",
+    "class",
+    "target",
+    "category",
+    "y",
+    "classid",
+    "class_id",
+    "class_name",
+)
+FILES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "img", "audio")
+TEXTS = ("text", "sentence", "review", "content")
+SPLITS = ("split", "set", "subset")
+# Longer cells are no labels. csv itself refuses cells of more than 128 KB, which texts may have.
+LONGEST_CELL = 1 << 24
+Columns = Mapping[str, Sequence[Any]]
+
+
+def read_table(path: Path, input_column: str | None, label_column: str | None) -> NamedData:
+    """A table in a file; its files are beside it, or their paths are absolute."""
+    tables = {"train": _columns(path)}
+    return from_columns(str(path), tables, path.parent, input_column, label_column)
+
+
+def read_tables(
+    root: Path, files: Mapping[str, Path], input_column: str | None, label_column: str | None
+) -> NamedData:
+    """A folder with a table for each split (`train`, `val`)."""
+    tables = {part: _columns(path) for part, path in files.items()}
+    return from_columns(str(root), tables, root, input_column, label_column)
+
+
+def split_tables(root: Path) -> dict[str, Path]:
+    """The tables in a folder that are called as splits are, as `train` and `val`."""
+    by_role: dict[str | None, list[Path]] = {}
+    for path in sorted(root.iterdir()):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            by_role.setdefault(role_of(path.stem), []).append(path)
+    if len(by_role.get(TRAIN, [])) != 1:
+        return {}
+    held_out = [path for role in HELD_OUT for path in by_role.get(role, [])]
+    return {"train": by_role[TRAIN][0]} | ({"val": held_out[0]} if held_out else {})
+
+
+def from_columns(
+    name: str,
+    tables: Mapping[str, Columns],
+    root: Path,
+    input_column: str | None,
+    label_column: str | None,
+) -> NamedData:
+    """Data of tables by split; one table may have a column that says which split a row is of.
+
+    Args:
+        root: folder that paths are relative to.
+        input_column, label_column: None: guessed, and told in a note.
+
+    Raises:
+        ValueError: a column is not there, or cannot be guessed; cells are empty; a row has several
+            labels; or files are missing.
+    """
+    first = tables["train"]
+    inputs, label = _chosen(name, first, input_column, label_column)
+    notes = []
+    if input_column is None or label_column is None:
+        notes.append(f"columns: inputs in {printable(inputs)}, labels in {printable(label)}")
+    held_out = "the table of its split" if "val" in tables else ""
+    if len(tables) == 1:
+        tables, note = _by_split(first, {inputs, label})
+        if note:
+            notes.append(note)
+            held_out = note if "val" in tables else ""
+    for part, table in tables.items():
+        for column in (inputs, label):
+            if column not in table:
+                raise ValueError(f"{name}: the table of {part} has no column {column!r}")
+    values = {part: _labels(name, label, table[label]) for part, table in tables.items()}
+    classes = sorted({v for cells in values.values() for v in cells}, key=natural)
+    number = {value: i for i, value in enumerate(classes)}
+    splits: dict[str, Split] = {}
+    for part, table in tables.items():
+        unknown = set(values[part]) - set(values["train"])
+        if unknown:
+            raise ValueError(f"{name}: classes of {part} are not in train: {some(sorted(unknown))}")
+        where = f"{name}: {printable(inputs)}"
+        numbers = np.array([number[value] for value in values[part]], dtype=np.int64)
+        splits[part] = labelled(_inputs(where, table[inputs], root), numbers, where, len(classes))
+    return NamedData(
+        name=name,
+        train=splits["train"],
+        val=splits.get("val"),
+        classes=tuple(classes),
+        held_out=held_out,
+        notes=tuple(notes),
+    )
+
+
+def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
+    """The rows of each split, where a column names it."""
+    named = [c for c in table if c.lower() in SPLITS and c not in used]
+    if not named:
+        return {"train": table}, ""
+    roles = [role_of(str(value)) for value in table[named[0]]]
+    held_out = next((role for role in HELD_OUT if role in roles), None)
+    if TRAIN not in roles or held_out is None:
+        return {"train": table}, ""
+    rows = {
+        part: [i for i, r in enumerate(roles) if r == role]
+        for part, role in (("train", TRAIN), ("val", held_out))
+    }
+    parts = {
+        part: {c: [v[i] for i in index] for c, v in table.items()} for part, index in rows.items()
+    }
+    return parts, f"split by column {printable(named[0])}"
+
+
+def _columns(path: Path) -> Columns:
+    """The columns of a file, by name; of a CSV all cells are strings."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            return _parquet(path)
+        csv.field_size_limit(min(LONGEST_CELL, sys.maxsize))
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            rows = [row for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
+    if len(rows) < 2:
+        raise ValueError(f"{path}: has no rows; the first line holds the names of the columns")
+    names = rows[0]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: two columns have one name: {some(names)}")
+    for line, row in enumerate(rows[1:], 2):
+        if len(row) != len(names):
+            raise ValueError(
+                f"{path}: row {line} has {len(row)} cells, and there are {len(names)} columns; put "
+                'cells with commas into "quotes"'
+            )
+    return dict(zip(names, zip(*rows[1:], strict=True), strict=True))
+
+
+def _parquet(path: Path) -> Columns:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table as read
+    except ImportError as error:
+        raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        return read(path).to_pydict()
+    except ArrowException as error:
+        raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
+
+
+def _chosen(
+    name: str, table: Columns, input_column: str | None, label_column: str | None
+) -> tuple[str, str]:
+    """The columns of inputs and labels: as the user names them, else with usual names; where one
+    of two columns is clear, so is the other."""
+    columns = [str(column) for column in table]
+    chosen = {"--input-column": input_column, "--label-column": label_column}
+    usual = {"--input-column": (*FILES, *TEXTS), "--label-column": LABELS}
+    for option, column in chosen.items():
+        if column is not None and column not in columns:
+            raise ValueError(f"{name}: no column {column!r}; {option} can be: {some(columns, 20)}")
+    for option in reversed(chosen):
+        by_name = {c.lower(): c for c in reversed(columns) if c not in chosen.values()}
+        if chosen[option] is None:
+            chosen[option] = next((by_name[c] for c in usual[option] if c in by_name), None)
+    free = [c for c in columns if c not in chosen.values()]
+    for option, column in chosen.items():
+        if column is None:
+            if len(free) != 1 or len(columns) != 2:
+                raise ValueError(f"{name}: say which column to use with {option}: {some(free, 20)}")
+            chosen[option] = free[0]
+    inputs, label = chosen.values()
+    assert inputs is not None
+    assert label is not None
+    return inputs, label
+
+
+def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
+    """Labels as text: 1, "1" and 1.0 are one class."""
+    empty = [i for i, cell in enumerate(cells) if cell is None or cell == "" or cell != cell]
+    if empty:
+        raise ValueError(
+            f"{name}: {printable(column)}: {len(empty)} cells are empty, the first in row "
+            f"{empty[0]}; drop those rows"
+        )
+    several = [cell for cell in cells if _is_list(cell)]
+    if several:
+        raise ValueError(
+            f"{name}: {printable(column)}: a row has several labels ({printable(several[0])}); "
+            "fast finetune adapts to one label for each sample. With several, train by "
+            "fast.Adaptation(..., loss=torch.nn.functional.binary_cross_entropy_with_logits): "
+            "docs/any-loss.md"
+        )
+    return [_text(cell) for cell in cells]
+
+
+def _is_list(cell: Any) -> bool:
+    if isinstance(cell, str):
+        return cell.startswith("[") and cell.endswith("]")
+    return isinstance(cell, (list, tuple, np.ndarray))
+
+
+def _text(cell: Any) -> str:
+    if isinstance(cell, (float, np.floating)) and float(cell).is_integer():
+        return str(int(cell))
+    return str(cell)
+
+
+def _inputs(where: str, cells: Sequence[Any], root: Path) -> Any:
+    """Files, where the cells name some; else texts, or numbers."""
+    if not isinstance(cells[0], str):
+        try:
+            return np.asarray(list(cells), np.float32).reshape(len(cells), -1)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: holds neither files nor texts nor numbers") from error
+    return files_of(where, [str(cell) for cell in cells], root)

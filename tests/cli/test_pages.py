@@ -1,0 +1,218 @@
+"""The commands and the Python of docs/photos.md, texts.md and audio.md run as they stand, on small
+data and with small networks in place of those that they name."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fast.cli import main
+from fast.cli.report.options import page as options_page
+from helpers import write_wav
+
+DOCS = Path(__file__).parents[2] / "docs"
+WORDS = {"good": ["fine", "great", "lovely"], "bad": ["awful", "poor", "dull"]}
+
+
+def commands(page):
+    """The commands of a page, as argument lists."""
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    found = [shlex.split(line)[1:] for block in blocks for line in block.strip().splitlines()]
+    assert found
+    return found
+
+
+def run(command, model, *more):
+    """The command with another network, and little to do."""
+    place = command.index("--model") + 1
+    short = ["--batch-size", "8", "--no-progress", *more]
+    if "--epochs" not in command:
+        short += ["--steps", "3"]
+    argv = [*command[:place], model, *command[place + 1 :], *short]
+    if "--epochs" in argv:
+        argv[argv.index("--epochs") + 1] = "1"
+    return main(argv)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Three classes of JPEGs, of several sizes, and the usual litter."""
+    image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("daisy", "rose", "tulip")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(0, 120, (40 + i, 50, 3), dtype=np.uint8)
+            pixels[..., label] += 100
+            image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.JPG")
+        (tmp_path / "photos" / name / "._0.jpg").write_bytes(b"litter")
+    (tmp_path / "photos" / ".DS_Store").touch()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_photos(photos, tmp_path, capsys, number):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    pytest.importorskip("torchvision.transforms.v2", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "net.safetensors")
+    command = commands("photos.md")[number]
+    assert run(command, "timm:test_resnet", "--weights", "net.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "data: 3 classes" in out
+    if "--output" in command:
+        folder = tmp_path / command[command.index("--output") + 1]
+        assert (folder / "model.safetensors").is_file()
+        assert "step 0/" in (folder / "run.log").read_text()
+        assert re.search(r"^class +right, % +samples$", out, flags=re.MULTILINE)
+        assert re.search(r"^accuracy, % +before +head start +after", out, flags=re.MULTILINE)
+        data = json.loads((folder / "data.json").read_text())
+        assert data["images"]["library"]["library"] == "timm"
+        assert sum(data["accuracy_by_class"]["samples"]) == 6
+    if "--folds" in command:
+        assert "accuracy over 5 folds, %" in out
+        folds = json.loads(next(tmp_path.glob("runs/*-folds/folds.json")).read_text())
+        accuracies = [one["target_accuracy"] for one in folds["runs"]]
+        assert len(accuracies) == 5
+        assert folds["spread"]["target_accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+
+
+@pytest.fixture
+def reviews(tmp_path, monkeypatch):
+    """A table and lines of texts, and a small network with a tokenizer of their words."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        (f"{word} film {i}", label)
+        for label, words in WORDS.items()
+        for word in words
+        for i in "abcd"
+    ]
+    lines = ["text,label", *(f"{text},{label}" for text, label in rows)]
+    (tmp_path / "reviews.csv").write_text("\n".join(lines))
+    (tmp_path / "reviews").mkdir()
+    for name in WORDS:
+        texts = [text for text, label in rows if label == name]
+        (tmp_path / "reviews" / f"{name}.txt").write_text("\n".join(texts))
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "film",
+        *"abcd",
+        *WORDS["good"],
+        *WORDS["bad"],
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "bert")
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path / "bert")
+    return {"model": model, "tokenizer": tokenizer, "rows": rows}
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_texts(reviews, tmp_path, capsys, number):
+    command = commands("texts.md")[number]
+    assert run(command, f"transformers:{tmp_path / 'bert'}") == 0
+    out, err = capsys.readouterr()
+    assert "data: 2 classes, 20 training samples, 4 held out" in out
+    told = "columns: inputs in text, labels in label" if number == 0 else "each line in it a sample"
+    assert told in err
+
+
+def test_texts_are_not_augmented(reviews, tmp_path, capsys):
+    command = commands("texts.md")[0]
+    assert run(command, f"transformers:{tmp_path / 'bert'}", "--augment", "light") == 2
+    assert "--augment is for images, and --data is texts: drop it" in capsys.readouterr().err
+
+
+def test_texts_from_python(reviews):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    text = (DOCS / "texts.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("steps=100", "steps=3")
+    names = reviews | {"frame": pandas.DataFrame(reviews["rows"], columns=["text", "label"])}
+    exec(code, names)
+    assert names["result"].final["step"] == 3
+
+
+@pytest.fixture
+def birds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for label, name in enumerate(("crow", "owl")):
+        for i in range(10):
+            file = tmp_path / "birds" / name / f"{i}.wav"
+            write_wav(file, 0.2 + 0.01 * i, 8000, pitch=300 + 500 * label)
+    return tmp_path
+
+
+def test_audio_by_a_network_of_transformers(birds, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8, 8),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 8),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=16,
+        num_labels=3,
+    )
+    transformers.Wav2Vec2ForSequenceClassification(config).save_pretrained(birds / "waves")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(birds / "waves")
+    assert run(commands("audio.md")[0], f"transformers:{birds / 'waves'}") == 0
+    assert "data: 2 classes, 16 training samples, 4 held out" in capsys.readouterr().out
+    assert (birds / "runs" / "birds" / "model.safetensors").is_file()
+
+
+class Waves(nn.Module):
+    """Reads a second at 8 kHz."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(1, 8, 64, stride=16), nn.ReLU())
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        assert x.shape[1] == 8000
+        return self.fc(self.body(x[:, None]).mean(2))
+
+
+def test_audio_by_a_network_of_a_file(birds, capsys):
+
+    code = f"import torch\nfrom torch import nn\n\n\n{inspect.getsource(Waves)}"
+    (birds / "nets.py").write_text(code)
+    torch.manual_seed(0)
+    save_file(Waves().state_dict(), birds / "waves.safetensors")
+    command = commands("audio.md")[1]
+    assert run(command, f"{birds / 'nets.py'}:Waves", "--weights", "waves.safetensors") == 0
+    assert (birds / "runs" / "waves" / "result.json").is_file()
+
+
+def test_the_page_of_options_is_that_of_the_code():
+    assert (DOCS / "options.md").read_text() == options_page(), (
+        "python -m fast.cli.report.options > docs/options.md"
+    )

@@ -1,0 +1,182 @@
+"""CSV, Parquet and data frames; texts and sounds as files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fast.data.audio.waveforms import prepare_audio, read_audio, resampled
+from fast.data.sources import DataWarning, EncodedAudio, EncodedImages, Split, load_data
+from helpers import write_wav
+
+pytestmark = pytest.mark.filterwarnings("ignore::fast.data.sources.DataWarning")
+
+
+def write_csv(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_texts_and_names_of_classes(tmp_path):
+    file = write_csv(tmp_path / "d.csv", "text,label", '"so, so",bad', "fine,good", "ok,good")
+    with pytest.warns(DataWarning, match="columns: inputs in text, labels in label"):
+        data = load_data(file)
+    assert data.train.inputs == ["so, so", "fine", "ok"]
+    assert data.classes == ("bad", "good")
+    assert data.train.labels.tolist() == [0, 1, 1]
+    assert data.val is None
+
+
+def test_paths_are_from_the_table_and_numbers_sort_as_numbers(tmp_path):
+    for i in range(3):
+        (tmp_path / "imgs").mkdir(exist_ok=True)
+        (tmp_path / "imgs" / f"{i}.png").touch()
+    rows = [f"imgs/{i}.png,{label}" for i, label in enumerate((10, 2, 10))]
+    data = load_data(
+        write_csv(tmp_path / "t.tsv", *(r.replace(",", "\t") for r in ("file,kind", *rows)))
+    )
+    assert isinstance(data.train.inputs, EncodedImages)
+    assert data.train.inputs.open(1) == str(tmp_path / "imgs" / "1.png")
+    assert data.classes == ("2", "10")
+    assert data.train.labels.tolist() == [1, 0, 1]
+
+
+def test_a_column_may_say_the_split(tmp_path):
+    rows = ["a,x,train", "b,y,train", "c,x,valid", "d,x,test"]
+    data = load_data(write_csv(tmp_path / "d.csv", "text,label,split", *rows))
+    assert (data.train.inputs, data.val.inputs) == (["a", "b"], ["c"])
+    assert data.held_out == "split by column split"
+
+
+def test_a_table_for_each_split(tmp_path):
+    write_csv(tmp_path / "train.csv", "text,label", "a,x", "b,y")
+    write_csv(tmp_path / "test.csv", "text,label", "c,y")
+    data = load_data(str(tmp_path))
+    assert (data.train.inputs, data.val.inputs) == (["a", "b"], ["c"])
+    assert data.val.labels.tolist() == [1]
+    write_csv(tmp_path / "test.csv", "text,label", "c,z")
+    with pytest.raises(ValueError, match="classes of val are not in train: z"):
+        load_data(str(tmp_path))
+
+
+def test_class_folders_beside_a_table_are_the_data(tmp_path):
+    write_csv(tmp_path / "train.csv", "id,label", "a,x", "b,y")
+    for name in ("train/x", "train/y"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").touch()
+    assert load_data(str(tmp_path)).classes == ("x", "y")
+
+
+def test_parquet_and_data_frames(tmp_path):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    frame = pandas.DataFrame({"review": ["a", "b", "c"], "stars": [1.0, 5.0, 1.0]})
+    frame.to_parquet(tmp_path / "d.parquet")
+    for data in (load_data(str(tmp_path / "d.parquet")), load_data(frame)):
+        assert data.classes == ("1", "5")
+        assert data.train.inputs == ["a", "b", "c"]
+    vectors = pandas.DataFrame({"embedding": [[1.0, 2.0], [3.0, 4.0]], "label": ["x", "y"]})
+    data = load_data(vectors, input_column="embedding")
+    assert data.train.inputs.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        (["text,label", "a,x", "b"], {}, "row 3 has 1 cells, and there are 2 columns"),
+        (["text,label"], {}, "has no rows"),
+        (["a,a", "1,2"], {}, "two columns have one name: a"),
+        (["a,b,c", "1,2,3"], {}, "say which column to use with --input-column: a, b, c"),
+        (["text,label", "a,"], {}, "label: 1 cells are empty, the first in row 0"),
+        (["text,label", "a,x"], {"label_column": "y"}, "no column 'y'; --label-column can be"),
+        (["text,label", 'a,"[""x"", ""y""]"'], {}, r"several labels .*docs/any-loss\.md"),
+        (["path,label", "a.jpg,x"], {}, "1 files are not there: a.jpg"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, rows, columns, message):
+    pytest.importorskip("PIL.Image", reason="image files need Pillow")
+    with pytest.raises(ValueError, match=message):
+        load_data(write_csv(tmp_path / "d.csv", *rows), **columns)
+
+
+def test_text_files_in_class_folders(tmp_path):
+    for i, name in enumerate(("train/neg", "train/pos", "test/neg", "test/pos")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.txt").write_text(f" text {i}\n", encoding="utf-8")
+    data = load_data(str(tmp_path))
+    assert data.classes == ("neg", "pos")
+    assert (data.train.inputs, data.val.inputs) == (["text 0", "text 1"], ["text 2", "text 3"])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_text_files_with_a_sample_in_each_line(tmp_path, split):
+    for folder in ("train", "val") if split else (".",):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "ham.txt").write_text("hi\n\nhello\n")
+        (tmp_path / folder / "spam.txt").write_text("buy\n")
+    data = load_data(str(tmp_path))
+    assert data.classes == ("ham", "spam")
+    assert data.train.inputs == ["hi", "hello", "buy"]
+    assert data.train.labels.tolist() == [0, 0, 1]
+    assert (data.val is not None) is split
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_wav_files(tmp_path, width, channels):
+    tone = write_wav(tmp_path / "a.wav", width=width, channels=channels)
+    sound, rate = read_audio(lambda: str(tmp_path / "a.wav"))
+    assert rate == 8000
+    np.testing.assert_allclose(sound, tone, atol=1.2 / 2 ** (8 * width - 1) + 1e-6)
+
+
+def test_a_sound_keeps_its_pitch_at_another_rate():
+    t = np.arange(8000) / 8000
+    sound = resampled(np.sin(2 * np.pi * 440 * t).astype(np.float32), 8000, 16000)
+    assert len(sound) == 16000
+    spectrum = np.abs(np.fft.rfft(sound))
+    assert int(spectrum.argmax()) == 440  # one second: bins of 1 Hz
+    assert np.sort(spectrum)[-2] < 0.02 * spectrum.max()
+
+
+def sounds(tmp_path, rates=(8000, 8000)):
+    for i, rate in enumerate(rates):
+        write_wav(tmp_path / f"{'ab'[i % 2]}" / f"{i}.wav", 0.1 * (i + 1), rate)
+    return load_data(str(tmp_path)).train
+
+
+def test_sounds_in_class_folders(tmp_path):
+    split = sounds(tmp_path)
+    assert isinstance(split.inputs, EncodedAudio)
+    x, y = prepare_audio(split, None, 0.15)
+    assert x.shape == (2, 1200)
+    assert y.tolist() == [0, 1]
+    assert (x[0, 800:] == 0).all()
+    assert x[1, 800:].abs().max() > 0.4
+
+
+def test_sounds_of_several_rates_need_a_network_that_says_its_own(tmp_path):
+    split = sounds(tmp_path, (8000, 16000))
+    with pytest.raises(ValueError, match="rates of 8000, 16000 Hz"):
+        prepare_audio(split, None, 1)
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    inputs, _ = prepare_audio(split, transformers.Wav2Vec2FeatureExtractor(), 1)
+    assert inputs["input_values"].shape == (2, 3200)
+    assert inputs["input_values"].dtype == torch.float32
+
+
+def test_a_broken_sound_is_named(tmp_path):
+    split = sounds(tmp_path)
+    (tmp_path / "b" / "1.wav").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"1\.wav: not a readable sound .*pip install soundfile"):
+        prepare_audio(Split(inputs=split.inputs, labels=split.labels), None, 1)
+
+
+def test_notes_beside_pictures_are_no_texts(tmp_path):
+    """YOLO's layout: a text file for each picture says where the objects are."""
+    for name in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="class"):
+        load_data(str(tmp_path))
