@@ -37,6 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 KILLED_AT = 17
+SHARDED = ", sharded"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
 
 
@@ -91,7 +92,7 @@ class Broken(Dataset):
         return self.samples[i], int(self.targets[i])
 
 
-def own_loop() -> fast.Adaptation:
+def own_loop(shard: bool = False) -> fast.Adaptation:
     """A loop that knows of its ranks by `DistributedDataParallel` only."""
     model = network("own loop")
     adaptation = fast.Adaptation(
@@ -101,9 +102,11 @@ def own_loop() -> fast.Adaptation:
         steps=STEPS,
         batch_size=32,
         lr=3e-2,
+        shard=shard,
     )
     optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
-    parallel = DistributedDataParallel(model) if Ranks(AUTO).size > 1 else model
+    wraps = Ranks(AUTO).size > 1 and not shard
+    parallel = DistributedDataParallel(model) if wraps else model
     parallel.train()
     for inputs, labels, rows in adaptation.batches():
         logits, penalty = adaptation.forward(inputs, rows, model=parallel)
@@ -128,14 +131,17 @@ def send_later(rank: int, number: int) -> None:
 def main(name: str, folder: str, place: str = "") -> None:
     torch.set_num_threads(1)
     options: dict[str, Any] = {}
+    name, sharded = name.removesuffix(SHARDED), name.endswith(SHARDED)
+    if sharded:
+        options["shard"] = True
     how, _, path = place.partition("=")
     if path:
-        options = {"save_every": 20 if how == "stop" else 1}
+        options["save_every"] = 20 if how == "stop" else 1
         options["resume" if how == "resume" else "output"] = path
     with joined() as ranks:
         if how in SIGNALS:
             send_later(ranks.rank, SIGNALS[how])
-        model = own_loop().model if name == "own loop" else run(name, **options).model
+        model = own_loop(**options).model if name == "own loop" else run(name, **options).model
         torch.save(model.state_dict(), Path(folder) / f"{ranks.rank}.pt")
 
 

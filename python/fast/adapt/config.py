@@ -165,6 +165,9 @@ class AdaptConfig:
     max_grad_norm: float | None = option(
         None, "clip the global gradient norm to this", positive=True
     )
+    shard: bool = option(
+        False, "shard weights and optimizer over the processes of torchrun (FSDP2)", place=True
+    )
 
     def __post_init__(self) -> None:
         types = field_types(type(self))
@@ -257,6 +260,7 @@ class AdaptOptions(TypedDict, total=False):
     warmup: int
     grad_accum_steps: int
     max_grad_norm: float | None
+    shard: bool
 
 
 def field_types(record: type) -> dict[str, tuple[type, ...]]:

@@ -201,6 +201,7 @@ class Trainer:
             start.restore()
             final = first
         self.adaptation.optimizer.zero_grad()
+        self.adaptation.gather()
         self.model.eval()
         before = self.measure.before
         return Result(
