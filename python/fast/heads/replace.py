@@ -286,8 +286,8 @@ def fold_head(model: nn.Module) -> nn.Module:
     """Make the target head a plain layer again, in place, and drop the source head.
 
     The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), and
-    batch norms get their own class back: nothing of this library remains in the network. Of a network
-    that is sharded (FSDP2) the shards are folded; all ranks have to call it.
+    batch norms get their own class back: nothing of this library remains in the network. Where the
+    network is sharded (FSDP2), all ranks have to call it.
 
     Returns:
         `model`. Without a replaced head it stays as it is.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fast.adapt.guards.base import SourceBatch
 from fast.adapt.guards.drift import Drift
-from fast.adapt.network.shared_forward import HeadInput
 from fast.adapt.network.sharding import Sharding
+from fast.adapt.network.shared_forward import HeadInput
 from fast.data.trees import move
 from fast.heads import find_head, forward_logits, task_head
 from fast.heads.feature_norm import FeatureNorm
