@@ -8,7 +8,9 @@ are, too, as `torchrun` does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -26,22 +28,30 @@ from torch import nn
 import fast
 from campaigns.campaign import Campaign, cases
 from fast.train.resume.checkpoint import list_checkpoints
-from networks import ConvNet, images
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
 )
 
-KEPT = images(40, 5, seed=3)
-COMMON = {"steps": 12, "eval_every": 4, "save_every": 2, "batch_size": 32, "progress": False}
+
+def samples(count, classes, seed):
+    x = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed))
+    return x, (x[:, :3] > 0).sum(1) % classes
+
+
+KEPT = samples(40, 4, seed=3)
+COMMON = {
+    "steps": 10, "head_steps": 20, "eval_every": 5, "save_every": 2, "batch_size": 32,
+    "progress": False,
+}  # fmt: skip
 CONFIGURATIONS = {
     "source inputs": {"source_inputs": KEPT[0]},
     "budget": {"source_inputs": KEPT[0], "forget_budget": 0.05},
     "frozen": {"batch_norm": "frozen"},
     "accumulated": {"grad_accum_steps": 2, "max_grad_norm": 1.0, "rehearse": 0.0},
     "patience": {"patience": 2, "lr": 3e-2},
-    "ewc": {"method": "ewc", "source_inputs": KEPT[0]},
-    "replay": {"method": "replay", "source_inputs": KEPT},
+    "ewc": {"method": "ewc", "source_inputs": KEPT[0], "head_steps": None},
+    "replay": {"method": "replay", "source_inputs": KEPT, "head_steps": None},
 }
 WAYS = list(itertools.product((2, 4), (False, True)))  # processes, sharded
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
@@ -50,7 +60,8 @@ FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 def network():
     """With batch norm and dropout, which each process draws by itself."""
     torch.manual_seed(0)
-    return nn.Sequential(ConvNet(), nn.Dropout(0.2), nn.ReLU(), nn.Linear(5, 5))
+    body = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 16)
+    return nn.Sequential(*body, nn.ReLU(), nn.Linear(16, 4))
 
 
 def noisy(x):
@@ -69,12 +80,13 @@ def run(rank, size, folder, options, kill_at):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-    train, val = images(64, 4, seed=1), images(30, 4, seed=2)
-    done = fast.finetune(network(), train, val, transform=noisy, **COMMON, **options)
+    train, val = samples(64, 3, seed=1), samples(30, 3, seed=2)
+    done = fast.finetune(network(), train, val, transform=noisy, **(COMMON | options))
     digest = hashlib.sha256()
     for name, value in done.model.state_dict().items():
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     history = [{k: v for k, v in r.items() if k != "seconds"} for r in done.history]
+    (folder.parent / "modules").write_text("\n".join(sys.modules))
     (folder.parent / f"result {rank}").write_text(f"{digest.hexdigest()} {json.dumps(history)}")
 
 
@@ -122,6 +134,14 @@ def launch(size, shard, folder, options, kill_at=None, kill_after=None, victim=0
     return False
 
 
+def import_modules(names):
+    """What a process of a run has imported, so that the forks have it from here on."""
+    for name in names:
+        if name.startswith(("torch.", "fast.")) and name not in sys.modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
 def results(folder, size):
     return [(folder.parent / f"result {rank}").read_text() for rank in range(size)]
 
@@ -133,7 +153,10 @@ def test_killed_ranks_end_the_same(tmp_path, capsys):
     wanted, kills = cases(20), 0
     torch.set_num_threads(1)
     folder = tmp_path / "run"
-    launch(2, True, folder, {})  # which imports what the forks then have
+    for shard in (False, True):
+        launch(2, shard, folder, {})
+        shutil.rmtree(folder)
+        import_modules((tmp_path / "modules").read_text().split())
     names, ways = itertools.cycle(CONFIGURATIONS), itertools.cycle(WAYS)
     expected, length = {}, {}
     while kills < wanted:
