@@ -31,9 +31,10 @@ from fast.adapt.network.rollback import HeadStart, RollbackOnError
 from fast.adapt.network.shared_forward import shares
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import Setup, check_gradients, check_ranks, settle
+from fast.adapt.setup import Setup, check_gradients, check_model, check_ranks, settle
 from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
+from fast.data.dataset import Data
 from fast.data.trees import length, move, pick
 from fast.heads import running_statistics, unwrap
 from fast.ranks import AUTO, Ranks, tensors_of
@@ -129,6 +130,8 @@ class Adaptation:
                 "model is in DistributedDataParallel already, which would not know the new head: "
                 "wrap it after fast.Adaptation, and pass it to forward(..., model=)"
             )
+        if not isinstance(train, Data):  # whoever read it has checked the network
+            check_model(self.model)
         self.done = 0
         self._micro_batches = 0
         self._pull_factor = 1.0

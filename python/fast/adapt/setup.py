@@ -78,17 +78,17 @@ def settle(
     """Read the data and resolve the plan; the network is run and not changed.
 
     Args:
-        train: training data; `Data` was checked by whoever read it, and so was the network.
+        model: checked by `check_model`.
+        train: training data; `Data` was checked by whoever read it.
         has_card: the user gave a card.
         any_labels: the loss is the user's, and labels need be no class indices.
 
     Raises:
         ValueError, TypeError: the data, the network or an option do not fit.
     """
-    if isinstance(train, Data):  # whoever read it has checked it, and the network
+    if isinstance(train, Data):  # whoever read it has checked it
         data = train
     else:
-        check_model(model)
         data = as_data(train, "train", any_labels=any_labels)
         check_data(data)
     if config.keeps_head:
