@@ -177,7 +177,7 @@ def report(records: list[Record]) -> list[str]:
 
 
 def accuracy(model: nn.Module, inputs: Any, labels: Tensor) -> float:
-    """Of the head that answers now."""
+    """The share of right answers of the head that answers now."""
     logits = [
         forward_logits(model, pick(inputs, rows)) for rows in torch.arange(len(labels)).split(100)
     ]

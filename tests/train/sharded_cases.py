@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import fast
 from fast.ranks import Ranks, joined, tensors_of
+from helpers import ROOT
 from networks import ConvNet, images
 
 TRAIN, KEPT = samples(128, 1, 3), samples(96, 2, 3)
@@ -161,6 +163,27 @@ def folding_a_network_of_the_user(folder, ranks):
     close(whole, fast.fold_head(plain).state_dict())
 
 
+def the_page(folder, ranks):
+    """docs/distributed.md."""
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    names = {
+        "fast": fast,
+        "F": F,
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+        "model": network("fast"),
+        "sharded": network("fast"),
+        "x": TRAIN[0],
+        "y": TRAIN[1],
+        "kept": KEPT,
+    }
+    for block in blocks:
+        exec(block.replace("steps=1000", "steps=6"), names)
+    names["adaptation"].finish()
+    assert names["result"].model is names["sharded"]
+
+
 def what_is_refused(folder, ranks):
     class Scaled(nn.Sequential):
         def __init__(self, *layers):
@@ -180,7 +203,7 @@ def what_is_refused(folder, ranks):
     with pytest.raises(ValueError, match="shard: a step has 1 source samples for 2 processes"):
         adaptation(batch_size=8, shard=True)
     with pytest.raises(ValueError, match="shard: 2 processes have to take as many micro-batches"):
-        adaptation(batch_size=30, grad_accum_steps=3, rehearse=0.0, shard=True)
+        adaptation(batch_size=33, grad_accum_steps=3, rehearse=0.0, shard=True)
     given = adaptation(distill=0.2, rehearse=0.0, shard=True)
     with pytest.raises(
         ValueError, match=r"pass augmented=True to fast\.Adaptation, or set distill"
@@ -197,6 +220,7 @@ CASES = (
     blocks_in_lists,
     states_through_torch,
     folding_a_network_of_the_user,
+    the_page,
     what_is_refused,
 )
 
