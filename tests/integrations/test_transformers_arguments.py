@@ -93,6 +93,7 @@ def test_any_optimizer_of_the_trainer_gets_the_pull(tmp_path):
     ("options", "message"),
     [
         ({"steps": 3}, "steps: set max_steps of TrainingArguments"),
+        ({"shard": True}, "shard: the Trainer wraps the network in DistributedDataParallel"),
         ({"args": {"bf16_full_eval": True}}, "bf16_full_eval of TrainingArguments"),
         ({"args": {"auto_find_batch_size": True}}, "auto_find_batch_size of TrainingArguments"),
         ({"id2label": {0: "a", 7: "b"}}, "id2label must name the classes 0 to 4"),

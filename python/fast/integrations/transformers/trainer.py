@@ -277,6 +277,8 @@ class FastTrainer(Trainer):
         return model
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         model, self.model = self.model, cast(Any, self.plain_model())
         try:
             super()._save(output_dir)
