@@ -48,6 +48,7 @@ def main(folder):
             }
             kind = "again" if again else "whole"
             torch.save(found, Path(folder) / f"{name} {kind} {rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
