@@ -11,6 +11,7 @@ from helpers import ROOT, run_python
 LAYERS = (
     ("fastkernels",),
     (
+        "fast.dtensor",
         "fast.errors",
         "fast.figures",
         "fast.files",

@@ -14,7 +14,9 @@ TESTS = Path(__file__).resolve().parent
 
 def torchrun(number: int, module: str, *arguments: str, fails: bool = False) -> str:
     """What `python -m module` prints on `number` CPU processes; it must fail where `fails`."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "python", TESTS, TESTS / "train")))
+    path = os.pathsep.join(
+        map(str, (ROOT, ROOT / "python", TESTS, TESTS / "train", TESTS / "integrations"))
+    )
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FAST_DEVICE": "cpu"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(

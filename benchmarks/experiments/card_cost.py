@@ -41,7 +41,7 @@ def timed() -> Iterator[dict[str, float]]:
         return run
 
     places = [
-        (adaptation, "estimate_card", "card"),
+        (adaptation, "own_card", "card"),
         (adaptation, "hold_back", "checks"),
         (ForgettingBudget, "after_step", "checks"),
         (ForgettingBudget, "finish", "checks"),

@@ -2,47 +2,35 @@
 
     python -m benchmarks.finetune.integrations --data FOLDER
 
-MiniLM, as a class of transformers, learns TREC's six kinds of questions; banking77 measures what it
-knew, by the class mean nearest to a text. Finished runs are kept in
-`benchmarks/results/integrations.jsonl` and not run again. A trainer is added as a function to
-`RUNNERS`, which trains the model of a `Task` in place.
+Two pairs: MiniLM, as a class of transformers, learns TREC's six kinds of questions, and banking77
+measures what it knew, by the class mean nearest to a text; ResNet-20 of CIFAR-10 learns the digits
+of a sign language. Finished runs are kept in `benchmarks/results/integrations.jsonl` and not run
+again. The trainers are in `trainers.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, BertPreTrainedModel, TrainingArguments
+from transformers import BertConfig, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
-from benchmarks.real_pairs import Folder, NearestClassMean, Split
+from benchmarks.finetune.trainers import RUNNERS, SOURCE_SIZE, STEPS, TARGET_SIZE, Task
+from benchmarks.real_pairs import Folder, NearestClassMean, Split, real_pair
+from fast.data.trees import pick
 from fast.heads import evaluating, forward_logits
 
-STEPS, TARGET_SIZE, SOURCE_SIZE = 60, 28, 4
 # TREC's questions are short.
 TOKENS = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A pretrained network, target data `(inputs, labels)`, and what measures the source."""
-
-    model: nn.Module
-    train: Split
-    val: Split
-    source_inputs: Any
-    skill: Callable[[nn.Module], float]
 
 
 class MiniLM(BertPreTrainedModel):
@@ -102,9 +90,8 @@ def minilm(folder: Folder) -> MiniLM:
     return model.eval()
 
 
-def task(seed: int, data: Path) -> Task:
-    """The pair; the head that the network brings is one of MiniLM's class, and random."""
-    torch.manual_seed(seed)
+def minilm_to_trec(data: Path) -> Task:
+    """The head that the network brings is one of MiniLM's class, and random."""
     folder = Folder(data)
 
     def named(split: Split) -> Split:
@@ -124,72 +111,35 @@ def task(seed: int, data: Path) -> Task:
     )
 
 
-def with_finetune(given: Task, seed: int, **options: Any) -> None:
-    fast.finetune(
-        given.model,
-        given.train,
-        source_inputs=given.source_inputs,
-        steps=STEPS,
-        batch_size=TARGET_SIZE + SOURCE_SIZE,
-        seed=seed,
-        progress=False,
-        **options,
+def resnet_to_digits(data: Path) -> Task:
+    pair = real_pair("resnet20 -> sign_digits", data)
+    assert isinstance(pair.source, tuple)
+    return Task(
+        model=pair.model,
+        train=pair.train,
+        val=pair.val,
+        source_inputs=pair.source_inputs,
+        skill=SourceHead(*pair.source),
     )
 
 
-def with_transformers(given: Task, seed: int) -> None:
-    from fast.integrations.transformers import FastTrainer
-
-    inputs, labels = given.train
-    rows = [
-        {k: v[i] for k, v in inputs.items()} | {"labels": y} for i, y in enumerate(labels.tolist())
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder,
-            max_steps=STEPS,
-            per_device_train_batch_size=TARGET_SIZE,
-            seed=seed,
-            use_cpu=True,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        classes = int(labels.max()) + 1
-        FastTrainer(
-            given.model,
-            args,
-            train_dataset=rows,
-            num_classes=classes,
-            source_inputs=given.source_inputs,
-        ).train()
-
-
-Runner = Callable[[Task, int], None]
-RUNNERS: dict[str, Runner] = {
-    "fast.finetune": with_finetune,
-    "AdamW in fast.finetune": lambda given, seed: with_finetune(
-        given, seed, method="vanilla", lr=3e-4
-    ),
-    "transformers.FastTrainer": with_transformers,
+PAIRS: dict[str, Callable[[Path], Task]] = {
+    "minilm -> trec6": minilm_to_trec,
+    "resnet20 -> sign_digits": resnet_to_digits,
 }
 
 
-def run(*, trainer: str, seed: int, data: Path) -> Record:
-    given = task(seed, data)
+def run(*, pair: str, trainer: str, seed: int, data: Path) -> Record:
+    torch.manual_seed(seed)
+    given = PAIRS[pair](data)
     before = given.skill(given.model)
     start = time.perf_counter()
     RUNNERS[trainer](given, seed)
     seconds = time.perf_counter() - start
-    inputs, labels = given.val
     with evaluating(given.model):
-        logits = [
-            forward_logits(given.model, {k: v[rows] for k, v in inputs.items()})
-            for rows in torch.arange(len(labels)).split(100)
-        ]
-        after = given.skill(given.model)
+        target, after = accuracy(given.model, *given.val), given.skill(given.model)
     return {
-        "target": (torch.cat(logits).argmax(1) == labels).float().mean().item(),
+        "target": target,
         "source_before": before,
         "source_after": after,
         "seconds": round(seconds, 1),
@@ -199,12 +149,13 @@ def run(*, trainer: str, seed: int, data: Path) -> Record:
 
 def report(records: list[Record]) -> list[str]:
     rows = []
-    for name in RUNNERS:
-        runs = [r for r in records if r["trainer"] == name]
+    for pair, name in itertools.product(PAIRS, RUNNERS):
+        runs = [r for r in records if r["trainer"] == name and r["pair"] == pair]
         if not runs:
             continue
         rows.append(
             {
+                "pair": pair,
                 "trainer": name,
                 "seeds": len(runs),
                 "target accuracy, %": ", ".join(f"{100 * r['target']:.1f}" for r in runs),
@@ -217,22 +168,43 @@ def report(records: list[Record]) -> list[str]:
     return [
         *table(rows),
         "",
-        f"MiniLM -> TREC-6, {STEPS} steps of {TARGET_SIZE} target and {SOURCE_SIZE} source inputs; "
-        "the source skill is banking77 by nearest class mean. Each trainer draws its batches in an "
-        "order of its own.",
+        f"{STEPS} steps of {TARGET_SIZE} target and {SOURCE_SIZE} source inputs. The source skill "
+        "of MiniLM is banking77 by nearest class mean. Each trainer draws its batches in an order "
+        "of its own; PEFT trains LoRA factors of rank 8 and the head.",
         "",
         f"Commit {commits(records)}; {', '.join(sorted({r['machine'] for r in records}))}.",
     ]
 
 
+def accuracy(model: nn.Module, inputs: Any, labels: Tensor) -> float:
+    """The share of right answers of the head that answers now."""
+    logits = [
+        forward_logits(model, pick(inputs, rows)) for rows in torch.arange(len(labels)).split(100)
+    ]
+    return (torch.cat(logits).argmax(1) == labels).float().mean().item()
+
+
+class SourceHead:
+    """The source skill of a network that has its source head: accuracy on held-out data."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels = inputs, labels
+
+    def __call__(self, model: nn.Module) -> float:
+        with evaluating(model), fast.source_task(model):
+            return accuracy(model, self.inputs, self.labels)
+
+
 def main() -> None:
-    parser = arguments(__doc__, "")
+    parser = arguments(__doc__, ",".join(PAIRS))
     parser.add_argument("--trainers", default=",".join(RUNNERS))
     parser.add_argument("--seeds", default="0,1,2")
     args = parser.parse_args()
     settings = [
-        {"trainer": trainer, "seed": int(seed)}
-        for seed, trainer in itertools.product(args.seeds.split(","), args.trainers.split(","))
+        {"pair": pair, "trainer": trainer, "seed": int(seed)}
+        for seed, pair, trainer in itertools.product(
+            args.seeds.split(","), args.pairs.split(","), args.trainers.split(",")
+        )
     ]
     records = complete("integrations", run, settings, data=args.data.resolve())
     save("integrations", report(records))

@@ -179,6 +179,8 @@ def test_what_does_not_fit_is_refused_by_name():
     model = network()
     with pytest.raises(RuntimeError, match=r"pass it to Trainer\(callbacks="):
         FastCallback(model, TRAIN).optimizers()
+    with pytest.raises(ValueError, match="shard: Lightning's strategies wrap the network"):
+        FastCallback(model, TRAIN, shard=True)
     callback = FastCallback(network(), TRAIN, steps=4)
     with pytest.raises(ValueError, match="is no part of Classifier"):
         trainer(callback).fit(Classifier(model, callback), loader(TRAIN))

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import fast
-from fast.optim import dtensor, storage
-from fast.optim.dtensor import Place
+from fast import dtensor
+from fast.dtensor import Place
+from fast.optim import storage
 from fastkernels import codes as codec
 from optim.small_networks import parameter
 

@@ -1,4 +1,7 @@
-"""Runs on every rank: `python -m rank_runs NAME FOLDER` (test_ranks); not collected itself."""
+"""Runs on every rank: `python -m rank_runs NAMES FOLDER`; not collected itself.
+
+NAMES are of `RUNS`, or `own loop`, with `|` between them; one that ends in `SHARDED` is sharded.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,12 @@ import fast
 from fast.ranks import AUTO, Ranks, joined
 
 STEPS = 30
+
+
+def halved(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs / 2
+
+
 SOURCE = {"source_inputs": True}
 RUNS: dict[str, dict[str, Any]] = {
     "fast": {},
@@ -31,6 +40,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "class weights": {"class_weights": (1.0, 2.0, 0.5), "label_smoothing": 0.1},
     "per_task": {**SOURCE, "batch_norm": "per_task"},
     "adapter": {"method": "adapter"},
+    "sgd": {**SOURCE, "optimizer": "sgd", "max_grad_norm": 0.1},
+    "kept head": {**SOURCE, "head": "keep", "distill": 0.2},
+    "augmented": {"distill": 0.2, "transform": halved},
+    "patience": {"patience": 1},
     "own loop": SOURCE,
     "dropout": SOURCE,
     "broken": {},
@@ -38,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 KILLED_AT = 17
+SHARDED = ", sharded"
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
 
 
@@ -92,7 +106,7 @@ class Broken(Dataset):
         return self.samples[i], int(self.targets[i])
 
 
-def own_loop() -> fast.Adaptation:
+def own_loop(shard: bool = False) -> fast.Adaptation:
     """A loop that knows of its ranks by `DistributedDataParallel` only."""
     model = network("own loop")
     adaptation = fast.Adaptation(
@@ -102,9 +116,11 @@ def own_loop() -> fast.Adaptation:
         steps=STEPS,
         batch_size=32,
         lr=3e-2,
+        shard=shard,
     )
     optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
-    parallel = DistributedDataParallel(model) if Ranks(AUTO).size > 1 else model
+    wraps = Ranks(AUTO).size > 1 and not shard
+    parallel = DistributedDataParallel(model) if wraps else model
     parallel.train()
     for inputs, labels, rows in adaptation.batches():
         logits, penalty = adaptation.forward(inputs, rows, model=parallel)
@@ -126,18 +142,23 @@ def send_later(rank: int, number: int) -> None:
     fast.Adaptation._after_step = killed  # type: ignore[method-assign]
 
 
-def main(name: str, folder: str, place: str = "") -> None:
+def main(names: str, folder: str, place: str = "") -> None:
     torch.set_num_threads(1)
-    options: dict[str, Any] = {}
     how, _, path = place.partition("=")
+    options: dict[str, Any] = {}
     if path:
         options = {"save_every": 20 if how == "stop" else 1}
         options["resume" if how == "resume" else "output"] = path
     with joined() as ranks:
         if how in SIGNALS:
             send_later(ranks.rank, SIGNALS[how])
-        model = own_loop().model if name == "own loop" else run(name, **options).model
-        torch.save(model.state_dict(), Path(folder) / f"{ranks.rank}.pt")
+        for given in names.split("|"):
+            name, shard = given.removesuffix(SHARDED), given.endswith(SHARDED)
+            if name == "own loop":
+                model = own_loop(shard).model
+            else:
+                model = run(name, shard=shard, **options).model
+            torch.save(model.state_dict(), Path(folder) / f"{given} {ranks.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from fast.ranks import Ranks
 from torchrun import torchrun
 
 sys.path.insert(0, str(Path(__file__).parent))
+from rank_checks import check, furthest, on_ranks
 from rank_runs import KILLED_AT, RUNS, Broken, own_loop, run
 
 pytestmark = pytest.mark.skipif(
@@ -22,24 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 DISAGREE = ("per_task", "own loop", "dropout", "broken")
-
-
-def on_ranks(number: int, name: str, folder: Path) -> list[dict[str, torch.Tensor]]:
-    """The weights and statistics that each of `number` processes ends with."""
-    torchrun(number, "rank_runs", name, str(folder))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert list(a) == list(b)
-    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
-
-
-def check(number: int, name: str, folder: Path, most: float = 1e-8) -> None:
-    first, *others = on_ranks(number, name, folder)
-    for other in others:
-        assert furthest(first, other) == 0
-    assert furthest(first, run(name).model.state_dict()) <= most
+AGREE = [name for name in RUNS if name not in DISAGREE]
 
 
 def test_one_process_exchanges_nothing():
@@ -57,20 +41,20 @@ def test_one_process_exchanges_nothing():
 
 
 def test_two_ranks_with_source_inputs_and_a_budget(tmp_path):
-    check(2, "budget", tmp_path)
+    check(on_ranks(2, ["budget"], tmp_path)["budget"], run("budget"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in DISAGREE])
-def test_ranks_give_the_weights_of_one_process(number, name, tmp_path):
-    check(number, name, tmp_path)
+def test_ranks_give_the_weights_of_one_process(number, tmp_path):
+    for name, weights in on_ranks(number, AGREE, tmp_path).items():
+        check(weights, run(name))
 
 
 @pytest.mark.slow
 def test_a_loop_of_ones_own(tmp_path):
     """`fast.Adaptation` in plain `DistributedDataParallel`."""
-    first, second = on_ranks(2, "own loop", tmp_path)
+    first, second = on_ranks(2, ["own loop"], tmp_path)["own loop"]
     assert furthest(first, second) == 0
     assert furthest(first, own_loop().model.state_dict()) <= 1e-8
 
@@ -78,7 +62,7 @@ def test_a_loop_of_ones_own(tmp_path):
 @pytest.mark.slow
 def test_per_task_batch_norm_agrees_on_all_ranks(tmp_path):
     """Each rank normalises by its own share, so the weights are not those of one process."""
-    first, second = on_ranks(2, "per_task", tmp_path)
+    first, second = on_ranks(2, ["per_task"], tmp_path)["per_task"]
     assert furthest(first, second) == 0
     alone = run("per_task").model.state_dict()
     assert furthest(first, alone) > 1e-8
@@ -91,13 +75,13 @@ def test_per_task_batch_norm_agrees_on_all_ranks(tmp_path):
 @pytest.mark.parametrize("number", [2, 4])
 def test_a_killed_run_goes_on_to_the_bit(number, tmp_path):
     """Through dropout, which each rank draws by itself."""
-    whole = on_ranks(number, "dropout", tmp_path)
+    whole = on_ranks(number, ["dropout"], tmp_path)["dropout"]
     output = tmp_path / "run"
     torchrun(number, "rank_runs", "dropout", str(tmp_path), f"kill={output}", fails=True)
     assert [p.name for p in output.glob("checkpoint-*")] == [f"checkpoint-{KILLED_AT - 1:08d}"]
     torchrun(number, "rank_runs", "dropout", str(tmp_path), f"resume={output}")
     for rank, weights in enumerate(whole):
-        again = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        again = torch.load(tmp_path / f"dropout {rank}.pt", weights_only=True)
         assert furthest(weights, again) == 0
     lines = (output / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 10, 20, 30]

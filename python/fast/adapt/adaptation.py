@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fast.adapt.card import CARD_SAMPLES, bound_card, estimate_card
+from fast.adapt.card import bound_card, own_card
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
 from fast.adapt.guards.base import Guard, MicroBatch, Seen, SourceBatch
 from fast.adapt.guards.budget import ForgettingBudget
@@ -31,10 +31,10 @@ from fast.adapt.network.rollback import HeadStart, RollbackOnError
 from fast.adapt.network.shared_forward import shares
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import Setup, check_gradients, check_ranks, settle
-from fast.adapt.state import check_state
+from fast.adapt.setup import Setup, check_gradients, check_model, check_ranks, settle
+from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
-from fast.data.source_inputs import target_inputs
+from fast.data.dataset import Data
 from fast.data.trees import length, move, pick
 from fast.heads import running_statistics, unwrap
 from fast.ranks import AUTO, Ranks, tensors_of
@@ -130,6 +130,8 @@ class Adaptation:
                 "model is in DistributedDataParallel already, which would not know the new head: "
                 "wrap it after fast.Adaptation, and pass it to forward(..., model=)"
             )
+        if not isinstance(train, Data):  # whoever read it has checked the network
+            check_model(self.model)
         self.done = 0
         self._micro_batches = 0
         self._pull_factor = 1.0
@@ -146,7 +148,7 @@ class Adaptation:
                     has_card=card is not None,
                     any_labels=loss is not None and not isinstance(loss, Loss),
                 )
-            check_ranks(setup, ranks)
+            check_ranks(setup, ranks, self.config.shard)
             if setup.plan.adapter_rank:
                 bound = None  # it is of weights that stay
             self.num_classes, self._batches = setup.num_classes, setup.batches
@@ -163,8 +165,16 @@ class Adaptation:
                     )
                 self.held_back = meter.samples if meter is not None else None
                 if bound is None and setup.plan.weighted and not resuming:
-                    bound = self._own_card(setup)
-                replay = self._replay(setup)
+                    bound = own_card(self.model, setup, self.source, seed=self.config.seed)
+                replay = None
+                if METHODS[self.config.method].replay:
+                    replay = Replay(
+                        model=self.model,
+                        samples=self.source,
+                        batch_size=setup.batch_size,
+                        seed=self.config.seed,
+                        ranks=ranks,
+                    )
             bound = ranks.from_first(bound)
             with (
                 ranks.together(),
@@ -190,6 +200,8 @@ class Adaptation:
                     ranks=ranks,
                 )
             ranks.copy_from_first(tensors_of(self.model))
+            if self.config.shard and ranks.size > 1:
+                self._network.shard(setup.sample, ranks)
             weighted = setup.plan.weighted and METHODS[self.config.method].card_decay is not None
             self._optimizer = AdaptedOptimizer(
                 model=self.model,
@@ -228,25 +240,10 @@ class Adaptation:
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
 
-    def _own_card(self, setup: Setup) -> SourceCard:
-        samples = self.source
-        if samples is None:  # `ewc` without source inputs
-            samples = target_inputs(setup.batches, CARD_SAMPLES[1])
-        seen = setup.plan.steps * setup.batch_size
-        return estimate_card(self.model, samples, seen=seen, seed=self.config.seed)
-
-    def _replay(self, setup: Setup) -> Replay | None:
-        if not METHODS[self.config.method].replay:
-            return None
-        if self.source is None:
-            raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
-        return Replay(
-            model=self.model,
-            samples=self.source,
-            batch_size=setup.batch_size,
-            seed=self.config.seed,
-            ranks=self.ranks,
-        )
+    def gather(self) -> None:
+        """Give every process the whole network, where its weights are sharded; the last thing to
+        be done, since the optimizer's are the shards. All processes have to call it."""
+        self._network.gather()
 
     # The loop.
 
@@ -459,6 +456,7 @@ class Adaptation:
             "drift": self.drift(),
             "lr": self.last_lr,
         }
+        self.gather()
         return Result(model=self.model, history=[record], config=self.config, plan=self.plan)
 
     def close(self) -> None:
@@ -489,7 +487,9 @@ class Adaptation:
         Raises:
             ValueError: it is of another adaptation; nothing is changed then.
         """
-        check_state(state, self.state_dict())
+        own = self.state_dict()
+        check_state(state, own)
+        state = sharded_as(state, own)
         self.done = int(state["done"])
         self._optimizer.load_state_dict(state["optimizer"])
         for guard in self.guards:

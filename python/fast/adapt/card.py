@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from fast.adapt.setup import Setup
 from fast.curvature.card import SourceCard
-from fast.data.source_inputs import SourceInputs
+from fast.data.source_inputs import SourceInputs, target_inputs
 
 # A sample of a card costs two training samples, one of its calibration four: this keeps the card of
 # a run of a hundred steps below 5 % of it (benchmarks/results/card_cost.md).
@@ -29,17 +30,21 @@ def bound_card(card: Any, model: nn.Module) -> SourceCard:
     return loaded if loaded.is_bound(model) else loaded.bind(model).without_weights()
 
 
-def estimate_card(model: nn.Module, samples: SourceInputs, *, seen: int, seed: int) -> SourceCard:
-    """A card of these inputs, of a size that suits the run.
+def own_card(
+    model: nn.Module, setup: Setup, source: SourceInputs | None, *, seed: int
+) -> SourceCard:
+    """A card of a size that suits the run.
 
     Args:
         model: at the pretrained weights, with its own head.
-        seen: samples that the run trains on, one at each of its places.
+        source: source inputs; None: those of the target stand for them (`ewc`).
 
     Raises:
         ValueError: the inputs do not fit.
     """
     low, high = CARD_SAMPLES
+    samples = target_inputs(setup.batches, high) if source is None else source
+    seen = setup.plan.steps * setup.batch_size
     card = SourceCard.estimate(
         model,
         samples,

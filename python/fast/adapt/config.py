@@ -181,6 +181,9 @@ class AdaptConfig:
         "clip the global gradient norm to this (default: 1 with sgd and a ramp, else none)",
         positive=True,
     )
+    shard: bool = option(
+        False, "shard weights and optimizer over the processes of torchrun (FSDP2)", place=True
+    )
 
     def __post_init__(self) -> None:
         types = field_types(type(self))
@@ -197,6 +200,11 @@ class AdaptConfig:
         self._check_tasks()
         if METHODS[self.method].adapter_rank:
             self._check_adapter()
+            if self.shard:
+                raise ValueError(
+                    "shard=True shards the weights that learn, and method 'adapter' learns few "
+                    "beside them: leave shard out"
+                )
         elif self.adapter_rank is not None:
             raise ValueError(f"adapter_rank is for method 'adapter'; {self.method!r} has none")
         if self.steps is not None and self.epochs is not None:
@@ -324,6 +332,7 @@ class AdaptOptions(TypedDict, total=False):
     warmup: int
     grad_accum_steps: int
     max_grad_norm: float | None
+    shard: bool
 
 
 def field_types(record: type) -> dict[str, tuple[type, ...]]:

@@ -81,17 +81,17 @@ def settle(
     """Read the data and resolve the plan; the network is run and not changed.
 
     Args:
-        train: training data; `Data` was checked by whoever read it, and so was the network.
+        model: checked by `check_model`.
+        train: training data; `Data` was checked by whoever read it.
         has_card: the user gave a card.
         any_labels: the loss is the user's, and labels need be no class indices.
 
     Raises:
         ValueError, TypeError: the data, the network or an option do not fit.
     """
-    if isinstance(train, Data):  # whoever read it has checked it, and the network
+    if isinstance(train, Data):  # whoever read it has checked it
         data = train
     else:
-        check_model(model)
         data = as_data(train, "train", any_labels=any_labels)
         check_data(data)
     if config.keeps_head:
@@ -239,8 +239,8 @@ def check_model(model: nn.Module) -> None:
     for name, x in tensors.items():
         if hasattr(x, "device_mesh"):
             raise ValueError(
-                f"model: {name} is sharded (FSDP2, DTensor), and an adaptation needs whole "
-                "parameters on every process: use DistributedDataParallel (docs/distributed.md)"
+                f"model: {name} is sharded already (FSDP2, DTensor): give the whole network to "
+                "every process, and set shard=True, which shards it once its head is taught"
             )
         if x.is_meta:
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
@@ -256,17 +256,35 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_ranks(setup: Setup, ranks: Ranks) -> None:
-    """Raise ValueError where the processes that train together would not do the same."""
-    number = ranks.size
+def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
+    """Raise ValueError where the processes that train together would not do the same.
+
+    Args:
+        shard: the weights are sharded, and every pass is one of all processes.
+    """
+    number, plan = ranks.size, setup.plan
     if number == 1:
         return
-    if setup.plan.target_size < number:
+    if plan.target_size < number:
         raise ValueError(
-            f"batch_size: a step has {setup.plan.target_size} target samples for {number} "
+            f"batch_size: a step has {plan.target_size} target samples for {number} "
             "processes; raise it, or start fewer processes"
         )
-    facts = (str(setup.plan), setup.num_classes, setup.batches.data.num_samples)
+    parts = plan.grad_accum_steps
+    if shard and 0 < plan.source_size < number * parts:
+        raise ValueError(
+            f"shard: a step has {plan.source_size} source samples for {number} processes"
+            f"{f' and {parts} micro-batches' if parts > 1 else ''}, and each needs one; raise "
+            "batch_size, or set rehearse=0"
+        )
+    uneven = setup.batches.given_size is not None or plan.target_size % (number * parts)
+    if shard and parts > 1 and uneven:
+        raise ValueError(
+            f"shard: {number} processes have to take as many micro-batches: give a data set (no "
+            f"DataLoader), of which a step has {plan.target_size} target samples, and make that a "
+            f"multiple of {number * parts}; or leave out grad_accum_steps"
+        )
+    facts = (str(plan), setup.num_classes, setup.batches.data.num_samples)
     if len(set(ranks.all(facts))) > 1:
         raise ValueError(
             "the processes were given other data or options than each other: give all of them the "

@@ -1,10 +1,12 @@
-"""Nested states of tensors and plain values: compare their forms, take the tensors out."""
+"""Nested states of tensors and plain values: compare their forms, shard or take out the tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+
+from fast import dtensor
 
 State = dict[str, Any]
 
@@ -47,6 +49,16 @@ def split_state(state: State, path: str) -> tuple[State, dict[str, Tensor]]:
         else:
             plain[key] = value
     return plain, tensors
+
+
+def sharded_as(state: State, own: State) -> State:
+    """The state with whole tensors sharded where those of `own` are."""
+    return {
+        key: sharded_as(state[key], value)
+        if isinstance(value, dict)
+        else dtensor.as_in(state[key], value)
+        for key, value in own.items()
+    }
 
 
 def joined_state(plain: State, tensors: dict[str, Tensor], own: State, path: str) -> State:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast import dtensor
 from fast.data.labels import check_num_classes
 from fast.data.trees import pick
 from fast.errors import first_line
@@ -287,7 +288,8 @@ def fold_head(model: nn.Module) -> nn.Module:
 
     The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), and
     batch norms get their own class back, and adapters are added to the weights of their layers:
-    nothing of this library remains in the network, and nothing of the source task.
+    nothing of this library remains in the network, and nothing of the source task. Where the
+    network is sharded (FSDP2), all ranks have to call it.
 
     Returns:
         `model`. Without a replaced head it stays as it is.
@@ -297,9 +299,10 @@ def fold_head(model: nn.Module) -> nn.Module:
         layer = head.linear
         if head.norm is not None:
             scale, mean = head.norm.scale().double(), head.norm.mean.double()
-            weight = layer.weight.double().flatten(1) * scale
-            layer.bias.copy_(layer.bias.double() - weight @ mean)  # type: ignore[union-attr]
-            layer.weight.copy_(weight.view_as(layer.weight))
+            weight = dtensor.whole(layer.weight).double().flatten(1) * scale
+            bias = dtensor.whole(layer.bias).double() - weight @ mean
+            layer.bias.copy_(dtensor.as_in(bias, layer.bias))  # type: ignore[union-attr]
+            layer.weight.copy_(dtensor.as_in(weight.view(layer.weight.shape), layer.weight))
         for parent, attribute, _ in places_of(model, head):
             setattr(parent, attribute, layer)
     return plain_batch_norm(merge_adapters(model))

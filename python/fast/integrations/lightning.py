@@ -64,6 +64,11 @@ class FastCallback(Callback):
     """
 
     def __init__(self, network: nn.Module, train: Any, *, source: Any = None, **options: Any):
+        if options.get("shard"):
+            raise ValueError(
+                "shard: Lightning's strategies wrap the network themselves; use fast.finetune or "
+                "fast.Adaptation in a loop of yours"
+            )
         self.network, self.options = unwrap(network), options
         self._train = train
         self.source = source if source is None or callable(source) else as_data(source, "source")

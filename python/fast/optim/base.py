@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fast.optim import dtensor, loading
+from fast import dtensor
+from fast.dtensor import Place
+from fast.optim import loading
 from fast.optim.batch import Batch, StepCache, by_place, with_gradients
-from fast.optim.dtensor import Place
 from fast.optim.groups import (
     Group,
     Progress,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.optim import dtensor
-from fast.optim.dtensor import Place
+from fast import dtensor
+from fast.dtensor import Place
 from fast.optim.groups import Group
 from fastkernels.ops.update import STATS
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.optim import dtensor
+from fast import dtensor
 
 Group = dict[str, Any]
 

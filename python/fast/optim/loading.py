@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.optim import dtensor
+from fast import dtensor
 from fast.optim.groups import Group
 from fast.optim.storage import (
     CODE_FORMAT,

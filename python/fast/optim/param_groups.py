@@ -130,7 +130,7 @@ def _layers(model: nn.Module, body: set[nn.Parameter]) -> tuple[dict[Tensor, int
         return layers, max(numbers.values())
     layer_of: dict[Tensor, int] = {}
     last = 0
-    for block in _blocks(model, body):
+    for block in blocks_of(model, body):
         # A norm between two layers belongs to the first.
         last += any(p.dim() > 1 for p in block.parameters())
         layer_of.update(dict.fromkeys(block.parameters(), last))
@@ -147,12 +147,12 @@ def _layers(model: nn.Module, body: set[nn.Parameter]) -> tuple[dict[Tensor, int
     return layers, last + 1
 
 
-def _blocks(module: nn.Module, body: set[nn.Parameter]) -> list[nn.Module]:
+def blocks_of(module: nn.Module, body: set[nn.Parameter]) -> list[nn.Module]:
     """The children of the outermost containers in `module` that hold parameters of `body`."""
     children = [c for c in module.children() if any(p in body for p in c.parameters())]
     if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1:
         return children
-    return [block for child in children for block in _blocks(child, body)]
+    return [block for child in children for block in blocks_of(child, body)]
 
 
 def _exempt_from_weight_decay(model: nn.Module) -> set[Tensor]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.optim import dtensor
+from fast import dtensor
+from fast.dtensor import Place
 from fast.optim.batch import Batch
-from fast.optim.dtensor import Place
 
 
 @dataclass(frozen=True, kw_only=True)

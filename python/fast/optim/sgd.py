@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastkernels
-from fast.optim import dtensor
+from fast import dtensor
 from fast.optim.base import AnchoredOptimizer
 from fast.optim.batch import Batch
 from fast.optim.groups import Group, check_numbers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.optim import dtensor
+from fast import dtensor
 from fastkernels import codes as codec
 from fastkernels.codes import compute_dtype
 

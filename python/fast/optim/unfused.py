@@ -7,7 +7,7 @@ a step of its own after the optimizer's, and so it goes with every other rule as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fast.optim import dtensor
+from fast import dtensor
 from fast.optim.groups import (
     Group,
     Progress,
@@ -218,7 +218,7 @@ class UnfusedPull:
                     strength = strength * (found_inf == 0)
                 self._pull([p for p in group["params"] if p.grad is not None], strength)
         if self._measures:
-            self._grad_norm = self._norm(p.grad for g, _ in moving for p in g["params"])
+            self._grad_norm = dtensor.norm(p.grad for g, _ in moving for p in g["params"])
         self._progress.count(self.optimizer.param_groups, found_inf)
 
     def _pull(self, params: list[Tensor], strength: Any) -> None:
@@ -259,24 +259,13 @@ class UnfusedPull:
             figures["grad_norm"] = self._grad_norm
         if self.anchors:
             away = {p: p.double() - anchor.double() for p, anchor in self.anchors.items()}
-            figures["drift"] = self._norm(away.values())
+            figures["drift"] = dtensor.norm(away.values())
             weighted = (
                 away[p] * self.curvature[p].double().sqrt() if p in self.curvature else away[p]
                 for p in away
             )
-            figures["forgetting"] = self._norm(weighted).square() / 2
+            figures["forgetting"] = dtensor.norm(weighted).square() / 2
         return figures
-
-    @staticmethod
-    def _norm(tensors: Iterable[Tensor | None]) -> Tensor:
-        """float64 `[]`: the norm of these tensors together, of all ranks."""
-        total = torch.zeros((), dtype=torch.float64)
-        for t in tensors:
-            if t is not None:
-                square = dtensor.local(t).double().square().sum()
-                square = dtensor.sum_over(dtensor.place(t).groups, square)
-                total = total.to(square.device) + square
-        return total.sqrt()
 
     # Checkpoints.
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fast import dtensor
+
 BEST = "best."
 
 
@@ -30,7 +32,7 @@ class EarlyStopping:
             self.since_best += 1
             return
         self.best, self.since_best = record, 0
-        self.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        self.weights = {k: _kept(v.detach()) for k, v in model.state_dict().items()}
 
     @property
     def stop(self) -> bool:
@@ -39,7 +41,8 @@ class EarlyStopping:
     def restore(self, model: nn.Module) -> None:
         """Put the best weights back into the model."""
         if self.weights:
-            model.load_state_dict(self.weights)
+            own = model.state_dict()
+            model.load_state_dict({k: dtensor.as_in(v, own[k]) for k, v in self.weights.items()})
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "since_best": self.since_best}
@@ -52,3 +55,8 @@ class EarlyStopping:
         """Go on from what `state` and `tensors` gave."""
         self.best, self.since_best = state["best"], int(state["since_best"])
         self.weights = {name.removeprefix(BEST): value for name, value in tensors.items()}
+
+
+def _kept(value: Tensor) -> Tensor:
+    """A copy on the CPU; of a shard one where it is, from where it can be gathered."""
+    return value.clone() if dtensor.is_sharded(value) else value.cpu().clone()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fast import dtensor
 from fast.data.trees import leaves, mapped, pick
 from fast.heads import forward_logits, in_mode
 from fast.ranks import ALONE, Ranks, local_rank
@@ -44,7 +45,7 @@ class Engine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def parallelize(self, model: nn.Module, sample: Any) -> None:
-        """Average gradients over the ranks from now on.
+        """Average gradients over the ranks from now on; those of a sharded network are already.
 
         A trial pass tells whether all parameters get a gradient. It also makes torch settle the
         order of its messages, which it does after the first pass: the sums of a run that is resumed
@@ -54,7 +55,10 @@ class Engine:
             model: with its new head.
             sample: a batch of its inputs.
         """
-        if self.ranks.size == 1 or not any(p.requires_grad for p in model.parameters()):
+        params = list(model.parameters())
+        if self.ranks.size == 1 or not any(p.requires_grad for p in params):
+            return
+        if dtensor.any_sharded(params):
             return
         few = pick(sample, slice(2))
         with in_mode(model, False), held_buffers(model):

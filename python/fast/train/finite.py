@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fast import dtensor
 from fast.adapt.adaptation import Adaptation
 from fast.train.resume.checkpoint import PREFIX, list_checkpoints
 
@@ -35,7 +36,8 @@ def check_finite(adaptation: Adaptation, losses: list[Tensor], folder: Path | No
             f"the loss is {loss} in steps {step - len(losses) + 1}..{step}: look for "
             f"non-finite inputs, lower lr ({lr:g}) or set max_grad_norm" + _kept(folder)
         )
-    if not all(bool(w.isfinite().all()) for w in adaptation.params):
+    broken = not all(bool(dtensor.local(w).isfinite().all()) for w in adaptation.params)
+    if adaptation.ranks.largest(broken):
         raise FloatingPointError(
             f"weights are not finite (NaN or infinite) after step {step}: lower lr ({lr:g}) or set "
             "max_grad_norm" + _kept(folder)

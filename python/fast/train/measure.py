@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast import dtensor
 from fast.adapt.adaptation import Adaptation
 from fast.data.dataset import Data
 from fast.data.finite import broken_rows
@@ -155,11 +157,18 @@ def evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
     count = 0
-    with ranks.together(), evaluating(model):
-        for inputs, labels in data.eval_batches(batch_size, ranks.share):
+    sharded = dtensor.any_sharded(list(model.parameters()))
+    all_batches, each_batch = (
+        (nullcontext, ranks.together) if sharded else (ranks.together, nullcontext)
+    )
+    with all_batches(), evaluating(model):
+        for inputs, labels, counts in _shares(data, batch_size, ranks, sharded):
             with taking(data.name, inputs, model):
                 logits = answers(model, move(inputs, device), mirrored)
-            labels = check_labels(labels, logits.shape[1], data.name).to(device)
+            with each_batch():
+                labels = check_labels(labels, logits.shape[1], data.name).to(device)
+            if not counts:
+                continue
             right += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
             # argmax takes NaN for the class it stands at. Classes ruled out with -inf are answers
@@ -211,6 +220,29 @@ def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:
     if not isinstance(inputs, Tensor) or inputs.dim() != 4:
         raise ValueError(f"tta mirrors images [B, C, H, W]; val has {kind(inputs)}: drop it")
     return (logits + forward_logits(model, inputs.flip(3)).float()) / 2
+
+
+def _shares(
+    data: Data, batch_size: int, ranks: Ranks, sharded: bool
+) -> Iterator[tuple[Any, Tensor, bool]]:
+    """A rank's batches, and whether they count.
+
+    All ranks make the passes of a sharded network at the same time. One that has no batch left
+    repeats its last, or the first of all, which does not count.
+    """
+    own = iter(data.eval_batches(batch_size, ranks.share))
+    if not sharded:
+        yield from ((inputs, labels, True) for inputs, labels in own)
+        return
+    last = None
+    while True:
+        with ranks.together():
+            batch = next(own, None)
+            last = batch or last or next(iter(data.eval_batches(batch_size)), None)
+        if not ranks.largest(batch is not None):
+            return
+        assert last is not None
+        yield (*last, batch is not None)
 
 
 def _refuse(data: Data, wrong: int, count: int, batch_size: int) -> None:

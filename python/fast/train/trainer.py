@@ -235,6 +235,7 @@ class Trainer:
             start.restore()
             final = first
         self.adaptation.optimizer.zero_grad()
+        self.adaptation.gather()
         self.model.eval()
         return Result(
             model=self.model,

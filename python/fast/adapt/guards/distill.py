@@ -144,9 +144,8 @@ class Distillation(Guard):
     def penalty(self, seen: Seen) -> Tensor | None:
         if not seen.batch.remembered or seen.features is None:
             return None
+        # Every rank calls the layers, one without answers of its share, too: they may be sharded.
         rows, outputs = self._before(seen.batch.places, seen.inputs)
-        if not len(outputs):
-            return None
         # Several rows of a sample (tokens, pixels) count as one, on average.
         size = length(seen.inputs)
         positions = len(seen.features) // size

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fast import dtensor
+
 
 class Drift:
     """`||w - w0||` over some parameters.
@@ -21,7 +23,6 @@ class Drift:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """The distance, summed in float64."""
+        """The distance, summed in float64 and over all ranks."""
         pairs = zip(self.params, self.anchors, strict=True)
-        total = sum(((p.double() - a.double()).square().sum() for p, a in pairs), torch.zeros(()))
-        return float(total.sqrt())
+        return float(dtensor.norm(p.double() - a.double() for p, a in pairs))

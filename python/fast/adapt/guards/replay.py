@@ -38,7 +38,7 @@ class Replay(Guard):
         ranks: that share the inputs of a step.
 
     Raises:
-        ValueError: labels that the source head cannot give.
+        ValueError: there are no samples; labels that the source head cannot give.
     """
 
     in_loss = False  # the loss of a run is the target's
@@ -47,11 +47,13 @@ class Replay(Guard):
         self,
         *,
         model: nn.Module,
-        samples: SourceInputs,
+        samples: SourceInputs | None,
         batch_size: int,
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
+        if samples is None:
+            raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
         samples = samples.to(next(model.parameters()).device)
         labels = samples.labels
         if labels is not None:

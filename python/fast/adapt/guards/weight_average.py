@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast import dtensor
 from fast.adapt.guards.base import Guard
-from fast.optim import dtensor
 
 # Updating takes three passes over the weights, a third of an optimizer step; every other step.
 EVERY = 2

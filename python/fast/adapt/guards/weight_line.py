@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fast import dtensor
+
 # The search ends within this share of its aim, on either side.
 TOLERANCE = 0.05
 
@@ -24,7 +26,9 @@ class WeightLine:
     """
 
     def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor]) -> None:
-        self.params, self.anchors = params, anchors
+        # Each rank moves its own part of what is sharded.
+        self.params = [dtensor.local(p.detach()) for p in params]
+        self.anchors = [dtensor.local(a) for a in anchors]
         self.place = 1.0
         self._ends: list[Tensor] = []
 
@@ -32,7 +36,7 @@ class WeightLine:
     def go(self, place: float) -> None:
         """Go to t = `place`; exact whatever came before."""
         if not self._ends:
-            self._ends = [p.detach().clone() for p in self.params]
+            self._ends = [p.clone() for p in self.params]
         for p, a, end in zip(self.params, self.anchors, self._ends, strict=True):
             p.copy_(torch.lerp(a.to(p.dtype), end, place))
         self.place = place

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from fast.adapt.guards.base import SourceBatch
 from fast.adapt.guards.drift import Drift
+from fast.adapt.network.sharding import Sharding
 from fast.adapt.network.shared_forward import HeadInput
 from fast.data.trees import move
 from fast.heads import find_head, forward_logits, task_head
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.replace import put_head
+from fast.ranks import Ranks
 
 
 class AdaptedNetwork:
@@ -33,6 +35,7 @@ class AdaptedNetwork:
         source: the layer that makes the source's logits, of the same features.
         norm: of the features, or None.
         drift: from the pretrained weights; set once there is an optimizer.
+        sharding: of the weights over several processes, or None.
     """
 
     drift: Drift
@@ -59,6 +62,8 @@ class AdaptedNetwork:
             self.norm = head.norm
         self._input: HeadInput | None = None
         self._apart = False
+        self.sharding: Sharding | None = None
+        self._copies: list[tuple[nn.Module, nn.Module]] = []  # and their source layers
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +99,15 @@ class AdaptedNetwork:
         """A copy that does not learn, at the pretrained weights; its head, and its source layer.
 
         Frozen weights are shared with the network, so that of one with adapters little is copied.
+
+        Raises:
+            ValueError: the weights are sharded by now.
         """
+        if self.sharding is not None:
+            raise ValueError(
+                "shard: source answers are needed of inputs that are not remembered, and a sharded "
+                "network cannot be copied: pass augmented=True to fast.Adaptation, or set distill=0"
+            )
         names = {module: name for name, module in self.model.named_modules()}
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         copied = copy.deepcopy(self.model, shared).requires_grad_(False)
@@ -104,7 +117,20 @@ class AdaptedNetwork:
                 if id(p) in anchors:
                     q.copy_(anchors[id(p)])
         head, source = (copied.get_submodule(names[m]) for m in (self.head, self.source))
+        self._copies.append((copied, source))
         return copied, head, source
+
+    def shard(self, sample: Any, ranks: Ranks) -> None:
+        """Shard the weights, and those of copies, over the ranks, until `gather`."""
+        self.sharding = Sharding(self.model, [self.learns, self.source], sample, ranks)
+        for model, source in self._copies:
+            Sharding(model, [source], sample, ranks)
+
+    def gather(self) -> None:
+        """Give every rank the whole network again."""
+        if self.sharding is not None:
+            self.sharding.undo()
+            self.sharding = None
 
     def close(self) -> None:
         """Stop watching; the normaliser is updated by every batch again."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast import dtensor
 from fast.adapt.guards.drift import Drift
 from fast.heads import task_head
 
@@ -28,7 +29,8 @@ class RollbackOnError:
     """Puts a model back as it was when the block ends in an exception, until `keep` is called.
 
     The model has its own head and batch norms again, their statistics, its modes and what of it can
-    be trained. Only the device stays.
+    be trained. Only the device stays; and a model whose weights are sharded by then stays as it is,
+    since making them whole takes all ranks, and one of them may have failed.
 
     Args:
         weights: they may be overwritten inside (by a checkpoint), so copy them too.
@@ -58,7 +60,8 @@ class RollbackOnError:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and not self.kept:
+        sharded = dtensor.any_sharded(list(self.model.parameters()))
+        if error is not None and not self.kept and not sharded:
             self._restore()
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast import dtensor
 from fast.curvature.card.answers import Answers, backbone_parameters
 from fast.curvature.card.calibrate import Calibration, calibrate
 from fast.curvature.card.codes import Codes
@@ -29,7 +30,6 @@ from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, unwrap
 from fast.heads.forward import taking
 from fast.heads.outputs import source_logits
-from fast.optim import dtensor
 
 TEMPERATURE = 3.0
 BATCH = 64

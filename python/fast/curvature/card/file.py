@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fast import dtensor
 from fast.curvature.card.codes import Codes, num_scales, packed_size
 from fast.curvature.card.facts import CardError, read_facts
 from fast.errors import first_line
 from fast.files import atomic_file
-from fast.optim import dtensor
 
 FORMAT = "fast-source-card-2"
 ABOUT = """

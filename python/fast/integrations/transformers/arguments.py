@@ -40,16 +40,20 @@ def check_options(options: AdaptOptions) -> None:
         raise ValueError(f"{name}: set {ELSEWHERE[name]} of TrainingArguments")
 
 
-def check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+def check_arguments(args: TrainingArguments, model: nn.Module, options: AdaptOptions) -> None:
     """Raise ValueError for what the method cannot do inside the Trainer."""
     for name, reason in REFUSED.items():
         if getattr(args, name, None):
             raise ValueError(f"{name} of TrainingArguments: {reason}")
-    devices = max(args.world_size, args.n_gpu)
-    if devices > 1:
+    if args.n_gpu > 1:
         raise ValueError(
-            f"FastTrainer trains on one device, and there are {devices}: set CUDA_VISIBLE_DEVICES, "
-            "or use fast.finetune or fast.Adaptation in a loop of yours"
+            f"one process and {args.n_gpu} GPUs would be torch's DataParallel: start a process for "
+            f"each GPU (torchrun --nproc-per-node {args.n_gpu}), or set CUDA_VISIBLE_DEVICES"
+        )
+    if options.get("shard"):
+        raise ValueError(
+            "shard: the Trainer wraps the network in DistributedDataParallel; use fast.finetune or "
+            "fast.Adaptation in a loop of yours"
         )
     if args.load_best_model_at_end and args.save_only_model:
         raise ValueError(f"load_best_model_at_end reads {STATE_FILE}: leave save_only_model out")
@@ -75,7 +79,7 @@ def adaptation_options(args: TrainingArguments, batches: int, options: AdaptOpti
         own.setdefault("lr", args.learning_rate)
     return own | {
         "steps": steps,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "grad_accum_steps": args.gradient_accumulation_steps,
         "seed": args.seed,
         "warmup": args.get_warmup_steps(steps),

@@ -52,7 +52,8 @@ class FastTrainer(Trainer):
     model is as it was. `args` rules the run: steps, batches, accumulation, clipping, precision,
     seed, evaluation and checkpoints. Where the learning rate and the scheduler are at the defaults
     of `TrainingArguments` (5e-5, linear), those of the plan hold. `per_device_train_batch_size`
-    counts target samples; a seventh as many source inputs come on top.
+    counts target samples; a seventh as many source inputs come on top. Under `torchrun` the
+    processes train together, each on a batch of that size.
 
     Evaluation is of the averaged weights. Checkpoint folders hold a plain model, as `save_model`
     writes it, and what `train(resume_from_checkpoint=...)` goes on from.
@@ -114,7 +115,7 @@ class FastTrainer(Trainer):
             callbacks=callbacks,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        check_arguments(self.args, model)
+        check_arguments(self.args, model, options)
         loader = self.get_train_dataloader()
         samples = loader.dataset
         if isinstance(samples, IterableDataset):
@@ -167,8 +168,10 @@ class FastTrainer(Trainer):
                 inputs, labels = split_batch(batch, "source_eval")
                 logits = forward_logits(model, move(inputs, self.args.device))
                 labels = check_labels(labels, logits.shape[1], "source_eval")
-                right += int((logits.argmax(1).cpu() == labels.cpu()).sum())
-                count += len(labels)
+                correct = logits.argmax(1) == labels.to(logits.device)
+                correct = self.accelerator.gather_for_metrics(correct)  # of all processes
+                right += int(correct.sum())
+                count += len(correct)
         return right / count
 
     # The step.
@@ -214,6 +217,8 @@ class FastTrainer(Trainer):
                 loss = self._own_loss(logits, labels, number)
             else:
                 loss = self.mean_loss.part(logits, labels, number)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.args.world_size  # the number is that of all processes
         loss = loss + penalty / parts
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -272,6 +277,8 @@ class FastTrainer(Trainer):
         return model
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         model, self.model = self.model, cast(Any, self.plain_model())
         try:
             super()._save(output_dir)
@@ -290,7 +297,8 @@ class FastTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_state(output_dir, self.adaptation)
+        if self.args.should_save:
+            save_state(output_dir, self.adaptation)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.adaptation.model.load_state_dict(load_state(resume_from_checkpoint)["model"])

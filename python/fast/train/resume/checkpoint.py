@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fast import dtensor
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.state import check_state, joined_state, split_state
 from fast.data.generators import (
@@ -96,12 +97,55 @@ class State:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A training state as it is written: tensors by name, on the CPU where they were sharded.
+
+    Attributes:
+        step: steps done.
+        model, training: tensors of the network; and of optimizer, adaptation and best weights.
+        optimizer, adaptation: what JSON can hold of them.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    training: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    adaptation: dict[str, Any]
+
+    @classmethod
+    def of(cls, state: State, best: dict[str, Tensor], keep: bool = True) -> Snapshot:
+        """The state, of which sharded tensors are gathered one by one: all ranks have to call it.
+
+        Args:
+            best: further tensors, whose names begin with `BEST`.
+            keep: whether this rank is to write it; the others are left without the tensors.
+        """
+        tensors, optimizer = flatten(state.optimizer)
+        plain, more = split_state(state.adaptation.state_dict(), ADAPTATION)
+
+        def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            whole: dict[str, Tensor] = {}
+            for name, x in tensors.items():
+                value = dtensor.whole(x.detach())
+                if keep:
+                    whole[name] = value.cpu() if dtensor.is_sharded(x) else x
+            return whole
+
+        return cls(
+            step=state.adaptation.done,
+            model=gathered(dict(state.model.state_dict())),
+            training=gathered(tensors | more | best),
+            optimizer=optimizer,
+            adaptation=plain,
+        )
+
+
 def save_checkpoint(
     folder: Path,
-    state: State,
+    state: Snapshot,
     facts: Facts,
     record: dict[str, Any],
-    best: dict[str, Tensor],
     *,
     randomness: list[dict[str, Any]],
 ) -> Path:
@@ -110,28 +154,24 @@ def save_checkpoint(
     Args:
         folder: of the run.
         record: anything else that JSON can hold; `load_checkpoint` returns it.
-        best: further tensors, whose names begin with `BEST`, which it returns too.
         randomness: each rank's `State.randomness`.
 
     Returns:
         the new checkpoint's folder.
     """
-    step = state.adaptation.done
-    target = folder / f"{PREFIX}{step:08d}"
+    target = folder / f"{PREFIX}{state.step:08d}"
     if target.exists():
         shutil.rmtree(target)
-    tensors, optimizer = flatten(state.optimizer)
-    plain, more = split_state(state.adaptation.state_dict(), ADAPTATION)
     with atomic_folder(target) as temporary:
-        save_tensors(dict(state.model.state_dict()), temporary / MODEL_FILE)
-        save_tensors(tensors | more | best, temporary / TRAINING_FILE)
+        save_tensors(state.model, temporary / MODEL_FILE)
+        save_tensors(state.training, temporary / TRAINING_FILE)
         meta = {
             "format": FORMAT,
-            "step": step,
+            "step": state.step,
             "files": {name: file_hash(temporary / name) for name in (MODEL_FILE, TRAINING_FILE)},
             **vars(facts),
-            "optimizer": optimizer,
-            ADAPTATION: plain,
+            "optimizer": state.optimizer,
+            ADAPTATION: state.adaptation,
             **randomness[0],
             OTHERS: randomness[1:],
             "record": record,
@@ -209,7 +249,8 @@ def load_checkpoint(
             for name, generator in state.generators.items():
                 set_state(generator, generators[name])
             set_process_generators(randomness[rank]["process generators"])
-    state.model.load_state_dict(weights)
+    own = state.model.state_dict()
+    state.model.load_state_dict({name: dtensor.as_in(weights[name], own[name]) for name in own})
     return file, record, best
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fast import dtensor
+
 
 def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state as named tensors and JSON values."""
@@ -39,13 +41,18 @@ def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Load into an optimizer what `flatten` made of one over the same parameters."""
+    """Load into an optimizer what `flatten` made of one over the same parameters: whole tensors, of
+    which a sharded parameter takes its shards."""
     own = optimizer.state_dict()["param_groups"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     groups = [{**mine, **saved} for mine, saved in zip(own, record["groups"], strict=True)]
     for key, value in [*tensors.items(), *record["values"].items()]:
         kind, index, name = key.split(".", 2)
         if kind == "state":
+            p = params[int(index)]
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                value = dtensor.as_in(value, p)
             state.setdefault(int(index), {})[name] = value
         else:
             groups[int(index)][name] = value

@@ -13,7 +13,13 @@ from fast.curvature.card import SourceCard
 from fast.data.generators import find_generators
 from fast.models.claim import run_of
 from fast.train.config import TrainConfig
-from fast.train.resume.checkpoint import Facts, State, load_checkpoint, save_checkpoint
+from fast.train.resume.checkpoint import (
+    Facts,
+    Snapshot,
+    State,
+    load_checkpoint,
+    save_checkpoint,
+)
 from fast.train.resume.identity import (
     card_identity,
     code_identity,
@@ -66,9 +72,10 @@ class Saver:
         self.folder.check()
         facts, state = self._facts(self.folder.run), self._state(adaptation)
         randomness = self._ranks.all(state.randomness())
+        snapshot = Snapshot.of(state, best, keep=self._ranks.first)
         with self._ranks.together():
             if self._ranks.first:
-                save_checkpoint(self.folder.path, state, facts, record, best, randomness=randomness)
+                save_checkpoint(self.folder.path, snapshot, facts, record, randomness=randomness)
 
     def load(self, adaptation: Adaptation) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
         """Restore the newest checkpoint; see `load_checkpoint`."""

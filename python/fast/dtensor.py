@@ -63,6 +63,25 @@ def shard(value: Tensor, p: Any) -> Tensor:
     return copies.redistribute(mesh, p.placements)
 
 
+def as_in(value: Any, own: Any) -> Any:
+    """`value`, a tensor that every rank has whole, sharded as `own` is; nothing is sent."""
+    return shard(value, own) if is_sharded(own) and not is_sharded(value) else value
+
+
+def norm(tensors: Iterable[Tensor | None]) -> Tensor:
+    """float64 `[]`: the norm of these tensors together, of all ranks."""
+    squares: dict[Place, Tensor] = {}
+    for t in tensors:
+        if t is not None:
+            square = local(t).double().square().sum()
+            where = place(t)
+            squares[where] = squares[where] + square if where in squares else square
+    total = torch.zeros((), dtype=torch.float64)
+    for where, square in squares.items():
+        total = total.to(square.device) + sum_over(where.groups, square)
+    return total.sqrt()
+
+
 def local_state(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: local(value) for key, value in state.items()}
 

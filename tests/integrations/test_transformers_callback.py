@@ -1,0 +1,116 @@
+"""The callback in somebody's own Trainer, and the recipes of docs/transformers.md."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fast
+from helpers import ROOT
+
+transformers = pytest.importorskip("transformers", reason="the Trainer is its")
+pytest.importorskip("datasets", reason="its tables are the Trainer's data")
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from trainer_cases import (  # noqa: E402
+    CLASSES,
+    SOURCE_CLASSES,
+    STEPS,
+    accuracy,
+    bert,
+    evaluations,
+    texts,
+    weights,
+)
+
+from fast.integrations.transformers import FastCallback  # noqa: E402
+
+
+class OwnTrainer(transformers.Trainer):
+    """Somebody's own Trainer, with the three lines that docs/transformers.md gives."""
+
+    loss_is_scaled_for_ga = False
+    adaptation = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.adaptation is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        logits, penalty = self.adaptation.forward(inputs, model=model)
+        return F.cross_entropy(logits, labels) + penalty
+
+
+@pytest.mark.parametrize("with_penalty", [True, False])
+def test_the_callback_in_a_trainer_of_ones_own(tmp_path, with_penalty):
+    data, source = texts(72, CLASSES, 1), texts(40, SOURCE_CLASSES, 3)
+    tensors = {k: torch.tensor(v) for k, v in data[:].items()}
+    kept = {k: torch.tensor(v) for k, v in source[:].items() if k != "labels"}
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=STEPS, per_device_train_batch_size=16, use_cpu=True, report_to=[],
+        disable_tqdm=True, eval_strategy="steps", eval_steps=5, save_steps=5,
+    )  # fmt: skip
+
+    def run(resume=None):
+        model = bert(0.2)
+        labels = tensors["labels"]
+        inputs = {k: v for k, v in tensors.items() if k != "labels"}
+        adaptation = fast.Adaptation(
+            model, (inputs, labels), source_inputs=kept, steps=STEPS, batch_size=16, lr=1e-2
+        )
+        callback = FastCallback(adaptation, source_eval=lambda model: 0.25)
+        own = OwnTrainer(
+            model,
+            args,
+            train_dataset=data,
+            eval_dataset=texts(40, CLASSES, 2),
+            compute_metrics=accuracy,
+            callbacks=[callback],
+            optimizers=(adaptation.optimizer, adaptation.scheduler()),
+        )
+        own.adaptation = adaptation if with_penalty else None
+        own.train(resume_from_checkpoint=resume)
+        return own, callback
+
+    whole, callback = run()
+    assert callback.adaptation.done == STEPS
+    assert callback.result.model is whole.model
+    assert callback.adaptation.average.adopted
+    assert [r["eval_source_accuracy"] for r in evaluations(whole)] == [0.25] * 3
+    again, _ = run(str(tmp_path / "checkpoint-5"))
+    assert torch.equal(weights(whole.model), weights(again.model))
+
+
+def test_the_recipes_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    quiet = '"runs/intents", use_cpu=True, report_to=[], disable_tqdm=True,'
+    short = {'"runs/intents",': quiet, "300": "12", "steps=100": "steps=6"}
+    data = {k: torch.tensor(v) for k, v in texts(72, CLASSES, 1)[:].items()}
+    names = {
+        "model": bert(),
+        "pretrained": bert(),
+        "own_model": bert(),
+        "train": texts(72, CLASSES, 1),
+        "val": texts(40, CLASSES, 2),
+        "kept": texts(40, SOURCE_CLASSES, 3),
+        "old": texts(200, SOURCE_CLASSES, 4),
+        "inputs": {k: v for k, v in data.items() if k != "labels"},
+        "labels": data["labels"],
+    }
+    for block in blocks:
+        for old, new in short.items():
+            block = block.replace(old, new)
+        exec(block, names)
+        shutil.rmtree("runs/intents/checkpoint-12", ignore_errors=True)  # so that there is a rest
+    for folder in ("adapted", "own"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(weights(names["model"]), weights(names["pretrained"]))
