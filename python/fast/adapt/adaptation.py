@@ -31,7 +31,7 @@ from fast.adapt.network.rollback import HeadStart, RollbackOnError
 from fast.adapt.network.shared_forward import shares
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import Setup, check_gradients, check_model, check_ranks, settle
+from fast.adapt.setup import check_gradients, check_model, check_ranks, settle
 from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data

@@ -1,6 +1,6 @@
 """What compact optimizer state costs in accuracy: real fine-tuning runs beside their bytes.
 
-    python -m benchmarks.finetune.state_accuracy --data FOLDER
+    python -m benchmarks.experiments.state_accuracy --data FOLDER
 
 Each storage trains the same network on the same batches: maximum-entropy head, the whole update
 (clipping, curvature-weighted pull), cosine schedule. Finished runs are kept in
