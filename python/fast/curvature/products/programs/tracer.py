@@ -1,0 +1,294 @@
+"""Write down every operation of a computation, so that it can run again without the code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+aten = torch.ops.aten
+
+
+class Ref(NamedTuple):
+    """The place of a tensor among the arguments of a recorded operation."""
+
+    value: int
+
+
+@dataclass(kw_only=True)
+class Value:
+    """One tensor of the computation.
+
+    Attributes:
+        memory: number of the memory that it lies in; views of one tensor share it.
+        constant: a tensor that the computation found rather than made, and that is no input.
+        given: whether it is an input.
+    """
+
+    memory: int
+    constant: Tensor | None = None
+    given: bool = False
+
+
+@dataclass(kw_only=True)
+class Node:
+    """One operation: what it reads, makes (None for what is no tensor) and overwrites (memory)."""
+
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    outputs: list[int | None]
+    several: bool
+    writes: set[int]
+    segment: int
+    pure: bool  # the same arguments give the same results, and nothing else happens
+
+    def reads(self) -> list[int]:
+        return [r.value for r in refs((self.args, self.kwargs))]
+
+
+@dataclass
+class Trace:
+    """The nodes in their order, the values that they read and make, and for every segment the
+    inputs that it is given and its results.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    segments: list[tuple[list[int], list[int]]] = field(default_factory=list)
+
+
+# What surrounds a part of a computation that may be traced: see `Tracer.segment`.
+Segment = Callable[..., AbstractContextManager[Callable[..., None]]]
+
+
+@contextmanager
+def untraced(*inputs: Tensor) -> Iterator[Callable[..., None]]:
+    """The segment of a computation that nobody records."""
+    yield lambda *results: None
+
+
+class Diverged(Exception):
+    """A number that steers the network's code is another one than when it was traced."""
+
+
+def expect(func: Callable[..., Any], args: tuple[Any, ...], number: Any) -> None:
+    """Read a number from data again, and raise `Diverged` if it is another one."""
+    if func(*args) != number:
+        raise Diverged
+
+
+class Tracer(TorchDispatchMode):
+    """Records the operations inside `segment`, below autograd and below other modes.
+
+    A number that is read from data is recorded with its value: where it comes out otherwise, the
+    code might take another turn. `why` says why the trace is of no use, where it is not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.why = ""
+        self._known = WeakTensorKeyDictionary()
+        # Views by memory, offset, shape, strides and type: the same view is taken only once.
+        self._windows: dict[Any, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `Recorder`
+
+    @contextmanager
+    def segment(self, *inputs: Tensor) -> Iterator[Callable[..., None]]:
+        """Record what is computed inside from `inputs`; yields what takes the results."""
+        given = [self._give(t) for t in inputs]
+        results: list[int] = []
+        self.trace.segments.append((given, results))
+        with self:
+            yield lambda *tensors: results.extend(map(self.index, tensors))
+
+    def _give(self, tensor: Tensor) -> int:
+        index = self._new(tensor, None)
+        self.trace.values[index].given = True
+        return index
+
+    def index(self, tensor: Tensor) -> int:
+        """The number of a tensor; one that was never seen is a constant."""
+        index: int | None = self._known.get(tensor)
+        if index is None:
+            index = self._new(tensor, None)
+            self.trace.values[index].constant = tensor
+        return index
+
+    def _new(self, tensor: Tensor, memory: int | None) -> int:
+        index = len(self.trace.values)
+        self.trace.values.append(Value(memory=index if memory is None else memory))
+        self._known[tensor] = index
+        return index
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Arguments are looked up first: an operation may resize or write to them.
+        seen = [(t, self.index(t), _address(t)) for t in _tensors((args, kwargs))]
+        described = self._described(args), self._described(kwargs)
+        out = func(*args, **kwargs)
+        if not self.why:
+            self._note(func, described, seen, args, kwargs, out)
+        return out
+
+    def _described(self, tree: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda t: Ref(self._known[t]), tree)
+
+    def _note(
+        self, func: Any, described: Any, seen: Any, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        tags = func.tags
+        if torch.Tag.dynamic_output_shape in tags and not _static(func, args):
+            self.why = f"the shape of what {func} gives depends on data"
+            return
+        outs = list(out) if isinstance(out, tuple | list) else [out]
+        if not any(isinstance(o, Tensor) for o in outs):
+            if seen and torch.Tag.data_dependent_output in tags:
+                self._expect(func, described[0], out)
+            return
+        writes = {
+            self.trace.values[self._known[arg]].memory
+            for arg in _written(func, args, kwargs)
+        }
+        known = len(self.trace.values)
+        outputs = [self._output(o, seen) if isinstance(o, Tensor) else None for o in outs]
+        fresh = [o for o in outputs if o is not None and o >= known]
+        if not writes and not fresh:
+            return  # a view that was taken before
+        random = torch.Tag.nondeterministic_seeded in tags
+        self.trace.nodes.append(
+            Node(
+                func=func,
+                args=described[0],
+                kwargs=described[1],
+                outputs=outputs,
+                several=isinstance(out, tuple | list),
+                writes=writes,
+                segment=len(self.trace.segments) - 1,
+                pure=not (writes or random),
+            )
+        )
+
+    def _expect(self, func: Any, args: Any, number: Any) -> None:
+        if not isinstance(number, bool | int | float):
+            self.why = f"{func} reads data"
+            return
+        self.trace.nodes.append(
+            Node(
+                func=expect,
+                args=(func, args, number),
+                kwargs={},
+                outputs=[],
+                several=False,
+                writes=set(),
+                segment=len(self.trace.segments) - 1,
+                pure=False,
+            )
+        )
+
+    def _output(self, tensor: Tensor, seen: list[tuple[Tensor, int, int]]) -> int:
+        known: int | None = self._known.get(tensor)
+        if known is not None:
+            return known
+        address = _address(tensor)
+        source = next((i for _, i, a in seen if a == address and a), None)
+        memory = None if source is None else self.trace.values[source].memory
+        window = (memory, _layout(tensor))
+        if memory is not None and window in self._windows:
+            self._known[tensor] = self._windows[window]
+            return self._windows[window]
+        index = self._new(tensor, memory)
+        self._windows[self.trace.values[index].memory, _layout(tensor)] = index
+        return index
+
+
+class Reads(TorchFunctionMode):
+    """Notices where data leave torch in ways that no operation shows."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _LEAVING or (func in _ENTERING and next(_tensors((args, kwargs)), None) is not None):
+            self.tracer.why = f"the network reads data by {getattr(func, '__name__', func)}"
+        return func(*args, **kwargs)
+
+
+_LEAVING = {
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor.storage,
+    Tensor.__repr__,
+    Tensor.__format__,
+    Tensor.__reduce_ex__,
+    Tensor.__deepcopy__,
+}
+_ENTERING = {torch.tensor, torch.as_tensor, torch.asarray}
+
+
+def refs(tree: Any) -> Iterator[Ref]:
+    if isinstance(tree, Ref):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for part in tree:
+            yield from refs(part)
+    elif isinstance(tree, dict):
+        yield from refs(list(tree.values()))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation overwrites."""
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is not None and spec.alias_info.is_write:
+            yield from _tensors(args[i] if i < len(args) else kwargs.get(spec.name))
+
+
+def _address(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided else 0
+
+
+def _layout(t: Tensor) -> Any:
+    return t.storage_offset(), t.shape, t.stride(), t.dtype, t.is_conj(), t.is_neg()
+
+
+def _static(func: Any, args: Any) -> bool:
+    """Whether an operation that may give results of any shape does not, with these arguments."""
+    if func is not aten.index.Tensor:
+        return False
+    return all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
