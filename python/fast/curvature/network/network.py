@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
@@ -88,11 +87,6 @@ class Network:
                 )
             out = logits
         return out
-
-    def given(self, leaves: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
-        """Every tensor that the output is a function of: parameters, buffers, inputs."""
-        inputs = [t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)]
-        return [*leaves.values(), *self.model.buffers(), *inputs]
 
     def answers(self, leaves: Mapping[str, Tensor], batch: Batch, loss: Loss) -> tuple[Tensor, Any]:
         """Output and target of a batch, laid out as the loss wants them."""

@@ -9,11 +9,11 @@ from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
 from fast.curvature.network.evaluation import StopGradients
 from fast.curvature.network.network import Network, laid_out
-from fast.curvature.network.parameter_space import Blocks, dot
+from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.products.batched.passes import Passes, Segment, untraced
 from fast.curvature.products.batched.recorder import Recorder
 from fast.curvature.products.batched.tape import Program, Tape
 from fast.curvature.products.looped import OutputCurvature, grad_or_none
-from fast.curvature.products.programs.tracer import Segment, untraced
 from fast.curvature.products.rules import UnsupportedOperation
 
 # Default for the bytes of tangents that are held at a time on the CPU.
@@ -25,7 +25,7 @@ DEFAULT_BUDGET = 2**30
 CPU_TANGENT = 8 * 2**20
 
 
-class _Folded:
+class Folded(Passes):
     """What Hessian and GGN share: forward record, curvature at the output, backward record.
 
     The Hessian is the derivative of the whole gradient. For the GGN, everything that the backward
@@ -57,8 +57,9 @@ class _Folded:
             }
             self.param_slots = [recorder.activate(p) for p in params]
             stopped = StopGradients(lambda t: recorder.slots.pop(t, None))
-            with segment(*network.given(leaves, batch)), stopped, recorder:
+            with segment(*leaves.values()) as returns, stopped, recorder:
                 z = network.outputs(leaves, batch.inputs)
+                returns(z)
             dim = loss.class_dim(z, batch.target, network.class_dim)
             with segment() as returns, recorder:
                 z, y = laid_out(z, batch.target, dim)
@@ -125,14 +126,6 @@ class _Folded:
         assert u is not None
         return u, values
 
-    @torch.no_grad()
-    def products(self, vectors: Blocks) -> Blocks:
-        out = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in vectors]
-        for start in range(0, vectors[0].shape[0], self.chunk):
-            part = slice(start, start + self.chunk)
-            self._product([v[part] for v in vectors], [o[part] for o in out])
-        return out
-
     def _product(self, vectors: Blocks, out: Blocks) -> None:
         with self.segment(*vectors) as returns:
             u, values = self.jvp(vectors)
@@ -164,27 +157,20 @@ class _Folded:
             elif value.data_ptr() != o.data_ptr():
                 o.copy_(value)
 
-    @torch.no_grad()
-    def quad(self, vectors: Blocks) -> Tensor:
-        if self.exact:
-            return dot(vectors, self.products(vectors))
-        values = []
-        for start in range(0, vectors[0].shape[0], self.chunk):
-            part = [v[start : start + self.chunk] for v in vectors]
-            with self.segment(*part) as returns:
-                u, _ = self.jvp(part)
-                returns(u)
-            values.append(self.curvature.quad(u))
-        return torch.cat(values)
+    def _quad(self, vectors: Blocks) -> Tensor:
+        with self.segment(*vectors) as returns:
+            u, _ = self.jvp(vectors)
+            returns(u)
+        return self.curvature.quad(u)
 
 
-class FoldedHessian(_Folded):
+class FoldedHessian(Folded):
     """Exact Hessian of one batch: the derivative of the record of its gradient."""
 
     exact = True
 
 
-class FoldedGGN(_Folded):
+class FoldedGGN(Folded):
     """J^T S J of one batch: forward record, curvature at the output, transposed record."""
 
     exact = False

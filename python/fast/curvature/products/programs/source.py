@@ -31,8 +31,10 @@ class Source:
         self.names: dict[int, str] = {}
         slots = self._crossing({*inputs, *wanted})
         self.slots = {v: i for i, v in enumerate(sorted(slots))}
-        for v in range(len(trace.values)):
-            if (tensor := trace.values[v].constant) is not None and self._is_read(v):
+        self.inputs = [[self.slots[v] for v in given] for given, _ in trace.segments]
+        self.results = [[self.slot(v) for v in results] for _, results in trace.segments]
+        for v in {self._first(v) for node in self.nodes for v in node.reads()}:
+            if (tensor := trace.values[v].constant) is not None:
                 self.constants[f"v{v}"] = tensor
         self.code = [self._function(n) for n in range(len(trace.segments))]
 
@@ -41,9 +43,6 @@ class Source:
 
     def _first(self, value: int) -> int:
         return self.same.get(value, value)
-
-    def _is_read(self, value: int) -> bool:
-        return any(value in map(self._first, node.reads()) for node in self.nodes)
 
     def _crossing(self, shared: set[int]) -> set[int]:
         """The values that are made in one segment and read in another."""
@@ -95,8 +94,11 @@ class Source:
 
     def _call(self, node: Node) -> str:
         args = [self._text(a) for a in node.args]
-        args += [f"{k}={self._text(a)}" for k, a in node.kwargs.items()]
-        return f"{self._constant(node.func)}({', '.join(args)})"
+        keywords = [f"{k}={self._text(a)}" for k, a in node.kwargs.items()]
+        func, method = direct(node)
+        if method:
+            return f"{args[0]}.{func}({', '.join(args[1:] + keywords)})"
+        return f"{self._constant(func)}({', '.join(args + keywords)})"
 
     def _text(self, arg: Any) -> str:
         if isinstance(arg, Ref):
@@ -117,7 +119,18 @@ class Source:
         return self.names[id(thing)]
 
 
-def direct(func: Any) -> Any:
-    """A function of torch that does the same as an operation, and is called in half the time."""
-    name = func._schema.name.removeprefix("aten::")
-    return getattr(torch, name, func), Tensor
+def direct(node: Node) -> tuple[Any, bool]:
+    """What does the same as an operation in half the time: a method's name, or a function.
+
+    torch generates both from the operation's schema, and takes the same arguments.
+    """
+    func = node.func
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+        return func, False
+    name, first = func._schema.name.removeprefix("aten::"), func._schema.arguments[:1]
+    if func._overloadname.endswith("out") or not (node.args and isinstance(node.args[0], Ref)):
+        return func, False
+    if first and first[0].name == "self" and name in vars(torch._C.TensorBase):
+        if getattr(Tensor, name) is vars(torch._C.TensorBase)[name]:
+            return name, True
+    return getattr(torch._C._VariableFunctions, name, func), False

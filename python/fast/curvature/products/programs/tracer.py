@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -28,14 +27,20 @@ class Value:
     """One tensor of the computation.
 
     Attributes:
-        memory: number of the memory that it lies in; views of one tensor share it.
+        memory: the first value in the same memory: views of one tensor share it.
+        layout: offset, shape and strides in this memory, and how its bits are read.
         constant: a tensor that the computation found rather than made, and that is no input.
         given: whether it is an input.
     """
 
     memory: int
+    layout: tuple[Any, ...]
     constant: Tensor | None = None
     given: bool = False
+
+    @property
+    def is_made(self) -> bool:
+        return not self.given and self.constant is None
 
 
 @dataclass(kw_only=True)
@@ -66,16 +71,6 @@ class Trace:
     segments: list[tuple[list[int], list[int]]] = field(default_factory=list)
 
 
-# What surrounds a part of a computation that may be traced: see `Tracer.segment`.
-Segment = Callable[..., AbstractContextManager[Callable[..., None]]]
-
-
-@contextmanager
-def untraced(*inputs: Tensor) -> Iterator[Callable[..., None]]:
-    """The segment of a computation that nobody records."""
-    yield lambda *results: None
-
-
 class Diverged(Exception):
     """A number that steers the network's code is another one than when it was traced."""
 
@@ -91,10 +86,15 @@ class Tracer(TorchDispatchMode):
 
     A number that is read from data is recorded with its value: where it comes out otherwise, the
     code might take another turn. `why` says why the trace is of no use, where it is not.
+
+    Args:
+        others: inputs of the first segment that its code does not name.
+        constants: whether tensors may come from elsewhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, others: Sequence[Tensor] = (), constants: bool = False) -> None:
         super().__init__()
+        self.others, self.constants = others, constants
         self.trace = Trace()
         self.why = ""
         self._known = WeakTensorKeyDictionary()
@@ -109,6 +109,8 @@ class Tracer(TorchDispatchMode):
     def segment(self, *inputs: Tensor) -> Iterator[Callable[..., None]]:
         """Record what is computed inside from `inputs`; yields what takes the results."""
         given = [self._give(t) for t in inputs]
+        if not self.trace.segments:
+            given += map(self._give, self.others)
         results: list[int] = []
         self.trace.segments.append((given, results))
         with self:
@@ -125,11 +127,14 @@ class Tracer(TorchDispatchMode):
         if index is None:
             index = self._new(tensor, None)
             self.trace.values[index].constant = tensor
+            if not self.constants:
+                self.why = "it uses a tensor that is no parameter, buffer, attribute or input of it"
         return index
 
     def _new(self, tensor: Tensor, memory: int | None) -> int:
         index = len(self.trace.values)
-        self.trace.values.append(Value(memory=index if memory is None else memory))
+        memory = index if memory is None else memory
+        self.trace.values.append(Value(memory=memory, layout=_layout(tensor)))
         self._known[tensor] = index
         return index
 
@@ -141,6 +146,8 @@ class Tracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is aten.lift_fresh.default:  # a number that the code wrote down
+            return self._literal(args[0])
         # Arguments are looked up first: an operation may resize or write to them.
         seen = [(t, self.index(t), _address(t)) for t in _tensors((args, kwargs))]
         described = self._described(args), self._described(kwargs)
@@ -149,8 +156,22 @@ class Tracer(TorchDispatchMode):
             self._note(func, described, seen, args, kwargs, out)
         return out
 
+    def _literal(self, tensor: Tensor) -> Tensor:
+        """A copy, for the code may write to it."""
+        index = self._new(tensor, None)
+        self.trace.values[index].constant = tensor
+        out = tensor.clone()
+        self._add(aten.clone.default, (Ref(index),), {}, [self._new(out, None)], pure=True)
+        return out
+
     def _described(self, tree: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda t: Ref(self._known[t]), tree)
+        if isinstance(tree, Tensor):
+            return Ref(self._known[tree])
+        if isinstance(tree, tuple | list):
+            return tuple(map(self._described, tree))
+        if isinstance(tree, dict):
+            return {k: self._described(v) for k, v in tree.items()}
+        return tree
 
     def _note(
         self, func: Any, described: Any, seen: Any, args: Any, kwargs: Any, out: Any
@@ -173,36 +194,57 @@ class Tracer(TorchDispatchMode):
         fresh = [o for o in outputs if o is not None and o >= known]
         if not writes and not fresh:
             return  # a view that was taken before
-        random = torch.Tag.nondeterministic_seeded in tags
-        self.trace.nodes.append(
-            Node(
-                func=func,
-                args=described[0],
-                kwargs=described[1],
-                outputs=outputs,
-                several=isinstance(out, tuple | list),
-                writes=writes,
-                segment=len(self.trace.segments) - 1,
-                pure=not (writes or random),
-            )
+        if not writes and all(self._is_window(o) for o in fresh):
+            for o in fresh:
+                value = self.trace.values[o]
+                offset, shape, stride = value.layout[:3]
+                strided = (Ref(value.memory), tuple(shape), stride, offset)
+                self._add(aten.as_strided.default, strided, {}, [o], pure=True)
+            return
+        self._add(
+            func,
+            *described,
+            outputs,
+            several=isinstance(out, tuple | list),
+            writes=writes,
+            pure=not (writes or torch.Tag.nondeterministic_seeded in tags),
         )
 
-    def _expect(self, func: Any, args: Any, number: Any) -> None:
-        if not isinstance(number, bool | int | float):
-            self.why = f"{func} reads data"
-            return
-        self.trace.nodes.append(
-            Node(
-                func=expect,
-                args=(func, args, number),
-                kwargs={},
-                outputs=[],
-                several=False,
-                writes=set(),
-                segment=len(self.trace.segments) - 1,
-                pure=False,
-            )
+    def _add(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        outputs: list[int | None],
+        *,
+        pure: bool,
+        several: bool = False,
+        writes: Iterable[int] = (),
+    ) -> None:
+        node = Node(
+            func=func,
+            args=args,
+            kwargs=kwargs,
+            outputs=outputs,
+            several=several,
+            writes=set(writes),
+            segment=len(self.trace.segments) - 1,
+            pure=pure,
         )
+        self.trace.nodes.append(node)
+
+    def _is_window(self, index: int) -> bool:
+        """Whether a value is a view of something that was made here, all of it known."""
+        value = self.trace.values[index]
+        owner = self.trace.values[value.memory]
+        return value is not owner and owner.is_made and owner.layout[3:] == value.layout[3:]
+
+    def _expect(self, func: Any, args: Any, number: Any) -> None:
+        """Note that code may take another turn where data give another number."""
+        if isinstance(number, bool | int | float):
+            self._add(expect, (func, args, number), {}, [], pure=False)
+        else:
+            self.why = f"{func} reads data"
 
     def _output(self, tensor: Tensor, seen: list[tuple[Tensor, int, int]]) -> int:
         known: int | None = self._known.get(tensor)
@@ -211,7 +253,7 @@ class Tracer(TorchDispatchMode):
         address = _address(tensor)
         source = next((i for _, i, a in seen if a == address and a), None)
         memory = None if source is None else self.trace.values[source].memory
-        window = (memory, _layout(tensor))
+        window = memory, _layout(tensor)
         if memory is not None and window in self._windows:
             self._known[tensor] = self._windows[window]
             return self._windows[window]
@@ -231,8 +273,9 @@ class Reads(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LEAVING or (func in _ENTERING and next(_tensors((args, kwargs)), None) is not None):
-            self.tracer.why = f"the network reads data by {getattr(func, '__name__', func)}"
+        copies = func in _ENTERING and next(_tensors((args, kwargs)), None) is not None
+        if func in _LEAVING or copies:
+            self.tracer.why = f"it reads data by {getattr(func, '__name__', func)}"
         return func(*args, **kwargs)
 
 
