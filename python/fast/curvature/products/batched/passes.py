@@ -11,9 +11,8 @@ from torch import Tensor
 
 from fast.curvature.network.parameter_space import Blocks, dot
 
-
-# What surrounds a part of the computation that may be traced: it is told the part's inputs, and what
-# it yields takes the results.
+# What surrounds a part of the computation that may be traced: it is told the inputs of the part,
+# and what it yields takes the results.
 Segment = Callable[..., AbstractContextManager[Callable[..., None]]]
 
 

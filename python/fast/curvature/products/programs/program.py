@@ -16,10 +16,10 @@ from fast.curvature.products.batched.linearize import Folded
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import OutputCurvature
 from fast.curvature.products.programs.source import Source
-from fast.curvature.products.programs.tracer import Diverged, Tracer
+from fast.curvature.products.programs.tracer import Diverged
 
-# The segments of a record: the network, the layout of its output, the way back.
-FORWARD, LAYOUT, BACKWARD = range(3)
+# The segments of a record: the network, the layout of its output, the way back. Passes follow.
+FORWARD, LAYOUT, BACKWARD, FIRST_PASS = range(4)
 
 
 class Run:
@@ -38,6 +38,11 @@ class Run:
         with torch._C.DisableTorchFunction():
             source.code[segment](values)
         return [values[slot] for slot in source.results[segment]]
+
+    def end_pass(self) -> None:
+        """Let go of what a pass has left."""
+        for value in self.source.passing:
+            self.values[self.source.slots[value]] = None
 
 
 class Program:
@@ -81,7 +86,7 @@ class Program:
 
 
 class Replay(Passes):
-    """One batch, linearized by a program: as `Folded`, for the numbers of vectors it was made for."""
+    """One batch, linearized by a program, for products with `num_vectors` vectors."""
 
     answers: tuple[Tensor, Any]
 
@@ -101,7 +106,9 @@ class Replay(Passes):
         segment = self.passes[len(vectors[0])]
         (u,) = self.run(segment, *vectors)
         self.run(segment + 1, self.output_product(u), *out)
+        self.run.end_pass()
 
     def _quad(self, vectors: Blocks) -> Tensor:
         (u,) = self.run(self.passes[len(vectors[0])], *vectors)
+        self.run.end_pass()
         return self.output_quad(u)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from fast.curvature.products.programs.tracer import Node, Ref, Trace, refs
+from fast.curvature.products.programs.tracer import Node, Ref, Trace
 
 
 def merged(trace: Trace) -> dict[int, int]:
     """value -> the same value, computed earlier."""
-    overwritten = {m for node in trace.nodes for m in node.writes}
+    # The caller may overwrite the results of a segment.
+    overwritten = {trace.values[v].memory for _, results in trace.segments for v in results}
+    overwritten |= {m for node in trace.nodes for m in node.writes}
     same: dict[int, int] = {}
     first: dict[Any, list[int | None]] = {}
     for node in trace.nodes:
-        memories = {trace.values[v].memory for v in (*node.reads(), *_made(node))}
-        if not node.pure or memories & overwritten:
+        memories = {trace.values[v].memory for v in (*node.reads, *node.made())}
+        if node.required or memories & overwritten:
             continue
-        key = (node.func, hashable(node.args, same), hashable(node.kwargs, same))
+        key = (node.func, _key(node.args, same), _key(node.kwargs, same))
         if key not in first:
             first[key] = node.outputs
             continue
@@ -27,35 +29,28 @@ def merged(trace: Trace) -> dict[int, int]:
 
 
 def live(trace: Trace, wanted: set[int], same: dict[int, int]) -> list[Node]:
-    """The nodes that the values `wanted`, the inputs that are written to and checks depend on."""
+    """The nodes that have to run for the values `wanted`, and for what is written to inputs."""
     needed = set(wanted)
     memories = {trace.values[v].memory for v in needed}
     memories |= {v.memory for v in trace.values if v.given or v.constant is not None}
     kept: list[Node] = []
     for node in reversed(trace.nodes):
-        made = [o for o in _made(node) if same.get(o, o) == o]
-        if not (node.writes & memories or needed.intersection(made) or not (node.pure or node.writes)):
+        made = [o for o in node.made() if same.get(o, o) == o]
+        if not (node.required or node.writes & memories or needed.intersection(made)):
             continue
         kept.append(node)
-        for v in node.reads():
+        for v in node.reads:
             needed.add(same.get(v, v))
             memories.add(trace.values[same.get(v, v)].memory)
     return kept[::-1]
 
 
-def _made(node: Node) -> list[int]:
-    return [o for o in node.outputs if o is not None]
-
-
-def hashable(tree: Any, same: dict[int, int]) -> Any:
+def _key(tree: Any, same: dict[int, int]) -> Any:
     """A key that is equal for equal arguments: 1, 1.0 and True are not."""
     if isinstance(tree, Ref):
         return Ref(same.get(tree.value, tree.value))
     if isinstance(tree, tuple | list):
-        return tuple(hashable(part, same) for part in tree)
+        return tuple(_key(part, same) for part in tree)
     if isinstance(tree, dict):
-        return tuple((k, hashable(part, same)) for k, part in tree.items())
+        return tuple((k, _key(part, same)) for k, part in tree.items())
     return type(tree), repr(tree)
-
-
-__all__ = ["hashable", "live", "merged", "refs"]

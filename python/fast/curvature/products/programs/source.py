@@ -20,20 +20,29 @@ class Source:
     """The functions of all segments of a trace, which share values by slots.
 
     The caller puts inputs into their slots, and finds results in theirs.
+
+    Args:
+        num_kept: values of the first segments are kept; those of later ones go after their use.
     """
 
-    def __init__(self, trace: Trace):
+    def __init__(self, trace: Trace, num_kept: int):
         self.same = merged(trace)
         inputs = [v for given, _ in trace.segments for v in given]
         wanted = {self._first(v) for _, results in trace.segments for v in results}
         self.nodes = live(trace, wanted, self.same)
         self.constants: dict[str, Any] = {}
         self.names: dict[int, str] = {}
-        slots = self._crossing({*inputs, *wanted})
-        self.slots = {v: i for i, v in enumerate(sorted(slots))}
+        home = {v: n for n, (given, _) in enumerate(trace.segments) for v in given}
+        self.until: dict[int, int] = {}  # the last segment that reads a value
+        for node in self.nodes:
+            home |= {o: node.segment for o in node.made() if o not in home}
+            self.until |= {self._first(v): node.segment for v in node.reads}
+        crossing = {v for v, n in self.until.items() if v in home and home[v] != n}
+        self.slots = {v: i for i, v in enumerate(sorted({*inputs, *wanted, *crossing}))}
+        self.passing = {v for v in self.slots if home[v] >= num_kept}
         self.inputs = [[self.slots[v] for v in given] for given, _ in trace.segments]
         self.results = [[self.slot(v) for v in results] for _, results in trace.segments]
-        for v in {self._first(v) for node in self.nodes for v in node.reads()}:
+        for v in {self._first(v) for node in self.nodes for v in node.reads}:
             if (tensor := trace.values[v].constant) is not None:
                 self.constants[f"v{v}"] = tensor
         self.code = [self._function(n) for n in range(len(trace.segments))]
@@ -44,53 +53,41 @@ class Source:
     def _first(self, value: int) -> int:
         return self.same.get(value, value)
 
-    def _crossing(self, shared: set[int]) -> set[int]:
-        """The values that are made in one segment and read in another."""
-        home: dict[int, int] = {}
-        for node in self.nodes:
-            for v in map(self._first, node.reads()):
-                if v in home and home[v] != node.segment:
-                    shared.add(v)
-            for o in node.outputs:
-                if o is not None:
-                    home.setdefault(o, node.segment)
-        return shared
-
     def _function(self, segment: int) -> Code:
         nodes = [n for n in self.nodes if n.segment == segment]
-        last: dict[int, int] = {}
-        for i, node in enumerate(nodes):
-            for v in (*map(self._first, node.reads()), *(o for o in node.outputs if o is not None)):
-                last[v] = i
-        lines, local = [], set()
-        for i, node in enumerate(nodes):
-            for v in map(self._first, node.reads()):
-                if v not in local and v in self.slots:
-                    lines.append(f"v{v} = e[{self.slots[v]}]")
-                    local.add(v)
-            names = []
-            for o in node.outputs:
-                names.append("_" if o is None or o in local else f"v{o}")
-                if o is not None:
-                    local.add(o)
-            call = self._call(node)
-            if names and (node.several or names != ["_"]):
-                call = f"{', '.join(names)}{',' if node.several else ''} = {call}"
-            lines.append(call)
-            lines += [
-                f"e[{self.slots[o]}] = v{o}"
-                for o, name in zip(node.outputs, names, strict=True)
-                if o in self.slots and name != "_"
-            ]
-            gone = [f"v{v}" for v, when in last.items() if when == i and v in local]
-            if "_" in names:
-                gone.append("_")
-            if gone:
-                lines.append(f"{' = '.join(gone)} = None")
+        last = {v: i for i, n in enumerate(nodes) for v in (*map(self._first, n.reads), *n.made())}
+        gone: list[list[str]] = [[] for _ in nodes]
+        for v, i in last.items():
+            if f"v{v}" not in self.constants:
+                gone[i].append(f"v{v}")
+        lines: list[str] = []
+        local: set[int] = set()
+        for node, names in zip(nodes, gone, strict=True):
+            reads = dict.fromkeys(map(self._first, node.reads))
+            fetched = [v for v in reads if v in self.slots and v not in local]
+            lines += [self._fetched(v, segment) for v in fetched]
+            made = [o for o in node.made() if o not in local]
+            local |= {*fetched, *made}
+            lines.append(self._assigned(node, made) + self._call(node))
+            lines += [f"e[{self.slots[o]}] = v{o}" for o in made if o in self.slots]
+            if names:
+                lines.append(f"{' = '.join(names)} = None")
         body = "\n    ".join(lines or ["pass"])
         scope = dict(self.constants)
         exec(compile(f"def segment(e):\n    {body}\n", f"<program {segment}>", "exec"), scope)
         return scope["segment"]  # type: ignore[no-any-return]
+
+    def _fetched(self, value: int, segment: int) -> str:
+        slot = self.slots[value]
+        over = value in self.passing and self.until[value] == segment
+        return f"v{value} = e[{slot}]" + (f"; e[{slot}] = None" if over else "")
+
+    def _assigned(self, node: Node, made: list[int]) -> str:
+        """The left side of a call; what is written in place has its name already."""
+        if not made:
+            return ""
+        names = [f"v{o}" if o in made else "_" for o in node.outputs]
+        return f"{', '.join(names)}{',' if node.several else ''} = "
 
     def _call(self, node: Node) -> str:
         args = [self._text(a) for a in node.args]
@@ -127,10 +124,10 @@ def direct(node: Node) -> tuple[Any, bool]:
     func = node.func
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
         return func, False
-    name, first = func._schema.name.removeprefix("aten::"), func._schema.arguments[:1]
+    name, first = func._schema.name.removeprefix("aten::"), func._schema.arguments
     if func._overloadname.endswith("out") or not (node.args and isinstance(node.args[0], Ref)):
         return func, False
-    if first and first[0].name == "self" and name in vars(torch._C.TensorBase):
-        if getattr(Tensor, name) is vars(torch._C.TensorBase)[name]:
-            return name, True
+    method = vars(torch._C.TensorBase).get(name)
+    if method is not None and first[0].name == "self" and getattr(Tensor, name) is method:
+        return name, True
     return getattr(torch._C._VariableFunctions, name, func), False

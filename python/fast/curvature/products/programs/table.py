@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
 from fast.curvature.network.network import Network
+from fast.curvature.network.parameter_space import Blocks
 from fast.curvature.products.batched.linearize import Folded
-from fast.curvature.products.batched.passes import untraced
+from fast.curvature.products.batched.passes import Passes, untraced
 from fast.curvature.products.looped import OutputCurvature
-from fast.curvature.products.programs.program import Program, Replay
+from fast.curvature.products.programs.program import FIRST_PASS, Program, Replay
 from fast.curvature.products.programs.source import Source
 from fast.curvature.products.programs.tracer import Diverged, Reads, Tracer
 from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
@@ -76,16 +77,20 @@ class Programs:
         programs = self._seen[key]
         if programs is None:
             return record()
+        given = [*self._tensors, *inputs, *self._others]
+
+        def replayed(program: Program) -> Replay:
+            return program.linearize(self.network, loss, batch, index, curvature, given)
+
         for program in programs:
             try:
-                given = [*self._tensors, *inputs, *self._others]
-                return program.linearize(self.network, loss, batch, index, curvature, given)
+                return replayed(program)
             except Diverged:
                 continue
         if len(programs) == MOST_TURNS:
             self._refuse(key, "what its code reads from data differs from batch to batch")
             return record()
-        return self._trace(key, record, inputs, num_vectors)
+        return self._trace(key, record, given, replayed)
 
     def _look(self) -> None:
         """Forget all programs where the model is no longer the one that they were made of."""
@@ -101,21 +106,39 @@ class Programs:
         self._seen[key], self.why = None, why
 
     def _trace(
-        self, key: Any, record: Callable[..., Folded], inputs: list[Tensor], num_vectors: int
+        self,
+        key: Any,
+        record: Callable[..., Folded],
+        given: list[Tensor],
+        replayed: Callable[[Program], Replay],
     ) -> Folded:
-        buffers = self._tensors[len(list(self.network.model.named_parameters())) :]
-        tracer = Tracer([*buffers, *inputs, *self._others])
-        before = draws()
+        """A record, which leaves a program where its network can be traced."""
+        num_vectors, num_params = key[0], len(list(self.network.model.parameters()))
+        # The record makes leaves of the parameters, and declares those itself.
+        tracer, before = Tracer(given[num_params:]), draws()
         with Reads(tracer):
             part = record(segment=tracer.segment)
         assert self._watch is not None
         if not self._watch.holds():
-            tracer.why = "it changes its own attributes as it runs"
+            tracer.refuse("it changes its own attributes as it runs")
         if draws() != before:
-            tracer.why = "it draws random numbers that torch does not seed"
-        if not tracer.why:
-            program = self._with_passes(tracer, part, num_vectors)
+            tracer.refuse("it draws random numbers that torch does not seed")
+        if tracer.why:
+            part.segment = untraced
+            self._refuse(key, tracer.why)
+            return part
+        sizes = {min(part.chunk, num_vectors), num_vectors % part.chunk} - {0}
+        passes = {size: len(tracer.trace.segments) + 2 * i for i, size in enumerate(sizes)}
+        ones = [self._product_with_ones(part, size) for size in passes]
         part.segment = untraced
+        if not tracer.why:
+            program = Program(Source(tracer.trace, FIRST_PASS), part, passes, num_vectors)
+            again = replayed(program)
+            if not all(
+                _agree(self._product_with_ones(again, size), truth)
+                for size, truth in zip(passes, ones, strict=True)
+            ):
+                tracer.refuse("its program gives another product than its record")
         if tracer.why:
             self._refuse(key, tracer.why)
         else:
@@ -123,10 +146,16 @@ class Programs:
         return part
 
     @torch.no_grad()
-    def _with_passes(self, tracer: Tracer, part: Folded, num_vectors: int) -> Program:
-        passes = {}
-        for size in {min(part.chunk, num_vectors), num_vectors % part.chunk} - {0}:
-            passes[size] = len(tracer.trace.segments)
-            vectors = self.network.space.zeros(size)
-            part._product(vectors, [torch.empty_like(v) for v in vectors])
-        return Program(Source(tracer.trace), part, passes, num_vectors)
+    def _product_with_ones(self, part: Passes, size: int) -> Blocks:
+        vectors = [torch.ones_like(v) for v in self.network.space.zeros(size)]
+        out = list(map(torch.empty_like, vectors))
+        part._product(vectors, out)
+        return out
+
+
+def _agree(a: Blocks, b: Blocks) -> bool:
+    """Whether two products are equal but for rounding: kernels may round by where memory lies."""
+    return all(
+        float((x - y).norm()) <= torch.finfo(x.dtype).eps ** 0.5 * float(y.norm())
+        for x, y in zip(a, b, strict=True)
+    )

@@ -29,7 +29,7 @@ class Value:
     Attributes:
         memory: the first value in the same memory: views of one tensor share it.
         layout: offset, shape and strides in this memory, and how its bits are read.
-        constant: a tensor that the computation found rather than made, and that is no input.
+        constant: the tensor itself, where it is a number that the code wrote down.
         given: whether it is an input.
     """
 
@@ -45,19 +45,24 @@ class Value:
 
 @dataclass(kw_only=True)
 class Node:
-    """One operation: what it reads, makes (None for what is no tensor) and overwrites (memory)."""
+    """One operation: the values that it reads and makes, and the memory that it overwrites.
+
+    An output that is no tensor is None.
+    """
 
     func: Callable[..., Any]
     args: Any
     kwargs: Any
+    reads: list[int]
     outputs: list[int | None]
-    several: bool
+    several: bool  # whether it gives a tuple
     writes: set[int]
     segment: int
-    pure: bool  # the same arguments give the same results, and nothing else happens
+    # It has to run, whether anything depends on it or not: it draws random numbers, or checks.
+    required: bool
 
-    def reads(self) -> list[int]:
-        return [r.value for r in refs((self.args, self.kwargs))]
+    def made(self) -> list[int]:
+        return [o for o in self.outputs if o is not None]
 
 
 @dataclass
@@ -89,12 +94,11 @@ class Tracer(TorchDispatchMode):
 
     Args:
         others: inputs of the first segment that its code does not name.
-        constants: whether tensors may come from elsewhere.
     """
 
-    def __init__(self, others: Sequence[Tensor] = (), constants: bool = False) -> None:
+    def __init__(self, others: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.others, self.constants = others, constants
+        self.others = others
         self.trace = Trace()
         self.why = ""
         self._known = WeakTensorKeyDictionary()
@@ -116,6 +120,9 @@ class Tracer(TorchDispatchMode):
         with self:
             yield lambda *tensors: results.extend(map(self.index, tensors))
 
+    def refuse(self, why: str) -> None:
+        self.why = self.why or why
+
     def _give(self, tensor: Tensor) -> int:
         index = self._new(tensor, None)
         self.trace.values[index].given = True
@@ -127,8 +134,7 @@ class Tracer(TorchDispatchMode):
         if index is None:
             index = self._new(tensor, None)
             self.trace.values[index].constant = tensor
-            if not self.constants:
-                self.why = "it uses a tensor that is no parameter, buffer, attribute or input of it"
+            self.refuse("it uses a tensor that is no parameter, buffer, attribute or input of it")
         return index
 
     def _new(self, tensor: Tensor, memory: int | None) -> int:
@@ -146,14 +152,15 @@ class Tracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self.why:
+            return func(*args, **kwargs)
         if func is aten.lift_fresh.default:  # a number that the code wrote down
             return self._literal(args[0])
         # Arguments are looked up first: an operation may resize or write to them.
         seen = [(t, self.index(t), _address(t)) for t in _tensors((args, kwargs))]
         described = self._described(args), self._described(kwargs)
         out = func(*args, **kwargs)
-        if not self.why:
-            self._note(func, described, seen, args, kwargs, out)
+        self._note(func, described, seen, args, kwargs, out)
         return out
 
     def _literal(self, tensor: Tensor) -> Tensor:
@@ -161,7 +168,7 @@ class Tracer(TorchDispatchMode):
         index = self._new(tensor, None)
         self.trace.values[index].constant = tensor
         out = tensor.clone()
-        self._add(aten.clone.default, (Ref(index),), {}, [self._new(out, None)], pure=True)
+        self._add(aten.clone.default, (Ref(index),), {}, [index], [self._new(out, None)])
         return out
 
     def _described(self, tree: Any) -> Any:
@@ -173,21 +180,18 @@ class Tracer(TorchDispatchMode):
             return {k: self._described(v) for k, v in tree.items()}
         return tree
 
-    def _note(
-        self, func: Any, described: Any, seen: Any, args: Any, kwargs: Any, out: Any
-    ) -> None:
+    def _note(self, func: Any, described: Any, seen: Any, args: Any, kwargs: Any, out: Any) -> None:
         tags = func.tags
         if torch.Tag.dynamic_output_shape in tags and not _static(func, args):
-            self.why = f"the shape of what {func} gives depends on data"
+            self.refuse(f"the shape of what {func} gives depends on data")
             return
         outs = list(out) if isinstance(out, tuple | list) else [out]
         if not any(isinstance(o, Tensor) for o in outs):
             if seen and torch.Tag.data_dependent_output in tags:
-                self._expect(func, described[0], out)
+                self._expect(func, described[0], [i for _, i, _ in seen], out)
             return
         writes = {
-            self.trace.values[self._known[arg]].memory
-            for arg in _written(func, args, kwargs)
+            self.trace.values[self._known[arg]].memory for arg in _written(func, args, kwargs)
         }
         known = len(self.trace.values)
         outputs = [self._output(o, seen) if isinstance(o, Tensor) else None for o in outs]
@@ -199,15 +203,16 @@ class Tracer(TorchDispatchMode):
                 value = self.trace.values[o]
                 offset, shape, stride = value.layout[:3]
                 strided = (Ref(value.memory), tuple(shape), stride, offset)
-                self._add(aten.as_strided.default, strided, {}, [o], pure=True)
+                self._add(aten.as_strided.default, strided, {}, [value.memory], [o])
             return
         self._add(
             func,
             *described,
+            [i for _, i, _ in seen],
             outputs,
             several=isinstance(out, tuple | list),
             writes=writes,
-            pure=not (writes or torch.Tag.nondeterministic_seeded in tags),
+            required=torch.Tag.nondeterministic_seeded in tags,
         )
 
     def _add(
@@ -215,9 +220,10 @@ class Tracer(TorchDispatchMode):
         func: Any,
         args: Any,
         kwargs: Any,
+        reads: list[int],
         outputs: list[int | None],
         *,
-        pure: bool,
+        required: bool = False,
         several: bool = False,
         writes: Iterable[int] = (),
     ) -> None:
@@ -225,11 +231,12 @@ class Tracer(TorchDispatchMode):
             func=func,
             args=args,
             kwargs=kwargs,
+            reads=reads,
             outputs=outputs,
             several=several,
             writes=set(writes),
             segment=len(self.trace.segments) - 1,
-            pure=pure,
+            required=required,
         )
         self.trace.nodes.append(node)
 
@@ -239,12 +246,12 @@ class Tracer(TorchDispatchMode):
         owner = self.trace.values[value.memory]
         return value is not owner and owner.is_made and owner.layout[3:] == value.layout[3:]
 
-    def _expect(self, func: Any, args: Any, number: Any) -> None:
+    def _expect(self, func: Any, args: Any, reads: list[int], number: Any) -> None:
         """Note that code may take another turn where data give another number."""
         if isinstance(number, bool | int | float):
-            self._add(expect, (func, args, number), {}, [], pure=False)
+            self._add(expect, (func, args, number), {}, reads, [], required=True)
         else:
-            self.why = f"{func} reads data"
+            self.refuse(f"{func} reads data")
 
     def _output(self, tensor: Tensor, seen: list[tuple[Tensor, int, int]]) -> int:
         known: int | None = self._known.get(tensor)
@@ -275,7 +282,7 @@ class Reads(TorchFunctionMode):
         kwargs = kwargs or {}
         copies = func in _ENTERING and next(_tensors((args, kwargs)), None) is not None
         if func in _LEAVING or copies:
-            self.tracer.why = f"it reads data by {getattr(func, '__name__', func)}"
+            self.tracer.refuse(f"it reads data by {getattr(func, '__name__', func)}")
         return func(*args, **kwargs)
 
 
@@ -293,16 +300,6 @@ _LEAVING = {
     Tensor.__deepcopy__,
 }
 _ENTERING = {torch.tensor, torch.as_tensor, torch.asarray}
-
-
-def refs(tree: Any) -> Iterator[Ref]:
-    if isinstance(tree, Ref):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for part in tree:
-            yield from refs(part)
-    elif isinstance(tree, dict):
-        yield from refs(list(tree.values()))
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

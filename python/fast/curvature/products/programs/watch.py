@@ -15,6 +15,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 
 from fast.curvature.network.batches import Batch
+from fast.curvature.network.snapshot import is_plain
 
 _GLOBAL_HOOKS = (
     module_hooks._global_forward_hooks,
@@ -30,6 +31,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module):
+        self._registered = {id(t) for t in (*model.parameters(), *model.buffers())}
         found = [*_containers(model)]
         self.dicts = [c for c in found if isinstance(c, dict)]
         self.others = [c for c in found if not isinstance(c, dict)]
@@ -47,10 +49,8 @@ class Watch:
 
     def attributes(self) -> list[Tensor]:
         """Tensors that are neither parameters nor buffers, once each."""
-        return [t for t in dict.fromkeys(self.contents_of_kind()) if not isinstance(t, nn.Parameter)]
-
-    def contents_of_kind(self) -> Iterator[Tensor]:
-        return (c for c in self.contents if isinstance(c, Tensor))
+        tensors = {id(t): t for t in self.contents if isinstance(t, Tensor)}
+        return [t for i, t in tensors.items() if i not in self._registered]
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:
@@ -73,8 +73,7 @@ def _is_record(value: Any) -> bool:
 
 def draws() -> tuple[Any, ...]:
     """The state of the random generators that torch does not seed."""
-    state = np.random.get_state(legacy=False)
-    return random.getstate(), repr(state)
+    return random.getstate(), repr(np.random.get_state(legacy=False))
 
 
 def shapes(tensors: list[Tensor]) -> list[Any] | None:
@@ -85,9 +84,13 @@ def shapes(tensors: list[Tensor]) -> list[Any] | None:
 
 
 def make_up(batch: Batch) -> tuple[Any, ...]:
-    """Everything about the inputs that are no tensors, and where tensors are."""
+    """Everything about the inputs but their tensors: where those are, and which are the same."""
     leaves, tree = pytree.tree_flatten(batch.inputs)
-    return tree, tuple(None if isinstance(t, Tensor) else (type(t), t) for t in leaves)
+    places = {id(t): i for i, t in reversed([*enumerate(leaves)])}
+    return tree, tuple(
+        places[id(t)] if isinstance(t, Tensor) else (type(t), t if is_plain(t) else id(t))
+        for t in leaves
+    )
 
 
 def modes(device: torch.device) -> tuple[Any, ...]:
