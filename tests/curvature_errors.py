@@ -8,6 +8,7 @@ prints the table of docs/curvature.md:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -92,13 +93,14 @@ def row(name: str) -> Audited:
 
 
 def main() -> None:
-    print("| operation, thread | double backward | jvp(jacrev) | jvp(jvp) | fast |")
-    print("| --- | --- | --- | --- | --- |")
+    lines = ["| operation, thread | double backward | jvp(jacrev) | jvp(jvp) | fast |"]
+    lines.append("| --- | --- | --- | --- | --- |")
     for name in OPEN:
         audited = row(name)
         cells = [f"{name}, #{OPEN[name][0]}"]
         cells += [getattr(audited, way).partition(":")[0] for way in WAYS]
-        print(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
