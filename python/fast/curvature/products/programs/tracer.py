@@ -65,7 +65,7 @@ class Node:
         return [o for o in self.outputs if o is not None]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trace:
     """The nodes in their order, the values that they read and make, and for every segment the
     inputs that it is given and its results.
