@@ -209,6 +209,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "embedding": Tokens,
 }  # fmt: skip
 
+# Networks with an operation that has no rule: these take the loop.
+BY_LOOP = {"activations", "group-norm", "lstm", "gru", "in-place"}
+
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
     """(model, x [5, 6], labels [5]); the same every time."""

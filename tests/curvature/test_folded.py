@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature_cases import NETWORKS, build
+from curvature_cases import BY_LOOP, NETWORKS, build
 from curvature_truth import Net, batch, linear
 from fast.curvature import GGN, Hessian
 from fast.curvature.products.batched import RuleError, UnsupportedOperation
 from fast.curvature.products.batched.tape import Tape
 from fast.curvature.products.rules import RULES
-
-# Operations without a rule: these take the loop, and say why.
-BY_LOOP = {"activations", "group-norm", "lstm", "gru", "in-place"}
 
 
 @pytest.mark.parametrize("kind", [Hessian, GGN])

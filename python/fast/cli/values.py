@@ -55,6 +55,17 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         raise ArgumentTypeError(f"whole numbers separated by commas, not {text!r}") from None
 
 
+def shape(text: str) -> tuple[int, ...]:
+    """`"8x3x32x32"` -> `(8, 3, 32, 32)`."""
+    try:
+        sizes = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise ArgumentTypeError(f"sizes joined by x, as 8x3x32x32, not {text!r}")
+    return sizes
+
+
 def names(text: str) -> tuple[str, ...]:
     """`"fast,vanilla"` -> `("fast", "vanilla")`, without repetitions."""
     return tuple(dict.fromkeys(text.split(",")))

@@ -14,6 +14,7 @@ from fast.curvature.algorithms.lanczos import Eigenpairs, top
 from fast.curvature.algorithms.spectrum import Spectrum, spectrum
 from fast.curvature.algorithms.summary import Summary, summarise
 from fast.curvature.algorithms.trace import Estimate, block_traces, trace
+from fast.curvature.audit import Audit, Audited, audit
 from fast.curvature.losses.closed_forms import CrossEntropy, SquaredError
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.graph import SecondDerivativeError
@@ -26,6 +27,8 @@ from fast.curvature.operators.network_operator import NetworkOperator
 
 __all__ = [
     "GGN",
+    "Audit",
+    "Audited",
     "CheckReport",
     "CrossEntropy",
     "Eigenpairs",
@@ -43,6 +46,7 @@ __all__ = [
     "SquaredError",
     "Summary",
     "SymmetricOperator",
+    "audit",
     "block_traces",
     "cg",
     "check",

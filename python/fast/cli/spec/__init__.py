@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fast.cli.options import option
-from fast.cli.spec.base import Spec
+from fast.cli.spec.base import Spec, at_least
 from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.join import JoinSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
-from fast.cli.values import folder_name
+from fast.cli.values import folder_name, shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,32 @@ class EnvSpec(Spec):
     about = "versions, hardware, and which kernels run here"
 
     json: bool = option("print JSON", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditSpec(Spec):
+    """Second derivatives of a network's modules: torch's own, ours, and what differences say.
+
+      fast audit --model nets.py:Net --input 8x3x32x32
+      fast audit --model bert.py:Bert --input 2x16 --tokens 30522
+
+    Runs in float64 on random inputs, in eval mode, and names the modules whose second derivatives
+    are wrong or missing in the version of torch that is installed.
+    """
+
+    about = "which modules have wrong second derivatives in torch"
+
+    model: str | None = option("file.py:factory, timm:NAME, ... as for finetune", metavar="SPEC")
+    input: tuple[int, ...] | None = option("shape of the input", read=shape, metavar="NxN")
+    tokens: int = option("inputs are whole numbers below this; 0: normal random numbers", 0)
+    train: bool = option("in train mode", False)
+    seed: int = option("seed of weights, inputs and directions", 0)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "input"):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name} must be given; see fast audit --help")
+        at_least(self, "tokens", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +73,7 @@ COMMANDS: dict[str, type[Spec]] = {
     "retention": RetentionSpec,
     "curvature": CurvatureSpec,
     "landscape": LandscapeSpec,
+    "audit": AuditSpec,
     "env": EnvSpec,
     "demo": DemoSpec,
 }

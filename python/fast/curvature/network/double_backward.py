@@ -114,6 +114,13 @@ def _first_call(
     network: Network, batch: Batch, index: int, passes: Callable[[Call], bool]
 ) -> Call | None:
     """The first call of a module, innermost first, that does not pass."""
+    calls = calls_of(network, batch, index)
+    with network.scope(index, differentiable_twice=True):
+        return next((call for call in calls if not passes(call)), None)
+
+
+def calls_of(network: Network, batch: Batch, index: int) -> list[Call]:
+    """The calls of all modules with their arguments, innermost first."""
     calls: list[Call] = []
     pending: list[tuple[Any, Any]] = []
 
@@ -134,8 +141,7 @@ def _first_call(
     finally:
         for handle in handles:
             handle.remove()
-    with network.scope(index, differentiable_twice=True):
-        return next((call for call in calls if not passes(call)), None)
+    return calls
 
 
 def _copied(tree: Any) -> Any:

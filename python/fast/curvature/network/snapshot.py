@@ -34,7 +34,7 @@ def snapshot(*things: Any) -> list[Any]:
         elif isinstance(thing, list | tuple):
             parts += snapshot(*thing)
         else:
-            parts.append(thing if _plain(thing) else id(thing))
+            parts.append(thing if is_plain(thing) else id(thing))
     return parts
 
 
@@ -90,9 +90,9 @@ def _factors(dtype: torch.dtype, device: torch.device) -> Tensor:
     return (1 + (steps * 0.6180339887498949) % 1).to(device, dtype)
 
 
-def _plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
-        return all(map(_plain, value))
+        return all(map(is_plain, value))
     return isinstance(value, _PLAIN)
 
 
@@ -104,6 +104,6 @@ def _tensors(module: nn.Module) -> Iterable[Any]:
 
 def _module(module: nn.Module) -> tuple[Any, ...]:
     attributes = vars(module)
-    plain = [v for v in attributes.values() if _plain(v)]
+    plain = [v for v in attributes.values() if is_plain(v)]
     hooks = [tuple(map(id, attributes[h].values())) for h in _HOOKS if attributes[h]]
     return (id(module), type(module), id(attributes.get("forward")), plain, hooks)

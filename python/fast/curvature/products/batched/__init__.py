@@ -7,7 +7,7 @@ everything else in one elementwise pass (`rules`, one module per kind of operati
 without a rule is an `UnsupportedOperation`, and the caller takes the kept-graph loop instead.
 """
 
-from fast.curvature.products.batched.linearize import FoldedGGN, FoldedHessian
+from fast.curvature.products.batched.linearize import Folded, FoldedGGN, FoldedHessian
 from fast.curvature.products.rules import RuleError, UnsupportedOperation
 
-__all__ = ["FoldedGGN", "FoldedHessian", "RuleError", "UnsupportedOperation"]
+__all__ = ["Folded", "FoldedGGN", "FoldedHessian", "RuleError", "UnsupportedOperation"]

@@ -8,8 +8,9 @@ from torch import Tensor
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
 from fast.curvature.network.evaluation import StopGradients
-from fast.curvature.network.network import Network
-from fast.curvature.network.parameter_space import Blocks, dot
+from fast.curvature.network.network import Network, laid_out
+from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.products.batched.passes import Passes, Segment, untraced
 from fast.curvature.products.batched.recorder import Recorder
 from fast.curvature.products.batched.tape import Program, Tape
 from fast.curvature.products.looped import OutputCurvature, grad_or_none
@@ -24,7 +25,7 @@ DEFAULT_BUDGET = 2**30
 CPU_TANGENT = 8 * 2**20
 
 
-class _Folded:
+class Folded(Passes):
     """What Hessian and GGN share: forward record, curvature at the output, backward record.
 
     The Hessian is the derivative of the whole gradient. For the GGN, everything that the backward
@@ -43,7 +44,9 @@ class _Folded:
         curvature: OutputCurvature,
         chunk: int | None = None,
         budget: int | None = None,
+        segment: Segment = untraced,
     ):
+        self.segment = segment
         forward, backward = Tape(), Tape()
         recorder = Recorder(forward, self.exact)
         with network.scope(index, differentiable_twice=False):
@@ -53,13 +56,19 @@ class _Folded:
                 i: n for i, n in network.names_by_id().items() if n in network.names
             }
             self.param_slots = [recorder.activate(p) for p in params]
-            with StopGradients(lambda t: recorder.slots.pop(t, None)), recorder:
-                z, y = network.answers(leaves, batch, loss)
-            self.output_shape = z.shape
+            stopped = StopGradients(lambda t: recorder.slots.pop(t, None))
+            with segment(*leaves.values()) as returns, stopped, recorder:
+                z = network.outputs(leaves, batch.inputs)
+                returns(z)
+            dim = loss.class_dim(z, batch.target, network.class_dim)
+            with segment() as returns, recorder:
+                z, y = laid_out(z, batch.target, dim)
+                detached = z.detach()
+                returns(detached)
+            self.output_dim, self.output_shape = dim, z.shape
             self.output_slot = recorder.slot(z)
             if z.requires_grad != (self.output_slot is not None):
                 raise UnsupportedOperation("the custom autograd function that makes the output")
-            detached = z.detach()
             self.answers, self.weight = (detached, y), 0.0
             self.curvature = curvature(loss, detached, y)
             # Only the shape of a GGN's cotangent matters, and there may be no label to compute it.
@@ -74,7 +83,7 @@ class _Folded:
                 recorder.tape = backward
             split = len(forward.steps)
             self.cotangent_slot = recorder.activate(cotangent)
-            with recorder:
+            with segment(cotangent), recorder:
                 grads = grad_or_none([z], params, [cotangent])
             self.grad_slots = [None if g is None else recorder.slot(g) for g in grads]
             recorder.cache.clear()
@@ -117,22 +126,23 @@ class _Folded:
         assert u is not None
         return u, values
 
-    @torch.no_grad()
-    def products(self, vectors: Blocks) -> Blocks:
-        out = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in vectors]
-        for start in range(0, vectors[0].shape[0], self.chunk):
-            part = slice(start, start + self.chunk)
-            self._product([v[part] for v in vectors], [o[part] for o in out])
-        return out
-
     def _product(self, vectors: Blocks, out: Blocks) -> None:
-        u, values = self.jvp(vectors)
-        if self.output_slot is not None and self.output_slot not in self.late:
-            values[self.output_slot] = None
-        if not self.exact:
-            values = [None] * len(self.backward.sizes)
-        values[self.cotangent_slot] = self.curvature.product(_unshared(u, [*vectors, *values]))
+        with self.segment(*vectors) as returns:
+            u, values = self.jvp(vectors)
+            if self.output_slot is not None and self.output_slot not in self.late:
+                values[self.output_slot] = None
+            if not self.exact:
+                values = [None] * len(self.backward.sizes)
+            u = _unshared(u, [*vectors, *values])
+            returns(u)
+        moved = self.curvature.product(u)
         del u
+        with self.segment(moved, *out):
+            self._pull(moved, values, out)
+
+    def _pull(self, moved: Tensor, values: list[Tensor | None], out: Blocks) -> None:
+        """Write the tangents of the gradient to `out`, from that of the cotangent."""
+        values[self.cotangent_slot] = moved
         into = {}
         for slot, o in zip(self.grad_slots, out, strict=True):
             if slot is not None and slot in self.sources and o.ndim == 3:
@@ -147,24 +157,20 @@ class _Folded:
             elif value.data_ptr() != o.data_ptr():
                 o.copy_(value)
 
-    @torch.no_grad()
-    def quad(self, vectors: Blocks) -> Tensor:
-        if self.exact:
-            return dot(vectors, self.products(vectors))
-        values = []
-        for start in range(0, vectors[0].shape[0], self.chunk):
-            u, _ = self.jvp([v[start : start + self.chunk] for v in vectors])
-            values.append(self.curvature.quad(u))
-        return torch.cat(values)
+    def _quad(self, vectors: Blocks) -> Tensor:
+        with self.segment(*vectors) as returns:
+            u, _ = self.jvp(vectors)
+            returns(u)
+        return self.curvature.quad(u)
 
 
-class FoldedHessian(_Folded):
+class FoldedHessian(Folded):
     """Exact Hessian of one batch: the derivative of the record of its gradient."""
 
     exact = True
 
 
-class FoldedGGN(_Folded):
+class FoldedGGN(Folded):
     """J^T S J of one batch: forward record, curvature at the output, transposed record."""
 
     exact = False

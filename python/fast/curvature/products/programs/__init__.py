@@ -1,0 +1,1 @@
+"""Programs: the record of a network as code that runs on every batch."""

@@ -1,0 +1,161 @@
+"""The programs of one operator, found by what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fast.curvature.losses.loss import Loss
+from fast.curvature.network.batches import Batch
+from fast.curvature.network.network import Network
+from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.products.batched.linearize import Folded
+from fast.curvature.products.batched.passes import Passes, untraced
+from fast.curvature.products.looped import OutputCurvature
+from fast.curvature.products.programs.program import FIRST_PASS, Program, Replay
+from fast.curvature.products.programs.source import Source
+from fast.curvature.products.programs.tracer import Diverged, Reads, Tracer
+from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
+
+# Programs of one make-up of the inputs that differ in what their code read from data.
+MOST_TURNS = 4
+# Make-ups of inputs (mostly sequence lengths) that are kept; the code holds no activations.
+MOST_KEPT = 32
+
+
+class Programs:
+    """Records the first batch of each make-up, traces the second, and runs the program on all more.
+
+    A program fits batches whose inputs have the same structure, shapes, strides and types, for one
+    number of vectors, as long as the model's parts, modes, hooks, attributes and the shapes of its
+    tensors are the same, and its code reads the same numbers from data. A network that cannot be
+    traced is recorded batch by batch; `why` says which reason was found last.
+    """
+
+    def __init__(self, network: Network):
+        self.network = network
+        self.why = ""
+        self.forget()
+
+    def forget(self) -> None:
+        self._watch: Watch | None = None
+        self._seen: dict[Any, list[Program] | None] = {}
+        self._tensors: list[Tensor] = []
+        self._others: list[Tensor] = []
+
+    def linearize(
+        self,
+        record: Callable[..., Folded],
+        loss: Loss,
+        batch: Batch,
+        index: int,
+        curvature: OutputCurvature,
+        num_vectors: int,
+    ) -> Folded | Replay:
+        """The linearization of one batch for products with `num_vectors` vectors.
+
+        Args:
+            record: makes a record, given the `segment` that surrounds its parts.
+        """
+        self._look()
+        inputs = [t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)]
+        described = shapes([*self._tensors, *inputs])
+        if described is None:
+            self.why = "a tensor of it or of its inputs is nested, sparse or of a class of its own"
+            return record()
+        device = self.network.space.device
+        key = (num_vectors, modes(device), make_up(batch), *map(tuple, described))
+        if key not in self._seen:
+            self._seen[key] = []
+            while len(self._seen) > MOST_KEPT:
+                del self._seen[next(iter(self._seen))]
+            return record()
+        programs = self._seen[key]
+        if programs is None:
+            return record()
+        given = [*self._tensors, *inputs, *self._others]
+
+        def replayed(program: Program) -> Replay:
+            return program.linearize(self.network, loss, batch, index, curvature, given)
+
+        for program in programs:
+            try:
+                return replayed(program)
+            except Diverged:
+                continue
+        if len(programs) == MOST_TURNS:
+            self._refuse(key, "what its code reads from data differs from batch to batch")
+            return record()
+        return self._trace(key, record, given, replayed)
+
+    def _look(self) -> None:
+        """Forget all programs where the model is no longer the one that they were made of."""
+        if self._watch is not None and self._watch.holds():
+            return
+        self.forget()
+        self._watch = watch = Watch(self.network.model)
+        parameters = dict(self.network.model.named_parameters()).values()
+        self._tensors = [*parameters, *self.network.model.buffers()]
+        self._others = watch.attributes()
+
+    def _refuse(self, key: Any, why: str) -> None:
+        self._seen[key], self.why = None, why
+
+    def _trace(
+        self,
+        key: Any,
+        record: Callable[..., Folded],
+        given: list[Tensor],
+        replayed: Callable[[Program], Replay],
+    ) -> Folded:
+        """A record, which leaves a program where its network can be traced."""
+        num_vectors, num_params = key[0], len(list(self.network.model.parameters()))
+        # The record makes leaves of the parameters, and declares those itself.
+        tracer, before = Tracer(given[num_params:]), draws()
+        with Reads(tracer):
+            part = record(segment=tracer.segment)
+        assert self._watch is not None
+        if not self._watch.holds():
+            tracer.refuse("it changes its own attributes as it runs")
+        if draws() != before:
+            tracer.refuse("it draws random numbers that torch does not seed")
+        if tracer.why:
+            part.segment = untraced
+            self._refuse(key, tracer.why)
+            return part
+        sizes = {min(part.chunk, num_vectors), num_vectors % part.chunk} - {0}
+        passes = {size: len(tracer.trace.segments) + 2 * i for i, size in enumerate(sizes)}
+        ones = [self._product_with_ones(part, size) for size in passes]
+        part.segment = untraced
+        if not tracer.why:
+            program = Program(Source(tracer.trace, FIRST_PASS), part, passes, num_vectors)
+            again = replayed(program)
+            if not all(
+                _agree(self._product_with_ones(again, size), truth)
+                for size, truth in zip(passes, ones, strict=True)
+            ):
+                tracer.refuse("its program gives another product than its record")
+        if tracer.why:
+            self._refuse(key, tracer.why)
+        else:
+            self._seen[key].append(program)
+        return part
+
+    @torch.no_grad()
+    def _product_with_ones(self, part: Passes, size: int) -> Blocks:
+        vectors = [torch.ones_like(v) for v in self.network.space.zeros(size)]
+        out = list(map(torch.empty_like, vectors))
+        part._product(vectors, out)
+        return out
+
+
+def _agree(a: Blocks, b: Blocks) -> bool:
+    """Whether two products are equal but for rounding: kernels may round by where memory lies."""
+    return all(
+        float((x - y).norm()) <= torch.finfo(x.dtype).eps ** 0.5 * float(y.norm())
+        for x, y in zip(a, b, strict=True)
+    )
