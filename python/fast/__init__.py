@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
     from fast.heads import fold_head, replace_head, source_task
-    from fast.merge.rewind import rewind
+    from fast.merge.rewind.between import rewind
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
     from fast.train.finetune import finetune

@@ -13,6 +13,7 @@ from fast.cli.spec.base import Spec
 from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
+from fast.cli.spec.rewind import RewindSpec
 from fast.cli.values import folder_name
 
 
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
     "compare": CompareSpec,
     "retention": RetentionSpec,
+    "rewind": RewindSpec,
     "curvature": CurvatureSpec,
     "landscape": LandscapeSpec,
     "env": EnvSpec,

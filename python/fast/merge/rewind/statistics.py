@@ -43,7 +43,8 @@ class MovingStatistics:
         parts = zip(self._own, self._seen(), self._then, strict=True)
         self._set(
             [
-                (mean + now[0] - then[0], var * now[1] / then[1].clamp_min(1e-12))
+                # Where nothing has moved, this is exact.
+                (mean + (now[0] - then[0]), var * (now[1] / then[1]))
                 for (mean, var), now, then in parts
             ]
         )

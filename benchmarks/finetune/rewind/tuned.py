@@ -1,4 +1,4 @@
-"""Fine-tuned networks that have forgotten: the material of `benchmarks.finetune.rewind`.
+"""Fine-tuned networks that have forgotten: the material of this benchmark.
 
 They are kept in a folder, with what making them took, and are not made again.
 """
@@ -33,7 +33,7 @@ METHODS = ("vanilla", "lp-ft", PLAIN)
 def checkpoint(
     pair: str, method: str, seed: int, data: Path, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of a fine-tuned network, and what is known of its run: `seconds` of processor time.
+    """The state dict of a fine-tuned network, and what is known of its run.
 
     Args:
         method: one of `fast.finetune`, or "plain script", which uses nothing of this library.

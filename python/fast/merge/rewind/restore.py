@@ -10,8 +10,8 @@ from torch import nn
 from fast.adapt.guards.rehearse import LEAST, TOLERANCE
 from fast.heads import forward_logits, task_head
 from fast.heads.batch_norm import per_task_norms
-from fast.merge.features import SourceFeatures, pull
-from fast.merge.target import Target
+from fast.merge.rewind.features import SourceFeatures, pull
+from fast.merge.rewind.target import Target
 from fast.optim import AdamW
 
 STEPS, TARGET_SAMPLES, SOURCE_SAMPLES = 12, 48, 16

@@ -12,8 +12,8 @@ from fast.data.trees import pick
 from fast.heads import forward_logits
 from fast.heads.batch_norm import per_task_norms
 from fast.heads.forward import in_mode
-from fast.merge.features import SourceFeatures
-from fast.merge.target import Target
+from fast.merge.rewind.features import SourceFeatures
+from fast.merge.rewind.target import Target
 
 # Gradients of a few samples are noisy, so no layer goes further than others by more than this.
 MOST = 4.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fast.adapt.guards.weight_line import WeightLine
-from fast.merge.statistics import MovingStatistics
+from fast.merge.rewind.statistics import MovingStatistics
 
 
 class Way(WeightLine):
