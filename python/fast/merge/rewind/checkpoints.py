@@ -68,11 +68,11 @@ def tuned_state(tuned: Checkpoint, network: nn.Module, head: Head) -> tuple[dict
     state = _state(tuned, network, "tuned")
     expected = network.state_dict()
     prefix = f"{head.name}."
-    own = {name for name in expected if name.startswith(prefix)}
+    places = tuple(f"{name}." for _, _, name in head.places)
+    _check_fits(state, {n: x for n, x in expected.items() if not n.startswith(places)}, "tuned")
     note = ""
     if f"{prefix}weight" not in state:
         state, note = _renamed_head(state, expected, head)
-    _check_fits(state, {n: x for n, x in expected.items() if n not in own}, "tuned")
     weight = state[f"{prefix}weight"]
     wanted = head.module.weight
     if weight.dim() != wanted.dim() or weight.shape[1:] != wanted.shape[1:]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fast.data.trees import pick
 from fast.heads import forward_logits
-from fast.heads.batch_norm import per_task_norms
 from fast.heads.forward import in_mode
 from fast.merge.rewind.features import SourceFeatures
 from fast.merge.rewind.target import Target
@@ -47,9 +46,6 @@ def reaches(
     rows = torch.arange(min(SAMPLES, features.samples.size), device=features.before.device)
     with in_mode(model, False):
         cost = _slopes(features.distance(model, rows).mean(), shared, differences)
-        norms = per_task_norms(model)[0]
-        for norm in norms:
-            norm.training, norm.momentum = True, 0.0  # the batch's statistics; its own stay
         logits = forward_logits(model, pick(target.inputs, slice(SAMPLES)))
         loss = F.cross_entropy(logits, target.labels[:SAMPLES])
         gain = _slopes(-loss, shared, differences)
