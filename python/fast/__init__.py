@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
     from fast.heads import fold_head, replace_head, source_task
     from fast.merge.join import join
+    from fast.merge.rewind.between import rewind
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
     from fast.train.finetune import finetune
@@ -36,6 +37,7 @@ __all__ = [
     "landscape",
     "param_groups",
     "replace_head",
+    "rewind",
     "source_task",
 ]
 
@@ -56,6 +58,7 @@ _HOME = {
     "landscape": "fast.analysis.landscape",
     "param_groups": "fast.optim.param_groups",
     "replace_head": "fast.heads",
+    "rewind": "fast.merge.rewind",
     "source_task": "fast.heads",
 }
 

@@ -129,6 +129,12 @@ def per_task_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for norm in norms for p in norm.parameters(recurse=False)]
 
 
+def per_task_norms(model: nn.Module) -> tuple[list[_BatchNorm], list[_BatchNorm]]:
+    """The batch norms that are kept per task: the target's, and in the same order the source's."""
+    norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
+    return list(norms), [cast(_BatchNorm, m.source_norm) for m in norms]
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances `[C]` of the batch norms, not copied."""
     pairs = [(m.running_mean, m.running_var) for m in _batch_norms(model)]
@@ -141,7 +147,11 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     Each batch takes one forward pass and counts the same; a batch of one value per channel does not
     count. Everything but these batch norms stays in evaluation mode.
     """
-    norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
+    estimate(per_task_norms(model)[0], model, batches)
+
+
+def estimate(norms: list[Any], model: nn.Module, batches: Iterable[Any]) -> None:
+    """Set the statistics of these batch norms of `model`; see `estimate_statistics`."""
     momenta = [norm.momentum for norm in norms]
     before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
     with evaluating(model):

@@ -38,9 +38,9 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
             set. The model is then unchanged.
     """
     path = Path(path).expanduser()
-    state, notes = _read_state(path)
+    state, notes = read_state(path)
     expected = model.state_dict()
-    state, renamed = _matched(state, expected, path)
+    state, renamed = matched(state, expected, path)
     notes += renamed
     missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in expected]
@@ -89,7 +89,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     return notes
 
 
-def _read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a file, and notes on which it is."""
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: no such file")
@@ -137,7 +137,7 @@ def _is_state(state: Any) -> bool:
     return bool(state) and _is_named(state) and all(isinstance(v, Tensor) for v in state.values())
 
 
-def _matched(
+def matched(
     state: dict[str, Tensor], expected: dict[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The state under the names of the network: all of its own names have one prefix more, or less.

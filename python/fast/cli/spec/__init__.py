@@ -14,6 +14,7 @@ from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.join import JoinSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
+from fast.cli.spec.rewind import RewindSpec
 from fast.cli.values import folder_name, shape
 
 
@@ -71,6 +72,7 @@ COMMANDS: dict[str, type[Spec]] = {
     "join": JoinSpec,
     "compare": CompareSpec,
     "retention": RetentionSpec,
+    "rewind": RewindSpec,
     "curvature": CurvatureSpec,
     "landscape": LandscapeSpec,
     "audit": AuditSpec,

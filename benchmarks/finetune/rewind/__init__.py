@@ -1,0 +1,1 @@
+"""Is forgetting undone? See `__main__`."""

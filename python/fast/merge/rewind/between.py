@@ -1,0 +1,102 @@
+"""`fast.rewind`: the best network between two checkpoints that keeps a forgetting budget."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.adapt.config import Budget
+from fast.adapt.guards.forgetting import hold_back
+from fast.data.generators import seeded
+from fast.data.source_inputs import parse_source_inputs
+from fast.errors import some
+from fast.heads import find_head
+from fast.heads.forward import check_takes
+from fast.merge.rewind.checkpoints import Checkpoint, base_network, tuned_state
+from fast.merge.rewind.result import RewindConfig, Rewound
+from fast.merge.rewind.search import Search
+from fast.train.engine import in_float32, pick_device
+
+log = logging.getLogger("fast")
+
+
+def rewind(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    source_inputs: Any,
+    budget: float | str,
+    *,
+    data: Any = None,
+    model: nn.Module | None = None,
+    head: str | None = None,
+    source_skill: str = "auto",
+    seed: int = 0,
+    device: str | torch.device | None = None,
+) -> Rewound:
+    """The best network between two checkpoints that keeps a forgetting budget.
+
+    Nothing that is passed is changed. There are three stages, and each comes only if the one before
+    loses more than a point of target accuracy:
+
+    1. The line `w0 + t (w1 - w0)` of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), up to where
+       the budget is spent. Each task has its own head and its own batch norms, whose statistics
+       follow the weights. The target's head is taught again where the search ends.
+    2. A coefficient per layer, by what the layer gives to the target and costs the source.
+    3. A few steps on the target that bring the features of source inputs back.
+
+    Without `data` there is only the first, because the others trade target for source, and nothing
+    could say how much: `Rewound.unknown` says so.
+
+    Args:
+        base: the checkpoint before fine-tuning: a network, a state dict, or a file or folder of
+            one. The names of weights may have the prefixes of wrappers; LoRA by PEFT is merged.
+        tuned: the one after it, of the same architecture. Its head may differ.
+        source_inputs: a few hundred inputs of the source task, with labels or without. Half of
+            them, up to 512, are held back, and measure what is lost.
+        budget: what may be lost: nats of source loss (0.1) or points of source accuracy ("2%").
+        data: samples of the target task: what `fast.finetune` takes for `train`.
+        model: the architecture, where `base` is no network; it has base's head.
+        head: the name of the layer that makes the logits, where running the network does not tell.
+        source_skill: "answers", "features" or "auto": see `fast.finetune`.
+        seed: of which target samples are used.
+        device: see `fast.finetune`.
+
+    Returns:
+        a `fast.Result` whose `history` is the way there, with `lost`, `unknown`, `plot()` and
+        `save(folder)`.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: an argument does not fit; the message names it.
+    """
+    allowed = Budget.parse(budget)
+    config = RewindConfig(
+        forget_budget=budget, seed=seed, source_skill=source_skill, batch_norm="per_task", head=head
+    )
+    if source_inputs is None:
+        raise ValueError(
+            "source_inputs must be given: a few hundred inputs of the task of base, with labels or "
+            "without, on which what is lost is measured"
+        )
+    samples = parse_source_inputs(source_inputs)
+    place = pick_device(device)
+    network = base_network(base, model).to(place).eval()
+    with seeded(seed), in_float32(network):
+        samples = samples.to(place)
+        first = samples.part(0, 64).inputs
+        check_takes(network, first, "source_inputs")
+        layer = find_head(network, first, head)
+        state, note = tuned_state(tuned, network, layer)
+        if note:
+            log.info(note)
+        _check_finite(network.state_dict())
+        work, meter = hold_back(network, samples, budget=allowed, skill=source_skill)
+        return Search(config, network, state, first, work, meter, data).run()
+
+
+def _check_finite(state: dict[str, Tensor]) -> None:
+    bad = [n for n, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        raise ValueError(f"base: weights that are NaN or infinite: {some(bad)}")

@@ -1,0 +1,128 @@
+"""The target task of a network that is rewound: what it has learned, measured and taught again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.adapt.network.head_start import start_head
+from fast.data.dataset import as_data
+from fast.data.labels import check_labels
+from fast.data.stream import TrainBatches, row_batches
+from fast.data.trees import concatenate, length, move, pick
+from fast.heads import (
+    FeatureNorm,
+    TaskHead,
+    calibrate_from,
+    features_of,
+    fold_head,
+    forward_logits,
+    task_head,
+)
+from fast.heads.batch_norm import estimate, per_task_norms
+from fast.heads.find import HeadLayer, layer_like
+from fast.heads.forward import evaluating
+
+# Samples that are looked at, and those of them that only measure: rewinding has a fifth of the time
+# of the run that it rewinds.
+LIMIT, HELD = 640, 128
+BATCH_SIZE = 128
+HEAD_STEPS = 200
+
+
+class Target:
+    """Some samples of the target task.
+
+    Args:
+        data: what `fast.finetune` takes for `train`.
+        classes: that the fine-tuned network tells apart.
+        device: of the network.
+        seed: of which samples.
+
+    Raises:
+        ValueError, TypeError: the data are no labelled samples, too few, or have other labels.
+    """
+
+    def __init__(self, data: Any, classes: int, device: torch.device, seed: int) -> None:
+        inputs, labels, count = [], [], 0
+        for x, y, _ in TrainBatches(as_data(data, "data"), BATCH_SIZE, seed).once():
+            inputs.append(x)
+            labels.append(y)
+            count += length(x)
+            if count >= LIMIT:
+                break
+        y = check_labels(torch.cat(labels), classes, "data")
+        held = min(HELD, count // 3)
+        if held < 2:
+            raise ValueError(f"data: {count} samples of the target task; give at least 6")
+        x = concatenate(inputs)
+        self.held_inputs = move(pick(x, slice(held)), device)
+        self.held_labels = y[:held].to(device)
+        self.inputs = move(pick(x, slice(held, count)), device)
+        self.labels = y[held:count].to(device)
+        self._seed = seed
+
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """On samples that nothing here has learned from; the fine-tuning run may have."""
+        with evaluating(model):
+            answers = forward_logits(model, self.held_inputs).argmax(1)
+        return (answers == self.held_labels).double().mean().item()
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
+        """Batches to learn from, without end."""
+        for rows in row_batches(self.size, min(size, self.size), self._seed):
+            rows = rows.to(self.labels.device)
+            yield pick(self.inputs, rows), self.labels[rows]
+
+    def pieces(self) -> list[Any]:
+        """The inputs to learn from, in a few batches."""
+        starts = range(0, self.size, BATCH_SIZE)
+        return [pick(self.inputs, slice(i, i + BATCH_SIZE)) for i in starts]
+
+    def teach_head(self, model: nn.Module) -> None:
+        """Teach the target head again, from what it is, on the features that there are now.
+
+        Batch norms of the target get the statistics of its inputs. A head that was better before
+        stays. Heads on maps of features stay, too.
+        """
+        estimate(per_task_norms(model)[0], model, self.pieces()[:2])
+        head = task_head(model)
+        assert head is not None
+        with torch.no_grad():
+            features = torch.cat([features_of(model, head, x) for x in self.pieces()])
+        if features.dim() != 2:
+            return
+        before, was = self.accuracy(model), (copy.deepcopy(head.linear), copy.deepcopy(head.norm))
+        normalise(head, features)
+        start_head(
+            head, features, self.labels, loss=F.cross_entropy, steps=HEAD_STEPS, seed=self._seed
+        )
+        model.eval()
+        if self.accuracy(model) < before:
+            head.linear, head.norm = was
+
+
+@torch.no_grad()
+def normalise(head: TaskHead, features: Tensor) -> None:
+    """Let the head see these features normalised; its answers stay what they were."""
+    plain, norm = plain_layer(head), FeatureNorm(features.shape[1]).to(features)
+    calibrate_from(norm, [features])
+    layer = layer_like(plain, len(plain.weight), bias=True)
+    bias = torch.zeros_like(plain.weight[:, 0]) if plain.bias is None else plain.bias
+    layer.weight.copy_(plain.weight / norm.scale())
+    layer.bias.copy_(bias + plain.weight @ norm.mean)  # type: ignore[union-attr]
+    head.linear, head.norm = layer, norm
+
+
+def plain_layer(head: TaskHead) -> HeadLayer:
+    """The layer that does what the target head does, normalisation included."""
+    return fold_head(nn.Sequential(copy.deepcopy(head)))[0]
