@@ -25,6 +25,7 @@ LAYERS = (
     ("fast.optim", "fast.curvature", "fast.models"),
     ("fast.adapt",),
     ("fast.train", "fast.integrations"),
+    ("fast.deploy",),
     ("fast.analysis",),
     ("fast.cli",),
 )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fast.analysis.landscape import PathRecorder, landscape
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
+    from fast.deploy.load import load
     from fast.heads import fold_head, replace_head, source_task
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
@@ -32,6 +33,7 @@ __all__ = [
     "finetune",
     "fold_head",
     "landscape",
+    "load",
     "param_groups",
     "replace_head",
     "source_task",
@@ -51,6 +53,7 @@ _HOME = {
     "finetune": "fast.train.finetune",
     "fold_head": "fast.heads",
     "landscape": "fast.analysis.landscape",
+    "load": "fast.deploy.load",
     "param_groups": "fast.optim.param_groups",
     "replace_head": "fast.heads",
     "source_task": "fast.heads",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import html
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import fold_head, places_of, source_norms, task_head, unwrap
 from fast.models.claim import is_going_on
-from fast.models.saved import MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, write_manifest
+from fast.models.description import describe_network, save_library_config
+from fast.models.preparation import Preparation
+from fast.models.saved import (
+    MODEL_FILE,
+    OPTIONS_FILE,
+    SOURCE_HEAD_FILE,
+    SOURCE_NORMS_FILE,
+    write_manifest,
+)
 from fast.tensor_files import save_tensors
 
 
@@ -40,6 +49,9 @@ class Result:
         source_accuracy_before: of the pretrained network, before anything was changed.
         run: id of the run, where it had a folder.
         data: what the command line read: classes, samples of each, preprocessing.
+        network: what --model named, by which the network is built again.
+        preparation: what pictures and texts go through on their way to the network.
+        inputs: shapes and types of the network's inputs (`fast.models.signature`).
     """
 
     model: nn.Module
@@ -51,6 +63,9 @@ class Result:
     plan: Plan | None = None
     run: str | None = None
     data: dict[str, Any] | None = None
+    network: str | None = None
+    preparation: Preparation = field(default_factory=Preparation)
+    inputs: Any = None
 
     @property
     def lr(self) -> float:
@@ -89,6 +104,22 @@ class Result:
             source_before=self.source_accuracy_before,
             forecast_in_points=budget is not None and budget.points,
         )
+
+    def predict(self, inputs: Any, **options: Any) -> Any:
+        """Classes of inputs with their probabilities: see `fast.deploy.Predictor.predict`."""
+        return self._predictor().predict(inputs, **options)
+
+    def evaluate(self, data: Any, **options: Any) -> Any:
+        """How good the answers to labelled data are: see `fast.deploy.Predictor.evaluate`."""
+        return self._predictor().evaluate(data, **options)
+
+    def export(self, folder: str | Path, format: str, **options: Any) -> Path:
+        """Write the network for use without this library: see `fast.deploy.Predictor.export`."""
+        return self._predictor().export(folder, format, **options)
+
+    def _predictor(self) -> Any:
+        # The package is above this one, and nothing here depends on it before somebody asks.
+        return importlib.import_module("fast.deploy.load").predictor_of(self)
 
     def _facts(self) -> dict[str, str]:
         """What the run came to, for those who look at it."""
@@ -140,8 +171,10 @@ class Result:
         and a bias in its head (the mean of the features becomes part of it);
         `source_head.safetensors` holds weight and bias of the layer that it replaced, and
         `source_norms.safetensors` the source's batch norms where each task has its own;
-        `config.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes`
-        and history; `data.json` what was read; `manifest.json` the hashes of all.
+        `fast.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes` and
+        history; `preprocessing.json` what pictures and texts go through, with the tokenizer beside
+        it; `config.json` the architecture of a network of transformers; `data.json` what was read;
+        `manifest.json` the hashes of all. `fast.load` reads it.
 
         Returns:
             the folder.
@@ -166,7 +199,9 @@ class Result:
             (folder / SOURCE_NORMS_FILE).unlink(missing_ok=True)
         with atomic_file(folder / MODEL_FILE) as path:
             save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
-        write_json(folder / "config.json", dataclasses.asdict(self.config))
+        save_library_config(model, folder, self.classes)
+        write_json(folder / OPTIONS_FILE, dataclasses.asdict(self.config))
+        self.preparation.save(folder)
         write_json(
             folder / "result.json",
             {
@@ -177,6 +212,8 @@ class Result:
                 "final": self.final,
                 "plan": dataclasses.asdict(self.plan) if self.plan else None,
                 "notes": self.notes,
+                "network": describe_network(model, self.network),
+                "inputs": self.inputs,
             },
         )
         if self.data is not None:

@@ -45,7 +45,8 @@ def option(help: str, default: Any = None, **how: Any) -> Any:
 
     Args:
         how: `read`, a function of the typed text (default: the type of the field); `metavar`;
-            `choices`; `group`, a title in the help.
+            `choices`; `group`, a title in the help; `short`, a second flag; `words`, how many words
+            without a flag it takes (argparse's `nargs`).
     """
     return field(default=default, metadata={"help": help, **how})
 
@@ -124,6 +125,13 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
     if item.default is not None and not isinstance(item.default, bool):
         shown = item.default if isinstance(item.default, tuple) else (item.default,)
         text += f" (default: {','.join(map(str, shown))})"
+    if "words" in how:
+        read = how.get("read", kind)
+        group.add_argument(
+            item.name, type=read, metavar=how["metavar"], nargs=how["words"], help=how["help"]
+        )
+        return
+    flags = (name, *filter(None, [how.get("short")]))
     if kind is bool:
         on_only = item.default is False  # the others can be switched off, too
         action: Any = "store_true" if on_only else argparse.BooleanOptionalAction
@@ -133,7 +141,7 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
     else:
         read = how.get("read") or READERS.get(item.name, kind)
         metavar = how.get("metavar") or METAVARS.get(read, "X,X")
-        group.add_argument(name, type=read, metavar=metavar, help=text)
+        group.add_argument(*flags, type=read, metavar=metavar, help=text)
 
 
 def build(record: type[Record], options: dict[str, Any]) -> Record:

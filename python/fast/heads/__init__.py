@@ -3,6 +3,7 @@
 from fast.heads.batch_norm import (
     estimate_statistics,
     has_batch_norm,
+    load_source_norms,
     plain_batch_norm,
     running_statistics,
     set_batch_norm,
@@ -39,6 +40,7 @@ __all__ = [
     "forward_logits",
     "has_batch_norm",
     "in_mode",
+    "load_source_norms",
     "own_parameters",
     "places_of",
     "plain_batch_norm",

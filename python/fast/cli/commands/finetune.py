@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 import fast
-from fast.cli.record import JOB_FILE, write_record
-from fast.cli.report.finetune import plan_table, summary
+from fast.cli.record import JOB_FILE, absolute, write_record
+from fast.cli.report.finetune import plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.load import load_task
@@ -65,11 +65,13 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     seconds = time.monotonic() - start
     result.classes = list(task.classes)
     result.data = task.description
+    result.network = absolute(spec.task.model)
+    result.preparation = task.preparation
     with ranks.together():
         if ranks.first:
             result.save(folder)
     print(summary(task, result, seconds))
-    print(f"saved in {printable(folder)}")
+    print(f"saved in {printable(folder)}\n{what_next(folder)}")
     message = diverged(result.history[-1]["loss"], len(task.classes))
     if message:
         raise FloatingPointError(message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from pathlib import Path
 
 import fast
 from fast.adapt.config import Budget
@@ -42,6 +44,16 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     return (
         f"{printable(task.name)}: {plan.method}, {steps} steps of {size}, "
         f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n\n{table}\n{budget}"
+    )
+
+
+def what_next(folder: Path) -> str:
+    """What to type after a run."""
+    run = shlex.quote(printable(folder))
+    return (
+        f"next:\n  fast predict {run} PATH...       classes of new inputs\n"
+        f"  fast evaluate {run}             classes one by one, and the worst mistakes\n"
+        f"  fast export {run} --format onnx -o FOLDER"
     )
 
 

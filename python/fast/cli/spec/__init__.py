@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fast.cli.options import option
 from fast.cli.spec.base import Spec
 from fast.cli.spec.curvature import CurvatureSpec
+from fast.cli.spec.deploy import EvaluateSpec, ExportSpec, PredictSpec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
 from fast.cli.values import folder_name
@@ -41,6 +42,9 @@ class DemoSpec(Spec):
 
 COMMANDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
+    "predict": PredictSpec,
+    "evaluate": EvaluateSpec,
+    "export": ExportSpec,
     "compare": CompareSpec,
     "retention": RetentionSpec,
     "curvature": CurvatureSpec,

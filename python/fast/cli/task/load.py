@@ -32,6 +32,7 @@ from fast.cli.task.prepare import (
 from fast.data.images.pixels import is_image_split, merged
 from fast.data.sources import NamedData, Split
 from fast.models.load import LoadedModel
+from fast.models.preparation import Preparation
 from fast.train.config import TrainConfig
 from fast.train.finetune import plan
 
@@ -46,6 +47,7 @@ class LoadedTask:
             samples are trained on.
         sizes: number of samples of each.
         card: file of a source card.
+        preparation: what pictures and texts went through.
         description: classes, samples of each, preprocessing, as plain values.
     """
 
@@ -58,6 +60,7 @@ class LoadedTask:
     source_inputs: Any = None
     card: str | None = None
     transform: Any = None
+    preparation: Preparation = field(default_factory=Preparation)
     sizes: dict[str, int] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
 
@@ -125,6 +128,11 @@ def load_task(spec: TaskSpec, *, source_skill: str = "auto", measured: bool = Tr
         **prepared,
         card=spec.card,
         transform=random_flip if spec.flip else None,
+        preparation=Preparation(
+            images=form if images is not None else None,
+            tokenizer=loaded.tokenizer,
+            max_length=spec.max_length,
+        ),
         sizes={name: len(labels_of(split)) for name, split in prepared.items()},
         description={"data": data, "images": images, "notes": loaded.notes},
     )
