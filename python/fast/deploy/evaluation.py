@@ -93,8 +93,10 @@ class Evaluation:
     @property
     def per_class(self) -> list[ClassScore]:
         """The score of each class that has samples or was answered."""
-        right, truly = self.confusion.diagonal().tolist(), self.confusion.sum(1).tolist()
-        answered = self.confusion.sum(0).tolist()
+        right, truly, answered = (
+            torch.bincount(x, minlength=len(self.classes)).tolist()
+            for x in (self.labels[self.labels == self.predicted], self.labels, self.predicted)
+        )
         return [
             ClassScore(
                 name,

@@ -77,6 +77,7 @@ def load(
         keeps_head=options.get("head") == KEEP,
         lacks=note,
         facts=_reported(facts, options),
+        notes=[str(note) for note in facts.get("notes") or []],
     )
 
 
@@ -99,6 +100,7 @@ def predictor_of(result: Result) -> Predictor:
         keeps_head=config.keeps_head,
         lacks="" if task_head(model) is not None else "the head of the source was folded away",
         facts=_reported(numbers, {"method": config.method}),
+        notes=result.notes,
     )
 
 

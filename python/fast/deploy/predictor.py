@@ -54,6 +54,7 @@ class Predictor:
         keeps_head: whether the run went on with the network's own head: one task then.
         lacks: what is missing to answer the source task; empty where nothing is.
         facts: accuracies and the method of the run.
+        notes: what the weights have that the plain architecture has not (`Result.notes`).
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Predictor:
     keeps_head: bool = False
     lacks: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         network = self.name or type(self.model).__name__
@@ -198,6 +200,7 @@ class Predictor:
             head=name,
             spec=self.name,
             facts=self.facts,
+            odds=self.notes,
         )
 
     @contextmanager
@@ -214,14 +217,26 @@ class Predictor:
             yield
 
     def logits(self, inputs: Any, name: str = "inputs") -> Tensor:
-        """Logits `[B, C]` in float32 on the CPU, of a batch as the network takes it."""
+        """Logits `[B, C]` in float32 on the CPU, of a batch as the network takes it.
+
+        Raises:
+            ValueError: the network does not take the inputs.
+            FloatingPointError: answers are not finite.
+        """
         dtype = autocast_dtype(self.precision, self.device)
         with (
             taking(name, inputs, self.model),
             evaluating(self.model),
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),
         ):
-            return forward_logits(self.model, on_device_of(self.model, inputs)).float().cpu()
+            logits = forward_logits(self.model, on_device_of(self.model, inputs)).float().cpu()
+        wrong = int((~logits.logsumexp(1).isfinite()).sum())
+        if wrong:
+            raise FloatingPointError(
+                f"{name}: the network's answers to {wrong} of {len(logits)} samples are NaN or "
+                "infinite: look at the inputs"
+            )
+        return logits
 
     def class_names(self, task: Task, count: int) -> list[str]:
         """The names of `count` classes; their numbers where they have none."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from fast.errors import first_line, printable
 from fast.files import read_json
+from fast.models.libraries import quiet
 from fast.models.load import LIBRARIES, load_model
 from fast.models.loaded import LoadedModel
 from fast.models.saved import CONFIG_FILE, is_library_config
@@ -70,7 +71,8 @@ def _by_config(folder: Path) -> nn.Module:
             f"{printable(names[0])}: build the network, and pass model="
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return kind(config)
+        with quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return kind(config)
     except Exception as error:  # whatever a configuration that was changed leads to
         raise ValueError(f"{folder / CONFIG_FILE}: {printable(first_line(error))}") from error

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fast.heads import places_of, task_head, unwrap
+from fast.models.load import parse_spec
 from fast.models.saved import CONFIG_FILE, OPTIONS_FILE, is_library_config
 
 
@@ -21,11 +22,27 @@ def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:
     model = unwrap(model)
     head = task_head(model)
     return {
-        "name": name,
+        "name": name or _name_in_timm(model),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "head": None if head is None else places_of(model, head)[0][2],
         "source_classes": source_classes(model, name),
     }
+
+
+def _name_in_timm(model: nn.Module) -> str | None:
+    """The name by which timm builds this network again, with the arguments that it keeps; None of
+    any other network, and where an argument is no plain value."""
+    config = getattr(model, "pretrained_cfg", None)
+    arguments = getattr(model, "_model_args", None)
+    if config is None or arguments is None or not type(model).__module__.startswith("timm."):
+        return None
+    listed = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
+    spec = f"timm:{config['architecture']}({listed})"
+    try:
+        parse_spec(spec)
+    except ValueError:
+        return None
+    return spec
 
 
 def save_library_config(model: nn.Module, folder: Path, classes: list[str] | None) -> None:

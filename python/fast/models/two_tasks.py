@@ -33,7 +33,10 @@ def load_two_tasks(folder: Path, model: nn.Module, *, head: str | None, sample: 
     Raises:
         FileNotFoundError, ValueError: as `load_saved`.
     """
-    place = find_head(model, sample, head)
+    try:
+        place = find_head(model, sample, head)
+    except ValueError as error:
+        raise ValueError(f"{folder} is of another network: {error}") from error
     target = load_target(folder, model, place)
     note = lacks_source(folder)
     if note:

@@ -11,6 +11,7 @@ from fast.data.images.format import BGR, ImageFormat
 from fast.deploy.export.subject import Subject
 from fast.heads.forward import forward_logits
 from fast.models.description import is_transformers, name_classes
+from fast.models.libraries import quiet
 
 PILLOW_FILTERS = {
     "nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5,
@@ -30,6 +31,14 @@ def write_hugging_face(subject: Subject, folder: Path) -> None:
             f"format 'hf' is for networks of transformers, and this is a {type(network).__name__}: "
             "use 'onnx', 'torch.export', 'safetensors' or 'timm'"
         )
+    import transformers
+
+    with quiet(transformers):
+        _write(subject, network, folder)
+        _check(subject, folder)
+
+
+def _write(subject: Subject, network: Any, folder: Path) -> None:
     name_classes(network.config, subject.classes)
     network.config.architectures = [type(network).__name__]
     network.save_pretrained(folder)
@@ -44,7 +53,6 @@ def write_hugging_face(subject: Subject, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
         finally:
             tokenizer.model_max_length = before
-    _check(subject, folder)
 
 
 def _check(subject: Subject, folder: Path) -> None:

@@ -32,22 +32,21 @@ def exported(subject: Subject) -> Any:
         ValueError: torch cannot follow the network.
     """
     network = LogitsOnly(subject.network, subject.sample).eval()
-    tensors = tuple(subject.tensors())
+    # Export marks the tensors that it is given, so that each attempt gets its own.
+    first, second = (tuple(x.clone() for x in subject.tensors()) for _ in range(2))
     with torch.no_grad():
         try:
-            return torch.export.export(network, tensors, dynamic_shapes=_open_shapes(tensors))
+            return torch.export.export(network, first, dynamic_shapes=_open_shapes(first))
         except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-            reason = first_line(
-                error
-            )  # shapes that the network fixes, or code that is not followed
+            reason = first_line(error)
         try:
-            program = torch.export.export(network, tensors)
+            program = torch.export.export(network, second)
         except Exception as error:
             raise ValueError(
                 f"torch.export cannot follow {type(subject.network).__name__}: {first_line(error)}"
             ) from error
     subject.notes.append(
-        f"The batch has exactly {len(tensors[0])} samples, because the network fixes it ({reason})."
+        f"The batch has exactly {len(second[0])} samples, because the network fixes it ({reason})."
     )
     return program
 

@@ -32,6 +32,7 @@ class Subject:
         head: name of the layer that makes the logits, or None.
         spec: by which the network was loaded, or None.
         facts: accuracies and the method of the run.
+        odds: what the weights have that the plain architecture has not.
         notes: what a reader should know; the writers of formats add to it.
     """
 
@@ -42,6 +43,7 @@ class Subject:
     head: str | None = None
     spec: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    odds: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def logits(self, inputs: Any) -> Tensor:

@@ -15,4 +15,5 @@ def write_tensors(subject: Subject, folder: Path) -> None:
     state = subject.network.state_dict()
     save_tensors(state, folder / FILE)
     subject.network.load_state_dict(load_tensors(folder / FILE))
+    subject.notes += subject.odds
     subject.write_description(folder)
