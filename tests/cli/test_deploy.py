@@ -71,7 +71,7 @@ def test_pictures_are_answered_as_in_training(run):
 
 
 def test_the_source_is_answered_too(run):
-    code, out, err = run.fast("evaluate", "out", "source.npz", "--task", "source", "-o", "report")
+    code, _, err = run.fast("evaluate", "out", "source.npz", "--task", "source", "-o", "report")
     assert code == 0, err
     numbers = json.loads((run.folder / "report" / "evaluation.json").read_text())
     assert numbers["accuracy"] == run.result["source_accuracy"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_the_calibration_error_is_that_of_its_definition():
     right = (logits.argmax(1) == labels).double().numpy()
     edges = np.linspace(0, 1, 16)
     expected = 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         inside = (confidence > low) & (confidence <= high)
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())

@@ -65,9 +65,7 @@ def test_a_head_that_was_folded_answers_the_target_alone(adapted, tmp_path):
 
 
 def test_a_network_that_was_an_object_is_asked_for(adapted):
-    with pytest.raises(
-        ValueError, match=r"its network, a ConvNet, was given as an object: .*model="
-    ):
+    with pytest.raises(ValueError, match=r"a ConvNet, was given as an object: .*model="):
         fast.load(adapted.folder)
     with pytest.raises(ValueError, match=r"is of another network|does not fit the head"):
         fast.load(adapted.folder, SharedHead())
@@ -143,9 +141,10 @@ def test_an_older_run_goes_on(tmp_path, monkeypatch):
         return take_step(self, *args)
 
     torch.manual_seed(0)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", stopped)
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
         fast.finetune(ConvNet(), data, output=tmp_path / "run", **options)
+    monkeypatch.setattr(Trainer, "step", take_step)
     (tmp_path / "run" / "fast.json").rename(tmp_path / "run" / "config.json")
     torch.manual_seed(0)
     again = fast.finetune(ConvNet(), data, resume=tmp_path / "run", **options)
@@ -155,20 +154,14 @@ def test_an_older_run_goes_on(tmp_path, monkeypatch):
 
 def test_an_unfinished_run_is_said(tmp_path):
     fast.finetune(ConvNet(), images(48, 4), steps=2, output=tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=r"has checkpoints and no result: go on with it .*--resume"
-    ):
+    with pytest.raises(ValueError, match=r"has checkpoints and no result: go on .*--resume"):
         fast.load(tmp_path / "run", ConvNet())
-    with pytest.raises(
-        FileNotFoundError, match=r"has no model.safetensors: not a folder of Result"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: not a folder of"):
         fast.load(tmp_path / "none", ConvNet())
 
 
 def test_a_damaged_description_is_refused(adapted, tmp_path):
     shutil.copytree(adapted.folder, tmp_path / "run")
     (tmp_path / "run" / "preprocessing.json").write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"preprocessing.json is damaged, or was not saved togethe"
-    ):
+    with pytest.raises(ValueError, match=r"preprocessing.json is damaged, or was not saved"):
         fast.load(tmp_path / "run", ConvNet())

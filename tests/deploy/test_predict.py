@@ -104,9 +104,9 @@ def test_what_is_no_input_is_said(predictor, adapted, tmp_path):
         adapted.result.predict("photo.jpg")
     with pytest.raises(ValueError, match="task must be target or source; got 'old'"):
         adapted.result.predict(adapted.x, task="old")
+    x = adapted.x[:2].clone()
+    x[0, 0, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="answers to 1 of 2 samples are NaN or infinite"):
-        x = adapted.x[:2].clone()
-        x[0, 0, 0, 0] = torch.nan
         adapted.result.predict(x)
 
 
