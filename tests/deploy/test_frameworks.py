@@ -24,7 +24,7 @@ def library(name):
 
 def adapted(model, x, folder, **options):
     y = torch.arange(24) % 3
-    result = fast.finetune(model, (x, y), steps=2, batch_size=8, head_steps=5, **options)
+    result = fast.finetune(model, (x, y), steps=2, batch_size=8, **{"head_steps": 5, **options})
     result.classes = CLASSES
     result.save(folder)
     return result
@@ -94,12 +94,12 @@ def test_a_folder_that_transformers_loads(make, inputs, tmp_path):
 
 def test_a_head_without_a_bias(tmp_path):
     x = tokens()
-    result = adapted(gpt2(), x, tmp_path / "run")
+    result = adapted(gpt2(), x, tmp_path / "run", head_steps=None)
     both_alike(result, fast.load(tmp_path / "run"), x)
     with pytest.raises(ValueError, match="has no bias in its head score, and the adapted head has"):
         result.export(tmp_path / "hf", "hf")
     result.export(tmp_path / "weights", "torch.export")
-    plain = adapted(gpt2(), x, tmp_path / "plain", max_entropy=False)
+    plain = adapted(gpt2(), x, tmp_path / "plain", head_steps=None, max_entropy=False)
     folder = plain.export(tmp_path / "hf", "hf")
     network = type(plain.model).from_pretrained(folder).eval()
     with torch.no_grad():

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fast.data.dataset import Data, as_data
 from fast.data.images.pixels import SKIP, ImageReport
 from fast.data.sources import Split
-from fast.data.trees import leaves, mapped, pick, plain
+from fast.data.trees import leaves, mapped, plain
 from fast.deploy.evaluation import Evaluation
 from fast.deploy.export.formats import FORMATS, export
 from fast.deploy.export.subject import Subject
@@ -107,13 +107,14 @@ class Predictor:
         """
         split = raw_inputs(inputs, self.preparation, column)
         names, report = input_names(split.inputs), ImageReport()
+        data = self._data(split, report)
+        if report.broken and not skip_broken:
+            report.refuse_broken(SKIP)
         logits, good = [], []
         with self.answering(task):
-            for batch, rows in self._batches(split, batch_size or self.batch_size, report):
+            for batch, rows in data.eval_batches(batch_size or self.batch_size):
                 logits.append(self.logits(batch))
-                good += rows
-        if report.broken and not (skip_broken and good):
-            report.refuse_broken(SKIP)
+                good += rows.tolist()
         scores = torch.cat(logits)
         return Predictions(
             names=[names[i] for i in good],
@@ -244,20 +245,11 @@ class Predictor:
         numbers = [str(i) for i in range(count)]
         return numbers if names is None or len(names) != count else names
 
-    def _batches(
-        self, split: Split, size: int, report: ImageReport
-    ) -> Iterator[tuple[Any, list[int]]]:
-        """Prepared inputs, with the rows that could be read."""
-        for start in range(0, len(split), size):
-            index = np.arange(start, min(start + size, len(split)))
-            if leaves(split.inputs):  # tensors are as the network takes them
-                yield mapped(pick(split.inputs, torch.from_numpy(index)), _floats), index.tolist()
-                continue
-            before = len(report.broken)
-            part = split.subset(index)
-            if len(report.broken) == before:
-                inputs, rows = self.preparation(part, report)
-                yield inputs, rows.tolist()
+    def _data(self, split: Split, report: ImageReport) -> Data:
+        """Inputs as the network takes them, with their rows for labels."""
+        if leaves(split.inputs):  # tensors
+            return as_data((mapped(split.inputs, _floats), split.labels), "inputs")
+        return as_data(self.preparation(split, report), "inputs")
 
 
 def _floats(x: Tensor) -> Tensor:

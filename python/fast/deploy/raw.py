@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fast.data.sources import EncodedImages, Split
@@ -137,7 +138,7 @@ def _arrays(inputs: Any, preparation: Preparation) -> Any:
     if isinstance(inputs, (Tensor, np.ndarray, Mapping)):
         return inputs
     if isinstance(inputs, (tuple, list)) and inputs and isinstance(inputs[0], (Tensor, np.ndarray)):
-        return tuple(inputs)
+        return tuple(torch.as_tensor(x) for x in inputs)
     wanted = {
         "images": "paths, pictures of Pillow, uint8 arrays, or tensors as the network takes them",
         "texts": "texts, paths of text files, or what the tokenizer gives",

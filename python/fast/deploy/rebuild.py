@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def rebuilt(folder: Path, facts: dict[str, Any], model: nn.Module | str | None) 
             f"{folder}: its network is code: look at it, and name it: model='{printable(name)}' "
             f"(on the command line --model '{printable(name)}')"
         )
-    return load_model(name, pretrained=False)
+    with warnings.catch_warnings():  # about initial weights, which are replaced
+        warnings.simplefilter("ignore", FutureWarning)
+        return load_model(name, pretrained=False)
 
 
 def _name_in_job(folder: Path) -> str | None:
