@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def save_library_config(model: nn.Module, folder: Path, classes: list[str] | Non
         if is_library_config(file) or (folder / OPTIONS_FILE).is_file():
             file.unlink(missing_ok=True)
         return
-    config = type(model.config).from_dict(model.config.to_dict())
+    config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     name_classes(config, classes)
     config.save_pretrained(folder)
