@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fast.analysis.landscape import PathRecorder, landscape
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
+    from fast.deploy.load import load
     from fast.heads import fold_head, replace_head, source_task
     from fast.merge.join import join
     from fast.merge.rewind.between import rewind
@@ -35,6 +36,7 @@ __all__ = [
     "fold_head",
     "join",
     "landscape",
+    "load",
     "param_groups",
     "replace_head",
     "rewind",
@@ -56,6 +58,7 @@ _HOME = {
     "fold_head": "fast.heads",
     "join": "fast.merge.join",
     "landscape": "fast.analysis.landscape",
+    "load": "fast.deploy.load",
     "param_groups": "fast.optim.param_groups",
     "replace_head": "fast.heads",
     "rewind": "fast.merge.rewind",

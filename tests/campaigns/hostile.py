@@ -298,7 +298,7 @@ def all_cases():
         "weights": (SAFETENSORS, "w.safetensors", (*weights, "w.safetensors")),
         "card": (CARDS, "c.safetensors", (*data, "good.npz", "--card", "c.safetensors")),
         "job.json": (JSON, "run/job.json", resume),
-        "config.json": (JSON, "run/config.json", resume),
+        "fast.json": (JSON, "run/fast.json", resume),
         "run.json": (JSON, "run/run.json", resume),
         "history": (JSON, "run/history.jsonl", resume),
         "state.json": (STATES, "run/checkpoint-00000002/state.json", resume),

@@ -546,5 +546,5 @@ def test_the_head_is_named_and_starts_as_asked(job):
     assert "head='none': Net has no layer of that name" in err
     code, _, err = job.fast("finetune", *run, "--head", "fc", "--no-max-entropy")
     assert code == 0, err
-    config = json.loads((job.folder / "named" / "config.json").read_text())
+    config = json.loads((job.folder / "named" / "fast.json").read_text())
     assert (config["head"], config["max_entropy"]) == ("fc", False)

@@ -64,7 +64,7 @@ def test_version(capsys):
     [
         ([], "the following arguments are required: COMMAND (fast --help lists the options)"),
         (["fintune"], "no command 'fintune'; did you mean finetune? (fast --help)"),
-        (["zzz"], "no command 'zzz'; there are finetune, compare, "),
+        (["zzz"], "no command 'zzz'; there are finetune, predict, "),
         (
             ["finetune", "--steps", "x"],
             "argument --steps: invalid int value: 'x' (fast finetune --",

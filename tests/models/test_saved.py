@@ -44,7 +44,7 @@ FILES = [
     "model.safetensors",
     "source_head.safetensors",
     "source_norms.safetensors",
-    "config.json",
+    "fast.json",
     "result.json",
     "history.jsonl",
 ]

@@ -163,7 +163,7 @@ def test_tensors_that_do_not_fit_are_named(runs, change, message):
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "[]", "null", "{", "\xff\xfe", '{"a": 1}', "9" * 5000]
 )
-@pytest.mark.parametrize("name", ["state.json", "config.json", "run.json"])
+@pytest.mark.parametrize("name", ["state.json", "fast.json", "run.json"])
 def test_json_that_is_none_of_ours_names_the_file(runs, name, text):
     file = only(runs / "a") / name if name == "state.json" else runs / "a" / name
     file.write_bytes(text.encode("latin-1"))

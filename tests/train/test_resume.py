@@ -136,7 +136,7 @@ def test_a_resumed_run_may_go_on_in_another_folder(tmp_path, monkeypatch):
     b = str(tmp_path / "b")
     torch.manual_seed(0)
     again = fast.finetune(ConvNet(), TRAIN, VAL, resume=b, output=str(tmp_path / "c"), **options)
-    assert (tmp_path / "c" / "config.json").is_file()
+    assert (tmp_path / "c" / "fast.json").is_file()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.model.state_dict().items())
 
 
@@ -286,13 +286,13 @@ def test_what_else_makes_another_job_is_refused(tmp_path):
 
 def test_an_option_that_a_run_did_not_know_must_be_at_its_default(tmp_path):
     fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path), average=3)
-    saved = json.loads((tmp_path / "config.json").read_text())
+    saved = json.loads((tmp_path / "fast.json").read_text())
     del saved["average"]
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "fast.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="average was the default, is 3"):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path), average=3)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is damaged or was changed"):
+    (tmp_path / "fast.json").write_text("{")
+    with pytest.raises(ValueError, match=r"fast.json is damaged or was changed"):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path))
 
 

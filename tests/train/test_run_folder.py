@@ -94,7 +94,7 @@ def test_the_claim_of_a_killed_run_is_no_obstacle(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pass output=.* to start from the beginning"):
         fast.finetune(start(), TRAIN, resume=tmp_path, **options)
     (tmp_path / ".checkpoint-00000002-ab.unfinished").mkdir()
-    (tmp_path / ".config.json-ab.unfinished").mkdir()
+    (tmp_path / ".fast.json-ab.unfinished").mkdir()
     fast.finetune(start(), TRAIN, output=tmp_path, **options)
     assert not list(tmp_path.glob(".*"))
 

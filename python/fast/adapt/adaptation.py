@@ -37,6 +37,7 @@ from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
 from fast.data.trees import length, move, pick
 from fast.heads import running_statistics, unwrap
+from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
 
 FORMAT = 1
@@ -457,7 +458,8 @@ class Adaptation:
             "lr": self.last_lr,
         }
         self.gather()
-        return Result(model=self.model, history=[record], config=self.config, plan=self.plan)
+        how = {"config": self.config, "plan": self.plan, "inputs": signature_of(self.sample)}
+        return Result(model=self.model, history=[record], **how)
 
     def close(self) -> None:
         """Remove what watches the head; the penalty ends with it."""

@@ -28,9 +28,12 @@ from fast.heads import (
     unwrap,
 )
 from fast.models.claim import is_going_on
+from fast.models.description import describe_network, save_library_config
+from fast.models.preparation import Preparation
 from fast.models.saved import (
     ADAPTERS_FILE,
     MODEL_FILE,
+    OPTIONS_FILE,
     SOURCE_HEAD_FILE,
     SOURCE_NORMS_FILE,
     write_manifest,
@@ -59,6 +62,9 @@ class Result:
         source_accuracy_before: of the pretrained network, before anything was changed.
         run: id of the run, where it had a folder.
         data: what the command line read: classes, samples of each, preprocessing.
+        network: what --model named, by which the network is built again.
+        preparation: what pictures and texts go through on their way to the network.
+        inputs: shapes and types of the network's inputs (`fast.models.signature`).
     """
 
     model: nn.Module
@@ -70,6 +76,9 @@ class Result:
     plan: Plan | None = None
     run: str | None = None
     data: dict[str, Any] | None = None
+    network: str | None = None
+    preparation: Preparation = field(default_factory=Preparation)
+    inputs: Any = None
 
     @property
     def lr(self) -> float:
@@ -108,6 +117,22 @@ class Result:
             source_before=self.source_accuracy_before,
             forecast_in_points=budget is not None and budget.points,
         )
+
+    def predict(self, inputs: Any, **options: Any) -> Any:
+        """Classes of inputs with their probabilities: see `fast.deploy.Predictor.predict`."""
+        return self._predictor().predict(inputs, **options)
+
+    def evaluate(self, data: Any, **options: Any) -> Any:
+        """How good the answers to labelled data are: see `fast.deploy.Predictor.evaluate`."""
+        return self._predictor().evaluate(data, **options)
+
+    def export(self, folder: str | Path, format: str, **options: Any) -> Path:
+        """Write the network for use without this library: see `fast.deploy.Predictor.export`."""
+        return self._predictor().export(folder, format, **options)
+
+    def _predictor(self) -> Any:
+        # The package is above this one, and nothing here depends on it before somebody asks.
+        return importlib.import_module("fast.deploy.load").predictor_of(self)
 
     def _facts(self) -> dict[str, str]:
         """What the run came to, for those who look at it."""
@@ -191,8 +216,10 @@ class Result:
         `adapters.safetensors`, where there are adapters, for each layer `NAME` that has one the
         source's weight `NAME.weight`, and the factors `NAME.A` and `NAME.B` that are added to it
         (`fast.heads.attach_adapters`); in `model.safetensors` they are merged;
-        `config.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes`
-        and history; `data.json` what was read; `manifest.json` the hashes of all.
+        `fast.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes` and
+        history; `preprocessing.json` what pictures and texts go through, with the tokenizer beside
+        it; `config.json` the architecture of a network of transformers; `data.json` what was read;
+        `manifest.json` the hashes of all. `fast.load` reads it.
 
         Returns:
             the folder.
@@ -218,7 +245,9 @@ class Result:
                 save_tensors(_plain_names(tensors), path)
         with atomic_file(folder / MODEL_FILE) as path:
             save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
-        write_json(folder / "config.json", dataclasses.asdict(self.config))
+        save_library_config(model, folder, self.classes)
+        write_json(folder / OPTIONS_FILE, dataclasses.asdict(self.config))
+        self.preparation.save(folder)
         write_json(
             folder / "result.json",
             {
@@ -229,6 +258,8 @@ class Result:
                 "final": self.final,
                 "plan": dataclasses.asdict(self.plan) if self.plan else None,
                 "notes": self.notes,
+                "network": describe_network(model, self.network),
+                "inputs": self.inputs,
             },
         )
         if self.data is not None:

@@ -29,7 +29,7 @@ def write_record(folder: Path, options: dict[str, Any]) -> None:
     Raises:
         FileExistsError: the folder has a record already.
     """
-    paths = {name: _absolute(options[name]) for name in PATHS if name in options}
+    paths = {name: absolute(options[name]) for name in PATHS if name in options}
     facts = {**options, **paths, MODEL_HASH: _model_hash(paths["model"])}
     record = json.loads(to_json(facts))
     with (folder / JOB_FILE).open("x") as file:
@@ -104,7 +104,7 @@ def _model_hash(spec: str | None) -> str | None:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
     """Files by their absolute path, so that --resume works from anywhere; other names as is."""
     if not name:
         return name

@@ -135,6 +135,27 @@ def per_task_norms(model: nn.Module) -> tuple[list[_BatchNorm], list[_BatchNorm]
     return list(norms), [cast(_BatchNorm, m.source_norm) for m in norms]
 
 
+def load_source_norms(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Let each task have its own batch norms, the source's with what `source_norms` gave.
+
+    Raises:
+        ValueError: the state is of another network.
+    """
+    set_batch_norm(model, "per_task")
+    expected = {name: value.shape for name, value in source_norms(model).items()}
+    odd = [name for name in {**expected, **state} if _shape(state, name) != expected.get(name)]
+    if odd:
+        raise ValueError(f"the source's batch norms are of another network: {odd[0]}")
+    for name, norm in model.named_modules():
+        if isinstance(norm, _PerTask):
+            own = norm.source_norm.state_dict()
+            norm.source_norm.load_state_dict({key: state[f"{name}.{key}"] for key in own})
+
+
+def _shape(state: dict[str, Tensor], name: str) -> Any:
+    return state[name].shape if name in state else None
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances `[C]` of the batch norms, not copied."""
     pairs = [(m.running_mean, m.running_var) for m in _batch_norms(model)]

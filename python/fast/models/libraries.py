@@ -86,7 +86,7 @@ def _transformers(
     notes = [] if wanted else [_untrained(f"transformers:{name}")]
     # Left out, transformers would ask about a repository with code of its own, and wait.
     trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
-    with _naming(f"transformers:{name}", True), _quiet(transformers):
+    with _naming(f"transformers:{name}", True), quiet(transformers):
         config = transformers.AutoConfig.from_pretrained(name, **trust)
         of_images = transformers.AutoModelForImageClassification
         of_sounds = transformers.AutoModelForAudioClassification
@@ -175,7 +175,7 @@ def _naming(spec: str, downloads: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No progress bars and loading reports; the notes say what matters in them."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

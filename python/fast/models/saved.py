@@ -17,7 +17,7 @@ from fast.files import (
     reading,
     write_sealed,
 )
-from fast.heads.find import Head, HeadLayer, find_head, layer_like
+from fast.heads.find import Head, HeadLayer, classes_of, find_head, layer_like
 from fast.heads.replace import announce_classes
 from fast.tensor_files import load_tensors
 
@@ -27,11 +27,16 @@ SOURCE_NORMS_FILE = "source_norms.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
 MANIFEST_FILE = "manifest.json"
 JOIN_FILE = "join.json"  # what `fast.merge.joined` knows beside the tensors
+OPTIONS_FILE = "fast.json"
+# In this file transformers keeps the architecture of its networks; an older version of FAST had the
+# options there.
+CONFIG_FILE = "config.json"
 FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
-    MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, "config.json", "result.json",
-    "history.jsonl", "job.json", "data.json", JOIN_FILE,
+    MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, OPTIONS_FILE, CONFIG_FILE,
+    JOIN_FILE, "result.json", "history.jsonl", "job.json", "data.json", "preprocessing.json",
+    "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 
 
@@ -68,12 +73,40 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
             another network, and the message names the first that differ.
     """
     folder = Path(folder)
-    file = folder / MODEL_FILE
     check_manifest(folder)
     head = find_head(model, sample)
+    load_target(folder, model, head)
+    note = lacks_source(folder)
+    if note:
+        return SavedNetworks(target=model, source=None, note=note)
+    source = copy.deepcopy(model)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    for own in (folder / SOURCE_NORMS_FILE, folder / ADAPTERS_FILE):
+        if own.is_file():
+            tensors = {n: t for n, t in load_tensors(own).items() if not n.endswith((".A", ".B"))}
+            odd = [n for n, t in tensors.items() if shapes.get(n) != t.shape]
+            if odd:
+                raise ValueError(f"{own} is of another network: it has {odd[0]}")
+            source.load_state_dict(tensors, strict=False)
+    old = find_head(source, name=head.name)
+    layer = source_layer_in(folder, old)
+    old.put(layer)
+    announce_classes(source, classes_of(layer))
+    return SavedNetworks(target=model, source=source)
+
+
+def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
+    """Make `model` the plain target network; returns its head, which replaces `head`.
+
+    Raises:
+        ValueError: the weights are those of another network.
+    """
+    file = folder / MODEL_FILE
     state = load_tensors(file)
     _take_dtypes(model, state)
-    _fit_head(model, head, state, f"{head.name}.", file)
+    layer = _layer_of(head, state, f"{head.name}.", file)
+    head.put(layer)
+    announce_classes(model, classes_of(layer))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     wrong = [n for n in shapes if n not in state and not n.endswith("num_batches_tracked")]
     wrong += [n for n in state if shapes.get(n) != state[n].shape]
@@ -83,27 +116,37 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
             f"{', '.join(wrong[:3])}"
         )
     model.load_state_dict(state, strict=False)
-    source_file = folder / SOURCE_HEAD_FILE
-    if not source_file.is_file():
-        return SavedNetworks(
-            target=model, source=None, note=f"{folder} has no source_head.safetensors"
-        )
-    lacking = _lacking(folder)
-    if lacking:
-        return SavedNetworks(target=model, source=None, note=f"{folder}: {lacking}")
-    source = copy.deepcopy(model)
-    for own in (folder / SOURCE_NORMS_FILE, folder / ADAPTERS_FILE):
-        if own.is_file():
-            tensors = {n: t for n, t in load_tensors(own).items() if not n.endswith((".A", ".B"))}
-            odd = [n for n, t in tensors.items() if shapes.get(n) != t.shape]
-            if odd:
-                raise ValueError(f"{own} is of another network: it has {odd[0]}")
-            source.load_state_dict(tensors, strict=False)
-    old = find_head(source, name=head.name)
-    weights = load_tensors(source_file)
-    layer = _fit_head(source, old, weights, "", source_file)
+    return layer
+
+
+def lacks_source(folder: Path) -> str:
+    """What the folder lacks for the source task; empty where it has all."""
+    if not (folder / SOURCE_HEAD_FILE).is_file():
+        return f"{folder} has no {SOURCE_HEAD_FILE}"
+    record = folder / "result.json"
+    plan = (read_json(record).get("plan") if record.is_file() else None) or {}
+    if plan.get("adapter_rank") and not (folder / ADAPTERS_FILE).is_file():
+        return f"{folder}: the source's weights are below the adapters, which are not in the folder"
+    per_task = read_options(folder).get("batch_norm") == "per_task"
+    if per_task and not (folder / SOURCE_NORMS_FILE).is_file():
+        why = "the source's batch norm statistics were kept per task, and are not in the folder"
+        return f"{folder}: {why}"
+    return ""
+
+
+def source_norms_in(folder: Path) -> dict[str, Tensor]:
+    """The state of the source's batch norms; empty where both tasks have the same."""
+    file = folder / SOURCE_NORMS_FILE
+    return load_tensors(file) if file.is_file() else {}
+
+
+def source_layer_in(folder: Path, head: Head) -> HeadLayer:
+    """The source's head, made like `head`."""
+    file = folder / SOURCE_HEAD_FILE
+    weights = load_tensors(file)
+    layer = _layer_of(head, weights, "", file)
     layer.load_state_dict(weights)
-    return SavedNetworks(target=model, source=source)
+    return layer
 
 
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -118,10 +161,8 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
                     value.data = value.data.to(saved.dtype)
 
 
-def _fit_head(
-    model: nn.Module, head: Head, state: dict[str, Tensor], prefix: str, file: Path
-) -> HeadLayer:
-    """Give `model` a head of the shape that `state` has."""
+def _layer_of(head: Head, state: dict[str, Tensor], prefix: str, file: Path) -> HeadLayer:
+    """A layer like `head`, of the shape that `state` has."""
     weight = state.get(f"{prefix}weight")
     shape = head.module.weight.shape
     if weight is None or weight.shape[1:] != shape[1:]:
@@ -129,25 +170,26 @@ def _fit_head(
         raise ValueError(
             f"{file} does not fit the head {head.name} {list(shape)}: it has {there} there"
         )
-    layer = layer_like(head.module, weight.shape[0], bias=f"{prefix}bias" in state)
-    head.put(layer)
-    announce_classes(model, weight.shape[0])
-    return layer
+    return layer_like(head.module, weight.shape[0], bias=f"{prefix}bias" in state)
 
 
-def _lacking(folder: Path) -> str:
-    """What of the source was kept per task, and is not in the folder."""
-    config, result = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("config.json", "result.json")
-    )
-    plan = result.get("plan") or {}
-    if plan.get("adapter_rank") and not (folder / ADAPTERS_FILE).is_file():
-        return "the source's weights are below the adapters, which are not in the folder"
-    per_task = config.get("batch_norm") == "per_task"
-    if per_task and not (folder / SOURCE_NORMS_FILE).is_file():
-        return "the source's batch norm statistics were kept per task, and are not in the folder"
-    return ""
+def options_file(folder: Path) -> Path:
+    """Where the options of a run are; an older version of FAST wrote them to `config.json`."""
+    old = folder / CONFIG_FILE
+    if not (folder / OPTIONS_FILE).is_file() and old.is_file() and not is_library_config(old):
+        return old
+    return folder / OPTIONS_FILE
+
+
+def read_options(folder: Path) -> dict[str, Any]:
+    """The options of a run; empty where there are none."""
+    file = options_file(folder)
+    return read_json(file) if file.is_file() else {}
+
+
+def is_library_config(file: Path) -> bool:
+    """Whether a `config.json` is one of transformers."""
+    return file.is_file() and "model_type" in read_json(file)
 
 
 def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from fast.data.augment import mixing
 from fast.data.generators import seed_process
 from fast.data.stream import spread_seed
 from fast.files import reading
+from fast.models.signature import signature_of
 from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
 from fast.train.early_stopping import EarlyStopping
@@ -245,4 +246,5 @@ class Trainer:
             chosen=final,
             plan=self.adaptation.plan,
             run=self.folder.run if self.folder else None,
+            inputs=signature_of(self.adaptation.sample),
         )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import fast
 from fast.cli.folds import cross_validate
-from fast.cli.record import JOB_FILE, write_record
-from fast.cli.report.finetune import by_class, plan_table, summary
+from fast.cli.record import JOB_FILE, absolute, write_record
+from fast.cli.report.finetune import by_class, plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.load import load_task
@@ -76,11 +76,13 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     result.data = task.description
     if task.val is not None and ranks.first:
         result.data["accuracy_by_class"] = by_class(task, result)
+    result.network = absolute(spec.task.model)
+    result.preparation = task.preparation
     with ranks.together():
         if ranks.first:
             result.save(folder)
     print(summary(task, result, seconds))
-    print(f"saved in {printable(folder)}")
+    print(f"saved in {printable(folder)}\n{what_next(folder)}")
     message = diverged(result.history[-1]["loss"], len(task.classes))
     if message:
         raise FloatingPointError(message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from pathlib import Path
 
 import fast
 from fast.adapt.config import Budget
@@ -87,6 +89,16 @@ def _class_lines(result: fast.Result) -> str:
     shown = [[printable(name), percent(share), str(n)] for share, name, n in rows[:LISTED]]
     more = f"(the worst {LISTED} of {len(rows)} classes)\n" if len(rows) > LISTED else ""
     return "\n" + text_table(["class", "right, %", "samples"], shown) + f"\n{more}"
+
+
+def what_next(folder: Path) -> str:
+    """What to type after a run."""
+    run = shlex.quote(printable(folder))
+    return (
+        f"next:\n  fast predict {run} PATH...       classes of new inputs\n"
+        f"  fast evaluate {run}             classes one by one, and the worst mistakes\n"
+        f"  fast export {run} --format onnx -o FOLDER"
+    )
 
 
 def _budget_line(task: LoadedTask, option: str | float | None, lost: float | None) -> str:

@@ -25,6 +25,9 @@ th:first-child, td:first-child { text-align: left; }
 .plain td { text-align: left; font-family: ui-monospace, monospace; font-size: 13px; }
 .scroll { overflow-x: auto; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+.sheet { display: flex; flex-wrap: wrap; gap: 1rem; }
+.sheet figure { margin: 0; width: 10rem; } .sheet img { width: 10rem; }
+figcaption { font-size: 13px; overflow-wrap: anywhere; }
 p.note { opacity: .75; font-size: 13px; max-width: 50rem; }
 """
 
@@ -57,6 +60,24 @@ def write_report(
         options: as they were given.
         command: as it was typed.
     """
+    body = f"""<p>{html.escape(verdict)}</p>
+<div class="scroll">{html_table(*table)}</div>
+<p class="note">{html.escape(NOTES)}</p>
+<h2>Curves</h2>
+{picture(figure, "Target and source accuracy of each method")}
+<h2>Values used</h2>
+<div class="plain scroll">{html_table(*settings)}</div>
+<h2>Options given</h2>
+<pre class="scroll">{html.escape(command)}</pre>
+{pairs(options)}
+<h2>Machine</h2>
+{pairs(machine)}
+"""
+    write_page(path, title, body)
+
+
+def write_page(path: Path, title: str, body: str) -> None:
+    """Write a page that fetches nothing, whole or not at all."""
     page = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -67,27 +88,21 @@ def write_report(
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-<p>{html.escape(verdict)}</p>
-<div class="scroll">{html_table(*table)}</div>
-<p class="note">{html.escape(NOTES)}</p>
-<h2>Curves</h2>
-<img alt="Target and source accuracy of each method"
-     src="data:image/png;base64,{base64.b64encode(figure).decode("ascii")}">
-<h2>Values used</h2>
-<div class="plain scroll">{html_table(*settings)}</div>
-<h2>Options given</h2>
-<pre class="scroll">{html.escape(command)}</pre>
-{_pairs(options)}
-<h2>Machine</h2>
-{_pairs(machine)}
-</body>
+{body}</body>
 </html>
 """
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def picture(data: bytes, words: str, kind: str = "png") -> str:
+    """A picture inside of the page, and what it shows in words."""
+    encoded = base64.b64encode(data).decode("ascii")
+    return f'<img alt="{html.escape(words)}" src="data:image/{kind};base64,{encoded}">'
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """A table of names and values."""
     rows = [[name, _plain(value)] for name, value in values.items()]
     return f'<div class="plain scroll">{html_table(["", ""], rows)}</div>'
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fast.cli.options import option
 from fast.cli.spec.base import Spec, at_least
 from fast.cli.spec.curvature import CurvatureSpec
+from fast.cli.spec.deploy import EvaluateSpec, ExportSpec, PredictSpec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.join import JoinSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
@@ -69,6 +70,9 @@ class DemoSpec(Spec):
 
 COMMANDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
+    "predict": PredictSpec,
+    "evaluate": EvaluateSpec,
+    "export": ExportSpec,
     "join": JoinSpec,
     "compare": CompareSpec,
     "retention": RetentionSpec,

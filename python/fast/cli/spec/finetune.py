@@ -27,8 +27,8 @@ class FinetuneSpec(Spec):
       fast finetune --resume runs/ResNet-signs-fast
 
     The folder --output then holds model.safetensors (loads into the plain network), result.json,
-    history.jsonl, the options in config.json and job.json, classes and preprocessing in data.json,
-    and the last checkpoint.
+    history.jsonl, the options in fast.json and job.json, preprocessing.json, data.json, and the
+    last checkpoint. `fast predict`, `fast evaluate` and `fast export` read it.
     """
 
     about = "adapt a pretrained classifier to new data"

@@ -37,6 +37,7 @@ from fast.data.sources import NamedData, Split
 from fast.data.trees import pick
 from fast.errors import printable
 from fast.models.load import LoadedModel
+from fast.models.preparation import Preparation
 from fast.train.config import TrainConfig
 from fast.train.finetune import plan
 
@@ -51,6 +52,7 @@ class LoadedTask:
             samples are trained on.
         sizes: number of samples of each.
         card: file of a source card.
+        preparation: what pictures and texts went through.
         description: classes, samples of each, preprocessing, as plain values.
     """
 
@@ -63,6 +65,7 @@ class LoadedTask:
     source_inputs: Any = None
     card: str | None = None
     transform: Any = None
+    preparation: Preparation = field(default_factory=Preparation)
     sizes: dict[str, int] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
 
@@ -155,6 +158,11 @@ def load_task(
         **prepared,
         card=spec.card,
         transform=random_flip if spec.flip else None,
+        preparation=Preparation(
+            images=form if images is not None else None,
+            tokenizer=loaded.tokenizer,
+            max_length=spec.max_length,
+        ),
         sizes={name: len(labels_of(split)) for name, split in prepared.items()},
         description={"data": data, "images": images, "notes": loaded.notes},
     )

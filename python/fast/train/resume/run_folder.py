@@ -14,13 +14,11 @@ from typing import Any
 
 from fast.files import check_writable, clear_unfinished, read_json, write_json
 from fast.models.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
-from fast.models.saved import MANIFEST_FILE
+from fast.models.saved import MANIFEST_FILE, OPTIONS_FILE, options_file
 from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
 from fast.train.log import BOARD_FOLDER, HISTORY_FILE, LINES_FILE
 from fast.train.resume.checkpoint import list_checkpoints
-
-CONFIG_FILE = "config.json"
 
 
 class RunFolder:
@@ -78,7 +76,7 @@ class RunFolder:
         """Write the options, after all that can be checked beforehand."""
         self.check()
         if self.ranks.first and not self.goes_on:
-            write_json(self.path / CONFIG_FILE, dataclasses.asdict(self.config))
+            write_json(self.path / OPTIONS_FILE, dataclasses.asdict(self.config))
 
     def check(self) -> None:
         """Raises FileNotFoundError where the folder, or its claim, is no longer this run's."""
@@ -119,7 +117,7 @@ class RunFolder:
             return
         shutil.rmtree(self.path / BOARD_FOLDER, ignore_errors=True)
         clear_unfinished(self.path)
-        for name in (HISTORY_FILE, LINES_FILE, CONFIG_FILE, CLAIM_FILE):
+        for name in (HISTORY_FILE, LINES_FILE, OPTIONS_FILE, CLAIM_FILE):
             (self.path / name).unlink(missing_ok=True)
         for path in self.new:
             try:
@@ -138,7 +136,7 @@ def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
                 "to go on with it, or another folder"
             )
         return
-    path = source / CONFIG_FILE
+    path = options_file(source)
     if not path.is_file() or not list_checkpoints(source):
         raise FileNotFoundError(
             f"nothing to resume from: no checkpoint and {path.name} in {source}; pass "

@@ -1,0 +1,101 @@
+"""`fast evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fast.cli.options import flag, parser_of
+from fast.cli.record import JOB_FILE, read_record
+from fast.cli.report.evaluation import (
+    CLASS_HEADER,
+    LISTED,
+    class_rows,
+    numbers,
+    verdict,
+    write_evaluation,
+)
+from fast.cli.report.machine import describe
+from fast.cli.report.table import text_table
+from fast.cli.spec import EvaluateSpec, FinetuneSpec
+from fast.cli.spec.task import TaskSpec
+from fast.cli.task.run import open_run
+from fast.data.sources import DataWarning, load_data
+from fast.deploy.figures import evaluation_figure
+from fast.errors import printable
+from fast.figures import save
+from fast.files import check_writable, write_json
+
+
+def run(spec: EvaluateSpec) -> int:
+    folder = Path(spec.output or Path(spec.run) / f"evaluation-{spec.task}")
+    check_writable(folder, "--output")
+    name, data = _data(spec)
+    predictor = open_run(spec)
+    evaluation = predictor.evaluate(data, task=spec.task)  # type: ignore[arg-type]
+    print(f"{printable(name)}: {verdict(evaluation)}\n")
+    rows = class_rows(evaluation)
+    print(text_table(CLASS_HEADER, rows[:LISTED]))
+    if len(rows) > LISTED:
+        print(f"... and {len(rows) - LISTED} classes that are recognised better")
+
+    figure = save(evaluation_figure(evaluation), folder / "confusion.png")
+    write_json(folder / "evaluation.json", {"data": name, **numbers(evaluation)})
+    facts = {"run": spec.run, "data": name, "task": spec.task, **describe()}
+    write_evaluation(
+        folder / "report.html",
+        title=f"{predictor.name or type(predictor.model).__name__} on {name}",
+        evaluation=evaluation,
+        figure=figure.read_bytes(),
+        worst=spec.worst,
+        facts=facts,
+    )
+    print(f"\n{printable(folder)}: report.html, confusion.png, evaluation.json")
+    return 0
+
+
+def _data(spec: EvaluateSpec) -> tuple[str, Any]:
+    """Name and contents of the data: those that are given, or what the run held out.
+
+    Raises:
+        ValueError: no data are given, and the run names none.
+    """
+    job = _job(Path(spec.run))
+    role = "data" if spec.task == "target" else "source"
+    of_run = job.get(role)
+    name = spec.data or of_run
+    if name is None:
+        raise ValueError(
+            f"DATA must be given: the run in {spec.run} names no {flag(role)} to evaluate on"
+        )
+    columns = {"input_column": spec.input_column, "label_column": spec.label_column}
+    own = of_run is not None and _same(name, of_run)
+    if own:
+        columns = {key: value or job.get(key) for key, value in columns.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        data = load_data(name, **columns, numeric_labels=spec.task == "source")
+    for note in data.notes:
+        print(f"note: {printable(name)}: {note}", file=sys.stderr)
+    if own and role == "data":
+        data = data.with_val(float(job.get("val_fraction", TaskSpec.val_fraction)))
+        if data.val is None:
+            print("note: these are the samples that the run was trained on", file=sys.stderr)
+        else:
+            name = f"{name} ({data.held_out or 'held out'})"
+    return name, dataclasses.replace(data, name=name)
+
+
+def _job(folder: Path) -> dict[str, Any]:
+    """The options of the run; empty where it was none of the command line."""
+    if not (folder / JOB_FILE).is_file():
+        return {}
+    return read_record(folder, "RUN", parser_of(FinetuneSpec), named=True)
+
+
+def _same(a: str, b: str) -> bool:
+    paths = [Path(name).expanduser() for name in (a, b)]
+    return a == b or (all(p.exists() for p in paths) and paths[0].samefile(paths[1]))

@@ -1,0 +1,103 @@
+"""The options of the commands that use a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fast.cli.options import option
+from fast.cli.spec.base import Spec, at_least
+from fast.cli.values import folder_name
+
+TASKS = ("target", "source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(Spec):
+    """A finished run, and the network that it is of."""
+
+    run: str = option(
+        "folder of a run: of fast finetune, or of result.save", "", words=None, metavar="RUN",
+        read=folder_name,
+    )  # fmt: skip
+    model: str | None = option(
+        "its network, where the folder names none that may be run: path/file.py:Factory(args)",
+        metavar="SPEC",
+    )
+    device: str | None = option("cpu, cuda, ... (default: FAST_DEVICE, or CUDA if there)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSpec(RunSpec):
+    """Classes with probabilities, of pictures or texts.
+
+      fast predict runs/resnet18-photos-fast holiday.jpg more/
+      fast predict runs/resnet18-photos-fast new/ --task source --top 3 --csv out.csv
+      fast predict runs/minilm-reviews-fast reviews.csv --column text
+
+    Pictures go through the pipeline of the run. A path is a file, a folder (all pictures in it), or
+    a .csv table with a column of paths or texts; for a network of texts also a file with one text a
+    line.
+    """
+
+    about = "classes with probabilities for files, folders and tables"
+
+    paths: tuple[str, ...] = option(
+        "files, folders, or .csv tables", (), words="+", metavar="PATH", read=str
+    )
+    task: str = option("whose classes: of the new task, or of the old", "target", choices=TASKS)
+    top: int = option("classes that are shown of each input", 1)
+    csv: str | None = option("write all probabilities to this file", metavar="FILE")
+    column: str | None = option("of a table: where the inputs are (default: by its usual names)")
+    skip_broken: bool = option("leave out pictures that cannot be read, and say so", False)
+
+    def __post_init__(self) -> None:
+        at_least(self, "top", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec(RunSpec):
+    """How good a run is on labelled data: accuracy by class, what is taken for what, calibration.
+
+      fast evaluate runs/resnet18-photos-fast labelled/
+      fast evaluate runs/resnet18-photos-fast imagenet-val/ --task source
+
+    DATA are as --data and --source of fast finetune. Without DATA, or with the data of the run, its
+    own held-out samples are used. The folder --output then holds report.html, confusion.png and
+    evaluation.json.
+    """
+
+    about = "accuracy, confusion and calibration on labelled data"
+
+    data: str | None = option(
+        "labelled data (default: what the run held out)", words="?", metavar="DATA"
+    )
+    task: str = option("whose labels these are", "target", choices=TASKS)
+    worst: int = option("wrong answers that are shown in the report", 24)
+    input_column: str | None = option("inputs of a Hugging Face data set")
+    label_column: str | None = option("its labels")
+    output: str | None = option(
+        "folder of the report (default: RUN/evaluation-TASK)", read=folder_name, short="-o"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec(RunSpec):
+    """Write the network of a run for use without this library.
+
+      fast export runs/resnet18-photos-fast --format onnx -o served/
+
+    Formats: onnx (compared in onnxruntime), torch.export, safetensors (the plain architecture), hf
+    (networks of transformers), timm (those of timm). preprocessing.json and README.md beside it say
+    what inputs go through.
+    """
+
+    about = "write a run's network as ONNX, torch.export, safetensors, Hugging Face or timm"
+
+    format: str = option(
+        "what to write", "onnx", choices=("onnx", "torch.export", "safetensors", "hf", "timm")
+    )
+    output: str = option("folder to write to", "", read=folder_name, short="-o", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("--output must be given: the folder to write to")

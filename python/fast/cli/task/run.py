@@ -1,0 +1,36 @@
+"""The run that `fast predict`, `evaluate` and `export` use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fast
+from fast.cli.options import parser_of
+from fast.cli.record import JOB_FILE, read_record
+from fast.cli.spec import FinetuneSpec
+from fast.cli.spec.deploy import RunSpec
+from fast.deploy.predictor import Predictor
+
+
+def open_run(spec: RunSpec) -> Predictor:
+    """The network of a run.
+
+    A network that is a factory in a Python file is run where --model names it, or where the run was
+    started by this user on this machine and the file is as it was; as with --resume.
+    """
+    return fast.load(spec.run, spec.model or _own_code(Path(spec.run)), device=spec.device)
+
+
+def _own_code(folder: Path) -> str | None:
+    """The factory that job.json names, where it may be run; None for networks of libraries.
+
+    Raises:
+        ValueError: it may not; the message says why.
+    """
+    if not (folder / JOB_FILE).is_file():
+        return None
+    parser = parser_of(FinetuneSpec)
+    name = read_record(folder, "RUN", parser, named=True).get("model")
+    if name is None or ".py:" not in name:
+        return None
+    return read_record(folder, "RUN", parser, named=False)["model"]

@@ -1,0 +1,1 @@
+"""Use what was saved: load it, predict, evaluate, and export it for use without this library."""

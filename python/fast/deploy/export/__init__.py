@@ -1,0 +1,1 @@
+"""Write a network for use without this library."""

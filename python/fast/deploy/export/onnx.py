@@ -1,0 +1,65 @@
+"""ONNX, by the exporter of torch, compared with the network in onnxruntime."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fast.data.trees import leaves
+from fast.deploy.export.program import exported, trials
+from fast.deploy.export.subject import Subject
+from fast.errors import first_line
+
+FILE = "model.onnx"
+NEEDED = ("onnx", "onnxscript")
+
+
+def write_onnx(subject: Subject, folder: Path) -> None:
+    """Write `model.onnx`; its inputs have the names of `preprocessing.json`, its output is
+    `logits`."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"format 'onnx' needs {' and '.join(missing)}: "
+            "pip install 'fast-task-adaptation[export]'"
+        )
+    program = exported(subject)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                program,
+                f=str(folder / FILE),
+                dynamo=True,
+                input_names=subject.input_names,
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises errors of many kinds
+        raise ValueError(
+            f"torch.onnx cannot write {type(subject.network).__name__}: {first_line(error)}"
+        ) from error
+    if importlib.util.find_spec("onnxruntime") is None:
+        subject.notes.append("onnxruntime is not installed: the answers were not compared.")
+    else:
+        _compare(subject, folder / FILE)
+    subject.write_description(folder)
+
+
+def _compare(subject: Subject, file: Path) -> None:
+    runtime: Any = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = {entry.name for entry in session.get_inputs()}  # what the network ignores is left out
+    for inputs in trials(subject):
+        given = zip(subject.input_names, leaves(inputs), strict=True)
+        feeds = {name: x.numpy() for name, x in given if name in names}
+        (answers,) = session.run(["logits"], feeds)
+        subject.check(torch.from_numpy(answers), inputs, FILE)

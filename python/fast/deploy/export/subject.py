@@ -1,0 +1,113 @@
+"""What is exported: a plain network, and what goes beside it in every format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.data.trees import leaves
+from fast.files import write_json
+from fast.heads.forward import call, forward_logits, logits_of
+from fast.models.preparation import PREPARATION_FILE, Preparation
+
+# Answers are compared with the network's at this many times the largest logit: other programs sum
+# in another order.
+TOLERANCE = 1e-3
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """What is exported.
+
+    Attributes:
+        network: plain, in evaluation mode, on the CPU.
+        classes: their names.
+        preparation: what pictures and texts go through.
+        sample: a batch of inputs, as the network takes them.
+        head: name of the layer that makes the logits, or None.
+        spec: by which the network was loaded, or None.
+        facts: accuracies and the method of the run.
+        odds: what the weights have that the plain architecture has not.
+        notes: what a reader should know; the writers of formats add to it.
+    """
+
+    network: nn.Module
+    classes: list[str]
+    preparation: Preparation
+    sample: Any
+    head: str | None = None
+    spec: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    odds: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def logits(self, inputs: Any) -> Tensor:
+        """The network's own answers `[B, C]`."""
+        with torch.no_grad():
+            return forward_logits(self.network, inputs).float()
+
+    def write_description(self, folder: Path) -> None:
+        """Write what the inputs go through, with the tokenizer, and what the outputs are."""
+        if self.preparation.tokenizer is not None:
+            self.preparation.tokenizer.save_pretrained(folder)
+        inputs = {
+            name: {"shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
+            for name, x in zip(self.input_names, self.tensors(), strict=True)
+        }
+        outputs = {"logits": {"shape": ["batch", len(self.classes)], "classes": self.classes}}
+        write_json(
+            folder / PREPARATION_FILE,
+            {
+                **self.preparation.facts(),
+                "inputs": inputs,
+                "outputs": outputs,
+                "after": "The softmax of the logits gives the probabilities of the classes.",
+                "notes": self.notes,
+            },
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """The sample, one tensor for each input."""
+        return leaves(self.sample)
+
+    @property
+    def input_names(self) -> list[str]:
+        """What each input is called."""
+        if isinstance(self.sample, Mapping):
+            return [str(name) for name in self.sample]
+        count = len(self.tensors())
+        return ["input"] if count == 1 else [f"input_{i}" for i in range(count)]
+
+    def check(self, answers: Tensor, inputs: Any, what: str) -> None:
+        """Compare answers with the network's own.
+
+        Raises:
+            ValueError: they differ.
+        """
+        own = self.logits(inputs)
+        apart = float((answers.detach().float() - own).abs().max())
+        if not apart <= TOLERANCE * max(1.0, float(own.abs().max())):
+            raise ValueError(
+                f"{what} answers otherwise than the network (logits differ by {apart:.2g}); "
+                "nothing was written"
+            )
+
+
+class LogitsOnly(nn.Module):
+    """A network that takes its inputs one after another and gives the logits alone."""
+
+    def __init__(self, network: nn.Module, sample: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.names = list(sample) if isinstance(sample, Mapping) else None
+        self.several = isinstance(sample, (tuple, list))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.names is not None:
+            return logits_of(call(self.network, dict(zip(self.names, inputs, strict=True))))
+        return logits_of(call(self.network, inputs if self.several else inputs[0]))

@@ -1,0 +1,150 @@
+"""`fast.load`: a saved run as something that predicts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fast.adapt.config import KEEP
+from fast.adapt.result import Result
+from fast.data.images.format import ImageFormat
+from fast.deploy.predictor import Predictor
+from fast.deploy.rebuild import rebuilt
+from fast.files import read_json, reading
+from fast.heads import task_head, unwrap
+from fast.models.description import source_classes
+from fast.models.loaded import LoadedModel
+from fast.models.preparation import Preparation, read_preparation
+from fast.models.saved import MODEL_FILE, check_manifest, read_options
+from fast.models.signature import example
+from fast.models.two_tasks import load_two_tasks
+from fast.train.engine import pick_device
+from fast.train.measure import LEAST_EVAL_BATCH
+from fast.train.resume.checkpoint import list_checkpoints
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module | str | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> Predictor:
+    """Load what `Result.save` or `fast finetune` wrote, ready to predict.
+
+        loaded = fast.load("runs/resnet18-photos-fast")
+        loaded.predict("new/")                         # classes with probabilities
+        loaded.predict("new/", task="source")          # what it knew before
+        loaded.evaluate("labelled/").accuracy
+
+    Args:
+        folder: of the run. Its files are compared with their checksums.
+        model: the network, with any weights and a head for any number of classes; or its name, as
+            --model takes it. It is needed where the network was given as an object, or as a factory
+            in a Python file: code that a folder names is never run. A network of timm, torchvision
+            or transformers is built by its name. A module becomes the loaded network.
+        device: see `fast.finetune`.
+
+    Raises:
+        FileNotFoundError: the folder holds no result.
+        ValueError: a file is damaged; the network is not known, or is another than the run's.
+        ImportError: the library of the network is not installed.
+    """
+    folder = Path(folder).expanduser()
+    _check_finished(folder)
+    check_manifest(folder)
+    facts, options = read_json(folder / "result.json"), read_options(folder)
+    network = facts.get("network") or {}
+    loaded = rebuilt(folder, network, model)
+    preparation = _preparation(folder, loaded)
+    inputs = facts.get("inputs")
+    sample = example(inputs) if inputs is not None else _sample(preparation)
+    head = network.get("head") or options.get("head")
+    named = head if head not in (None, "new", KEEP) else None
+    note = load_two_tasks(folder, loaded.model, head=named, sample=sample)
+    return Predictor(
+        model=loaded.model.to(pick_device(device)).eval(),
+        classes=_class_names(facts.get("classes")),
+        source_classes=_class_names(network.get("source_classes")),
+        preparation=preparation,
+        inputs=inputs,
+        name=network.get("name") or (model if isinstance(model, str) else None),
+        precision=str(options.get("precision", "auto")),
+        batch_size=max(LEAST_EVAL_BATCH, int(options.get("batch_size", LEAST_EVAL_BATCH))),
+        keeps_head=options.get("head") == KEEP,
+        lacks=note,
+        facts=_reported(facts, options),
+        notes=[str(note) for note in facts.get("notes") or []],
+    )
+
+
+def predictor_of(result: Result) -> Predictor:
+    """The same of a result that was not saved; the networks are one object."""
+    model, config = unwrap(result.model), result.config
+    numbers = {
+        name: getattr(result, name)
+        for name in ("target_accuracy", "source_accuracy", "source_accuracy_before")
+    }
+    return Predictor(
+        model=model,
+        classes=_class_names(result.classes),
+        source_classes=_class_names(source_classes(model, result.network)),
+        preparation=result.preparation,
+        inputs=result.inputs,
+        name=result.network,
+        precision=getattr(config, "precision", "auto"),
+        batch_size=max(LEAST_EVAL_BATCH, config.batch_size),
+        keeps_head=config.keeps_head,
+        lacks="" if task_head(model) is not None else "the head of the source was folded away",
+        facts=_reported(numbers, {"method": config.method}),
+        notes=result.notes,
+    )
+
+
+def _check_finished(folder: Path) -> None:
+    if folder.is_dir() and not (folder / MODEL_FILE).is_file() and list_checkpoints(folder):
+        raise ValueError(
+            f"{folder}: its run has checkpoints and no result: go on with it (fast finetune "
+            f"--resume {folder}), or save its result (result.save)"
+        )
+
+
+def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:
+    """What the run wrote; of an older one, what its data.json and the network say."""
+    preparation = read_preparation(folder)
+    file = folder / "data.json"
+    if preparation.kind != "arrays" or not file.is_file():
+        return preparation
+    with reading(file):
+        images = read_json(file).get("images")
+        if images is not None:
+            names = ("size", "resize", "stretch", "interpolation", "mean", "std", "channels")
+            form = {name: images[name] for name in names}
+            if form["resize"] == form["size"]:
+                form["resize"] = None
+            return replace(preparation, images=ImageFormat(**form))
+    return replace(preparation, tokenizer=loaded.tokenizer)
+
+
+def _sample(preparation: Preparation) -> Any:
+    """Inputs to find the head by, where the run did not write their shapes."""
+    if preparation.tokenizer is not None:
+        return preparation.tokens(["a", "a b"])
+    form = preparation.images
+    if form is None or form.size is None:
+        return None
+    channels = 1 if form.channels == 1 else 3
+    return torch.zeros(2, channels, form.size, form.size)
+
+
+def _class_names(names: Any) -> list[str] | None:
+    return None if names is None else [str(name) for name in names]
+
+
+def _reported(facts: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a model card says of the run."""
+    names = ("target_accuracy", "source_accuracy", "source_accuracy_before")
+    return {name: facts.get(name) for name in names} | {"method": options.get("method")}

@@ -1,0 +1,256 @@
+"""A network that answers, with all that is known about its inputs and classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fast.data.dataset import Data, as_data
+from fast.data.images.pixels import SKIP, ImageReport
+from fast.data.sources import Split
+from fast.data.trees import leaves, mapped, plain
+from fast.deploy.evaluation import Evaluation
+from fast.deploy.export.formats import FORMATS, export
+from fast.deploy.export.subject import Subject
+from fast.deploy.labelled import labelled_data
+from fast.deploy.predictions import Predictions
+from fast.deploy.raw import input_names, raw_inputs
+from fast.heads import (
+    evaluating,
+    fold_head,
+    forward_logits,
+    places_of,
+    source_task,
+    task_head,
+)
+from fast.heads.forward import taking
+from fast.models.preparation import Preparation
+from fast.models.signature import example, on_device_of
+from fast.train.engine import autocast_dtype
+
+Task = Literal["target", "source"]
+
+
+@dataclass(kw_only=True, repr=False)
+class Predictor:
+    """What `fast.load` returns.
+
+    Attributes:
+        model: answers the target task, and inside `fast.source_task` the source's.
+        classes: of the target; None where they have no names.
+        source_classes: of the source, where the network or its library has their names.
+        preparation: what pictures and texts go through on their way to the network.
+        inputs: shapes and types of the network's inputs (`fast.models.signature`).
+        name: by which the network was loaded.
+        precision: of the forward pass, as in the run.
+        batch_size: as in the evaluations of the run.
+        keeps_head: whether the run went on with the network's own head: one task then.
+        lacks: what is missing to answer the source task; empty where nothing is.
+        facts: accuracies and the method of the run.
+        notes: what the weights have that the plain architecture has not (`Result.notes`).
+    """
+
+    model: nn.Module
+    classes: list[str] | None = None
+    source_classes: list[str] | None = None
+    preparation: Preparation = field(default_factory=Preparation)
+    inputs: Any = None
+    name: str | None = None
+    precision: str = "auto"
+    batch_size: int = 128
+    keeps_head: bool = False
+    lacks: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        network = self.name or type(self.model).__name__
+        count = "" if self.classes is None else f"{len(self.classes)} classes, "
+        return f"Predictor({network}, {count}takes {self.preparation.kind})"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def predict(
+        self,
+        inputs: Any,
+        *,
+        task: Task = "target",
+        batch_size: int | None = None,
+        column: str | None = None,
+        skip_broken: bool = False,
+    ) -> Predictions:
+        """Classes with probabilities.
+
+        Args:
+            inputs: for a network of pictures: paths of files, folders and `.csv` tables, pictures
+                of Pillow, or uint8 arrays `[N, H, W, C]`, which go through the pipeline of the run.
+                For a network of texts: a text or a list of them, or a `pathlib.Path` of a table or
+                of a file with one text a line. For any network: tensors as it takes them.
+            task: "source" asks the task of before.
+            batch_size: default: that of the run's evaluations.
+            column: of a table that holds the inputs (default: by its usual names).
+            skip_broken: leave out pictures that cannot be read; they are in `unreadable`.
+
+        Raises:
+            FileNotFoundError: a path leads nowhere.
+            ValueError: inputs are not the network's, or cannot be read; or the folder lacks what
+                the source task needs.
+        """
+        split = raw_inputs(inputs, self.preparation, column)
+        names, report = input_names(split.inputs), ImageReport()
+        data = self._data(split, report)
+        if report.broken and not skip_broken:
+            report.refuse_broken(SKIP)
+        logits, good = [], []
+        with self.answering(task):
+            for batch, rows in data.eval_batches(batch_size or self.batch_size):
+                logits.append(self.logits(batch))
+                good += rows.tolist()
+        scores = torch.cat(logits)
+        return Predictions(
+            names=[names[i] for i in good],
+            classes=self.class_names(task, scores.shape[1]),
+            logits=scores,
+            unreadable=dict(report.broken),
+        )
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        task: Task = "target",
+        batch_size: int | None = None,
+        **columns: str | None,
+    ) -> Evaluation:
+        """How good the answers to labelled data are.
+
+        Args:
+            data: a name, as --data takes it; or `(inputs, labels)`, a Dataset or a DataLoader, with
+                inputs as the network takes them. Of a set with splits the held-out one is used.
+            task: "source": the labels are of the task of before.
+            batch_size: default: that of the run's evaluations.
+            columns: `input_column` and `label_column` of a Hugging Face data set.
+
+        Raises:
+            FileNotFoundError: there is no such data set.
+            ValueError: the data cannot be read, or their classes are not the task's.
+        """
+        classes = self.classes if task == "target" or self.keeps_head else self.source_classes
+        named = labelled_data(data, self.preparation, classes, task, **columns)
+        scores, labels = [], []
+        with self.answering(task):
+            for inputs, y in named.data.eval_batches(batch_size or self.batch_size):
+                scores.append(self.logits(inputs, named.data.name))
+                labels.append(y)
+        logits = torch.cat(scores)
+        return Evaluation(
+            task=task,
+            classes=self.class_names(task, logits.shape[1]),
+            labels=named.checked(torch.cat(labels), logits.shape[1]),
+            logits=logits,
+            names=named.names,
+            raw=named.raw,
+        )
+
+    def export(self, folder: str | Path, format: str, *, sample: Any = None) -> Path:
+        """Write the target's network for use without this library.
+
+        Args:
+            folder: which must be new or empty.
+            format: `onnx`, `torch.export`, `safetensors`, `hf` or `timm`; see docs/production.md.
+            sample: a batch of at least two inputs as the network takes them, where their shapes are
+                not known.
+
+        Returns:
+            the folder. What was written answered like the network, where it can be run here.
+
+        Raises:
+            ValueError: the folder is not empty, the format is unknown, or the network cannot be
+                written in it; the message says why.
+            ImportError: the format needs a library that is not installed.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+        return export(self._subject(sample), Path(folder).expanduser(), format)
+
+    def _subject(self, sample: Any) -> Subject:
+        head = task_head(self.model)
+        name = None if head is None else places_of(self.model, head)[0][2]
+        network = fold_head(copy.deepcopy(self.model)).cpu().float().eval()
+        if sample is None:
+            tokenizer = self.preparation.tokenizer
+            texts = None if tokenizer is None else self.preparation.tokens(["a", "a b c"])
+            sample = texts if texts is not None else example(self.inputs)
+        sample = mapped(plain(sample), lambda x: x.detach().cpu())
+        with evaluating(network):
+            count = forward_logits(network, sample).shape[1]
+        return Subject(
+            network=network,
+            classes=self.class_names("target", count),
+            preparation=self.preparation,
+            sample=sample,
+            head=name,
+            spec=self.name,
+            facts=self.facts,
+            odds=self.notes,
+        )
+
+    @contextmanager
+    def answering(self, task: Task) -> Iterator[None]:
+        """Let the network answer a task."""
+        if task not in ("target", "source"):
+            raise ValueError(f"task must be target or source; got {task!r}")
+        switch: AbstractContextManager[Any] = nullcontext()
+        if task == "source" and not self.keeps_head:
+            if task_head(self.model) is None:
+                raise ValueError(f"the source task cannot be answered: {self.lacks}")
+            switch = source_task(self.model)
+        with switch:
+            yield
+
+    def logits(self, inputs: Any, name: str = "inputs") -> Tensor:
+        """Logits `[B, C]` in float32 on the CPU, of a batch as the network takes it.
+
+        Raises:
+            ValueError: the network does not take the inputs.
+            FloatingPointError: answers are not finite.
+        """
+        dtype = autocast_dtype(self.precision, self.device)
+        with (
+            taking(name, inputs, self.model),
+            evaluating(self.model),
+            torch.autocast(self.device.type, dtype, enabled=dtype is not None),
+        ):
+            logits = forward_logits(self.model, on_device_of(self.model, inputs)).float().cpu()
+        wrong = int((~logits.logsumexp(1).isfinite()).sum())
+        if wrong:
+            raise FloatingPointError(
+                f"{name}: the network's answers to {wrong} of {len(logits)} samples are NaN or "
+                "infinite: look at the inputs"
+            )
+        return logits
+
+    def class_names(self, task: Task, count: int) -> list[str]:
+        """The names of `count` classes; their numbers where they have none."""
+        names = self.classes if task == "target" or self.keeps_head else self.source_classes
+        numbers = [str(i) for i in range(count)]
+        return numbers if names is None or len(names) != count else names
+
+    def _data(self, split: Split, report: ImageReport) -> Data:
+        """Inputs as the network takes them, with their rows for labels."""
+        if leaves(split.inputs):  # tensors
+            return as_data((mapped(split.inputs, _floats), split.labels), "inputs")
+        return as_data(self.preparation(split, report), "inputs")
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x

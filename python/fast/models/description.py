@@ -1,0 +1,111 @@
+"""What is kept about a network beside its weights: how it is built again, and its classes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fast.heads import places_of, task_head, unwrap
+from fast.models.load import parse_spec
+from fast.models.saved import CONFIG_FILE, OPTIONS_FILE, is_library_config
+
+
+def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:
+    """Facts of an adapted network, as plain values.
+
+    Args:
+        name: as --model has it, where the network was loaded by name.
+    """
+    model = unwrap(model)
+    head = task_head(model)
+    return {
+        "name": name or _name_in_timm(model),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "head": None if head is None else places_of(model, head)[0][2],
+        "source_classes": source_classes(model, name),
+    }
+
+
+def _name_in_timm(model: nn.Module) -> str | None:
+    """The name by which timm builds this network again, with the arguments that it keeps; None of
+    any other network, and where an argument is no plain value."""
+    config = getattr(model, "pretrained_cfg", None)
+    arguments = getattr(model, "_model_args", None)
+    if config is None or arguments is None or not type(model).__module__.startswith("timm."):
+        return None
+    listed = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
+    spec = f"timm:{config['architecture']}({listed})"
+    try:
+        parse_spec(spec)
+    except ValueError:
+        return None
+    return spec
+
+
+def save_library_config(model: nn.Module, folder: Path, classes: list[str] | None) -> None:
+    """Write the `config.json` of a network of transformers, with the names of the classes; of any
+    other network there is none."""
+    model, file = unwrap(model), folder / CONFIG_FILE
+    if not is_transformers(model):
+        # One that is there is an older version's, or of the network that was saved here before.
+        if is_library_config(file) or (folder / OPTIONS_FILE).is_file():
+            file.unlink(missing_ok=True)
+        return
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    name_classes(config, classes)
+    config.save_pretrained(folder)
+
+
+def name_classes(config: Any, classes: list[str] | None) -> None:
+    """Set the classes of a configuration of transformers."""
+    if classes:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: i for i, name in enumerate(classes)}
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a network is one of transformers' own, which its configuration builds again."""
+    library = sys.modules.get("transformers")
+    return (
+        library is not None
+        and isinstance(model, library.PreTrainedModel)
+        and type(model).__module__.startswith("transformers.")
+    )
+
+
+def source_classes(model: nn.Module, name: str | None) -> list[str] | None:
+    """Names of the classes of the source task, where the network or its library has them."""
+    head = task_head(unwrap(model))
+    labels = head.source_labels.get("id2label") if head is not None else None
+    if labels:
+        named = [str(labels[i]) for i in sorted(labels)]
+        plain = all(label == f"LABEL_{i}" for i, label in enumerate(named))
+        return None if plain else named
+    library, _, rest = (name or "").partition(":")
+    if head is None or library not in ("timm", "torchvision"):
+        return None
+    names = (_timm if library == "timm" else _torchvision)(unwrap(model), rest)
+    return names if names is not None and len(names) == len(head.source.weight) else None
+
+
+def _torchvision(model: nn.Module, name: str) -> list[str] | None:
+    from torchvision import models
+
+    weights = models.get_model_weights(name.partition("(")[0].strip()).DEFAULT
+    return weights.meta.get("categories")
+
+
+def _timm(model: nn.Module, name: str) -> list[str] | None:
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    config = getattr(model, "pretrained_cfg", None) or {}
+    subset = infer_imagenet_subset(config)
+    if config.get("label_names") or subset is None:
+        return list(config["label_names"]) if config.get("label_names") else None
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(info.num_classes())]

@@ -1,0 +1,171 @@
+"""How raw inputs became what a network takes: kept with its weights, in numbers and in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fast.data.images.format import BGR, ImageFormat
+from fast.data.images.pixels import ImageReport, is_image_split, prepare_images
+from fast.data.sources import Split
+from fast.files import read_json, reading, write_json
+
+PREPARATION_FILE = "preprocessing.json"
+# Any of these files is part of what a tokenizer of transformers saves.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What pictures and texts go through on their way to a network.
+
+    Attributes:
+        images: how pictures are decoded, resized and normalised; None where the data were none.
+        tokenizer: of texts, from transformers; None where the data were none.
+        max_length: of a text, in tokens.
+    """
+
+    images: ImageFormat | None = None
+    tokenizer: Any = None
+    max_length: int = 128
+
+    @property
+    def kind(self) -> str:
+        """What the raw inputs are: images, texts or arrays."""
+        if self.images is not None:
+            return "images"
+        return "arrays" if self.tokenizer is None else "texts"
+
+    def __call__(self, split: Split, report: ImageReport | None = None) -> Any:
+        """The split as `(inputs, labels)` tensors, or a Dataset where pictures are too large for
+        memory.
+
+        Args:
+            report: takes pictures that cannot be read; None: they are an error.
+
+        Raises:
+            ValueError: these inputs are of another kind than the network's, or cannot be read.
+        """
+        if is_image_split(split):
+            if self.images is None:
+                raise ValueError(f"the data are images, and the network takes {self.kind}")
+            return prepare_images(split, self.images, report)
+        labels = torch.from_numpy(split.labels)
+        if isinstance(split.inputs, list):
+            return self.tokens(split.inputs), labels
+        if isinstance(split.inputs, dict):
+            return {name: _tensor(value) for name, value in split.inputs.items()}, labels
+        return _tensor(split.inputs), labels
+
+    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Token ids and masks `[N, L]`, padded to the longest text."""
+        if self.tokenizer is None:
+            raise ValueError("the data are texts: only a transformers: network brings a tokenizer")
+        return dict(
+            self.tokenizer(
+                texts,
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            )
+        )
+
+    @property
+    def words(self) -> list[str]:
+        """The steps, one sentence each, for somebody who writes them again elsewhere."""
+        if self.images is not None:
+            return _picture_words(self.images)
+        if self.tokenizer is not None:
+            return [
+                f"Tokenize with the {type(self.tokenizer).__name__} beside this file.",
+                f"Cut a text to {self.max_length} tokens; pad a batch to its longest text.",
+            ]
+        return ["The network takes arrays as they were given to fast.finetune."]
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain values."""
+        facts: dict[str, Any] = {"kind": self.kind, "words": self.words}
+        if self.images is not None:
+            facts["images"] = dataclasses.asdict(self.images)
+        if self.tokenizer is not None:
+            facts["texts"] = {"max_length": self.max_length}
+        return facts
+
+    def save(self, folder: Path) -> None:
+        """Write `preprocessing.json`, and the files of the tokenizer."""
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        write_json(folder / PREPARATION_FILE, self.facts())
+
+
+def read_preparation(folder: Path) -> Preparation:
+    """What `Preparation.save` wrote; that of arrays where the folder has none.
+
+    Raises:
+        ValueError: the file is damaged.
+        ImportError: there is a tokenizer, and transformers is not installed.
+    """
+    file = folder / PREPARATION_FILE
+    if not file.is_file():
+        return Preparation()
+    facts = read_json(file)
+    with reading(file):
+        images, texts = facts.get("images"), facts.get("texts")
+        form = None if images is None else ImageFormat(**images)
+        length = {} if texts is None else {"max_length": int(texts["max_length"])}
+    tokenizer = None if texts is None else _tokenizer(folder)
+    return Preparation(images=form, tokenizer=tokenizer, **length)
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder}: the network reads texts, and its tokenizer is not there")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(f"{folder} needs transformers: pip install transformers") from error
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _picture_words(form: ImageFormat) -> list[str]:
+    words = [
+        "Decode; turn upright by the EXIF tag; show transparency on white; 16 bits become 8.",
+        "Convert to grey (one channel)." if form.channels == 1 else "Convert to red, green, blue.",
+    ]
+    if form.size is None:
+        words.append("Keep the size: all pictures must have that of the training pictures.")
+    else:
+        side = form.resize or form.size
+        if form.stretch:
+            words.append(f"Resize both sides to {side} pixels ({form.interpolation}, antialiased).")
+        else:
+            words.append(
+                f"Resize the shorter side to {side} pixels and the longer in proportion, rounded "
+                f"down ({form.interpolation}, antialiased)."
+            )
+        words.append(f"Cut out the central square of {form.size} pixels.")
+    if form.channels == BGR:
+        words.append("Put blue first: the order is blue, green, red.")
+    words.append(
+        f"Divide by 255, subtract mean {_listed(form.mean)} and divide by std {_listed(form.std)}, "
+        "by channel."
+    )
+    words.append("Arrange as float32 [batch, channels, height, width].")
+    return words
+
+
+def _listed(values: Any) -> str:
+    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
+
+
+def _tensor(x: np.ndarray) -> torch.Tensor:
+    # Files hold types and byte orders that torch does not have.
+    return torch.from_numpy(
+        np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64)
+    )

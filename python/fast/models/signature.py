@@ -1,0 +1,68 @@
+"""Shapes and types of a network's inputs as plain values, and inputs made up of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.data.trees import mapped
+
+Signature = Any  # {"shape": [3, 8, 8], "dtype": "float32"}, or a list or mapping of such
+
+
+def signature_of(batch: Any) -> Signature:
+    """What one sample of a batch is: its shape without the batch, and its type."""
+    if isinstance(batch, Mapping):
+        return {str(name): signature_of(x) for name, x in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [signature_of(x) for x in batch]
+    if not isinstance(batch, Tensor):
+        return None
+    return {"shape": list(batch.shape[1:]), "dtype": str(batch.dtype).removeprefix("torch.")}
+
+
+def example(signature: Signature, samples: int = 2, name: str = "") -> Any:
+    """Inputs of this signature: noise for numbers, 0 for token ids, 1 for masks.
+
+    Raises:
+        ValueError: there is no signature.
+    """
+    if signature is None:
+        raise ValueError("the shapes of the network's inputs are not known: pass sample=")
+    if isinstance(signature, list):
+        return tuple(example(part, samples, name) for part in signature)
+    if not _is_leaf(signature):
+        return {key: example(part, samples, key) for key, part in signature.items()}
+    shape, dtype = [samples, *signature["shape"]], getattr(torch, signature["dtype"])
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return (torch.ones if "mask" in name else torch.zeros)(shape, dtype=dtype)
+
+
+def alike(batch: Any, signature: Signature) -> bool:
+    """Whether a batch has this signature; the length of token sequences may differ."""
+    return _open(signature_of(batch)) == _open(signature)
+
+
+def on_device_of(model: torch.nn.Module, inputs: Any) -> Any:
+    """Inputs on the device of a network."""
+    device = next(model.parameters()).device
+    return mapped(inputs, lambda x: x.to(device))
+
+
+def _is_leaf(signature: Any) -> bool:
+    return set(signature) == {"shape", "dtype"} and isinstance(signature["dtype"], str)
+
+
+def _open(signature: Any) -> Any:
+    if isinstance(signature, list):
+        return [_open(part) for part in signature]
+    if not isinstance(signature, dict):
+        return signature
+    if not _is_leaf(signature):
+        return {name: _open(part) for name, part in signature.items()}
+    floats = signature["dtype"].startswith(("float", "bfloat"))
+    return signature if floats else {"shape": len(signature["shape"])}

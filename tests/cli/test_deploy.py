@@ -1,0 +1,137 @@
+"""`fast predict`, `fast evaluate` and `fast export` on a run of `fast finetune`."""
+
+import csv
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fast.cli import main
+
+RUN = ("--steps", "30", "--eval-every", "10", "--lr", "0.01", "--output", "out")
+
+
+@pytest.fixture(scope="module")
+def finished(pretrained, job_args, tmp_path_factory):
+    """A folder with the files of a job, and its finished run in `out`."""
+    folder = tmp_path_factory.mktemp("finished")
+    for file in pretrained.glob("*.*"):
+        shutil.copy2(file, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("FAST_DEVICE", "cpu")
+        assert main(["finetune", *job_args, *RUN]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, capsys, monkeypatch):
+    """`run.fast(*args)` in the folder of the finished run."""
+    monkeypatch.chdir(finished)
+
+    def fast(*args):
+        code = main([str(a) for a in args])
+        return code, *capsys.readouterr()
+
+    result = json.loads((finished / "out" / "result.json").read_text())
+    return SimpleNamespace(fast=fast, folder=finished, result=result)
+
+
+def save_picture(array, path):
+    image = pytest.importorskip("PIL.Image", reason="pictures need pillow")
+    image.fromarray(array).save(path)
+
+
+def test_a_run_says_what_comes_next(job):
+    code, out, err = job.fast("finetune", *job.args, "--steps", 2, "--output", "my run")
+    assert code == 0, err
+    assert "\n  fast predict 'my run' PATH...  " in out
+    assert "\n  fast evaluate 'my run'  " in out
+
+
+def test_pictures_are_answered_as_in_training(run):
+    arrays = np.load("target.npz")
+    (run.folder / "new").mkdir()
+    for i in range(8):
+        save_picture(arrays["x_test"][i], run.folder / "new" / f"{i}.png")
+    (run.folder / "new" / "._0.png").write_bytes(b"litter")
+    code, out, err = run.fast("predict", "out", "new", "--top", 2, "--csv", "answers.csv")
+    assert code == 0, err
+    with open("answers.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [f"new/{i}.png" for i in range(8)]
+    assert [row["label"] for row in rows] == [str(y) for y in arrays["y_test"][:8]]
+    for row in rows:
+        assert sum(float(row[c]) for c in "0123") == pytest.approx(1, abs=1e-4)
+        assert float(row["probability"]) == max(float(row[c]) for c in "0123")
+    assert re.search(r"^new/0.png +0 +[\d.]+ +\d +[\d.]+$", out, flags=re.MULTILINE)
+
+
+def test_the_source_is_answered_too(run):
+    code, _, err = run.fast("evaluate", "out", "source.npz", "--task", "source", "-o", "report")
+    assert code == 0, err
+    numbers = json.loads((run.folder / "report" / "evaluation.json").read_text())
+    assert numbers["accuracy"] == run.result["source_accuracy"]
+    assert numbers["samples"] == 90
+    assert run.fast("evaluate", "out", "--task", "source")[0] == 0  # what job.json names
+    again = json.loads((run.folder / "out" / "evaluation-source" / "evaluation.json").read_text())
+    assert again["accuracy"] == run.result["source_accuracy"]
+
+
+def test_what_was_held_out_is_evaluated_on(run):
+    code, out, err = run.fast("evaluate", "out")
+    assert code == 0, err
+    assert "80 samples (target task)" in out
+    numbers = json.loads((run.folder / "out" / "evaluation-target" / "evaluation.json").read_text())
+    assert numbers["accuracy"] == run.result["target_accuracy"]
+    report = (run.folder / "out" / "evaluation-target" / "report.html").read_text()
+    assert "data:image/png;base64," in report
+    assert "http" not in report.replace("http-equiv", "")
+    if numbers["mistakes"]:
+        assert "data:image/jpeg;base64," in report
+
+
+def test_a_strangers_network_is_not_run(run):
+    shutil.copytree("out", "stranger")
+    job_file = run.folder / "stranger" / "job.json"
+    job_file.write_text(job_file.read_text().replace('"signature": "', '"signature": "0'))
+    code, _, err = run.fast("export", "stranger", "--format", "safetensors", "-o", "theirs")
+    assert code == 2
+    assert "was not started by you on this machine, and a network is code" in err
+    assert not (run.folder / "theirs").exists()
+
+
+def test_export(run):
+    code, out, err = run.fast("export", "out", "--format", "safetensors", "--output", "plain")
+    assert code == 0, err
+    assert out == "plain: README.md, model.safetensors, preprocessing.json\n"
+    facts = json.loads((run.folder / "plain" / "preprocessing.json").read_text())
+    assert facts["images"]["mean"] == [0.5]
+    assert facts["outputs"]["logits"]["classes"] == ["0", "1", "2", "3"]
+    code, _, err = run.fast("export", "out", "--format", "safetensors", "-o", "plain")
+    assert code == 2
+    assert "plain: is not empty; name another folder" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("predict", "out"), "the following arguments are required: PATH"),
+        (("predict", "none", "x.png"), "none has no model.safetensors: not a folder of"),
+        (("predict", "out", "none.png"), "none.png: no such file or folder"),
+        (("predict", "out", "target.npz"), "target.npz: not a readable image"),
+        (("predict", "out", "x.png", "--top", 0), "--top must be at least 1; got 0"),
+        (("evaluate", "out", "none"), "none: no such file or folder"),
+        (("export", "out"), "--output must be given"),
+        (("export", "out", "--format", "hf", "-o", "x"), "'hf' is for networks of transformers"),
+        (("export", "out", "--format", "timm", "-o", "x"), "format 'timm' is for networks of timm"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_line(run, args, message):
+    code, _, err = run.fast(*args)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert not (run.folder / "x").exists()

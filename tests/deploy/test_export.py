@@ -1,0 +1,121 @@
+"""What is exported answers like the network, also where this library is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fast
+from fast.deploy.predictor import Predictor
+from helpers import run_python
+from networks import ConvNet, TextNet, sentences
+
+ALONE = "import sys; sys.modules['fast'] = sys.modules['fastkernels'] = None\n"
+
+
+def needs(*modules):
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+def answers_alone(code, folder, x):
+    """What `code` computes of the tensors in `x` in a process without this library, in `folder`."""
+    torch.save(x, folder / "x.pt")
+    run_python(
+        f"{ALONE}import torch\nx = torch.load('x.pt')\n{code}\ntorch.save(logits, 'logits.pt')",
+        cwd=folder,
+    )
+    return torch.load(folder / "logits.pt")
+
+
+def test_a_program_of_torch(adapted, tmp_path):
+    folder = adapted.result.export(tmp_path / "served", "torch.export")
+    code = "logits = torch.export.load('model.pt2').module()(x)"
+    logits = answers_alone(code, folder, adapted.x[:7])
+    expected = adapted.result.predict(adapted.x[:7]).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    facts = json.loads((folder / "preprocessing.json").read_text())
+    assert facts["inputs"] == {"input": {"shape": ["batch", 1, 8, 8], "dtype": "float32"}}
+    assert facts["outputs"]["logits"]["classes"] == ["ant", "bee", "cat", "dog"]
+    card = (folder / "README.md").read_text()
+    assert "# ConvNet of 4 classes" in card
+    assert f"{100 * adapted.result.source_accuracy:.1f} %" in card
+
+
+@needs("onnx", "onnxscript", "onnxruntime")
+def test_onnx(adapted, tmp_path):
+    folder = adapted.result.export(tmp_path / "served", "onnx")
+    code = """
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+logits = torch.from_numpy(session.run(["logits"], {"input": x.numpy()})[0])"""
+    logits = answers_alone(code, folder, adapted.x[:7])
+    expected = adapted.result.predict(adapted.x[:7]).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_for_the_plain_architecture(adapted, tmp_path):
+    folder = fast.load(adapted.folder, ConvNet()).export(tmp_path / "served", "safetensors")
+    plain = ConvNet(4).eval()
+    plain.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain(adapted.x), adapted.result.predict(adapted.x).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_several_inputs_keep_their_names(tmp_path):
+    x, y = sentences(48, 3)
+    result = fast.finetune(TextNet(), (x, y), steps=2, batch_size=16)
+    folder = result.export(tmp_path / "served", "torch.export")
+    facts = json.loads((folder / "preprocessing.json").read_text())
+    assert list(facts["inputs"]) == ["ids", "mask"]
+    code = "logits = torch.export.load('model.pt2').module()(x['ids'], x['mask'])"
+    shorter = {name: value[:5, :4] for name, value in x.items()}
+    logits = answers_alone(code, folder, shorter)
+    torch.testing.assert_close(logits, result.predict(shorter).logits, rtol=1e-4, atol=1e-4)
+
+
+class OfTwo(ConvNet):
+    """Takes batches of two alone."""
+
+    def forward(self, x):
+        return super().forward(x.reshape(2, 1, 8, 8))
+
+
+def test_a_batch_size_that_the_network_fixes_is_said(tmp_path):
+    predictor = Predictor(model=OfTwo(), inputs={"shape": [1, 8, 8], "dtype": "float32"})
+    folder = predictor.export(tmp_path / "served", "torch.export")
+    (note,) = json.loads((folder / "preprocessing.json").read_text())["notes"]
+    assert note.startswith("The batch has exactly 2 samples, because the network fixes it")
+
+
+def test_answers_that_differ_are_not_written(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr("fast.deploy.export.subject.TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match=r"answers otherwise than the network .* nothing was"):
+        adapted.result.export(tmp_path / "served", "torch.export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_said(adapted, tmp_path, monkeypatch):
+    for format, message in (
+        ("hf", "for networks of transformers, and this is a ConvNet: use"),
+        ("timm", "for networks of timm, and this is a ConvNet: use"),
+        ("tflite", "format must be one of onnx, torch.export, safetensors, hf, timm; got 'tflite'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adapted.result.export(tmp_path / "served", format)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(ValueError, match="is not empty; name another folder"):
+        adapted.result.export(tmp_path / "full", "safetensors")
+    monkeypatch.setattr("fast.deploy.export.onnx.NEEDED", ("no_such_module",))
+    with pytest.raises(ImportError, match=r"pip install 'fast-task-adaptation\[export\]'"):
+        adapted.result.export(tmp_path / "served", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert "fast" in sys.modules

@@ -1,0 +1,167 @@
+"""What was saved answers as it did, and code that a folder names is not run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import fast
+from fast.models.saved import read_options, write_manifest
+from fast.train.trainer import Trainer
+from networks import ConvNet, SharedHead, TextNet, images, sentences
+
+
+def test_both_tasks_are_answered_as_before_saving(adapted):
+    loaded = fast.load(adapted.folder, ConvNet(7))
+    assert repr(loaded) == "Predictor(ConvNet, 4 classes, takes arrays)"
+    own, again = (p.predict(adapted.x).logits for p in (adapted.result, loaded))
+    torch.testing.assert_close(again, own, rtol=1e-4, atol=1e-5)  # its head was folded
+    own, again = (p.predict(adapted.x, task="source").logits for p in (adapted.result, loaded))
+    assert torch.equal(again, own)
+    with fast.source_task(loaded.model), torch.no_grad():
+        assert torch.equal(loaded.model(adapted.x), own)
+    assert loaded.predict(adapted.x, task="source").classes == ["0", "1", "2", "3", "4"]
+
+
+def test_accuracies_are_those_of_the_run_to_the_last_digit(adapted):
+    loaded = fast.load(adapted.folder, ConvNet())
+    for predictor in (adapted.result, loaded):
+        assert predictor.evaluate((adapted.x, adapted.y)).accuracy == adapted.result.target_accuracy
+        source = predictor.evaluate(adapted.source, task="source")
+        assert source.accuracy == adapted.result.source_accuracy
+
+
+@pytest.mark.parametrize("network", [SharedHead, TextNet])
+def test_networks_of_other_forms(network, tmp_path):
+    x, y = sentences(48, 3) if network is TextNet else images(48, 3)
+    result = fast.finetune(network(), (x, y), steps=2, batch_size=16)
+    result.save(tmp_path / "run")
+    loaded = fast.load(tmp_path / "run", network())
+    torch.testing.assert_close(loaded.predict(x).logits, result.predict(x).logits)
+    assert torch.equal(
+        loaded.predict(x, task="source").logits, result.predict(x, task="source").logits
+    )
+
+
+def test_a_network_that_keeps_its_head_has_one_task(tmp_path):
+    x, y = images(48, 5)
+    result = fast.finetune(ConvNet(), (x, y), steps=2, batch_size=16, head="keep")
+    result.save(tmp_path / "run")
+    loaded = fast.load(tmp_path / "run", ConvNet())
+    assert torch.equal(loaded.predict(x).logits, result.predict(x).logits)
+    assert torch.equal(loaded.predict(x, task="source").logits, loaded.predict(x).logits)
+
+
+def test_a_head_that_was_folded_answers_the_target_alone(adapted, tmp_path):
+    shutil.copytree(adapted.folder, tmp_path / "run")
+    (tmp_path / "run" / "source_head.safetensors").unlink()
+    loaded = fast.load(tmp_path / "run", ConvNet())
+    assert len(loaded.predict(adapted.x[:3])) == 3
+    with pytest.raises(ValueError, match=r"source task cannot be .* has no source_head.safetensor"):
+        loaded.predict(adapted.x, task="source")
+
+
+def test_a_network_that_was_an_object_is_asked_for(adapted):
+    with pytest.raises(ValueError, match=r"a ConvNet, was given as an object: .*model="):
+        fast.load(adapted.folder)
+    with pytest.raises(ValueError, match=r"is of another network|does not fit the head"):
+        fast.load(adapted.folder, SharedHead())
+
+
+def renamed(folder, name):
+    """Change the name of the network in a result, with the hashes that go with it."""
+    facts = json.loads((folder / "result.json").read_text())
+    facts["network"]["name"] = name
+    (folder / "result.json").write_text(json.dumps(facts))
+    write_manifest(folder, None, {})
+
+
+def test_code_that_a_folder_names_is_not_run(adapted, tmp_path):
+    shutil.copytree(adapted.folder, tmp_path / "run")
+    (tmp_path / "nets.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    renamed(tmp_path / "run", f"{tmp_path}/nets.py:Net()")
+    with pytest.raises(ValueError, match=r"its network is code: look at it, and name it: model="):
+        fast.load(tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_factory_that_is_named_is_run(adapted, tmp_path):
+    (tmp_path / "nets.py").write_text("from networks import ConvNet\n")
+    loaded = fast.load(adapted.folder, f"{tmp_path}/nets.py:ConvNet(3)")
+    assert len(loaded.predict(adapted.x)) == len(adapted.x)
+
+
+def as_written_before(folder):
+    """Make of a result one of before fast.json: the options in config.json, and no descriptions."""
+    (folder / "fast.json").rename(folder / "config.json")
+    facts = json.loads((folder / "result.json").read_text())
+    for name in ("network", "inputs"):
+        del facts[name]
+    (folder / "result.json").write_text(json.dumps(facts))
+    (folder / "preprocessing.json").unlink()
+
+
+def test_an_older_result_is_read(adapted, tmp_path):
+    shutil.copytree(adapted.folder, tmp_path / "run")
+    folder = tmp_path / "run"
+    as_written_before(folder)
+    images = {"size": 8, "resize": 8, "stretch": False, "interpolation": "bicubic",
+              "mean": [0.5], "std": [0.25], "channels": 1}  # fmt: skip
+    (folder / "data.json").write_text(json.dumps({"data": {}, "images": images}))
+    (folder / "job.json").write_text(json.dumps({"model": "nets.py:Net"}))
+    write_manifest(folder, None, {})
+    assert read_options(folder)["method"] == "fast"
+    with pytest.raises(ValueError, match="its network is code"):
+        fast.load(folder)
+    loaded = fast.load(folder, ConvNet(9))
+    assert loaded.preparation.images.std == [0.25]
+    source = loaded.evaluate(adapted.source, task="source")
+    assert source.accuracy == adapted.result.source_accuracy
+
+
+def test_a_library_configuration_is_no_options(adapted, tmp_path):
+    shutil.copytree(adapted.folder, tmp_path / "run")
+    (tmp_path / "run" / "fast.json").unlink()
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "bert", "method": "x"}')
+    assert read_options(tmp_path / "run") == {}
+
+
+def test_an_older_run_goes_on(tmp_path, monkeypatch):
+    data, options = images(48, 4), {"steps": 6, "save_every": 3}
+    torch.manual_seed(0)
+    whole = fast.finetune(ConvNet(), data, **options)
+    take_step = Trainer.step
+
+    def stopped(self, *args):
+        if self.adaptation.done == 4:
+            raise KeyboardInterrupt
+        return take_step(self, *args)
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fast.finetune(ConvNet(), data, output=tmp_path / "run", **options)
+    monkeypatch.setattr(Trainer, "step", take_step)
+    (tmp_path / "run" / "fast.json").rename(tmp_path / "run" / "config.json")
+    torch.manual_seed(0)
+    again = fast.finetune(ConvNet(), data, resume=tmp_path / "run", **options)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_an_unfinished_run_is_said(tmp_path):
+    fast.finetune(ConvNet(), images(48, 4), steps=2, output=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"has checkpoints and no result: go on .*--resume"):
+        fast.load(tmp_path / "run", ConvNet())
+    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: not a folder of"):
+        fast.load(tmp_path / "none", ConvNet())
+
+
+def test_a_damaged_description_is_refused(adapted, tmp_path):
+    shutil.copytree(adapted.folder, tmp_path / "run")
+    (tmp_path / "run" / "preprocessing.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"preprocessing.json is damaged, or was not saved"):
+        fast.load(tmp_path / "run", ConvNet())

@@ -1,0 +1,141 @@
+"""Predictions of pictures, texts and tensors."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fast.data.images.format import ImageFormat
+from fast.deploy.load import predictor_of
+from fast.models.preparation import Preparation, read_preparation
+
+Image = pytest.importorskip("PIL.Image", reason="pictures need pillow")
+FORM = ImageFormat(size=8, resize=10, mean=(0.4,), std=(0.3,), channels=1)
+
+
+@pytest.fixture
+def predictor(adapted):
+    """Takes pictures."""
+    return replace(predictor_of(adapted.result), preparation=Preparation(images=FORM))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Colour, grey and transparent pictures in a folder, with the usual mess."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    made = {"a.jpg": (40, 30, 3), "b.png": (25, 25, 4), "more/c.png": (11, 17)}
+    for name, shape in made.items():
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    (folder / "._a.jpg").write_bytes(b"litter")
+    (folder / "notes.txt").write_text("no picture")
+    stream = io.BytesIO()
+    Image.open(folder / "a.jpg").save(stream, "JPEG")
+    (folder / "wrong.png").write_bytes(stream.getvalue())
+    return folder
+
+
+def pixels(path):
+    picture = Image.open(path)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return FORM.prepare(picture.convert("L"))
+
+
+def test_paths_go_through_the_pipeline_of_the_run(predictor, pictures):
+    answers = predictor.predict(pictures)
+    assert answers.names == [str(pictures / n) for n in ("a.jpg", "b.png", "wrong.png")] + [
+        str(pictures / "more" / "c.png")
+    ]
+    x = torch.stack([pixels(name) for name in answers.names])
+    assert torch.equal(answers.logits, predictor.predict(x).logits)
+    assert answers.classes == ["ant", "bee", "cat", "dog"]
+    one_by_one = predictor.predict([pictures], batch_size=1)
+    torch.testing.assert_close(one_by_one.logits, answers.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_in_memory_are_as_files(predictor, pictures):
+    names = ["a.jpg", "b.png", "more/c.png"]
+    from_files = predictor.predict([pictures / name for name in names])
+    in_memory = predictor.predict([Image.open(pictures / name) for name in names])
+    assert torch.equal(in_memory.logits, from_files.logits)
+    one = predictor.predict(np.asarray(Image.open(pictures / "more" / "c.png"))[None])
+    # Arrays are resized by torch, files by Pillow.
+    torch.testing.assert_close(one.logits[0], from_files.logits[2], rtol=0.1, atol=0.1)
+
+
+def test_a_table_names_its_files(predictor, pictures):
+    (pictures / "list.csv").write_text("id,Filename\n1,a.jpg\n2,more/c.png\n")
+    answers = predictor.predict(str(pictures / "list.csv"))
+    assert [name.rpartition("photos/")[2] for name in answers.names] == ["a.jpg", "more/c.png"]
+    with pytest.raises(ValueError, match=r"has no column picture; it has id, Filename: name the"):
+        predictor.predict(pictures / "list.csv", column="picture")
+
+
+def test_a_broken_picture_is_named_or_left_out(predictor, pictures):
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    with pytest.raises(ValueError, match=r"broken.jpg: not a readable image"):
+        predictor.predict(pictures)
+    answers = predictor.predict(pictures, skip_broken=True)
+    assert list(answers.unreadable) == [str(pictures / "broken.jpg")]
+    assert len(answers) == 4
+    rest = [n for n in answers.names]
+    assert torch.equal(answers.logits, predictor.predict(rest).logits)
+
+
+def test_what_is_no_input_is_said(predictor, adapted, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for inputs, message in (
+        (tmp_path / "none.jpg", "none.jpg: no such file or folder"),
+        (tmp_path / "empty", "there are no images in this folder"),
+        (7, "inputs must be paths, pictures of Pillow, uint8 arrays, or tensors"),
+        ([], "inputs must be paths"),
+        (torch.zeros(2, 5), r"the network does not take these inputs \(\[2, 5\]"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            predictor.predict(inputs)
+    with pytest.raises(ValueError, match=r"inputs must be tensors as the network takes them: how"):
+        adapted.result.predict("photo.jpg")
+    with pytest.raises(ValueError, match="task must be target or source; got 'old'"):
+        adapted.result.predict(adapted.x, task="old")
+    x = adapted.x[:2].clone()
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="answers to 1 of 2 samples are NaN or infinite"):
+        adapted.result.predict(x)
+
+
+def test_predictions_are_a_sequence(adapted, tmp_path):
+    answers = adapted.result.predict(adapted.x[:12])
+    probabilities = adapted.result.predict(adapted.x[:12]).logits.softmax(1)
+    first = answers[0]
+    assert (first.name, first.label) == ("0", answers.labels[0])
+    assert first.probability == pytest.approx(float(probabilities[0].max()))
+    assert [label for label, _ in first.top] == [
+        answers.classes[i] for i in probabilities[0].argsort(descending=True).tolist()
+    ]
+    assert [p.name for p in answers] == [str(i) for i in range(12)]
+    assert answers[-1].name == "11"
+    assert repr(answers).endswith("... and 2 more")
+    with open(answers.write_csv(tmp_path / "answers.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == answers.labels
+    assert float(rows[3]["bee"]) == pytest.approx(float(probabilities[3, 1]), abs=1e-5)
+
+
+def test_the_preparation_is_saved_in_numbers_and_words(tmp_path):
+    Preparation(images=FORM).save(tmp_path)
+    assert read_preparation(tmp_path).images == replace(FORM, mean=[0.4], std=[0.3])
+    words = " ".join(Preparation(images=FORM).words)
+    assert "Resize the shorter side to 10 pixels" in words
+    assert "central square of 8 pixels" in words
+    assert "subtract mean (0.4) and divide by std (0.3)" in words
+    assert read_preparation(tmp_path / "none") == Preparation()
+    (tmp_path / "preprocessing.json").write_text('{"images": {"size": "large"}}')
+    with pytest.raises(ValueError, match=r"preprocessing.json is damaged or was changed"):
+        read_preparation(tmp_path)
