@@ -102,6 +102,7 @@ def audit(model: nn.Module, inputs: Any, *, seed: int = 0) -> Audit:
     rows = []
     for call in calls_of(network, batch, 0):
         module = call.function
+        assert isinstance(module, nn.Module)
         if any(True for _ in module.children()) and not any(True for _ in module.parameters(False)):
             continue
         rows.append(audit_module(call.name or "(the model)", module, call.args, call.kwargs, seed))
@@ -235,8 +236,8 @@ def _verdict(way: Callable[[], Points | Tensor], truth: Tensor, seed: int) -> st
     except (RuntimeError, NotImplementedError, ValueError) as error:
         first = " ".join(str(error).split())[:120]
         return f"{'refused' if type(error).__module__.startswith('fast.') else 'fails'}: {first}"
-    error = float((product - truth).norm() / truth.norm().clamp_min(1e-12))
-    return "exact" if error < EXACT else f"wrong by {error:.1e}" if error == error else "wrong: NaN"
+    off = float((product - truth).norm() / truth.norm().clamp_min(1e-12))
+    return "exact" if off < EXACT else f"wrong by {off:.1e}" if off == off else "wrong: NaN"
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

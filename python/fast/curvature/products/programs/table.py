@@ -142,7 +142,7 @@ class Programs:
         if tracer.why:
             self._refuse(key, tracer.why)
         else:
-            self._seen[key].append(program)
+            self._seen[key] = [*(self._seen[key] or ()), program]
         return part
 
     @torch.no_grad()

@@ -207,7 +207,8 @@ class Tracer(TorchDispatchMode):
             return
         self._add(
             func,
-            *described,
+            described[0],
+            described[1],
             [i for _, i, _ in seen],
             outputs,
             several=isinstance(out, tuple | list),
