@@ -192,7 +192,8 @@ def test_transformers():
         for p in tuned.bert.parameters():
             p.add_(0.2 * torch.randn_like(p))
     inputs = {"input_ids": torch.randint(0, 30, (60, 5))}
-    result = fast.rewind(base, tuned, inputs, 0.01)
+    with pytest.warns(UserWarning, match="no target data"):
+        result = fast.rewind(base, tuned, inputs, 0.01)
     assert result.lost <= 0.01
     assert result.final["place"] < 1
 
