@@ -430,10 +430,7 @@ class Adaptation:
         return self._optimizer.stats()
 
     def forecast(self) -> float | None:
-        """Forecast of what the source has lost: see `ForgettingBudget.forecast`.
-
-        With adapters that is 0, where it was not measured.
-        """
+        """Forecast of what the source has lost, see `ForgettingBudget.forecast`; 0 with adapters."""
         value = self.budget.forecast()
         return 0.0 if value is None and self.plan.adapter_rank else value
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _one_line_warnings(), _plans_once(), _terminable():
             name, options = _parsed(list(sys.argv[1:] if argv is None else argv))
             spec = COMMANDS[name].parse(options)
-            return importlib.import_module(f"fast.cli.commands.{name}").run(spec)
+            return importlib.import_module(f"{spec.package}.{name}").run(spec)
     except SystemExit as stop:  # argparse has printed help, or the version
         return stop.code if isinstance(stop.code, int) else FAILED
     except Terminated:

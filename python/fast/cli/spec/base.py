@@ -10,11 +10,19 @@ from fast.cli.options import build, flag, is_part, option
 from fast.cli.values import folder_name
 from fast.train.config import TrainConfig
 
+SAVED = "fast.cli.commands.saved"  # the commands that work with finished runs
+
 
 class Spec:
-    """The options of a command."""
+    """The options of a command.
+
+    Attributes:
+        about: what the command does, in a line.
+        package: of the module of its name, whose `run(spec)` does it.
+    """
 
     about: ClassVar[str]
+    package: ClassVar[str] = "fast.cli.commands"
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fast.cli.options import option
-from fast.cli.spec.base import Spec, at_least
+from fast.cli.spec.base import SAVED, Spec, at_least
 from fast.cli.values import folder_name
 
 TASKS = ("target", "source")
@@ -14,6 +14,8 @@ TASKS = ("target", "source")
 @dataclass(frozen=True, kw_only=True)
 class RunSpec(Spec):
     """A finished run, and the network that it is of."""
+
+    package = SAVED
 
     run: str = option(
         "folder of a run: of fast finetune, or of result.save", "", words=None, metavar="RUN",

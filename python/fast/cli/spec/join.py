@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from fast.cli.options import option, parser_of, part
 from fast.cli.record import read_record
-from fast.cli.spec.base import Spec
+from fast.cli.spec.base import SAVED, Spec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
@@ -29,6 +29,7 @@ class JoinSpec(Spec):
     """
 
     about = "one softmax over the old and the new classes of a run"
+    package = SAVED
 
     run: str = option(
         "folder of a run of fast finetune", "", words=None, metavar="RUN", read=folder_name

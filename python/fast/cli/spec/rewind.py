@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from fast.adapt.config import Budget
 from fast.cli.options import option, part
-from fast.cli.spec.base import Spec
+from fast.cli.spec.base import SAVED, Spec
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
@@ -28,6 +28,7 @@ class RewindSpec(Spec):
     """
 
     about = "take a network that has forgotten back to a forgetting budget"
+    package = SAVED
 
     base: str = option(
         "the weights before fine-tuning: safetensors, or a torch state dict; or a network by name, "
