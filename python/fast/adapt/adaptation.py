@@ -430,7 +430,7 @@ class Adaptation:
         return self._optimizer.stats()
 
     def forecast(self) -> float | None:
-        """Forecast of what the source has lost, see `ForgettingBudget.forecast`; 0 with adapters."""
+        """Forecast of what is lost, see `ForgettingBudget.forecast`; with adapters nothing."""
         value = self.budget.forecast()
         return 0.0 if value is None and self.plan.adapter_rank else value
 
