@@ -170,6 +170,7 @@ def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.
         ran.add(layer)
         return forward(*args, **kwargs)
 
+    own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
     for layer in layers:
         layer.forward = partial(run, layer, layer.forward)  # type: ignore[method-assign]
     try:
@@ -178,6 +179,8 @@ def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.
     finally:
         for layer in layers:
             del layer.forward
+            if layer in own:  # Accelerate gives modules one of their own
+                layer.forward = own[layer]
     return ran
 
 
