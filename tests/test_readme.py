@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     x, y = images(200, 5)
     x_old, y_old = images(50, 5, seed=1)
     names = {"torch": torch, "x": x, "y": y, "x_val": x, "y_val": y, "x_old": x_old, "y_old": y_old}

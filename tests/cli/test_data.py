@@ -26,7 +26,7 @@ def test_classes_samples_and_preprocessing_are_printed_and_saved(job):
     photos(job.folder / "photos" / "Test", {"cat": 2}, (12, 10))
     code, out, err = run(job, "--input-size", 8, "--std", "0.25")
     assert code == 0, err
-    assert out.startswith(
+    assert out.partition("\n")[2].startswith(  # after the line that says what is read
         "data: 2 classes, 7 training samples, 2 held out (folder Test)\n"
         "classes, in order: cat 4+2, dog 3+0\n"
         "images: 12x10, shorter side to 8 (bicubic), central 8x8, mean 0.5 (the network's mean and "

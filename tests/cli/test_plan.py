@@ -25,7 +25,7 @@ def test_the_plan_is_that_of_the_run(job, method):
     before = files(job.folder)
     code, out, err = job.fast("finetune", *job.args, *options, "--plan")
     assert code == 0, err
-    assert out.startswith("data: 4 classes, 200 training samples, 80 held out")
+    assert out.partition("\n")[2].startswith("data: 4 classes, 200 training samples, 80 held out")
     assert f"\n{method}: " in out
     assert files(job.folder) == before
     printed = rows(out)

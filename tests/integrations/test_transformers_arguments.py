@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fast
+from fast.adapt.defaults import LAYER_NORM_LR, SETTLED
 from fast.heads import task_head
 
 transformers = pytest.importorskip("transformers", reason="the Trainer is its")
@@ -47,7 +48,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, name, smoo
 
 def test_the_arguments_rule_the_optimizer(tmp_path):
     run = trainer(tmp_path)
-    assert run.adaptation.plan.lr == pytest.approx(1.5e-3 * (STEPS / 60) ** 2)
+    assert run.adaptation.plan.lr == pytest.approx(LAYER_NORM_LR * (STEPS / SETTLED) ** 2)
     run.create_optimizer_and_scheduler(STEPS)
     assert isinstance(run.optimizer, fast.AdamW)
     assert run.lr_scheduler.get_last_lr() != [0.0]

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast.adapt.config import AdaptConfig
-from fast.adapt.defaults import SWITCHED
 from fast.adapt.plan import Plan
 from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
@@ -177,7 +176,7 @@ class Result:
                 f"{', '.join(head.auxiliary)}: auxiliary heads keep the source's classes; give "
                 "them as many before loading"
             )
-        if self.plan is not None and self.plan.tasks == SWITCHED:
+        if self.plan is not None and self.plan.adapter_rank:
             notes.append(
                 f"{self.plan.functions}: {MODEL_FILE} answers the target alone; the source's are "
                 "in the files beside it"

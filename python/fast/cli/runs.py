@@ -129,8 +129,8 @@ class Runner:
 
 @contextmanager
 def one_line_each() -> Iterator[None]:
-    """Tell only the results of several runs, not what each is doing."""
-    log = logging.getLogger("fast")
+    """Tell what several runs will do and their results, not what each is doing."""
+    log = logging.getLogger("fast.steps")
     level = log.level
     log.setLevel(logging.WARNING)
     try:

@@ -35,6 +35,8 @@ if not log.handlers:
     log.addHandler(_Stderr())
     log.setLevel(logging.INFO)
     log.propagate = False
+# The phases of a run and its evaluations, apart from what it guessed and planned.
+steps_log = logging.getLogger("fast.steps")
 
 
 class Lines:

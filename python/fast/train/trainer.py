@@ -35,6 +35,7 @@ from fast.train.log import (
     log,
     progress_bar,
     read_history,
+    steps_log,
 )
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
@@ -113,9 +114,9 @@ class Trainer:
         self.measure = Measure(data.val, data.source, engine, config.batch_size, tta=config.tta)
         if not resuming:
             if data.source is not None:
-                log.info("measuring the source")
+                steps_log.info("measuring the source")
             self.measure.measure_before(self.model)
-            log.info("head start: the features of training samples, and a head on them")
+            steps_log.info("head start: the features of training samples, and a head on them")
         own = {f: getattr(config, f) for f in AdaptConfig.__dataclass_fields__}
         self.adaptation = Adaptation(
             self.model,
@@ -162,7 +163,7 @@ class Trainer:
         eval_every = self.config.eval_every or max(1, steps // 10)
         save_every = self.config.save_every or eval_every
         folder = self.folder.path if self.folder else None
-        log.info("training")
+        steps_log.info("training")
         if not run_log.history:
             self._show(self.measure.record(adaptation, [], folder), run_log, bar)
         else:
@@ -174,7 +175,7 @@ class Trainer:
                 if self.stopping.stop:
                     break
                 if adaptation.done == steps - 1 and self.config.budget is not None:
-                    log.info("checking the budget")
+                    steps_log.info("checking the budget")
                 losses.append(self.step(batch, began))
                 bar.update()
                 done = adaptation.done
@@ -197,7 +198,7 @@ class Trainer:
         """Tell what was measured: to files and callbacks, in a line, and beside the bar."""
         run_log.add(record)
         before, steps = self._source_before, self.adaptation.plan.steps
-        log.info("%s", line(record, steps, self._epochs(record["step"]), before))
+        steps_log.info("%s", line(record, steps, self._epochs(record["step"]), before))
         bar.set_postfix_str(figures(record, before))
 
     def _epochs(self, step: int) -> float:

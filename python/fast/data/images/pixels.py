@@ -247,4 +247,4 @@ def channels_first(x: np.ndarray) -> Tensor:
             f"uint8 images must be [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1, 3 or 4; got "
             f"shape {x.shape}"
         )
-    return torch.from_numpy(np.ascontiguousarray(x))
+    return torch.from_numpy(np.require(x, requirements=["C", "W"]))
