@@ -198,7 +198,7 @@ class AdaptConfig:
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
         self._check_tasks()
-        if METHODS[self.method].adapter_rank:
+        if self.has_adapters:
             self._check_adapter()
             if self.shard:
                 raise ValueError(
@@ -219,6 +219,11 @@ class AdaptConfig:
     def budget(self) -> Budget | None:
         """`forget_budget`, parsed."""
         return None if self.forget_budget is None else Budget.parse(self.forget_budget)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters learn the target, in place of the weights."""
+        return self.method in METHODS and METHODS[self.method].adapter_rank > 0
 
     @property
     def keeps_head(self) -> bool:
@@ -247,7 +252,7 @@ class AdaptConfig:
                 "tasks='together' has one function, and batch_norm='per_task' makes two: use "
                 "'frozen' or 'track', or tasks='switched'"
             )
-        if self.tasks == "together" and METHODS[self.method].adapter_rank:
+        if self.tasks == "together" and self.has_adapters:
             raise ValueError(
                 f"tasks='together' has one function, and method {self.method!r} makes two: use "
                 "'fast', or tasks='switched'"
@@ -258,7 +263,7 @@ class AdaptConfig:
             raise ValueError(
                 "tasks='switched' tells two tasks apart, and with head='keep' there is one"
             )
-        if self.batch_norm in ("frozen", "track") and not METHODS[self.method].adapter_rank:
+        if self.batch_norm in ("frozen", "track") and not self.has_adapters:
             raise ValueError(
                 f"tasks='switched' switches what is kept per task, and with batch_norm="
                 f"{self.batch_norm!r} there is nothing: use 'per_task', or method='adapter'"

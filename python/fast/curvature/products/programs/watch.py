@@ -78,7 +78,10 @@ def draws() -> tuple[Any, ...]:
 
 def shapes(tensors: list[Tensor]) -> list[Any] | None:
     """What code can know of tensors without reading them; None where they are of a special kind."""
-    if any(type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided for t in tensors):
+    if any(
+        type(t) not in (Tensor, nn.Parameter) or t.is_nested or t.layout is not torch.strided
+        for t in tensors
+    ):
         return None
     return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
