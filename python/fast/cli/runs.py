@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
 from fast.heads.adapters import NO_PEFT
 from fast.train.engine import pick_device
+from fast.train.log import quiet_steps
 
 KEY_DIGITS = 8
 
@@ -120,23 +120,11 @@ class Runner:
             print(f"{finished} (kept from before)")
             return finished
         start = time.monotonic()
-        with one_line_each():
+        with quiet_steps():
             run = Run.of(self.task.adapt(config), time.monotonic() - start, setting)
         write_json(file, {"key": key, **vars(run)})
         print(f"{run} ({run.seconds:.0f} s)")
         return run
-
-
-@contextmanager
-def one_line_each() -> Iterator[None]:
-    """Tell what several runs will do and their results, not what each is doing."""
-    log = logging.getLogger("fast.steps")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def read_run(file: Path, key: str) -> Run | None:

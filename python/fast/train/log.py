@@ -10,7 +10,8 @@ import logging
 import logging.handlers
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ if not log.handlers:
     log.propagate = False
 # The phases of a run and its evaluations, apart from what it guessed and planned.
 steps_log = logging.getLogger("fast.steps")
+
+
+@contextmanager
+def quiet_steps() -> Iterator[None]:
+    """Leave out the phases and evaluations: for several runs, of which the results are told."""
+    level = steps_log.level
+    steps_log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        steps_log.setLevel(level)
 
 
 class Lines:

@@ -22,6 +22,7 @@ from fast.data.sources import Split, stratified_split
 from fast.files import check_writable
 from fast.models.load import LoadedModel
 from fast.train.config import TrainConfig
+from fast.train.log import quiet_steps
 
 Samples = tuple[Tensor, Tensor]
 SEEDS = (0, 1, 2)
@@ -79,7 +80,8 @@ def _adapt(task: LoadedTask, method: str, seed: int, lr: float) -> Run:
         seed=seed,
         progress=False,
     )
-    run = Run.of(task.adapt(config), time.monotonic() - start)
+    with quiet_steps():
+        run = Run.of(task.adapt(config), time.monotonic() - start)
     print(f"  {run}")
     return run
 
