@@ -10,6 +10,7 @@ import inspect
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -55,7 +56,9 @@ def loader(given: Task) -> DataLoader[Any]:
     return DataLoader(Rows(given.train), TARGET_SIZE, shuffle=True, drop_last=True)
 
 
-def adaptation(given: Task, seed: int, model: nn.Module | None = None) -> fast.Adaptation:
+def adaptation(
+    given: Task, seed: int, model: nn.Module | None = None, **options: Any
+) -> fast.Adaptation:
     return fast.Adaptation(
         model or given.model,
         given.train,
@@ -63,6 +66,7 @@ def adaptation(given: Task, seed: int, model: nn.Module | None = None) -> fast.A
         steps=STEPS,
         batch_size=TARGET_SIZE + SOURCE_SIZE,
         seed=seed,
+        **options,
     )
 
 
@@ -183,14 +187,14 @@ def with_accelerate(given: Task, seed: int) -> None:
     method.finish()
 
 
-def with_peft(given: Task, seed: int) -> None:
+def with_peft(given: Task, seed: int, **options: Any) -> None:
     """LoRA on every convolution of a convolutional network, and on every linear layer of others."""
     import peft
 
     kind = nn.Conv2d if any(isinstance(m, nn.Conv2d) for m in given.model.modules()) else nn.Linear
     names = [name for name, m in given.model.named_modules() if isinstance(m, kind)]
     model: Any = peft.get_peft_model(given.model, peft.LoraConfig(r=8, target_modules=names))  # type: ignore[arg-type]
-    method = adaptation(given, seed, model)
+    method = adaptation(given, seed, model, **options)
     scheduler = method.scheduler()
     model.train()
     for inputs, labels, rows in batches(given):
@@ -211,4 +215,5 @@ RUNNERS: dict[str, Runner] = {
     "timm": with_timm,
     "Accelerate": with_accelerate,
     "PEFT (LoRA)": with_peft,
+    "PEFT (LoRA) at 3e-3": partial(with_peft, lr=3e-3),
 }

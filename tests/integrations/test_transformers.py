@@ -27,7 +27,9 @@ from trainer_cases import (  # noqa: E402
     weights,
 )
 
+from fast.heads import evaluating  # noqa: E402
 from fast.integrations.transformers import FastTrainer  # noqa: E402
+from networks import ConvNet, images  # noqa: E402
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,6 +46,32 @@ def test_a_network_learns_and_the_source_is_measured(tmp_path, name):
     assert run.source_accuracy >= before - 0.25
     assert run.adaptation.done == 60
     assert run.result.model is run.model
+
+
+def test_a_network_whose_forward_takes_no_labels(tmp_path):
+    """The Trainer alone would drop the labels of such a network, and evaluate none."""
+
+    def rows(count, classes, seed):
+        x, y = images(count, classes, seed=seed)
+        return [{"x": a, "labels": int(b)} for a, b in zip(x, y, strict=True)]
+
+    run = trainer(
+        tmp_path,
+        model=ConvNet(),
+        train_dataset=rows(72, 3, 1),
+        eval_dataset=rows(40, 3, 2),
+        num_classes=3,
+        source_inputs=images(40, 5, seed=3)[0],
+        source_eval=rows(40, 5, 4),
+        args={"save_strategy": "no"},
+    )
+    run.train()
+    last = evaluations(run)[-1]
+    with evaluating(run.model), torch.no_grad():
+        x, y = images(40, 3, seed=2)
+        logits = run.model(x)
+    assert last["eval_accuracy"] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
+    assert last["eval_loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-4)
 
 
 def decided():

@@ -19,8 +19,9 @@ from rank_runs import KILLED_AT, RUNS, SHARDED, own_loop, run
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"
 )
-# Runs that draw numbers on each rank, or normalise by its share, are compared elsewhere.
-ALONE = ("per_task", "dropout", "broken", "own loop")
+# Runs that draw numbers on each rank, or normalise by its share, are compared elsewhere; adapters
+# are refused.
+ALONE = ("per_task", "dropout", "broken", "own loop", "adapter")
 
 
 def sharded(number, names, folder):

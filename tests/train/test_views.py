@@ -70,6 +70,17 @@ def test_a_view_depends_on_its_seed_alone(split):
     assert int(label) == int(split.labels[4])
 
 
+def test_a_part_of_the_pictures(split):
+    data, rows = augmented(split), np.array([5, 1, 30])
+    part = data.subset(rows)
+    assert part.labels.tolist() == split.labels[rows].tolist()
+    assert torch.equal(part.view(2, 1)[0], data.view(30, 1)[0])
+    assert torch.equal(part[0][0], data[5][0])
+    still = data.subset(rows, augment=False)
+    assert not hasattr(still, "view")
+    assert torch.equal(still[0][0], data[5][0])
+
+
 def test_an_epoch_has_views_of_its_own(split):
     data = Data(name="train", dataset=augmented(split))
     batches = TrainBatches(data, 36, seed=0).from_step(0)

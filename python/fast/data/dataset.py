@@ -108,7 +108,8 @@ class Data:
         if not self.has_views:
             seeds = None
         rows = index.tolist()
-        samples = [(i, self._sample(i, seeds and seeds[k])) for k, i in enumerate(rows)]
+        of = [None] * len(rows) if seeds is None else seeds
+        samples = [(i, self._sample(i, seed)) for i, seed in zip(rows, of, strict=True)]
         return split_batch(self._collated(samples), self.name)
 
     def batches_at(

@@ -142,9 +142,10 @@ def check_shapes(spec: TaskSpec, splits: dict[str, Split], prepared: dict[str, A
     numbers may be tokens, and padded to another length.
     """
     images = is_image_split(splits["train"])
-    made = None if images else prepared["train"][0]
-    if not images and (isinstance(made, dict) or not made.dtype.is_floating_point):
-        return
+    if not images:
+        made = prepared["train"][0]
+        if isinstance(made, dict) or not made.dtype.is_floating_point:
+            return
     if "val" not in prepared:
         return
     first = [prepared[name][0] for name in PARTS]

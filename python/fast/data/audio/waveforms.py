@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import wave
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def prepare_audio(split: Split, extractor: Any, max_seconds: float) -> tuple[Any
     broken: dict[str, str] = {}
     for i, name in enumerate(split.inputs.names):
         try:
-            sound, rate = read_audio(lambda i=i: split.inputs.open(i))
+            sound, rate = read_audio(partial(split.inputs.open, i))
         except (ValueError, OSError, EOFError) as error:
             broken[name] = first_line(error)
             continue

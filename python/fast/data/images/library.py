@@ -71,7 +71,8 @@ def library_transform(description: Mapping[str, Any]) -> Transform:
 def _timm(options: dict[str, Any]) -> Transform:
     from timm.data import create_transform
 
-    return create_transform(**{k: tuple(v) if type(v) is list else v for k, v in options.items()})
+    given: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in options.items()}
+    return create_transform(**given)
 
 
 def _torchvision(options: dict[str, Any]) -> Transform:

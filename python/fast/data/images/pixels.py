@@ -138,6 +138,11 @@ class PreparedImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def subset(self, rows: np.ndarray, *, augment: bool = True) -> PreparedImages:
+        """These rows alone; as they are at evaluation where `augment` is False."""
+        split = Split(inputs=self.inputs, labels=self.labels.numpy()).subset(rows)
+        return prepared_by(split, self.form, self.augment if augment else "none")
+
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         report = ImageReport()
         _, images = self._read(range(i, i + 1), report)

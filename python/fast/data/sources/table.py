@@ -128,7 +128,7 @@ def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
         part: [i for i, r in enumerate(roles) if r == role]
         for part, role in (("train", TRAIN), ("val", held_out))
     }
-    parts = {
+    parts: dict[str, Columns] = {
         part: {c: [v[i] for i in index] for c, v in table.items()} for part, index in rows.items()
     }
     return parts, f"split by column {printable(named[0])}"

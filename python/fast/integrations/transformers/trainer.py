@@ -115,6 +115,9 @@ class FastTrainer(Trainer):
             callbacks=callbacks,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        # The Trainer drops the labels of a network whose `forward` takes none.
+        self._takes_labels = bool(self.label_names)
+        self.label_names = self.label_names or ["labels"]
         check_arguments(self.args, model, options)
         loader = self.get_train_dataloader()
         samples = loader.dataset
@@ -207,7 +210,12 @@ class FastTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self._takes_labels:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            inputs, labels = split_batch(inputs, "eval_dataset")
+            logits = forward_logits(model, inputs)
+            loss = (self._own_loss if self.compute_loss_func else self.mean_loss)(logits, labels)
+            return (loss, {"logits": logits}) if return_outputs else loss
         parts = self.current_gradient_accumulation_steps
         inputs, labels = split_batch(inputs, "train_dataset")
         with self.accelerator.autocast():

@@ -125,4 +125,4 @@ def normalise(head: TaskHead, features: Tensor) -> None:
 
 def plain_layer(head: TaskHead) -> HeadLayer:
     """The layer that does what the target head does, normalisation included."""
-    return fold_head(nn.Sequential(copy.deepcopy(head)))[0]
+    return fold_head(nn.Sequential(copy.deepcopy(head)))[0]  # type: ignore[index]

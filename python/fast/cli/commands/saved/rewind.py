@@ -29,7 +29,8 @@ def run(spec: RewindSpec) -> int:
     pick_device(spec.device)
     folder = Path(spec.output or f"runs/{spec.task.short_name}-rewind")
     check_writable(folder, "--output")
-    task, notes = spec.named, []
+    task = spec.named
+    notes: list[str] = []
     sets = read_data(task, notes)
     loaded = load_network(task)
     splits = {"source_inputs": _shuffled(sets["source_inputs"])}
