@@ -104,7 +104,7 @@ class Search:
 
     def run(self) -> Rewound:
         self.line.go(1.0)
-        self._look(TUNED, 1.0)
+        self._look(TUNED, 1.0, whole=True)
         tuned = self.history[-1]
         if self.target is not None:
             tuned["target_accuracy"] = self.target.accuracy(self.model)
