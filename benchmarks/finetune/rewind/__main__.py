@@ -110,7 +110,7 @@ def main() -> None:
         for pair in (pairs if method != PLAIN else pairs[:1])
         for budget in (
             *(() if pair in POINTS else args.nats.split(",")),
-            *args.points.split(","),
+            *filter(None, args.points.split(",")),
         )
     ]
     records = complete(

@@ -39,7 +39,7 @@ def rewind(
     """The best network between two checkpoints that keeps a forgetting budget.
 
     Nothing that is passed is changed. There are three stages, and each comes only if the one before
-    loses more than a point of target accuracy:
+    loses more than two points of target accuracy:
 
     1. The line `w0 + t (w1 - w0)` of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), up to where
        the budget is spent. Each task has its own head and its own batch norms, whose statistics

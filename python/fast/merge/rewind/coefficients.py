@@ -16,7 +16,7 @@ from fast.merge.rewind.target import Target
 
 # Gradients of a few samples are noisy, so no layer goes further than others by more than this.
 MOST = 4.0
-SAMPLES = 128
+SAMPLES = 64
 
 
 def reaches(

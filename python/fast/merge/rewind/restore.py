@@ -14,7 +14,7 @@ from fast.merge.rewind.features import SourceFeatures, pull
 from fast.merge.rewind.target import Target
 from fast.optim import AdamW
 
-STEPS, TARGET_SAMPLES, SOURCE_SAMPLES = 12, 48, 16
+STEPS, TARGET_SAMPLES, SOURCE_SAMPLES = 10, 44, 16
 LR, RAMP = 1.5e-3, 4
 # The pull to the point that was chosen, times the learning rate: that of `fast.finetune` to w0.
 ANCHOR_DECAY = 2.0

@@ -88,27 +88,43 @@ class Target:
         starts = range(0, self.size, BATCH_SIZE)
         return [pick(self.inputs, slice(i, i + BATCH_SIZE)) for i in starts]
 
-    def teach_head(self, model: nn.Module) -> None:
+    def teach_head(self, model: nn.Module) -> float:
         """Teach the target head again, from what it is, on the features that there are now.
 
         Batch norms of the target get the statistics of its inputs. A head that was better before
         stays. Heads on maps of features stay, too.
+
+        Returns:
+            the accuracy afterwards.
         """
-        estimate(per_task_norms(model)[0], model, self.pieces()[:2])
+        estimate(per_task_norms(model)[0], model, self.pieces()[:1])
         head = task_head(model)
         assert head is not None
-        with torch.no_grad():
+        with evaluating(model):
+            held = features_of(model, head, self.held_inputs)
+        if held.dim() != 2:
+            return self.accuracy(model)
+        with evaluating(model):
             features = torch.cat([features_of(model, head, x) for x in self.pieces()])
-        if features.dim() != 2:
-            return
-        before, was = self.accuracy(model), (copy.deepcopy(head.linear), copy.deepcopy(head.norm))
+        before, was = (
+            self._right(head, held),
+            (copy.deepcopy(head.linear), copy.deepcopy(head.norm)),
+        )
         normalise(head, features)
         start_head(
             head, features, self.labels, loss=F.cross_entropy, steps=HEAD_STEPS, seed=self._seed
         )
         model.eval()
-        if self.accuracy(model) < before:
+        after = self._right(head, held)
+        if after < before:
             head.linear, head.norm = was
+        return max(before, after)
+
+    @torch.no_grad()
+    def _right(self, head: TaskHead, features: Tensor) -> float:
+        """Accuracy of the head on features of the samples that only measure."""
+        answers = head.linear(features if head.norm is None else head.norm(features)).argmax(1)
+        return (answers == self.held_labels).double().mean().item()
 
 
 @torch.no_grad()
