@@ -125,7 +125,7 @@ def _thumbnail(raw: Any, row: int) -> bytes | None:
     """A small JPEG of a sample; None where it is no picture, or cannot be read any more."""
     if isinstance(raw, EncodedImages):
         try:
-            image, _ = decode(lambda: raw.open(row), 3, 2 * THUMBNAIL)
+            image, _ = decode(lambda: raw.open(row), 3)
         except Unreadable:
             return None
     elif getattr(raw, "dtype", None) == "uint8" and raw.ndim in (3, 4):
