@@ -165,3 +165,15 @@ def test_a_damaged_description_is_refused(adapted, tmp_path):
     (tmp_path / "run" / "preprocessing.json").write_text("{}")
     with pytest.raises(ValueError, match=r"preprocessing.json is damaged, or was not saved"):
         fast.load(tmp_path / "run", ConvNet())
+
+
+def test_mirror_images_are_asked_as_in_the_run(tmp_path):
+    x, y = images(48, 4)
+    result = fast.finetune(ConvNet(), (x, y), (x, y), steps=2, batch_size=16, tta=True)
+    result.save(tmp_path / "run")
+    loaded = fast.load(tmp_path / "run", ConvNet())
+    evaluation = loaded.evaluate((x, y))
+    assert evaluation.accuracy == result.target_accuracy
+    one, other = (loaded.predict(view).logits for view in (x, x.flip(3)))
+    torch.testing.assert_close(evaluation.logits, (one + other) / 2)
+    assert not torch.equal(evaluation.logits, one)

@@ -34,6 +34,7 @@ from fast.heads.forward import taking
 from fast.models.preparation import Preparation
 from fast.models.signature import example, on_device_of
 from fast.train.engine import autocast_dtype
+from fast.train.measure import answers
 
 Task = Literal["target", "source"]
 
@@ -50,6 +51,8 @@ class Predictor:
         inputs: shapes and types of the network's inputs (`fast.models.signature`).
         name: by which the network was loaded.
         precision: of the forward pass, as in the run.
+        mirrored: whether `evaluate` asks about each image and its mirror image (`tta`), as the run
+            did of the target.
         batch_size: as in the evaluations of the run.
         keeps_head: whether the run went on with the network's own head: one task then.
         lacks: what is missing to answer the source task; empty where nothing is.
@@ -64,6 +67,7 @@ class Predictor:
     inputs: Any = None
     name: str | None = None
     precision: str = "auto"
+    mirrored: bool = False
     batch_size: int = 128
     keeps_head: bool = False
     lacks: str = ""
@@ -149,7 +153,8 @@ class Predictor:
         scores, labels = [], []
         with self.answering(task):
             for inputs, y in named.data.eval_batches(batch_size or self.batch_size):
-                scores.append(self.logits(inputs, named.data.name))
+                mirrored = self.mirrored and task == "target"
+                scores.append(self.logits(inputs, named.data.name, mirrored))
                 labels.append(y)
         logits = torch.cat(scores)
         return Evaluation(
@@ -217,8 +222,11 @@ class Predictor:
         with switch:
             yield
 
-    def logits(self, inputs: Any, name: str = "inputs") -> Tensor:
+    def logits(self, inputs: Any, name: str = "inputs", mirrored: bool = False) -> Tensor:
         """Logits `[B, C]` in float32 on the CPU, of a batch as the network takes it.
+
+        Args:
+            mirrored: the mean over images and their mirror images.
 
         Raises:
             ValueError: the network does not take the inputs.
@@ -230,7 +238,7 @@ class Predictor:
             evaluating(self.model),
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),
         ):
-            logits = forward_logits(self.model, on_device_of(self.model, inputs)).float().cpu()
+            logits = answers(self.model, on_device_of(self.model, inputs), mirrored).cpu()
         wrong = int((~logits.logsumexp(1).isfinite()).sum())
         if wrong:
             raise FloatingPointError(

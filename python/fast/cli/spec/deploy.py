@@ -75,7 +75,7 @@ class EvaluateSpec(RunSpec):
     )
     task: str = option("whose labels these are", "target", choices=TASKS)
     worst: int = option("wrong answers that are shown in the report", 24)
-    input_column: str | None = option("inputs of a Hugging Face data set")
+    input_column: str | None = option("inputs of a table or a Hugging Face data set")
     label_column: str | None = option("its labels")
     output: str | None = option(
         "folder of the report (default: RUN/evaluation-TASK)", read=folder_name, short="-o"

@@ -69,9 +69,15 @@ def _check(subject: Subject, folder: Path) -> None:
 
 
 def _write_processor(form: ImageFormat, folder: Path) -> None:
-    """An image processor that resizes, crops and normalises as the run did."""
-    from transformers import CLIPImageProcessorPil
+    """An image processor that resizes, crops and normalises as the run did: the network's own, if
+    the run used that."""
+    import transformers
 
+    if form.library and "processor" in form.library:
+        processor = form.library["processor"]
+        kind = getattr(transformers, str(processor["image_processor_type"]))
+        kind.from_dict(dict(processor)).save_pretrained(folder)
+        return
     if form.size is None or form.channels not in (3, None):
         what = "no size" if form.size is None else f"channels {form.channels}"
         if form.channels == BGR:
@@ -82,7 +88,7 @@ def _write_processor(form: ImageFormat, folder: Path) -> None:
         )
     side = form.resize or form.size
     size = {"height": side, "width": side} if form.stretch else {"shortest_edge": side}
-    CLIPImageProcessorPil(
+    transformers.CLIPImageProcessorPil(
         size=size,
         crop_size={"height": form.size, "width": form.size},
         resample=PILLOW_FILTERS[form.interpolation],
