@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import fast
+from fast.data.images.format import ImageFormat
+from fast.data.images.library import transformers_description
+from fast.deploy.export.hugging_face import _write_processor
 from fast.deploy.predictor import Predictor
 from helpers import run_python
 from networks import ConvNet, TextNet, sentences
@@ -119,3 +122,14 @@ def test_what_cannot_be_exported_is_said(adapted, tmp_path, monkeypatch):
         adapted.result.export(tmp_path / "served", "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert "fast" in sys.modules
+
+
+def test_the_networks_own_image_processor_is_kept(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the processor is one of its")
+    own = transformers.ViTImageProcessorPil(
+        size={"height": 24, "width": 20}, image_mean=[0.1, 0.2, 0.3], do_normalize=False
+    )
+    form = ImageFormat(size=20, library=transformers_description(own))
+    _write_processor(form, tmp_path)
+    again = transformers.ViTImageProcessorPil.from_pretrained(tmp_path)
+    assert again.to_dict() == own.to_dict()
