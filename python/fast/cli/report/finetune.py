@@ -94,11 +94,13 @@ def _class_lines(result: fast.Result) -> str:
 def what_next(folder: Path) -> str:
     """What to type after a run."""
     run = shlex.quote(printable(folder))
-    return (
-        f"next:\n  fast predict {run} PATH...       classes of new inputs\n"
-        f"  fast evaluate {run}             classes one by one, and the worst mistakes\n"
-        f"  fast export {run} --format onnx -o FOLDER"
-    )
+    commands = {
+        f"fast predict {run} PATH...": "classes of new inputs",
+        f"fast evaluate {run}": "classes one by one, and the worst mistakes",
+        f"fast export {run} --format onnx -o FOLDER": "to run it elsewhere",
+    }
+    width = max(map(len, commands))
+    return "\n".join(["next:", *(f"  {what:{width}}  {why}" for what, why in commands.items())])
 
 
 def _budget_line(task: LoadedTask, option: str | float | None, lost: float | None) -> str:

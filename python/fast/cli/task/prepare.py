@@ -67,10 +67,13 @@ def prepare_splits(
     if not spec.skip_broken:
         whole.refuse_broken(SKIP)
     if whole.broken:
-        loaded.notes.append(
-            f"--skip-broken: {len(whole.broken)} images cannot be read, and are left out: "
-            f"{some(list(whole.broken), 10)}"
+        count = len(whole.broken)
+        what = (
+            "1 image cannot be read, and is"
+            if count == 1
+            else f"{count} images cannot be read, and are"
         )
+        loaded.notes.append(f"--skip-broken: {what} left out: {some(list(whole.broken), 10)}")
     return prepared, form, reports
 
 

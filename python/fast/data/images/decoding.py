@@ -46,6 +46,8 @@ def decode(
             orientation = _orientation(picture)
             size = (height, width) if orientation in SIDEWAYS else (width, height)
             return _upright(_eight_bits(picture, channels), orientation), size
+    except pillow().UnidentifiedImageError as err:
+        raise Unreadable("it is in no format that is read here") from err
     except Exception as err:  # decoders raise errors of every kind
         raise Unreadable(first_line(err)) from err
 
