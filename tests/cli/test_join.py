@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import fast
 from fast.cli import main
 from fast.merge.join import join_heads
 from fast.merge.join_parts import saved_heads
@@ -58,6 +59,10 @@ def test_a_run_becomes_one_network(adapted, run_folder):
         for rows, file, first in ((x_old, "source.npz", 0), (x, "target.npz", 3))
     ]
     assert min(right) > 0.9
+    loaded = fast.load("both", "nets.py:Net(3)")
+    answers = loaded.predict(x)
+    assert loaded.classes == facts["rows"]
+    torch.testing.assert_close(answers.logits, joined(x).detach(), rtol=1e-4, atol=1e-4)
 
     # Python gives the same network, from the same samples in the same order.
     heads = saved_heads("out", load_model("nets.py:Net(3)").model, x)

@@ -16,10 +16,11 @@ from fast.deploy.predictor import Predictor
 from fast.deploy.rebuild import rebuilt
 from fast.files import read_json, reading
 from fast.heads import task_head, unwrap
+from fast.merge.joined import load_joined
 from fast.models.description import source_classes
 from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, read_preparation
-from fast.models.saved import MODEL_FILE, check_manifest, read_options
+from fast.models.saved import JOIN_FILE, MODEL_FILE, check_manifest, read_options
 from fast.models.signature import example
 from fast.models.two_tasks import load_two_tasks
 from fast.train.engine import pick_device
@@ -39,6 +40,8 @@ def load(
         loaded.predict("new/")                         # classes with probabilities
         loaded.predict("new/", task="source")          # what it knew before
         loaded.evaluate("labelled/").accuracy
+
+    A folder that `Joined.save` or `fast join` wrote answers with the classes of both tasks.
 
     Args:
         folder: of the run. Its files are compared with their checksums.
@@ -64,10 +67,16 @@ def load(
     sample = example(inputs) if inputs is not None else _sample(preparation)
     head = network.get("head") or options.get("head")
     named = head if head not in (None, "new", KEEP) else None
-    note = load_two_tasks(folder, loaded.model, head=named, sample=sample)
+    answering, classes, note = loaded.model, facts.get("classes"), ""
+    joined = (folder / JOIN_FILE).is_file()
+    if joined:
+        answering = load_joined(folder, loaded.model, sample)
+        classes = answering.classes
+    else:
+        note = load_two_tasks(folder, loaded.model, head=named, sample=sample)
     return Predictor(
-        model=loaded.model.to(pick_device(device)).eval(),
-        classes=_class_names(facts.get("classes")),
+        model=answering.to(pick_device(device)).eval(),
+        classes=_class_names(classes),
         source_classes=_class_names(network.get("source_classes")),
         preparation=preparation,
         inputs=inputs,
@@ -75,7 +84,7 @@ def load(
         precision=str(options.get("precision", "auto")),
         mirrored=bool(options.get("tta")),
         batch_size=max(LEAST_EVAL_BATCH, int(options.get("batch_size", LEAST_EVAL_BATCH))),
-        keeps_head=options.get("head") == KEEP,
+        keeps_head=joined or options.get("head") == KEEP,
         lacks=note,
         facts=_reported(facts, options),
         notes=[str(note) for note in facts.get("notes") or []],
