@@ -120,11 +120,11 @@ def plain_line(real: RealPair, state: dict[str, Tensor], kept: Any, budget: str)
 def step_seconds(real: RealPair, pair: str) -> float:
     """Processor time of a step of the plain script."""
     times = []
-    for steps in (1, 1 + TIMED_STEPS):
+    for steps in (1, 1, 1 + TIMED_STEPS):  # the first reads data and imports what torch needs
         part = copy.copy(real)
         object.__setattr__(part, "model", copy.deepcopy(real.model))
         object.__setattr__(part, "steps", steps)
         start = time.process_time()
         plain_script(part, RATES.get(pair, 1e-3), 0)
         times.append(time.process_time() - start)
-    return (times[1] - times[0]) / TIMED_STEPS
+    return (times[2] - times[1]) / TIMED_STEPS
