@@ -140,8 +140,7 @@ class Rehearsal(Guard):
         self.restraint = 1.0
         # The sum of e over the samples of this step, on the device, and their number.
         self._seen, self._count = torch.zeros((), dtype=self.features.dtype, device=device), 0
-        # The mean over features: a constant feature would blow up a variance of its own.
-        self.scale = 1 / self.features.var(0).mean().clamp_min(1e-12)
+        self.scale = scale_of(self.features)
         count = len(self.features)
         self.inputs = pick(samples.inputs, slice(count))
         self._size, self._seed = size, seed
@@ -165,12 +164,11 @@ class Rehearsal(Guard):
             return None
         before = source.reference
         now = by_sample(seen.source_features, len(before))
-        e = self.scale * (now.to(before.dtype) - before).square().flatten(1).mean(1)
+        e = distances(now, before, self.scale)
         with torch.no_grad():
             self._seen += e.sum()
         self._count += len(e)
-        pull = F.huber_loss(e, torch.zeros_like(e), reduction="sum", delta=STEEPEST * TOLERANCE)
-        return self.weight / TOLERANCE * pull / source.total
+        return self.weight / TOLERANCE * pull(e, "sum") / source.total
 
     def lr_factor(self) -> float:
         return self.restraint
@@ -191,13 +189,40 @@ class Rehearsal(Guard):
         self._seen.zero_()
         self._count = 0
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)
-        self.restraint = max(LEAST, min(1.0, TOLERANCE / self.strength / max(self.moved, 1e-12)))
+        self.restraint = restraint(self.moved, TOLERANCE / self.strength)
 
     def state_dict(self) -> dict[str, Any]:
         return {"moved": self.moved, "restraint": self.restraint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.moved, self.restraint = float(state["moved"]), float(state["restraint"])
+
+
+def scale_of(features: Tensor) -> Tensor:
+    """One over the variance of features `[N, ...]` at the pretrained weights, `[]`."""
+    # The mean over features: a constant feature would blow up a variance of its own.
+    return 1 / features.var(0).mean().clamp_min(1e-12)
+
+
+def distances(now: Tensor, before: Tensor, scale: Tensor) -> Tensor:
+    """`e = |f - f0|^2 / variance of f0` of each sample, `[N]`.
+
+    Args:
+        now, before: features `[N, ...]`.
+        scale: see `scale_of`.
+    """
+    return scale * (now.to(before.dtype) - before).square().flatten(1).mean(1)
+
+
+def pull(e: Tensor, reduction: str) -> Tensor:
+    """The penalty on distances `[N]`, times `TOLERANCE`: `e^2 / 2` up to `STEEPEST`."""
+    zero = torch.zeros_like(e)
+    return F.huber_loss(e, zero, reduction=reduction, delta=STEEPEST * TOLERANCE)
+
+
+def restraint(moved: float, tolerance: float = TOLERANCE) -> float:
+    """The factor on the learning rate where features have moved by `moved`, at most 1."""
+    return max(LEAST, min(1.0, tolerance / max(moved, 1e-12)))
 
 
 def _check_features(features: Tensor, name: str) -> None:

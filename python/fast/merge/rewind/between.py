@@ -6,16 +6,20 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fast.adapt.config import Budget
 from fast.adapt.guards.forgetting import hold_back
 from fast.data.generators import seeded
 from fast.data.source_inputs import parse_source_inputs
-from fast.errors import some
 from fast.heads import find_head
 from fast.heads.forward import check_takes
-from fast.merge.rewind.checkpoints import Checkpoint, base_network, tuned_state
+from fast.merge.rewind.checkpoints import (
+    Checkpoint,
+    base_network,
+    check_finite,
+    tuned_state,
+)
 from fast.merge.rewind.result import RewindConfig, Rewound
 from fast.merge.rewind.search import Search
 from fast.train.engine import in_float32, pick_device
@@ -91,12 +95,6 @@ def rewind(
         state, note = tuned_state(tuned, network, layer)
         if note:
             log.info(note)
-        _check_finite(network.state_dict())
+        check_finite(network.state_dict(), "base")
         work, meter = hold_back(network, samples, budget=allowed, skill=source_skill)
         return Search(config, network, state, first, work, meter, data).run()
-
-
-def _check_finite(state: dict[str, Tensor]) -> None:
-    bad = [n for n, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
-    if bad:
-        raise ValueError(f"base: weights that are NaN or infinite: {some(bad)}")

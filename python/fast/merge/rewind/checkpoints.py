@@ -143,10 +143,15 @@ def _state(checkpoint: Checkpoint, network: nn.Module, name: str) -> dict[str, T
             f"{name} must be a network, a state dict or a file; got {type(checkpoint).__name__}"
         )
     state, _ = matched(state, network.state_dict(), where)
+    check_finite(state, name)
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], name: str) -> None:
+    """Raise ValueError where weights of the checkpoint `name` are NaN or infinite."""
     bad = [n for n, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
         raise ValueError(f"{name}: weights that are NaN or infinite: {some(bad)}")
-    return state
 
 
 def _check_fits(state: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:

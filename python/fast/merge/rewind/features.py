@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.guards.rehearse import STEEPEST, TOLERANCE
+from fast.adapt.guards.rehearse import distances, scale_of
 from fast.data.source_inputs import SourceInputs
 from fast.data.stream import row_batches
 from fast.data.trees import length, pick
@@ -34,7 +33,7 @@ class SourceFeatures:
                 by_sample(features_of(model, head, x), length(x)) for x, _ in samples.batches(CHUNK)
             ]
         self.before = torch.cat(parts)
-        self.scale = 1 / self.before.var(0).mean().clamp_min(1e-12)
+        self.scale = scale_of(self.before)
 
     def distance(self, model: nn.Module, rows: Tensor) -> Tensor:
         """`e = |f - f0|^2 / variance of f0` of these samples `[B]`, with gradients."""
@@ -47,17 +46,9 @@ class SourceFeatures:
                 forward_logits(model, pick(self.samples.inputs, rows))
         finally:
             hook.remove()
-        before = self.before[rows]
-        now = by_sample(seen[-1], len(rows))
-        return self.scale * (now - before).square().flatten(1).mean(1)
+        return distances(by_sample(seen[-1], len(rows)), self.before[rows], self.scale)
 
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
         """Rows of samples, without end."""
         for rows in row_batches(self.samples.size, size, seed):
             yield rows.to(self.before.device)
-
-
-def pull(e: Tensor) -> Tensor:
-    """The penalty of rehearsal on distances `[B]`, see `fast.adapt.guards.rehearse`."""
-    zero = torch.zeros_like(e)
-    return F.huber_loss(e, zero, delta=STEEPEST * TOLERANCE) / TOLERANCE

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import nn
 
-from fast.adapt.guards.rehearse import LEAST, TOLERANCE
+from fast.adapt.guards.rehearse import TOLERANCE, pull, restraint
 from fast.heads import forward_logits, task_head
 from fast.heads.batch_norm import per_task_norms
-from fast.merge.rewind.features import SourceFeatures, pull
+from fast.merge.rewind.features import SourceFeatures
 from fast.merge.rewind.target import Target
 from fast.optim import AdamW
 
@@ -49,9 +49,9 @@ def restore(
     for step in range(STEPS):
         (x, y), rows = next(learn), next(keep)
         e = features.distance(model, rows)
-        restraint = min(1.0, max(LEAST, TOLERANCE / max(float(e.detach().mean()), TOLERANCE)))
-        optimizer.param_groups[0]["lr"] = LR * restraint * _schedule(step)
-        loss = F.cross_entropy(forward_logits(model, x), y) + pull(e)
+        slower = restraint(float(e.detach().mean()))
+        optimizer.param_groups[0]["lr"] = LR * slower * _schedule(step)
+        loss = F.cross_entropy(forward_logits(model, x), y) + pull(e, "mean") / TOLERANCE
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
