@@ -22,8 +22,11 @@ IMAGES = "images"
 PARTS = ("train", "val")
 
 
-def read_data(spec: TaskSpec, notes: list[str]) -> dict[str, NamedData]:
+def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dict[str, NamedData]:
     """The data sets by the options that name them; what is left out of them is told in `notes`.
+
+    Args:
+        hold_out: a share of the target's training samples, where it has no others to measure on.
 
     Raises:
         ValueError: a data set is unusable, or an option does not fit it.
@@ -43,7 +46,7 @@ def read_data(spec: TaskSpec, notes: list[str]) -> dict[str, NamedData]:
             warnings.simplefilter("ignore", DataWarning)
             sets[role] = load_data(name, **columns, numeric_labels=role != "data")
         notes += [f"{flag(role)} {name}: {note}" for note in sets[role].notes]
-        if role == "data":
+        if role == "data" and hold_out:
             sets[role] = _hold_out(spec, sets[role])
     return sets
 
@@ -86,16 +89,19 @@ def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:
     if "source" in sets:
         splits["source"] = sets["source"].for_evaluation()
     if "source_inputs" in sets:
-        split = training_split(sets["source_inputs"])
-        # Folders are sorted by class, and not all samples are used.
-        order = np.random.default_rng(0).permutation(len(split))
-        splits["source_inputs"] = split.subset(order[:LIMIT])
+        splits["source_inputs"] = drawn_inputs(sets["source_inputs"])
     return {name: split for name, split in splits.items() if split is not None}
 
 
 def training_split(data: NamedData) -> Split:
     """The training split; the held-out one where there is no other."""
     return data.train if data.train is not None else data.for_evaluation()
+
+
+def drawn_inputs(data: NamedData) -> Split:
+    """As many source inputs as are used, in random order: folders are sorted by class."""
+    split = training_split(data)
+    return split.subset(np.random.default_rng(0).permutation(len(split))[:LIMIT])
 
 
 def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:

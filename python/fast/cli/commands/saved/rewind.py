@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 import fast
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
-from fast.cli.spec.task import TaskSpec
-from fast.cli.task.data import print_notes, read_data, training_split
+from fast.cli.task.data import drawn_inputs, print_notes, read_data, training_split
 from fast.cli.task.prepare import load_network, prepare_splits
-from fast.data.source_inputs import LIMIT
-from fast.data.sources import DataWarning, NamedData, Split, load_data
 from fast.errors import printable
 from fast.figures import save
 from fast.files import check_writable
@@ -31,11 +24,11 @@ def run(spec: RewindSpec) -> int:
     check_writable(folder, "--output")
     task = spec.named
     notes: list[str] = []
-    sets = read_data(task, notes)
+    sets = read_data(task, notes, hold_out=False)  # `fast.rewind` does that itself
     loaded = load_network(task)
-    splits = {"source_inputs": _shuffled(sets["source_inputs"])}
+    splits = {"source_inputs": drawn_inputs(sets["source_inputs"])}
     if "data" in sets:
-        splits["train"] = _whole(task, sets["data"])
+        splits["train"] = training_split(sets["data"])
     prepared, _, _ = prepare_splits(task, loaded, splits)
     print_notes(loaded.notes + notes)
     result = fast.rewind(
@@ -60,23 +53,6 @@ def run(spec: RewindSpec) -> int:
     print(_report(result))
     print(f"saved in {', '.join(map(printable, files))}")
     return 0
-
-
-def _shuffled(data: NamedData) -> Any:
-    """Source inputs in random order: folders are sorted by class, and not all samples are used."""
-    split = training_split(data)
-    return split.subset(np.random.default_rng(0).permutation(len(split))[:LIMIT])
-
-
-def _whole(task: TaskSpec, data: NamedData) -> Split:
-    """All target samples to learn from, none held out: `fast.rewind` does that itself."""
-    train, val = data.train, data.val
-    if train is None or val is None:
-        return training_split(data)
-    with warnings.catch_warnings():  # they were shown when it was read
-        warnings.simplefilter("ignore", DataWarning)
-        columns = {"input_column": task.input_column, "label_column": task.label_column}
-        return training_split(load_data(data.name, **columns, numeric_labels=False))
 
 
 def _report(result: Rewound) -> str:
