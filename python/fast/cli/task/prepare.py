@@ -25,6 +25,7 @@ from fast.data.sources import EncodedAudio, Split
 from fast.errors import first_line, some
 from fast.heads import evaluating, forward_logits
 from fast.models.load import LoadedModel, load_model
+from fast.models.preparation import Preparation
 from fast.workers import workers_for
 
 
@@ -119,28 +120,7 @@ def _prepare(split: Split, loaded: LoadedModel, spec: TaskSpec) -> Any:
         if loaded.tokenizer or loaded.preprocessing.library:
             raise ValueError("the data are sounds, and the network takes texts or images")
         return prepare_audio(split, loaded.extractor, spec.max_seconds)
-    labels = torch.from_numpy(split.labels)
-    if isinstance(split.inputs, list):
-        if loaded.tokenizer is None:
-            raise ValueError("the data are texts: only a transformers: network brings a tokenizer")
-        tokens = loaded.tokenizer(
-            split.inputs,
-            padding=True,
-            truncation=True,
-            max_length=spec.max_length,
-            return_tensors="pt",
-        )
-        return dict(tokens), labels
-    if isinstance(split.inputs, dict):
-        return {name: _tensor(value) for name, value in split.inputs.items()}, labels
-    return _tensor(split.inputs), labels
-
-
-def _tensor(x: np.ndarray) -> Tensor:
-    # Files hold types and byte orders that torch does not have.
-    return torch.from_numpy(
-        np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64)
-    )
+    return Preparation(tokenizer=loaded.tokenizer, max_length=spec.max_length)(split)
 
 
 def labels_of(prepared: Any) -> np.ndarray:
