@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fast.data.sources import EncodedImages, Split
 from fast.data.sources.scan import scan
+from fast.data.sources.table import rows_of
 from fast.data.trees import kind, length
 from fast.errors import printable, some
 from fast.models.preparation import Preparation
@@ -24,8 +24,7 @@ COLUMNS = {
     "images": ("path", "file", "filename", "file_name", "filepath", "image", "img", "name"),
     "texts": ("text", "sentence", "content", "review", "question", "body"),
 }
-TABLES = {".csv": ",", ".tsv": "\t"}
-MOST_FIELD = 1 << 24
+TABLES = (".csv", ".tsv")
 
 
 def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None) -> Split:
@@ -115,22 +114,17 @@ def _texts(inputs: Any, column: str | None) -> list[str] | None:
 
 def _column(path: Path, kind: str, column: str | None) -> list[str]:
     """One column of a table."""
-    csv.field_size_limit(MOST_FIELD)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter=TABLES[path.suffix.lower()]))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable table ({error})") from error
-    header = list(rows[0]) if rows else []
+    rows = rows_of(path)
+    header = rows[0] if len(rows) > 1 else []
     wanted = (column,) if column else COLUMNS[kind]
-    lower = {str(name).strip().lower(): name for name in header}
-    name = next((lower[w.lower()] for w in wanted if w.lower() in lower), None)
-    if name is None:
+    places = {name.strip().lower(): i for i, name in enumerate(header)}
+    place = next((places[w.lower()] for w in wanted if w.lower() in places), None)
+    if place is None:
         raise ValueError(
             f"{path}: has no column {some(list(wanted), 3)}; it has {some(header, 10) or 'none'}: "
             "name the one that holds the inputs (column=, --column)"
         )
-    return [row[name] or "" for row in rows]
+    return [row[place] if place < len(row) else "" for row in rows[1:]]
 
 
 def _arrays(inputs: Any, preparation: Preparation) -> Any:

@@ -136,15 +136,9 @@ def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
 
 def _columns(path: Path) -> Columns:
     """The columns of a file, by name; of a CSV all cells are strings."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            return _parquet(path)
-        csv.field_size_limit(min(LONGEST_CELL, sys.maxsize))
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            rows = [row for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
+    if path.suffix.lower() == ".parquet":
+        return _parquet(path)
+    rows = rows_of(path)
     if len(rows) < 2:
         raise ValueError(f"{path}: has no rows; the first line holds the names of the columns")
     names = rows[0]
@@ -159,6 +153,17 @@ def _columns(path: Path) -> Columns:
     return dict(zip(names, zip(*rows[1:], strict=True), strict=True))
 
 
+def rows_of(path: Path) -> list[list[str]]:
+    """The cells of a CSV file (of a .tsv, between tabs) by rows; empty rows are none."""
+    csv.field_size_limit(min(LONGEST_CELL, sys.maxsize))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            return [row for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
+
+
 def _parquet(path: Path) -> Columns:
     try:
         from pyarrow import ArrowException
@@ -167,7 +172,7 @@ def _parquet(path: Path) -> Columns:
         raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
         return read(path).to_pydict()
-    except ArrowException as error:
+    except (OSError, ArrowException) as error:
         raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
 
 
