@@ -200,11 +200,6 @@ class AdaptConfig:
         self._check_tasks()
         if self.has_adapters:
             self._check_adapter()
-            if self.shard:
-                raise ValueError(
-                    "shard=True shards the weights that learn, and method 'adapter' learns few "
-                    "beside them: leave shard out"
-                )
         elif self.adapter_rank is not None:
             raise ValueError(f"adapter_rank is for method 'adapter'; {self.method!r} has none")
         if self.steps is not None and self.epochs is not None:
@@ -287,6 +282,11 @@ class AdaptConfig:
             raise ValueError(
                 "batch_norm='track' changes the statistics that the source task uses, and method "
                 "'adapter' changes nothing of it: use 'per_task' or 'frozen'"
+            )
+        if self.shard:
+            raise ValueError(
+                "shard=True shards the weights that learn, and method 'adapter' learns few beside "
+                "them: leave shard out"
             )
 
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:

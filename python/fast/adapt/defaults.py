@@ -112,7 +112,7 @@ def uses_card(config: AdaptConfig, card: bool, source_inputs: bool) -> bool:
         card, source_inputs: whether the user gave one, or some.
     """
     method = METHODS[config.method]
-    if method.adapter_rank:
+    if config.has_adapters:
         return False
     if card:
         return True
@@ -133,7 +133,7 @@ def default_tasks(config: AdaptConfig, *, rehearsed: str, batch_norms: bool) -> 
         rehearsed: see `Plan`.
         batch_norms: batch norms could be kept per task.
     """
-    if METHODS[config.method].adapter_rank:
+    if config.has_adapters:
         return SWITCHED
     if config.batch_norm is not None:
         return SWITCHED if config.batch_norm == "per_task" else TOGETHER

@@ -125,8 +125,7 @@ def source_norms(model: nn.Module) -> dict[str, Tensor]:
 
 def per_task_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The target's affine parameters of batch norms that are kept per task."""
-    norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
-    return [p for norm in norms for p in norm.parameters(recurse=False)]
+    return [p for norm in per_task_norms(model)[0] for p in norm.parameters(recurse=False)]
 
 
 def per_task_norms(model: nn.Module) -> tuple[list[_BatchNorm], list[_BatchNorm]]:
