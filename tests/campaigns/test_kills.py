@@ -7,16 +7,12 @@ Each run is a fork of this process, so that nothing is imported again.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 import random
 import shutil
 import signal
-import sys
 import time
-import traceback
 
 import numpy as np
 import pytest
@@ -24,6 +20,7 @@ import torch
 
 import fast
 from campaigns.campaign import Campaign, cases
+from campaigns.forks import forked, kill_at_file_event, outcome
 from fast.train.resume.checkpoint import list_checkpoints
 from networks import ConvNet, images
 
@@ -66,36 +63,11 @@ def run(folder, result, options, kill_at=None):
     train, val = images(64, 4, seed=1), images(30, 4, seed=2)
     torch.manual_seed(0)
     if kill_at is not None:
-        events = itertools.count()
-
-        def hook(event, args):
-            if event in FILE_EVENTS and str(folder) in str(args[:1]) and next(events) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
+        kill_at_file_event(kill_at, folder, FILE_EVENTS)
     where = "resume" if list_checkpoints(folder) else "output"
     options = COMMON | options | {where: folder}
     done = fast.finetune(ConvNet(), train, val, transform=Augmentation(), **options)
-    digest = hashlib.sha256()
-    for name, value in done.model.state_dict().items():
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    history = [{k: v for k, v in r.items() if k != "seconds"} for r in done.history]
-    result.write_text(f"{digest.hexdigest()} {json.dumps(history)}")
-
-
-def forked(*args):
-    """`run` in a fork; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        run(*args)
-        code = 0
-    finally:
-        if code:
-            traceback.print_exc()
-        os._exit(code)
+    result.write_text(outcome(done))
 
 
 def ended(pid):
@@ -116,20 +88,20 @@ def test_killed_runs_end_the_same(tmp_path, capsys):
         result = tmp_path / "result"
         if name not in expected:
             began = time.monotonic()
-            assert ended(forked(tmp_path / "whole", result, options)) == 0, name
+            assert ended(forked(run, tmp_path / "whole", result, options)) == 0, name
             expected[name], length[name] = result.read_text(), time.monotonic() - began
             shutil.rmtree(tmp_path / "whole")
         folder, plan = tmp_path / "run", []
         for _ in range(chance.randint(1, 3)):
             inside = chance.random() < 0.5
-            pid = forked(folder, result, options, chance.randrange(80) if inside else None)
+            pid = forked(run, folder, result, options, chance.randrange(80) if inside else None)
             if not inside:
                 time.sleep(chance.uniform(0, length[name]))
                 os.kill(pid, signal.SIGKILL)
             if ended(pid) == -signal.SIGKILL:
                 kills += 1
                 plan.append("inside a save" if inside else "at random")
-        if ended(forked(folder, result, options)) != 0:
+        if ended(forked(run, folder, result, options)) != 0:
             campaign.count("FAILED", f"{name}, {plan}")
             result.unlink(missing_ok=True)
         else:

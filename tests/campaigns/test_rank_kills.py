@@ -9,16 +9,13 @@ are, too, as `torchrun` does.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import itertools
-import json
 import os
 import shutil
 import signal
 import sys
 import time
-import traceback
 
 import pytest
 import torch
@@ -27,6 +24,7 @@ from torch import nn
 
 import fast
 from campaigns.campaign import Campaign, cases
+from campaigns.forks import forked, kill_at_file_event, outcome
 from fast.train.resume.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.skipif(
@@ -73,35 +71,11 @@ def run(rank, size, folder, options, kill_at):
     store = folder.parent / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     if kill_at is not None:
-        events = itertools.count()
-
-        def hook(event, args):
-            if event in FILE_EVENTS and str(folder) in str(args[:1]) and next(events) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
+        kill_at_file_event(kill_at, folder, FILE_EVENTS)
     train, val = samples(64, 3, seed=1), samples(30, 3, seed=2)
     done = fast.finetune(network(), train, val, transform=noisy, **(COMMON | options))
-    digest = hashlib.sha256()
-    for name, value in done.model.state_dict().items():
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    history = [{k: v for k, v in r.items() if k != "seconds"} for r in done.history]
     (folder.parent / "modules").write_text("\n".join(sys.modules))
-    (folder.parent / f"result {rank}").write_text(f"{digest.hexdigest()} {json.dumps(history)}")
-
-
-def forked(*args):
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        run(*args)
-        code = 0
-    finally:
-        if code:
-            traceback.print_exc(file=sys.__stderr__)
-        os._exit(code)
+    (folder.parent / f"result {rank}").write_text(outcome(done))
 
 
 def launch(size, shard, folder, options, kill_at=None, kill_after=None, victim=0):
@@ -115,7 +89,7 @@ def launch(size, shard, folder, options, kill_at=None, kill_after=None, victim=0
     where = "resume" if list_checkpoints(folder) else "output"
     options = options | {where: folder, "shard": shard}
     pids = {
-        rank: forked(rank, size, folder, options, kill_at if rank == victim else None)
+        rank: forked(run, rank, size, folder, options, kill_at if rank == victim else None)
         for rank in range(size)
     }
     if kill_after is not None:
