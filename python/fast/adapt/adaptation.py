@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,26 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fast.adapt.card import bound_card, own_card
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
-from fast.adapt.guards.base import Guard, MicroBatch, Seen, SourceBatch
+from fast.adapt.guards.base import Guard, MicroBatch, Seen
 from fast.adapt.guards.budget import ForgettingBudget
-from fast.adapt.guards.forgetting import hold_back
-from fast.adapt.guards.replay import Replay
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.loss import Loss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
+from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
-from fast.adapt.network.shared_forward import shares
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
 from fast.adapt.setup import check_gradients, check_model, check_ranks, settle
+from fast.adapt.source import bound_card, measure_source
 from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
-from fast.data.trees import length, move, pick
+from fast.data.trees import move
 from fast.heads import running_statistics, unwrap
 from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
@@ -134,7 +131,7 @@ class Adaptation:
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
         self.done = 0
-        self._micro_batches = 0
+        self._part = 0  # of this step's micro-batches, the next
         self._pull_factor = 1.0
         with RollbackOnError(self.model):
             ranks.copy_from_first(tensors_of(self.model))
@@ -150,33 +147,14 @@ class Adaptation:
                     any_labels=loss is not None and not isinstance(loss, Loss),
                 )
             check_ranks(setup, ranks, self.config.shard)
-            if setup.plan.adapter_rank:
-                bound = None  # it is of weights that stay
             self.num_classes, self._batches = setup.num_classes, setup.batches
             self.sample = setup.sample
             # The source is measured at the pretrained weights, before the network changes.
-            self.source, meter = setup.source, None
-            with ranks.together():
-                if self.source is not None:
-                    self.source, meter = hold_back(
-                        self.model,
-                        self.source,
-                        budget=self.config.budget,
-                        skill=self.config.source_skill,
-                    )
-                self.held_back = meter.samples if meter is not None else None
-                if bound is None and setup.plan.weighted and not resuming:
-                    bound = own_card(self.model, setup, self.source, seed=self.config.seed)
-                replay = None
-                if METHODS[self.config.method].replay:
-                    replay = Replay(
-                        model=self.model,
-                        samples=self.source,
-                        batch_size=setup.batch_size,
-                        seed=self.config.seed,
-                        ranks=ranks,
-                    )
-            bound = ranks.from_first(bound)
+            source = measure_source(
+                self.model, setup, self.config, card=bound, resuming=resuming, ranks=ranks
+            )
+            self.source = source.samples
+            self.held_back = source.meter.samples if source.meter is not None else None
             with (
                 ranks.together(),
                 torch.autocast(
@@ -190,10 +168,10 @@ class Adaptation:
                     max_entropy=setup.plan.max_entropy,
                     head_name=self.config.head_name,
                 )
-                self._distillation, rehearsal = prepare(
+                distillation, rehearsal = prepare(
                     self._network,
                     setup,
-                    samples=self.source,
+                    samples=source.samples,
                     loss=loss or Loss(None, 0.0),
                     augmented=augmented,
                     resuming=resuming,
@@ -207,7 +185,7 @@ class Adaptation:
             self._optimizer = AdaptedOptimizer(
                 model=self.model,
                 plan=setup.plan,
-                card=bound if weighted else None,
+                card=source.card if weighted else None,
                 optimizer=make,
                 sample=setup.sample,
                 own_lr=self.config.lr is not None,
@@ -225,8 +203,8 @@ class Adaptation:
                 plan=plan,
                 batch_size=setup.batch_size,
                 budget=self.config.budget,
-                meter=meter,
-                card=bound,
+                meter=source.meter,
+                card=source.card,
                 weighted=weighted,
                 stats=self.stats,
                 drift=self.drift,
@@ -236,8 +214,9 @@ class Adaptation:
             )
             tracked = plan.batch_norm != "frozen"
             self._statistics = running_statistics(self.model) if tracked else []
-            guards = (self._distillation, rehearsal, replay, self.average, self.budget)
+            guards = (distillation, rehearsal, source.replay, self.average, self.budget)
             self.guards: list[Guard] = [guard for guard in guards if guard is not None]
+            self._micro_batches = MicroBatches(self.guards, ranks)
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
 
@@ -302,23 +281,8 @@ class Adaptation:
             logits `[B, C]`, or what the network gives; and the penalty, `[]`.
         """
         parts = self.plan.grad_accum_steps
-        part = self._micro_batches % parts
-        self._micro_batches += 1
-        if self._distillation is not None and rows is not None:
-            self._distillation.check(rows, inputs)
-        places = self._places(inputs, rows)
-        remembered = self._remembered(places)
-        source = shares(self._source_batch(), parts)[part]
-        if source is not None:
-            source = replace(source, total=source.total / parts)
-        batch = MicroBatch(
-            inputs=inputs,
-            places=places,
-            remembered=remembered,
-            source=source,
-            part=part,
-            parts=parts,
-        )
+        part, self._part = self._part % parts, self._part + 1
+        batch = self._micro_batches.part(inputs, rows, step=self.done, part=part, parts=parts)
         logits, inside, outside = self.forward_part(batch, model)
         return logits, inside + outside
 
@@ -329,21 +293,7 @@ class Adaptation:
             inputs: of the whole batch, as the network will see them.
             rows: see `forward`.
         """
-        places = self._places(inputs, rows)
-        remembered = self._remembered(places)
-        slices = [slice(i, i + size) for i in range(0, length(inputs), size)]
-        sources = shares(self._source_batch(), len(slices))
-        return [
-            MicroBatch(
-                inputs=pick(inputs, part),
-                places=places[part],
-                remembered=remembered,
-                source=source,
-                part=i,
-                parts=len(slices),
-            )
-            for i, (part, source) in enumerate(zip(slices, sources, strict=True))
-        ]
+        return self._micro_batches.split(inputs, rows, step=self.done, size=size)
 
     def forward_part(
         self, batch: MicroBatch, model: nn.Module | None = None
@@ -374,21 +324,6 @@ class Adaptation:
                 outside = outside + penalty
         return logits, self._pull_factor * inside, outside
 
-    def _places(self, inputs: Any, rows: Tensor | None) -> Tensor:
-        if self._distillation is None:
-            return torch.full((length(inputs),), -1)
-        return self._distillation.places(rows, inputs)
-
-    def _remembered(self, places: Tensor) -> float:
-        number = int((places >= 0).sum())
-        if self._distillation is None or self.ranks.size == 1:
-            return number
-        return self.ranks.total(number) / self.ranks.size
-
-    def _source_batch(self) -> SourceBatch | None:
-        batches = (guard.source_batch(self.done) for guard in self.guards)
-        return next((batch for batch in batches if batch is not None), None)
-
     # What follows a step.
 
     def _before_step(self, *_: Any) -> None:
@@ -397,7 +332,7 @@ class Adaptation:
 
     def _after_step(self, *_: Any) -> None:
         self.done += 1
-        self._micro_batches = 0
+        self._part = 0
         if self._network.norm is not None:
             self._network.norm.update_deferred(self.ranks)
         self.ranks.mean_(self._statistics)

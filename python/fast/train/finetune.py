@@ -12,11 +12,11 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from fast.adapt.card import bound_card
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.plan import Plan
 from fast.adapt.result import Result
 from fast.adapt.setup import check_gradients, check_model, settle
+from fast.adapt.source import bound_card
 from fast.curvature.card import SourceCard
 from fast.data.augment import Transform
 from fast.data.generators import seeded

@@ -1,0 +1,85 @@
+"""A step's batch, whole or in parts, with the source inputs and answers that go along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.adapt.guards.base import Guard, MicroBatch, SourceBatch
+from fast.adapt.guards.distill import Distillation
+from fast.adapt.network.shared_forward import shares
+from fast.data.trees import length, pick
+from fast.ranks import Ranks
+
+
+class MicroBatches:
+    """Makes the micro-batches of a step, whose penalties add up to the step's.
+
+    Args:
+        guards: any of them may give source inputs that run beside the target's.
+        ranks: that share a step.
+    """
+
+    def __init__(self, guards: Sequence[Guard], ranks: Ranks) -> None:
+        self._guards, self._ranks = guards, ranks
+        self._distillation = next((g for g in guards if isinstance(g, Distillation)), None)
+
+    def part(
+        self, inputs: Any, rows: Tensor | None, *, step: int, part: int, parts: int
+    ) -> MicroBatch:
+        """The given inputs as one of `parts` micro-batches; the loop divides its loss by `parts`.
+
+        Args:
+            inputs, rows: see `Adaptation.forward`.
+        """
+        if self._distillation is not None and rows is not None:
+            self._distillation.check(rows, inputs)
+        places = self._places(inputs, rows)
+        source = shares(self._source(step), parts)[part]
+        if source is not None:
+            source = replace(source, total=source.total / parts)
+        return MicroBatch(
+            inputs=inputs,
+            places=places,
+            remembered=self._remembered(places),
+            source=source,
+            part=part,
+            parts=parts,
+        )
+
+    def split(self, inputs: Any, rows: Tensor | None, *, step: int, size: int) -> list[MicroBatch]:
+        """The inputs of a whole step in micro-batches of `size`."""
+        places = self._places(inputs, rows)
+        remembered = self._remembered(places)
+        slices = [slice(i, i + size) for i in range(0, length(inputs), size)]
+        sources = shares(self._source(step), len(slices))
+        return [
+            MicroBatch(
+                inputs=pick(inputs, part),
+                places=places[part],
+                remembered=remembered,
+                source=source,
+                part=i,
+                parts=len(slices),
+            )
+            for i, (part, source) in enumerate(zip(slices, sources, strict=True))
+        ]
+
+    def _places(self, inputs: Any, rows: Tensor | None) -> Tensor:
+        if self._distillation is None:
+            return torch.full((length(inputs),), -1)
+        return self._distillation.places(rows, inputs)
+
+    def _remembered(self, places: Tensor) -> float:
+        number = int((places >= 0).sum())
+        if self._distillation is None or self._ranks.size == 1:
+            return number
+        return self._ranks.total(number) / self._ranks.size
+
+    def _source(self, step: int) -> SourceBatch | None:
+        batches = (guard.source_batch(step) for guard in self._guards)
+        return next((batch for batch in batches if batch is not None), None)
