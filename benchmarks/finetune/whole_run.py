@@ -1,0 +1,191 @@
+"""What users wait for: from the call to the accuracy they came for, and where the time goes.
+
+    python -m benchmarks.finetune.whole_run --data FOLDER
+    python -m benchmarks.finetune.whole_run --data FOLDER --profile
+
+Times are processor seconds of whole calls of `fast.finetune` on one thread, everything in them:
+reading what is asked, calibration, head start, steps, guards, evaluation, checks. The goal of a
+pair is the better final accuracy of LP-FT and vanilla AdamW, at the better of two rates (those of
+`benchmarks/results/retention.md`), and a run has reached it at its first evaluation, ten in a run,
+with as much. Finished runs are kept in `benchmarks/results/whole_run.jsonl` and not run again.
+
+With `--profile` every function of a run is timed, and each function of FAST is charged with what it
+and the libraries below it took, but for the network's own passes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+import fast
+from benchmarks.common import Record, arguments, commits, complete, machine, save, table
+from benchmarks.finetune.charges import NETWORK, charges
+from benchmarks.finetune.regimes.samples import some
+from benchmarks.real_pairs import RealPair, real_pair
+
+NAME, PROFILES = "whole_run", "whole_run_profile"
+PAIRS = "resnet20 -> sign_digits,mobilenet 0.25 -> flowers,minilm -> trec6"
+PROFILED = "mobilenet 0.25 -> flowers,minilm -> trec6"
+WITH_INPUTS = "fast with source inputs"
+OURS, BASELINES = ("fast", WITH_INPUTS), ("lp-ft", "vanilla")
+EVALUATIONS = 10
+LARGEST = 10
+WANTED_SHARE, WANTED_START = 0.4, 0.03
+
+
+def finetune(real: RealPair, *, pair: str, method: str, seed: int, **options: Any) -> fast.Result:
+    """The call that is timed, with the pair's usual length."""
+    if method == WITH_INPUTS:
+        options["source_inputs"] = real.source_inputs
+    if method in BASELINES:
+        options["lr"] = 1e-3 if pair.startswith("resnet") else 3e-4
+    return fast.finetune(
+        real.model,
+        real.train,
+        some(real.val),
+        num_classes=real.num_classes,
+        method=method.split()[0],
+        steps=real.steps,
+        batch_size=real.batch_size,
+        eval_every=real.steps // EVALUATIONS,
+        seed=seed,
+        progress=False,
+        **options,
+    )
+
+
+def run(*, pair: str, method: str, seed: int, data: Path) -> Record:
+    """Accuracy by processor seconds since the call."""
+    torch.manual_seed(seed)
+    real = real_pair(pair, data)
+    times: list[float] = []
+    start = time.process_time()
+    result = finetune(
+        real,
+        pair=pair,
+        method=method,
+        seed=seed,
+        callbacks=[lambda _: times.append(time.process_time())],
+    )
+    end = time.process_time()
+    curve = [
+        [record["step"], round(then - start, 2), record["target_accuracy"]]
+        for record, then in zip(result.history, times, strict=True)
+    ]
+    return {"curve": curve, "seconds": round(end - start, 2), "machine": machine()}
+
+
+def profile(*, pair: str, method: str, seed: int, data: Path) -> Record:
+    """The functions that a run is charged with, largest first, and all of its time."""
+    torch.manual_seed(seed)
+    real = real_pair(pair, data)
+    charged = charges(lambda: finetune(real, pair=pair, method=method, seed=seed))
+    network = charged.pop(NETWORK)
+    largest = sorted(charged.items(), key=lambda item: -item[1])[:LARGEST]
+    return {
+        "network": round(network, 3),
+        "other": round(sum(charged.values()), 3),
+        "largest": [[name, round(seconds, 3)] for name, seconds in largest],
+        "machine": machine(),
+    }
+
+
+def reached(record: Record, goal: float) -> float | None:
+    """Seconds to the first evaluation with that accuracy."""
+    return next((seconds for _, seconds, accuracy in record["curve"] if accuracy >= goal), None)
+
+
+def report(records: Sequence[Record], profiles: Sequence[Record]) -> Iterator[str]:
+    """What was wanted and missed, then the rows."""
+    rows, misses = [], []
+    for pair in dict.fromkeys(r["pair"] for r in records):
+        here = [r for r in records if r["pair"] == pair]
+        ends = {
+            m: mean(r["curve"][-1][2] for r in here if r["method"] == m)
+            for m in BASELINES
+            if any(r["method"] == m for r in here)
+        }
+        if not ends:
+            continue
+        best = max(ends, key=lambda m: ends[m])
+        theirs = mean(r["seconds"] for r in here if r["method"] == best)
+        for method in OURS:
+            runs = [r for r in here if r["method"] == method]
+            if not runs:
+                continue
+            times = [reached(r, ends[best]) for r in runs]
+            found = [t for t in times if t is not None]
+            share = mean(found) / theirs if len(found) == len(times) else None
+            start = mean(r["curve"][0][1] / r["seconds"] for r in runs)
+            whole = mean(r["seconds"] for r in runs) / theirs
+            missed = []
+            if share is None or share > WANTED_SHARE:
+                missed.append("goal")
+            if start > WANTED_START:
+                missed.append("start")
+            misses += [f"{pair}, {method}: {', '.join(missed)}"] if missed else []
+            rows.append(
+                {
+                    "pair": pair,
+                    "method": method,
+                    "seeds": len(runs),
+                    "goal": f"{100 * ends[best]:.1f} % ({best}, {theirs:.0f} s)",
+                    "ends at": f"{100 * mean(r['curve'][-1][2] for r in runs):.1f} %",
+                    "time to it / baseline's call": "not reached" if share is None
+                    else f"{share:.2f}",
+                    "whole call / baseline's": f"{whole:.2f}",
+                    "before the first step": f"{100 * start:.1f} %",
+                }
+            )  # fmt: skip
+    yield (
+        f"Wanted: the goal in at most {WANTED_SHARE} of the best baseline's call, and at most "
+        f"{100 * WANTED_START:.0f} % of the call before the first step, the first evaluation "
+        "included. Missed:"
+    )
+    yield from ["", *(f"* {miss}" for miss in misses or ["nothing"]), "", *table(rows), ""]
+    if profiles:
+        yield "## Where the time goes that is not the network's"
+        yield ""
+    for r in profiles:
+        whole = r["network"] + r["other"]
+        yield (
+            f"{r['pair']}, {r['method']}: the network's own passes took "
+            f"{100 * r['network'] / whole:.1f} % of {whole:.0f} s. The {LARGEST} largest others:"
+        )
+        yield ""
+        yield from table(
+            {"function": f"`{name}`", "share of the call": f"{100 * seconds / whole:.2f} %"}
+            for name, seconds in r["largest"]
+        )
+        yield ""
+    yield f"Processor seconds; commit {commits([*records, *profiles])}."
+    yield from dict.fromkeys(f"\n{r['machine']}" for r in records)
+
+
+def main() -> None:
+    parser = arguments(__doc__, PAIRS)
+    parser.add_argument("--methods", default=",".join((*OURS, *BASELINES)))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--profile", action="store_true", help="instead of the times")
+    args = parser.parse_args()
+    settings = [
+        {"pair": pair, "method": method, "seed": int(seed)}
+        for seed in args.seeds.split(",")
+        for pair in args.pairs.split(",")
+        for method in args.methods.split(",")
+    ]
+    profiled = [s for s in settings if s["method"] == "fast" and s["pair"] in PROFILED.split(",")]
+    data = args.data.resolve()
+    records = complete(NAME, run, [] if args.profile else settings, data=data)
+    profiles = complete(PROFILES, profile, profiled if args.profile else [], data=data)
+    save(NAME, report(records, profiles))
+
+
+if __name__ == "__main__":
+    main()
