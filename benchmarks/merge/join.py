@@ -12,7 +12,8 @@ calibrate costs seconds.
 * oracle: FAST's two heads, and somebody who says which task an input is of;
 * side by side: the same two heads as they are;
 * replay: one head for all classes, trained on target and source inputs in equal parts;
-* LwF, LP-FT: the heads side by side, after training by that method;
+* LwF: one head for all classes, and the source's softened answers on target inputs are kept;
+* LP-FT: the heads side by side, as they are after training; joined: brought to one scale as ours;
 * nearest mean: of the features of each class, in the pretrained network or that of replay.
 """
 
@@ -28,15 +29,23 @@ from torch import Tensor, nn
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
-from benchmarks.merge.networks import adapted, held_back, kept, logits_of, trained_jointly
+from benchmarks.merge.networks import (
+    adapted,
+    features_by_parts,
+    held_back,
+    kept,
+    logits_of,
+    trained_jointly,
+)
 from benchmarks.real_pairs import RealPair, real_pair
-from fast.heads import features_of, find_head, task_head
+from fast.heads import find_head, task_head
 
 PAIRS = "resnet20 -> gtsrb,resnet20 -> omniglot,mobilenet 0.25 -> flowers,resnet32 -> fashion_mnist"
 # The joined ones first: one function of the input, then norms per task.
 TWO_PASSES = "join, two passes"
 JOINED = {"join": "frozen", TWO_PASSES: "per_task"}
-BASELINES = ("replay", "lp-ft", "lwf", "nearest mean", "nearest mean, replay")
+LP_FT_JOINED = "lp-ft, joined"
+BASELINES = ("replay", "lp-ft", LP_FT_JOINED, "lwf", "nearest mean", "nearest mean, replay")
 METHODS = ("join", "side by side", *BASELINES, TWO_PASSES)
 NO_NORMS = ("mobilenet 0.25 -> flowers",)  # so there is one function anyway
 WANTED = 0.95  # of the oracle's harmonic mean
@@ -48,7 +57,7 @@ def run(*, pair: str, seed: int, method: str, data: Path, networks: Path) -> Rec
     real = real_pair(pair, data)
     model = network(real, pair, seed, method, data, networks)
     facts: Record = {}
-    if method in JOINED:
+    if method in (*JOINED, LP_FT_JOINED):
         joined = fast.join(model, source_inputs=real.source_inputs, data=held_back(real)[1])
         answers = both(joined, real)
         facts = {"passes": joined.passes, "oracle": oracle(model, real), **vars(joined.calibration)}
@@ -78,7 +87,7 @@ def network(
         return kept(networks, f"{pair} {policy} {seed}", fast_network)
     # The better of two rates by target accuracy, in benchmarks/results/retention.md.
     lr = 1e-3 if pair.startswith("resnet") else 3e-4
-    name = method.removeprefix("nearest mean, ")
+    name = method.removeprefix("nearest mean, ").removesuffix(", joined")
     if name == "lp-ft":
         return kept(
             networks, f"{pair} {name} {seed}", lambda: adapted(pair, seed, data, method=name, lr=lr)
@@ -116,8 +125,7 @@ def nearest_means(model: nn.Module, real: RealPair, pair: str, data: Path) -> li
     old = asked.shape[1]
 
     def features(x: Tensor) -> Tensor:
-        rows = torch.cat([features_of(model, head, part).flatten(1) for part in x.split(128)])
-        return F.normalize(rows, dim=1)
+        return F.normalize(features_by_parts(model, head, x), dim=1)
 
     groups = (
         (features(real.source_inputs), asked.argmax(1)),

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import fast
 from benchmarks.real_pairs import RealPair, Split, real_pair
-from fast.heads import evaluating, find_head
+from fast.heads import evaluating, features_of, find_head
 from fast.heads.find import classes_of, layer_like
 
 HELD_BACK = 500
 BATCH = 64
 TEMPERATURE = 2.0  # of LwF, as in its paper
 HEAD_LR_SCALE = 10.0  # of every baseline, as LP-FT has it
+PROBE_STEPS = 200  # of the head alone, on features
 
 
 def kept(folder: Path, name: str, make: Callable[[], nn.Module]) -> nn.Module:
@@ -60,8 +61,9 @@ def trained_jointly(pair: str, seed: int, data: Path, method: str, lr: float) ->
 
     Replay: one softmax over all classes; each step has as many source inputs as target inputs, and
     the source inputs are learned as the pretrained network answers them. LwF (Li and Hoiem 2016,
-    arXiv 1606.09282): the target's softmax, and the source's softened answers to target inputs are
-    kept. Batch norms keep the source's statistics.
+    arXiv 1606.09282): one softmax over all classes on target inputs, on which the source's softened
+    answers are kept. As in LP-FT the head learns alone first, on features of the pretrained
+    network. Batch norms keep the source's statistics.
     """
     torch.manual_seed(seed)
     real = real_pair(pair, data)
@@ -70,41 +72,52 @@ def trained_jointly(pair: str, seed: int, data: Path, method: str, lr: float) ->
     old = classes_of(head.module)
     seen = real.source_inputs if method == "replay" else x
     answers = logits_of(model, seen)
+    features = [features_by_parts(model, head.module, inputs) for inputs in (x, seen)]
     layer = layer_like(head.module, old + real.num_classes, bias=True)
     with torch.no_grad():
         layer.weight[:old], layer.bias[:old] = head.module.weight, head.module.bias  # type: ignore[index,assignment]
     head.put(layer)
-    in_head = {id(p) for p in layer.parameters()}
-    backbone = [p for p in model.parameters() if id(p) not in in_head]
-    groups = [
-        {"params": backbone, "lr": lr},
-        {"params": list(layer.parameters()), "lr": HEAD_LR_SCALE * lr},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (1 + math.cos(math.pi * step / real.steps)) / 2
-    )
-    shuffled = Shuffled(len(y)), Shuffled(len(seen))
-    for _ in range(real.steps):
+
+    def replay_loss(forward: Callable[[Tensor], Tensor], new: Tensor, kept: Tensor) -> Tensor:
+        rows, others = shuffled[0].take(BATCH), shuffled[1].take(BATCH)
+        logits = forward(torch.cat([new[rows], kept[others]]))
+        soft = F.pad(answers[others].softmax(1), (0, real.num_classes))
+        loss = F.cross_entropy(logits[:BATCH], old + y[rows])
+        return loss + F.cross_entropy(logits[BATCH:], soft)
+
+    def lwf_loss(forward: Callable[[Tensor], Tensor], new: Tensor, _: Tensor) -> Tensor:
         rows = shuffled[0].take(BATCH)
-        if method == "replay":
-            others = shuffled[1].take(BATCH)
-            logits = model(torch.cat([x[rows], seen[others]]))
-            soft = F.pad(answers[others].softmax(1), (0, real.num_classes))
-            loss = F.cross_entropy(logits[:BATCH], old + y[rows])
-            loss = loss + F.cross_entropy(logits[BATCH:], soft)
-        else:
-            logits = model(x[rows])
-            before, now = (
-                (z / TEMPERATURE).log_softmax(1) for z in (answers[rows], logits[:, :old])
-            )
-            kl = F.kl_div(now, before, log_target=True, reduction="batchmean")
-            loss = F.cross_entropy(logits[:, old:], y[rows]) + TEMPERATURE**2 * kl
+        logits = forward(new[rows])
+        before, now = ((z / TEMPERATURE).log_softmax(1) for z in (answers[rows], logits[:, :old]))
+        kl = F.kl_div(now, before, log_target=True, reduction="batchmean")
+        return F.cross_entropy(logits, old + y[rows]) + TEMPERATURE**2 * kl
+
+    loss = replay_loss if method == "replay" else lwf_loss
+    shuffled = Shuffled(len(y)), Shuffled(len(seen))
+    in_head = {id(p) for p in layer.parameters()}
+    own = {"params": list(layer.parameters()), "lr": HEAD_LR_SCALE * lr}
+    backbone = [p for p in model.parameters() if id(p) not in in_head]
+    optimizer = torch.optim.AdamW([own], weight_decay=0.0)
+    train(optimizer, PROBE_STEPS, lambda: loss(layer, *features))
+    optimizer = torch.optim.AdamW([{"params": backbone, "lr": lr}, own], weight_decay=0.0)
+    train(optimizer, real.steps, lambda: loss(model, x, seen))
+    return model.requires_grad_(False)
+
+
+def features_by_parts(model: nn.Module, head: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.cat([features_of(model, head, part).flatten(1) for part in inputs.split(128)])
+
+
+def train(optimizer: torch.optim.Optimizer, steps: int, loss: Callable[[], Tensor]) -> None:
+    """So many steps, at rates that fall as a cosine."""
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    for _ in range(steps):
         optimizer.zero_grad()
-        loss.backward()
+        loss().backward()
         optimizer.step()
         cosine.step()
-    return model.requires_grad_(False)
 
 
 class Shuffled:
