@@ -18,10 +18,16 @@ def broken_rows(inputs: Any) -> Tensor | None:
     rows: Tensor | None = None
     for x in leaves(inputs):
         if x.is_floating_point() and x.dim():
-            parts = [~p.isfinite().flatten(1).all(1) for p in x.unsqueeze(-1).split(CHUNK)]
-            broken = torch.cat(parts)
+            broken = torch.cat([_broken(part) for part in x.unsqueeze(-1).split(CHUNK)])
             rows = broken if rows is None else rows | broken
     return rows
+
+
+def _broken(samples: Tensor) -> Tensor:
+    # A finite sum has finite terms, and takes a tenth of the time of looking at each of them.
+    if samples.sum().isfinite():
+        return torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    return ~samples.isfinite().flatten(1).all(1)
 
 
 def check_finite_inputs(inputs: Any, name: str, numbers: Tensor | None = None) -> None:
