@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fast
 from fast.heads import evaluating, task_head
+from fast.merge.join_fit import Side, fit
 from fast.merge.joined import load_joined, merged
 from networks import ConvHead, ConvNet, TextNet, images, sentences, taught
 
@@ -113,6 +116,29 @@ def test_the_loss_over_all_classes_falls(result, source_inputs):
         assert calibration.mistaken < 0.05
         assert calibration.source_labelled == (kept is source_inputs)
     assert calibration.source_scale == 1
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e3, 1e-3])
+def test_heads_that_are_far_too_sure_or_unsure_are_brought_to_one_scale(scale):
+    """The line search must not overflow: beside a head whose logits were 100 it gave NaN."""
+    source, spread = torch.randn(300, 10), torch.randn(300, 20)
+    rows = torch.arange(300)
+    labels = rows % 10, rows % 20
+    features = torch.randn(300, 8)
+    sides = tuple(
+        Side(
+            source=scale * (source + 2 * F.one_hot(labels[0], 10) * (i == 0)),
+            target=scale * (spread + 2 * F.one_hot(labels[1], 20) * (i == 1)),
+            features=features + i,
+            answers=F.one_hot(labels[i] + 10 * i, 30).float(),
+        )
+        for i in (0, 1)
+    )
+    classes = torch.arange(30)
+    own = classes < 10, classes >= 10
+    scales, calibration = fit(sides, classes, own, labelled=True)
+    assert calibration.loss < min(calibration.loss_before, math.log(30))
+    assert all(x.isfinite().all() for x in vars(scales).values())
 
 
 def test_the_result_stays_as_it_was(result, source_inputs):

@@ -11,6 +11,7 @@ features, so that it becomes part of the heads' own weights and costs nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +23,9 @@ RIDGES = (0.1, 0.01, 1e-3, 1e-4)
 FOLDS = 3
 ITERATIONS = 60
 STD_FLOOR = 0.01
+# The largest factor on a head's logits, and one over the smallest. Heads that are far too sure make
+# the line search try steps at which an unbounded scale would overflow.
+LARGEST_SCALE = 1e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +142,13 @@ def minimise(
     logs, offset = like.new_zeros(2), like.new_zeros(())
     direction = like.new_zeros(like.shape[1])
     if start is not None:
-        logs = torch.stack([start.source, start.target]).log()
+        logs = _unbounded(torch.stack([start.source, start.target]).log())
         offset, direction = start.offset.clone(), start.direction.clone()
     unknowns = [x.requires_grad_() for x in (logs, offset, direction)]
     learns = logs.new_tensor([labelled, True])
 
     def scales() -> Scales:
-        source, target = (logs * learns).exp()
+        source, target = (_bounded(logs) * learns).exp()
         return Scales(source=source, target=target, offset=offset, direction=direction)
 
     def objective() -> Tensor:
@@ -158,6 +162,16 @@ def minimise(
         optimizer.step(objective)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return Scales(**{name: x.detach() for name, x in vars(scales()).items()})
+
+
+def _bounded(logs: Tensor) -> Tensor:
+    most = math.log(LARGEST_SCALE)
+    return most * (logs / most).tanh()
+
+
+def _unbounded(logs: Tensor) -> Tensor:
+    most = math.log(LARGEST_SCALE)
+    return most * (logs / most).clamp(-0.99, 0.99).atanh()
 
 
 def _mistaken(scales: Scales, sides: Sides, place: Tensor, own: tuple[Tensor, Tensor]) -> float:
