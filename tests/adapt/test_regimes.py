@@ -28,7 +28,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "regimes.md").read_text()
 @pytest.fixture
 def adapter():
     pytest.importorskip("peft", reason="peft is not installed")
-    return {"method": "adapter", "lr": 1e-2, "steps": 40, "batch_size": 32}
+    norms = {"batch_norm": "per_task"}
+    return {"method": "adapter", "lr": 1e-2, "steps": 40, "batch_size": 32} | norms
 
 
 def answers(model, x=VAL[0]):
@@ -45,8 +46,8 @@ def answers(model, x=VAL[0]):
         ({"method": "vanilla"}, "together", "frozen"),
         ({"method": "vanilla", "tasks": "switched"}, "switched", "per_task"),
         ({"method": "lp-ft", "batch_norm": "per_task"}, "switched", "per_task"),
-        ({"method": "adapter"}, "switched", "per_task"),
-        ({"method": "adapter", "batch_norm": "frozen"}, "switched", "frozen"),
+        ({"method": "adapter"}, "switched", "frozen"),
+        ({"method": "adapter", "batch_norm": "per_task"}, "switched", "per_task"),
         ({"head": "keep"}, "together", "frozen"),
     ],
 )
@@ -64,6 +65,14 @@ def test_norms_that_are_not_there_are_not_switched():
     assert settled.tasks == "together"
     small = plan(ConvNet(), TRAIN, steps=4, method="adapter", batch_size=4)
     assert (small.tasks, small.batch_norm) == ("switched", "frozen")
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_norm"), [(100, "frozen"), (1999, "frozen"), (2000, "per_task")]
+)
+def test_few_samples_have_no_statistics_for_norms_beside_adapters(samples, batch_norm):
+    settled = plan_for(TrainConfig(method="adapter"), steps=100, batch_norms=True, samples=samples)
+    assert (settled.tasks, settled.batch_norm) == ("switched", batch_norm)
 
 
 CONTRADICTIONS = [

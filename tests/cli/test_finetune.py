@@ -67,6 +67,7 @@ def test_methods_and_default_folder(job, method):
 def test_adapters_and_the_regime_that_is_asked_for(job):
     pytest.importorskip("peft", reason="peft is not installed")
     switched = ("--method", "adapter", "--tasks", "switched", "--adapter-rank", 4)
+    switched += ("--batch-norm", "per_task")
     code, _, err = job.fast("finetune", *job.args, *RUN, *switched)
     assert code == 0, err
     assert "two functions: adapters and batch norms are switched" in err

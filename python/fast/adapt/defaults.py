@@ -121,6 +121,11 @@ def uses_card(config: AdaptConfig, card: bool, source_inputs: bool) -> bool:
     return source_inputs or config.method == "ewc"
 
 
+def too_few_for_norms(samples: int | None) -> bool:
+    """Whether adapters learn more beside the source's batch norms than beside some of their own."""
+    return samples is not None and samples < PLENTY
+
+
 def default_clip(config: AdaptConfig) -> float | None:
     """Largest gradient norm of a step of SGD, which nothing else bounds; None for any other."""
     return SGD_CLIP if config.optimizer == "sgd" and METHODS[config.method].ramp else None

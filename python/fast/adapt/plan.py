@@ -17,6 +17,7 @@ from fast.adapt.defaults import (
     default_lr,
     default_tasks,
     rehearse_weight,
+    too_few_for_norms,
 )
 from fast.adapt.methods import METHODS
 
@@ -139,7 +140,7 @@ def plan_for(
     if not new_head:
         _check_kept_head(config, rehearsed)
     rank = int(method.adapter_rank if config.adapter_rank is None else config.adapter_rank)
-    norms = batch_norms and not small_batches
+    norms = batch_norms and not small_batches and not (rank and too_few_for_norms(samples))
     tasks = config.tasks or default_tasks(config, rehearsed=rehearsed, batch_norms=norms)
     if tasks == SWITCHED and not (rank or norms or config.batch_norm):
         raise ValueError(
