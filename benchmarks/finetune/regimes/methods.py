@@ -48,6 +48,10 @@ class Method:
     rates: tuple[float | None, ...] = (3e-4, 1e-3)
     everywhere: bool = False
 
+    def norms(self, regime: str) -> dict[str, str]:
+        """The option that keeps batch norms as the regime wants them; adapters have a rule."""
+        return {} if self.options.get("method") == "adapter" else {"batch_norm": NORMS[regime]}
+
     @property
     def available(self) -> bool:
         """Whether `fast` has the method."""

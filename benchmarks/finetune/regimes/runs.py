@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.common import Record, machine
 from benchmarks.finetune.regimes.baselines import RUNNERS
-from benchmarks.finetune.regimes.methods import METHODS, NORMS
+from benchmarks.finetune.regimes.methods import METHODS
 from benchmarks.finetune.regimes.samples import Task
 
 # The lengths of the table are those of a pair that is usually trained for so many steps; one that
@@ -49,7 +49,7 @@ def run(
     record = RUNNERS[how.runner](
         task,
         steps=round(task.real.steps * steps / USUAL_STEPS),
-        batch_norm=NORMS[regime],
+        **how.norms(regime),
         **options,
     )
     seconds = round(time.process_time() - start, 1)

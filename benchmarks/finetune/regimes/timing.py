@@ -11,7 +11,7 @@ from typing import Any
 
 import fast
 from benchmarks.common import Record, machine
-from benchmarks.finetune.regimes.methods import METHODS, NORMS, OURS, regimes_of
+from benchmarks.finetune.regimes.methods import METHODS, OURS, regimes_of
 from benchmarks.finetune.regimes.samples import Task
 
 PAIRS = "resnet20 -> sign_digits,mobilenet 0.25 -> flowers,minilm -> trec6"
@@ -45,7 +45,7 @@ def run(
             task.train,
             steps=task.real.steps,
             eval_every=task.real.steps,
-            batch_norm=NORMS[regime],
+            **METHODS[name].norms(regime),
             progress=False,
             **task.options,
             **options,
