@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
@@ -65,6 +66,36 @@ class Grouped(nn.Module):
         return self.fc(self.pointwise(self.normed(x)).relu().mean((2, 3)))
 
 
+class Padded(nn.Conv2d):
+    """A convolution that pads by itself, as those of TensorFlow do."""
+
+    def forward(self, x):
+        most = self.kernel_size[0] - 1
+        return F.conv2d(F.pad(x, (0, most, 0, most)), self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised at each pass."""
+
+    def forward(self, x):
+        weight = F.layer_norm(self.weight, self.weight.shape[1:])
+        return F.conv2d(x, weight, self.bias)
+
+
+class Derived(nn.Module):
+    """Layers of derived classes: those with a kernel of one do what their parents do."""
+
+    def __init__(self):
+        super().__init__()
+        self.padded = Padded(1, 4, 3)
+        self.standardised = Standardised(4, 4, 1)
+        self.pointwise = Padded(4, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.pointwise(self.standardised(self.padded(x))).relu().mean((2, 3)))
+
+
 class Twice(nn.Module):
     """One layer under two names, the later of which is the one that a walk meets first."""
 
@@ -91,7 +122,13 @@ class Attention(nn.Module):
         return self.fc(self.layer(self.embed(x.squeeze(1))).mean(1))
 
 
-NETWORKS = {**IMAGE_NETWORKS, "grouped": Grouped, "twice": Twice, "attention": Attention}
+NETWORKS = {
+    **IMAGE_NETWORKS,
+    "grouped": Grouped,
+    "derived": Derived,
+    "twice": Twice,
+    "attention": Attention,
+}
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "text"])
@@ -121,6 +158,7 @@ def test_which_layers_get_one():
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     factors = {f"{n}.lora_{f}.target.weight" for n in ("plain", "pointwise") for f in "AB"}
     assert learns == factors | {"fc.linear.weight", "fc.linear.bias"}
+    assert list(adapters(adapted(Derived().eval()))) == ["pointwise"]
     assert list(adapters(adapted(Twice().eval()))) == ["blocks.0"]
     assert list(adapters(adapted(Attention().eval()))) == ["embed"]
 

@@ -72,8 +72,8 @@ def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> n
     if not names:
         raise ValueError(
             f"method='adapter': {type(model).__name__} has no layer to adapt: its backbone needs "
-            "an nn.Linear or a convolution without groups that can learn (requires_grad) and is "
-            "called as a layer; use method='fast'"
+            "an nn.Linear or a convolution without groups that can learn (requires_grad), is "
+            "called as a layer and does no more than one; use method='fast'"
         )
     _inject(model, names, rank, head)
     return model
@@ -140,17 +140,45 @@ def _parts(layer: Any) -> dict[str, Tensor]:
 
 def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> list[str]:
     """Names of the layers that get an adapter."""
-    inside = set(head.modules())
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    linear = (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
+    inside, linear = set(head.modules()), _linear_kinds()
     names = {}
     for name, layer in model.named_modules():
-        # Subclasses may do other things with their weight.
-        plain = type(layer) in linear or (type(layer) in CONVOLUTIONS and _is_simple(layer))
-        if plain and layer not in inside and layer.weight.requires_grad:  # type: ignore[union-attr]
+        known = isinstance(layer, linear) or (isinstance(layer, CONVOLUTIONS) and _is_simple(layer))
+        if known and layer not in inside and _has_weight(layer):
             names[name] = layer
     ran = _that_run(model, list(names.values()), sample)
     return [name for name, layer in names.items() if layer in ran]
+
+
+def _has_weight(layer: nn.Module) -> bool:
+    """Whether the weight can learn, and is no function of what can (weight norm)."""
+    weight = layer.weight
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.requires_grad
+        and not nn.utils.parametrize.is_parametrized(layer)
+    )
+
+
+def _as_its_kind(layer: Any, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether a layer gives what torch's own would; a convolution of a derived class may pad by
+    itself, or standardise its weight."""
+    kinds = (*_linear_kinds(), *CONVOLUTIONS)
+    kind = next(c for c in type(layer).__mro__ if c in kinds)
+    if kind is type(layer):
+        return True
+    if len(args) != 1:
+        return False
+    if kind in CONVOLUTIONS:
+        expected = kind._conv_forward(layer, *args, layer.weight, layer.bias)
+    else:
+        expected = kind.forward(layer, *args)
+    return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-4)
+
+
+def _linear_kinds() -> tuple[type, ...]:
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
 
 
 def _is_simple(layer: Any) -> bool:
@@ -159,7 +187,7 @@ def _is_simple(layer: Any) -> bool:
 
 
 def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.Module]:
-    """The layers whose `forward` is called.
+    """The layers whose `forward` is called, and does no more than their kind's.
 
     Attention, and an `nn.TransformerEncoderLayer` in evaluation, read the weights of layers that
     they never call, and would miss an adapter. Forward hooks do not tell: they change the way.
@@ -167,8 +195,10 @@ def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.
     ran: set[nn.Module] = set()
 
     def run(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        ran.add(layer)
-        return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
+        if _as_its_kind(layer, args, output):
+            ran.add(layer)
+        return output
 
     own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
     for layer in layers:
