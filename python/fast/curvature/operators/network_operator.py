@@ -38,6 +38,7 @@ from fast.curvature.operators.settings import Settings
 from fast.curvature.products.batched import Folded, RuleError, UnsupportedOperation
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import grad_or_none
+from fast.curvature.products.programs.kept import Kept
 from fast.curvature.products.programs.program import Replay
 from fast.curvature.products.programs.table import Programs
 
@@ -251,6 +252,8 @@ class NetworkOperator(SymmetricOperator):
             expected = None  # products come in several sizes: a record serves them all
         self._cache = None
         part = self.linearize(batch, 0, loss, expected, kept=True)
+        if isinstance(part, Folded):
+            part = Kept(part)
         # The state is taken afterwards: a forward pass may itself count or keep something.
         self._cache = (self._state(batch), part)
         return part

@@ -12,7 +12,7 @@ from fast.curvature.network.network import Network, laid_out
 from fast.curvature.network.parameter_space import Blocks
 from fast.curvature.products.batched.passes import Passes, Segment, untraced
 from fast.curvature.products.batched.recorder import Recorder
-from fast.curvature.products.batched.tape import Program, Tape
+from fast.curvature.products.batched.tape import Schedule, Tape
 from fast.curvature.products.looped import OutputCurvature, grad_or_none
 from fast.curvature.products.rules import UnsupportedOperation
 
@@ -93,10 +93,10 @@ class Folded(Passes):
         self.shapes = [p.shape for p in params]
         outputs = {s for s in self.grad_slots if s is not None}
         later = backward.steps[split if self.exact else 0 :]
-        self.backward = Program(later, backward.sizes, outputs)
+        self.backward = Schedule(later, backward.sizes, outputs)
         kept = self.backward.reads() | outputs if self.exact else set()
         self.late = kept
-        self.forward = Program(forward.steps[:split], forward.sizes, {self.output_slot} | kept)
+        self.forward = Schedule(forward.steps[:split], forward.sizes, {self.output_slot} | kept)
         self.sources = self.backward.sources(outputs)
         self.chunk = chunk or self._chunk(network.space.device, budget)
 

@@ -26,7 +26,7 @@ class Source:
     """
 
     def __init__(self, trace: Trace, num_kept: int):
-        self.same = merged(trace)
+        self.same = merged(trace, num_kept)
         inputs = [v for given, _ in trace.segments for v in given]
         wanted = {self._first(v) for _, results in trace.segments for v in results}
         self.nodes = live(trace, wanted, self.same)
