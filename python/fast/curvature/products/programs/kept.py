@@ -15,8 +15,9 @@ from fast.curvature.products.programs.program import Run
 from fast.curvature.products.programs.source import Source
 from fast.curvature.products.programs.tracer import Tracer
 
-# A pass is traced when it comes for the 8th time. 12 transformer blocks of width 64: a trace costs 25
-# gradients of Python, and each pass by code saves one to three; for large networks both are little.
+# A pass is traced when it comes for the 8th time. For 12 transformer blocks of width 64, a trace
+# costs 25 gradients of Python, and each pass by code saves one to three; for large networks both
+# are little.
 TRACED_AT = 8
 
 

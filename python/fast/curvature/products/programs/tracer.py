@@ -248,7 +248,7 @@ class Tracer(TorchDispatchMode):
         self.trace.nodes.append(node)
 
     def _are_views_of_constants(self, outs: list[Any], fresh: list[int]) -> bool:
-        """Whether all results are views of constants: they are constants then, and no operations."""
+        """Whether all results are views of constants, and so constants themselves."""
         owners = [self.trace.values[self.trace.values[o].memory] for o in fresh]
         if any(owner.constant is None for owner in owners):
             return False
@@ -343,14 +343,13 @@ class Traits(NamedTuple):
 
 @functools.cache
 def _traits(func: Any) -> Traits:
-    specs = enumerate(func._schema.arguments)
+    places = enumerate(func._schema.arguments)
+    written = [(i, s) for i, s in places if s.alias_info is not None and s.alias_info.is_write]
     return Traits(
         dynamic=torch.Tag.dynamic_output_shape in func.tags,
         reads_data=torch.Tag.data_dependent_output in func.tags,
         random=torch.Tag.nondeterministic_seeded in func.tags,
-        writes=[
-            (i, s.name) for i, s in specs if s.alias_info is not None and s.alias_info.is_write
-        ],
+        writes=[(i, spec.name) for i, spec in written],
     )
 
 
