@@ -14,6 +14,7 @@ from fast.curvature.products.batched.passes import Passes, Segment, untraced
 from fast.curvature.products.batched.recorder import Recorder
 from fast.curvature.products.batched.tape import Schedule, Tape
 from fast.curvature.products.looped import OutputCurvature, grad_or_none
+from fast.curvature.products.precision import rounding
 from fast.curvature.products.rules import UnsupportedOperation
 
 # Default for the bytes of tangents that are held at a time on the CPU.
@@ -44,9 +45,10 @@ class Folded(Passes):
         curvature: OutputCurvature,
         chunk: int | None = None,
         budget: int | None = None,
+        gemm: str | None = None,
         segment: Segment = untraced,
     ):
-        self.segment = segment
+        self.segment, self.gemm = segment, gemm
         forward, backward = Tape(), Tape()
         recorder = Recorder(forward, self.exact)
         with network.scope(index, differentiable_twice=False):
@@ -127,7 +129,7 @@ class Folded(Passes):
         return u, values
 
     def _product(self, vectors: Blocks, out: Blocks) -> None:
-        with self.segment(*vectors) as returns:
+        with self.segment(*vectors) as returns, rounding(self.gemm):
             u, values = self.jvp(vectors)
             if self.output_slot is not None and self.output_slot not in self.late:
                 values[self.output_slot] = None
@@ -137,7 +139,7 @@ class Folded(Passes):
             returns(u)
         moved = self.curvature.product(u)
         del u
-        with self.segment(moved, *out):
+        with self.segment(moved, *out), rounding(self.gemm):
             self._pull(moved, values, out)
 
     def _pull(self, moved: Tensor, values: list[Tensor | None], out: Blocks) -> None:
@@ -158,7 +160,7 @@ class Folded(Passes):
                 o.copy_(value)
 
     def _quad(self, vectors: Blocks) -> Tensor:
-        with self.segment(*vectors) as returns:
+        with self.segment(*vectors) as returns, rounding(self.gemm):
             u, _ = self.jvp(vectors)
             returns(u)
         return self.curvature.quad(u)

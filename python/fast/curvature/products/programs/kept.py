@@ -28,7 +28,8 @@ class Kept(Passes):
     the rules read is fixed, so that only vectors and tangents are inputs of the code.
     """
 
-    def __init__(self, record: Folded):
+    def __init__(self, record: Folded, *, compile: bool = False):
+        self.compile = compile
         self.record, self.exact, self.chunk = record, record.exact, record.chunk
         self.answers, self.weight = record.answers, record.weight
         self._times: Counter[Any] = Counter()
@@ -65,5 +66,5 @@ class Kept(Passes):
         finally:
             self.record.segment = untraced
         if not tracer.why:
-            self._runs[key] = Run(Source(tracer.trace, 0))
+            self._runs[key] = Run(Source(tracer.trace, 0, compile=self.compile))
         return result
