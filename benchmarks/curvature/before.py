@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import Record, commit, machine, save, table
+from benchmarks.common import Record, commits, complete, machine, save, table
 from benchmarks.curvature.narrow import NETWORKS
 from fast.curvature import GGN, Hessian
 
@@ -70,9 +70,9 @@ def answer(process: subprocess.Popen[str], question: str | None = None) -> str:
     return process.stdout.readline()
 
 
-def measure(older: Path, name: str, kind: str, count: int, rounds: int) -> Record:
-    codes = {"older": start(older, [name, kind, str(count)])}
-    codes["now"] = start(ROOT, [name, kind, str(count)])
+def measure(network: str, matrix: str, K: int, older: Path, rounds: int) -> Record:
+    setting = [network, matrix, str(K)]
+    codes = {"older": start(older, setting), "now": start(ROOT, setting)}
     for process in codes.values():
         assert answer(process) == "ready\n"
     figures: dict[str, list[float]] = {code: [] for code in codes}
@@ -81,10 +81,8 @@ def measure(older: Path, name: str, kind: str, count: int, rounds: int) -> Recor
             figures[code].append(float(answer(process, "\n")))
     for process in codes.values():
         process.communicate()
-    row: Record = {"network": name, "matrix": kind, "K": count}
-    row |= {code: f"{statistics.median(values):.2f}" for code, values in figures.items()}
-    ratio = statistics.median(figures["now"]) / statistics.median(figures["older"])
-    return row | {"now / older": f"{ratio:.2f}"}
+    row: Record = {code: round(statistics.median(values), 2) for code, values in figures.items()}
+    return row | {"now / older": round(row["now"] / row["older"], 2)}
 
 
 def main() -> None:
@@ -98,15 +96,16 @@ def main() -> None:
         name, kind, count = args.serve
         serve(name, kind, int(count))
         return
-    rows = []
-    for name in NETWORKS:
-        for kind in KINDS:
-            for count in (1, 8):
-                rows.append(measure(args.older, name, kind, count, args.rounds))
-                print(rows[-1], flush=True)
-    lines = [*table(rows), "", f"{machine()}; {commit()}"]
+    settings = [
+        {"network": name, "matrix": kind, "K": count}
+        for name in NETWORKS
+        for kind in KINDS
+        for count in (1, 8)
+    ]
+    records = complete("cached", measure, settings, older=args.older, rounds=args.rounds)
+    rows = [{k: v for k, v in r.items() if k != "commit"} for r in records]
     if args.save:
-        save("cached", [__doc__ or "", *lines])
+        save("cached", [__doc__ or "", *table(rows), "", f"{machine()}; {commits(records)}"])
 
 
 if __name__ == "__main__":
