@@ -67,7 +67,7 @@ def rounding(gemm: str | None) -> AbstractContextManager[Any]:
 @contextmanager
 def backends(gemm: str | None, device: torch.device) -> Iterator[None]:
     """What surrounds everything that is computed on a device: whether a GPU may use TF32."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     if gemm is None or device.type != "cuda":
         yield
         return

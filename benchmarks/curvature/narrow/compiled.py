@@ -1,6 +1,6 @@
 """What `compile=True` and other arithmetic (`gemm=`) make of products on a cached batch.
 
-    python -m benchmarks.curvature.compiled [--save]
+    python -m benchmarks.curvature.narrow.compiled [--save]
 
 Times are medians in gradients of the same network, in processor seconds of one thread, all in one
 interleaved run: plain code, and the same code by inductor. `seconds` is the wall time of compiling,
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import Record, commits, complete, machine, save, table
 from benchmarks.curvature import methods
-from benchmarks.curvature.narrow import decoder, encoder, mlp, resnet, short_encoder
+from benchmarks.curvature.narrow.networks import decoder, encoder, mlp, resnet, short_encoder
 from benchmarks.curvature.networks import Problem
 from fast.curvature import GGN, Hessian
 

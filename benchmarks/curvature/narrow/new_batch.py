@@ -1,6 +1,6 @@
 """Products on batches that come anew, on networks so small that only overhead counts.
 
-    python -m benchmarks.curvature.new_batch --save
+    python -m benchmarks.curvature.narrow.new_batch --save
 
 Every round times one gradient and each method once, one after the other, in processor seconds of
 one thread: figures are medians of the ratios to the gradient of the same round. A cached batch is
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.common import RESULTS, Record, commit, machine, save, table
 from benchmarks.curvature import methods
-from benchmarks.curvature.narrow import NETWORKS
+from benchmarks.curvature.narrow.networks import NETWORKS
 from fast.curvature import GGN, Hessian
 
 VMAP = {Hessian: "vmap(jvp(grad))", GGN: "vmap(jvp, vjp)"}

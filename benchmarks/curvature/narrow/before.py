@@ -1,7 +1,7 @@
 """Products on a cached batch, by this code and by an older one.
 
     git worktree add --detach OLDER ee9472b
-    python -m benchmarks.curvature.before --older OLDER [--save]
+    python -m benchmarks.curvature.narrow.before --older OLDER [--save]
 
 Each code has a process of its own on one thread, and both take turns: in every round each times a
 gradient and a product, in processor seconds. Figures are medians over rounds, in gradients. The
@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import Record, commits, complete, machine, save, table
-from benchmarks.curvature.narrow import NETWORKS
+from benchmarks.curvature.narrow.networks import NETWORKS
 from fast.curvature import GGN, Hessian
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KINDS = {"ggn": GGN, "hessian": Hessian}
 WARM_UPS = 10
 
@@ -53,7 +53,7 @@ def serve(name: str, kind: str, count: int) -> None:
 
 def start(code: Path, setting: list[str]) -> subprocess.Popen[str]:
     """`serve` with the package `fast` of a checkout."""
-    command = [sys.executable, "-m", "benchmarks.curvature.before", "--serve", *setting]
+    command = [sys.executable, "-m", "benchmarks.curvature.narrow.before", "--serve", *setting]
     path = os.pathsep.join([str(code / "python"), str(ROOT)])
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, text=True,
