@@ -1,6 +1,6 @@
 """Trace, top 5 and diagonal over 64 batches, beside curvlinops and PyHessian.
 
-    python -m benchmarks.curvature.dataset --data FOLDER [--pairs NETWORKS] [--save]
+    python -m benchmarks.curvature.dataset --data FOLDER [--pairs NETWORKS] [--quantities NAMES] [--save]
 
 Everybody gets the same batches in the same process; one gradient over all batches is timed before
 each method, and is the unit. Times are processor seconds of one thread, in float32. Traces (by
@@ -160,10 +160,12 @@ def rows(records: list[Record]) -> list[Record]:
 
 def main() -> None:
     parser = arguments(__doc__, ",".join(NETWORKS))
+    parser.add_argument("--quantities", default=",".join(QUANTITIES), help="split by commas")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/dataset.md")
     args = parser.parse_args()
     names = [n for n in NETWORKS if n in args.pairs]
-    settings = [{"network": n, "quantity": q} for q in QUANTITIES for n in names]
+    asked = args.quantities.split(",")
+    settings = [{"network": n, "quantity": q} for q in QUANTITIES for n in names if q in asked]
     records = complete("curvature_dataset", measure, settings, data=args.data)
     lines = [*table(rows(records)), "", f"{records[0]['machine']}; {commits(records)}"]
     if args.save:

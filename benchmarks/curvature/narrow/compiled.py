@@ -1,6 +1,6 @@
 """What `compile=True` and other arithmetic (`gemm=`) make of products on a cached batch.
 
-    python -m benchmarks.curvature.narrow.compiled [--save]
+    python -m benchmarks.curvature.narrow.compiled [--networks NAMES] [--save]
 
 Times are medians in gradients of the same network, in processor seconds of one thread, all in one
 interleaved run: plain code, and the same code by inductor. `seconds` is the wall time of compiling,
@@ -89,6 +89,7 @@ def errors(network: str) -> Record:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--networks", default=",".join(COMPILED), help="which to compile")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/compiled.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -96,7 +97,7 @@ def main() -> None:
     print("\n".join(rounded), flush=True)
     settings = [
         {"network": network, "matrix": matrix, "K": K}
-        for network in COMPILED
+        for network in (n for n in COMPILED if n in args.networks)
         for matrix in KINDS
         for K in (1, 8)
     ]
