@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import Record, commits, complete, machine, save, table
+from benchmarks.common import Record, commit, commits, complete, machine, save, table
 from benchmarks.curvature import methods
 from benchmarks.curvature.narrow.networks import decoder, encoder, mlp, resnet, short_encoder
 from benchmarks.curvature.networks import Problem
@@ -112,7 +112,7 @@ def main() -> None:
         for r in records
     ]
     if args.save:
-        lines = [*table(rows), "", *rounded, "", f"{machine()}; {commits(records)}"]
+        lines = [*table(rows), "", *rounded, "", f"{machine()}; {commits(records) or commit()}"]
         save("compiled", [__doc__ or "", *lines])
 
 
