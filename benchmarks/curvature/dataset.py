@@ -1,6 +1,6 @@
 """Trace, top 5 and diagonal over 64 batches, beside curvlinops and PyHessian.
 
-    python -m benchmarks.curvature.dataset --data FOLDER [--pairs NAMES] [--quantities NAMES] [--save]
+    python -m benchmarks.curvature.dataset --data FOLDER [--pairs NAMES] [--quantities ..] [--save]
 
 Everybody gets the same batches in the same process; one gradient over all batches is timed before
 each method, and is the unit. Times are processor seconds of one thread, in float32. Traces (by
