@@ -112,7 +112,7 @@ def eigenvalue_methods(
 
         methods["curvlinops + eigsh"] = theirs
     if importlib.util.find_spec("pyhessian"):
-        methods["PyHessian"] = lambda tol: _quiet(
+        methods["PyHessian"] = lambda tol: quiet(
             lambda: _pyhessian(model, x, y).eigenvalues(maxIter=300, tol=tol, top_n=k)[0]
         )
     return methods
@@ -124,7 +124,7 @@ def _pyhessian(model: nn.Module, x: Any, y: torch.Tensor) -> Any:
     return pyhessian.hessian(model, nn.CrossEntropyLoss(), data=(x, y), cuda=False)
 
 
-def _quiet(run: Callable[[], Any]) -> Any:
+def quiet(run: Callable[[], Any]) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         return run()
 
@@ -150,7 +150,7 @@ def trace_times(model: nn.Module, x: Any, y: torch.Tensor) -> list[tuple[str, fl
             # Its own rule stops when the mean moves little; here it stops at the same error.
             n = 24
             while True:
-                values = _quiet(lambda n=n: _pyhessian(model, x, y).trace(maxIter=n, tol=0.0))
+                values = quiet(lambda n=n: _pyhessian(model, x, y).trace(maxIter=n, tol=0.0))
                 error = statistics.stdev(values) / len(values) ** 0.5
                 if error <= TRACE_ERROR * abs(statistics.mean(values)):
                     return values, error

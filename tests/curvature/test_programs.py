@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvature_cases import BY_LOOP, NETWORKS, build
 from curvature_truth import Net, batch, linear, relative
 from fast.curvature import GGN, Fisher, Hessian
+from fast.curvature.products.programs.kept import TRACED_AT
 from fast.curvature.products.programs.program import Replay
 
 KINDS = (Hessian, GGN)
@@ -247,6 +248,35 @@ def test_one_tensor_twice_is_not_two_tensors() -> None:
         operator @ V
     data[0] = ((x, other[: len(x)]), y)
     torch.testing.assert_close(operator @ V, _operator(GGN, model, data) @ V)
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in BY_LOOP])
+def test_passes_of_a_kept_batch_become_code_that_gives_the_same(name: str, kind) -> None:
+    model, x, y = build(name)
+    operator = kind(model, F.cross_entropy, (x, y), chunk=2)
+    V = torch.randn(operator.shape[0], 3, dtype=x.dtype)  # a pass with two, and one with one
+    product, form = operator @ V, operator.quad(V)
+    for _ in range(TRACED_AT):
+        torch.testing.assert_close(operator @ V, product, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(operator.quad(V), form, rtol=1e-12, atol=1e-14)
+    code = {("product", 2), ("product", 1), ("quad", 2), ("quad", 1)}
+    exact = {k for k in code if k[0] == "product"}
+    assert set(operator._cache[1]._runs) == (exact if kind is Hessian else code)
+    W = torch.randn_like(V)
+    fresh = _operator(kind, model, [(x, y)], chunk=2)
+    torch.testing.assert_close(operator @ W, fresh @ W, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(operator.quad(W), fresh.quad(W), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_of_any_strides(kind) -> None:
+    model, x, y = build("mlp-tanh")
+    operator = _operator(kind, model, [(x, y)])
+    V = {n: torch.randn(*p.shape, 3).to(p).movedim(-1, 0) for n, p in model.named_parameters()}
+    products = [operator @ V for _ in range(3)]
+    assert _is_replayed(operator)
+    torch.testing.assert_close(products[2], products[0])
 
 
 def test_a_kept_batch_serves_every_number_of_vectors() -> None:

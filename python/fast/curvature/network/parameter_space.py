@@ -94,7 +94,7 @@ class ParameterSpace:
                 )
             self._check_dtype(f"V[{name!r}]", v, dtype)
             num_vectors = v.shape[0]
-            blocks.append(v)
+            blocks.append(v.contiguous())
 
         def restore(blocks: Blocks) -> dict[str, Tensor]:
             return {n: b[0] if single else b for n, b in zip(self.names, blocks, strict=True)}

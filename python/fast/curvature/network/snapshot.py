@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 # Row length of the checksum: long enough that the row sums are cheap to keep and to compare.
 COLUMNS = 1024
+# Tensors of up to so many elements are copied into one, and get one checksum: with one each, those
+# of 12 transformer blocks of width 64 took a third of the time of a product with one vector.
+SMALL = 2**15
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -23,16 +26,23 @@ def snapshot(*things: Any) -> list[Any]:
     module is described by its parts, modes, hooks and plain attributes. What a function or another
     kind of object reads is not seen.
     """
+    tensors: list[Tensor] = []
+    parts = _described(things, tensors)
+    return [*parts, *_checksums(tensors)]
+
+
+def _described(things: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
+    """All but the values of the tensors, which are added to `tensors`."""
     parts: list[Any] = []
     for thing in things:
         if isinstance(thing, Tensor):
-            parts += _tensor(thing)
+            parts += _place(thing, tensors)
         elif isinstance(thing, nn.Module):
             for module in thing.modules():
                 parts.append(_module(module))
-                parts += snapshot(*_tensors(module))
+                parts += _described(_tensors(module), tensors)
         elif isinstance(thing, list | tuple):
-            parts += snapshot(*thing)
+            parts += _described(thing, tensors)
         else:
             parts.append(thing if is_plain(thing) else id(thing))
     return parts
@@ -57,12 +67,15 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return all(torch.equal(torch.cat(xs), torch.cat(ys)) for xs, ys in sums.values())
 
 
-def _tensor(t: Tensor) -> list[Any]:
+def _place(t: Tensor, tensors: list[Tensor]) -> list[Any]:
     if t.is_nested:
-        return [id(t), *(x for part in t.unbind() for x in _tensor(part))]
+        return [id(t), *(x for part in t.unbind() for x in _place(part, tensors))]
     version = None if t.is_inference() else t._version
-    where = (t.data_ptr(), version, t.shape, t.stride(), t.dtype) if _dense(t) else (id(t), version)
-    return [where, checksum(t.detach())] if _dense(t) and t.numel() else [where]
+    if not _dense(t):
+        return [(id(t), version)]
+    if t.numel():
+        tensors.append(t.detach())
+    return [(t.data_ptr(), version, t.shape, t.stride(), t.dtype)]
 
 
 def _dense(t: Tensor) -> bool:
@@ -70,13 +83,31 @@ def _dense(t: Tensor) -> bool:
 
 
 @torch.no_grad()
-def checksum(t: Tensor) -> Tensor:
-    """Row sums of the values times fixed factors: one pass over the memory."""
+def _checksums(tensors: list[Tensor]) -> Iterator[Tensor]:
+    together: dict[Any, list[Tensor]] = {}
+    for t in tensors:
+        flat = _flat(t)
+        if flat.numel() <= SMALL:
+            together.setdefault((flat.dtype, flat.device), []).append(flat)
+        else:
+            yield checksum(flat)
+    for flats in together.values():
+        yield checksum(torch.cat(flats))
+
+
+def _flat(t: Tensor) -> Tensor:
     flat = t.reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    if not (flat.is_floating_point() and flat.element_size() >= 4):
-        flat = flat.to(torch.float64)  # exact for integers and for half precision
+    if flat.is_floating_point() and flat.element_size() >= 4:
+        return flat
+    return flat.to(torch.float64)  # exact for integers and for half precision
+
+
+@torch.no_grad()
+def checksum(t: Tensor) -> Tensor:
+    """Row sums of the values times fixed factors: one pass over the memory."""
+    flat = _flat(t)
     whole = flat.numel() // COLUMNS * COLUMNS
     weights = _factors(flat.dtype, flat.device)
     rest = (flat[whole:] @ weights[: flat.numel() - whole])[None]

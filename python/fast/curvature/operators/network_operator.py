@@ -38,6 +38,8 @@ from fast.curvature.operators.settings import Settings
 from fast.curvature.products.batched import Folded, RuleError, UnsupportedOperation
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import grad_or_none
+from fast.curvature.products.precision import backends
+from fast.curvature.products.programs.kept import Kept
 from fast.curvature.products.programs.program import Replay
 from fast.curvature.products.programs.table import Programs
 
@@ -87,6 +89,12 @@ class NetworkOperator(SymmetricOperator):
             product to the next, until parameters, buffers, data or the make-up of the modules
             (parts, modes, hooks, plain attributes) change. What a function or an object that is no
             module reads is not seen: call `refresh()` after changing that.
+        compile: hand the code of passes (that of a batch which is kept comes with its 8th product)
+            to torch's inductor. It needs a C++ compiler on a CPU, takes minutes, and has not paid
+            on any CPU so far (docs/curvature.md).
+        gemm: arithmetic of float32 matrix products and convolutions. None leaves it to torch's
+            settings; on a GPU, "float32" and "tf32" set those, and put them back. "bfloat16" rounds
+            the factors of products with vectors, and the results, in the "folded" method only.
         process_group: each rank holds its own part of the data (and the same model); all ranks make
             the same calls with the same vectors, and get the same product over all data by one
             all-reduce (`torch.distributed.group.WORLD` for all ranks).
@@ -111,6 +119,8 @@ class NetworkOperator(SymmetricOperator):
         chunk: int | str = "auto",
         memory_budget: int | None = None,
         cache: bool = True,
+        compile: bool = False,
+        gemm: str | None = None,
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
     ):
@@ -120,6 +130,8 @@ class NetworkOperator(SymmetricOperator):
             chunk=chunk,
             memory_budget=memory_budget,
             cache=cache,
+            compile=compile,
+            gemm=gemm,
             process_group=process_group,
             seed=seed,
         )
@@ -137,7 +149,7 @@ class NetworkOperator(SymmetricOperator):
 
     def _set_network(self, network: Network) -> None:
         self.network, self.space = network, network.space
-        self._programs = Programs(network)
+        self._programs = Programs(network, compile=self.settings.compile)
         self.why_loop = ""  # with "auto": why products do not take the batched way
         self._cache: tuple[list[Any], Linearization] | None = None
 
@@ -157,7 +169,8 @@ class NetworkOperator(SymmetricOperator):
         self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
     ) -> Linearization:
         which = self.network, loss, batch, index, self._curvature
-        record = functools.partial(self._record, *which, *self._limits())
+        gemm = self.settings.gemm
+        record = functools.partial(self._record, *which, *self._limits(), gemm=gemm)
         if not num_vectors:
             return record()
         return self._programs.linearize(record, *which[1:], num_vectors)
@@ -251,6 +264,8 @@ class NetworkOperator(SymmetricOperator):
             expected = None  # products come in several sizes: a record serves them all
         self._cache = None
         part = self.linearize(batch, 0, loss, expected, kept=True)
+        if isinstance(part, Folded):
+            part = Kept(part, compile=self.settings.compile)
         # The state is taken afterwards: a forward pass may itself count or keep something.
         self._cache = (self._state(batch), part)
         return part
@@ -270,7 +285,9 @@ class NetworkOperator(SymmetricOperator):
             part = next(self.linearizations(2, self.loss))[2]
         if isinstance(part, Passes):
             anew = f", each batch recorded anew: {self._programs.why}" if self._programs.why else ""
-            return f"folded, {part.chunk} vectors a pass{anew}"
+            by = " by inductor's code" if self.settings.compile else ""
+            products = f", {self.settings.gemm} products" if self.settings.gemm else ""
+            return f"folded, {part.chunk} vectors a pass{by}{products}{anew}"
         return "loop" + (f": {self.why_loop}" if self.why_loop else "")
 
     def _limits(self) -> tuple[int | None, int | None]:
@@ -311,16 +328,17 @@ class NetworkOperator(SymmetricOperator):
         vectors = [v.clone() if v.is_inference() else v for v in vectors]
         loss = self.loss
         mean = WeightedMean(self.settings.process_group)
-        for index, batch, part in self.linearizations(vectors[0].shape[0], loss):
-            try:
-                value = apply(part, vectors)
-            except Exception as error:
-                folded = isinstance(part, Passes)
-                if self.settings.method != "auto" or not folded:
-                    raise
-                value = apply(self._loop(batch.to(self.device), index, loss), vectors)
-                self._fall_back(error)
-            mean.add(value, part.weight, loss.reduction)
+        with backends(self.settings.gemm, self.device):
+            for index, batch, part in self.linearizations(vectors[0].shape[0], loss):
+                try:
+                    value = apply(part, vectors)
+                except Exception as error:
+                    folded = isinstance(part, Passes)
+                    if self.settings.method != "auto" or not folded:
+                        raise
+                    value = apply(self._loop(batch.to(self.device), index, loss), vectors)
+                    self._fall_back(error)
+                mean.add(value, part.weight, loss.reduction)
         return mean
 
     def _not_finite(self, vectors: Blocks) -> Exception:

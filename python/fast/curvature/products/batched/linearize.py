@@ -12,8 +12,9 @@ from fast.curvature.network.network import Network, laid_out
 from fast.curvature.network.parameter_space import Blocks
 from fast.curvature.products.batched.passes import Passes, Segment, untraced
 from fast.curvature.products.batched.recorder import Recorder
-from fast.curvature.products.batched.tape import Program, Tape
+from fast.curvature.products.batched.tape import Schedule, Tape
 from fast.curvature.products.looped import OutputCurvature, grad_or_none
+from fast.curvature.products.precision import rounding
 from fast.curvature.products.rules import UnsupportedOperation
 
 # Default for the bytes of tangents that are held at a time on the CPU.
@@ -44,9 +45,10 @@ class Folded(Passes):
         curvature: OutputCurvature,
         chunk: int | None = None,
         budget: int | None = None,
+        gemm: str | None = None,
         segment: Segment = untraced,
     ):
-        self.segment = segment
+        self.segment, self.gemm = segment, gemm
         forward, backward = Tape(), Tape()
         recorder = Recorder(forward, self.exact)
         with network.scope(index, differentiable_twice=False):
@@ -93,10 +95,10 @@ class Folded(Passes):
         self.shapes = [p.shape for p in params]
         outputs = {s for s in self.grad_slots if s is not None}
         later = backward.steps[split if self.exact else 0 :]
-        self.backward = Program(later, backward.sizes, outputs)
+        self.backward = Schedule(later, backward.sizes, outputs)
         kept = self.backward.reads() | outputs if self.exact else set()
         self.late = kept
-        self.forward = Program(forward.steps[:split], forward.sizes, {self.output_slot} | kept)
+        self.forward = Schedule(forward.steps[:split], forward.sizes, {self.output_slot} | kept)
         self.sources = self.backward.sources(outputs)
         self.chunk = chunk or self._chunk(network.space.device, budget)
 
@@ -127,7 +129,7 @@ class Folded(Passes):
         return u, values
 
     def _product(self, vectors: Blocks, out: Blocks) -> None:
-        with self.segment(*vectors) as returns:
+        with self.segment(*vectors) as returns, rounding(self.gemm):
             u, values = self.jvp(vectors)
             if self.output_slot is not None and self.output_slot not in self.late:
                 values[self.output_slot] = None
@@ -137,7 +139,7 @@ class Folded(Passes):
             returns(u)
         moved = self.curvature.product(u)
         del u
-        with self.segment(moved, *out):
+        with self.segment(moved, *out), rounding(self.gemm):
             self._pull(moved, values, out)
 
     def _pull(self, moved: Tensor, values: list[Tensor | None], out: Blocks) -> None:
@@ -158,7 +160,7 @@ class Folded(Passes):
                 o.copy_(value)
 
     def _quad(self, vectors: Blocks) -> Tensor:
-        with self.segment(*vectors) as returns:
+        with self.segment(*vectors) as returns, rounding(self.gemm):
             u, _ = self.jvp(vectors)
             returns(u)
         return self.curvature.quad(u)

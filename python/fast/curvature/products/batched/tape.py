@@ -52,8 +52,8 @@ class Tape:
         self.kept.clear()
 
 
-class Program:
-    """Steps to run in order; a tangent is freed after its last use, unless it is in `keep`."""
+class Schedule:
+    """Steps in the order in which they run; a tangent goes after its last use, unless in `keep`."""
 
     def __init__(self, steps: list[Step], sizes: list[int], keep: Iterable[int | None]):
         self.steps = steps

@@ -7,8 +7,8 @@ from typing import Any
 from fast.curvature.products.programs.tracer import Node, Ref, Trace
 
 
-def merged(trace: Trace) -> dict[int, int]:
-    """value -> the same value, computed earlier."""
+def merged(trace: Trace, num_kept: int) -> dict[int, int]:
+    """value -> the same value, computed earlier: in a segment that is kept, or in the same pass."""
     # The caller may overwrite the results of a segment.
     overwritten = {trace.values[v].memory for _, results in trace.segments for v in results}
     overwritten |= {m for node in trace.nodes for m in node.writes}
@@ -19,10 +19,13 @@ def merged(trace: Trace) -> dict[int, int]:
         if node.required or memories & overwritten:
             continue
         key = (node.func, _key(node.args, same), _key(node.kwargs, same))
-        if key not in first:
-            first[key] = node.outputs
+        # Each pass has two segments, and only what is kept is there when another one runs.
+        which = max(-1, (node.segment - num_kept) // 2)
+        earlier = first.get((-1, key)) or first.get((which, key))
+        if earlier is None:
+            first[which, key] = node.outputs
             continue
-        for output, before in zip(node.outputs, first[key], strict=True):
+        for output, before in zip(node.outputs, earlier, strict=True):
             if output is not None and before is not None:
                 same[output] = before
     return same

@@ -23,10 +23,12 @@ class Source:
 
     Args:
         num_kept: values of the first segments are kept; those of later ones go after their use.
+        compile: whether inductor compiles the segments that are not kept, when they first run.
     """
 
-    def __init__(self, trace: Trace, num_kept: int):
-        self.same = merged(trace)
+    def __init__(self, trace: Trace, num_kept: int, *, compile: bool = False):
+        self.compile, self.num_kept = compile, num_kept
+        self.same = merged(trace, num_kept)
         inputs = [v for given, _ in trace.segments for v in given]
         wanted = {self._first(v) for _, results in trace.segments for v in results}
         self.nodes = live(trace, wanted, self.same)
@@ -74,8 +76,11 @@ class Source:
                 lines.append(f"{' = '.join(names)} = None")
         body = "\n    ".join(lines or ["pass"])
         scope = dict(self.constants)
-        exec(compile(f"def segment(e):\n    {body}\n", f"<program {segment}>", "exec"), scope)
-        return scope["segment"]  # type: ignore[no-any-return]
+        exec(f"def segment(e):\n    {body}\n", scope)
+        code: Code = scope["segment"]
+        if self.compile and segment >= self.num_kept:
+            return torch.compile(code, fullgraph=True, dynamic=False)
+        return code
 
     def _fetched(self, value: int, segment: int) -> str:
         slot = self.slots[value]
@@ -92,7 +97,7 @@ class Source:
     def _call(self, node: Node) -> str:
         args = [self._text(a) for a in node.args]
         keywords = [f"{k}={self._text(a)}" for k, a in node.kwargs.items()]
-        func, method = direct(node)
+        func, method = (node.func, False) if self.compile else direct(node)
         if method:
             return f"{args[0]}.{func}({', '.join(args[1:] + keywords)})"
         return f"{self._constant(func)}({', '.join(args + keywords)})"

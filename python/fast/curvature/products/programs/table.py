@@ -36,8 +36,8 @@ class Programs:
     traced is recorded batch by batch; `why` says which reason was found last.
     """
 
-    def __init__(self, network: Network):
-        self.network = network
+    def __init__(self, network: Network, *, compile: bool = False):
+        self.network, self.compile = network, compile
         self.why = ""
         self.forget()
 
@@ -132,7 +132,8 @@ class Programs:
         ones = [self._product_with_ones(part, size) for size in passes]
         part.segment = untraced
         if not tracer.why:
-            program = Program(Source(tracer.trace, FIRST_PASS), part, passes, num_vectors)
+            source = Source(tracer.trace, FIRST_PASS, compile=self.compile)
+            program = Program(source, part, passes, num_vectors)
             again = replayed(program)
             if not all(
                 _agree(self._product_with_ones(again, size), truth)

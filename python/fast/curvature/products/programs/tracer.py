@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,11 +95,12 @@ class Tracer(TorchDispatchMode):
 
     Args:
         others: inputs of the first segment that its code does not name.
+        fixed: whether tensors that are no inputs keep their values, as those of a kept record do.
     """
 
-    def __init__(self, others: Sequence[Tensor] = ()) -> None:
+    def __init__(self, others: Sequence[Tensor] = (), *, fixed: bool = False) -> None:
         super().__init__()
-        self.others = others
+        self.others, self.fixed = others, fixed
         self.trace = Trace()
         self.why = ""
         self._known = WeakTensorKeyDictionary()
@@ -134,7 +136,10 @@ class Tracer(TorchDispatchMode):
         if index is None:
             index = self._new(tensor, None)
             self.trace.values[index].constant = tensor
-            self.refuse("it uses a tensor that is no parameter, buffer, attribute or input of it")
+            if not self.fixed:
+                self.refuse(
+                    "it uses a tensor that is no parameter, buffer, attribute or input of it"
+                )
         return index
 
     def _new(self, tensor: Tensor, memory: int | None) -> int:
@@ -181,23 +186,24 @@ class Tracer(TorchDispatchMode):
         return tree
 
     def _note(self, func: Any, described: Any, seen: Any, args: Any, kwargs: Any, out: Any) -> None:
-        tags = func.tags
-        if torch.Tag.dynamic_output_shape in tags and not _static(func, args):
+        traits = _traits(func)
+        if traits.dynamic and not _static(func, args):
             self.refuse(f"the shape of what {func} gives depends on data")
             return
         outs = list(out) if isinstance(out, tuple | list) else [out]
         if not any(isinstance(o, Tensor) for o in outs):
-            if seen and torch.Tag.data_dependent_output in tags:
+            if seen and traits.reads_data:
                 self._expect(func, described[0], [i for _, i, _ in seen], out)
             return
-        writes = {
-            self.trace.values[self._known[arg]].memory for arg in _written(func, args, kwargs)
-        }
+        written = _tensors([args[i] if i < len(args) else kwargs.get(n) for i, n in traits.writes])
+        writes = {self.trace.values[self._known[t]].memory for t in written}
         known = len(self.trace.values)
         outputs = [self._output(o, seen) if isinstance(o, Tensor) else None for o in outs]
         fresh = [o for o in outputs if o is not None and o >= known]
         if not writes and not fresh:
             return  # a view that was taken before
+        if not writes and self._are_views_of_constants(outs, fresh):
+            return
         if not writes and all(self._is_window(o) for o in fresh):
             for o in fresh:
                 value = self.trace.values[o]
@@ -213,7 +219,7 @@ class Tracer(TorchDispatchMode):
             outputs,
             several=isinstance(out, tuple | list),
             writes=writes,
-            required=torch.Tag.nondeterministic_seeded in tags,
+            required=traits.random,
         )
 
     def _add(
@@ -240,6 +246,15 @@ class Tracer(TorchDispatchMode):
             required=required,
         )
         self.trace.nodes.append(node)
+
+    def _are_views_of_constants(self, outs: list[Any], fresh: list[int]) -> bool:
+        """Whether all results are views of constants, and so constants themselves."""
+        owners = [self.trace.values[self.trace.values[o].memory] for o in fresh]
+        if any(owner.constant is None for owner in owners):
+            return False
+        for tensor in outs:
+            self.trace.values[self._known[tensor]].constant = tensor
+        return True
 
     def _is_window(self, index: int) -> bool:
         """Whether a value is a view of something that was made here, all of it known."""
@@ -313,11 +328,29 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(list(tree.values()))
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that an operation overwrites."""
-    for i, spec in enumerate(func._schema.arguments):
-        if spec.alias_info is not None and spec.alias_info.is_write:
-            yield from _tensors(args[i] if i < len(args) else kwargs.get(spec.name))
+class Traits(NamedTuple):
+    """What an operation does besides computing: its schema and tags say so.
+
+    Attributes:
+        writes: place and name of the arguments that it overwrites.
+    """
+
+    dynamic: bool
+    reads_data: bool
+    random: bool
+    writes: list[tuple[int, str]]
+
+
+@functools.cache
+def _traits(func: Any) -> Traits:
+    places = enumerate(func._schema.arguments)
+    written = [(i, s) for i, s in places if s.alias_info is not None and s.alias_info.is_write]
+    return Traits(
+        dynamic=torch.Tag.dynamic_output_shape in func.tags,
+        reads_data=torch.Tag.data_dependent_output in func.tags,
+        random=torch.Tag.nondeterministic_seeded in func.tags,
+        writes=[(i, spec.name) for i, spec in written],
+    )
 
 
 def _address(t: Tensor) -> int:

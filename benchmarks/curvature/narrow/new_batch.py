@@ -1,6 +1,6 @@
 """Products on batches that come anew, on networks so small that only overhead counts.
 
-    python -m benchmarks.curvature.new_batch --save
+    python -m benchmarks.curvature.narrow.new_batch --save
 
 Every round times one gradient and each method once, one after the other, in processor seconds of
 one thread: figures are medians of the ratios to the gradient of the same round. A cached batch is
@@ -18,57 +18,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, Record, commit, machine, save, table
 from benchmarks.curvature import methods
-from benchmarks.curvature.networks import Problem, ResNet20, ViT, ViTBlock
+from benchmarks.curvature.narrow.networks import NETWORKS
 from fast.curvature import GGN, Hessian
 
-
-class Decoder(nn.Module):
-    """The blocks of a GPT-2: causal attention over tokens [N, T], the last one is classified."""
-
-    def __init__(self, width: int = 64, depth: int = 12, vocabulary: int = 100, tokens: int = 16):
-        super().__init__()
-        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(tokens, width)
-        self.blocks = nn.Sequential(*(CausalBlock(width) for _ in range(depth)))
-        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.token(x) + self.position.weight[: x.shape[1]]
-        return self.fc(self.norm(self.blocks(h))[:, -1])
-
-
-class CausalBlock(ViTBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, 64)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(a.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-
-
-def encoder() -> Problem:
-    """12 transformer blocks of width 64."""
-    return ViT(width=64, depth=12, tokens=15), torch.randn(2, 15, 48), torch.randint(0, 10, (2,))
-
-
-def resnet() -> Problem:
-    """A ResNet-20 whose layers are a quarter as wide."""
-    return ResNet20(width=4), torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))
-
-
-def decoder() -> Problem:
-    return Decoder(), torch.randint(0, 100, (2, 16)), torch.randint(0, 100, (2,))
-
-
-NETWORKS: dict[str, Callable[[], Problem]] = {
-    "12 transformer blocks": encoder,
-    "ResNet-20, width 4": resnet,
-    "12 GPT-2 blocks": decoder,
-}
 VMAP = {Hessian: "vmap(jvp(grad))", GGN: "vmap(jvp, vjp)"}
 
 
