@@ -11,9 +11,9 @@ namespace {
 // kCodeBlock.
 constexpr int kTile = 512;
 
-// The rounding draws of a stretch of elements; `key` already has seed, step and the high half of the
-// index. The index `first` of a stretch is a multiple of a power of two that is no less than its
-// length, so that first + i is first ^ i, and the first step of the mix is the same for all i.
+// The rounding draws of a stretch of elements; `key` already has seed, step and the high half of
+// the index. The index `first` of a stretch is a multiple of a power of two that is no less than
+// its length, so that first + i is first ^ i, and the first step of the mix is the same for all i.
 struct Draws {
   uint32_t start;
   FAST_INLINE Draws(uint32_t key, uint32_t first) : start((first ^ key) ^ (first ^ key) >> 16) {}
@@ -52,8 +52,8 @@ FAST_INLINE void fill(uint32_t (&to)[kTile], const Draws draws) {
   for (int i = 0; i < kTile; i++) to[i] = draws.at(i);
 }
 
-// Codes change their width in loops of their own: beside bytes the compiler takes as many numbers at
-// once as a vector has bytes, and runs out of registers.
+// Codes change their width in loops of their own: beside bytes the compiler takes as many numbers
+// at once as a vector has bytes, and runs out of registers.
 template <bool Signed, class Real>
 void decode_block(Real* __restrict to, const uint8_t* __restrict codes, float scale) {
   alignas(64) uint32_t wide[kCodeBlock];

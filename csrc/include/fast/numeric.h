@@ -49,8 +49,8 @@ FAST_INLINE double multiply_add(double a, double b, double c) {
 #endif
 }
 
-// `yes ? a : b` by masks. Of two choices by one condition GCC makes a branch, and then computes what
-// follows on both sides: a division by 1 + c became two.
+// `yes ? a : b` by masks. Of two choices by one condition GCC makes a branch, and then computes
+// what follows on both sides: a division by 1 + c became two.
 FAST_INLINE float choose(bool yes, float a, float b) {
   const uint32_t mask = yes ? 0xffffffffu : 0u;
   return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
@@ -162,7 +162,7 @@ FAST_INLINE float from_signed_code(int code) {
 }
 
 FAST_INLINE uint32_t to_signed_code(float y, uint32_t random) {
-  constexpr uint32_t top = 0x42a00000u;  // the bits of kSignedTop
+  constexpr uint32_t top = 0x42a00000u;               // the bits of kSignedTop
   y = float_of(bits_of(y) < top ? bits_of(y) : top);  // a NaN, too, must fit an integer
   const uint32_t fine = bits_of(y * kSignedFine + 1.0f) - kOne;
   const uint32_t flat = static_cast<uint32_t>(static_cast<int>(y * 0x1p21f)) + (kSignedShift << 21);
