@@ -1,4 +1,4 @@
-"""Compact state has the bits of the reference under every instruction set, in every mix of dtypes."""
+"""Compact state has the reference's bits under every instruction set, in every mix of dtypes."""
 
 from __future__ import annotations
 
