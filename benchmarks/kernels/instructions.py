@@ -79,7 +79,7 @@ def measure(csrc: Path) -> Iterator[Record]:
     common, sets = build_flags()
     for isa, own in sets.items():
         for head, code in functions(csrc, [*common, "-fopenmp", f"-DFAST_ISA={isa}", *own]):
-            names = [n for n, types in VARIANTS.items() if f"AdamW<float>, float, {types}>(" in head]
+            names = [name for name, types in VARIANTS.items() if f" float, {types}>(" in head]
             if not names:
                 continue
             loop = vector_loop(code)
