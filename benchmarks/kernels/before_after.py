@@ -141,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.work:
         return work(args.work, METHODS)
-    measured, conditions, commits = [], [], ""
+    measured, conditions = [], []
     for name in args.set or ["resnet50", "small_2000"]:
         trees = {"before": args.before.resolve(), "after": ROOT}
         workers = {when: Worker(tree, args.threads, name) for when, tree in trees.items()}
@@ -151,16 +151,20 @@ def main() -> None:
         for worker in workers.values():
             worker.close()
         measured += rows(workers, name, args.threads)
-        commits = " -> ".join(worker.commit for worker in workers.values())
         others = median(r["others"] for w in workers.values() for r in w.rounds)
-        conditions.append(f"{name}: {args.rounds} rounds, other processes took {others:.1f} cores")
-    where = f"{processor()}; commits {commits}; " + "; ".join(conditions)
-    lines = [*report(measured), "", where]
-    print("\n".join(lines))
-    if args.save:
-        save(args.save, lines)
-        data = {"machine": where, "rows": measured}
-        (RESULTS / f"{args.save}.json").write_text(json.dumps(data, indent=1) + "\n")
+        commits = " -> ".join(worker.commit for worker in workers.values())
+        conditions.append(
+            f"{name}: commits {commits}, {args.rounds} rounds, other processes took {others:.1f} "
+            "cores"
+        )
+        where = f"{processor()}; " + "; ".join(conditions)
+        lines = [*report(measured), "", where]
+        if args.save:
+            save(args.save, lines)
+            data = {"machine": where, "rows": measured}
+            (RESULTS / f"{args.save}.json").write_text(json.dumps(data, indent=1) + "\n")
+        else:
+            print("\n".join(lines))
 
 
 if __name__ == "__main__":
