@@ -121,7 +121,8 @@ void update(const AnchoredKernels& kernels, Tensors& t, int64_t begin, bool norm
 }
 
 void walk(Tensors& t, int64_t begin, bool norm) {
-  const uint64_t zero = digest & 0;
+  static volatile uint64_t zero = 0;  // the compiler must not know
+  const uint64_t mask = zero;
   for (int64_t i = begin; i < begin + kSlice; i += kTile)
     for (int k = 0; k < 6; k++) {
       char* at = t.streams[k] + i * t.widths[k];
@@ -129,7 +130,7 @@ void walk(Tensors& t, int64_t begin, bool norm) {
       if (norm || k == 1 || k > 3)
         digest = digest ^ read(at, kTile * t.widths[k]);
       else
-        rewrite(at, kTile * t.widths[k], zero);
+        rewrite(at, kTile * t.widths[k], mask);
     }
 }
 
