@@ -57,8 +57,7 @@ class Batch:
     def optional(self, name: str, nothing: Tensor | None = None) -> list[Any]:
         """Entry `name` of every state, or `nothing`; empty when no state has it."""
         entries = [state.get(name, nothing) for state in self.states]
-        missing = sum(t is nothing for t in entries)
-        return [] if missing == len(entries) else entries
+        return [] if all(t is nothing for t in entries) else entries
 
     def moment(self, name: str, optional: bool = False) -> tuple[list[Tensor], list[Tensor]]:
         """The moment `name` of every state, numbers or 8-bit codes, and the scales of the codes.
