@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, Record, commit, save, table
+from benchmarks.common import Record
 from benchmarks.kernels import sass
 from benchmarks.kernels.gpu_update import VARIANTS, Variant
 

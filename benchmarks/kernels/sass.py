@@ -25,7 +25,11 @@ Accesses = Counter[tuple[str, int]]  # (LDG or STG, bits) -> how many
 def tool(name: str) -> str | None:
     """The path of a tool of CUDA: on PATH, or the one that Triton brings."""
     spec = importlib.util.find_spec("triton")
-    folders = [Path(p, "backends/nvidia/bin") for p in spec.submodule_search_locations or []] if spec else []
+    folders = (
+        [Path(p, "backends/nvidia/bin") for p in spec.submodule_search_locations or []]
+        if spec
+        else []
+    )
     return shutil.which(name) or next(
         (path for folder in folders if (path := shutil.which(name, path=str(folder)))), None
     )
@@ -103,7 +107,8 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
                 address=int(m[1], 16),
                 opcode=m[3],
                 # `BRA P1, ...` may fall through as well as `@P1 BRA`.
-                predicated=bool(m[2]) or m[3].startswith("BRA") and bool(re.match(r"\s*!?U?P", m[4])),
+                predicated=bool(m[2])
+                or (m[3].startswith("BRA") and bool(re.match(r"\s*!?U?P", m[4]))),
                 target=labels.get(goal) if goal else None,
             )
             for m, goal in parsed
@@ -144,9 +149,7 @@ def shortest_pass(code: list[Instruction], wanted: Accesses) -> Pass | None:
     types up while it runs it is the least that these types can cost. Calls count as one
     instruction.
     """
-    loops = {
-        (i.target, i.address) for i in code if i.target is not None and i.target <= i.address
-    }
+    loops = {(i.target, i.address) for i in code if i.target is not None and i.target <= i.address}
     passes = [p for begin, end in loops if (p := _shortest(code, begin, end, wanted))]
     return min(passes, key=lambda p: p.instructions, default=None)
 
