@@ -10,6 +10,7 @@ multiprocessor. `--before` counts the kernels of another commit beside those of 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import functools
 import json
 import os
@@ -35,6 +36,19 @@ RULES = ("adamw", "sgd")
 # What a copy of 4.25 TB/s leaves time for, on 132 multiprocessors that issue four instructions of
 # 32 threads at 1.7 GHz: instructions per byte.
 PER_BYTE = 132 * 4 * 32 * 1.7e9 / 4.25e12
+# The head of the table.
+HEAD = [
+    "What the update kernels are compiled to "
+    "(`python -m benchmarks.kernels.instructions --before COMMIT`).",
+    "",
+    "`instructions` is the number that one element costs in the loop over whole tiles: its body, or, "
+    "where types are looked up while it runs, the shortest way through it with the same accesses, "
+    "which is too low. `of the issue slots`: of those that a copy of as many bytes leaves time for, "
+    "at 4.25 TB/s, 132 multiprocessors and 1.7 GHz. `spilled`: bytes of stack and local memory of a "
+    "thread. `barriers`: of the whole block, for each tile. `warps`: of a multiprocessor at a time, "
+    "at most 64. `accesses`: of one thread for each tile, by kind and bits.",
+    "",
+]
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
     "control": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "partial": "*fp64",
@@ -101,75 +115,126 @@ def triton_kernel(rule: str, v: Variant) -> tuple[bytes, str, int, int]:
 @functools.cache
 def cuda_cubins(csrc: Path) -> list[bytes]:
     """Every CUDA source, compiled for sm_90."""
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{ARCH}", f"-I{csrc / 'include'}"]
-    cubins = []
+    sources = sorted((csrc / "cuda").glob("*.cu"))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(functools.partial(cubin_of, csrc), sources))
+
+
+def cubin_of(csrc: Path, source: Path) -> bytes:
+    """One CUDA source, compiled for sm_90."""
+    flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{ARCH}"]
+    flags += [f"-I{csrc / 'include'}", f"-I{csrc / 'cuda'}"]
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((csrc / "cuda").glob("*.cu")):
-            target = Path(folder, f"{source.stem}.cubin")
-            subprocess.run(
-                [str(shutil.which("nvcc")), *flags, "-cubin", str(source), "-o", str(target)],
-                check=True,
-            )
-            cubins.append(target.read_bytes())
-    return cubins
+        target = Path(folder, "out.cubin")
+        command = [str(shutil.which("nvcc")), *flags, "-cubin", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return target.read_bytes()
+
+
+def numbers(rule: str, v: Variant) -> list[int]:
+    """csrc's Dtype of parameter, gradient, moments, anchor and curvature."""
+    from fastkernels.ops.update.plan import DTYPES
+
+    param, grad, moment, _, anchor, curvature = (DTYPES.index(t) for t in streams(rule, v))
+    return [param, grad, moment, anchor, curvature]
+
+
+def cuda_name(rule: str, v: Variant) -> list[str]:
+    """Patterns of the mangled name of a variant's kernel: of its own, or of one for any dtypes."""
+    name = {"adamw": "5AdamW", "sgd": "3Sgd"}[rule]
+    p, g, m, a, f = numbers(rule, v)
+    types = rf"DtypeE{p}ELS\d_{g}ELb{int(v.exact)}ELS\d_{m}ELS\d_{a}ELS\d_{f}E"
+    return [rf"update_kernelINS_{name}Ef.*Fixed.*{types}", rf"update_kernelINS_{name}EfE"]
 
 
 def cuda_kernel(rule: str, v: Variant, csrc: Path) -> tuple[bytes, str, int, int]:
-    """As `triton_kernel`. A kernel is known by its mangled name."""
-    name = {"adamw": "AdamW", "sgd": "Sgd"}[rule]
-    for cubin in cuda_cubins(csrc):
-        for kernel in sass.usage(cubin):
-            if re.search(rf"update_kernel.*{name}Ef", kernel):
-                return cubin, kernel, 128, 4
+    """As `triton_kernel`."""
+    for pattern in cuda_name(rule, v):
+        for cubin in cuda_cubins(csrc):
+            for kernel in sass.usage(cubin):
+                if re.search(pattern, kernel):
+                    return cubin, kernel, 128, 4
     raise LookupError(f"no CUDA kernel for {rule}, {v}")
 
 
-def count(backend: str, rule: str, label: str, csrc: Path) -> Record:
-    """A row of the table."""
-    v = VARIANTS[label]
-    found = triton_kernel(rule, v) if backend == "triton" else cuda_kernel(rule, v, csrc)
+def count(found: tuple[bytes, str, int, int], rule: str, v: Variant) -> Record:
+    """What a variant's kernel costs."""
     cubin, name, threads, elements = found
-    code, used = sass.disassemble(cubin)[name], sass.usage(cubin)[name]
+    used = sass.usage(cubin)[name]
     wanted = accesses(rule, v, elements)
-    way = sass.shortest_pass(code, wanted)
+    way = sass.shortest_pass(sass.disassemble(cubin)[name], wanted)
     moved = sum(map(sum, sizes(rule, v)))
     per_element = way.instructions / elements if way else None
     return {
-        "backend": backend,
-        "rule": rule,
-        "variant": label,
+        "bytes": moved,
         "per_element": per_element,
         "of_issue": per_element and per_element / (PER_BYTE * moved),
         "registers": used.registers,
         "spilled": used.stack + used.local,
         "barriers": way and way.barriers,
         "warps": used.warps(threads),
-        "accesses": {f"{name}.{bits}": n for (name, bits), n in sorted(wanted.items())},
+        "accesses": {f"{kind}.{bits}": n for (kind, bits), n in sorted(wanted.items())},
     }
 
 
 def rows(csrc: Path, backends: list[str]) -> Iterator[Record]:
     for backend in backends:
         for rule in RULES:
-            for label in VARIANTS:
-                row = count(backend, rule, label, csrc)
+            for label, v in VARIANTS.items():
+                if backend == "triton":
+                    found = triton_kernel(rule, v)
+                else:
+                    found = cuda_kernel(rule, v, csrc)
+                row = {"backend": backend, "rule": rule, "variant": label}
+                row |= count(found, rule, v)
                 print(row, file=sys.stderr, flush=True)
                 yield row
 
 
 def rows_at(revision: str, backends: list[str]) -> list[Record]:
-    """The rows of another commit, by this module on that commit's kernels."""
+    """The rows of another commit's kernels, by this module."""
     with tempfile.TemporaryDirectory() as folder:
-        git = ["git", "-C", str(ROOT), "archive", revision, "csrc", "fastkernels"]
+        git = ["git", "-C", str(ROOT), "archive", revision, "csrc", "fastkernels", "python"]
         archive = subprocess.run(git, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
         shutil.copytree(ROOT / "benchmarks", Path(folder, "benchmarks"))
-        shutil.copytree(ROOT / "python", Path(folder, "python"))
         path = os.pathsep.join([folder, str(Path(folder, "python"))])
-        command = [sys.executable, "-m", __spec__.name, "--json", "--backends", *backends]
-        done = subprocess.run(command, check=True, cwd=folder, stdout=subprocess.PIPE,
-                              env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.kernels.instructions", "--json"]
+        done = subprocess.run([*command, "--backends", *backends], check=True, cwd=folder,
+                              stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})  # fmt: skip
         return list(json.loads(done.stdout))
+
+
+def versions() -> str:
+    """What compiled the kernels."""
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release [\d.]+, (V[\d.]+)", nvcc)
+    return f"triton {importlib.metadata.version('triton')}, nvcc {release[1] if release else ''}"
+
+
+def lines(now: list[Record], before: list[Record]) -> Iterator[Record]:
+    """Cells of the table, with what was before in front of an arrow."""
+    for row in now:
+        key = ("backend", "rule", "variant")
+        old = next((r for r in before if all(r[k] == row[k] for k in key)), None)
+
+        def cell(field: str, form: str = "{}", row: Record = row, old: Record | None = old) -> str:
+            values = [form.format(r[field]) for r in (old, row) if r and r[field] is not None]
+            return values[-1] if len(set(values)) == 1 else " → ".join(values)
+
+        yield {
+            "backend": row["backend"],
+            "rule": row["rule"],
+            "variant": row["variant"],
+            "bytes": row["bytes"],
+            "instructions": cell("per_element", "{:.1f}"),
+            "of the issue slots": cell("of_issue", "{:.0%}"),
+            "registers": cell("registers"),
+            "spilled": cell("spilled"),
+            "barriers": cell("barriers"),
+            "warps": cell("warps"),
+            "accesses of a thread": ", ".join(f"{n} {a}" for a, n in row["accesses"].items()),
+        }
 
 
 def main() -> None:
@@ -180,12 +245,19 @@ def main() -> None:
     args = parser.parse_args()
     if reason := sass.missing():
         raise SystemExit(reason)
+    if "cuda" in args.backends and not shutil.which("nvcc"):
+        raise SystemExit("nvcc is not on PATH: --backends triton does without")
     now = list(rows(ROOT / "csrc", args.backends))
     if args.json:
         print(json.dumps(now))
         return
     before = rows_at(args.before, args.backends) if args.before else []
-    print(before, now)
+    where = {"compilers": versions(), "commit": commit(), "before": args.before}
+    report = where | {"rows": now, "rows_before": before}
+    (RESULTS / "instructions.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = [*HEAD, *table(lines(now, before)), "", f"sm_{ARCH}; {versions()}; commit {commit()}"]
+    text[-1] += f", before it {args.before}." if args.before else "."
+    save("instructions", text)
 
 
 if __name__ == "__main__":
