@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import functools
+import importlib.metadata
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Record
+from benchmarks.common import RESULTS, Record, commit, save, table
 from benchmarks.kernels import sass
 from benchmarks.kernels.gpu_update import VARIANTS, Variant
 
@@ -37,18 +38,16 @@ RULES = ("adamw", "sgd")
 # 32 threads at 1.7 GHz: instructions per byte.
 PER_BYTE = 132 * 4 * 32 * 1.7e9 / 4.25e12
 # The head of the table.
-HEAD = [
-    "What the update kernels are compiled to "
-    "(`python -m benchmarks.kernels.instructions --before COMMIT`).",
-    "",
-    "`instructions` is the number that one element costs in the loop over whole tiles: its body, or, "
-    "where types are looked up while it runs, the shortest way through it with the same accesses, "
-    "which is too low. `of the issue slots`: of those that a copy of as many bytes leaves time for, "
-    "at 4.25 TB/s, 132 multiprocessors and 1.7 GHz. `spilled`: bytes of stack and local memory of a "
-    "thread. `barriers`: of the whole block, for each tile. `warps`: of a multiprocessor at a time, "
-    "at most 64. `accesses`: of one thread for each tile, by kind and bits.",
-    "",
-]
+HEAD = """\
+What the update kernels are compiled to (`python -m benchmarks.kernels.instructions --before COMMIT`).
+
+`instructions` is what one element costs in the loop over whole tiles: its body, or, where types are
+looked up while it runs, the shortest way through it with the same accesses, which is too low. `of the
+issue slots`: of those that a copy of as many bytes leaves time for, at 4.25 TB/s, 132 multiprocessors
+and 1.7 GHz. `spilled`: bytes of stack and local memory of a thread. `barriers`: of a whole block, for
+each tile. `warps`: of a multiprocessor at a time, at most 64. `accesses`: of one thread for each tile,
+by kind and bits.
+"""
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
     "control": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "partial": "*fp64",
@@ -200,16 +199,19 @@ def rows_at(revision: str, backends: list[str]) -> list[Record]:
         shutil.copytree(ROOT / "benchmarks", Path(folder, "benchmarks"))
         path = os.pathsep.join([folder, str(Path(folder, "python"))])
         command = [sys.executable, "-m", "benchmarks.kernels.instructions", "--json"]
-        done = subprocess.run([*command, "--backends", *backends], check=True, cwd=folder,
-                              stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+        command += ["--backends", *backends]
+        environment = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(
+            command, check=True, cwd=folder, stdout=subprocess.PIPE, env=environment
+        )
         return list(json.loads(done.stdout))
 
 
 def versions() -> str:
     """What compiled the kernels."""
-    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release [\d.]+, (V[\d.]+)", nvcc)
-    return f"triton {importlib.metadata.version('triton')}, nvcc {release[1] if release else ''}"
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"V[\d.]+", said)
+    return f"triton {importlib.metadata.version('triton')}, nvcc {release[0] if release else ''}"
 
 
 def lines(now: list[Record], before: list[Record]) -> Iterator[Record]:
@@ -255,7 +257,7 @@ def main() -> None:
     where = {"compilers": versions(), "commit": commit(), "before": args.before}
     report = where | {"rows": now, "rows_before": before}
     (RESULTS / "instructions.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = [*HEAD, *table(lines(now, before)), "", f"sm_{ARCH}; {versions()}; commit {commit()}"]
+    text = [HEAD, *table(lines(now, before)), "", f"sm_{ARCH}; {versions()}; commit {commit()}"]
     text[-1] += f", before it {args.before}." if args.before else "."
     save("instructions", text)
 

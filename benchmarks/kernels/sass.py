@@ -26,14 +26,9 @@ Accesses = Counter[tuple[str, int]]  # (LDG or STG, bits) -> how many
 def tool(name: str) -> str | None:
     """The path of a tool of CUDA: on PATH, or the one that Triton brings."""
     spec = importlib.util.find_spec("triton")
-    folders = (
-        [Path(p, "backends/nvidia/bin") for p in spec.submodule_search_locations or []]
-        if spec
-        else []
-    )
-    return shutil.which(name) or next(
-        (path for folder in folders if (path := shutil.which(name, path=str(folder)))), None
-    )
+    roots = spec.submodule_search_locations if spec else None
+    folders = [str(Path(root, "backends/nvidia/bin")) for root in roots or ()]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def missing() -> str:
