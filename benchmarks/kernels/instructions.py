@@ -39,14 +39,15 @@ RULES = ("adamw", "sgd")
 PER_BYTE = 132 * 4 * 32 * 1.7e9 / 4.25e12
 # The head of the table.
 HEAD = """\
-What the update kernels are compiled to (`python -m benchmarks.kernels.instructions --before COMMIT`).
+What the update kernels are compiled to (`python -m benchmarks.kernels.instructions --before
+COMMIT`).
 
 `instructions` is what one element costs in the loop over whole tiles: its body, or, where types are
-looked up while it runs, the shortest way through it with the same accesses, which is too low. `of the
-issue slots`: of those that a copy of as many bytes leaves time for, at 4.25 TB/s, 132 multiprocessors
-and 1.7 GHz. `spilled`: bytes of stack and local memory of a thread. `barriers`: of a whole block, for
-each tile. `warps`: of a multiprocessor at a time, at most 64. `accesses`: of one thread for each tile,
-by kind and bits.
+looked up while it runs, the shortest way through it with the same accesses, which is too low. `of
+the issue slots`: of those that a copy of as many bytes leaves time for, at 4.25 TB/s, 132
+multiprocessors and 1.7 GHz. `spilled`: bytes of stack and local memory of a thread. `barriers`: of
+a whole block, for each tile. `warps`: of a multiprocessor at a time, at most 64. `accesses`: of one
+thread for each tile, by kind and bits.
 """
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
@@ -163,7 +164,7 @@ def count(found: tuple[bytes, str, int, int], rule: str, v: Variant) -> Record:
     wanted = accesses(rule, v, elements)
     way = sass.shortest_pass(sass.disassemble(cubin)[name], wanted)
     moved = sum(map(sum, sizes(rule, v)))
-    per_element = way.instructions / elements if way else None
+    per_element = way.instructions / (elements * way.times) if way else None
     return {
         "bytes": moved,
         "per_element": per_element,

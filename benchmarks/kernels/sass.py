@@ -132,10 +132,12 @@ def _run(name: str, cubin: bytes, *flags: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One way through a loop: its instructions, and how often it waits for its whole block."""
+    """One way through a loop: its instructions, how often it waits for its whole block, and how
+    many times over it makes the widest of the loads that were wanted (an unrolled loop)."""
 
     instructions: int
     barriers: int
+    times: int
 
 
 def shortest_pass(code: list[Instruction], wanted: Accesses) -> Pass | None:
@@ -147,7 +149,7 @@ def shortest_pass(code: list[Instruction], wanted: Accesses) -> Pass | None:
     """
     loops = {(i.target, i.address) for i in code if i.target is not None and i.target <= i.address}
     passes = [p for begin, end in loops if (p := _shortest(code, begin, end, wanted))]
-    return min(passes, key=lambda p: p.instructions, default=None)
+    return min(passes, key=lambda p: p.instructions / p.times, default=None)
 
 
 def _shortest(code: list[Instruction], begin: int, end: int, wanted: Accesses) -> Pass | None:
@@ -156,17 +158,23 @@ def _shortest(code: list[Instruction], begin: int, end: int, wanted: Accesses) -
     if any(have[key] < count for key, count in wanted.items()):
         return None
     keys = list(wanted)
-    # address -> counts of the accesses so far (no more than wanted) -> (instructions, barriers)
-    best: dict[int, dict[tuple[int, ...], tuple[int, int]]] = {begin: {(0,) * len(keys): (0, 0)}}
+    widest = max((key for key in keys if key[0] == "LDG"), key=lambda key: key[1])
+    # address -> counts of the accesses so far (no more than wanted) -> (instructions, barriers,
+    # loads of the widest)
+    best: dict[int, dict[tuple[int, ...], tuple[int, int, int]]]
+    best = {begin: {(0,) * len(keys): (0, 0, 0)}}
     for here, after in zip(body, [*body[1:], None], strict=True):
-        for counts, (length, barriers) in best.pop(here.address, {}).items():
+        for counts, (length, barriers, loads) in best.pop(here.address, {}).items():
             if here.access in wanted:
                 k = keys.index(here.access)
                 counts = (*counts[:k], min(counts[k] + 1, wanted[keys[k]]), *counts[k + 1 :])
-            cost = length + 1, barriers + here.opcode.startswith("BAR")
+            waits = here.opcode.startswith("BAR")
+            cost = length + 1, barriers + waits, loads + (here.access == widest)
             if after is None:
                 if counts == tuple(wanted.values()):
-                    return Pass(instructions=cost[0], barriers=cost[1])
+                    return Pass(
+                        instructions=cost[0], barriers=cost[1], times=cost[2] // wanted[widest]
+                    )
                 continue
             for goal in _goals(here, after.address):
                 if here.address < goal <= end:
