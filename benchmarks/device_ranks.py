@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 1 -m benchmarks.device_ranks [--shard]
 
-One process is a group too: with a GPU its messages go by nccl, and `shard=True` wraps the network by
-FSDP2. It prints the largest difference of a weight from what the same run gives without a group.
+One process is a group too: with a GPU its messages go by nccl, and `shard=True` wraps the network
+by FSDP2. It prints the largest difference of a weight from what the same run gives without a group.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ def main() -> None:
         dist.init_process_group("gloo")
     together = run(shard=args.shard)
     worst = max(float((together[name] - x).abs().max()) for name, x in alone.items())
-    print(
-        f"{dist.get_backend()}, {dist.get_world_size()} processes, shard={args.shard}: {worst:.1e}"
-    )
+    group = f"{dist.get_backend()}, {dist.get_world_size()} processes"
+    print(f"{group}, shard={args.shard}: {worst:.1e}")
     dist.destroy_process_group()
     if not worst <= LIMIT:
         raise SystemExit(f"the weights differ from those of one process by {worst:.1e}")

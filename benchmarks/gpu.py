@@ -1,7 +1,7 @@
 """Timing on a GPU, and what the figures of a report belong to.
 
-With `--dry-run` a script goes the same way on the CPU, with tiny sizes: its figures mean nothing, but
-it will not stop at its first contact with a GPU.
+With `--dry-run` a script goes the same way on the CPU, with tiny sizes: its figures mean nothing,
+but it will not stop at its first contact with a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def arguments(doc: str | None, rounds: int, output: str) -> argparse.ArgumentPar
 
 
 def need_cuda(dry_run: bool = False) -> None:
-    """Stop where there is no GPU, unless this is a dry run, which all of this module then follows."""
+    """Stop where there is no GPU, unless this is a dry run: from then on all is on the CPU."""
     global _dry
     _dry = dry_run
     if not dry_run and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """The update on a GPU: GB/s of every variant of Triton and CUDA C++, beside torch and a plain copy.
 
-    python -m benchmarks.kernels.gpu_update [--sets resnet50 bert_base] [--variants adamw "whole fp32"]
+    python -m benchmarks.kernels.gpu_update [--sets resnet50 bert_base] [--variants "whole fp32"]
 
 Bytes are counted once for each stream read and once for each written; the norm pass of clipping
 counts the gradients once more. Methods take turns inside each round, each behind a pass over a
@@ -66,30 +66,27 @@ class Case:
         moment, anchor, curvature = variant.moments, variant.anchor, variant.curvature
         torch.manual_seed(0)
         sizes = [torch.Size(s).numel() for s in shapes]
+        device = gpu.device()
         dtype = BF16 if variant.exact else F32
 
         def filled(kind: torch.dtype, scale: float = 1.0) -> list[torch.Tensor]:
             if kind == CODES:
-                return [
-                    torch.randint(1, 200, (n,), dtype=CODES, device=gpu.device()) for n in sizes
-                ]
-            return [(torch.rand(n, device=gpu.device()) * scale).to(kind) for n in sizes]
+                return [torch.randint(1, 200, (n,), dtype=CODES, device=device) for n in sizes]
+            return [(torch.rand(n, device=device) * scale).to(kind) for n in sizes]
 
         def scales(kind: torch.dtype | None) -> list[torch.Tensor]:
             if kind != CODES:
                 return []
-            return [torch.full((code_scales(n),), 1e-8, device=gpu.device()) for n in sizes]
+            return [torch.full((code_scales(n),), 1e-8, device=device) for n in sizes]
 
         self.params, self.grads = filled(dtype), filled(dtype)
         moments = [filled(moment), filled(moment)]
-        self.steps = [torch.zeros((), device=gpu.device()) for _ in sizes]
+        self.steps = [torch.zeros((), device=device) for _ in sizes]
         hyper = [[1e-3, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.0]]
-        self.stats = (
-            torch.zeros(4, dtype=torch.float64, device=gpu.device()) if variant.stats else None
-        )
+        self.stats = torch.zeros(4, dtype=torch.float64, device=device) if variant.stats else None
         self.arguments = (
             self.params, self.grads, *moments, self.steps,
-            torch.tensor(hyper, dtype=torch.float64, device=gpu.device()), [0] * len(sizes),
+            torch.tensor(hyper, dtype=torch.float64, device=device), [0] * len(sizes),
         )  # fmt: skip
         self.options = {
             "anchors": filled(anchor) if anchor else [],
