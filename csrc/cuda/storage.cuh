@@ -7,6 +7,7 @@
 #pragma once
 
 #include "fast/anchored.h"
+#include "intrinsics.cuh"
 
 namespace fast {
 
@@ -172,8 +173,7 @@ template <bool Signed>
 __device__ __forceinline__ float block_inverse(uint32_t largest) {
   constexpr float top = Signed ? kSignedTop : kUnsignedTop;
   const float quarter = 0.25f * float_of(largest);  // the inverse of the whole might be denormal
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(quarter));
+  float y = reciprocal(quarter);
   y = __fmaf_rn(__fmaf_rn(-quarter, y, 1.0f), y, y);
   return fminf(0.25f * corrected(top, quarter, y), 1 / kLeastScale);
 }
@@ -237,19 +237,6 @@ __device__ __forceinline__ Stored pack(const float* x, Dtype type, float* scales
     }
   }
   return s;
-}
-
-// In assembly: a plain assignment is merged with the other branch, element by element.
-__device__ __forceinline__ void store(void* to, uint32_t x) {
-  asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
-}
-__device__ __forceinline__ void store(void* to, uint32_t x, uint32_t y) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x), "r"(y) : "memory");
-}
-__device__ __forceinline__ void store(void* to, const uint32_t (&x)[4]) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]),
-               "r"(x[2]), "r"(x[3])
-               : "memory");
 }
 
 __device__ __forceinline__ void put(void* to, Dtype type, int i, int n, bool whole,
