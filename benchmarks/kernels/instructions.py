@@ -34,6 +34,7 @@ from benchmarks.kernels.gpu_update import VARIANTS, Variant
 ROOT = Path(__file__).parents[2]
 ARCH = 90
 RULES = ("adamw", "sgd")
+MANGLED = {"adamw": "5AdamW", "sgd": "3Sgd"}
 # What a copy of 4.25 TB/s leaves time for, on 132 multiprocessors that issue four instructions of
 # 32 threads at 1.7 GHz: instructions per byte.
 PER_BYTE = 132 * 4 * 32 * 1.7e9 / 4.25e12
@@ -139,22 +140,24 @@ def numbers(rule: str, v: Variant) -> list[int]:
     return [param, grad, moment, anchor, curvature]
 
 
-def cuda_name(rule: str, v: Variant) -> list[str]:
-    """Patterns of the mangled name of a variant's kernel: of its own, or of one for any dtypes."""
-    name = {"adamw": "5AdamW", "sgd": "3Sgd"}[rule]
+def is_kernel(name: str, rule: str, v: Variant) -> bool:
+    """Whether a mangled name is that of the kernel that was compiled for a variant."""
     p, g, m, a, f = numbers(rule, v)
     types = rf"DtypeE{p}ELS\d_{g}ELb{int(v.exact)}ELS\d_{m}ELS\d_{a}ELS\d_{f}E"
-    return [rf"update_kernelINS_{name}Ef.*Fixed.*{types}", rf"update_kernelINS_{name}EfE"]
+    return bool(re.search(rf"update_kernelINS_{MANGLED[rule]}Ef.*Fixed.*{types}", name))
+
+
+def takes_any(name: str, rule: str) -> bool:
+    """Whether a mangled name is that of a kernel that looks up types while it runs."""
+    return f"update_kernelINS_{MANGLED[rule]}Ef" in name and "Fixed" not in name
 
 
 def cuda_kernel(rule: str, v: Variant, csrc: Path) -> tuple[bytes, str, int, int]:
-    """As `triton_kernel`."""
-    for pattern in cuda_name(rule, v):
-        for cubin in cuda_cubins(csrc):
-            for kernel in sass.usage(cubin):
-                if re.search(pattern, kernel):
-                    return cubin, kernel, 128, 4
-    raise LookupError(f"no CUDA kernel for {rule}, {v}")
+    """As `triton_kernel`; where a variant has no kernel of its own, the one for any."""
+    kernels = [(cubin, name) for cubin in cuda_cubins(csrc) for name in sass.usage(cubin)]
+    own = [k for k in kernels if is_kernel(k[1], rule, v)]
+    cubin, name = next(iter(own or [k for k in kernels if takes_any(k[1], rule)]))
+    return cubin, name, 128, 4
 
 
 def count(found: tuple[bytes, str, int, int], rule: str, v: Variant) -> Record:

@@ -1,5 +1,5 @@
-"""The CUDA C++ update kernels without a GPU: compiled by the C++ compiler for the CPU, where a block
-is 128 threads, and held to the bits of the CPU's own kernels.
+"""The CUDA C++ update kernels without a GPU: compiled by the C++ compiler for the CPU, where a
+block is 128 threads, and held to the bits of the CPU's own kernels.
 
 Both share the formulas of csrc/include and round alike; on a GPU square roots and quotients are the
 hardware's. What is tested is the rest: which kernel takes a row, where its streams begin, whole and
