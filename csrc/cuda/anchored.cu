@@ -127,8 +127,7 @@ cudaError_t launch(const CudaUpdateArgs& a, const std::vector<CudaLaunch>& launc
 }  // namespace
 
 std::vector<CudaKind> cuda_kinds() {
-#define FAST_KIND(P, G, R, M, A, F) \
-  {Dtype::P, Dtype::G, Dtype::M, Dtype::A, Dtype::F, R},
+#define FAST_KIND(P, G, R, M, A, F) {Dtype::P, Dtype::G, Dtype::M, Dtype::A, Dtype::F, R},
   return {FAST_KINDS(FAST_KIND)};
 #undef FAST_KIND
 }

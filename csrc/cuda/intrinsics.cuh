@@ -1,5 +1,5 @@
-// What is written in assembly. Another compiler than nvcc builds the kernels for the CPU, where tests
-// run them without a GPU; there this is plain C++.
+// What is written in assembly. Another compiler than nvcc builds the kernels for the CPU, where
+// tests run them without a GPU; there this is plain C++.
 #pragma once
 
 #include <cstdint>

@@ -14,15 +14,15 @@ namespace fast {
   X(P, P, R, M, P, f32)        \
   X(P, P, R, M, bf16, bf16)    \
   X(P, P, R, M, bf16, codes8)
-#define FAST_KINDS(X)                 \
-  FAST_PULLS(X, f32, false, f32)      \
-  FAST_PULLS(X, f32, false, bf16)     \
-  FAST_PULLS(X, f32, false, codes8)   \
-  X(f32, f32, false, f32, bf16, none) \
-  X(f32, f32, false, bf16, bf16, none) \
+#define FAST_KINDS(X)                    \
+  FAST_PULLS(X, f32, false, f32)         \
+  FAST_PULLS(X, f32, false, bf16)        \
+  FAST_PULLS(X, f32, false, codes8)      \
+  X(f32, f32, false, f32, bf16, none)    \
+  X(f32, f32, false, bf16, bf16, none)   \
   X(f32, f32, false, codes8, bf16, none) \
-  FAST_PULLS(X, bf16, true, f32)      \
-  FAST_PULLS(X, bf16, true, bf16)     \
+  FAST_PULLS(X, bf16, true, f32)         \
+  FAST_PULLS(X, bf16, true, bf16)        \
   FAST_PULLS(X, bf16, true, codes8)
 
 #define FAST_ONE(...) +1

@@ -3,7 +3,8 @@
 // elements would make bf16 128 bits wide, and leave holes of 16 bytes between the float32 stores of
 // neighbouring threads.
 //
-// Everything is inlined: where the dtype is a constant of the kernel, nothing of the others is left.
+// Everything is inlined: where the dtype is a constant of the kernel, nothing of the others is
+// left.
 #pragma once
 
 #include "fast/anchored.h"
@@ -38,8 +39,7 @@ __device__ __forceinline__ bool aligned(const void* p, Dtype type) {
 // n is what is left of the chunk, not clamped to 0..4: of a clamped n, ptxas 13.0 for sm_90 takes
 // `n == 4` from the predicate of its VIMNMX.RELU, which holds for ragged ends too. They were read
 // and written by 16 bytes, past the end of the tensor (compute-sanitizer, H200).
-__device__ __forceinline__ Stored fetch(const void* from, Dtype type, int i, int n,
-                                        bool whole) {
+__device__ __forceinline__ Stored fetch(const void* from, Dtype type, int i, int n, bool whole) {
   __builtin_assume(__isGlobal(from));  // else generic loads: the address comes from a table
   Stored s = {};
   if (type == Dtype::f64) {

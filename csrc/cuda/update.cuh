@@ -48,8 +48,7 @@ __device__ Real block_sum(Real x) {
 
 // The hyper-parameters of one tensor in `Real`, derived by one thread: pow in double is expensive.
 template <class Rule, class Wide>
-__device__ __forceinline__ Rule derive(const CudaUpdateArgs& a, const Row& row,
-                                              double scale) {
+__device__ __forceinline__ Rule derive(const CudaUpdateArgs& a, const Row& row, double scale) {
   static_assert(int{adamw_column::count} == int{sgd_column::count}, "one width of table");
   constexpr int64_t columns = adamw_column::count;
   __shared__ Rule shared;
@@ -157,9 +156,8 @@ __device__ __forceinline__ bool all_aligned(const Row& row) {
 // `Whole`. Every thread runs every tile: warps share the scales of codes.
 template <bool Whole, class Rule, class Lookup, class Real>
 __device__ __forceinline__ void update_tile(const Row& row, const Rule& rule, const Lookup& lookup,
-                                            int at, int count,
-                                            bool vector, bool split, uint32_t key,
-                                            Sums<Real>& sums) {
+                                            int at, int count, bool vector, bool split,
+                                            uint32_t key, Sums<Real>& sums) {
   constexpr bool two = Rule::kMoments > 1;
   const bool moments = row.moment_type[0] != Dtype::none;
   const bool anchored = row.anchor_type != Dtype::none;
@@ -216,8 +214,7 @@ __device__ __forceinline__ void update_tile(const Row& row, const Rule& rule, co
   }
   if (moments)
     keep<true, false>(m, row.moment[0], row.moment_type[0], row.scale[0], i, n, whole, key);
-  if (two)
-    keep<false, true>(v, row.moment[1], row.moment_type[1], row.scale[1], i, n, whole, key);
+  if (two) keep<false, true>(v, row.moment[1], row.moment_type[1], row.scale[1], i, n, whole, key);
 }
 
 // A block per chunk; `first` is the chunk of block 0. Rows are copied: what the kernel writes might
@@ -249,9 +246,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? Kind::kBlocks : 
   } else {
     for (; at + kTile <= chunk.count; at += kTile)
       update_tile<true>(row, rule, lookup, at, chunk.count, vector, split, key, sums);
-    if (at < chunk.count) update_tile<false>(row, rule, lookup, at, chunk.count, vector, split, key, sums);
+    if (at < chunk.count)
+      update_tile<false>(row, rule, lookup, at, chunk.count, vector, split, key, sums);
   }
-  if (a.stats) store_sums(a, first + blockIdx.x, sums, 
+  if (a.stats)
+    store_sums(a, first + blockIdx.x, sums,
                row.anchor_type != Dtype::none && row.curvature_type != Dtype::none);
 }
 

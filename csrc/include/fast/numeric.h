@@ -53,8 +53,8 @@ FAST_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 FAST_INLINE double quotient(double a, double b) { return a / b; }
 
 // On a GPU both are the hardware's, as in Triton's kernels: within 3 units in the last place of a
-// step, by 1 and 3 instructions. Rounded correctly they take 8 and 9, and a branch each. b >= 0 is 1
-// plus a pull or sqrt(v) + eps: 0, or above 1e-23.
+// step, by 1 and 3 instructions. Rounded correctly they take 8 and 9, and a branch each. b >= 0 is
+// 1 plus a pull or sqrt(v) + eps: 0, or above 1e-23.
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ float square_root(float x) {
   float y;

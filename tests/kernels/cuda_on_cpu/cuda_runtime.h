@@ -58,11 +58,13 @@ T exchange(T x, Use use) {
 template <class T>
 T __shfl_down_sync(unsigned, T x, int by) {
   const int lane = threadIdx.x % emulated::kLanes;
-  return exchange(x, [&](const T* all) { return all[lane + by < emulated::kLanes ? lane + by : lane]; });
+  return exchange(
+      x, [&](const T* all) { return all[lane + by < emulated::kLanes ? lane + by : lane]; });
 }
 
 inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
-  return exchange(x, [](const uint32_t* all) { return *std::max_element(all, all + emulated::kLanes); });
+  return exchange(
+      x, [](const uint32_t* all) { return *std::max_element(all, all + emulated::kLanes); });
 }
 
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t pick) {
