@@ -79,7 +79,7 @@ CASES: dict[str, Case] = {
     "vit_b": (lambda: ViT(768, 12, 196, 768, 1000), _pixels(16, 196, 768), 1000),
     "head": (lambda: nn.Sequential(nn.Linear(768, 1000)), _pixels(4096, 768), 1000),
 }
-# Of a dry run: the same classes of networks.
+# The same classes of networks, for a dry run.
 TINY: dict[str, Case] = {
     "vit_s": (lambda: ViT(64, 1, 4, 6, 10), _pixels(3, 4, 6), 10),
     "resnet50": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(),

@@ -32,7 +32,7 @@ constexpr int kKinds = FAST_KINDS(FAST_ONE);
 using Kernel = void (*)(const CudaUpdateArgs, int64_t);
 extern const Kernel adamw_kernels[kKinds], sgd_kernels[kKinds];
 
-// Of FAST_RULE, which the source that makes the kernels names.
+// Makes the kernels of FAST_RULE, which the source that includes this names.
 #define FAST_KERNEL(P, G, R, M, A, F) \
   update_kernel<FAST_RULE, float, Fixed<Dtype::P, Dtype::G, R, Dtype::M, Dtype::A, Dtype::F>>,
 
