@@ -173,20 +173,31 @@ def assert_same(ours: Run, theirs: Run) -> None:
     torch.testing.assert_close(ours.stats, theirs.stats, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+CASES = [
+    pytest.param(
+        rule, form, id=f"{rule}-{name}",
+        marks=() if (rule, name) in (("adamw", "codes"), ("sgd", "exact")) else pytest.mark.slow,
+    )
+    for rule in ("adamw", "sgd")
+    for name, form in FORMS.items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "form"), CASES)
 def test_bits_of_the_cpu_kernels(emulated, monkeypatch, rule, form):
     feature = Feature(0.5, True, 0.1, 0.5)
     assert_same(*both(emulated, monkeypatch, lambda: make(rule, form, feature)))
     assert all((kind >= 0) == form[-1] for kind in emulated.used)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", ["plain", "curvature"])
 def test_without_a_pull_or_a_limit(emulated, monkeypatch, feature):
     made = lambda: make("adamw", FORMS["codes"], FEATURES[feature])  # noqa: E731
     assert_same(*both(emulated, monkeypatch, made))
 
 
+@pytest.mark.slow
 def test_unaligned_tensors_take_the_kernel_for_any(emulated, monkeypatch):
     def made() -> Run:
         run = make("adamw", FORMS["float32"], Feature(0.5, True))
