@@ -212,6 +212,8 @@ def main() -> None:
     parser.add_argument("--tf32", action="store_true")
     args = parser.parse_args()
     gpu.need_cuda(args.dry_run)
+    # Peers cannot differentiate the fused encoder layer that torch takes without gradients.
+    torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     copy_rate = gpu.copy_bandwidth(20)
     report = gpu.where() | {

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a multiprocessor of an H100 or H200 has: registers, threads, blocks, and bytes of shared memory.
+# A multiprocessor of an H100 or H200: registers, threads, blocks, and bytes of shared memory.
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 228 * 1024
 Accesses = Counter[tuple[str, int]]  # (LDG or STG, bits) -> how many
 
