@@ -108,7 +108,9 @@ bool step(const UpdateArgs& a, int columns, bool scaled,
     }
 #pragma omp single
     derive_rules();
-    for (int64_t c = begin; c < end && !skip; c++) {
+    for (int64_t i = 0; i < end - begin && !skip; i++) {
+      // After the norm, the gradients read last are those still in a cache.
+      const int64_t c = clip ? end - 1 - i : begin + i;
       const Row& row = a.rows[a.chunks[c].row];
       update(row, a.chunks[c], rules[a.chunks[c].row], a.seed, static_cast<uint32_t>(*row.step),
              a.partial + c * kStats);

@@ -132,13 +132,14 @@ void chunk(const Row& row, const Chunk& chunk, const Rule& rule, uint64_t seed, 
     return type == Dtype::bf16 ? static_cast<void*>(at<Bf16>(t, i)) : at<Real>(t, i);
   };
   alignas(64) Real tile[6][kTile];
+  alignas(64) uint32_t random[kTile];
   const uint32_t key = rounding_key(seed, step, static_cast<uint32_t>(chunk.begin >> 32));
   const int64_t end = chunk.begin + chunk.count;
   const bool any = staged_w || staged_g || staged_m || staged_v || staged_a || staged_f;
   const int stride = any ? kTile : chunk.count;
   for (int64_t i = chunk.begin; i < end; i += stride) {
     const int n = static_cast<int>(end - i < stride ? end - i : stride);
-    const Draws draws{key, static_cast<uint32_t>(i)};
+    const Draws draws(key, static_cast<uint32_t>(i));
     uint16_t* high = at<uint16_t>(row.param, i);
     if (row.remainder) {
       load_split(tile[0], high, row.remainder + i, n);
@@ -158,15 +159,16 @@ void chunk(const Row& row, const Chunk& chunk, const Rule& rule, uint64_t seed, 
     s.w0 = staged_a ? tile[4] : place(const_cast<void*>(row.anchor), row.anchor_type, i);
     s.f = staged_f ? tile[5] : place(const_cast<void*>(row.curvature), row.curvature_type, i);
     update_any(s, n, rule, draws, sums);
+    if (staged_m || staged_v) fill(random, draws);
     if (row.remainder) {
       store_split(high, row.remainder + i, tile[0], n);
     } else if (staged_w) {
-      store<true, false>(row.param, row.param_type, nullptr, i, tile[0], n, draws);
+      store<true, false>(row.param, row.param_type, nullptr, i, tile[0], n, nullptr);
     }
     if (staged_m)
-      store<true, false>(row.moment[0], row.moment_type[0], row.scale[0], i, tile[2], n, draws);
+      store<true, false>(row.moment[0], row.moment_type[0], row.scale[0], i, tile[2], n, random);
     if (staged_v)
-      store<false, true>(row.moment[1], row.moment_type[1], row.scale[1], i, tile[3], n, draws);
+      store<false, true>(row.moment[1], row.moment_type[1], row.scale[1], i, tile[3], n, random);
   }
 }
 

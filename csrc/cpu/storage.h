@@ -11,11 +11,15 @@ namespace {
 // kCodeBlock.
 constexpr int kTile = 512;
 
-// The rounding draws of one tile: `key` already has seed, step and the high half of the index.
+// The rounding draws of a stretch of elements; `key` already has seed, step and the high half of
+// the index. The index `first` of a stretch is a multiple of a power of two that is no less than
+// its length, so that first + i is first ^ i, and the first step of the mix is the same for all i.
 struct Draws {
-  uint32_t key, first;
-  FAST_INLINE uint32_t at(int i) const { return mix32((first + static_cast<uint32_t>(i)) ^ key); }
+  uint32_t start;
+  FAST_INLINE Draws(uint32_t key, uint32_t first) : start((first ^ key) ^ (first ^ key) >> 16) {}
+  FAST_INLINE uint32_t at(int i) const { return finish_mix32(start ^ static_cast<uint32_t>(i)); }
 };
+static_assert(kChunk <= 1 << 16 && kChunk % kTile == 0 && kTile % kCodeBlock == 0, "stretches");
 
 // Element types of the streams that the update loop reads and writes directly.
 struct None {};
@@ -43,49 +47,79 @@ FAST_INLINE void convert(Real* __restrict to, const Stored* __restrict from, int
   for (int i = 0; i < n; i++) to[i] = f(from[i]);
 }
 
-template <bool Signed, class Real>
-void decode(Real* __restrict to, const uint8_t* __restrict codes, const float* scales, int n) {
-  for (int begin = 0; begin < n; begin += kCodeBlock) {
-    const int end = begin + kCodeBlock < n ? begin + static_cast<int>(kCodeBlock) : n;
-    const float scale = scales[begin / kCodeBlock];
+FAST_INLINE void fill(uint32_t (&to)[kTile], const Draws draws) {
 #pragma omp simd
-    for (int i = begin; i < end; i++) {
-      const uint32_t code = codes[i];
-      const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
-                                      : from_unsigned_code(code));
-      to[i] = Signed ? float_of(bits_of(y) | (code & 0x80u) << 24) : y;
-    }
-  }
+  for (int i = 0; i < kTile; i++) to[i] = draws.at(i);
+}
+
+// Codes change their width in loops of their own: beside bytes the compiler takes as many numbers
+// at once as a vector has bytes, and runs out of registers.
+template <bool Signed, class Real>
+void decode_block(Real* __restrict to, const uint8_t* __restrict codes, float scale) {
+  alignas(64) uint32_t wide[kCodeBlock];
+  convert(wide, codes, kCodeBlock, [](uint8_t code) { return uint32_t{code}; });
+  convert(to, wide, kCodeBlock, [scale](uint32_t code) {
+    const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
+                                    : from_unsigned_code(code));
+    return Real(Signed ? float_of(bits_of(y) | (code & 0x80u) << 24) : y);
+  });
 }
 
 // Both moments round stochastically: a nearest-rounded average that moves by less than half a code
-// per step never moves. A second moment above zero never becomes zero: it is divided by.
+// per step never moves. Returns the scale.
 template <bool Signed, class Real>
-void encode(uint8_t* __restrict codes, float* scales, const Real* __restrict from, int n,
-            const Draws& draws) {
+float encode_block(uint8_t* __restrict codes, const Real* __restrict from,
+                   const uint32_t* __restrict draws) {
   constexpr float top = Signed ? kSignedTop : kUnsignedTop;
-  for (int begin = 0; begin < n; begin += kCodeBlock) {
-    const int end = begin + kCodeBlock < n ? begin + static_cast<int>(kCodeBlock) : n;
-    // Magnitudes order like their bits, and what is not finite comes last.
-    uint32_t top_bits = 0;
-#pragma omp simd reduction(max : top_bits)
-    for (int i = begin; i < end; i++) {
-      const uint32_t x = bits_of(static_cast<float>(from[i])) & 0x7fffffffu;
-      top_bits = x > top_bits ? x : top_bits;
-    }
-    const float inverse = inverse_of_block(top_bits, top);
-    scales[begin / kCodeBlock] = scale_of_block(top_bits, top);
+  // Magnitudes order like their bits, and what is not finite comes last.
+  uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < kCodeBlock; i++) {
+    const uint32_t size = bits_of(static_cast<float>(from[i])) & 0x7fffffffu;
+    largest = size > largest ? size : largest;
+  }
+  const float inverse = inverse_of_block(largest, top);
+  alignas(64) uint32_t wide[kCodeBlock];
 #pragma omp simd
-    for (int i = begin; i < end; i++) {
-      const float x = static_cast<float>(from[i]);
-      const uint32_t random = Signed ? draws.at(i) >> 12 : (draws.at(i) & 0xffffu) << 4;
-      const float y = absolute(x) * inverse;
-      uint32_t code = Signed ? to_signed_code(y, random) : to_unsigned_code(y, random);
-      if (Signed) code |= (bits_of(x) >> 24) & 0x80u;
-      if (!Signed) code = code == 0u && x > 0.0f ? 1u : code;
-      codes[i] = static_cast<uint8_t>(code);
+  for (int i = 0; i < kCodeBlock; i++) {
+    const float x = static_cast<float>(from[i]);
+    const float y = absolute(x) * inverse;
+    if (Signed) {
+      wide[i] = to_signed_code(y, draws[i] >> 12) | ((bits_of(x) >> 24) & 0x80u);
+    } else {
+      // A second moment above zero never becomes zero: it is divided by.
+      const auto bits = static_cast<int32_t>(bits_of(x)), least = bits < 1 ? bits : 1;
+      const auto code = static_cast<int32_t>(to_unsigned_code(y, (draws[i] & 0xffffu) << 4));
+      wide[i] = static_cast<uint32_t>(code > least ? code : least);
     }
   }
+  convert(codes, wide, kCodeBlock, [](uint32_t code) { return static_cast<uint8_t>(code); });
+  return scale_of_block(largest, top);
+}
+
+// `to` has room for whole blocks.
+template <bool Signed, class Real>
+void decode(Real* to, const uint8_t* codes, const float* scales, int n) {
+  int i = 0;
+  for (; i + kCodeBlock <= n; i += kCodeBlock)
+    decode_block<Signed>(to + i, codes + i, scales[i / kCodeBlock]);
+  if (i == n) return;
+  uint8_t last[kCodeBlock] = {};
+  memcpy(last, codes + i, n - i);
+  decode_block<Signed>(to + i, last, scales[i / kCodeBlock]);
+}
+
+template <bool Signed, class Real>
+void encode(uint8_t* codes, float* scales, const Real* from, int n, const uint32_t* draws) {
+  int i = 0;
+  for (; i + kCodeBlock <= n; i += kCodeBlock)
+    scales[i / kCodeBlock] = encode_block<Signed>(codes + i, from + i, draws + i);
+  if (i == n) return;
+  uint8_t last[kCodeBlock];
+  Real padded[kCodeBlock] = {};
+  memcpy(padded, from + i, (n - i) * sizeof(Real));
+  scales[i / kCodeBlock] = encode_block<Signed>(last, padded, draws + i);
+  memcpy(codes + i, last, n - i);
 }
 
 // n elements from index `at` of a stored tensor. Signed says how codes8 are read.
@@ -111,10 +145,10 @@ void load(Real* to, const void* from, Dtype type, const float* scales, int64_t a
   }
 }
 
-// Stochastic: whether bf16 is rounded by the draws.
+// Stochastic: whether bf16 is rounded by the draws, uint32 [n].
 template <bool Signed, bool Stochastic, class Real>
 void store(void* to, Dtype type, float* scales, int64_t at, const Real* __restrict from, int n,
-           const Draws& draws) {
+           const uint32_t* __restrict draws) {
   switch (type) {
     case Dtype::f32:
       return convert(static_cast<float*>(to) + at, from, n, [](Real x) { return float(x); });
@@ -124,7 +158,7 @@ void store(void* to, Dtype type, float* scales, int64_t at, const Real* __restri
       uint16_t* __restrict b = static_cast<uint16_t*>(to) + at;
 #pragma omp simd
       for (int i = 0; i < n; i++)
-        b[i] = Stochastic ? to_bf16_stochastic(from[i], draws.at(i) & 0xffffu) : to_bf16(from[i]);
+        b[i] = Stochastic ? to_bf16_stochastic(from[i], draws[i] & 0xffffu) : to_bf16(from[i]);
       return;
     }
     case Dtype::f16:

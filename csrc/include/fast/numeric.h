@@ -49,38 +49,59 @@ FAST_INLINE double multiply_add(double a, double b, double c) {
 #endif
 }
 
-FAST_INLINE double square_root(double x) { return __builtin_sqrt(x); }
-FAST_INLINE double quotient(double a, double b) { return a / b; }
-
-// On a GPU both are the hardware's, as in Triton's kernels: within 3 units in the last place of a
-// step, by 1 and 3 instructions. Rounded correctly they take 8 and 9, and a branch each. b >= 0 is
-// 1 plus a pull or sqrt(v) + eps: 0, or above 1e-23.
+// `yes ? a : b` by masks. Of two choices by one condition GCC makes a branch, and then computes
+// what follows on both sides: a division by 1 + c became two.
+FAST_INLINE float choose(bool yes, float a, float b) {
 #if defined(__CUDA_ARCH__)
-__device__ __forceinline__ float square_root(float x) {
+  return yes ? a : b;
+#else
+  const uint32_t mask = yes ? 0xffffffffu : 0u;
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+#endif
+}
+
+FAST_INLINE double choose(bool yes, double a, double b) { return yes ? a : b; }
+
+FAST_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+// On a GPU the hardware's, as in Triton's kernels. Rounded correctly, this and the next function
+// take 8 and 9 instructions instead of 1 and 3, and a branch each.
+FAST_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
   float y;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else
+  return __builtin_sqrtf(x);
+#endif
 }
-__device__ __forceinline__ float quotient(float a, float b) {
+
+// a / b for b >= 0. On a GPU within 3 units in the last place, and for a b that is 0 or above
+// 1e-23, as 1 plus a pull and sqrt(v) + eps are.
+FAST_INLINE float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
   float root;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(b));
   return a * root * root;
-}
 #else
-FAST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
-FAST_INLINE float quotient(float a, float b) { return a / b; }
+  return a / b;
 #endif
+}
+
+FAST_INLINE double quotient(double a, double b) { return a / b; }
+
 FAST_INLINE float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 
 // A bijective mix of 32 bits; the constants are those of Wellons' low-bias search ("lowbias32").
-FAST_INLINE uint32_t mix32(uint32_t x) {
-  x ^= x >> 16;
+FAST_INLINE uint32_t finish_mix32(uint32_t x) {
   x *= 0x7feb352du;
   x ^= x >> 15;
   x *= 0x846ca68bu;
   x ^= x >> 16;
   return x;
 }
+
+FAST_INLINE uint32_t mix32(uint32_t x) { return finish_mix32(x ^ x >> 16); }
 
 // Stochastic rounding draws from a counter, so it depends on neither threads nor list order.
 // Element i of a tensor uses mix32(uint32(i) ^ rounding_key(seed, step, i >> 32)).
@@ -94,13 +115,13 @@ FAST_INLINE float from_bf16(uint16_t b) { return float_of(static_cast<uint32_t>(
 FAST_INLINE uint16_t to_bf16(float x) {
   const uint32_t u = bits_of(x);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 // Rounds up with the probability of the part cut off; `random` has 16 bits.
 FAST_INLINE uint16_t to_bf16_stochastic(float x, uint32_t random) {
   const uint32_t u = bits_of(x);
-  return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + random) >> 16);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : (u + random) >> 16);
 }
 
 // A float held as the nearest bf16 (ties away from zero) and the 16 bits it differs by. A zero
@@ -171,7 +192,8 @@ FAST_INLINE float from_signed_code(int code) {
 }
 
 FAST_INLINE uint32_t to_signed_code(float y, uint32_t random) {
-  y = y < kSignedTop ? y : kSignedTop;  // a NaN, too, must fit an integer
+  constexpr uint32_t top = 0x42a00000u;               // the bits of kSignedTop
+  y = float_of(bits_of(y) < top ? bits_of(y) : top);  // a NaN, too, must fit an integer
   const uint32_t fine = bits_of(y * kSignedFine + 1.0f) - kOne;
   const uint32_t flat = static_cast<uint32_t>(static_cast<int>(y * 0x1p21f)) + (kSignedShift << 21);
   return ((y < kSignedFlat ? fine : flat) + 2 * random) >> 21;

@@ -120,7 +120,7 @@ struct Sgd {
 template <class Real>
 FAST_INLINE Real pull_to(Real w, Real w0, Real c) {
   const bool strong = c > 1;
-  const Real share = quotient(strong ? Real(-1) : c, 1 + c);
+  const Real share = quotient(choose(strong, Real(-1), c), 1 + c);
   return multiply_add(share, w0 - w, strong ? w0 : w);
 }
 
