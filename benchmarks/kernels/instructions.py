@@ -43,12 +43,13 @@ HEAD = """\
 What the update kernels are compiled to (`python -m benchmarks.kernels.instructions --before
 COMMIT`).
 
-`instructions` is what one element costs in the loop over whole tiles: its body, or, where types are
-looked up while it runs, the shortest way through it with the same accesses, which is too low. `of
-the issue slots`: of those that a copy of as many bytes leaves time for, at 4.25 TB/s, 132
-multiprocessors and 1.7 GHz. `spilled`: bytes of stack and local memory of a thread. `barriers`: of
-a whole block, for each tile. `warps`: of a multiprocessor at a time, at most 64. `accesses`: of one
-thread for each tile, by kind and bits.
+`instructions` is what one element costs in the loop over whole tiles. Of a kernel that looks types
+up while it runs it is the shortest way through the loop with the same accesses, which is too low
+(≥), and for compact state unknown (?), because that way decodes nothing. `of the issue slots`: of
+those that a copy of as many bytes leaves time for, at 4.25 TB/s, 132 multiprocessors and 1.7 GHz.
+`spilled`: bytes of stack and local memory of a thread. `barriers`: of a whole block, for each tile.
+`warps`: of a multiprocessor at a time, at most 64. `accesses`: of one thread for each tile, by kind
+and bits.
 """
 POINTERS = {
     "rows": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
@@ -170,6 +171,7 @@ def count(found: tuple[bytes, str, int, int], rule: str, v: Variant) -> Record:
     per_element = way.instructions / (elements * way.times) if way else None
     return {
         "bytes": moved,
+        "least": takes_any(name, rule),
         "per_element": per_element,
         "of_issue": per_element and per_element / (PER_BYTE * moved),
         "registers": used.registers,
@@ -190,6 +192,8 @@ def rows(csrc: Path, backends: list[str]) -> Iterator[Record]:
                     found = cuda_kernel(rule, v, csrc)
                 row = {"backend": backend, "rule": rule, "variant": label}
                 row |= count(found, rule, v)
+                if row["least"] and {t for t in streams(rule, v) if t} != {torch.float32}:
+                    row |= {"per_element": None, "of_issue": None}
                 print(row, file=sys.stderr, flush=True)
                 yield row
 
@@ -225,7 +229,10 @@ def lines(now: list[Record], before: list[Record]) -> Iterator[Record]:
         old = next((r for r in before if all(r[k] == row[k] for k in key)), None)
 
         def cell(field: str, form: str = "{}", row: Record = row, old: Record | None = old) -> str:
-            values = [form.format(r[field]) for r in (old, row) if r and r[field] is not None]
+            sign = "≥ " if old and old["least"] and field in ("per_element", "of_issue") else ""
+            values = ["?" if r[field] is None else form.format(r[field]) for r in (old, row) if r]
+            if sign and values[0] != "?":
+                values[0] = sign + values[0]
             return values[-1] if len(set(values)) == 1 else " → ".join(values)
 
         yield {
