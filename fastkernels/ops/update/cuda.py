@@ -70,8 +70,8 @@ def run(batch: Batch) -> None:
         _upload(plan, grads, index, stream)
         getattr(cuda.module(), batch.rule.name)(
             index, stream, plan.rows.data_ptr(), plan.grads.data_ptr(), plan.chunks.data_ptr(),
-            len(batch.params), launches, hyper.data_ptr(), plan.partial.data_ptr(), plan.control.data_ptr(),
-            *addresses((batch.stats, grad_scale, found_inf)), wide_scale,
+            len(batch.params), launches, hyper.data_ptr(), plan.partial.data_ptr(),
+            plan.control.data_ptr(), *addresses((batch.stats, grad_scale, found_inf)), wide_scale,
             batch.max_grad_norm or 0.0, batch.seed,
         )  # fmt: skip
     finish()
