@@ -43,8 +43,9 @@ from fastkernels.ops.update.triton_device import (
 # them into 64 without a spill when asked: 4 programs of 256 threads then share a multiprocessor.
 BLOCK = 1024
 REGISTERS = 64
-# What would spill at 64 registers (float64) gets as many as it needs, and half the threads.
-HEAVY_BLOCK = 512
+# What would spill at 64 registers has half the threads: 8-bit codes and remainders take 72, with
+# which 7 programs share a multiprocessor, and float64 as many as it needs.
+HEAVY_BLOCK, HEAVY_REGISTERS = 512, 72
 # Consecutive elements of a thread.
 WIDTH = tl.constexpr(4)
 _REDUCE, _WARPS = 1024, 8
@@ -77,8 +78,10 @@ class Kind(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """The options of the compiler."""
-        limit = {"maxnreg": REGISTERS} if self.BLOCK == BLOCK else {}
-        return {"num_warps": self.BLOCK // (32 * WIDTH.value), **limit}
+        options = {"num_warps": self.BLOCK // (32 * WIDTH.value)}
+        if self.REAL == tl.float32:
+            options["maxnreg"] = REGISTERS if self.BLOCK == BLOCK else HEAVY_REGISTERS
+        return options
 
 
 def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
@@ -87,9 +90,10 @@ def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
     if a is None:  # without an anchor there is nothing for the curvature to weigh
         f = None
     real = tl.float64 if p == tl.float64 else tl.float32
+    heavy = remainder or real == tl.float64 or tl.uint8 in (m, v, f)
     return Kind(
         P=p, G=g, M=m, V=v, A=a, F=f, REMAINDER=remainder, REAL=real,
-        ALIGN=ALIGNMENT if aligned else 1, BLOCK=HEAVY_BLOCK if real == tl.float64 else BLOCK,
+        ALIGN=ALIGNMENT if aligned else 1, BLOCK=HEAVY_BLOCK if heavy else BLOCK,
     )  # fmt: skip
 
 
