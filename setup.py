@@ -37,7 +37,7 @@ INSTRUCTION_SETS = {
 }  # fmt: skip
 # One cubin for each generation, and code the driver compiles for all others. -fmad=false: products
 # are fused where the source says so, as on the CPU.
-NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DNDEBUG",
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DNDEBUG", "--threads=2",
               "-Xcompiler=-fPIC,-fvisibility=hidden",
               "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
               "-gencode=arch=compute_80,code=compute_80"]  # fmt: skip

@@ -1,11 +1,13 @@
-"""Curvature products on a GPU: ViT-S and ResNet-50 shapes beside every peer, the op's bandwidth.
+"""Curvature products on a GPU: shapes of known networks beside every peer, the op's bandwidth.
 
-    python -m benchmarks.curvature.gpu_hvp [--cases vit_s resnet50 head]
+    python -m benchmarks.curvature.gpu_hvp [--cases vit_s vit_b bert_base resnet50 head] [--tf32]
 
-Products are counted in gradients of the same batch, timed beside them in every round, in float32
-without TF32, for K = 1, 8 and 32. Memory is what torch's allocator held at most, above what was
-there before. Every method's product is compared in float64 first. The op is measured in GB/s
-beside a plain copy, each byte counted once. `resnet50` needs torchvision.
+Products are counted in gradients of the same batch, timed beside them in every round, in float32,
+for K = 1, 8 and 32; `--tf32` lets the matrix products of all methods use it. `--cases` without a
+name measures the op alone, `--methods` and `--compiled` choose what takes part. Memory is what
+torch's allocator held at most, above what was there before. Every method's product is compared in
+float64 first. The op is measured in GB/s beside a plain copy, each byte counted once. `resnet50`
+needs torchvision.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import gpu
 from benchmarks.common import Record
@@ -32,18 +34,17 @@ from benchmarks.curvature.methods import (
     missing,
     probes,
 )
-from benchmarks.curvature.networks import Problem, ViT
+from benchmarks.curvature.networks import MiniLM, Problem, ViT
 from fast.curvature import GGN, Hessian
 from fastkernels import cross_entropy_hvp_, cross_entropy_quad
 
 COUNTS = (1, 8, 32)
-# Compiling takes minutes on networks of this depth.
-COMPILED = ("head",)
-# Timed at 32 vectors as well: a loop would repeat 8 four times, and vmap takes 8 GiB a vector.
-MANY = ("fast",)
+# Timed at 32 vectors too, where a loop would repeat 8 four times.
+MANY = ("fast", "vmap(jvp(grad))", "vmap(jvp, vjp)", "compiled vmap(jvp(grad))", "curvlinops")
 # Rows and classes of the op, and its dtype.
 ROWS = [
-    (16384, 1000, torch.float32), (16384, 1000, torch.bfloat16), (65536, 100, torch.float32),
+    (16384, 1000, torch.float32), (16384, 1000, torch.bfloat16),
+    (65536, 100, torch.float32), (65536, 100, torch.bfloat16),
     (4096, 16384, torch.float32), (4096, 32000, torch.float32), (2048, 128256, torch.bfloat16),
 ]  # fmt: skip
 
@@ -58,34 +59,62 @@ def _resnet50() -> nn.Module:
     return model
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "vit_s": (lambda: ViT(384, 12, 196, 768, 1000), (196, 768), 32),
-    "resnet50": (_resnet50, (3, 224, 224), 16),
-    "head": (lambda: nn.Sequential(nn.Linear(768, 1000)), (768,), 4096),
+def _tokens(batch: int, length: int) -> Tensor:
+    """Ids and a mask that pads nothing, [batch, 2, length]."""
+    ids = torch.randint(1, MiniLM.vocabulary, (batch, length))
+    return torch.stack([ids, torch.ones_like(ids)], 1)
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[], Tensor], int]  # network, inputs, classes
+
+
+def _pixels(batch: int, *shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(batch, *shape)
+
+
+CASES: dict[str, Case] = {
+    "vit_s": (lambda: ViT(384, 12, 196, 768, 1000), _pixels(32, 196, 768), 1000),
+    "resnet50": (_resnet50, _pixels(16, 3, 224, 224), 1000),
+    "bert_base": (lambda: MiniLM(768, 12), lambda: _tokens(16, 128), 2),
+    "vit_b": (lambda: ViT(768, 12, 196, 768, 1000), _pixels(16, 196, 768), 1000),
+    "head": (lambda: nn.Sequential(nn.Linear(768, 1000)), _pixels(4096, 768), 1000),
 }
+# The same classes of networks, for a dry run.
+TINY: dict[str, Case] = {
+    "vit_s": (lambda: ViT(64, 1, 4, 6, 10), _pixels(3, 4, 6), 10),
+    "resnet50": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(),
+                                       nn.Linear(144, 10)), _pixels(3, 3, 8, 8), 10),
+    "bert_base": (lambda: MiniLM(24, 1), lambda: _tokens(2, 5), 2),
+    "vit_b": (lambda: ViT(64, 2, 4, 6, 10), _pixels(3, 4, 6), 10),
+    "head": (lambda: nn.Sequential(nn.Linear(6, 10)), _pixels(8, 6), 10),
+}  # fmt: skip
 
 
 def build(case: str) -> Problem:
     torch.manual_seed(0)
-    network, shape, batch = CASES[case]
-    model, x, y = network(), torch.randn(batch, *shape), torch.randint(0, 1000, (batch,))
-    return model.cuda().eval(), x.cuda(), y.cuda()
+    dry = gpu.device() == "cpu"
+    network, inputs, classes = (TINY if dry else CASES)[case]
+    model, x = network(), inputs()
+    y = torch.randint(0, classes, (len(x),))
+    return model.to(gpu.device()).eval(), x.to(gpu.device()), y.to(gpu.device())
 
 
 def relative_error(problem: Problem, kind: str, method: str) -> float:
     """The error of two products in float64 on two samples, against the looped products."""
     model, x, y = problem
-    model, x, y = copy.deepcopy(model).double(), x[:2].double(), y[:2]
+    model, x, y = copy.deepcopy(model).double(), x[:2], y[:2]
+    x = x.double() if x.is_floating_point() else x
     vectors = probes(model, 2)
     operator = {"hessian": Hessian, "ggn": GGN}[kind](model, F.cross_entropy, (x, y), method="loop")
     return difference(METHODS[kind][method](model, x, y, vectors)(), operator @ vectors)
 
 
 def seconds(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if gpu.device() == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -96,10 +125,13 @@ def measure(problem: Problem, kind: str, method: str, count: int, rounds: int) -
     products, one_gradient = METHODS[kind][method](model, x, y, vectors), gradient(model, x, y)
     seconds(one_gradient)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    peak = 0.0
+    if on_gpu := gpu.device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     first = seconds(products)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if on_gpu:
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     gradients, times = [], []
     for _ in range(rounds if first < 1 else 2):
         # Five gradients, because one is shorter than what the host needs to launch it.
@@ -115,14 +147,18 @@ def measure(problem: Problem, kind: str, method: str, count: int, rounds: int) -
     }
 
 
-def products(case: str, rounds: int, keep: Callable[[Record], None]) -> None:
-    """Hand every row to `keep` as it comes."""
+def products(
+    case: str, chosen: list[str], compiled: bool, rounds: int, keep: Callable[[Record], None]
+) -> None:
+    """Hand every row to `keep` as it comes. Compiling takes minutes on deep networks."""
     problem = build(case)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     for kind, methods in METHODS.items():
         for method in methods:
-            if missing(method) or (method.startswith("compiled") and case not in COMPILED):
+            left_out = method not in chosen or (method.startswith("compiled") and not compiled)
+            if left_out or missing(method):
                 continue
-            row: Record = {"case": case, "kind": kind, "method": method}
+            row: Record = {"case": case, "kind": kind, "method": method, "tf32": tf32}
             try:
                 error = relative_error(problem, kind, method)
                 counts = COUNTS if method in MANY or case == "head" else COUNTS[:2]
@@ -143,11 +179,13 @@ def products(case: str, rounds: int, keep: Callable[[Record], None]) -> None:
 def bandwidth(rounds: int, copy_rate: float) -> list[Record]:
     """`cross_entropy_hvp_` and `cross_entropy_quad` for 1 and 8 vectors."""
     rows = []
+    device = gpu.device()
     for n, c, dtype in ROWS:
-        p = torch.softmax(torch.randn(n, c, device="cuda"), 1).to(dtype)
-        scale = torch.full((n,), 1 / n, device="cuda", dtype=dtype)
+        n = 3 if device == "cpu" else n
+        p = torch.softmax(torch.randn(n, c, device=device), 1).to(dtype)
+        scale = torch.full((n,), 1 / n, device=device, dtype=dtype)
         for count in (1, 8):
-            u = torch.randn(count, n, c, device="cuda", dtype=dtype)
+            u = torch.randn(count, n, c, device=device, dtype=dtype)
             ops = {"hvp": cross_entropy_hvp_, "quad": cross_entropy_quad}
             steps = {
                 name: gpu.graphed(functools.partial(op, u, p, scale)) for name, op in ops.items()
@@ -166,15 +204,22 @@ def bandwidth(rounds: int, copy_rate: float) -> list[Record]:
 
 def main() -> None:
     parser = gpu.arguments(__doc__, rounds=5, output="gpu_hvp.json")
+    names = list(dict.fromkeys(name for methods in METHODS.values() for name in methods))
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--compiled", nargs="*", choices=CASES, default=["head"])
+    parser.add_argument("--no-op", action="store_true", help="leave out the op")
+    parser.add_argument("--tf32", action="store_true")
     args = parser.parse_args()
-    gpu.need_cuda()
-    torch.backends.cudnn.allow_tf32 = False
+    gpu.need_cuda(args.dry_run)
+    # Peers cannot differentiate the fused encoder layer that torch takes without gradients.
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     copy_rate = gpu.copy_bandwidth(20)
     report = gpu.where() | {
         "copy_gb_per_s": copy_rate,
-        "gemm_gflops": gemm_rate("cuda") / 1e9,
-        "op": bandwidth(20, copy_rate),
+        "gemm_gflops": gemm_rate(gpu.device()) / 1e9,
+        "op": [] if args.no_op else bandwidth(20, copy_rate),
         "products": [],
     }
 
@@ -184,7 +229,7 @@ def main() -> None:
 
     gpu.write(report, args.output)
     for case in args.cases:
-        products(case, args.rounds, keep)
+        products(case, args.methods, case in args.compiled, args.rounds, keep)
     print(f"wrote {args.output}")
 
 

@@ -96,12 +96,12 @@ class MiniLM(nn.Module):
 
     vocabulary, tokens = 30522, 32
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 384, depth: int = 6) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(self.vocabulary, 384), nn.Embedding(512, 384)
-        layer = nn.TransformerEncoderLayer(384, 12, 1536, 0.0, "gelu", batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
-        self.norm, self.fc = nn.LayerNorm(384), nn.Linear(384, 2)
+        self.token, self.position = nn.Embedding(self.vocabulary, width), nn.Embedding(512, width)
+        layer = nn.TransformerEncoderLayer(width, 12, 4 * width, 0.0, "gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm, self.fc = nn.LayerNorm(width), nn.Linear(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         ids, mask = x.unbind(1)

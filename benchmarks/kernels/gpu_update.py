@@ -1,6 +1,6 @@
 """The update on a GPU: GB/s of every variant of Triton and CUDA C++, beside torch and a plain copy.
 
-    python -m benchmarks.kernels.gpu_update [--sets resnet50 bert_base]
+    python -m benchmarks.kernels.gpu_update [--sets resnet50 bert_base] [--variants "whole fp32"]
 
 Bytes are counted once for each stream read and once for each written; the norm pass of clipping
 counts the gradients once more. Methods take turns inside each round, each behind a pass over a
@@ -11,7 +11,7 @@ show what the host costs), medians. Every variant's result is checked against th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from fastkernels.op import ENVIRONMENT
 
 BF16, CODES, F32 = torch.bfloat16, torch.uint8, torch.float32
 SETS: dict[str, Callable[[], Shapes]] = {**SHAPES, "one_100m": lambda: [(100_000_000,)]}
+TINY: Shapes = [(3, 5), (700,), (16385,)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,26 +66,27 @@ class Case:
         moment, anchor, curvature = variant.moments, variant.anchor, variant.curvature
         torch.manual_seed(0)
         sizes = [torch.Size(s).numel() for s in shapes]
+        device = gpu.device()
         dtype = BF16 if variant.exact else F32
 
         def filled(kind: torch.dtype, scale: float = 1.0) -> list[torch.Tensor]:
             if kind == CODES:
-                return [torch.randint(1, 200, (n,), dtype=CODES, device="cuda") for n in sizes]
-            return [(torch.rand(n, device="cuda") * scale).to(kind) for n in sizes]
+                return [torch.randint(1, 200, (n,), dtype=CODES, device=device) for n in sizes]
+            return [(torch.rand(n, device=device) * scale).to(kind) for n in sizes]
 
         def scales(kind: torch.dtype | None) -> list[torch.Tensor]:
             if kind != CODES:
                 return []
-            return [torch.full((code_scales(n),), 1e-8, device="cuda") for n in sizes]
+            return [torch.full((code_scales(n),), 1e-8, device=device) for n in sizes]
 
         self.params, self.grads = filled(dtype), filled(dtype)
         moments = [filled(moment), filled(moment)]
-        self.steps = [torch.zeros((), device="cuda") for _ in sizes]
+        self.steps = [torch.zeros((), device=device) for _ in sizes]
         hyper = [[1e-3, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.0]]
-        self.stats = torch.zeros(4, dtype=torch.float64, device="cuda") if variant.stats else None
+        self.stats = torch.zeros(4, dtype=torch.float64, device=device) if variant.stats else None
         self.arguments = (
             self.params, self.grads, *moments, self.steps,
-            torch.tensor(hyper, dtype=torch.float64, device="cuda"), [0] * len(sizes),
+            torch.tensor(hyper, dtype=torch.float64, device=device), [0] * len(sizes),
         )  # fmt: skip
         self.options = {
             "anchors": filled(anchor) if anchor else [],
@@ -142,19 +144,22 @@ def torch_steps(shapes: Shapes) -> dict[str, Step]:
     """torch's own AdamW, capturable, without clip, anchor or norms."""
     steps: dict[str, Step] = {}
     for name in ("fused", "foreach"):
-        params = [torch.nn.Parameter(torch.rand(s, device="cuda")) for s in shapes]
+        params = [torch.nn.Parameter(torch.rand(s, device=gpu.device())) for s in shapes]
         for p in params:
             p.grad = torch.rand_like(p)
-        optimizer = torch.optim.AdamW(params, lr=1e-3, capturable=True, **{name: True})
+        graphs = gpu.device() == "cuda"
+        optimizer = torch.optim.AdamW(params, lr=1e-3, capturable=graphs, **{name: True})
         steps[f"torch {name}"] = optimizer.step
     return steps
 
 
-def measure(name: str, backends: list[str], rounds: int, copy: float) -> list[Record]:
-    shapes = SETS[name]()
+def measure(
+    name: str, shapes: Shapes, variants: list[str], backends: list[str], rounds: int, copy: float
+) -> Iterator[Record]:
+    """The rows of each variant as they come."""
     count = sum(torch.Size(s).numel() for s in shapes)
-    rows = []
-    for label, variant in VARIANTS.items():
+    for label in variants:
+        variant = VARIANTS[label]
         steps: dict[str, Step] = torch_steps(shapes)
         cases, errors = {}, {}
         for backend in backends:
@@ -164,11 +169,11 @@ def measure(name: str, backends: list[str], rounds: int, copy: float) -> list[Re
             steps[backend] = cases[backend].step
         eager: dict[str, float] = {}
         for backend, step in steps.items():
-            force(backend if backend in cases else "triton")
+            force(backend if backend in cases else backends[0])
             eager |= gpu.interleaved({backend: step}, max(5, rounds // 5))
         graphs = {}
         for backend, step in steps.items():
-            force(backend if backend in cases else "triton")
+            force(backend if backend in cases else backends[0])
             graphs[backend] = gpu.graphed(step)
         for method, ms in gpu.interleaved(graphs, rounds).items():
             size = cases[method].bytes if method in cases else 28.0 * count
@@ -176,13 +181,12 @@ def measure(name: str, backends: list[str], rounds: int, copy: float) -> list[Re
             row: Record = {"set": name, "variant": label, "method": method, "parameters": count}
             row |= {"ms": ms, "ms_eager": eager[method], "gb_per_s": gbs, "of_copy": gbs / copy}
             row["wrong"] = errors.get(method, "")
-            rows.append(row)
+            yield row
             print(f"{name:9} {label:24} {method:14} {ms:8.3f} ms (eager {eager[method]:8.3f}) "
                   f"{gbs:7.0f} GB/s {gbs / copy:5.1%} of copy {row['wrong'][:60]}",
                   flush=True)  # fmt: skip
         del steps, cases, graphs
         torch.cuda.empty_cache()
-    return rows
 
 
 def main() -> None:
@@ -190,17 +194,20 @@ def main() -> None:
     parser.add_argument(
         "--sets", nargs="+", choices=SETS, default=["resnet50", "bert_base", "one_25m"]
     )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
-    gpu.need_cuda()
+    gpu.need_cuda(args.dry_run)
     rows = fastkernels.explain()
-    backends = sorted({r.backend for r in rows if r.device == "cuda" and r.available
+    backends = sorted({r.backend for r in rows if r.device == gpu.device() and r.available
                        and r.op == "anchored_adamw_"} - {"reference"})  # fmt: skip
     copy = gpu.copy_bandwidth(args.rounds)
-    print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s; backends {', '.join(backends)}")
     report = gpu.where() | {"rounds": args.rounds, "copy_gb_per_s": copy, "results": []}
+    print(f"{report['device']}: copy {copy:.0f} GB/s; backends {', '.join(backends)}")
     for name in args.sets:
-        report["results"] += measure(name, backends, args.rounds, copy)
-        gpu.write(report, args.output)
+        shapes = TINY if args.dry_run else SETS[name]()
+        for row in measure(name, shapes, args.variants, backends, args.rounds, copy):
+            report["results"].append(row)
+            gpu.write(report, args.output)
     print(f"wrote {args.output}")
 
 

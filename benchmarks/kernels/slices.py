@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS, Record, commit, save, table
 from benchmarks.kernels.before_after import processor
-from benchmarks.kernels.instructions import ROOT, build_flags
+from benchmarks.kernels.machine_code.cpu import ROOT, build_flags
 
 SOURCE = Path(__file__).parent / "native" / "slices.cpp"
 FIGURES = ("before", "after", "floor", "after / before", "before / floor", "after / floor")

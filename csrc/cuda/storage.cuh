@@ -1,9 +1,14 @@
-// Stored tensors to and from registers, four consecutive elements per thread: a warp holds 128. The
-// dtype is looked at while the kernel runs. That costs nothing, as an H100 has time for 240
-// instructions per element of the plain update, and it lets one launch take tensors of any mix.
+// Stored tensors to and from registers, four consecutive elements per thread: a warp holds 128, and
+// its access is contiguous at 128 bits a thread for float32, 64 for bf16, and 32 for codes. Eight
+// elements would make bf16 128 bits wide, and leave holes of 16 bytes between the float32 stores of
+// neighbouring threads.
+//
+// Everything is inlined: where the dtype is a constant of the kernel, nothing of the others is
+// left.
 #pragma once
 
 #include "fast/anchored.h"
+#include "intrinsics.cuh"
 
 namespace fast {
 
@@ -34,17 +39,16 @@ __device__ __forceinline__ bool aligned(const void* p, Dtype type) {
 // n is what is left of the chunk, not clamped to 0..4: of a clamped n, ptxas 13.0 for sm_90 takes
 // `n == 4` from the predicate of its VIMNMX.RELU, which holds for ragged ends too. They were read
 // and written by 16 bytes, past the end of the tensor (compute-sanitizer, H200).
-__device__ __forceinline__ Stored fetch(const void* from, Dtype type, int64_t i, int n,
-                                        bool whole) {
+__device__ __forceinline__ Stored fetch(const void* from, Dtype type, int i, int n, bool whole) {
   __builtin_assume(__isGlobal(from));  // else generic loads: the address comes from a table
   Stored s = {};
   if (type == Dtype::f64) {
-    const double* d = static_cast<const double*>(from) + i;
+    const double* d = static_cast<const double*>(from) + unsigned(i);
 #pragma unroll
     for (int k = 0; k < kWidth; k++)
       if (k < n) s.word[k] = bits_of(static_cast<float>(d[k]));
   } else if (type == Dtype::f32) {
-    const float* f = static_cast<const float*>(from) + i;
+    const float* f = static_cast<const float*>(from) + unsigned(i);
     if (whole) {
       const uint4 x = *reinterpret_cast<const uint4*>(f);
       s = {{x.x, x.y, x.z, x.w}};
@@ -54,7 +58,7 @@ __device__ __forceinline__ Stored fetch(const void* from, Dtype type, int64_t i,
         if (k < n) s.word[k] = bits_of(f[k]);
     }
   } else if (type == Dtype::codes8) {
-    const uint8_t* c = static_cast<const uint8_t*>(from) + i;
+    const uint8_t* c = static_cast<const uint8_t*>(from) + unsigned(i);
     if (whole) {
       s.word[0] = *reinterpret_cast<const uint32_t*>(c);
     } else {
@@ -63,7 +67,7 @@ __device__ __forceinline__ Stored fetch(const void* from, Dtype type, int64_t i,
         if (k < n) s.word[0] |= uint32_t{c[k]} << (8 * k);
     }
   } else {
-    const uint16_t* h = static_cast<const uint16_t*>(from) + i;
+    const uint16_t* h = static_cast<const uint16_t*>(from) + unsigned(i);
     if (whole) {
       const uint2 x = *reinterpret_cast<const uint2*>(h);
       s.word[0] = x.x;
@@ -77,9 +81,41 @@ __device__ __forceinline__ Stored fetch(const void* from, Dtype type, int64_t i,
   return s;
 }
 
+// The scale of code block `block`.
+__device__ __forceinline__ float fetch_scale(const float* scales, unsigned block) {
+  __builtin_assume(__isGlobal(scales));
+  return scales[block];
+}
+
+__device__ __forceinline__ void put_scale(float* scales, unsigned block, float scale) {
+  __builtin_assume(__isGlobal(scales));
+  scales[block] = scale;
+}
+
 __device__ __forceinline__ uint16_t half_of(const Stored& s, int k) {
   return static_cast<uint16_t>(s.word[k / 2] >> (16 * (k % 2)));
 }
+
+// Code k of four. By PRMT, which leaves the shift of from_unsigned_code to be merged with its sum.
+__device__ __forceinline__ uint32_t code_of(const Stored& s, int k) {
+  return __byte_perm(s.word[0], 0, 0x4440 + k);
+}
+
+// What the signed codes stand for, but for their scale: a look-up in shared memory takes a third of
+// the instructions of from_signed_code. Filled by all threads of a block.
+struct Table {
+  float value[256];
+  __device__ __forceinline__ void fill() {
+    for (int code = static_cast<int>(threadIdx.x); code < 256; code += kThreads) {
+      const float y = from_signed_code(code & 0x7f);
+      value[code] = code & 0x80 ? -y : y;
+    }
+  }
+  __device__ __forceinline__ void decode(float* to, const Stored& s, float scale) const {
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) to[k] = scale * value[code_of(s, k)];
+  }
+};
 
 template <bool Signed>
 __device__ __forceinline__ void decode(float* to, const Stored& s, Dtype type, float scale) {
@@ -90,7 +126,7 @@ __device__ __forceinline__ void decode(float* to, const Stored& s, Dtype type, f
     } else if (type == Dtype::f16) {
       to[k] = from_f16(half_of(s, k));
     } else if (type == Dtype::codes8) {
-      const uint32_t code = (s.word[0] >> (8 * k)) & 0xffu;
+      const uint32_t code = code_of(s, k);
       const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
                                       : from_unsigned_code(code));
       to[k] = Signed ? float_of(bits_of(y) | (code & 0x80u) << 24) : y;
@@ -102,8 +138,7 @@ __device__ __forceinline__ void decode(float* to, const Stored& s, Dtype type, f
 
 // The largest magnitude of a code block, for each of its threads. All threads of the block call it.
 __device__ __forceinline__ uint32_t largest_of_block(uint32_t top) {
-#pragma unroll
-  for (int lane = 16; lane; lane /= 2) top = max(top, __shfl_xor_sync(~0u, top, lane));
+  top = __reduce_max_sync(~0u, top);
   constexpr int kWarps = kCodeBlock / (32 * kWidth);
   if constexpr (kWarps > 1) {
     __shared__ uint32_t of_warp[kThreads / 32];
@@ -117,38 +152,77 @@ __device__ __forceinline__ uint32_t largest_of_block(uint32_t top) {
   return top;
 }
 
+// scale_of_block and inverse_of_block of numeric.h, to the bit, without the branches of a division:
+// one step of Newton for 1 / b where that is not a constant, and one for the quotient. A quotient
+// that is too small to be rounded so is below kLeastScale; one by 0 or by a denormal is a NaN, and
+// above 1 / kLeastScale.
+__device__ __forceinline__ float corrected(float a, float b, float inverse) {
+  const float q = a * inverse;
+  return __fmaf_rn(__fmaf_rn(-b, q, a), inverse, q);
+}
+
+template <bool Signed>
+__device__ __forceinline__ float block_scale(uint32_t largest) {
+  constexpr float top = Signed ? kSignedTop : kUnsignedTop;
+  const float scale = corrected(float_of(largest), top, 1.0f / top);
+  const float least = largest ? kLeastScale : 0.0f;
+  return largest < 0x7f800000u ? fmaxf(scale, least) : float_of(0x7fc00000u);
+}
+
+template <bool Signed>
+__device__ __forceinline__ float block_inverse(uint32_t largest) {
+  constexpr float top = Signed ? kSignedTop : kUnsignedTop;
+  const float quarter = 0.25f * float_of(largest);  // the inverse of the whole might be denormal
+  float y = reciprocal(quarter);
+  y = __fmaf_rn(__fmaf_rn(-quarter, y, 1.0f), y, y);
+  return fminf(0.25f * corrected(top, quarter, y), 1 / kLeastScale);
+}
+
+// Byte `which` of each of four words, as one word.
+__device__ __forceinline__ uint32_t bytes(const uint32_t (&x)[4], int which) {
+  const uint32_t pick = 0x40 + 0x11 * which;
+  return __byte_perm(__byte_perm(x[0], x[1], pick), __byte_perm(x[2], x[3], pick), 0x5410);
+}
+
 // As in csrc/cpu/storage.h: stochastic, a block with anything not finite becomes NaN, and a second
 // moment above zero never becomes zero.
 template <bool Signed>
-__device__ __forceinline__ Stored encode(const float* x, float* scale, int64_t i, int n,
+__device__ __forceinline__ Stored encode(const float* x, float* scales, int i, int n,
                                          uint32_t key) {
-  constexpr float top = Signed ? kSignedTop : kUnsignedTop;
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < kWidth; k++)
     if (k < n) bits = max(bits, bits_of(x[k]) & 0x7fffffffu);
   bits = largest_of_block(bits);
-  const float inverse = inverse_of_block(bits, top);
-  if (i % kCodeBlock == 0 && n > 0) *scale = scale_of_block(bits, top);
-  Stored s = {};
+  const float inverse = block_inverse<Signed>(bits);
+  const unsigned at = static_cast<unsigned>(i);
+  if (at % kCodeBlock == 0 && n > 0) put_scale(scales, at / kCodeBlock, block_scale<Signed>(bits));
+  uint32_t code[kWidth], sign[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     const uint32_t draw = mix32(static_cast<uint32_t>(i + k) ^ key);
     const uint32_t random = Signed ? draw >> 12 : (draw & 0xffffu) << 4;
     const float y = absolute(x[k]) * inverse;
-    uint32_t code = Signed ? to_signed_code(y, random) : to_unsigned_code(y, random);
-    if (Signed) code |= (bits_of(x[k]) >> 24) & 0x80u;
-    if (!Signed) code = code == 0u && x[k] > 0.0f ? 1u : code;
-    s.word[0] |= code << (8 * k);
+    sign[k] = bits_of(x[k]);
+    if (Signed) {
+      code[k] = to_signed_code(y, random);
+    } else {
+      // to_unsigned_code, with its limits before the shift; `least` is a code of 1 where x > 0.
+      const uint32_t least = min(bits_of(x[k]) + 0xfffffu, 0x100000u);
+      code[k] = max(min(bits_of(y + 1.0f) - kOne + random, 0xfffffffu), least) >> 20;
+    }
   }
+  Stored s = {};
+  s.word[0] = bytes(code, 0);
+  if (Signed) s.word[0] |= bytes(sign, 3) & 0x80808080u;
   return s;
 }
 
-// The opposite of decode. `scale` is the block's, of codes; Signed and Stochastic as on the CPU.
+// The opposite of decode. `scales` are those of codes; Signed and Stochastic as on the CPU.
 template <bool Signed, bool Stochastic>
-__device__ __forceinline__ Stored pack(const float* x, Dtype type, float* scale, int64_t i, int n,
+__device__ __forceinline__ Stored pack(const float* x, Dtype type, float* scales, int i, int n,
                                        uint32_t key) {
-  if (type == Dtype::codes8) return encode<Signed>(x, scale, i, n, key);
+  if (type == Dtype::codes8) return encode<Signed>(x, scales, i, n, key);
   Stored s = {};
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
@@ -165,8 +239,7 @@ __device__ __forceinline__ Stored pack(const float* x, Dtype type, float* scale,
   return s;
 }
 
-// __stwb: a plain assignment is merged with the other branch, element by element.
-__device__ __forceinline__ void put(void* to, Dtype type, int64_t i, int n, bool whole,
+__device__ __forceinline__ void put(void* to, Dtype type, int i, int n, bool whole,
                                     const Stored& s) {
   __builtin_assume(__isGlobal(to));
   if (type == Dtype::f64) {
@@ -174,27 +247,27 @@ __device__ __forceinline__ void put(void* to, Dtype type, int64_t i, int n, bool
     for (int k = 0; k < kWidth; k++)
       if (k < n) static_cast<double*>(to)[i + k] = float_of(s.word[k]);
   } else if (type == Dtype::f32) {
-    float* f = static_cast<float*>(to) + i;
+    float* f = static_cast<float*>(to) + unsigned(i);
     if (whole) {
-      __stwb(reinterpret_cast<uint4*>(f), make_uint4(s.word[0], s.word[1], s.word[2], s.word[3]));
+      store(f, s.word);
     } else {
 #pragma unroll
       for (int k = 0; k < kWidth; k++)
         if (k < n) f[k] = float_of(s.word[k]);
     }
   } else if (type == Dtype::codes8) {
-    uint8_t* c = static_cast<uint8_t*>(to) + i;
+    uint8_t* c = static_cast<uint8_t*>(to) + unsigned(i);
     if (whole) {
-      __stwb(reinterpret_cast<unsigned*>(c), s.word[0]);
+      store(c, s.word[0]);
     } else {
 #pragma unroll
       for (int k = 0; k < kWidth; k++)
         if (k < n) c[k] = static_cast<uint8_t>(s.word[0] >> (8 * k));
     }
   } else {
-    uint16_t* h = static_cast<uint16_t*>(to) + i;
+    uint16_t* h = static_cast<uint16_t*>(to) + unsigned(i);
     if (whole) {
-      __stwb(reinterpret_cast<uint2*>(h), make_uint2(s.word[0], s.word[1]));
+      store(h, s.word[0], s.word[1]);
     } else {
 #pragma unroll
       for (int k = 0; k < kWidth; k++)
@@ -205,9 +278,9 @@ __device__ __forceinline__ void put(void* to, Dtype type, int64_t i, int n, bool
 
 // x as elements i to i + n of a tensor.
 template <bool Signed, bool Stochastic>
-__device__ __forceinline__ void keep(const float* x, void* to, Dtype type, float* scale, int64_t i,
+__device__ __forceinline__ void keep(const float* x, void* to, Dtype type, float* scales, int i,
                                      int n, bool whole, uint32_t key) {
-  put(to, type, i, n, whole, pack<Signed, Stochastic>(x, type, scale, i, n, key));
+  put(to, type, i, n, whole, pack<Signed, Stochastic>(x, type, scales, i, n, key));
 }
 
 // The same for double arithmetic, an element at a time: rare, and bound by its own arithmetic on
@@ -216,13 +289,13 @@ struct StoredWide {
   double value[4];  // a code stays one until decode
 };
 
-__device__ __forceinline__ void fetch(StoredWide* s, const void* from, Dtype type, int64_t i, int n,
+__device__ __forceinline__ void fetch(StoredWide* s, const void* from, Dtype type, int i, int n,
                                       bool) {
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     double x = 0;
     if (k < n) {
-      const int64_t at = i + k;
+      const int at = i + k;
       if (type == Dtype::f64) x = static_cast<const double*>(from)[at];
       if (type == Dtype::f32) x = static_cast<const float*>(from)[at];
       if (type == Dtype::bf16) x = from_bf16(static_cast<const uint16_t*>(from)[at]);
@@ -233,7 +306,7 @@ __device__ __forceinline__ void fetch(StoredWide* s, const void* from, Dtype typ
   }
 }
 
-__device__ __forceinline__ void fetch(Stored* s, const void* from, Dtype type, int64_t i, int n,
+__device__ __forceinline__ void fetch(Stored* s, const void* from, Dtype type, int i, int n,
                                       bool whole) {
   *s = fetch(from, type, i, n, whole);
 }
@@ -254,7 +327,7 @@ __device__ __forceinline__ void decode(double* to, const StoredWide& s, Dtype ty
 }
 
 template <bool Signed, bool Stochastic>
-__device__ __forceinline__ void keep(const double* x, void* to, Dtype type, float* scale, int64_t i,
+__device__ __forceinline__ void keep(const double* x, void* to, Dtype type, float* scales, int i,
                                      int n, bool whole, uint32_t key) {
   float narrow[kWidth];
 #pragma unroll
@@ -262,7 +335,7 @@ __device__ __forceinline__ void keep(const double* x, void* to, Dtype type, floa
     narrow[k] = static_cast<float>(x[k]);
     if (type == Dtype::f64 && k < n) static_cast<double*>(to)[i + k] = x[k];
   }
-  if (type != Dtype::f64) keep<Signed, Stochastic>(narrow, to, type, scale, i, n, whole, key);
+  if (type != Dtype::f64) keep<Signed, Stochastic>(narrow, to, type, scales, i, n, whole, key);
 }
 
 template <class Real>

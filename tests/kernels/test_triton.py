@@ -9,12 +9,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.kernels.machine_code import sass
+from benchmarks.kernels.machine_code.gpu import offline
 from fastkernels.backends import triton as backend
 from fastkernels.ops.update.plan import DTYPES
 from helpers import ROOT
@@ -69,27 +69,6 @@ VARIANTS = {
     "float64": ((F64, F64, F64, F64, F64, F64), False),
 }
 MAIN = ("plain", "anchor", "curvature", "bf16_state")
-POINTERS = {
-    "rows": "*i64", "grads": "*i64", "chunks": "*i64", "hyper": "*fp64", "seed": "*i64",
-    "control": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "partial": "*fp64",
-    "max_norm": "*fp64", "stats": "*fp64",
-}  # fmt: skip
-
-
-def offline(kernel, constants: dict, options: dict, pointers: dict[str, str] = POINTERS):
-    """A kernel for sm_90, compiled without a device."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {
-        n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names
-    }
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in pointers
-    }
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 @functools.cache
@@ -105,22 +84,12 @@ def compiled(rule: str, types: tuple[int, ...], remainder: bool, clip: bool):
     return offline(op.update_kernel, constants, kind.options), kind
 
 
-def resources(kernel) -> dict[str, int]:
-    """Registers and bytes of stack and local memory per thread, by cuobjdump of the cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip(f"this triton brings no cuobjdump ({tool})")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        done = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout + done.stderr)
-    assert found is not None, done.stdout
-    return dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+def resources(kernel) -> sass.Usage:
+    """Registers and bytes of stack and local memory of a thread."""
+    if reason := sass.missing():
+        pytest.skip(reason)
+    (used,) = sass.usage(kernel.asm["cubin"]).values()
+    return used
 
 
 @needs_triton
@@ -130,8 +99,8 @@ def resources(kernel) -> dict[str, int]:
 def test_compiles_for_hopper_without_spills(rule, variant):
     kernel, kind = compiled(rule, *VARIANTS[variant], clip=False)
     used = resources(kernel)
-    assert used["stack"] == used["local"] == 0, "registers are spilled"
-    assert used["registers"] <= (64 if variant in MAIN else 96 if variant != "float64" else 144)
+    assert used.stack == used.local == 0, "registers are spilled"
+    assert used.registers <= (64 if variant in MAIN else 96 if variant != "float64" else 144)
     ptx = kernel.asm["ptx"]
     # Streams of the whole tiles, by what they take: .v4.b32 is 128 bits.
     streams = [kind.P, kind.G, kind.M, kind.V, kind.A, kind.F]
@@ -146,8 +115,8 @@ def test_compiles_for_hopper_without_spills(rule, variant):
 @needs_compiler
 def test_clipping_needs_no_more():
     used = resources(compiled("adamw", *VARIANTS["curvature"], clip=True)[0])
-    assert used["registers"] <= 64
-    assert used["stack"] == used["local"] == 0
+    assert used.registers <= 64
+    assert used.stack == used.local == 0
 
 
 @needs_triton
@@ -167,8 +136,8 @@ def test_what_goes_before_and_after_compiles_too(name):
     options = {"num_warps": op._WARPS}
     compiled_kernel = offline(kernel, constants, options)
     used = resources(compiled_kernel)
-    assert used["stack"] == used["local"] == 0
-    assert used["registers"] <= 64
+    assert used.stack == used.local == 0
+    assert used.registers <= 64
     if name == "gradient_norm":
         assert re.search(r"ld\.global\S*\.v4\.b32", compiled_kernel.asm["ptx"])
 
@@ -182,7 +151,7 @@ def test_no_storage_spills(moment, param, remainder):
     for anchor, curvature in itertools.product((0, F32, BF16), (0, F32, BF16, CODES)):
         types = (param, param, moment, moment, anchor, curvature)
         used = resources(compiled("adamw", types, remainder, clip=True)[0])
-        assert used["stack"] == used["local"] == 0, types
+        assert used.stack == used.local == 0, types
 
 
 # Classes, dtype, and the widest access that their number allows, in 32-bit words.
@@ -207,6 +176,6 @@ def test_cross_entropy_compiles_without_spills(classes, dtype, words, write):
         pointers["quad"] = pointers["u"]
     found = offline(kernel, constants, options, pointers)
     used = resources(found)
-    assert used["stack"] == used["local"] == 0, "registers are spilled"
+    assert used.stack == used.local == 0, "registers are spilled"
     wide = len(re.findall(rf"ld\.global\S*\.v{words}\.b32", found.asm["ptx"]))
     assert words == 1 or wide >= 2, "rows of p and u by 128 bits"

@@ -84,7 +84,7 @@ def test_storage_forms_agree_with_the_reference(monkeypatch, form):
         torch.testing.assert_close(a, b, rtol=0.13, atol=2e-2)
     if split:
         pairs = zip(ours.options["remainders"], theirs.options["remainders"], strict=True)
-        assert all((a != b).double().mean() < 0.05 for a, b in pairs)
+        assert all((a != b).double().mean() < 0.1 for a, b in pairs)
 
 
 def at_offset(t: torch.Tensor, offset: int) -> torch.Tensor:

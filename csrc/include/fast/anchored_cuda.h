@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "fast/anchored.h"
 
@@ -12,8 +13,8 @@ namespace fast {
 struct CudaUpdateArgs {
   const Row* rows;           // [row_count]; `grad` is not read
   const void* const* grads;  // [row_count]
-  const Chunk* chunks;       // [chunk_count]: those of float arithmetic, then those of double
-  int64_t row_count, chunk_count, float_chunks;
+  const Chunk* chunks;       // [chunk_count]
+  int64_t row_count, chunk_count;
   const double* hyper;     // [groups, columns]
   double* partial;         // [kStats, chunk_count], scratch
   double* control;         // [3], scratch: norm, what gradients are multiplied by, skip
@@ -25,8 +26,26 @@ struct CudaUpdateArgs {
   uint64_t seed;
 };
 
-cudaError_t anchored_adamw_cuda(const CudaUpdateArgs& args, cudaStream_t stream);
-cudaError_t anchored_sgd_cuda(const CudaUpdateArgs& args, cudaStream_t stream);
+// The dtypes of a row that has a kernel of its own, whether it has a remainder, and with streams
+// that are all aligned to 16 bytes. Both moments are of one dtype.
+struct CudaKind {
+  Dtype param, grad, moment, anchor, curvature;
+  bool remainder;
+};
+std::vector<CudaKind> cuda_kinds();
+
+// A run of chunks whose rows are of one kind: an index into cuda_kinds(), or one of the two that
+// take any row of their arithmetic.
+enum { kAnyFloat = -1, kAnyDouble = -2 };
+struct CudaLaunch {
+  int32_t kind;
+  int64_t first, count;
+};
+
+cudaError_t anchored_adamw_cuda(const CudaUpdateArgs& args, const std::vector<CudaLaunch>& launches,
+                                cudaStream_t stream);
+cudaError_t anchored_sgd_cuda(const CudaUpdateArgs& args, const std::vector<CudaLaunch>& launches,
+                              cudaStream_t stream);
 
 // table[i] = addresses[i], through kernel arguments: needs no pinned memory and no sync, and a
 // captured graph keeps the addresses.

@@ -52,14 +52,44 @@ FAST_INLINE double multiply_add(double a, double b, double c) {
 // `yes ? a : b` by masks. Of two choices by one condition GCC makes a branch, and then computes
 // what follows on both sides: a division by 1 + c became two.
 FAST_INLINE float choose(bool yes, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return yes ? a : b;
+#else
   const uint32_t mask = yes ? 0xffffffffu : 0u;
   return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+#endif
 }
 
 FAST_INLINE double choose(bool yes, double a, double b) { return yes ? a : b; }
 
-FAST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 FAST_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+// On a GPU the hardware's, as in Triton's kernels. Rounded correctly, this and the next function
+// take 8 and 9 instructions instead of 1 and 3, and a branch each.
+FAST_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+// a / b for b >= 0. On a GPU within 3 units in the last place, and for a b that is 0 or above
+// 1e-23, as 1 plus a pull and sqrt(v) + eps are.
+FAST_INLINE float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(b));
+  return a * root * root;
+#else
+  return a / b;
+#endif
+}
+
+FAST_INLINE double quotient(double a, double b) { return a / b; }
+
 FAST_INLINE float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 
 // A bijective mix of 32 bits; the constants are those of Wellons' low-bias search ("lowbias32").

@@ -66,7 +66,7 @@ struct AdamW {
     m = multiply_add(share, g - m, from_gradient != 0 ? g : m);
     v = multiply_add(beta2, v, one_minus_beta2 * (g * g));
     const Real denominator = multiply_add(square_root(v), inverse_correction, eps);
-    return multiply_add(-step_size, m / denominator, w * decay);
+    return multiply_add(-step_size, quotient(m, denominator), w * decay);
   }
 };
 
@@ -120,7 +120,7 @@ struct Sgd {
 template <class Real>
 FAST_INLINE Real pull_to(Real w, Real w0, Real c) {
   const bool strong = c > 1;
-  const Real share = choose(strong, Real(-1), c) / (1 + c);
+  const Real share = quotient(choose(strong, Real(-1), c), 1 + c);
   return multiply_add(share, w0 - w, strong ? w0 : w);
 }
 

@@ -71,7 +71,8 @@ class Batch:
 
 READ_ONLY = {"grads", "anchors", "curvature", "curvature_scales"}
 
-# On an H200 the Triton kernels take 0.4 to 0.65 of the time of CUDA C++ (docs/update.md).
+# On an H200 the Triton kernels took 0.4 to 0.65 of the time of CUDA C++, before either was
+# rewritten (docs/update.md); Triton needs no compiler.
 BACKENDS = tuple(
     Backend(
         name=name,

@@ -1,10 +1,13 @@
-"""The anchored updates in CUDA C++ (csrc/cuda/anchored.cu): one update launch for any list.
+"""The anchored updates in CUDA C++ (csrc/cuda): one update launch for each kind of tensor.
 
-There are two when the list has float64 parameters among others. The gradients' addresses come as
-kernel arguments, so a captured graph has them without pinned memory.
+A kind is a combination of dtypes that a kernel was compiled for (csrc/cuda/kinds.cuh), or any row
+of float or of double arithmetic. The gradients' addresses come as kernel arguments, so a captured
+graph has them without pinned memory.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -20,9 +23,21 @@ from fastkernels.ops.update.plan import (
 )
 
 
-def kind_of(types: bytes, remainder: bool, aligned: bool) -> str:
-    """The arithmetic of a row; all else is decided in the kernel."""
-    return "double" if DTYPES[types[0]] == torch.float64 else "float"
+@functools.cache
+def _kinds() -> dict[tuple[bytes, bool], int]:
+    return dict(cuda.module().kinds())
+
+
+def kind_of(types: bytes, remainder: bool, aligned: bool) -> int:
+    """The number of a row's kernel."""
+    param, grad, first, second, anchor, curvature = types
+    if DTYPES[param] == torch.float64:
+        return int(cuda.module().ANY_DOUBLE)
+    # Without an anchor there is nothing for the curvature to weigh.
+    key = bytes((param, grad, first, anchor, curvature if anchor else 0)), remainder
+    if aligned and second in (0, first) and key in _kinds():
+        return _kinds()[key]
+    return int(cuda.module().ANY_FLOAT)
 
 
 def _upload(plan: DevicePlan, grads: list[int], device: int, stream: int) -> None:
@@ -50,14 +65,13 @@ def run(batch: Batch) -> None:
         found_inf = found_inf.float()
     wide_scale = grad_scale is not None and grad_scale.dtype == torch.float64
     hyper = batch.hyper.to(device)
-    floats = sum(launch.count for launch in plan.launches if launch.kind == "float")
+    launches = [(launch.kind, launch.first, launch.count) for launch in plan.launches]
     with torch.cuda.device(device):
         _upload(plan, grads, index, stream)
         getattr(cuda.module(), batch.rule.name)(
             index, stream, plan.rows.data_ptr(), plan.grads.data_ptr(), plan.chunks.data_ptr(),
-            len(batch.params), sum(launch.count for launch in plan.launches), floats,
-            hyper.data_ptr(), plan.partial.data_ptr(), plan.control.data_ptr(),
-            *addresses((batch.stats, grad_scale, found_inf)), wide_scale,
+            len(batch.params), launches, hyper.data_ptr(), plan.partial.data_ptr(),
+            plan.control.data_ptr(), *addresses((batch.stats, grad_scale, found_inf)), wide_scale,
             batch.max_grad_norm or 0.0, batch.seed,
         )  # fmt: skip
     finish()

@@ -346,10 +346,9 @@ def _build(batch: Batch, kind_of: KindOf, seed: int, max_grad_norm: float | None
         numel = row[ROW.index("numel")]
         for begin in range(0, numel, CHUNK):
             members.append((begin, i | min(CHUNK, numel - begin) << 32))
-    # CUDA C++ wants the rows of float arithmetic first.
     launches: list[Launch] = []
     chunks: list[tuple[int, int]] = []
-    for kind, members in sorted(by_kind.items(), key=lambda item: item[0] == "double"):
+    for kind, members in by_kind.items():
         if members:
             launches.append(Launch(kind=kind, first=len(chunks), count=len(members)))
         chunks += members

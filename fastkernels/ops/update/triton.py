@@ -28,24 +28,24 @@ from fastkernels.ops.update.triton_device import (
     CODE_BLOCK,
     apply_adamw,
     apply_sgd,
+    decode,
     derive_adamw,
     derive_sgd,
+    join,
     load,
-    load_param,
-    load_state,
     pull_to,
     rounding_key,
     store_param,
     store_state,
 )
 
-# Four elements per thread: 128-bit accesses of float32. ptxas takes up to 93 registers, and fits
+# Four elements per thread: 128-bit accesses of float32. ptxas takes up to 96 registers, and fits
 # them into 64 without a spill when asked: 4 programs of 256 threads then share a multiprocessor.
 BLOCK = 1024
 REGISTERS = 64
-# What would spill at 64 registers (8-bit codes, remainders, float64) gets as many as it needs,
-# 72 to 138, and half the threads.
-HEAVY_BLOCK = 512
+# What would spill at 64 registers has half the threads: 8-bit codes and remainders take 72, with
+# which 7 programs share a multiprocessor, and float64 as many as it needs.
+HEAVY_BLOCK, HEAVY_REGISTERS = 512, 72
 # Consecutive elements of a thread.
 WIDTH = tl.constexpr(4)
 _REDUCE, _WARPS = 1024, 8
@@ -78,8 +78,10 @@ class Kind(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """The options of the compiler."""
-        limit = {"maxnreg": REGISTERS} if self.BLOCK == BLOCK else {}
-        return {"num_warps": self.BLOCK // (32 * WIDTH.value), **limit}
+        options = {"num_warps": self.BLOCK // (32 * WIDTH.value)}
+        if self.REAL == tl.float32:
+            options["maxnreg"] = REGISTERS if self.BLOCK == BLOCK else HEAVY_REGISTERS
+        return options
 
 
 def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
@@ -256,34 +258,54 @@ def add(total, x, keep, PER_THREAD: tl.constexpr):
 
 @triton.jit
 def update_tile(
-    APPLY: tl.constexpr, rule, streams, sums, o, keep, key, begin,
+    APPLY: tl.constexpr, rule, streams, sums, at, o, count, keep, key,
     REAL: tl.constexpr, CLIP: tl.constexpr, STATS: tl.constexpr, PER_THREAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of a chunk: their part of the four sums is added and returned."""
     p, remainder, g, m, m_scale, v, v_scale, a, f, f_scale = streams
     squares, drift, change, forgetting = sums
     grad_scale, pull = rule[0], rule[1]
-    old = load_param(p, remainder, o, keep, REAL)
-    grad = load(g, o, keep).to(REAL) * grad_scale
-    # Where there is no moment, a stand-in: Triton 3.6 cannot return None from APPLY.
+    # Every load comes before any arithmetic, so that all are under way together. Where a stream is
+    # absent, a stand-in: Triton 3.6 cannot return None from functions.
+    stored_p, stored_g = load(p, o, keep), load(g, o, keep)
+    low, stored_m, stored_v, stored_a, stored_f = (stored_g,) * 5
+    scale_m, scale_v, scale_f = (stored_g,) * 3
+    if remainder is not None:
+        low = load(remainder, o, keep)
+    if m is not None:
+        stored_m = load(m, o, keep)
+    if v is not None:
+        stored_v = load(v, o, keep)
+    if a is not None:
+        stored_a = load(a, o, keep)
+    if f is not None:
+        stored_f = load(f, o, keep)
+    if m_scale is not None:
+        scale_m = load(m_scale, o // CODE_BLOCK, keep)
+    if v_scale is not None:
+        scale_v = load(v_scale, o // CODE_BLOCK, keep)
+    if f_scale is not None:
+        scale_f = load(f_scale, o // CODE_BLOCK, keep)
+    old = join(stored_p, low, REAL)
+    grad = stored_g.to(REAL) * grad_scale
     first, second = grad, grad
     if m is not None:
-        first = load_state(m, m_scale, o, keep, True, REAL)
+        first = decode(stored_m, scale_m, True, REAL)
     if v is not None:
-        second = load_state(v, v_scale, o, keep, False, REAL)
+        second = decode(stored_v, scale_v, False, REAL)
     new, first, second = APPLY(rule, old, grad, first, second, m is not None)
     if a is not None:
-        w0 = load(a, o, keep).to(REAL)
+        w0 = stored_a.to(REAL)
         if f is not None:
-            curvature = load_state(f, f_scale, o, keep, False, REAL)
+            curvature = decode(stored_f, scale_f, False, REAL)
             new = pull_to(new, w0, pull * curvature)
         else:
             new = pull_to(new, w0, pull)
     store_param(p, remainder, o, keep, new)
     if m is not None:
-        store_state(m, m_scale, o, keep, first, key, begin, True)
+        store_state(m, m_scale, at, o, count, keep, first, key, True)
     if v is not None:
-        store_state(v, v_scale, o, keep, second, key, begin, False)
+        store_state(v, v_scale, at, o, count, keep, second, key, False)
     if STATS:
         if not CLIP:
             squares = add(squares, grad * grad, keep, PER_THREAD)
@@ -352,12 +374,12 @@ def update_kernel(
         whole = count // BLOCK * BLOCK
         for at in range(0, whole, BLOCK):
             o = at + tl.arange(0, BLOCK)
-            sums = update_tile(APPLY, rule, streams, sums, o, None, key, begin, REAL, CLIP, STATS,
-                               WIDTH)  # fmt: skip
+            sums = update_tile(APPLY, rule, streams, sums, at, o, count, None, key, REAL,
+                               CLIP, STATS, WIDTH)  # fmt: skip
         for at in range(whole, count, TAIL):
             o = at + tl.arange(0, TAIL)
-            sums = update_tile(APPLY, rule, streams, sums, o, o < count, key, begin, REAL, CLIP,
-                               STATS, TAIL * WIDTH // BLOCK)  # fmt: skip
+            sums = update_tile(APPLY, rule, streams, sums, at, o, count, o < count, key, REAL,
+                               CLIP, STATS, TAIL * WIDTH // BLOCK)  # fmt: skip
         if STATS:
             squares, drift, change, forgetting = sums
             if not CLIP:  # else it is there already

@@ -1,0 +1,3 @@
+#pragma once
+using cudaError_t = int;
+using cudaStream_t = void*;
