@@ -66,20 +66,27 @@ def _numbered(
     Names that are numbers, as files without names of classes have them, are labels of the run.
 
     Raises:
-        ValueError: a class of the data is none of the run's.
+        ValueError: a class of the data is none of the run's, or a number that may be of either
+            task.
     """
     if classes is None or list(data.classes[: len(classes)]) == classes:
-        return labels
-    if all(name.isdecimal() for name in data.classes):
         return labels
     number = {name: i for i, name in enumerate(classes)}
     present = [data.classes[i] for i in np.unique(labels)]
     strange = [name for name in present if name not in number]
+    if all(name.isdecimal() for name in data.classes):
+        if task != "both":
+            return labels
+        raise ValueError(
+            f"{data.name}: its classes are numbers, which do not say whose they are: name the "
+            "task, source or target (task=, --task)"
+        )
     if strange and task == "source" and len(data.classes) == len(classes):
         return labels  # the library calls the classes otherwise; their order is the network's
     if strange:
+        whose = "both tasks" if task == "both" else f"the {task}'s"
         raise ValueError(
-            f"{data.name}: classes that are none of the {task}'s: {some(strange)}; it has "
+            f"{data.name}: classes that are none of {whose}: {some(strange)}; there are "
             f"{some([printable(name) for name in classes], 12)}"
         )
     order = np.array([number.get(name, -1) for name in data.classes])

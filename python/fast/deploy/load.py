@@ -70,7 +70,7 @@ def load(
     answering, classes, note = loaded.model, facts.get("classes"), ""
     joined = (folder / JOIN_FILE).is_file()
     if joined:
-        answering = load_joined(folder, loaded.model, sample)
+        answering = load_joined(folder, loaded.model)
         classes = answering.classes
     else:
         note = load_two_tasks(folder, loaded.model, head=named, sample=sample)
@@ -84,7 +84,7 @@ def load(
         precision=str(options.get("precision", "auto")),
         mirrored=bool(options.get("tta")),
         batch_size=max(LEAST_EVAL_BATCH, int(options.get("batch_size", LEAST_EVAL_BATCH))),
-        keeps_head=joined or options.get("head") == KEEP,
+        keeps_head=options.get("head") == KEEP,
         lacks=note,
         facts=_reported(facts, options),
         notes=[str(note) for note in facts.get("notes") or []],

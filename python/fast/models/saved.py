@@ -56,7 +56,9 @@ class SavedNetworks:
     note: str = ""
 
 
-def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetworks:
+def load_saved(
+    folder: str | Path, model: nn.Module, sample: Any = None, *, head: str | None = None
+) -> SavedNetworks:
     """Read the networks of a saved run.
 
     Args:
@@ -66,6 +68,7 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
         model: the plain architecture, with a head for any number of classes; becomes the target
             network.
         sample: a batch of inputs, to find the head by.
+        head: its name, which is then not looked for.
 
     Raises:
         FileNotFoundError: the folder has no `model.safetensors`.
@@ -74,8 +77,8 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     """
     folder = Path(folder)
     check_manifest(folder)
-    head = find_head(model, sample)
-    load_target(folder, model, head)
+    layer = find_head(model, sample, head)
+    load_target(folder, model, layer)
     note = lacks_source(folder)
     if note:
         return SavedNetworks(target=model, source=None, note=note)
@@ -88,10 +91,10 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
             if odd:
                 raise ValueError(f"{own} is of another network: it has {odd[0]}")
             source.load_state_dict(tensors, strict=False)
-    old = find_head(source, name=head.name)
-    layer = source_layer_in(folder, old)
-    old.put(layer)
-    announce_classes(source, classes_of(layer))
+    old = find_head(source, name=layer.name)
+    own_layer = source_layer_in(folder, old)
+    old.put(own_layer)
+    announce_classes(source, classes_of(own_layer))
     return SavedNetworks(target=model, source=source)
 
 

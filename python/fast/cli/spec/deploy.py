@@ -8,7 +8,7 @@ from fast.cli.options import option
 from fast.cli.spec.base import SAVED, Spec, at_least
 from fast.cli.values import folder_name
 
-TASKS = ("target", "source")
+TASKS = ("target", "source", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class PredictSpec(RunSpec):
       fast predict runs/resnet18-photos-fast holiday.jpg more/
       fast predict runs/resnet18-photos-fast new/ --task source --top 3 --csv out.csv
       fast predict runs/minilm-reviews-fast reviews.csv --column text
+      fast predict joined/ new/                        (of fast join: old and new classes together)
 
     Pictures go through the pipeline of the run. A path is a file, a folder (all pictures in it), or
     a .csv table with a column of paths or texts; for a network of texts also a file with one text a
@@ -46,7 +47,10 @@ class PredictSpec(RunSpec):
     paths: tuple[str, ...] = option(
         "files, folders, or .csv tables", (), words="+", metavar="PATH", read=str
     )
-    task: str = option("whose classes: of the new task, or of the old", "target", choices=TASKS)
+    task: str | None = option(
+        "whose classes: of the new task (target), of the old (source), or of both, which needs a "
+        "joined network (default: both there, else target)", choices=TASKS,
+    )  # fmt: skip
     top: int = option("classes that are shown of each input", 1)
     csv: str | None = option("write all probabilities to this file", metavar="FILE")
     column: str | None = option("of a table: where the inputs are (default: by its usual names)")
@@ -73,7 +77,9 @@ class EvaluateSpec(RunSpec):
     data: str | None = option(
         "labelled data (default: what the run held out)", words="?", metavar="DATA"
     )
-    task: str = option("whose labels these are", "target", choices=TASKS)
+    task: str | None = option(
+        "whose labels these are (default: both of a joined network, else target)", choices=TASKS
+    )
     worst: int = option("wrong answers that are shown in the report", 24)
     input_column: str | None = option("inputs of a table or a Hugging Face data set")
     label_column: str | None = option("its labels")
