@@ -128,4 +128,4 @@ def test_a_text_network_is_not_given_images(job):
     spec = ("--model", "transformers:bert", "--data", "target.npz", "--mean", "0.5", "--std", "1")
     code, _, err = job.fast("finetune", *spec, *SHORT)
     assert code == 2
-    assert "the data are images, and the network reads texts" in err
+    assert "the data are images, and the network takes texts" in err

@@ -62,7 +62,7 @@ def test_pictures_are_answered_as_in_training(run):
     assert code == 0, err
     with open("answers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == [f"new/{i}.png" for i in range(8)]
+    assert [row["input"] for row in rows] == [f"new/{i}.png" for i in range(8)]
     assert [row["label"] for row in rows] == [str(y) for y in arrays["y_test"][:8]]
     for row in rows:
         assert sum(float(row[c]) for c in "0123") == pytest.approx(1, abs=1e-4)

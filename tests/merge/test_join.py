@@ -250,7 +250,6 @@ class _Doubled(nn.Module):
 
 
 def test_a_damaged_or_other_folder_is_refused(adapted, source_inputs, tmp_path):
-    x = images(2, 5)[0]
     with pytest.raises(FileNotFoundError, match=r"join\.json"):
         load_joined(adapted["frozen"].save(tmp_path / "run"), ConvNet())
     folder = joined_of(adapted["per_task"], source_inputs).save(tmp_path / "joined")

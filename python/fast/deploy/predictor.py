@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.dataset import Data, as_data
-from fast.data.images.pixels import SKIP, ImageReport
-from fast.data.sources import Split
+from fast.data.sources import SKIP, FileReport, Split
 from fast.data.trees import leaves, mapped, plain
 from fast.deploy.evaluation import Evaluation
 from fast.deploy.export.formats import FORMATS, export
@@ -114,7 +113,7 @@ class Predictor:
         """
         task = self.task_of(task)
         split = raw_inputs(inputs, self.preparation, column)
-        names, report = input_names(split.inputs), ImageReport()
+        names, report = input_names(split.inputs), FileReport()
         data = self._data(split, report)
         if report.broken and not skip_broken:
             report.refuse_broken(SKIP)
@@ -293,7 +292,7 @@ class Predictor:
             return logits[:, self.model.classes_of(task)]
         return logits
 
-    def _data(self, split: Split, report: ImageReport) -> Data:
+    def _data(self, split: Split, report: FileReport) -> Data:
         """Inputs as the network takes them, with their rows for labels."""
         if leaves(split.inputs):  # tensors
             return as_data((mapped(split.inputs, _floats), split.labels), "inputs")

@@ -36,7 +36,7 @@ FORMAT = 1
 FILES = (
     MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, OPTIONS_FILE, CONFIG_FILE,
     JOIN_FILE, "result.json", "history.jsonl", "job.json", "data.json", "preprocessing.json",
-    "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 

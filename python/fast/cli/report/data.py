@@ -6,8 +6,8 @@ from typing import Any
 
 from fast.cli.spec.task import TaskSpec
 from fast.data.images.format import ImageFormat
-from fast.data.images.pixels import ImageReport
 from fast.data.images.preprocessing import Preprocessing
+from fast.data.sources import FileReport
 from fast.errors import printable, some
 
 # Up to so many classes are listed one by one.
@@ -15,7 +15,7 @@ LISTED = 12
 
 
 def image_facts(
-    spec: TaskSpec, form: ImageFormat, says: Preprocessing, report: ImageReport
+    spec: TaskSpec, form: ImageFormat, says: Preprocessing, report: FileReport
 ) -> dict[str, Any]:
     """How images are prepared, and who says so.
 
@@ -39,12 +39,17 @@ def image_facts(
     }
 
 
-def lines(data: dict[str, Any], images: dict[str, Any] | None) -> str:
+def lines(
+    data: dict[str, Any],
+    images: dict[str, Any] | None = None,
+    sounds: dict[str, Any] | None = None,
+) -> str:
     """For a reader of the terminal.
 
     Args:
         data: `NamedData.description`.
         images: `image_facts`; None where the data are none.
+        sounds: `SoundFormat.facts()`; None where the data are none.
     """
     classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
@@ -62,6 +67,8 @@ def lines(data: dict[str, Any], images: dict[str, Any] | None) -> str:
         )
     if images:
         text.append(_images(images))
+    if sounds:
+        text.append(f"sounds: {sounds['rate']} Hz, at most {sounds['seconds']:g} s (--max-seconds)")
     return "\n".join(text)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +13,9 @@ from torch.utils.data import Dataset
 from fast.data.images.augmentation import augmentation
 from fast.data.images.decoding import Unreadable, decode
 from fast.data.images.format import ImageFormat, as_array
-from fast.data.sources import EncodedImages, Split
+from fast.data.sources import SKIP, EncodedImages, FileReport, Split
 from fast.data.sources.formats import pillow
-from fast.errors import printable, some
+from fast.errors import printable
 from fast.workers import in_workers, workers_for
 
 if TYPE_CHECKING:
@@ -26,42 +25,6 @@ if TYPE_CHECKING:
 CACHE_BYTES = 2 << 30
 # Images that are prepared at once; a worker sends them through shared memory, which may be small.
 CHUNK, SENT = 256, 16
-SKIP = " (or go on without: --skip-broken)"
-
-
-@dataclass(kw_only=True)
-class ImageReport:
-    """What was met while images were read.
-
-    Attributes:
-        broken: name -> reason, of the images that cannot be read.
-        sizes: (width, height) of the images as stored.
-    """
-
-    broken: dict[str, str] = field(default_factory=dict)
-    sizes: set[tuple[int, int]] = field(default_factory=set)
-
-    def refuse_broken(self, way_out: str = "") -> None:
-        """Raise ValueError where images cannot be read; `way_out` ends the message."""
-        if not self.broken:
-            return
-        name, reason = next(iter(self.broken.items()))
-        message = (
-            f"{printable(name)}: not a readable image ({printable(reason)}); remove or replace it"
-        )
-        if len(self.broken) > 1:
-            others = some(list(self.broken)[1:], 9)
-            message += f"; {len(self.broken)} cannot be read, also {others}"
-        raise ValueError(message + way_out)
-
-
-def merged(reports: Iterable[ImageReport]) -> ImageReport:
-    """One report of several splits."""
-    whole = ImageReport()
-    for report in reports:
-        whole.broken |= report.broken
-        whole.sizes |= report.sizes
-    return whole
 
 
 def is_image_split(split: Split) -> bool:
@@ -74,7 +37,7 @@ def is_image_split(split: Split) -> bool:
 def prepare_images(
     split: Split,
     form: ImageFormat,
-    report: ImageReport | None = None,
+    report: FileReport | None = None,
     *,
     augment: str = "none",
     workers: int = 0,
@@ -91,7 +54,7 @@ def prepare_images(
         ValueError: images cannot be read (they are named), or sizes differ and `form` has none.
     """
     tolerant = report is not None
-    report = ImageReport() if report is None else report
+    report = FileReport() if report is None else report
     prepared = prepared_by(split, form, augment)
     out: Tensor | None = None
     good: list[int] = []
@@ -144,16 +107,16 @@ class PreparedImages(Dataset):
         return prepared_by(split, self.form, self.augment if augment else "none")
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        report = ImageReport()
+        report = FileReport()
         _, images = self._read(range(i, i + 1), report)
         report.refuse_broken()
         return images[0], self.labels[i]
 
-    def chunks(self, report: ImageReport, workers: int = 0) -> Iterator[tuple[list[int], Tensor]]:
+    def chunks(self, report: FileReport, workers: int = 0) -> Iterator[tuple[list[int], Tensor]]:
         """Rows and images `[n, C, H, W]`, chunk by chunk; what cannot be read is left out."""
 
-        def read(chunk: range) -> tuple[list[int], Tensor, ImageReport]:
-            part = ImageReport()
+        def read(chunk: range) -> tuple[list[int], Tensor, FileReport]:
+            part = FileReport()
             return *self._read(chunk, part), part
 
         if not isinstance(self.inputs, EncodedImages):
@@ -167,7 +130,7 @@ class PreparedImages(Dataset):
             if rows:
                 yield rows, images
 
-    def _read(self, index: range, report: ImageReport) -> tuple[list[int], Tensor]:
+    def _read(self, index: range, report: FileReport) -> tuple[list[int], Tensor]:
         if not isinstance(self.inputs, EncodedImages):
             images = channels_first(self.inputs[index.start : index.stop])
             report.sizes.add((images.shape[3], images.shape[2]))
@@ -186,7 +149,7 @@ class PreparedImages(Dataset):
         # every image (5 in torch.cat), where decoding and resizing one takes 0.7.
         return list(decoded), self.form.finish(torch.from_numpy(np.stack(list(decoded.values()))))
 
-    def _decode(self, i: int, report: ImageReport) -> Picture | None:
+    def _decode(self, i: int, report: FileReport) -> Picture | None:
         """Image `i`, or None where it is broken: reported."""
         try:
             picture, size = decode(lambda: self.inputs.open(i), self.form.channels)
@@ -222,7 +185,7 @@ class AugmentedImages(PreparedImages):
 
     def view(self, i: int, seed: int) -> tuple[Tensor, Tensor]:
         """Image `i` in a view that depends on the seed alone, and its label."""
-        report = ImageReport()
+        report = FileReport()
         picture = self._picture(i, report)
         report.refuse_broken()
         assert picture is not None
@@ -234,7 +197,7 @@ class AugmentedImages(PreparedImages):
             torch.default_generator.set_state(before)
         return self.form.without_resizing(torch.from_numpy(pixels)[None])[0], self.labels[i]
 
-    def _picture(self, i: int, report: ImageReport) -> Picture | None:
+    def _picture(self, i: int, report: FileReport) -> Picture | None:
         if isinstance(self.inputs, EncodedImages):
             return self._decode(i, report)
         array = np.moveaxis(channels_first(self.inputs[i : i + 1])[0].numpy(), 0, -1)
