@@ -62,7 +62,7 @@ def test_an_unknown_normalisation_is_asked_for(job):
     assert "pass the other, too" in err
     code, out, err = job.fast("finetune", *job.args, *SHORT, "--mean", "none", "--std", "none")
     assert code == 0, err
-    assert "mean 0 (option), std 1 (option)" in out
+    assert "mean 0, std 1 (option)" in out
 
 
 @pytest.mark.parametrize(

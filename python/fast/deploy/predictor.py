@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fast.data.dataset import Data, as_data
+from fast.data.dataset import as_data
+from fast.data.labels import check_labels
 from fast.data.sources import SKIP, FileReport, Split
 from fast.data.trees import leaves, mapped, plain
 from fast.deploy.evaluation import Evaluation
@@ -114,14 +115,15 @@ class Predictor:
         task = self.task_of(task)
         split = raw_inputs(inputs, self.preparation, column)
         names, report = input_names(split.inputs), FileReport()
-        data = self._data(split, report)
-        if report.broken and not skip_broken:
-            report.refuse_broken(SKIP)
         logits, good = [], []
         with self.answering(task):
-            for batch, rows in data.eval_batches(batch_size or self.batch_size):
+            for batch, rows in self._batches(split, batch_size or self.batch_size, report):
+                if report.broken and not skip_broken:
+                    continue  # the rest is read, so that the message names all
                 logits.append(self.logits(batch))
                 good += rows.tolist()
+        if not skip_broken or not good:
+            report.refuse_broken(SKIP)
         scores = self._of_task(torch.cat(logits), task)
         return Predictions(
             names=[names[i] for i in good],
@@ -136,6 +138,7 @@ class Predictor:
         *,
         task: Task | None = None,
         batch_size: int | None = None,
+        skip_broken: bool = False,
         **columns: str | None,
     ) -> Evaluation:
         """How good the answers to labelled data are.
@@ -146,6 +149,7 @@ class Predictor:
             task: whose the labels are; "source": of the task of before. Those of a joined network
                 are of "both" by default, in the order of its classes.
             batch_size: default: that of the run's evaluations.
+            skip_broken: leave out files that cannot be read.
             columns: `input_column` and `label_column` of a Hugging Face data set.
 
         Raises:
@@ -157,18 +161,19 @@ class Predictor:
         named = labelled_data(data, self.preparation, classes, task, **columns)
         scores, labels = [], []
         with self.answering(task):
-            for inputs, y in named.data.eval_batches(batch_size or self.batch_size):
-                mirrored = self.mirrored and task == "target"
-                scores.append(self.logits(inputs, named.data.name, mirrored))
+            size, mirrored = batch_size or self.batch_size, self.mirrored and task == "target"
+            for inputs, y in named.batches(size, skip_broken=skip_broken):
+                scores.append(self.logits(inputs, named.name, mirrored))
                 labels.append(y)
-        logits = self._of_task(torch.cat(scores), task)
+        logits, raw = self._of_task(torch.cat(scores), task), named.raw
         return Evaluation(
             task=task,
             classes=self.class_names(task, logits.shape[1]),
-            labels=named.checked(torch.cat(labels), logits.shape[1]),
+            labels=check_labels(torch.cat(labels), logits.shape[1], named.name),
             logits=logits,
-            names=named.names,
-            raw=named.raw,
+            names=None if raw is None else input_names(raw),
+            raw=raw,
+            unreadable=dict(named.report.broken),
         )
 
     def export(self, folder: str | Path, format: str, *, sample: Any = None) -> Path:
@@ -292,11 +297,14 @@ class Predictor:
             return logits[:, self.model.classes_of(task)]
         return logits
 
-    def _data(self, split: Split, report: FileReport) -> Data:
-        """Inputs as the network takes them, with their rows for labels."""
+    def _batches(
+        self, split: Split, batch_size: int, report: FileReport
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs as the network takes them, with their rows."""
         if leaves(split.inputs):  # tensors
-            return as_data((mapped(split.inputs, _floats), split.labels), "inputs")
-        return as_data(self.preparation(split, report), "inputs")
+            data = as_data((mapped(split.inputs, _floats), split.labels), "inputs")
+            return data.eval_batches(batch_size)
+        return self.preparation.batches(split, batch_size, report)
 
 
 def _floats(x: Tensor) -> Tensor:

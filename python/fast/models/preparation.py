@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 
 from fast.data.audio.waveforms import SoundFormat
+from fast.data.dataset import as_data
 from fast.data.images.format import BGR, ImageFormat
-from fast.data.images.pixels import is_image_split, prepare_images
+from fast.data.images.pixels import is_image_split, prepare_images, prepared_by
 from fast.data.sources import EncodedAudio, FileReport, Split
 from fast.files import read_json, reading, write_json
+from fast.workers import workers_for
 
 PREPARATION_FILE = "preprocessing.json"
 # What a feature extractor of transformers saves.
@@ -72,6 +75,24 @@ class Preparation:
         if isinstance(split.inputs, dict):
             return {name: _tensor(value) for name, value in split.inputs.items()}, labels
         return _tensor(split.inputs), labels
+
+    def batches(
+        self, split: Split, batch_size: int, report: FileReport
+    ) -> Iterator[tuple[Any, torch.Tensor]]:
+        """The split as batches of inputs with their labels, in order; pictures are decoded as they
+        are asked for.
+
+        Args:
+            report: takes files that cannot be read, which are left out.
+
+        Raises:
+            ValueError: see above.
+        """
+        if self.images is not None and is_image_split(split):
+            pictures = prepared_by(split, self.images, "none")
+            yield from pictures.batches(batch_size, report, workers_for(len(split)))
+        else:
+            yield from as_data(self(split, report), "inputs").eval_batches(batch_size)
 
     def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Token ids and masks `[N, L]`, padded to the longest text."""

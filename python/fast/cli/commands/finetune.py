@@ -51,6 +51,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
             source_skill=config.source_skill,
             measured=False,
             workers=config.num_workers,
+            progress=config.progress,
         )
     if spec.plan:
         plan = task.plan(config)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fast.cli.spec.task import TaskSpec
 from fast.data.images.format import ImageFormat
+from fast.data.images.pixels import CACHE_BYTES
 from fast.data.images.preprocessing import Preprocessing
 from fast.data.sources import FileReport
 from fast.errors import printable, some
@@ -81,11 +82,21 @@ def _images(images: dict[str, Any]) -> str:
         side, size = "both sides" if images["stretch"] else "shorter side", images["size"]
         fit = f"{side} to {images['resize']} ({images['interpolation']}), central {size}x{size}"
     order = f" in {images['channels']}" if images["channels"] == "BGR" else ""
-    numbers = "".join(
-        f", {name} {','.join(f'{v:.4g}' for v in images[name])} ({images['origin'][name]})"
-        for name in ("mean", "std")
-    )
-    return f"images: {stored}, {fit}{order}{numbers}"
+    mean, std = (f"{name} {','.join(f'{v:.4g}' for v in images[name])}" for name in ("mean", "std"))
+    origin = images["origin"]
+    shared = f", {mean}, {std} ({origin['std']})"
+    apart = f", {mean} ({origin['mean']}), {std} ({origin['std']})"
+    numbers = shared if origin["mean"] == origin["std"] else apart
+    return f"images: {stored}, {fit}{order}{numbers}{_decoded(images)}"
+
+
+def _decoded(images: dict[str, Any]) -> str:
+    """What is said where pictures are not kept as the network takes them."""
+    if images.get("in_memory", True):
+        return ""
+    if images["augment"] != "none":
+        return f"; a new view of each in every epoch (--augment {images['augment']})"
+    return f"; decoded in every epoch: more than {CACHE_BYTES / 2**30:.1f} GB is not kept in memory"
 
 
 def gaps(data: dict[str, Any]) -> list[str]:

@@ -80,6 +80,7 @@ class EvaluateSpec(RunSpec):
     task: str | None = option(
         "whose labels these are (default: both of a joined network, else target)", choices=TASKS
     )
+    skip_broken: bool = option("leave out files that cannot be read", False)
     worst: int = option("wrong answers that are shown in the report", 24)
     input_column: str | None = option("inputs of a table or a Hugging Face data set")
     label_column: str | None = option("its labels")

@@ -110,6 +110,7 @@ def load_task(
     source_skill: str = "auto",
     measured: bool = True,
     workers: int | None = None,
+    progress: bool | None = None,
 ) -> LoadedTask:
     """Read network and data, and print what they are.
 
@@ -118,6 +119,7 @@ def load_task(
             not be those of the network's head.
         measured: there must be samples held out.
         workers: processes that decode images; None: as many as are useful.
+        progress: see `prepare_images`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: what is wrong with the network or the data,
@@ -137,7 +139,7 @@ def load_task(
             f"--source-inputs {spec.source_inputs}: the same samples as --source: what is kept "
             "is measured on what it is kept with, and looks better than it is; name others"
         )
-    prepared, preparation, reports = prepare_splits(spec, loaded, splits, workers)
+    prepared, preparation, reports = prepare_splits(spec, loaded, splits, workers, progress)
     check_shapes(spec, splits, prepared)
     notes += _check_source(spec, sets, try_forward(loaded, prepared["train"]), source_skill)
 
@@ -145,6 +147,7 @@ def load_task(
     report = FileReport.merged(reports[part] for part in PARTS if part in reports)
     if preparation.images is not None:
         images = image_facts(spec, preparation.images, loaded.preprocessing, report)
+        images["in_memory"] = not isinstance(prepared["train"], PreparedImages)
     if preparation.sounds is not None:
         sounds = preparation.sounds.facts() | {"skipped": list(report.broken)}
     labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}

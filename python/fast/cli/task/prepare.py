@@ -32,13 +32,18 @@ def load_network(spec: TaskSpec, pretrained: bool = True) -> LoadedModel:
 
 
 def prepare_splits(
-    spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split], workers: int | None = None
+    spec: TaskSpec,
+    loaded: LoadedModel,
+    splits: dict[str, Split],
+    workers: int | None = None,
+    progress: bool | None = None,
 ) -> tuple[dict[str, Any], Preparation, dict[str, FileReport]]:
     """Each split as `(x, y)` tensors, or a Dataset where it is too large for memory; how they were
     prepared; and what was met in the files of each split.
 
     Args:
         workers: processes that decode images; None: as many as are useful.
+        progress: see `prepare_images`.
 
     Raises:
         ValueError: the data do not fit the network, the options or each other.
@@ -53,6 +58,7 @@ def prepare_splits(
             reports[name],
             augment=spec.augment if name == "train" else "none",
             workers=workers_for(len(split)) if workers is None else workers,
+            progress=progress,
         )
         if preparation.images is not None and is_image_split(split)
         else preparation(split, reports[name])

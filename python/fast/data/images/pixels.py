@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,15 +18,27 @@ from fast.data.images.format import ImageFormat, as_array
 from fast.data.sources import SKIP, EncodedImages, FileReport, Split
 from fast.data.sources.formats import pillow
 from fast.errors import printable
+from fast.progress import bar
 from fast.workers import in_workers, workers_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# Prepared once and kept in memory up to this size; larger sets are decoded as they are read.
-CACHE_BYTES = 2 << 30
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no such call
+        return 16 << 30
+
+
+# A split is prepared once and kept in memory up to this size; a larger one is decoded as it is
+# read. A run has up to four splits.
+CACHE_BYTES = min(2 << 30, _physical_memory() // 8)
 # Images that are prepared at once; a worker sends them through shared memory, which may be small.
 CHUNK, SENT = 256, 16
+# So many images take a while: a bar is shown.
+MANY = 1000
 
 
 def is_image_split(split: Split) -> bool:
@@ -41,6 +55,7 @@ def prepare_images(
     *,
     augment: str = "none",
     workers: int = 0,
+    progress: bool | None = False,
 ) -> tuple[Tensor, Tensor] | PreparedImages:
     """The split as `(float32 [N, C, H, W], int64 [N])`; a Dataset that decodes what is asked for
     above `CACHE_BYTES`, and where pictures are augmented.
@@ -49,6 +64,7 @@ def prepare_images(
         report: takes the images that cannot be read, which are left out; None: they are an error.
         augment: `none`, or a preset of `fast.data.images.augmentation`.
         workers: processes that decode.
+        progress: show a bar while many images are read; None: in a terminal or a notebook.
 
     Raises:
         ValueError: images cannot be read (they are named), or sizes differ and `form` has none.
@@ -58,7 +74,7 @@ def prepare_images(
     prepared = prepared_by(split, form, augment)
     out: Tensor | None = None
     good: list[int] = []
-    for index, images in prepared.chunks(report, workers):
+    for index, images in prepared.chunks(report, workers, progress):
         if out is None:
             shape = images.shape[1:]
             lazy = augment != "none" or 4 * shape.numel() * len(split) > CACHE_BYTES
@@ -112,7 +128,9 @@ class PreparedImages(Dataset):
         report.refuse_broken()
         return images[0], self.labels[i]
 
-    def chunks(self, report: FileReport, workers: int = 0) -> Iterator[tuple[list[int], Tensor]]:
+    def chunks(
+        self, report: FileReport, workers: int = 0, progress: bool | None = False
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Rows and images `[n, C, H, W]`, chunk by chunk; what cannot be read is left out."""
 
         def read(chunk: range) -> tuple[list[int], Tensor, FileReport]:
@@ -124,11 +142,32 @@ class PreparedImages(Dataset):
         size = SENT if workers else CHUNK
         starts = range(0, len(self), size)
         chunks = (range(start, min(start + size, len(self))) for start in starts)
-        for rows, images, part in in_workers(read, chunks, workers):
-            report.broken |= part.broken
-            report.sizes |= part.sizes
-            if rows:
-                yield rows, images
+        show = progress if len(self) >= MANY else False
+        with closing(bar(len(self), "reading", show, unit="image")) as shown:
+            for rows, images, part in in_workers(read, chunks, workers):
+                shown.update(len(rows) + len(part.broken))
+                report.broken |= part.broken
+                report.sizes |= part.sizes
+                if rows:
+                    yield rows, images
+
+    def batches(
+        self, batch_size: int, report: FileReport, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images `[B, C, H, W]` and their labels, decoded as they are asked for; what cannot be
+        read is left out."""
+        ready: list[Tensor] = []
+        rows: list[int] = []
+        for more, images in self.chunks(report, workers, progress=None):
+            if ready and images.shape[1:] != ready[0].shape[1:]:
+                self.refuse(more[0], images.shape[1:], ready[0].shape[1:])
+            ready, rows = [*ready, images], rows + more
+            while len(rows) >= batch_size:
+                whole = torch.cat(ready)
+                yield whole[:batch_size], self.labels[rows[:batch_size]]
+                ready, rows = [whole[batch_size:]], rows[batch_size:]
+        if rows:
+            yield torch.cat(ready), self.labels[rows]
 
     def _read(self, index: range, report: FileReport) -> tuple[list[int], Tensor]:
         if not isinstance(self.inputs, EncodedImages):

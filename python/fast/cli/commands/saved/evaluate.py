@@ -22,7 +22,7 @@ from fast.cli.report.machine import describe
 from fast.cli.report.table import text_table
 from fast.cli.spec import EvaluateSpec, FinetuneSpec
 from fast.cli.spec.task import TaskSpec
-from fast.cli.task.run import open_run
+from fast.cli.task.run import open_run, print_left_out
 from fast.data.sources import DataWarning, load_data
 from fast.deploy.figures import evaluation_figure
 from fast.deploy.predictor import Task
@@ -37,8 +37,9 @@ def run(spec: EvaluateSpec) -> int:
     predictor = open_run(spec)
     task = predictor.task_of(spec.task)  # type: ignore[arg-type]
     folder = Path(spec.output or Path(spec.run) / f"evaluation-{task}")
-    name, data = _data(spec, task)
-    evaluation = predictor.evaluate(data, task=task)
+    name, data, skip_broken = _data(spec, task)
+    evaluation = predictor.evaluate(data, task=task, skip_broken=skip_broken)
+    print_left_out(evaluation.unreadable)
     print(f"{printable(name)}: {verdict(evaluation)}\n")
     rows = class_rows(evaluation)
     print(text_table(CLASS_HEADER, rows[:LISTED]))
@@ -60,8 +61,9 @@ def run(spec: EvaluateSpec) -> int:
     return 0
 
 
-def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any]:
-    """Name and contents of the data: those that are given, or what the run held out.
+def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
+    """Name and contents of the data, those that are given or what the run held out; and whether
+    files that cannot be read are left out, as --skip-broken says here, or said in the run.
 
     Raises:
         ValueError: no data are given, and the run names none.
@@ -89,7 +91,8 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any]:
             print("note: these are the samples that the run was trained on", file=sys.stderr)
         else:
             name = f"{name} ({data.held_out or 'held out'})"
-    return name, dataclasses.replace(data, name=name)
+    skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))
+    return name, dataclasses.replace(data, name=name), skip_broken
 
 
 def _job(folder: Path) -> dict[str, Any]:
