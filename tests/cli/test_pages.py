@@ -76,7 +76,7 @@ def test_photos(photos, tmp_path, capsys, number):
         assert (folder / "model.safetensors").is_file()
         assert "step 0/" in (folder / "run.log").read_text()
         assert re.search(r"^class +right, % +samples$", out, flags=re.MULTILINE)
-        assert re.search(r"^accuracy, % +before +head start +after", out, flags=re.MULTILINE)
+        assert re.search(r"^accuracy, % +head start +after +samples", out, flags=re.MULTILINE)
         data = json.loads((folder / "data.json").read_text())
         assert data["images"]["library"]["library"] == "timm"
         assert sum(data["accuracy_by_class"]["samples"]) == 6

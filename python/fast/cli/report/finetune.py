@@ -44,7 +44,10 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
         if getattr(task, part) is not None
     ]
     start = "head start" if plan.head_steps else "step 0"
-    table = text_table(["accuracy, %", "before", start, "after", "samples"], rows) if rows else ""
+    rows.insert(0, ["accuracy, %", "before", start, "after", "samples"])
+    if task.source is None:  # of the target there is no accuracy before
+        rows = [[name, *rest] for name, _, *rest in rows]
+    table = text_table(rows[0], rows[1:]) if rows[1:] else ""
     steps = result.history[-1]["step"]
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
     if not final["step"]:
