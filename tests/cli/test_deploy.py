@@ -156,7 +156,7 @@ def test_export(run):
     ("args", "message"),
     [
         (("predict", "out"), "the following arguments are required: PATH"),
-        (("predict", "none", "x.png"), "none has no model.safetensors: not a folder of"),
+        (("predict", "none", "x.png"), "none: no such folder"),
         (("predict", "out", "none.png"), "none.png: no such file or folder"),
         (("predict", "out", "target.npz"), "target.npz: not a readable image"),
         (("predict", "out", "x.png", "--top", 0), "--top must be at least 1; got 0"),

@@ -216,11 +216,18 @@ def check_manifest(folder: Path) -> None:
         FileNotFoundError: the folder holds no result.
         ValueError: a file is damaged, or was not saved together with the others.
     """
-    for name in (MODEL_FILE, MANIFEST_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}: not a folder of Result.save or fast finetune"
-            )
+    if not folder.is_dir():
+        what = "is a file, and a run is a folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}")
+    if not (folder / MODEL_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MODEL_FILE}: not a folder of Result.save or fast finetune"
+        )
+    if not (folder / MANIFEST_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST_FILE}: its result was not written to the end; save it "
+            f"again (fast finetune --resume {folder}, where that made it)"
+        )
     path = folder / MANIFEST_FILE
     manifest = read_sealed(path, FORMAT)
     with reading(path):
