@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +34,7 @@ from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import prepared_by
 from fast.data.images.preprocessing import from_preset
 from fast.data.sources import load_data
-from fast.data.stream import TrainBatches
+from fast.data.stream import row_batches, view_seed
 from tests.torchvision_ops import declare
 
 BATCH = 32
@@ -87,11 +88,18 @@ def readers(folder: Path, training: bool, workers: int) -> dict[str, Callable[[]
     ]
     theirs = ImageFolder(str(folder), v2.Compose(bare) if training else preset)
     loader: DataLoader[Any] = DataLoader(theirs, BATCH, shuffle=training, num_workers=workers)
+    count = len(split)
+
+    def epoch() -> Iterable[Any]:
+        """The batches of an epoch as `TrainBatches` asks for them. It goes on without end, and
+        would count what workers read ahead."""
+        batches = islice(row_batches(count, BATCH, seed=0), count // BATCH)
+        return ours.batches_at(
+            (rows, [view_seed(0, 0, row) for row in rows.tolist()]) for rows in batches
+        )
+
     if training:
-        return {
-            "fast": lambda: TrainBatches(ours, BATCH, 0).from_step(0),
-            "torchvision": lambda: loader,
-        }
+        return {"fast": epoch, "torchvision": lambda: loader}
     return {"fast": lambda: ours.eval_batches(BATCH), "torchvision": lambda: loader}
 
 

@@ -1,9 +1,12 @@
 """What the command line says of the data before it trains, and what it cannot be given."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from fast.data.sources import load_data
 
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
 SHORT = ("--steps", 2, "--output", "out")
@@ -95,6 +98,21 @@ def test_broken_images_are_left_out_where_asked(job):
     saved = json.loads((job.folder / "out" / "data.json").read_text())
     assert sum(map(sum, saved["data"]["samples"].values())) == 10
     assert len(saved["images"]["skipped"]) == 2
+
+
+def test_so_are_they_when_the_run_is_evaluated(job):
+    photos(job.folder / "photos", {"cat": 10, "dog": 10})
+    held_out = load_data("photos").with_val(0.2).val.inputs.names
+    Path(held_out[0]).write_bytes(b"no image")
+    code, _, err = run(job, "--skip-broken")
+    assert code == 0, err
+    code, _, err = job.fast("evaluate", "out")
+    assert code == 0, err
+    assert f"{held_out[0]}: left out" in err
+    numbers = json.loads((job.folder / "out/evaluation-target/evaluation.json").read_text())
+    result = json.loads((job.folder / "out/result.json").read_text())
+    assert numbers["samples"] == len(held_out) - 1 == 3
+    assert numbers["accuracy"] == result["target_accuracy"]
 
 
 def test_all_may_be_trained_on(job):
