@@ -186,7 +186,9 @@ class PreparedImages(Dataset):
             return [], torch.empty(0)
         # torch sees whole chunks only: on a busy machine its threads waited 15 ms for each other on
         # every image (5 in torch.cat), where decoding and resizing one takes 0.7.
-        return list(decoded), self.form.finish(torch.from_numpy(np.stack(list(decoded.values()))))
+        arrays = list(decoded.values())
+        stacked = np.stack(arrays) if len(arrays) > 1 else arrays[0][None]  # one is not copied
+        return list(decoded), self.form.finish(torch.from_numpy(stacked))
 
     def _decode(self, i: int, report: FileReport) -> Picture | None:
         """Image `i`, or None where it is broken: reported."""
