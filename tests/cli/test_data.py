@@ -1,9 +1,12 @@
 """What the command line says of the data before it trains, and what it cannot be given."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from fast.data.sources import load_data
 
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
 SHORT = ("--steps", 2, "--output", "out")
@@ -62,7 +65,7 @@ def test_an_unknown_normalisation_is_asked_for(job):
     assert "pass the other, too" in err
     code, out, err = job.fast("finetune", *job.args, *SHORT, "--mean", "none", "--std", "none")
     assert code == 0, err
-    assert "mean 0 (option), std 1 (option)" in out
+    assert "mean 0, std 1 (option)" in out
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,21 @@ def test_broken_images_are_left_out_where_asked(job):
     assert len(saved["images"]["skipped"]) == 2
 
 
+def test_so_are_they_when_the_run_is_evaluated(job):
+    photos(job.folder / "photos", {"cat": 10, "dog": 10})
+    held_out = load_data("photos").with_val(0.2).val.inputs.names
+    Path(held_out[0]).write_bytes(b"no image")
+    code, _, err = run(job, "--skip-broken")
+    assert code == 0, err
+    code, _, err = job.fast("evaluate", "out")
+    assert code == 0, err
+    assert f"{held_out[0]}: left out" in err
+    numbers = json.loads((job.folder / "out/evaluation-target/evaluation.json").read_text())
+    result = json.loads((job.folder / "out/result.json").read_text())
+    assert numbers["samples"] == len(held_out) - 1 == 3
+    assert numbers["accuracy"] == result["target_accuracy"]
+
+
 def test_all_may_be_trained_on(job):
     photos(job.folder / "photos", {"cat": 4, "dog": 1})
     code, out, err = run(job, "--val-fraction", 0)
@@ -128,4 +146,4 @@ def test_a_text_network_is_not_given_images(job):
     spec = ("--model", "transformers:bert", "--data", "target.npz", "--mean", "0.5", "--std", "1")
     code, _, err = job.fast("finetune", *spec, *SHORT)
     assert code == 2
-    assert "the data are images, and the network reads texts" in err
+    assert "the data are images, and the network takes texts" in err

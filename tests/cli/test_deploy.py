@@ -62,7 +62,7 @@ def test_pictures_are_answered_as_in_training(run):
     assert code == 0, err
     with open("answers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == [f"new/{i}.png" for i in range(8)]
+    assert [row["input"] for row in rows] == [f"new/{i}.png" for i in range(8)]
     assert [row["label"] for row in rows] == [str(y) for y in arrays["y_test"][:8]]
     for row in rows:
         assert sum(float(row[c]) for c in "0123") == pytest.approx(1, abs=1e-4)
@@ -94,6 +94,42 @@ def test_what_was_held_out_is_evaluated_on(run):
         assert "data:image/jpeg;base64," in report
 
 
+def test_files_that_cannot_be_read(run):
+    arrays = np.load("target.npz")
+    for i, label in enumerate(arrays["y_test"][:12]):
+        (run.folder / "labelled" / str(label)).mkdir(parents=True, exist_ok=True)
+        save_picture(arrays["x_test"][i], run.folder / "labelled" / str(label) / f"{i}.png")
+    (run.folder / "labelled" / "0" / "bad.png").write_bytes(b"\x89PNG no picture")
+    code, _, err = run.fast("evaluate", "out", "labelled")
+    assert code == 2
+    assert "bad.png: not a readable image" in err
+    assert "--skip-broken" in err
+    code, out, err = run.fast("evaluate", "out", "labelled", "--skip-broken", "-o", "skipped")
+    assert code == 0, err
+    assert "note: labelled/0/bad.png: left out" in err
+    assert "of 12 samples" in out
+    numbers = json.loads((run.folder / "skipped" / "evaluation.json").read_text())
+    assert numbers["samples"] == 12
+    for mistake in numbers["mistakes"]:
+        assert mistake["name"].split("/")[-2] == mistake["label"]
+
+
+def test_many_answers_are_counted(run, monkeypatch):
+    monkeypatch.setattr("fast.cli.commands.saved.predict.FEW", 3)
+    monkeypatch.setattr("fast.cli.commands.saved.predict.SHOWN", 3)
+    arrays = np.load("target.npz")
+    (run.folder / "many").mkdir()
+    for i in range(5):
+        save_picture(arrays["x_test"][4 * i], run.folder / "many" / f"{i}.png")
+    code, out, _ = run.fast("predict", "out", "many")
+    assert (code, out.count("many/")) == (0, 5)  # no terminal: another program may want all
+    assert out.endswith("\n5 inputs: 0 5\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    code, out, _ = run.fast("predict", "out", "many")
+    assert out.count("many/") == 3
+    assert "... and 2 more: --csv FILE writes all" in out
+
+
 def test_a_strangers_network_is_not_run(run):
     shutil.copytree("out", "stranger")
     job_file = run.folder / "stranger" / "job.json"
@@ -120,7 +156,7 @@ def test_export(run):
     ("args", "message"),
     [
         (("predict", "out"), "the following arguments are required: PATH"),
-        (("predict", "none", "x.png"), "none has no model.safetensors: not a folder of"),
+        (("predict", "none", "x.png"), "none: no such folder"),
         (("predict", "out", "none.png"), "none.png: no such file or folder"),
         (("predict", "out", "target.npz"), "target.npz: not a readable image"),
         (("predict", "out", "x.png", "--top", 0), "--top must be at least 1; got 0"),

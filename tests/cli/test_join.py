@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_run_becomes_one_network(adapted, run_folder):
         return ((torch.from_numpy(np.load(file)[part]).float() / 255 - 0.5) / 0.5)[:, None]
 
     x_old, x = images("source.npz", "x_test"), images("target.npz", "x_test")
-    joined = load_joined("both", load_model("nets.py:Net(3)").model, x)
+    joined = load_joined("both", load_model("nets.py:Net(3)").model)
     assert joined.passes == passes
     right = [
         (joined(rows).argmax(1) == first + torch.from_numpy(np.load(file)["y_test"])).float().mean()
@@ -64,12 +65,41 @@ def test_a_run_becomes_one_network(adapted, run_folder):
     assert loaded.classes == facts["rows"]
     torch.testing.assert_close(answers.logits, joined(x).detach(), rtol=1e-4, atol=1e-4)
 
+    check_tasks(adapted, loaded, x, torch.from_numpy(np.load("target.npz")["y_test"]))
+
     # Python gives the same network, from the same samples in the same order.
     heads = saved_heads("out", load_model("nets.py:Net(3)").model, x)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(x_old)))
     y = torch.from_numpy(np.load("target.npz")["y_test"])
     same = join_heads(heads, x_old[order], (x, y))
     torch.testing.assert_close(same(x), joined(x), rtol=1e-3, atol=1e-3)
+
+
+def check_tasks(adapted, loaded, x, y):
+    """A joined network answers with all classes, or with those of one task."""
+    whole = loaded.predict(x)
+    assert loaded.task_of(None) == "both"
+    assert torch.equal(whole.logits, loaded.predict(x, task="both").logits)
+    old, new = (loaded.predict(x, task=task) for task in ("source", "target"))
+    assert (old.classes, new.classes) == (loaded.classes[:3], loaded.classes[3:])
+    assert torch.equal(torch.cat([old.logits, new.logits], 1), whole.logits)
+
+    array, network = np.load("target.npz")["x_test"][0], ("--model", "nets.py:Net(3)")
+    pytest.importorskip("PIL.Image", reason="pictures need pillow").fromarray(array).save("a.png")
+    for task, classes in (((), 7), (("--task", "target"), 4), (("--task", "source"), 3)):
+        code, out, err = adapted.fast("predict", "both", "a.png", "--top", 9, *network, *task)
+        assert code == 0, err
+        assert len(out.splitlines()[-1].split()) == 1 + 2 * classes
+    code, _, err = adapted.fast("predict", "out", "a.png", "--task", "both")
+    assert (code, "is made by: fast join RUN --source-inputs OLD" in err) == (2, True)
+
+    code, out, err = adapted.fast("evaluate", "both", "target.npz", *network)
+    assert (code, "its classes are numbers, which do not say whose" in err) == (2, True)
+    code, out, err = adapted.fast("evaluate", "both", "target.npz", "--task", "target", *network)
+    assert (code, "(target task)" in out) == (0, True), err
+    numbers = json.loads(Path("both/evaluation-target/evaluation.json").read_text())
+    assert numbers["accuracy"] == loaded.evaluate((x, y), task="target").accuracy
+    assert loaded.evaluate((x, y + 3)).accuracy > 0.9
 
 
 def test_what_is_missing_is_named(adapted):

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import fast
 from fast.cli import main
 from fast.cli.report.options import page as options_page
+from fast.data.audio.waveforms import read_audio, resampled
 from helpers import write_wav
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -74,7 +76,7 @@ def test_photos(photos, tmp_path, capsys, number):
         assert (folder / "model.safetensors").is_file()
         assert "step 0/" in (folder / "run.log").read_text()
         assert re.search(r"^class +right, % +samples$", out, flags=re.MULTILINE)
-        assert re.search(r"^accuracy, % +before +head start +after", out, flags=re.MULTILINE)
+        assert re.search(r"^accuracy, % +head start +after +samples", out, flags=re.MULTILINE)
         data = json.loads((folder / "data.json").read_text())
         assert data["images"]["library"]["library"] == "timm"
         assert sum(data["accuracy_by_class"]["samples"]) == 6
@@ -162,6 +164,10 @@ def birds(tmp_path, monkeypatch):
         for i in range(10):
             file = tmp_path / "birds" / name / f"{i}.wav"
             write_wav(file, 0.2 + 0.01 * i, 8000, pitch=300 + 500 * label)
+            write_wav(tmp_path / "more-birds" / name / f"{i}.wav", 0.1, 8000, pitch=400)
+    write_wav(tmp_path / "night.wav", 0.3, 16000, pitch=300)
+    write_wav(tmp_path / "forest" / "a.wav", 0.3, 16000, channels=2, pitch=800)
+    write_wav(tmp_path / "forest" / "deep" / "b.wav", 7, 24000, width=3, pitch=800)
     return tmp_path
 
 
@@ -183,9 +189,37 @@ def test_audio_by_a_network_of_transformers(birds, capsys):
     )
     transformers.Wav2Vec2ForSequenceClassification(config).save_pretrained(birds / "waves")
     transformers.Wav2Vec2FeatureExtractor().save_pretrained(birds / "waves")
-    assert run(commands("audio.md")[0], f"transformers:{birds / 'waves'}") == 0
-    assert "data: 2 classes, 16 training samples, 4 held out" in capsys.readouterr().out
-    assert (birds / "runs" / "birds" / "model.safetensors").is_file()
+    learn, *use = commands("audio.md")[:4]
+    assert run(learn, f"transformers:{birds / 'waves'}") == 0
+    out = capsys.readouterr().out
+    assert "data: 2 classes, 16 training samples, 4 held out" in out
+    assert "sounds: 16000 Hz, at most 5 s (--max-seconds)" in out
+    for command in use:
+        assert main(command) == 0
+        out += capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if ".wav " in line] == [
+        "night.wav", "forest/a.wav", "forest/deep/b.wav",
+    ]  # fmt: skip
+    facts = [json.loads((birds / "runs/birds" / name).read_text()) for name in (
+        "result.json", "evaluation-target/evaluation.json", "preprocessing.json",
+    )]  # fmt: skip
+    assert facts[0]["target_accuracy"] == facts[1]["accuracy"]
+    assert "samples (target task)" in (birds / "report/report.html").read_text()
+    assert "Resample to 16000 Hz (scipy.signal.resample_poly)." in facts[2]["words"]
+    assert facts[2]["sounds"] == {
+        "seconds": 5.0, "rate": 16000, "extractor": "Wav2Vec2FeatureExtractor",
+    }  # fmt: skip
+
+    names = {}
+    exec((DOCS / "audio.md").read_text().split("```python\n")[1].split("```")[0], names)
+    waves = [read_audio(lambda name=name: name) for name in names["answers"].names]
+    waves = [resampled(sound, rate, 16000)[: 5 * 16000] for sound, rate in waves]
+    made = transformers.Wav2Vec2FeatureExtractor()(
+        waves, sampling_rate=16000, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = names["loaded"].model(**made).logits
+    torch.testing.assert_close(names["answers"].logits, logits, rtol=1e-4, atol=1e-4)
 
 
 class Waves(nn.Module):
@@ -202,14 +236,27 @@ class Waves(nn.Module):
 
 
 def test_audio_by_a_network_of_a_file(birds, capsys):
-
     code = f"import torch\nfrom torch import nn\n\n\n{inspect.getsource(Waves)}"
     (birds / "nets.py").write_text(code)
     torch.manual_seed(0)
     save_file(Waves().state_dict(), birds / "waves.safetensors")
-    command = commands("audio.md")[1]
+    command, predict = commands("audio.md")[4:]
     assert run(command, f"{birds / 'nets.py'}:Waves", "--weights", "waves.safetensors") == 0
-    assert (birds / "runs" / "waves" / "result.json").is_file()
+    assert main(predict) == 0
+    assert re.search(r"^night\.wav +(crow|owl) .*%?", capsys.readouterr().out, flags=re.MULTILINE)
+    loaded = fast.load("runs/waves", Waves())
+    sound, rate = read_audio(lambda: "night.wav")
+    wave = torch.zeros(1, 8000)
+    wave[0, :2400] = torch.from_numpy(resampled(sound, rate, 8000))
+    torch.testing.assert_close(loaded.predict("night.wav").logits, loaded.predict(wave).logits)
+    (birds / "forest" / "c.wav").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"c\.wav: not a readable sound .*--skip-broken"):
+        loaded.predict("forest")
+    assert main(["predict", "runs/waves", "forest", "--skip-broken"]) == 0
+    assert "note: forest/c.wav: left out" in capsys.readouterr().err
+    (birds / "empty").mkdir()
+    with pytest.raises(ValueError, match="there are no sounds in this folder"):
+        loaded.predict("empty")
 
 
 def test_the_page_of_options_is_that_of_the_code():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fast.data.sources import DataWarning, load_data
-from fast.data.sources.splits import role_of, roles_of
+from fast.data.sources.names import role_of, roles_of
 
 Image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
 

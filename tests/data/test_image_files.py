@@ -8,7 +8,7 @@ import torch
 
 from fast.data.images import pixels as images
 from fast.data.images.format import ImageFormat
-from fast.data.images.pixels import ImageReport, prepare_images
+from fast.data.images.pixels import FileReport, prepare_images
 from fast.data.sources import EncodedImages, Split
 
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
@@ -125,7 +125,7 @@ def test_all_broken_images_are_named_at_once(some_broken, cache, monkeypatch):
 @pytest.mark.parametrize("cache", [images.CACHE_BYTES, 1])
 def test_broken_images_are_left_out_where_asked(some_broken, cache, monkeypatch):
     monkeypatch.setattr(images, "CACHE_BYTES", cache)
-    report = ImageReport()
+    report = FileReport()
     data = prepare_images(some_broken, ImageFormat(**RAW), report)
     rows = [data[i] for i in range(10)] if cache == 1 else list(zip(*data, strict=True))
     assert [round(float(x[0, 0, 0]) * 25.5) for x, _ in rows] == list(range(0, 20, 2))
@@ -139,7 +139,7 @@ def test_broken_images_are_left_out_where_asked(some_broken, cache, monkeypatch)
 def test_a_split_of_broken_images_only(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
-        prepare_images(split_of(tmp_path / "a.png"), ImageFormat(), ImageReport())
+        prepare_images(split_of(tmp_path / "a.png"), ImageFormat(), FileReport())
 
 
 @pytest.mark.parametrize(

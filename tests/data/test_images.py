@@ -6,8 +6,8 @@ import torch
 
 from fast.data.images import pixels as images
 from fast.data.images.format import ImageFormat
-from fast.data.images.pixels import PreparedImages, prepare_images
-from fast.data.sources import EncodedImages, Split
+from fast.data.images.pixels import PreparedImages, prepare_images, prepared_by
+from fast.data.sources import EncodedImages, FileReport, Split
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (5, 6, 6, 3), dtype=np.uint8)
@@ -147,6 +147,19 @@ class TestFiles:
             expected = np.asarray(image.resize((12, 12), image_class.Resampling.BICUBIC)) / 255
         # Pillow rounds to bytes between its two passes.
         np.testing.assert_allclose(x[0].permute(1, 2, 0).numpy(), expected, atol=3 / 255)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("size", [1, 7, 16, 50])
+    def test_batches_are_full_and_in_order(self, image_class, tmp_path, workers, size):
+        split = self.files(image_class, tmp_path, [(8, 8)] * 40)
+        (tmp_path / "5.png").write_bytes(b"not an image")
+        report = FileReport()
+        good, labels = prepare_images(split, ImageFormat(), FileReport())
+        batches = list(prepared_by(split, ImageFormat(), "none").batches(size, report, workers))
+        assert [len(y) for _, y in batches[:-1]] == [size] * (len(batches) - 1)
+        assert torch.equal(torch.cat([x for x, _ in batches]), good)
+        assert torch.equal(torch.cat([y for _, y in batches]), labels)
+        assert list(report.broken) == [split.inputs.names[5]]
 
     @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not an image"])
     def test_a_broken_image_is_named(self, image_class, tmp_path, damage):

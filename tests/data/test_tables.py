@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fast.data.audio.waveforms import prepare_audio, read_audio, resampled
-from fast.data.sources import DataWarning, EncodedAudio, EncodedImages, Split, load_data
+from fast.data.audio.waveforms import SoundFormat, read_audio, resampled
+from fast.data.sources import DataWarning, EncodedAudio, EncodedImages, FileReport, load_data
+from fast.data.sources.names import FILES, TEXTS
+from fast.data.sources.table import read_inputs
 from helpers import write_wav
 
 pytestmark = pytest.mark.filterwarnings("ignore::fast.data.sources.DataWarning")
@@ -82,6 +84,38 @@ def test_parquet_and_data_frames(tmp_path):
     assert data.train.inputs.tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
+@pytest.mark.parametrize("column", [*FILES, "File Path", "file-name", "IMAGE"])
+def test_a_table_is_predicted_from_the_column_that_it_is_trained_on(tmp_path, column):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.png").touch()
+    rows = ["0,a.png,3,x", "1,b.png,4,y"]
+    file = write_csv(tmp_path / "d.csv", f"id, {column},size,label", *rows)
+    assert load_data(file).train.inputs.names == [str(tmp_path / n) for n in ("a.png", "b.png")]
+    assert read_inputs(tmp_path / "d.csv", None, FILES).names == load_data(file).train.inputs.names
+
+
+@pytest.mark.parametrize("column", TEXTS)
+def test_so_is_one_of_texts(tmp_path, column):
+    file = write_csv(tmp_path / "d.csv", f"id,{column},size,label", "0,a,3,x", "1,b,4,y")
+    assert load_data(file).train.inputs == ["a", "b"]
+    assert read_inputs(tmp_path / "d.csv", None, TEXTS) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("between", "encoding"), [(";", "utf-8-sig"), ("\t", "utf-16")])
+def test_tables_of_spreadsheets(tmp_path, between, encoding):
+    text = "Text , Label\nschön,gut \nübel,schlecht\nfein,gut\n".replace(",", between)
+    (tmp_path / "d.csv").write_text(text, encoding=encoding)
+    data = load_data(str(tmp_path / "d.csv"))
+    assert data.classes == ("gut", "schlecht")
+    assert data.train.inputs == ["schön", "übel", "fein"]
+
+
+def test_another_encoding_is_not_guessed(tmp_path):
+    (tmp_path / "d.csv").write_text("text,label\nschön,gut\n", encoding="windows-1252")
+    with pytest.raises(ValueError, match=r"not UTF-8, but perhaps Windows-1252 .* save it"):
+        load_data(str(tmp_path / "d.csv"))
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
@@ -150,7 +184,7 @@ def sounds(tmp_path, rates=(8000, 8000)):
 def test_sounds_in_class_folders(tmp_path):
     split = sounds(tmp_path)
     assert isinstance(split.inputs, EncodedAudio)
-    x, y = prepare_audio(split, None, 0.15)
+    x, y = SoundFormat(seconds=0.15)(split)
     assert x.shape == (2, 1200)
     assert y.tolist() == [0, 1]
     assert (x[0, 800:] == 0).all()
@@ -160,9 +194,12 @@ def test_sounds_in_class_folders(tmp_path):
 def test_sounds_of_several_rates_need_a_network_that_says_its_own(tmp_path):
     split = sounds(tmp_path, (8000, 16000))
     with pytest.raises(ValueError, match="rates of 8000, 16000 Hz"):
-        prepare_audio(split, None, 1)
+        SoundFormat(seconds=1)(split)
+    assert SoundFormat(seconds=1, rate=16000)(split)[0].shape == (2, 16000)
+    assert SoundFormat(seconds=1).with_rate_of(split).rate == 8000
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    inputs, _ = prepare_audio(split, transformers.Wav2Vec2FeatureExtractor(), 1)
+    extractor = transformers.Wav2Vec2FeatureExtractor()
+    inputs, _ = SoundFormat(seconds=1, rate=16000, extractor=extractor)(split)
     assert inputs["input_values"].shape == (2, 3200)
     assert inputs["input_values"].dtype == torch.float32
 
@@ -171,7 +208,10 @@ def test_a_broken_sound_is_named(tmp_path):
     split = sounds(tmp_path)
     (tmp_path / "b" / "1.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"1\.wav: not a readable sound .*pip install soundfile"):
-        prepare_audio(Split(inputs=split.inputs, labels=split.labels), None, 1)
+        SoundFormat(seconds=1)(split)
+    report = FileReport()
+    assert len(SoundFormat(seconds=1)(split, report)[0]) == 1
+    assert list(report.broken) == [str(tmp_path / "b" / "1.wav")]
 
 
 def test_notes_beside_pictures_are_no_texts(tmp_path):

@@ -16,7 +16,7 @@ def test_the_python_of_the_page_runs(adapted, tmp_path, monkeypatch, capsys):
     (tmp_path / "adapted").symlink_to(adapted.folder)
     names = {"model": ConvNet(2), "x": adapted.x, "y": adapted.y}
     exec(block, names)
-    assert (tmp_path / "answers.csv").read_text().startswith("name,label,probability,ant,bee")
+    assert (tmp_path / "answers.csv").read_text().startswith("input,label,probability,ant,bee")
     assert names["evaluation"].accuracy == adapted.result.target_accuracy
     assert capsys.readouterr().out.count("\n") == 4
     assert names["before"].classes == ["0", "1", "2", "3", "4"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fast
+from fast.models.claim import claim
 from fast.models.saved import read_options, write_manifest
 from fast.train.trainer import Trainer
 from networks import ConvNet, SharedHead, TextNet, images, sentences
@@ -156,8 +157,22 @@ def test_an_unfinished_run_is_said(tmp_path):
     fast.finetune(ConvNet(), images(48, 4), steps=2, output=tmp_path / "run")
     with pytest.raises(ValueError, match=r"has checkpoints and no result: go on .*--resume"):
         fast.load(tmp_path / "run", ConvNet())
-    with pytest.raises(FileNotFoundError, match=r"has no model.safetensors: not a folder of"):
-        fast.load(tmp_path / "none", ConvNet())
+    with claim(tmp_path / "run"), pytest.raises(ValueError, match="its run is going on"):
+        fast.load(tmp_path / "run", ConvNet())
+    begun, empty, file = (tmp_path / name for name in ("begun", "empty", "photo.jpg"))
+    begun.mkdir()
+    (begun / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"stopped before its first checkpoint: .*--resume"):
+        fast.load(begun, ConvNet())
+    empty.mkdir()
+    file.touch()
+    for folder, message in (
+        (empty, r"has no model.safetensors: not a folder of"),
+        (file, r"is a file, and a run is a folder"),
+        (tmp_path / "none", r"none: no such folder"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            fast.load(folder, ConvNet())
 
 
 def test_a_damaged_description_is_refused(adapted, tmp_path):

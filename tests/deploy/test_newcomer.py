@@ -97,7 +97,7 @@ def answers(path):
     run(["predict", "run", "photos", "--csv", "answers.csv"])
     with open("answers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    (path / "paths.txt").write_text("\n".join(row["name"] for row in rows))
+    (path / "paths.txt").write_text("\n".join(row["input"] for row in rows))
     return rows
 
 
@@ -105,7 +105,7 @@ def test_it_learns_and_answers(path, answers):
     result = json.loads((path / "run" / "result.json").read_text())
     assert result["target_accuracy"] > 0.7
     assert len(answers) == COUNT
-    right = [row["label"] == Path(row["name"]).parent.name for row in answers]
+    right = [row["label"] == Path(row["input"]).parent.name for row in answers]
     assert np.mean(right) > 0.7
 
 

@@ -102,7 +102,7 @@ def test_what_is_no_input_is_said(predictor, adapted, tmp_path):
             predictor.predict(inputs)
     with pytest.raises(ValueError, match=r"inputs must be tensors as the network takes them: how"):
         adapted.result.predict("photo.jpg")
-    with pytest.raises(ValueError, match="task must be target or source; got 'old'"):
+    with pytest.raises(ValueError, match="task must be target, source or both; got 'old'"):
         adapted.result.predict(adapted.x, task="old")
     x = adapted.x[:2].clone()
     x[0, 0, 0, 0] = torch.nan

@@ -184,12 +184,12 @@ def test_export_and_files_give_the_same_logits(result, source_inputs, tmp_path):
     x = images(7, 5)[0]
     exported = torch.export.export(joined, (x,)).module()
     torch.testing.assert_close(exported(x), joined(x))
-    again = load_joined(joined.save(tmp_path / "joined"), ConvNet(3), x)
+    again = load_joined(joined.save(tmp_path / "joined"), ConvNet(3))
     assert torch.equal(again(x), joined(x))
     assert (again.classes, again.rows) == (joined.classes, joined.rows)
     assert again.calibration == joined.calibration
     assert again.save(tmp_path / "again").is_dir()
-    assert torch.equal(load_joined(tmp_path / "again", ConvNet(3), x)(x), joined(x))
+    assert torch.equal(load_joined(tmp_path / "again", ConvNet(3))(x), joined(x))
 
 
 def test_one_pass_is_a_plain_network(adapted, source_inputs):
@@ -276,13 +276,12 @@ class _Doubled(nn.Module):
 
 
 def test_a_damaged_or_other_folder_is_refused(adapted, source_inputs, tmp_path):
-    x = images(2, 5)[0]
     with pytest.raises(FileNotFoundError, match=r"join\.json"):
-        load_joined(adapted["frozen"].save(tmp_path / "run"), ConvNet(), x)
+        load_joined(adapted["frozen"].save(tmp_path / "run"), ConvNet())
     folder = joined_of(adapted["per_task"], source_inputs).save(tmp_path / "joined")
     for name in ("join.json", "source_head.safetensors"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-9])
         with pytest.raises(ValueError, match="damaged"):
-            load_joined(folder, ConvNet(), x)
+            load_joined(folder, ConvNet())
         (folder / name).write_bytes(content)

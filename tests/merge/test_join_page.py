@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "join.md").read_text()
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     (x, y), (x_val, y_val) = ((-a, b) for a, b in (images(200, 4), images(100, 4, seed=1)))
     (x_3, y_3), (x_3_val, y_3_val) = ((a.mT, b) for a, b in (images(200, 3), images(60, 3, seed=1)))
     names = {"torch": torch, "Network": ConvNet, "x_old": images(120, 5, seed=8)[0]}
@@ -23,6 +23,11 @@ def test_the_page_runs(tmp_path, monkeypatch):
     names |= {"x_val": x_val, "y_val": y_val, "x_3": x_3, "y_3": y_3}
     names |= {"x_3_val": x_3_val, "y_3_val": y_3_val}
     exec("\n".join(blocks).replace("steps=150", "steps=40"), names)
+
+    loaded = names["loaded"]
+    assert loaded.evaluate((x_val, y_val + 5)).accuracy > 0.8
+    assert loaded.evaluate((x_val, y_val), task="target").accuracy > 0.8
+    assert len(loaded.predict(x_val, task="source").classes) == 5
 
     joined, again, three = names["joined"], names["again"], names["three"]
     assert torch.equal(again(x_val), names["first"](x_val))

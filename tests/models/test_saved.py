@@ -69,7 +69,7 @@ def test_the_manifest_is_needed_and_knows_itself(folders):
     with pytest.raises(ValueError, match=r"manifest.json is damaged or was changed: its checksum"):
         load(folders / "a")
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no manifest.json: not a folder of Result"):
+    with pytest.raises(FileNotFoundError, match=r"has no manifest.json: its result was not"):
         load(folders / "a")
 
 

@@ -64,6 +64,8 @@ class Result:
         network: what --model named, by which the network is built again.
         preparation: what pictures and texts go through on their way to the network.
         inputs: shapes and types of the network's inputs (`fast.models.signature`).
+        by_class: for each class, how many samples of `val` are answered right, and how many there
+            are; of the weights in `model`.
     """
 
     model: nn.Module
@@ -78,6 +80,7 @@ class Result:
     network: str | None = None
     preparation: Preparation = field(default_factory=Preparation)
     inputs: Any = None
+    by_class: tuple[list[int], list[int]] | None = None
 
     @property
     def lr(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Evaluation:
         logits: float32 `[N, C]`.
         names: of the samples, or None.
         raw: the samples as stored, where they were read by name.
+        unreadable: file -> reason, of files that were left out.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Evaluation:
     logits: Tensor
     names: list[str] | None = None
     raw: Any = None
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (

@@ -4,36 +4,60 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fast.data.dataset import Data, as_data
-from fast.data.labels import check_labels
-from fast.data.sources import DataWarning, NamedData, load_data
-from fast.deploy.raw import input_names
+from fast.data.sources import SKIP, DataWarning, FileReport, NamedData, Split, load_data
 from fast.errors import printable, some
 from fast.models.preparation import Preparation
 
 
 @dataclass(kw_only=True)
 class LabelledData:
-    """Data to evaluate on.
+    """Data to evaluate on: batches as they are given, or samples that are read by name.
 
     Attributes:
-        names: of the samples; None where they have none.
-        raw: the samples as stored, where they were read by name.
+        data: what was given.
+        split: samples still to be prepared, in place of `data`.
+        rows: of the split, those that `batches` could read.
+        report: what was met in its files.
     """
 
-    data: Data
-    names: list[str] | None = None
-    raw: Any = None
+    name: str
+    preparation: Preparation
+    data: Data | None = None
+    split: Split | None = None
+    rows: list[int] = field(default_factory=list)
+    report: FileReport = field(default_factory=FileReport)
 
-    def checked(self, labels: Tensor, classes: int) -> Tensor:
-        """Labels `[N]` within the classes."""
-        return check_labels(labels, classes, self.data.name)
+    def batches(self, batch_size: int, *, skip_broken: bool) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs as the network takes them, and labels.
+
+        Raises:
+            ValueError: files cannot be read.
+        """
+        if self.split is None:
+            assert self.data is not None
+            yield from self.data.eval_batches(batch_size)
+            return
+        labels = torch.from_numpy(self.split.labels)
+        numbered = replace(self.split, labels=np.arange(len(labels)))
+        for inputs, rows in self.preparation.batches(numbered, batch_size, self.report):
+            self.rows += rows.tolist()
+            yield inputs, labels[rows]
+        if not skip_broken or not self.rows:
+            self.report.refuse_broken(SKIP)
+
+    @property
+    def raw(self) -> Any:
+        """The samples as stored, where they were read by name; those that could be read."""
+        return None if self.split is None else self.split.subset(np.array(self.rows)).inputs
 
 
 def labelled_data(
@@ -51,11 +75,8 @@ def labelled_data(
     if isinstance(data, NamedData):
         split = data.for_evaluation()
         split = replace(split, labels=_numbered(split.labels, data, classes, task))
-        prepared = preparation(split)
-        return LabelledData(
-            data=as_data(prepared, data.name), names=input_names(split.inputs), raw=split.inputs
-        )
-    return LabelledData(data=as_data(data, "data"))
+        return LabelledData(name=data.name, preparation=preparation, split=split)
+    return LabelledData(name="data", preparation=preparation, data=as_data(data, "data"))
 
 
 def _numbered(
@@ -66,20 +87,27 @@ def _numbered(
     Names that are numbers, as files without names of classes have them, are labels of the run.
 
     Raises:
-        ValueError: a class of the data is none of the run's.
+        ValueError: a class of the data is none of the run's, or a number that may be of either
+            task.
     """
     if classes is None or list(data.classes[: len(classes)]) == classes:
-        return labels
-    if all(name.isdecimal() for name in data.classes):
         return labels
     number = {name: i for i, name in enumerate(classes)}
     present = [data.classes[i] for i in np.unique(labels)]
     strange = [name for name in present if name not in number]
+    if all(name.isdecimal() for name in data.classes):
+        if task != "both":
+            return labels
+        raise ValueError(
+            f"{data.name}: its classes are numbers, which do not say whose they are: name the "
+            "task, source or target (task=, --task)"
+        )
     if strange and task == "source" and len(data.classes) == len(classes):
         return labels  # the library calls the classes otherwise; their order is the network's
     if strange:
+        whose = "both tasks" if task == "both" else f"the {task}'s"
         raise ValueError(
-            f"{data.name}: classes that are none of the {task}'s: {some(strange)}; it has "
+            f"{data.name}: classes that are none of {whose}: {some(strange)}; there are "
             f"{some([printable(name) for name in classes], 12)}"
         )
     order = np.array([number.get(name, -1) for name in data.classes])

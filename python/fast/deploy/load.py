@@ -13,10 +13,11 @@ from fast.adapt.config import KEEP
 from fast.adapt.result import Result
 from fast.data.images.format import ImageFormat
 from fast.deploy.predictor import Predictor
-from fast.deploy.rebuild import rebuilt
+from fast.deploy.rebuild import JOB_FILE, rebuilt
 from fast.files import read_json, reading
 from fast.heads import task_head, unwrap
 from fast.merge.joined import load_joined
+from fast.models.claim import is_going_on
 from fast.models.description import source_classes
 from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, read_preparation
@@ -70,7 +71,7 @@ def load(
     answering, classes, note = loaded.model, facts.get("classes"), ""
     joined = (folder / JOIN_FILE).is_file()
     if joined:
-        answering = load_joined(folder, loaded.model, sample)
+        answering = load_joined(folder, loaded.model)
         classes = answering.classes
     else:
         note = load_two_tasks(folder, loaded.model, head=named, sample=sample)
@@ -84,7 +85,7 @@ def load(
         precision=str(options.get("precision", "auto")),
         mirrored=bool(options.get("tta")),
         batch_size=max(LEAST_EVAL_BATCH, int(options.get("batch_size", LEAST_EVAL_BATCH))),
-        keeps_head=joined or options.get("head") == KEEP,
+        keeps_head=options.get("head") == KEEP,
         lacks=note,
         facts=_reported(facts, options),
         notes=[str(note) for note in facts.get("notes") or []],
@@ -116,10 +117,19 @@ def predictor_of(result: Result) -> Predictor:
 
 
 def _check_finished(folder: Path) -> None:
-    if folder.is_dir() and not (folder / MODEL_FILE).is_file() and list_checkpoints(folder):
+    if not folder.is_dir() or (folder / MODEL_FILE).is_file():
+        return
+    if is_going_on(folder):
+        raise ValueError(f"{folder}: its run is going on, and has no result yet")
+    if list_checkpoints(folder):
         raise ValueError(
             f"{folder}: its run has checkpoints and no result: go on with it (fast finetune "
             f"--resume {folder}), or save its result (result.save)"
+        )
+    if (folder / JOB_FILE).is_file():
+        raise ValueError(
+            f"{folder}: its run was stopped before its first checkpoint: fast finetune --resume "
+            f"{folder} starts it from the beginning"
         )
 
 

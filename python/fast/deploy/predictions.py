@@ -88,11 +88,11 @@ class Predictions:
         return [self[i] for i in range(min(count, len(self)))]
 
     def write_csv(self, path: str | Path) -> Path:
-        """Write name, class and the probability of each class, whole or not at all."""
+        """Write inputs, their class and the probability of each class, whole or not at all."""
         path = Path(path)
         with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["name", "label", "probability", *self.classes])
+            writer.writerow(["input", "label", "probability", *self.classes])
             rows = zip(self.names, self.labels, self.probabilities.tolist(), strict=True)
             for name, label, values in rows:
                 shown = [f"{value:.6g}" for value in values]

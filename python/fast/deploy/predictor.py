@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fast.data.dataset import Data, as_data
-from fast.data.images.pixels import SKIP, ImageReport
-from fast.data.sources import Split
+from fast.data.dataset import as_data
+from fast.data.labels import check_labels
+from fast.data.sources import SKIP, FileReport, Split
 from fast.data.trees import leaves, mapped, plain
 from fast.deploy.evaluation import Evaluation
 from fast.deploy.export.formats import FORMATS, export
@@ -31,12 +31,13 @@ from fast.heads import (
     task_head,
 )
 from fast.heads.forward import taking
+from fast.merge.joined import Joined
 from fast.models.preparation import Preparation
 from fast.models.signature import example, on_device_of
 from fast.train.engine import autocast_dtype
 from fast.train.measure import answers
 
-Task = Literal["target", "source"]
+Task = Literal["target", "source", "both"]
 
 
 @dataclass(kw_only=True, repr=False)
@@ -44,8 +45,9 @@ class Predictor:
     """What `fast.load` returns.
 
     Attributes:
-        model: answers the target task, and inside `fast.source_task` the source's.
-        classes: of the target; None where they have no names.
+        model: answers the target task, and inside `fast.source_task` the source's; or a joined
+            network, which answers both in one softmax.
+        classes: of the target, of a joined network those of both; None where they have no names.
         source_classes: of the source, where the network or its library has their names.
         preparation: what pictures and texts go through on their way to the network.
         inputs: shapes and types of the network's inputs (`fast.models.signature`).
@@ -87,7 +89,7 @@ class Predictor:
         self,
         inputs: Any,
         *,
-        task: Task = "target",
+        task: Task | None = None,
         batch_size: int | None = None,
         column: str | None = None,
         skip_broken: bool = False,
@@ -99,27 +101,30 @@ class Predictor:
                 of Pillow, or uint8 arrays `[N, H, W, C]`, which go through the pipeline of the run.
                 For a network of texts: a text or a list of them, or a `pathlib.Path` of a table or
                 of a file with one text a line. For any network: tensors as it takes them.
-            task: "source" asks the task of before.
+            task: "source" asks the task of before. A joined network is asked for "both" by
+                default; "source" and "target" keep to the classes of one task.
             batch_size: default: that of the run's evaluations.
             column: of a table that holds the inputs (default: by its usual names).
             skip_broken: leave out pictures that cannot be read; they are in `unreadable`.
 
         Raises:
             FileNotFoundError: a path leads nowhere.
-            ValueError: inputs are not the network's, or cannot be read; or the folder lacks what
-                the source task needs.
+            ValueError: inputs are not the network's, or cannot be read; the folder lacks what the
+                source task needs; or a network that is not joined is asked for both.
         """
+        task = self.task_of(task)
         split = raw_inputs(inputs, self.preparation, column)
-        names, report = input_names(split.inputs), ImageReport()
-        data = self._data(split, report)
-        if report.broken and not skip_broken:
-            report.refuse_broken(SKIP)
+        names, report = input_names(split.inputs), FileReport()
         logits, good = [], []
         with self.answering(task):
-            for batch, rows in data.eval_batches(batch_size or self.batch_size):
+            for batch, rows in self._batches(split, batch_size or self.batch_size, report):
+                if report.broken and not skip_broken:
+                    continue  # the rest is read, so that the message names all
                 logits.append(self.logits(batch))
                 good += rows.tolist()
-        scores = torch.cat(logits)
+        if not skip_broken or not good:
+            report.refuse_broken(SKIP)
+        scores = self._of_task(torch.cat(logits), task)
         return Predictions(
             names=[names[i] for i in good],
             classes=self.class_names(task, scores.shape[1]),
@@ -131,8 +136,9 @@ class Predictor:
         self,
         data: Any,
         *,
-        task: Task = "target",
+        task: Task | None = None,
         batch_size: int | None = None,
+        skip_broken: bool = False,
         **columns: str | None,
     ) -> Evaluation:
         """How good the answers to labelled data are.
@@ -140,30 +146,34 @@ class Predictor:
         Args:
             data: a name, as --data takes it; or `(inputs, labels)`, a Dataset or a DataLoader, with
                 inputs as the network takes them. Of a set with splits the held-out one is used.
-            task: "source": the labels are of the task of before.
+            task: whose the labels are; "source": of the task of before. Those of a joined network
+                are of "both" by default, in the order of its classes.
             batch_size: default: that of the run's evaluations.
+            skip_broken: leave out files that cannot be read.
             columns: `input_column` and `label_column` of a Hugging Face data set.
 
         Raises:
             FileNotFoundError: there is no such data set.
             ValueError: the data cannot be read, or their classes are not the task's.
         """
-        classes = self.classes if task == "target" or self.keeps_head else self.source_classes
+        task = self.task_of(task)
+        classes = self._classes(task)
         named = labelled_data(data, self.preparation, classes, task, **columns)
         scores, labels = [], []
         with self.answering(task):
-            for inputs, y in named.data.eval_batches(batch_size or self.batch_size):
-                mirrored = self.mirrored and task == "target"
-                scores.append(self.logits(inputs, named.data.name, mirrored))
+            size, mirrored = batch_size or self.batch_size, self.mirrored and task == "target"
+            for inputs, y in named.batches(size, skip_broken=skip_broken):
+                scores.append(self.logits(inputs, named.name, mirrored))
                 labels.append(y)
-        logits = torch.cat(scores)
+        logits, raw = self._of_task(torch.cat(scores), task), named.raw
         return Evaluation(
             task=task,
             classes=self.class_names(task, logits.shape[1]),
-            labels=named.checked(torch.cat(labels), logits.shape[1]),
+            labels=check_labels(torch.cat(labels), logits.shape[1], named.name),
             logits=logits,
-            names=named.names,
-            raw=named.raw,
+            names=None if raw is None else input_names(raw),
+            raw=raw,
+            unreadable=dict(named.report.broken),
         )
 
     def export(self, folder: str | Path, format: str, *, sample: Any = None) -> Path:
@@ -209,13 +219,36 @@ class Predictor:
             odds=self.notes,
         )
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether one softmax is over the classes of source and target."""
+        return isinstance(self.model, Joined)
+
+    def task_of(self, task: Task | None) -> Task:
+        """The task that answers: the given one; of a joined network both, else the target.
+
+        Raises:
+            ValueError: there is no such task, or only a joined network has it.
+        """
+        if task is None:
+            return "both" if self.is_joined else "target"
+        if task not in get_args(Task):
+            raise ValueError(f"task must be target, source or both; got {task!r}")
+        if task == "both" and self.keeps_head:
+            raise ValueError("task both: the run kept the network's head, which is one task's")
+        if task == "both" and not self.is_joined:
+            raise ValueError(
+                "task both: each task of this run has a head and a softmax of its own; one network "
+                "for the classes of both is made by: fast join RUN --source-inputs OLD --output "
+                "JOINED (in Python fast.join), and asked then"
+            )
+        return task
+
     @contextmanager
     def answering(self, task: Task) -> Iterator[None]:
-        """Let the network answer a task."""
-        if task not in ("target", "source"):
-            raise ValueError(f"task must be target or source; got {task!r}")
+        """Let the network answer a task; a joined one answers both."""
         switch: AbstractContextManager[Any] = nullcontext()
-        if task == "source" and not self.keeps_head:
+        if task == "source" and not self.keeps_head and not self.is_joined:
             if task_head(self.model) is None:
                 raise ValueError(f"the source task cannot be answered: {self.lacks}")
             switch = source_task(self.model)
@@ -249,15 +282,29 @@ class Predictor:
 
     def class_names(self, task: Task, count: int) -> list[str]:
         """The names of `count` classes; their numbers where they have none."""
-        names = self.classes if task == "target" or self.keeps_head else self.source_classes
+        names = self._classes(task)
         numbers = [str(i) for i in range(count)]
         return numbers if names is None or len(names) != count else names
 
-    def _data(self, split: Split, report: ImageReport) -> Data:
-        """Inputs as the network takes them, with their rows for labels."""
+    def _classes(self, task: Task) -> list[str] | None:
+        if isinstance(self.model, Joined) and task != "both":
+            return [self.model.classes[i] for i in self.model.classes_of(task)]
+        return self.source_classes if task == "source" and not self.keeps_head else self.classes
+
+    def _of_task(self, logits: Tensor, task: Task) -> Tensor:
+        """The logits of a task's own classes."""
+        if isinstance(self.model, Joined) and task != "both":
+            return logits[:, self.model.classes_of(task)]
+        return logits
+
+    def _batches(
+        self, split: Split, batch_size: int, report: FileReport
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs as the network takes them, with their rows."""
         if leaves(split.inputs):  # tensors
-            return as_data((mapped(split.inputs, _floats), split.labels), "inputs")
-        return as_data(self.preparation(split, report), "inputs")
+            data = as_data((mapped(split.inputs, _floats), split.labels), "inputs")
+            return data.eval_batches(batch_size)
+        return self.preparation.batches(split, batch_size, report)
 
 
 def _floats(x: Tensor) -> Tensor:

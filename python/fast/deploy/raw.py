@@ -1,10 +1,10 @@
-"""What is given to a predictor, as a split: paths, pictures, texts, or arrays."""
+"""What is given to a predictor, as a split: paths, pictures, sounds, texts, or arrays."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.data.sources import EncodedImages, Split
+from fast.data.sources import EncodedAudio, EncodedImages, Split
+from fast.data.sources.files import AUDIO_SUFFIXES, text_of
+from fast.data.sources.formats import readable_suffixes
+from fast.data.sources.names import FILES, TEXTS
 from fast.data.sources.scan import scan
-from fast.data.sources.table import rows_of
+from fast.data.sources.table import SUFFIXES as TABLES
+from fast.data.sources.table import read_inputs
+from fast.data.sources.types import EncodedFiles
 from fast.data.trees import kind, length
-from fast.errors import printable, some
+from fast.errors import printable
 from fast.models.preparation import Preparation
-
-# Columns of a table that hold inputs, the likeliest first.
-COLUMNS = {
-    "images": ("path", "file", "filename", "file_name", "filepath", "image", "img", "name"),
-    "texts": ("text", "sentence", "content", "review", "question", "body"),
-}
-TABLES = (".csv", ".tsv")
 
 
 def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None) -> Split:
     """Inputs with their number for a label.
 
-    Pictures may be paths of files and folders, `.csv` tables of paths, pictures of Pillow, or uint8
-    arrays. Texts are strings; a `pathlib.Path` of a `.csv` or of a text file holds many, one in a
-    line. What the network takes as it is may be tensors or arrays.
+    Pictures and sounds may be paths of files, folders and tables of paths; pictures also objects of
+    Pillow or uint8 arrays. Texts are strings; a `pathlib.Path` of a table or of a text file holds
+    many, one in a line. What the network takes as it is may be tensors or arrays.
 
     Raises:
         FileNotFoundError: a path leads nowhere.
         ValueError: these are no inputs of this network.
     """
+    items = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+    found: Any = None
     if preparation.kind == "images":
-        found = _pictures(inputs, column)
+        found = _encoded_files(items, column, readable_suffixes())
+        if found is None:
+            found = _pictures(items, inputs)
+    elif preparation.kind == "sounds":
+        found = _encoded_files(items, column, AUDIO_SUFFIXES)
     elif preparation.kind == "texts":
-        found = _texts(inputs, column)
-    else:
-        found = None
+        found = _texts(items, column)
     if found is None:
         found = _arrays(inputs, preparation)
     count = length(found)
@@ -54,19 +56,15 @@ def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None)
 
 def input_names(inputs: Any) -> list[str]:
     """What each input is called."""
-    if isinstance(inputs, EncodedImages):
+    if isinstance(inputs, EncodedFiles):
         return list(inputs.names)
     if isinstance(inputs, list) and all(isinstance(text, str) for text in inputs):
         return list(inputs)
     return [str(i) for i in range(length(inputs))]
 
 
-def _pictures(inputs: Any, column: str | None) -> Any:
-    items = inputs if isinstance(inputs, (list, tuple)) else [inputs]
-    if items and all(isinstance(item, (str, os.PathLike)) for item in items):
-        files = [file for item in items for file in _files(Path(item).expanduser(), column)]
-        names = [str(file) for file in files]
-        return EncodedImages(names=names, open=names.__getitem__)
+def _pictures(items: Sequence[Any], inputs: Any) -> Any:
+    """Pictures of Pillow, or arrays of whole pixels; None where these are neither."""
     if items and all(hasattr(item, "getbands") for item in items):
         encoded = [_encoded(picture) for picture in items]
         names = [getattr(p, "filename", "") or f"picture {i}" for i, p in enumerate(items)]
@@ -77,24 +75,38 @@ def _pictures(inputs: Any, column: str | None) -> Any:
     return None
 
 
-def _files(path: Path, column: str | None) -> list[Path]:
-    """The picture files that a path stands for; a file that is named is tried, whatever its name
-    ends in."""
+def _encoded_files(items: Sequence[Any], column: str | None, suffixes: frozenset[str]) -> Any:
+    """The files that paths stand for; None where these are no paths. A file that is named is tried,
+    whatever its name ends in.
+
+    Args:
+        suffixes: of the files that are looked for in folders.
+    """
+    if not items or not all(isinstance(item, (str, os.PathLike)) for item in items):
+        return None
+    files = [file for item in items for file in _files(Path(item).expanduser(), column, suffixes)]
+    kind = EncodedAudio if suffixes is AUDIO_SUFFIXES else EncodedImages
+    return kind(names=files, open=files.__getitem__)
+
+
+def _files(path: Path, column: str | None, suffixes: frozenset[str]) -> list[str]:
+    what = "sounds" if suffixes is AUDIO_SUFFIXES else "images"
     if path.is_dir():
-        found = scan(path)
-        files = found.all_images()
+        files = scan(path, suffixes).all_images()
         if not files:
-            raise ValueError(f"{path}: there are no images in this folder")
-        return files
+            raise ValueError(f"{path}: there are no {what} in this folder")
+        return [str(file) for file in files]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.suffix.lower() in TABLES:
-        return [path.parent / name for name in _column(path, "images", column)]
-    return [path]
+    if path.suffix.lower() not in TABLES:
+        return [str(path)]
+    held = read_inputs(path, column, FILES)
+    if not isinstance(held, EncodedFiles):
+        raise ValueError(f"{path}: the column holds no names of files; name another (--column)")
+    return list(held.names)
 
 
-def _texts(inputs: Any, column: str | None) -> list[str] | None:
-    items = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+def _texts(items: Sequence[Any], column: str | None) -> list[str] | None:
     if not items or not all(isinstance(item, (str, os.PathLike)) for item in items):
         return None
     texts: list[str] = []
@@ -103,28 +115,18 @@ def _texts(inputs: Any, column: str | None) -> list[str] | None:
             texts.append(item)
             continue
         path = Path(item).expanduser()
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; give files with one text a line, or tables")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        if path.suffix.lower() in TABLES:
-            texts += _column(path, "texts", column)
-        else:
-            texts += [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        if path.suffix.lower() not in TABLES:
+            texts += [line for line in text_of(path).splitlines() if line.strip()]
+            continue
+        held = read_inputs(path, column, TEXTS)
+        if not isinstance(held, list):
+            raise ValueError(f"{path}: the column holds no texts; name another (--column)")
+        texts += held
     return texts
-
-
-def _column(path: Path, kind: str, column: str | None) -> list[str]:
-    """One column of a table."""
-    rows = rows_of(path)
-    header = rows[0] if len(rows) > 1 else []
-    wanted = (column,) if column else COLUMNS[kind]
-    places = {name.strip().lower(): i for i, name in enumerate(header)}
-    place = next((places[w.lower()] for w in wanted if w.lower() in places), None)
-    if place is None:
-        raise ValueError(
-            f"{path}: has no column {some(list(wanted), 3)}; it has {some(header, 10) or 'none'}: "
-            "name the one that holds the inputs (column=, --column)"
-        )
-    return [row[place] if place < len(row) else "" for row in rows[1:]]
 
 
 def _arrays(inputs: Any, preparation: Preparation) -> Any:
@@ -135,6 +137,7 @@ def _arrays(inputs: Any, preparation: Preparation) -> Any:
         return tuple(torch.as_tensor(x) for x in inputs)
     wanted = {
         "images": "paths, pictures of Pillow, uint8 arrays, or tensors as the network takes them",
+        "sounds": "paths of sound files, or tensors as the network takes them",
         "texts": "texts, paths of text files, or what the tokenizer gives",
         "arrays": "tensors as the network takes them: how they were made of pictures or texts was "
         "not told to fast.finetune",

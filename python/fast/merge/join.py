@@ -99,7 +99,7 @@ def join_heads(
     if target.labels is None:
         raise ValueError("data: has no labels; give (inputs, labels) of the target task")
     networks = [part.network for part in heads.parts]
-    joined = Joined(networks, [*names[0], *names[1]], heads.parts[0].name)
+    joined = Joined(networks, [*names[0], *names[1]], sizes[0], heads.parts[0].name)
     joined.to(heads.source[0].device)
     places = joined.place.split(list(sizes))
     count = len(joined.classes)

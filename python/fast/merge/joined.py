@@ -56,6 +56,7 @@ class Joined(nn.Module):
         rows: the class names of the logits of `networks`, in their order.
         classes: the names without repetition: C of them, in the order of the logits. A class that
             both tasks have gets the sum of their probabilities.
+        source_rows: how many of the rows are the source's: the first.
         head: name of the layer of `networks` that makes the logits.
         calibration: how the heads were brought to one scale.
     """
@@ -66,10 +67,12 @@ class Joined(nn.Module):
         self,
         networks: Sequence[nn.Module],
         rows: Sequence[str],
+        source_rows: int,
         head: str,
         calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
+        self.source_rows = source_rows
         self.head = head
         self.networks = nn.ModuleList(networks)
         self.rows = tuple(rows)
@@ -99,6 +102,15 @@ class Joined(nn.Module):
     def passes(self) -> int:
         """Forward passes per input."""
         return len(self.networks)
+
+    def classes_of(self, task: str) -> list[int]:
+        """The places among `classes` of those that a task has.
+
+        Args:
+            task: source or target.
+        """
+        own = slice(None, self.source_rows) if task == "source" else slice(self.source_rows, None)
+        return self.place[own].tolist()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         answers = [logits_of(network(*args, **kwargs)) for network in self.networks]
@@ -139,6 +151,7 @@ class Joined(nn.Module):
             folder / JOIN_FILE,
             {
                 "rows": self.rows,
+                "source_rows": self.source_rows,
                 "head": self.head,
                 "passes": self.passes,
                 "calibration": calibration,
@@ -149,12 +162,11 @@ class Joined(nn.Module):
         return folder
 
 
-def load_joined(folder: str | Path, model: nn.Module, sample: Any) -> Joined:
+def load_joined(folder: str | Path, model: nn.Module) -> Joined:
     """Read what `Joined.save` or `fast join` wrote.
 
     Args:
         model: the plain architecture, with a head for any number of classes.
-        sample: a batch of inputs, to find the head by.
 
     Raises:
         FileNotFoundError: the folder holds no joined network.
@@ -164,17 +176,18 @@ def load_joined(folder: str | Path, model: nn.Module, sample: Any) -> Joined:
     file = folder / JOIN_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {JOIN_FILE}: fast join writes one")
-    saved = load_saved(folder, model, sample)
     facts = read_json(file)
     with reading(file):
         rows, passes = [str(name) for name in facts["rows"]], int(facts["passes"])
+        source_rows = int(facts["source_rows"])
         head, fitted = str(facts["head"]), facts["calibration"]
         calibration = Calibration(**fitted) if fitted else None
+    saved = load_saved(folder, model, head=head)
     if passes == 1:
-        return Joined([saved.target], rows, head, calibration)
+        return Joined([saved.target], rows, source_rows, head, calibration)
     if saved.source is None:
         raise ValueError(saved.note)
-    return Joined([saved.source, saved.target], rows, head, calibration)
+    return Joined([saved.source, saved.target], rows, source_rows, head, calibration)
 
 
 def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,43 +11,52 @@ from typing import Any
 import numpy as np
 import torch
 
+from fast.data.audio.waveforms import SoundFormat
+from fast.data.dataset import as_data
 from fast.data.images.format import BGR, ImageFormat
-from fast.data.images.pixels import ImageReport, is_image_split, prepare_images
-from fast.data.sources import Split
+from fast.data.images.pixels import is_image_split, prepare_images, prepared_by
+from fast.data.sources import EncodedAudio, FileReport, Split
 from fast.files import read_json, reading, write_json
+from fast.workers import workers_for
 
 PREPARATION_FILE = "preprocessing.json"
+# What a feature extractor of transformers saves.
+EXTRACTOR_FILE = "preprocessor_config.json"
 # Any of these files is part of what a tokenizer of transformers saves.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What pictures and texts go through on their way to a network.
+    """What pictures, texts and sounds go through on their way to a network.
 
     Attributes:
         images: how pictures are decoded, resized and normalised; None where the data were none.
+        sounds: how sounds are resampled, cut and padded; None where the data were none.
         tokenizer: of texts, from transformers; None where the data were none.
         max_length: of a text, in tokens.
     """
 
     images: ImageFormat | None = None
+    sounds: SoundFormat | None = None
     tokenizer: Any = None
     max_length: int = 128
 
     @property
     def kind(self) -> str:
-        """What the raw inputs are: images, texts or arrays."""
+        """What the raw inputs are: images, sounds, texts or arrays."""
         if self.images is not None:
             return "images"
+        if self.sounds is not None:
+            return "sounds"
         return "arrays" if self.tokenizer is None else "texts"
 
-    def __call__(self, split: Split, report: ImageReport | None = None) -> Any:
+    def __call__(self, split: Split, report: FileReport | None = None) -> Any:
         """The split as `(inputs, labels)` tensors, or a Dataset where pictures are too large for
         memory.
 
         Args:
-            report: takes pictures that cannot be read; None: they are an error.
+            report: takes pictures and sounds that cannot be read; None: they are an error.
 
         Raises:
             ValueError: these inputs are of another kind than the network's, or cannot be read.
@@ -55,12 +65,34 @@ class Preparation:
             if self.images is None:
                 raise ValueError(f"the data are images, and the network takes {self.kind}")
             return prepare_images(split, self.images, report)
+        if isinstance(split.inputs, EncodedAudio):
+            if self.sounds is None:
+                raise ValueError(f"the data are sounds, and the network takes {self.kind}")
+            return self.sounds(split, report)
         labels = torch.from_numpy(split.labels)
         if isinstance(split.inputs, list):
             return self.tokens(split.inputs), labels
         if isinstance(split.inputs, dict):
             return {name: _tensor(value) for name, value in split.inputs.items()}, labels
         return _tensor(split.inputs), labels
+
+    def batches(
+        self, split: Split, batch_size: int, report: FileReport
+    ) -> Iterator[tuple[Any, torch.Tensor]]:
+        """The split as batches of inputs with their labels, in order; pictures are decoded as they
+        are asked for.
+
+        Args:
+            report: takes files that cannot be read, which are left out.
+
+        Raises:
+            ValueError: see above.
+        """
+        if self.images is not None and is_image_split(split):
+            pictures = prepared_by(split, self.images, "none")
+            yield from pictures.batches(batch_size, report, workers_for(len(split)))
+        else:
+            yield from as_data(self(split, report), "inputs").eval_batches(batch_size)
 
     def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Token ids and masks `[N, L]`, padded to the longest text."""
@@ -81,6 +113,8 @@ class Preparation:
         """The steps, one sentence each, for somebody who writes them again elsewhere."""
         if self.images is not None:
             return _picture_words(self.images)
+        if self.sounds is not None:
+            return self.sounds.words
         if self.tokenizer is not None:
             return [
                 f"Tokenize with the {type(self.tokenizer).__name__} beside this file.",
@@ -95,13 +129,21 @@ class Preparation:
             facts["images"] = dataclasses.asdict(self.images)
         if self.tokenizer is not None:
             facts["texts"] = {"max_length": self.max_length}
+        if self.sounds is not None:
+            facts["sounds"] = self.sounds.facts()
         return facts
 
     def save(self, folder: Path) -> None:
-        """Write `preprocessing.json`, and the files of the tokenizer."""
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+        """Write `preprocessing.json`, and the files of the tokenizer or feature extractor."""
+        self.save_parts(folder)
         write_json(folder / PREPARATION_FILE, self.facts())
+
+    def save_parts(self, folder: Path) -> None:
+        """Write the files of the tokenizer or feature extractor."""
+        extractor = None if self.sounds is None else self.sounds.extractor
+        for part in (self.tokenizer, extractor):
+            if part is not None:
+                part.save_pretrained(folder)
 
 
 def read_preparation(folder: Path) -> Preparation:
@@ -116,21 +158,35 @@ def read_preparation(folder: Path) -> Preparation:
         return Preparation()
     facts = read_json(file)
     with reading(file):
-        images, texts = facts.get("images"), facts.get("texts")
+        images, texts, sounds = (facts.get(name) for name in ("images", "texts", "sounds"))
         form = None if images is None else ImageFormat(**images)
         length = {} if texts is None else {"max_length": int(texts["max_length"])}
-    tokenizer = None if texts is None else _tokenizer(folder)
-    return Preparation(images=form, tokenizer=tokenizer, **length)
+        named = sounds is not None and sounds.pop("extractor") is not None
+        heard = None if sounds is None else SoundFormat(**sounds)
+    tokenizer = None
+    if texts is not None:
+        tokenizer = _part(folder, "AutoTokenizer", TOKENIZER_FILES, "reads texts", "tokenizer")
+    if heard is not None and named:
+        files, what = (EXTRACTOR_FILE,), "feature extractor"
+        extractor = _part(folder, "AutoFeatureExtractor", files, "hears sounds", what)
+        heard = dataclasses.replace(heard, extractor=extractor)
+    return Preparation(images=form, sounds=heard, tokenizer=tokenizer, **length)
 
 
-def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder}: the network reads texts, and its tokenizer is not there")
+def _part(folder: Path, kind: str, files: tuple[str, ...], does: str, what: str) -> Any:
+    """What a class of transformers loads from the folder.
+
+    Args:
+        files: any of them is enough.
+        does, what: for the message: what the network does, and which part of it is missing.
+    """
+    if not any((folder / name).is_file() for name in files):
+        raise ValueError(f"{folder}: the network {does}, and its {what} is not there")
     try:
-        from transformers import AutoTokenizer
+        import transformers
     except ImportError as error:
         raise ImportError(f"{folder} needs transformers: pip install transformers") from error
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)
 
 
 def _picture_words(form: ImageFormat) -> list[str]:

@@ -36,7 +36,7 @@ FORMAT = 1
 FILES = (
     MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, OPTIONS_FILE, CONFIG_FILE,
     JOIN_FILE, "result.json", "history.jsonl", "job.json", "data.json", "preprocessing.json",
-    "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -56,7 +56,9 @@ class SavedNetworks:
     note: str = ""
 
 
-def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetworks:
+def load_saved(
+    folder: str | Path, model: nn.Module, sample: Any = None, *, head: str | None = None
+) -> SavedNetworks:
     """Read the networks of a saved run.
 
     Args:
@@ -66,6 +68,7 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
         model: the plain architecture, with a head for any number of classes; becomes the target
             network.
         sample: a batch of inputs, to find the head by.
+        head: its name, which is then not looked for.
 
     Raises:
         FileNotFoundError: the folder has no `model.safetensors`.
@@ -74,8 +77,8 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
     """
     folder = Path(folder)
     check_manifest(folder)
-    head = find_head(model, sample)
-    load_target(folder, model, head)
+    layer = find_head(model, sample, head)
+    load_target(folder, model, layer)
     note = lacks_source(folder)
     if note:
         return SavedNetworks(target=model, source=None, note=note)
@@ -88,10 +91,10 @@ def load_saved(folder: str | Path, model: nn.Module, sample: Any) -> SavedNetwor
             if odd:
                 raise ValueError(f"{own} is of another network: it has {odd[0]}")
             source.load_state_dict(tensors, strict=False)
-    old = find_head(source, name=head.name)
-    layer = source_layer_in(folder, old)
-    old.put(layer)
-    announce_classes(source, classes_of(layer))
+    old = find_head(source, name=layer.name)
+    own_layer = source_layer_in(folder, old)
+    old.put(own_layer)
+    announce_classes(source, classes_of(own_layer))
     return SavedNetworks(target=model, source=source)
 
 
@@ -213,11 +216,18 @@ def check_manifest(folder: Path) -> None:
         FileNotFoundError: the folder holds no result.
         ValueError: a file is damaged, or was not saved together with the others.
     """
-    for name in (MODEL_FILE, MANIFEST_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}: not a folder of Result.save or fast finetune"
-            )
+    if not folder.is_dir():
+        what = "is a file, and a run is a folder" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}")
+    if not (folder / MODEL_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MODEL_FILE}: not a folder of Result.save or fast finetune"
+        )
+    if not (folder / MANIFEST_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST_FILE}: its result was not written to the end; save it "
+            f"again (fast finetune --resume {folder}, where that made it)"
+        )
     path = folder / MANIFEST_FILE
     manifest = read_sealed(path, FORMAT)
     with reading(path):

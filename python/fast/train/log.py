@@ -215,21 +215,22 @@ def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
     return bar(steps, method, show, unit="step", start=start, leave=True)
 
 
-def figures(record: dict[str, Any], before: float | None = None) -> str:
+def figures(record: dict[str, Any], before: float | None = None, between: str = " ") -> str:
     """The few figures that a bar has room for; what the product is about comes first.
 
     Args:
         before: source accuracy at the pretrained weights.
+        between: what separates them.
     """
     parts = []
     if record.get("source_accuracy") is not None:
         lost = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
         parts.append(f"source {100 * record['source_accuracy']:.1f}{lost}")
     if record.get("forecast") is not None:
-        parts.append(f"forgets {record['forecast']:.2f}")
+        parts.append(f"forgets {round(record['forecast'], 2) + 0.0:.2f}")  # never -0.00
     if record.get("target_accuracy") is not None:
         parts.append(f"target {100 * record['target_accuracy']:.1f}")
-    return " ".join(parts)
+    return between.join(parts)
 
 
 def line(record: dict[str, Any], steps: int, epochs: float, before: float | None) -> str:
@@ -242,5 +243,5 @@ def line(record: dict[str, Any], steps: int, epochs: float, before: float | None
     """
     loss = "" if record["loss"] is None else f", loss {record['loss']:.4g}"
     rest = f"{loss}, {record['seconds']:.0f} s"
-    shown = figures(record, before) or "nothing is measured"
+    shown = figures(record, before, ", ") or "nothing is measured"
     return f"step {record['step']}/{steps} (epoch {epochs:.1f}): {shown}{rest}"

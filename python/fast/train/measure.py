@@ -26,11 +26,20 @@ from fast.train.finite import check_finite
 LEAST_EVAL_BATCH = 128
 
 
+class ByClass(NamedTuple):
+    """For each class, how many of its samples are answered right, and how many there are."""
+
+    right: list[int]
+    samples: list[int]
+
+
 class Score(NamedTuple):
-    """Accuracy in 0..1 and mean cross-entropy in nats (None where only an accuracy is known)."""
+    """Accuracy in 0..1, mean cross-entropy in nats, and what the accuracy is by class (both None
+    where only an accuracy is known)."""
 
     accuracy: float
     loss: float | None
+    by_class: ByClass | None = None
 
 
 Evaluator = Callable[[nn.Module], float]
@@ -47,6 +56,8 @@ class Measure:
     Attributes:
         before: of the source, at the pretrained weights; set by `measure_before`, or from a
             checkpoint.
+        by_class: step -> the target's answers by class, of the evaluations that may be those of the
+            final weights: the first, the best after it (the earliest of equals), and the last.
     """
 
     def __init__(
@@ -61,6 +72,7 @@ class Measure:
         self.val, self.source, self.engine, self.tta = val, source, engine, tta
         self.batch_size = max(LEAST_EVAL_BATCH, batch_size)
         self.before: Score | None = None
+        self.by_class: dict[int, ByClass] = {}
         self.started = time.monotonic()
 
     def measure_before(self, model: nn.Module) -> None:
@@ -88,6 +100,7 @@ class Measure:
                     self.engine.ranks,
                     mirrored=self.tta,
                 )
+            self._keep(step, target)
         source = self._source(model)
         return {
             "step": step,
@@ -114,16 +127,27 @@ class Measure:
                 model, self.source, self.batch_size, self.engine.device, self.engine.ranks
             )
 
+    def _keep(self, step: int, score: Score) -> None:
+        assert score.by_class is not None
+        self.by_class[step] = score.by_class
+        later = [n for n in self.by_class if n > 0]
+        best = max(later, key=lambda n: (sum(self.by_class[n].right), -n), default=0)
+        self.by_class = {n: x for n, x in self.by_class.items() if n in (0, best, step)}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "seconds": time.monotonic() - self.started,
-            "before": None if self.before is None else list(self.before),
+            "before": None if self.before is None else [self.before.accuracy, self.before.loss],
+            "by_class": [[step, *counts] for step, counts in self.by_class.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.started = time.monotonic() - float(state["seconds"])
         before = state["before"]
         self.before = None if before is None else Score(*before)
+        # A checkpoint of an older version has none.
+        counts = state.get("by_class", ())
+        self.by_class = {int(step): ByClass(right, samples) for step, right, samples in counts}
 
 
 def evaluate(
@@ -153,10 +177,9 @@ def evaluate(
         with ranks.together(), evaluating(model):
             accuracy = _accuracy(data(model))
         return Score(ranks.from_first(accuracy), None)
-    right = torch.zeros((), dtype=torch.int64, device=device)
+    right, samples = torch.zeros(2, 0, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
-    count = 0
     sharded = dtensor.any_sharded(list(model.parameters()))
     all_batches, each_batch = (
         (nullcontext, ranks.together) if sharded else (ranks.together, nullcontext)
@@ -169,40 +192,29 @@ def evaluate(
                 labels = check_labels(labels, logits.shape[1], data.name).to(device)
             if not counts:
                 continue
-            right += (logits.argmax(1) == labels).sum()
+            right, samples = (_of_classes(x, logits.shape[1]) for x in (right, samples))
+            right.index_add_(0, labels, (logits.argmax(1) == labels).long())
+            samples.index_add_(0, labels, torch.ones_like(labels))
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
             # argmax takes NaN for the class it stands at. Classes ruled out with -inf are answers
             # like others.
             wrong += (~logits.logsumexp(1).isfinite()).sum()
-            count += len(labels)
-    count = ranks.total(count)
-    for figure in (right, loss, wrong):
+    classes = ranks.largest(len(right))
+    right, samples = (_of_classes(x, classes) for x in (right, samples))
+    for figure in (right, samples, loss, wrong):
         ranks.sum_(figure)
+    count = int(samples.sum())
     if not count:
         raise ValueError(f"{data.name}: no samples to evaluate on")
     if wrong.item():
         _refuse(data, int(wrong), count, batch_size)
-    return Score(right.item() / count, loss.item() / count)
+    by_class = ByClass(right.tolist(), samples.tolist())
+    return Score(sum(by_class.right) / count, loss.item() / count, by_class)
 
 
-def right_by_class(
-    model: nn.Module, data: Data, num_classes: int, *, batch_size: int, mirrored: bool = False
-) -> tuple[list[int], list[int]]:
-    """For each class, how many of its samples are answered right, and how many there are.
-
-    Args:
-        mirrored: see `evaluate`.
-    """
-    device = next(model.parameters()).device
-    right = torch.zeros(num_classes, dtype=torch.int64)
-    count = torch.zeros_like(right)
-    with evaluating(model):
-        for inputs, labels in data.eval_batches(max(LEAST_EVAL_BATCH, batch_size)):
-            labels = labels.cpu()
-            hits = answers(model, move(inputs, device), mirrored).argmax(1).cpu() == labels
-            right += torch.bincount(labels[hits], minlength=num_classes)
-            count += torch.bincount(labels, minlength=num_classes)
-    return right.tolist(), count.tolist()
+def _of_classes(counts: Tensor, classes: int) -> Tensor:
+    """Counts of as many classes; those of classes that were not seen are 0."""
+    return F.pad(counts, (0, classes - len(counts)))
 
 
 def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:

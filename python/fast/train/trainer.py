@@ -235,7 +235,7 @@ class Trainer:
         start = self.adaptation.head_start
         if start and self.data.val and last["target_accuracy"] < first["target_accuracy"]:
             start.restore()
-            final = first
+            final = last = first
         self.adaptation.optimizer.zero_grad()
         self.adaptation.gather()
         self.model.eval()
@@ -248,4 +248,5 @@ class Trainer:
             plan=self.adaptation.plan,
             run=self.folder.run if self.folder else None,
             inputs=signature_of(self.adaptation.sample),
+            by_class=self.measure.by_class.get(last["step"]),
         )

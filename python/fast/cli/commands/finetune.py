@@ -13,7 +13,7 @@ from pathlib import Path
 import fast
 from fast.cli.folds import cross_validate
 from fast.cli.record import JOB_FILE, absolute, write_record
-from fast.cli.report.finetune import by_class, plan_table, summary, what_next
+from fast.cli.report.finetune import plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.load import load_task
@@ -51,6 +51,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
             source_skill=config.source_skill,
             measured=False,
             workers=config.num_workers,
+            progress=config.progress,
         )
     if spec.plan:
         plan = task.plan(config)
@@ -74,8 +75,9 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     seconds = time.monotonic() - start
     result.classes = list(task.classes)
     result.data = task.description
-    if task.val is not None and ranks.first:
-        result.data["accuracy_by_class"] = by_class(task, result)
+    if result.by_class is not None:
+        right, samples = result.by_class
+        result.data["accuracy_by_class"] = {"right": right, "samples": samples}
     result.network = absolute(spec.task.model)
     result.preparation = task.preparation
     with ranks.together():

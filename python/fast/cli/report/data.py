@@ -6,8 +6,9 @@ from typing import Any
 
 from fast.cli.spec.task import TaskSpec
 from fast.data.images.format import ImageFormat
-from fast.data.images.pixels import ImageReport
+from fast.data.images.pixels import CACHE_BYTES
 from fast.data.images.preprocessing import Preprocessing
+from fast.data.sources import FileReport
 from fast.errors import printable, some
 
 # Up to so many classes are listed one by one.
@@ -15,7 +16,7 @@ LISTED = 12
 
 
 def image_facts(
-    spec: TaskSpec, form: ImageFormat, says: Preprocessing, report: ImageReport
+    spec: TaskSpec, form: ImageFormat, says: Preprocessing, report: FileReport
 ) -> dict[str, Any]:
     """How images are prepared, and who says so.
 
@@ -39,12 +40,17 @@ def image_facts(
     }
 
 
-def lines(data: dict[str, Any], images: dict[str, Any] | None) -> str:
+def lines(
+    data: dict[str, Any],
+    images: dict[str, Any] | None = None,
+    sounds: dict[str, Any] | None = None,
+) -> str:
     """For a reader of the terminal.
 
     Args:
         data: `NamedData.description`.
         images: `image_facts`; None where the data are none.
+        sounds: `SoundFormat.facts()`; None where the data are none.
     """
     classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
@@ -62,6 +68,8 @@ def lines(data: dict[str, Any], images: dict[str, Any] | None) -> str:
         )
     if images:
         text.append(_images(images))
+    if sounds:
+        text.append(f"sounds: {sounds['rate']} Hz, at most {sounds['seconds']:g} s (--max-seconds)")
     return "\n".join(text)
 
 
@@ -74,11 +82,21 @@ def _images(images: dict[str, Any]) -> str:
         side, size = "both sides" if images["stretch"] else "shorter side", images["size"]
         fit = f"{side} to {images['resize']} ({images['interpolation']}), central {size}x{size}"
     order = f" in {images['channels']}" if images["channels"] == "BGR" else ""
-    numbers = "".join(
-        f", {name} {','.join(f'{v:.4g}' for v in images[name])} ({images['origin'][name]})"
-        for name in ("mean", "std")
-    )
-    return f"images: {stored}, {fit}{order}{numbers}"
+    mean, std = (f"{name} {','.join(f'{v:.4g}' for v in images[name])}" for name in ("mean", "std"))
+    origin = images["origin"]
+    shared = f", {mean}, {std} ({origin['std']})"
+    apart = f", {mean} ({origin['mean']}), {std} ({origin['std']})"
+    numbers = shared if origin["mean"] == origin["std"] else apart
+    return f"images: {stored}, {fit}{order}{numbers}{_decoded(images)}"
+
+
+def _decoded(images: dict[str, Any]) -> str:
+    """What is said where pictures are not kept as the network takes them."""
+    if images.get("in_memory", True):
+        return ""
+    if images["augment"] != "none":
+        return f"; a new view of each in every epoch (--augment {images['augment']})"
+    return f"; decoded in every epoch: more than {CACHE_BYTES / 2**30:.1f} GB is not kept in memory"
 
 
 def gaps(data: dict[str, Any]) -> list[str]:

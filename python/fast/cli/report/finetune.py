@@ -12,9 +12,6 @@ from fast.adapt.plan import Plan
 from fast.cli.report.table import percent, text_table
 from fast.cli.task.load import LoadedTask
 from fast.errors import printable
-from fast.train.config import TrainConfig
-from fast.train.measure import right_by_class
-from fast.train.run_data import read_one
 
 # The worst classes of many.
 LISTED = 12
@@ -47,7 +44,10 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
         if getattr(task, part) is not None
     ]
     start = "head start" if plan.head_steps else "step 0"
-    table = text_table(["accuracy, %", "before", start, "after", "samples"], rows) if rows else ""
+    rows.insert(0, ["accuracy, %", "before", start, "after", "samples"])
+    if task.source is None:  # of the target there is no accuracy before
+        rows = [[name, *rest] for name, _, *rest in rows]
+    table = text_table(rows[0], rows[1:]) if rows[1:] else ""
     steps = result.history[-1]["step"]
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
     if not final["step"]:
@@ -60,29 +60,13 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     )
 
 
-def by_class(task: LoadedTask, result: fast.Result) -> dict[str, list[int]]:
-    """How many held-out samples of each class are answered `right`, and how many there are, in the
-    order of the classes."""
-    config = result.config
-    assert isinstance(config, TrainConfig)
-    right, samples = right_by_class(
-        result.model,
-        read_one(task.val, "val", config),
-        len(task.classes),
-        batch_size=config.batch_size,
-        mirrored=config.tta,
-    )
-    return {"right": right, "samples": samples}
-
-
 def _class_lines(result: fast.Result) -> str:
     """The accuracy of each class, the worst first; of many classes the worst."""
-    found = (result.data or {}).get("accuracy_by_class")
-    if found is None or result.classes is None:
+    if result.by_class is None or result.classes is None:
         return ""
     rows = [
         (right / count, name, count)
-        for name, right, count in zip(result.classes, found["right"], found["samples"], strict=True)
+        for name, right, count in zip(result.classes, *result.by_class, strict=True)
         if count
     ]
     rows.sort(key=lambda row: (row[0], row[1]))

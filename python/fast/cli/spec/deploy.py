@@ -8,7 +8,7 @@ from fast.cli.options import option
 from fast.cli.spec.base import SAVED, Spec, at_least
 from fast.cli.values import folder_name
 
-TASKS = ("target", "source")
+TASKS = ("target", "source", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,27 +30,31 @@ class RunSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSpec(RunSpec):
-    """Classes with probabilities, of pictures or texts.
+    """Classes with probabilities, of pictures, sounds or texts.
 
       fast predict runs/resnet18-photos-fast holiday.jpg more/
       fast predict runs/resnet18-photos-fast new/ --task source --top 3 --csv out.csv
       fast predict runs/minilm-reviews-fast reviews.csv --column text
+      fast predict joined/ new/                        (of fast join: old and new classes together)
 
-    Pictures go through the pipeline of the run. A path is a file, a folder (all pictures in it), or
-    a .csv table with a column of paths or texts; for a network of texts also a file with one text a
-    line.
+    Inputs go through the pipeline of the run. A path is a file, a folder (all pictures or sounds in
+    it), or a table (.csv, .tsv, .parquet) with a column of paths or texts; for a network of texts
+    also a file with one text a line.
     """
 
     about = "classes with probabilities for files, folders and tables"
 
     paths: tuple[str, ...] = option(
-        "files, folders, or .csv tables", (), words="+", metavar="PATH", read=str
+        "files, folders, or tables", (), words="+", metavar="PATH", read=str
     )
-    task: str = option("whose classes: of the new task, or of the old", "target", choices=TASKS)
+    task: str | None = option(
+        "whose classes: of the new task (target), of the old (source), or of both, which needs a "
+        "joined network (default: both there, else target)", choices=TASKS,
+    )  # fmt: skip
     top: int = option("classes that are shown of each input", 1)
     csv: str | None = option("write all probabilities to this file", metavar="FILE")
     column: str | None = option("of a table: where the inputs are (default: by its usual names)")
-    skip_broken: bool = option("leave out pictures that cannot be read, and say so", False)
+    skip_broken: bool = option("leave out files that cannot be read, and say so", False)
 
     def __post_init__(self) -> None:
         at_least(self, "top", 1)
@@ -73,7 +77,10 @@ class EvaluateSpec(RunSpec):
     data: str | None = option(
         "labelled data (default: what the run held out)", words="?", metavar="DATA"
     )
-    task: str = option("whose labels these are", "target", choices=TASKS)
+    task: str | None = option(
+        "whose labels these are (default: both of a joined network, else target)", choices=TASKS
+    )
+    skip_broken: bool = option("leave out files that cannot be read", False)
     worst: int = option("wrong answers that are shown in the report", 24)
     input_column: str | None = option("inputs of a table or a Hugging Face data set")
     label_column: str | None = option("its labels")

@@ -63,7 +63,7 @@ class TaskSpec:
     std: tuple[float, ...] | None = option(
         "standard deviation of images, likewise", read=stds, metavar="X[,X,X]"
     )
-    skip_broken: bool = option("leave out images that cannot be read, and count them", False)
+    skip_broken: bool = option("leave out files that cannot be read, and count them", False)
     flip: bool = option("mirror training images at random", False)
     augment: str = option(
         "random views of training images: none; light (crop of at least half the area, mirrored "

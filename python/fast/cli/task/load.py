@@ -32,8 +32,8 @@ from fast.cli.task.prepare import (
     random_flip,
     try_forward,
 )
-from fast.data.images.pixels import PreparedImages, is_image_split, merged
-from fast.data.sources import NamedData, Split
+from fast.data.images.pixels import PreparedImages
+from fast.data.sources import FileReport, NamedData, Split
 from fast.data.trees import pick
 from fast.errors import printable
 from fast.models.load import LoadedModel
@@ -52,7 +52,7 @@ class LoadedTask:
             samples are trained on.
         sizes: number of samples of each.
         card: file of a source card.
-        preparation: what pictures and texts went through.
+        preparation: what pictures, texts and sounds went through.
         description: classes, samples of each, preprocessing, as plain values.
     """
 
@@ -110,6 +110,7 @@ def load_task(
     source_skill: str = "auto",
     measured: bool = True,
     workers: int | None = None,
+    progress: bool | None = None,
 ) -> LoadedTask:
     """Read network and data, and print what they are.
 
@@ -118,6 +119,7 @@ def load_task(
             not be those of the network's head.
         measured: there must be samples held out.
         workers: processes that decode images; None: as many as are useful.
+        progress: see `prepare_images`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: what is wrong with the network or the data,
@@ -137,19 +139,22 @@ def load_task(
             f"--source-inputs {spec.source_inputs}: the same samples as --source: what is kept "
             "is measured on what it is kept with, and looks better than it is; name others"
         )
-    prepared, form, reports = prepare_splits(spec, loaded, splits, workers)
+    prepared, preparation, reports = prepare_splits(spec, loaded, splits, workers, progress)
     check_shapes(spec, splits, prepared)
     notes += _check_source(spec, sets, try_forward(loaded, prepared["train"]), source_skill)
 
-    images = None
-    if is_image_split(splits["train"]):
-        report = merged(reports[part] for part in PARTS if part in reports)
-        images = image_facts(spec, form, loaded.preprocessing, report)
+    images = sounds = None
+    report = FileReport.merged(reports[part] for part in PARTS if part in reports)
+    if preparation.images is not None:
+        images = image_facts(spec, preparation.images, loaded.preprocessing, report)
+        images["in_memory"] = not isinstance(prepared["train"], PreparedImages)
+    if preparation.sounds is not None:
+        sounds = preparation.sounds.facts() | {"skipped": list(report.broken)}
     labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
     read = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
     data = dataclasses.replace(target, train=read["train"], val=read.get("val")).description
     loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(data)]
-    print(lines(data, images))
+    print(lines(data, images, sounds))
     print_notes(loaded.notes)
     return LoadedTask(
         name=spec.short_name,
@@ -158,13 +163,9 @@ def load_task(
         **prepared,
         card=spec.card,
         transform=random_flip if spec.flip else None,
-        preparation=Preparation(
-            images=form if images is not None else None,
-            tokenizer=loaded.tokenizer,
-            max_length=spec.max_length,
-        ),
+        preparation=preparation,
         sizes={name: len(labels_of(split)) for name, split in prepared.items()},
-        description={"data": data, "images": images, "notes": loaded.notes},
+        description={"data": data, "images": images, "sounds": sounds, "notes": loaded.notes},
     )
 
 

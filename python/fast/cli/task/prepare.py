@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,11 @@ from torch import Tensor
 
 from fast.cli.spec.task import TaskSpec
 from fast.cli.task.data import check_kinds
-from fast.data.audio.waveforms import prepare_audio
+from fast.data.audio.waveforms import SoundFormat
 from fast.data.dataset import as_data
 from fast.data.images.format import ImageFormat
-from fast.data.images.pixels import (
-    SKIP,
-    ImageReport,
-    PreparedImages,
-    is_image_split,
-    merged,
-    prepare_images,
-)
-from fast.data.sources import EncodedAudio, Split
+from fast.data.images.pixels import PreparedImages, is_image_split, prepare_images
+from fast.data.sources import SKIP, EncodedAudio, FileReport, Split
 from fast.errors import first_line, some
 from fast.heads import evaluating, forward_logits
 from fast.models.load import LoadedModel, load_model
@@ -38,59 +32,85 @@ def load_network(spec: TaskSpec, pretrained: bool = True) -> LoadedModel:
 
 
 def prepare_splits(
-    spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split], workers: int | None = None
-) -> tuple[dict[str, Any], ImageFormat, dict[str, ImageReport]]:
-    """Each split as `(x, y)` tensors, or a Dataset where it is too large for memory; how images
-    were prepared; and what was met in the images of each split.
+    spec: TaskSpec,
+    loaded: LoadedModel,
+    splits: dict[str, Split],
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> tuple[dict[str, Any], Preparation, dict[str, FileReport]]:
+    """Each split as `(x, y)` tensors, or a Dataset where it is too large for memory; how they were
+    prepared; and what was met in the files of each split.
 
     Args:
         workers: processes that decode images; None: as many as are useful.
+        progress: see `prepare_images`.
 
     Raises:
         ValueError: the data do not fit the network, the options or each other.
     """
     check_kinds(spec, splits)
-    form = image_format(spec, loaded, splits)
-    reports = {name: ImageReport() for name in splits}
+    preparation = _preparation(spec, loaded, splits)
+    reports = {name: FileReport() for name in splits}
     prepared = {
         name: prepare_images(
             split,
-            form,
+            preparation.images,
             reports[name],
             augment=spec.augment if name == "train" else "none",
             workers=workers_for(len(split)) if workers is None else workers,
+            progress=progress,
         )
-        if is_image_split(split)
-        else _prepare(split, loaded, spec)
+        if preparation.images is not None and is_image_split(split)
+        else preparation(split, reports[name])
         for name, split in splits.items()
     }
-    whole = merged(reports.values())
+    whole = FileReport.merged(reports.values())
     if not spec.skip_broken:
         whole.refuse_broken(SKIP)
     if whole.broken:
         count = len(whole.broken)
-        what = (
-            "1 image cannot be read, and is"
-            if count == 1
-            else f"{count} images cannot be read, and are"
-        )
+        many = f"{count} {whole.kind}s cannot be read, and are"
+        what = f"1 {whole.kind} cannot be read, and is" if count == 1 else many
         loaded.notes.append(f"--skip-broken: {what} left out: {some(list(whole.broken), 10)}")
-    return prepared, form, reports
+    if preparation.sounds is not None:
+        heard = next(split for split in splits.values() if isinstance(split.inputs, EncodedAudio))
+        sounds = preparation.sounds.with_rate_of(heard)
+        preparation = dataclasses.replace(preparation, sounds=sounds)
+    return prepared, preparation, reports
 
 
-def image_format(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) -> ImageFormat:
+def _preparation(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) -> Preparation:
+    """What inputs of the kinds that there are go through.
+
+    Raises:
+        ValueError: the network takes other kinds, or nobody says how images are to be normalised.
+    """
+    takes = "texts" if loaded.tokenizer else "sounds" if loaded.extractor else None
+    if takes is None and loaded.preprocessing.library:
+        takes = "images"
+    images = sounds = None
+    if any(map(is_image_split, splits.values())):
+        if takes not in (None, "images"):
+            raise ValueError(f"the data are images, and the network takes {takes}")
+        images = _image_format(spec, loaded)
+    if any(isinstance(split.inputs, EncodedAudio) for split in splits.values()):
+        if takes not in (None, "sounds"):
+            raise ValueError(f"the data are sounds, and the network takes {takes}")
+        rate = None if loaded.extractor is None else int(loaded.extractor.sampling_rate)
+        sounds = SoundFormat(seconds=spec.max_seconds, rate=rate, extractor=loaded.extractor)
+    return Preparation(
+        images=images, sounds=sounds, tokenizer=loaded.tokenizer, max_length=spec.max_length
+    )
+
+
+def _image_format(spec: TaskSpec, loaded: LoadedModel) -> ImageFormat:
     """What the options say, else what the network says; else the images as they are.
 
     Raises:
-        ValueError: there are images, and nobody says how they are to be normalised.
+        ValueError: nobody says how the images are to be normalised.
     """
     says = loaded.preprocessing
     mean, std = spec.mean or says.mean, spec.std or says.std
-    if any(map(is_image_split, splits.values())) and (loaded.tokenizer or loaded.extractor):
-        reads = "reads texts" if loaded.tokenizer else "hears sounds"
-        raise ValueError(f"the data are images, and the network {reads}")
-    if not any(map(is_image_split, splits.values())):
-        mean, std = mean or (0.0,), std or (1.0,)
     if mean is None or std is None:
         raise ValueError(
             f"--mean and --std: the network {spec.model} does not say how its inputs were "
@@ -113,14 +133,6 @@ def image_format(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) 
         stretch=says.stretch,
         interpolation=spec.interpolation or says.interpolation,
     )
-
-
-def _prepare(split: Split, loaded: LoadedModel, spec: TaskSpec) -> Any:
-    if isinstance(split.inputs, EncodedAudio):
-        if loaded.tokenizer or loaded.preprocessing.library:
-            raise ValueError("the data are sounds, and the network takes texts or images")
-        return prepare_audio(split, loaded.extractor, spec.max_seconds)
-    return Preparation(tokenizer=loaded.tokenizer, max_length=spec.max_length)(split)
 
 
 def labels_of(prepared: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import fast
@@ -10,6 +11,7 @@ from fast.cli.record import JOB_FILE, read_record
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
 from fast.deploy.predictor import Predictor
+from fast.errors import printable
 
 
 def open_run(spec: RunSpec) -> Predictor:
@@ -19,6 +21,12 @@ def open_run(spec: RunSpec) -> Predictor:
     started by this user on this machine and the file is as it was; as with --resume.
     """
     return fast.load(spec.run, spec.model or _own_code(Path(spec.run)), device=spec.device)
+
+
+def print_left_out(unreadable: dict[str, str]) -> None:
+    """Say which files could not be read, and why."""
+    for name, reason in unreadable.items():
+        print(f"note: {printable(name)}: left out: {printable(reason)}", file=sys.stderr)
 
 
 def _own_code(folder: Path) -> str | None:

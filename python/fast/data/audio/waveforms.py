@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import wave
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,61 +13,111 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.data.sources import Split
-from fast.errors import first_line, printable, some
+from fast.data.sources import SKIP, FileReport, Split
+from fast.errors import first_line, some
 
 # Full scale of integer samples by their bytes; those of one byte are unsigned.
 SCALES = {1: 128, 2: 1 << 15, 3: 1 << 23, 4: 1 << 31}
 
 
-def prepare_audio(split: Split, extractor: Any, max_seconds: float) -> tuple[Any, Tensor]:
-    """The sounds of a split as a network takes them, and their labels int64 `[N]`.
+@dataclass(frozen=True, kw_only=True)
+class SoundFormat:
+    """What sounds go through on their way to a network.
 
-    Args:
-        extractor: a feature extractor of transformers, which says the rate and makes the inputs;
-            None: waveforms `[N, T]` in -1..1 at the rate of the files, each of exactly
-            `max_seconds`, cut or followed by silence.
-        max_seconds: what is longer is cut.
-
-    Raises:
-        ValueError: files cannot be read, or differ in their rate, and there is no extractor.
+    Attributes:
+        seconds: what is longer is cut.
+        rate: samples per second, to which others are resampled; None: that of the files, which must
+            then have one.
+        extractor: a feature extractor of transformers, which makes the inputs of the waveforms;
+            None: waveforms `[N, T]` in -1..1 of exactly `seconds`, cut or followed by silence.
     """
-    sounds: list[np.ndarray] = []
-    rates: set[int] = set()
-    broken: dict[str, str] = {}
-    for i, name in enumerate(split.inputs.names):
-        try:
-            sound, rate = read_audio(partial(split.inputs.open, i))
-        except (ValueError, OSError, EOFError) as error:
-            broken[name] = first_line(error)
-            continue
-        if extractor is not None:
-            sound, rate = resampled(sound, rate, extractor.sampling_rate), extractor.sampling_rate
-        rates.add(rate)
-        sounds.append(sound[: max(1, round(max_seconds * rate))])
-    if broken:
-        name, reason = next(iter(broken.items()))
-        others = f"; also {some(list(broken)[1:], 9)}" if len(broken) > 1 else ""
-        raise ValueError(
-            f"{printable(name)}: not a readable sound ({printable(reason)}); remove or replace it"
-            + others
-        )
-    labels = torch.from_numpy(split.labels)
-    if extractor is not None:
-        made = extractor(
-            sounds, sampling_rate=rates.pop(), padding=True, return_tensors="pt", truncation=False
-        )
-        return {name: torch.as_tensor(value) for name, value in made.items()}, labels
-    if len(rates) > 1:
-        raise ValueError(
-            f"the sounds have rates of {some(sorted(rates))} Hz; convert them to one, as only a "
-            "transformers: network says which it takes"
-        )
-    length = round(max_seconds * rates.pop())
-    padded = np.zeros((len(sounds), length), np.float32)
-    for row, sound in zip(padded, sounds, strict=True):
-        row[: len(sound)] = sound
-    return torch.from_numpy(padded), labels
+
+    seconds: float
+    rate: int | None = None
+    extractor: Any = None
+
+    def __call__(self, split: Split, report: FileReport | None = None) -> tuple[Any, Tensor]:
+        """The sounds of a split as a network takes them, and their labels int64 `[N]`.
+
+        Args:
+            report: takes the files that cannot be read, which are left out; None: they are an
+                error.
+
+        Raises:
+            ValueError: files cannot be read, or differ in their rate where there must be one.
+        """
+        tolerant = report is not None
+        report = FileReport() if report is None else report
+        report.kind = "sound"
+        sounds, rates, good = [], set(), []
+        for i, name in enumerate(split.inputs.names):
+            try:
+                sound, rate = read_audio(partial(split.inputs.open, i))
+            except (ValueError, OSError, EOFError) as error:
+                report.broken[name] = first_line(error)
+                continue
+            if self.rate is not None:
+                sound, rate = resampled(sound, rate, self.rate), self.rate
+            rates.add(rate)
+            sounds.append(sound[: max(1, round(self.seconds * rate))])
+            good.append(i)
+        if not tolerant or not sounds:
+            report.refuse_broken("" if tolerant else SKIP)
+        if len(rates) > 1:
+            raise ValueError(
+                f"the sounds have rates of {some(sorted(rates))} Hz; convert them to one, as only "
+                "a transformers: network says which it takes"
+            )
+        return self._inputs(sounds, rates.pop()), torch.from_numpy(split.labels[good])
+
+    def _inputs(self, sounds: list[np.ndarray], rate: int) -> Any:
+        if self.extractor is not None:
+            made = self.extractor(
+                sounds, sampling_rate=rate, padding=True, return_tensors="pt", truncation=False
+            )
+            return {name: torch.as_tensor(value) for name, value in made.items()}
+        padded = np.zeros((len(sounds), round(self.seconds * rate)), np.float32)
+        for row, sound in zip(padded, sounds, strict=True):
+            row[: len(sound)] = sound
+        return torch.from_numpy(padded)
+
+    def with_rate_of(self, split: Split) -> SoundFormat:
+        """The same at the rate of the first of these files that can be read, where none is set."""
+        if self.rate is not None:
+            return self
+        for i in range(len(split)):
+            try:
+                return replace(self, rate=read_audio(partial(split.inputs.open, i))[1])
+            except (ValueError, OSError, EOFError):  # told where the split is prepared
+                continue
+        return self
+
+    @property
+    def words(self) -> list[str]:
+        """The steps, one sentence each, for somebody who writes them again elsewhere."""
+        rate = "the rate of the files" if self.rate is None else f"{self.rate} Hz"
+        words = [
+            "Decode to samples in -1..1; take the mean of the channels.",
+            f"Resample to {rate} (scipy.signal.resample_poly).",
+            f"Keep the first {self.seconds:g} seconds.",
+        ]
+        if self.extractor is None:
+            count = "" if self.rate is None else f", {round(self.seconds * self.rate)} samples"
+            return [
+                *words,
+                f"Fill shorter ones with zeros to exactly {self.seconds:g} seconds{count}.",
+                "Arrange as float32 [batch, samples].",
+            ]
+        return [
+            *words,
+            f"Give them to the {type(self.extractor).__name__} beside this file, with padding to "
+            "the longest of those that are prepared together.",
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain values; the extractor has a file of its own."""
+        extractor = None if self.extractor is None else type(self.extractor).__name__
+        return {"seconds": self.seconds, "rate": self.rate, "extractor": extractor}
 
 
 def read_audio(opened: Callable[[], Any]) -> tuple[np.ndarray, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,54 +15,30 @@ from torch.utils.data import Dataset
 from fast.data.images.augmentation import augmentation
 from fast.data.images.decoding import Unreadable, decode
 from fast.data.images.format import ImageFormat, as_array
-from fast.data.sources import EncodedImages, Split
+from fast.data.sources import SKIP, EncodedImages, FileReport, Split
 from fast.data.sources.formats import pillow
-from fast.errors import printable, some
+from fast.errors import printable
+from fast.progress import bar
 from fast.workers import in_workers, workers_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-# Prepared once and kept in memory up to this size; larger sets are decoded as they are read.
-CACHE_BYTES = 2 << 30
+
+def _physical_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no such call
+        return 16 << 30
+
+
+# A split is prepared once and kept in memory up to this size; a larger one is decoded as it is
+# read. A run has up to four splits.
+CACHE_BYTES = min(2 << 30, _physical_memory() // 8)
 # Images that are prepared at once; a worker sends them through shared memory, which may be small.
 CHUNK, SENT = 256, 16
-SKIP = " (or go on without: --skip-broken)"
-
-
-@dataclass(kw_only=True)
-class ImageReport:
-    """What was met while images were read.
-
-    Attributes:
-        broken: name -> reason, of the images that cannot be read.
-        sizes: (width, height) of the images as stored.
-    """
-
-    broken: dict[str, str] = field(default_factory=dict)
-    sizes: set[tuple[int, int]] = field(default_factory=set)
-
-    def refuse_broken(self, way_out: str = "") -> None:
-        """Raise ValueError where images cannot be read; `way_out` ends the message."""
-        if not self.broken:
-            return
-        name, reason = next(iter(self.broken.items()))
-        message = (
-            f"{printable(name)}: not a readable image ({printable(reason)}); remove or replace it"
-        )
-        if len(self.broken) > 1:
-            others = some(list(self.broken)[1:], 9)
-            message += f"; {len(self.broken)} cannot be read, also {others}"
-        raise ValueError(message + way_out)
-
-
-def merged(reports: Iterable[ImageReport]) -> ImageReport:
-    """One report of several splits."""
-    whole = ImageReport()
-    for report in reports:
-        whole.broken |= report.broken
-        whole.sizes |= report.sizes
-    return whole
+# So many images take a while: a bar is shown.
+MANY = 1000
 
 
 def is_image_split(split: Split) -> bool:
@@ -74,10 +51,11 @@ def is_image_split(split: Split) -> bool:
 def prepare_images(
     split: Split,
     form: ImageFormat,
-    report: ImageReport | None = None,
+    report: FileReport | None = None,
     *,
     augment: str = "none",
     workers: int = 0,
+    progress: bool | None = False,
 ) -> tuple[Tensor, Tensor] | PreparedImages:
     """The split as `(float32 [N, C, H, W], int64 [N])`; a Dataset that decodes what is asked for
     above `CACHE_BYTES`, and where pictures are augmented.
@@ -86,16 +64,17 @@ def prepare_images(
         report: takes the images that cannot be read, which are left out; None: they are an error.
         augment: `none`, or a preset of `fast.data.images.augmentation`.
         workers: processes that decode.
+        progress: show a bar while many images are read; None: in a terminal or a notebook.
 
     Raises:
         ValueError: images cannot be read (they are named), or sizes differ and `form` has none.
     """
     tolerant = report is not None
-    report = ImageReport() if report is None else report
+    report = FileReport() if report is None else report
     prepared = prepared_by(split, form, augment)
     out: Tensor | None = None
     good: list[int] = []
-    for index, images in prepared.chunks(report, workers):
+    for index, images in prepared.chunks(report, workers, progress):
         if out is None:
             shape = images.shape[1:]
             lazy = augment != "none" or 4 * shape.numel() * len(split) > CACHE_BYTES
@@ -144,16 +123,18 @@ class PreparedImages(Dataset):
         return prepared_by(split, self.form, self.augment if augment else "none")
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        report = ImageReport()
+        report = FileReport()
         _, images = self._read(range(i, i + 1), report)
         report.refuse_broken()
         return images[0], self.labels[i]
 
-    def chunks(self, report: ImageReport, workers: int = 0) -> Iterator[tuple[list[int], Tensor]]:
+    def chunks(
+        self, report: FileReport, workers: int = 0, progress: bool | None = False
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Rows and images `[n, C, H, W]`, chunk by chunk; what cannot be read is left out."""
 
-        def read(chunk: range) -> tuple[list[int], Tensor, ImageReport]:
-            part = ImageReport()
+        def read(chunk: range) -> tuple[list[int], Tensor, FileReport]:
+            part = FileReport()
             return *self._read(chunk, part), part
 
         if not isinstance(self.inputs, EncodedImages):
@@ -161,13 +142,34 @@ class PreparedImages(Dataset):
         size = SENT if workers else CHUNK
         starts = range(0, len(self), size)
         chunks = (range(start, min(start + size, len(self))) for start in starts)
-        for rows, images, part in in_workers(read, chunks, workers):
-            report.broken |= part.broken
-            report.sizes |= part.sizes
-            if rows:
-                yield rows, images
+        show = progress if len(self) >= MANY else False
+        with closing(bar(len(self), "reading", show, unit="image")) as shown:
+            for rows, images, part in in_workers(read, chunks, workers):
+                shown.update(len(rows) + len(part.broken))
+                report.broken |= part.broken
+                report.sizes |= part.sizes
+                if rows:
+                    yield rows, images
 
-    def _read(self, index: range, report: ImageReport) -> tuple[list[int], Tensor]:
+    def batches(
+        self, batch_size: int, report: FileReport, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images `[B, C, H, W]` and their labels, decoded as they are asked for; what cannot be
+        read is left out."""
+        ready: list[Tensor] = []
+        rows: list[int] = []
+        for more, images in self.chunks(report, workers, progress=None):
+            if ready and images.shape[1:] != ready[0].shape[1:]:
+                self.refuse(more[0], images.shape[1:], ready[0].shape[1:])
+            ready, rows = [*ready, images], rows + more
+            while len(rows) >= batch_size:
+                whole = torch.cat(ready)
+                yield whole[:batch_size], self.labels[rows[:batch_size]]
+                ready, rows = [whole[batch_size:]], rows[batch_size:]
+        if rows:
+            yield torch.cat(ready), self.labels[rows]
+
+    def _read(self, index: range, report: FileReport) -> tuple[list[int], Tensor]:
         if not isinstance(self.inputs, EncodedImages):
             images = channels_first(self.inputs[index.start : index.stop])
             report.sizes.add((images.shape[3], images.shape[2]))
@@ -184,9 +186,11 @@ class PreparedImages(Dataset):
             return [], torch.empty(0)
         # torch sees whole chunks only: on a busy machine its threads waited 15 ms for each other on
         # every image (5 in torch.cat), where decoding and resizing one takes 0.7.
-        return list(decoded), self.form.finish(torch.from_numpy(np.stack(list(decoded.values()))))
+        arrays = list(decoded.values())
+        stacked = np.stack(arrays) if len(arrays) > 1 else arrays[0][None]  # one is not copied
+        return list(decoded), self.form.finish(torch.from_numpy(stacked))
 
-    def _decode(self, i: int, report: ImageReport) -> Picture | None:
+    def _decode(self, i: int, report: FileReport) -> Picture | None:
         """Image `i`, or None where it is broken: reported."""
         try:
             picture, size = decode(lambda: self.inputs.open(i), self.form.channels)
@@ -222,7 +226,7 @@ class AugmentedImages(PreparedImages):
 
     def view(self, i: int, seed: int) -> tuple[Tensor, Tensor]:
         """Image `i` in a view that depends on the seed alone, and its label."""
-        report = ImageReport()
+        report = FileReport()
         picture = self._picture(i, report)
         report.refuse_broken()
         assert picture is not None
@@ -234,7 +238,7 @@ class AugmentedImages(PreparedImages):
             torch.default_generator.set_state(before)
         return self.form.without_resizing(torch.from_numpy(pixels)[None])[0], self.labels[i]
 
-    def _picture(self, i: int, report: ImageReport) -> Picture | None:
+    def _picture(self, i: int, report: FileReport) -> Picture | None:
         if isinstance(self.inputs, EncodedImages):
             return self._decode(i, report)
         array = np.moveaxis(channels_first(self.inputs[i : i + 1])[0].numpy(), 0, -1)

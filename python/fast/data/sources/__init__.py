@@ -17,8 +17,10 @@ from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
 from fast.data.sources.table import SUFFIXES, from_columns, read_table, read_tables, split_tables
 from fast.data.sources.types import (
+    SKIP,
     EncodedAudio,
     EncodedImages,
+    FileReport,
     NamedData,
     Split,
     fold_rows,
@@ -26,9 +28,11 @@ from fast.data.sources.types import (
 )
 
 __all__ = [
+    "SKIP",
     "DataWarning",
     "EncodedAudio",
     "EncodedImages",
+    "FileReport",
     "NamedData",
     "Split",
     "fold_rows",

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fast.data.sources.formats import readable_suffixes
+from fast.data.sources.names import HELD_OUT, TRAIN, roles_of
 from fast.data.sources.scan import Folder, natural, scan
-from fast.data.sources.splits import HELD_OUT, TRAIN, roles_of
 from fast.data.sources.types import EncodedAudio, EncodedImages, NamedData, Split, labelled
 from fast.errors import printable, some
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from fast.data.labels import count_classes
 from fast.data.sources.files import samples_of, suffixes_in
+from fast.data.sources.names import HELD_OUT, ROLES, TRAIN, roles_of
 from fast.data.sources.scan import Folder, left_out, natural, scan
-from fast.data.sources.splits import HELD_OUT, ROLES, TRAIN, roles_of
 from fast.data.sources.types import NamedData, Split
 from fast.errors import printable, some
 

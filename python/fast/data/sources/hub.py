@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from fast.data.sources.connection import quick_offline
-from fast.data.sources.splits import HELD_OUT, TRAIN, role_of
+from fast.data.sources.names import (
+    HELD_OUT,
+    LABELS,
+    MEDIA,
+    TEXTS,
+    TRAIN,
+    role_of,
+    usual_columns,
+)
 from fast.data.sources.types import (
     EncodedAudio,
     EncodedImages,
@@ -21,10 +29,7 @@ from fast.data.sources.types import (
 from fast.errors import first_line, printable, some
 
 UNLABELLED = -1
-USUAL_COLUMNS = {
-    "--label-column": ("label", "labels"),
-    "--input-column": ("image", "img", "audio", "text", "sentence"),
-}
+USUAL_COLUMNS = {"--label-column": LABELS, "--input-column": (*MEDIA, *TEXTS)}
 
 
 def read_hugging_face(name: str, input_column: str | None, label_column: str | None) -> NamedData:
@@ -113,7 +118,7 @@ def _column(option: str, column: str | None, features: Any, kind: type) -> str:
             raise ValueError(f"no column {column!r}; {option} can be: {columns}")
         return column
     of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
-    candidates = of_kind or [name for name in USUAL_COLUMNS[option] if name in features]
+    candidates = of_kind or usual_columns(features, USUAL_COLUMNS[option])
     if not candidates:
         raise ValueError(f"say which column to use with {option}: {columns}")
     return candidates[0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fast.data.sources.archive import Archive
-from fast.data.sources.splits import HELD_OUT, TRAIN, role_of
+from fast.data.sources.names import HELD_OUT, TRAIN, role_of
 from fast.data.sources.types import EncodedImages, NamedData, Split, labelled, numbered_classes
 from fast.errors import printable, some
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,28 +12,25 @@ from typing import Any
 import numpy as np
 
 from fast.data.sources.files import files_of
+from fast.data.sources.names import (
+    FILES,
+    HELD_OUT,
+    LABELS,
+    SPLITS,
+    TEXTS,
+    TRAIN,
+    role_of,
+    usual_columns,
+)
 from fast.data.sources.scan import natural
-from fast.data.sources.splits import HELD_OUT, TRAIN, role_of
 from fast.data.sources.types import NamedData, Split, labelled
 from fast.errors import first_line, printable, some
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-LABELS = (
-    "label",
-    "labels",
-    "class",
-    "target",
-    "category",
-    "y",
-    "classid",
-    "class_id",
-    "class_name",
-)
-FILES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "img", "audio")
-TEXTS = ("text", "sentence", "review", "content")
-SPLITS = ("split", "set", "subset")
 # Longer cells are no labels. csv itself refuses cells of more than 128 KB, which texts may have.
 LONGEST_CELL = 1 << 24
+DELIMITERS = (",", "\t", ";")
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -117,7 +115,7 @@ def from_columns(
 
 def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
     """The rows of each split, where a column names it."""
-    named = [c for c in table if c.lower() in SPLITS and c not in used]
+    named = usual_columns([c for c in table if c not in used], SPLITS)
     if not named:
         return {"train": table}, ""
     roles = [role_of(str(value)) for value in table[named[0]]]
@@ -134,14 +132,34 @@ def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
     return parts, f"split by column {printable(named[0])}"
 
 
+def read_inputs(path: Path, column: str | None, usual: Sequence[str]) -> Any:
+    """The inputs in a table: files, texts or numbers.
+
+    Args:
+        column: that holds them; None: the first that is called as one of `usual`.
+
+    Raises:
+        ValueError: the table cannot be read, has no such column, or names files that are not there.
+    """
+    table = _columns(path)
+    names = [column] if column is not None else usual_columns(table, usual)
+    if not names or names[0] not in table:
+        wanted = "none of the usual columns of inputs" if column is None else f"no column {column}"
+        raise ValueError(
+            f"{path}: has {wanted}; it has {some(list(table), 10)}: name the one that holds the "
+            "inputs (column=, --column)"
+        )
+    return _inputs(f"{path}: {printable(names[0])}", table[names[0]], path.parent)
+
+
 def _columns(path: Path) -> Columns:
     """The columns of a file, by name; of a CSV all cells are strings."""
     if path.suffix.lower() == ".parquet":
         return _parquet(path)
-    rows = rows_of(path)
+    rows = _rows(path)
     if len(rows) < 2:
         raise ValueError(f"{path}: has no rows; the first line holds the names of the columns")
-    names = rows[0]
+    names = [name.strip() for name in rows[0]]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two columns have one name: {some(names)}")
     for line, row in enumerate(rows[1:], 2):
@@ -153,14 +171,27 @@ def _columns(path: Path) -> Columns:
     return dict(zip(names, zip(*rows[1:], strict=True), strict=True))
 
 
-def rows_of(path: Path) -> list[list[str]]:
-    """The cells of a CSV file (of a .tsv, between tabs) by rows; empty rows are none."""
+def _rows(path: Path) -> list[list[str]]:
+    """The cells of a CSV file by rows; empty rows are none.
+
+    Between cells are commas. Where the first line has none they are tabs or semicolons, as
+    spreadsheets write them.
+    """
     csv.field_size_limit(min(LONGEST_CELL, sys.maxsize))
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            return [row for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig")
+        first = text.lstrip().partition("\n")[0]
+        between = next((mark for mark in DELIMITERS if mark in first), ",")
+        if path.suffix.lower() == ".tsv":
+            between = "\t"
+        return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=between) if row]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: is not UTF-8, but perhaps Windows-1252 or Latin-1: save it as UTF-8 (in "
+            f"Excel: CSV UTF-8), or: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.csv"
+        ) from error
+    except (OSError, csv.Error) as error:
         raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
 
 
@@ -188,9 +219,9 @@ def _chosen(
         if column is not None and column not in columns:
             raise ValueError(f"{name}: no column {column!r}; {option} can be: {some(columns, 20)}")
     for option in reversed(chosen):
-        by_name = {c.lower(): c for c in reversed(columns) if c not in chosen.values()}
         if chosen[option] is None:
-            chosen[option] = next((by_name[c] for c in usual[option] if c in by_name), None)
+            free = [c for c in columns if c not in chosen.values()]
+            chosen[option] = next(iter(usual_columns(free, usual[option])), None)
     free = [c for c in columns if c not in chosen.values()]
     for option, column in chosen.items():
         if column is None:
@@ -205,7 +236,7 @@ def _chosen(
 
 def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
     """Labels as text: 1, "1" and 1.0 are one class."""
-    empty = [i for i, cell in enumerate(cells) if cell is None or cell == "" or cell != cell]
+    empty = [i for i, cell in enumerate(cells) if cell is None or _is_blank(cell) or cell != cell]
     if empty:
         raise ValueError(
             f"{name}: {printable(column)}: {len(empty)} cells are empty, the first in row "
@@ -222,6 +253,10 @@ def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
     return [_text(cell) for cell in cells]
 
 
+def _is_blank(cell: Any) -> bool:
+    return isinstance(cell, str) and not cell.strip()
+
+
 def _is_list(cell: Any) -> bool:
     if isinstance(cell, str):
         return cell.startswith("[") and cell.endswith("]")
@@ -231,7 +266,7 @@ def _is_list(cell: Any) -> bool:
 def _text(cell: Any) -> str:
     if isinstance(cell, (float, np.floating)) and float(cell).is_integer():
         return str(int(cell))
-    return str(cell)
+    return str(cell).strip()
 
 
 def _inputs(where: str, cells: Sequence[Any], root: Path) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 
 from fast.data.labels import check_labels, count_classes
 from fast.data.trees import length, pick
+from fast.errors import printable, some
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,46 @@ class EncodedImages(EncodedFiles):
 
 class EncodedAudio(EncodedFiles):
     """Sounds still to be decoded."""
+
+
+SKIP = " (or go on without: --skip-broken)"
+
+
+@dataclass(kw_only=True)
+class FileReport:
+    """What was met while files were read.
+
+    Attributes:
+        broken: name -> reason, of the files that cannot be read.
+        sizes: (width, height) of images as stored.
+        kind: what the files should be: image or sound.
+    """
+
+    kind: str = "image"
+    broken: dict[str, str] = field(default_factory=dict)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+
+    def refuse_broken(self, way_out: str = "") -> None:
+        """Raise ValueError where files cannot be read; `way_out` ends the message."""
+        if not self.broken:
+            return
+        name, reason = next(iter(self.broken.items()))
+        message = f"{printable(name)}: not a readable {self.kind} ({printable(reason)}); remove or "
+        message += "replace it"
+        if len(self.broken) > 1:
+            others = some(list(self.broken)[1:], 9)
+            message += f"; {len(self.broken)} cannot be read, also {others}"
+        raise ValueError(message + way_out)
+
+    @classmethod
+    def merged(cls, reports: Iterable[FileReport]) -> FileReport:
+        """One report of several splits."""
+        whole = cls()
+        for report in reports:
+            whole.broken |= report.broken
+            whole.sizes |= report.sizes
+            whole.kind = report.kind if report.broken else whole.kind
+        return whole
 
 
 @dataclass(frozen=True, kw_only=True)

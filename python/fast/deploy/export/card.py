@@ -50,6 +50,8 @@ def _front(subject: Subject) -> list[str]:
 
 
 def _task(subject: Subject) -> str:
+    if subject.preparation.kind == "sounds":
+        return "audio-classification"
     texts = subject.preparation.kind == "texts" or "input_ids" in subject.input_names
     return "text-classification" if texts else "image-classification"
 

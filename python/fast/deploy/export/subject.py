@@ -52,9 +52,9 @@ class Subject:
             return forward_logits(self.network, inputs).float()
 
     def write_description(self, folder: Path) -> None:
-        """Write what the inputs go through, with the tokenizer, and what the outputs are."""
-        if self.preparation.tokenizer is not None:
-            self.preparation.tokenizer.save_pretrained(folder)
+        """Write what the inputs go through, with the tokenizer or feature extractor, and what the
+        outputs are."""
+        self.preparation.save_parts(folder)
         inputs = {
             name: {"shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
             for name, x in zip(self.input_names, self.tensors(), strict=True)

@@ -22,20 +22,24 @@ from fast.cli.report.machine import describe
 from fast.cli.report.table import text_table
 from fast.cli.spec import EvaluateSpec, FinetuneSpec
 from fast.cli.spec.task import TaskSpec
-from fast.cli.task.run import open_run
+from fast.cli.task.run import open_run, print_left_out
 from fast.data.sources import DataWarning, load_data
 from fast.deploy.figures import evaluation_figure
+from fast.deploy.predictor import Task
 from fast.errors import printable
 from fast.figures import save
 from fast.files import check_writable, write_json
 
 
 def run(spec: EvaluateSpec) -> int:
-    folder = Path(spec.output or Path(spec.run) / f"evaluation-{spec.task}")
-    check_writable(folder, "--output")
-    name, data = _data(spec)
+    if spec.output:
+        check_writable(Path(spec.output), "--output")
     predictor = open_run(spec)
-    evaluation = predictor.evaluate(data, task=spec.task)  # type: ignore[arg-type]
+    task = predictor.task_of(spec.task)  # type: ignore[arg-type]
+    folder = Path(spec.output or Path(spec.run) / f"evaluation-{task}")
+    name, data, skip_broken = _data(spec, task)
+    evaluation = predictor.evaluate(data, task=task, skip_broken=skip_broken)
+    print_left_out(evaluation.unreadable)
     print(f"{printable(name)}: {verdict(evaluation)}\n")
     rows = class_rows(evaluation)
     print(text_table(CLASS_HEADER, rows[:LISTED]))
@@ -44,7 +48,7 @@ def run(spec: EvaluateSpec) -> int:
 
     figure = save(evaluation_figure(evaluation), folder / "confusion.png")
     write_json(folder / "evaluation.json", {"data": name, **numbers(evaluation)})
-    facts = {"run": spec.run, "data": name, "task": spec.task, **describe()}
+    facts = {"run": spec.run, "data": name, "task": task, **describe()}
     write_evaluation(
         folder / "report.html",
         title=f"{predictor.name or type(predictor.model).__name__} on {name}",
@@ -57,14 +61,15 @@ def run(spec: EvaluateSpec) -> int:
     return 0
 
 
-def _data(spec: EvaluateSpec) -> tuple[str, Any]:
-    """Name and contents of the data: those that are given, or what the run held out.
+def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
+    """Name and contents of the data, those that are given or what the run held out; and whether
+    files that cannot be read are left out, as --skip-broken says here, or said in the run.
 
     Raises:
         ValueError: no data are given, and the run names none.
     """
     job = _job(Path(spec.run))
-    role = "data" if spec.task == "target" else "source"
+    role = "source" if task == "source" else "data"
     of_run = job.get(role)
     name = spec.data or of_run
     if name is None:
@@ -77,7 +82,7 @@ def _data(spec: EvaluateSpec) -> tuple[str, Any]:
         columns = {key: value or job.get(key) for key, value in columns.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
-        data = load_data(name, **columns, numeric_labels=spec.task == "source")
+        data = load_data(name, **columns, numeric_labels=task == "source")
     for note in data.notes:
         print(f"note: {printable(name)}: {note}", file=sys.stderr)
     if own and role == "data":
@@ -86,7 +91,8 @@ def _data(spec: EvaluateSpec) -> tuple[str, Any]:
             print("note: these are the samples that the run was trained on", file=sys.stderr)
         else:
             name = f"{name} ({data.held_out or 'held out'})"
-    return name, dataclasses.replace(data, name=name)
+    skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))
+    return name, dataclasses.replace(data, name=name), skip_broken
 
 
 def _job(folder: Path) -> dict[str, Any]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 from fast.cli.report.table import text_table
 from fast.cli.spec import PredictSpec
-from fast.cli.task.run import open_run
+from fast.cli.task.run import open_run, print_left_out
 from fast.deploy.predictions import Predictions
 from fast.errors import printable
+
+# So many answers are looked at one by one.
+FEW = 40
+# A terminal is not filled with more of them; a file, or another program, gets all.
+SHOWN = 200
+MOST_CLASSES = 12
 
 
 def run(spec: PredictSpec) -> int:
@@ -20,9 +27,10 @@ def run(spec: PredictSpec) -> int:
         column=spec.column,
         skip_broken=spec.skip_broken,
     )
-    for name, reason in answers.unreadable.items():
-        print(f"note: {printable(name)}: left out: {printable(reason)}", file=sys.stderr)
+    print_left_out(answers.unreadable)
     print(_table(answers, spec.top))
+    if len(answers) > FEW:
+        print(f"\n{_counts(answers)}")
     if spec.csv:
         print(f"saved in {printable(answers.write_csv(spec.csv))}")
     return 0
@@ -31,10 +39,22 @@ def run(spec: PredictSpec) -> int:
 def _table(answers: Predictions, top: int) -> str:
     header = ["input", *(part for i in range(top) for part in (_ordinal(i), "%"))]
     rows = []
-    for name, best in zip(answers.names, answers.top(top), strict=True):
+    shown = SHOWN if sys.stdout.isatty() else len(answers)
+    for name, best in zip(answers.names[:shown], answers.top(top), strict=False):
         cells = [cell for label, p in best for cell in (printable(label), f"{100 * p:.1f}")]
         rows.append([printable(name), *cells, *[""] * (2 * top - len(cells))])
-    return text_table(header, rows, left=2)
+    rest = len(answers) - shown
+    more = f"\n... and {rest} more: --csv FILE writes all" if rest > 0 else ""
+    return text_table(header, rows, left=2) + more
+
+
+def _counts(answers: Predictions) -> str:
+    """How often each class is the answer, the most frequent first."""
+    counts = Counter(answers.labels).most_common(MOST_CLASSES)
+    left_out = len(set(answers.labels)) - len(counts)
+    more = f", and {left_out} other classes" if left_out else ""
+    shown = ", ".join(f"{printable(label)} {count}" for label, count in counts)
+    return f"{len(answers)} inputs: {shown}{more}"
 
 
 def _ordinal(i: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fast
+from fast.cli.record import absolute
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.task.data import drawn_inputs, print_notes, read_data, training_split
@@ -29,7 +30,7 @@ def run(spec: RewindSpec) -> int:
     splits = {"source_inputs": drawn_inputs(sets["source_inputs"])}
     if "data" in sets:
         splits["train"] = training_split(sets["data"])
-    prepared, _, _ = prepare_splits(task, loaded, splits)
+    prepared, preparation, _ = prepare_splits(task, loaded, splits)
     print_notes(loaded.notes + notes)
     result = fast.rewind(
         loaded.model,
@@ -43,6 +44,7 @@ def run(spec: RewindSpec) -> int:
     )
     if "data" in sets:
         result.classes = list(sets["data"].classes)
+    result.network, result.preparation = absolute(task.model), preparation
     result.save(folder)
     files = [str(folder)]
     try:

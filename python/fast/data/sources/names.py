@@ -1,4 +1,4 @@
-"""The names that published data sets have for their splits."""
+"""The names that published data sets have for their splits, and tables for their columns."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ HELD_OUT = ("val", "eval", "test")
 # Splits without labels.
 REST = "rest"
 ROLES = (TRAIN, *HELD_OUT, REST)
+# Columns of tables, the likeliest first; MEDIA are those that may hold a picture or sound itself.
+LABELS = (
+    "label", "labels", "class", "target", "category", "y", "classid", "class_id", "class_name",
+)  # fmt: skip
+MEDIA = ("image", "img", "audio")
+FILES = (
+    "path", "file", "filename", "file_name", "filepath", "file_path", *MEDIA, "image_path",
+    "audio_path", "input",
+)  # fmt: skip
+TEXTS = ("text", "sentence", "review", "content", "question", "body", "input")
+SPLITS = ("split", "set", "subset")
 _WORDS = {
     TRAIN: "train training trn trainval",
     "val": "val valid validation validate validating dev devel development holdout heldout",
@@ -45,6 +56,17 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
         for name, (role, other) in read.items()
         if role is not None and (not other or common[other] > 1)
     }
+
+
+def usual_columns(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of `columns` that are called as one of `names`, in the order of these: `File Path` is
+    called `file_path`."""
+    places = {_underscored(column): column for column in reversed(list(columns))}
+    return [places[name] for name in names if name in places]
+
+
+def _underscored(name: str) -> str:
+    return "_".join(name.lower().replace("-", " ").split())
 
 
 def _read(name: str) -> tuple[str | None, str]:

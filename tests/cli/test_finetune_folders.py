@@ -1,0 +1,144 @@
+"""The folder of `fast finetune`: whose it is, what an interrupted run leaves, --resume."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fast.cli.commands import finetune
+from fast.train.trainer import Trainer
+
+RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")
+
+
+def fail_at(monkeypatch, step, error):
+    original = Trainer.step
+
+    def stop(self, *args):
+        if self.adaptation.done == step:
+            raise error
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", stop)
+
+
+def test_resume_gives_the_same_weights_as_an_uninterrupted_run(job, monkeypatch, tmp_path_factory):
+    job.fast("finetune", *job.args, *RUN[:-1], "whole", "--flip")
+    with monkeypatch.context() as patch:
+        fail_at(patch, 25, KeyboardInterrupt())
+        code, _, err = job.fast("finetune", *job.args, *RUN[:-1], "cut", "--flip")
+    assert code == 130
+    assert "to go on: fast finetune --resume cut" in err
+    assert not (job.folder / "cut" / "model.safetensors").exists()
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    code, out, err = job.fast("finetune", "--resume", job.folder / "cut")
+    assert code == 0, err
+    assert "30 steps" in out
+    whole, cut = (load_file(job.folder / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_resume_takes_no_other_options(job):
+    job.fast("finetune", *job.args, *RUN)
+    code, _, err = job.fast("finetune", "--resume", "out", "--lr", 0.1)
+    assert code == 2
+    assert "--resume goes on exactly as out/job.json says; drop --lr" in err
+    code, _, err = job.fast("finetune", "--resume", "out", "--val-fraction", 0.2)  # the default
+    assert code == 2
+    assert "drop --val-fraction" in err
+    code, _, err = job.fast("finetune", "--resume", "nowhere")
+    assert code == 2
+    assert "--resume nowhere: has no job.json" in err
+
+
+def test_output_is_never_overwritten(job):
+    (job.folder / "out").mkdir()
+    (job.folder / "out" / "thesis.txt").write_text("x")
+    code, _, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 2
+    assert "--output out: exists" in err
+
+
+def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
+    """The second looks for its folder while the first has just taken its own, and fails."""
+    claim, results = finetune._claim, []
+
+    def claim_and_start_another(spec):
+        folder = claim(spec)
+        if not results:
+            results.append(None)
+            with pytest.MonkeyPatch.context() as patch:
+                fail_at(patch, 0, ValueError("no"))
+                results.append(job.fast("finetune", *job.args, "--steps", 4)[0])
+            (folder / "notes.txt").write_text("mine")
+        return folder
+
+    monkeypatch.setattr(finetune, "_claim", claim_and_start_another)
+    code, out, err = job.fast("finetune", *job.args, "--steps", 4)
+    assert code == 0, err
+    assert results[1] == 2
+    assert "saved in runs/Net-target-fast\n" in out
+    assert [p.name for p in (job.folder / "runs").iterdir()] == ["Net-target-fast"]
+
+
+def test_a_failing_run_removes_its_own_files_only(job, monkeypatch):
+    fail_at(monkeypatch, 5, ValueError("no"))
+    claim = finetune._claim
+
+    def claim_with_notes(spec):
+        folder = claim(spec)
+        (folder / "notes.txt").write_text("mine")
+        return folder
+
+    monkeypatch.setattr(finetune, "_claim", claim_with_notes)
+    assert job.fast("finetune", *job.args, *RUN)[0] == 2
+    assert [p.name for p in (job.folder / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_claimed_by_another_is_refused(job, monkeypatch):
+    monkeypatch.setattr(finetune, "_check_new", lambda folder: None)  # both saw it empty
+    (job.folder / "out").mkdir()
+    (job.folder / "out" / "job.json").write_text("{}")
+    code, _, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 2
+    assert "--output out: another run has just started there" in err
+    assert (job.folder / "out" / "job.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("output", ["new/deep/out", "empty"])
+def test_a_run_without_a_checkpoint_leaves_nothing_and_can_be_run_again(
+    job, monkeypatch, error, output
+):
+    (job.folder / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        fail_at(patch, 5, error)
+        code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)
+        assert code in (1, 2, 130)
+        assert "--resume" not in err
+    assert not (job.folder / "new").exists()
+    assert list((job.folder / "empty").iterdir()) == []
+    code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)
+    assert code == 0, err
+
+
+def test_a_run_with_a_checkpoint_is_kept(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 25, ValueError("no"))
+        assert job.fast("finetune", *job.args, *RUN)[0] == 2
+    code, _, err = job.fast("finetune", "--resume", "out")
+    assert code == 0, err
+
+
+def test_resuming_a_folder_without_checkpoints_leaves_it(job):
+    code, _, err = job.fast("finetune", *job.args, *RUN)
+    assert code == 0, err
+    (checkpoint,) = (job.folder / "out").glob("checkpoint-*")
+    shutil.rmtree(checkpoint)
+    kept = sorted(p.name for p in (job.folder / "out").iterdir())
+    code, _, err = job.fast("finetune", "--resume", "out")
+    assert code == 2
+    assert "nothing to resume from" in err
+    assert sorted(p.name for p in (job.folder / "out").iterdir()) == kept
