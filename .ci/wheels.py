@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("3.11", "3.12", "3.13")
+THIS = f"{sys.version_info.major}.{sys.version_info.minor}"
 EXCLUDED = ("libgomp.so.1", "libtorch*.so", "libc10*.so", "libcudart.so.*")
 FACTS = """
 import sys, sysconfig
@@ -51,6 +52,7 @@ import importlib.machinery, importlib.util, pathlib, sysconfig
 (path,) = pathlib.Path(sysconfig.get_paths()["purelib"], "fastkernels").glob("_C.*.so")
 loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
 module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+loader.exec_module(module)
 print("the native module loads,", module.cpu_instruction_set(), "(tried without torch)")
 """
 
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 lines.append(f"{version}: skipped, {reason}")
                 continue
             wheel = build_wheel(python, source, Path(folder, version), output)
-            full = given.dependencies or version == f"{sys.version_info.major}.{sys.version_info.minor}"
+            full = given.dependencies or version == THIS
             tried = try_wheel(python, wheel, Path(folder, f"try-{version}"), full)
             lines.append(f"{version}: {wheel.name}: {tried}")
     print("\n".join(lines))

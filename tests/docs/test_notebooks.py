@@ -31,7 +31,7 @@ def run(name, names):
             continue
         code = "".join(cell["source"])
         if code.startswith("!fast "):
-            for line in code.splitlines():
+            for line in code.replace("\\\n", " ").splitlines():
                 assert main(shlex.split(line)[1:]) == 0, line
         else:
             exec(compile(code, f"{name}, cell {number}", "exec"), names)
