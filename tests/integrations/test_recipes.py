@@ -26,6 +26,13 @@ def recipe(section, **replaced):
     return code
 
 
+def test_every_block_stands_under_a_recipe():
+    sections = [recipe(name) for name in ("Lightning", "timm", "PEFT", "Accelerate")]
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 5
+    assert "\n".join(sections) == "\n".join(blocks).replace("steps=1000", "steps=4")
+
+
 def loader(x, y, size=14):
     return DataLoader(TensorDataset(x, y), batch_size=size, drop_last=True)
 

@@ -35,7 +35,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "vanilla": {"method": "vanilla", "max_entropy": False},
     "ewc": {**SOURCE, "method": "ewc"},
     "replay": {**SOURCE, "method": "replay"},
-    "micro-batches": {**SOURCE, "grad_accum_steps": 2},
+    # Each of four sharded processes needs a source sample in each micro-batch.
+    "micro-batches": {**SOURCE, "grad_accum_steps": 2, "batch_size": 64},
     "distillation": {"distill": 0.2, "rehearse": 0.0},
     "class weights": {"class_weights": (1.0, 2.0, 0.5), "label_smoothing": 0.1},
     "per_task": {**SOURCE, "batch_norm": "per_task"},
@@ -71,7 +72,7 @@ def samples(count: int, seed: int, classes: int) -> tuple[torch.Tensor, torch.Te
 
 def run(name: str, **options: Any) -> fast.Result:
     """One of `RUNS` by `fast.finetune`, on one process or inside a group."""
-    options = {**RUNS[name], **options}
+    options = {"batch_size": 32, **RUNS[name], **options}
     if options.pop("source_inputs", False):
         options["source_inputs"] = samples(96, 2, 3)
     return fast.finetune(
@@ -79,7 +80,6 @@ def run(name: str, **options: Any) -> fast.Result:
         Broken() if name == "broken" else samples(256, 1, 3),
         val=samples(101, 3, 3),
         steps=STEPS,
-        batch_size=32,
         lr=3e-2,
         eval_every=10,
         progress=False,

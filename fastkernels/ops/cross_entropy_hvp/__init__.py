@@ -66,7 +66,9 @@ def cross_entropy_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
     """`[K]`, float64: `<u[k], H u[k]>` for every k; `u` is read once and nothing else is written.
 
     Args:
-        u, p, scale: as for `cross_entropy_hvp_`.
+        u: as for `cross_entropy_hvp_`.
+        p: as for `cross_entropy_hvp_`.
+        scale: as for `cross_entropy_hvp_`.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts do not fit; the message names the tensor.

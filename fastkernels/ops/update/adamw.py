@@ -58,17 +58,20 @@ def anchored_adamw_(
     in `fastkernels.codes`. Arithmetic is float32, or float64 for float64 parameters.
 
     Args:
-        params, grads: `N` tensors each, of the same shapes; any floating dtypes, any strides.
-        exp_avgs, exp_avg_sqs: `N` tensors of these shapes: float32, float64, bfloat16 (the second
-            rounded stochastically) or uint8 codes.
+        params: `N` tensors; any floating dtypes, any strides.
+        grads: `N` tensors of these shapes; any floating dtypes, any strides.
+        exp_avgs: `N` tensors of these shapes: float32, float64, bfloat16 or uint8 codes.
+        exp_avg_sqs: the same; bfloat16 is rounded stochastically.
         steps: `N` float32 tensors `[]`, the number of steps done; advanced by one.
         hyper: float64 `[G, 7]`, a row per group: lr, beta1, beta2, eps, weight_decay, anchor_decay,
             maximize (0 or 1).
         groups: `N` row indices into `hyper`.
         anchors: empty, or `N` tensors or None: the weights `w0` pulled to.
         curvature: empty, or `N` tensors or None: `F >= 0` of the pull; None means 1.
-        curvature_scales, exp_avg_scales, exp_avg_sq_scales: empty, or `N` float32 tensors
-            `[ceil(numel / 128)]` for uint8 codes (None, or 0 elements, for the others).
+        curvature_scales: empty, or `N` float32 tensors `[ceil(numel / 128)]` for uint8 codes (None,
+            or 0 elements, for the others).
+        exp_avg_scales: the same, of `exp_avgs`.
+        exp_avg_sq_scales: the same, of `exp_avg_sqs`.
         remainders: empty, or `N` int16 tensors of the shapes of bfloat16 parameters (0 elements for
             the others): the 16 bits that make them float32.
         grad_scale: `[]` or `[1]`; gradients are divided by it.

@@ -52,9 +52,9 @@ def join(
         data: `(inputs, labels)`, a Dataset or a DataLoader of the target task: samples that were
             not trained on, where there are any. On training samples the target's head is surer than
             it should be.
-        source_classes, target_classes: names of the classes, in the order of each head's logits
-            (default: what the network says, what `result` has). Classes of the same name in both
-            tasks become one.
+        source_classes: names of the classes, in the order of the source head's logits (default:
+            what the network says). Classes of the same name in both tasks become one.
+        target_classes: likewise of the target (default: what `result` has).
 
     Returns:
         a plain module, in evaluation mode: logits `[B, C]`, first of the source's classes, then of

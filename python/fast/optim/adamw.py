@@ -48,8 +48,12 @@ class AdamW(AnchoredOptimizer):
         exact_bf16: keep the 16 bits that bfloat16 parameters lack, so that their updates are those
             of float32; without, an update below half a unit in the last place is lost.
         seed: of the stochastic rounding.
-        amsgrad, capturable, foreach, fused, differentiable: accepted for torch's sake; there is one
-            implementation, and amsgrad=True or differentiable=True raises.
+        amsgrad: must be False.
+        capturable: accepted for torch's sake, as are `foreach` and `fused`: there is one
+            implementation.
+        foreach: see `capturable`.
+        fused: see `capturable`.
+        differentiable: must be False.
 
     Raises:
         ValueError: a value is out of range; the message names it.

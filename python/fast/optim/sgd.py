@@ -24,7 +24,9 @@ class SGD(AnchoredOptimizer):
 
     Args:
         lr: learning rate; a float, or a tensor of one element.
-        momentum, dampening, nesterov: as in torch.optim.SGD.
+        momentum: as in torch.optim.SGD.
+        dampening: as in torch.optim.SGD.
+        nesterov: as in torch.optim.SGD.
         weight_decay: coupled pull to zero (it goes through the momentum), as in torch.optim.SGD.
 
     Raises:

@@ -51,7 +51,8 @@ def landscape(
 
     Args:
         paths: runs that started from the same weights, kept by `fast.PathRecorder`.
-        source, target: labelled data: `(x, y)`, a Dataset or a DataLoader.
+        source: labelled data: `(x, y)`, a Dataset or a DataLoader.
+        target: the same, of the target task.
         resolution: grid points along the longer side.
         samples: at most so many of source and of target; losses, curvature and forecasts are all
             means over these.

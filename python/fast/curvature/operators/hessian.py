@@ -25,12 +25,13 @@ class Hessian(NetworkOperator):
     """Exact Hessian H = d^2 L / dw^2 of the loss L over all data, [P, P]: symmetric, in general
     indefinite.
 
-    For least squares, L = sum (X W^T - Y)^2, it is 2 I (x) X^T X:
+    Examples:
+        For least squares, L = sum (X W^T - Y)^2, it is 2 I (x) X^T X:
 
-    >>> x, y, layer = torch.randn(8, 3), torch.randn(8, 2), torch.nn.Linear(3, 2, bias=False)
-    >>> H = fast.Hessian(layer, torch.nn.MSELoss(reduction="sum"), (x, y))
-    >>> torch.allclose(H.dense(), 2 * torch.kron(torch.eye(2), x.T @ x), atol=1e-5)
-    True
+        >>> x, y, layer = torch.randn(8, 3), torch.randn(8, 2), torch.nn.Linear(3, 2, bias=False)
+        >>> H = fast.Hessian(layer, torch.nn.MSELoss(reduction="sum"), (x, y))
+        >>> torch.allclose(H.dense(), 2 * torch.kron(torch.eye(2), x.T @ x), atol=1e-5)
+        True
     """
 
     _record = FoldedHessian
@@ -63,13 +64,14 @@ class GGN(NetworkOperator):
     A loss that is linear in the output, as NLLLoss is in log-probabilities, has a GGN of zero: take
     the logits for the output, and CrossEntropyLoss.
 
-    For L = sum (f(w, x) - y)^2, H_L = 2 I:
+    Examples:
+        For L = sum (f(w, x) - y)^2, H_L = 2 I:
 
-    >>> x, layer = torch.randn(8, 3), torch.nn.Linear(3, 2, bias=False)
-    >>> data, loss = (x, torch.zeros(8, 2)), torch.nn.MSELoss(reduction="sum")
-    >>> J = torch.kron(torch.eye(2), x)
-    >>> torch.allclose(fast.GGN(layer, loss, data).dense(), J.T @ (2 * J), atol=1e-5)
-    True
+        >>> x, layer = torch.randn(8, 3), torch.nn.Linear(3, 2, bias=False)
+        >>> data, loss = (x, torch.zeros(8, 2)), torch.nn.MSELoss(reduction="sum")
+        >>> J = torch.kron(torch.eye(2), x)
+        >>> torch.allclose(fast.GGN(layer, loss, data).dense(), J.T @ (2 * J), atol=1e-5)
+        True
     """
 
     _record = FoldedGGN
@@ -104,13 +106,14 @@ class GGN(NetworkOperator):
 class Fisher(GGN):
     """Fisher matrix from gradients g of single samples, F = mean of g g^T.
 
-    With kind="empirical" and one sample it is the outer product of the gradient:
+    Examples:
+        With kind="empirical" and one sample it is the outer product of the gradient:
 
-    >>> layer, batch = torch.nn.Linear(3, 2), (torch.randn(1, 3), torch.tensor([1]))
-    >>> F = fast.Fisher(layer, torch.nn.functional.cross_entropy, batch, kind="empirical")
-    >>> g = F.gradient()
-    >>> torch.allclose(F.dense(), torch.outer(g, g), atol=1e-6)
-    True
+        >>> layer, batch = torch.nn.Linear(3, 2), (torch.randn(1, 3), torch.tensor([1]))
+        >>> F = fast.Fisher(layer, torch.nn.functional.cross_entropy, batch, kind="empirical")
+        >>> g = F.gradient()
+        >>> torch.allclose(F.dense(), torch.outer(g, g), atol=1e-6)
+        True
 
     Args:
         kind: "mc" draws labels from the network's predictive distribution (seeded, the same at

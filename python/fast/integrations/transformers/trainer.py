@@ -60,8 +60,9 @@ class FastTrainer(Trainer):
 
     Args:
         model: pretrained, with its own head.
-        args, train_dataset, ...: see `transformers.Trainer`; labels are class indices under
-            `labels`, unless `compute_loss_func` says otherwise.
+        args: see `transformers.Trainer`, as for all that is not named here.
+        train_dataset: labels are class indices under `labels`, unless `compute_loss_func` says
+            otherwise.
         num_classes: C, of the target (default: from the labels of `train_dataset`).
         id2label: names of the classes (default: those that `train_dataset` records).
         source_inputs: see `fast.Adaptation`; data sets go through the Trainer's collator.
