@@ -164,7 +164,7 @@ def _as_its_kind(layer: Any, args: tuple[Any, ...], output: Any) -> bool:
     """Whether a layer gives what torch's own would; a convolution of a derived class may pad by
     itself, or standardise its weight."""
     kinds = (*_linear_kinds(), *CONVOLUTIONS)
-    kind = next(c for c in type(layer).__mro__ if c in kinds)
+    kind: Any = next(c for c in type(layer).__mro__ if c in kinds)
     if kind is type(layer):
         return True
     if len(args) != 1:

@@ -1,6 +1,6 @@
 """The README's picture: what is learned and what is kept, of the runs of `retention`.
 
-python -m benchmarks.finetune.picture
+python -m benchmarks.picture
 """
 
 from __future__ import annotations

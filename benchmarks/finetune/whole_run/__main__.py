@@ -25,7 +25,7 @@ import torch
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
-from benchmarks.finetune.charges import NETWORK, charges
+from benchmarks.finetune.whole_run.charges import NETWORK, charges
 from benchmarks.finetune.regimes.samples import some
 from benchmarks.real_pairs import RealPair, real_pair
 
