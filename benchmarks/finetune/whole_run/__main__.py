@@ -25,8 +25,8 @@ import torch
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
-from benchmarks.finetune.whole_run.charges import NETWORK, charges
 from benchmarks.finetune.regimes.samples import some
+from benchmarks.finetune.whole_run.charges import NETWORK, charges
 from benchmarks.real_pairs import RealPair, real_pair
 
 NAME, PROFILES = "whole_run", "whole_run_profile"
