@@ -161,7 +161,7 @@ def rows(records: list[Record]) -> list[Record]:
 def main() -> None:
     parser = arguments(__doc__, ",".join(NETWORKS))
     parser.add_argument("--quantities", default=",".join(QUANTITIES), help="split by commas")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/dataset.md")
+    parser.add_argument("--save", action="store_true", help="write results/curvature_dataset.md")
     args = parser.parse_args()
     names = [n for n in NETWORKS if n in args.pairs]
     asked = args.quantities.split(",")
