@@ -1,6 +1,6 @@
 """Instructions per element of the vector loops of the CPU update, counted in their machine code.
 
-    python -m benchmarks.kernels.instructions [CSRC ...]   # this tree's csrc, or those of others
+    python -m benchmarks.kernels.builds.instructions [CSRC ...] 
 
 It needs g++ and objdump, on x86-64. A loop takes as many elements at once as its square roots do.
 """
@@ -19,7 +19,7 @@ from unittest import mock
 
 from benchmarks.common import Record, table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LANES = {"zmm": 16, "ymm": 8, "xmm": 4}
 # Moment, anchor and curvature as the loop is compiled for them.
 VARIANTS = {
