@@ -1,6 +1,6 @@
 // Two builds of the CPU update and the memory floor, in turn on slices of the same tensors; built
-// and called by ../slices.py. A slice takes less than a time slice of the system, so that quantiles
-// hold on a busy machine too.
+// and called by ../builds/slices.py. A slice takes less than a time slice of the system, so that
+// quantiles hold on a busy machine too.
 
 #include <algorithm>
 #include <chrono>

@@ -1,6 +1,6 @@
 """The CPU update's inner loops of this tree beside another one's, where the machine is busy.
 
-    python -m benchmarks.kernels.slices --before TREE [--save NAME]
+    python -m benchmarks.kernels.builds.slices --before TREE [--save NAME]
 
 Both are compiled into one program, and take slices of the same tensors in turn, from memory, on one
 thread; so does a walk over the same streams that computes nothing (the floor).
@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import RESULTS, Record, commit, save, table
-from benchmarks.kernels.before_after import processor
-from benchmarks.kernels.machine_code.cpu import ROOT, build_flags
+from benchmarks.kernels.builds.before_after import processor
+from benchmarks.kernels.builds.instructions import ROOT, build_flags
 
-SOURCE = Path(__file__).parent / "native" / "slices.cpp"
+SOURCE = Path(__file__).parents[1] / "native" / "slices.cpp"
 FIGURES = ("before", "after", "floor", "after / before", "before / floor", "after / floor")
 
 

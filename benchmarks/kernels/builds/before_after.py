@@ -1,6 +1,6 @@
 """The update of this tree beside that of another one, in one interleaved run.
 
-    python -m benchmarks.kernels.before_after --before TREE --set resnet50 --save update-NAME
+    python -m benchmarks.kernels.builds.before_after --before TREE --set resnet50 --save update-NAME
 
 TREE is a checkout of the project with its native module built. Each tree has a process of its own,
 and they take turns round by round; a round times torch's fused AdamW, the methods and the memory
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, Record, save, table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE = "torch fused"
 METHODS = [
     f"ours: {name}"
