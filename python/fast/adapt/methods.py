@@ -13,7 +13,6 @@ class Method:
     """What a method sets where the user does not.
 
     Attributes:
-        lr: peak learning rate of the backbone; None: that of all methods.
         max_entropy: zero head on normalised features, else a random head on raw ones.
         head_lr_scale: learning rate of the head, as a multiple of the backbone's.
         anchor_decay: pull towards the pretrained weights.
@@ -35,7 +34,6 @@ class Method:
         adapter_rank: of low-rank adapters, which learn in place of the weights; 0: none.
     """
 
-    lr: float | None = None
     max_entropy: bool = False
     head_lr_scale: float = 1.0
     anchor_decay: float = 0.0
@@ -80,10 +78,9 @@ METHODS: dict[str, Method] = {
     # fast.adapt.guards.replay. Nothing else holds the weights.
     "replay": Method(replay=True),
     # fast.heads.adapters. What learns is the target's alone, so nothing has to be held: it has the
-    # head, head start, ramp and average of `fast`, and none of its guards. Rate and rank are the
-    # first that were tried; `benchmarks/finetune/adapters.py` compares others.
+    # head, head start, ramp and average of `fast`, and none of its guards. The rank is the first
+    # that was tried; `benchmarks/finetune/adapters.py` compares others.
     "adapter": Method(
-        lr=3e-3,
         max_entropy=True,
         head_lr_scale=10.0,
         stall=5,
