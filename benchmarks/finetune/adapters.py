@@ -25,7 +25,7 @@ from benchmarks.real_pairs import real_pair
 from fast.data.trees import pick
 
 PAIRS = "resnet20 -> sign_digits,resnet20 -> omniglot,minilm -> trec6,mobilenet 0.25 -> flowers"
-RATES = (3e-3, 1e-3, 6e-3)
+RATES = (1e-2, 3e-3, 3e-2)
 LPFT = "lp-ft:batch_norm='per_task'"
 ADAPTER, WIDE = "adapter", "adapter:adapter_rank=16"
 # LP-FT has the rate that was better for each network before.

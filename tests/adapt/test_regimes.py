@@ -120,6 +120,7 @@ def test_nothing_to_switch_is_an_error_with_a_way_out(network, train, options, m
 def test_a_rule_of_its_own_sets_the_adapters_rate():
     settled = plan_for(TrainConfig(method="adapter"), steps=100)
     assert settled.lr > plan_for(TrainConfig(), steps=100).lr
+    assert plan_for(TrainConfig(method="adapter"), steps=100, layer_norms=True).lr < settled.lr
     assert plan_for(TrainConfig(method="adapter", adapter_rank=3), steps=100).adapter_rank == 3
     assert not any((settled.anchor_decay, settled.distill, settled.rehearse, settled.weighted))
 

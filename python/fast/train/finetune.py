@@ -81,7 +81,7 @@ def finetune(
             one function answers both tasks, docs/regimes.md), `steps` or `epochs` (default: 3
             epochs, and at least 100 steps), `batch_size` (a DataLoader for `train` has its own, and
             inputs that are rehearsed then come on top of them), `lr` (peak learning rate of the
-            backbone; default: 1e-3, `fast` 1.5e-3, `adapter` 3e-3, less in runs of fewer than 60
+            backbone; default: 1e-3, `fast` 1.5e-3, `adapter` 1e-2, less in runs of fewer than 60
             steps), `eval_every` (default: a tenth of the run) and `seed` (of head, data order and
             dropout).
 
