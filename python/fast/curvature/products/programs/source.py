@@ -76,6 +76,8 @@ class Source:
                 lines.append(f"{' = '.join(names)} = None")
         body = "\n    ".join(lines or ["pass"])
         scope = dict(self.constants)
+        if self.compile:  # inductor looks at the gradient of what it is given, which has none
+            scope = {n: c.detach() if isinstance(c, Tensor) else c for n, c in scope.items()}
         exec(f"def segment(e):\n    {body}\n", scope)
         code: Code = scope["segment"]
         if self.compile and segment >= self.num_kept:
