@@ -15,87 +15,16 @@ and the libraries below it took, but for the network's own passes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
-import torch
-
-import fast
-from benchmarks.common import Record, arguments, commits, complete, machine, save, table
-from benchmarks.finetune.regimes.samples import some
-from benchmarks.finetune.whole_run.charges import NETWORK, charges
-from benchmarks.real_pairs import RealPair, real_pair
+from benchmarks.common import Record, arguments, commits, complete, save, table
+from benchmarks.finetune.whole_run.runs import BASELINES, LARGEST, OURS, profile, run
 
 NAME, PROFILES = "whole_run", "whole_run_profile"
 PAIRS = "resnet20 -> sign_digits,mobilenet 0.25 -> flowers,minilm -> trec6"
 PROFILED = "mobilenet 0.25 -> flowers,minilm -> trec6"
-WITH_INPUTS = "fast with source inputs"
-OURS, BASELINES = ("fast", WITH_INPUTS), ("lp-ft", "vanilla")
-EVALUATIONS = 10
-LARGEST = 10
 WANTED_SHARE, WANTED_START = 0.4, 0.03
-
-
-def finetune(real: RealPair, *, pair: str, method: str, seed: int, **options: Any) -> fast.Result:
-    """The call that is timed, with the pair's usual length."""
-    if method == WITH_INPUTS:
-        options["source_inputs"] = real.source_inputs
-    if method in BASELINES:
-        options["lr"] = 1e-3 if pair.startswith("resnet") else 3e-4
-    return fast.finetune(
-        real.model,
-        real.train,
-        some(real.val),
-        num_classes=real.num_classes,
-        method=method.split()[0],
-        steps=real.steps,
-        batch_size=real.batch_size,
-        eval_every=real.steps // EVALUATIONS,
-        seed=seed,
-        progress=False,
-        **options,
-    )
-
-
-def run(*, pair: str, method: str, seed: int, data: Path) -> Record:
-    """Accuracy by processor seconds since the call."""
-    torch.manual_seed(seed)
-    real = real_pair(pair, data)
-    times: list[float] = []
-    assert fast.finetune  # its modules are loaded on first use, and loading them is not timed
-    start = time.process_time()
-    result = finetune(
-        real,
-        pair=pair,
-        method=method,
-        seed=seed,
-        callbacks=[lambda _: times.append(time.process_time())],
-    )
-    end = time.process_time()
-    curve = [
-        [record["step"], round(then - start, 2), record["target_accuracy"]]
-        for record, then in zip(result.history, times, strict=True)
-    ]
-    return {"curve": curve, "seconds": round(end - start, 2), "machine": machine()}
-
-
-def profile(*, pair: str, method: str, seed: int, data: Path) -> Record:
-    """The functions that a run is charged with, largest first, and all of its time."""
-    torch.manual_seed(seed)
-    real = real_pair(pair, data)
-    assert fast.finetune  # its modules are loaded on first use, and loading them is not timed
-    charged = charges(lambda: finetune(real, pair=pair, method=method, seed=seed))
-    network = charged.pop(NETWORK)
-    largest = sorted(charged.items(), key=lambda item: -item[1])[:LARGEST]
-    return {
-        "network": round(network, 3),
-        "other": round(sum(charged.values()), 3),
-        "largest": [[name, round(seconds, 3)] for name, seconds in largest],
-        "machine": machine(),
-    }
 
 
 def reached(record: Record, goal: float) -> float | None:
