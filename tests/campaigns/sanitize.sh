@@ -41,5 +41,6 @@ unset FASTKERNELS_BACKEND
 python -m pytest -q -p no:cacheprovider tests/kernels tests/optim \
   --ignore=tests/kernels/test_triton.py --ignore=tests/kernels/test_triton_interpreted.py \
   --ignore=tests/kernels/test_cuda.py --ignore=tests/kernels/test_gpu.py \
+  --ignore=tests/kernels/test_cuda_on_cpu.py --ignore=tests/kernels/test_instructions.py \
   --ignore=tests/optim/test_interplay_compile.py -k "not instruction_sets and not openmp" "$@"
 echo "clean"
