@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import fast
 from fast.files import read_sealed, write_sealed
+from fast.train.resume.checkpoint import FORMAT
 
 MODEL = ("--model", "nets.py:Net(3)", "--weights", "net.safetensors", "--steps", "2")
 ESCAPES = "a\x1b[2J\x1b]0;title\x07\x9b\nfast: error: forged"
@@ -262,7 +263,7 @@ def forged(change):
     """A state.json whose checksum is right."""
 
     def build(path):
-        state = read_sealed(path, 2)
+        state = read_sealed(path, FORMAT)
         change(state)
         path.unlink()
         write_sealed(path, state)
