@@ -39,11 +39,11 @@ def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None)
     items = inputs if isinstance(inputs, (list, tuple)) else [inputs]
     found: Any = None
     if preparation.kind == "images":
-        found = _encoded_files(items, column, readable_suffixes())
+        found = _encoded_files(items, column, EncodedImages)
         if found is None:
             found = _pictures(items, inputs)
     elif preparation.kind == "sounds":
-        found = _encoded_files(items, column, AUDIO_SUFFIXES)
+        found = _encoded_files(items, column, EncodedAudio)
     elif preparation.kind == "texts":
         found = _texts(items, column)
     if found is None:
@@ -75,25 +75,21 @@ def _pictures(items: Sequence[Any], inputs: Any) -> Any:
     return None
 
 
-def _encoded_files(items: Sequence[Any], column: str | None, suffixes: frozenset[str]) -> Any:
-    """The files that paths stand for; None where these are no paths. A file that is named is tried,
-    whatever its name ends in.
-
-    Args:
-        suffixes: of the files that are looked for in folders.
-    """
+def _encoded_files(items: Sequence[Any], column: str | None, encoded: type[EncodedFiles]) -> Any:
+    """The files of a kind that paths stand for; None where these are no paths. A file that is named
+    is tried, whatever its name ends in."""
     if not items or not all(isinstance(item, (str, os.PathLike)) for item in items):
         return None
-    files = [file for item in items for file in _files(Path(item).expanduser(), column, suffixes)]
-    kind = EncodedAudio if suffixes is AUDIO_SUFFIXES else EncodedImages
-    return kind(names=files, open=files.__getitem__)
+    files = [file for item in items for file in _files(Path(item).expanduser(), column, encoded)]
+    return encoded(names=files, open=files.__getitem__)
 
 
-def _files(path: Path, column: str | None, suffixes: frozenset[str]) -> list[str]:
-    what = "sounds" if suffixes is AUDIO_SUFFIXES else "images"
+def _files(path: Path, column: str | None, encoded: type[EncodedFiles]) -> list[str]:
     if path.is_dir():
-        files = scan(path, suffixes).all_images()
+        sounds = encoded is EncodedAudio
+        files = scan(path, AUDIO_SUFFIXES if sounds else readable_suffixes()).all_images()
         if not files:
+            what = "sounds" if sounds else "images"
             raise ValueError(f"{path}: there are no {what} in this folder")
         return [str(file) for file in files]
     if not path.is_file():
