@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from cases import FEATURES, Feature
-from fastkernels import codes, op
+from fastkernels import op
 from fastkernels.backends import cuda as backend
 from fastkernels.backends import native
 from fastkernels.ops.update import cuda
@@ -127,16 +127,7 @@ def make(rule: str, form: tuple, feature: Feature) -> Run:
     torch.manual_seed(0)
     params = [torch.randn(n).to(param) for n in SIZES]
     run = Run(rule, params, feature, moment_dtypes=(moment, moment))
-    run.gradient_dtype = gradient
-    run.anchors = [a.to(anchor) for a in run.anchors]
-    if curvature == CODES:
-        coded = [codes.encode(f, codes.NEAREST, signed=False) for f in run.curvature]
-        run.curvature = [c for c, _ in coded]
-        run.options["curvature_scales"] = [s for _, s in coded]
-    else:
-        run.curvature = [f.to(curvature) for f in run.curvature]
-    if split:
-        run.options["remainders"] = [torch.zeros(n, dtype=torch.int16) for n in SIZES]
+    run.store(gradient=gradient, anchor=anchor, curvature=curvature, split=split)
     return run
 
 

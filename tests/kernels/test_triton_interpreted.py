@@ -64,16 +64,7 @@ def test_storage_forms_agree_with_the_reference(monkeypatch, form):
 
     def make() -> Run:
         run = Run(rule, [torch.randn(n).to(param) for n in SIZES], FULL, moment_dtypes=moments)
-        run.gradient_dtype = gradient
-        run.anchors = [a.to(anchor) for a in run.anchors]
-        if curvature == CODES:
-            coded = [codec.encode(f, 1 << 19, signed=False) for f in run.curvature]
-            run.curvature = [codes for codes, _ in coded]
-            run.options["curvature_scales"] = [scales for _, scales in coded]
-        else:
-            run.curvature = [f.to(curvature) for f in run.curvature]
-        if split:
-            run.options["remainders"] = [torch.zeros(n, dtype=torch.int16) for n in SIZES]
+        run.store(gradient=gradient, anchor=anchor, curvature=curvature, split=split)
         return run
 
     ours, theirs = (stepped(monkeypatch, name, make) for name in ("triton", "reference"))

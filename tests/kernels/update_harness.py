@@ -60,6 +60,32 @@ class Run:
         self.steps = [torch.zeros(()) for _ in self.params]
         self.stats = torch.full((4,), torch.nan, dtype=torch.float64)
 
+    def store(
+        self,
+        *,
+        gradient: torch.dtype,
+        anchor: torch.dtype,
+        curvature: torch.dtype,
+        split: bool,
+    ) -> None:
+        """Keep what a step reads in these dtypes.
+
+        Args:
+            curvature: uint8 for codes with their scales.
+            split: parameters have remainders.
+        """
+        self.gradient_dtype = gradient
+        self.anchors = [a.to(anchor) for a in self.anchors]
+        if curvature == torch.uint8:
+            coded = [codec.encode(f, codec.NEAREST, signed=False) for f in self.curvature]
+            self.curvature = [codes for codes, _ in coded]
+            self.options["curvature_scales"] = [scales for _, scales in coded]
+        else:
+            self.curvature = [f.to(curvature) for f in self.curvature]
+        if split:
+            zeros = [torch.zeros(p.shape, dtype=torch.int16) for p in self.params]
+            self.options["remainders"] = zeros
+
     def step(self, grads: list[Tensor], **options: Any) -> None:
         f = self.feature
         if f.grad_scale is not None:
