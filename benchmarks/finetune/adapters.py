@@ -19,7 +19,7 @@ import torch
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
-from benchmarks.finetune.runs import parse, run
+from benchmarks.finetune.runs import baseline_rate, parse, run
 from benchmarks.finetune.step_time import fast_steps, plain_steps, timed
 from benchmarks.real_pairs import real_pair
 from fast.data.trees import pick
@@ -28,8 +28,6 @@ PAIRS = "resnet20 -> sign_digits,resnet20 -> omniglot,minilm -> trec6,mobilenet 
 RATES = (1e-2, 3e-3, 3e-2)
 LPFT = "lp-ft:batch_norm='per_task'"
 ADAPTER, WIDE = "adapter", "adapter:adapter_rank=16"
-# LP-FT has the rate that was better for each network before.
-LPFT_RATES = {"resnet20": 1e-3, "minilm": 3e-4, "mobilenet 0.25": 3e-4}
 BATCH, WARM_UP, STEPS = 32, 3, 15
 
 
@@ -37,7 +35,7 @@ def settings(pairs: list[str], seeds: list[int]) -> list[Record]:
     """The runs, those of the default rate first."""
     tried = [(ADAPTER, rate) for rate in RATES] + [(LPFT, 0.0), (WIDE, RATES[0])]
     return [
-        {"pair": p, "method": m, "lr": rate or LPFT_RATES[p.partition(" ->")[0]], "seed": seed}
+        {"pair": p, "method": m, "lr": rate or baseline_rate(p), "seed": seed}
         for seed in seeds
         for m, rate in tried
         for p in pairs

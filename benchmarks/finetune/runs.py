@@ -37,6 +37,11 @@ def learning_rates(spec: str) -> tuple[float | None, ...]:
     return (None,) if method in OURS else BASELINE_RATES
 
 
+def baseline_rate(pair: str) -> float:
+    """The better of two rates by target accuracy, in benchmarks/results/retention.md."""
+    return 1e-3 if pair.startswith("resnet") else 3e-4
+
+
 def rate(runs: list[Record]) -> str:
     """The learning rate of these runs, for a table."""
     return "default" if runs[0]["lr"] is None else f"{runs[0]['lr']:g}"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
+from benchmarks.finetune.runs import baseline_rate
 from benchmarks.merge.networks import (
     adapted,
     features_by_parts,
@@ -85,8 +86,7 @@ def network(
             return adapted(pair, seed, data, train=train, **options)
 
         return kept(networks, f"{pair} {policy} {seed}", fast_network)
-    # The better of two rates by target accuracy, in benchmarks/results/retention.md.
-    lr = 1e-3 if pair.startswith("resnet") else 3e-4
+    lr = baseline_rate(pair)
     name = method.removeprefix("nearest mean, ").removesuffix(", joined")
     if name == "lp-ft":
         return kept(

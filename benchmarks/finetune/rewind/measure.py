@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import fast
 from benchmarks.common import Record, machine
-from benchmarks.finetune.rewind.tuned import RATES, checkpoint, plain_script
+from benchmarks.finetune.rewind.tuned import checkpoint, plain_script
+from benchmarks.finetune.runs import baseline_rate
 from benchmarks.real_pairs import RealPair, real_pair
 from fast.adapt.config import Budget
 from fast.adapt.guards.budget import AIM
@@ -125,6 +126,6 @@ def step_seconds(real: RealPair, pair: str) -> float:
         object.__setattr__(part, "model", copy.deepcopy(real.model))
         object.__setattr__(part, "steps", steps)
         start = time.process_time()
-        plain_script(part, RATES.get(pair, 1e-3), 0)
+        plain_script(part, baseline_rate(pair), 0)
         times.append(time.process_time() - start)
     return (times[2] - times[1]) / TIMED_STEPS

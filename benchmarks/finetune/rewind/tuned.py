@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
+from benchmarks.finetune.runs import baseline_rate
 from benchmarks.real_pairs import RealPair, real_pair
 from fast.data.trees import pick
 from fast.heads import find_head, fold_head
@@ -24,8 +25,6 @@ from fast.heads.replace import announce_classes
 from fast.tensor_files import load_tensors, save_tensors
 
 BATCH = 64
-# The better of two rates in benchmarks/results/retention.md.
-RATES = {"mobilenet 0.25 -> flowers": 3e-4, "minilm -> sst2": 3e-4}
 PLAIN = "plain script"
 METHODS = ("vanilla", "lp-ft", PLAIN)
 
@@ -45,7 +44,7 @@ def checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
         real = real_pair(pair, data)
-        lr = RATES.get(pair, 1e-3)
+        lr = baseline_rate(pair)
         start = time.process_time()
         if method == PLAIN:
             model = plain_script(real, lr, seed)

@@ -11,8 +11,12 @@ import torch
 import fast
 from benchmarks.common import Record, machine
 from benchmarks.finetune.regimes.samples import some
+from benchmarks.finetune.runs import baseline_rate
 from benchmarks.finetune.whole_run.charges import NETWORK, charges
 from benchmarks.real_pairs import RealPair, real_pair
+
+# Not `fast.finetune`, which is loaded on first use: loading is not timed.
+from fast.train.finetune import finetune
 
 WITH_INPUTS = "fast with source inputs"
 OURS, BASELINES = ("fast", WITH_INPUTS), ("lp-ft", "vanilla")
@@ -20,13 +24,13 @@ EVALUATIONS = 10
 LARGEST = 10
 
 
-def finetune(real: RealPair, *, pair: str, method: str, seed: int, **options: Any) -> fast.Result:
+def call(real: RealPair, *, pair: str, method: str, seed: int, **options: Any) -> fast.Result:
     """The call that is timed, with the pair's usual length."""
     if method == WITH_INPUTS:
         options["source_inputs"] = real.source_inputs
     if method in BASELINES:
-        options["lr"] = 1e-3 if pair.startswith("resnet") else 3e-4
-    return fast.finetune(
+        options["lr"] = baseline_rate(pair)
+    return finetune(
         real.model,
         real.train,
         some(real.val),
@@ -46,9 +50,8 @@ def run(*, pair: str, method: str, seed: int, data: Path) -> Record:
     torch.manual_seed(seed)
     real = real_pair(pair, data)
     times: list[float] = []
-    assert fast.finetune  # its modules are loaded on first use, and loading them is not timed
     start = time.process_time()
-    result = finetune(
+    result = call(
         real,
         pair=pair,
         method=method,
@@ -67,8 +70,7 @@ def profile(*, pair: str, method: str, seed: int, data: Path) -> Record:
     """The functions that a run is charged with, largest first, and all of its time."""
     torch.manual_seed(seed)
     real = real_pair(pair, data)
-    assert fast.finetune  # its modules are loaded on first use, and loading them is not timed
-    charged = charges(lambda: finetune(real, pair=pair, method=method, seed=seed))
+    charged = charges(lambda: call(real, pair=pair, method=method, seed=seed))
     network = charged.pop(NETWORK)
     largest = sorted(charged.items(), key=lambda item: -item[1])[:LARGEST]
     return {
