@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS, Record, commit, save, table
 from benchmarks.kernels.builds.before_after import processor
-from benchmarks.kernels.builds.instructions import ROOT, build_flags
+from benchmarks.kernels.machine_code.cpu import ROOT, build_flags
 
 SOURCE = Path(__file__).parents[1] / "native" / "slices.cpp"
 FIGURES = ("before", "after", "floor", "after / before", "before / floor", "after / floor")

@@ -1,6 +1,6 @@
 """Instructions per element of the vector loops of the CPU update, counted in their machine code.
 
-    python -m benchmarks.kernels.builds.instructions [CSRC ...]
+    python -m benchmarks.kernels.machine_code.cpu [CSRC ...]
 
 It needs g++ and objdump, on x86-64. A loop takes as many elements at once as its square roots do.
 """
