@@ -188,11 +188,13 @@ def with_accelerate(given: Task, seed: int) -> None:
 
 
 def with_peft(given: Task, seed: int, **options: Any) -> None:
-    """LoRA on every convolution of a convolutional network, and on every linear layer of others."""
+    """LoRA on every convolution of a convolutional network, and on every linear layer of others,
+    except for the head, which `fast.Adaptation` replaces."""
     import peft
 
     kind = nn.Conv2d if any(isinstance(m, nn.Conv2d) for m in given.model.modules()) else nn.Linear
-    names = [name for name, m in given.model.named_modules() if isinstance(m, kind)]
+    layers = [name for name, m in given.model.named_modules() if isinstance(m, kind)]
+    names = [name for name in layers if name != "classifier"]
     model: Any = peft.get_peft_model(given.model, peft.LoraConfig(r=8, target_modules=names))  # type: ignore[arg-type]
     method = adaptation(given, seed, model, **options)
     scheduler = method.scheduler()

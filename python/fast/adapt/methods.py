@@ -80,9 +80,11 @@ METHODS: dict[str, Method] = {
     # fast.heads.adapters. What learns is the target's alone, so nothing has to be held: it has the
     # head, head start, ramp and average of `fast`, and none of its guards. The rank is the first
     # that was tried; `benchmarks/finetune/adapters.py` compares others.
+    # Their rate is that of a head already. A head of ten times that learns few samples by heart
+    # before the adapters have moved: from ten sign digits of each class ResNet-20 learned 82 %, and
+    # 89 % so; from ten flowers of each MobileNet 68 %, and 76 %.
     "adapter": Method(
         max_entropy=True,
-        head_lr_scale=10.0,
         stall=5,
         ramp=30,
         head_steps=200,
