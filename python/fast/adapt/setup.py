@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
+    SWITCHED,
     TARGET_INPUTS,
     rehearsed_by,
     steps_for,
@@ -153,6 +154,12 @@ def settle(
             "source inputs only report what is lost",
             given,
             config.method,
+        )
+    wants_adapters = config.tasks == SWITCHED and config.method == "fast"
+    if wants_adapters and source is None and not has_card:
+        log.info(
+            "tasks='switched' without source_inputs: method='adapter' would forget nothing "
+            "(docs/regimes.md)"
         )
     return Setup(
         plan=plan,
