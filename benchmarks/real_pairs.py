@@ -242,6 +242,7 @@ class NearestClassMean:
     def __init__(self, reference: Split, test: Split) -> None:
         self.reference, self.test = reference, test
 
+    @torch.no_grad()
     def __call__(self, model: nn.Module) -> float:
         def vectors(x: dict[str, Tensor]) -> Tensor:
             device = next(model.parameters()).device
