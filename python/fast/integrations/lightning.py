@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ from fast.adapt.adaptation import Adaptation
 from fast.adapt.result import Result
 from fast.data.dataset import as_data
 from fast.data.trees import pick
+from fast.errors import warn
 from fast.heads import source_task, unwrap
 from fast.train.measure import evaluate
 
@@ -147,10 +147,9 @@ class FastCallback(Callback):
                 f"{planned}: pass steps={coming}, or Trainer(max_steps={planned})"
             )
         if coming < planned:
-            warnings.warn(
+            warn(
                 f"the Trainer ends after {coming} of the {planned} steps that FastCallback has "
                 f"planned: the learning rate does not fall to its end. Pass steps={coming}",
-                stacklevel=2,
             )
 
     def on_train_batch_start(

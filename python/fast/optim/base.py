@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from fast import dtensor
 from fast.dtensor import Place
+from fast.errors import warn
 from fast.optim import loading
 from fast.optim.batch import Batch, StepCache, by_place, with_gradients
 from fast.optim.groups import (
@@ -298,10 +298,9 @@ class AnchoredOptimizer(Optimizer):
                 self.state[p] = state
                 self._ensure(group, p)
         if unanchored:
-            warnings.warn(
+            warn(
                 f"the loaded state has no anchor for {unanchored} anchored parameters: they keep "
                 "the one they have (their weights when this optimizer was built, or set_anchors)",
-                stacklevel=4,
             )
 
     # The step.
