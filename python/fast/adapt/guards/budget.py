@@ -9,7 +9,6 @@ keeps the budget exactly.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import accumulate
@@ -27,6 +26,7 @@ from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
+from fast.errors import warn
 from fast.heads import running_statistics
 from fast.optim.groups import ramp_factor
 from fast.ranks import ALONE, Ranks
@@ -193,11 +193,10 @@ class ForgettingBudget(Guard):
         lost = self._check(self._last_samples)
         self._land(lost, self.controller.aim, checks=LAST_CHECKS)
         if self.measured is not None and self.measured > self.controller.budget.amount:
-            warnings.warn(
+            warn(
                 f"forget_budget {self.controller.budget} is not met: {self.measured:.3g} is lost "
                 "even with the weights and batch norm statistics back at the pretrained ones, so "
                 "the network answers otherwise for another reason: buffers of its own, or chance",
-                stacklevel=2,
             )
 
     def _agreed(self, figure: float) -> float:
