@@ -1,16 +1,15 @@
 """Checkpoints: safetensors for the tensors, JSON for the rest, complete or not there at all.
 
-A checkpoint is a folder `checkpoint-00000150` of three files. It is written under another name and
-renamed when it is complete, and only then is the one before it removed: a run killed in the middle
-of a save goes on from the checkpoint before. `state.json` ties the files together: it holds the
-hashes of the others, one of itself, the id of the run, its options and what else it must share with
-a run that goes on from it.
+A checkpoint is a folder such as `checkpoint-00000150` with three files. It is written under another
+name and renamed when it is complete, and only then is its predecessor removed: a run that is killed
+in the middle of a save resumes from the checkpoint before. `state.json` ties the files together: it
+holds their hashes and its own, the id of the run, its options, and whatever else a resumed run has
+to agree with.
 """
 
 from __future__ import annotations
 
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fast.data.generators import (
     state_of,
 )
 from fast.data.reachable import Generator
+from fast.errors import warn
 from fast.files import (
     atomic_folder,
     file_hash,
@@ -43,8 +43,8 @@ PREFIX = "checkpoint-"
 FORMAT = 3
 ADAPTATION, OTHERS = "adaptation", "other ranks"
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
-# A stranger's file is read up to this multiple of the model's bytes, and a header. Two moments in
-# fp32 of bf16 weights are 4 times as many; averages and the head start come on top.
+# A stranger's file may have this multiple of the model's bytes, and a header. Two fp32 moments of
+# bf16 weights take 4 times the model's bytes; averages and the head start come on top.
 MOST_COPIES, MOST_HEADER = 16, 64 << 20
 HINTS = {
     "pretrained weights (hash)": ". The network does not begin with the weights that the run began "
@@ -54,13 +54,13 @@ HINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a run shares with the one that it goes on from.
+    """What a resumed run has to agree with.
 
     Attributes:
-        run: its id.
-        options: what it computes by.
-        job: network, data and code, by names for messages.
-        environment: what may change the last bits.
+        run: id of the run.
+        options: the options that decide what is computed.
+        job: facts about network, data and code, by the names that messages use.
+        environment: versions and hardware, which may change the last bits.
     """
 
     run: str
@@ -71,11 +71,11 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a run is made of, to be saved, or restored in place.
+    """The live parts of a run that are saved, and restored in place.
 
     Attributes:
-        adaptation: with its model and optimizer.
-        generators: that data, transform and network hold, by path.
+        adaptation: the adaptation, with its model and optimizer.
+        generators: random generators that data, transform and network hold, by path.
     """
 
     adaptation: Adaptation
@@ -99,12 +99,13 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A training state as it is written: tensors by name, on the CPU where they were sharded.
+    """A training state as it is written: tensors by name, on the CPU if they were sharded.
 
     Attributes:
         step: steps done.
-        model, training: tensors of the network; and of optimizer, adaptation and best weights.
-        optimizer, adaptation: what JSON can hold of them.
+        model: tensors of the network.
+        training: tensors of optimizer and adaptation, and the best weights.
+        optimizer, adaptation: their plain values, as JSON holds them.
     """
 
     step: int
@@ -115,11 +116,11 @@ class Snapshot:
 
     @classmethod
     def of(cls, state: State, best: dict[str, Tensor], keep: bool = True) -> Snapshot:
-        """The state, of which sharded tensors are gathered one by one: all ranks have to call it.
+        """Take a snapshot; sharded tensors are gathered one by one, so all ranks have to call it.
 
         Args:
             best: further tensors, whose names begin with `BEST`.
-            keep: whether this rank is to write it; the others are left without the tensors.
+            keep: whether this rank will write the snapshot; the others get no tensors.
         """
         tensors, optimizer = flatten(state.optimizer)
         plain, more = split_state(state.adaptation.state_dict(), ADAPTATION)
@@ -152,9 +153,9 @@ def save_checkpoint(
     """Save a training state, then remove the checkpoints before it.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         record: anything else that JSON can hold; `load_checkpoint` returns it.
-        randomness: each rank's `State.randomness`.
+        randomness: `State.randomness()` of each rank.
 
     Returns:
         the new checkpoint's folder.
@@ -194,15 +195,16 @@ def load_checkpoint(
     """Restore the newest checkpoint of a run into `state` and the random generators.
 
     Args:
-        rank: whose generators these are; one that the run did not have keeps its own.
+        rank: the rank whose generators are restored; a rank that the run did not have keeps its
+            own.
 
     Returns:
-        its `state.json`, and the record and the best weights saved with it.
+        path of the `state.json`, and the record and the best weights saved with it.
 
     Raises:
-        FileNotFoundError: no complete checkpoint there.
-        ValueError: files that are damaged, or are not of one save; or a checkpoint of another run,
-            model, optimizer or job; nothing is changed then.
+        FileNotFoundError: there is no complete checkpoint.
+        ValueError: files are damaged, or were not saved together; or the checkpoint belongs to
+            another run, model, optimizer or job. Nothing is changed then.
     """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
@@ -267,7 +269,7 @@ def _check_run(path: Path, saved: Facts, now: Facts) -> None:
 
 def _check_job(path: Path, saved: Facts, now: Facts) -> None:
     with reading(path / STATE_FILE):
-        # Names that are not known here are of another version.
+        # Another version may have written names that are unknown here.
         jobs = [(k, v) for k, v in saved.job.items() if now.job.get(k, v) != v]
         environment = [
             f"{name} {value}, here {now.environment[name]}"
@@ -279,10 +281,9 @@ def _check_job(path: Path, saved: Facts, now: Facts) -> None:
         own = now.job[name]
         raise ValueError(f"{path} is of another job: {name} {value!r}, here {own!r}{hint}")
     if environment:
-        warnings.warn(
+        warn(
             f"resume: the run was saved with {'; '.join(environment)}: it may end in other weights "
             "than one that was not interrupted",
-            stacklevel=6,
         )
 
 
@@ -300,12 +301,12 @@ def _check_files(path: Path, hashes: dict[str, str], model: nn.Module) -> None:
             )
 
 
-def _check_tensors(file: Path, found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise ValueError where a tensor of `own` is missing in `found`, or is of another kind."""
+def _check_tensors(file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise ValueError where `saved` lacks a tensor of `own`, or has it in another form."""
     for name, value in own.items():
-        if name not in found:
+        if name not in saved:
             raise ValueError(f"{file} lacks {name}")
-        there = found[name]
+        there = saved[name]
         if (there.shape, there.dtype) != (value.shape, value.dtype):
             raise ValueError(
                 f"{file}: {name} is {list(there.shape)} {there.dtype}, and must be "
