@@ -16,7 +16,7 @@ VARIANCE_FLOOR = 0.0025
 class FeatureNorm(nn.Module):
     """`(x - mean) / std` per feature; the statistics are estimated first, and tracked in training.
 
-    The gradient takes the statistics as constants, so this is an affine map, which `fast.fold_head`
+    The statistics are constants to the gradient, so this is an affine map, which `fast.fold_head`
     folds into the head.
 
     Args:
@@ -53,7 +53,7 @@ class FeatureNorm(nn.Module):
             self._move(x.mean(0), x.var(0), momentum)
 
     def _move(self, mean: Tensor, var: Tensor, momentum: float | None = None) -> None:
-        # Kept on the device: `.item()` here would stall every training step on a GPU.
+        # All on the device: an `.item()` here would stall every training step on a GPU.
         first = (self.num_batches_tracked == 0).to(mean.dtype)
         weight = first + (1 - first) * (self.momentum if momentum is None else momentum)
         self.mean.lerp_(mean.to(self.mean.dtype), weight.to(self.mean.dtype))

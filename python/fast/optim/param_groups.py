@@ -1,4 +1,4 @@
-"""Split a classifier into backbone and head groups, as the fine-tuning methods want them."""
+"""Split a classifier into the backbone and head groups that fine-tuning methods need."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def param_groups(
         lr: learning rate of the backbone.
         head_lr_scale: learning rate of the head, as a multiple of `lr`. Ten times is what lets the
             head carry signal before the backbone has moved.
-        sample: a batch of inputs, to find a head by that was not replaced and has no usual name.
-        layer_decay: learning rate of a layer as a multiple of that of the layer after it, the
-            last of the backbone's being `lr * layer_decay` (BEiT: Bao et al. 2021). The layers are
-            timm's (`group_matcher`), or the children of the outermost `ModuleList`s and
-            `Sequential`s. Groups are named `backbone_layer_0`, ...; what `no_weight_decay()` of
-            the model names has none. The `lr` of a group is scaled already, and there is no
-            `lr_scale`: timm's schedulers would multiply by it once more.
+        sample: a batch of inputs, which finds a head that was not replaced and has no usual name.
+        layer_decay: learning rate of a layer as a multiple of the next layer's; the backbone's last
+            layer has `lr * layer_decay` (BEiT: Bao et al. 2021). The layers are timm's
+            (`group_matcher`), or the children of the outermost `ModuleList`s and `Sequential`s.
+            Groups are named `backbone_layer_0`, ...; parameters that the model's
+            `no_weight_decay()` names have no weight decay. The `lr` of a group is scaled already,
+            and there is no `lr_scale`, by which timm's schedulers would multiply once more.
         **backbone: further keys of the backbone group: `anchor_decay`, `stall`, `ramp`,
             `weight_decay`, ... `weight_decay` holds for the head too; a list `curvature` is in the
             order of the backbone's trainable parameters.
@@ -115,7 +115,7 @@ def param_groups(
 
 
 def _layers(model: nn.Module, body: set[nn.Parameter]) -> tuple[dict[Tensor, int], int]:
-    """The number of the layer of each parameter of `body`, counted from the input, and the head's.
+    """The layer number of each parameter of `body`, counted from the input, and that of the head.
 
     Raises:
         ValueError: there are fewer than two layers.

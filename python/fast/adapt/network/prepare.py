@@ -42,11 +42,11 @@ from fast.heads import (
 )
 from fast.ranks import Ranks
 
-# Features of this many training samples set the normaliser's first statistics: the standard error
-# of a mean is then 3 % of a standard deviation, at the cost of a few forward passes.
+# This many training samples set the normaliser's first statistics: the standard error of a mean is
+# then 3 % of a standard deviation, at the cost of a few forward passes.
 CALIBRATION_SAMPLES = 1024
-# Source outputs at w0 are computed for at most this share of the samples that the run will see: a
-# forward pass is a third of a step, so that is 5 % of the run. Calibration samples come anyway.
+# Source outputs at w0 are computed for at most this share of the samples that the run will see. A
+# forward pass is a third of a step, so this takes 5 % of the run; calibration samples are free.
 DISTILL_SHARE = 0.15
 DISTILL_BYTES = 2**28
 
@@ -155,10 +155,7 @@ def first_pass(
 
 
 def calibrate_batch_norm(model: nn.Module, batches: TrainBatches) -> None:
-    """Give per-task batch norms the statistics of the target.
-
-    Normaliser and head then start on the features that the target will have.
-    """
+    """Give per-task batch norms the statistics of the target, whose features the head starts on."""
     device = next(model.parameters()).device
 
     def inputs() -> Iterator[object]:
@@ -173,9 +170,9 @@ def calibrate_batch_norm(model: nn.Module, batches: TrainBatches) -> None:
 
 
 def same_at_each_visit(batches: TrainBatches) -> bool:
-    """Whether a row of the training data has the same inputs whenever it is read, by its number.
+    """Whether a row of the training data has the same inputs whenever it is read by its number.
 
-    The first batch of a data set tells, read twice: one that augments shows other views.
+    A data set shows this by its first batch, read twice: one that augments gives other views.
     """
     if batches.data.has_views:
         return False
@@ -208,7 +205,7 @@ def check_backbone(network: AdaptedNetwork, method: str) -> None:
 def rehearsal(
     network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int, ranks: Ranks
 ) -> Rehearsal:
-    """The guard that keeps the features of these inputs, at the pretrained weights."""
+    """The guard that keeps the features which these inputs have at the pretrained weights."""
     with source_task(network.model):
         return Rehearsal(
             model=network.model,
