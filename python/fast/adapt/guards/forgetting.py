@@ -56,49 +56,63 @@ class ForgettingMeter:
         skill: str = "auto",
         top: int | None = None,
     ) -> None:
-        self.samples, self.points = samples, points
-        y = samples.labels
-        self.labels = y
+        self.samples, self.points, self.labels = samples, points, samples.labels
         self.by_features = skill == "features"
         if not self.by_features:
-            answers = source_logits(model, samples)
-            if y is not None and top is None:
-                top = int(y.max())
-            if y is not None and top is not None and top >= answers.shape[1]:
-                if skill == "answers":
-                    raise ValueError(
-                        f"source_inputs: label {top}, and the source head has "
-                        f"{answers.shape[1]} classes. Where the source skill is in the features, "
-                        "set source_skill='features'"
-                    )
-                self.by_features = True
-        if self.by_features and y is not None:
-            _, self.labels, counts = y.unique(return_inverse=True, return_counts=True)
-            if int((counts > 1).sum()) < 2:
-                raise ValueError(
-                    f"source_inputs: {len(y)} held-back samples of {len(counts)} classes, hardly "
-                    "two of a class: give more, or leave out the labels"
-                )
-            answers = self._answers(model, samples.size)
-        elif self.by_features:
-            if points:
+            self.before = source_logits(model, samples)
+            self.by_features = self._has_other_labels(self.before.shape[1], skill, top)
+        if self.by_features:
+            self._number_labels()
+            self.before = self._answers(model, samples.size)
+            if self.before.dim() != 2:
+                raise ValueError("source_inputs: features must be vectors")
+        if len(self.before) != samples.size:
+            raise ValueError(
+                f"source_inputs: {len(self.before)} feature vectors of {samples.size} samples, and "
+                "one of each is needed to compare them: set source_skill='answers'"
+            )
+        if not self.before.isfinite().all():
+            raise ValueError(
+                "source_inputs: the network's answers to them are not finite (NaN or infinite)"
+            )
+
+    def _has_other_labels(self, classes: int, skill: str, top: int | None) -> bool:
+        """Whether there are labels that a source head of this many classes cannot give.
+
+        Raises:
+            ValueError: there are, and the user asked for answers.
+        """
+        if self.labels is None:
+            return False
+        top = int(self.labels.max()) if top is None else top
+        if top < classes:
+            return False
+        if skill == "answers":
+            raise ValueError(
+                f"source_inputs: label {top}, and the source head has {classes} classes. Where the "
+                "source skill is in the features, set source_skill='features'"
+            )
+        return True
+
+    def _number_labels(self) -> None:
+        """Number the labels that features are compared by from 0.
+
+        Raises:
+            ValueError: there are none, and points to count; or hardly two samples share one.
+        """
+        if self.labels is None:
+            if self.points:
                 raise ValueError(
                     "forget_budget: points of accuracy of features need source_inputs with labels, "
                     "(inputs, labels); without, give nats (0.1)"
                 )
-            answers = self._answers(model, samples.size)
-        if self.by_features and answers.dim() != 2:
-            raise ValueError("source_inputs: features must be vectors")
-        if len(answers) != samples.size:
+            return
+        _, self.labels, counts = self.labels.unique(return_inverse=True, return_counts=True)
+        if int((counts > 1).sum()) < 2:
             raise ValueError(
-                f"source_inputs: {len(answers)} feature vectors of {samples.size} samples, and one "
-                "of each is needed to compare them: set source_skill='answers'"
+                f"source_inputs: {len(self.labels)} held-back samples of {len(counts)} classes, "
+                "hardly two of a class: give more, or leave out the labels"
             )
-        if not answers.isfinite().all():
-            raise ValueError(
-                "source_inputs: the network's answers to them are not finite (NaN or infinite)"
-            )
-        self.before = answers
 
     @property
     def size(self) -> int:
