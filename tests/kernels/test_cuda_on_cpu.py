@@ -18,7 +18,6 @@ import subprocess
 import pytest
 import torch
 
-from cases import FEATURES, Feature
 from fastkernels import op
 from fastkernels.backends import cuda as backend
 from fastkernels.backends import native
@@ -26,6 +25,7 @@ from fastkernels.ops.update import cuda
 from fastkernels.ops.update.batch import Batch
 from fastkernels.ops.update.plan import CHUNK, DEVICE_PLANS
 from helpers import ROOT
+from kernels.cases import FEATURES, Feature
 from kernels.update_harness import Run
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fast
-from cases import FEATURES, Feature
 from fastkernels.op import ENVIRONMENT, explain
+from kernels.cases import FEATURES, Feature
 from kernels.update_harness import Run
 
 pytestmark = [

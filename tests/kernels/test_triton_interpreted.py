@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import Feature
 from fastkernels import codes as codec
 from fastkernels.backends import triton
 from fastkernels.ops.update import plan as plans
+from kernels.cases import Feature
 from kernels.update_harness import Run
 
 pytestmark = pytest.mark.skipif(

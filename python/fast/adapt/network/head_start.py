@@ -105,7 +105,7 @@ def start_head(
         if step % LOOK_EVERY and step != steps:
             continue
         with torch.no_grad():
-            # Of four samples or fewer none is held out, and all steps are taken.
+            # With four samples or fewer none is held out, and all steps are taken.
             now = float(loss(head.linear(held_out), held_labels)) if len(held_labels) else -step
         if now < lowest:
             lowest, best, worse = now, [p.detach().clone() for p in params], 0
