@@ -95,11 +95,11 @@ class AdaptedOptimizer:
 
     def _drift(self) -> Drift:
         params = [p for group in _backbone(self.optimizer.param_groups) for p in group["params"]]
-        known: dict[Tensor, Tensor] = self.unfused.anchors if self.unfused is not None else {}
+        unfused: dict[Tensor, Tensor] = self.unfused.anchors if self.unfused is not None else {}
         state = self.optimizer.state
         anchors = []
         for p in params:
-            anchor = known.get(p)
+            anchor = unfused.get(p)
             if anchor is None and p in state:
                 anchor = state[p].get("anchor")
             anchors.append(p.detach().clone() if anchor is None else anchor)
