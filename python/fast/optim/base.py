@@ -470,16 +470,12 @@ class AnchoredOptimizer(Optimizer):
             except (TypeError, ValueError, RuntimeError):
                 self._check_values(group)  # which says more
                 raise
-        cached_rows, table = self._cache.tables.get(place, (None, None))
-        if table is None or cached_rows != rows:
+        table = self._cache.table(place, rows)
+        if table is None:
             for i, (group, _) in enumerate(batch.rows):
                 if not torch.compiler.is_compiling():
                     self._check_values(group | {"lr": 0.0} if i in device_lrs else group)
-            # Pinned memory: the lr changes in every step, and a copy from other memory would wait.
-            pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
-            table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
-            table = table.to(place.device, non_blocking=pin)
-            self._cache.tables[place] = rows, table
+            table = self._cache.new_table(place, rows)
         for i, lr in device_lrs.items():
             table[i, 0].copy_(lr)
         return table

@@ -124,11 +124,25 @@ class StepCache:
     """Tables and figures that a step leaves for the next step and for `stats()`; never saved."""
 
     def __init__(self) -> None:
-        self.tables: dict[Place, tuple[list[list[float]], Tensor]] = {}
+        self._tables: dict[Place, tuple[list[list[float]], Tensor]] = {}
         self.stats: dict[Place, Tensor] = {}  # float64 [len(STATS)], of this rank
         self.totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
         # The places of the last step, and whether a parameter there has an anchor.
         self.anchored: dict[Place, bool] = {}
+
+    def table(self, place: Place, rows: list[list[float]]) -> Tensor | None:
+        """The hyper table of the last step at `place`, or None if its rows were other ones."""
+        cached_rows, table = self._tables.get(place, (None, None))
+        return table if cached_rows == rows else None
+
+    def new_table(self, place: Place, rows: list[list[float]]) -> Tensor:
+        """Make the hyper table with these rows, float64 `[groups, columns]`."""
+        # Pinned memory: the lr changes in every step, and a copy from other memory would wait.
+        pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
+        table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
+        table = table.to(place.device, non_blocking=pin)
+        self._tables[place] = rows, table
+        return table
 
     def stats_at(self, place: Place) -> Tensor:
         """The tensor that the op at `place` writes its figures into."""

@@ -10,7 +10,7 @@ to agree with.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,12 @@ class State:
             "process generators": process_generators(),
             "generators": {path: state_of(g) for path, g in self.generators.items()},
         }
+
+    def set_randomness(self, saved: dict[str, Any]) -> None:
+        """Restore what `randomness()` returned."""
+        for name, generator in self.generators.items():
+            set_state(generator, saved["generators"][name])
+        set_process_generators(saved["process generators"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,51 +215,84 @@ def load_checkpoint(
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise FileNotFoundError(f"no checkpoint to resume from in {folder}")
-    path, steps = checkpoints[-1], state.adaptation.plan.steps
-    file = path / STATE_FILE
-    meta = read_sealed(file, FORMAT)
-    with reading(file):
-        saved = Facts(**{name: meta[name] for name in vars(facts)})
-        step, hashes, optimizer = meta["step"], dict(meta["files"]), meta["optimizer"]
-        record, randomness = meta["record"], [meta, *meta.get(OTHERS, ())]
-        generators = dict(randomness[min(rank, len(randomness) - 1)]["generators"])
-        plain = dict(meta[ADAPTATION])
-        groups = [len(group["params"]) for group in optimizer["groups"]]
-        if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
-            raise ValueError(f"step {step!r} of {steps}, in {path.name}")
-    _check_run(path, saved, facts)
-    _check_files(path, hashes, state.model)
+    path = checkpoints[-1]
+    meta = _read_state(path, state.adaptation.plan.steps)
+    _check_run(path, meta.facts, facts)
+    _check_files(path, meta.hashes, state.model)
     weights, training = load_tensors(path / MODEL_FILE), load_tensors(path / TRAINING_FILE)
     best = {name: training.pop(name) for name in list(training) if name.startswith(BEST)}
     _check_same_model(state.model, weights, path)
-    _check_same_optimizer(state.optimizer, groups, path)
-    _check_job(path, saved, facts)
-    own = state.adaptation.state_dict()
-    _, tensors = split_state(own, ADAPTATION)
-    _check_tensors(path / TRAINING_FILE, training, tensors)
-    with reading(file):
-        adaptation = joined_state(plain, training, own, ADAPTATION)
-        check_state(adaptation, own)
+    _check_same_optimizer(state.optimizer, meta.optimizer, path)
+    _check_job(path, meta.facts, facts)
+    adaptation = _take_adaptation(path, meta, training, state.adaptation.state_dict())
     if best:
         entries = {BEST + name: value for name, value in state.model.state_dict().items()}
         _check_tensors(path / TRAINING_FILE, best, entries)
         best = {name: best[name] for name in entries}
-    if sorted(generators) != sorted(state.generators):
-        raise ValueError(
-            f"{path} is of another job: the data, transform and network held the generators "
-            f"{_some(sorted(generators))}, here {_some(sorted(state.generators))}"
-        )
-    training = {name: x for name, x in training.items() if name not in tensors}
-    with reading(file):
-        unflatten(state.optimizer, training, optimizer)
+    _check_generators(path, meta.randomness_of(rank), state)
+    with reading(path / STATE_FILE):
+        unflatten(state.optimizer, training, meta.optimizer)
         state.adaptation.load_state_dict(adaptation)
-        if rank < len(randomness):
-            for name, generator in state.generators.items():
-                set_state(generator, generators[name])
-            set_process_generators(randomness[rank]["process generators"])
+        if rank < len(meta.randomness):
+            state.set_randomness(meta.randomness[rank])
     own = state.model.state_dict()
     state.model.load_state_dict({name: dtensor.as_in(weights[name], own[name]) for name in own})
-    return file, record, best
+    return path / STATE_FILE, meta.record, best
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Meta:
+    """The contents of a `state.json`.
+
+    Attributes:
+        facts: what the run that saved it was.
+        hashes: hashes of the files beside it.
+        optimizer, adaptation: their plain values.
+        record: what `save_checkpoint` was given.
+        randomness: `State.randomness()` of each rank.
+    """
+
+    facts: Facts
+    hashes: dict[str, str]
+    optimizer: dict[str, Any]
+    adaptation: dict[str, Any]
+    record: dict[str, Any]
+    randomness: list[dict[str, Any]]
+
+    def randomness_of(self, rank: int) -> dict[str, Any]:
+        """The randomness of a rank, or of the last one if the run had fewer."""
+        return self.randomness[min(rank, len(self.randomness) - 1)]
+
+
+def _read_state(path: Path, steps: int) -> _Meta:
+    """Read the `state.json` of a checkpoint of a run of this many steps."""
+    meta = read_sealed(path / STATE_FILE, FORMAT)
+    with reading(path / STATE_FILE):
+        step = meta["step"]
+        if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
+            raise ValueError(f"step {step!r} of {steps}, in {path.name}")
+        return _Meta(
+            facts=Facts(**{field.name: meta[field.name] for field in fields(Facts)}),
+            hashes=dict(meta["files"]),
+            optimizer=meta["optimizer"],
+            adaptation=dict(meta[ADAPTATION]),
+            record=meta["record"],
+            randomness=[meta, *meta.get(OTHERS, ())],
+        )
+
+
+def _take_adaptation(
+    path: Path, meta: _Meta, training: dict[str, Tensor], own: dict[str, Any]
+) -> dict[str, Any]:
+    """The state of the adaptation; its tensors are taken out of `training`."""
+    _, tensors = split_state(own, ADAPTATION)
+    _check_tensors(path / TRAINING_FILE, training, tensors)
+    with reading(path / STATE_FILE):
+        adaptation = joined_state(meta.adaptation, training, own, ADAPTATION)
+        check_state(adaptation, own)
+    for name in tensors:
+        del training[name]
+    return adaptation
 
 
 def _check_run(path: Path, saved: Facts, now: Facts) -> None:
@@ -265,6 +304,17 @@ def _check_run(path: Path, saved: Facts, now: Facts) -> None:
         options = {k: v for k, v in saved.options.items() if now.options.get(k, v) != v}
     if options:
         raise ValueError(f"{path} is of a run with other options: {options}")
+
+
+def _check_generators(path: Path, saved: dict[str, Any], state: State) -> None:
+    with reading(path / STATE_FILE):
+        names = sorted(saved["generators"])
+    own = sorted(state.generators)
+    if names != own:
+        raise ValueError(
+            f"{path} is of another job: the data, transform and network held the generators "
+            f"{_some(names)}, here {_some(own)}"
+        )
 
 
 def _check_job(path: Path, saved: Facts, now: Facts) -> None:
@@ -314,11 +364,13 @@ def _check_tensors(file: Path, saved: dict[str, Tensor], own: dict[str, Tensor])
             )
 
 
-def _check_same_optimizer(optimizer: Optimizer, saved: list[int], path: Path) -> None:
+def _check_same_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) -> None:
+    with reading(path / STATE_FILE):
+        before = [len(group["params"]) for group in saved["groups"]]
     sizes = [len(g["params"]) for g in optimizer.param_groups]
-    if sizes != saved:
+    if sizes != before:
         raise ValueError(
-            f"{path} was saved with {saved} trained parameters per group, the model has {sizes}: "
+            f"{path} was saved with {before} trained parameters per group, the model has {sizes}: "
             "freeze the same layers"
         )
 
