@@ -50,7 +50,7 @@ def run_figure(
     Args:
         history: records with `step` and, where they were measured, `target_accuracy` and
             `source_accuracy` in 0..1 and `forecast`.
-        method: that ran, which gives the colour of the target.
+        method: the method that ran; it decides the colour of the target.
         source_before: source accuracy before the run, drawn as a dashed line.
         forecast_in_points: the forecast is of source accuracy lost, 0..1, and not in nats.
 
@@ -102,7 +102,7 @@ def measured(
 
 
 def level(axis: Any, accuracy: float) -> None:
-    """Draw the accuracy, in 0..1, that was there before."""
+    """Draw a line at the accuracy, in 0..1, before adaptation."""
     axis.axhline(100 * accuracy, color=GREY, linestyle="--", linewidth=1)
 
 
