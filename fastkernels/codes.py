@@ -1,13 +1,13 @@
 """How state is stored in few bytes, in plain torch: the truth for csrc/include/fast/numeric.h.
 
-* bfloat16, rounded to nearest, or stochastically by a hash of (seed, step, index): a second moment
-  that decays by 0.1 % per step is never changed by rounding to nearest.
+* bfloat16, rounded to nearest, or stochastically by a hash of (seed, step, index): rounding to
+  nearest would never change a second moment that decays by 0.1 % per step.
 * 8-bit codes, a byte per element and a float32 scale per CODE_BLOCK elements along the storage, of
   y = |x| / scale. An unsigned code counts eighths of an octave of y + 1, over 32 octaves: linear
   near zero, logarithmic above. A signed one (sign in the high bit) is finest where a momentum is
   largest: from 9/80 of the block's largest value on it counts steps of 1/80 of that value, and
   below quarters of an octave, over 14 octaves. Relative error of normal data: 1.0 %.
-* A bfloat16 parameter and the 16 bits it differs by from its float32 value (its remainder).
+* A bfloat16 parameter and its remainder: the 16 bits that it lacks of its float32 value.
 
 Tensors here are flat, in the order of their storage (`flat`):
 
@@ -69,7 +69,11 @@ def _from_bits(bits: Tensor) -> Tensor:
 
 
 def round_bf16(x: Tensor, random: Tensor) -> Tensor:
-    """`x` in bfloat16, up with the probability of the part cut off; `random` below 2^16."""
+    """`x` in bfloat16, rounded up with the probability of the part cut off.
+
+    Args:
+        random: int64 draws below 2^16, in the shape of `x`.
+    """
     rounded = ((_bits(x) + random) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(x.isnan(), torch.full_like(rounded, torch.nan), rounded)
 
@@ -148,7 +152,8 @@ def store(
 
     Args:
         draws: makes the rounding draws, int64 `[n]` below 2^32, when they are needed.
-        signed: of first moments; second moments are not, and round stochastically in bfloat16.
+        signed: true for first moments. Second moments are unsigned, and round stochastically in
+            bfloat16.
     """
     if scales is not None:
         random = draws()

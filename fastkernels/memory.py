@@ -1,9 +1,8 @@
-"""The memory of the tensors of a call: there is enough of it, kernels can address it, and what is
-written to is read and written under no other name.
+"""Check the memory of the tensors of a call: there is enough of it, kernels can address it, and no
+tensor that is written shares elements with another.
 
-Kernels work on addresses, in any order and in parallel, so a shared element would get one of
-several values. A tensor that breaks a rule is refused before anything is written, by every backend
-alike.
+Kernels work on addresses, in any order and in parallel, so an element of two tensors would get one
+of several values. Every backend refuses a tensor that breaks a rule before anything is written.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """The bytes `[begin, end)` between which the elements of a tensor are."""
+    """The range of bytes `[begin, end)` that holds the elements of a tensor."""
 
     begin: int
     end: int
@@ -89,7 +88,7 @@ def _span(what: str, t: Tensor, written: bool) -> Span:
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether tensors whose ranges overlap have a byte in common; columns of one matrix do not."""
+    """Whether tensors whose ranges overlap share a byte; two columns of a matrix do not."""
     if is_dense(a) and is_dense(b):
         return True
     cell = min(a.element_size(), b.element_size())

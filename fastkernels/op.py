@@ -1,8 +1,8 @@
 """What an operator is: a public function, its schema, its fake, and the backends that run it.
 
-`operator` turns a function into one: it derives the schema from the signature, registers schema,
-implementation and fake with torch.library, and keeps the record in `OPS`. The function checks its
-arguments and calls `choose` for the backend of their device.
+The decorator `operator` makes one of a function: it derives the schema from the signature,
+registers schema, implementation and fake with torch.library, and keeps a record in `OPS`. The
+function checks its arguments and calls `choose` for the backend of their device.
 
 `FASTKERNELS_BACKEND` (reference | native | triton) forces a backend; it is read at every choice, so
 a test can set it. `explain()` lists the backends.
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 
 class BackendError(RuntimeError):
-    """There is no implementation of an op that may run."""
+    """No implementation of an op can run here, or the one that was asked for cannot."""
 
 
 def always() -> tuple[bool, str]:
@@ -89,10 +89,11 @@ def operator(
     """Decorator of the public function of an op, which checks its arguments and runs a backend.
 
     Args:
-        fake: the function on tensors without memory.
+        fake: the function for tensors without memory.
         mutates: the parameters whose tensors are written.
-        direct: whether a call may go to the function itself, past torch's dispatcher; it is called
-            with the op's name and the call's arguments.
+        backends: the implementations, in order of preference.
+        direct: tells whether a call may bypass torch's dispatcher and go to the function itself; it
+            is called with the op's name and the call's arguments.
     """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
@@ -104,7 +105,7 @@ def operator(
             LIBRARY.impl(name, function, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
         dispatched = getattr(torch.ops.fastkernels, name)
-        # The dispatcher knows no default for a list.
+        # The dispatcher cannot give a list a default.
         parameters = inspect.signature(function).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -135,8 +136,8 @@ _TYPES = {
 def schema_of(function: Callable[..., Any], mutates: tuple[str, ...]) -> str:
     """The signature of `function` as torch writes it.
 
-    An optional list is empty when its feature is off, and an entry of it that is absent is None
-    (read-only lists) or a tensor of 0 elements (mutated lists, which cannot hold None).
+    An optional list is empty if its feature is off. An absent entry is None in a read-only list,
+    and a tensor of 0 elements in a mutated list, which cannot hold None.
     """
     signature = inspect.signature(function)
     letters = iter("abcdefghijklmnopqrstuvwxyz")

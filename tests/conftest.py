@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # helpers, cases, networks
+sys.path.insert(0, str(Path(__file__).parent))  # helpers, networks, kernels.update_harness
 
 import torchvision_ops
 

@@ -1,8 +1,11 @@
-"""Names from strangers, in messages of one line."""
+"""Messages: names from strangers are shown in one line, and warnings name the user's own."""
 
 import pytest
+import torch
 
+import fast
 from fast.errors import first_line, printable, some
+from networks import ConvNet, images
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,11 @@ def test_styles_of_libraries_are_dropped():
 def test_some():
     assert some(["a", "b"]) == "a, b"
     assert some(["a", "b\n", "c", "d"]) == r"a, b\n, c and 1 more"
+
+
+def test_a_warning_names_the_line_of_the_caller():
+    """However deep in the library it arises: here in a context manager, two functions down."""
+    model = ConvNet().to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="too coarse") as caught:
+        fast.finetune(model, images(20, 3), steps=2)
+    assert [w.filename for w in caught if "too coarse" in str(w.message)] == [__file__]

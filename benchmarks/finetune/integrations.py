@@ -131,13 +131,13 @@ PAIRS: dict[str, Callable[[Path], Task]] = {
 
 def run(*, pair: str, trainer: str, seed: int, data: Path) -> Record:
     torch.manual_seed(seed)
-    given = PAIRS[pair](data)
-    before = given.skill(given.model)
+    task = PAIRS[pair](data)
+    before = task.skill(task.model)
     start = time.perf_counter()
-    RUNNERS[trainer](given, seed)
+    RUNNERS[trainer](task, seed)
     seconds = time.perf_counter() - start
-    with evaluating(given.model):
-        target, after = accuracy(given.model, *given.val), given.skill(given.model)
+    with evaluating(task.model):
+        target, after = accuracy(task.model, *task.val), task.skill(task.model)
     return {
         "target": target,
         "source_before": before,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from statistics import correlation, mean, stdev
+from typing import NamedTuple
 
 from benchmarks.common import arguments, commits, complete, save, table
 from benchmarks.finetune.figures import (
@@ -66,9 +67,36 @@ def accuracies(by_pair: dict[str, Methods]) -> list[str]:
     return table(rows)
 
 
+class Beside(NamedTuple):
+    """Runs of ours beside those of a baseline.
+
+    Attributes:
+        share: steps to the baseline's final target accuracy, as a share of its steps; a goal that
+            is not reached counts as the whole run.
+        ahead: final target accuracy minus the baseline's, points.
+        ours, its: source accuracy lost, points.
+    """
+
+    share: float
+    ahead: float
+    ours: float
+    its: float
+
+    @classmethod
+    def of(cls, runs: Runs, best: Runs) -> Beside:
+        goal, whole = final(best, "target_accuracy"), best[0]["history"][-1]["step"]
+        share = (steps_to(runs, goal) or whole) / whole
+        ahead = 100 * (final(runs, "target_accuracy") - goal)
+        return cls(share, ahead, 100 * lost(runs), 100 * lost(best))
+
+
 def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
     """The table of FAST and its variants, each beside the best baseline of the pair."""
-    rows: Runs = []
+    columns = (
+        "method", "pair", "best baseline", "steps to its final target accuracy, share of its steps",
+        "final target minus its, points", "source accuracy lost, points: ours / its", "share",
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
     variants = dict.fromkeys(m for ms in by_pair.values() for m in ms if m.startswith(NAME))
     for variant in variants:
         figures = []
@@ -77,40 +105,22 @@ def against_baselines(by_pair: dict[str, Methods]) -> list[str]:
                 continue
             name = best_baseline(methods)
             best, runs = methods[name], methods[variant]
-            goal = final(best, "target_accuracy")
-            steps, whole = steps_to(runs, goal), best[0]["history"][-1]["step"]
-            share = (steps or whole) / whole  # a goal that is not reached counts as the whole run
-            ahead = 100 * (final(runs, "target_accuracy") - goal)
-            ours, its = 100 * lost(runs), 100 * lost(best)
-            figures.append((share, ahead, ours, its))
-            reached = f"{share:.2f}" if steps else "not reached"
-            part = f"{ours / its:.2f}" if its > 0 else "-"
-            rows.append(
-                {
-                    "method": variant,
-                    "pair": pair,
-                    "best baseline": name,
-                    "steps to its final target accuracy, share of its steps": reached,
-                    "final target minus its, points": f"{ahead:+.1f}",
-                    "source accuracy lost, points: ours / its": f"{ours:.1f} / {its:.1f}",
-                    "share": part,
-                }
-            )
+            share, ahead, ours, its = beside = Beside.of(runs, best)
+            figures.append(beside)
+            reached = steps_to(runs, final(best, "target_accuracy")) is not None
+            rows.append((
+                variant, pair, name, f"{share:.2f}" if reached else "not reached", f"{ahead:+.1f}",
+                f"{ours:.1f} / {its:.1f}", f"{ours / its:.2f}" if its > 0 else "-",
+            ))  # fmt: skip
         if figures:
             share, ahead, ours, its = (mean(column) for column in zip(*figures, strict=True))
-            shares = mean(o / i for _, _, o, i in figures if i > 0)
-            rows.append(
-                {
-                    "method": variant,
-                    "pair": "**mean** (wanted: 0.5, -0.5, 0.25)",
-                    "best baseline": "",
-                    "steps to its final target accuracy, share of its steps": f"**{share:.2f}**",
-                    "final target minus its, points": f"**{ahead:+.1f}**",
-                    "source accuracy lost, points: ours / its": f"**{ours:.1f} / {its:.1f}**",
-                    "share": f"**{shares:.2f}**, of the means {ours / its:.2f}",
-                }
-            )
-    return table(rows)
+            shares = mean(f.ours / f.its for f in figures if f.its > 0)
+            rows.append((
+                variant, "**mean** (wanted: 0.5, -0.5, 0.25)", "", f"**{share:.2f}**",
+                f"**{ahead:+.1f}**", f"**{ours:.1f} / {its:.1f}**",
+                f"**{shares:.2f}**, of the means {ours / its:.2f}",
+            ))  # fmt: skip
+    return table(dict(zip(columns, row, strict=True)) for row in rows)
 
 
 def forecasts(records: Runs) -> list[str]:

@@ -52,17 +52,17 @@ class Rows(Dataset[Any]):
         return pick(self.inputs, i), self.labels[i], i
 
 
-def loader(given: Task) -> DataLoader[Any]:
-    return DataLoader(Rows(given.train), TARGET_SIZE, shuffle=True, drop_last=True)
+def loader(task: Task) -> DataLoader[Any]:
+    return DataLoader(Rows(task.train), TARGET_SIZE, shuffle=True, drop_last=True)
 
 
 def adaptation(
-    given: Task, seed: int, model: nn.Module | None = None, **options: Any
+    task: Task, seed: int, model: nn.Module | None = None, **options: Any
 ) -> fast.Adaptation:
     return fast.Adaptation(
-        model or given.model,
-        given.train,
-        source_inputs=given.source_inputs,
+        model or task.model,
+        task.train,
+        source_inputs=task.source_inputs,
         steps=STEPS,
         batch_size=TARGET_SIZE + SOURCE_SIZE,
         seed=seed,
@@ -70,22 +70,22 @@ def adaptation(
     )
 
 
-def batches(given: Task) -> Any:
+def batches(task: Task) -> Any:
     """`STEPS` batches, over as many epochs as they take."""
     done = 0
     while True:
-        for batch in loader(given):
+        for batch in loader(task):
             if done == STEPS:
                 return
             done += 1
             yield batch
 
 
-def with_finetune(given: Task, seed: int, **options: Any) -> None:
+def with_finetune(task: Task, seed: int, **options: Any) -> None:
     fast.finetune(
-        given.model,
-        given.train,
-        source_inputs=given.source_inputs,
+        task.model,
+        task.train,
+        source_inputs=task.source_inputs,
         steps=STEPS,
         batch_size=TARGET_SIZE + SOURCE_SIZE,
         seed=seed,
@@ -94,14 +94,14 @@ def with_finetune(given: Task, seed: int, **options: Any) -> None:
     )
 
 
-def with_transformers(given: Task, seed: int) -> None:
+def with_transformers(task: Task, seed: int) -> None:
     from transformers import TrainingArguments
 
     from fast.integrations.transformers import FastTrainer
 
-    inputs, labels = given.train
+    inputs, labels = task.train
     if isinstance(inputs, Tensor):  # the Trainer calls by name
-        inputs = {next(iter(inspect.signature(given.model.forward).parameters)): inputs}
+        inputs = {next(iter(inspect.signature(task.model.forward).parameters)): inputs}
     rows = [pick(inputs, i) | {"labels": y} for i, y in enumerate(labels.tolist())]
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -115,15 +115,15 @@ def with_transformers(given: Task, seed: int) -> None:
             disable_tqdm=True,
         )
         FastTrainer(
-            given.model,
+            task.model,
             args,
             train_dataset=rows,
-            num_classes=given.classes,
-            source_inputs=given.source_inputs,
+            num_classes=task.classes,
+            source_inputs=task.source_inputs,
         ).train()
 
 
-def with_lightning(given: Task, seed: int) -> None:
+def with_lightning(task: Task, seed: int) -> None:
     import lightning
 
     from fast.integrations.lightning import FastCallback
@@ -142,9 +142,9 @@ def with_lightning(given: Task, seed: int) -> None:
             return F.cross_entropy(logits, labels) + penalty
 
     method = FastCallback(
-        given.model,
-        given.train,
-        source_inputs=given.source_inputs,
+        task.model,
+        task.train,
+        source_inputs=task.source_inputs,
         batch_size=TARGET_SIZE + SOURCE_SIZE,
         seed=seed,
     )
@@ -156,50 +156,50 @@ def with_lightning(given: Task, seed: int) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-    ).fit(Classifier(given.model, method), loader(given))
+    ).fit(Classifier(task.model, method), loader(task))
 
 
-def with_timm(given: Task, seed: int) -> None:
+def with_timm(task: Task, seed: int) -> None:
     from fast.integrations.timm import AdaptationTask
 
-    method = adaptation(given, seed)
-    task, scheduler = AdaptationTask(method, verbose=False), method.scheduler()
-    task.train()
-    for inputs, labels, rows in batches(given):
-        task(inputs, labels, rows)["loss"].backward()
+    method = adaptation(task, seed)
+    training, scheduler = AdaptationTask(method, verbose=False), method.scheduler()
+    training.train()
+    for inputs, labels, rows in batches(task):
+        training(inputs, labels, rows)["loss"].backward()
         method.optimizer.step(), scheduler.step(), method.optimizer.zero_grad()
     method.finish()
 
 
-def with_accelerate(given: Task, seed: int) -> None:
+def with_accelerate(task: Task, seed: int) -> None:
     import accelerate
 
     accelerator = accelerate.Accelerator(cpu=True)
-    method = adaptation(given, seed)
+    method = adaptation(task, seed)
     prepared, optimizer, scheduler = accelerator.prepare(
-        given.model, method.optimizer, method.scheduler()
+        task.model, method.optimizer, method.scheduler()
     )
     prepared.train()
-    for inputs, labels, rows in batches(given):
+    for inputs, labels, rows in batches(task):
         logits, penalty = method.forward(inputs, rows, model=prepared)
         accelerator.backward(F.cross_entropy(logits, labels) + penalty)
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
     method.finish()
 
 
-def with_peft(given: Task, seed: int, **options: Any) -> None:
+def with_peft(task: Task, seed: int, **options: Any) -> None:
     """LoRA on every convolution of a convolutional network, and on every linear layer of others,
     except for the head, which `fast.Adaptation` replaces."""
     import peft
 
-    kind = nn.Conv2d if any(isinstance(m, nn.Conv2d) for m in given.model.modules()) else nn.Linear
-    layers = [name for name, m in given.model.named_modules() if isinstance(m, kind)]
+    kind = nn.Conv2d if any(isinstance(m, nn.Conv2d) for m in task.model.modules()) else nn.Linear
+    layers = [name for name, m in task.model.named_modules() if isinstance(m, kind)]
     names = [name for name in layers if name != "classifier"]
-    model: Any = peft.get_peft_model(given.model, peft.LoraConfig(r=8, target_modules=names))  # type: ignore[arg-type]
-    method = adaptation(given, seed, model, **options)
+    model: Any = peft.get_peft_model(task.model, peft.LoraConfig(r=8, target_modules=names))  # type: ignore[arg-type]
+    method = adaptation(task, seed, model, **options)
     scheduler = method.scheduler()
     model.train()
-    for inputs, labels, rows in batches(given):
+    for inputs, labels, rows in batches(task):
         logits, penalty = method.forward(inputs, rows)
         (F.cross_entropy(logits, labels) + penalty).backward()
         method.optimizer.step(), scheduler.step(), method.optimizer.zero_grad()
@@ -209,8 +209,8 @@ def with_peft(given: Task, seed: int, **options: Any) -> None:
 Runner = Callable[[Task, int], None]
 RUNNERS: dict[str, Runner] = {
     "fast.finetune": with_finetune,
-    "AdamW in fast.finetune": lambda given, seed: with_finetune(
-        given, seed, method="vanilla", lr=3e-4
+    "AdamW in fast.finetune": lambda task, seed: with_finetune(
+        task, seed, method="vanilla", lr=3e-4
     ),
     "transformers.FastTrainer": with_transformers,
     "Lightning": with_lightning,

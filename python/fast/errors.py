@@ -1,14 +1,30 @@
-"""Helpers for error messages of one line."""
+"""Helpers for errors of one line, and for warnings that name the user's line."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # The escape codes of colours and styles in messages of libraries.
 _STYLES = re.compile(r"\x1b\[[0-9;]*m")
+# Packages between a warning of ours and the line of the user's that led to it.
+_INSIDE = {"fast", "fastkernels", "torch", "contextlib"}
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, naming the line outside of this library that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package_of(frame.f_globals) in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _package_of(module: dict[str, object]) -> str:
+    return str(module.get("__name__")).partition(".")[0]
 
 
 def distribution(module: str) -> str:

@@ -50,7 +50,7 @@ def run_figure(
     Args:
         history: records with `step` and, where they were measured, `target_accuracy` and
             `source_accuracy` in 0..1 and `forecast`.
-        method: that ran, which gives the colour of the target.
+        method: the method that ran; it decides the colour of the target.
         source_before: source accuracy before the run, drawn as a dashed line.
         forecast_in_points: the forecast is of source accuracy lost, 0..1, and not in nats.
 
@@ -69,23 +69,28 @@ def run_figure(
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         axes = list(figure.subplots(1, sum(panels), squeeze=False)[0])
         if panels[0]:
-            axis = axes[0]
-            if source_before is not None:
-                level(axis, source_before)
-            colours = colour_of(method, 0), GREY
-            for (name, curve), colour, marker in zip(
-                accuracies.items(), colours, MARKERS, strict=False
-            ):
-                if curve[0]:
-                    axis.plot(*curve, color=colour, marker=marker, markersize=4, label=name)
-            axis.set(title="Accuracy", xlabel="step", ylabel="%")
-            axis.legend()
+            _accuracy_panel(axes[0], accuracies, (colour_of(method, 0), GREY), source_before)
         if panels[1]:
             axis = axes[-1]
             axis.plot(*forecast, color=colour_of(method, 0), marker="o", markersize=4)
             unit = "points of source accuracy" if forecast_in_points else "nats of source loss"
             axis.set(title="Forecast: what the source loses", xlabel="step", ylabel=unit)
     return figure
+
+
+def _accuracy_panel(
+    axis: Any,
+    accuracies: Mapping[str, tuple[list[int], list[float]]],
+    colours: Sequence[str],
+    before: float | None,
+) -> None:
+    if before is not None:
+        level(axis, before)
+    for (name, curve), colour, marker in zip(accuracies.items(), colours, MARKERS, strict=False):
+        if curve[0]:
+            axis.plot(*curve, color=colour, marker=marker, markersize=4, label=name)
+    axis.set(title="Accuracy", xlabel="step", ylabel="%")
+    axis.legend()
 
 
 def measured(
@@ -97,7 +102,7 @@ def measured(
 
 
 def level(axis: Any, accuracy: float) -> None:
-    """Draw the accuracy, in 0..1, that was there before."""
+    """Draw a line at the accuracy, in 0..1, before adaptation."""
     axis.axhline(100 * accuracy, color=GREY, linestyle="--", linewidth=1)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished"
-# Our JSON files are never that long; a stranger's file may be.
+# Our JSON files are never this long; a stranger's file may be.
 MOST_JSON_BYTES = 16 << 20
 CHECKSUM = "checksum"
-# What code raises that reads values which are missing or have other types than expected.
+# Raised by code that reads values which are missing or have unexpected types.
 _DAMAGE = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
 )  # fmt: skip
@@ -56,7 +56,7 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed while writing have left in `folder`."""
+    """Remove what processes have left in `folder` that were killed while they wrote."""
     for path in folder.glob(f".*{UNFINISHED}"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -1,9 +1,9 @@
-"""The processes that train one network together, and what they tell each other.
+"""The processes that train one network together, and what they exchange.
 
 Everything that data parallelism needs beyond the averaged gradients of `DistributedDataParallel`
-goes through a `Ranks`. With one process each of its methods gives back what it was given. Figures
-that live on the device are reduced there, and no host waits for them; decisions are exchanged on
-the host, by gloo.
+goes through a `Ranks`. With one process, each of its methods returns its argument. Figures on the
+device are reduced there, so that no host waits for them; decisions are exchanged on the host, by
+gloo.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ AUTO = "auto"
 
 
 class Ranks:
-    """One process, or those of a group. All of them have to call the same methods in turn.
+    """One process, or those of a group, which all have to call the same methods in the same order.
 
     Args:
-        process_group: of torch.distributed; `"auto"`: all processes, where torch.distributed is
-            initialised; None: this one alone.
+        process_group: a group of torch.distributed; `"auto"` takes all processes if
+            torch.distributed is initialised; None takes this process alone.
 
     Attributes:
-        group: None for one process.
-        rank, size: of this process, from 0, and how many there are.
+        group: the process group; None for one process.
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | str | None = None) -> None:
@@ -57,7 +58,7 @@ class Ranks:
 
     @property
     def share(self) -> slice:
-        """This process's part of what all work on together."""
+        """This process's part of anything that all of them share."""
         return slice(None) if self.size == 1 else slice(self.rank, None, self.size)
 
     # Figures, where they are.
@@ -80,7 +81,7 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite these tensors by those of the first rank."""
+        """Overwrite these tensors with those of the first rank."""
         if self.size > 1:
             for x in tensors:
                 value = x.detach().contiguous()
@@ -119,7 +120,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Where the block raises on one rank, it raises on all; nothing in it may wait for others.
+        """A block that raises on one rank raises on all; nothing in it may wait for other ranks.
 
         Raises:
             RuntimeError: another rank failed; the message is that rank's.
@@ -134,7 +135,7 @@ class Ranks:
             raise RuntimeError(failure)
 
     def _failure(self, own: str | None) -> str | None:
-        """What the first rank that failed says of it; None where all went well."""
+        """The message of the first rank that failed; None if none did."""
         if self.size == 1 or not self.largest(own is not None):
             return None
         said = self.all(own)
@@ -166,7 +167,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 def _host_group(group: Any) -> Any:
-    """A group of the same processes whose messages are on the host."""
+    """A group of the same processes that exchanges messages on the host."""
     if "gloo" in str(dist.get_backend_config(group)):
         return group
     members = dist.get_process_group_ranks(group)
@@ -174,15 +175,15 @@ def _host_group(group: Any) -> Any:
 
 
 def local_rank() -> int | None:
-    """The number of this process on its machine, where `torchrun` has started several."""
+    """The number of this process on its machine, if `torchrun` has started several; else None."""
     started = int(os.environ.get("WORLD_SIZE") or 1) > 1 and "MASTER_ADDR" in os.environ
     return int(os.environ.get("LOCAL_RANK") or 0) if started else None
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks of this run: the processes of a group that is initialised, or else those that
-    `torchrun` has started; else this process alone."""
+    """The ranks of this run: those of a process group that is initialised; or else the processes
+    that `torchrun` has started; or else this process alone."""
     local = local_rank()
     if local is None or not dist.is_available() or dist.is_initialized():
         yield Ranks(AUTO)

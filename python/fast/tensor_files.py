@@ -1,4 +1,4 @@
-"""Tensors in safetensors files. Apart from `fast.files`, which is read without torch."""
+"""Tensors in safetensors files; apart from `fast.files`, which does without torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file, by name.
 
     Raises:
-        ValueError: the file is truncated or no safetensors; the message names it.
+        ValueError: the file is truncated or is not a safetensors file; the message names it.
     """
     try:
         return load_file(path)

@@ -1,4 +1,4 @@
-"""Compute in worker processes, in order: what is read or decoded while the network is trained."""
+"""Compute in worker processes, in order: they read and decode samples while the network trains."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-# More processes than this read faster than most GPUs train, and each takes its share of memory.
+# More processes would read faster than most GPUs train, and each takes memory.
 MOST = 8
-# So few samples are read in the time that it takes to start the processes.
+# So few samples are read before the processes have even started.
 FEW = 256
 
 
 def workers_for(samples: int) -> int:
-    """How many processes read as many image files, where nobody says: one per core, at most 8."""
+    """The default number of processes that read image files: one per core, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, MOST) if samples >= FEW else 0
 
@@ -27,16 +27,16 @@ def workers_for(samples: int) -> int:
 def in_workers(
     function: Callable[[Key], Value], keys: Iterable[Key], workers: int, *, pinned: bool = False
 ) -> Iterator[Value]:
-    """`function` of each key, in order; computed ahead by processes, or here where there are none.
+    """`function` of each key, in order, computed ahead by worker processes, or here without any.
 
     Processes are forked, so that they see the data without a copy; where that is not possible
-    (Windows) all is computed here. Their random generators do not touch those of this process.
+    (Windows), everything is computed here. Their random generators do not affect this process's.
 
     Args:
         function: returns tensors, or tuples, lists and mappings of them.
         keys: may be endless.
         workers: number of processes.
-        pinned: tensors come in page-locked memory, from which copies to a GPU do not wait.
+        pinned: return tensors in page-locked memory, so that copies to a GPU do not wait.
 
     Raises:
         Exception: what `function` raises is raised here.
@@ -61,7 +61,7 @@ def in_workers(
 
 
 class _Raised:
-    """An exception on its way from a worker: DataLoader would make a text of its traceback."""
+    """An exception on its way from a worker: DataLoader would reduce it to a text."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

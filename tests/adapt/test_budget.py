@@ -11,7 +11,7 @@ import fast
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.curvature.card.answers import expected_rise
-from fast.train import trainer
+from interruption import Stopped, dying_at
 from networks import ConvNet, images, taught
 
 KNOWN, ASKED = images(400, 5, seed=3), images(200, 5, seed=4)
@@ -140,13 +140,9 @@ def test_too_much_lost_is_taken_back_at_once(pretrained, seen):
     assert max(factor for *_, factor in seen) >= 4
 
 
-class Stopped(RuntimeError):
-    pass
-
-
 @pytest.mark.parametrize("budget", [0.003, 0.1])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_ends_in_the_same_weights(pretrained, tmp_path, monkeypatch, name, budget):
+def test_a_resumed_run_ends_in_the_same_weights(pretrained, tmp_path, name, budget):
     """Where weights are moved back on the way, and where the pull alone does it."""
     options = METHODS[name] | {
         "forget_budget": budget,
@@ -155,17 +151,8 @@ def test_a_resumed_run_ends_in_the_same_weights(pretrained, tmp_path, monkeypatc
         "average": 10,
     }
     whole = run(pretrained, output=str(tmp_path / "whole"), **options)
-    step = trainer.Trainer.step
-
-    def dying(self, *batch):
-        if self.adaptation.done == 41:
-            raise Stopped
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", dying)
-        with pytest.raises(Stopped):
-            run(pretrained, output=str(tmp_path / "cut"), **options)
+    with dying_at(41), pytest.raises(Stopped):
+        run(pretrained, output=str(tmp_path / "cut"), **options)
     resumed = run(pretrained, resume=str(tmp_path / "cut"), **options)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)

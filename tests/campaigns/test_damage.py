@@ -13,7 +13,7 @@ import torch
 import fast
 from campaigns.campaign import Campaign, cases
 from fast.models.saved import load_saved
-from fast.train import trainer
+from interruption import Stopped, dying_at
 from networks import ConvNet, images
 
 TRAIN, VAL, KEPT = images(64, 4, seed=1), images(30, 4, seed=2), images(24, 5, seed=3)[0]
@@ -29,15 +29,7 @@ def start():
 
 def run(folder, at=None, **options):
     """A run, which dies at step `at`."""
-    step = trainer.Trainer.step
-
-    def dying(self, *batch):
-        if self.adaptation.done == at:
-            raise InterruptedError
-        return step(self, *batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", dying)
+    with dying_at(at):
         return fast.finetune(start(), TRAIN, VAL, output=folder, **OPTIONS, **options)
 
 
@@ -48,7 +40,7 @@ def runs(tmp_path_factory):
     run(folder / "whole").save(folder / "result")
     run(None, lr=1e-2).save(folder / "other result")
     for name, at, more in (("cut", 4, {}), ("early", 2, {}), ("other", 4, {"seed": 1})):
-        with pytest.raises(InterruptedError):
+        with pytest.raises(Stopped):
             run(folder / name, at, **more)
     return folder
 

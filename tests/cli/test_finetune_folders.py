@@ -7,26 +7,14 @@ import torch
 from safetensors.torch import load_file
 
 from fast.cli.commands import finetune
-from fast.train.trainer import Trainer
+from interruption import dying_at
 
 RUN = ("--steps", 30, "--eval-every", 10, "--lr", 0.01, "--output", "out")
 
 
-def fail_at(monkeypatch, step, error):
-    original = Trainer.step
-
-    def stop(self, *args):
-        if self.adaptation.done == step:
-            raise error
-        return original(self, *args)
-
-    monkeypatch.setattr(Trainer, "step", stop)
-
-
 def test_resume_gives_the_same_weights_as_an_uninterrupted_run(job, monkeypatch, tmp_path_factory):
     job.fast("finetune", *job.args, *RUN[:-1], "whole", "--flip")
-    with monkeypatch.context() as patch:
-        fail_at(patch, 25, KeyboardInterrupt())
+    with dying_at(25, KeyboardInterrupt()):
         code, _, err = job.fast("finetune", *job.args, *RUN[:-1], "cut", "--flip")
     assert code == 130
     assert "to go on: fast finetune --resume cut" in err
@@ -69,8 +57,7 @@ def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
         folder = claim(spec)
         if not results:
             results.append(None)
-            with pytest.MonkeyPatch.context() as patch:
-                fail_at(patch, 0, ValueError("no"))
+            with dying_at(0, ValueError("no")):
                 results.append(job.fast("finetune", *job.args, "--steps", 4)[0])
             (folder / "notes.txt").write_text("mine")
         return folder
@@ -84,7 +71,6 @@ def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
 
 
 def test_a_failing_run_removes_its_own_files_only(job, monkeypatch):
-    fail_at(monkeypatch, 5, ValueError("no"))
     claim = finetune._claim
 
     def claim_with_notes(spec):
@@ -93,7 +79,8 @@ def test_a_failing_run_removes_its_own_files_only(job, monkeypatch):
         return folder
 
     monkeypatch.setattr(finetune, "_claim", claim_with_notes)
-    assert job.fast("finetune", *job.args, *RUN)[0] == 2
+    with dying_at(5, ValueError("no")):
+        assert job.fast("finetune", *job.args, *RUN)[0] == 2
     assert [p.name for p in (job.folder / "out").iterdir()] == ["notes.txt"]
 
 
@@ -109,12 +96,9 @@ def test_a_folder_claimed_by_another_is_refused(job, monkeypatch):
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), ValueError("no"), KeyboardInterrupt()])
 @pytest.mark.parametrize("output", ["new/deep/out", "empty"])
-def test_a_run_without_a_checkpoint_leaves_nothing_and_can_be_run_again(
-    job, monkeypatch, error, output
-):
+def test_a_run_without_a_checkpoint_leaves_nothing_and_can_be_run_again(job, error, output):
     (job.folder / "empty").mkdir()
-    with monkeypatch.context() as patch:
-        fail_at(patch, 5, error)
+    with dying_at(5, error):
         code, _, err = job.fast("finetune", *job.args, *RUN[:-1], output)
         assert code in (1, 2, 130)
         assert "--resume" not in err
@@ -124,9 +108,8 @@ def test_a_run_without_a_checkpoint_leaves_nothing_and_can_be_run_again(
     assert code == 0, err
 
 
-def test_a_run_with_a_checkpoint_is_kept(job, monkeypatch):
-    with monkeypatch.context() as patch:
-        fail_at(patch, 25, ValueError("no"))
+def test_a_run_with_a_checkpoint_is_kept(job):
+    with dying_at(25, ValueError("no")):
         assert job.fast("finetune", *job.args, *RUN)[0] == 2
     code, _, err = job.fast("finetune", "--resume", "out")
     assert code == 0, err

@@ -11,7 +11,7 @@ import torch
 import fast
 from fast.models.claim import claim
 from fast.models.saved import read_options, write_manifest
-from fast.train.trainer import Trainer
+from interruption import Stopped, dying_at
 from networks import ConvNet, SharedHead, TextNet, images, sentences
 
 
@@ -130,22 +130,13 @@ def test_a_library_configuration_is_no_options(adapted, tmp_path):
     assert read_options(tmp_path / "run") == {}
 
 
-def test_an_older_run_goes_on(tmp_path, monkeypatch):
+def test_an_older_run_goes_on(tmp_path):
     data, options = images(48, 4), {"steps": 6, "save_every": 3}
     torch.manual_seed(0)
     whole = fast.finetune(ConvNet(), data, **options)
-    take_step = Trainer.step
-
-    def stopped(self, *args):
-        if self.adaptation.done == 4:
-            raise KeyboardInterrupt
-        return take_step(self, *args)
-
     torch.manual_seed(0)
-    monkeypatch.setattr(Trainer, "step", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with dying_at(4), pytest.raises(Stopped):
         fast.finetune(ConvNet(), data, output=tmp_path / "run", **options)
-    monkeypatch.setattr(Trainer, "step", take_step)
     (tmp_path / "run" / "fast.json").rename(tmp_path / "run" / "config.json")
     torch.manual_seed(0)
     again = fast.finetune(ConvNet(), data, resume=tmp_path / "run", **options)

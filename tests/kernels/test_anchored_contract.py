@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastkernels
-from cases import CHUNK, FEATURES, Feature
 from fastkernels.op import ENVIRONMENT
+from kernels.cases import CHUNK, FEATURES, Feature
 from kernels.update_harness import Run
 
 pytestmark = pytest.mark.usefixtures("backend")

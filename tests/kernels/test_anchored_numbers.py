@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from cases import CHUNK, FEATURES, SHAPES, Feature, gradient_layouts
 from helpers import assert_no_worse_than_torch
+from kernels.cases import CHUNK, FEATURES, SHAPES, Feature, gradient_layouts
 from kernels.update_harness import LR, Run, torch_steps
 
 pytestmark = pytest.mark.usefixtures("backend")

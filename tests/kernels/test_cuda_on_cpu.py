@@ -18,7 +18,6 @@ import subprocess
 import pytest
 import torch
 
-from cases import FEATURES, Feature
 from fastkernels import op
 from fastkernels.backends import cuda as backend
 from fastkernels.backends import native
@@ -26,6 +25,7 @@ from fastkernels.ops.update import cuda
 from fastkernels.ops.update.batch import Batch
 from fastkernels.ops.update.plan import CHUNK, DEVICE_PLANS
 from helpers import ROOT
+from kernels.cases import FEATURES, Feature
 from kernels.update_harness import Run
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -176,7 +176,7 @@ CASES = [
 
 @pytest.mark.parametrize(("rule", "form"), CASES)
 def test_bits_of_the_cpu_kernels(emulated, monkeypatch, rule, form):
-    feature = Feature(0.5, True, 0.1, 0.5)
+    feature = Feature(anchor_decay=0.5, curvature=True, weight_decay=0.1, max_grad_norm=0.5)
     assert_same(*both(emulated, monkeypatch, lambda: make(rule, form, feature)))
     assert all((kind >= 0) == form[-1] for kind in emulated.used)
 
@@ -191,7 +191,7 @@ def test_without_a_pull_or_a_limit(emulated, monkeypatch, feature):
 @pytest.mark.slow
 def test_unaligned_tensors_take_the_kernel_for_any(emulated, monkeypatch):
     def made() -> Run:
-        run = make("adamw", FORMS["float32"], Feature(0.5, True))
+        run = make("adamw", FORMS["float32"], Feature(anchor_decay=0.5, curvature=True))
         run.params = [torch.cat([p.new_zeros(1), p])[1:] for p in run.params]
         return run
 

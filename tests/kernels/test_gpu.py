@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fast
-from cases import FEATURES, Feature
 from fastkernels.op import ENVIRONMENT, explain
+from kernels.cases import FEATURES, Feature
 from kernels.update_harness import Run
 
 pytestmark = [
@@ -124,7 +124,8 @@ def test_no_synchronisation(backend):
     for grads in gradients(1):
         run.step([g * 1.0 for g in grads], **options)
     scaled = [[g * 1.0 for g in grads] for grads in gradients(2)]
-    run.feature = Feature(0.5, True, 0.1, 0.01)  # run.step would scale, which makes a tensor
+    # Without a scale, because `run.step` would apply it, which makes a tensor.
+    run.feature = Feature(anchor_decay=0.5, curvature=True, weight_decay=0.1, max_grad_norm=0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")

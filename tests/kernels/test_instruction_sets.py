@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.availab
 # because both betas are 1, and SGD's weights show what was read.
 STORAGE = """
 import itertools, os, torch
-from cases import Feature
+from kernels.cases import Feature
 from fastkernels.backends import native
 from kernels.update_harness import Run
 

@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 
-import cases
 from fastkernels import codes
 from fastkernels.ops.update.adamw import ADAMW
 from fastkernels.ops.update.batch import HARDEST, STATS
 from fastkernels.ops.update.plan import CHUNK, DTYPES, ROW
 from fastkernels.ops.update.sgd import SGD
 from helpers import ROOT
+from kernels import cases
 
 
 def header(name: str) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import FEATURES
 from fastkernels.backends import native
 from helpers import run_python
+from kernels.cases import FEATURES
 from kernels.update_harness import Run
 
 pytestmark = pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
@@ -46,7 +46,7 @@ def test_same_bits_for_any_number_of_threads(monkeypatch, rule, dtypes):
 
 INSTRUCTION_SETS = """
 import torch
-from cases import FEATURES
+from kernels.cases import FEATURES
 from kernels.update_harness import Run, torch_steps
 from helpers import assert_no_worse_than_torch
 from fastkernels.backends import native

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastkernels
-from cases import FEATURES
 from fastkernels.op import OPS, candidates
+from kernels.cases import FEATURES
 from kernels.update_harness import Run
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastkernels.backends import native
 from fastkernels.ops.update import plan
+from fastkernels.ops.update import signature as signatures
 from fastkernels.ops.update.adamw import ADAMW
 from fastkernels.ops.update.batch import Batch
 from fastkernels.ops.update.plan import Plans
@@ -37,7 +38,7 @@ def signature(request):
             pytest.skip(native.available()[1])
         if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
             pytest.skip("this torch has no DLPack exchange table")
-    return getattr(plan, request.param)()
+    return getattr(signatures, request.param)()
 
 
 def test_gradients_may_move_and_nothing_else(signature):
@@ -109,4 +110,4 @@ def test_plans_do_not_grow_for_ever(monkeypatch):
     kept = [batch((2,)) for _ in range(5)]
     for b in kept:
         plans.find(b)
-    assert len(plans._entries) == 3
+    assert len(plans) == 3

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import CHUNK, Feature
 from fastkernels import codes as codec
+from kernels.cases import CHUNK, Feature
 from kernels.update_harness import Run
 
 NEAREST = 1 << 19

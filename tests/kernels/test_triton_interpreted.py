@@ -9,17 +9,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import Feature
 from fastkernels import codes as codec
 from fastkernels.backends import triton
 from fastkernels.ops.update import plan as plans
+from kernels.cases import Feature
 from kernels.update_harness import Run
 
 pytestmark = pytest.mark.skipif(
     not triton.interpreting(), reason="needs TRITON_INTERPRET=1; run by test_triton.py"
 )
 BF16, CODES = torch.bfloat16, torch.uint8
-FULL = Feature(0.5, True, 0.1, 0.5, 8.0)
+FULL = Feature(
+    anchor_decay=0.5, curvature=True, weight_decay=0.1, max_grad_norm=0.5, grad_scale=8.0
+)
 SIZES = (5, 700, 1536)
 
 

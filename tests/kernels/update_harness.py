@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fastkernels
-from cases import Feature
 from fastkernels import codes as codec
+from kernels.cases import Feature
 
 LR = 0.01
 

@@ -10,8 +10,9 @@ from torch import nn
 
 import fast
 from fast.data.dataset import as_data
-from fast.train import measure, trainer
+from fast.train import measure
 from fast.train.resume.checkpoint import list_checkpoints
+from fast.train.step import TrainStep
 from networks import ConvNet, images
 
 TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
@@ -19,7 +20,7 @@ TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
 
 def spoiled(monkeypatch, at, weights_too):
     """The loss of step `at` (0-based) is NaN; or the weights are after it, and the loss is not."""
-    step = trainer.Trainer.step
+    step = TrainStep.__call__
 
     def spoiling(self, *batch):
         loss = step(self, *batch)
@@ -30,7 +31,7 @@ def spoiled(monkeypatch, at, weights_too):
             loss = loss * math.nan
         return loss
 
-    monkeypatch.setattr(trainer.Trainer, "step", spoiling)
+    monkeypatch.setattr(TrainStep, "__call__", spoiling)
 
 
 @pytest.mark.parametrize("weights_too", [False, True])

@@ -14,16 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import fast
 from fast.data.reachable import code_of, reachable, values_of
-from fast.train import trainer
+from interruption import Stopped, dying_at
 from networks import images
 
 X, Y = images(96, 4, seed=1)
 OPTIONS = {"num_classes": 4, "steps": 12, "eval_every": 4, "batch_size": 16, "progress": False}
 shared = np.random.default_rng(0)
-
-
-class Stopped(RuntimeError):
-    pass
 
 
 class Net(nn.Module):
@@ -62,23 +58,15 @@ def scaled(x, by=1.0):
     return x * by
 
 
-def run(model=None, train=(X, Y), at=None, monkeypatch=None, **options):
-    """The weights after a run, which dies at step `at`."""
-    model = model or Net()
-    if at is None:
-        return fast.finetune(model, train, **OPTIONS, **options).model.state_dict()
-    step = trainer.Trainer.step
+def run(model=None, train=(X, Y), **options):
+    """The weights after a run."""
+    return fast.finetune(model or Net(), train, **OPTIONS, **options).model.state_dict()
 
-    def dying(self, *batch):
-        if self.adaptation.done == at:
-            raise Stopped
-        return step(self, *batch)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", dying)
-        with pytest.raises(Stopped):
-            fast.finetune(model, train, **OPTIONS, **options)
-    return None
+def interrupted(model=None, train=(X, Y), *, at, **options):
+    """A run that dies when it has taken step `at`."""
+    with dying_at(at), pytest.raises(Stopped):
+        run(model, train, **options)
 
 
 OTHERS = {
@@ -104,9 +92,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_makes_another_run_is_refused(tmp_path, monkeypatch, name):
+def test_what_makes_another_run_is_refused(tmp_path, name):
     first, then, message = OTHERS[name]
-    run(**{"model": Net(), **first}, at=7, monkeypatch=monkeypatch, output=tmp_path)
+    interrupted(**{"model": Net(), **first}, at=7, output=tmp_path)
     with pytest.raises(ValueError, match=f"of another job: {message}"):
         run(**{"model": Net(), **then}, resume=tmp_path)
     run(**({"model": Net()} | {k: v for k, v in first.items() if k != "model"}), resume=tmp_path)
@@ -115,7 +103,7 @@ def test_what_makes_another_run_is_refused(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("kind", ["threads", "version", "values"])
 def test_another_environment_is_one_warning(tmp_path, monkeypatch, kind):
     transform = functools.partial(scaled, by=1.0)
-    run(transform=transform, at=7, monkeypatch=monkeypatch, output=tmp_path)
+    interrupted(transform=transform, at=7, output=tmp_path)
     if kind == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     elif kind == "version":
@@ -172,12 +160,12 @@ PLACES = {
 
 @pytest.mark.parametrize(("kind", "place"), [(k, "transform") for k in MADE] + [
     ("numpy", p) for p in PLACES if p != "transform"])  # fmt: skip
-def test_generators_of_the_data_go_on(tmp_path, monkeypatch, kind, place):
+def test_generators_of_the_data_go_on(tmp_path, kind, place):
     def options():
         return {"model": Net(), **PLACES[place](MADE[kind]())}
 
     whole = run(**options(), output=tmp_path / "whole")
-    run(**options(), at=10, monkeypatch=monkeypatch, output=tmp_path / "cut")
+    interrupted(**options(), at=10, output=tmp_path / "cut")
     again = run(**options(), resume=tmp_path / "cut")
     assert all(torch.equal(again[k], v) for k, v in whole.items())
 
@@ -186,7 +174,7 @@ def test_a_generator_that_is_a_global(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "shared", np.random.default_rng(0))
     whole = run(transform=from_a_global)
     monkeypatch.setitem(globals(), "shared", np.random.default_rng(0))
-    run(transform=from_a_global, at=10, monkeypatch=monkeypatch, output=tmp_path)
+    interrupted(transform=from_a_global, at=10, output=tmp_path)
     monkeypatch.setitem(globals(), "shared", np.random.default_rng(3))
     again = run(transform=from_a_global, resume=tmp_path)
     assert all(torch.equal(again[k], v) for k, v in whole.items())
@@ -199,9 +187,9 @@ def test_where_samples_are_read_the_run_is_the_same(tmp_path):
     assert all(torch.equal(b[k], v) for k, v in a.items())
 
 
-def test_another_generator_is_refused(tmp_path, monkeypatch):
+def test_another_generator_is_refused(tmp_path):
     make = MADE["numpy"]
-    run(transform=closure(make()), at=7, monkeypatch=monkeypatch, output=tmp_path)
+    interrupted(transform=closure(make()), at=7, output=tmp_path)
 
     def plain(generator):
         noise = Noise(None)

@@ -21,17 +21,13 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, T
 
 import fast
 from fast.files import read_sealed, write_sealed
-from fast.train import trainer
 from fast.train.log import RunLog
 from fast.train.resume import checkpoint
 from fast.train.resume.checkpoint import list_checkpoints
+from interruption import Stopped, dying_at
 from networks import ConvNet, images
 
 TRAIN, VAL = images(200, 4, seed=1), images(60, 4, seed=2)
-
-
-class Stopped(RuntimeError):
-    pass
 
 
 def network():
@@ -39,25 +35,16 @@ def network():
     return nn.Sequential(ConvNet(), nn.Dropout(0.3), nn.ReLU(), nn.Linear(5, 5))
 
 
-def interrupted(monkeypatch, model, at, *args, **options):
+def interrupted(model, at, *args, **options):
     """Run until step `at` has been taken, then die."""
-    step = trainer.Trainer.step
-
-    def dying(self, *batch):
-        if self.adaptation.done == at:
-            raise Stopped
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", dying)
-        with pytest.raises(Stopped):
-            fast.finetune(model, *args, **options)
+    with dying_at(at), pytest.raises(Stopped):
+        fast.finetune(model, *args, **options)
 
 
 @pytest.mark.parametrize("method", ["fast", "vanilla", "lp-ft", "replay", "rehearsing", "adapter"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("kind", ["tensors", "loader"])
-def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, method, optimizer, kind):
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path, method, optimizer, kind):
     train = TRAIN
     if kind == "loader":
         train = DataLoader(TensorDataset(*TRAIN), batch_size=64, shuffle=True)
@@ -75,7 +62,7 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, method, o
         "transform": lambda x: x + 0.1 * torch.randn_like(x),
     }
     whole = fast.finetune(network(), train, VAL, output=str(tmp_path / "whole"), **options)
-    interrupted(monkeypatch, network(), 11, train, VAL, output=str(tmp_path / "cut"), **options)
+    interrupted(network(), 11, train, VAL, output=str(tmp_path / "cut"), **options)
     resumed = fast.finetune(network(), train, VAL, resume=str(tmp_path / "cut"), **options)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -86,21 +73,19 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch, method, o
     assert facts(resumed.history) == facts(whole.history)
 
 
-def test_early_stopping_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_early_stopping_goes_on_where_it_was(tmp_path):
     options = {"steps": 60, "eval_every": 2, "patience": 3, "lr": 3e-2, "method": "vanilla"}
     whole = fast.finetune(network(), TRAIN, VAL, output=str(tmp_path / "whole"), **options)
     last = whole.history[-1]["step"]
     assert last < 60
-    interrupted(
-        monkeypatch, network(), last - 1, TRAIN, VAL, output=str(tmp_path / "cut"), **options
-    )
+    interrupted(network(), last - 1, TRAIN, VAL, output=str(tmp_path / "cut"), **options)
     resumed = fast.finetune(network(), TRAIN, VAL, resume=str(tmp_path / "cut"), **options)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert resumed.target_accuracy == whole.target_accuracy
 
 
-def test_a_loader_with_its_own_generator_and_numpy_augmentation(tmp_path, monkeypatch):
+def test_a_loader_with_its_own_generator_and_numpy_augmentation(tmp_path):
     class Augmented(TensorDataset):
         def __getitem__(self, i):
             x, y = super().__getitem__(i)
@@ -113,7 +98,7 @@ def test_a_loader_with_its_own_generator_and_numpy_augmentation(tmp_path, monkey
     options = {"num_classes": 4, "steps": 8, "eval_every": 4, "save_every": 3}
     state = np.random.get_state()[1].copy(), random.getstate()
     whole = fast.finetune(network(), loader(), output=str(tmp_path / "whole"), **options)
-    interrupted(monkeypatch, network(), 5, loader(), output=str(tmp_path / "cut"), **options)
+    interrupted(network(), 5, loader(), output=str(tmp_path / "cut"), **options)
     resumed = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -127,9 +112,9 @@ def test_a_folder_with_checkpoints_is_not_written_over(tmp_path):
         fast.finetune(ConvNet(), TRAIN, steps=4, lr=1e-2, output=str(tmp_path))
 
 
-def test_a_resumed_run_may_go_on_in_another_folder(tmp_path, monkeypatch):
+def test_a_resumed_run_may_go_on_in_another_folder(tmp_path):
     options = {"steps": 8, "eval_every": 2, "patience": 50}
-    interrupted(monkeypatch, ConvNet(), 5, TRAIN, VAL, output=str(tmp_path / "a"), **options)
+    interrupted(ConvNet(), 5, TRAIN, VAL, output=str(tmp_path / "a"), **options)
     torch.manual_seed(0)
     model = ConvNet()
     fast.finetune(model, TRAIN, VAL, output=str(tmp_path / "b"), **options)
@@ -224,6 +209,7 @@ import os, signal, sys
 from pathlib import Path
 import fast
 from fast.train.resume import checkpoint
+from interruption import Stopped, dying_at
 from networks import ConvNet, images
 import torch
 torch.manual_seed(0)
@@ -342,7 +328,7 @@ GENERATORS = {
 
 
 @pytest.mark.parametrize("kind", GENERATORS)
-def test_a_batch_sampler_with_a_generator_of_its_own(tmp_path, monkeypatch, kind):
+def test_a_batch_sampler_with_a_generator_of_its_own(tmp_path, kind):
     def loader():
         made = GENERATORS[kind]()
         sampler = made if kind == "nested" else Shuffled(made)
@@ -350,20 +336,20 @@ def test_a_batch_sampler_with_a_generator_of_its_own(tmp_path, monkeypatch, kind
 
     options = {"num_classes": 4, "steps": 8, "eval_every": 4, "save_every": 3}
     whole = fast.finetune(network(), loader(), output=str(tmp_path / "whole"), **options)
-    interrupted(monkeypatch, network(), 5, loader(), output=str(tmp_path / "cut"), **options)
+    interrupted(network(), 5, loader(), output=str(tmp_path / "cut"), **options)
     resumed = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_the_best_weights_follow_into_another_folder(tmp_path, monkeypatch):
+def test_the_best_weights_follow_into_another_folder(tmp_path):
     """From there the run can be gone on with once more, without the folder that it began in."""
     options = {"steps": 60, "eval_every": 2, "patience": 3, "lr": 3e-2, "method": "vanilla"}
     whole = fast.finetune(network(), TRAIN, VAL, output=str(tmp_path / "whole"), **options)
     last = whole.history[-1]["step"]
     a, b = tmp_path / "a", tmp_path / "b"
-    interrupted(monkeypatch, network(), last - 3, TRAIN, VAL, output=a, **options)
-    interrupted(monkeypatch, network(), last - 1, TRAIN, VAL, resume=a, output=b, **options)
+    interrupted(network(), last - 3, TRAIN, VAL, output=a, **options)
+    interrupted(network(), last - 1, TRAIN, VAL, resume=a, output=b, **options)
     shutil.rmtree(a)
     resumed = fast.finetune(network(), TRAIN, VAL, resume=b, **options)
     x, y = whole.model.state_dict(), resumed.model.state_dict()
@@ -372,9 +358,9 @@ def test_the_best_weights_follow_into_another_folder(tmp_path, monkeypatch):
         fast.finetune(network(), TRAIN, VAL, resume=b, output=tmp_path / "whole", **options)
 
 
-def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path, monkeypatch):
+def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path):
     options = {"steps": 8, "eval_every": 2}
-    interrupted(monkeypatch, network(), 5, TRAIN, VAL, output=tmp_path, **options)
+    interrupted(network(), 5, TRAIN, VAL, output=tmp_path, **options)
     (tmp_path / ".checkpoint-00000006-x.unfinished").mkdir()
     (tmp_path / ".checkpoint-00000006-x.unfinished" / "model.safetensors").write_text("half")
     state = list_checkpoints(tmp_path)[-1] / "state.json"

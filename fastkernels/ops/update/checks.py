@@ -1,4 +1,4 @@
-"""Checks of the tensors of an update: what reaches a kernel is safe for a flat loop."""
+"""Check the tensors of an update, so that kernels can loop over them as flat arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastkernels.ops.update.batch import READ_ONLY, Batch
 
 _REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
-# What each list may be stored as.
+# The dtypes that the entries of each list may have.
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "grads": _REAL,
     "anchors": _REAL,
@@ -107,11 +107,11 @@ def like(t: Tensor, param: Tensor) -> Tensor:
 
 
 def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
-    """Check `batch`, and give every tensor its parameter's layout, by copies where it has another.
+    """Check `batch`, and give every tensor its parameter's layout, by a copy if it has another.
 
     Returns:
-        the batch to work on, and what to call after the update: it brings copies of tensors that
-        were written back to where they came from.
+        the batch to work on, and a function to call after the update, which copies what was written
+        back to where it belongs.
     """
     check_tensors(batch)
     copies: list[tuple[Tensor, Tensor]] = []

@@ -13,14 +13,8 @@ import torch
 
 from fastkernels.backends import cuda
 from fastkernels.ops.update.batch import Batch
-from fastkernels.ops.update.plan import (
-    DEVICE_PLANS,
-    DTYPES,
-    DevicePlan,
-    addresses,
-    flag,
-    keep_for_graphs,
-)
+from fastkernels.ops.update.plan import DEVICE_PLANS, DTYPES, DevicePlan, flag, keep_for_graphs
+from fastkernels.ops.update.signature import addresses
 
 
 @functools.cache

@@ -1,28 +1,22 @@
-"""What is kept of a list of tensors between steps: tables for the kernels, found by their tensors.
+"""Plans: the tables of a list of tensors that kernels read, kept from step to step.
 
-A row is a `Row` of csrc/include/fast/anchored.h and a chunk a `Chunk`; CPU, Triton and CUDA C++
-read the same ones. Only the gradients' addresses change from step to step.
-
-A plan is used again while its tensors are the same ones: addresses, dtypes, devices and layouts
-are compared at every step, for gradients all but the address. Tensors may get new storage behind
-our back (`.data =`, `share_memory_()`), so identity is not enough, and addresses alone are not
-either: memory is given to other tensors.
+A row of a table is a `Row` of csrc/include/fast/anchored.h, and a chunk a `Chunk`; CPU, Triton and
+CUDA C++ read the same tables. Only the gradients' addresses change from step to step.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkernels.backends import native
 from fastkernels.ops.update.batch import STATS, Batch
-from fastkernels.ops.update.checks import prepare, same_layout
+from fastkernels.ops.update.checks import prepare
+from fastkernels.ops.update.signature import ALIGNMENT, Signature, addresses, new_signature
 
 # The dtypes of storage by the numbers of csrc's Dtype; None: absent.
 DTYPES = (None, torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
@@ -36,18 +30,11 @@ ROW = (
 # Elements of a chunk, the work of one program on a GPU. A multiple of every code block, and a
 # divisor of 2^32: the rounding draws are keyed by the high half of an element's index.
 CHUNK = 16384
-# Bytes that accesses of 128 bits need addresses to be a multiple of.
-ALIGNMENT = 16
-# Tensors in all plans that are kept, 0.3 KB each: stepping in the backward pass takes an optimizer,
-# and a plan, per tensor.
+# The most tensors in all kept plans, at 0.3 KB each. Stepping in the backward pass takes an
+# optimizer per tensor, and so a plan per tensor.
 MAX_TENSORS = 1 << 16
 
 Finish = Callable[[], None]
-
-
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """The address of each tensor, 0 for None."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def rows_of(batch: Batch) -> list[tuple[int, ...]]:
@@ -80,103 +67,8 @@ def rows_of(batch: Batch) -> list[tuple[int, ...]]:
     return list(zip(*columns, strict=True))
 
 
-# Whether the tensors of a call are still those of a plan.
-
-
-class Signature(Protocol):
-    """`record` remembers a batch whose tensors have their parameter's layout; `match` tells whether
-    another one is the same. Both return the gradients' addresses, or None: no."""
-
-    def record(self, batch: Batch) -> list[int] | None: ...
-
-    def match(self, batch: Batch) -> list[int] | None: ...
-
-
-class NativeSignature:
-    """Compares in csrc/tensors.h: 2.2 ms for 14 000 tensors out of cache; torch's took 3.7."""
-
-    def __init__(self) -> None:
-        table = Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
-        self._native = native.module().Signature(table)
-        self._groups: Sequence[int] = ()
-
-    def record(self, batch: Batch) -> list[int] | None:
-        self._groups = list(batch.groups)
-        moving: list[int] | None = self._native.record(*_lists(batch))
-        return moving
-
-    def match(self, batch: Batch) -> list[int] | None:
-        if self._groups != batch.groups:
-            return None
-        moving: list[int] | None = self._native.match(*_lists(batch))
-        return moving
-
-
-def _lists(batch: Batch) -> tuple[list[Any], list[Any], list[list[Any]], list[list[Any]]]:
-    shaped = [*batch.moments, batch.anchors, batch.curvature, batch.remainders]
-    others = [batch.steps, *batch.moment_scales, batch.curvature_scales]
-    return list(batch.params), list(batch.grads), [*map(list, shaped)], [*map(list, others)]
-
-
-class TorchSignature:
-    """Without a compiled module, or a torch older than the exchange table (2.10)."""
-
-    def __init__(self) -> None:
-        self._layout: list[Any] = []
-
-    def record(self, batch: Batch) -> list[int] | None:
-        if not _grads_fit(batch):
-            return None
-        self._layout = _layout_of(batch)
-        return addresses(batch.grads)
-
-    def match(self, batch: Batch) -> list[int] | None:
-        with contextlib.suppress(AttributeError):  # of an entry that is no tensor
-            if _grads_fit(batch) and self._layout == _layout_of(batch):
-                return addresses(batch.grads)
-        return None
-
-
-def _layout_of(batch: Batch) -> list[Any]:
-    """What `match` compares. No tuple per tensor: they make garbage collection slow."""
-    params, _, shaped, others = _lists(batch)
-    lists = [params, *shaped, *others]
-    return [
-        list(batch.groups),
-        [g.data_ptr() % ALIGNMENT for g in batch.grads],
-        [g.dtype for g in batch.grads],
-        [addresses(tensors) for tensors in lists],
-        [[None if t is None else t.dtype for t in tensors] for tensors in lists],
-        [[None if t is None else t.shape for t in tensors] for tensors in lists],
-        [[t.stride() for t in tensors if t is not None and not t.is_contiguous()]
-         for tensors in lists],
-    ]  # fmt: skip
-
-
-def _grads_fit(batch: Batch) -> bool:
-    """Whether the gradients can be read in the parameters' order."""
-    return len(batch.params) == len(batch.grads) and all(
-        g.device == p.device
-        and g.layout == torch.strided
-        and p.shape == g.shape
-        and same_layout(p, g)
-        for p, g in zip(batch.params, batch.grads, strict=True)
-    )
-
-
-def new_signature() -> Signature:
-    """The faster one that works here."""
-    if native.available()[0] and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-        with contextlib.suppress(ValueError):  # a table of another version
-            return NativeSignature()
-    return TorchSignature()
-
-
-# Plans, by the tensors they were made for.
-
-
 class Entry(NamedTuple):
-    """A plan, what it was made for, and the addresses of all tensors that it writes to."""
+    """A plan, the tensors it was made for, and the addresses of all tensors that it writes."""
 
     signature: Signature
     plan: Any
@@ -185,25 +77,28 @@ class Entry(NamedTuple):
 
 
 class Plans:
-    """The plans that `build` made. They hold no tensor of a batch."""
+    """The plans that `build` made; they keep no tensor of a batch alive."""
 
     def __init__(self, build: Callable[..., Any]) -> None:
         self._build = build
         self._entries: OrderedDict[tuple[Any, ...], Entry] = OrderedDict()
         self._tensors = 0
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def find(self, batch: Batch, *what: Any) -> tuple[Any, Batch, list[int], Finish]:
         """The plan of `batch`, made by `build(batch, *what)` when there is none.
 
         Returns:
             the plan; the batch to run, whose tensors all have their parameter's layout; its
-            gradients' addresses; and what to call after the update: it brings copies of mutated
-            tensors back, and tells autograd.
+            gradients' addresses; and a function to call after the update, which writes copies of
+            mutated tensors back and tells autograd.
 
         Raises:
             ValueError: the tensors do not fit each other, or one has no memory of its own.
         """
-        # Two optimizers may share parameters, and each step may have gradients for others of them.
+        # Two optimizers may share parameters, and each step may have gradients for other ones.
         who = hash(tuple(map(id, batch.params)))
         first_step = id(batch.steps[0]) if batch.steps else 0
         key = (what, batch.params[0].device, len(batch.params), who, first_step)
@@ -247,12 +142,12 @@ class Plans:
 
 # The plan of a GPU, or of Triton's interpreter.
 
-# What a CUDA graph reads at every replay: it lives as long as the process.
+# Tables that CUDA graphs read at every replay: they have to live as long as the process.
 _captured: list[Any] = []
 
 
 def keep_for_graphs(*what: Any) -> None:
-    """Keep tables that a captured graph reads at every replay as long as the process."""
+    """Keep tables alive that a captured graph reads at every replay."""
     _captured.extend(what)
 
 
@@ -295,8 +190,8 @@ class DevicePlan:
     def upload(self, addresses: list[int]) -> Tensor:
         """The table of these gradients' addresses, without a sync.
 
-        In a capture the copy becomes a node of the graph, which reads its pinned source again at
-        every replay: source and table are the graph's own, and stay.
+        In a capture the copy becomes a node of the graph, which reads the pinned source again at
+        every replay. So the graph gets a source and a table of its own, which stay alive.
 
         Raises:
             RuntimeError: a second capture without a step in between.
@@ -370,8 +265,10 @@ DEVICE_PLANS = Plans(_build)
 
 
 def flag(t: Tensor | None, device: torch.device) -> Tensor | None:
-    """A loss scale or found_inf as the kernels read it: float32 `[1]`, or float64 where it is.
-    Those of GradScaler need no copy."""
+    """A loss scale or found_inf as the kernels read it: float32 `[1]`, or float64 if it is float64.
+
+    GradScaler's tensors need no copy.
+    """
     if t is None:
         return None
     return t.to(device, t.dtype if t.dtype == torch.float64 else torch.float32).reshape(1)

@@ -70,14 +70,34 @@ def _entry(tensors: Sequence[Any], i: int) -> Any:
 
 def run(batch: Batch) -> None:
     """Step every tensor of `batch` in place."""
-    rule = RULES[batch.rule.name]
     batch, write_back = prepare(batch)
-    device = batch.params[0].device
-    columns = batch.rule.columns
+    squares = torch.zeros(4, dtype=torch.float64, device=batch.params[0].device)
+    scale, skip = _gradient_scale(batch, squares)
+
+    def store(target: Tensor, value: Tensor) -> None:
+        target.copy_(torch.where(skip, target, value.to(target.dtype)))
+
+    for i, param in enumerate(batch.params):
+        if param.numel():
+            _step(batch, i, scale, squares, store)
+        store(batch.steps[i], batch.steps[i] + 1)
+    if batch.stats is not None:
+        squares[:3].sqrt_()
+        squares[3] *= 0.5
+        store(batch.stats, squares)
+    write_back()
+
+
+def _gradient_scale(batch: Batch, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """What gradients are multiplied by, and whether the step is skipped, both `[]`.
+
+    Args:
+        squares: float64 `[4]`, sums for `stats`; that of the unscaled gradients is added.
+    """
+    device = squares.device
     scale = torch.ones((), dtype=torch.float64, device=device)
     if batch.grad_scale is not None:
         scale = scale / batch.grad_scale.to(device).double().reshape(())
-    squares = torch.zeros(4, dtype=torch.float64, device=device)
     for g in batch.grads:
         squares[0] += (g.double() * scale).square().sum()
     skip = torch.zeros((), dtype=torch.bool, device=device)
@@ -88,55 +108,60 @@ def run(batch: Batch) -> None:
         if batch.grad_scale is not None:
             skip = skip | ~norm.isfinite()
         scale = scale * (batch.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    return scale, skip
 
-    def store(target: Tensor, value: Tensor) -> None:
-        target.copy_(torch.where(skip, target, value.to(target.dtype)))
 
-    for i, param in enumerate(batch.params):
-        if param.numel() == 0:
-            store(batch.steps[i], batch.steps[i] + 1)
-            continue
-        dtype = codes.compute_dtype(param)
-        h = batch.hyper[batch.groups[i]].to(device)
-        step = batch.steps[i].double() + 1
-        remainder = _entry(batch.remainders, i)
-        if remainder is not None:
-            remainder = codes.flat(remainder)
-        w = codes.load_param(codes.flat(param), remainder).to(dtype)
-        sign = torch.where(h[columns.index("maximize")] != 0, -scale, scale)
-        g = codes.flat(batch.grads[i]).to(dtype) * sign.to(dtype)
-        stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in batch.moments]
-        scales = [_entry(s, i) for s in batch.moment_scales] or [None] * len(stored)
-        old = [
-            None if m is None else codes.load(m, s, signed=k == 0).to(dtype)
-            for k, (m, s) in enumerate(zip(stored, scales, strict=True))
-        ]
-        new_w, *new = rule(h, step, w, g, *old)
-        if (anchor := _entry(batch.anchors, i)) is not None:
-            w0 = codes.flat(anchor).to(dtype)
-            c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=HARDEST)
-            c = c.clamp(max=HARDEST).to(dtype)
-            f = _entry(batch.curvature, i)
-            if f is not None:
-                f = codes.load(codes.flat(f), _entry(batch.curvature_scales, i), signed=False)
-                c = c * f.to(dtype)
-            # From w0 on for a strong pull: w may be so large that w0 is lost in it.
-            weak, strong = new_w + c / (1 + c) * (w0 - new_w), w0 + (new_w - w0) / (1 + c)
-            new_w = torch.where(c > 1, strong, weak)
-            away = (new_w - w0).double().square()
-            squares[1] += away.sum()
-            squares[3] += (away if f is None else away * f.double()).sum()
-        squares[2] += (new_w - w).double().square().sum()
-        for target, value in codes.store_param(codes.flat(param), remainder, new_w):
-            store(target, value)
-        for k, (m, s, value) in enumerate(zip(stored, scales, new, strict=True)):
-            if m is not None:
-                draws = functools.partial(codes.draws, param.numel(), batch.seed, step)
-                for target, part in codes.store(m, s, value, draws, signed=k == 0):
-                    store(target, part)
-        store(batch.steps[i], step)
-    if batch.stats is not None:
-        squares[:3].sqrt_()
-        squares[3] *= 0.5
-        store(batch.stats, squares)
-    write_back()
+def _step(
+    batch: Batch,
+    i: int,
+    scale: Tensor,
+    squares: Tensor,
+    store: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Step tensor i and its moments; its parts of `squares` are added."""
+    param, columns = batch.params[i], batch.rule.columns
+    dtype = codes.compute_dtype(param)
+    h = batch.hyper[batch.groups[i]].to(param.device)
+    step = batch.steps[i].double() + 1
+    remainder = _entry(batch.remainders, i)
+    if remainder is not None:
+        remainder = codes.flat(remainder)
+    w = codes.load_param(codes.flat(param), remainder).to(dtype)
+    sign = torch.where(h[columns.index("maximize")] != 0, -scale, scale)
+    g = codes.flat(batch.grads[i]).to(dtype) * sign.to(dtype)
+    stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in batch.moments]
+    scales = [_entry(s, i) for s in batch.moment_scales] or [None] * len(stored)
+    old = [
+        None if m is None else codes.load(m, s, signed=k == 0).to(dtype)
+        for k, (m, s) in enumerate(zip(stored, scales, strict=True))
+    ]
+    new_w, *new = RULES[batch.rule.name](h, step, w, g, *old)
+    if _entry(batch.anchors, i) is not None:
+        new_w = _pulled(batch, i, h, new_w, squares)
+    squares[2] += (new_w - w).double().square().sum()
+    for target, value in codes.store_param(codes.flat(param), remainder, new_w):
+        store(target, value)
+    for k, (m, s, value) in enumerate(zip(stored, scales, new, strict=True)):
+        if m is not None:
+            draws = functools.partial(codes.draws, param.numel(), batch.seed, step)
+            for target, part in codes.store(m, s, value, draws, signed=k == 0):
+                store(target, part)
+
+
+def _pulled(batch: Batch, i: int, h: Tensor, u: Tensor, squares: Tensor) -> Tensor:
+    """Weights u of tensor i after the pull, flat; `h` is the row of its group in `hyper`."""
+    columns, dtype = batch.rule.columns, u.dtype
+    w0 = codes.flat(_entry(batch.anchors, i)).to(dtype)
+    c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=HARDEST)
+    c = c.clamp(max=HARDEST).to(dtype)
+    f = _entry(batch.curvature, i)
+    if f is not None:
+        f = codes.load(codes.flat(f), _entry(batch.curvature_scales, i), signed=False)
+        c = c * f.to(dtype)
+    # From w0 on for a strong pull: u may be so large that w0 is lost in it.
+    weak, strong = u + c / (1 + c) * (w0 - u), w0 + (u - w0) / (1 + c)
+    w = torch.where(c > 1, strong, weak)
+    away = (w - w0).double().square()
+    squares[1] += away.sum()
+    squares[3] += (away if f is None else away * f.double()).sum()
+    return w

@@ -23,7 +23,8 @@ import triton.language as tl
 
 from fastkernels.ops.update.batch import STATS as FIGURES
 from fastkernels.ops.update.batch import Batch
-from fastkernels.ops.update.plan import ALIGNMENT, DEVICE_PLANS, DTYPES, ROW, flag
+from fastkernels.ops.update.plan import DEVICE_PLANS, DTYPES, ROW, flag
+from fastkernels.ops.update.signature import ALIGNMENT
 from fastkernels.ops.update.triton_device import (
     CODE_BLOCK,
     apply_adamw,

@@ -20,15 +20,13 @@ from fast.adapt.guards.base import Guard, MicroBatch, Seen
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.loss import Loss
-from fast.adapt.methods import METHODS
-from fast.adapt.network.adapted import AdaptedNetwork
 from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import check_gradients, check_model, check_ranks, settle
-from fast.adapt.source import bound_card, measure_source
+from fast.adapt.setup import Setup, check_gradients, check_model, check_ranks, settle
+from fast.adapt.source import Source, bound_card, measure_source
 from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
@@ -43,9 +41,9 @@ FORMAT = 1
 class Adaptation:
     """Adapts a pretrained network to a target task, and holds what it knew.
 
-    The object has no loop. The loop takes its optimizer, passes inputs through `forward`, and adds
-    the penalty to its own loss; everything that follows a step hangs on the step hooks of the
-    optimizer. Schedulers, gradient scalers and accumulation are the loop's:
+    The object has no loop. A loop takes its optimizer, passes inputs through `forward`, and adds
+    the penalty to its own loss; everything that follows a step runs in the optimizer's step hooks.
+    Schedulers, gradient scalers and accumulation belong to the loop:
 
         adaptation = fast.Adaptation(model, (x, y), source_inputs=kept, steps=1000, batch_size=64)
         optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
@@ -58,39 +56,39 @@ class Adaptation:
 
     This gives the weights of `fast.finetune`, bit for bit, after `torch.manual_seed(seed)`.
 
-    The model is changed in place: it gets a new head (`head="keep"`: it goes on with its own),
-    which is taught on the features of training inputs before the first step. When the constructor
-    fails, the model is as it was.
+    The model is changed in place: it gets a new head (or keeps its own, with `head="keep"`), which
+    is taught on the features of training inputs before the first step. If the constructor fails,
+    the model is left as it was.
 
     Args:
         model: a pretrained network, on the device it is trained on.
         train: training data: `(inputs, labels)`, a map-style Dataset or a DataLoader. The loop may
-            read them in any way; here they calibrate the head, teach it, and give the inputs whose
-            source answers or features are kept.
+            read them in any way; here they calibrate the head, teach it, and provide the inputs
+            whose source answers or features are kept.
         num_classes: C, outputs of the new head (default: from the labels).
         source_inputs: a few hundred source inputs, with labels or without: see `fast.finetune`.
         card: a `fast.SourceCard` of this checkpoint, or its file.
-        loss: `loss(logits, labels)`, the mean over a batch, that teaches the head before the first
-            step. Default: cross-entropy, and labels are class indices `[N]`. With any other loss
+        loss: teaches the head before the first step: `loss(logits, labels)`, the mean over a
+            batch. Default: cross-entropy, and labels are class indices `[N]`. With any other loss
             labels may be anything that it takes (several labels, numbers, positions).
         optimizer: "adamw" or "sgd", fused; or a function of parameter groups that returns any
             `torch.optim.Optimizer`, to which the pull is added unfused.
         augmented: the loop changes inputs between visits (augmentation, Mixup), so that source
             answers cannot be remembered by row.
-        autocast_dtype: of the passes before the first step; None for full precision.
-        resuming: a state will be loaded before the first step: what it holds is not computed.
+        autocast_dtype: precision of the passes before the first step; None for full precision.
+        resuming: a state will be loaded before the first step; what it holds is not computed here.
         process_group: the processes that train together, each on its share of every batch (see
-            docs/distributed.md). `"auto"`: all of them, where torch.distributed is initialised;
-            None: this one alone. Each is given the same data and options.
+            docs/distributed.md). `"auto"` takes all of them if torch.distributed is initialised;
+            None takes this process alone. Every process gets the same data and options.
         **options: the fields of `fast.adapt.config.AdaptConfig`: `method`, `steps`, `epochs`,
             `batch_size`, `lr`, `seed`, `head`, ...
 
     Attributes:
         optimizer: `fast.AdamW`, `fast.SGD`, or what `optimizer` returned.
         plan: the resolved settings.
-        target_size: target samples of a step; with the source inputs that ride along it makes
-            `batch_size`.
-        guards: what holds the source.
+        target_size: target samples per step; together with the source inputs that ride along they
+            make up `batch_size`.
+        guards: the parts that hold the source.
         done: steps taken.
         ranks: the processes that train together.
         sample: a batch of target inputs, on the model's device.
@@ -122,7 +120,7 @@ class Adaptation:
         name = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
         self.config = AdaptConfig(**options, **name)
         self.model = unwrap(model)
-        self.ranks = ranks = Ranks(process_group)
+        self.ranks = Ranks(process_group)
         if isinstance(model, DistributedDataParallel) and not self.config.keeps_head:
             raise ValueError(
                 "model is in DistributedDataParallel already, which would not know the new head: "
@@ -131,98 +129,133 @@ class Adaptation:
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
         self.done = 0
-        self._part = 0  # of this step's micro-batches, the next
+        self._part = 0  # the next of this step's micro-batches
         self._pull_factor = 1.0
+        loss = loss or Loss(None, 0.0)
         with RollbackOnError(self.model):
-            ranks.copy_from_first(tensors_of(self.model))
-            with ranks.together():
-                bound = None if card is None else bound_card(card, self.model)
-                setup = settle(
-                    self.config,
-                    self.model,
-                    train,
-                    num_classes=num_classes,
-                    source_inputs=source_inputs,
-                    has_card=card is not None,
-                    any_labels=loss is not None and not isinstance(loss, Loss),
-                )
-            check_ranks(setup, ranks, self.config.shard)
-            self.num_classes, self._batches = setup.num_classes, setup.batches
-            self.sample = setup.sample
             # The source is measured at the pretrained weights, before the network changes.
-            source = measure_source(
-                self.model, setup, self.config, card=bound, resuming=resuming, ranks=ranks
-            )
-            self.source = source.samples
-            self.held_back = source.meter.samples if source.meter is not None else None
-            with (
-                ranks.together(),
-                torch.autocast(
-                    setup.device.type, autocast_dtype, enabled=autocast_dtype is not None
-                ),
-            ):
-                self._network = AdaptedNetwork(
-                    self.model,
-                    None if self.config.keeps_head else setup.num_classes,
-                    sample=setup.sample,
-                    max_entropy=setup.plan.max_entropy,
-                    head_name=self.config.head_name,
-                )
-                distillation, rehearsal = prepare(
-                    self._network,
-                    setup,
-                    samples=source.samples,
-                    loss=loss or Loss(None, 0.0),
-                    augmented=augmented,
-                    resuming=resuming,
-                    seed=self.config.seed,
-                    ranks=ranks,
-                )
-            ranks.copy_from_first(tensors_of(self.model))
-            if self.config.shard and ranks.size > 1:
-                self._network.shard(setup.sample, ranks)
-            weighted = setup.plan.weighted and METHODS[self.config.method].card_decay is not None
-            self._optimizer = AdaptedOptimizer(
-                model=self.model,
-                plan=setup.plan,
-                card=source.card if weighted else None,
-                optimizer=make,
-                sample=setup.sample,
-                own_lr=self.config.lr is not None,
-            )
-            self.optimizer: Optimizer = self._optimizer.optimizer
-            self.plan = plan = self._optimizer.plan
-            self.drift = self._network.drift = self._optimizer.drift
-            self.head_start = HeadStart(self.model, self.drift) if plan.head_steps else None
-            self.last_lr = float(self.optimizer.param_groups[0]["lr"])
-            self.average = None
-            if plan.average:
-                self.average = WeightAverage(self.params, plan.average, plan.stall)
-            self.budget = ForgettingBudget(
-                model=self.model,
-                plan=plan,
-                batch_size=setup.batch_size,
-                budget=self.config.budget,
-                meter=source.meter,
-                card=source.card,
-                weighted=weighted,
-                stats=self.stats,
-                drift=self.drift,
-                average=self.average,
-                set_pull=self.set_pull,
-                ranks=ranks,
-            )
-            tracked = plan.batch_norm != "frozen"
-            self._statistics = running_statistics(self.model) if tracked else []
-            guards = (distillation, rehearsal, source.replay, self.average, self.budget)
-            self.guards: list[Guard] = [guard for guard in guards if guard is not None]
-            self._micro_batches = MicroBatches(self.guards, ranks)
+            setup, source = self._settle(
+                train, num_classes, source_inputs=source_inputs, card=card, loss=loss,
+                resuming=resuming,
+            )  # fmt: skip
+            guards = self._prepare(
+                setup, source, loss=loss, augmented=augmented, dtype=autocast_dtype,
+                resuming=resuming,
+            )  # fmt: skip
+            self._make_optimizer(setup, source, make)
+            self._make_guards(setup, source, guards)
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
 
+    # The phases of the constructor.
+
+    def _settle(
+        self,
+        train: Any,
+        num_classes: int | None,
+        *,
+        source_inputs: Any,
+        card: Any,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        resuming: bool,
+    ) -> tuple[Setup, Source]:
+        """Read the data, resolve the plan and measure the source; the network is not changed."""
+        self.ranks.copy_from_first(tensors_of(self.model))
+        with self.ranks.together():
+            bound = None if card is None else bound_card(card, self.model)
+            setup = settle(
+                self.config,
+                self.model,
+                train,
+                num_classes=num_classes,
+                source_inputs=source_inputs,
+                has_card=card is not None,
+                any_labels=not isinstance(loss, Loss),
+            )
+        check_ranks(setup, self.ranks, self.config.shard)
+        source = measure_source(
+            self.model, setup, self.config, card=bound, resuming=resuming, ranks=self.ranks
+        )
+        self.num_classes, self.sample = setup.num_classes, setup.sample
+        self._batches = setup.batches
+        self.source = source.samples
+        self.held_back = source.meter.samples if source.meter is not None else None
+        return setup, source
+
+    def _prepare(
+        self,
+        setup: Setup,
+        source: Source,
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        augmented: bool,
+        dtype: torch.dtype | None,
+        resuming: bool,
+    ) -> list[Guard]:
+        """Give the network its head and teach it; returns the guards that hold its function."""
+        autocast = torch.autocast(setup.device.type, dtype, enabled=dtype is not None)
+        with self.ranks.together(), autocast:
+            self._network, guards = prepare(
+                self.model,
+                setup,
+                self.config,
+                samples=source.samples,
+                loss=loss,
+                augmented=augmented,
+                resuming=resuming,
+                ranks=self.ranks,
+            )
+        self.ranks.copy_from_first(tensors_of(self.model))
+        if self.config.shard and self.ranks.size > 1:
+            self._network.shard(setup.sample, self.ranks)
+        return guards
+
+    def _make_optimizer(self, setup: Setup, source: Source, make: MakeOptimizer | None) -> None:
+        self._optimizer = AdaptedOptimizer(
+            model=self.model,
+            plan=setup.plan,
+            card=source.card,
+            optimizer=make,
+            sample=setup.sample,
+            own_lr=self.config.lr is not None,
+        )
+        self.optimizer: Optimizer = self._optimizer.optimizer
+        self.plan = self._optimizer.plan
+        self.drift = self._network.drift = self._optimizer.drift
+        self.head_start = HeadStart(self.model, self.drift) if self.plan.head_steps else None
+        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+
+    def _make_guards(self, setup: Setup, source: Source, function: list[Guard]) -> None:
+        """Join the guards that hold the function with those for weights and budget."""
+        plan = self.plan
+        self.average = None
+        if plan.average:
+            self.average = WeightAverage(self.params, plan.average, plan.stall)
+        self.budget = ForgettingBudget(
+            model=self.model,
+            plan=plan,
+            batch_size=setup.batch_size,
+            budget=self.config.budget,
+            meter=source.meter,
+            card=source.card,
+            weighted=self._optimizer.weighted,
+            stats=self.stats,
+            drift=self.drift,
+            average=self.average,
+            set_pull=self.set_pull,
+            ranks=self.ranks,
+        )
+        last = (source.replay, self.average, self.budget)
+        self.guards = [*function, *(guard for guard in last if guard is not None)]
+        self._micro_batches = MicroBatches(self.guards, self.ranks)
+        tracked = plan.batch_norm != "frozen"
+        self._statistics = running_statistics(self.model) if tracked else []
+
     def gather(self) -> None:
-        """Give every process the whole network, where its weights are sharded; the last thing to
-        be done, since the optimizer's are the shards. All processes have to call it."""
+        """Give every process the whole network, if its weights are sharded; all have to call it.
+
+        No step can follow, because the optimizer keeps the shards.
+        """
         self._network.gather()
 
     # The loop.
@@ -237,23 +270,24 @@ class Adaptation:
         return self.plan.target_size
 
     def batches(self, start: int | None = None) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Training batches in the order of `fast.finetune`, to the end of the plan; of several
-        processes, each gets its share of every batch.
+        """Training batches in the order of `fast.finetune`, to the end of the plan.
+
+        With several processes, each gets its share of every batch.
 
         Args:
             start: number of the first step (default: steps done).
 
         Yields:
-            inputs, labels and row numbers `[B]` (None from a DataLoader), as they are in `train`.
+            inputs, labels and row numbers `[B]` (None from a DataLoader), as `train` has them.
         """
         start = self.done if start is None else start
         stream = self._batches.from_step(start, self.ranks.share)
         yield from itertools.islice(stream, max(0, self.plan.steps - start))
 
     def scheduler(self) -> LambdaLR:
-        """The plan's learning-rate schedule, at the step that the adaptation is at."""
+        """The plan's learning-rate schedule, from the step that the adaptation has reached."""
         last = self.done - 1 if self.done else -1
-        # A function: what else can be called has its attributes saved with the scheduler's state.
+        # LambdaLR would save the attributes of any callable that is not a plain function.
         return LambdaLR(self.optimizer, lambda s: self.plan.lr_factor(s), last_epoch=last)
 
     def schedule(self) -> None:
@@ -267,18 +301,18 @@ class Adaptation:
     ) -> tuple[Tensor, Tensor]:
         """Target logits, and the penalty to add to the loss; source inputs ride in the same pass.
 
-        Where the plan has `grad_accum_steps`, each call takes one micro-batch, whose loss and
-        penalty the loop divides by their number. Of several processes, each takes its share of the
-        batch, and the penalties are such that their mean over the processes is the step's.
+        With `grad_accum_steps`, each call takes one micro-batch, and the loop divides its loss and
+        penalty by the number of micro-batches. With several processes, each takes its share of the
+        batch, and the step's penalty is the mean of theirs.
 
         Args:
             inputs: target inputs `[B, ...]`, as the network takes them.
-            rows: their row numbers in the training data `[B]`, where the inputs are as they are
+            rows: their row numbers in the training data `[B]`, if the inputs are the ones stored
                 there; without them source answers come from a frozen copy of the network.
-            model: the network as it is wrapped (`DistributedDataParallel`, compiled).
+            model: the network in its wrapper (`DistributedDataParallel`, compiled).
 
         Returns:
-            logits `[B, C]`, or what the network gives; and the penalty, `[]`.
+            logits `[B, C]`, or whatever the network returns; and the penalty, `[]`.
         """
         parts = self.plan.grad_accum_steps
         part, self._part = self._part % parts, self._part + 1
@@ -287,10 +321,10 @@ class Adaptation:
         return logits, inside + outside
 
     def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
-        """A step's batch in micro-batches of `size`, whose penalties add up to the batch's.
+        """Split a step's batch into micro-batches of `size`, whose penalties add up to the batch's.
 
         Args:
-            inputs: of the whole batch, as the network will see them.
+            inputs: inputs of the whole batch, as the network will see them.
             rows: see `forward`.
         """
         return self._micro_batches.split(inputs, rows, step=self.done, size=size)
@@ -301,8 +335,8 @@ class Adaptation:
         """Run a micro-batch.
 
         Returns:
-            target logits; the penalty that belongs to the reported loss, `[]`; and the one that
-            does not (replay), `[]`.
+            target logits; the penalty that the reported loss includes, `[]`; and the penalty that
+            it does not (replay), `[]`.
         """
         device = self._network.device
         inputs = move(batch.inputs, device)
@@ -350,14 +384,14 @@ class Adaptation:
             guard.finish()
 
     def set_pull(self, factor: float) -> None:
-        """Multiply what holds the source: the pull of the optimizer, and the penalties."""
+        """Multiply everything that holds the source: the optimizer's pull, and the penalties."""
         self._pull_factor = factor
         self._optimizer.set_pull(factor)
         for guard in self.guards:
             guard.strength = factor
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The averaged weights in place, as the run will return them."""
+        """Put the averaged weights in place for the block: the run will return these."""
         return self.average.applied() if self.average else nullcontext()
 
     def stats(self) -> dict[str, Tensor]:
@@ -365,12 +399,15 @@ class Adaptation:
         return self._optimizer.stats()
 
     def forecast(self) -> float | None:
-        """Forecast of what is lost, see `ForgettingBudget.forecast`; with adapters nothing."""
+        """How much the source is expected to have lost: see `ForgettingBudget.forecast`.
+
+        With adapters this is 0 where nothing else is known.
+        """
         value = self.budget.forecast()
         return 0.0 if value is None and self.plan.adapter_rank else value
 
     def finish(self) -> Result:
-        """Adopt the average and keep the budget, where the last step has not; stop watching.
+        """Adopt the average and keep the budget, unless the last step has done so; remove hooks.
 
         Returns:
             the adapted model, in evaluation mode, with one record of drift and forecast.
@@ -394,7 +431,7 @@ class Adaptation:
         return Result(model=self.model, history=[record], **how)
 
     def close(self) -> None:
-        """Remove what watches the head; the penalty ends with it."""
+        """Remove the hooks on the head, without which there is no penalty."""
         self._network.close()
         for guard in self.guards:
             guard.close()
@@ -402,10 +439,10 @@ class Adaptation:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """What neither the model's state nor the optimizer's holds: tensors and plain values.
+        """Tensors and plain values that neither the model's state nor the optimizer's holds.
 
-        To go on, make an `Adaptation` of the pretrained network with the same arguments, then load
-        the states of the model, of the optimizer and this one.
+        To resume, make an `Adaptation` of the pretrained network with the same arguments, then load
+        the states of the model, of the optimizer, and this one.
         """
         return {
             "format": FORMAT,
@@ -419,7 +456,7 @@ class Adaptation:
         """Go on from a state.
 
         Raises:
-            ValueError: it is of another adaptation; nothing is changed then.
+            ValueError: the state belongs to another adaptation; nothing is changed then.
         """
         own = self.state_dict()
         check_state(state, own)

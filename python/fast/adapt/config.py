@@ -17,7 +17,7 @@ BatchNormPolicy = Literal["frozen", "per_task", "track"]
 OptimizerName = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
 SourceSkill = Literal["auto", "answers", "features"]
-# Larger numbers are slips of the pen: a loss of 20 nats is that of guessing among 10^8 classes.
+# Larger numbers must be typos: a loss of 20 nats is that of guessing among 10^8 classes.
 MOST_NATS, MOST, MOST_SEED = 20.0, 10**7, 2**63 - 1
 NEW, KEEP = "new", "keep"
 
@@ -31,10 +31,10 @@ class Budget:
 
     @classmethod
     def parse(cls, value: float | str) -> Budget:
-        """0.1 and "0.1" are nats, "2%" is points of accuracy.
+        """Read a budget: 0.1 and "0.1" are nats, "2%" is points of accuracy.
 
         Raises:
-            ValueError: neither, or not positive.
+            ValueError: the value is neither, or is not positive.
         """
         text = str(value).strip()
         number, points = (text[:-1], True) if text.endswith("%") else (text, False)
@@ -65,10 +65,11 @@ def option(
     """A field of an options record.
 
     Args:
-        choices: the `Literal` of its values.
-        least: 0 or 1, the smallest value.
+        choices: the `Literal` of the allowed values.
+        least: the smallest allowed value, 0 or 1.
         positive: values must be more than 0.
-        place: it says where or how a run is shown, not what it computes, and may differ on resume.
+        place: the option decides where a run computes or how it is shown, not what it computes, so
+            it may differ on resume.
     """
     return field(
         default=default,
@@ -227,12 +228,12 @@ class AdaptConfig:
 
     @property
     def head_name(self) -> str | None:
-        """The name of the layer that makes the logits, where the user gave it."""
+        """The name of the layer that makes the logits, if the user gave it."""
         return None if self.head in (NEW, KEEP) else self.head
 
     @classmethod
     def places(cls) -> set[str]:
-        """Names of the options that say where or how a run is shown."""
+        """Names of the options that may differ in a resumed run: see `option`."""
         return {f.name for f in dataclasses.fields(cls) if f.metadata["place"]}
 
     def computed(self) -> dict[str, Any]:
@@ -265,7 +266,7 @@ class AdaptConfig:
             )
 
     def _check_adapter(self) -> None:
-        """Raise ValueError for what adapters have no use for."""
+        """Raise ValueError for options that make no sense with adapters."""
         holds = ("anchor_decay", "distill", "rehearse", "forget_budget")
         for name in holds:
             if getattr(self, name):
@@ -341,7 +342,7 @@ class AdaptOptions(TypedDict, total=False):
 
 
 def field_types(record: type) -> dict[str, tuple[type, ...]]:
-    """The types that each field of an options record takes, `None` left out."""
+    """The types that each field of an options record takes, apart from None."""
     types = {}
     for name, hint in typing.get_type_hints(record).items():
         members = typing.get_args(hint) or (hint,)

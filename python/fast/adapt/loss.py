@@ -1,4 +1,4 @@
-"""Cross-entropy of a batch in micro-batches, so that accumulating gradients changes nothing."""
+"""Cross-entropy whose micro-batches add up to the batch: accumulating gradients changes nothing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def class_weights(
             convention of scikit-learn; classes without samples get 0.
 
     Raises:
-        ValueError: a wrong number of weights, one that is negative or not finite, none for any
-            class that there is; or no labels at hand to balance by.
+        ValueError: the number of weights is wrong, one is negative or not finite, or all classes in
+            the data have weight 0; or there are no labels to balance by.
     """
     if option is None:
         return None

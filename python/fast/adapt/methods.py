@@ -1,4 +1,4 @@
-"""The methods as data: the same loop and the same fused update run all of them."""
+"""The methods as data: one loop and one fused update run all of them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ class Method:
     """What a method sets where the user does not.
 
     Attributes:
-        max_entropy: zero head on normalised features, else a random head on raw ones.
+        max_entropy: start with a zero head on normalised features, else with a random head on raw
+            features.
         head_lr_scale: learning rate of the head, as a multiple of the backbone's.
         anchor_decay: pull towards the pretrained weights.
-        card_decay: the pull where it is weighted by source curvature (of mean 1) instead, given a
-            card, or source inputs that are not rehearsed; None: the method does not use them.
-        distill: weight of staying with the source head's answers on target inputs. Where source
-            inputs are rehearsed, this, the pull and the ramp are taken times `EASED`.
+        card_decay: the pull if source curvature (of mean 1) weights it: with a card, or with source
+            inputs that are not rehearsed. None: the method's pull is never weighted.
+        distill: weight of keeping the source head's answers to target inputs. With rehearsal, this,
+            the pull and the ramp are multiplied by `EASED`.
         stall: optimizer steps for which the backbone is not touched at all.
-        ramp: steps over which the backbone's learning rate then rises. Steps, not a share of the
-            run: what it waits for is Adam's own transient. A run that is shorter ends on the way
-            up, at a rate that it cannot exceed.
-        probe: share of the run that trains the head alone (then `stall` is that).
-        head_steps: steps of the head alone on features computed beforehand, where the head's
-            outputs are the logits; `stall` is then needless, and 0.
-        rehearse: weight of keeping the features of source inputs; of the target's own inputs,
-            under the source's statistics, where no source inputs are given.
+        ramp: steps over which the backbone's learning rate then rises. It is counted in steps and
+            not as a share of the run, because it waits for Adam's own averages. A run that is
+            shorter than the ramp ends on the way up.
+        probe: share of the run that trains the head alone; it sets `stall`.
+        head_steps: steps of the head alone on features computed beforehand, if the head's outputs
+            are the logits; `stall` is then needless, and 0.
+        rehearse: weight of keeping the features of source inputs. Without source inputs, the
+            target's own are rehearsed, under the source's statistics.
         average: steps over which the weights are averaged.
         replay: each step also trains on a batch of source inputs, at twice the cost.
-        adapter_rank: of low-rank adapters, which learn in place of the weights; 0: none.
+        adapter_rank: rank of low-rank adapters, which learn in place of the weights; 0 for none.
     """
 
     max_entropy: bool = False
@@ -54,8 +55,8 @@ METHODS: dict[str, Method] = {
     # Adam's first step is sign(g) in every weight at once. At lr 1e-3 it changed the normalised
     # features by 1.1 to 2.3 times their norm on six pairs, and raised the loss on all but one, by
     # up to 20 nats (benchmarks/experiments/first_step.py): hence the ramp.
-    # distill and anchor_decay trade target for source along one curve; distill does it without
-    # source data where the source head means something, the pull wherever it does not.
+    # distill and anchor_decay trade target for source along one curve. distill needs a source head
+    # that means something on target inputs; the pull works without one.
     "fast": Method(
         max_entropy=True,
         head_lr_scale=10.0,
@@ -75,14 +76,14 @@ METHODS: dict[str, Method] = {
     "l2-sp": Method(anchor_decay=10.0),
     # Kirkpatrick et al. 2017 (arXiv 1612.00796), decoupled from the gradient.
     "ewc": Method(card_decay=100.0),
-    # fast.adapt.guards.replay. Nothing else holds the weights.
+    # fast.adapt.guards.replay is all that holds the source.
     "replay": Method(replay=True),
-    # fast.heads.adapters. What learns is the target's alone, so nothing has to be held: it has the
-    # head, head start, ramp and average of `fast`, and none of its guards. The rank is the first
-    # that was tried; `benchmarks/finetune/adapters.py` compares others.
-    # Their rate is that of a head already. A head of ten times that learns few samples by heart
-    # before the adapters have moved: from ten sign digits of each class ResNet-20 learned 82 %, and
-    # 89 % so; from ten flowers of each MobileNet 68 %, and 76 %.
+    # fast.heads.adapters. All that learns belongs to the target, so nothing has to be held: this
+    # has the head, head start, ramp and average of `fast`, and none of its guards. The rank is the
+    # first that was tried; `benchmarks/finetune/adapters.py` compares others.
+    # The head learns at the adapters' own rate. At ten times that it learned few samples by heart
+    # before the adapters had moved: from ten samples of each class, ResNet-20 then learned sign
+    # digits to 82 % and not 89 %, and MobileNet flowers to 68 % and not 75 %.
     "adapter": Method(
         max_entropy=True,
         stall=5,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fast.adapt.guards.drift import Drift
+from fast.adapt.methods import METHODS
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.optim import SGD, AdamW
@@ -25,16 +26,19 @@ class AdaptedOptimizer:
 
     Args:
         model: with its new head, or the one it keeps.
-        plan: whose settings the groups get.
-        card: weights the pull, where it is given.
-        optimizer: makes any optimizer of parameter groups; None: the fused one that the plan names.
-            Where the user gave no `lr`, such an optimizer has its own.
-        sample: a batch of inputs, to find a head by that is kept.
-        own_lr: whether `plan.lr` was given by the user.
+        plan: the settings of the parameter groups.
+        card: of the source, or None; it weights the pull if the method has a weighted one.
+        optimizer: a function that makes any optimizer of parameter groups; None takes the fused
+            one that the plan names. An optimizer that is made keeps its own learning rate, unless
+            the user gave `lr`.
+        sample: a batch of inputs, by which a head that is kept is found.
+        own_lr: whether the user gave `plan.lr`.
 
     Attributes:
-        optimizer: `fast.AdamW`, `fast.SGD`, or what was made.
-        plan: with the learning rate that the optimizer has.
+        optimizer: `fast.AdamW`, `fast.SGD`, or the one that was made.
+        plan: the plan with the learning rate that the optimizer has.
+        weighted: whether source curvature weights the pull: the card's, or that of a state which
+            will be loaded.
         drift: how far the backbone is from its anchors.
     """
 
@@ -49,9 +53,10 @@ class AdaptedOptimizer:
         own_lr: bool,
     ) -> None:
         self.plan = plan
+        self.weighted = plan.weighted and METHODS[plan.method].card_decay is not None
         groups = _groups(model, plan, sample)
         for group in _backbone(groups):
-            if card is not None:
+            if card is not None and self.weighted:
                 group["curvature"] = card.curvature_for(group["params"])
         self.unfused: UnfusedPull | None = None
         if optimizer is not None:
@@ -71,7 +76,7 @@ class AdaptedOptimizer:
     def _foreign(self, groups: Groups, make: MakeOptimizer, own_lr: bool) -> Optimizer:
         if not self.plan.weight_decay:
             for group in groups:
-                del group["weight_decay"]  # the optimizer's own holds
+                del group["weight_decay"]  # the optimizer has a default of its own
         if not own_lr:
             for group in groups:
                 del group["lr"]
@@ -90,11 +95,11 @@ class AdaptedOptimizer:
 
     def _drift(self) -> Drift:
         params = [p for group in _backbone(self.optimizer.param_groups) for p in group["params"]]
-        known: dict[Tensor, Tensor] = self.unfused.anchors if self.unfused is not None else {}
+        unfused: dict[Tensor, Tensor] = self.unfused.anchors if self.unfused is not None else {}
         state = self.optimizer.state
         anchors = []
         for p in params:
-            anchor = known.get(p)
+            anchor = unfused.get(p)
             if anchor is None and p in state:
                 anchor = state[p].get("anchor")
             anchors.append(p.detach().clone() if anchor is None else anchor)
@@ -102,7 +107,7 @@ class AdaptedOptimizer:
 
     @property
     def params(self) -> list[Tensor]:
-        """All that is trained."""
+        """All parameters that are trained."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def stats(self) -> dict[str, Tensor]:
@@ -112,12 +117,12 @@ class AdaptedOptimizer:
 
     def set_pull(self, factor: float) -> None:
         """Multiply the pull of the backbone."""
-        # The groups are asked for each time: loading a state makes new ones.
+        # Look the groups up anew each time: loading a state replaces them.
         for group, base in zip(_backbone(self.optimizer.param_groups), self._base, strict=True):
             group["anchor_decay"] = base * factor
 
     def restrain(self, factor: float) -> None:
-        """Multiply the learning rate of all groups, beside what a scheduler sets."""
+        """Multiply the learning rate of all groups, on top of what a scheduler sets."""
         for group in self.optimizer.param_groups:
             group["restraint"] = factor
 
@@ -148,7 +153,7 @@ def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:
             group |= {"anchor_decay": plan.anchor_decay, "stall": plan.stall, "ramp": plan.ramp}
             group["name"] = f"backbone_{group['name']}"
         elif plan.head_steps:
-            group["ramp"] = plan.ramp  # it has learned: Adam's first step would undo that, too
+            group["ramp"] = plan.ramp  # Adam's first step would undo what the head has learned
     return groups
 
 

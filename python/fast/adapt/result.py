@@ -49,23 +49,23 @@ class Result:
     Attributes:
         model: the adapted network, in evaluation mode, with the source head inside
             (`fast.fold_head` makes it plain).
-        history: one record per evaluation: step, loss (mean over the steps since the last record,
-            nats: the target's, with the penalties of distillation and rehearsal, without the loss
-            of replayed inputs), target_accuracy, target_loss, source_accuracy, source_loss, drift
-            (`||w - w0||`), forgetting (source accuracy lost so far), forecast (of the rise of
-            source loss, nats, or of the accuracy lost under a budget in points; with a card or
-            source inputs; what is measured at a check), grad_norm, lr, seconds. What was not
-            measured is None.
+        history: one record per evaluation: step; loss (mean over the steps since the last record,
+            in nats: the target's, with the penalties of distillation and rehearsal, without the
+            loss of replayed inputs); target_accuracy, target_loss, source_accuracy, source_loss;
+            drift (`||w - w0||`); forgetting (source accuracy lost so far); forecast (rise of the
+            source loss in nats, or accuracy lost under a budget in points; it needs a card or
+            source inputs, and right after a check it is the measurement); grad_norm, lr, seconds.
+            Whatever was not measured is None.
         config: the options of the run, as they were given.
-        plan: the settings that the options came to.
-        source_accuracy_before: of the pretrained network, before anything was changed.
+        plan: the settings that the options resolved to.
+        source_accuracy_before: source accuracy of the pretrained network.
         run: id of the run, where it had a folder.
         data: what the command line read: classes, samples of each, preprocessing.
         network: what --model named, by which the network is built again.
         preparation: what pictures and texts go through on their way to the network.
         inputs: shapes and types of the network's inputs (`fast.models.signature`).
-        by_class: for each class, how many samples of `val` are answered right, and how many there
-            are; of the weights in `model`.
+        by_class: for each class, how many samples of `val` the network in `model` answers right,
+            and how many there are.
     """
 
     model: nn.Module
@@ -90,8 +90,8 @@ class Result:
 
     @property
     def final(self) -> dict[str, Any]:
-        """The record of the weights in `model`: the last; or the best one under early stopping; or
-        the first, where training has made the head start worse on `val`."""
+        """The record of the weights in `model`: the last one; with early stopping the best one; or
+        the first, if training made the head start worse on `val`."""
         return self.chosen or self.history[-1]
 
     @property
@@ -105,8 +105,9 @@ class Result:
         return self.final["source_accuracy"]
 
     def plot(self) -> Any:
-        """The matplotlib Figure of the run: target and source accuracy, and the forecast, over the
-        steps. In a notebook it shows after `%matplotlib inline`; `figure.savefig` writes it.
+        """The matplotlib Figure of the run: target and source accuracy, and the forecast, by step.
+
+        In a notebook it shows after `%matplotlib inline`; `figure.savefig` writes it.
 
         Raises:
             ValueError: nothing was measured.
@@ -133,11 +134,11 @@ class Result:
         return self._predictor().export(folder, format, **options)
 
     def _predictor(self) -> Any:
-        # The package is above this one, and nothing here depends on it before somebody asks.
+        # fast.deploy is built on this package, so it can only be imported when it is needed.
         return importlib.import_module("fast.deploy.load").predictor_of(self)
 
     def _facts(self) -> dict[str, str]:
-        """What the run came to, for those who look at it."""
+        """What the representations show."""
         final = self.final
         facts = {"model": type(self.model).__name__, "method": self.config.method}
         if self.plan is not None:
@@ -162,7 +163,7 @@ class Result:
 
     @property
     def notes(self) -> list[str]:
-        """What `model.safetensors` has that the plain architecture of as many classes has not."""
+        """How `model.safetensors` differs from the plain architecture with as many classes."""
         model = unwrap(self.model)
         head = task_head(model)
         if head is None:
@@ -187,10 +188,10 @@ class Result:
         return notes
 
     def merge_adapters(self) -> nn.Module:
-        """Make `model` the plain network of the target alone, in place: `fast.fold_head`.
+        """Make `model` a plain network for the target alone, in place: see `fast.fold_head`.
 
-        Each adapter is added to the weight of its layer, so that a pass costs what it cost before
-        adapting; the source task is then forgotten, and the log says so.
+        Each adapter is added to the weight of its layer, so that a pass costs what it cost before.
+        The source task is then forgotten, and the log says so.
 
         Returns:
             `model`.
@@ -205,48 +206,37 @@ class Result:
 
     def join(self, **how: Any) -> Any:
         """One network for the source's classes and the target's: see `fast.join`."""
-        # It is built upon this layer, and comes when it is asked for.
+        # fast.merge, too, is built on this package.
         return importlib.import_module("fast.merge.join").join(self, **how)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the model and how it was made; each file whole or not at all.
+        """Write the model and how it was made, each file whole or not at all; `fast.load` reads it.
 
-        `model.safetensors` is folded and loads into the plain architecture, with as many classes
-        and a bias in its head (the mean of the features becomes part of it);
-        `source_head.safetensors` holds weight and bias of the layer that it replaced, and
-        `source_norms.safetensors` the source's batch norms where each task has its own;
-        `adapters.safetensors`, where there are adapters, for each layer `NAME` that has one the
-        source's weight `NAME.weight`, and the factors `NAME.A` and `NAME.B` that are added to it
-        (`fast.heads.attach_adapters`); in `model.safetensors` they are merged;
-        `fast.json`, `result.json` and `history.jsonl` hold options, accuracies, `plan`, `notes` and
-        history; `preprocessing.json` what pictures and texts go through, with the tokenizer beside
-        it; `config.json` the architecture of a network of transformers; `data.json` what was read;
-        `manifest.json` the hashes of all. `fast.load` reads it.
+        * `model.safetensors`: the folded network, adapters merged. It loads into the plain
+          architecture with as many classes and a bias in its head (the mean of the features becomes
+          part of the bias).
+        * `source_head.safetensors`: weight and bias of the head that was replaced;
+          `source_norms.safetensors`: the source's batch norms, if each task has its own.
+        * `adapters.safetensors`, if there are adapters: for each layer `NAME` with an adapter, the
+          source's weight `NAME.weight` and the factors `NAME.A` and `NAME.B`
+          (`fast.heads.attach_adapters`).
+        * `fast.json`, `result.json`, `history.jsonl`: options; accuracies, plan and notes; history.
+        * `preprocessing.json`: what pictures and texts go through, with the tokenizer beside it.
+        * `config.json`: the architecture of a transformers network.
+        * `data.json`: what was read; `manifest.json`: hashes of all files.
 
         Returns:
             the folder.
 
         Raises:
-            ValueError: a run is going on there.
+            ValueError: a run is going on in the folder.
         """
         folder = Path(folder)
         if is_going_on(folder):
             raise ValueError(f"{folder}: a run is going on there; name another folder")
         clear_unfinished(folder)
         model = unwrap(self.model)
-        head = task_head(model)
-        if head is not None:
-            with atomic_file(folder / SOURCE_HEAD_FILE) as path:
-                save_tensors(_plain_layer(head.source), path)
-        per_task = {SOURCE_NORMS_FILE: source_norms(model), ADAPTERS_FILE: adapter_state(model)}
-        for name, tensors in per_task.items():
-            if not tensors:  # of a run before
-                (folder / name).unlink(missing_ok=True)
-                continue
-            with atomic_file(folder / name) as path:
-                save_tensors(_plain_names(tensors), path)
-        with atomic_file(folder / MODEL_FILE) as path:
-            save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
+        _save_networks(model, folder)
         save_library_config(model, folder, self.classes)
         write_json(folder / OPTIONS_FILE, dataclasses.asdict(self.config))
         self.preparation.save(folder)
@@ -272,12 +262,29 @@ class Result:
         return folder
 
 
+def _save_networks(model: nn.Module, folder: Path) -> None:
+    """Write the folded network, and what makes the source's network of it."""
+    head = task_head(model)
+    if head is not None:
+        with atomic_file(folder / SOURCE_HEAD_FILE) as path:
+            save_tensors(_plain_layer(head.source), path)
+    per_task = {SOURCE_NORMS_FILE: source_norms(model), ADAPTERS_FILE: adapter_state(model)}
+    for name, tensors in per_task.items():
+        if not tensors:  # remove what an earlier run has left
+            (folder / name).unlink(missing_ok=True)
+            continue
+        with atomic_file(folder / name) as path:
+            save_tensors(_plain_names(tensors), path)
+    with atomic_file(folder / MODEL_FILE) as path:
+        save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
+
+
 def _plain_layer(layer: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias, also where they are computed of others (weight norm)."""
+    """Weight and bias, even if they are computed from other parameters (weight norm)."""
     tensors = {"weight": layer.weight, "bias": layer.bias}
     return {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
 
 
 def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State of a network as it is without `torch.compile` around its parts."""
+    """The state under the names that it has without `torch.compile` around parts of the network."""
     return {name.replace("_orig_mod.", ""): x for name, x in state.items()}

@@ -1,9 +1,8 @@
-"""What an adaptation will work on, settled before anything is changed: data, batches, plan."""
+"""Settle data, batches and plan of an adaptation, before anything is changed."""
 
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import LEAST, SourceInputs, parse_source_inputs, target_inputs
 from fast.data.stream import TrainBatches
 from fast.data.trees import join, leaves, length, move, pick
+from fast.errors import warn
 from fast.heads import (
     evaluating,
     find_head,
@@ -50,7 +50,8 @@ class Setup:
     Attributes:
         plan: what will be done.
         num_classes: C, the outputs of the head.
-        batches: target samples; `batch_size` counts these and the rehearsed ones of a step.
+        batches: batches of target samples.
+        batch_size: samples per step, target and rehearsed ones together.
         sample: a batch of target inputs, on the model's device.
         source: source inputs, or None.
         own: target inputs whose features are rehearsed, or None.
@@ -79,80 +80,52 @@ def settle(
     has_card: bool,
     any_labels: bool,
 ) -> Setup:
-    """Read the data and resolve the plan; the network is run and not changed.
+    """Read the data and resolve the plan; the network runs, but does not change.
 
     Args:
-        model: checked by `check_model`.
+        model: a network that has passed `check_model`.
         train: training data; `Data` was checked by whoever read it.
         has_card: the user gave a card.
-        any_labels: the loss is the user's, and labels need be no class indices.
+        any_labels: the loss is the user's own, so labels need not be class indices.
 
     Raises:
-        ValueError, TypeError: the data, the network or an option do not fit.
+        ValueError, TypeError: the data, the network or an option does not fit.
     """
-    if isinstance(train, Data):  # whoever read it has checked it
+    if isinstance(train, Data):
         data = train
     else:
         data = as_data(train, "train", any_labels=any_labels)
         check_data(data)
-    if config.keeps_head:
-        outputs = kept_outputs(model, data, config.head_name, num_classes)
-    elif any_labels:
-        outputs = _num_outputs(data, num_classes)
-    else:
-        outputs = target_classes(data, num_classes)
-    device = next(model.parameters()).device
-    source = None
-    if source_inputs is not None:
-        source = parse_source_inputs(source_inputs)
-        with source_task(model):
-            check_takes(model, source.inputs, "source_inputs")
+    outputs = _num_outputs(config, model, data, num_classes, any_labels=any_labels)
+    source = None if source_inputs is None else _read_source(model, source_inputs)
     rehearsed = rehearsed_by(config, source is not None)
     batches, source_size = make_room(data, config.batch_size, config.seed, rehearsed)
-    batch_size = batches.given_size or config.batch_size
-    if config.batch_size not in (batch_size, AdaptConfig.batch_size):
-        warnings.warn(
-            f"batch_size={config.batch_size} is not used: train is a DataLoader, with batches of "
-            f"{batch_size}",
-            stacklevel=5,
-        )
+    batch_size = _batch_size(config, batches)
     steps = steps_for(config, batches)
-    sample = move(_first_inputs(batches), device)
-    if not source_size:
-        rehearsed = ""
+    sample = move(_first_inputs(batches), next(model.parameters()).device)
     own = None
-    if rehearsed == TARGET_INPUTS:
-        own = target_inputs(batches, min(OWN_INPUTS, steps * source_size))
-        if own.size < LEAST:  # too few of one shape to say how much features vary
-            rehearsed, source_size, own = "", 0, None
-    with taking("train", sample, model), evaluating(model):
-        forward_logits(model, pick(sample, slice(2)))
-    last = head_is_last(model, sample, config.head_name)
-    if config.head_steps and not last:
-        raise ValueError(
-            "head_steps: something follows the head of this network, so that it cannot learn "
-            "from its features alone; use stall="
-        )
-    micro_batch = batches.batch_size // config.grad_accum_steps
+    if rehearsed == TARGET_INPUTS and source_size:
+        own = _own_inputs(batches, steps * source_size)
+    if not source_size or (own is None and rehearsed == TARGET_INPUTS):
+        rehearsed, source_size = "", 0
     plan = plan_for(
         config,
         steps=steps,
         target_size=batches.batch_size,
         source_size=source_size,
         weighted=uses_card(config, has_card, source is not None),
-        head_is_last=last,
+        head_is_last=_head_is_last(config, model, sample),
         rehearsed=rehearsed,
         batch_norms=has_batch_norm(model),
         layer_norms=has_layer_norm(model),
-        small_batches=micro_batch < LEAST_FOR_STATISTICS,
+        small_batches=batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS,
         samples=data.num_samples,
     )
     if plan.adapter_rank and (has_card or source is not None):
-        given = "source_inputs" if source is not None else "card"
         log.info(
             "%s: method %r changes nothing that the source task uses, so there is nothing to hold; "
             "source inputs only report what is lost",
-            given,
+            "source_inputs" if source is not None else "card",
             config.method,
         )
     wants_adapters = config.tasks == SWITCHED and config.method == "fast"
@@ -170,6 +143,66 @@ def settle(
         source=source,
         own=own,
     )
+
+
+def _read_source(model: nn.Module, source_inputs: Any) -> SourceInputs:
+    """Source inputs that the network takes."""
+    source = parse_source_inputs(source_inputs)
+    with source_task(model):
+        check_takes(model, source.inputs, "source_inputs")
+    return source
+
+
+def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
+    """Samples of a step: a DataLoader's own number, or else the option's."""
+    size = batches.given_size or config.batch_size
+    if config.batch_size not in (size, AdaptConfig.batch_size):
+        warn(
+            f"batch_size={config.batch_size} is not used: train is a DataLoader, with batches of "
+            f"{size}"
+        )
+    return size
+
+
+def _own_inputs(batches: TrainBatches, most: int) -> SourceInputs | None:
+    """Target inputs to rehearse, at most `OWN_INPUTS`; None where there are too few of one shape
+    to say how much features vary."""
+    own = target_inputs(batches, min(OWN_INPUTS, most))
+    return own if own.size >= LEAST else None
+
+
+def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:
+    """Whether the head's outputs are the logits.
+
+    Raises:
+        ValueError: they are not, and `head_steps` asks for it; or the network does not take the
+            training inputs.
+    """
+    with taking("train", sample, model), evaluating(model):
+        forward_logits(model, pick(sample, slice(2)))
+    last = head_is_last(model, sample, config.head_name)
+    if config.head_steps and not last:
+        raise ValueError(
+            "head_steps: something follows the head of this network, so that it cannot learn "
+            "from its features alone; use stall="
+        )
+    return last
+
+
+def _num_outputs(
+    config: AdaptConfig,
+    model: nn.Module,
+    data: Data,
+    num_classes: int | None,
+    *,
+    any_labels: bool,
+) -> int:
+    """Outputs of the head that will learn."""
+    if config.keeps_head:
+        return kept_outputs(model, data, config.head_name, num_classes)
+    if any_labels:
+        return _outputs_for_any_labels(data, num_classes)
+    return target_classes(data, num_classes)
 
 
 def target_classes(data: Data, num_classes: int | None) -> int:
@@ -211,8 +244,8 @@ def kept_outputs(
     return outputs
 
 
-def _num_outputs(data: Data, num_classes: int | None) -> int:
-    """Outputs of a new head whose labels are the user's own."""
+def _outputs_for_any_labels(data: Data, num_classes: int | None) -> int:
+    """Outputs of a new head whose labels only the user's loss understands."""
     if num_classes is not None:
         return num_classes
     labels = data.labels

@@ -1,4 +1,4 @@
-"""What is known of the source, taken at the pretrained weights before the network changes."""
+"""Measure the source at the pretrained weights, before the network changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from fast.curvature.card import SourceCard
 from fast.data.source_inputs import SourceInputs, target_inputs
 from fast.ranks import Ranks
 
-# A sample of a card costs two training samples, one of its calibration four: this keeps the card of
-# a run of a hundred steps below 5 % of it (benchmarks/results/card_cost.md).
+# A sample of a card costs as much as two training samples, and one of its calibration as much as
+# four. With these numbers a card takes less than 5 % of a run of a hundred steps
+# (benchmarks/results/card_cost.md).
 CARD_SHARE = 0.01
 CARD_SAMPLES = (48, 512)
 CALIBRATION_SAMPLES = 16
@@ -26,13 +27,13 @@ CALIBRATION_SAMPLES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The source of an adaptation.
+    """What an adaptation knows about its source.
 
     Attributes:
-        samples: source inputs that a run may use, or None.
-        meter: measures what is lost on those that were held back from it, or None.
-        card: what the weights mean for the source, or None.
-        replay: the guard that trains on source inputs, where the method has it.
+        samples: source inputs that the method may use, or None.
+        meter: measures forgetting on the inputs that were held back, or None.
+        card: the source card, or None.
+        replay: the guard that trains on source inputs, if the method has one.
     """
 
     samples: SourceInputs | None
@@ -50,18 +51,18 @@ def measure_source(
     resuming: bool,
     ranks: Ranks,
 ) -> Source:
-    """Hold source inputs back for the budget, and take what the method needs of the others.
+    """Hold back some source inputs to measure forgetting; make card and replay from the others.
 
     Args:
-        model: at the pretrained weights, with its own head.
-        card: the user's, bound to the model, or None.
-        resuming: no card is estimated; its weights are in the state that will be loaded.
+        model: the network at its pretrained weights, with its own head.
+        card: the user's card, bound to the model; or None.
+        resuming: estimate no card, because the state that will be loaded has its curvature.
 
     Raises:
         ValueError: the source inputs do not fit the network, or there are too few.
     """
     if setup.plan.adapter_rank:
-        card = None  # it says how to move weights, and these stay
+        card = None  # a card says how to move weights, and with adapters these stay
     samples, meter = setup.source, None
     with ranks.together():
         if samples is not None:
@@ -83,10 +84,11 @@ def measure_source(
 
 
 def bound_card(card: Any, model: nn.Module) -> SourceCard:
-    """A card, or the one in a file, for this model; one that is bound to it stays as it is.
+    """A card, or the card in a file, bound to this model.
 
     Raises:
-        TypeError: something else; ValueError: the card is of another model.
+        TypeError: `card` is neither a card nor a path.
+        ValueError: the card belongs to another model.
     """
     if not isinstance(card, (SourceCard, str, Path)):
         raise TypeError(f"card must be a SourceCard or its file; got {type(card).__name__}")
@@ -97,14 +99,14 @@ def bound_card(card: Any, model: nn.Module) -> SourceCard:
 def own_card(
     model: nn.Module, setup: Setup, source: SourceInputs | None, *, seed: int
 ) -> SourceCard:
-    """A card of a size that suits the run.
+    """Estimate a card from as many samples as suit the length of the run.
 
     Args:
-        model: at the pretrained weights, with its own head.
-        source: source inputs; None: those of the target stand for them (`ewc`).
+        model: the network at its pretrained weights, with its own head.
+        source: source inputs; with None, target inputs stand in for them (`ewc`).
 
     Raises:
-        ValueError: the inputs do not fit.
+        ValueError: the inputs do not fit the network.
     """
     low, high = CARD_SAMPLES
     samples = target_inputs(setup.batches, high) if source is None else source

@@ -1,4 +1,4 @@
-"""Nested states of tensors and plain values: compare their forms, shard or take out the tensors."""
+"""Nested states of tensors and plain values: compare two, take out the tensors, shard them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ State = dict[str, Any]
 
 
 def check_state(state: Any, own: State, path: str = "state") -> None:
-    """Raise ValueError where `state` is not of the form of `own`; the message names the entry.
+    """Raise ValueError where `state` does not have the form of `own`; the message names the entry.
 
     Dicts must have the same keys, and tensors the same shapes and dtypes. Plain values may differ.
     """
@@ -52,7 +52,7 @@ def split_state(state: State, path: str) -> tuple[State, dict[str, Tensor]]:
 
 
 def sharded_as(state: State, own: State) -> State:
-    """The state with whole tensors sharded where those of `own` are."""
+    """The state with its whole tensors sharded wherever the tensors of `own` are."""
     return {
         key: sharded_as(state[key], value)
         if isinstance(value, dict)
@@ -62,10 +62,10 @@ def sharded_as(state: State, own: State) -> State:
 
 
 def joined_state(plain: State, tensors: dict[str, Tensor], own: State, path: str) -> State:
-    """The state that `split_state` took apart.
+    """Put together the state that `split_state` took apart.
 
     Args:
-        own: a state of the same form, which says where the tensors were.
+        own: a state of the same form, which shows where the tensors were.
 
     Raises:
         KeyError: a tensor or a part of the state is missing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fast.data.trees import leaves
+from fast.errors import warn
 
 # So many images show in which units all of them are.
 FEW = 64
@@ -55,10 +55,9 @@ def warn_unscaled(inputs: Any, name: str) -> None:
         few = x[:FEW]
         low, high = few.min(), few.max()
         if low >= 0 and 32 < high <= 255 and (few == few.round()).all():
-            warnings.warn(
+            warn(
                 f"{name}: inputs are whole numbers in 0..{int(high)}: a pretrained network wants "
                 "images in 0..1 and normalised as it was trained, (x / 255 - mean) / std",
-                stacklevel=4,
             )
 
 

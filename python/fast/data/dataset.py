@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +17,7 @@ from fast.data.generators import find_generators, reseed, seed_process
 from fast.data.labels import check_labels, count_classes
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
 from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, split_labels
-from fast.errors import first_line, printable, some
+from fast.errors import first_line, printable, some, warn
 from fast.workers import in_workers
 
 
@@ -194,11 +193,10 @@ class Data:
         count = count_classes(int(labels.max()), len(labels), self.name)
         missing = sorted(set(range(count)) - set(labels.unique().tolist()))
         if missing:
-            warnings.warn(
+            warn(
                 f"{self.name}: no sample of {len(missing)} classes ({some(missing)}), and labels "
                 f"up to {count - 1}: the head has {count} classes; number them from 0, or pass "
                 "num_classes=",
-                stacklevel=2,
             )
         return count
 

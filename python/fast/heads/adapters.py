@@ -44,7 +44,7 @@ class _Adapter(Overlay, TwoTask):
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """The layers with adapters of ours, by their names in the plain network."""
+    """The layers with our adapters, by their names in the plain network."""
     return {name: m for name, m in model.named_modules() if isinstance(m, _Adapter)}
 
 
@@ -87,7 +87,7 @@ def attach_adapters(
     Args:
         model: a network of the target, of `fast.replace_head` or plain.
         state: what `adapter_state` gave.
-        head: of the network, which goes on learning.
+        head: the network's head, which goes on learning.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -108,8 +108,8 @@ def attach_adapters(
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """For each layer `NAME` with an adapter: `NAME.weight`, the source's, to which it adds;
-    `NAME.A` `[r, in, ...]` and `NAME.B` `[out, r, ...]`. Empty where there are none."""
+    """For each layer `NAME` with an adapter: the source's weight `NAME.weight`, and the factors
+    `NAME.A` `[r, in, ...]` and `NAME.B` `[out, r, ...]`. Empty if there are no adapters."""
     return {
         f"{name}.{part}": tensor
         for name, layer in adapters(model).items()
@@ -118,9 +118,9 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Add each adapter to the weight of its layer, in place: a plain network, of the target alone.
+    """Add each adapter to the weight of its layer, in place: a plain network for the target alone.
 
-    What was frozen for the source's sake can learn again.
+    Parameters that were frozen for the source's sake can learn again.
     """
     for layer in adapters(model).values():
         take_off(layer)
@@ -151,7 +151,7 @@ def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> list[str]:
 
 
 def _has_weight(layer: nn.Module) -> bool:
-    """Whether the weight can learn, and is no function of what can (weight norm)."""
+    """Whether the weight is a parameter that can learn, not computed from others (weight norm)."""
     weight = layer.weight
     return (
         isinstance(weight, nn.Parameter)
@@ -161,7 +161,7 @@ def _has_weight(layer: nn.Module) -> bool:
 
 
 def _as_its_kind(layer: Any, args: tuple[Any, ...], output: Any) -> bool:
-    """Whether a layer gives what torch's own would; a convolution of a derived class may pad by
+    """Whether a layer computes what torch's own class would: a derived convolution may pad by
     itself, or standardise its weight."""
     kinds = (*_linear_kinds(), *CONVOLUTIONS)
     kind: Any = next(c for c in type(layer).__mro__ if c in kinds)
@@ -190,7 +190,8 @@ def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.
     """The layers whose `forward` is called, and does no more than their kind's.
 
     Attention, and an `nn.TransformerEncoderLayer` in evaluation, read the weights of layers that
-    they never call, and would miss an adapter. Forward hooks do not tell: they change the way.
+    they never call, and would miss an adapter. Forward hooks cannot find these, because torch takes
+    another path where there are hooks.
     """
     ran: set[nn.Module] = set()
 
@@ -209,7 +210,7 @@ def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.
     finally:
         for layer in layers:
             del layer.forward
-            if layer in own:  # Accelerate gives modules one of their own
+            if layer in own:  # Accelerate gives modules a `forward` of their own
                 layer.forward = own[layer]
     return ran
 
@@ -231,7 +232,7 @@ def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | Non
         r=rank, lora_alpha=rank, target_modules="|".join(re.escape(name) for name in names)
     )
     with warnings.catch_warnings():
-        # It sees for itself which weights are stored as `[in, out]`, and says so.
+        # PEFT finds out by itself which weights are stored as `[in, out]`, and warns about it.
         warnings.filterwarnings("ignore", ".*fan_in_fan_out")
         peft.inject_adapter_in_model(config, model, NAME)
     del model.peft_config

@@ -17,15 +17,15 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
     """Check that replacing `head` replaces the classifier.
 
     The network runs on two samples with the outputs of the layer set to zero. The logits of a
-    sample are then all equal, unless something beside the layer makes part of them: a second head,
-    a residual, a learned prior. An adapter that starts at zero makes no part yet, but its gradient
-    is not zero. The network stays as it was.
+    sample are then all equal, unless something beside the layer contributes to them: a second head,
+    a residual, a learned prior. An adapter that starts at zero contributes nothing yet, but its
+    gradient is not zero. The network is left as it was.
 
     Args:
         head: what `find_head` returned.
         sample: a batch of inputs.
         named: whether the user named the layer.
-        learns: whether the new layer starts at zero, and has to learn from there.
+        learns: whether the new layer will start at zero, and has to learn from there.
 
     Raises:
         ValueError: the network has several heads, or none, or one that cannot learn from zero; the
@@ -73,7 +73,7 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
 
 
 def check_declared(model: nn.Module, head: Head) -> None:
-    """Check, without a sample, that `get_classifier` as timm has it tells of no second head.
+    """Check, without a sample, that timm's `get_classifier` does not name a second head.
 
     Raises:
         ValueError: the network is a distilled one, whose logits are the mean of two heads.
@@ -100,7 +100,7 @@ def _check_one_answer(output: Any, logits: Tensor, head: Head) -> None:
 
 
 def _not_alone(model: nn.Module, head: Head, shape: list[int], beside: list[str]) -> str:
-    """The message; `beside` names parameters outside of the head that the logits depend on."""
+    """The error message; `beside` names parameters outside of the head that affect the logits."""
     width, name = classes_of(head.module), head.name
     rivals = [
         n

@@ -1,4 +1,4 @@
-"""Which dimension of its logits a network has its classes in."""
+"""Find the dimension of a network's logits that holds the classes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def class_dim(model: nn.Module, logits: Tensor, sample: Any) -> int:
     """The dimension of `logits` that holds the classes.
 
     Linear heads put classes last, `[N, ..., C]`; convolutions, and networks that transpose for
-    torch's cross-entropy, second, `[N, C, ...]`. Where both dimensions are as long as the head is
-    wide, the head's own output tells whether the network transposes it.
+    torch's cross-entropy, second, `[N, C, ...]`. If both dimensions have as many entries as the
+    head has outputs, the head's own output shows whether the network transposes it.
 
     Args:
         sample: inputs, to find the head by.
@@ -51,13 +51,13 @@ def class_dim(model: nn.Module, logits: Tensor, sample: Any) -> int:
 
 @torch.no_grad()
 def _moves_classes(model: nn.Module, layer: HeadLayer, sample: Any) -> bool:
-    """Whether the logits are the head's output with its classes in the other place."""
+    """Whether the logits are the head's output with its classes in the other dimension."""
     outputs: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _, args, output: outputs.append(output.clone()))
     with hooked(model, hook):
         logits = forward_logits(model, pick(sample, slice(2)))
     moved = logits.movedim(*((1, -1) if isinstance(layer, nn.Linear) else (-1, 1)))
-    # Alike, not equal: a network may scale what its head makes.
+    # Similar, not equal: a network may scale the output of its head.
     return any(_alike(o, moved) > _alike(o, logits) for o in outputs)
 
 

@@ -16,7 +16,7 @@ VARIANCE_FLOOR = 0.0025
 class FeatureNorm(nn.Module):
     """`(x - mean) / std` per feature; the statistics are estimated first, and tracked in training.
 
-    The gradient takes the statistics as constants, so this is an affine map, which `fast.fold_head`
+    The statistics are constants to the gradient, so this is an affine map, which `fast.fold_head`
     folds into the head.
 
     Args:
@@ -34,7 +34,6 @@ class FeatureNorm(nn.Module):
         self.num_features = num_features
         self.dim = dim
         self.momentum = momentum
-        # A loop that splits its batches collects their features, and updates once per step.
         self.deferred = False
         self._pending: list[Tensor] = []
         self.register_buffer("mean", torch.zeros(num_features))
@@ -54,19 +53,24 @@ class FeatureNorm(nn.Module):
             self._move(x.mean(0), x.var(0), momentum)
 
     def _move(self, mean: Tensor, var: Tensor, momentum: float | None = None) -> None:
-        # Kept on the device: `.item()` here would stall every training step on a GPU.
+        # All on the device: an `.item()` here would stall every training step on a GPU.
         first = (self.num_batches_tracked == 0).to(mean.dtype)
         weight = first + (1 - first) * (self.momentum if momentum is None else momentum)
         self.mean.lerp_(mean.to(self.mean.dtype), weight.to(self.mean.dtype))
         self.var.lerp_(var.to(self.var.dtype), weight.to(self.var.dtype))
         self.num_batches_tracked += 1
 
+    def defer(self) -> None:
+        """Collect features from now on, until `update_deferred`: a loop that splits its batches
+        updates once per step."""
+        self.deferred = True
+
     @torch.no_grad()
     def update_deferred(self, ranks: Ranks = ALONE) -> None:
-        """Update with all features since the last call, as one batch.
+        """Update with the features collected since the last call, as one batch.
 
         Args:
-            ranks: the processes whose features make the batch; all of them have to call.
+            ranks: the processes whose features make up the batch; all of them have to call this.
         """
         if not self._pending:
             return
@@ -75,8 +79,8 @@ class FeatureNorm(nn.Module):
         if ranks.size == 1:
             self.update(rows)
             return
-        # Count, sum and sum of squares, in double precision: squares of features with a large mean
-        # would lose their variance in less.
+        # Count, sum and sum of squares are exchanged in double precision: with a large mean, single
+        # precision would lose the variance.
         x = rows.double()
         moments = ranks.sum_(torch.cat([x.sum(0), x.square().sum(0), x.new_tensor([len(x)])]))
         total, squares, count = moments.split([self.num_features, self.num_features, 1])

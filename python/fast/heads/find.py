@@ -27,8 +27,8 @@ class Head:
     Attributes:
         module: `nn.Linear`, or a 1x1 `nn.Conv2d`.
         places: (parent module, attribute name, qualified name), several when the layer is shared.
-        auxiliary: names of layers with as many outputs that did not run: heads that only training
-            uses.
+        auxiliary: names of layers that have as many outputs but did not run: heads that are used
+            in training only.
     """
 
     module: HeadLayer
@@ -75,10 +75,10 @@ def layer_like(layer: HeadLayer, num_classes: int, bias: bool) -> HeadLayer:
 def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> Head:
     """Find the last linear layer (or 1x1 convolution) of a classifier.
 
-    With a sample the network runs once on two of its rows, in evaluation mode, and the head is the
-    layer whose output becomes the logits. Without one the head is what timm's `get_classifier`
-    returns, or the last linear layer where it has a customary name (`fc`, `classifier`, `head`,
-    `score`, ...) or is the only one.
+    With a sample, the network runs once on two of its rows, in evaluation mode, and the head is the
+    layer whose output becomes the logits. Without a sample, it is what timm's `get_classifier`
+    returns, or else the last linear layer, if that has a customary name (`fc`, `classifier`,
+    `head`, `score`, ...) or is the only one.
 
     Args:
         model: a classifier; a compiled or data-parallel one is unwrapped.
@@ -86,7 +86,8 @@ def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> 
         name: the name of the layer; None to find it.
 
     Raises:
-        ValueError: there is no such layer, several could be it, or it is part of compiled code.
+        ValueError: there is no such layer, several layers could be the head, or it is part of
+            compiled code.
     """
     model = unwrap(model)
     auxiliary: tuple[str, ...] = ()
@@ -159,7 +160,7 @@ def _by_convention(model: nn.Module) -> HeadLayer:
     if isinstance(model, nn.Sequential):
         named.append(model)
     by_name = [m for m in named if isinstance(m, nn.Module) and last in m.modules()]
-    # A hidden layer may be called `fc`, too: its name alone is not enough.
+    # A hidden layer may be called `fc`, too, so a name alone is not enough.
     if by_name or len({id(layer) for _, layer in candidates}) == 1:
         return last
     names = ", ".join(name for name, _ in candidates[-5:])
@@ -210,12 +211,12 @@ def _exactly(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer
 
 def _most_likely(calls: list[tuple[HeadLayer, Tensor]], logits: Tensor) -> HeadLayer | None:
     """The layer whose output may become the logits; `check_alone` tells whether it does."""
-    # Something follows the layer, such as a log-softmax or a mean over positions.
+    # Something may follow the layer, such as a log-softmax or a mean over positions.
     for module, _ in reversed(calls):
         width = classes_of(module)
         if logits.dim() > 1 and width in (logits.shape[1], logits.shape[-1]):
             return module
-    # The head is padded to a round number of classes, and its first outputs are the logits.
+    # The head may be padded to a round number of classes, with the logits its first outputs.
     for module, output in reversed(calls):
         if logits.dim() == 2 == output.dim() and torch.equal(output[:, : logits.shape[1]], logits):
             return module

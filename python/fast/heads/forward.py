@@ -88,9 +88,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(model: nn.Module, *hooks: RemovableHandle) -> Iterator[None]:
-    """Evaluation with hooks, which are removed afterwards.
+    """Evaluation mode with hooks, which are removed afterwards.
 
-    What is compiled runs as it is written, because code that is compiled runs no new hooks.
+    Compiled parts run uncompiled, because compiled code does not call new hooks.
     """
     compiled = any(
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
@@ -107,11 +107,11 @@ def hooked(model: nn.Module, *hooks: RemovableHandle) -> Iterator[None]:
 
 @contextmanager
 def taking(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[None]:
-    """Explain errors of a forward pass: the network does not take these inputs.
+    """Turn errors of a forward pass into one that says: the network does not take these inputs.
 
     Args:
-        name: of the data, for the message.
-        model: where it is given, the message says what it takes.
+        name: name of the data, for the message.
+        model: if it is given, the message says what the network does take.
 
     Raises:
         ValueError: in place of an error about the shape, type or number of inputs.
@@ -129,7 +129,7 @@ def taking(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[N
 
 
 def mismatch(model: nn.Module, inputs: Any) -> str:
-    """What a network takes, for a message; empty unless these inputs are plainly something else."""
+    """A hint at what the network takes; empty unless the inputs are plainly of another kind."""
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = getattr(model, "main_input_name", next(iter(parameters), ""))
@@ -147,7 +147,7 @@ def mismatch(model: nn.Module, inputs: Any) -> str:
 
 
 def check_takes(model: nn.Module, inputs: Any, name: str) -> None:
-    """Try two samples of a batch, on any device.
+    """Try a forward pass with two samples of a batch, which may be on any device.
 
     Raises:
         ValueError: the network does not take them.

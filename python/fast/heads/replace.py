@@ -36,15 +36,15 @@ from fastkernels.codes import compute_dtype
 
 
 class TaskHead(nn.Module, TwoTask):
-    """The target head `linear(norm(x))`; inside `fast.source_task` it is the source head.
+    """The target head `linear(norm(x))`; inside `fast.source_task` the source head answers instead.
 
     Attributes:
         norm: `FeatureNorm`, or None for a plain head.
-        linear: the target layer, of the source layer's kind.
+        linear: the target layer, of the same class as the source layer.
         source: the source head, frozen.
         source_labels: the names of the source's classes in `model.config`, which transformers
             forgets when their number changes.
-        auxiliary: names of further heads of the network, which only run in training mode.
+        auxiliary: names of further heads of the network, which run in training mode only.
     """
 
     def __init__(self, norm: FeatureNorm | None, linear: HeadLayer, source: HeadLayer) -> None:
@@ -62,7 +62,7 @@ class TaskHead(nn.Module, TwoTask):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the layer that answers; networks read the dtype of their head from it."""
+        """The weight of the layer that answers; some networks read their head's dtype from it."""
         return (self.source if self.answers_source else self.linear).weight
 
     @property
@@ -94,7 +94,7 @@ def task_head(model: nn.Module) -> TaskHead | None:
     """The head that `replace_head` made, or None.
 
     Raises:
-        ValueError: there are several, of which a wrapper made copies.
+        ValueError: there are several, because a wrapper has copied the head.
     """
     heads = {name: m for name, m in model.named_modules() if isinstance(m, TaskHead)}
     if len(heads) > 1:
@@ -144,7 +144,7 @@ def replace_head(
 def put_head(
     model: nn.Module, num_outputs: int, *, sample: Any, max_entropy: bool, head: str | None
 ) -> nn.Module:
-    """`replace_head` for any number of outputs, of which a regression has one."""
+    """`replace_head` for any number of outputs: a regression has one."""
     inner = unwrap(model)
     if task_head(inner) is not None:
         raise ValueError("the head was replaced already; call fast.fold_head(model) first")
@@ -208,7 +208,7 @@ def _check_width(model: nn.Module, head: TaskHead, sample: Any, name: str) -> No
     """Check that the logits are as wide as the new head.
 
     Raises:
-        ValueError: the forward cuts the outputs of a padded head, or counts the classes itself.
+        ValueError: the network cuts the outputs of a padded head, or counts the classes itself.
     """
     prefix = f"with a head of {head.num_classes} classes at {name}"
     way = (
@@ -273,7 +273,7 @@ def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
             f"to {float(features.abs().max()):.0e}): look at the scale of the inputs, and at the "
             "weights and batch norm statistics of the network"
         )
-    # Smaller variances are rounding.
+    # Any smaller variance is rounding.
     if not bool((var > 1e-12 * features.square().mean(0)).any()):
         raise ValueError(
             f"the backbone gives all {len(features)} training inputs the same features, of which "
@@ -286,10 +286,10 @@ def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
 def fold_head(model: nn.Module) -> nn.Module:
     """Make the target head a plain layer again, in place, and drop the source head.
 
-    The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), and
-    batch norms get their own class back, and adapters are added to the weights of their layers:
-    nothing of this library remains in the network, and nothing of the source task. Where the
-    network is sharded (FSDP2), all ranks have to call it.
+    The normaliser is folded into weight and bias (`W / std`, `b - W mean / std`, in float64), batch
+    norms get their own class back, and adapters are added to the weights of their layers. Nothing
+    of this library remains in the network, and nothing of the source task. If the network is
+    sharded (FSDP2), all ranks have to call this.
 
     Returns:
         `model`. Without a replaced head it stays as it is.

@@ -1,4 +1,4 @@
-"""Rows of features by sample: some networks fold positions into the batch."""
+"""Group rows of features by sample: some networks fold positions into the batch."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from fast.heads.forward import unwrap
 
 
 class Overlay:
-    """Base of classes that are put over a module's own class, in place.
+    """Base of classes that are put in front of a module's own class, in place.
 
-    `isinstance(module, ...)` of the own class stays true, and the module can be copied and pickled.
+    `isinstance(module, its_class)` stays true, and the module can be copied and pickled.
 
     Attributes:
         plain_class: the module's own class.
@@ -30,7 +30,7 @@ _combinations: dict[tuple[type, type], Any] = {}
 
 
 def _combined(overlay: type[Overlay], plain: type[nn.Module]) -> Any:
-    """The class of a module of class `plain` with `overlay` over it."""
+    """A class derived from `overlay` and `plain`, in that order."""
     if (overlay, plain) not in _combinations:
         name = f"{overlay.__name__.strip('_')}{plain.__name__}"
         _combinations[overlay, plain] = type(name, (overlay, plain), {"plain_class": plain})
@@ -43,7 +43,7 @@ def _rebuild(overlay: type[Overlay], plain: type[nn.Module]) -> nn.Module:
 
 
 def put_over(module: nn.Module, overlay: type[Overlay]) -> None:
-    """Put `overlay` over the class of a module."""
+    """Put `overlay` in front of a module's class."""
     module.__class__ = _combined(overlay, type(module))
 
 
@@ -57,7 +57,7 @@ class TwoTask:
     """Mixin of modules that have parameters for both tasks.
 
     Attributes:
-        answers_source: whether the source's are used.
+        answers_source: whether the module uses the source's parameters.
     """
 
     answers_source: bool = False
@@ -69,15 +69,15 @@ def two_task_modules(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def source_task(model: nn.Module) -> Iterator[nn.Module]:
-    """Let the network answer the source task: with its original head, with its batch norms where
-    they are kept per task, and without the target's adapters.
+    """Let the network answer the source task inside the block.
 
-    The weights are the current ones, so this measures what the network still knows. Mode, gradients
-    and buffers stay as they are. Contexts may be nested.
+    It answers with its original head, with the source's batch norms if each task has its own, and
+    without the target's adapters. The weights are the current ones, so this measures what the
+    network still knows. Mode, gradients and buffers stay as they are. Contexts may be nested.
 
     Args:
-        model: a network after `fast.replace_head`. One with its own head answers its own task
-            anyway.
+        model: a network after `fast.replace_head`. A network with its own head answers its own
+            task anyway.
 
     Yields:
         the same model.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ from fast.adapt.adaptation import Adaptation
 from fast.adapt.result import Result
 from fast.data.dataset import as_data
 from fast.data.trees import pick
+from fast.errors import warn
 from fast.heads import source_task, unwrap
 from fast.train.measure import evaluate
 
@@ -26,7 +26,7 @@ EVAL_BATCH = 128
 
 
 class FastCallback(Callback):
-    """Adapts a network of a LightningModule, and holds what it knew.
+    """Adapts a network in a LightningModule, and holds what it knew.
 
         class Classifier(lightning.LightningModule):
             def __init__(self, network, fast):
@@ -46,21 +46,21 @@ class FastCallback(Callback):
         trainer.fit(Classifier(network, fast_callback), loader)
         fast_callback.result.save("adapted/")
 
-    `trainer.fit` makes a `fast.Adaptation` before optimizers are configured, on the device of the
-    Trainer. Validation, test and prediction see the averaged weights. Checkpoints hold the state of
-    the adaptation and of the random generators, so that a run goes on to the bit where its loader
-    gives the same batches again; `loader` does.
+    `trainer.fit` makes a `fast.Adaptation` before optimizers are configured, on the Trainer's
+    device. Validation, test and prediction see the averaged weights. Checkpoints hold the state of
+    the adaptation and of the random generators, so a resumed run ends in the same weights, bit for
+    bit, if its loader gives the same batches again; `loader` does.
 
     Args:
         network: pretrained; the LightningModule or a part of it.
         train: training data: see `fast.Adaptation`.
         source: labelled data of the source task, or a function of the network that returns an
             accuracy in 0..1: `source_accuracy` is logged in every validation.
-        **options: of `fast.Adaptation`. `steps` defaults to the Trainer's number of steps,
+        **options: options of `fast.Adaptation`. `steps` defaults to the Trainer's number of steps,
             `grad_accum_steps` to its `accumulate_grad_batches`.
 
     Attributes:
-        result: after `fit`, what `Adaptation.finish` returned; before it, None.
+        result: after `fit`, what `Adaptation.finish` returned; until then None.
     """
 
     def __init__(self, network: nn.Module, train: Any, *, source: Any = None, **options: Any):
@@ -109,8 +109,8 @@ class FastCallback(Callback):
 
     @property
     def loader(self) -> PlannedBatches:
-        """Batches `(inputs, labels, rows)` of `train` in the order of `fast.finetune`, which a
-        resumed run goes on with: `trainer.fit(module, callback.loader)`."""
+        """Batches `(inputs, labels, rows)` of `train` in the order of `fast.finetune`, for
+        `trainer.fit(module, callback.loader)`; a resumed run continues them."""
         return PlannedBatches(self)
 
     # What the Trainer calls.
@@ -147,16 +147,15 @@ class FastCallback(Callback):
                 f"{planned}: pass steps={coming}, or Trainer(max_steps={planned})"
             )
         if coming < planned:
-            warnings.warn(
+            warn(
                 f"the Trainer ends after {coming} of the {planned} steps that FastCallback has "
                 f"planned: the learning rate does not fall to its end. Pass steps={coming}",
-                stacklevel=2,
             )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Loaders and sanity checks draw numbers before this.
+        # Restored here, because loaders and sanity checks draw numbers before the first batch.
         if self._generators is not None:
             torch.set_rng_state(self._generators["cpu"])
             if self._generators["cuda"]:
@@ -222,8 +221,8 @@ class FastCallback(Callback):
 
 
 class PlannedBatches:
-    """The training batches of a callback's plan, from the step that it is at; micro-batches where
-    the plan has `grad_accum_steps`."""
+    """The training batches of a callback's plan, from the step it has reached; with
+    `grad_accum_steps` these are micro-batches."""
 
     def __init__(self, callback: FastCallback) -> None:
         self._callback = callback
@@ -240,10 +239,10 @@ class PlannedBatches:
 
 
 def _steps(trainer: Trainer) -> int:
-    """Optimizer steps of a fit.
+    """The number of optimizer steps that `fit` will take.
 
     Raises:
-        ValueError: they are not limited.
+        ValueError: the number has no limit.
     """
     steps: float = trainer.max_steps
     if trainer.train_dataloader is not None or steps < 0:

@@ -1,4 +1,4 @@
-"""PEFT: a source card of LoRA factors, from the card of the weights that they add to."""
+"""PEFT: make a source card for LoRA factors from the card of the weights they are added to."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from fast.curvature.card.file import fingerprint
 def adapter_card(card: SourceCard, model: nn.Module) -> SourceCard:
     """The card of a network with fresh LoRA adapters, from that of the network without.
 
-    A layer with adapters has the weight `W + s B A`, with `B = 0` at first. A step `dB` moves it by
-    `s dB A`, so that the diagonal of B is `s^2 F_W (A * A)^T`, with `F_W` the diagonal of W. That
-    of A is zero where B is, so A stays free: what A does to the source, it does through B. The
-    forecast takes A as it is now.
+    A layer with adapters has the weight `W + s B A`, with `B = 0` at first. A step `dB` moves the
+    weight by `s dB A`, so the diagonal for B is `s^2 F_W (A * A)^T`, where `F_W` is the diagonal
+    for W. The diagonal for A is zero while B is zero, so A stays free: A affects the source only
+    through B. The forecast takes A as it is now.
 
         card = fast.SourceCard.load("model.card.safetensors")
         model = peft.get_peft_model(pretrained, config)
         fast.Adaptation(model, train, method="ewc", card=adapter_card(card, model))
 
     Args:
-        card: of the network before `get_peft_model`, not bound or bound to it.
+        card: the card of the network before `get_peft_model`, unbound or bound to that network.
         model: what `get_peft_model` returned, before its first step.
 
     Returns:
-        a card that is bound to `model`, with its trainable parameters only.
+        a card that is bound to `model`, for its trainable parameters only.
 
     Raises:
-        ValueError: there are no LoRA factors of matrices that the card knows, the weights are not
-            those of the card, or the adapters have learned already.
+        ValueError: the card covers none of the layers with LoRA factors, the weights are not those
+            of the card, or the adapters have learned already.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     diagonals: dict[Tensor, Tensor] = {}
@@ -44,8 +44,8 @@ def adapter_card(card: SourceCard, model: nn.Module) -> SourceCard:
         plain = _plain_name(name)
         if plain not in card.entries or card.fingerprints[plain] != fingerprint(weight):
             raise ValueError(
-                f"card: {plain!r} is not in it, or other weights of it are; estimate the card of "
-                "the network that get_peft_model is given"
+                f"card: it does not cover {plain!r} with these weights; estimate the card of the "
+                "network that get_peft_model is given"
             )
         if b.any():
             raise ValueError(
@@ -73,10 +73,8 @@ def adapter_card(card: SourceCard, model: nn.Module) -> SourceCard:
 
 
 def _factors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor, float, bool]]:
-    """Yield the parts of each active adapter of a linear layer.
-
-    They are W, A `[r, in]`, B `[out, r]`, s, and whether W is stored as `[in, out]`.
-    """
+    """For each active adapter of a linear layer, yield W, A `[r, in]`, B `[out, r]`, s, and whether
+    W is stored as `[in, out]`."""
     layers: Any = (m for m in model.modules() if isinstance(m, LoraLayer))
     for layer in layers:
         for name in layer.active_adapters:

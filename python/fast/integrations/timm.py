@@ -1,8 +1,8 @@
 """timm's training scripts: the optimizers in its registry, and the method as a training task.
 
-An import of this module registers `anchoredadamw` and `anchoredsgd`. Their names have no
-underscore, because timm takes what stands before one for a wrapper (`lookahead_adamw`): of
-`anchored_adamw` it would make a plain AdamW.
+Importing this module registers `anchoredadamw` and `anchoredsgd`. Their names have no underscore,
+because timm reads the part before an underscore as a wrapper (`lookahead_adamw`), and would turn
+`anchored_adamw` into a plain AdamW.
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ class AdaptationTask(ClassificationTask):
     `setup_ema` are timm's.
 
     Args:
-        adaptation: of a classifier; its optimizer takes the steps.
-        criterion: loss of logits `[B, C]` and targets, a mean over the batch; or
-        criterion_kwargs: of timm's `create_classification_loss`.
-        verbose: log what the loss is.
+        adaptation: adapts a classifier; its optimizer takes the steps.
+        criterion: a loss of logits `[B, C]` and targets, a mean over the batch.
+        criterion_kwargs: in place of a criterion, the arguments of timm's
+            `create_classification_loss`.
+        verbose: log which loss is used.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class AdaptationTask(ClassificationTask):
         """Go on from a state.
 
         Raises:
-            ValueError: there is none, or it is of another adaptation.
+            ValueError: there is no state, or it belongs to another adaptation.
         """
         if ema or (state is None and not strict):
             return

@@ -1,7 +1,7 @@
-"""Which process works in the folder of a run.
+"""Claim the folder of a run for one process.
 
-The claim is a file with the run's id, and a lock on it that the system takes away when the process
-is killed.
+The claim is a file with the run's id, and a lock on that file, which the system releases when the
+process is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fast.files import read_json
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs are then told apart when one saves
+except ImportError:  # Windows: a second run in the folder is then noticed when one of them saves
     fcntl = None  # type: ignore[assignment]
 
 CLAIM_FILE = "run.json"
@@ -50,7 +50,7 @@ def claim(folder: Path) -> IO[str]:
             )
         if path.exists() and same_file(file, path):
             return file
-        file.close()  # its run ended just now, and has removed it
+        file.close()  # the run that had it ended just now, and removed the file
 
 
 def _lock(file: IO[str]) -> bool:
@@ -60,7 +60,7 @@ def _lock(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks; `check` notices another run at the next save
+    except OSError:  # a file system without locks; `RunFolder.check` notices another run
         return True
     return True
 

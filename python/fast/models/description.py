@@ -1,4 +1,4 @@
-"""What is kept about a network beside its weights: how it is built again, and its classes."""
+"""What is saved about a network besides its weights: how to build it again, and its classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:
     """Facts of an adapted network, as plain values.
 
     Args:
-        name: as --model has it, where the network was loaded by name.
+        name: the network's name as --model takes it, if it was loaded by name.
     """
     model = unwrap(model)
     head = task_head(model)
@@ -31,8 +31,8 @@ def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:
 
 
 def _name_in_timm(model: nn.Module) -> str | None:
-    """The name by which timm builds this network again, with the arguments that it keeps; None of
-    any other network, and where an argument is no plain value."""
+    """The name by which timm builds this network again, with the arguments that it remembers; None
+    for any other network, or if an argument is not a plain value."""
     config = getattr(model, "pretrained_cfg", None)
     arguments = getattr(model, "_model_args", None)
     if config is None or arguments is None or not type(model).__module__.startswith("timm."):
@@ -47,11 +47,11 @@ def _name_in_timm(model: nn.Module) -> str | None:
 
 
 def save_library_config(model: nn.Module, folder: Path, classes: list[str] | None) -> None:
-    """Write the `config.json` of a network of transformers, with the names of the classes; of any
-    other network there is none."""
+    """Write the `config.json` of a transformers network, with the names of the classes; other
+    networks have none."""
     model, file = unwrap(model), folder / CONFIG_FILE
     if not is_transformers(model):
-        # One that is there is an older version's, or of the network that was saved here before.
+        # A file that is there comes from an older version, or from a network saved here before.
         if is_library_config(file) or (folder / OPTIONS_FILE).is_file():
             file.unlink(missing_ok=True)
         return
@@ -62,14 +62,14 @@ def save_library_config(model: nn.Module, folder: Path, classes: list[str] | Non
 
 
 def name_classes(config: Any, classes: list[str] | None) -> None:
-    """Set the classes of a configuration of transformers."""
+    """Set the class names in a transformers configuration."""
     if classes:
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether a network is one of transformers' own, which its configuration builds again."""
+    """Whether a network is of one of transformers' own classes, so that its config rebuilds it."""
     library = sys.modules.get("transformers")
     return (
         library is not None
@@ -79,7 +79,7 @@ def is_transformers(model: nn.Module) -> bool:
 
 
 def source_classes(model: nn.Module, name: str | None) -> list[str] | None:
-    """Names of the classes of the source task, where the network or its library has them."""
+    """Names of the source task's classes, if the network or its library has them."""
     head = task_head(unwrap(model))
     labels = head.source_labels.get("id2label") if head is not None else None
     if labels:

@@ -1,4 +1,4 @@
-"""Load networks of timm, torchvision and transformers, and what they say about their input."""
+"""Load networks of timm, torchvision and transformers, with what they declare about their input."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _torchvision(
         raise _unknown(f"torchvision:{name}", name, models.list_models())
     wanted = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
     with _naming(f"torchvision:{name}", pretrained):
-        # Without weights the network is prepared for as with its default ones.
+        # Without weights, images are prepared as for the default weights.
         weights = models.get_model_weights(name)[str(wanted or "DEFAULT").split(".")[-1]]
         loads = pretrained and wanted
         model = models.get_model(name, *args, weights=weights if loads else None, **kwargs)
@@ -84,7 +84,7 @@ def _transformers(
     wanted = bool(kwargs.pop("pretrained", True))
     pretrained = pretrained and wanted
     notes = [] if wanted else [_untrained(f"transformers:{name}")]
-    # Left out, transformers would ask about a repository with code of its own, and wait.
+    # Without this, transformers would ask about repositories with their own code, and wait.
     trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
     with _naming(f"transformers:{name}", True), quiet(transformers):
         config = transformers.AutoConfig.from_pretrained(name, **trust)
@@ -121,7 +121,7 @@ def _transformers(
 
 
 def _pad(tokenizer: Any, config: Any) -> list[str]:
-    """Give both a padding token where they have none: texts of several lengths need one."""
+    """Give both a padding token if they have none: texts of different lengths need one."""
     notes = []
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -148,7 +148,7 @@ def _library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as err:
-        # timm, say, may be there and lack torchvision.
+        # The library may be there and lack one of its own requirements, as timm torchvision.
         missing = (err.name or package).split(".")[0]
         raise ImportError(
             f"models by {package} need {missing}: pip install {distribution(missing)}"
@@ -162,7 +162,7 @@ def _library(module: str, package: str) -> Any:
 
 @contextmanager
 def _naming(spec: str, downloads: bool) -> Iterator[None]:
-    """Name the model in errors: libraries report a bad name or failed download in many ways."""
+    """Name the model in errors: libraries report a bad name or a failed download in many ways."""
     try:
         with quick_offline():
             yield
@@ -176,7 +176,7 @@ def _naming(spec: str, downloads: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and loading reports; the notes say what matters in them."""
+    """Silence progress bars and loading reports; our notes say what matters in them."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

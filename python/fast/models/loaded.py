@@ -16,9 +16,9 @@ class LoadedModel:
     """A network with what is known about its input.
 
     Attributes:
-        preprocessing: how the images that it was trained on were prepared, where the network says.
-        tokenizer: that of a text network from transformers.
-        extractor: that of a sound network from transformers.
+        preprocessing: how the images that it was trained on were prepared, as far as it declares.
+        tokenizer: the tokenizer of a transformers network for texts.
+        extractor: the feature extractor of a transformers network for sounds.
         notes: what a reader of the run should know, one line each.
     """
 
@@ -30,8 +30,8 @@ class LoadedModel:
 
     @property
     def channels(self) -> int | str | None:
-        """1 or 3, as many as the first convolution takes; "BGR" where the network takes blue first;
-        None where neither tells.
+        """The input channels of the first convolution, 1 or 3; "BGR" if the network takes blue
+        first; None if neither is known.
         """
         if self.preprocessing.bgr:
             return BGR

@@ -1,4 +1,4 @@
-"""Build a network that a Python file of the user's defines."""
+"""Build a network that the user's Python file defines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def network_from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the file cannot be imported.
-        ValueError: it has no such factory, or one that fails or returns no network.
+        ValueError: it has no such factory, or the factory fails or does not return a network.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model file {path}: no such file")

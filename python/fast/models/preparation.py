@@ -1,4 +1,4 @@
-"""How raw inputs became what a network takes: kept with its weights, in numbers and in words."""
+"""How raw inputs become what a network takes: saved with its weights, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Preparation:
     """What pictures, texts and sounds go through on their way to a network.
 
     Attributes:
-        images: how pictures are decoded, resized and normalised; None where the data were none.
-        sounds: how sounds are resampled, cut and padded; None where the data were none.
-        tokenizer: of texts, from transformers; None where the data were none.
-        max_length: of a text, in tokens.
+        images: how pictures are decoded, resized and normalised; None if the data were not images.
+        sounds: how sounds are resampled, cut and padded; None if the data were not sounds.
+        tokenizer: a transformers tokenizer; None if the data were not texts.
+        max_length: length at which a text is cut, in tokens.
     """
 
     images: ImageFormat | None = None
@@ -56,10 +56,10 @@ class Preparation:
         memory.
 
         Args:
-            report: takes pictures and sounds that cannot be read; None: they are an error.
+            report: records pictures and sounds that cannot be read; with None they are an error.
 
         Raises:
-            ValueError: these inputs are of another kind than the network's, or cannot be read.
+            ValueError: the network takes inputs of another kind, or these cannot be read.
         """
         if is_image_split(split):
             if self.images is None:
@@ -79,14 +79,14 @@ class Preparation:
     def batches(
         self, split: Split, batch_size: int, report: FileReport
     ) -> Iterator[tuple[Any, torch.Tensor]]:
-        """The split as batches of inputs with their labels, in order; pictures are decoded as they
-        are asked for.
+        """The split as batches of inputs with their labels, in order; pictures are decoded on
+        demand.
 
         Args:
-            report: takes files that cannot be read, which are left out.
+            report: records files that cannot be read; these are left out.
 
         Raises:
-            ValueError: see above.
+            ValueError: see `__call__`.
         """
         if self.images is not None and is_image_split(split):
             pictures = prepared_by(split, self.images, "none")
@@ -110,7 +110,7 @@ class Preparation:
 
     @property
     def words(self) -> list[str]:
-        """The steps, one sentence each, for somebody who writes them again elsewhere."""
+        """The steps, one sentence each, for somebody who has to implement them elsewhere."""
         if self.images is not None:
             return _picture_words(self.images)
         if self.sounds is not None:
@@ -123,7 +123,7 @@ class Preparation:
         return ["The network takes arrays as they were given to fast.finetune."]
 
     def facts(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """The preparation as plain values, with its words."""
         facts: dict[str, Any] = {"kind": self.kind, "words": self.words}
         if self.images is not None:
             facts["images"] = dataclasses.asdict(self.images)
@@ -147,7 +147,7 @@ class Preparation:
 
 
 def read_preparation(folder: Path) -> Preparation:
-    """What `Preparation.save` wrote; that of arrays where the folder has none.
+    """Read what `Preparation.save` wrote; without a file, the inputs are arrays.
 
     Raises:
         ValueError: the file is damaged.
@@ -221,7 +221,7 @@ def _listed(values: Any) -> str:
 
 
 def _tensor(x: np.ndarray) -> torch.Tensor:
-    # Files hold types and byte orders that torch does not have.
+    # Files may hold types and byte orders that torch does not have.
     return torch.from_numpy(
         np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64)
     )

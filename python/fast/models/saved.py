@@ -28,8 +28,8 @@ ADAPTERS_FILE = "adapters.safetensors"
 MANIFEST_FILE = "manifest.json"
 JOIN_FILE = "join.json"  # what `fast.merge.joined` knows beside the tensors
 OPTIONS_FILE = "fast.json"
-# In this file transformers keeps the architecture of its networks; an older version of FAST had the
-# options there.
+# transformers keeps the architecture of its networks in this file; older versions of FAST wrote the
+# options to it.
 CONFIG_FILE = "config.json"
 FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
@@ -46,9 +46,8 @@ class SavedNetworks:
 
     Attributes:
         target: answers the new task.
-        source: has the head of before, and answers the task of before; None where the folder lacks
-            what it needs.
-        note: says what is lacking.
+        source: has the old head, and answers the old task; None if the folder lacks what it needs.
+        note: says what the folder lacks.
     """
 
     target: nn.Module
@@ -63,12 +62,12 @@ def load_saved(
 
     Args:
         folder: has `model.safetensors`; for the source network also `source_head.safetensors`, and
-            `source_norms.safetensors` where each task had its own batch norms, and
-            `adapters.safetensors` where adapters learned the target.
-        model: the plain architecture, with a head for any number of classes; becomes the target
+            `source_norms.safetensors` if each task had its own batch norms, and
+            `adapters.safetensors` if adapters learned the target.
+        model: the plain architecture, with a head for any number of classes; it becomes the target
             network.
-        sample: a batch of inputs, to find the head by.
-        head: its name, which is then not looked for.
+        sample: a batch of inputs, by which the head is found.
+        head: name of the head; None to find it.
 
     Raises:
         FileNotFoundError: the folder has no `model.safetensors`.
@@ -123,7 +122,7 @@ def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
 
 
 def lacks_source(folder: Path) -> str:
-    """What the folder lacks for the source task; empty where it has all."""
+    """What the folder lacks for the source task; empty if it has everything."""
     if not (folder / SOURCE_HEAD_FILE).is_file():
         return f"{folder} has no {SOURCE_HEAD_FILE}"
     record = folder / "result.json"
@@ -138,7 +137,7 @@ def lacks_source(folder: Path) -> str:
 
 
 def source_norms_in(folder: Path) -> dict[str, Tensor]:
-    """The state of the source's batch norms; empty where both tasks have the same."""
+    """The state of the source's batch norms; empty if both tasks share their batch norms."""
     file = folder / SOURCE_NORMS_FILE
     return load_tensors(file) if file.is_file() else {}
 
@@ -153,7 +152,7 @@ def source_layer_in(folder: Path, head: Head) -> HeadLayer:
 
 
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give the tensors of `model` the precision that they were saved in: none is rounded then."""
+    """Give the tensors of `model` the dtypes they were saved in, so that loading rounds nothing."""
     for module_name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
@@ -177,7 +176,7 @@ def _layer_of(head: Head, state: dict[str, Tensor], prefix: str, file: Path) -> 
 
 
 def options_file(folder: Path) -> Path:
-    """Where the options of a run are; an older version of FAST wrote them to `config.json`."""
+    """The file with a run's options; older versions of FAST wrote them to `config.json`."""
     old = folder / CONFIG_FILE
     if not (folder / OPTIONS_FILE).is_file() and old.is_file() and not is_library_config(old):
         return old
@@ -191,7 +190,7 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 
 def is_library_config(file: Path) -> bool:
-    """Whether a `config.json` is one of transformers."""
+    """Whether a `config.json` is a transformers configuration."""
     return file.is_file() and "model_type" in read_json(file)
 
 
@@ -200,7 +199,7 @@ def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> No
 
     Args:
         run: id of the run that wrote them.
-        options: what the run computed by.
+        options: the options that decided what was computed.
     """
     files = {name: file_hash(folder / name) for name in FILES if (folder / name).is_file()}
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -210,7 +209,7 @@ def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> No
 
 
 def check_manifest(folder: Path) -> None:
-    """Compare the files of a result with what was written; some may have been removed.
+    """Compare the files of a result with the hashes in its manifest; files may have been removed.
 
     Raises:
         FileNotFoundError: the folder holds no result.

@@ -1,4 +1,4 @@
-"""Shapes and types of a network's inputs as plain values, and inputs made up of them."""
+"""Shapes and types of a network's inputs as plain values, and made-up inputs that have them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Signature = Any  # {"shape": [3, 8, 8], "dtype": "float32"}, or a list or mappin
 
 
 def signature_of(batch: Any) -> Signature:
-    """What one sample of a batch is: its shape without the batch, and its type."""
+    """The shape of one sample of a batch, and its type."""
     if isinstance(batch, Mapping):
         return {str(name): signature_of(x) for name, x in batch.items()}
     if isinstance(batch, (tuple, list)):

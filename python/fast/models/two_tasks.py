@@ -24,16 +24,17 @@ def load_two_tasks(folder: Path, model: nn.Module, *, head: str | None, sample: 
     the source task, and `fast.fold_head` makes it plain.
 
     Args:
-        folder: see `fast.models.saved.load_saved`; `check_manifest` has been asked about it.
+        folder: see `fast.models.saved.load_saved`; it has passed `check_manifest`.
         model: the plain architecture, with a head for any number of classes.
         head: name of the layer that makes the logits; None to find it.
-        sample: a batch of inputs to find it by, or None.
+        sample: a batch of inputs by which the head is found, or None.
 
     Returns:
-        what the folder lacks for the source task; the network then has the target's head alone.
+        what the folder lacks for the source task, if anything: then the network has the target's
+        head alone.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_saved`.
+        FileNotFoundError, ValueError: see `load_saved`.
     """
     try:
         place = find_head(model, sample, head)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from fast.errors import first_line, printable, some
 from fast.tensor_files import load_tensors
 
-# Keys under which trainers store weights, the best first: averaged weights are evaluated.
+# Keys under which trainers store weights. Averaged weights come first, because those are evaluated.
 STATE_KEYS = (
     "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "checkpoint",
 )  # fmt: skip
-# Prefixes of names by wrappers: DataParallel, torch.compile, Lightning, distillation.
+# Prefixes that wrappers add to names: DataParallel, torch.compile, Lightning, distillation.
 WRAPPERS = frozenset((
     "module", "_orig_mod", "model", "net", "network", "backbone", "base_model", "ema", "student",
     "teacher",
@@ -28,8 +28,8 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     """Load a safetensors or torch checkpoint in place; returns notes on what did not match.
 
     Stored values are cast to the dtype of the model. A checkpoint may hold the state under a key
-    (`state_dict`, `model`, ...), and all of its names may have one prefix more, or less, than the
-    network's (`module.`, `_orig_mod.`, `backbone.`).
+    (`state_dict`, `model`, ...), and all of its names may have one prefix more than the network's,
+    or one less (`module.`, `_orig_mod.`, `backbone.`).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,33 +44,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     notes += renamed
     missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in state if n not in expected]
-    both = [(n, state[n], expected[n]) for n in expected if n in state]
-    shapes = [
-        f"{n} is {tuple(stored.shape)} in the file, {tuple(wanted.shape)} in the network"
-        for n, stored, wanted in both
-        if stored.shape != wanted.shape
-    ]
-    no_floats = [
-        f"{n} ({stored.dtype})"
-        for n, stored, wanted in both
-        if wanted.is_floating_point() and not stored.is_floating_point()
-    ]
-    parameters = [name for name, _ in model.named_parameters()]
-    if parameters and not any(name in state for name in parameters):
-        raise ValueError(
-            f"{path}: none of its {len(state)} tensors is one of this network's: it has "
-            f"{some(list(state))}; the network {some(parameters)}. Rename them, or build the "
-            "network that they are of"
-        )
-    if shapes:
-        raise ValueError(
-            f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
-            "are of, for example with (num_classes=...)"
-        )
-    if no_floats:
-        raise ValueError(
-            f"{path}: tensors that are no floats: {some(no_floats, 4)}; unpack them first"
-        )
+    _check_fits(model, state, path)
     if missing and not allow_missing:
         raise ValueError(
             f"{path}: lacks {len(missing)} of {len(expected)} tensors of the network: "
@@ -80,13 +54,45 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
         )
     model.load_state_dict(state, strict=False)
     if missing:
+        loaded = len(state) - len(unexpected)
         notes.append(
-            f"{path}: {len(both)} of {len(expected)} tensors loaded, {len(missing)} tensors "
+            f"{path}: {loaded} of {len(expected)} tensors loaded, {len(missing)} tensors "
             f"missing, left as built: {some(missing, 4)}"
         )
     if unexpected:
         notes.append(f"{path}: {len(unexpected)} tensors not used: {some(unexpected, 4)}")
     return notes
+
+
+def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError where a state has nothing for the network, or tensors of another form."""
+    parameters = [name for name, _ in model.named_parameters()]
+    if parameters and not any(name in state for name in parameters):
+        raise ValueError(
+            f"{path}: none of its {len(state)} tensors is one of this network's: it has "
+            f"{some(list(state))}; the network {some(parameters)}. Rename them, or build the "
+            "network that they are of"
+        )
+    both = [(n, state[n], wanted) for n, wanted in model.state_dict().items() if n in state]
+    shapes = [
+        f"{n} is {tuple(stored.shape)} in the file, {tuple(wanted.shape)} in the network"
+        for n, stored, wanted in both
+        if stored.shape != wanted.shape
+    ]
+    if shapes:
+        raise ValueError(
+            f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
+            "are of, for example with (num_classes=...)"
+        )
+    no_floats = [
+        f"{n} ({stored.dtype})"
+        for n, stored, wanted in both
+        if wanted.is_floating_point() and not stored.is_floating_point()
+    ]
+    if no_floats:
+        raise ValueError(
+            f"{path}: tensors that are no floats: {some(no_floats, 4)}; unpack them first"
+        )
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -140,7 +146,7 @@ def _is_state(state: Any) -> bool:
 def matched(
     state: dict[str, Tensor], expected: dict[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state under the names of the network: all of its own names have one prefix more, or less.
+    """The state under the names of the network, where a prefix is added or removed if need be.
 
     Raises:
         ValueError: two prefixes fit equally: the file has several networks.
@@ -162,7 +168,7 @@ def matched(
 
 
 def _prefixes(long: dict[str, Tensor], short: dict[str, Tensor]) -> Counter[str]:
-    """How many names in `long` are one of `short` with a wrapper's prefix, by prefix."""
+    """For each wrapper's prefix, how many names in `long` are names in `short` behind it."""
     counts: Counter[str] = Counter()
     for name in long:
         parts = name.split(".")

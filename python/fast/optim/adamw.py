@@ -22,8 +22,8 @@ class AdamW(AnchoredOptimizer):
     diagonal curvature of the source loss as `F`, EWC (Kirkpatrick et al. 2017), decoupled.
 
     lr, betas, eps, weight_decay, anchor_decay, curvature, stall, ramp and maximize may also be set
-    per group. A group has one key more, `restraint` (1.0): every step multiplies its lr by it, as
-    by the ramp, so that a method can slow a group down while a scheduler owns `lr`.
+    per group. Groups have one more key, `restraint` (1.0): like the ramp, it multiplies the group's
+    lr in every step, so that a method can slow a group down while a scheduler owns `lr`.
 
     Args:
         params: parameters, named parameters, or dicts of groups.
@@ -40,14 +40,14 @@ class AdamW(AnchoredOptimizer):
             that a GradScaler skipped counts neither here nor in `ramp`.
         ramp: steps over which the group's lr then rises linearly to its full value.
         maximize: ascend instead of descend.
-        state_dtype: of the moments: None (float32, float64 for float64 parameters),
+        state_dtype: dtype of the moments: None (float32, float64 for float64 parameters),
             torch.bfloat16 (the second one rounded stochastically) or torch.uint8 (8-bit codes).
         max_grad_norm: clip the global norm of the gradients; `.grad` itself is not rewritten.
         anchor_dtype: None (the parameter's), torch.float32, torch.bfloat16 or torch.float16.
         curvature_dtype: None (float32), torch.bfloat16 or torch.uint8 (8-bit codes).
         exact_bf16: keep the 16 bits that bfloat16 parameters lack, so that their updates are those
             of float32; without, an update below half a unit in the last place is lost.
-        seed: of the stochastic rounding.
+        seed: seed of the stochastic rounding.
         amsgrad: must be False.
         capturable: accepted for torch's sake, as are `foreach` and `fused`: there is one
             implementation.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from fast import dtensor
 from fast.dtensor import Place
+from fast.errors import warn
 from fast.optim import loading
 from fast.optim.batch import Batch, StepCache, by_place, with_gradients
 from fast.optim.groups import (
@@ -36,7 +36,7 @@ from fast.optim.storage import (
 )
 from fast.profiling import named_range
 
-# As a function: a step of thousands of small tensors is mostly Python, which calls this faster.
+# A plain function, because it is faster to call: a step of many small tensors is mostly Python.
 _layout_of = Tensor.layout.__get__  # type: ignore[attr-defined]
 
 
@@ -191,8 +191,10 @@ class AnchoredOptimizer(Optimizer):
         return state
 
     def _complete(self, members: Iterable[tuple[Group, Tensor]]) -> None:
-        """Give each of these parameters a state where it has none: torch.distributed.checkpoint
-        takes the states of an optimizer for complete when any parameter has one."""
+        """Give each of these parameters a state if it has none.
+
+        torch.distributed.checkpoint assumes that all parameters have a state if any has one.
+        """
         for group, p in members:
             if p.requires_grad and not self.state.get(p):
                 self._ensure(group, p)
@@ -239,13 +241,13 @@ class AnchoredOptimizer(Optimizer):
         """Load a state of this class or of torch's optimizer of the same name.
 
         Tensors are stored in the dtypes this optimizer was built with. Group options, anchors and
-        curvature that the state does not have stay as they are (anchors with a warning: they are
-        never taken from the weights); only `restraint` becomes 1.
+        curvature that the state lacks stay as they are (a warning says so for anchors, because
+        they are never taken from the weights); only `restraint` becomes 1.
 
         Raises:
-            ValueError: the state is of another optimizer (its groups or entries are others'), the
-                groups or a tensor do not fit (it is named), or the state needs what is not
-                supported (amsgrad, coupled weight decay of Adam). The optimizer is then as it was.
+            ValueError: the state belongs to another kind of optimizer, its groups or a tensor do
+                not fit (the message names it), or it needs something unsupported (amsgrad, Adam's
+                coupled weight decay). The optimizer is then as it was.
         """
         before = self.__dict__.copy()
         saved: dict[str, Any] = {}
@@ -256,8 +258,8 @@ class AnchoredOptimizer(Optimizer):
             for group in state_dict["param_groups"]:
                 self._check_group(self.defaults | group | {"params": []})
 
-        # The last pre-hook and the first post-hook: other hooks see the state as it was saved, and
-        # as it is stored here.
+        # As the last pre-hook and the first post-hook these let other hooks see the state as it was
+        # saved, and then as it is stored here.
         handles = (
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(
@@ -274,7 +276,7 @@ class AnchoredOptimizer(Optimizer):
                 handle.remove()
 
     def _adopt(self, saved: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        """Store what torch has loaded as this optimizer stores it."""
+        """Store what torch has loaded in this optimizer's own form."""
         for group, old_group in zip(self.param_groups, before["param_groups"], strict=True):
             for key in old_group:
                 group.setdefault(key, old_group[key])
@@ -298,10 +300,9 @@ class AnchoredOptimizer(Optimizer):
                 self.state[p] = state
                 self._ensure(group, p)
         if unanchored:
-            warnings.warn(
+            warn(
                 f"the loaded state has no anchor for {unanchored} anchored parameters: they keep "
                 "the one they have (their weights when this optimizer was built, or set_anchors)",
-                stacklevel=4,
             )
 
     # The step.
@@ -321,7 +322,7 @@ class AnchoredOptimizer(Optimizer):
         """
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "step() inside of torch.inference_mode() would make a state that no later step may "
+                "step() inside torch.inference_mode() would create state that no later step may "
                 "write to; use torch.no_grad()"
             )
         loss = None
@@ -418,9 +419,9 @@ class AnchoredOptimizer(Optimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # A state gets all its moments at once, so only the last is looked for; `Batch` refuses a
-        # state without one of the others. SGD's momentum may be switched on later; AdamW never
-        # lacks a moment unless somebody took it away, which `Batch` refuses too.
+        # A state gets all its moments at once, so it is enough to look for the last; `Batch`
+        # refuses a state that lacks another. SGD's momentum may be switched on later; AdamW lacks a
+        # moment only if somebody deleted it, which `Batch` refuses too.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
@@ -442,11 +443,12 @@ class AnchoredOptimizer(Optimizer):
         return states
 
     def _hyper_table(self, batch: Batch, place: Place) -> Tensor:
-        """The op's table `[groups, columns]`. While nothing in it changes it is kept from step to
-        step, and not checked again.
+        """The op's table `[groups, columns]`.
+
+        It is kept from step to step, unchecked, as long as no value changes.
 
         Raises:
-            ValueError: a value that was changed is out of range.
+            ValueError: a changed value is out of range.
         """
         rows, device_lrs = [], {}
         for i, (group, ramp) in enumerate(batch.rows):
@@ -461,23 +463,19 @@ class AnchoredOptimizer(Optimizer):
                 ):
                     # Reading it would be a sync, or a graph break.
                     device_lrs[i] = lr.reshape(()) * factor
-                    value = math.nan  # no rate that a group may have later; equal to itself in rows
+                    value = math.nan  # differs from every valid rate; lists find it equal to itself
                 else:
                     value = float(lr) * factor
                 rows.append(self._hyper_row(group, value))
             except (TypeError, ValueError, RuntimeError):
                 self._check_values(group)  # which says more
                 raise
-        cached_rows, table = self._cache.tables.get(place, (None, None))
-        if table is None or cached_rows != rows:
+        table = self._cache.table(place, rows)
+        if table is None:
             for i, (group, _) in enumerate(batch.rows):
                 if not torch.compiler.is_compiling():
                     self._check_values(group | {"lr": 0.0} if i in device_lrs else group)
-            # Pinned: the lr changes at every step, and a plain copy waits for the device.
-            pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
-            table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
-            table = table.to(place.device, non_blocking=pin)
-            self._cache.tables[place] = rows, table
+            table = self._cache.new_table(place, rows)
         for i, lr in device_lrs.items():
             table[i, 0].copy_(lr)
         return table
@@ -485,10 +483,10 @@ class AnchoredOptimizer(Optimizer):
     def stats(self) -> dict[str, Tensor]:
         """Figures of the last step, as float64 tensors `[]` on the device; reading one may sync.
 
-        `grad_norm` (unscaled, before clipping) and `update_norm` `||w' - w||` of the parameters the
-        step updated; `drift` `||w - w0||` and `forgetting` `1/2 sum F (w - w0)^2` (`F` is 1 without
-        curvature) of those of them with an anchor, NaN when there is none. A skipped step leaves
-        them as they were; before the first step they are NaN. With sharded parameters they are
-        those of all ranks.
+        `grad_norm` (unscaled, before clipping) and `update_norm` `||w' - w||` cover the parameters
+        that the step updated; `drift` `||w - w0||` and `forgetting` `1/2 sum F (w - w0)^2` (`F` is
+        1 without curvature) cover those of them with an anchor, and are NaN if none has one. A
+        skipped step leaves the figures as they were; before the first step they are NaN. With
+        sharded parameters they cover all ranks.
         """
         return self._cache.figures()

@@ -1,4 +1,4 @@
-"""What one call of an update op takes, and what a step leaves for the next one."""
+"""The arguments of one call of an update op, and what a step caches for the next one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fast.dtensor import Place
 from fast.optim.groups import Group
 from fastkernels.ops.update import STATS
 
-# As functions: a step of thousands of small tensors is mostly Python, which calls these faster.
+# A plain function, because it is faster to call: a step of many small tensors is mostly Python.
 _device_of = Tensor.device.__get__  # type: ignore[attr-defined]
 
 
@@ -30,7 +30,7 @@ class Batch:
         self.rows: list[tuple[Group, float]] = []
 
     def row(self, group: Group, factor: float) -> int:
-        """Begin `group`, whose learning rate is multiplied by `factor`: its row in the hyper
+        """Add a group whose learning rate is multiplied by `factor`; returns its row in the hyper
         table."""
         self.rows.append((group, factor))
         return len(self.rows) - 1
@@ -60,12 +60,13 @@ class Batch:
         return [] if all(t is nothing for t in entries) else entries
 
     def moment(self, name: str, optional: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """The moment `name` of every state, numbers or 8-bit codes, and the scales of the codes.
+        """The moment `name` of every state, as numbers or 8-bit codes, and the scales of the codes.
 
-        Where it is `optional`, a state without it gives a tensor of 0 elements.
+        Args:
+            optional: a state without the moment gives a tensor of 0 elements.
 
         Raises:
-            RuntimeError: a state does not have it, and must.
+            RuntimeError: a state lacks a moment that is not optional.
         """
         try:
             return [state[name] for state in self.states], []
@@ -77,8 +78,11 @@ class Batch:
         return moments, self.optional(f"{name}_scales", self.nothing)
 
     def curvature(self, in_codes: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """The curvature of every state, and the scales of those that are 8-bit codes, as some are
-        where `in_codes`."""
+        """The curvature of every state, and the scales of 8-bit codes.
+
+        Args:
+            in_codes: the curvature of parameters other than float64 ones is stored in codes.
+        """
         numbers = self.optional("curvature")
         codes = self.optional("curvature_codes") if in_codes else []
         if not codes:
@@ -91,7 +95,7 @@ class Batch:
 def _missing(name: str) -> str:
     return (
         f"the state of a parameter has no {name!r}: somebody took it away; load a whole state, or "
-        "delete `optimizer.state[parameter]` to begin anew"
+        "delete `optimizer.state[parameter]` to start it anew"
     )
 
 
@@ -117,14 +121,28 @@ def by_place(params: list[Tensor], grads: list[Tensor]) -> dict[Place, list[int]
 
 
 class StepCache:
-    """What a step leaves for the next one and for `stats()`; it is not saved."""
+    """Tables and figures that a step leaves for the next step and for `stats()`; never saved."""
 
     def __init__(self) -> None:
-        self.tables: dict[Place, tuple[list[list[float]], Tensor]] = {}
+        self._tables: dict[Place, tuple[list[list[float]], Tensor]] = {}
         self.stats: dict[Place, Tensor] = {}  # float64 [len(STATS)], of this rank
         self.totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
         # The places of the last step, and whether a parameter there has an anchor.
         self.anchored: dict[Place, bool] = {}
+
+    def table(self, place: Place, rows: list[list[float]]) -> Tensor | None:
+        """The hyper table of the last step at `place`, or None if its rows were other ones."""
+        cached_rows, table = self._tables.get(place, (None, None))
+        return table if cached_rows == rows else None
+
+    def new_table(self, place: Place, rows: list[list[float]]) -> Tensor:
+        """Make the hyper table with these rows, float64 `[groups, columns]`."""
+        # Pinned memory: the lr changes in every step, and a copy from other memory would wait.
+        pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
+        table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
+        table = table.to(place.device, non_blocking=pin)
+        self._tables[place] = rows, table
+        return table
 
     def stats_at(self, place: Place) -> Tensor:
         """The tensor that the op at `place` writes its figures into."""

@@ -1,4 +1,4 @@
-"""States as they were saved, by this library or by torch's optimizer: checked, and taken over."""
+"""Check and convert saved states, this library's or those of torch's optimizers."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Format:
     """What the state dict of an optimizer looks like.
 
     Args:
-        name: of the optimizer, in messages.
+        name: name of the optimizer, for messages.
         moments: names of the moments in the state, as torch's optimizer of the same name has them.
-        group_keys: by which its groups are recognised.
-        torch_keys: further ones that torch's groups have, and ours have not.
+        group_keys: keys by which its groups are recognised.
+        torch_keys: further keys that only torch's groups have.
         counts_steps: whether torch's state has a `step`.
     """
 
@@ -44,9 +44,9 @@ class Format:
 def check_state_dict(
     state_dict: Mapping[str, Any], expected: Format, params: Sequence[Tensor]
 ) -> None:
-    """Raise a ValueError when a state dict is not one of this format, or does not fit `params`.
+    """Raise a ValueError when a state dict does not have this format, or does not fit `params`.
 
-    Values of its groups are not looked at, and torch checks their number.
+    The values in its groups are not checked here, and torch checks the number of groups.
     """
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -147,10 +147,9 @@ def loaded_state(
     """The state of `p` after loading, which may lack moments.
 
     Args:
-        saved: as torch's optimizer or this library saved it; torch's cast to the dtype of `p`,
-            which it does with what it has loaded, is not in it.
-        before: the state that `p` had, from which anchor and curvature stay if `saved` has none.
-        code_format: of the 8-bit codes in `saved`.
+        saved: the state as it was saved, before torch casts it to the dtype of `p`.
+        before: the present state of `p`, whose anchor and curvature stay if `saved` has none.
+        code_format: format of the 8-bit codes in `saved`.
     """
     state: State = {}
     for name in ("anchor", "curvature"):
@@ -160,7 +159,7 @@ def loaded_state(
     for name in moments:
         _take(state, saved, name, p, storage.dtype(name, p), code_format)
     if "step" in saved or any(is_stored(saved, name) for name in moments):
-        # torch's SGD counts no steps: where there is a momentum, it has begun.
+        # torch's SGD counts no steps, but a momentum shows that there was at least one.
         step = torch.as_tensor(saved.get("step", 1.0))
         state["step"] = step.to(dtype=torch.float32, device=p.device)
     if storage.exact_bf16 and p.dtype == torch.bfloat16:

@@ -1,7 +1,8 @@
-"""Split a classifier into backbone and head groups, as the fine-tuning methods want them."""
+"""Split a classifier into the backbone and head groups that fine-tuning methods need."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
@@ -35,13 +36,13 @@ def param_groups(
         lr: learning rate of the backbone.
         head_lr_scale: learning rate of the head, as a multiple of `lr`. Ten times is what lets the
             head carry signal before the backbone has moved.
-        sample: a batch of inputs, to find a head by that was not replaced and has no usual name.
-        layer_decay: learning rate of a layer as a multiple of that of the layer after it, the
-            last of the backbone's being `lr * layer_decay` (BEiT: Bao et al. 2021). The layers are
-            timm's (`group_matcher`), or the children of the outermost `ModuleList`s and
-            `Sequential`s. Groups are named `backbone_layer_0`, ...; what `no_weight_decay()` of
-            the model names has none. The `lr` of a group is scaled already, and there is no
-            `lr_scale`: timm's schedulers would multiply by it once more.
+        sample: a batch of inputs, which finds a head that was not replaced and has no usual name.
+        layer_decay: learning rate of a layer as a multiple of the next layer's; the backbone's last
+            layer has `lr * layer_decay` (BEiT: Bao et al. 2021). The layers are timm's
+            (`group_matcher`), or the children of the outermost `ModuleList`s and `Sequential`s.
+            Groups are named `backbone_layer_0`, ...; parameters that the model's
+            `no_weight_decay()` names have no weight decay. The `lr` of a group is scaled already,
+            and there is no `lr_scale`, by which timm's schedulers would multiply once more.
         **backbone: further keys of the backbone group: `anchor_decay`, `stall`, `ramp`,
             `weight_decay`, ... `weight_decay` holds for the head too; a list `curvature` is in the
             order of the backbone's trainable parameters.
@@ -58,9 +59,33 @@ def param_groups(
         raise TypeError(
             f"param_groups: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(KEYS))}"
         )
+    body, head = _backbone_and_head(model, sample)
+    curvature = backbone.pop("curvature", None)
+    if curvature is not None:
+        backbone["curvature"] = curvature
+    if isinstance(curvature, (list, tuple)) and len(curvature) != len(body):
+        raise ValueError(
+            f"param_groups: curvature has {len(curvature)} entries for {len(body)} backbone "
+            "parameters"
+        )
+    layers = None if layer_decay is None else _layers(unwrap(model), set(body), layer_decay)
+    shared = {"weight_decay": backbone.pop("weight_decay", 0.0)}
+    of_backbone = {"name": "backbone", "lr": lr, **backbone, **shared}
+    of_head = {"name": "head", "lr": lr * head_lr_scale, "anchor_decay": 0.0, **shared}
+    return _groups(body, of_backbone, layers) + _groups(head, of_head, layers)
+
+
+def _backbone_and_head(
+    model: nn.Module, sample: Any
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters of the backbone, and those of the head.
+
+    Raises:
+        ValueError: no head was found, nothing can be trained, or not the new head.
+    """
     replaced = task_head(model)
     head_module = replaced.linear if replaced is not None else find_head(model, sample).module
-    head_ids = {id(p) for p in own_parameters(model, head_module)}
+    in_head = {id(p) for p in own_parameters(model, head_module)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter with requires_grad=True: nothing can be trained")
@@ -70,64 +95,78 @@ def param_groups(
             "get_peft_model freezes what it wraps: wrap the pretrained network first, and call "
             "fast.replace_head(model, num_classes) on the wrapped one"
         )
-    body = [p for p in trainable if id(p) not in head_ids]
-    head = [p for p in trainable if id(p) in head_ids]
-    curvature = backbone.pop("curvature", None)
-    listed = isinstance(curvature, (list, tuple))
-    if listed and len(curvature) != len(body):
-        raise ValueError(
-            f"param_groups: curvature has {len(curvature)} entries for {len(body)} backbone "
-            "parameters"
-        )
-    weight_decay = backbone.pop("weight_decay", 0.0)
-    layers: dict[Tensor, int] = {}
-    exempt: set[Tensor] = set()
-    if layer_decay is not None:
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay must be in (0, 1]; got {layer_decay}")
-        layers, head_layer = _layers(unwrap(model), set(body))
-        exempt = _exempt_from_weight_decay(unwrap(model))
-
-    def groups(name: str, params: list[nn.Parameter], **keys: Any) -> list[dict[str, Any]]:
-        parts: dict[tuple[int, bool], list[int]] = {}
-        for i, p in enumerate(params):
-            plain = bool(weight_decay) and (p.dim() <= 1 or p in exempt)
-            parts.setdefault((layers.get(p, -1), plain), []).append(i)
-        result = []
-        for (layer, plain), part in sorted(parts.items()):
-            group = {"params": [params[i] for i in part], "name": name, **keys}
-            if layer_decay is not None and layer >= 0:
-                group["name"] += f"_layer_{layer}"
-                group["lr"] *= layer_decay ** (head_layer - layer)
-            if plain:
-                group["name"] += "_no_decay"
-            group["weight_decay"] = 0.0 if plain else weight_decay
-            if listed and "curvature" in keys:
-                group["curvature"] = [curvature[i] for i in part]
-            result.append(group)
-        return result
-
-    if curvature is not None:
-        backbone["curvature"] = curvature
-    return groups("backbone", body, lr=lr, **backbone) + groups(
-        "head", head, lr=lr * head_lr_scale, anchor_decay=0.0
-    )
+    body = [p for p in trainable if id(p) not in in_head]
+    return body, [p for p in trainable if id(p) in in_head]
 
 
-def _layers(model: nn.Module, body: set[nn.Parameter]) -> tuple[dict[Tensor, int], int]:
-    """The number of the layer of each parameter of `body`, counted from the input, and the head's.
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """The layers of a network, and the learning rates and weight decay that depend on them.
+
+    Attributes:
+        number: layer of each parameter of the backbone, counted from the input.
+        head: the head's number.
+        decay: see `layer_decay` of `param_groups`.
+        exempt: parameters without weight decay.
+    """
+
+    number: dict[Tensor, int]
+    head: int
+    decay: float
+    exempt: set[Tensor]
+
+
+def _groups(
+    params: list[nn.Parameter], keys: dict[str, Any], layers: Layers | None
+) -> list[dict[str, Any]]:
+    """Groups of `params` with these keys: one for each layer, with and without weight decay."""
+    members: dict[tuple[int, bool], list[int]] = {}
+    for i, p in enumerate(params):
+        layer = -1 if layers is None else layers.number.get(p, -1)
+        exempt = p.dim() <= 1 or (layers is not None and p in layers.exempt)
+        members.setdefault((layer, bool(keys["weight_decay"]) and exempt), []).append(i)
+    groups = []
+    for (layer, exempt), rows in sorted(members.items()):
+        group = {"params": [params[i] for i in rows], **keys}
+        if layers is not None and layer >= 0:
+            group["name"] += f"_layer_{layer}"
+            group["lr"] *= layers.decay ** (layers.head - layer)
+        if exempt:
+            group["name"] += "_no_decay"
+            group["weight_decay"] = 0.0
+        if isinstance(group.get("curvature"), (list, tuple)):
+            group["curvature"] = [group["curvature"][i] for i in rows]
+        groups.append(group)
+    return groups
+
+
+def _layers(model: nn.Module, body: set[nn.Parameter], decay: float) -> Layers:
+    """The layers of a network whose backbone has the parameters `body`.
 
     Raises:
-        ValueError: there are fewer than two layers.
+        ValueError: `decay` is out of range, or there are fewer than two layers.
     """
-    layers: dict[Tensor, int] = {}
+    if not 0 < decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1]; got {decay}")
     matcher: Any = getattr(model, "group_matcher", None)
     if matcher is not None:
         from timm.models import group_parameters
 
         numbers = group_parameters(model, matcher(coarse=False), reverse=True)
-        layers = {p: numbers[name] for name, p in model.named_parameters() if p in body}
-        return layers, max(numbers.values())
+        number = {p: numbers[name] for name, p in model.named_parameters() if p in body}
+        head = max(numbers.values())
+    else:
+        number, head = _by_blocks(model, body)
+    exempt = _exempt_from_weight_decay(model)
+    return Layers(number=number, head=head, decay=decay, exempt=exempt)
+
+
+def _by_blocks(model: nn.Module, body: set[nn.Parameter]) -> tuple[dict[Tensor, int], int]:
+    """The layer of each parameter of `body` by the blocks of the network, and that of the head.
+
+    Raises:
+        ValueError: there are fewer than two layers.
+    """
     layer_of: dict[Tensor, int] = {}
     last = 0
     for block in blocks_of(model, body):
@@ -140,6 +179,7 @@ def _layers(model: nn.Module, body: set[nn.Parameter]) -> tuple[dict[Tensor, int
             "it out, and scale the lr of groups of your own"
         )
     # What stands before the blocks (embeddings, a stem) is layer 0; what follows one belongs to it.
+    layers: dict[Tensor, int] = {}
     layer = 0
     for p in model.parameters():
         if p in body:

@@ -21,13 +21,13 @@ from fast.optim.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """What an op is told about the scale of its gradients.
+    """What an op needs to know about the scale of its gradients.
 
     Args:
-        grad_scale: the loss scale, which gradients are divided by.
-        found_inf: not 0 where the step is to be skipped.
-        max_grad_norm: the norm that the op clips at.
-        shrink: the clip coefficient, when it is already a part of `grad_scale`.
+        grad_scale: the loss scale, by which gradients are divided.
+        found_inf: nonzero if the step is to be skipped.
+        max_grad_norm: the norm at which the op clips.
+        shrink: the clip coefficient, if `grad_scale` already includes it.
     """
 
     grad_scale: Tensor | None
@@ -43,9 +43,9 @@ class Scaling:
         }
 
     def totals(self, place: Place, stats: Tensor, before: Mapping[Place, Tensor]) -> Tensor:
-        """The figures of all ranks, float64 `[4]` (three norms and a sum), from those of this one.
+        """The figures of all ranks, float64 `[4]` (three norms and a sum), from this rank's.
 
-        Where the step is skipped they are those `before`.
+        A skipped step leaves the figures `before`.
         """
         sums = torch.cat([stats[:3].square(), stats[3:]])
         sums = dtensor.sum_over(place.groups, sums)
@@ -61,7 +61,7 @@ def _norm(batches: Mapping[Place, Batch]) -> Tensor:
     """float64 `[]`: the norm of all gradients of all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=next(iter(batches)).device)
     for place, batch in batches.items():
-        # In float64: squares of float16 overflow, and each norm of its own would be rounded.
+        # In float64, because squares of float16 overflow, and every norm would be rounded.
         norms = torch.stack(list(torch._foreach_norm(batch.grads, 2, dtype=torch.float64)))
         total += dtensor.sum_over(place.groups, norms.square().sum())
     return total.sqrt()
@@ -105,8 +105,8 @@ def scale(
 
 
 def unscale_(grads: Sequence[Tensor], grad_scale: Tensor, found_inf: Tensor | None) -> None:
-    """Divide gradients in place by the loss scale, as torch's GradScaler leaves them; a step that
-    is skipped leaves them as they are."""
+    """Divide gradients in place by the loss scale, as torch's GradScaler does; not if the step is
+    skipped."""
     factor = grad_scale.reshape(()).double().reciprocal()
     if found_inf is not None:
         factor = torch.where(found_inf.reshape(()) != 0, 1.0, factor)

@@ -1,7 +1,7 @@
 """The state of a parameter: the dtypes of its tensors, and their 8-bit codes.
 
-The tensor `name` is the entry `name` of the state, or in 8 bits the entries `name_codes` and
-`name_scales`: torch, which would take codes for numbers, then finds nothing.
+The tensor `name` is the entry `name` of the state; in 8 bits it is the entries `name_codes` and
+`name_scales` instead, because torch would mistake codes under `name` for numbers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fastkernels.codes import compute_dtype
 
 State = dict[str, Any]
 ROUND_TO_NEAREST = 1 << 19
-# What the 8-bit codes of a state mean, as the key `code_format` of its group; a state without the
-# key is of format 1. Signed codes changed in format 2, unsigned ones never did.
+# The format of the 8-bit codes in a state is the key `code_format` of its group; without the key it
+# is format 1. Format 2 changed signed codes; unsigned codes never changed.
 CODE_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """Dtypes of the state. None is the exact one: float32, float64 for float64 parameters, and the
-    parameter's own for anchors."""
+    """Dtypes of the state. None is the exact dtype: float32, or float64 for float64 parameters, and
+    the parameter's own for anchors."""
 
     state_dtype: torch.dtype | None = None
     anchor_dtype: torch.dtype | None = None

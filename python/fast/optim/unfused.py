@@ -1,7 +1,7 @@
 """The pull to the pretrained weights around the step of any optimizer: torch's, timm's, Lion, Muon.
 
-`fast.AdamW` and `fast.SGD` do it in the same pass over memory as their step. The pull is proximal,
-a step of its own after the optimizer's, and so it goes with every other rule as well.
+`fast.AdamW` and `fast.SGD` do it in the same pass over memory as their step. The pull is proximal:
+it is a step of its own after the optimizer's, so it works with every other update rule as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastkernels.ops.update import STATS
 KEYS: Group = {
     "anchor_decay": 0.0, "curvature": None, "stall": 0, "ramp": 0, "restraint": 1.0, "progress": 0
 }  # fmt: skip
-# A pull beyond it leaves nothing of w. It is finite, so that a curvature of 0 takes it away.
+# A pull beyond this leaves nothing of w. It is finite so that a curvature of 0 can cancel it.
 HARDEST = 1e30
 
 
@@ -66,9 +66,9 @@ class UnfusedPull:
         self._progress = Progress()
         # The groups that a step moves, and their learning rates; None between steps.
         self._moving: list[tuple[Group, Any]] | None = None
-        self._keys: list[Group] = []  # of the groups before a state is loaded
+        self._keys: list[Group] = []  # keys of the groups, while a state is loaded
         self._hidden: dict[Tensor, Tensor] = {}  # gradients of parameters in their stall
-        self._undo: list[Callable[[], None]] = []  # what else takes back the changes of a step
+        self._undo: list[Callable[[], None]] = []  # undo the other changes that a step makes
         for group in self.optimizer.param_groups:
             self._prepare(group)
             if group["anchor_decay"]:
@@ -81,7 +81,7 @@ class UnfusedPull:
         )
 
     def remove(self) -> None:
-        """Leave the optimizer as it is without a pull."""
+        """Remove the pull from the optimizer."""
         for hook in self._hooks:
             hook.remove()
 
@@ -100,7 +100,7 @@ class UnfusedPull:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _prepare(self, group: Group) -> None:
-        """Complete the keys of a group, check them, and take its curvature over."""
+        """Complete and check the keys of a group, and take its curvature out of it."""
         for key, value in KEYS.items():
             group.setdefault(key, value)
         check_numbers(group, "anchor_decay", "stall", "ramp", finite=False)
@@ -116,8 +116,8 @@ class UnfusedPull:
     # The step.
 
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A step that raised called no post-hook. The step of a subclass that calls its base's calls
-        # both hooks twice, the inner ones last and first.
+        # A step that raised did not call its post-hook. Where a subclass's step calls its base's,
+        # both hooks run twice: outer pre, inner pre, inner post, outer post.
         self._take_back()
         groups = self.optimizer.param_groups
         self._progress.settle([group for group in groups if "progress" in group])
@@ -169,8 +169,8 @@ class UnfusedPull:
         return scaled
 
     def _hide(self, params: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take away the gradients of `params` for the step: every optimizer passes over parameters
-        without one. A closure makes them anew, so it is wrapped."""
+        """Take away the gradients of `params` for the step: every optimizer skips parameters that
+        have none. A closure computes them anew, so it is wrapped."""
         self._hide_gradients(params)
         names = dict(zip(("self", "closure"), args, strict=False)) | kwargs
         closure = names.get("closure")
@@ -197,7 +197,7 @@ class UnfusedPull:
         self._hidden.clear()
 
     def _take_back(self) -> None:
-        """Take back what was changed for the step, if anything is."""
+        """Undo what was changed for the step, if anything was."""
         self._show_gradients()
         while self._undo:
             self._undo.pop()()
@@ -206,7 +206,7 @@ class UnfusedPull:
     def _after(self, *_: Any) -> None:
         self._take_back()
         moving, self._moving = self._moving, None
-        if moving is None:  # the outer hook of two
+        if moving is None:  # the outer of two post-hooks
             return
         found_inf = getattr(self.optimizer, "found_inf", None)  # of an optimizer that skips itself
         if found_inf is not None:
@@ -224,7 +224,7 @@ class UnfusedPull:
     def _pull(self, params: list[Tensor], strength: Any) -> None:
         """Pull `params` to their anchors; `strength` `[]` is `c` for `F = 1`."""
         weights = [dtensor.local(p.detach()) for p in params]
-        wide = [w.to(compute_dtype(w)) for w in weights]  # itself, or a copy of one below float32
+        wide = [w.to(compute_dtype(w)) for w in weights]  # w itself, or a copy in float32
         anchors = [
             dtensor.local(self.anchors[p]).to(w.dtype) for p, w in zip(params, wide, strict=True)
         ]
@@ -234,7 +234,7 @@ class UnfusedPull:
             for p, w in zip(params, wide, strict=True):
                 f = self.curvature.get(p)
                 share.append(strength * (torch.ones_like(w) if f is None else dtensor.local(f)))
-            # c / (1 + c) = 1 / (1 + 1/c), which holds for c = 0 and for an infinite one, too.
+            # c / (1 + c) = 1 / (1 + 1/c), which holds for c = 0 and for infinite c, too.
             torch._foreach_reciprocal_(share)
             torch._foreach_add_(share, 1)
             torch._foreach_reciprocal_(share)
@@ -251,8 +251,8 @@ class UnfusedPull:
     def stats(self) -> dict[str, Tensor]:
         """The figures of `fast.AdamW.stats()`, float64 `[]`, as far as they are known here.
 
-        `drift` `||w - w0||` and `forgetting` `1/2 sum F (w - w0)^2` of all anchored parameters as
-        they are now; `grad_norm` of the last step if it was measured. The others are NaN.
+        `drift` `||w - w0||` and `forgetting` `1/2 sum F (w - w0)^2` cover all anchored parameters,
+        at their present values; `grad_norm` is the last step's, if measured. The others are NaN.
         """
         figures = dict.fromkeys(STATS, torch.full((), math.nan, dtype=torch.float64))
         if self._grad_norm is not None:
@@ -273,7 +273,7 @@ class UnfusedPull:
         self._keys = [{key: group[key] for key in KEYS} for group in optimizer.param_groups]
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """A state that was saved without a pull takes the keys of the groups away."""
+        """Restore the keys of the groups, which a state that was saved without a pull removes."""
         for group, keys in zip(optimizer.param_groups, self._keys, strict=True):
             group.update(keys | group)
 

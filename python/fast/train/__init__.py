@@ -1,1 +1,1 @@
-"""Fine-tuning: the trainer, its methods, its data and its checkpoints."""
+"""Our loop over an adaptation: trainer, evaluation, log, checkpoints and resume."""

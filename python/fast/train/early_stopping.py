@@ -15,8 +15,8 @@ class EarlyStopping:
     """Keeps the weights with the best `target_accuracy`; the earliest of equals.
 
     Args:
-        patience: evaluations without a better one after which to stop; None never stops and keeps
-            nothing.
+        patience: stop after this many evaluations without a better one; None never stops, and
+            keeps nothing.
     """
 
     def __init__(self, patience: int | None) -> None:
@@ -32,7 +32,12 @@ class EarlyStopping:
             self.since_best += 1
             return
         self.best, self.since_best = record, 0
-        self.weights = {k: _kept(v.detach()) for k, v in model.state_dict().items()}
+        self.weights = {k: _copy(v.detach()) for k, v in model.state_dict().items()}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far, or None."""
+        return None if self.best is None else self.best["step"]
 
     @property
     def stop(self) -> bool:
@@ -48,15 +53,15 @@ class EarlyStopping:
         return {"best": self.best, "since_best": self.since_best}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The best weights so far, by names of their own, for a checkpoint."""
+        """The best weights so far for a checkpoint, with a prefix before their names."""
         return {BEST + name: value for name, value in self.weights.items()}
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` and `tensors` gave."""
+        """Go on from what `state()` and `tensors()` returned."""
         self.best, self.since_best = state["best"], int(state["since_best"])
         self.weights = {name.removeprefix(BEST): value for name, value in tensors.items()}
 
 
-def _kept(value: Tensor) -> Tensor:
-    """A copy on the CPU; of a shard one where it is, from where it can be gathered."""
+def _copy(value: Tensor) -> Tensor:
+    """A copy on the CPU; a shard stays on its device, from which it can be gathered."""
     return value.clone() if dtensor.is_sharded(value) else value.cpu().clone()

@@ -1,9 +1,8 @@
-"""Where and how exactly a run computes: device, precision of the forward pass, loss scale."""
+"""The device of a run, the precision of its forward pass, and the loss scale."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from fast import dtensor
 from fast.data.trees import leaves, mapped, pick
+from fast.errors import warn
 from fast.heads import forward_logits, in_mode
 from fast.ranks import ALONE, Ranks, local_rank
 
@@ -27,12 +27,13 @@ class Engine:
     """One device, of this process.
 
     Args:
-        device: of the network.
-        precision: an option of `TrainConfig`; "fp16" scales the loss.
+        device: the network's device.
+        precision: as in `TrainConfig`; "fp16" scales the loss.
         ranks: the processes that train together.
 
     Attributes:
-        network: inside of `DistributedDataParallel`, or None for one process; set by `parallelize`.
+        network: the network in `DistributedDataParallel`, set by `parallelize`; None for one
+            process.
     """
 
     def __init__(self, device: torch.device, precision: str, ranks: Ranks = ALONE) -> None:
@@ -45,11 +46,11 @@ class Engine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def parallelize(self, model: nn.Module, sample: Any) -> None:
-        """Average gradients over the ranks from now on; those of a sharded network are already.
+        """Average gradients over the ranks from now on; a sharded network does so by itself.
 
         A trial pass tells whether all parameters get a gradient. It also makes torch settle the
-        order of its messages, which it does after the first pass: the sums of a run that is resumed
-        are then rounded as those of one that was not.
+        order of its messages, which it does after the first pass, so that a resumed run rounds its
+        sums as an uninterrupted one does.
 
         Args:
             model: with its new head.
@@ -74,7 +75,7 @@ class Engine:
         model.zero_grad()
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Around a micro-batch: gradients are averaged with the last one of a step."""
+        """Context of a micro-batch: gradients are averaged with the last one of a step."""
         return nullcontext() if self.network is None or last else self.network.no_sync()
 
     def backward(self, loss: Tensor) -> None:
@@ -93,7 +94,7 @@ class Engine:
 
 @contextmanager
 def held_buffers(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random states back after the block."""
+    """Restore buffers and random states after the block."""
     before = [(b, b.clone()) for b in model.buffers()]
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -103,11 +104,13 @@ def held_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device called `name`, tried out; None: that of the environment variable FAST_DEVICE, else
-    CUDA when there is one, else the CPU. Under `torchrun`, "cuda" is the GPU of this process.
+    """The device called `name`, after a trial computation on it.
+
+    None takes the device in the environment variable FAST_DEVICE, else CUDA if there is a GPU, else
+    the CPU. Under `torchrun`, "cuda" is the GPU of this process.
 
     Raises:
-        ValueError: no such device, or none that can compute here; the message says which can.
+        ValueError: there is no such device, or it cannot compute here; the message says which can.
     """
     name = name or os.environ.get(ENVIRONMENT) or None
     local = local_rank()
@@ -118,7 +121,7 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones((), device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for it
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of the three
         here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(
             f"device {str(name)!r} cannot be used here: there is {', '.join(here)}"
@@ -128,21 +131,20 @@ def pick_device(name: str | torch.device | None) -> torch.device:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Make a network with 16-bit weights one of float32, and let it take 16-bit inputs inside.
+    """Turn 16-bit weights into float32, for good; inside the block 16-bit inputs are widened too.
 
-    A step of fine-tuning is smaller than the spacing of 16-bit weights: of bfloat16 weights at a
-    learning rate of 2e-5, one in a hundred would move. Nor could they hold the result, so the
-    network stays in float32; the caller is warned. Parameters stay the objects that they are.
+    A step of fine-tuning is smaller than the spacing of 16-bit numbers: at a learning rate of 2e-5,
+    one bfloat16 weight in a hundred would move. 16 bits could not hold the result either, so the
+    network stays in float32, and a warning says so. Parameters stay the same objects.
     """
     dtypes = {t.dtype for t in chain(model.parameters(), model.buffers()) if t.dtype in HALF}
     if not dtypes:
         yield
         return
     names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    warnings.warn(
+    warn(
         f"the network has {names} weights, too coarse for the steps of fine-tuning: it is trained "
         "and returned in float32; round it afterwards with result.model.to(dtype)",
-        stacklevel=4,
     )
     model.float()
     hook = model.register_forward_pre_hook(_widened, prepend=True, with_kwargs=True)
@@ -165,8 +167,8 @@ def _wide(x: Tensor) -> Tensor:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The forward pass's dtype; None for full precision.
 
-    `auto` is bfloat16 on a GPU that has it in hardware, full precision elsewhere: bfloat16 in
-    software on a CPU is slower than fp32.
+    `auto` is bfloat16 on a GPU that has it in hardware, and full precision elsewhere: on a CPU,
+    bfloat16 in software is slower than fp32.
     """
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from fast.adapt.source import bound_card
 from fast.curvature.card import SourceCard
 from fast.data.augment import Transform
 from fast.data.generators import seeded
-from fast.errors import did_you_mean
+from fast.errors import did_you_mean, warn
 from fast.heads import unwrap
 from fast.ranks import joined
 from fast.train.config import TrainConfig, TrainOptions
@@ -49,38 +48,38 @@ def finetune(
     """Adapt a pretrained classifier to a new task.
 
     The model is changed in place: it gets a new head for `num_classes` classes (the source head is
-    kept inside) and is trained; when the call fails before the first step it is again what it was,
-    but for its device.
+    kept inside) and is trained. If the call fails before the first step, the model is as it was,
+    except for its device.
     Inside an initialised process group, and under `torchrun`, all processes train the network
     together: docs/distributed.md.
     The global random states of torch, numpy and `random` are left as they were found.
 
     Args:
-        model: a pretrained classifier that ends in a linear layer or a 1x1 convolution. Of one that
-            is compiled or data-parallel the module inside is trained, as it is written; one with
-            16-bit weights is trained and returned in float32.
+        model: a pretrained classifier that ends in a linear layer or a 1x1 convolution. If it is
+            compiled or data-parallel, the plain module inside is trained; 16-bit weights are
+            trained and returned in float32.
         train: (inputs, labels) tensors, a map-style Dataset, or a DataLoader. Inputs may be a
             tensor, or a tuple or mapping of tensors, which the model then takes as several
             arguments.
         val: the same, of the target task; measured as `target_accuracy`.
-        source: the same, of the source task, only measured, as `source_accuracy`, with the source
-            head; or a function of the model that returns an accuracy in 0..1.
+        source: the same, of the source task. It is never trained on, only measured with the source
+            head as `source_accuracy`; or a function of the model that returns an accuracy in 0..1.
         num_classes: C (default: from the labels).
         transform: applied to each training batch of inputs, on the CPU: augmentation.
         card: a `fast.SourceCard` of this checkpoint, or its file: weights the pull of `fast` and
             `ewc` by what the source task needs, and forecasts what is forgotten.
-        source_inputs: a few hundred source inputs, with labels or without: `fast` rehearses their
+        source_inputs: a few hundred source inputs, with labels or without. `fast` rehearses their
             features in its batches, `ewc` makes its card of them, `replay` trains on them beside
-            the target, and forecasts and `forget_budget` are checked on others of them, held back.
-            Without them `fast` rehearses features of the target's inputs, and `ewc` makes its card
-            of these, which protects less.
+            the target; some are held back to check forecasts and `forget_budget` on. Without
+            source inputs, `fast` rehearses features of the target's inputs, and `ewc` makes its
+            card of these, which protects less.
         callbacks: functions that are called with the record of each evaluation, as it is in
-            `Result.history`: for loggers. What one raises ends the run, with its name.
+            `Result.history`: for loggers. An exception in one ends the run, and names it.
         **options: the fields of `fast.train.config.TrainConfig`, the first of which are `method`
             (`fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc`, `replay` or `adapter`), `tasks` (whether
             one function answers both tasks, docs/regimes.md), `steps` or `epochs` (default: 3
             epochs, and at least 100 steps), `batch_size` (a DataLoader for `train` has its own, and
-            inputs that are rehearsed then come on top of them), `lr` (peak learning rate of the
+            rehearsed inputs then come on top), `lr` (peak learning rate of the
             backbone; default: 1e-3, `fast` 1.5e-3, `adapter` 1e-2, less in runs of fewer than 60
             steps), `eval_every` (default: a tenth of the run) and `seed` (of head, data order and
             dropout).
@@ -90,8 +89,8 @@ def finetune(
 
     Raises:
         ValueError, TypeError: an option, the data or the model does not fit; the message names it.
-        FileNotFoundError: nothing to resume from; or the folder of the run is no longer there.
-        RuntimeError: another thread of this process is in here.
+        FileNotFoundError: there is nothing to resume from, or the run's folder has disappeared.
+        RuntimeError: another thread of this process is inside `finetune`.
         FloatingPointError: the run diverged: a loss, a weight or an answer is NaN or infinite.
     """
     config, model = _checked(model, options)
@@ -99,7 +98,7 @@ def finetune(
     _note_budget(config)
     check_model(model)
     rollback = RollbackOnError(model, weights=config.resume is not None)
-    if card is not None:  # it is of the weights as they were saved, which may be of 16 bits
+    if card is not None:  # it fits the weights as they were saved, perhaps in 16 bits
         card = bound_card(card, model)
     with joined() as ranks, ranks.quiet(), _alone():
         has_folder = bool(config.output or config.resume)
@@ -163,10 +162,9 @@ def _checked(model: Any, options: Any) -> tuple[TrainConfig, nn.Module]:
     check_gradients("finetune")
     inside = unwrap(model)
     if inside is not model:
-        warnings.warn(
+        warn(
             f"model is a {type(model).__name__}: the {type(inside).__name__} inside is trained, as "
             "it is written and on one device",
-            stacklevel=3,
         )
     return config, inside
 
@@ -174,17 +172,19 @@ def _checked(model: Any, options: Any) -> tuple[TrainConfig, nn.Module]:
 def _note_budget(config: TrainConfig) -> None:
     budget = config.budget
     if budget and not budget.points and budget.amount >= 1:
-        warnings.warn(
+        warn(
             f"forget_budget {budget} lets the source loss rise by as much; points of accuracy "
             f"are written '{budget.amount:g}%'",
-            stacklevel=3,
         )
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Raise RuntimeError where another thread is in here: a run seeds the generators of the whole
-    process."""
+    """Let one thread in at a time, because a run seeds the generators of the whole process.
+
+    Raises:
+        RuntimeError: another thread is inside.
+    """
     if not _running.acquire(blocking=False):
         raise RuntimeError(
             "another thread of this process is in fast.finetune, and both would draw from the same "

@@ -1,9 +1,8 @@
-"""Divergence of a run: losses and weights that are not finite, or absurd."""
+"""Detect that a run diverged: losses and weights that are not finite, or losses that are absurd."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from fast import dtensor
 from fast.adapt.adaptation import Adaptation
+from fast.errors import warn
 from fast.train.resume.checkpoint import PREFIX, list_checkpoints
 
-# Times the loss of guessing.
+# A loss is absurd above this multiple of the loss of guessing.
 ABSURD = 1e3
 
 
@@ -21,10 +21,10 @@ def check_finite(adaptation: Adaptation, losses: list[Tensor], folder: Path | No
     """The mean of the losses of the last steps; None without any.
 
     Args:
-        adaptation: its weights are looked at too: a loss is of the weights before its step, which
-            may have made NaN of them.
-        losses: of the last steps.
-        folder: of the run's checkpoints, for the message; or None.
+        adaptation: its weights are checked too, because a loss belongs to the weights before its
+            step, and the step may have turned them into NaN.
+        losses: losses of the last steps.
+        folder: where the run's checkpoints are, for the message; or None.
 
     Raises:
         FloatingPointError: a loss or a weight is NaN or infinite.
@@ -46,11 +46,11 @@ def check_finite(adaptation: Adaptation, losses: list[Tensor], folder: Path | No
 
 
 class Diverged(UserWarning):
-    """The loss at the end is finite and absurd."""
+    """The final loss is finite, but absurd."""
 
 
 def diverged(loss: float | None, num_classes: int) -> str | None:
-    """What is to be said of a loss that is finite and absurd; None of any other.
+    """The message about a finite but absurd loss; None for any other loss.
 
     Args:
         loss: the mean over the last steps.
@@ -66,10 +66,10 @@ def diverged(loss: float | None, num_classes: int) -> str | None:
 
 
 def warn_diverged(loss: float | None, num_classes: int) -> None:
-    """Warn, on behalf of the caller of `finetune`."""
+    """Warn where the final loss is absurd."""
     message = diverged(loss, num_classes)
     if message:
-        warnings.warn(message, Diverged, stacklevel=5)
+        warn(message, Diverged)
 
 
 def _kept(folder: Path | None) -> str:

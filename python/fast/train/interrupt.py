@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wait for the end of a step, so that what the run is then can be saved."""
+"""Ctrl-C and SIGTERM wait for the end of a step, so that the run can be saved first."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Inside of the block the first signal is kept, and `waiting` says so; a second one acts at
-    once.
+    """Holds back the first signal inside the block; a second one acts at once.
 
-    Where signals cannot be caught (in another thread than the main one) or are ignored, nothing is
-    done. The handlers from before the block have the last word: `deliver` calls them.
+    `waiting` tells whether a signal is held back, and `deliver` passes it on to the handler that
+    was there before. Signals that are ignored, and those in threads other than the main one, are
+    left alone.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Interruption:
         return self._came is not None
 
     def waits_on_any(self, ranks: Ranks) -> bool:
-        """Whether a signal came to one of the ranks: it has then come to all of them."""
+        """Whether any rank got a signal; all of them then act as if they had got it."""
         came = ranks.largest(self._came or 0)
         if came:
             self._came = came
@@ -51,17 +51,17 @@ class Interruption:
             self._came = number
 
     def deliver(self) -> None:
-        """Do now what the signal that came asks for; usually this does not return."""
+        """Act on the signal that was held back; usually this does not return."""
         came, self._came = self._came, None
         if came is not None:
             self._act(came)
 
     def _act(self, number: int) -> None:
-        if number not in self._before:  # ignored here, and not where it came
+        if number not in self._before:  # ignored in this process, but not on the rank that got it
             raise KeyboardInterrupt
         signal.signal(number, self._before[number])
         signal.raise_signal(number)
-        signal.signal(number, self._keep)  # a handler of the user's, which returned
+        signal.signal(number, self._keep)  # the user's handler has returned
 
     def __exit__(
         self,

@@ -1,5 +1,4 @@
-"""Where a run's history goes: lines on stderr and in a file, a JSONL file, TensorBoard and a
-progress bar when there is one."""
+"""Where a run's history goes: stderr, a log file, a JSONL file, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ steps_log = logging.getLogger("fast.steps")
 
 @contextmanager
 def quiet_steps() -> Iterator[None]:
-    """Leave out the phases and evaluations: for several runs, of which the results are told."""
+    """Log no phases and evaluations: for several runs whose results are reported together."""
     level = steps_log.level
     steps_log.setLevel(logging.WARNING)
     try:
@@ -51,10 +50,10 @@ def quiet_steps() -> Iterator[None]:
         steps_log.setLevel(level)
 
 
-class Lines:
-    """Keeps what is logged while a run goes on in a file of its folder, with the time of each line.
+class LogFile:
+    """Writes what is logged during a run to a file in its folder, each line with its time.
 
-    What comes before `write_to` is kept until then: a run that fails early leaves no file.
+    Lines that come before `write_to` wait in memory, so a run that fails early leaves no file.
     """
 
     def __init__(self) -> None:
@@ -83,10 +82,10 @@ class RunLog:
     """Appends one record per evaluation.
 
     Args:
-        folder: of the run, or None for nowhere: without one, and on all ranks but the first.
+        folder: the run's folder; None writes no files, as on all ranks but the first.
+        kept: history of the interrupted run that this one resumes, from `read_history`; lines which
+            that run wrote after its checkpoint are dropped.
         callbacks: functions that are called with each record.
-        kept: lines of an interrupted run that this one goes on from, as `read_history` gave them;
-            later ones, which that run wrote after its checkpoint, are dropped.
     """
 
     def __init__(
@@ -106,7 +105,9 @@ class RunLog:
         path = folder / HISTORY_FILE
         path.touch()
         self._file = path.open("r+b")
-        if kept and self._file.read(len(kept.lines)) != kept.lines:  # another folder
+        if (
+            kept and self._file.read(len(kept.lines)) != kept.lines
+        ):  # the run goes on in another folder
             self._file.seek(0)
             self._file.write(kept.lines)
         self._file.truncate()
@@ -140,8 +141,8 @@ class RunLog:
         self._hash.update(lines)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the history: how much of the file it is, and its hash; and
-        the numbers that JSON does not have."""
+        """What a checkpoint keeps of the history: the length and hash of the file so far, and the
+        numbers that JSON cannot express."""
         if self._file:
             os.fsync(self._file.fileno())
         odd = [
@@ -171,14 +172,14 @@ def read_history(folder: Path, state: dict[str, Any]) -> History:
     """The history of a run at its checkpoint.
 
     Args:
-        state: of its `RunLog` then.
+        state: what its `RunLog.state()` returned then.
 
     Raises:
-        ValueError: the file is not what it was; the message names it.
+        ValueError: the file has changed since; the message names it.
     """
     path = folder / HISTORY_FILE
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the checkpoint goes on from it")
+        raise ValueError(f"{path} is missing, and the checkpoint goes on from it")
     with path.open("rb") as file:
         lines = file.read(state["bytes"])
     if _hash(lines).hexdigest() != state["hash"]:
@@ -198,7 +199,7 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     """The callbacks of a run.
 
     Raises:
-        TypeError: they are no list of functions.
+        TypeError: they are not a list of functions.
     """
     functions = tuple(callbacks) if isinstance(callbacks, Iterable) else (None,)
     if not all(map(callable, functions)):
@@ -216,11 +217,11 @@ def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
 
 
 def figures(record: dict[str, Any], before: float | None = None, between: str = " ") -> str:
-    """The few figures that a bar has room for; what the product is about comes first.
+    """The few figures that a progress bar has room for: what is kept, then what is learned.
 
     Args:
         before: source accuracy at the pretrained weights.
-        between: what separates them.
+        between: the separator.
     """
     parts = []
     if record.get("source_accuracy") is not None:
@@ -234,11 +235,11 @@ def figures(record: dict[str, Any], before: float | None = None, between: str = 
 
 
 def line(record: dict[str, Any], steps: int, epochs: float, before: float | None) -> str:
-    """An evaluation in a line that stays.
+    """An evaluation as a line of the log.
 
     Args:
-        steps: of the whole run.
-        epochs: of the training data until this record.
+        steps: steps of the whole run.
+        epochs: passes over the training data so far.
         before: source accuracy at the pretrained weights.
     """
     loss = "" if record["loss"] is None else f", loss {record['loss']:.4g}"

@@ -1,9 +1,9 @@
-"""What is measured: accuracy and loss on one data set, and the records of a run."""
+"""Measure accuracy and loss on a data set, and make the records of a run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -34,8 +34,8 @@ class ByClass(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Accuracy in 0..1, mean cross-entropy in nats, and what the accuracy is by class (both None
-    where only an accuracy is known)."""
+    """Accuracy in 0..1, mean cross-entropy in nats, and right answers by class; the last two are
+    None where only an accuracy is known."""
 
     accuracy: float
     loss: float | None
@@ -50,14 +50,14 @@ class Measure:
 
     Args:
         val, source: data, or None; `source` may be a function of the network.
-        batch_size: of a training step.
+        batch_size: samples of a training step; an evaluation takes at least `LEAST_EVAL_BATCH`.
         tta: measure the target on images and their mirror images.
 
     Attributes:
-        before: of the source, at the pretrained weights; set by `measure_before`, or from a
-            checkpoint.
-        by_class: step -> the target's answers by class, of the evaluations that may be those of the
-            final weights: the first, the best after it (the earliest of equals), and the last.
+        before: score of the source at the pretrained weights; set by `measure_before`, or loaded
+            from a checkpoint.
+        by_class: step -> the target's answers by class, for the evaluations whose weights the run
+            may return (see `keep_by_class`).
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Measure:
     def record(
         self, adaptation: Adaptation, losses: list[Tensor], folder: Any = None
     ) -> dict[str, Any]:
-        """Everything that is known after a step, as one line of the history.
+        """Everything that is known after a step, as one record of the history.
 
         Args:
-            losses: of the steps since the last record.
-            folder: of the run's checkpoints, for the message when it diverged.
+            losses: losses of the steps since the last record.
+            folder: where the run's checkpoints are; an error about divergence names it.
         """
         model, step = adaptation.model, adaptation.done
         loss = check_finite(adaptation, losses, folder)
@@ -100,7 +100,8 @@ class Measure:
                     self.engine.ranks,
                     mirrored=self.tta,
                 )
-            self._keep(step, target)
+            assert target.by_class is not None
+            self.by_class[step] = target.by_class
         source = self._source(model)
         return {
             "step": step,
@@ -127,12 +128,9 @@ class Measure:
                 model, self.source, self.batch_size, self.engine.device, self.engine.ranks
             )
 
-    def _keep(self, step: int, score: Score) -> None:
-        assert score.by_class is not None
-        self.by_class[step] = score.by_class
-        later = [n for n in self.by_class if n > 0]
-        best = max(later, key=lambda n: (sum(self.by_class[n].right), -n), default=0)
-        self.by_class = {n: x for n, x in self.by_class.items() if n in (0, best, step)}
+    def keep_by_class(self, steps: Container[int | None]) -> None:
+        """Forget the answers by class of all evaluations but those after these steps."""
+        self.by_class = {n: x for n, x in self.by_class.items() if n in steps}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -145,7 +143,7 @@ class Measure:
         self.started = time.monotonic() - float(state["seconds"])
         before = state["before"]
         self.before = None if before is None else Score(*before)
-        # A checkpoint of an older version has none.
+        # Checkpoints of older versions have no such entry.
         counts = state.get("by_class", ())
         self.by_class = {int(step): ByClass(right, samples) for step, right, samples in counts}
 
@@ -163,15 +161,16 @@ def evaluate(
 
     Args:
         data: a data set, or a function of the model that returns an accuracy in 0..1.
-        ranks: that share the batches; of a function, all of them take what the first one's gives.
+        ranks: the processes that share the batches; where `data` is a function, all take the
+            first one's result.
         mirrored: the answer to an image is the mean of the logits for it and its mirror image.
 
     Raises:
-        TypeError: a function that returns no number.
-        ValueError: no accuracy from a function; no samples, labels out of range, or inputs that the
-            network does not take. The message names the data.
-        FloatingPointError: answers that are not finite (ValueError where inputs are not); the
-            message says how many.
+        TypeError: the function does not return a number.
+        ValueError: the function's number is no accuracy; or there are no samples, labels are out of
+            range, or the network does not take the inputs. The message names the data.
+        FloatingPointError: answers are not finite (ValueError where inputs are not); the message
+            says how many.
     """
     if not isinstance(data, Data):
         with ranks.together(), evaluating(model):
@@ -196,8 +195,8 @@ def evaluate(
             right.index_add_(0, labels, (logits.argmax(1) == labels).long())
             samples.index_add_(0, labels, torch.ones_like(labels))
             loss += F.cross_entropy(logits, labels, reduction="sum").double()
-            # argmax takes NaN for the class it stands at. Classes ruled out with -inf are answers
-            # like others.
+            # argmax would answer with the class at which a NaN stands. Logits of -inf, which rule
+            # a class out, are legitimate.
             wrong += (~logits.logsumexp(1).isfinite()).sum()
     classes = ranks.largest(len(right))
     right, samples = (_of_classes(x, classes) for x in (right, samples))
@@ -213,7 +212,7 @@ def evaluate(
 
 
 def _of_classes(counts: Tensor, classes: int) -> Tensor:
-    """Counts of as many classes; those of classes that were not seen are 0."""
+    """Counts padded with 0 to this many classes."""
     return F.pad(counts, (0, classes - len(counts)))
 
 
@@ -239,8 +238,8 @@ def _shares(
 ) -> Iterator[tuple[Any, Tensor, bool]]:
     """A rank's batches, and whether they count.
 
-    All ranks make the passes of a sharded network at the same time. One that has no batch left
-    repeats its last, or the first of all, which does not count.
+    All ranks have to make the passes of a sharded network together. A rank that has run out of
+    batches repeats its last one, or the first of all, and that one does not count.
     """
     own = iter(data.eval_batches(batch_size, ranks.share))
     if not sharded:

@@ -1,4 +1,4 @@
-"""The data of a run, read and checked before anything is computed."""
+"""Read and check the data of a run, before anything is computed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class RunData:
 
     Attributes:
         train: training data.
-        val: of the target task, or None.
-        source: of the source task, or a function of the network; or None.
-        transform: of training batches, or None.
-        num_classes: C of the target.
+        val: validation data of the target task, or None.
+        source: data of the source task, or a function of the network; or None.
+        transform: applied to training batches; or None.
+        num_classes: C, the classes of the target.
         roots: the objects as the user gave them, by argument name.
     """
 
@@ -77,7 +77,7 @@ def read_data(
 
 
 def read_one(data: Any, name: str, config: TrainConfig) -> Data:
-    """`as_data`, with the worker processes that the options, or else the data set, ask for."""
+    """`as_data`, with as many worker processes as the options, or else the data set, ask for."""
     read = as_data(data, name)
     if read.dataset is None:
         return read

@@ -26,10 +26,10 @@ class TrainStep:
     """Takes steps of an adaptation with cross-entropy.
 
     Args:
-        data: of the run; its transform is applied.
-        loss: of the target.
-        engine: where the network is.
-        mix: see `fast.data.augment.mixing`, or None.
+        data: the run's data; its transform is applied to each batch.
+        loss: the target's loss.
+        engine: runs the network.
+        mix: see `fast.data.augment.mixing`; or None.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TrainStep:
         self.augment = Augmentation(data.transform, check)
 
     def batches(self) -> Iterator[Batch]:
-        """Training batches from the step that the run is at; each rank's share of them."""
+        """This rank's share of the training batches, from the step that the run has reached."""
         stream = self.adaptation.batches()
         while True:
             with self.engine.ranks.together():
@@ -56,20 +56,24 @@ class TrainStep:
             yield batch
 
     def __call__(self, batch: Batch, began: Callable[[], None] = lambda: None) -> Tensor:
-        """One optimizer step, and all that follows it.
+        """Take one optimizer step; its hooks do what follows a step.
+
+        Args:
+            began: called before the weights change.
 
         Returns:
-            the batch's mean loss on the target and the penalties, over all ranks and on the device;
-            the loss of replayed inputs is not in it.
+            the batch's mean loss on the target with the penalties, over all ranks and on the
+            device; it leaves out the loss of replayed inputs.
         """
         adaptation, engine = self.adaptation, self.engine
         adaptation.schedule()
-        with self.engine.ranks.together():
+        ranks = engine.ranks
+        with ranks.together():
             inputs, labels, rows = self._ready(batch)
         denominator = self.loss.denominator(labels)
-        if self.engine.ranks.size > 1:  # gradients are averaged over the ranks
+        if ranks.size > 1:  # gradients are averaged over the ranks
             share = torch.as_tensor(denominator, dtype=torch.float32, device=engine.device)
-            denominator = self.engine.ranks.sum_(share.clone()) / self.engine.ranks.size
+            denominator = ranks.sum_(share.clone()) / ranks.size
         total = torch.zeros((), device=engine.device)
         adaptation.optimizer.zero_grad()
         size = -(-len(labels) // adaptation.plan.grad_accum_steps)
@@ -83,15 +87,16 @@ class TrainStep:
             total += loss.detach()
         began()
         engine.step(adaptation.optimizer)
-        self.engine.ranks.mean_([total])
+        ranks.mean_([total])
         return total
 
     def _ready(self, batch: Batch) -> Batch:
-        """A batch as the network will see it, with labels on the device; mixed ones are shares of
-        the classes, `[B, C]`.
+        """A batch as the network will see it, with labels on the device.
+
+        Mixed labels are the shares of the classes, `[B, C]`.
 
         Raises:
-            ValueError: it cannot be trained on.
+            ValueError: the batch cannot be trained on.
         """
         inputs, labels, rows = batch
         labels = check_labels(labels, self.data.num_classes, "train").to(self.engine.device)

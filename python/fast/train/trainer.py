@@ -28,7 +28,7 @@ from fast.train.interrupt import Interruption
 from fast.train.log import (
     Callback,
     History,
-    Lines,
+    LogFile,
     RunLog,
     figures,
     line,
@@ -41,16 +41,16 @@ from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
 from fast.train.resume.saver import Saver, tensors
 from fast.train.run_data import RunData
-from fast.train.step import Batch, TrainStep
+from fast.train.step import TrainStep
 
 
 class Trainer:
-    """One run.
+    """One run of `fast.finetune`.
 
     Args:
-        model: pretrained, on its device.
+        model: pretrained, on the device it is trained on.
         card, source_inputs: see `fast.finetune`.
-        folder: to save in, or None.
+        folder: where the run saves, or None.
         ranks: the processes that train together.
         callbacks: see `fast.finetune`.
     """
@@ -82,10 +82,10 @@ class Trainer:
         """Train to the end.
 
         Args:
-            began: called before weights change, after all that can be checked beforehand.
+            began: called once everything has been checked, before the first weight changes.
         """
-        with closing(Lines()) as lines:
-            earlier, losses = self._prepare()
+        with closing(LogFile()) as log_file:
+            earlier, losses = self._start()
             adaptation, plan = self.adaptation, self.adaptation.plan
             count = self.data.train.num_samples
             log.info("%s; %s classes, %s training samples", plan, self.data.num_classes, count)
@@ -95,15 +95,15 @@ class Trainer:
                 first = self.engine.ranks.first
                 folder = self.folder.path if self.folder and first else None
                 run_log = RunLog(folder, earlier, self.callbacks)
-                lines.write_to(folder)
+                log_file.write_to(folder)
                 show = self.config.progress if first else False
                 bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
                 with closing(run_log), closing(bar):
                     self._train(began, losses, run_log, bar)
         return self._result(run_log.history)
 
-    def prepare(self, resuming: bool = False) -> Adaptation:
-        """Measure the source, then change the network."""
+    def _adapt(self, resuming: bool = False) -> Adaptation:
+        """Measure the source, then make the adaptation, which changes the network."""
         config, data, engine = self.config, self.data, self.engine
         with engine.ranks.together():
             weights = class_weights(config.class_weights, data.train, data.num_classes)
@@ -131,20 +131,24 @@ class Trainer:
             **own,
         )
         engine.parallelize(self.model, self.adaptation.sample)
-        if not engine.ranks.first:  # dropout and augmentation are each rank's own from here on
+        if not engine.ranks.first:  # from here on each rank draws its own dropout and augmentation
             seed_process(spread_seed(config.seed, engine.ranks.rank))
         self.train_step = TrainStep(self.adaptation, data, loss, engine, mix)
         self.measure.started = time.monotonic()
         return self.adaptation
 
-    def _prepare(self) -> tuple[History | None, list[Tensor]]:
-        """Begin the run, or go on with one: history so far, and losses since its last record."""
+    def _start(self) -> tuple[History | None, list[Tensor]]:
+        """Start a new run, or resume one from its checkpoint.
+
+        Returns:
+            the history so far, or None; and the losses since its last record.
+        """
         if self.folder is None:
-            self.prepare()
+            self._adapt()
             return None, []
         with self.engine.ranks.together():
             self.saver = Saver(self.folder, self.config, self.model, self.data)
-        adaptation = self.prepare(resuming=self.saver.resumes)
+        adaptation = self._adapt(resuming=self.saver.resumes)
         self.saver.add_source(adaptation, self.sources["card"])
         if self.folder.source is None:
             return None, []
@@ -169,14 +173,14 @@ class Trainer:
         else:
             bar.set_postfix_str(figures(run_log.history[-1], self._source_before))
         self.model.train()
-        # Without a folder there is nothing to save, and nothing to wait for.
+        # Without a folder there is nothing to save, so signals need not wait for the step's end.
         with Interruption() if self.folder else nullcontext() as interruption:
             for batch in self.train_step.batches():
                 if self.stopping.stop:
                     break
                 if adaptation.done == steps - 1 and self.config.budget is not None:
                     steps_log.info("checking the budget")
-                losses.append(self.step(batch, began))
+                losses.append(self.train_step(batch, began))
                 bar.update()
                 done = adaptation.done
                 if done % eval_every == 0 or done == steps:
@@ -185,24 +189,25 @@ class Trainer:
                     with adaptation.averaged():
                         record = self.measure.record(adaptation, losses, folder)
                         self.stopping.update(record, self.model)
+                    self.measure.keep_by_class({0, self.stopping.best_step, done})
                     losses = []
                     self._show(record, run_log, bar)
                 stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
                 if self.saver and (stop or done % save_every == 0 or done == steps):
-                    check_finite(adaptation, losses, folder)  # it takes the place of a good one
+                    check_finite(adaptation, losses, folder)  # before it replaces a good checkpoint
                     self._save(run_log, losses)
                 if interruption is not None and stop:
                     interruption.deliver()
 
     def _show(self, record: dict[str, Any], run_log: RunLog, bar: Any) -> None:
-        """Tell what was measured: to files and callbacks, in a line, and beside the bar."""
+        """Report what was measured: to files and callbacks, in a line, and beside the bar."""
         run_log.add(record)
         before, steps = self._source_before, self.adaptation.plan.steps
         steps_log.info("%s", line(record, steps, self._epochs(record["step"]), before))
         bar.set_postfix_str(figures(record, before))
 
     def _epochs(self, step: int) -> float:
-        """How often each training sample was used until a step."""
+        """How many times the training data were used up to a step."""
         train = self.data.train
         if train.loader is not None:
             return step / len(train.loader)
@@ -211,10 +216,6 @@ class Trainer:
     @property
     def _source_before(self) -> float | None:
         return self.measure.before.accuracy if self.measure.before else None
-
-    def step(self, batch: Batch, began: Callable[[], None] = lambda: None) -> Tensor:
-        """One optimizer step: see `TrainStep`."""
-        return self.train_step(batch, began)
 
     def _save(self, run_log: RunLog, losses: list[Tensor]) -> None:
         assert self.saver is not None

@@ -14,10 +14,10 @@ class SourceBatch:
 
     Attributes:
         inputs: `[S, ...]`, in any form that the network takes.
-        reference: what holds for each of them, `[S, ...]`: features at the pretrained weights, or
+        reference: what each of them should give, `[S, ...]`: features at the pretrained weights, or
             answers.
-        total: what a sum over the samples is divided by: the number of source samples of the step,
-            on average over the ranks.
+        total: divisor of a sum over the samples: the number of source samples in the step, averaged
+            over the ranks.
     """
 
     inputs: Any
@@ -30,11 +30,11 @@ class MicroBatch:
     """A part of a step's batch, or all of it.
 
     Attributes:
-        inputs: of the target, `[B, ...]`.
-        places: where each target sample's remembered source answer is, `[B]` on the CPU; -1: none
-            is remembered.
-        remembered: samples of the whole step with a place, on average over the ranks.
-        source: source inputs that run beside them, or None.
+        inputs: target inputs, `[B, ...]`.
+        places: index of each target sample's remembered source answer, `[B]` on the CPU; -1 where
+            none is remembered.
+        remembered: how many samples of the whole step have a place, averaged over the ranks.
+        source: source inputs that run beside the target inputs, or None.
         part, parts: number of the micro-batch, and how many the step has.
     """
 
@@ -52,11 +52,11 @@ class Seen:
 
     Attributes:
         model: the network, unwrapped.
-        step: 0-based.
+        step: number of the step, from 0.
         batch: the micro-batch.
         inputs: its target inputs, on the model's device.
-        features: what the head saw of them, `[B, D]` or `[B, T, D]`; None where no guard asks.
-        source_features: what the head saw of the source inputs, or None.
+        features: the head's input for them, `[B, D]` or `[B, T, D]`; None where no guard needs it.
+        source_features: the head's input for the source inputs, or None.
     """
 
     model: nn.Module
@@ -71,8 +71,8 @@ class Guard:
     """Something that holds the source task while the target is learned; every method is optional.
 
     Attributes:
-        strength: factor on the penalty, which a forgetting budget sets.
-        in_loss: whether the loss that a run reports contains the penalty.
+        strength: factor on the penalty; a forgetting budget sets it.
+        in_loss: whether the loss that a run reports includes the penalty.
     """
 
     strength: float = 1.0
@@ -83,7 +83,7 @@ class Guard:
         return None
 
     def penalty(self, seen: Seen) -> Tensor | None:
-        """What is added to the loss, `[]`, without `strength`; the parts of a step add up."""
+        """What to add to the loss, `[]`, before `strength`; the micro-batches of a step add up."""
         return None
 
     def lr_factor(self) -> float:
@@ -101,7 +101,7 @@ class Guard:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state; tensors are copied into those that are there."""
+        """Go on from a state; its tensors are copied into the existing ones."""
 
     def close(self) -> None:
         """Remove hooks."""

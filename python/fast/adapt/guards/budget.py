@@ -1,15 +1,14 @@
 """Forecast what is forgotten, and keep it inside a budget.
 
-Checks on held-back source inputs tell the truth now and then (`fast.adapt.guards.forgetting`);
-between two of them the forecast follows the update's own telemetry. Under a budget the pull is
+Checks on held-back source inputs measure it now and then (`fast.adapt.guards.forgetting`); between
+two checks the forecast follows figures that the optimizer reports. Under a budget, the pull is
 adjusted at each check, and after the last step a search along the line to the pretrained weights
-keeps the budget exactly.
+makes sure that the budget is kept.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import accumulate
@@ -27,11 +26,12 @@ from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
+from fast.errors import warn
 from fast.heads import running_statistics
 from fast.optim.groups import ramp_factor
 from fast.ranks import ALONE, Ranks
 
-# The last search aims at this share of the budget, and ends within a twentieth of it: inside.
+# The last search aims at this share of the budget and ends within a twentieth of that: inside.
 AIM = 0.95
 # Mid-run about twice the aim may be lost: a run without a budget overshoots its final loss by half,
 # and the falling learning rate wins that back. The source loss levels off after `SETTLED` of the
@@ -39,20 +39,21 @@ AIM = 0.95
 #     allowed(s) = AIM * budget * (OVERSHOOT + HEIGHT * (1 - s)) * min(1, s / SETTLED)
 # at the share s of the way. The last search takes back what is over.
 OVERSHOOT, HEIGHT, SETTLED = 1.3, 0.7, 0.4
-# The pull gets stronger and weaker by at most these factors per check: it takes steps to act. What
-# was let go too far is taken back at the next check, what was held too hard is lost to the target.
+# The pull gets stronger and weaker by at most these factors per check, because it takes steps to
+# act. Letting go too far can be corrected at the next check; holding too hard costs the target
+# steps that it never gets back.
 STRONGER, WEAKER = 4.0, 10.0
 RANGE = (1e-4, 1e4)
-# Where a check measures more than this multiple of the budget, the weights are moved back at once
-# to what was due by now; less is left to the pull, and to the search at the end.
+# Where a check measures more than this multiple of the budget, the weights move back at once to
+# what is allowed by now. Smaller excesses are left to the pull and to the last search.
 EXCESS = 3.0
 
 
 class PullController:
-    """Turns what is lost, over what may be lost by now, into the strength of the pull.
+    """Sets the strength of the pull by the ratio of what is lost to what may be lost by now.
 
     Args:
-        budget: the end of the run is aimed at it, times `AIM`.
+        budget: the run should end at this, times `AIM`.
         set_pull: takes the factor on the pull.
     """
 
@@ -65,7 +66,7 @@ class PullController:
         return AIM * self.budget.amount
 
     def allowed(self, way: float) -> float:
-        """What may be lost when the share `way` of the run's learning rates is behind."""
+        """What may be lost after the share `way` of the sum of the run's learning rates."""
         high = OVERSHOOT + HEIGHT * (1 - way)
         return high * self.aim * min(1.0, way / SETTLED)
 
@@ -86,21 +87,22 @@ class ForgettingBudget(Guard):
     """Checks, forecast and budget of one run.
 
     Args:
-        model: with its new head, still at the pretrained weights and statistics.
-        plan: of the run.
-        batch_size: of a step, source inputs included.
-        budget: or None: forgetting is measured and forecast, and not acted upon.
-        meter: exact checks, made before the head was replaced; or None.
-        card: or None; a state that is loaded may stand for the card that weights the pull.
+        model: the network with its new head, still at the pretrained weights and statistics.
+        plan: the run's plan.
+        batch_size: samples per step, source inputs included.
+        budget: what may be lost; with None, forgetting is measured and forecast, but not limited.
+        meter: measures forgetting exactly; it was made before the head was replaced. Or None.
+        card: the source card, or None. When a run resumes, its optimizer state may hold the
+            curvature that weights the pull, without a card.
         weighted: the optimizer's pull is weighted by a card's curvature.
-        stats: the optimizer's figures of the last step.
-        drift: of the backbone.
-        average: what the run returns, where that is not its last weights: checks look at it.
+        stats: returns the optimizer's figures of the last step.
+        drift: measures how far the backbone has moved.
+        average: the averaged weights, if the run returns these; checks then measure them.
         set_pull: takes the factor on the pull.
-        ranks: whose first decides for all.
+        ranks: processes that train together; the first one decides for all.
 
     Raises:
-        ValueError: a budget and nothing to check it on, or no pull to adjust.
+        ValueError: there is a budget, but nothing to check it on or no pull to adjust.
     """
 
     def __init__(
@@ -124,13 +126,13 @@ class ForgettingBudget(Guard):
         self.weighted, self.mean = weighted, card.mean if card is not None else None
         self.average, self._stats = average, stats
         self.forecaster = Forecast(card.calibration if card is not None else UNKNOWN)
-        # What the last check measured, until the next step.
+        # The result of the last check, valid until the next step.
         self.measured: float | None = 0.0 if card is not None or meter is not None else None
         self.controller: PullController | None = None
         if budget is not None:
             _check_budget(budget, plan, meter, weighted or card is not None)
             self.controller = PullController(budget, set_pull)
-        # Tracked batch norm forgets by its statistics too: they go back with the weights.
+        # Tracked batch norm forgets through its statistics too, so they go back with the weights.
         tracked = plan.batch_norm == "track" and budget is not None
         self._statistics = running_statistics(model) if tracked else []
         self._first_statistics = [x.clone() for x in self._statistics]
@@ -151,20 +153,20 @@ class ForgettingBudget(Guard):
         if self.card is not None and not self.weighted:
             return self.card.energy(self.drift.params, self.drift.anchors)
         figure = float(self._stats()["forgetting"])
-        if math.isnan(figure):  # stalled, or a pull of zero: the optimizer keeps no anchor
+        if math.isnan(figure):  # in a stall, or without a pull, the optimizer has no anchor
             figure = 0.5 * self.drift() ** 2 if not self.weighted else 0.0
         return figure * self.mean if self.weighted and self.mean is not None else figure
 
     def forecast(self) -> float | None:
-        """Forecast rise of the source loss (or loss of accuracy), None where nothing is known.
+        """Forecast rise of the source loss (or loss of accuracy); None where nothing is known.
 
-        Right after a check it is what that has measured.
+        Right after a check it is what the check measured.
         """
         value = self.forecaster(self.energy()) if self.measured is None else self.measured
         return value if math.isfinite(value) else None
 
     def after_step(self, step: int) -> None:
-        """Check and adjust, when it is time."""
+        """Check and adjust, if a check is due."""
         self.measured = None
         if step >= self._steps or step not in self.checks:
             return
@@ -182,10 +184,7 @@ class ForgettingBudget(Guard):
         self.controller.adjust(lost, way)
 
     def finish(self) -> None:
-        """Meet the budget, whatever the pull could not do in time.
-
-        The weights are those that the run returns.
-        """
+        """Meet the budget exactly, where the pull has not; the weights are then final."""
         if self.controller is None:
             if self.meter is not None:
                 self._check(self._samples)
@@ -193,15 +192,14 @@ class ForgettingBudget(Guard):
         lost = self._check(self._last_samples)
         self._land(lost, self.controller.aim, checks=LAST_CHECKS)
         if self.measured is not None and self.measured > self.controller.budget.amount:
-            warnings.warn(
+            warn(
                 f"forget_budget {self.controller.budget} is not met: {self.measured:.3g} is lost "
                 "even with the weights and batch norm statistics back at the pretrained ones, so "
                 "the network answers otherwise for another reason: buffers of its own, or chance",
-                stacklevel=2,
             )
 
     def _agreed(self, figure: float) -> float:
-        # The ranks have the same weights, but may round differently.
+        # All ranks have the same weights, but they may round differently.
         return float(self._ranks.from_first(figure))
 
     def _check(self, samples: int) -> float:
@@ -214,10 +212,10 @@ class ForgettingBudget(Guard):
         return lost
 
     def _land(self, lost: float, aim: float, *, checks: int) -> float:
-        """Go back along the line to the pretrained weights, to where `aim` is lost.
+        """Go back along the line to the pretrained weights, to the point where `aim` is lost.
 
         Returns:
-            the share of the way that is left.
+            that point, as a share of the distance to the present weights (1: they stay).
         """
         if not lost > aim:
             return 1.0
@@ -275,7 +273,7 @@ def _check_budget(
 
 
 def _shares_of_the_way(plan: Plan) -> list[float]:
-    """Share of the sum of all learning rates of the backbone that is behind after each step."""
+    """After each step, the share of the sum of the backbone's learning rates so far."""
     rates = [
         ramp_factor(step, plan.stall, plan.ramp) * plan.lr_factor(step)
         for step in range(plan.steps)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What checks may cost.
+    """How much time checks may take.
 
     Attributes:
-        share: of the run's time; a forward pass is a third of a step.
-        least, most: checks per run.
-        samples: per check, at most, if the share allows.
-        bend: the k-th of n checks is at `(k / n) ** bend` of the way.
+        share: checks may take this share of the run's time; a forward pass is a third of a step.
+        least, most: number of checks per run.
+        samples: the most samples per check, if `share` allows them.
+        bend: the k-th of n checks comes at `(k / n) ** bend` of the way.
     """
 
     share: float
@@ -26,11 +26,11 @@ class Effort:
     def schedule(
         self, *, samples: int, whole: bool, steps: int, stall: int, batch_size: int
     ) -> tuple[set[int], int]:
-        """Steps after which there is a check, and the samples of each.
+        """Steps after which there is a check, and the number of samples of each.
 
         Args:
-            samples: that there are.
-            whole: a check needs them all.
+            samples: how many samples there are.
+            whole: a check needs all of them.
             stall: steps before the backbone moves.
         """
         allowed = _forwards(self.share, steps, batch_size)
@@ -41,12 +41,13 @@ class Effort:
         return times, size
 
 
-# A forecast alone must not show in the time of a step, and learns most early: the loss starts from
-# zero, and the first check sets the scale.
+# A forecast alone must not slow a run down. Early checks tell most: the loss starts from zero, and
+# the first check sets the scale.
 FORECAST = Effort(share=0.01, least=2, most=8, bend=2.0)
-# A budget was asked for, and needs to see; it is watched evenly.
+# Somebody asked for a budget, so its checks may cost more; they are spread evenly.
 BUDGET = Effort(share=0.03, least=8, most=16, bend=1.0)
-# Exact checks of the last search, along the line to the pretrained weights, and their share.
+# Number of exact checks in the last search along the line to the pretrained weights, and the share
+# of the run's time that they may take.
 LAST_CHECKS, LAST_SHARE = 5, 0.03
 
 

@@ -1,13 +1,13 @@
-"""Stay with what the source head said about target inputs before anything moved.
+"""Distillation: the source head should say of target inputs what it said before training.
 
-Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282): the loss gets
-`weight * T^2 * KL(source outputs at w0 || source outputs now)`, both softened by T. The source head
-is a linear layer on features that the step computes anyway, and the outputs at w0 are computed once
-per sample, so a step costs no more than before. No source data is needed.
+Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282) adds
+`weight * T^2 * KL(source outputs at w0 || source outputs now)` to the loss, both softened by T. The
+source head is a linear layer on features that the step computes anyway, and the outputs at w0 are
+computed once per sample, so a step costs no more than before. No source data is needed.
 
-What is remembered of one view of a sample holds for no other: where inputs are augmented, the
-outputs at w0 come from a frozen copy of the network, which sees what the network sees. The copy
-costs a third more work per step and the memory of the weights.
+An output that is remembered for one view of a sample is wrong for any other. Where inputs are
+augmented, the outputs at w0 come from a frozen copy of the network, which sees the same views. The
+copy costs a third more work per step, and the memory of the weights.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def digest(inputs: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Remembered:
-    """Source outputs at w0 of some training samples.
+    """Source outputs at w0 for M of the training samples.
 
     Attributes:
-        rows: of these samples in the training data, `[M]`.
-        outputs: `[M, C, ...]`, or `[M, T, C, ...]` where the head sees T rows of a sample.
-        num_samples: of the training data.
-        digests: of the M inputs; None where a row has the same inputs always. Nothing is
-            remembered of other inputs.
-        inputs: of the training data, where they are in memory; else None.
+        rows: row numbers of these samples in the training data, `[M]`.
+        outputs: `[M, C, ...]`, or `[M, T, C, ...]` where the head sees T rows per sample.
+        num_samples: number of samples in the training data.
+        digests: hashes of the M inputs, by which other views of a row are told apart; None where
+            a row always has the same inputs.
+        inputs: the training inputs, if they are in memory; else None.
     """
 
     rows: Tensor
@@ -69,14 +69,14 @@ class Remembered:
 
 
 class Distillation(Guard):
-    """The penalty, in micro-batch parts that add up to the mean over a batch.
+    """The penalty; its micro-batch parts add up to the mean over a batch.
 
     Args:
-        source: the layer that gives the source's logits, `[B, D] -> [B, C]`.
-        weight: of the penalty, in units of the target loss.
-        remembered: outputs at w0; or None: a frozen copy gives them.
-        pretrained_copy: makes the network as it was at w0, its head and its source layer; called
-            when the copy is first needed.
+        source: the layer that makes the source's logits, `[B, D] -> [B, C]`.
+        weight: weight of the penalty, in units of the target loss.
+        remembered: outputs at w0; with None they come from a frozen copy.
+        pretrained_copy: returns a copy of the network at w0, its head and its source layer; it is
+            called when the copy is first needed.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Distillation(Guard):
 
     @property
     def live(self) -> bool:
-        """Whether a frozen copy gives the outputs at w0."""
+        """Whether the outputs at w0 come from a frozen copy."""
         return self.remembered is None
 
     def go_live(self) -> None:
@@ -108,13 +108,13 @@ class Distillation(Guard):
             self.remembered, self._frozen = None, self._pretrained_copy()
 
     def check(self, rows: Tensor, inputs: Any) -> None:
-        """Go live where the inputs of these rows are not those that answers are remembered of."""
+        """Go live if the inputs of these rows differ from those of the training data."""
         if self.remembered is None or self.remembered.inputs is None:
             return
-        came = leaves(inputs)
-        own = leaves(move(pick(self.remembered.inputs, rows.cpu()), came[0].device))
+        seen = leaves(inputs)
+        own = leaves(move(pick(self.remembered.inputs, rows.cpu()), seen[0].device))
         if not all(
-            a.shape == b.shape and torch.equal(a, b) for a, b in zip(came, own, strict=True)
+            a.shape == b.shape and torch.equal(a, b) for a, b in zip(seen, own, strict=True)
         ):
             log.info(
                 "the inputs of these rows are not those of the training data: source answers come "
@@ -123,11 +123,11 @@ class Distillation(Guard):
             self.go_live()
 
     def places(self, rows: Tensor | None, inputs: Any) -> Tensor:
-        """Where the outputs at w0 of each sample are, `[B]` on the CPU; -1: not remembered.
+        """Index of each sample's outputs at w0, `[B]` on the CPU; -1 where none are remembered.
 
         Args:
-            rows: of the batch in the training data, or None.
-            inputs: of the batch, as the network will see them.
+            rows: row numbers of the batch in the training data, or None.
+            inputs: inputs of the batch, as the network will see them.
         """
         if rows is None:
             self.go_live()
@@ -144,7 +144,7 @@ class Distillation(Guard):
     def penalty(self, seen: Seen) -> Tensor | None:
         if not seen.batch.remembered or seen.features is None:
             return None
-        # Every rank calls the layers, one without answers of its share, too: they may be sharded.
+        # Every rank calls the layers, even one whose share has no answers: they may be sharded.
         rows, outputs = self._before(seen.batch.places, seen.inputs)
         # Several rows of a sample (tokens, pixels) count as one, on average.
         size = length(seen.inputs)
@@ -153,12 +153,12 @@ class Distillation(Guard):
         if positions > 1:
             features, outputs = features.flatten(0, 1), outputs.flatten(0, 1)
         now = self.source(features)
-        if isinstance(self.source, nn.Linear):  # has its classes last, where there are positions
+        if isinstance(self.source, nn.Linear):  # its classes are the last dimension
             outputs, now = outputs.movedim(-1, 1), now.movedim(-1, 1)
         return self.weight * summed_kl(outputs, now) / positions / seen.batch.remembered
 
     def _before(self, places: Tensor, inputs: Any) -> tuple[Tensor | slice, Tensor]:
-        """Rows of the micro-batch whose outputs at w0 there are, and these outputs."""
+        """The rows of the micro-batch whose outputs at w0 are known, and these outputs."""
         if self.remembered is not None:
             outputs = self.remembered.outputs
             rows = (places >= 0).nonzero().squeeze(1)

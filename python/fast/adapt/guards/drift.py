@@ -14,7 +14,7 @@ class Drift:
     """`||w - w0||` over some parameters.
 
     Args:
-        params: trained.
+        params: trained parameters.
         anchors: w0, the values that they started from, in the same order.
     """
 
@@ -23,6 +23,6 @@ class Drift:
 
     @torch.no_grad()
     def __call__(self) -> float:
-        """The distance, summed in float64 and over all ranks."""
+        """The distance over all ranks, computed in float64."""
         pairs = zip(self.params, self.anchors, strict=True)
         return float(dtensor.norm(p.double() - a.double() for p, a in pairs))

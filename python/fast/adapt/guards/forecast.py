@@ -1,4 +1,4 @@
-"""From how far the weights have moved to what the source has lost, between two measurements."""
+"""Forecast, between measurements, what the source has lost from how far the weights have moved."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from fast.curvature.card.calibrate import EXPONENTS, Calibration
 
-# Two checks tell the exponent of the forecast where the energy grew by this factor between them.
+# Two checks determine the exponent if the energy changed by this factor between them.
 APART = 1.3
-# The energy is that of the drift where there is no card, and the first check sets its scale.
+# Without a card the energy is that of the drift, and the first check sets the scale.
 UNKNOWN = Calibration(scale=math.nan, exponent=1.0, spread=math.inf, coherence=math.nan)
 
 
 class Forecast:
-    """`lost = scale * energy ** exponent`, through the last checks.
+    """`lost = scale * energy ** exponent`, fitted to the last checks.
 
     Args:
-        calibration: of the card, or `UNKNOWN` where there is none.
+        calibration: the card's, or `UNKNOWN` where there is no card.
     """
 
     def __init__(self, calibration: Calibration) -> None:
@@ -29,7 +29,7 @@ class Forecast:
         return self.calibration.nats(energy) if math.isfinite(energy) else math.nan
 
     def update(self, energy: float, measured: float) -> None:
-        """Go through a new measurement from now on; one that shows no loss tells nothing."""
+        """Fit the curve to a new measurement; one that shows no loss is ignored."""
         if not (energy > 0 and measured > 0 and math.isfinite(measured)):
             return
         exponent = self.calibration.exponent

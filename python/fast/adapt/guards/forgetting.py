@@ -1,4 +1,4 @@
-"""What a forgetting budget counts, measured: how a network answers held-back source inputs."""
+"""Measure what a forgetting budget limits: how the network answers held-back source inputs."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ from fast.heads.outputs import source_features, source_logits
 # arXiv 1911.05722).
 TEMPERATURE = 0.07
 NEVER = -1e4
-# Source inputs that are held back for checks: no more than half, and with a budget as many as make
-# the loss of the end known within a fifth or so.
+# Source inputs that are held back for checks, at most half of all. With a budget there are enough
+# to know the final loss within a fifth or so.
 HELD_FOR_FORECAST, HELD_FOR_BUDGET = 128, 512
 
 
 class ForgettingMeter:
     """The exact quantity that a budget limits, on some source inputs.
 
-    The answers of the network to them are those of its source head; or, where what it is valued
-    for are its features, by neighbourhood: to which class mean a feature vector is nearest, with
-    labels, or to which other sample, without.
+    The network's answers are the logits of its source head. If a network is valued for its features
+    instead, its answers go by neighbourhood: which class mean is nearest to a feature vector, or,
+    without labels, which other sample.
 
-    In nats, with labels: the rise of the cross-entropy, so they had better be of data that the
-    network was not trained on. Without labels: the rise that the divergence of its answers makes
-    one expect on such data (`expected_rise`); for features, the divergence. In points, with labels:
-    the accuracy lost. Without: what the pretrained network itself expects to lose, the mean of
-    `p0(its answer) - p0(the answer now)`; features have no accuracy without labels.
+    In nats, with labels, forgetting is the rise of the cross-entropy; the samples should be data
+    that the network was not trained on. Without labels it is the rise to be expected on such data
+    given how far the answers diverge (`expected_rise`), or for features the divergence itself. In
+    points, with labels, it is the accuracy lost. Without labels it is what the pretrained network
+    itself expects to lose, the mean of `p0(its answer) - p0(the answer now)`; features have no
+    accuracy without labels.
 
     Args:
-        model: at the pretrained weights.
-        samples: on its device.
+        model: the network at its pretrained weights.
+        samples: source inputs, on the model's device.
         points: measure points of accuracy (0..1), not nats.
-        skill: "answers", "features", or "auto": features where there are labels that the source
-            head cannot give.
-        top: the largest label of all source inputs (default: of `samples`, which may be a part of
-            them): which of them are held back must not decide what is measured.
+        skill: "answers", "features", or "auto": features if there are labels that the source head
+            cannot give.
+        top: the largest label of all source inputs, of which `samples` may be a part (default: the
+            largest of `samples`). With it, "auto" does not depend on which inputs are held back.
 
     Raises:
-        ValueError: answers that are not finite; labels that the head cannot give; features and
-            hardly two labels of a kind, or points of them without labels.
+        ValueError: answers are not finite; labels are out of the head's range; or features cannot
+            be compared: hardly two samples share a label, or points are asked for without labels.
     """
 
     def __init__(
@@ -55,49 +56,63 @@ class ForgettingMeter:
         skill: str = "auto",
         top: int | None = None,
     ) -> None:
-        self.samples, self.points = samples, points
-        y = samples.labels
-        self.labels = y
+        self.samples, self.points, self.labels = samples, points, samples.labels
         self.by_features = skill == "features"
         if not self.by_features:
-            answers = source_logits(model, samples)
-            if y is not None and top is None:
-                top = int(y.max())
-            if y is not None and top is not None and top >= answers.shape[1]:
-                if skill == "answers":
-                    raise ValueError(
-                        f"source_inputs: label {top}, and the source head has "
-                        f"{answers.shape[1]} classes. Where the source skill is in the features, "
-                        "set source_skill='features'"
-                    )
-                self.by_features = True
-        if self.by_features and y is not None:
-            _, self.labels, counts = y.unique(return_inverse=True, return_counts=True)
-            if int((counts > 1).sum()) < 2:
-                raise ValueError(
-                    f"source_inputs: {len(y)} held-back samples of {len(counts)} classes, hardly "
-                    "two of a class: give more, or leave out the labels"
-                )
-            answers = self._answers(model, samples.size)
-        elif self.by_features:
-            if points:
+            self.before = source_logits(model, samples)
+            self.by_features = self._has_other_labels(self.before.shape[1], skill, top)
+        if self.by_features:
+            self._number_labels()
+            self.before = self._answers(model, samples.size)
+            if self.before.dim() != 2:
+                raise ValueError("source_inputs: features must be vectors")
+        if len(self.before) != samples.size:
+            raise ValueError(
+                f"source_inputs: {len(self.before)} feature vectors of {samples.size} samples, and "
+                "one of each is needed to compare them: set source_skill='answers'"
+            )
+        if not self.before.isfinite().all():
+            raise ValueError(
+                "source_inputs: the network's answers to them are not finite (NaN or infinite)"
+            )
+
+    def _has_other_labels(self, classes: int, skill: str, top: int | None) -> bool:
+        """Whether there are labels that a source head of this many classes cannot give.
+
+        Raises:
+            ValueError: there are, and the user asked for answers.
+        """
+        if self.labels is None:
+            return False
+        top = int(self.labels.max()) if top is None else top
+        if top < classes:
+            return False
+        if skill == "answers":
+            raise ValueError(
+                f"source_inputs: label {top}, and the source head has {classes} classes. Where the "
+                "source skill is in the features, set source_skill='features'"
+            )
+        return True
+
+    def _number_labels(self) -> None:
+        """Number the labels that features are compared by from 0.
+
+        Raises:
+            ValueError: there are none, and points to count; or hardly two samples share one.
+        """
+        if self.labels is None:
+            if self.points:
                 raise ValueError(
                     "forget_budget: points of accuracy of features need source_inputs with labels, "
                     "(inputs, labels); without, give nats (0.1)"
                 )
-            answers = self._answers(model, samples.size)
-        if self.by_features and answers.dim() != 2:
-            raise ValueError("source_inputs: features must be vectors")
-        if len(answers) != samples.size:
+            return
+        _, self.labels, counts = self.labels.unique(return_inverse=True, return_counts=True)
+        if int((counts > 1).sum()) < 2:
             raise ValueError(
-                f"source_inputs: {len(answers)} feature vectors of {samples.size} samples, and one "
-                "of each is needed to compare them: set source_skill='answers'"
+                f"source_inputs: {len(self.labels)} held-back samples of {len(counts)} classes, "
+                "hardly two of a class: give more, or leave out the labels"
             )
-        if not answers.isfinite().all():
-            raise ValueError(
-                "source_inputs: the network's answers to them are not finite (NaN or infinite)"
-            )
-        self.before = answers
 
     @property
     def size(self) -> int:
@@ -127,15 +142,15 @@ class ForgettingMeter:
 
 
 def by_neighbours(features: Tensor, labels: Tensor | None) -> Tensor:
-    """Each sample's answer as logits, made of all the others.
+    """Each sample's answer as logits, computed from all the other samples.
 
     Args:
-        features: `[N, D]`, of length 1.
+        features: `[N, D]`, vectors of length 1.
         labels: `[N]` of K classes, or None.
 
     Returns:
-        cosines over `TEMPERATURE` with the K class means (the sample itself left out of its own)
-        `[N, K]`, or with the other samples `[N, N]`.
+        cosines over `TEMPERATURE`: `[N, K]` with the class means, a sample being left out of its
+        own class's mean; or, without labels, `[N, N]` with the other samples.
     """
     if labels is None:
         cosines = (features @ features.T) / TEMPERATURE
@@ -161,13 +176,16 @@ def _accuracy_lost(before: Tensor, now: Tensor, labels: Tensor | None) -> float:
 def hold_back(
     model: nn.Module, samples: SourceInputs, *, budget: Budget | None, skill: str
 ) -> tuple[SourceInputs, ForgettingMeter]:
-    """The first source inputs, to work with, and a meter on the last, which are held back.
+    """Split source inputs: the first are for the method, the last are held back for a meter.
 
     Args:
-        model: at the pretrained weights, with its own head.
+        model: the network at its pretrained weights, with its own head.
+
+    Returns:
+        the first inputs, and the meter on the last.
 
     Raises:
-        ValueError: what `ForgettingMeter` refuses.
+        ValueError: see `ForgettingMeter`.
     """
     wanted = HELD_FOR_FORECAST if budget is None else HELD_FOR_BUDGET
     first = samples.size - min(wanted, samples.size // 2)

@@ -1,19 +1,19 @@
 """Rehearse the features of source inputs inside the batches of the target.
 
-Each batch gives an eighth of its places to source inputs, and the loss gets
+Each batch gives an eighth of its places to source inputs x, and the loss gets the penalty
 
-    weight * mean over samples of e^2 / (2 * TOLERANCE),  e = |f(x) - f0(x)|^2 / variance of f0
+    weight * mean over x of e^2 / (2 * TOLERANCE),  e = |f(x) - f0(x)|^2 / variance of f0
 
-over them: f is what the head sees, f0 what it saw at the pretrained weights. It is feature
+where f is what the head sees, and f0 what it saw at the pretrained weights. This is feature
 distillation (FitNets, Romero et al. 2015, arXiv 1412.6550) on replayed inputs, with e squared: the
-pull is `weight * e / TOLERANCE` times that of e itself, so it is gentle where features hardly move
-and hard where they run away, and one weight does for robust and for fragile networks. It grows no
-further beyond `STEEPEST`, so that a step too far is not answered by a larger one.
+gradient is `weight * e / TOLERANCE` times that of e itself, so it is gentle where features hardly
+move and hard where they run away, and one weight suits robust and fragile networks. It stops
+growing at `STEEPEST`, so that a step too far is not answered by an even larger one.
 
-Where e is above `TOLERANCE` all the same, the learning rate of the run is too high for this network
-and is divided by as much: one rate does for ResNets, which bear 1.5e-3, and for a MobileNet or a
-transformer, which do not. A step costs what it cost before; no label and no source head is needed.
-docs/research.md has what was tried.
+If e exceeds `TOLERANCE` all the same, the learning rate is too high for this network, and is
+divided by e / TOLERANCE. So one rate suits ResNets, which tolerate 1.5e-3, and MobileNets and
+transformers, which do not. A step costs what it cost before, and needs neither labels nor a source
+head. docs/research.md reports what else was tried.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from fast.ranks import ALONE, Ranks
 from fastkernels.codes import compute_dtype
 
 SHARE = 1 / 8
-# The e that is pulled back at the plain weight. At the end of a run it was 0.03-0.05 for ResNet-20
-# on signs, and 0.4 for a MobileNet without norm layers.
+# The e at which the gradient has the plain weight. At the end of a run e was 0.03-0.05 for
+# ResNet-20 on signs, and 0.4 for a MobileNet without norm layers.
 TOLERANCE = 0.1
-# The largest pull, as a multiple of that of e.
+# The largest gradient, as a multiple of that of e.
 STEEPEST = 3.0
-# Features that are lost have to find back: the learning rate falls by no more than this.
+# The least factor on the learning rate: features that are lost need some rate to find back.
 LEAST = 0.1
-# Bytes of features that are kept: maps of a fully convolutional network are large.
+# The most bytes of features to keep: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
 # Target inputs whose features are kept where there are no source inputs.
 OWN_INPUTS = 512
 # Steps over which e is averaged while it falls, and while it rises: features that run away have to
-# be caught within the ramp. Against 10 for both and a look at every fifth step, on five pairs: the
-# source kept 0.5 points more, the target the same.
+# be caught within the ramp. On five pairs the source kept 0.5 points more than with 10 for both and
+# a look at every fifth step, and the target learned the same.
 FALL, RISE = 10, 3
 
 
@@ -62,15 +62,15 @@ def places_for(batch_size: int) -> int:
 def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBatches, int]:
     """Target batches, and how many places beside them rehearse.
 
-    The places are taken from the target's, so that a step costs what it did; a user's DataLoader
-    keeps its own batches, and they come on top.
+    Target batches shrink by these places, so that a step costs what it did. A user's DataLoader
+    keeps its own batches, and the places come on top.
 
     Args:
-        size: samples of a step.
-        rehearsed: whose features: see `fast.adapt.plan.Plan`.
+        size: samples per step.
+        rehearsed: whose features are rehearsed: see `fast.adapt.plan.Plan`.
 
     Raises:
-        ValueError: batches of one sample, and source inputs to rehearse beside it.
+        ValueError: a batch of one sample leaves no place for the source inputs.
     """
     batches = TrainBatches(data, size, seed)
     size = batches.given_size or size
@@ -87,7 +87,7 @@ def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBa
 
 
 def _can_be_kept(batches: TrainBatches) -> bool:
-    """Whether the inputs are tensors and nothing else: names, texts, ... cannot be put together."""
+    """Whether all inputs are tensors: names, texts and the like cannot be stacked into batches."""
     inputs = next(batches.from_step(0))[0]
     parts = inputs.values() if isinstance(inputs, Mapping) else inputs
     return isinstance(inputs, Tensor) or all(isinstance(part, Tensor) for part in parts)
@@ -96,21 +96,22 @@ def _can_be_kept(batches: TrainBatches) -> bool:
 class Rehearsal(Guard):
     """Source inputs and the features they had at the pretrained weights.
 
-    Attributes:
-        restraint: factor on the learning rate, at most 1.
-
     Args:
-        model: at the pretrained weights, answering the source task.
+        model: the network at its pretrained weights, answering the source task.
         head: the module whose input the features are.
         samples: source inputs.
         name: what these are called in messages.
-        size: of them per step.
-        weight: of the penalty, in units of the target loss.
-        seed: of their order.
-        ranks: that share the inputs of a step.
+        size: source inputs per step.
+        weight: weight of the penalty, in units of the target loss.
+        seed: seed of their order.
+        ranks: processes that share the inputs of a step.
+
+    Attributes:
+        moved: running average of e.
+        restraint: factor on the learning rate, at most 1.
 
     Raises:
-        ValueError: features that are not finite, or the same for all inputs.
+        ValueError: features are not finite, or are the same for all inputs.
     """
 
     def __init__(
@@ -174,13 +175,13 @@ class Rehearsal(Guard):
         return self.restraint
 
     def after_step(self, step: int) -> None:
-        """Take in what the step has seen, and decide on the learning rate of the next.
+        """Average in what the step has seen, and decide on the learning rate of the next step.
 
-        On a GPU this waits for the step: all that is lost is the time to launch the next one. A
-        budget that leaves the penalty more room leaves it the learning rate too.
+        On a GPU this waits for the step to end, which costs the time of launching the next one. A
+        budget that weakens the penalty raises the tolerance by as much.
         """
         seen, count = self._seen, self._count
-        if self._ranks.size > 1:  # all of them decide alike
+        if self._ranks.size > 1:  # so that all of them decide alike
             both = self._ranks.sum_(torch.stack([seen, seen.new_tensor(count)]).double())
             seen, count = both[0], int(both[1])
         if not count:
@@ -200,7 +201,7 @@ class Rehearsal(Guard):
 
 def scale_of(features: Tensor) -> Tensor:
     """One over the variance of features `[N, ...]` at the pretrained weights, `[]`."""
-    # The mean over features: a constant feature would blow up a variance of its own.
+    # The variance is averaged over features: a constant feature alone would divide by zero.
     return 1 / features.var(0).mean().clamp_min(1e-12)
 
 
@@ -215,7 +216,7 @@ def distances(now: Tensor, before: Tensor, scale: Tensor) -> Tensor:
 
 
 def pull(e: Tensor, reduction: str) -> Tensor:
-    """The penalty on distances `[N]`, times `TOLERANCE`: `e^2 / 2` up to `STEEPEST`."""
+    """The penalty on distances `[N]`, times `TOLERANCE`: `e^2 / 2`, then linear (`STEEPEST`)."""
     zero = torch.zeros_like(e)
     return F.huber_loss(e, zero, reduction=reduction, delta=STEEPEST * TOLERANCE)
 
@@ -226,12 +227,12 @@ def restraint(moved: float, tolerance: float = TOLERANCE) -> float:
 
 
 def _check_features(features: Tensor, name: str) -> None:
-    """Raise ValueError where features `[N, ...]` of the inputs `name` give nothing to rehearse."""
+    """Raise ValueError where features `[N, ...]` of the inputs `name` cannot be rehearsed."""
     if not features.isfinite().all():
         raise ValueError(
             f"{name}: the network gives the inputs features that are not finite (NaN or infinite)"
         )
-    # Rehearsal measures by their variance, which must be more than rounding.
+    # Rehearsal divides by their variance, which must be more than rounding.
     if not features.var(0).mean() > 1e-10 * features.square().mean():
         raise ValueError(
             f"{name}: the network gives all {len(features)} inputs the same features; give inputs "

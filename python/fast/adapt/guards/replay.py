@@ -27,18 +27,18 @@ from fast.ranks import ALONE, Ranks
 class Replay(Guard):
     """The source loss on a batch of source inputs per step.
 
-    Inputs without labels are learned as the pretrained network answers them, with all its doubts
-    (cross-entropy with its probabilities).
+    Without labels, the target of an input is the pretrained network's own probabilities
+    (cross-entropy with soft labels).
 
     Args:
-        model: at the pretrained weights.
+        model: the network at its pretrained weights.
         samples: source inputs.
         batch_size: source samples per step; all of them where there are fewer.
-        seed: of their order.
-        ranks: that share the inputs of a step.
+        seed: seed of their order.
+        ranks: processes that share the inputs of a step.
 
     Raises:
-        ValueError: there are no samples; labels that the source head cannot give.
+        ValueError: there are no samples, or labels are out of the source head's range.
     """
 
     in_loss = False  # the loss of a run is the target's
@@ -68,8 +68,10 @@ class Replay(Guard):
         self._total = 0.0  # what a sum over the batch is divided by
 
     def batch(self, step: int) -> tuple[Any, Tensor]:
-        """A rank's share of the inputs of a step, and what to answer; the step's depend on the seed
-        and on `step` alone."""
+        """This rank's share of the inputs of a step, and the answers to learn.
+
+        The whole step's inputs depend on the seed and on `step` alone.
+        """
         if step != self._next - 1:
             if step != self._next:
                 self._rows = row_batches(len(self.answers), self._size, self._seed, step)

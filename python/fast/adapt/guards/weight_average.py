@@ -1,9 +1,9 @@
 """The average of the last steps' weights, which is what a run evaluates and returns.
 
-With a cosine schedule the weights of the middle of a run are noisy, at the learning rate's height;
-their average already answers like weights at a small one (Polyak and Juditsky 1992; Izmailov et al.
-2018, arXiv 1803.05407). Frozen batch norm keeps its statistics, so averages need no new ones; those
-that are tracked stay as the last steps left them, which is an average of its own.
+In the middle of a run the learning rate is high and the weights are noisy; their average already
+answers like weights at a small rate (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv
+1803.05407). Frozen batch norm keeps its statistics, so the average needs no new ones. Tracked
+statistics stay as the last steps left them, because they are an average already.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class WeightAverage(Guard):
     """Exponential average of `params` over about `horizon` steps.
 
     Args:
-        params: trained; their values now are where the average starts.
-        horizon: steps; the first ones are averaged over as many as there are.
-        stall: steps before the backbone moves, for which the weights are taken over as they are.
+        params: trained parameters; the average starts from their present values.
+        horizon: steps to average over; until there are as many, over the steps so far.
+        stall: steps before the backbone moves; until then the average is the current weights.
     """
 
     def __init__(self, params: Sequence[Tensor], horizon: int, stall: int = 0) -> None:
@@ -40,7 +40,7 @@ class WeightAverage(Guard):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         moved = step - self.stall
-        if moved < 1:  # the head learns during a stall, and may learn fast: the last is the best
+        if moved < 1:  # only the head learns during a stall, and its last weights are its best
             torch._foreach_copy_(_local(self.values), self._current())
         elif moved % EVERY == 0 or moved < EVERY:
             weight = min(1.0, EVERY / min(self.horizon, moved))
@@ -48,7 +48,7 @@ class WeightAverage(Guard):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The average in the parameters' place; nothing changes once it was adopted."""
+        """Put the average in place of the parameters for the block, unless it was adopted."""
         if self.adopted:
             yield
             return

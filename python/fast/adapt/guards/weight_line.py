@@ -1,4 +1,4 @@
-"""The line from the pretrained weights to those of now, and the search for a place on it."""
+"""The line from the pretrained weights to the present ones, and the search for a place on it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class WeightLine:
     those of the ends can be chosen.
 
     Args:
-        params: trained parameters and tracked statistics, at w1; they move.
-        anchors: w0.
+        params: trained parameters and tracked statistics, at w1; they are moved.
+        anchors: their values at w0.
     """
 
     def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor]) -> None:
@@ -34,7 +34,7 @@ class WeightLine:
 
     @torch.no_grad()
     def go(self, place: float) -> None:
-        """Go to t = `place`; exact whatever came before."""
+        """Go to t = `place`; earlier moves leave no rounding."""
         if not self._ends:
             self._ends = [p.clone() for p in self.params]
         for p, a, end in zip(self.params, self.anchors, self._ends, strict=True):
@@ -51,17 +51,18 @@ class WeightLine:
         checks: int,
         surely: bool = True,
     ) -> float:
-        """Go where `aim` is lost, within a tolerance, or less.
+        """Go to a place where `aim` is lost, within a tolerance, or less.
 
-        A secant search on `L(t) = lost * t ** exponent`, in which the exponent is taken from the
-        two measurements that enclose the aim once there are two.
+        A secant search on `L(t) = lost * t ** exponent`. Once two measurements enclose the aim,
+        they determine the exponent.
 
         Args:
-            measure: what is lost where the parameters are.
-            lost: at t = 1, where the parameters are; more than `aim`.
+            measure: returns what is lost at the present place.
+            lost: what is lost at t = 1, where the parameters are; more than `aim`.
             exponent: a guess at how the loss grows with t.
-            checks: measurements, at most, before the last decision.
-            surely: go back to t = 0 where no place was measured to be inside; else to the guess.
+            checks: the most measurements before the final decision.
+            surely: where no place was measured to be inside and the guess is outside too, go back
+                to t = 0.
 
         Returns:
             what is lost there, as measured.
@@ -71,7 +72,7 @@ class WeightLine:
             if low[1] > 0:
                 exponent = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
             place = high[0] * (aim / high[1]) ** (1 / max(exponent, 0.25))
-            # Inside what is enclosed, and not at its edge, where nothing would be learned.
+            # Stay off the edges of the enclosed interval, where a measurement tells nothing.
             width = high[0] - low[0]
             place = min(max(place, low[0] + 0.1 * width), high[0] - 0.02 * width)
             self.go(place)

@@ -1,1 +1,1 @@
-"""The network before the first step: its head, what it computes, and the way back."""
+"""Prepare the network for the first step: its head, its features, its shards, and the way back."""

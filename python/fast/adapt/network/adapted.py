@@ -1,4 +1,4 @@
-"""A network with the head that learns, and what its head is given."""
+"""A network with the head that learns, and the features that this head sees."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ class AdaptedNetwork:
 
     Args:
         model: pretrained; it gets the new head.
-        num_outputs: of the new head; None keeps the old one.
-        sample: a batch of inputs, on its device.
+        num_outputs: outputs of the new head; None keeps the old one.
+        sample: a batch of inputs, on the model's device.
         max_entropy: see `fast.replace_head`.
-        head_name: of the layer that makes the logits, where the user gave it.
+        head_name: name of the layer that makes the logits, where the user gave it.
 
     Attributes:
         head: the module whose input the features are.
         learns: the layer that makes the target's logits.
-        source: the layer that makes the source's logits, of the same features.
-        norm: of the features, or None.
-        drift: from the pretrained weights; set once there is an optimizer.
-        sharding: of the weights over several processes, or None.
+        source: the layer that makes the source's logits from the same features.
+        norm: the feature normaliser, or None.
+        drift: knows the pretrained weights once there is an optimizer, which moves them; until
+            then None.
+        sharding: how the weights are sharded over several processes, or None.
     """
-
-    drift: Drift
 
     def __init__(
         self,
@@ -62,18 +61,20 @@ class AdaptedNetwork:
             self.norm = head.norm
         self._input: HeadInput | None = None
         self._apart = False
+        self.drift: Drift | None = None
         self.sharding: Sharding | None = None
-        self._copies: list[tuple[nn.Module, nn.Module]] = []  # and their source layers
+        self._copies: list[tuple[nn.Module, nn.Module]] = []  # with their source layers
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def watch(self, apart: bool) -> None:
-        """Keep what the head is given in every forward pass from now on.
+        """Record the head's input in every forward pass from now on.
 
         Args:
-            apart: source inputs run by themselves, in evaluation mode and for the source task.
+            apart: run source inputs in a pass of their own, in evaluation mode and for the source
+                task.
         """
         self._input, self._apart = HeadInput(self.head), apart
 
@@ -83,11 +84,13 @@ class AdaptedNetwork:
         """Run target inputs, and source inputs beside them.
 
         Args:
-            wrapped: the network inside of `DistributedDataParallel`, ...; None: as it is.
-            inputs: on its device.
+            wrapped: `DistributedDataParallel` or another wrapper of the network; None: the bare
+                network.
+            inputs: target inputs, on the model's device.
+            source: source inputs, or None.
 
         Returns:
-            target logits; features of target and of source inputs, where they are watched.
+            target logits; features of target and of source inputs, or None where nobody watches.
         """
         network = self.model if wrapped is None else wrapped
         if self._input is None:
@@ -96,12 +99,13 @@ class AdaptedNetwork:
         return self._input.forward(network, inputs, beside, self._apart)
 
     def pretrained_copy(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """A copy that does not learn, at the pretrained weights; its head, and its source layer.
+        """A frozen copy at the pretrained weights, its head, and its source layer.
 
-        Frozen weights are shared with the network, so that of one with adapters little is copied.
+        The copy shares frozen weights with the network, so a network with adapters costs little
+        memory to copy.
 
         Raises:
-            ValueError: the weights are sharded by now.
+            ValueError: the weights have been sharded, and cannot be copied.
         """
         if self.sharding is not None:
             raise ValueError(
@@ -111,7 +115,7 @@ class AdaptedNetwork:
         names = {module: name for name, module in self.model.named_modules()}
         shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
         copied = copy.deepcopy(self.model, shared).requires_grad_(False)
-        if hasattr(self, "drift"):
+        if self.drift is not None:
             anchors = dict(zip(map(id, self.drift.params), self.drift.anchors, strict=True))
             for p, q in zip(self.model.parameters(), copied.parameters(), strict=True):
                 if id(p) in anchors:

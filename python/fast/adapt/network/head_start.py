@@ -1,8 +1,9 @@
 """Teach the new head alone, on features that were computed anyway, before the first step.
 
-It stands for a stall: an error that the head can answer for itself never reaches the backbone
-(arXiv 2007.01388, section 3). The features are those that calibrate the feature normaliser, so it
-costs no forward pass; a hundred head steps take about as long as one step of a small network.
+This takes the place of a stall: an error that the head can correct by itself never reaches the
+backbone (arXiv 2007.01388, section 3). The features are those that calibrate the feature
+normaliser, so no forward pass is needed; a hundred head steps take about as long as one step of a
+small network.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from fast.heads.forward import hooked
 # Features have unit variance, so this suits every network; Adam.
 LR = 1e-2
 BATCH = 64
-# Every fifth sample is held out, and looked at now and then: a head that knows its samples by heart
-# sends the backbone large gradients of the few it gets wrong. Held out, the loss of 1456 flowers on
-# MobileNet is lowest after 40 steps, that of as many signs on ResNet-20 still falls after 200;
-# with 200 steps for both, the flowers end 2 points lower.
+# Every fifth sample is held out and measured now and then: a head that has memorised its samples
+# sends the backbone large gradients from the few it gets wrong. The held-out loss of 1456 flowers
+# on MobileNet is lowest after 40 steps; that of as many signs on ResNet-20 still falls after 200.
+# With 200 steps for both, the flowers end 2 points lower.
 HOLD_OUT = 5
 LOOK_EVERY = 20
 PATIENCE = 2
@@ -35,7 +36,7 @@ def head_is_last(model: nn.Module, sample: Any, name: str | None = None) -> bool
 
     Args:
         sample: a batch of inputs; two of them are used.
-        name: of the head, where the user gave it.
+        name: name of the head, where the user gave it.
 
     Raises:
         ValueError: the model returns probabilities, and cross-entropy needs logits.
@@ -74,16 +75,14 @@ def start_head(
     steps: int,
     seed: int,
 ) -> None:
-    """Train `head.linear` on features of target inputs.
-
-    It stops when a part of them that is held out says so.
+    """Train `head.linear` on features of target inputs, until the loss on a held-out part rises.
 
     Args:
         features: `[N, D]`.
-        labels: `[N, ...]`, what the loss takes.
-        loss: of logits `[B, C]` and labels, a mean over the samples.
-        steps: at most.
-        seed: of the order.
+        labels: `[N, ...]`, as the loss takes them.
+        loss: a function of logits `[B, C]` and labels that returns the mean over the samples.
+        steps: the most steps to take.
+        seed: seed of the order of the samples.
     """
     with torch.no_grad():
         norm = head.norm
@@ -106,7 +105,7 @@ def start_head(
         if step % LOOK_EVERY and step != steps:
             continue
         with torch.no_grad():
-            # Four samples or fewer: none is held out, and all steps are taken.
+            # With four samples or fewer none is held out, and all steps are taken.
             now = float(loss(head.linear(held_out), held_labels)) if len(held_labels) else -step
         if now < lowest:
             lowest, best, worse = now, [p.detach().clone() for p in params], 0

@@ -1,4 +1,4 @@
-"""A step's batch, whole or in parts, with the source inputs and answers that go along."""
+"""Split a step's batch into micro-batches, with the source inputs and answers that go with them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MicroBatches:
     """Makes the micro-batches of a step, whose penalties add up to the step's.
 
     Args:
-        guards: any of them may give source inputs that run beside the target's.
-        ranks: that share a step.
+        guards: any of them may supply source inputs that run beside the target's.
+        ranks: processes that share a step.
     """
 
     def __init__(self, guards: Sequence[Guard], ranks: Ranks) -> None:

@@ -1,14 +1,16 @@
-"""Before the first step: the new head, calibrated and taught, and what the source head says."""
+"""Before the first step: calibrate and teach the new head, and record what the source head says."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast.adapt.config import AdaptConfig
+from fast.adapt.guards.base import Guard
 from fast.adapt.guards.distill import Distillation, Remembered, digest
 from fast.adapt.guards.rehearse import Rehearsal
 from fast.adapt.loss import Loss
@@ -18,11 +20,13 @@ from fast.adapt.network.head_start import start_head
 from fast.adapt.network.shared_forward import cuts_at_head, depends_on_mode
 from fast.adapt.plan import Plan
 from fast.adapt.setup import Setup
+from fast.data.dataset import Data
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
 from fast.data.stream import TrainBatches
 from fast.data.trees import move, pick
+from fast.errors import warn
 from fast.heads import (
     add_adapters,
     by_sample,
@@ -38,11 +42,11 @@ from fast.heads import (
 )
 from fast.ranks import Ranks
 
-# Features of this many training samples set the normaliser's first statistics: the standard error
-# of a mean is then 3 % of a standard deviation, at the cost of a few forward passes.
+# This many training samples set the normaliser's first statistics: the standard error of a mean is
+# then 3 % of a standard deviation, at the cost of a few forward passes.
 CALIBRATION_SAMPLES = 1024
-# Source outputs at w0 are computed for at most this share of the samples that the run will see: a
-# forward pass is a third of a step, so that is 5 % of the run. Calibration samples come anyway.
+# Source outputs at w0 are computed for at most this share of the samples that the run will see. A
+# forward pass is a third of a step, so this takes 5 % of the run; calibration samples are free.
 DISTILL_SHARE = 0.15
 DISTILL_BYTES = 2**28
 
@@ -53,13 +57,57 @@ class FirstPass:
 
     Attributes:
         features: what the head saw of the first samples, `[N, D]`.
-        labels: of these, `[N, ...]`.
+        labels: the labels of these samples, `[N, ...]`.
         remembered: source outputs for distillation, or None.
     """
 
     features: Tensor
     labels: Tensor
     remembered: Remembered | None
+
+
+class SourceOutputs:
+    """Collects what the source head says of training samples, up to `DISTILL_BYTES`.
+
+    Args:
+        source: the layer that makes the source's logits from features.
+        data: the training data that the samples come from.
+    """
+
+    def __init__(self, source: nn.Module, data: Data) -> None:
+        self._source, self._data = source, data
+        self._rows: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        # A data set may show a row otherwise at a later visit; tensors in memory cannot.
+        self._digests: list[str] | None = None if data.dataset is None else []
+
+    @torch.no_grad()
+    def add(self, features: Tensor, inputs: Any, index: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: what the head sees of the batch.
+            inputs: its inputs, `[B, ...]`.
+            index: row numbers of its samples, `[B]`.
+        """
+        if sum(x.nbytes for x in self._outputs) >= DISTILL_BYTES:
+            return
+        self._outputs.append(by_sample(self._source(features), len(index)))
+        self._rows.append(index)
+        if self._digests is not None:
+            self._digests += [digest(pick(inputs, i)) for i in range(len(index))]
+
+    def remembered(self) -> Remembered | None:
+        """All that was added, or None where nothing was."""
+        if not self._outputs:
+            return None
+        return Remembered(
+            rows=torch.cat(self._rows),
+            outputs=torch.cat(self._outputs),
+            num_samples=self._data.num_samples or 0,
+            digests=self._digests,
+            inputs=self._data.inputs,
+        )
 
 
 def first_pass(
@@ -70,10 +118,10 @@ def first_pass(
     remembers: bool,
     calibrates: bool,
 ) -> FirstPass:
-    """Features of training inputs, which set the statistics of the normaliser; source outputs.
+    """Run training inputs once: their features set the statistics of the normaliser.
 
     Args:
-        remembers: what the source head says holds for later visits of the same rows.
+        remembers: keep the source outputs, which hold for later visits of the same rows.
         calibrates: set the statistics.
     """
     model, device = network.model, network.device
@@ -82,10 +130,8 @@ def first_pass(
         wanted = max(wanted, int(DISTILL_SHARE * plan.steps * batches.batch_size))
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    rows: list[Tensor] = []
-    outputs: list[Tensor] = []
-    digests: list[str] | None = None if batches.data.dataset is None else []
-    seen = size = 0
+    outputs = SourceOutputs(network.source, batches.data)
+    seen = 0
     for inputs, y, index in batches.once():
         if seen >= wanted:
             break
@@ -96,37 +142,20 @@ def first_pass(
         if seen < CALIBRATION_SAMPLES or plan.head_steps:
             features.append(x)
             labels.append(y)
-        if remembers and index is not None and size < DISTILL_BYTES:
-            with torch.no_grad():
-                outputs.append(by_sample(network.source(x), len(y)))
-            rows.append(index)
-            if digests is not None:
-                digests += [digest(pick(inputs, i)) for i in range(len(y))]
-            size += outputs[-1].nbytes
+        if remembers and index is not None:
+            outputs.add(x, inputs, index)
         seen += len(y)
     if network.norm is not None and calibrates:
         calibrate_from(network.norm, features)
-    remembered = None
-    if outputs:
-        remembered = Remembered(
-            rows=torch.cat(rows),
-            outputs=torch.cat(outputs),
-            num_samples=batches.data.num_samples or 0,
-            digests=digests,
-            inputs=batches.data.inputs,
-        )
     return FirstPass(
         features=torch.cat(features) if features else torch.empty(0, device=device),
         labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
-        remembered=remembered,
+        remembered=outputs.remembered(),
     )
 
 
 def calibrate_batch_norm(model: nn.Module, batches: TrainBatches) -> None:
-    """Give per-task batch norms the statistics of the target.
-
-    Normaliser and head then start on the features that the target will have.
-    """
+    """Give per-task batch norms the statistics of the target, whose features the head starts on."""
     device = next(model.parameters()).device
 
     def inputs() -> Iterator[object]:
@@ -141,9 +170,9 @@ def calibrate_batch_norm(model: nn.Module, batches: TrainBatches) -> None:
 
 
 def same_at_each_visit(batches: TrainBatches) -> bool:
-    """Whether a row of the training data has the same inputs whenever it is read, by its number.
+    """Whether a row of the training data has the same inputs whenever it is read by its number.
 
-    The first batch of a data set tells, read twice: one that augments shows other views.
+    A data set shows this by its first batch, read twice: one that augments gives other views.
     """
     if batches.data.has_views:
         return False
@@ -155,7 +184,11 @@ def same_at_each_visit(batches: TrainBatches) -> bool:
 
 
 def check_backbone(network: AdaptedNetwork, method: str) -> None:
-    """Say that only the head can learn; and refuse to replay where nothing else moves."""
+    """Warn where only the head can learn.
+
+    Raises:
+        ValueError: and the method replays source inputs, which hold what then does not move.
+    """
     model = network.model
     own = {id(p) for p in own_parameters(model, network.learns)}
     if any(p.requires_grad and id(p) not in own for p in model.parameters()):
@@ -166,13 +199,13 @@ def check_backbone(network: AdaptedNetwork, method: str) -> None:
             f"{message}: there is nothing for method {method!r} to hold. Unfreeze some, or use "
             "'vanilla'"
         )
-    warnings.warn(f"{message}: only the head is trained", stacklevel=6)
+    warn(f"{message}: only the head is trained")
 
 
 def rehearsal(
     network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int, ranks: Ranks
 ) -> Rehearsal:
-    """The guard that keeps the features of these inputs, at the pretrained weights."""
+    """The guard that keeps the features which these inputs have at the pretrained weights."""
     with source_task(network.model):
         return Rehearsal(
             model=network.model,
@@ -202,67 +235,96 @@ def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, fol
     )
 
 
-def prepare(
+def set_norms_and_adapters(network: AdaptedNetwork, setup: Setup, *, resuming: bool) -> None:
+    """Give the backbone the batch norms and adapters of the plan."""
+    plan, model = setup.plan, network.model
+    set_batch_norm(model, plan.batch_norm)
+    if plan.batch_norm == "per_task" and not resuming:
+        calibrate_batch_norm(model, setup.batches)
+    if plan.adapter_rank:
+        add_adapters(model, network.head, plan.adapter_rank, setup.sample)
+
+
+def teach_head(
     network: AdaptedNetwork,
     setup: Setup,
+    first: FirstPass,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    seed: int,
+) -> None:
+    """Take the head's own steps, where the plan has any."""
+    head = task_head(network.model)
+    if not setup.plan.head_steps or head is None:
+        return
+    labels = first.labels
+    if isinstance(loss, Loss):
+        labels = check_labels(labels, setup.num_classes, "train")
+    labels = labels.to(network.device)
+    start_head(head, first.features, labels, loss=loss, steps=setup.plan.head_steps, seed=seed)
+
+
+def prepare(
+    model: nn.Module,
+    setup: Setup,
+    config: AdaptConfig,
     *,
     samples: SourceInputs | None,
     loss: Callable[[Tensor, Tensor], Tensor],
     augmented: bool,
     resuming: bool,
-    seed: int,
     ranks: Ranks,
-) -> tuple[Distillation | None, Rehearsal | None]:
-    """Calibrate the head and teach it; remember what the network computes.
+) -> tuple[AdaptedNetwork, list[Guard]]:
+    """Give the network its head, calibrate and teach it; remember what the network computes.
 
     One pass over training inputs gives the normaliser's statistics, the source outputs, and the
     features that the head starts on.
 
     Args:
+        model: pretrained; it is changed in place.
         samples: source inputs to rehearse, or None.
-        loss: that teaches the head.
-        augmented, resuming, seed, ranks: see `fast.Adaptation`.
+        loss: teaches the head.
+        augmented, resuming, ranks: see `fast.Adaptation`.
 
     Returns:
-        the guards that hold the function.
+        the network, and the guards that hold its function.
     """
-    plan, model, batches = setup.plan, network.model, setup.batches
+    plan, batches = setup.plan, setup.batches
+    network = AdaptedNetwork(
+        model,
+        None if config.keeps_head else setup.num_classes,
+        sample=setup.sample,
+        max_entropy=plan.max_entropy,
+        head_name=config.head_name,
+    )
     check_backbone(network, plan.method)
-    set_batch_norm(model, plan.batch_norm)
-    if plan.batch_norm == "per_task" and not resuming:
-        calibrate_batch_norm(model, batches)
-    if plan.adapter_rank:
-        add_adapters(model, network.head, plan.adapter_rank, setup.sample)
-    rehearsed = setup.own if setup.own is not None else samples
-    if not plan.source_size:
-        rehearsed = None
+    set_norms_and_adapters(network, setup, resuming=resuming)
+    rehearsed = None
+    if plan.source_size:
+        rehearsed = setup.own if setup.own is not None else samples
     holds = bool(plan.distill) or rehearsed is not None
     folded = holds and folds_positions(model, network.head, setup.sample)
     remembers = bool(plan.distill) and not augmented and same_at_each_visit(batches)
-    first: FirstPass | None = None
+    first = None
     if remembers or not resuming:
         first = first_pass(
             network, batches, plan=plan, remembers=remembers, calibrates=not resuming
         )
     if network.norm is not None:
-        network.norm.deferred = True
-    head = task_head(model)
-    if plan.head_steps and head is not None and first is not None and not resuming:
-        labels = first.labels
-        if isinstance(loss, Loss):
-            labels = check_labels(labels, setup.num_classes, "train")
-        labels = labels.to(network.device)
-        start_head(head, first.features, labels, loss=loss, steps=plan.head_steps, seed=seed)
-    keeps = None if rehearsed is None else rehearsal(network, setup, rehearsed, seed, ranks)
-    apart = rehearsed is not None and runs_apart(network, setup, rehearsed, folded)
-    distillation = None
+        network.norm.defer()
+    if first is not None and not resuming:
+        teach_head(network, setup, first, loss, config.seed)
+    guards: list[Guard] = []
     if plan.distill:
-        distillation = Distillation(
-            source=network.source,
-            weight=plan.distill,
-            remembered=first.remembered if first is not None else None,
-            pretrained_copy=network.pretrained_copy,
+        guards.append(
+            Distillation(
+                source=network.source,
+                weight=plan.distill,
+                remembered=None if first is None else first.remembered,
+                pretrained_copy=network.pretrained_copy,
+            )
         )
-    if distillation is not None or keeps is not None:
-        network.watch(apart)
-    return distillation, keeps
+    if rehearsed is not None:
+        guards.append(rehearsal(network, setup, rehearsed, config.seed, ranks))
+    if guards:
+        network.watch(rehearsed is not None and runs_apart(network, setup, rehearsed, folded))
+    return network, guards

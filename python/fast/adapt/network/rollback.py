@@ -1,4 +1,4 @@
-"""Back to a network as it was: where an adaptation fails to begin, or makes things worse."""
+"""Restore the network where an adaptation fails to begin, or makes the head start worse."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _copied_buffers(model: nn.Module) -> Buffers:
 
 
 class RollbackOnError:
-    """Puts a model back as it was when the block ends in an exception, until `keep` is called.
+    """Restores a model if the block ends in an exception before `keep` is called.
 
-    The model has its own head and batch norms again, their statistics, its modes and what of it can
-    be trained. Only the device stays; and a model whose weights are sharded by then stays as it is,
-    since making them whole takes all ranks, and one of them may have failed.
+    The model gets back its own head and batch norms, their statistics, its modes, and which of its
+    parameters can be trained. It stays on its present device. A model whose weights have been
+    sharded is left as it is: gathering them takes all ranks, and one of them may have failed.
 
     Args:
-        weights: they may be overwritten inside (by a checkpoint), so copy them too.
+        weights: copy the weights as well, because the block may overwrite them (by a checkpoint).
     """
 
     def __init__(self, model: nn.Module, weights: bool = False) -> None:
@@ -47,7 +47,7 @@ class RollbackOnError:
         self.kept = False
 
     def keep(self) -> None:
-        """From now on the model stays what it is; forgets what it was."""
+        """Keep the model as it is from now on, and drop the copies."""
         self.kept = True
         self._weights, self._buffers = [], []
 
@@ -86,14 +86,13 @@ class RollbackOnError:
 
 
 class HeadStart:
-    """The network before its first step: the pretrained backbone and a head taught on its features.
-
-    With few samples it can be better than all that comes after it.
+    """The network before its first step: a pretrained backbone, and a head taught on its features.
+    With few samples this can be better than anything that training reaches.
 
     Args:
-        model: now.
-        drift: keeps the backbone's trained weights as they are now, so that only the rest, the head
-            and the statistics, is copied.
+        model: the network as it is before the first step.
+        drift: holds the present weights of the backbone, so that only the head and the statistics
+            need a copy.
     """
 
     def __init__(self, model: nn.Module, drift: Drift) -> None:

@@ -1,8 +1,8 @@
-"""The weights of a network sharded over the processes that train it (FSDP2), and whole again.
+"""Shard a network's weights over the processes that train it (FSDP2), and make them whole again.
 
-FSDP2 changes a network in place and has no way back: what it adds to the modules is noted here, and
-taken away again at the end of a run. The network is then as plain as it was, for whoever folds,
-copies, exports or shards it next.
+FSDP2 changes a network in place and has no way back. So we note what it adds to the modules, and
+take it away at the end of a run. The network is then as plain as before, and can be folded, copied,
+exported or sharded again.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def check_shardable(model: nn.Module) -> None:
 class Sharding:
     """Shards a network in place, until `undo`.
 
-    The blocks of the network (the layers of its lists and sequences) are gathered for their passes
-    one by one, and all that is outside of them together.
+    Each block of the network (a layer of its lists and sequences) is gathered for its own passes,
+    and everything outside of the blocks is gathered together.
 
     Args:
-        model: whole, the same on every rank, and on its device.
+        model: the whole network, the same on every rank, on its device.
         alone: layers that are also called by themselves, outside of the network's forward.
         sample: a batch of inputs; two of them are used.
         ranks: the processes, more than one.
@@ -100,7 +100,7 @@ def _owns(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module, sample: Any) -> list[nn.Module]:
-    """The blocks that run as one, and share no weights with what is outside of them."""
+    """The blocks that are called as modules, and share no weights with anything outside of them."""
     ran: list[nn.Module] = []
     blocks = [m for m in blocks_of(model, set(model.parameters())) if m is not model]
     hooks = [m.register_forward_hook(lambda m, *_: ran.append(m)) for m in blocks]

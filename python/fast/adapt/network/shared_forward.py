@@ -1,7 +1,7 @@
-"""Target and source inputs through the network in one pass, as far as the head.
+"""Run target and source inputs through the network in one pass, up to the head.
 
-The rows of the target go on through the head, those of the source end at its input: the penalty of
-rehearsal costs no forward pass of its own.
+The target's rows go on through the head; the source's rows end at its input. So the penalty of
+rehearsal needs no forward pass of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fast.heads import evaluating, forward_logits, in_mode, source_task
 
 
 class HeadInput:
-    """Watches what the head of a network is given, and can hold back the last rows of it.
+    """Records the input of a network's head, and can keep its last rows from the head.
 
     Args:
         head: the module whose first argument the features are; it is hooked until `close`.
@@ -43,8 +43,8 @@ class HeadInput:
         """Run target inputs, and source inputs with them where their shapes allow it.
 
         Args:
-            source: inputs, or None.
-            apart: run them by themselves, in evaluation mode and for the source task.
+            source: source inputs, or None.
+            apart: run these in a pass of their own, in evaluation mode and for the source task.
 
         Returns:
             target logits; features of the target inputs; features of the source inputs, or None.
@@ -57,7 +57,8 @@ class HeadInput:
         logits, features = self._run(model, inputs)
         if source is None:
             return logits, features, None
-        # `DistributedDataParallel` takes one pass per step, and averages all gradients even so.
+        # `DistributedDataParallel` takes one pass per step. It averages the gradients of this one
+        # as well, because they arrive in the same parameters.
         alone = model.module if isinstance(model, DistributedDataParallel) else model
         with source_task(alone), in_mode(alone, False):
             return logits, features, self.features(alone, source)
@@ -105,12 +106,13 @@ def shares(source: SourceBatch | None, parts: int) -> list[SourceBatch | None]:
 
 @torch.no_grad()
 def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) -> bool:
-    """Whether target and source inputs can run together up to the head, and only the target beyond.
+    """Whether target and source inputs can share a pass that the source's rows leave at the head.
 
-    They cannot where what follows the head counts the samples for itself, by the inputs.
+    They cannot if code behind the head takes the number of samples from the inputs.
 
     Args:
-        target, source: batches of inputs, on the model's device; a few of the first are used.
+        target: a batch of inputs on the model's device, of which the first few are used.
+        source: a batch of source inputs.
     """
     few = pick(target, slice(4))
     both = join(few, source)
@@ -129,11 +131,10 @@ def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) ->
 
 @torch.no_grad()
 def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
-    """Whether training mode changes what the head sees: by dropout, stochastic depth, statistics of
-    the batch. Random state, modes and buffers stay as they are.
-
-    Features in training mode would then not be what they were in evaluation mode though no weight
-    has moved: with dropout of 0.2 before the head, e is a third from the first step on.
+    """Whether training mode changes what the head sees, by dropout, stochastic depth or batch norm.
+    Features in training mode would then differ from those in evaluation mode although no weight has
+    moved: with dropout of 0.2 before the head, e is a third from the first step on. Random state,
+    modes and buffers stay as they are.
     """
     device = next(model.parameters()).device
     head_input = HeadInput(head)

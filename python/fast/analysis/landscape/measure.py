@@ -44,27 +44,27 @@ def landscape(
 
     The plane goes through the pretrained weights w0. For one path it is the plane closest to all of
     its steps (their principal components about w0); for two it goes through their ends; for more it
-    is the one closest to their ends. The networks are copied: no weight, buffer or mode changes.
+    is the plane closest to their ends. The networks are copied: no weight, buffer or mode changes.
 
-    Costs `resolution^2` evaluations of both samples, about 15 products for each stiff direction and
-    one for each step.
+    This costs `resolution^2` evaluations of both samples, about 15 products for each stiff
+    direction, and one product for each step.
 
     Args:
         paths: runs that started from the same weights, kept by `fast.PathRecorder`.
         source: labelled data: `(x, y)`, a Dataset or a DataLoader.
         target: the same, of the target task.
         resolution: grid points along the longer side.
-        samples: at most so many of source and of target; losses, curvature and forecasts are all
+        samples: the most samples of source and of target; losses, curvature and forecasts are all
             means over these.
         num_stiff: k, the number of stiff directions: eigenvectors of the largest eigenvalues of the
             source matrix at w0.
         matrix: "ggn" (Gauss-Newton) or "hessian", for stiff directions and forecast.
         card: makes `card_forecast` (default: estimated on the source samples at w0).
-        seed: decides the samples and all random vectors.
-        progress: show bars; None: in a terminal or a notebook.
+        seed: seed of the samples and of all random vectors.
+        progress: show bars; None shows them in a terminal or a notebook.
 
     Raises:
-        ValueError: an option is out of range, paths that do not start together, or weights that
+        ValueError: an option is out of range, paths start from different weights, or the weights
             never moved.
     """
     if isinstance(paths, WeightPath):
@@ -90,24 +90,9 @@ def landscape(
         orders = [_second_order(operator, gradient, p.weights - origin) for p in paths]
     geometry = []
     for path, forecast in zip(paths, orders, strict=True):
-        d = path.weights - origin
         losses, by_card = _along(network, path, source_data, card)
-        geometry.append(
-            PathGeometry(
-                name=path.name,
-                steps=path.steps,
-                x=plane.coordinates(d)[:, 0].tolist(),
-                y=plane.coordinates(d)[:, 1].tolist(),
-                in_plane=plane.share(d),
-                drift=d.double().norm(dim=1).tolist(),
-                stiff_share=_shares(d, stiff.vectors.cpu()),
-                rise=[loss - before for loss in losses],
-                forecast=forecast,
-                card_forecast=[nats for nats, _ in by_card],
-                card_reaches=[within for _, within in by_card],
-                **{name: [row.get(name) for row in path.history] for name in MEASURED},
-            )
-        )
+        rise = [loss - before for loss in losses]
+        geometry.append(_geometry(path, plane, stiff.vectors.cpu(), rise, forecast, by_card))
     return Landscape(
         x=x,
         y=y,
@@ -128,7 +113,7 @@ def landscape(
 
 
 def _check(paths: Sequence[WeightPath], resolution: int, num_stiff: int, matrix: str) -> Tensor:
-    """The weights `[P]` that all paths start from, when the arguments are in order."""
+    """Check the arguments; returns the weights `[P]` that all paths start from."""
     if not paths:
         raise ValueError("paths is empty: record one with fast.PathRecorder")
     if matrix not in MATRICES:
@@ -179,6 +164,39 @@ def _surfaces(
     return over_source, over_target
 
 
+def _geometry(
+    path: WeightPath,
+    plane: Plane,
+    stiff: Tensor,
+    rise: list[float],
+    forecast: list[float],
+    by_card: list[tuple[float, bool]],
+) -> PathGeometry:
+    """Where a path lies in the plane, and what its steps cost.
+
+    Args:
+        stiff: the stiff directions, `[P, k]`.
+        rise, forecast, by_card: for each step, the rise of the source loss as measured, by the
+            exact product, and by the card.
+    """
+    d = path.weights - plane.origin
+    x, y = plane.coordinates(d).T.tolist()
+    return PathGeometry(
+        name=path.name,
+        steps=path.steps,
+        x=x,
+        y=y,
+        in_plane=plane.share(d),
+        drift=d.double().norm(dim=1).tolist(),
+        stiff_share=_shares(d, stiff),
+        rise=rise,
+        forecast=forecast,
+        card_forecast=[nats for nats, _ in by_card],
+        card_reaches=[within for _, within in by_card],
+        **{name: [row.get(name) for row in path.history] for name in MEASURED},
+    )
+
+
 def _second_order(operator: NetworkOperator, gradient: Tensor, d: Tensor) -> list[float]:
     """`g.d + 1/2 d^T A d` of each row of `d`, `[n, P]`."""
     rows = d.to(operator.device, operator.dtype)
@@ -191,8 +209,8 @@ def _along(
 ) -> tuple[list[float], list[tuple[float, bool]]]:
     """Source loss at each of the path's weights, and the rise that the card forecasts there."""
     losses, forecasts = [], []
-    # With batch norm per task the source keeps norms that no path moves: the source loss depends on
-    # the network of the path. The card is bound to that of the first.
+    # With batch norm per task the source has norms that no path moves, so the source loss belongs
+    # to the path's own network. The card is bound to the first path's network.
     moved = MovableNetwork(path.model, path.parameters, BATCH)
     for weights in path.weights:
         moved.move_to(weights)

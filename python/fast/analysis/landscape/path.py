@@ -23,10 +23,10 @@ class WeightPath:
     Attributes:
         name: for legends, usually the name of the method.
         steps: `[n]` optimizer steps, the first of them 0.
-        weights: `[n, P]` backbone weights after those steps, on the CPU; the first are pretrained.
+        weights: `[n, P]` backbone weights after those steps, on the CPU; row 0 is pretrained.
         parameters: names of the parameters, in the order in which they are flattened.
         model: the adapted network; it answers both tasks.
-        history: one record for each step, of `fast.finetune`.
+        history: the record of `fast.finetune` for each step.
     """
 
     name: str
@@ -38,7 +38,7 @@ class WeightPath:
 
 
 class PathRecorder:
-    """Measures the source accuracy of a run, and keeps the weights that it was measured at.
+    """Measures the source accuracy of a run, and keeps the weights at which it did.
 
     ```python
     recorder = fast.PathRecorder((x_source, y_source))
@@ -77,7 +77,7 @@ class PathRecorder:
 
         Raises:
             ValueError: the recorder was given to another run, to several, or to a resumed one; or
-                the run changed the batch norms' statistics of the source task.
+                the run changed the source task's batch norm statistics.
         """
         assert result.plan is not None, "fast.finetune gives its plan back"
         if result.plan.batch_norm == "track" and any(

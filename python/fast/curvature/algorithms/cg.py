@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from fast.curvature.algorithms.arguments import check_finite, check_whole
 from fast.curvature.algorithms.protocol import Symmetric
 from fast.curvature.network.parameter_space import Vectors
+from fast.errors import warn
 from fast.progress import bar
 
 
@@ -89,11 +89,10 @@ def solve(operator: Symmetric, b: Vectors, **options: Any) -> Vectors:
     """The solution alone, with a RuntimeWarning where `cg` has not reached `tol`."""
     result = cg(operator, b, **options)
     if not result.converged:
-        warnings.warn(
+        warn(
             f"solve: after {result.num_iterations} iterations the relative residual is "
             f"{float(result.residuals.max()):.1e}: raise max_iterations, add damping with "
             ".damped(...), or take fast.curvature.cg, which returns the residuals",
             RuntimeWarning,
-            stacklevel=3,
         )
     return result.solution

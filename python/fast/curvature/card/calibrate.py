@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from fast.curvature.card.answers import Answers, expected_rise
 from fast.curvature.network.batches import Batches
 from fast.curvature.operators.hessian import GGN
 from fast.data.source_inputs import SourceInputs
+from fast.errors import warn
 from fast.heads import evaluating, forward_logits, source_task
 from fast.heads.class_axis import classes_second
 from fast.heads.outputs import source_logits
@@ -133,11 +133,10 @@ def calibrate(
             with torch.no_grad():
                 torch._foreach_copy_(weights, before)
     if all(abs(nats) < LEAST for _, nats in points):
-        warnings.warn(
+        warn(
             "source card: no step of the backbone changes the source answers, so nothing is "
             "forecast to be lost; is the source head connected?",
             RuntimeWarning,
-            stacklevel=3,
         )
         return Calibration(
             scale=0.0, exponent=1.0, spread=1.0, coherence=math.nan, points=tuple(points)

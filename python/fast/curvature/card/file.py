@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from fast import dtensor
 from fast.curvature.card.codes import Codes, num_scales, packed_size
 from fast.curvature.card.facts import CardError, read_facts
-from fast.errors import first_line
+from fast.errors import first_line, warn
 from fast.files import atomic_file
 
 FORMAT = "fast-source-card-2"
@@ -100,10 +99,9 @@ def read_card(path: Path) -> tuple[dict[str, Codes], dict[str, Any]]:
         raise ValueError(f"source card {path}: {error}; estimate it anew") from error
     checksum = metadata.pop("checksum", None)
     if checksum is None:
-        warnings.warn(
+        warn(
             f"source card {path} has no checksum, as it was written by an older version: save it "
             "again, and damage will be seen",
-            stacklevel=3,
         )
     elif checksum != _checksum(tensors, metadata):
         raise ValueError(f"source card {path}: damaged (its checksum differs); estimate it anew")

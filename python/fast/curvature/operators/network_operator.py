@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
@@ -42,6 +41,7 @@ from fast.curvature.products.precision import backends
 from fast.curvature.products.programs.kept import Kept
 from fast.curvature.products.programs.program import Replay
 from fast.curvature.products.programs.table import Programs
+from fast.errors import warn
 
 
 class Linearization(Protocol):
@@ -236,12 +236,11 @@ class NetworkOperator(SymmetricOperator):
         name = "" if isinstance(error, RuleError) else f"{type(error).__name__}: "
         self.why_loop = f"the record failed ({name}{error})"
         self._cache = None
-        warnings.warn(
+        warn(
             f"{type(self).__name__}: {self.why_loop}. Products are right, but computed one vector "
             "after the other, which is slower; method='loop' does that without this warning. "
             "Please report the operation",
             RuntimeWarning,
-            stacklevel=2,
         )
 
     def linearizations(

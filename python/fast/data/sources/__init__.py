@@ -7,7 +7,6 @@ depends on the network; `fast.data.images` does it.
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from fast.data.sources.types import (
     fold_rows,
     stratified_split,
 )
+from fast.errors import warn
 
 __all__ = [
     "SKIP",
@@ -107,7 +107,7 @@ def load_data(
         return from_columns("the data frame", columns, Path(), input_column, label_column)
     data = _read(name, input_column, label_column, numeric_labels)
     for note in data.notes:
-        warnings.warn(f"{name}: {note}", DataWarning, stacklevel=2)
+        warn(f"{name}: {note}", DataWarning)
     return data
 
 

@@ -1,4 +1,4 @@
-"""What `TrainingArguments` says, as options of `fast.Adaptation`."""
+"""Translate `TrainingArguments` into options of `fast.Adaptation`."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def check_arguments(args: TrainingArguments, model: nn.Module, options: AdaptOpt
 
 
 def adaptation_options(args: TrainingArguments, batches: int, options: AdaptOptions) -> Any:
-    """The options with those that `args` decides.
+    """The user's options, together with those that `args` decides.
 
     Args:
-        batches: of the Trainer in an epoch.
-        options: the user's own.
+        batches: the number of the Trainer's batches in an epoch.
+        options: the user's own options.
     """
     steps = _num_steps(args, batches)
     own = dict(options)
@@ -88,12 +88,12 @@ def adaptation_options(args: TrainingArguments, batches: int, options: AdaptOpti
 
 
 def plan_schedules(args: TrainingArguments, options: AdaptOptions) -> bool:
-    """Whether the plan's schedule holds, and not the Trainer's own scheduler."""
+    """Whether the plan's schedule is used, and not the Trainer's own scheduler."""
     return "schedule" in options or args.lr_scheduler_type == DEFAULTS["lr_scheduler_type"]
 
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    """The type that forward passes compute in under the Trainer's mixed precision, or None."""
+    """The dtype of forward passes under the Trainer's mixed precision, or None."""
     if args.bf16:
         return torch.bfloat16
     return torch.float16 if args.fp16 else None

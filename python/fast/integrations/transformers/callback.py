@@ -1,4 +1,4 @@
-"""What a callback can do of the method, for those who keep their own Trainer class."""
+"""The part of the method that a callback can do, for those who keep their own Trainer class."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class FastCallback(TrainerCallback):
         trainer = MyTrainer(model, args, callbacks=[FastCallback(adaptation)],
                             optimizers=(adaptation.optimizer, adaptation.scheduler()), ...)
 
-    The state is in the Trainer's checkpoint folders. A callback has no hand in the loss:
-    distillation and rehearsal need the lines of `compute_loss` in docs/transformers.md. Evaluation
-    is of one data set, and `save_model` writes the unfolded model: call `fast.fold_head` before.
+    The state goes into the Trainer's checkpoint folders. A callback cannot change the loss:
+    distillation and rehearsal need the lines of `compute_loss` in docs/transformers.md. There must
+    be one evaluation data set, and `save_model` writes the unfolded model: call `fast.fold_head`
+    first.
 
     Args:
-        adaptation: of the model that the Trainer trains.
-        source_eval: a function of the model that returns an accuracy, or None; its figure is
-            `eval_source_accuracy` in the metrics and in the last record of the log.
+        adaptation: the adaptation of the model that the Trainer trains.
+        source_eval: a function of the model that returns an accuracy, or None. The accuracy appears
+            as `eval_source_accuracy` in the metrics and in the last record of the log.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a run adds to the Trainer's files: its state, and a section in the model card."""
+"""The files that a run adds to the Trainer's: its state, and a section in the model card."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_state(folder: str | Path) -> dict[str, Any]:
 
 
 def card_section(adaptation: Adaptation, before: float | None, after: float | None) -> str:
-    """What a model card should say of an adaptation, in Markdown.
+    """The section about an adaptation in a model card, in Markdown.
 
     Args:
         before, after: accuracy on the source task, in 0..1; None where it was not measured.
@@ -59,7 +59,7 @@ def card_section(adaptation: Adaptation, before: float | None, after: float | No
 
 
 def write_card(folder: str | Path, section: str) -> None:
-    """Write a model card of this section alone; a card that somebody else wrote stays."""
+    """Write a model card that has only this section; a card that somebody else wrote stays."""
     readme = Path(folder) / "README.md"
     if not readme.exists() or readme.read_text(encoding="utf-8").startswith(FRONT + HEADING):
         readme.write_text(FRONT + section, encoding="utf-8")

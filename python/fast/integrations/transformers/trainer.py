@@ -48,22 +48,22 @@ class FastTrainer(Trainer):
         trainer.train()
         trainer.save_model("adapted/")      # loads with from_pretrained, without this library
 
-    The constructor gives the model its new head, calibrates it and teaches it; when it fails, the
-    model is as it was. `args` rules the run: steps, batches, accumulation, clipping, precision,
-    seed, evaluation and checkpoints. Where the learning rate and the scheduler are at the defaults
-    of `TrainingArguments` (5e-5, linear), those of the plan hold. `per_device_train_batch_size`
-    counts target samples; a seventh as many source inputs come on top. Under `torchrun` the
-    processes train together, each on a batch of that size.
+    The constructor gives the model its new head, calibrates it and teaches it; if it fails, the
+    model is left as it was. `args` rules the run: steps, batches, accumulation, clipping,
+    precision, seed, evaluation and checkpoints. If the learning rate or the scheduler is left at
+    the default of `TrainingArguments` (5e-5, linear), the plan's is used.
+    `per_device_train_batch_size` counts target samples; a seventh as many source inputs come on
+    top. Under `torchrun` the processes train together, each on a batch of that size.
 
-    Evaluation is of the averaged weights. Checkpoint folders hold a plain model, as `save_model`
-    writes it, and what `train(resume_from_checkpoint=...)` goes on from.
+    The averaged weights are evaluated. Checkpoint folders hold a plain model, as `save_model`
+    writes it, and what `train(resume_from_checkpoint=...)` needs to go on.
 
     Args:
         model: pretrained, with its own head.
-        args: see `transformers.Trainer`, as for all that is not named here.
+        args: see `transformers.Trainer`, also for arguments that are not listed here.
         train_dataset: labels are class indices under `labels`, unless `compute_loss_func` says
             otherwise.
-        num_classes: C, of the target (default: from the labels of `train_dataset`).
+        num_classes: C, the target's classes (default: from the labels of `train_dataset`).
         id2label: names of the classes (default: those that `train_dataset` records).
         source_inputs: see `fast.Adaptation`; data sets go through the Trainer's collator.
         source_eval: held-out source data with labels; or a function of the model that returns an
@@ -74,7 +74,8 @@ class FastTrainer(Trainer):
     Attributes:
         adaptation: the method; `adaptation.plan` has the resolved settings.
         result: after `train`, what `Adaptation.finish` returned.
-        source_accuracy_before, source_accuracy: of the pretrained model, and as last measured.
+        source_accuracy_before: source accuracy of the pretrained model.
+        source_accuracy: source accuracy as last measured.
 
     Raises:
         ValueError, TypeError: an option, the data or the model does not fit; the message names it.
@@ -152,7 +153,7 @@ class FastTrainer(Trainer):
     # Data.
 
     def _collated(self, data: Any) -> Any:
-        """A data set as one batch that the Trainer's collator made; anything else as it is."""
+        """A data set as one batch, made by the Trainer's collator; anything else as it is."""
         if not (isinstance(data, (Dataset, list)) or is_table(data)):
             return data
         loader = self.get_eval_dataloader(data)
@@ -181,7 +182,8 @@ class FastTrainer(Trainer):
     # The step.
 
     def _optimizer_choice(self) -> Any:
-        """Ours for `optim="adamw_torch"` and `"sgd"`; any other gets the pull beside its step."""
+        """The fused optimizer for `optim="adamw_torch"` and `"sgd"`; any other gets the pull beside
+        its step."""
         name = str(getattr(self.args.optim, "value", self.args.optim))
         if name.startswith("adamw_torch") or name == "sgd":
             return name.split("_")[0]
@@ -227,7 +229,7 @@ class FastTrainer(Trainer):
             else:
                 loss = self.mean_loss.part(logits, labels, number)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.args.world_size  # the number is that of all processes
+            loss = loss * self.args.world_size  # the number counts the items of all processes
         loss = loss + penalty / parts
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -276,7 +278,7 @@ class FastTrainer(Trainer):
     # Files.
 
     def plain_model(self) -> nn.Module:
-        """A copy with the averaged weights and a plain head: nothing of this library is in it."""
+        """A copy with the averaged weights and a plain head; nothing of this library is in it."""
         with self.adaptation.averaged():
             model = fold_head(copy.deepcopy(self.adaptation.model))
         config = getattr(model, "config", None)
@@ -333,10 +335,10 @@ def _check_folds(model: nn.Module) -> None:
 
 
 def _names_of(samples: Any, id2label: Mapping[int, str] | None, num_classes: int) -> dict[int, str]:
-    """Names of the classes: the user's, or those that the data set records; empty without.
+    """Names of the classes: the user's, or those that the data set records, or none.
 
     Raises:
-        ValueError: the user's do not name each class.
+        ValueError: the user's names do not cover each class.
     """
     if id2label is not None:
         if set(id2label) != set(range(num_classes)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from fast.adapt.guards.budget import AIM
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.data.source_inputs import SourceInputs
+from fast.errors import warn
 from fast.heads import find_head, task_head
 from fast.heads.batch_norm import per_task_norms
 from fast.heads.outputs import source_logits
@@ -251,7 +251,7 @@ class Search:
                 f"budget of {self.budget} was kept on {SAMPLES} of them only"
             )
         for sentence in self.unknown:
-            warnings.warn(sentence, stacklevel=4)
+            warn(sentence)
         return Rewound(
             model=model.eval(),
             history=self.history,

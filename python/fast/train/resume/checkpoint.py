@@ -1,17 +1,16 @@
 """Checkpoints: safetensors for the tensors, JSON for the rest, complete or not there at all.
 
-A checkpoint is a folder `checkpoint-00000150` of three files. It is written under another name and
-renamed when it is complete, and only then is the one before it removed: a run killed in the middle
-of a save goes on from the checkpoint before. `state.json` ties the files together: it holds the
-hashes of the others, one of itself, the id of the run, its options and what else it must share with
-a run that goes on from it.
+A checkpoint is a folder such as `checkpoint-00000150` with three files. It is written under another
+name and renamed when it is complete, and only then is its predecessor removed: a run that is killed
+in the middle of a save resumes from the checkpoint before. `state.json` ties the files together: it
+holds their hashes and its own, the id of the run, its options, and whatever else a resumed run has
+to agree with.
 """
 
 from __future__ import annotations
 
 import shutil
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from fast.data.generators import (
     state_of,
 )
 from fast.data.reachable import Generator
+from fast.errors import warn
 from fast.files import (
     atomic_folder,
     file_hash,
@@ -43,8 +43,8 @@ PREFIX = "checkpoint-"
 FORMAT = 3
 ADAPTATION, OTHERS = "adaptation", "other ranks"
 STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
-# A stranger's file is read up to this multiple of the model's bytes, and a header. Two moments in
-# fp32 of bf16 weights are 4 times as many; averages and the head start come on top.
+# A stranger's file may have this multiple of the model's bytes, and a header. Two fp32 moments of
+# bf16 weights take 4 times the model's bytes; averages and the head start come on top.
 MOST_COPIES, MOST_HEADER = 16, 64 << 20
 HINTS = {
     "pretrained weights (hash)": ". The network does not begin with the weights that the run began "
@@ -54,13 +54,13 @@ HINTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a run shares with the one that it goes on from.
+    """What a resumed run has to agree with.
 
     Attributes:
-        run: its id.
-        options: what it computes by.
-        job: network, data and code, by names for messages.
-        environment: what may change the last bits.
+        run: id of the run.
+        options: the options that decide what is computed.
+        job: facts about network, data and code, by the names that messages use.
+        environment: versions and hardware, which may change the last bits.
     """
 
     run: str
@@ -71,11 +71,11 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a run is made of, to be saved, or restored in place.
+    """The live parts of a run that are saved, and restored in place.
 
     Attributes:
-        adaptation: with its model and optimizer.
-        generators: that data, transform and network hold, by path.
+        adaptation: the adaptation, with its model and optimizer.
+        generators: random generators that data, transform and network hold, by path.
     """
 
     adaptation: Adaptation
@@ -96,15 +96,22 @@ class State:
             "generators": {path: state_of(g) for path, g in self.generators.items()},
         }
 
+    def set_randomness(self, saved: dict[str, Any]) -> None:
+        """Restore what `randomness()` returned."""
+        for name, generator in self.generators.items():
+            set_state(generator, saved["generators"][name])
+        set_process_generators(saved["process generators"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A training state as it is written: tensors by name, on the CPU where they were sharded.
+    """A training state as it is written: tensors by name, on the CPU if they were sharded.
 
     Attributes:
         step: steps done.
-        model, training: tensors of the network; and of optimizer, adaptation and best weights.
-        optimizer, adaptation: what JSON can hold of them.
+        model: tensors of the network.
+        training: tensors of optimizer and adaptation, and the best weights.
+        optimizer, adaptation: their plain values, as JSON holds them.
     """
 
     step: int
@@ -115,11 +122,11 @@ class Snapshot:
 
     @classmethod
     def of(cls, state: State, best: dict[str, Tensor], keep: bool = True) -> Snapshot:
-        """The state, of which sharded tensors are gathered one by one: all ranks have to call it.
+        """Take a snapshot; sharded tensors are gathered one by one, so all ranks have to call it.
 
         Args:
             best: further tensors, whose names begin with `BEST`.
-            keep: whether this rank is to write it; the others are left without the tensors.
+            keep: whether this rank will write the snapshot; the others get no tensors.
         """
         tensors, optimizer = flatten(state.optimizer)
         plain, more = split_state(state.adaptation.state_dict(), ADAPTATION)
@@ -152,9 +159,9 @@ def save_checkpoint(
     """Save a training state, then remove the checkpoints before it.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         record: anything else that JSON can hold; `load_checkpoint` returns it.
-        randomness: each rank's `State.randomness`.
+        randomness: `State.randomness()` of each rank.
 
     Returns:
         the new checkpoint's folder.
@@ -194,64 +201,98 @@ def load_checkpoint(
     """Restore the newest checkpoint of a run into `state` and the random generators.
 
     Args:
-        rank: whose generators these are; one that the run did not have keeps its own.
+        rank: the rank whose generators are restored; a rank that the run did not have keeps its
+            own.
 
     Returns:
-        its `state.json`, and the record and the best weights saved with it.
+        path of the `state.json`, and the record and the best weights saved with it.
 
     Raises:
-        FileNotFoundError: no complete checkpoint there.
-        ValueError: files that are damaged, or are not of one save; or a checkpoint of another run,
-            model, optimizer or job; nothing is changed then.
+        FileNotFoundError: there is no complete checkpoint.
+        ValueError: files are damaged, or were not saved together; or the checkpoint belongs to
+            another run, model, optimizer or job. Nothing is changed then.
     """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise FileNotFoundError(f"no checkpoint to resume from in {folder}")
-    path, steps = checkpoints[-1], state.adaptation.plan.steps
-    file = path / STATE_FILE
-    meta = read_sealed(file, FORMAT)
-    with reading(file):
-        saved = Facts(**{name: meta[name] for name in vars(facts)})
-        step, hashes, optimizer = meta["step"], dict(meta["files"]), meta["optimizer"]
-        record, randomness = meta["record"], [meta, *meta.get(OTHERS, ())]
-        generators = dict(randomness[min(rank, len(randomness) - 1)]["generators"])
-        plain = dict(meta[ADAPTATION])
-        groups = [len(group["params"]) for group in optimizer["groups"]]
-        if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
-            raise ValueError(f"step {step!r} of {steps}, in {path.name}")
-    _check_run(path, saved, facts)
-    _check_files(path, hashes, state.model)
+    path = checkpoints[-1]
+    meta = _read_state(path, state.adaptation.plan.steps)
+    _check_run(path, meta.facts, facts)
+    _check_files(path, meta.hashes, state.model)
     weights, training = load_tensors(path / MODEL_FILE), load_tensors(path / TRAINING_FILE)
     best = {name: training.pop(name) for name in list(training) if name.startswith(BEST)}
     _check_same_model(state.model, weights, path)
-    _check_same_optimizer(state.optimizer, groups, path)
-    _check_job(path, saved, facts)
-    own = state.adaptation.state_dict()
-    _, tensors = split_state(own, ADAPTATION)
-    _check_tensors(path / TRAINING_FILE, training, tensors)
-    with reading(file):
-        adaptation = joined_state(plain, training, own, ADAPTATION)
-        check_state(adaptation, own)
+    _check_same_optimizer(state.optimizer, meta.optimizer, path)
+    _check_job(path, meta.facts, facts)
+    adaptation = _take_adaptation(path, meta, training, state.adaptation.state_dict())
     if best:
         entries = {BEST + name: value for name, value in state.model.state_dict().items()}
         _check_tensors(path / TRAINING_FILE, best, entries)
         best = {name: best[name] for name in entries}
-    if sorted(generators) != sorted(state.generators):
-        raise ValueError(
-            f"{path} is of another job: the data, transform and network held the generators "
-            f"{_some(sorted(generators))}, here {_some(sorted(state.generators))}"
-        )
-    training = {name: x for name, x in training.items() if name not in tensors}
-    with reading(file):
-        unflatten(state.optimizer, training, optimizer)
+    _check_generators(path, meta.randomness_of(rank), state)
+    with reading(path / STATE_FILE):
+        unflatten(state.optimizer, training, meta.optimizer)
         state.adaptation.load_state_dict(adaptation)
-        if rank < len(randomness):
-            for name, generator in state.generators.items():
-                set_state(generator, generators[name])
-            set_process_generators(randomness[rank]["process generators"])
+        if rank < len(meta.randomness):
+            state.set_randomness(meta.randomness[rank])
     own = state.model.state_dict()
     state.model.load_state_dict({name: dtensor.as_in(weights[name], own[name]) for name in own})
-    return file, record, best
+    return path / STATE_FILE, meta.record, best
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Meta:
+    """The contents of a `state.json`.
+
+    Attributes:
+        facts: what the run that saved it was.
+        hashes: hashes of the files beside it.
+        optimizer, adaptation: their plain values.
+        record: what `save_checkpoint` was given.
+        randomness: `State.randomness()` of each rank.
+    """
+
+    facts: Facts
+    hashes: dict[str, str]
+    optimizer: dict[str, Any]
+    adaptation: dict[str, Any]
+    record: dict[str, Any]
+    randomness: list[dict[str, Any]]
+
+    def randomness_of(self, rank: int) -> dict[str, Any]:
+        """The randomness of a rank, or of the last one if the run had fewer."""
+        return self.randomness[min(rank, len(self.randomness) - 1)]
+
+
+def _read_state(path: Path, steps: int) -> _Meta:
+    """Read the `state.json` of a checkpoint of a run of this many steps."""
+    meta = read_sealed(path / STATE_FILE, FORMAT)
+    with reading(path / STATE_FILE):
+        step = meta["step"]
+        if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
+            raise ValueError(f"step {step!r} of {steps}, in {path.name}")
+        return _Meta(
+            facts=Facts(**{field.name: meta[field.name] for field in fields(Facts)}),
+            hashes=dict(meta["files"]),
+            optimizer=meta["optimizer"],
+            adaptation=dict(meta[ADAPTATION]),
+            record=meta["record"],
+            randomness=[meta, *meta.get(OTHERS, ())],
+        )
+
+
+def _take_adaptation(
+    path: Path, meta: _Meta, training: dict[str, Tensor], own: dict[str, Any]
+) -> dict[str, Any]:
+    """The state of the adaptation; its tensors are taken out of `training`."""
+    _, tensors = split_state(own, ADAPTATION)
+    _check_tensors(path / TRAINING_FILE, training, tensors)
+    with reading(path / STATE_FILE):
+        adaptation = joined_state(meta.adaptation, training, own, ADAPTATION)
+        check_state(adaptation, own)
+    for name in tensors:
+        del training[name]
+    return adaptation
 
 
 def _check_run(path: Path, saved: Facts, now: Facts) -> None:
@@ -265,9 +306,20 @@ def _check_run(path: Path, saved: Facts, now: Facts) -> None:
         raise ValueError(f"{path} is of a run with other options: {options}")
 
 
+def _check_generators(path: Path, saved: dict[str, Any], state: State) -> None:
+    with reading(path / STATE_FILE):
+        names = sorted(saved["generators"])
+    own = sorted(state.generators)
+    if names != own:
+        raise ValueError(
+            f"{path} is of another job: the data, transform and network held the generators "
+            f"{_some(names)}, here {_some(own)}"
+        )
+
+
 def _check_job(path: Path, saved: Facts, now: Facts) -> None:
     with reading(path / STATE_FILE):
-        # Names that are not known here are of another version.
+        # Another version may have written names that are unknown here.
         jobs = [(k, v) for k, v in saved.job.items() if now.job.get(k, v) != v]
         environment = [
             f"{name} {value}, here {now.environment[name]}"
@@ -279,10 +331,9 @@ def _check_job(path: Path, saved: Facts, now: Facts) -> None:
         own = now.job[name]
         raise ValueError(f"{path} is of another job: {name} {value!r}, here {own!r}{hint}")
     if environment:
-        warnings.warn(
+        warn(
             f"resume: the run was saved with {'; '.join(environment)}: it may end in other weights "
             "than one that was not interrupted",
-            stacklevel=6,
         )
 
 
@@ -300,12 +351,12 @@ def _check_files(path: Path, hashes: dict[str, str], model: nn.Module) -> None:
             )
 
 
-def _check_tensors(file: Path, found: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise ValueError where a tensor of `own` is missing in `found`, or is of another kind."""
+def _check_tensors(file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise ValueError where `saved` lacks a tensor of `own`, or has it in another form."""
     for name, value in own.items():
-        if name not in found:
+        if name not in saved:
             raise ValueError(f"{file} lacks {name}")
-        there = found[name]
+        there = saved[name]
         if (there.shape, there.dtype) != (value.shape, value.dtype):
             raise ValueError(
                 f"{file}: {name} is {list(there.shape)} {there.dtype}, and must be "
@@ -313,11 +364,13 @@ def _check_tensors(file: Path, found: dict[str, Tensor], own: dict[str, Tensor])
             )
 
 
-def _check_same_optimizer(optimizer: Optimizer, saved: list[int], path: Path) -> None:
+def _check_same_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) -> None:
+    with reading(path / STATE_FILE):
+        before = [len(group["params"]) for group in saved["groups"]]
     sizes = [len(g["params"]) for g in optimizer.param_groups]
-    if sizes != saved:
+    if sizes != before:
         raise ValueError(
-            f"{path} was saved with {saved} trained parameters per group, the model has {sizes}: "
+            f"{path} was saved with {before} trained parameters per group, the model has {sizes}: "
             "freeze the same layers"
         )
 

@@ -1,5 +1,7 @@
-"""What tells one job from another: hashes of its network, data and code, for runs that are resumed,
-and the environment, which may change a run's last bits."""
+"""Tell whether a resumed run does the same job: hashes of network, data and code.
+
+The environment is recorded too. It may change a run's last bits, so a difference is only a warning.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from fast.data.reachable import PLAIN, code_of, values_of
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import leaves
 
-# How many samples of a data set that is not in memory are read and hashed.
+# Samples that are read and hashed where the data are not in memory.
 SAMPLES_READ = 16
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -36,9 +38,10 @@ def model_identity(model: nn.Module) -> str:
 
 
 def code_identity(model: nn.Module, transform: Any) -> dict[str, str | None]:
-    """What the network computes besides its weights, and the transform; by names for messages.
+    """Hashes of the network's code and settings and of the transform, by names for messages.
 
-    Bytecode is of one version of Python: under another the names differ, and are not compared.
+    Bytecode differs between versions of Python, so the version is part of a name: hashes from
+    another version have other names, and are not compared.
     """
     shown = _ADDRESS.sub("", repr(model)) + values_of(model=model)
     name = getattr(transform, "__qualname__", type(transform).__qualname__)
@@ -51,7 +54,7 @@ def code_identity(model: nn.Module, transform: Any) -> dict[str, str | None]:
 
 
 def environment(device: torch.device, transform: Any) -> dict[str, str]:
-    """What may change the last bits of a run, or more, and is no reason to refuse one."""
+    """What may change a run's result slightly, and is no reason to refuse to resume it."""
     kind = device.type
     if kind == "cuda":
         kind = torch.cuda.get_device_name(device)
@@ -68,8 +71,11 @@ def environment(device: torch.device, transform: Any) -> dict[str, str]:
 
 
 def data_identity(data: Any) -> str | None:
-    """Hash of inputs and labels in memory; of a data set, of the labels that it records and of
-    `SAMPLES_READ` samples, read with its generators at a fixed seed and held afterwards.
+    """Hash of the inputs and labels in memory.
+
+    For a data set that is not in memory, it covers the labels that the data set records and
+    `SAMPLES_READ` samples. These are read with the data set's generators at a fixed seed, and the
+    generators are restored afterwards.
 
     Args:
         data: `Data`, `SourceInputs`, a function that measures, or None.
@@ -106,11 +112,11 @@ def _read_samples(digest: Any, data: Data) -> None:
             for generator in own:
                 reseed(generator, 0)
             try:
-                # What a data set shows at each visit tells how it augments.
+                # A view shows how the data set augments.
                 sample = source.view(int(i), 0) if data.has_views else source[int(i)]
                 _feed(digest, sample)
             except (LookupError, ValueError, TypeError, OSError) as error:
-                # A sampler may leave out what cannot be read, or have names for the samples.
+                # Its sampler may skip samples that cannot be read, or use keys other than numbers.
                 digest.update(type(error).__name__.encode())
 
 

@@ -34,15 +34,17 @@ def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for key, value in group.items():
             if isinstance(value, Tensor):
                 tensors[f"group.{i}.{key}"] = value
-            elif key != "curvature":  # weights of the job, not state: given again on resume
+            elif key != "curvature":  # an input of the run, not state: it is given again on resume
                 plain[key] = value
         groups.append(plain)
     return tensors, {"values": values, "groups": groups}
 
 
 def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Load into an optimizer what `flatten` made of one over the same parameters: whole tensors, of
-    which a sharded parameter takes its shards."""
+    """Load what `flatten` returned into an optimizer over the same parameters.
+
+    The tensors are whole; a sharded parameter takes its shard of them.
+    """
     own = optimizer.state_dict()["param_groups"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, which run it may go on with, and whether it is still there."""
+"""The folder of a run: claim it, check which run it may resume, and notice when it disappears."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from fast.train.resume.checkpoint import list_checkpoints
 class RunFolder:
     """A claim on the folder of a run, for as long as the block lasts or the process lives.
 
-    The claim is a file with the run's id, and a lock on it that the system takes away when the
-    process is killed. Each checkpoint carries the id. Of a run that ends before its first
-    checkpoint nothing is left.
+    The claim is a file with the run's id, and a lock on that file, which the system releases when
+    the process is killed. Each checkpoint carries the id. A run that fails before its first
+    checkpoint leaves no file behind.
 
     Args:
-        config: whose `output` or `resume` names the folder.
+        config: its `output` or `resume` names the folder.
         ranks: the processes of the run; the first one claims and writes for all.
 
     Raises:
-        FileNotFoundError: nothing to resume from.
-        ValueError: another run is going on there, or has left checkpoints there; the run to resume
-            had other options; or it cannot be written to. Nothing is changed then.
+        FileNotFoundError: there is nothing to resume from.
+        ValueError: another run is going on in the folder, or has left checkpoints there; the run to
+            resume had other options; or the folder cannot be written to. Nothing is changed then.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks = ALONE) -> None:
@@ -63,7 +63,7 @@ class RunFolder:
 
     @property
     def goes_on(self) -> bool:
-        """Whether this is the folder that the run was in before."""
+        """Whether the run goes on in the folder that it was in before."""
         return self.source is not None and self.source.resolve() == self.path.resolve()
 
     def _write(self) -> None:
@@ -73,13 +73,13 @@ class RunFolder:
         self._file.flush()
 
     def start(self) -> None:
-        """Write the options, after all that can be checked beforehand."""
+        """Write the options, once everything has been checked."""
         self.check()
         if self.ranks.first and not self.goes_on:
             write_json(self.path / OPTIONS_FILE, dataclasses.asdict(self.config))
 
     def check(self) -> None:
-        """Raises FileNotFoundError where the folder, or its claim, is no longer this run's."""
+        """Raise FileNotFoundError where the folder or its claim no longer belongs to this run."""
         with self.ranks.together():
             if self.ranks.first:
                 self._check_claim()
@@ -113,7 +113,7 @@ class RunFolder:
             self._file.close()
 
     def _clear(self) -> None:
-        if not (self.path / CLAIM_FILE).exists():  # another's, or gone
+        if not (self.path / CLAIM_FILE).exists():  # the folder is gone, or belongs to another run
             return
         shutil.rmtree(self.path / BOARD_FOLDER, ignore_errors=True)
         clear_unfinished(self.path)
@@ -122,7 +122,7 @@ class RunFolder:
         for path in self.new:
             try:
                 path.rmdir()
-            except OSError:  # something of another's is in it
+            except OSError:  # somebody else has put files there
                 return
 
 
@@ -156,13 +156,13 @@ def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
 def check_options(config: TrainConfig, saved: dict[str, Any], source: Path) -> None:
     """Raise ValueError where the run in `source` had other options."""
     now, places = config.computed(), config.places()
-    # Options that this version has and that one had not were at their defaults.
+    # Options that the other version did not have yet were at their defaults.
     were = TrainConfig().computed() | saved
     differ = [k for k in were if k not in places and were[k] != now.get(k)]
     if differ:
-        changes = ", ".join(f"{k} was {_told(were[k])}, is {_told(now.get(k))}" for k in differ)
+        changes = ", ".join(f"{k} was {_shown(were[k])}, is {_shown(now.get(k))}" for k in differ)
         raise ValueError(f"cannot resume {source} with other options: {changes}")
 
 
-def _told(value: object) -> str:
+def _shown(value: object) -> str:
     return "the default" if value is None else repr(value)

@@ -1,4 +1,4 @@
-"""What a run saves to go on from, and how it goes on."""
+"""Save the checkpoints of a run, and resume it from one."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Saver:
     """Checkpoints of one run, tied to its network, data and options.
 
     Args:
-        folder: of the run.
-        model: at the pretrained weights.
+        folder: the run's folder.
+        model: the network at its pretrained weights.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Saver:
         return self.folder.source is not None
 
     def add_source(self, adaptation: Adaptation, card: SourceCard | None) -> None:
-        """Note what the adaptation works with, and the card that the user gave."""
+        """Add the source inputs of the adaptation, and the user's card, to the facts of the job."""
         self._job["source inputs (hash)"] = data_identity(adaptation.source)
         self._job["held-back source inputs (hash)"] = data_identity(adaptation.held_back)
         self._job["card"] = None if card is None else card_identity(card)
@@ -98,5 +98,5 @@ class Saver:
 
 
 def tensors(values: list[float], device: torch.device) -> list[Tensor]:
-    """Saved losses, as the loop holds them."""
+    """Saved losses as tensors, the way the loop holds them."""
     return [torch.tensor(float(x), device=device) for x in values]

@@ -24,7 +24,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Feature:
     """One way to call an update op."""
 
@@ -42,7 +42,14 @@ FEATURES = {
     "anchor": Feature(anchor_decay=0.5),
     "curvature": Feature(anchor_decay=0.5, curvature=True),
     "clip": Feature(max_grad_norm=0.01, anchor_decay=0.5),
-    "all": Feature(0.5, True, 0.1, 0.01, 1024.0, True),
+    "all": Feature(
+        anchor_decay=0.5,
+        curvature=True,
+        weight_decay=0.1,
+        max_grad_norm=0.01,
+        grad_scale=1024.0,
+        maximize=True,
+    ),
 }
 
 
