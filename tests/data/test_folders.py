@@ -141,8 +141,7 @@ def test_pipes_devices_and_circles_of_links(tmp_path):
     (tmp_path / "dog" / "more" / "back").symlink_to(tmp_path / "dog")
     data = read(tmp_path)
     assert len(data.train) == 4
-    assert "2 pipes or devices" in data.notes[0] or "1 pipes or devices" in data.notes[0]
-    assert "broken links" in data.notes[0]
+    assert "left out: 2 broken links, 1 pipe or device" in data.notes[0]
 
 
 def test_names_that_write_to_the_terminal(tmp_path):
@@ -191,3 +190,14 @@ def test_nothing_is_held_out_where_all_are_to_be_trained_on(tmp_path):
 def test_roles(name, role):
     assert role_of(name) == role
     assert roles_of([name]) == ({name: role} if role else {})
+
+
+def test_sounds_are_not_called_images(tmp_path):
+    (tmp_path / "0.wav").write_bytes(b"")
+    with pytest.raises(ValueError, match="has sounds but no class folders"):
+        load_data(str(tmp_path))
+    (tmp_path / "texts" / "good").mkdir(parents=True)
+    (tmp_path / "texts" / "good" / "0.txt").write_text("fine")
+    (tmp_path / "texts" / "bad").mkdir()
+    with pytest.raises(ValueError, match="bad: class folder without texts; fill it"):
+        load_data(str(tmp_path / "texts"))

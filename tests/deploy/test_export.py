@@ -9,12 +9,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import fast
+from fast.data.audio.waveforms import SoundFormat
 from fast.data.images.format import ImageFormat
 from fast.data.images.library import transformers_description
 from fast.deploy.export.hugging_face import _write_processor
 from fast.deploy.predictor import Predictor
+from fast.models.preparation import Preparation
 from helpers import run_python
 from networks import ConvNet, TextNet, sentences
 
@@ -78,10 +81,53 @@ def test_several_inputs_keep_their_names(tmp_path):
     folder = result.export(tmp_path / "served", "torch.export")
     facts = json.loads((folder / "preprocessing.json").read_text())
     assert list(facts["inputs"]) == ["ids", "mask"]
+    assert facts["inputs"]["ids"]["shape"] == ["batch", "length"]
     code = "logits = torch.export.load('model.pt2').module()(x['ids'], x['mask'])"
     shorter = {name: value[:5, :4] for name, value in x.items()}
     logits = answers_alone(code, folder, shorter)
     torch.testing.assert_close(logits, result.predict(shorter).logits, rtol=1e-4, atol=1e-4)
+
+
+class Extractor:
+    """In place of a feature extractor of transformers."""
+
+    def save_pretrained(self, folder):
+        (folder / "preprocessor_config.json").write_text("{}")
+
+
+class Hears(nn.Module):
+    """Reads waveforms, of any length or of one."""
+
+    def __init__(self, length=None):
+        super().__init__()
+        self.body = nn.Conv1d(1, 4, 8, stride=4)
+        self.mix = nn.Identity() if length is None else nn.Linear(length, length)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, input_values):
+        return self.fc(self.body(self.mix(input_values)[:, None]).relu().mean(2))
+
+
+@pytest.mark.parametrize("length", [None, 400])
+def test_sounds_have_any_length_unless_the_network_fixes_it(length, tmp_path):
+    sounds = SoundFormat(seconds=1, rate=8000, extractor=Extractor())
+    predictor = Predictor(
+        model=Hears(length),
+        preparation=Preparation(sounds=sounds),
+        inputs={"input_values": {"shape": [400], "dtype": "float32"}},
+    )
+    folder = predictor.export(tmp_path / "served", "torch.export")
+    facts = json.loads((folder / "preprocessing.json").read_text())
+    assert facts["inputs"]["input_values"]["shape"] == ["batch", length or "length"]
+    if length is None:
+        x = torch.randn(5, 250)
+        assert facts["notes"] == []
+    else:
+        x = torch.randn(5, 400)
+        assert facts["notes"][0].startswith("A sequence has exactly 400 values, because")
+    logits = answers_alone("logits = torch.export.load('model.pt2').module()(x)", folder, x)
+    torch.testing.assert_close(logits, predictor.logits({"input_values": x}), rtol=1e-4, atol=1e-4)
+    assert "Keep the first 1 s." in (folder / "README.md").read_text()
 
 
 class OfTwo(ConvNet):
@@ -96,6 +142,8 @@ def test_a_batch_size_that_the_network_fixes_is_said(tmp_path):
     folder = predictor.export(tmp_path / "served", "torch.export")
     (note,) = json.loads((folder / "preprocessing.json").read_text())["notes"]
     assert note.startswith("The batch has exactly 2 samples, because the network fixes it")
+    facts = json.loads((folder / "preprocessing.json").read_text())
+    assert facts["inputs"]["input"]["shape"] == [2, 1, 8, 8]
 
 
 def test_answers_that_differ_are_not_written(adapted, tmp_path, monkeypatch):

@@ -198,6 +198,10 @@ def test_a_checkpoint_runs_no_code(net, tmp_path):
             ImportError("\ncannot import name 'x'\n", name="torch"),
             r"timm is installed but cannot be imported \(cannot import name 'x'\)",
         ),
+        (
+            RuntimeError("operator torchvision::nms does not exist"),
+            r"torchvision was compiled for another torch than .* install both from the same place",
+        ),
     ],
 )
 def test_the_library_that_is_missing_is_named(error, message, monkeypatch):

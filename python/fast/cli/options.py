@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, field, fields
 from typing import Any, NoReturn, TypeVar
@@ -66,6 +67,27 @@ def is_part(item: Field[Any]) -> bool:
     return "without" in item.metadata
 
 
+def is_words(item: Field[Any]) -> bool:
+    """Whether a field is typed without a flag."""
+    return "words" in item.metadata
+
+
+def usage(name: str, words: str | None) -> str:
+    """How words without a flag are written: `PATH [PATH ...]`."""
+    return {"+": f"{name} [{name} ...]", "?": f"[{name}]"}.get(words or "", name)
+
+
+class Help(argparse.HelpFormatter):
+    """Breaks the lines of paragraphs, and leaves those that are indented as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.split("\n\n")
+        return "\n\n".join(
+            part if part.startswith(" ") else textwrap.fill(part, width, initial_indent=indent)
+            for part in parts
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ValueError for what it cannot read: argparse prints its whole usage first."""
 
@@ -94,11 +116,14 @@ def parser_of(record: type, prog: str = "fast") -> Parser:
     parser = Parser(
         prog=prog,
         description=inspect.getdoc(record),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {"": parser}
-    for title, kind, item in _options(record):
+    options = list(_options(record))
+    words = [usage(f.metadata["metavar"], f.metadata["words"]) for *_, f in options if is_words(f)]
+    parser.usage = " ".join([prog, *words, "[options]"])
+    for title, kind, item in options:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         _add(groups[title], item, kind)
@@ -122,10 +147,10 @@ def _options(
 def _add(group: Any, item: Field[Any], kind: Any) -> None:
     how, name = item.metadata, flag(item.name)
     text = how["help"].replace("%", "%%")
-    if item.default is not None and not isinstance(item.default, bool):
+    if item.default not in (None, "") and not isinstance(item.default, bool):
         shown = item.default if isinstance(item.default, tuple) else (item.default,)
         text += f" (default: {','.join(map(str, shown))})"
-    if "words" in how:
+    if is_words(item):
         read = how.get("read", kind)
         group.add_argument(
             item.name, type=read, metavar=how["metavar"], nargs=how["words"], help=how["help"]

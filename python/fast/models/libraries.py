@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from fast.data.images.library import timm_description
 from fast.data.images.preprocessing import from_config, from_preset
 from fast.data.images.processor import measure
@@ -153,11 +155,27 @@ def _library(module: str, package: str) -> Any:
         raise ImportError(
             f"models by {package} need {missing}: pip install {distribution(missing)}"
         ) from err
-    except ImportError as err:
+    except (ImportError, RuntimeError) as err:
         raise ImportError(
-            f"{package} is installed but cannot be imported ({first_line(err)}); its version and "
-            "torch's may not fit"
+            _other_build(err)
+            or f"{package} is installed but cannot be imported ({first_line(err)}); its version "
+            "and torch's may not fit"
         ) from err
+
+
+def _other_build(error: BaseException) -> str | None:
+    """What to say where torchvision was compiled for another torch; timm and transformers load it,
+    too, and give errors of their own for it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "operator torchvision::" in str(cause):
+            return (
+                f"torchvision was compiled for another torch than {torch.__version__}, which is "
+                f"here ({first_line(cause)}): install both from the same place, in one call: "
+                "pip install --force-reinstall torch torchvision"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @contextmanager
@@ -167,6 +185,9 @@ def _naming(spec: str, downloads: bool) -> Iterator[None]:
         with quick_offline():
             yield
     except Exception as err:
+        other_build = _other_build(err)
+        if other_build is not None:
+            raise ImportError(other_build) from err
         hint = "; weights that are on this machine: --weights FILE" if downloads else ""
         if spec.startswith("transformers:"):
             hint = "; a network that is on this machine: transformers:FOLDER, and --weights FILE"

@@ -9,7 +9,7 @@ from fast.cli.report.html import save_curves, write_report
 from fast.cli.report.machine import describe
 from fast.cli.report.results import note_replaced, write_results
 from fast.cli.report.summary import intervals, settings, summarise, verdict
-from fast.cli.report.table import text_table
+from fast.cli.report.table import paragraph, text_table
 from fast.cli.runs import Runner, opened, runnable
 from fast.cli.spec import CompareSpec
 from fast.cli.spec.base import shown
@@ -44,6 +44,6 @@ def run(spec: CompareSpec) -> int:
         machine=describe(),
     )
     print("\n" + text_table(header, rows))
-    print("\n" + said)
+    print("\n" + paragraph(said))
     print(f"\n{folder}: curves.png, report.html, results.json")
     return 0

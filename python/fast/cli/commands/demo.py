@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fast.cli.report.html import save_curves
 from fast.cli.report.summary import NOTES, Run, summarise
-from fast.cli.report.table import text_table
+from fast.cli.report.table import paragraph, text_table
 from fast.cli.spec import DemoSpec
 from fast.cli.spec.methods import DEMO_LENGTH
 from fast.cli.task.load import LoadedTask
@@ -43,7 +43,7 @@ def run(spec: DemoSpec) -> int:
     header, rows = summarise(runs)
     # The clock of runs this short says nothing about the methods.
     rows = [row[: header.index("seconds")] for row in rows]
-    print("\n" + text_table(header[: header.index("seconds")], rows) + f"\n\n{NOTES}")
+    print("\n" + text_table(header[: header.index("seconds")], rows) + f"\n\n{paragraph(NOTES)}")
     figure = Path(spec.output) / "demo.png"
     save_curves(runs, "Digits 0-4, then 5-9", figure)
     print(f"\n{figure} ({time.monotonic() - start:.0f} s in all)")

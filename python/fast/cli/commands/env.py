@@ -14,12 +14,19 @@ from fast.errors import distribution
 # module -> what it is for
 OPTIONAL = {
     "PIL": "image files",
+    "soundfile": "sounds that are no plain WAV",
+    "pandas": "data frames",
+    "pyarrow": ".parquet",
     "matplotlib": "plots",
     "sklearn": "fast demo",
     "timm": "models timm:NAME",
     "torchvision": "models torchvision:NAME",
     "transformers": "models transformers:NAME, texts",
     "datasets": "Hugging Face data sets",
+    "peft": "method adapter",
+    "onnx": "fast export --format onnx",
+    "onnxscript": "fast export --format onnx",
+    "onnxruntime": "comparing what --format onnx wrote",
     "tensorboard": "TensorBoard logs",
 }
 

@@ -49,7 +49,8 @@ def verdict(evaluation: Evaluation) -> str:
     pairs_ = evaluation.confused(1)
     if pairs_:
         label, answer, n = pairs_[0]
-        text += f" Most often {printable(label)} is taken for {printable(answer)}: {n} times."
+        times = "once" if n == 1 else f"{n} times"
+        text += f" Most often {printable(label)} is taken for {printable(answer)}: {times}."
     return text
 
 

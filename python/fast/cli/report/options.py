@@ -9,7 +9,7 @@ import argparse
 import inspect
 from collections.abc import Iterator
 
-from fast.cli.options import Parser, parser_of
+from fast.cli.options import Parser, parser_of, usage
 from fast.cli.spec import COMMANDS
 
 HEAD = """# Options
@@ -30,17 +30,36 @@ def page() -> str:
         parser = parsers[name]
         text = (inspect.getdoc(COMMANDS[name]) or "").partition("\n\n")[0]
         parts.append(f"## fast {name}\n\n{' '.join(text.split())}\n")
-        own = shared if name == WHOLE else set()
-        taken = len({flags(a) for a in _actions(parser)} & shared - own)
-        parts += _groups(parser, shared - own)
-        if taken:
-            parts.append(f"It also takes {taken} of the options of `fast {WHOLE}`.\n")
+        left_out = set() if name == WHOLE else shared
+        parts += _groups(parser, left_out)
+        parts += _taken([a for a in _actions(parser) if flags(a) in left_out], parsers[WHOLE])
     return "\n".join(parts)
 
 
+def _taken(taken: list[argparse.Action], whole: Parser) -> Iterator[str]:
+    """Which options a command shares with `fast finetune`, or which of those it lacks: what is
+    shorter."""
+    names = {_name(action) for action in taken}
+    lacking = [_name(action) for action in _actions(whole) if _name(action) not in names]
+    if len(lacking) < len(taken):
+        yield f"It also takes the options of `fast {WHOLE}`, but {_listed(lacking)}.\n"
+    elif taken:
+        yield f"As in `fast {WHOLE}`: {_listed([_name(action) for action in taken])}.\n"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[0]
+
+
 def flags(action: argparse.Action) -> str:
-    """`--folds N`."""
-    name = action.option_strings[0]
+    """`--folds N`; of what has no flag, how it is written: `PATH [PATH ...]`."""
+    if not action.option_strings:
+        return usage(str(action.metavar), str(action.nargs))
+    name = _name(action)
     if action.choices:
         return f"{name} {{{','.join(map(str, action.choices))}}}"
     return f"{name} {action.metavar}" if action.metavar else name
@@ -55,11 +74,14 @@ def _groups(parser: Parser, left_out: set[str]) -> Iterator[str]:
         rows = [
             f"| `{flags(a)}` | {(a.help or '').replace('%%', '%').replace('|', ' ')} |"
             for a in group._group_actions
-            if a.option_strings and a.dest != "help" and flags(a) not in left_out
+            if a.dest != "help" and flags(a) not in left_out
         ]
         if rows:
-            title = "" if group.title in ("options", None) else f"**{group.title}**\n\n"
-            yield f"{title}| option | what it says |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+            own = group.title in ("options", "positional arguments", None)
+            title, head = "" if own else f"**{group.title}**\n\n", "option"
+            if group.title == "positional arguments":
+                head = "argument"
+            yield f"{title}| {head} | what it says |\n| --- | --- |\n" + "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":

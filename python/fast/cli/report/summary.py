@@ -196,4 +196,4 @@ def _steps(runs: Sequence[Run], goal: float, full: float) -> str:
     # Without the seeds that missed it a method would look the faster the more of them it has.
     steps = [r.steps if first is None else first for r, first in zip(runs, firsts, strict=True)]
     text = f"{statistics.mean(steps):.0f} ({statistics.mean(steps) / full:.2f})"
-    return text if reached == len(runs) else f"{text}, {reached} of {len(runs)} seeds"
+    return text if reached == len(runs) else f"{text}, {reached} of {len(runs)}"

@@ -58,7 +58,7 @@ class CurvatureSpec(Spec):
     progress: bool | None = option("progress bars (default: in a terminal or a notebook)")
     task: TaskSpec = field(
         default_factory=TaskSpec,
-        metadata=part("data", ("source_inputs", "card", "folds", "augment")),
+        metadata=part("data", ("source_inputs", "card", "folds", "augment", "flip")),
     )
 
     @classmethod

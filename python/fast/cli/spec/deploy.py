@@ -33,9 +33,9 @@ class PredictSpec(RunSpec):
     """Classes with probabilities, of pictures, sounds or texts.
 
       fast predict runs/resnet18-photos-fast holiday.jpg more/
-      fast predict runs/resnet18-photos-fast new/ --task source --top 3 --csv out.csv
+      fast predict runs/resnet18-photos-fast new/ --task source --csv out.csv
       fast predict runs/minilm-reviews-fast reviews.csv --column text
-      fast predict joined/ new/                        (of fast join: old and new classes together)
+      fast predict joined/ new/         (of fast join: old and new classes together)
 
     Inputs go through the pipeline of the run. A path is a file, a folder (all pictures or sounds in
     it), or a table (.csv, .tsv, .parquet) with a column of paths or texts; for a network of texts
@@ -100,7 +100,7 @@ class ExportSpec(RunSpec):
     what inputs go through.
     """
 
-    about = "write a run's network as ONNX, torch.export, safetensors, Hugging Face or timm"
+    about = "write the network of a run as ONNX, torch.export, Hugging Face"
 
     format: str = option(
         "what to write", "onnx", choices=("onnx", "torch.export", "safetensors", "hf", "timm")

@@ -14,7 +14,7 @@ from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
 # Options of a run that do not matter here.
-LEFT_OUT = ("source", "card", "flip")
+LEFT_OUT = ("source", "card", "flip", "augment", "folds")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,7 @@ class LandscapeSpec(MethodsSpec):
     and the forecast rise of the source loss against the measured one.
     """
 
-    about = "both losses over the plane of an adaptation, its path and its stiff steps"
+    about = "both losses over the plane of an adaptation, and its path"
 
     resolution: int = option("points along the longer side of the plane", 21)
     samples: int = option("samples of source and of target, for losses and curvature", 256)

@@ -11,16 +11,19 @@ from fast.cli.spec.base import SAVED, Spec
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
-LEFT_OUT = ("weights", "allow_missing", "source", "card", "val_fraction", "flip")
+LEFT_OUT = (
+    "weights", "allow_missing", "source", "card", "val_fraction", "flip", "augment", "folds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewindSpec(Spec):
     r"""Undo forgetting: take a fine-tuned network back to where it keeps a budget.
 
-      fast rewind --model "nets.py:ResNet(20)" --base resnet20.safetensors --tuned signs.pt \
-          --source-inputs cifar10.npz --budget 2% --data signs.npz
-      fast rewind --base timm:resnet18 --tuned finetuned.pth --source-inputs old/ --budget 0.1
+      fast rewind --model "nets.py:ResNet(20)" --base resnet20.safetensors \
+          --tuned signs.pt --source-inputs cifar10.npz --budget 2% --data signs.npz
+      fast rewind --base timm:resnet18 --tuned finetuned.pth \
+          --source-inputs old/ --budget 0.1
 
     --tuned is a checkpoint that was fine-tuned from --base, by any tool; the two heads may differ.
     Without --data the budget is kept, and how much of the target is left is not known. Writes what
@@ -42,7 +45,7 @@ class RewindSpec(Spec):
         metavar="FILE",
     )
     budget: str = option(
-        "what may be lost: nats of source loss (0.1) or points of accuracy (2%)", ""
+        "what may be lost: nats of source loss (0.1) or points of accuracy (2%)", "", metavar="X"
     )
     source_skill: str = option(
         "what must not be forgotten: answers of the head, or how features lie to each other",

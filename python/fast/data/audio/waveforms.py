@@ -99,13 +99,13 @@ class SoundFormat:
         words = [
             "Decode to samples in -1..1; take the mean of the channels.",
             f"Resample to {rate} (scipy.signal.resample_poly).",
-            f"Keep the first {self.seconds:g} seconds.",
+            f"Keep the first {self.seconds:g} s.",
         ]
         if self.extractor is None:
             count = "" if self.rate is None else f", {round(self.seconds * self.rate)} samples"
             return [
                 *words,
-                f"Fill shorter ones with zeros to exactly {self.seconds:g} seconds{count}.",
+                f"Fill shorter ones with zeros to exactly {self.seconds:g} s{count}.",
                 "Arrange as float32 [batch, samples].",
             ]
         return [

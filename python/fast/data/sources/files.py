@@ -17,6 +17,7 @@ from fast.errors import printable, some
 TEXT_SUFFIXES = frozenset((".txt", ".md"))
 # Besides .wav these need the package soundfile.
 AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"))
+KINDS = {AUDIO_SUFFIXES: "sounds", TEXT_SUFFIXES: "texts"}
 # A longer file is no sample.
 LONGEST_TEXT = 10 << 20
 
@@ -24,7 +25,7 @@ LONGEST_TEXT = 10 << 20
 def suffixes_in(root: Folder) -> frozenset[str] | None:
     """The suffixes of the samples in a folder without images: sounds or texts, else None."""
     there = set(root.all_others())
-    return next((kind for kind in (AUDIO_SUFFIXES, TEXT_SUFFIXES) if there & kind), None)
+    return next((kind for kind in KINDS if there & kind), None)
 
 
 def samples_of(paths: Sequence[str]) -> Any:

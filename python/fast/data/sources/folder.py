@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fast.data.labels import count_classes
-from fast.data.sources.files import samples_of, suffixes_in
+from fast.data.sources.files import KINDS, samples_of, suffixes_in
 from fast.data.sources.names import HELD_OUT, ROLES, TRAIN, roles_of
 from fast.data.sources.scan import Folder, left_out, natural, scan
 from fast.data.sources.types import NamedData, Split
@@ -31,7 +31,7 @@ class Layout:
 def read_folder(root: Path, numeric_labels: bool) -> NamedData:
     whole = scan(root)
     suffixes = None if whole.has_images else suffixes_in(whole)
-    layout = _layout(whole if suffixes is None else scan(root, suffixes))
+    layout = _layout(whole if suffixes is None else scan(root, suffixes, KINDS[suffixes]))
     parts, notes = layout.parts, layout.notes
     files = {part: _class_files(folder) for part, folder in parts.items()}
     names = sorted(files.get("train", files.get("val", {})), key=natural)
@@ -63,9 +63,13 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
         notes.append(f"files that are no {wanted} are left out: {left_out(others)}")
     for part, folder in parts.items():
         if any(_holds_classes(f) for f in folder.folders.values()):
-            notes.append(f"{part}: class folders hold folders, whose images are taken together")
+            notes.append(
+                f"{part}: class folders hold folders, whose {folder.kind} are taken together"
+            )
         if folder.images:
-            notes.append(f"{len(folder.images)} images beside the class folders are left out")
+            notes.append(
+                f"{len(folder.images)} {folder.kind} beside the class folders are left out"
+            )
     held_out = parts["val"].path.relative_to(root) if "train" in parts and "val" in parts else ""
     return NamedData(
         name=str(root),
@@ -93,8 +97,8 @@ def _layout(root: Folder) -> Layout:
         return _splits(root, roles, splits)
     if roles and len(roles) == len(root.with_images):
         raise ValueError(
-            f"{_at(root)}: {some(list(roles))} has images but no class folders; put each class in "
-            "a folder of its own, or rename what is a class"
+            f"{_at(root)}: {some(list(roles))} has {root.kind} but no class folders; put each class "
+            "in a folder of its own, or rename what is a class"
         )
     inner = _wrapped(root)
     return _layout(inner) if inner is not None else Layout(parts={"train": root})
@@ -131,9 +135,9 @@ def _splits(root: Folder, roles: dict[str, str], splits: set[str]) -> Layout:
         if name not in used_names.values():
             loose = ", not in class folders" if name in roles and name not in splits else ""
             count = len(folder.all_images())
-            notes.append(f"folder {printable(name)} is not used ({count} images{loose})")
+            notes.append(f"folder {printable(name)} is not used ({count} {root.kind}{loose})")
     if root.images:
-        notes.append(f"{len(root.images)} images beside the folders are not used")
+        notes.append(f"{len(root.images)} {root.kind} beside the folders are not used")
     return Layout(parts={part: inside[name] for part, name in used_names.items()}, notes=notes)
 
 
@@ -142,9 +146,10 @@ def _check_classes(root: Folder) -> None:
     if not root.folders:
         others = f" (it has {left_out(root.others)})" if root.others else ""
         raise ValueError(
-            f"{_at(root)}: has images but no class folders; put each class in a folder of its own"
+            f"{_at(root)}: has {root.kind} but no class folders; put each class in a folder of its "
+            "own"
             if root.images
-            else f"{_at(root)}: is empty; expected a folder of images for each class{others}"
+            else f"{_at(root)}: is empty; expected a folder of {root.kind} for each class{others}"
         )
     nested = [name for name, folder in root.with_images.items() if _holds_classes(folder)]
     inside = {name: _unwrapped(root.folders[name]) for name in nested}
@@ -155,7 +160,8 @@ def _check_classes(root: Folder) -> None:
                 raise ValueError(
                     f"{_at(root)}: {printable(b)} and {printable(a)} both hold folders "
                     f"{some(both)}: are they splits, or classes? Name splits train and val; move "
-                    "the images of a class into one folder; or name one of the two as the data"
+                    f"the {root.kind} of a class into one folder; or name one of the two as the "
+                    "data"
                 )
         copied = sorted(set(inside[a].with_images) & set(root.with_images), key=natural)
         if copied:
@@ -172,7 +178,7 @@ def _class_files(root: Folder) -> dict[str, list[Path]]:
         if not folder.has_images:
             others = left_out(folder.all_others())
             raise ValueError(
-                f"{_at(folder)}: class folder without images"
+                f"{_at(folder)}: class folder without {root.kind}"
                 + (f": it has {others}" if others else "")
                 + "; fill it, or remove it; or name the one folder that holds the classes"
             )

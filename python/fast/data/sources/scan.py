@@ -16,6 +16,7 @@ _LITTER = frozenset((
     "system volume information",
 ))  # fmt: skip
 DEEPEST = 30
+_PLURALS = {"pipe or device": "pipes or devices", "file without a suffix": "files without a suffix"}
 
 
 def is_litter(name: str) -> bool:
@@ -29,11 +30,13 @@ class Folder:
 
     Attributes:
         folders: the folders directly in it, by name, in natural order.
-        images: the images directly in it, in order; or what else is looked for.
+        kind: what is looked for, for messages: "images", "sounds" or "texts".
+        images: those files directly in it, in order.
         others: number of other files directly in it, by suffix or by what else they are.
     """
 
     path: Path
+    kind: str = "images"
     folders: dict[str, Folder] = field(default_factory=dict)
     images: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
@@ -55,22 +58,30 @@ class Folder:
         return {name: folder for name, folder in self.folders.items() if folder.has_images}
 
 
-def scan(root: Path, suffixes: frozenset[str] | None = None) -> Folder:
+def scan(root: Path, suffixes: frozenset[str] | None = None, kind: str = "images") -> Folder:
     """Read the names in a folder; no file is opened.
 
     Args:
         suffixes: of the files to look for (default: of images).
+        kind: what these files are, for messages.
     """
-    return _scan(root, readable_suffixes() if suffixes is None else suffixes, ())
+    return _scan(root, readable_suffixes() if suffixes is None else suffixes, kind, ())
 
 
 def left_out(others: Counter[str]) -> str:
-    """`"3 .heic (Pillow does not read them here; convert them to JPEG), 2 .txt"`."""
+    """`"3 .heic (Pillow does not read them here; convert them to JPEG), 2 broken links"`."""
     hint = " (Pillow does not read them here; convert them to JPEG)"
     return ", ".join(
-        f"{count} {printable(kind)}{hint if kind in CAMERA_FORMATS else ''}"
+        f"{count} {printable(_plural(kind, count))}{hint if kind in CAMERA_FORMATS else ''}"
         for kind, count in others.most_common()
     )
+
+
+def _plural(kind: str, count: int) -> str:
+    """Of `pipe or device`, `file without a suffix`; a suffix stays as it is."""
+    if count == 1 or kind.startswith("."):
+        return kind
+    return _PLURALS.get(kind, f"{kind}s")
 
 
 def natural(name: str) -> tuple[int, int, str]:
@@ -78,27 +89,27 @@ def natural(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-def _scan(path: Path, suffixes: frozenset[str], above: tuple[Path, ...]) -> Folder:
+def _scan(path: Path, suffixes: frozenset[str], kind: str, above: tuple[Path, ...]) -> Folder:
     """Scan one folder; `above` are the folders that it lies in, with links resolved."""
     if len(above) > DEEPEST:
         raise ValueError(f"{printable(path)}: folders are nested more than {DEEPEST} deep")
-    folder = Folder(path=path)
+    folder = Folder(path=path, kind=kind)
     above = (*above, path.resolve())
     with os.scandir(path) as entries:
         visible = sorted((e for e in entries if not is_litter(e.name)), key=lambda e: e.name)
     for entry in sorted(visible, key=lambda e: natural(e.name)):
         # A link may lead to a folder that it lies in.
         if entry.is_dir() and Path(entry.path).resolve() not in above:
-            folder.folders[entry.name] = _scan(Path(entry.path), suffixes, above)
+            folder.folders[entry.name] = _scan(Path(entry.path), suffixes, kind, above)
     for entry in visible:
         if entry.is_dir():
             continue
         suffix = Path(entry.name).suffix.lower()
         # Reading a pipe or a device might never end.
         if not entry.is_file():
-            folder.others["broken links" if entry.is_symlink() else "pipes or devices"] += 1
+            folder.others["broken link" if entry.is_symlink() else "pipe or device"] += 1
         elif suffix in suffixes:
             folder.images.append(Path(entry.path))
         else:
-            folder.others[suffix or "files without a suffix"] += 1
+            folder.others[suffix or "file without a suffix"] += 1
     return folder

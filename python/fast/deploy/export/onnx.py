@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,7 @@ def write_onnx(subject: Subject, folder: Path) -> None:
         )
     program = exported(subject)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             torch.onnx.export(
                 program,
                 f=str(folder / FILE),
@@ -50,6 +52,19 @@ def write_onnx(subject: Subject, folder: Path) -> None:
     else:
         _compare(subject, folder / FILE)
     subject.write_description(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and logs of the exporter, which are about itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _compare(subject: Subject, file: Path) -> None:

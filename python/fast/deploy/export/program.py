@@ -31,42 +31,59 @@ def exported(subject: Subject) -> Any:
     Raises:
         ValueError: torch cannot follow the network.
     """
+    while True:
+        open_shapes = _open_shapes(subject)
+        try:
+            return _program(subject, open_shapes)
+        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+            if open_shapes is None:
+                raise
+            _close(subject, first_line(error))
+
+
+def _program(subject: Subject, open_shapes: tuple[Any, ...] | None) -> Any:
     network = LogitsOnly(subject.network, subject.sample).eval()
     # Export marks the tensors that it is given, so that each attempt gets its own.
-    first, second = (tuple(x.clone() for x in subject.tensors()) for _ in range(2))
+    tensors = tuple(x.clone() for x in subject.tensors())
     with torch.no_grad():
+        if open_shapes is not None:
+            return torch.export.export(network, tensors, dynamic_shapes=open_shapes)
         try:
-            return torch.export.export(network, first, dynamic_shapes=_open_shapes(first))
-        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-            reason = first_line(error)
-        try:
-            program = torch.export.export(network, second)
+            return torch.export.export(network, tensors)
         except Exception as error:
             raise ValueError(
                 f"torch.export cannot follow {type(subject.network).__name__}: {first_line(error)}"
             ) from error
-    subject.notes.append(
-        f"The batch has exactly {len(second[0])} samples, because the network fixes it ({reason})."
-    )
-    return program
 
 
-def is_fixed(subject: Subject) -> bool:
-    """Whether the program takes batches of one size alone."""
-    return any(note.startswith("The batch has exactly") for note in subject.notes)
+def _close(subject: Subject, reason: str) -> None:
+    """Let what varies least be fixed: the length of sequences, and then the batch."""
+    lengths = [x.shape[1] for x in subject.tensors() if subject.has_length(x)]
+    if lengths:
+        subject.any_length = False
+        fixed = f"A sequence has exactly {lengths[0]} values"
+    else:
+        subject.any_batch = False
+        fixed = f"The batch has exactly {len(subject.tensors()[0])} samples"
+    subject.notes.append(f"{fixed}, because the network fixes it ({reason}).")
 
 
 def trials(subject: Subject) -> list[Any]:
-    """Batches to compare answers on: the sample, and one of another size."""
-    if is_fixed(subject):
-        return [subject.sample]
-    return [subject.sample, mapped(subject.sample, lambda x: torch.cat([x, x[:1]]))]
+    """Batches to compare answers on: the sample, and one of another size and length."""
+    sample = subject.sample
+    if not subject.any_batch:
+        return [sample]
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x, x[:1]])
+        return x[:, : max(1, 3 * x.shape[1] // 4)] if subject.has_length(x) else x
+
+    return [sample, mapped(sample, other)]
 
 
-def _open_shapes(tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-    """The dimensions that may vary: the batch, and the length of token sequences."""
-    shapes = []
-    for x in tensors:
-        tokens = x.dim() == 2 and not x.is_floating_point()
-        shapes.append({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if tokens else {0: Dim.DYNAMIC})
-    return (tuple(shapes),)
+def _open_shapes(subject: Subject) -> tuple[Any, ...] | None:
+    """The dimensions that may vary: the batch, and the length of sequences; None: none may."""
+    if not subject.any_batch:
+        return None
+    batch, both = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    return (tuple(both if subject.has_length(x) else batch for x in subject.tensors()),)

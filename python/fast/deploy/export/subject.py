@@ -34,6 +34,8 @@ class Subject:
         facts: accuracies and the method of the run.
         odds: what the weights have that the plain architecture has not.
         notes: what a reader should know; the writers of formats add to it.
+        any_batch: whether what is written takes batches of any size.
+        any_length: whether it takes sequences of any length.
     """
 
     network: nn.Module
@@ -45,6 +47,8 @@ class Subject:
     facts: dict[str, Any] = field(default_factory=dict)
     odds: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    any_batch: bool = True
+    any_length: bool = True
 
     def logits(self, inputs: Any) -> Tensor:
         """The network's own answers `[B, C]`."""
@@ -56,10 +60,11 @@ class Subject:
         outputs are."""
         self.preparation.save_parts(folder)
         inputs = {
-            name: {"shape": ["batch", *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
+            name: {"shape": self._shape(x), "dtype": str(x.dtype).removeprefix("torch.")}
             for name, x in zip(self.input_names, self.tensors(), strict=True)
         }
-        outputs = {"logits": {"shape": ["batch", len(self.classes)], "classes": self.classes}}
+        count = self._shape(self.tensors()[0])[0]
+        outputs = {"logits": {"shape": [count, len(self.classes)], "classes": self.classes}}
         write_json(
             folder / PREPARATION_FILE,
             {
@@ -74,6 +79,21 @@ class Subject:
     def tensors(self) -> list[Tensor]:
         """The sample, one tensor for each input."""
         return leaves(self.sample)
+
+    def has_length(self, x: Tensor) -> bool:
+        """Whether an input is `[batch, length]` with a length that varies: tokens, or sounds as a
+        feature extractor gives them."""
+        sounds = self.preparation.sounds
+        heard = sounds is not None and sounds.extractor is not None
+        return self.any_length and x.dim() == 2 and (heard or not x.is_floating_point())
+
+    def _shape(self, x: Tensor) -> list[int | str]:
+        sizes: list[int | str] = list(x.shape)
+        if self.any_batch:
+            sizes[0] = "batch"
+        if self.has_length(x):
+            sizes[1] = "length"
+        return sizes
 
     @property
     def input_names(self) -> list[str]:

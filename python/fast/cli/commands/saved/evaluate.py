@@ -19,7 +19,7 @@ from fast.cli.report.evaluation import (
     write_evaluation,
 )
 from fast.cli.report.machine import describe
-from fast.cli.report.table import text_table
+from fast.cli.report.table import paragraph, text_table
 from fast.cli.spec import EvaluateSpec, FinetuneSpec
 from fast.cli.spec.task import TaskSpec
 from fast.cli.task.run import open_run, print_left_out
@@ -40,7 +40,7 @@ def run(spec: EvaluateSpec) -> int:
     name, data, skip_broken = _data(spec, task)
     evaluation = predictor.evaluate(data, task=task, skip_broken=skip_broken)
     print_left_out(evaluation.unreadable)
-    print(f"{printable(name)}: {verdict(evaluation)}\n")
+    print(paragraph(f"{printable(name)}: {verdict(evaluation)}") + "\n")
     rows = class_rows(evaluation)
     print(text_table(CLASS_HEADER, rows[:LISTED]))
     if len(rows) > LISTED:

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from fast.cli.report.table import text_table
+from fast.cli.report.table import shortened, terminal_width, text_table
 from fast.cli.spec import PredictSpec
 from fast.cli.task.run import open_run, print_left_out
 from fast.deploy.predictions import Predictions
@@ -17,6 +17,8 @@ FEW = 40
 # A terminal is not filled with more of them; a file, or another program, gets all.
 SHOWN = 200
 MOST_CLASSES = 12
+# Characters of a file's name, at least.
+LEAST_NAME = 20
 
 
 def run(spec: PredictSpec) -> int:
@@ -39,13 +41,24 @@ def run(spec: PredictSpec) -> int:
 def _table(answers: Predictions, top: int) -> str:
     header = ["input", *(part for i in range(top) for part in (_ordinal(i), "%"))]
     rows = []
-    shown = SHOWN if sys.stdout.isatty() else len(answers)
+    on_screen = sys.stdout.isatty()
+    shown = SHOWN if on_screen else len(answers)
     for name, best in zip(answers.names[:shown], answers.top(top), strict=False):
         cells = [cell for label, p in best for cell in (printable(label), f"{100 * p:.1f}")]
         rows.append([printable(name), *cells, *[""] * (2 * top - len(cells))])
+    if on_screen:
+        rows = _fitted(header, rows)
     rest = len(answers) - shown
     more = f"\n... and {rest} more: --csv FILE writes all" if rest > 0 else ""
     return text_table(header, rows, left=2) + more
+
+
+def _fitted(header: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """The rows with names short enough for the terminal."""
+    lines = text_table(header, [["", *row[1:]] for row in rows]).splitlines()
+    width = max(map(len, lines))
+    most = max(LEAST_NAME, terminal_width() - width + len(header[0]))
+    return [[shortened(row[0], most), *row[1:]] for row in rows]
 
 
 def _counts(answers: Predictions) -> str:
