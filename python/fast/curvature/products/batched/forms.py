@@ -48,7 +48,7 @@ class SecondOrder:
         tape: the record of a gradient; it gets slots for the sums.
         split: number of steps of the forward pass.
         gradient_of: slots of gradients, and of the values that they are the gradients in.
-        parameters: the same for the parameters.
+        parameters: the same for the parameters, as pairs.
         cotangent: slot of the gradient in the output.
     """
 
@@ -57,12 +57,12 @@ class SecondOrder:
         tape: Tape,
         split: int,
         gradient_of: dict[int, int],
-        parameters: dict[int, int],
+        parameters: list[tuple[int, int]],
         cotangent: int,
     ):
         self.tape, self.parameters, self.gradient_of = tape, parameters, gradient_of
         self.forward, self.backward = tape.steps[:split], tape.steps[split:]
-        linear = _linear(self.forward, parameters.values())
+        linear = _linear(self.forward, [p for _, p in parameters])
         if not self._build(linear, cotangent) and linear:
             self._build(set(), cotangent)
 
@@ -75,7 +75,7 @@ class SecondOrder:
         self.steps: list[Step] = []
         self.total: int | None = None
         values = {s for step in self.forward for s in flat(step.outputs)}
-        moving = {*self.parameters.values(), *values} - linear
+        moving = values.union(p for _, p in self.parameters) - linear
         gradients, is_plain = {cotangent}, True
         for step in self.backward:
             inputs, outputs = flat(step.inputs), flat(step.outputs)
@@ -91,7 +91,7 @@ class SecondOrder:
                     self._add(slot, value, linear)
                 else:
                     moving.add(slot)
-        for gradient, value in self.parameters.items():
+        for gradient, value in self.parameters:
             if gradient in moving:
                 self._add(gradient, value, linear)
         return is_plain
@@ -110,7 +110,7 @@ def _linear(forward: list[Step], parameters: Iterable[int]) -> set[int]:
     for step in forward:
         places = {i for i, s in enumerate(step.inputs) if not origin.keys().isdisjoint(flat([s]))}
         origins = {origin[s] for s in flat(step.inputs) if s in origin}
-        if origins and step.name in VIEWS:
+        if origins and step.name in VIEWS | {"aten._to_copy.default"}:
             origin |= {s: p for s in flat(step.outputs) for p in origins}
         elif not any(places <= linear for linear in LINEAR_IN.get(step.name, [])):
             others |= origins

@@ -184,7 +184,7 @@ class FoldedHessian(Folded):
 
     def _prepare_forms(self, tape: Tape, split: int, gradient_of: dict[int, int]) -> None:
         pairs = zip(self.grad_slots, self.param_slots, strict=True)
-        parameters = {g: p for g, p in pairs if g is not None}
+        parameters = [(g, p) for g, p in pairs if g is not None]
         order = SecondOrder(tape, split, gradient_of, parameters, self.cotangent_slot)
         self.form, self.form_slot = Schedule(order.steps, tape.sizes, {order.total}), order.total
         kept = {self.output_slot} | self.form.reads()

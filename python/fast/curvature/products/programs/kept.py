@@ -46,7 +46,7 @@ class Kept(Passes):
         run.end_pass()
 
     def _quad(self, vectors: Blocks) -> Tensor:
-        key = "quad", len(vectors[0])
+        key = "form", len(vectors[0])
         if key not in self._runs:
             return self._traced_in_time(key, lambda: self.record._quad(vectors))
         run = self._runs[key]
