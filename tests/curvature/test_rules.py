@@ -47,6 +47,14 @@ def _two_batch_norms(net: Net, x: Tensor) -> Tensor:
     )
 
 
+def _convolutions(*layers: nn.Module, channels: int, spatial: int = 2) -> Net:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = x.view(-1, 1, *([2, 3] if spatial == 2 else [6, 1, 1][:spatial]))
+        return net.out(net.layers(h).flatten(2).mean(2).tanh())
+
+    return Net(forward, layers=nn.Sequential(*layers).double(), out=linear(channels, 4))
+
+
 def _indices(x: Tensor) -> Tensor:
     return (x.abs() * 10).long() % 5
 
@@ -78,6 +86,35 @@ NETS = {
         lambda n, x: n.out(n.embed(_indices(x)).mean(1).tanh()),
         embed=nn.Embedding(5, 6, padding_idx=2, dtype=torch.float64),
         out=linear(6, 4),
+    ),
+    "convolutions with gaps": lambda: _convolutions(
+        nn.Conv2d(1, 3, 2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, (1, 2), padding=(0, 2), dilation=(1, 2)),
+        channels=2,
+    ),
+    "convolutions in a wide margin": lambda: _convolutions(
+        nn.Conv2d(1, 2, 1, padding=1), nn.Tanh(), nn.Conv2d(2, 3, 1, padding=2), channels=3
+    ),
+    "convolutions of many channels": lambda: _convolutions(
+        nn.Conv2d(1, 10, 2, padding=1), nn.Tanh(), nn.Conv2d(10, 12, 2), channels=12
+    ),
+    "transposed convolutions": lambda: _convolutions(
+        nn.Conv2d(1, 4, 1),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 3, 2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(3, 6, 2, groups=3, stride=2),
+        channels=6,
+    ),
+    "convolutions of groups": lambda: _convolutions(
+        nn.Conv2d(1, 4, 1), nn.Tanh(), nn.Conv2d(4, 6, 2, groups=2), channels=6
+    ),
+    "convolutions of lines": lambda: _convolutions(
+        nn.Conv1d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv1d(3, 2, 2), channels=2, spatial=1
+    ),
+    "convolutions of volumes": lambda: _convolutions(
+        nn.Conv3d(1, 2, (2, 1, 1)), nn.Tanh(), nn.Conv3d(2, 2, 1), channels=2, spatial=3
     ),
     "detach in a script": lambda: Net(lambda n, x: _scripted(n.first(x)), first=linear(6, 4)),
     "detach under vmap": lambda: Net(

@@ -149,6 +149,9 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Inner product per vector, [K], summed in float64 where the device has it."""
     total: Tensor | float = 0.0
     for x, y in zip(a, b, strict=True):
+        # Tangents lie in memory in any order, and a copy takes longer than the product.
+        order = 0, *sorted(range(1, x.ndim), key=x.stride, reverse=True)
+        x, y = x.permute(order), y.permute(order)
         rows = (x.shape[0], x.shape[1:].numel())
         part = torch.linalg.vecdot(x.reshape(rows), y.reshape(rows))
         total = total + (part.double() if part.device.type != "mps" else part)

@@ -10,6 +10,7 @@ from fast.curvature.network.batches import Batch
 from fast.curvature.network.evaluation import StopGradients
 from fast.curvature.network.network import Network, laid_out
 from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.products.batched.forms import SecondOrder
 from fast.curvature.products.batched.passes import Passes, Segment, untraced
 from fast.curvature.products.batched.recorder import Recorder
 from fast.curvature.products.batched.tape import Schedule, Tape
@@ -101,6 +102,11 @@ class Folded(Passes):
         self.forward = Schedule(forward.steps[:split], forward.sizes, {self.output_slot} | kept)
         self.sources = self.backward.sources(outputs)
         self.chunk = chunk or self._chunk(network.space.device, budget)
+        self._prepare_forms(forward, split, recorder.gradient_of)
+
+    def _prepare_forms(self, tape: Tape, split: int, gradient_of: dict[int, int]) -> None:
+        """Find out what is needed for v^T A v: no more than the way to the output, for a GGN."""
+        self.to_form, self.form, self.form_slot = self.forward, Schedule([], [], []), None
 
     def _chunk(self, device: torch.device, budget: int | None) -> int:
         """Number of vectors per pass, from the bytes that the tangents of one vector take."""
@@ -111,16 +117,18 @@ class Folded(Passes):
             budget = budget or torch.cuda.mem_get_info(device)[0] // 4
             return max(1, budget // peak)
         budget = budget or DEFAULT_BUDGET
-        largest = max(*self.forward.sizes, *self.backward.sizes, 1)
+        # The vectors and the products are there already.
+        apart = {*self.param_slots, *self.grad_slots, *(s for s, _ in self.sources.values())}
+        largest = max(self.forward.largest(apart), self.backward.largest(apart), 1)
         return max(1, min(budget // peak, CPU_TANGENT // largest))
 
-    def jvp(self, vectors: Blocks) -> tuple[Tensor, list[Tensor | None]]:
+    def jvp(self, vectors: Blocks, forward: Schedule) -> tuple[Tensor, list[Tensor | None]]:
         """Tangents of the output, [K, *output], and those by slot that are still needed."""
         num_vectors = vectors[0].shape[0]
-        values: list[Tensor | None] = [None] * len(self.forward.sizes)
+        values: list[Tensor | None] = [None] * len(forward.sizes)
         for slot, v in zip(self.param_slots, vectors, strict=True):
             values[slot] = v
-        self.forward.run(values)
+        forward.run(values)
         if self.output_slot is None:
             zero = vectors[0].new_zeros((num_vectors, *self.output_shape))
             return zero, values
@@ -130,7 +138,7 @@ class Folded(Passes):
 
     def _product(self, vectors: Blocks, out: Blocks) -> None:
         with self.segment(*vectors) as returns, rounding(self.gemm):
-            u, values = self.jvp(vectors)
+            u, values = self.jvp(vectors, self.forward)
             if self.output_slot is not None and self.output_slot not in self.late:
                 values[self.output_slot] = None
             if not self.exact:
@@ -161,15 +169,26 @@ class Folded(Passes):
 
     def _quad(self, vectors: Blocks) -> Tensor:
         with self.segment(*vectors) as returns, rounding(self.gemm):
-            u, _ = self.jvp(vectors)
-            returns(u)
-        return self.curvature.quad(u)
+            u, values = self.jvp(vectors, self.to_form)
+            self.form.run(values)
+            term = None if self.form_slot is None else values[self.form_slot]
+            terms = [] if term is None else [term]
+            returns(u, *terms)
+        return sum(terms, self.curvature.quad(u))
 
 
 class FoldedHessian(Folded):
     """Exact Hessian of one batch: the derivative of the record of its gradient."""
 
     exact = True
+
+    def _prepare_forms(self, tape: Tape, split: int, gradient_of: dict[int, int]) -> None:
+        pairs = zip(self.grad_slots, self.param_slots, strict=True)
+        parameters = [(g, p) for g, p in pairs if g is not None]
+        order = SecondOrder(tape, split, gradient_of, parameters, self.cotangent_slot)
+        self.form, self.form_slot = Schedule(order.steps, tape.sizes, {order.total}), order.total
+        kept = {self.output_slot} | self.form.reads()
+        self.to_form = Schedule(order.forward, tape.sizes, kept)
 
 
 class FoldedGGN(Folded):

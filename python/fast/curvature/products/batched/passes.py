@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from fast.curvature.network.parameter_space import Blocks, dot
+from fast.curvature.network.parameter_space import Blocks
 
 # What surrounds a part of the computation that may be traced: it is told the inputs of the part,
 # and what it yields takes the results.
@@ -34,7 +34,7 @@ class Passes(abc.ABC):
 
     @abc.abstractmethod
     def _quad(self, vectors: Blocks) -> Tensor:
-        """The forms of the vectors of one pass, [K], of a Gauss-Newton matrix."""
+        """The forms of the vectors of one pass, [K]."""
 
     @torch.no_grad()
     def products(self, vectors: Blocks) -> Blocks:
@@ -45,8 +45,6 @@ class Passes(abc.ABC):
 
     @torch.no_grad()
     def quad(self, vectors: Blocks) -> Tensor:
-        if self.exact:
-            return dot(vectors, self.products(vectors))
         return torch.cat([self._quad([v[part] for v in vectors]) for part in self._parts(vectors)])
 
     def _parts(self, vectors: Blocks) -> list[slice]:

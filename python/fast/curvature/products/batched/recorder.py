@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class Recorder(TorchDispatchMode):
         # Parameters of the model by id. Leaves stand for them, so that nothing should read them.
         self.originals: dict[int, str] = {}
         self.below_autograd = False  # inside a decomposition
+        # Slot of a gradient -> slot of the value that it is the gradient in.
+        self.gradient_of: dict[int, int] = {}
+        self._watched: set[int] = set()
         self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     @classmethod
@@ -65,6 +69,8 @@ class Recorder(TorchDispatchMode):
         self._check_untracked(func, args)
         if not any(_any(s) for s in slots):
             return func(*args, **kwargs)
+        if self.forward and self.exact:
+            self._watch_gradients(args)
         mutated = _mutated(func, args)
         if self.forward and not torch.is_grad_enabled():
             # Under no_grad the result is a constant to autograd, and so it is here.
@@ -84,6 +90,21 @@ class Recorder(TorchDispatchMode):
         out = _placeholder(func, *args, **kwargs) if shapes_only else func(*args, **kwargs)
         self._note(func, rule, args, kwargs, slots, out)
         return out
+
+    def _watch_gradients(self, args: Sequence[Any]) -> None:
+        """Learn in the backward pass which gradient is that of each argument."""
+        for t in _tensors(args):
+            slot = self.slots.get(t)
+            if slot is None or slot in self._watched or not t.requires_grad or t.is_leaf:
+                continue
+            self._watched.add(slot)
+            t.register_hook(functools.partial(self._saw_gradient, slot))
+
+    def _saw_gradient(self, value: int, gradient: Tensor) -> None:
+        slot = self.slots.get(gradient)
+        if slot is not None:
+            # Where one gradient is passed on, as by a sum, that of the sum comes first.
+            self.gradient_of.setdefault(slot, value)
 
     def _decompose(self, decomposed: Any, args: Any, kwargs: Any) -> Any:
         before, self.below_autograd = self.below_autograd, True
@@ -113,6 +134,8 @@ class Recorder(TorchDispatchMode):
             raise
         except Exception as error:
             raise RuleError.of(func, error) from error
+        if call.is_linear_in_first:
+            slots = slots[:1]
         outs = out if isinstance(out, tuple | list) else (out,)
         which = call.differentiable_outputs
         targets = tuple(
@@ -166,16 +189,13 @@ class Recorder(TorchDispatchMode):
         """Raise where autograd knows of a dependence on the parameters that the record misses."""
         if not (self.forward and torch.is_grad_enabled()):
             return
-        for arg in args:
-            for t in arg if isinstance(arg, list | tuple) else (arg,):
-                if not isinstance(t, Tensor):
-                    continue
-                if id(t) in self.originals:
-                    raise StrayParameter(self.originals[id(t)])
-                if t.requires_grad and t not in self.slots:
-                    raise UnsupportedOperation(
-                        f"the custom autograd function whose result goes into {func}"
-                    )
+        for t in _tensors(args):
+            if id(t) in self.originals:
+                raise StrayParameter(self.originals[id(t)])
+            if t.requires_grad and t not in self.slots:
+                raise UnsupportedOperation(
+                    f"the custom autograd function whose result goes into {func}"
+                )
 
 
 # Number of elements from which a CPU takes longer to compute a result than torch takes to infer its
@@ -212,6 +232,13 @@ def _placeholder(func: Any, *args: Any, **kwargs: Any) -> Any:
         lambda m: torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device=device),
         meta,
     )
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        for t in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(t, Tensor):
+                yield t
 
 
 def _any(slots: Slots) -> bool:

@@ -14,6 +14,9 @@ from fast.curvature.products.rules import NO_FAULT, RuleError, UnsupportedOperat
 # for an argument that is a list) to tangents of the outputs.
 Derivative = Callable[..., Any]
 Slots = int | None | list[int | None]
+_VIEWS = ["t", "view", "_unsafe_view", "unsqueeze", "expand", "permute", "alias", "detach", "clone"]
+# Steps whose results are those of another step, in another order.
+VIEWS = {f"aten.{name}.default" for name in _VIEWS} | {"aten.transpose.int", "aten.select.int"}
 
 
 @dataclass(kw_only=True)
@@ -44,6 +47,11 @@ class Tape:
         self.sizes.append(tensor.numel() * tensor.element_size())
         return len(self.sizes) - 1
 
+    def new_sum(self) -> int:
+        """A slot for one number per vector."""
+        self.sizes.append(8)
+        return len(self.sizes) - 1
+
     def verify(self) -> None:
         """Raise UnsupportedOperation where a value that a derivative reads was overwritten."""
         for tensor, version, name in self.kept:
@@ -62,14 +70,14 @@ class Schedule:
         kept = set(keep)
         last: dict[int, int] = {}
         for i, step in enumerate(steps):
-            for s in (*_flat(step.inputs), *(s for s in step.outputs if s is not None)):
+            for s in (*flat(step.inputs), *(s for s in step.outputs if s is not None)):
                 last[s] = i
         for s, i in last.items():
             if s not in kept:
                 self.free[i].append(s)
 
     def reads(self) -> set[int]:
-        return {s for step in self.steps for s in _flat(step.inputs)}
+        return {s for step in self.steps for s in flat(step.inputs)}
 
     def peak(self, live: set[int]) -> int:
         """Largest number of bytes per vector of tangents that are alive together.
@@ -83,6 +91,11 @@ class Schedule:
             most = max(most, now)
             now -= sum(self.sizes[s] for s in free)
         return most
+
+    def largest(self, apart: set[int | None]) -> int:
+        """Largest number of bytes that a step makes per vector, except for the slots `apart`."""
+        made = {s for step in self.steps if step.name not in VIEWS for s in flat(step.outputs)}
+        return max((self.sizes[s] for s in made - apart), default=0)
 
     def run(self, values: list[Tensor | None], into: dict[int, Tensor] | None = None) -> None:
         """Fill `values` (by slot); slots in `into` are written there if their step can do that."""
@@ -121,7 +134,8 @@ class Schedule:
         return sources
 
 
-def _flat(inputs: tuple[Slots, ...]) -> list[int]:
+def flat(inputs: Iterable[Slots]) -> list[int]:
+    """The slots that are there."""
     out: list[int] = []
     for s in inputs:
         if isinstance(s, list):

@@ -46,13 +46,13 @@ class Kept(Passes):
         run.end_pass()
 
     def _quad(self, vectors: Blocks) -> Tensor:
-        key = "quad", len(vectors[0])
+        key = "form", len(vectors[0])
         if key not in self._runs:
             return self._traced_in_time(key, lambda: self.record._quad(vectors))
         run = self._runs[key]
-        (u,) = run(0, *vectors)
+        u, *terms = run(0, *vectors)
         run.end_pass()
-        return self.record.curvature.quad(u)
+        return sum(terms, self.record.curvature.quad(u))
 
     def _traced_in_time(self, key: Any, compute: Callable[[], Any]) -> Any:
         """A pass by the rules; which are written down once they have come often."""
@@ -66,5 +66,5 @@ class Kept(Passes):
         finally:
             self.record.segment = untraced
         if not tracer.why:
-            self._runs[key] = Run(Source(tracer.trace, 0, compile=self.compile))
+            self._runs[key] = Run(Source(tracer.trace, [0], compile=self.compile))
         return result

@@ -18,8 +18,10 @@ from fast.curvature.products.looped import OutputCurvature
 from fast.curvature.products.programs.source import Source
 from fast.curvature.products.programs.tracer import Diverged
 
-# The segments of a record: the network, the layout of its output, the way back. Passes follow.
+# The segments of a record: the network, the layout of its output, the way back. Passes follow: a
+# product has two segments, before and after the output's curvature, and a form has one.
 FORWARD, LAYOUT, BACKWARD, FIRST_PASS = range(4)
+PASSES = "product", "form"
 
 
 class Run:
@@ -49,10 +51,12 @@ class Program:
     """What `trace` makes of a record.
 
     Attributes:
-        passes: the number of the segment that starts a pass, by number of vectors.
+        passes: the number of the segment that starts a pass, by its kind and number of vectors.
     """
 
-    def __init__(self, source: Source, part: Folded, passes: dict[int, int], num_vectors: int):
+    def __init__(
+        self, source: Source, part: Folded, passes: dict[tuple[str, int], int], num_vectors: int
+    ):
         self.source, self.passes, self.num_vectors = source, passes, num_vectors
         self.exact, self.chunk, self.output_dim = part.exact, part.chunk, part.output_dim
 
@@ -103,12 +107,12 @@ class Replay(Passes):
         self.output_product, self.output_quad = product, quad
 
     def _product(self, vectors: Blocks, out: Blocks) -> None:
-        segment = self.passes[len(vectors[0])]
+        segment = self.passes["product", len(vectors[0])]
         (u,) = self.run(segment, *vectors)
         self.run(segment + 1, self.output_product(u), *out)
         self.run.end_pass()
 
     def _quad(self, vectors: Blocks) -> Tensor:
-        (u,) = self.run(self.passes[len(vectors[0])], *vectors)
+        u, *terms = self.run(self.passes["form", len(vectors[0])], *vectors)
         self.run.end_pass()
-        return self.output_quad(u)
+        return sum(terms, self.output_quad(u))

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from fast.curvature.products.programs.tracer import Node, Ref, Trace
+from fast.curvature.products.programs.tracer import Node, Ref, Trace, output_mask
 
 
-def merged(trace: Trace, num_kept: int) -> dict[int, int]:
-    """value -> the same value, computed earlier: in a segment that is kept, or in the same pass."""
+def merged(trace: Trace, passes: Sequence[int]) -> dict[int, int]:
+    """value -> the same value, computed earlier: in a segment that is kept, or in the same pass.
+
+    Args:
+        passes: the segments that passes start with, in their order.
+    """
     # The caller may overwrite the results of a segment.
     overwritten = {trace.values[v].memory for _, results in trace.segments for v in results}
     overwritten |= {m for node in trace.nodes for m in node.writes}
@@ -19,9 +26,9 @@ def merged(trace: Trace, num_kept: int) -> dict[int, int]:
         if node.required or memories & overwritten:
             continue
         key = (node.func, _key(node.args, same), _key(node.kwargs, same))
-        # Each pass has two segments, and only what is kept is there when another one runs.
-        which = max(-1, (node.segment - num_kept) // 2)
-        earlier = first.get((-1, key)) or first.get((which, key))
+        # Only what is kept is there when another pass runs.
+        which = bisect.bisect(passes, node.segment)
+        earlier = first.get((0, key)) or first.get((which, key))
         if earlier is None:
             first[which, key] = node.outputs
             continue
@@ -41,11 +48,22 @@ def live(trace: Trace, wanted: set[int], same: dict[int, int]) -> list[Node]:
         made = [o for o in node.made() if same.get(o, o) == o]
         if not (node.required or node.writes & memories or needed.intersection(made)):
             continue
-        kept.append(node)
+        kept.append(_masked(node, needed))
         for v in node.reads:
             needed.add(same.get(v, v))
             memories.add(trace.values[same.get(v, v)].memory)
     return kept[::-1]
+
+
+def _masked(node: Node, needed: set[int]) -> Node:
+    """The node, told to leave out results that nobody needs where the operation can do that."""
+    place = output_mask(node.func)
+    if place is None or place >= len(node.args):
+        return node
+    outputs = [o if o in needed else None for o in node.outputs]
+    asked = tuple(m and o is not None for m, o in zip(node.args[place], outputs, strict=True))
+    args = (*node.args[:place], asked, *node.args[place + 1 :])
+    return replace(node, args=args, outputs=outputs)
 
 
 def _key(tree: Any, same: dict[int, int]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ class Source:
     The caller puts inputs into their slots, and finds results in theirs.
 
     Args:
-        num_kept: values of the first segments are kept; those of later ones go after their use.
+        passes: the segments that passes start with, in their order. Values of the segments before
+            them are kept; those of a pass go after their use.
         compile: whether inductor compiles the segments that are not kept, when they first run.
     """
 
-    def __init__(self, trace: Trace, num_kept: int, *, compile: bool = False):
-        self.compile, self.num_kept = compile, num_kept
-        self.same = merged(trace, num_kept)
+    def __init__(self, trace: Trace, passes: Sequence[int], *, compile: bool = False):
+        self.compile, self.num_kept = compile, passes[0]
+        self.same = merged(trace, passes)
         inputs = [v for given, _ in trace.segments for v in given]
         wanted = {self._first(v) for _, results in trace.segments for v in results}
         self.nodes = live(trace, wanted, self.same)
@@ -41,7 +42,7 @@ class Source:
             self.until |= {self._first(v): node.segment for v in node.reads}
         crossing = {v for v, n in self.until.items() if v in home and home[v] != n}
         self.slots = {v: i for i, v in enumerate(sorted({*inputs, *wanted, *crossing}))}
-        self.passing = {v for v in self.slots if home[v] >= num_kept}
+        self.passing = {v for v in self.slots if home[v] >= self.num_kept}
         self.inputs = [[self.slots[v] for v in given] for given, _ in trace.segments]
         self.results = [[self.slot(v) for v in results] for _, results in trace.segments]
         for v in {self._first(v) for node in self.nodes for v in node.reads}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from fast.curvature.network.parameter_space import Blocks
 from fast.curvature.products.batched.linearize import Folded
 from fast.curvature.products.batched.passes import Passes, untraced
 from fast.curvature.products.looped import OutputCurvature
-from fast.curvature.products.programs.program import FIRST_PASS, Program, Replay
+from fast.curvature.products.programs.program import PASSES, Program, Replay
 from fast.curvature.products.programs.source import Source
 from fast.curvature.products.programs.tracer import Diverged, Reads, Tracer
 from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
@@ -128,16 +129,18 @@ class Programs:
             self._refuse(key, tracer.why)
             return part
         sizes = {min(part.chunk, num_vectors), num_vectors % part.chunk} - {0}
-        passes = {size: len(tracer.trace.segments) + 2 * i for i, size in enumerate(sizes)}
-        ones = [self._product_with_ones(part, size) for size in passes]
+        passes, ones = {}, []
+        for kind, size in itertools.product(PASSES, sizes):
+            passes[kind, size] = tracer.start_pass()
+            ones.append(self._pass_with_ones(part, kind, size))
         part.segment = untraced
         if not tracer.why:
-            source = Source(tracer.trace, FIRST_PASS, compile=self.compile)
+            source = Source(tracer.trace, [*passes.values()], compile=self.compile)
             program = Program(source, part, passes, num_vectors)
             again = replayed(program)
             if not all(
-                _agree(self._product_with_ones(again, size), truth)
-                for size, truth in zip(passes, ones, strict=True)
+                _agree(self._pass_with_ones(again, *which), truth)
+                for which, truth in zip(passes, ones, strict=True)
             ):
                 tracer.refuse("its program gives another product than its record")
         if tracer.why:
@@ -147,8 +150,10 @@ class Programs:
         return part
 
     @torch.no_grad()
-    def _product_with_ones(self, part: Passes, size: int) -> Blocks:
+    def _pass_with_ones(self, part: Passes, kind: str, size: int) -> Blocks:
         vectors = [torch.ones_like(v) for v in self.network.space.zeros(size)]
+        if kind == "form":
+            return [part._quad(vectors).to(vectors[0].dtype)]
         out = list(map(torch.empty_like, vectors))
         part._product(vectors, out)
         return out

@@ -122,6 +122,11 @@ class Tracer(TorchDispatchMode):
         with self:
             yield lambda *tensors: results.extend(map(self.index, tensors))
 
+    def start_pass(self) -> int:
+        """The number of the first segment of a pass, which finds no views of other passes."""
+        self._windows.clear()
+        return len(self.trace.segments)
+
     def refuse(self, why: str) -> None:
         self.why = self.why or why
 
@@ -351,6 +356,13 @@ def _traits(func: Any) -> Traits:
         random=torch.Tag.nondeterministic_seeded in func.tags,
         writes=[(i, spec.name) for i, spec in written],
     )
+
+
+@functools.cache
+def output_mask(func: Any) -> int | None:
+    """The place of the argument that says which results an operation computes."""
+    arguments = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else []
+    return next((i for i, spec in enumerate(arguments) if spec.name == "output_mask"), None)
 
 
 def _address(t: Tensor) -> int:

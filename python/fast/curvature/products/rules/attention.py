@@ -175,7 +175,10 @@ def _backward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float |
 
     def derivative(dg: Any, dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:
         moved = attention.backward(_moving(dg), _moving(dq), _moving(dk), _moving(dv))
-        shaped = [m.reshape(m.shape[0], *s) for m, s in zip(moved, shapes, strict=True)]
+        shaped = [
+            None if m is None else m.reshape(m.shape[0], *s)
+            for m, s in zip(moved, shapes, strict=True)
+        ]
         return (*shaped, *rest)
 
     return derivative

@@ -52,6 +52,7 @@ class Call:
     cache: dict[Any, tuple[Any, tuple[Tensor, ...]]]
     exact: bool  # whether the backward pass reads values of the forward pass that depend on w
     differentiable_outputs: tuple[int, ...] | None = None
+    is_linear_in_first: bool = False  # and does not depend on the other arguments' tangents
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A value that the derivative reads; the record checks that nobody overwrites it."""

@@ -100,10 +100,11 @@ def pool_backward(call: Call):
     """It is linear in the gradient, and reads only the shape of the input."""
     if not call.is_active(0):
         return call.constant()
+    call.is_linear_in_first = True
     func, x, rest = call.func, call.args[1], call.args[2:]
     shape = x.shape
 
-    def derivative(dg: Tangent, *_: Any) -> Tangent:
+    def derivative(dg: Tangent) -> Tangent:
         num_vectors = dg.shape[0]
         like = dg.new_empty(()).expand(num_vectors * shape[0], *shape[1:])
         out = func(dg.reshape(-1, *dg.shape[2:]), like, *rest)
@@ -130,9 +131,10 @@ def max_pool_backward(call: Call):
     """The gradient is scattered to fixed indices."""
     if not call.is_active(0):
         return call.constant()
+    call.is_linear_in_first = True
     indices, shape = call.args[7].flatten(-2), call.args[1].shape
 
-    def derivative(dg: Tangent, *_: Any) -> Tangent:
+    def derivative(dg: Tangent) -> Tangent:
         num_vectors = dg.shape[0]
         out = dg.new_zeros(num_vectors, *shape).flatten(-2)
         out.scatter_add_(-1, indices.expand(num_vectors, *indices.shape), dg.flatten(-2))
