@@ -149,12 +149,13 @@ def _layers(model: nn.Module, body: set[nn.Parameter], decay: float) -> Layers:
     if not 0 < decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1]; got {decay}")
     matcher: Any = getattr(model, "group_matcher", None)
+    number: dict[Tensor, int]
     if matcher is not None:
         from timm.models import group_parameters
 
-        numbers = group_parameters(model, matcher(coarse=False), reverse=True)
-        number = {p: numbers[name] for name, p in model.named_parameters() if p in body}
-        head = max(numbers.values())
+        layer_of = group_parameters(model, matcher(coarse=False), reverse=True)
+        number = {p: layer_of[name] for name, p in model.named_parameters() if p in body}
+        head = max(layer_of.values())
     else:
         number, head = _by_blocks(model, body)
     exempt = _exempt_from_weight_decay(model)
