@@ -83,6 +83,33 @@ def test_options_that_cannot_be_meant(job, options, message):
     assert message in err
 
 
+def test_a_folder_beside_its_table_is_no_class(job):
+    (job.folder / "table" / "img").mkdir(parents=True)
+    (job.folder / "table" / "img" / "0.png").write_bytes(b"")
+    (job.folder / "table" / "labels.CSV").write_text("path,label\nimg/0.png,a\n")
+    code, _, err = job.fast("finetune", *job.args, "--data", "table", "--plan")
+    assert code == 2
+    assert "one class only, 'img'; it also has labels.CSV: name the table" in err
+
+
+def test_suffixes_may_be_in_capitals(job):
+    (job.folder / "target.npz").rename(job.folder / "T.NPZ")
+    assert job.fast("finetune", *job.args, "--data", "T.NPZ", "--plan")[0] == 0
+    (job.folder / "T.CSV").write_text("what,kind,n\n0.5,a,1\n0.1,b,2\n")
+    columns = ("--input-column", "nope", "--label-column", "kind")
+    err = job.fast("finetune", *job.args, "--data", "T.CSV", *columns, "--plan")[2]
+    assert "T.CSV: no column 'nope'; --input-column can be" in err
+
+
+def test_options_of_images_are_for_images(job):
+    for name, text in (("good", "fine"), ("bad", "awful")):
+        (job.folder / "texts" / name).mkdir(parents=True)
+        (job.folder / "texts" / name / "0.txt").write_text(text)
+    options = ("--data", "texts", "--input-size", "8", "--plan")
+    err = job.fast("finetune", *job.args[:4], *options)[2]
+    assert "--input-size is for images, and --data is texts: drop the option" in err
+
+
 def test_broken_images_are_left_out_where_asked(job):
     photos(job.folder / "photos", {"cat": 6, "dog": 6})
     for name in ("cat/1.png", "dog/4.png"):

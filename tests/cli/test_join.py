@@ -84,22 +84,24 @@ def check_tasks(adapted, loaded, x, y):
     assert (old.classes, new.classes) == (loaded.classes[:3], loaded.classes[3:])
     assert torch.equal(torch.cat([old.logits, new.logits], 1), whole.logits)
 
-    array, network = np.load("target.npz")["x_test"][0], ("--model", "nets.py:Net(3)")
+    array = np.load("target.npz")["x_test"][0]
     pytest.importorskip("PIL.Image", reason="pictures need pillow").fromarray(array).save("a.png")
     for task, classes in (((), 7), (("--task", "target"), 4), (("--task", "source"), 3)):
-        code, out, err = adapted.fast("predict", "both", "a.png", "--top", 9, *network, *task)
+        code, out, err = adapted.fast("predict", "both", "a.png", "--top", 9, *task)
         assert code == 0, err
         assert len(out.splitlines()[-1].split()) == 1 + 2 * classes
     code, _, err = adapted.fast("predict", "out", "a.png", "--task", "both")
     assert (code, "is made by: fast join RUN --source-inputs OLD" in err) == (2, True)
 
-    code, out, err = adapted.fast("evaluate", "both", "target.npz", *network)
+    code, out, err = adapted.fast("evaluate", "both", "target.npz")
     assert (code, "its classes are numbers, which do not say whose" in err) == (2, True)
-    code, out, err = adapted.fast("evaluate", "both", "target.npz", "--task", "target", *network)
+    code, out, err = adapted.fast("evaluate", "both", "--task", "target")
     assert (code, "(target task)" in out) == (0, True), err
     numbers = json.loads(Path("both/evaluation-target/evaluation.json").read_text())
     assert numbers["accuracy"] == loaded.evaluate((x, y), task="target").accuracy
     assert loaded.evaluate((x, y + 3)).accuracy > 0.9
+    code, _, err = adapted.fast("finetune", "--resume", "both")
+    assert (code, "Traceback" in err) == (2, False), err
 
 
 def test_what_is_missing_is_named(adapted):
@@ -107,6 +109,7 @@ def test_what_is_missing_is_named(adapted):
         (("out",), "--output must be given"),
         (("nowhere", "-o", "both"), "RUN nowhere: no such folder"),
         (("out", "-o", "out"), "is the run itself"),
+        (("out", "-o", "."), "--output .: is not empty; name another folder"),
         (("out", "-o", "both", "--source-classes", "none.txt"), "cannot be read"),
     ):
         code, _, err = adapted.fast("join", *args)

@@ -221,6 +221,11 @@ def test_audio_by_a_network_of_transformers(birds, capsys):
         logits = names["loaded"].model(**made).logits
     torch.testing.assert_close(names["answers"].logits, logits, rtol=1e-4, atol=1e-4)
 
+    names["loaded"].export("served", "hf")
+    names |= {"waveform": waves[0], "rate": 16000}
+    exec((DOCS / "audio.md").read_text().split("```python\n")[2].split("```")[0], names)
+    assert names["best"] == names["loaded"].predict("night.wav").labels[0]
+
 
 class Waves(nn.Module):
     """Reads a second at 8 kHz."""

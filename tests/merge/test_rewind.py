@@ -279,7 +279,7 @@ def test_the_command_line_gives_what_python_gives(tmp_path, monkeypatch, capsys)
     ours = fold_head(result.model).state_dict()
     assert set(saved) == set(ours)
     assert all(torch.equal(saved[n], value) for n, value in ours.items())
-    assert main(["evaluate", "rewound", "new.npz", "--model", "nets.py:Net(4)"]) == 0
+    assert main(["evaluate", "rewound", "new.npz"]) == 0
     assert "samples (target task)" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"its network is code: .*nets\.py:Net\(4\)"):
         fast.load("rewound")

@@ -36,6 +36,14 @@ def write_record(folder: Path, options: dict[str, Any]) -> None:
         file.write(to_json(record | {SIGNATURE: _sign(record)}, indent=2) + "\n")
 
 
+def replace_record(folder: Path, options: dict[str, Any]) -> None:
+    """Keep network and data of what was made of a run, before it is saved, so that it is used
+    without --model, as the run itself; a record that was there goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JOB_FILE).unlink(missing_ok=True)
+    write_record(folder, options)
+
+
 def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[str, Any]:
     """The options of a run, read as if they were typed on the command line.
 

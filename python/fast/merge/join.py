@@ -112,8 +112,8 @@ def join_heads(
     labelled = source.labels is not None
     scales, joined.calibration = fit(sides, joined.place, own, labelled=labelled)
     _put(heads, scales)
-    cost = "" if joined.passes == 1 else "es, because each task has norms of its own"
-    log.info("join: %d classes, %d forward pass%s per input", count, joined.passes, cost)
+    cost = "pass" if joined.passes == 1 else "passes, because each task has norms of its own"
+    log.info("join: %d classes; an input takes %d forward %s", count, joined.passes, cost)
     return joined
 
 

@@ -15,7 +15,8 @@ from fast.cli.spec.task import TaskSpec
 from fast.data.images.pixels import is_image_split
 from fast.data.source_inputs import LIMIT
 from fast.data.sources import DataWarning, EncodedAudio, NamedData, Split, has_columns, load_data
-from fast.errors import printable
+from fast.data.sources.table import SUFFIXES as TABLES
+from fast.errors import printable, some
 
 ROLES = ("data", "source", "source_inputs")
 IMAGES = "images"
@@ -79,7 +80,15 @@ def check_target(spec: TaskSpec, target: NamedData, measured: bool) -> None:
     if len(target.classes) < 2:
         raise ValueError(
             f"--data {spec.data}: has one class only, {printable(target.classes[0])!r}"
+            f"{_tables_in(Path(target.name).expanduser())}"
         )
+
+
+def _tables_in(folder: Path) -> str:
+    """A hint that a folder of one class may be the folder of the images of a table."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    tables = sorted(file.name for file in files if file.suffix.lower() in TABLES)
+    return f"; it also has {some(tables)}: name the table that says the classes" if tables else ""
 
 
 def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:
@@ -124,9 +133,15 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
     other = next((name for name, kind in kinds.items() if kind != IMAGES), None)
     if image_option and other is not None:
         role = other if other in ROLES else "data"
+        arrays = "array" in kinds[other]
         raise ValueError(
-            f"{flag(image_option)} is for images, and {flag(role)} is {kinds[other]}, "
-            "handed to the network as it is: store uint8 images, or prepare the data and drop it"
+            f"{flag(image_option)} is for images, and {flag(role)} is {kinds[other]}"
+            + (
+                ", handed to the network as it is: store uint8 images, or prepare the data and "
+                "drop the option"
+                if arrays
+                else ": drop the option"
+            )
         )
 
 

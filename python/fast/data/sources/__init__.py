@@ -54,7 +54,8 @@ def has_columns(name: str) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         return is_saved_table(path) or bool(split_tables(path))
-    return path.suffix in SUFFIXES or (path.suffix != ".npz" and not path.exists())
+    suffix = path.suffix.lower()
+    return suffix in SUFFIXES or (suffix != ".npz" and not path.exists())
 
 
 def is_saved_table(path: Path) -> bool:
@@ -122,7 +123,7 @@ def _read(
         if tables and not has_classes(path):
             return read_tables(path, tables, input_column, label_column)
         return read_lines(path) or read_folder(path, numeric_labels)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return read_npz(path)
     if path.suffix.lower() in SUFFIXES and path.exists():
         return read_table(path, input_column, label_column)

@@ -97,8 +97,8 @@ def _layout(root: Folder) -> Layout:
         return _splits(root, roles, splits)
     if roles and len(roles) == len(root.with_images):
         raise ValueError(
-            f"{_at(root)}: {some(list(roles))} has {root.kind} but no class folders; put each class "
-            "in a folder of its own, or rename what is a class"
+            f"{_at(root)}: {some(list(roles))} has {root.kind} but no class folders; put each "
+            "class in a folder of its own, or rename what is a class"
         )
     inner = _wrapped(root)
     return _layout(inner) if inner is not None else Layout(parts={"train": root})

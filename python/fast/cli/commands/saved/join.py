@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from fast.cli.record import replace_record
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
+from fast.cli.spec.base import shown
 from fast.cli.task.load import load_task
 from fast.data.dataset import as_data
 from fast.data.source_inputs import SourceInputs
@@ -19,6 +21,7 @@ from fast.heads.find import classes_of
 from fast.merge.join import LIMIT, join_heads
 from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
+from fast.models.saved import JOIN_FILE
 
 # What stays true of a run when its heads are joined: files, and parts of result.json.
 COPIED = ("data.json", "preprocessing.json")
@@ -30,6 +33,8 @@ def run(spec: JoinSpec) -> int:
     check_writable(folder, "--output")
     if folder.resolve() == Path(spec.run).resolve():
         raise ValueError(f"--output {folder}: is the run itself; name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / JOIN_FILE).is_file():
+        raise ValueError(f"--output {folder}: is not empty; name another folder")
     task = load_task(spec.task)
     sample, _ = as_data(task.val, "data").batch_at(torch.arange(2))
     count = classes_of(find_head(task.loaded.model, sample).module)
@@ -38,15 +43,16 @@ def run(spec: JoinSpec) -> int:
     if not spec.source_labelled:
         source = SourceInputs(inputs=source.inputs)
     joined = join_heads(heads, source, task.val, _source_classes(spec, count), task.classes)
-    _save(joined, Path(spec.run), folder)
+    _save(joined, spec, folder)
     print(_summary(joined))
     print(f"saved in {printable(folder)}")
     return 0
 
 
-def _save(joined: Joined, run: Path, folder: Path) -> None:
+def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:
     """Write the joined network, with what the run knows of network and inputs."""
-    folder.mkdir(parents=True, exist_ok=True)
+    run = Path(spec.run)
+    replace_record(folder, shown(spec.task))
     for name in COPIED:
         if (run / name).is_file():
             with atomic_file(folder / name) as path:

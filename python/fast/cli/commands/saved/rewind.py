@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import fast
-from fast.cli.record import absolute
+from fast.cli.record import absolute, replace_record
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
+from fast.cli.spec.base import shown
 from fast.cli.task.data import drawn_inputs, print_notes, read_data, training_split
 from fast.cli.task.prepare import load_network, prepare_splits
 from fast.errors import printable
@@ -45,6 +46,7 @@ def run(spec: RewindSpec) -> int:
     if "data" in sets:
         result.classes = list(sets["data"].classes)
     result.network, result.preparation = absolute(task.model), preparation
+    replace_record(folder, shown(task))
     result.save(folder)
     files = [str(folder)]
     try:
