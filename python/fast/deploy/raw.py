@@ -96,6 +96,10 @@ def _files(path: Path, column: str | None, encoded: type[EncodedFiles]) -> list[
         return [str(file) for file in files]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix.lower() == ".npz":
+        raise ValueError(
+            f"{path}: holds arrays: fast evaluate reads it, and predict(array) in Python"
+        )
     if path.suffix.lower() not in TABLES:
         return [str(path)]
     held = read_inputs(path, column, FILES)
