@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fast.cli import main
+from fast.cli.report.curvature import _estimate
 from fast.curvature import Hessian
+from fast.curvature.algorithms.trace import Estimate
 from fast.models.load import load_model
 from fast.models.saved import load_saved
 
@@ -147,3 +149,11 @@ def test_bad_input_says_so_and_writes_nothing(adapted, spoil, options, message):
     assert err.splitlines()[-1].startswith("fast: error: ")
     after = sorted(p for p in adapted.folder.rglob("*") if "__pycache__" not in p.parts)
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [(2097.3, 163, "2097 ± 160"), (187.2, 24.3, "187.2 ± 24"), (1.5, 0.123, "1.5 ± 0.12")],
+)
+def test_errors_of_a_trace_are_plain_numbers(value, error, text):
+    assert _estimate(Estimate(value=value, stderr=error, num_matvecs=6)) == text

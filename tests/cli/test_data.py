@@ -85,7 +85,8 @@ def test_options_that_cannot_be_meant(job, options, message):
 
 def test_a_folder_beside_its_table_is_no_class(job):
     (job.folder / "table" / "img").mkdir(parents=True)
-    (job.folder / "table" / "img" / "0.png").write_bytes(b"")
+    for i in range(2):
+        (job.folder / "table" / "img" / f"{i}.png").write_bytes(b"")
     (job.folder / "table" / "labels.CSV").write_text("path,label\nimg/0.png,a\n")
     code, _, err = job.fast("finetune", *job.args, "--data", "table", "--plan")
     assert code == 2
@@ -104,7 +105,8 @@ def test_suffixes_may_be_in_capitals(job):
 def test_options_of_images_are_for_images(job):
     for name, text in (("good", "fine"), ("bad", "awful")):
         (job.folder / "texts" / name).mkdir(parents=True)
-        (job.folder / "texts" / name / "0.txt").write_text(text)
+        for i in range(2):
+            (job.folder / "texts" / name / f"{i}.txt").write_text(text)
     options = ("--data", "texts", "--input-size", "8", "--plan")
     err = job.fast("finetune", *job.args[:4], *options)[2]
     assert "--input-size is for images, and --data is texts: drop the option" in err

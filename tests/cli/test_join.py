@@ -115,6 +115,8 @@ def test_what_is_missing_is_named(adapted):
         code, _, err = adapted.fast("join", *args)
         assert code == 2
         assert message in err
+    (adapted.folder / "both").mkdir()  # a full disk stopped it before
+    shutil.copy("out/data.json", "both")
     (adapted.folder / "two.txt").write_text("left\nright\n")
     code, _, err = adapted.fast("join", "out", "-o", "both", "--source-classes", "two.txt")
     assert (code, "has 2 names; the old head has 3 classes" in err) == (2, True)

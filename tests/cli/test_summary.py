@@ -37,8 +37,8 @@ def test_means_spreads_and_steps():
     assert table["fast"]["source lost"] == "3.0 ± 12.7"
     assert table["vanilla"]["source lost"] == "50.0 ± 127.1"
     assert table["fast"][steps] == "15 (0.50)"
-    assert table["slow"][steps] == "25 (0.83), 1 of 2 seeds"  # 20, and a whole run of 30
-    assert table["vanilla"][steps] == "30 (1.00), 1 of 2 seeds"
+    assert table["slow"][steps] == "25 (0.83), 1 of 2"  # 20, and a whole run of 30
+    assert table["vanilla"][steps] == "30 (1.00), 1 of 2"
 
 
 def test_without_source_and_without_vanilla():

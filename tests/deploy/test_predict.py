@@ -91,11 +91,13 @@ def test_a_broken_picture_is_named_or_left_out(predictor, pictures):
 
 def test_what_is_no_input_is_said(predictor, adapted, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a.npz").write_bytes(b"")
     for inputs, message in (
         (tmp_path / "none.jpg", "none.jpg: no such file or folder"),
         (tmp_path / "empty", "there are no images in this folder"),
         (7, "inputs must be paths, pictures of Pillow, uint8 arrays, or tensors"),
-        ([], "inputs must be paths"),
+        ([], "inputs: there are none"),
+        (tmp_path / "a.npz", "a.npz: holds arrays: fast evaluate reads it"),
         (torch.zeros(2, 5), r"the network does not take these inputs \(\[2, 5\]"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

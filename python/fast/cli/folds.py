@@ -54,4 +54,7 @@ def cross_validate(spec: FinetuneSpec, task: LoadedTask) -> None:
         for name, found in spread.items()
     ]
     print("\n" + text_table([f"accuracy over {folds} folds, %", "mean", "std"], rows_of_table))
-    print(f"saved in {printable(folder / FOLDS_FILE)}; without --folds a network is trained on all")
+    print(
+        f"saved in {printable(folder / FOLDS_FILE)}; --val-fraction 0 in place of --folds trains a "
+        "network on all"
+    )

@@ -37,6 +37,8 @@ def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None)
         ValueError: these are no inputs of this network.
     """
     items = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+    if not items:
+        raise ValueError("inputs: there are none")
     found: Any = None
     if preparation.kind == "images":
         found = _encoded_files(items, column, EncodedImages)
@@ -94,6 +96,10 @@ def _files(path: Path, column: str | None, encoded: type[EncodedFiles]) -> list[
         return [str(file) for file in files]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix.lower() == ".npz":
+        raise ValueError(
+            f"{path}: holds arrays: fast evaluate reads it, and predict(array) in Python"
+        )
     if path.suffix.lower() not in TABLES:
         return [str(path)]
     held = read_inputs(path, column, FILES)
@@ -114,7 +120,9 @@ def _texts(items: Sequence[Any], column: str | None) -> list[str] | None:
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; give files with one text a line, or tables")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+            raise FileNotFoundError(
+                f"{path}: no such file; texts are read from files, one a line, and from tables"
+            )
         if path.suffix.lower() not in TABLES:
             texts += [line for line in text_of(path).splitlines() if line.strip()]
             continue

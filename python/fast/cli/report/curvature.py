@@ -66,7 +66,10 @@ def _layer_table(summaries: Mapping[str, Summary]) -> str:
 
 
 def _estimate(estimate: Estimate) -> str:
-    return f"{estimate.value:.4g} ± {estimate.stderr:.2g}"
+    """`2097 ± 160`, with at least two digits of the error."""
+    error = estimate.stderr
+    plain = f"{float(f'{error:.2g}'):.0f}" if 10 <= error < 1e6 else f"{error:.2g}"
+    return f"{estimate.value:.4g} ± {plain}"
 
 
 def _pair(pairs: Eigenpairs, i: int) -> str:

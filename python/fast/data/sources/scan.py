@@ -78,7 +78,7 @@ def left_out(others: Counter[str]) -> str:
 
 
 def _plural(kind: str, count: int) -> str:
-    """Of `pipe or device`, `file without a suffix`; a suffix stays as it is."""
+    """`pipes or devices`, `broken links`; a suffix stays as it is."""
     if count == 1 or kind.startswith("."):
         return kind
     return _PLURALS.get(kind, f"{kind}s")
