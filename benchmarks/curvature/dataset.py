@@ -15,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,10 @@ def measure(network: str, quantity: str, data: Path) -> Record:
         if not applies(name, network, quantity):
             continue
         one = _seconds(lambda: [gradient(model, x, y)() for x, y in batches])[0]
-        plain = nullcontext() if name == "fast" else sdpa_kernel(SDPBackend.MATH)
-        with plain:
+        kernels: AbstractContextManager[Any] = nullcontext()
+        if name != "fast":
+            kernels = sdpa_kernel(SDPBackend.MATH)
+        with kernels:
             seconds, found = _seconds(prepare(model, batches, quantity, PRODUCTS))
         record[name] = {"seconds": seconds, "gradients": seconds / one}
         record[name]["found"] = found.norm().item() if quantity == "diagonal" else found

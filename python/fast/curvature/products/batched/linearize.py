@@ -36,6 +36,7 @@ class Folded(Passes):
     """
 
     exact: bool
+    form_slot: int | None
 
     def __init__(
         self,

@@ -129,7 +129,8 @@ class Programs:
             self._refuse(key, tracer.why)
             return part
         sizes = {min(part.chunk, num_vectors), num_vectors % part.chunk} - {0}
-        passes, ones = {}, []
+        passes: dict[tuple[str, int], int] = {}
+        ones: list[Blocks] = []
         for kind, size in itertools.product(PASSES, sizes):
             passes[kind, size] = tracer.start_pass()
             ones.append(self._pass_with_ones(part, kind, size))
