@@ -94,9 +94,7 @@ def test_a_small_budget_takes_it_far_back_and_the_head_is_taught_again(case):
     taught = result.model.decide.linear.weight
     assert taught.shape == case.tuned.decide.weight.shape
     assert not torch.equal(taught, case.tuned.decide.weight)
-    assert result.target_accuracy == max(
-        r["target_accuracy"] for r in result.history if r["stage"] == "line" and r["target_accuracy"]
-    )
+    assert result.target_accuracy == result.final["target_accuracy"]
 
 
 def test_the_head_of_the_source_is_fitted_to_its_features(case):

@@ -46,8 +46,8 @@ class Rewound(Result):
         return facts | {"lost": f"{self.lost:.4f}", "budget": str(self.config.budget)}
 
     def plot(self) -> Any:
-        """The matplotlib Figure: what is lost along the line, the budget, the place that was chosen,
-        and the target accuracy where it was measured.
+        """The matplotlib Figure: what is lost along the line, the budget, the place chosen, and the
+        target accuracy where it was measured.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -105,23 +105,17 @@ class Search:
                 exponent=EXPONENT,
                 checks=LOOKS,
             )
-            self._settle(tuned)
-        else:
-            log.info("the tuned network keeps the budget: it is returned as it is")
         record = next(r for r in self.history if r["place"] == self.way.place)
+        if record is tuned:
+            log.info("the tuned network keeps the budget: its weights are returned as they are")
+        elif self.target is not None:
+            wanted = tuned["target_accuracy"] - KEPT
+            record["target_accuracy"] = self.target.fit(self.model, wanted)
+        else:
+            statistics = MovingStatistics(self.model, [], source=False)
+            statistics.mix(self.source_statistics, self.way.place)
         record["source_accuracy"] = self._source_accuracy(self.model)
         return self._result(record)
-
-    def _settle(self, tuned: dict[str, Any]) -> None:
-        """Fit what is the target's alone to the weights that were found."""
-        record = next(r for r in self.history if r["place"] == self.way.place)
-        target = self.target
-        if target is None:
-            MovingStatistics(self.model, [], source=False).mix(
-                self.source_statistics, self.way.place
-            )
-            return
-        record["target_accuracy"] = target.fit(self.model, tuned["target_accuracy"] - KEPT)
 
     def _look(self, stage: str) -> float:
         """Measure what is lost where the weights are, and record it."""
@@ -149,11 +143,11 @@ class Search:
     def _result(self, record: dict[str, Any]) -> Rewound:
         unknown = []
         if self.target is None and record["stage"] == LINE:
-            unknown.append(
+            sentence = (
                 "no target data were given: how much of the target task is left is not known, and "
                 "its head was not taught again"
             )
-        for sentence in unknown:
+            unknown.append(sentence)
             warnings.warn(sentence, stacklevel=4)
         return Rewound(
             model=self.model.eval(),

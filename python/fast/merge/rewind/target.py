@@ -70,7 +70,8 @@ class Target:
         self.inputs = move(pick(x, slice(held, count)), device)
         self.labels = y[held:count].to(device)
         self._seed = seed
-        self.statistics = MovingStatistics(model, [pick(self.inputs, slice(BATCH_SIZE))], source=False)
+        some = [pick(self.inputs, slice(BATCH_SIZE))]
+        self.statistics = MovingStatistics(model, some, source=False)
 
     def accuracy(self, model: nn.Module) -> float:
         """On samples that nothing here has learned from; the fine-tuning run may have."""
