@@ -35,19 +35,19 @@ class SourceHead:
         self._head, self._layer = head, head.source
         self._weight = self._layer.weight.detach().clone()
         self._bias = None if self._layer.bias is None else self._layer.bias.detach().clone()
-        features = self._features()
         plain = type(self._layer).forward is nn.Linear.forward
         computed = not isinstance(self._layer._parameters.get("weight"), nn.Parameter)
-        self._fits = plain and not computed and features.shape[:-1] == (samples.size,)
+        few = samples.part(0, 2)  # maps of features may be large
+        self._fits = plain and not computed and self._features(few).shape[:-1] == (few.size,)
         if self._fits:
-            self._before = F.linear(features, self._weight, self._bias)
+            self._before = F.linear(self._features(samples), self._weight, self._bias)
 
     @torch.no_grad()
     def follow(self) -> None:
         """Fit the head to the weights of now."""
         if not self._fits:
             return
-        x = self._features()
+        x = self._features(self._samples)
         missing = (self._before - F.linear(x, self._weight, self._bias)).double()
         x = x.double()
         mean, shift = torch.zeros_like(x[0]), torch.zeros_like(missing[0])
@@ -62,11 +62,11 @@ class SourceHead:
             self._layer.bias.copy_(self._bias + shift - change @ mean)
 
     @torch.no_grad()
-    def _features(self) -> Tensor:
-        """What the head sees of the source inputs, `[N, D]` or of another shape."""
+    def _features(self, samples: SourceInputs) -> Tensor:
+        """What the head sees of source inputs, `[N, D]` or of another shape."""
         with source_task(self._model):
             parts = [
                 features_of(self._model, self._head, inputs)
-                for inputs, _ in self._samples.batches(BATCH_SIZE)
+                for inputs, _ in samples.batches(BATCH_SIZE)
             ]
         return torch.cat(parts)
