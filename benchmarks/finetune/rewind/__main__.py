@@ -88,7 +88,8 @@ def report(records: list[Record]) -> list[str]:
         "Budgets are nats of source loss or points of source accuracy. Wanted: what is lost over "
         f"the budget between {INSIDE[0]} and {INSIDE[1]}, at least {WANTED_GAP} of the gap between "
         f"the plain line and FAST closed, at most {WANTED_SHARE} of the time of the run (processor "
-        f"time). {machine()}. Commit {commits(records)}.",
+        "time). Where the stage is tuned, the tuned network keeps the budget already, and loses "
+        f"what it loses. {machine()}. Commit {commits(records)}.",
     ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +26,54 @@ from fast.data.trees import length, pick
 from fast.heads import evaluating, find_head, forward_logits, source_task
 from fast.heads.find import layer_like
 
-BISECTIONS, TIMED_STEPS = 7, 3
+BISECTIONS, TIMED_STEPS = 7, 5
 
 
 def run(*, pair: str, method: str, budget: str, seed: int, data: Path, checkpoints: Path) -> Record:
     """One checkpoint rewound to one budget, by `fast.rewind` and on the plain line."""
-    real = real_pair(pair, data)
-    state, _ = checkpoint(pair, method, seed, data, checkpoints)
+    case = known(pair, method, seed, data, checkpoints)
+    real, state = case.real, case.state
     kept = real.source_inputs
     kept = kept if real.source_labels is None else (kept, real.source_labels)
-    before = measured(real.model, real, state=None)
     lines = plain_line(real, state, kept, budget)
-    seconds_of_step = step_seconds(real, pair)  # before the other, as torch loads much on first use
     start = time.process_time()
     result = fast.rewind(real.model, state, kept, budget, data=real.train, seed=seed)
     seconds = time.process_time() - start
     return {
-        "before": before,
-        "tuned": measured(real.model, real, state),
+        "before": case.before,
+        "tuned": case.tuned,
         "line": lines,
         "rewound": measured(result.model, real, state=None) | {
             "held_back": result.lost, "stage": result.final["stage"], "place": result.final["place"]
         },
         "seconds": seconds,
-        "seconds_of_run": seconds_of_step * real.steps,
+        "seconds_of_run": case.seconds_of_run,
         "machine": machine(),
     }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is the same for all budgets of one checkpoint."""
+
+    real: RealPair
+    state: dict[str, Tensor]
+    before: Record
+    tuned: Record
+    seconds_of_run: float
+
+
+@lru_cache(maxsize=1)
+def known(pair: str, method: str, seed: int, data: Path, checkpoints: Path) -> Case:
+    real = real_pair(pair, data)
+    state, _ = checkpoint(pair, method, seed, data, checkpoints)
+    return Case(
+        real=real,
+        state=state,
+        before=measured(real.model, real, state=None),
+        tuned=measured(real.model, real, state),
+        seconds_of_run=step_seconds(real, pair) * real.steps,
+    )
 
 
 def measured(model: nn.Module, real: RealPair, state: dict[str, Tensor] | None) -> Record:

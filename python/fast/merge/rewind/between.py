@@ -42,17 +42,14 @@ def rewind(
 ) -> Rewound:
     """The best network between two checkpoints that keeps a forgetting budget.
 
-    Nothing that is passed is changed. There are three stages, and each comes only if the one before
-    loses more than two points of target accuracy:
+    It is a place on the line `w0 + t (w1 - w0)` of WiSE-FT (Wortsman et al. 2022, arXiv
+    2109.01903), where the budget is spent. What is the task's own is fitted to the place: the
+    statistics of each task's batch norms follow the weights, the source's head is fitted again to
+    its features (without labels), and the target's is taught again where more than two points of
+    target accuracy are lost. Nothing that is passed is changed.
 
-    1. The line `w0 + t (w1 - w0)` of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), up to where
-       the budget is spent. Each task has its own head and its own batch norms, whose statistics
-       follow the weights. The target's head is taught again where the search ends.
-    2. A coefficient per layer, by what the layer gives to the target and costs the source.
-    3. A few steps on the target that bring the features of source inputs back.
-
-    Without `data` there is only the first, because the others trade target for source, and nothing
-    could say how much: `Rewound.unknown` says so.
+    Without `data` the target's head stays what it was, and nothing can say how much of the target
+    is lost: `Rewound.unknown` says so.
 
     Args:
         base: the checkpoint before fine-tuning: a network, a state dict, or a file or folder of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from fast.adapt.network.head_start import start_head
 from fast.data.dataset import as_data
 from fast.data.labels import check_labels
-from fast.data.stream import TrainBatches, row_batches
+from fast.data.stream import TrainBatches
 from fast.data.trees import concatenate, length, move, pick
 from fast.heads import (
     FeatureNorm,
@@ -24,13 +23,13 @@ from fast.heads import (
     forward_logits,
     task_head,
 )
-from fast.heads.batch_norm import estimate, per_task_norms
 from fast.heads.find import HeadLayer, layer_like
 from fast.heads.forward import evaluating
+from fast.merge.rewind.statistics import MovingStatistics
 
 # Samples that are looked at, and those of them that only measure: rewinding has a fifth of the time
 # of the run that it rewinds.
-LIMIT, HELD = 640, 128
+LIMIT, HELD = 1152, 128
 BATCH_SIZE = 128
 HEAD_STEPS = 200
 
@@ -40,15 +39,20 @@ class Target:
 
     Args:
         data: what `fast.finetune` takes for `train`.
-        classes: that the fine-tuned network tells apart.
+        model: the fine-tuned network.
         device: of the network.
         seed: of which samples.
+
+    Attributes:
+        statistics: of the target's batch norms.
 
     Raises:
         ValueError, TypeError: the data are no labelled samples, too few, or have other labels.
     """
 
-    def __init__(self, data: Any, classes: int, device: torch.device, seed: int) -> None:
+    def __init__(self, data: Any, model: nn.Module, device: torch.device, seed: int) -> None:
+        head = task_head(model)
+        assert head is not None
         inputs, labels, count = [], [], 0
         for x, y, _ in TrainBatches(as_data(data, "data"), BATCH_SIZE, seed).once():
             inputs.append(x)
@@ -56,7 +60,7 @@ class Target:
             count += length(x)
             if count >= LIMIT:
                 break
-        y = check_labels(torch.cat(labels), classes, "data")
+        y = check_labels(torch.cat(labels), head.num_classes, "data")
         held = min(HELD, count // 3)
         if held < 2:
             raise ValueError(f"data: {count} samples of the target task; give at least 6")
@@ -66,10 +70,8 @@ class Target:
         self.inputs = move(pick(x, slice(held, count)), device)
         self.labels = y[held:count].to(device)
         self._seed = seed
-
-    @property
-    def size(self) -> int:
-        return len(self.labels)
+        some = [pick(self.inputs, slice(BATCH_SIZE))]
+        self.statistics = MovingStatistics(model, some, source=False)
 
     def accuracy(self, model: nn.Module) -> float:
         """On samples that nothing here has learned from; the fine-tuning run may have."""
@@ -77,39 +79,34 @@ class Target:
             answers = forward_logits(model, self.held_inputs).argmax(1)
         return (answers == self.held_labels).double().mean().item()
 
-    def batches(self, size: int) -> Iterator[tuple[Any, Tensor]]:
-        """Batches to learn from, without end."""
-        for rows in row_batches(self.size, min(size, self.size), self._seed):
-            rows = rows.to(self.labels.device)
-            yield pick(self.inputs, rows), self.labels[rows]
-
-    def pieces(self) -> list[Any]:
+    def _pieces(self) -> list[Any]:
         """The inputs to learn from, in a few batches."""
-        starts = range(0, self.size, BATCH_SIZE)
+        starts = range(0, len(self.labels), BATCH_SIZE)
         return [pick(self.inputs, slice(i, i + BATCH_SIZE)) for i in starts]
 
-    def teach_head(self, model: nn.Module) -> float:
-        """Teach the target head again, from what it is, on the features that there are now.
+    def fit(self, model: nn.Module, wanted: float) -> float:
+        """Fit what is the target's alone to the weights of now.
 
-        Batch norms of the target get the statistics of its inputs. A head that was better before
-        stays. Heads on maps of features stay, too.
+        The statistics of its batch norms follow. The head is taught again, from what it is, where
+        its accuracy is below `wanted`; one that was better before stays, and so do heads on maps of
+        features.
 
         Returns:
             the accuracy afterwards.
         """
-        estimate(per_task_norms(model)[0], model, self.pieces()[:1])
+        self.statistics.follow()
         head = task_head(model)
         assert head is not None
         with evaluating(model):
             held = features_of(model, head, self.held_inputs)
         if held.dim() != 2:
             return self.accuracy(model)
+        before = self._right(head, held)
+        if before >= wanted:
+            return before
         with evaluating(model):
-            features = torch.cat([features_of(model, head, x) for x in self.pieces()])
-        before, was = (
-            self._right(head, held),
-            (copy.deepcopy(head.linear), copy.deepcopy(head.norm)),
-        )
+            features = torch.cat([features_of(model, head, x) for x in self._pieces()])
+        was = copy.deepcopy(head.linear), copy.deepcopy(head.norm)
         normalise(head, features)
         start_head(
             head, features, self.labels, loss=F.cross_entropy, steps=HEAD_STEPS, seed=self._seed

@@ -1,49 +1,39 @@
-"""Ways from the weights before fine-tuning to those after it, and the search for a place on one."""
+"""The line between two checkpoints, and what follows the weights on it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from fast.adapt.guards.weight_line import WeightLine
-from fast.merge.rewind.statistics import MovingStatistics
+
+
+class Follower(Protocol):
+    """Something beside the weights that depends on them."""
+
+    def follow(self) -> None:
+        """Set it for the weights of now."""
 
 
 class Way(WeightLine):
-    """Weights `w0 + min(1, place * reach) (w1 - w0)`, with a reach for each parameter.
-
-    With a reach of 1 for all it is the line of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903).
-    The source's batch norm statistics move along.
+    """The line of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), with what moves along.
 
     Args:
-        params: the parameters that move.
+        params: the parameters that move, at w1.
         starts: w0.
-        ends: w1.
-        reach: of each parameter; the least is 1, so that all are at w1 at place 1.
-        statistics: of the source.
+
+    Attributes:
+        followers: of the weights.
     """
 
-    def __init__(
-        self,
-        *,
-        params: Sequence[Tensor],
-        starts: Sequence[Tensor],
-        ends: Sequence[Tensor],
-        reach: Sequence[float] | None = None,
-        statistics: MovingStatistics,
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], starts: Sequence[Tensor]) -> None:
         super().__init__(params, starts)
-        self.ends = [x.detach().clone() for x in ends]
-        self.reach = [1.0] * len(params) if reach is None else list(reach)
-        self._statistics = statistics
+        self.followers: list[Follower] = []
 
-    @torch.no_grad()
     def go(self, place: float) -> None:
         """Go to `place`; exact whatever came before."""
-        ways = zip(self.params, self.anchors, self.ends, self.reach, strict=True)
-        for p, start, end, reach in ways:
-            p.copy_(torch.lerp(start, end, min(1.0, place * reach)))
-        self.place = place
-        self._statistics.follow()
+        super().go(place)
+        for follower in self.followers:
+            follower.follow()
