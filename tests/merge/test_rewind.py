@@ -298,6 +298,12 @@ def test_the_command_line_gives_what_python_gives(tmp_path, monkeypatch, capsys)
     assert "--source-inputs must be given" in capsys.readouterr().err
     assert main([*argv[:-1], "other", "--tuned", "base.pt"]) == 2
     assert "nothing to rewind" in capsys.readouterr().err
+    assert main(argv) == 0  # once more, into its own folder
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "model.safetensors").write_bytes(b"a network")
+    assert main([*argv[:-1], "others"]) == 2
+    assert "others: is not empty; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "others" / "model.safetensors").read_bytes() == b"a network"
 
 
 NETS = """

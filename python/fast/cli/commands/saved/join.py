@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fast.cli.record import replace_record
+from fast.cli.record import check_replaceable, replace_record
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
 from fast.cli.spec.base import shown
@@ -21,7 +21,7 @@ from fast.heads.find import classes_of
 from fast.merge.join import LIMIT, join_heads
 from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
-from fast.models.saved import FILES, JOIN_FILE, MODEL_FILE
+from fast.models.saved import JOIN_FILE
 
 # What stays true of a run when its heads are joined: files, and parts of result.json.
 COPIED = ("data.json", "preprocessing.json")
@@ -33,7 +33,7 @@ def run(spec: JoinSpec) -> int:
     check_writable(folder, "--output")
     if folder.resolve() == Path(spec.run).resolve():
         raise ValueError(f"--output {folder}: is the run itself; name another folder")
-    _check_own(folder)
+    check_replaceable(folder, own=(folder / JOIN_FILE).is_file())
     task = load_task(spec.task)
     sample, _ = as_data(task.val, "data").batch_at(torch.arange(2))
     count = classes_of(find_head(task.loaded.model, sample).module)
@@ -46,14 +46,6 @@ def run(spec: JoinSpec) -> int:
     print(_summary(joined))
     print(f"saved in {printable(folder)}")
     return 0
-
-
-def _check_own(folder: Path) -> None:
-    """Refuse a folder that holds something else than a joined network, or the beginning of one."""
-    begun = set(FILES) - {MODEL_FILE}
-    joined = (folder / JOIN_FILE).is_file() or not folder.is_dir()
-    if not joined and any(file.name not in begun for file in folder.iterdir()):
-        raise ValueError(f"--output {folder}: is not empty; name another folder")
 
 
 def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:

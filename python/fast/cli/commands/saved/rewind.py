@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fast
-from fast.cli.record import absolute, replace_record
+from fast.cli.record import absolute, check_replaceable, replace_record
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.spec.base import shown
@@ -13,8 +13,9 @@ from fast.cli.task.data import drawn_inputs, print_notes, read_data, training_sp
 from fast.cli.task.prepare import load_network, prepare_splits
 from fast.errors import printable
 from fast.figures import save
-from fast.files import check_writable
-from fast.merge.rewind.result import Rewound
+from fast.files import check_writable, read_json
+from fast.merge.rewind.result import REWIND, Rewound
+from fast.models.saved import OPTIONS_FILE
 from fast.train.engine import pick_device
 
 PICTURE = "rewind.png"
@@ -24,6 +25,7 @@ def run(spec: RewindSpec) -> int:
     pick_device(spec.device)
     folder = Path(spec.output or f"runs/{spec.task.short_name}-rewind")
     check_writable(folder, "--output")
+    check_replaceable(folder, own=_is_rewound(folder))
     task = spec.named
     notes: list[str] = []
     sets = read_data(task, notes, hold_out=False)  # `fast.rewind` does that itself
@@ -57,6 +59,11 @@ def run(spec: RewindSpec) -> int:
     print(_report(result))
     print(f"saved in {', '.join(map(printable, files))}")
     return 0
+
+
+def _is_rewound(folder: Path) -> bool:
+    file = folder / OPTIONS_FILE
+    return file.is_file() and read_json(file).get("method") == REWIND
 
 
 def _report(result: Rewound) -> str:
