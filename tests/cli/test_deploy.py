@@ -158,7 +158,7 @@ def test_export(run):
         (("predict", "out"), "the following arguments are required: PATH"),
         (("predict", "none", "x.png"), "none: no such folder"),
         (("predict", "out", "none.png"), "none.png: no such file or folder"),
-        (("predict", "out", "target.npz"), "target.npz: not a readable image"),
+        (("predict", "out", "target.npz"), "target.npz: holds arrays: fast evaluate reads it"),
         (("predict", "out", "x.png", "--top", 0), "--top must be at least 1; got 0"),
         (("evaluate", "out", "none"), "none: no such file or folder"),
         (("export", "out"), "--output must be given"),
