@@ -15,7 +15,6 @@ from typing import Any
 from fast.cli.options import Parser, flag
 from fast.errors import printable
 from fast.files import read_json, to_json
-from fast.models.saved import FILES, MODEL_FILE
 
 JOB_FILE = "job.json"
 KEY_BYTES = 32
@@ -43,20 +42,6 @@ def replace_record(folder: Path, options: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JOB_FILE).unlink(missing_ok=True)
     write_record(folder, options)
-
-
-def check_replaceable(folder: Path, own: bool) -> None:
-    """Refuse to write what is made of a run into a folder that holds something else.
-
-    Args:
-        own: the folder holds what the same command has made before.
-
-    Raises:
-        ValueError: it holds more than the files with which a command begins, before the network.
-    """
-    begun = set(FILES) - {MODEL_FILE}
-    if not own and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
-        raise ValueError(f"--output {folder}: is not empty; name another folder")
 
 
 def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[str, Any]:

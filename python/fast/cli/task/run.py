@@ -1,4 +1,4 @@
-"""The run that `fast predict`, `evaluate` and `export` use."""
+"""The run that a command works on, and the folder for what it makes of one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
 from fast.deploy.predictor import Predictor
 from fast.errors import printable
+from fast.models.saved import FILES, MODEL_FILE
 
 
 def open_run(spec: RunSpec) -> Predictor:
@@ -27,6 +28,20 @@ def print_left_out(unreadable: dict[str, str]) -> None:
     """Say which files could not be read, and why."""
     for name, reason in unreadable.items():
         print(f"note: {printable(name)}: left out: {printable(reason)}", file=sys.stderr)
+
+
+def check_replaceable(folder: Path, own: bool) -> None:
+    """Refuse to write what is made of a run into a folder that holds something else.
+
+    Args:
+        own: the folder holds what the same command has made before.
+
+    Raises:
+        ValueError: it holds more than the files with which a command begins, before the network.
+    """
+    begun = set(FILES) - {MODEL_FILE}
+    if not own and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
+        raise ValueError(f"--output {folder}: is not empty; name another folder")
 
 
 def _own_code(folder: Path) -> str | None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from fast.cli.record import check_replaceable, replace_record
+from fast.cli.record import replace_record
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.load import load_task
+from fast.cli.task.run import check_replaceable
 from fast.data.dataset import as_data
 from fast.data.source_inputs import SourceInputs
 from fast.errors import first_line, printable

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import fast
-from fast.cli.record import absolute, check_replaceable, replace_record
+from fast.cli.record import absolute, replace_record
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.data import drawn_inputs, print_notes, read_data, training_split
 from fast.cli.task.prepare import load_network, prepare_splits
+from fast.cli.task.run import check_replaceable
 from fast.errors import printable
 from fast.figures import save
 from fast.files import check_writable, read_json
