@@ -78,6 +78,7 @@ class SourceOutputs:
         self._source, self._data = source, data
         self._rows: list[Tensor] = []
         self._outputs: list[Tensor] = []
+        self._bytes = 0
         # A data set may show a row otherwise at a later visit; tensors in memory cannot.
         self._digests: list[str] | None = None if data.dataset is None else []
 
@@ -90,9 +91,10 @@ class SourceOutputs:
             inputs: its inputs, `[B, ...]`.
             index: row numbers of its samples, `[B]`.
         """
-        if sum(x.nbytes for x in self._outputs) >= DISTILL_BYTES:
+        if self._bytes >= DISTILL_BYTES:
             return
         self._outputs.append(by_sample(self._source(features), len(index)))
+        self._bytes += self._outputs[-1].nbytes
         self._rows.append(index)
         if self._digests is not None:
             self._digests += [digest(pick(inputs, i)) for i in range(len(index))]

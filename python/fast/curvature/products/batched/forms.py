@@ -131,7 +131,7 @@ def _those(slots: Slots, moving: set[int]) -> Slots:
 
 def _derivative(derivative: Any, num_outputs: int, *inputs: Any) -> Any:
     """The derivative, which is None where no argument moves."""
-    if all(d is None for part in inputs for d in (part if isinstance(part, list) else [part])):
+    if not flat(inputs):
         return (None,) * num_outputs
     return derivative(*inputs)
 

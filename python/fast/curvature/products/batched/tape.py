@@ -135,7 +135,7 @@ class Schedule:
 
 
 def flat(inputs: Iterable[Slots]) -> list[int]:
-    """The slots that are there."""
+    """The slots that are there; or, of a derivative's arguments, the tangents."""
     out: list[int] = []
     for s in inputs:
         if isinstance(s, list):
