@@ -10,6 +10,7 @@ from fast.version import __version__ as __version__
 if TYPE_CHECKING:
     from fast.adapt.adaptation import Adaptation
     from fast.adapt.result import Result
+    from fast.adapt.synthetic import synthetic_inputs
     from fast.analysis.landscape import PathRecorder, landscape
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
@@ -41,6 +42,7 @@ __all__ = [
     "replace_head",
     "rewind",
     "source_task",
+    "synthetic_inputs",
 ]
 
 # Loaded on first use: `fast --help` answers in 0.1 s, importing torch takes 2.
@@ -63,6 +65,7 @@ _HOME = {
     "replace_head": "fast.heads",
     "rewind": "fast.merge.rewind",
     "source_task": "fast.heads",
+    "synthetic_inputs": "fast.adapt.synthetic",
 }
 
 
