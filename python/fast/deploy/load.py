@@ -9,24 +9,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from fast.adapt.config import KEEP
-from fast.adapt.result import Result
 from fast.data.images.format import ImageFormat
 from fast.deploy.predictor import Predictor
-from fast.deploy.rebuild import JOB_FILE, rebuilt
+from fast.deploy.rebuild import rebuilt
 from fast.files import read_json, reading
-from fast.heads import task_head, unwrap
+from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.merge.joined import load_joined
-from fast.models.claim import is_going_on
-from fast.models.description import source_classes
+from fast.models.device import pick_device
+from fast.models.head_option import KEEP, head_name
 from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, read_preparation
-from fast.models.saved import JOIN_FILE, MODEL_FILE, check_manifest, read_options
+from fast.models.saved import (
+    JOB_FILE,
+    JOIN_FILE,
+    MODEL_FILE,
+    check_manifest,
+    is_going_on,
+    list_checkpoints,
+    read_options,
+)
+from fast.models.saved.two_tasks import load_two_tasks
 from fast.models.signature import example
-from fast.models.two_tasks import load_two_tasks
-from fast.train.engine import pick_device
-from fast.train.measure import LEAST_EVAL_BATCH
-from fast.train.resume.checkpoint import list_checkpoints
+
+# What the card of an export says of the run.
+REPORTED = ("target_accuracy", "source_accuracy", "source_accuracy_before")
 
 
 def load(
@@ -66,15 +72,14 @@ def load(
     preparation = _preparation(folder, loaded)
     inputs = facts.get("inputs")
     sample = example(inputs) if inputs is not None else _sample(preparation)
-    head = network.get("head") or options.get("head")
-    named = head if head not in (None, "new", KEEP) else None
+    head = network.get("head") or head_name(options.get("head"))
     answering, classes, note = loaded.model, facts.get("classes"), ""
     joined = (folder / JOIN_FILE).is_file()
     if joined:
         answering = load_joined(folder, loaded.model)
         classes = answering.classes
     else:
-        note = load_two_tasks(folder, loaded.model, head=named, sample=sample)
+        note = load_two_tasks(folder, loaded.model, head=head, sample=sample)
     return Predictor(
         model=answering.to(pick_device(device)).eval(),
         classes=_class_names(classes),
@@ -87,32 +92,8 @@ def load(
         batch_size=max(LEAST_EVAL_BATCH, int(options.get("batch_size", LEAST_EVAL_BATCH))),
         keeps_head=options.get("head") == KEEP,
         lacks=note,
-        facts=_reported(facts, options),
+        facts={name: facts.get(name) for name in REPORTED} | {"method": options.get("method")},
         notes=[str(note) for note in facts.get("notes") or []],
-    )
-
-
-def predictor_of(result: Result) -> Predictor:
-    """The same of a result that was not saved; the networks are one object."""
-    model, config = unwrap(result.model), result.config
-    numbers = {
-        name: getattr(result, name)
-        for name in ("target_accuracy", "source_accuracy", "source_accuracy_before")
-    }
-    return Predictor(
-        model=model,
-        classes=_class_names(result.classes),
-        source_classes=_class_names(source_classes(model, result.network)),
-        preparation=result.preparation,
-        inputs=result.inputs,
-        name=result.network,
-        precision=getattr(config, "precision", "auto"),
-        mirrored=bool(getattr(config, "tta", False)),
-        batch_size=max(LEAST_EVAL_BATCH, config.batch_size),
-        keeps_head=config.keeps_head,
-        lacks="" if task_head(model) is not None else "the head of the source was folded away",
-        facts=_reported(numbers, {"method": config.method}),
-        notes=result.notes,
     )
 
 
@@ -163,9 +144,3 @@ def _sample(preparation: Preparation) -> Any:
 
 def _class_names(names: Any) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
-
-
-def _reported(facts: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """What a model card says of the run."""
-    names = ("target_accuracy", "source_accuracy", "source_accuracy_before")
-    return {name: facts.get(name) for name in names} | {"method": options.get("method")}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fast.data.dataset import as_data
 from fast.data.labels import check_labels
 from fast.data.sources import SKIP, FileReport, Split
-from fast.data.trees import leaves, mapped, plain
+from fast.data.trees import leaves, mapped, move, plain
 from fast.deploy.evaluation import Evaluation
 from fast.deploy.export.formats import FORMATS, export
 from fast.deploy.export.subject import Subject
@@ -30,12 +30,11 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.heads.forward import taking
+from fast.heads.forward import LEAST_EVAL_BATCH, answers, taking
 from fast.merge.joined import Joined
+from fast.models.device import autocast_dtype
 from fast.models.preparation import Preparation
-from fast.models.signature import example, on_device_of
-from fast.train.engine import autocast_dtype
-from fast.train.measure import answers
+from fast.models.signature import example
 
 Task = Literal["target", "source", "both"]
 
@@ -70,7 +69,7 @@ class Predictor:
     name: str | None = None
     precision: str = "auto"
     mirrored: bool = False
-    batch_size: int = 128
+    batch_size: int = LEAST_EVAL_BATCH
     keeps_head: bool = False
     lacks: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -271,7 +270,7 @@ class Predictor:
             evaluating(self.model),
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),
         ):
-            logits = answers(self.model, on_device_of(self.model, inputs), mirrored).cpu()
+            logits = answers(self.model, move(inputs, self.device), mirrored).cpu()
         wrong = int((~logits.logsumexp(1).isfinite()).sum())
         if wrong:
             raise FloatingPointError(

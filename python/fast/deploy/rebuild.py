@@ -13,9 +13,7 @@ from fast.files import read_json
 from fast.models.libraries import quiet
 from fast.models.load import LIBRARIES, load_model
 from fast.models.loaded import LoadedModel
-from fast.models.saved import CONFIG_FILE, is_library_config
-
-JOB_FILE = "job.json"
+from fast.models.saved import CONFIG_FILE, JOB_FILE, is_library_config
 
 
 def rebuilt(folder: Path, facts: dict[str, Any], model: nn.Module | str | None) -> LoadedModel:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.result import Result
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
@@ -28,9 +27,16 @@ LEAST = 10
 CHUNK = 128
 
 
+class Adapted(Protocol):
+    """What `join` needs of a `fast.Result`: the network and the names of the target's classes."""
+
+    model: nn.Module
+    classes: list[str] | None
+
+
 @torch.no_grad()
 def join(
-    result: Result | nn.Module,
+    result: Adapted | nn.Module,
     *,
     source_inputs: Any,
     data: Any,
@@ -66,7 +72,10 @@ def join(
         ValueError: the network has one head only; names do not fit; labels are out of range or
             missing; samples are too few; or something follows the head of the network.
     """
-    network = unwrap(result.model if isinstance(result, Result) else result)
+    if not isinstance(result, nn.Module):
+        target_classes = result.classes if target_classes is None else target_classes
+        result = result.model
+    network = unwrap(result)
     model = network.network if isinstance(network, Joined) else network
     head = task_head(model)
     if head is None:
@@ -74,8 +83,6 @@ def join(
             "result: the network has one head, and join needs the source's beside the target's: "
             "join before fast.fold_head"
         )
-    if target_classes is None and isinstance(result, Result):
-        target_classes = result.classes
     if source_classes is None and isinstance(head.source_labels.get("id2label"), dict):
         source_classes = list(head.source_labels["id2label"].values())
     return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)

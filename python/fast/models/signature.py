@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.data.trees import mapped
-
 Signature = Any  # {"shape": [3, 8, 8], "dtype": "float32"}, or a list or mapping of such
 
 
@@ -45,12 +43,6 @@ def example(signature: Signature, samples: int = 2, name: str = "") -> Any:
 def alike(batch: Any, signature: Signature) -> bool:
     """Whether a batch has this signature; the length of token sequences may differ."""
     return _open(signature_of(batch)) == _open(signature)
-
-
-def on_device_of(model: torch.nn.Module, inputs: Any) -> Any:
-    """Inputs on the device of a network."""
-    device = next(model.parameters()).device
-    return mapped(inputs, lambda x: x.to(device))
 
 
 def _is_leaf(signature: Any) -> bool:

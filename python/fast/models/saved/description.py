@@ -11,7 +11,7 @@ from torch import nn
 
 from fast.heads import places_of, task_head, unwrap
 from fast.models.load import parse_spec
-from fast.models.saved import CONFIG_FILE, OPTIONS_FILE, is_library_config
+from fast.models.saved.files import CONFIG_FILE, OPTIONS_FILE, is_library_config
 
 
 def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from fast.errors import warn
 from fast.heads import find_head, task_head
 from fast.heads.batch_norm import per_task_norms
 from fast.heads.outputs import source_logits
-from fast.merge.rewind.checkpoints import both
-from fast.merge.rewind.result import LINE, TUNED, RewindConfig, Rewound
-from fast.merge.rewind.source_head import SourceHead
-from fast.merge.rewind.statistics import MovingStatistics
-from fast.merge.rewind.target import Target
-from fast.merge.rewind.way import Way
+from fast.train.rewind.checkpoints import both
+from fast.train.rewind.result import LINE, TUNED, RewindConfig, Rewound
+from fast.train.rewind.source_head import SourceHead
+from fast.train.rewind.statistics import MovingStatistics
+from fast.train.rewind.target import Target
+from fast.train.rewind.way import Way
 
 log = logging.getLogger("fast")
 # The target is kept where it loses no more than this, which is two or three of the samples that

@@ -1,4 +1,4 @@
-"""Read the networks in a folder that `Result.save` (or `fast finetune --output`) wrote."""
+"""Write the networks of a run into its folder, and read them again as plain networks."""
 
 from __future__ import annotations
 
@@ -9,35 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.files import (
-    atomic_file,
-    file_hash,
-    read_json,
-    read_sealed,
-    reading,
-    write_sealed,
-)
+from fast.files import atomic_file, read_json
+from fast.heads.adapters import adapter_state
+from fast.heads.batch_norm import source_norms
 from fast.heads.find import Head, HeadLayer, classes_of, find_head, layer_like
-from fast.heads.replace import announce_classes
-from fast.tensor_files import load_tensors
-
-MODEL_FILE = "model.safetensors"
-SOURCE_HEAD_FILE = "source_head.safetensors"
-SOURCE_NORMS_FILE = "source_norms.safetensors"
-ADAPTERS_FILE = "adapters.safetensors"
-MANIFEST_FILE = "manifest.json"
-JOIN_FILE = "join.json"  # what `fast.merge.joined` knows beside the tensors
-OPTIONS_FILE = "fast.json"
-# transformers keeps the architecture of its networks in this file; older versions of FAST wrote the
-# options to it.
-CONFIG_FILE = "config.json"
-FORMAT = 1
-# The files of a result, some of them optional. Checkpoints and pictures are not among them.
-FILES = (
-    MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, OPTIONS_FILE, CONFIG_FILE,
-    JOIN_FILE, "result.json", "history.jsonl", "job.json", "data.json", "preprocessing.json",
-    "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-)  # fmt: skip
+from fast.heads.replace import announce_classes, fold_head, task_head
+from fast.models.saved.files import (
+    ADAPTERS_FILE,
+    MODEL_FILE,
+    SOURCE_HEAD_FILE,
+    SOURCE_NORMS_FILE,
+    check_manifest,
+    read_options,
+)
+from fast.tensor_files import load_tensors, save_tensors
 
 
 @dataclass(kw_only=True)
@@ -53,6 +38,25 @@ class SavedNetworks:
     target: nn.Module
     source: nn.Module | None
     note: str = ""
+
+
+def save_networks(model: nn.Module, folder: Path) -> None:
+    """Write the plain target network of an adapted one, and what makes the source's network of it.
+
+    Each file is written whole or not at all; files of an earlier run that this one does not need
+    are removed.
+    """
+    head = task_head(model)
+    if head is not None:
+        _write(_plain_layer(head.source), folder / SOURCE_HEAD_FILE)
+    per_task = {SOURCE_NORMS_FILE: source_norms(model), ADAPTERS_FILE: adapter_state(model)}
+    for name, tensors in per_task.items():
+        if tensors:
+            _write(_plain_names(tensors), folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    target = fold_head(copy.deepcopy(model))
+    _write(_plain_names(target.state_dict()), folder / MODEL_FILE)
 
 
 def load_saved(
@@ -81,20 +85,26 @@ def load_saved(
     note = lacks_source(folder)
     if note:
         return SavedNetworks(target=model, source=None, note=note)
-    source = copy.deepcopy(model)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    for own in (folder / SOURCE_NORMS_FILE, folder / ADAPTERS_FILE):
-        if own.is_file():
-            tensors = {n: t for n, t in load_tensors(own).items() if not n.endswith((".A", ".B"))}
-            odd = [n for n, t in tensors.items() if shapes.get(n) != t.shape]
-            if odd:
-                raise ValueError(f"{own} is of another network: it has {odd[0]}")
-            source.load_state_dict(tensors, strict=False)
-    old = find_head(source, name=layer.name)
-    own_layer = source_layer_in(folder, old)
-    old.put(own_layer)
-    announce_classes(source, classes_of(own_layer))
-    return SavedNetworks(target=model, source=source)
+    return SavedNetworks(target=model, source=_source_network(folder, model, layer.name))
+
+
+def _source_network(folder: Path, target: nn.Module, head: str) -> nn.Module:
+    """A copy of the target's network with everything that the source has of its own."""
+    source = copy.deepcopy(target)
+    shapes = {name: value.shape for name, value in target.state_dict().items()}
+    for file in (folder / SOURCE_NORMS_FILE, folder / ADAPTERS_FILE):
+        if not file.is_file():
+            continue
+        tensors = {n: x for n, x in load_tensors(file).items() if not n.endswith((".A", ".B"))}
+        odd = [n for n, x in tensors.items() if shapes.get(n) != x.shape]
+        if odd:
+            raise ValueError(f"{file} is of another network: it has {odd[0]}")
+        source.load_state_dict(tensors, strict=False)
+    place = find_head(source, name=head)
+    layer = source_layer_in(folder, place)
+    place.put(layer)
+    announce_classes(source, classes_of(layer))
+    return source
 
 
 def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
@@ -175,65 +185,17 @@ def _layer_of(head: Head, state: dict[str, Tensor], prefix: str, file: Path) -> 
     return layer_like(head.module, weight.shape[0], bias=f"{prefix}bias" in state)
 
 
-def options_file(folder: Path) -> Path:
-    """The file with a run's options; older versions of FAST wrote them to `config.json`."""
-    old = folder / CONFIG_FILE
-    if not (folder / OPTIONS_FILE).is_file() and old.is_file() and not is_library_config(old):
-        return old
-    return folder / OPTIONS_FILE
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    with atomic_file(file) as path:
+        save_tensors(tensors, path)
 
 
-def read_options(folder: Path) -> dict[str, Any]:
-    """The options of a run; empty where there are none."""
-    file = options_file(folder)
-    return read_json(file) if file.is_file() else {}
+def _plain_layer(layer: nn.Module) -> dict[str, Tensor]:
+    """The weight and the bias, even if they are computed from other parameters (weight norm)."""
+    tensors = {"weight": layer.weight, "bias": layer.bias}
+    return {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
 
 
-def is_library_config(file: Path) -> bool:
-    """Whether a `config.json` is a transformers configuration."""
-    return file.is_file() and "model_type" in read_json(file)
-
-
-def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:
-    """Tie the files of a result together: write their hashes into a file with its own checksum.
-
-    Args:
-        run: id of the run that wrote them.
-        options: the options that decided what was computed.
-    """
-    files = {name: file_hash(folder / name) for name in FILES if (folder / name).is_file()}
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    facts = {"format": FORMAT, "run": run, "options": options, "files": files}
-    with atomic_file(folder / MANIFEST_FILE) as path:
-        write_sealed(path, facts)
-
-
-def check_manifest(folder: Path) -> None:
-    """Compare the files of a result with the hashes in its manifest; files may have been removed.
-
-    Raises:
-        FileNotFoundError: the folder holds no result.
-        ValueError: a file is damaged, or was not saved together with the others.
-    """
-    if not folder.is_dir():
-        what = "is a file, and a run is a folder" if folder.exists() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {what}")
-    if not (folder / MODEL_FILE).is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {MODEL_FILE}: not a folder of Result.save or fast finetune"
-        )
-    if not (folder / MANIFEST_FILE).is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {MANIFEST_FILE}: its result was not written to the end; save it "
-            f"again (fast finetune --resume {folder}, where that made it)"
-        )
-    path = folder / MANIFEST_FILE
-    manifest = read_sealed(path, FORMAT)
-    with reading(path):
-        hashes = dict(manifest["files"])
-    for name in FILES:
-        if (folder / name).is_file() and file_hash(folder / name) != hashes.get(name):
-            raise ValueError(
-                f"{folder / name} is damaged, or was not saved together with {MANIFEST_FILE}: its "
-                "hash is another"
-            )
+def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state under the names that it has without `torch.compile` around parts of the network."""
+    return {name.replace("_orig_mod.", ""): x for name, x in state.items()}

@@ -25,7 +25,7 @@ from fast.heads import (
 )
 from fast.heads.find import HeadLayer, layer_like
 from fast.heads.forward import evaluating
-from fast.merge.rewind.statistics import MovingStatistics
+from fast.train.rewind.statistics import MovingStatistics
 
 # Samples that are looked at, and those of them that only measure: rewinding has a fifth of the time
 # of the run that it rewinds.

@@ -14,15 +14,15 @@ from fast.data.generators import seeded
 from fast.data.source_inputs import parse_source_inputs
 from fast.heads import find_head
 from fast.heads.forward import check_takes
-from fast.merge.rewind.checkpoints import (
+from fast.models.device import in_float32, pick_device
+from fast.train.rewind.checkpoints import (
     Checkpoint,
     base_network,
     check_finite,
     tuned_state,
 )
-from fast.merge.rewind.result import RewindConfig, Rewound
-from fast.merge.rewind.search import Search
-from fast.train.engine import in_float32, pick_device
+from fast.train.rewind.result import RewindConfig, Rewound
+from fast.train.rewind.search import Search
 
 log = logging.getLogger("fast")
 
