@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from fast.heads import TaskHead, attach_adapters, find_head, load_source_norms
-from fast.models.saved import (
-    ADAPTERS_FILE,
-    SOURCE_NORMS_FILE,
+from fast.models.saved.files import ADAPTERS_FILE, SOURCE_NORMS_FILE
+from fast.models.saved.networks import (
     lacks_source,
     load_target,
     source_layer_in,
