@@ -1,4 +1,4 @@
-"""`fast.load`: a saved run as something that predicts."""
+"""`fast.load` makes a predictor of a saved run."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def load(
 
         loaded = fast.load("runs/resnet18-photos-fast")
         loaded.predict("new/")                         # classes with probabilities
-        loaded.predict("new/", task="source")          # what it knew before
+        loaded.predict("new/", task="source")          # the classes that it knew before
         loaded.evaluate("labelled/").accuracy
 
-    A folder that `Joined.save` or `fast join` wrote answers with the classes of both tasks.
+    A network that `Joined.save` or `fast join` wrote answers with the classes of both tasks.
 
     Args:
-        folder: of the run. Its files are compared with their checksums.
+        folder: the folder of the run. Its files are compared with their checksums.
         model: the network, with any weights and a head for any number of classes; or its name, as
-            --model takes it. It is needed where the network was given as an object, or as a factory
-            in a Python file: code that a folder names is never run. A network of timm, torchvision
-            or transformers is built by its name. A module becomes the loaded network.
+            --model takes it. Networks of timm, torchvision and transformers are built by the name
+            that the run has saved. Any other must be passed, because code that a folder names is
+            never run. A module that is passed becomes the loaded network.
         device: see `fast.finetune`.
 
     Raises:
@@ -69,20 +69,17 @@ def load(
     facts, options = read_json(folder / "result.json"), read_options(folder)
     network = facts.get("network") or {}
     loaded = rebuilt(folder, network, model)
-    preparation = _preparation(folder, loaded)
-    inputs = facts.get("inputs")
-    sample = example(inputs) if inputs is not None else _sample(preparation)
-    head = network.get("head") or head_name(options.get("head"))
-    answering, classes, note = loaded.model, facts.get("classes"), ""
-    joined = (folder / JOIN_FILE).is_file()
-    if joined:
+    answering, lacks = loaded.model, ""
+    preparation, inputs = _preparation(folder, loaded), facts.get("inputs")
+    if (folder / JOIN_FILE).is_file():
         answering = load_joined(folder, loaded.model)
-        classes = answering.classes
     else:
-        note = load_two_tasks(folder, loaded.model, head=head, sample=sample)
+        head = network.get("head") or head_name(options.get("head"))
+        sample = example(inputs) if inputs is not None else _sample(preparation)
+        lacks = load_two_tasks(folder, loaded.model, head=head, sample=sample)
     return Predictor(
         model=answering.to(pick_device(device)).eval(),
-        classes=_class_names(classes),
+        classes=_class_names(facts.get("classes")),
         source_classes=_class_names(network.get("source_classes")),
         preparation=preparation,
         inputs=inputs,
@@ -91,13 +88,14 @@ def load(
         mirrored=bool(options.get("tta")),
         batch_size=max(LEAST_EVAL_BATCH, int(options.get("batch_size", LEAST_EVAL_BATCH))),
         keeps_head=options.get("head") == KEEP,
-        lacks=note,
+        lacks=lacks,
         facts={name: facts.get(name) for name in REPORTED} | {"method": options.get("method")},
         notes=[str(note) for note in facts.get("notes") or []],
     )
 
 
 def _check_finished(folder: Path) -> None:
+    """Raise ValueError where the folder belongs to a run that has no result yet."""
     if not folder.is_dir() or (folder / MODEL_FILE).is_file():
         return
     if is_going_on(folder):
@@ -115,7 +113,7 @@ def _check_finished(folder: Path) -> None:
 
 
 def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:
-    """What the run wrote; of an older one, what its data.json and the network say."""
+    """What the run has saved; an older run has it in its data.json, and in the network."""
     preparation = read_preparation(folder)
     file = folder / "data.json"
     if preparation.kind != "arrays" or not file.is_file():
@@ -132,7 +130,7 @@ def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:
 
 
 def _sample(preparation: Preparation) -> Any:
-    """Inputs to find the head by, where the run did not write their shapes."""
+    """Inputs to find the head by, where the run has not saved their shapes."""
     if preparation.tokenizer is not None:
         return preparation.tokens(["a", "a b"])
     form = preparation.images

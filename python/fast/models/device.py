@@ -20,10 +20,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device called `name`, after a trial computation on it.
+    """The device called `name`, on which a trial computation has worked.
 
-    None takes the device in the environment variable FAST_DEVICE, else CUDA if there is a GPU, else
-    the CPU. Under `torchrun`, "cuda" is the GPU of this process.
+    None stands for the device in the environment variable FAST_DEVICE, else for CUDA if there is a
+    GPU, else for the CPU. Under `torchrun`, "cuda" is the GPU of this process.
 
     Raises:
         ValueError: there is no such device, or it cannot compute here; the message says which can.
@@ -46,10 +46,13 @@ def pick_device(name: str | torch.device | None) -> torch.device:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The forward pass's dtype; None for full precision.
+    """The dtype of a forward pass under autocast; None for full precision.
 
-    `auto` is bfloat16 on a GPU that has it in hardware, and full precision elsewhere: on a CPU,
-    bfloat16 in software is slower than fp32.
+    `auto` is bfloat16 on a GPU that has it in hardware, and full precision elsewhere, because on a
+    CPU bfloat16 in software is slower than fp32.
+
+    Args:
+        precision: auto, fp32, bf16 or fp16.
     """
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -59,7 +62,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Turn 16-bit weights into float32, for good; inside the block 16-bit inputs are widened too.
+    """Turn 16-bit weights into float32, for good; inside the block 16-bit inputs are widened, too.
 
     A step of fine-tuning is smaller than the spacing of 16-bit numbers: at a learning rate of 2e-5,
     one bfloat16 weight in a hundred would move. 16 bits could not hold the result either, so the

@@ -40,21 +40,5 @@ def example(signature: Signature, samples: int = 2, name: str = "") -> Any:
     return (torch.ones if "mask" in name else torch.zeros)(shape, dtype=dtype)
 
 
-def alike(batch: Any, signature: Signature) -> bool:
-    """Whether a batch has this signature; the length of token sequences may differ."""
-    return _open(signature_of(batch)) == _open(signature)
-
-
 def _is_leaf(signature: Any) -> bool:
     return set(signature) == {"shape", "dtype"} and isinstance(signature["dtype"], str)
-
-
-def _open(signature: Any) -> Any:
-    if isinstance(signature, list):
-        return [_open(part) for part in signature]
-    if not isinstance(signature, dict):
-        return signature
-    if not _is_leaf(signature):
-        return {name: _open(part) for name, part in signature.items()}
-    floats = signature["dtype"].startswith(("float", "bfloat"))
-    return signature if floats else {"shape": len(signature["shape"])}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.files import atomic_file, read_json
+from fast.files import read_json
 from fast.heads.adapters import adapter_state
 from fast.heads.batch_norm import source_norms
 from fast.heads.find import Head, HeadLayer, classes_of, find_head, layer_like
@@ -22,7 +22,7 @@ from fast.models.saved.files import (
     check_manifest,
     read_options,
 )
-from fast.tensor_files import load_tensors, save_tensors
+from fast.tensor_files import load_tensors, write_tensors
 
 
 @dataclass(kw_only=True)
@@ -30,9 +30,10 @@ class SavedNetworks:
     """Plain networks with the adapted weights.
 
     Attributes:
-        target: answers the new task.
-        source: has the old head, and answers the old task; None if the folder lacks what it needs.
-        note: says what the folder lacks.
+        target: the network that answers the target task.
+        source: the network with the source's head, which answers the source task; None if the
+            folder lacks what it needs.
+        note: what the folder lacks; empty where it lacks nothing.
     """
 
     target: nn.Module
@@ -48,15 +49,15 @@ def save_networks(model: nn.Module, folder: Path) -> None:
     """
     head = task_head(model)
     if head is not None:
-        _write(_plain_layer(head.source), folder / SOURCE_HEAD_FILE)
+        write_tensors(_plain_layer(head.source), folder / SOURCE_HEAD_FILE)
     per_task = {SOURCE_NORMS_FILE: source_norms(model), ADAPTERS_FILE: adapter_state(model)}
     for name, tensors in per_task.items():
         if tensors:
-            _write(_plain_names(tensors), folder / name)
+            write_tensors(_plain_names(tensors), folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
     target = fold_head(copy.deepcopy(model))
-    _write(_plain_names(target.state_dict()), folder / MODEL_FILE)
+    write_tensors(_plain_names(target.state_dict()), folder / MODEL_FILE)
 
 
 def load_saved(
@@ -65,17 +66,17 @@ def load_saved(
     """Read the networks of a saved run.
 
     Args:
-        folder: has `model.safetensors`; for the source network also `source_head.safetensors`, and
-            `source_norms.safetensors` if each task had its own batch norms, and
-            `adapters.safetensors` if adapters learned the target.
+        folder: the folder of the run. It has `model.safetensors`. The source network also needs
+            `source_head.safetensors`; `source_norms.safetensors`, if each task has its own batch
+            norms; and `adapters.safetensors`, if adapters have learned the target.
         model: the plain architecture, with a head for any number of classes; it becomes the target
             network.
         sample: a batch of inputs, by which the head is found.
-        head: name of the head; None to find it.
+        head: name of the head; with None it is found by the sample.
 
     Raises:
         FileNotFoundError: the folder has no `model.safetensors`.
-        ValueError: a file is damaged or belongs to another result; or the weights are those of
+        ValueError: a file is damaged or belongs to another result; or the weights belong to
             another network, and the message names the first that differ.
     """
     folder = Path(folder)
@@ -108,10 +109,13 @@ def _source_network(folder: Path, target: nn.Module, head: str) -> nn.Module:
 
 
 def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
-    """Make `model` the plain target network; returns its head, which replaces `head`.
+    """Make `model` the plain target network, with a new layer in the place of its head.
+
+    Returns:
+        the new layer.
 
     Raises:
-        ValueError: the weights are those of another network.
+        ValueError: the weights belong to another network.
     """
     file = folder / MODEL_FILE
     state = load_tensors(file)
@@ -132,7 +136,7 @@ def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
 
 
 def lacks_source(folder: Path) -> str:
-    """What the folder lacks for the source task; empty if it has everything."""
+    """Say what the folder lacks for the source task; empty if it has everything."""
     if not (folder / SOURCE_HEAD_FILE).is_file():
         return f"{folder} has no {SOURCE_HEAD_FILE}"
     record = folder / "result.json"
@@ -162,7 +166,7 @@ def source_layer_in(folder: Path, head: Head) -> HeadLayer:
 
 
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give the tensors of `model` the dtypes they were saved in, so that loading rounds nothing."""
+    """Give the tensors of `model` the dtypes that they have in `state`; loading then rounds nothing."""
     for module_name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
@@ -174,7 +178,12 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _layer_of(head: Head, state: dict[str, Tensor], prefix: str, file: Path) -> HeadLayer:
-    """A layer like `head`, of the shape that `state` has."""
+    """A layer like `head`, with as many classes as the weight in `state` has rows.
+
+    Args:
+        prefix: what the names of weight and bias begin with.
+        file: where the state comes from, for the message.
+    """
     weight = state.get(f"{prefix}weight")
     shape = head.module.weight.shape
     if weight is None or weight.shape[1:] != shape[1:]:
@@ -183,11 +192,6 @@ def _layer_of(head: Head, state: dict[str, Tensor], prefix: str, file: Path) -> 
             f"{file} does not fit the head {head.name} {list(shape)}: it has {there} there"
         )
     return layer_like(head.module, weight.shape[0], bias=f"{prefix}bias" in state)
-
-
-def _write(tensors: dict[str, Tensor], file: Path) -> None:
-    with atomic_file(file) as path:
-        save_tensors(tensors, path)
 
 
 def _plain_layer(layer: nn.Module) -> dict[str, Tensor]:
