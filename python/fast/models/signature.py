@@ -1,4 +1,4 @@
-"""Shapes and types of a network's inputs as plain values, and made-up inputs that have them."""
+"""The shapes and types of a network's inputs as plain values, and made-up inputs that have them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Signature = Any  # {"shape": [3, 8, 8], "dtype": "float32"}, or a list or mappin
 
 
 def signature_of(batch: Any) -> Signature:
-    """The shape of one sample of a batch, and its type."""
+    """The shape of one sample of a batch, and its type, for each input of the network."""
     if isinstance(batch, Mapping):
         return {str(name): signature_of(x) for name, x in batch.items()}
     if isinstance(batch, (tuple, list)):
@@ -23,7 +23,11 @@ def signature_of(batch: Any) -> Signature:
 
 
 def example(signature: Signature, samples: int = 2, name: str = "") -> Any:
-    """Inputs of this signature: noise for numbers, 0 for token ids, 1 for masks.
+    """Make up inputs of this signature: noise for numbers, 0 for token ids, 1 for masks.
+
+    Args:
+        samples: the number of samples.
+        name: the name of the input, which says whether it is a mask.
 
     Raises:
         ValueError: there is no signature.

@@ -166,7 +166,7 @@ def source_layer_in(folder: Path, head: Head) -> HeadLayer:
 
 
 def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give the tensors of `model` the dtypes that they have in `state`; loading then rounds nothing."""
+    """Give the tensors of `model` the dtypes of `state`, so that loading rounds nothing."""
     for module_name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():

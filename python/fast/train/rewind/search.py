@@ -1,4 +1,4 @@
-"""The search for the best network between two checkpoints."""
+"""Search for the best network between two checkpoints."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from fast.train.rewind.target import Target
 from fast.train.rewind.way import Way
 
 log = logging.getLogger("fast")
-# The target is kept where it loses no more than this, which is two or three of the samples that
-# measure it.
+# The target's head is left alone where its accuracy falls by no more than this, which is two or
+# three of the samples that measure it.
 KEPT = 0.02
-# Looks of the search on the line. The loss grows with the square of the place, or faster.
+# So many places on the line are measured. The loss grows with the square of the place, or faster.
 LOOKS, EXPONENT = 3, 2.0
-# Source inputs that batch norm statistics are moved by, and those that the source's head is fitted
-# to.
+# So many source inputs move the batch norm statistics, and so many the source's head is fitted to.
 STATISTICS_SAMPLES, HEAD_SAMPLES = 64, 256
 
 
@@ -38,12 +37,12 @@ class Search:
 
     Args:
         config: the options.
-        network: at w0, with its own head.
-        state: w1, under the names of `network`.
-        sample: source inputs, to find the head by.
-        work: source inputs to work with.
-        meter: measures what is lost, on others.
-        data: of the target task, or None.
+        network: the network at w0, with its own head.
+        state: the weights w1, under the names of `network`.
+        sample: source inputs, by which the head is found.
+        work: source inputs that the search works with.
+        meter: measures what is lost, on other source inputs.
+        data: samples of the target task, or None.
     """
 
     def __init__(
@@ -90,6 +89,7 @@ class Search:
         self.history: list[dict[str, Any]] = []
 
     def run(self) -> Rewound:
+        """Search the line, fit what belongs to the tasks, and return the network."""
         budget = self.config.budget
         assert budget is not None
         self.way.go(1.0)
@@ -118,7 +118,7 @@ class Search:
         return self._result(record)
 
     def _look(self, stage: str) -> float:
-        """Measure what is lost where the weights are, and record it."""
+        """Measure what is lost at the present weights, and record it."""
         lost = self.meter(self.model)
         self.history.append(
             {
@@ -133,7 +133,7 @@ class Search:
         return lost
 
     def _source_accuracy(self, model: nn.Module) -> float | None:
-        """By the source's head, on the samples that were held back, where they have its labels."""
+        """The accuracy of the source's head on the held-back samples, where these have its labels."""
         held = self.meter.samples
         if held.labels is None or self.meter.by_features:
             return None
