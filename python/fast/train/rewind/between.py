@@ -61,7 +61,8 @@ def rewind(
         budget: what may be lost: nats of source loss (0.1) or points of source accuracy ("2%").
         data: samples of the target task, in any form that `fast.finetune` takes for `train`.
         model: the architecture with base's head, where `base` is no network.
-        head: the name of the layer that makes the logits, where the network cannot be asked.
+        head: the name of the layer that makes the logits, where it cannot be found by running
+            the network.
         source_skill: "answers", "features" or "auto": see `fast.finetune`.
         seed: the seed that decides which target samples are used.
         device: see `fast.finetune`.

@@ -61,23 +61,11 @@ class Search:
         self.accuracy_before = self._source_accuracy(network)
         self.model = both(network, state, sample, layer).eval()
         device = next(self.model.parameters()).device
-        task = task_head(self.model)
-        assert task is not None
-        apart = {id(p) for m in (task, *per_task_norms(self.model)[0]) for p in m.parameters()}
-        shared = {
-            n: p
-            for n, p in self.model.named_parameters()
-            if id(p) not in apart and not torch.equal(p, starts[n])
-        }
-        if not shared:
-            raise ValueError(
-                "tuned: all weights that both tasks share are those of base: there is nothing to "
-                "rewind. Is it the same checkpoint twice, or was only the head trained?"
-            )
+        moved = _moved(self.model, starts)
         self.target = None
         if data is not None:
             self.target = Target(data, self.model, device, config.seed)
-        self.way = Way(list(shared.values()), [starts[n] for n in shared])
+        self.way = Way(list(moved.values()), [starts[n] for n in moved])
         self.way.go(0.0)
         work = work.to(device)
         some = [work.part(0, STATISTICS_SAMPLES).inputs]
@@ -133,7 +121,7 @@ class Search:
         return lost
 
     def _source_accuracy(self, model: nn.Module) -> float | None:
-        """The accuracy of the source's head on the held-back samples, where these have its labels."""
+        """The accuracy of the source's head on the held-back samples, if these have its labels."""
         held = self.meter.samples
         if held.labels is None or self.meter.by_features:
             return None
@@ -158,3 +146,28 @@ class Search:
             lost=record["forecast"],
             unknown=unknown,
         )
+
+
+def _moved(model: nn.Module, starts: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters that both tasks share and that fine-tuning has moved, by their names.
+
+    Args:
+        starts: w0.
+
+    Raises:
+        ValueError: there are none.
+    """
+    head = task_head(model)
+    assert head is not None
+    apart = {id(p) for m in (head, *per_task_norms(model)[0]) for p in m.parameters()}
+    moved = {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in apart and not torch.equal(p, starts[name])
+    }
+    if not moved:
+        raise ValueError(
+            "tuned: all weights that both tasks share are those of base: there is nothing to "
+            "rewind. Is it the same checkpoint twice, or was only the head trained?"
+        )
+    return moved

@@ -52,7 +52,7 @@ class MovingStatistics:
         )
 
     def mix(self, other: MovingStatistics, place: float) -> None:
-        """Set the statistics between those of `other` at its own end (place 0) and one's own (1)."""
+        """Set the statistics between those of `other` at its own end (place 0) and its own (1)."""
         ends = zip(other._own, self._own, strict=True)
         self._set([(a.lerp(c, place), b.lerp(d, place)) for (a, b), (c, d) in ends])
 

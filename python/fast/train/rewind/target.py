@@ -27,8 +27,8 @@ from fast.heads.find import HeadLayer, layer_like
 from fast.heads.forward import evaluating
 from fast.train.rewind.statistics import MovingStatistics
 
-# So many samples are used at most, and so many of them only measure. They are few, because rewinding
-# has a fifth of the time of the run that it rewinds.
+# So many samples are used at most, and so many of them only measure. They are few, because a rewind
+# has a fifth of the time of the run before it.
 LIMIT, HELD = 1152, 128
 BATCH_SIZE = 128
 HEAD_STEPS = 200
