@@ -70,10 +70,16 @@ def join(
         has norms of its own.
 
     Raises:
+        TypeError: `result` is neither a result nor a network.
         ValueError: the network has only one head; names do not fit; labels are out of range or
             missing; there are too few samples; or something follows the head of the network.
     """
     if not isinstance(result, nn.Module):
+        if not isinstance(getattr(result, "model", None), nn.Module):
+            raise TypeError(
+                "result must be what fast.finetune or Adaptation.finish returned, or its network; "
+                f"got {type(result).__name__}"
+            )
         target_classes = result.classes if target_classes is None else target_classes
         result = result.model
     network = unwrap(result)
