@@ -1,1 +1,1 @@
-"""The method: what adapts a network and holds what it knew, and its result; the loop is a caller's."""
+"""The method: what adapts a network and holds what it knew, and the result; no loop is here."""
