@@ -44,13 +44,15 @@ class SavedNetworks:
 def save_networks(model: nn.Module, folder: Path) -> None:
     """Write the plain target network of an adapted one, and what makes the source's network of it.
 
-    Each file is written whole or not at all; files of an earlier run that this one does not need
-    are removed.
+    Each file is written whole or not at all; files that an earlier network has left here, and that
+    this one does not have, are removed.
     """
     head = task_head(model)
-    if head is not None:
-        write_tensors(_plain_layer(head.source), folder / SOURCE_HEAD_FILE)
-    per_task = {SOURCE_NORMS_FILE: source_norms(model), ADAPTERS_FILE: adapter_state(model)}
+    per_task = {
+        SOURCE_HEAD_FILE: {} if head is None else _plain_layer(head.source),
+        SOURCE_NORMS_FILE: source_norms(model),
+        ADAPTERS_FILE: adapter_state(model),
+    }
     for name, tensors in per_task.items():
         if tensors:
             write_tensors(_plain_names(tensors), folder / name)
