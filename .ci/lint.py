@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (ROOT / "python" / "fast", ROOT / "fastkernels", ROOT / "benchmarks")
 # Built from csrc, so that they have no file here.
 COMPILED = {"fastkernels._C", "fastkernels._C_cuda"}
+DYNAMIC_IMPORTS = ("import_module", "__import__")
 MOST_MODULES, MOST_LINES, MEDIAN_LINES = 12, 500, 150
 # A record of one or two fields cannot be built in the wrong order unnoticed. A NamedTuple is no
 # dataclass: it is for what is unpacked on arrival.
@@ -36,7 +37,8 @@ def modules() -> dict[str, Path]:
 
 
 def imports(file: Path, module: str) -> set[str]:
-    """Absolute names of all that `file` imports: in functions and for type checkers as well."""
+    """Absolute names of all that `file` imports: in functions, for type checkers, and by
+    `import_module` of a name that is written there."""
     parents = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -47,7 +49,24 @@ def imports(file: Path, module: str) -> set[str]:
             if node.level:
                 base = parents[: len(parents) - node.level + 1] + base
             names |= {".".join([*base, alias.name]) for alias in node.names}
+        elif isinstance(node, ast.Call) and called(node) in DYNAMIC_IMPORTS:
+            names |= {x.value for x in node.args[:1] if isinstance(x, ast.Constant)}
     return names
+
+
+def called(call: ast.Call) -> str:
+    """The last name of the function that is called."""
+    return ast.unparse(call.func).rpartition(".")[2]
+
+
+def imports_computed_names(file: Path) -> bool:
+    """Whether `file` imports modules whose names cannot be read off its source."""
+    calls = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+    return any(
+        called(call) in DYNAMIC_IMPORTS
+        and not (call.args and isinstance(call.args[0], ast.Constant))
+        for call in calls
+    )
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from fast.deploy.load import load
     from fast.heads import fold_head, replace_head, source_task
     from fast.merge.join import join
-    from fast.merge.rewind.between import rewind
     from fast.optim import SGD, AdamW
     from fast.optim.param_groups import param_groups
     from fast.train.finetune import finetune
+    from fast.train.rewind.between import rewind
 
 
 __all__ = [
@@ -63,7 +63,7 @@ _HOME = {
     "load": "fast.deploy.load",
     "param_groups": "fast.optim.param_groups",
     "replace_head": "fast.heads",
-    "rewind": "fast.merge.rewind",
+    "rewind": "fast.train.rewind",
     "source_task": "fast.heads",
     "synthetic_inputs": "fast.adapt.synthetic",
 }

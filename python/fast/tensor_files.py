@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fast.files import atomic_file
+
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Save tensors of any memory layout as safetensors; tied ones are stored once for each name.
@@ -20,6 +22,12 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(plain, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Save tensors in place of what is at `path`, whole or not at all; see `save_tensors`."""
+    with atomic_file(path) as temporary:
+        save_tensors(tensors, temporary)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

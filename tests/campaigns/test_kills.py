@@ -21,7 +21,7 @@ import torch
 import fast
 from campaigns.campaign import Campaign, cases
 from campaigns.forks import forked, kill_at_file_event, outcome
-from fast.train.resume.checkpoint import list_checkpoints
+from fast.models.saved import list_checkpoints
 from networks import ConvNet, images
 
 KEPT = images(40, 5, seed=3)

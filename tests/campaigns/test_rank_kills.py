@@ -25,7 +25,7 @@ from torch import nn
 import fast
 from campaigns.campaign import Campaign, cases
 from campaigns.forks import forked, kill_at_file_event, outcome
-from fast.train.resume.checkpoint import list_checkpoints
+from fast.models.saved import list_checkpoints
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"

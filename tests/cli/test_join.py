@@ -91,7 +91,7 @@ def check_tasks(adapted, loaded, x, y):
         assert code == 0, err
         assert len(out.splitlines()[-1].split()) == 1 + 2 * classes
     code, _, err = adapted.fast("predict", "out", "a.png", "--task", "both")
-    assert (code, "is made by: fast join RUN --source-inputs OLD" in err) == (2, True)
+    assert (code, "fast join RUN --source-inputs OLD" in err) == (2, True)
 
     code, out, err = adapted.fast("evaluate", "both", "target.npz")
     assert (code, "its classes are numbers, which do not say whose" in err) == (2, True)

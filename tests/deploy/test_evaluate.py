@@ -10,7 +10,6 @@ import torch
 
 from fast.deploy.evaluation import Evaluation
 from fast.deploy.figures import evaluation_figure
-from fast.deploy.load import predictor_of
 
 # Probabilities of class 1 of two, and labels: confidences .9, .8, .6, .7, .9 and 1 mistake in each
 # of two bins.
@@ -81,7 +80,7 @@ def test_classes_of_the_data_are_matched_by_name(adapted, tmp_path):
     labels = (adapted.y[chosen] == 1).long()  # dog 0, bee 1
     np.savez(tmp_path / "some.npz", x=adapted.x[chosen].numpy(), y=labels.numpy(),
              classes=["dog", "bee"])  # fmt: skip
-    predictor = predictor_of(adapted.result)
+    predictor = adapted.result._predictor()
     named = predictor.evaluate(tmp_path / "some.npz")
     assert torch.equal(named.labels, adapted.y[chosen])
     assert named.accuracy == predictor.evaluate((adapted.x[chosen], adapted.y[chosen])).accuracy

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fast
-from fast.models.claim import claim
 from fast.models.saved import read_options, write_manifest
+from fast.models.saved.claim import claim
 from interruption import Stopped, dying_at
 from networks import ConvNet, SharedHead, TextNet, images, sentences
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fast.data.images.format import ImageFormat
-from fast.deploy.load import predictor_of
 from fast.models.preparation import Preparation, read_preparation
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need pillow")
@@ -21,7 +20,7 @@ FORM = ImageFormat(size=8, resize=10, mean=(0.4,), std=(0.3,), channels=1)
 @pytest.fixture
 def predictor(adapted):
     """Takes pictures."""
-    return replace(predictor_of(adapted.result), preparation=Preparation(images=FORM))
+    return replace(adapted.result._predictor(), preparation=Preparation(images=FORM))
 
 
 @pytest.fixture

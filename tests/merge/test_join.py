@@ -275,6 +275,12 @@ class _Doubled(nn.Module):
         return 2 * self.network(x)
 
 
+@pytest.mark.parametrize("other", [3, "runs/old", {"model": None}])
+def test_what_is_no_network_is_named(other):
+    with pytest.raises(TypeError, match=f"result must be .*; got {type(other).__name__}"):
+        fast.join(other, source_inputs=None, data=None)
+
+
 def test_a_damaged_or_other_folder_is_refused(adapted, source_inputs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"join\.json"):
         load_joined(adapted["frozen"].save(tmp_path / "run"), ConvNet())

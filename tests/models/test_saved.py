@@ -89,3 +89,13 @@ def test_saving_again_replaces_the_whole(folders):
     result.save(folders / "a")
     assert load(folders / "a").source is not None
     assert not (folders / "a" / "source_norms.safetensors").exists()
+
+
+def test_nothing_of_an_earlier_network_stays_beside_a_later_one(tmp_path):
+    result = fast.finetune(start(), TRAIN, VAL, steps=1)
+    result.save(tmp_path)
+    assert load(tmp_path).source is not None
+    fast.fold_head(result.model)
+    result.save(tmp_path)
+    networks = load(tmp_path)
+    assert (networks.source, networks.note) == (None, f"{tmp_path} has no source_head.safetensors")

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import fast
 from fast.files import file_hash, read_sealed, write_sealed
+from fast.models.saved import list_checkpoints
 from fast.tensor_files import save_tensors
 from fast.train.measure import Measure
-from fast.train.resume.checkpoint import FORMAT, list_checkpoints
+from fast.train.resume.checkpoint import FORMAT
 from networks import ConvNet, images
 
 TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)

@@ -10,8 +10,8 @@ from torch import nn
 
 import fast
 from fast.data.dataset import as_data
+from fast.models.saved import list_checkpoints
 from fast.train import measure
-from fast.train.resume.checkpoint import list_checkpoints
 from fast.train.step import TrainStep
 from networks import ConvNet, images
 

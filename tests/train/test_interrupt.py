@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fast
-from fast.train.resume.checkpoint import list_checkpoints
+from fast.models.saved import list_checkpoints
 from networks import ConvNet, images
 
 TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)

@@ -21,9 +21,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, T
 
 import fast
 from fast.files import read_sealed, write_sealed
+from fast.models.saved import list_checkpoints
 from fast.train.log import RunLog
 from fast.train.resume import checkpoint
-from fast.train.resume.checkpoint import list_checkpoints
 from interruption import Stopped, dying_at
 from networks import ConvNet, images
 

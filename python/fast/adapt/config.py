@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 from fast.adapt.methods import METHODS, MethodName
+from fast.models.head_option import KEEP, head_name
 
 Tasks = Literal["together", "switched"]
 BatchNormPolicy = Literal["frozen", "per_task", "track"]
@@ -19,7 +20,6 @@ Schedule = Literal["cosine", "constant"]
 SourceSkill = Literal["auto", "answers", "features"]
 # Larger numbers must be typos: a loss of 20 nats is that of guessing among 10^8 classes.
 MOST_NATS, MOST, MOST_SEED = 20.0, 10**7, 2**63 - 1
-NEW, KEEP = "new", "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ class AdaptConfig:
     @property
     def head_name(self) -> str | None:
         """The name of the layer that makes the logits, if the user gave it."""
-        return None if self.head in (NEW, KEEP) else self.head
+        return head_name(self.head)
 
     @classmethod
     def places(cls) -> set[str]:

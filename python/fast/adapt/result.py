@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import html
-import importlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.plan import Plan
+from fast.deploy.evaluation import Evaluation
+from fast.deploy.predictions import Predictions
+from fast.deploy.predictor import Predictor
 from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
-from fast.heads import (
-    adapter_state,
-    adapters,
-    fold_head,
-    places_of,
-    source_norms,
-    task_head,
-    unwrap,
-)
-from fast.models.claim import is_going_on
-from fast.models.description import describe_network, save_library_config
+from fast.heads import adapters, fold_head, places_of, task_head, unwrap
+from fast.heads.forward import LEAST_EVAL_BATCH
+from fast.merge.join import join
+from fast.merge.joined import Joined
 from fast.models.preparation import Preparation
 from fast.models.saved import (
-    ADAPTERS_FILE,
     MODEL_FILE,
     OPTIONS_FILE,
-    SOURCE_HEAD_FILE,
-    SOURCE_NORMS_FILE,
+    is_going_on,
+    save_networks,
     write_manifest,
 )
-from fast.tensor_files import save_tensors
+from fast.models.saved.description import describe_network, save_library_config, source_classes
 
 log = logging.getLogger("fast")
 
@@ -121,11 +114,11 @@ class Result:
             forecast_in_points=budget is not None and budget.points,
         )
 
-    def predict(self, inputs: Any, **options: Any) -> Any:
+    def predict(self, inputs: Any, **options: Any) -> Predictions:
         """Classes of inputs with their probabilities: see `fast.deploy.Predictor.predict`."""
         return self._predictor().predict(inputs, **options)
 
-    def evaluate(self, data: Any, **options: Any) -> Any:
+    def evaluate(self, data: Any, **options: Any) -> Evaluation:
         """How good the answers to labelled data are: see `fast.deploy.Predictor.evaluate`."""
         return self._predictor().evaluate(data, **options)
 
@@ -133,23 +126,40 @@ class Result:
         """Write the network for use without this library: see `fast.deploy.Predictor.export`."""
         return self._predictor().export(folder, format, **options)
 
-    def _predictor(self) -> Any:
-        # fast.deploy is built on this package, so it can only be imported when it is needed.
-        return importlib.import_module("fast.deploy.load").predictor_of(self)
+    def _predictor(self) -> Predictor:
+        """What `fast.load` would return had the result been saved; it shares `model`."""
+        model, config = unwrap(self.model), self.config
+        return Predictor(
+            model=model,
+            classes=self.classes,
+            source_classes=source_classes(model, self.network),
+            preparation=self.preparation,
+            inputs=self.inputs,
+            name=self.network,
+            precision=getattr(config, "precision", "auto"),
+            mirrored=bool(getattr(config, "tta", False)),
+            batch_size=max(LEAST_EVAL_BATCH, config.batch_size),
+            keeps_head=config.keeps_head,
+            lacks="" if task_head(model) is not None else "the head of the source was folded away",
+            facts=self._accuracies() | {"method": config.method},
+            notes=self.notes,
+        )
+
+    def _accuracies(self) -> dict[str, float | None]:
+        return {
+            "target_accuracy": self.target_accuracy,
+            "source_accuracy": self.source_accuracy,
+            "source_accuracy_before": self.source_accuracy_before,
+        }
 
     def _facts(self) -> dict[str, str]:
         """What the representations show."""
-        final = self.final
         facts = {"model": type(self.model).__name__, "method": self.config.method}
         if self.plan is not None:
             facts["tasks"] = self.plan.tasks
-        facts["step"] = str(final["step"])
-        for name in ("target_accuracy", "source_accuracy"):
-            if final[name] is not None:
-                facts[name] = f"{final[name]:.4f}"
-        if self.source_accuracy_before is not None:
-            facts["source_accuracy_before"] = f"{self.source_accuracy_before:.4f}"
-        return facts
+        facts["step"] = str(self.final["step"])
+        shown = {name: f"{x:.4f}" for name, x in self._accuracies().items() if x is not None}
+        return facts | shown
 
     def __repr__(self) -> str:
         return f"Result({', '.join(f'{name}={fact}' for name, fact in self._facts().items())})"
@@ -204,10 +214,9 @@ class Result:
         log.info("adapters are merged into the weights: the network answers the target task alone")
         return fold_head(self.model)
 
-    def join(self, **how: Any) -> Any:
+    def join(self, **how: Any) -> Joined:
         """One network for the source's classes and the target's: see `fast.join`."""
-        # fast.merge, too, is built on this package.
-        return importlib.import_module("fast.merge.join").join(self, **how)
+        return join(self, **how)
 
     def save(self, folder: str | Path) -> Path:
         """Write the model and how it was made, each file whole or not at all; `fast.load` reads it.
@@ -236,16 +245,14 @@ class Result:
             raise ValueError(f"{folder}: a run is going on there; name another folder")
         clear_unfinished(folder)
         model = unwrap(self.model)
-        _save_networks(model, folder)
+        save_networks(model, folder)
         save_library_config(model, folder, self.classes)
         write_json(folder / OPTIONS_FILE, dataclasses.asdict(self.config))
         self.preparation.save(folder)
         write_json(
             folder / "result.json",
             {
-                "target_accuracy": self.target_accuracy,
-                "source_accuracy": self.source_accuracy,
-                "source_accuracy_before": self.source_accuracy_before,
+                **self._accuracies(),
                 "classes": self.classes,
                 "final": self.final,
                 "plan": dataclasses.asdict(self.plan) if self.plan else None,
@@ -260,31 +267,3 @@ class Result:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
         write_manifest(folder, self.run, self.config.computed())
         return folder
-
-
-def _save_networks(model: nn.Module, folder: Path) -> None:
-    """Write the folded network, and what makes the source's network of it."""
-    head = task_head(model)
-    if head is not None:
-        with atomic_file(folder / SOURCE_HEAD_FILE) as path:
-            save_tensors(_plain_layer(head.source), path)
-    per_task = {SOURCE_NORMS_FILE: source_norms(model), ADAPTERS_FILE: adapter_state(model)}
-    for name, tensors in per_task.items():
-        if not tensors:  # remove what an earlier run has left
-            (folder / name).unlink(missing_ok=True)
-            continue
-        with atomic_file(folder / name) as path:
-            save_tensors(_plain_names(tensors), path)
-    with atomic_file(folder / MODEL_FILE) as path:
-        save_tensors(_plain_names(fold_head(copy.deepcopy(model)).state_dict()), path)
-
-
-def _plain_layer(layer: nn.Module) -> dict[str, Tensor]:
-    """Weight and bias, even if they are computed from other parameters (weight norm)."""
-    tensors = {"weight": layer.weight, "bias": layer.bias}
-    return {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
-
-
-def _plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state under the names that it has without `torch.compile` around parts of the network."""
-    return {name.replace("_orig_mod.", ""): x for name, x in state.items()}

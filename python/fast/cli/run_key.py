@@ -15,8 +15,8 @@ import torch
 import fast
 import fastkernels
 from fast.cli.spec.task import TaskSpec
+from fast.models.device import pick_device
 from fast.train.config import TrainConfig
-from fast.train.engine import pick_device
 
 # They take no part in a run.
 NO_PART = ("analysis", "cli", "integrations")

@@ -19,7 +19,7 @@ from fast.cli.spec.methods import ALL, MethodsSpec, SweepSpec
 from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
 from fast.heads.adapters import NO_PEFT
-from fast.train.engine import pick_device
+from fast.models.device import pick_device
 from fast.train.log import quiet_steps
 
 KEY_DIGITS = 8

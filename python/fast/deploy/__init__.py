@@ -1,1 +1,1 @@
-"""Use what was saved: load it, predict, evaluate, and export it for use without this library."""
+"""Networks that are used: load them, predict, evaluate, and export them to do without FAST."""

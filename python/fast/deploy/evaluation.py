@@ -1,4 +1,4 @@
-"""How good the answers to labelled data are."""
+"""An evaluation compares a network's answers to labelled data with the labels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BINS = 15
+BINS = 15  # equal parts of the confidences 0..1
 
 
 class ClassScore(NamedTuple):
-    """One class: its samples, the share of them that was recognised (recall), the share of right
-    answers among those that name it (precision; None where none does), and their harmonic mean."""
+    """How well one class is recognised: the number of its samples; recall, the share of them that
+    was recognised; precision, the share of right answers among those that name the class (None
+    where none does); and f1, the harmonic mean of the two."""
 
     name: str
     samples: int
@@ -25,8 +26,8 @@ class ClassScore(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """A sample that was answered wrongly: its row and name, both classes, and the probabilities
-    that the network gave to each."""
+    """A sample that got a wrong answer: its row and name, its label, the class that was predicted
+    in its place, and the probabilities that the network gave to both."""
 
     row: int
     name: str
@@ -38,16 +39,16 @@ class Mistake(NamedTuple):
 
 @dataclass(kw_only=True, repr=False)
 class Evaluation:
-    """Answers to N labelled samples, and what they come to.
+    """The answers to N labelled samples, and the figures that follow from them.
 
     Attributes:
-        task: target or source.
+        task: the task that was asked: target, source or both.
         classes: names of the C classes.
         labels: int64 `[N]`.
         logits: float32 `[N, C]`.
-        names: of the samples, or None.
-        raw: the samples as stored, where they were read by name.
-        unreadable: file -> reason, of files that were left out.
+        names: names of the samples, or None.
+        raw: the samples as they are stored, where they were read by name.
+        unreadable: for each file that was left out, the reason.
     """
 
     task: str
@@ -66,7 +67,7 @@ class Evaluation:
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """`[N, C]`."""
+        """The softmax of the logits, `[N, C]`."""
         return self.logits.softmax(1)
 
     @cached_property
@@ -86,15 +87,14 @@ class Evaluation:
 
     @cached_property
     def confusion(self) -> Tensor:
-        """int64 `[C, C]`: samples of the class of the row that were taken for that of the
-        column."""
+        """How often the class of the row was taken for the class of the column, int64 `[C, C]`."""
         count = len(self.classes)
         pairs = self.labels * count + self.predicted
         return torch.bincount(pairs, minlength=count * count).view(count, count)
 
     @property
     def per_class(self) -> list[ClassScore]:
-        """The score of each class that has samples or was answered."""
+        """The scores of the classes that have samples or were predicted."""
         right, truly, answered = (
             torch.bincount(x, minlength=len(self.classes)).tolist()
             for x in (self.labels[self.labels == self.predicted], self.labels, self.predicted)
@@ -112,9 +112,9 @@ class Evaluation:
         ]
 
     def reliability(self, bins: int = BINS) -> list[tuple[int, float, float]]:
-        """Samples, mean confidence and accuracy of those whose confidence is in each of `bins`
-        equal parts of 0..1 (the upper border belongs to a part); parts without samples are left
-        out."""
+        """Confidence against accuracy: 0..1 is cut into `bins` equal parts, and each part in which
+        confidences lie gives their number, their mean and the accuracy of these answers. The upper
+        border belongs to a part."""
         confidence = self.probabilities.double().max(1).values
         right = (self.predicted == self.labels).double()
         part = (confidence * bins).ceil().long().clamp(1, bins)
@@ -134,7 +134,7 @@ class Evaluation:
         return sum(n * abs(accuracy - mean) for n, mean, accuracy in rows) / len(self.labels)
 
     def mistakes(self, most: int | None = None) -> list[Mistake]:
-        """Wrong answers, those with the most confidence first."""
+        """The wrong answers, those with the most confidence first."""
         wrong = (self.predicted != self.labels).nonzero()[:, 0]
         confidence = self.probabilities[wrong, self.predicted[wrong]]
         order = wrong[confidence.argsort(descending=True, stable=True)][:most]
@@ -152,8 +152,8 @@ class Evaluation:
         )
 
     def confused(self, most: int = 10) -> list[tuple[str, str, int]]:
-        """Pairs of classes with the number of samples of the first that were taken for the second,
-        the largest first."""
+        """Pairs of classes with the number of samples of the first class that were taken for the
+        second, the largest number first."""
         off = self.confusion.clone()
         off.fill_diagonal_(0)
         values, places = off.flatten().sort(descending=True, stable=True)

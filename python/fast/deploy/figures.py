@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: what is taken for what, and how far confidence can be trusted."""
+"""The picture of an evaluation: which classes are confused, and whether confidence is right."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from fast.figures import GREY, STYLE, load_matplotlib
 
 # Classes beyond this cannot be told apart in a picture.
 MOST_CLASSES = 50
-NUMBERED = 15
+NUMBERED = 15  # classes up to which the cells show their counts
 
 
 def evaluation_figure(evaluation: Evaluation) -> Any:
-    """The matplotlib Figure of the confusion matrix, by shares of each class, and of accuracy over
-    confidence.
+    """Draw the confusion matrix, in shares of each class, and accuracy over confidence.
+
+    Returns:
+        a matplotlib Figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -53,7 +55,7 @@ def _draw_confusion(axis: Any, evaluation: Evaluation) -> None:
 
 
 def _shown_classes(evaluation: Evaluation) -> torch.Tensor:
-    """Numbers of the classes to draw: those with samples, and the most mistaken where many."""
+    """Numbers of the classes to draw: those with samples; of many, those with most mistakes."""
     truly = evaluation.confusion.sum(1)
     present = truly.nonzero()[:, 0]
     if len(present) <= MOST_CLASSES:

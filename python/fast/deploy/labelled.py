@@ -1,4 +1,4 @@
-"""Labelled data to evaluate on, with the labels of the run's classes."""
+"""Labelled data to evaluate on; their labels are numbered as the run numbers its classes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class LabelledData:
     """Data to evaluate on: batches as they are given, or samples that are read by name.
 
     Attributes:
-        data: what was given.
-        split: samples still to be prepared, in place of `data`.
-        rows: of the split, those that `batches` could read.
-        report: what was met in its files.
+        name: name of the data, for messages.
+        preparation: what the samples of `split` go through.
+        data: batches that are ready for the network; None where there is a `split`.
+        split: samples that still have to be prepared.
+        rows: the rows of the split that `batches` could read.
+        report: what was found in the files of the split.
     """
 
     name: str
@@ -37,7 +39,7 @@ class LabelledData:
     report: FileReport = field(default_factory=FileReport)
 
     def batches(self, batch_size: int, *, skip_broken: bool) -> Iterator[tuple[Any, Tensor]]:
-        """Inputs as the network takes them, and labels.
+        """Inputs in the form that the network takes, and their labels.
 
         Raises:
             ValueError: files cannot be read.
@@ -56,7 +58,7 @@ class LabelledData:
 
     @property
     def raw(self) -> Any:
-        """The samples as stored, where they were read by name; those that could be read."""
+        """The samples that could be read, as they are stored; None if none were read by name."""
         return None if self.split is None else self.split.subset(np.array(self.rows)).inputs
 
 
@@ -67,7 +69,12 @@ def labelled_data(
     task: str,
     **columns: str | None,
 ) -> LabelledData:
-    """See `Predictor.evaluate`."""
+    """What `Predictor.evaluate` takes, as data to evaluate on.
+
+    Args:
+        classes: names of the classes of the task, or None.
+        columns: see `Predictor.evaluate`.
+    """
     if isinstance(data, (str, os.PathLike)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)
@@ -82,13 +89,13 @@ def labelled_data(
 def _numbered(
     labels: np.ndarray, data: NamedData, classes: list[str] | None, task: str
 ) -> np.ndarray:
-    """Labels as the run numbers its classes, by their names.
+    """Number the labels as the run numbers its classes, by the names of the classes.
 
-    Names that are numbers, as files without names of classes have them, are labels of the run.
+    Files without names of classes have numbers in their place, which are taken for labels of the
+    run.
 
     Raises:
-        ValueError: a class of the data is none of the run's, or a number that may be of either
-            task.
+        ValueError: the run has no class of this name, or a number may be of either task.
     """
     if classes is None or list(data.classes[: len(classes)]) == classes:
         return labels
@@ -103,11 +110,11 @@ def _numbered(
             "task, source or target (task=, --task)"
         )
     if strange and task == "source" and len(data.classes) == len(classes):
-        return labels  # the library calls the classes otherwise; their order is the network's
+        return labels  # the library has other names for the classes, in the same order
     if strange:
         whose = "both tasks" if task == "both" else f"the {task}'s"
         raise ValueError(
-            f"{data.name}: classes that are none of {whose}: {some(strange)}; there are "
+            f"{data.name}: classes that are none of {whose}: {some(strange)}; the run has "
             f"{some([printable(name) for name in classes], 12)}"
         )
     order = np.array([number.get(name, -1) for name in data.classes])

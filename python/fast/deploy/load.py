@@ -1,4 +1,4 @@
-"""`fast.load`: a saved run as something that predicts."""
+"""`fast.load` makes a predictor of a saved run."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from fast.adapt.config import KEEP
-from fast.adapt.result import Result
 from fast.data.images.format import ImageFormat
 from fast.deploy.predictor import Predictor
-from fast.deploy.rebuild import JOB_FILE, rebuilt
+from fast.deploy.rebuild import rebuilt
 from fast.files import read_json, reading
-from fast.heads import task_head, unwrap
+from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.merge.joined import load_joined
-from fast.models.claim import is_going_on
-from fast.models.description import source_classes
+from fast.models.device import pick_device
+from fast.models.head_option import KEEP, head_name
 from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, read_preparation
-from fast.models.saved import JOIN_FILE, MODEL_FILE, check_manifest, read_options
+from fast.models.saved import (
+    JOB_FILE,
+    JOIN_FILE,
+    MODEL_FILE,
+    check_manifest,
+    is_going_on,
+    list_checkpoints,
+    read_options,
+)
+from fast.models.saved.two_tasks import load_two_tasks
 from fast.models.signature import example
-from fast.models.two_tasks import load_two_tasks
-from fast.train.engine import pick_device
-from fast.train.measure import LEAST_EVAL_BATCH
-from fast.train.resume.checkpoint import list_checkpoints
+
+# What the card of an export says of the run.
+REPORTED = ("target_accuracy", "source_accuracy", "source_accuracy_before")
 
 
 def load(
@@ -39,17 +45,17 @@ def load(
 
         loaded = fast.load("runs/resnet18-photos-fast")
         loaded.predict("new/")                         # classes with probabilities
-        loaded.predict("new/", task="source")          # what it knew before
+        loaded.predict("new/", task="source")          # the classes that it knew before
         loaded.evaluate("labelled/").accuracy
 
-    A folder that `Joined.save` or `fast join` wrote answers with the classes of both tasks.
+    A network that `Joined.save` or `fast join` wrote answers with the classes of both tasks.
 
     Args:
-        folder: of the run. Its files are compared with their checksums.
+        folder: the folder of the run. Its files are compared with their checksums.
         model: the network, with any weights and a head for any number of classes; or its name, as
-            --model takes it. It is needed where the network was given as an object, or as a factory
-            in a Python file: code that a folder names is never run. A network of timm, torchvision
-            or transformers is built by its name. A module becomes the loaded network.
+            --model takes it. Networks of timm, torchvision and transformers are built by the name
+            that the run has saved. Any other must be passed, because code that a folder names is
+            never run. A module that is passed becomes the loaded network.
         device: see `fast.finetune`.
 
     Raises:
@@ -63,21 +69,17 @@ def load(
     facts, options = read_json(folder / "result.json"), read_options(folder)
     network = facts.get("network") or {}
     loaded = rebuilt(folder, network, model)
-    preparation = _preparation(folder, loaded)
-    inputs = facts.get("inputs")
-    sample = example(inputs) if inputs is not None else _sample(preparation)
-    head = network.get("head") or options.get("head")
-    named = head if head not in (None, "new", KEEP) else None
-    answering, classes, note = loaded.model, facts.get("classes"), ""
-    joined = (folder / JOIN_FILE).is_file()
-    if joined:
+    answering, lacks = loaded.model, ""
+    preparation, inputs = _preparation(folder, loaded), facts.get("inputs")
+    if (folder / JOIN_FILE).is_file():
         answering = load_joined(folder, loaded.model)
-        classes = answering.classes
     else:
-        note = load_two_tasks(folder, loaded.model, head=named, sample=sample)
+        head = network.get("head") or head_name(options.get("head"))
+        sample = example(inputs) if inputs is not None else _sample(preparation)
+        lacks = load_two_tasks(folder, loaded.model, head=head, sample=sample)
     return Predictor(
         model=answering.to(pick_device(device)).eval(),
-        classes=_class_names(classes),
+        classes=_class_names(facts.get("classes")),
         source_classes=_class_names(network.get("source_classes")),
         preparation=preparation,
         inputs=inputs,
@@ -86,37 +88,14 @@ def load(
         mirrored=bool(options.get("tta")),
         batch_size=max(LEAST_EVAL_BATCH, int(options.get("batch_size", LEAST_EVAL_BATCH))),
         keeps_head=options.get("head") == KEEP,
-        lacks=note,
-        facts=_reported(facts, options),
+        lacks=lacks,
+        facts={name: facts.get(name) for name in REPORTED} | {"method": options.get("method")},
         notes=[str(note) for note in facts.get("notes") or []],
     )
 
 
-def predictor_of(result: Result) -> Predictor:
-    """The same of a result that was not saved; the networks are one object."""
-    model, config = unwrap(result.model), result.config
-    numbers = {
-        name: getattr(result, name)
-        for name in ("target_accuracy", "source_accuracy", "source_accuracy_before")
-    }
-    return Predictor(
-        model=model,
-        classes=_class_names(result.classes),
-        source_classes=_class_names(source_classes(model, result.network)),
-        preparation=result.preparation,
-        inputs=result.inputs,
-        name=result.network,
-        precision=getattr(config, "precision", "auto"),
-        mirrored=bool(getattr(config, "tta", False)),
-        batch_size=max(LEAST_EVAL_BATCH, config.batch_size),
-        keeps_head=config.keeps_head,
-        lacks="" if task_head(model) is not None else "the head of the source was folded away",
-        facts=_reported(numbers, {"method": config.method}),
-        notes=result.notes,
-    )
-
-
 def _check_finished(folder: Path) -> None:
+    """Raise ValueError where the folder belongs to a run that has no result yet."""
     if not folder.is_dir() or (folder / MODEL_FILE).is_file():
         return
     if is_going_on(folder):
@@ -134,7 +113,7 @@ def _check_finished(folder: Path) -> None:
 
 
 def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:
-    """What the run wrote; of an older one, what its data.json and the network say."""
+    """What the run has saved; an older run has it in its data.json, and in the network."""
     preparation = read_preparation(folder)
     file = folder / "data.json"
     if preparation.kind != "arrays" or not file.is_file():
@@ -151,7 +130,7 @@ def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:
 
 
 def _sample(preparation: Preparation) -> Any:
-    """Inputs to find the head by, where the run did not write their shapes."""
+    """Inputs to find the head by, where the run has not saved their shapes."""
     if preparation.tokenizer is not None:
         return preparation.tokens(["a", "a b"])
     form = preparation.images
@@ -163,9 +142,3 @@ def _sample(preparation: Preparation) -> Any:
 
 def _class_names(names: Any) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
-
-
-def _reported(facts: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """What a model card says of the run."""
-    names = ("target_accuracy", "source_accuracy", "source_accuracy_before")
-    return {name: facts.get(name) for name in names} | {"method": options.get("method")}

@@ -1,4 +1,4 @@
-"""Answers of a network: probabilities of classes, for inputs with names."""
+"""The answers of a network: the class of each input, and the probabilities of all classes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Prediction:
     """The answer to one input.
 
     Attributes:
-        name: of the input: a file, a text, or its number.
+        name: what the input is called: a file, a text, or its number.
         label: the most likely class.
-        probability: of that class, in 0..1.
+        probability: the probability of that class, in 0..1.
         top: pairs of class and probability, the most likely first.
     """
 
@@ -32,13 +32,13 @@ class Prediction:
 
 @dataclass(kw_only=True, repr=False)
 class Predictions:
-    """Answers to N inputs; a sequence of `Prediction`.
+    """The answers to N inputs, as a sequence of `Prediction`.
 
     Attributes:
-        names: of the inputs.
+        names: names of the inputs.
         classes: the names of the C classes.
         logits: `[N, C]` in float32.
-        unreadable: file -> reason, of pictures that were left out.
+        unreadable: for each picture that was left out, the reason.
     """
 
     names: list[str]
@@ -48,7 +48,7 @@ class Predictions:
 
     @property
     def probabilities(self) -> Tensor:
-        """Softmax of the logits, `[N, C]`."""
+        """The softmax of the logits, `[N, C]`."""
         return self.logits.softmax(1)
 
     @property
@@ -88,7 +88,7 @@ class Predictions:
         return [self[i] for i in range(min(count, len(self)))]
 
     def write_csv(self, path: str | Path) -> Path:
-        """Write inputs, their class and the probability of each class, whole or not at all."""
+        """Write a table of the inputs, their classes and all probabilities, whole or not at all."""
         path = Path(path)
         with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)

@@ -1,4 +1,4 @@
-"""A network that answers, with all that is known about its inputs and classes."""
+"""A network that predicts, with all that is known about its inputs and classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fast.data.dataset import as_data
 from fast.data.labels import check_labels
 from fast.data.sources import SKIP, FileReport, Split
-from fast.data.trees import leaves, mapped, plain
+from fast.data.trees import leaves, mapped, move, plain
 from fast.deploy.evaluation import Evaluation
 from fast.deploy.export.formats import FORMATS, export
 from fast.deploy.export.subject import Subject
@@ -30,12 +30,11 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.heads.forward import taking
+from fast.heads.forward import LEAST_EVAL_BATCH, answers, taking
 from fast.merge.joined import Joined
+from fast.models.device import autocast_dtype
 from fast.models.preparation import Preparation
-from fast.models.signature import example, on_device_of
-from fast.train.engine import autocast_dtype
-from fast.train.measure import answers
+from fast.models.signature import example
 
 Task = Literal["target", "source", "both"]
 
@@ -45,21 +44,22 @@ class Predictor:
     """What `fast.load` returns.
 
     Attributes:
-        model: answers the target task, and inside `fast.source_task` the source's; or a joined
-            network, which answers both in one softmax.
-        classes: of the target, of a joined network those of both; None where they have no names.
-        source_classes: of the source, where the network or its library has their names.
-        preparation: what pictures and texts go through on their way to the network.
+        model: the network. It answers the target task, and inside `fast.source_task` the source's;
+            a joined network answers both in one softmax.
+        classes: names of the target's classes, for a joined network of the classes of both tasks;
+            None where they have no names.
+        source_classes: names of the source's classes, where the network or its library has them.
+        preparation: what pictures, sounds and texts go through on their way to the network.
         inputs: shapes and types of the network's inputs (`fast.models.signature`).
-        name: by which the network was loaded.
-        precision: of the forward pass, as in the run.
-        mirrored: whether `evaluate` asks about each image and its mirror image (`tta`), as the run
-            did of the target.
-        batch_size: as in the evaluations of the run.
-        keeps_head: whether the run went on with the network's own head: one task then.
+        name: the name that the network was loaded by, as --model takes it.
+        precision: precision of the forward pass, as in the run.
+        mirrored: whether `evaluate` averages the answers to an image and its mirror image, as the
+            run did for the target (`tta`).
+        batch_size: samples of a batch, as in the evaluations of the run.
+        keeps_head: whether the run went on with the network's own head, so that there is one task.
         lacks: what is missing to answer the source task; empty where nothing is.
         facts: accuracies and the method of the run.
-        notes: what the weights have that the plain architecture has not (`Result.notes`).
+        notes: how the weights differ from the plain architecture (`Result.notes`).
     """
 
     model: nn.Module
@@ -70,7 +70,7 @@ class Predictor:
     name: str | None = None
     precision: str = "auto"
     mirrored: bool = False
-    batch_size: int = 128
+    batch_size: int = LEAST_EVAL_BATCH
     keeps_head: bool = False
     lacks: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -94,23 +94,24 @@ class Predictor:
         column: str | None = None,
         skip_broken: bool = False,
     ) -> Predictions:
-        """Classes with probabilities.
+        """Predict the class of each input, with the probabilities of all classes.
 
         Args:
-            inputs: for a network of pictures: paths of files, folders and `.csv` tables, pictures
-                of Pillow, or uint8 arrays `[N, H, W, C]`, which go through the pipeline of the run.
-                For a network of texts: a text or a list of them, or a `pathlib.Path` of a table or
-                of a file with one text a line. For any network: tensors as it takes them.
-            task: "source" asks the task of before. A joined network is asked for "both" by
-                default; "source" and "target" keep to the classes of one task.
-            batch_size: default: that of the run's evaluations.
-            column: of a table that holds the inputs (default: by its usual names).
+            inputs: a network of pictures takes paths of files, folders and `.csv` tables, pictures
+                of Pillow, or uint8 arrays `[N, H, W, C]`; all of them go through the pipeline of
+                the run. A network of texts takes a text, a list of texts, or a `pathlib.Path` to a
+                table or to a file with one text a line. Every network takes tensors in the form
+                that its forward pass takes.
+            task: "source" asks for the classes of the task before. A joined network is asked for
+                "both" by default; "source" and "target" keep to the classes of one task.
+            batch_size: samples of a batch (default: as in the run's evaluations).
+            column: the column of a table that holds the inputs (default: by its usual names).
             skip_broken: leave out pictures that cannot be read; they are in `unreadable`.
 
         Raises:
             FileNotFoundError: a path leads nowhere.
-            ValueError: inputs are not the network's, or cannot be read; the folder lacks what the
-                source task needs; or a network that is not joined is asked for both.
+            ValueError: the network takes other inputs, or they cannot be read; the folder lacks
+                what the source task needs; or a network that is not joined is asked for both.
         """
         task = self.task_of(task)
         split = raw_inputs(inputs, self.preparation, column)
@@ -141,20 +142,21 @@ class Predictor:
         skip_broken: bool = False,
         **columns: str | None,
     ) -> Evaluation:
-        """How good the answers to labelled data are.
+        """Compare the answers to labelled data with the labels.
 
         Args:
             data: a name, as --data takes it; or `(inputs, labels)`, a Dataset or a DataLoader, with
-                inputs as the network takes them. Of a set with splits the held-out one is used.
-            task: whose the labels are; "source": of the task of before. Those of a joined network
-                are of "both" by default, in the order of its classes.
-            batch_size: default: that of the run's evaluations.
+                inputs in the form that the network takes. Where a named set has splits, the
+                held-out one is used.
+            task: the task that the labels are of; "source" is the task before. A joined network
+                takes labels of "both" by default, numbered in the order of its classes.
+            batch_size: samples of a batch (default: as in the run's evaluations).
             skip_broken: leave out files that cannot be read.
             columns: `input_column` and `label_column` of a Hugging Face data set.
 
         Raises:
             FileNotFoundError: there is no such data set.
-            ValueError: the data cannot be read, or their classes are not the task's.
+            ValueError: the data cannot be read, or they have classes that the task has not.
         """
         task = self.task_of(task)
         classes = self._classes(task)
@@ -180,13 +182,14 @@ class Predictor:
         """Write the target's network for use without this library.
 
         Args:
-            folder: which must be new or empty.
+            folder: a folder that is new or empty.
             format: `onnx`, `torch.export`, `safetensors`, `hf` or `timm`; see docs/production.md.
-            sample: a batch of at least two inputs as the network takes them, where their shapes are
-                not known.
+            sample: a batch of at least two inputs in the form that the network takes; it is needed
+                where their shapes are not known.
 
         Returns:
-            the folder. What was written answered like the network, where it can be run here.
+            the folder. Where the format can be run here, its answers were compared with the
+            network's.
 
         Raises:
             ValueError: the folder is not empty, the format is unknown, or the network cannot be
@@ -198,6 +201,7 @@ class Predictor:
         return export(self._subject(sample), Path(folder).expanduser(), format)
 
     def _subject(self, sample: Any) -> Subject:
+        """The target's network on the CPU, with what an export says of it."""
         head = task_head(self.model)
         name = None if head is None else places_of(self.model, head)[0][2]
         network = fold_head(copy.deepcopy(self.model)).cpu().float().eval()
@@ -221,11 +225,11 @@ class Predictor:
 
     @property
     def is_joined(self) -> bool:
-        """Whether one softmax is over the classes of source and target."""
+        """Whether the network answers the classes of both tasks in one softmax."""
         return isinstance(self.model, Joined)
 
     def task_of(self, task: Task | None) -> Task:
-        """The task that answers: the given one; of a joined network both, else the target.
+        """The task to answer: by default both for a joined network, and the target for any other.
 
         Raises:
             ValueError: there is no such task, or only a joined network has it.
@@ -235,18 +239,21 @@ class Predictor:
         if task not in get_args(Task):
             raise ValueError(f"task must be target, source or both; got {task!r}")
         if task == "both" and self.keeps_head:
-            raise ValueError("task both: the run kept the network's head, which is one task's")
+            raise ValueError(
+                "task both: the run kept the network's head, so that there is one task; leave the "
+                "task out"
+            )
         if task == "both" and not self.is_joined:
             raise ValueError(
-                "task both: each task of this run has a head and a softmax of its own; one network "
-                "for the classes of both is made by: fast join RUN --source-inputs OLD --output "
-                "JOINED (in Python fast.join), and asked then"
+                "task both: each task of this run has a head and a softmax of its own. Make one "
+                "network for the classes of both (fast join RUN --source-inputs OLD --output "
+                "JOINED, in Python fast.join), and ask that one"
             )
         return task
 
     @contextmanager
     def answering(self, task: Task) -> Iterator[None]:
-        """Let the network answer a task; a joined one answers both."""
+        """Let the network answer a task; a joined network always answers both."""
         switch: AbstractContextManager[Any] = nullcontext()
         if task == "source" and not self.keeps_head and not self.is_joined:
             if task_head(self.model) is None:
@@ -256,14 +263,15 @@ class Predictor:
             yield
 
     def logits(self, inputs: Any, name: str = "inputs", mirrored: bool = False) -> Tensor:
-        """Logits `[B, C]` in float32 on the CPU, of a batch as the network takes it.
+        """Logits `[B, C]` for a batch of inputs, in float32 on the CPU.
 
         Args:
-            mirrored: the mean over images and their mirror images.
+            name: name of the data, for messages.
+            mirrored: average the logits for an image and its mirror image.
 
         Raises:
             ValueError: the network does not take the inputs.
-            FloatingPointError: answers are not finite.
+            FloatingPointError: logits are NaN or infinite.
         """
         dtype = autocast_dtype(self.precision, self.device)
         with (
@@ -271,7 +279,7 @@ class Predictor:
             evaluating(self.model),
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),
         ):
-            logits = answers(self.model, on_device_of(self.model, inputs), mirrored).cpu()
+            logits = answers(self.model, move(inputs, self.device), mirrored).cpu()
         wrong = int((~logits.logsumexp(1).isfinite()).sum())
         if wrong:
             raise FloatingPointError(
@@ -281,7 +289,7 @@ class Predictor:
         return logits
 
     def class_names(self, task: Task, count: int) -> list[str]:
-        """The names of `count` classes; their numbers where they have none."""
+        """The names of `count` classes, which are numbers where the classes have none."""
         names = self._classes(task)
         numbers = [str(i) for i in range(count)]
         return numbers if names is None or len(names) != count else names
@@ -292,7 +300,7 @@ class Predictor:
         return self.source_classes if task == "source" and not self.keeps_head else self.classes
 
     def _of_task(self, logits: Tensor, task: Task) -> Tensor:
-        """The logits of a task's own classes."""
+        """The logits of the classes that a task has."""
         if isinstance(self.model, Joined) and task != "both":
             return logits[:, self.model.classes_of(task)]
         return logits
@@ -300,7 +308,7 @@ class Predictor:
     def _batches(
         self, split: Split, batch_size: int, report: FileReport
     ) -> Iterator[tuple[Any, Tensor]]:
-        """Inputs as the network takes them, with their rows."""
+        """Batches in the form that the network takes, with the rows that they come from."""
         if leaves(split.inputs):  # tensors
             data = as_data((mapped(split.inputs, _floats), split.labels), "inputs")
             return data.eval_batches(batch_size)

@@ -1,4 +1,4 @@
-"""What is given to a predictor, as a split: paths, pictures, sounds, texts, or arrays."""
+"""Turn what a predictor is given into a split: paths, pictures, sounds, texts, or arrays."""
 
 from __future__ import annotations
 
@@ -26,34 +26,38 @@ from fast.models.preparation import Preparation
 
 
 def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None) -> Split:
-    """Inputs with their number for a label.
+    """The inputs as a split, in which the label of each is its number.
 
-    Pictures and sounds may be paths of files, folders and tables of paths; pictures also objects of
-    Pillow or uint8 arrays. Texts are strings; a `pathlib.Path` of a table or of a text file holds
-    many, one in a line. What the network takes as it is may be tensors or arrays.
+    Pictures and sounds may be paths of files, of folders, and of tables of paths. Pictures may also
+    be objects of Pillow or uint8 arrays. A text is a string; a `pathlib.Path` leads to a table or
+    to a text file, which holds one text in a line. Whatever the network takes may also be given as
+    tensors or arrays that are ready for it.
+
+    Args:
+        column: the column of a table that holds the inputs (default: by its usual names).
 
     Raises:
         FileNotFoundError: a path leads nowhere.
-        ValueError: these are no inputs of this network.
+        ValueError: the network does not take such inputs.
     """
     items = inputs if isinstance(inputs, (list, tuple)) else [inputs]
     if not items:
         raise ValueError("inputs: there are none")
-    found: Any = None
+    raw: Any = None
     if preparation.kind == "images":
-        found = _encoded_files(items, column, EncodedImages)
-        if found is None:
-            found = _pictures(items, inputs)
+        raw = _encoded_files(items, column, EncodedImages)
+        if raw is None:
+            raw = _pictures(items, inputs)
     elif preparation.kind == "sounds":
-        found = _encoded_files(items, column, EncodedAudio)
+        raw = _encoded_files(items, column, EncodedAudio)
     elif preparation.kind == "texts":
-        found = _texts(items, column)
-    if found is None:
-        found = _arrays(inputs, preparation)
-    count = length(found)
+        raw = _texts(items, column)
+    if raw is None:
+        raw = _arrays(inputs, preparation)
+    count = length(raw)
     if not count:
         raise ValueError("inputs: there are none")
-    return Split(inputs=found, labels=np.arange(count))
+    return Split(inputs=raw, labels=np.arange(count))
 
 
 def input_names(inputs: Any) -> list[str]:
@@ -66,8 +70,8 @@ def input_names(inputs: Any) -> list[str]:
 
 
 def _pictures(items: Sequence[Any], inputs: Any) -> Any:
-    """Pictures of Pillow, or arrays of whole pixels; None where these are neither."""
-    if items and all(hasattr(item, "getbands") for item in items):
+    """Pictures of Pillow, or arrays of uint8 pixels; None where the inputs are neither."""
+    if all(hasattr(item, "getbands") for item in items):
         encoded = [_encoded(picture) for picture in items]
         names = [getattr(p, "filename", "") or f"picture {i}" for i, p in enumerate(items)]
         return EncodedImages(names=names, open=lambda i: io.BytesIO(encoded[i]))
@@ -78,9 +82,11 @@ def _pictures(items: Sequence[Any], inputs: Any) -> Any:
 
 
 def _encoded_files(items: Sequence[Any], column: str | None, encoded: type[EncodedFiles]) -> Any:
-    """The files of a kind that paths stand for; None where these are no paths. A file that is named
-    is tried, whatever its name ends in."""
-    if not items or not all(isinstance(item, (str, os.PathLike)) for item in items):
+    """The files that paths stand for; None where the inputs are no paths.
+
+    A file that is named is tried, whatever its name ends in; in a folder the suffix decides.
+    """
+    if not all(isinstance(item, (str, os.PathLike)) for item in items):
         return None
     files = [file for item in items for file in _files(Path(item).expanduser(), column, encoded)]
     return encoded(names=files, open=files.__getitem__)
@@ -109,32 +115,32 @@ def _files(path: Path, column: str | None, encoded: type[EncodedFiles]) -> list[
 
 
 def _texts(items: Sequence[Any], column: str | None) -> list[str] | None:
-    if not items or not all(isinstance(item, (str, os.PathLike)) for item in items):
+    """The texts, and those in the files that paths lead to; None where the inputs are neither."""
+    if not all(isinstance(item, (str, os.PathLike)) for item in items):
         return None
     texts: list[str] = []
     for item in items:
-        if isinstance(item, str):
-            texts.append(item)
-            continue
-        path = Path(item).expanduser()
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder; give files with one text a line, or tables")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; texts are read from files, one a line, and from tables"
-            )
-        if path.suffix.lower() not in TABLES:
-            texts += [line for line in text_of(path).splitlines() if line.strip()]
-            continue
-        held = read_inputs(path, column, TEXTS)
-        if not isinstance(held, list):
-            raise ValueError(f"{path}: the column holds no texts; name another (--column)")
-        texts += held
+        texts += [item] if isinstance(item, str) else _texts_in(Path(item).expanduser(), column)
     return texts
 
 
+def _texts_in(path: Path, column: str | None) -> list[str]:
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give files with one text a line, or tables")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; texts are read from files, one a line, and from tables"
+        )
+    if path.suffix.lower() not in TABLES:
+        return [line for line in text_of(path).splitlines() if line.strip()]
+    held = read_inputs(path, column, TEXTS)
+    if not isinstance(held, list):
+        raise ValueError(f"{path}: the column holds no texts; name another (--column)")
+    return held
+
+
 def _arrays(inputs: Any, preparation: Preparation) -> Any:
-    """Inputs as the network takes them."""
+    """Inputs that are ready for the network, as tensors or arrays."""
     if isinstance(inputs, (Tensor, np.ndarray, Mapping)):
         return inputs
     if isinstance(inputs, (tuple, list)) and inputs and isinstance(inputs[0], (Tensor, np.ndarray)):
@@ -151,7 +157,7 @@ def _arrays(inputs: Any, preparation: Preparation) -> Any:
 
 
 def _encoded(picture: Any) -> bytes:
-    """A picture of Pillow as a file without loss, which is then read like any other."""
+    """A picture of Pillow as the bytes of a file without loss, which is read like any other."""
     stream = io.BytesIO()
     exif = picture.getexif()
     picture.save(stream, "TIFF" if picture.mode in ("CMYK", "F", "LAB") else "PNG", exif=exif)

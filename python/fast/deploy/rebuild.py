@@ -1,4 +1,4 @@
-"""Build the network of a saved run again."""
+"""Build the network of a saved run again, without its weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fast.files import read_json
 from fast.models.libraries import quiet
 from fast.models.load import LIBRARIES, load_model
 from fast.models.loaded import LoadedModel
-from fast.models.saved import CONFIG_FILE, is_library_config
-
-JOB_FILE = "job.json"
+from fast.models.saved import CONFIG_FILE, JOB_FILE, is_library_config
 
 
 def rebuilt(folder: Path, facts: dict[str, Any], model: nn.Module | str | None) -> LoadedModel:
-    """The plain architecture of a run, with whatever weights.
+    """The plain architecture of a run, with any weights.
 
     A network of timm, torchvision or transformers is built by its name, or by its `config.json`.
-    The code of a file is only run when it is named here.
+    The code of a Python file is only run when `model` names it.
 
     Args:
-        facts: `network` of the run's result.json; empty where an older version wrote it.
-        model: the network, or what --model named.
+        folder: the folder of the run.
+        facts: what result.json says of the network; it is empty where an older version wrote it.
+        model: the network, or its name, as --model takes it.
 
     Raises:
-        ValueError: nobody says how the network is built; the message says what to pass.
+        ValueError: nothing says how the network is built; the message says what to pass.
+        ImportError: the library of the network is not installed.
     """
     if isinstance(model, nn.Module):
         return LoadedModel(model=model)

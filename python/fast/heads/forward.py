@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fast.data.trees import leaves, move, pick, shapes
+from fast.data.trees import kind, leaves, move, pick, shapes
 from fast.errors import first_line
+
+# An evaluation takes batches of at least this many samples, however few a training step has.
+LEAST_EVAL_BATCH = 128
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -65,6 +68,23 @@ def logits_of(output: Any) -> Tensor:
 def forward_logits(model: nn.Module, inputs: Any) -> Tensor:
     """Logits `[B, C]` of a batch of inputs: a tensor, or a tuple or mapping of tensors."""
     return logits_of(call(model, inputs))
+
+
+def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:
+    """Logits `[B, C]` of the network.
+
+    Args:
+        mirrored: the mean over images `[B, C, H, W]` and their mirror images.
+
+    Raises:
+        ValueError: there is nothing to mirror.
+    """
+    logits = forward_logits(model, inputs).float()
+    if not mirrored:
+        return logits
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        raise ValueError(f"tta mirrors images [B, C, H, W]; val has {kind(inputs)}: drop it")
+    return (logits + forward_logits(model, inputs.flip(3)).float()) / 2
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from fast.heads.class_axis import classes_second
 from fast.heads.find import find_head
 from fast.heads.forward import evaluating, forward_logits
 from fast.heads.replace import features_of, task_head
+from fast.heads.rows import mean_over_positions
 from fast.heads.task import source_task
 
 
@@ -26,9 +27,6 @@ def source_features(model: nn.Module, data: SourceInputs, batch_size: int = 128)
     """The input of the head `[N, D]` in float32, in evaluation mode, averaged over positions."""
     head = task_head(model)
     layer = head.source if head is not None else find_head(model, data.part(0, 2).inputs).module
-    # The channels of a convolution come first, the features of a linear layer last.
-    dim = -1 if isinstance(layer, nn.Linear) else 1
     with source_task(model):
         batches = [features_of(model, head or layer, x) for x, _ in data.batches(batch_size)]
-    rows = [x.float().movedim(dim, -1) for x in batches]
-    return torch.cat([x.flatten(1, -2).mean(1) if x.dim() > 2 else x for x in rows])
+    return torch.cat([mean_over_positions(x.float(), layer) for x in batches])

@@ -1,4 +1,4 @@
-"""Group rows of features by sample: some networks fold positions into the batch."""
+"""Rows of features that belong to one sample: a head may see one for each of its positions."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ def by_sample(rows: Tensor, size: int) -> Tensor:
             "distillation cannot tell whose they are. Set rehearse=0 and distill=0"
         )
     return rows.unflatten(0, (size, -1))
+
+
+def mean_over_positions(features: Tensor, head: nn.Module) -> Tensor:
+    """What a head sees of each sample, averaged over its positions: `[B, D]`.
+
+    Args:
+        features: the input of the head. A convolution has its channels first, `[B, D, ...]`, and a
+            linear layer its features last, `[B, ..., D]`.
+    """
+    rows = features.movedim(-1 if isinstance(head, nn.Linear) else 1, -1)
+    return rows.flatten(1, -2).mean(1) if rows.dim() > 2 else rows
 
 
 def folds_positions(model: nn.Module, head: nn.Module, sample: Any) -> bool:

@@ -1,1 +1,1 @@
-"""What becomes of networks after an adaptation: joined, or taken back to a budget."""
+"""Join the two tasks of an adapted network in one softmax over the classes of both."""

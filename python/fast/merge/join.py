@@ -1,16 +1,15 @@
-"""`fast.join`: one softmax over the classes of the source task and of the target task."""
+"""`fast.join` makes one softmax over the classes of the source task and of the target task."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.result import Result
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
@@ -22,15 +21,22 @@ from fast.merge.joined import Joined
 
 log = logging.getLogger("fast")
 
-# Samples of each task that are read, at most and at least.
+# So many samples of each task are read, at most and at least, in batches of CHUNK.
 LIMIT = 4096
 LEAST = 10
 CHUNK = 128
 
 
+class Adapted(Protocol):
+    """What `join` needs of a `fast.Result`: the network and the names of the target's classes."""
+
+    model: nn.Module
+    classes: list[str] | None
+
+
 @torch.no_grad()
 def join(
-    result: Result | nn.Module,
+    result: Adapted | nn.Module,
     *,
     source_inputs: Any,
     data: Any,
@@ -39,34 +45,44 @@ def join(
 ) -> Joined:
     """Make one network for the classes of both tasks, with one softmax.
 
-    The heads have learned apart: how large their logits are says nothing of which task an input
-    is of. Here they are brought to one scale on samples of both tasks, so that the cross-entropy
-    over all classes is least; `fast.merge.join_fit` says how. Nothing is trained, and the network
-    of `result` stays as it is.
+    The heads have learned apart, so that the size of their logits does not tell which task an input
+    belongs to. Here they are brought to one scale on samples of both tasks: the one at which the
+    cross-entropy over all classes is least (`fast.merge.join_fit` says how). Nothing is trained,
+    and the network of `result` stays as it is.
 
     Args:
         result: what `fast.finetune` or `Adaptation.finish` returned; or its network, with both
             heads.
-        source_inputs: a few hundred inputs of the source task, with labels or without. Without, the
-            network's own answers are taken for right.
-        data: `(inputs, labels)`, a Dataset or a DataLoader of the target task: samples that were
-            not trained on, where there are any. On training samples the target's head is surer than
-            it should be.
+        source_inputs: a few hundred inputs of the source task, with labels or without. Without
+            labels the network's own answers are taken for right.
+        data: `(inputs, labels)`, a Dataset or a DataLoader of the target task. If you can, give
+            samples that the network was not trained on: on training samples the target's head is
+            surer than it should be.
         source_classes: names of the classes, in the order of the source head's logits (default:
-            what the network says). Classes of the same name in both tasks become one.
-        target_classes: likewise of the target (default: what `result` has).
+            the names that the network has). Classes of the same name in both tasks become one.
+        target_classes: names of the target's classes (default: those that `result` has).
 
     Returns:
-        a plain module, in evaluation mode: logits `[B, C]`, first of the source's classes, then of
-        those that only the target has; `classes`, `passes`, `calibration`, `save(folder)`. One
-        forward pass, where both tasks have one function of the input (`batch_norm="frozen"`, or no
-        batch norm); two, where each has norms of its own.
+        a plain module in evaluation mode. Its logits `[B, C]` are those of the source's classes
+        and then of the classes that only the target has. It has `classes`, `passes`,
+        `calibration` and `save(folder)`. An input takes one forward pass where both tasks have one
+        function of the input (`batch_norm="frozen"`, or no batch norm), and two where each task
+        has norms of its own.
 
     Raises:
-        ValueError: the network has one head only; names do not fit; labels are out of range or
-            missing; samples are too few; or something follows the head of the network.
+        TypeError: `result` is neither a result nor a network.
+        ValueError: the network has only one head; names do not fit; labels are out of range or
+            missing; there are too few samples; or something follows the head of the network.
     """
-    network = unwrap(result.model if isinstance(result, Result) else result)
+    if not isinstance(result, nn.Module):
+        if not isinstance(getattr(result, "model", None), nn.Module):
+            raise TypeError(
+                "result must be what fast.finetune or Adaptation.finish returned, or its network; "
+                f"got {type(result).__name__}"
+            )
+        target_classes = result.classes if target_classes is None else target_classes
+        result = result.model
+    network = unwrap(result)
     model = network.network if isinstance(network, Joined) else network
     head = task_head(model)
     if head is None:
@@ -74,8 +90,6 @@ def join(
             "result: the network has one head, and join needs the source's beside the target's: "
             "join before fast.fold_head"
         )
-    if target_classes is None and isinstance(result, Result):
-        target_classes = result.classes
     if source_classes is None and isinstance(head.source_labels.get("id2label"), dict):
         source_classes = list(head.source_labels["id2label"].values())
     return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
@@ -88,7 +102,7 @@ def join_heads(
     source_classes: Sequence[str] | None = None,
     target_classes: Sequence[str] | None = None,
 ) -> Joined:
-    """`join` of networks that were taken apart; they become the joined network."""
+    """Join networks that were taken apart; they become the joined network, as in `join`."""
     sizes = len(heads.source[1]), len(heads.target[1])
     names = (
         class_names(source_classes, sizes[0], 0, "source"),
@@ -118,13 +132,15 @@ def join_heads(
 
 
 def class_names(names: Sequence[str] | None, count: int, first: int, task: str) -> list[str]:
-    """The names of a head's classes: those that are given, or their places among all rows.
+    """The names of a head's classes: those that were given, or else their places among all rows.
 
     Args:
+        count: how many classes the head has.
         first: the place of the head's first row.
+        task: source or target, for the message.
 
     Raises:
-        ValueError: there are more or fewer than the head has.
+        ValueError: there are more or fewer names than the head has classes.
     """
     if names is None:
         return [f"class {first + i}" for i in range(count)]
@@ -141,7 +157,7 @@ def _note_shared(source: list[str], target: list[str]) -> None:
     """Say which classes both tasks have.
 
     Raises:
-        ValueError: names of the target are not different, or say too little to merge by.
+        ValueError: the target has a name twice, or the names that both have are numbers.
     """
     twice = sorted({name for name in target if target.count(name) > 1})
     if twice:
@@ -169,11 +185,11 @@ def _read(samples: Any, num_classes: int, name: str) -> SourceInputs:
 
 
 def _side(heads: TwoHeads, samples: SourceInputs, place: Tensor, count: int, name: str) -> Side:
-    """What the heads make of samples, and what they should.
+    """The logits of both heads on samples of one task, and the right answers.
 
     Args:
-        place: where among `count` classes those of the samples' own task are.
-        name: of the samples, for messages.
+        place: the places, among all `count` classes, of the classes of the samples' own task.
+        name: name of the samples, for messages.
     """
     batches = [inputs for inputs, _ in samples.batches(CHUNK)]
     features = [part.features(batches, name) for part in heads.parts]
@@ -193,7 +209,7 @@ def _side(heads: TwoHeads, samples: SourceInputs, place: Tensor, count: int, nam
 
 
 def _put(heads: TwoHeads, scales: Scales) -> None:
-    """Make the scales part of the heads' weights, and put these into the networks."""
+    """Multiply the scales into the weights of the heads, and put these into the networks."""
     (w_s, b_s), (w_t, b_t) = heads.source, heads.target
     w_s, b_s = scales.source * w_s, scales.source * b_s
     w_t, b_t = scales.target * w_t, scales.target * b_t + scales.offset

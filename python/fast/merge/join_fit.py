@@ -1,11 +1,11 @@
 """Bring two heads to one scale, so that one softmax over the classes of both is calibrated.
 
-The rows of the source's head become `a_s z_s` and those of the target's `a_t z_t + c + v . f`, for
-logits z and features f. The scales, the offset c and the direction v are those that make the
-cross-entropy over all classes least, on samples of both tasks of which each task has half the
-weight. Scales and offset are temperature scaling (Guo et al. 2017, arXiv 1706.04599) and the bias
-correction of Wu et al. (2019, arXiv 1905.13260); the direction is a logistic regression of the task
-on the features, whose weight decay is chosen by cross-validation. All of it is linear in the
+For logits z and features f, the logits of the source's head become `a_s z_s` and those of the
+target's head `a_t z_t + c + v . f`. The scales a, the offset c and the direction v minimise the
+cross-entropy over all classes on samples of both tasks, each of which has half the weight. The
+scales are temperature scaling (Guo et al. 2017, arXiv 1706.04599), the offset is the bias
+correction of Wu et al. (2019, arXiv 1905.13260), and the direction is a logistic regression of the
+task on the features, whose weight decay is chosen by cross-validation. All of it is linear in the
 features, so that it becomes part of the heads' own weights and costs nothing.
 """
 
@@ -23,8 +23,8 @@ RIDGES = (0.1, 0.01, 1e-3, 1e-4)
 FOLDS = 3
 ITERATIONS = 60
 STD_FLOOR = 0.01
-# The largest factor on a head's logits, and one over the smallest. Heads that are far too sure make
-# the line search try steps at which an unbounded scale would overflow.
+# A factor on a head's logits lies between this and one over this. Heads that are far too sure make
+# the line search try steps at which an unbounded factor would overflow.
 LARGEST_SCALE = 1e4
 
 
@@ -34,8 +34,8 @@ class Side:
 
     Attributes:
         source, target: logits of each head, `[N, C_s]` and `[N, C_t]`.
-        features: of all networks side by side, `[N, D]`.
-        answers: what is right, as probabilities over the classes of the union, `[N, C]`.
+        features: the features of all networks side by side, `[N, D]`.
+        answers: the right answers, as probabilities over the classes of the union, `[N, C]`.
     """
 
     source: Tensor
@@ -44,6 +44,7 @@ class Side:
     answers: Tensor
 
     def pick(self, rows: Tensor) -> Side:
+        """The samples of these rows."""
         return Side(**{name: x[rows] for name, x in vars(self).items()})
 
 
@@ -52,8 +53,8 @@ Sides = tuple[Side, ...]  # the source's and the target's
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """Factors on the logits of each head, and what is added to the target's: `offset + direction .
-    f`."""
+    """The scale of two heads: logits are multiplied by `source` and `target`, and to the target's
+    `offset + direction . f` is added."""
 
     source: Tensor
     target: Tensor
@@ -61,7 +62,7 @@ class Scales:
     direction: Tensor
 
     def log_probs(self, side: Side, place: Tensor) -> Tensor:
-        """Over the classes of the union, `[N, C]`.
+        """Log-probabilities over the classes of the union, `[N, C]`.
 
         Args:
             place: the class of each row of the two heads.
@@ -71,7 +72,7 @@ class Scales:
         return merged(rows, place, side.answers.shape[1]).log_softmax(1)
 
     def loss(self, sides: Sides, place: Tensor) -> Tensor:
-        """Cross-entropy in nats, of which each task has an equal share."""
+        """The mean over both tasks of their cross-entropy, in nats."""
         losses = [-(side.answers * self.log_probs(side, place)).sum(1).mean() for side in sides]
         return torch.stack(losses).mean()
 
@@ -85,32 +86,20 @@ def fit(
         sides: the source's samples and the target's.
         place: the class of each row.
         own: which classes of the union the source has, and which the target, as booleans `[C]`.
-        labelled: whether the source's answers are labels. The network's own answers say nothing of
+        labelled: whether the source's answers are labels. The network's own answers cannot tell
             its scale, which then stays 1.
-        seed: of the folds.
+        seed: the seed of the folds.
 
     Returns:
-        the scales, and what they came to.
+        the scales, and figures that say how well they fit.
     """
     features = torch.cat([side.features for side in sides])
     mean, std = features.mean(0), features.std(0)
     # A feature that hardly varies would get a large weight for what is rounding.
     std = std + STD_FLOOR * std.mean() + 1e-12
     sides = tuple(replace(side, features=(side.features - mean) / std) for side in sides)
-    generator = torch.Generator().manual_seed(seed)
-    folds = [torch.randperm(len(s.answers), generator=generator) % FOLDS for s in sides]
-    tried = torch.zeros(len(RIDGES), 2, dtype=mean.dtype)
-    for fold in range(FOLDS):
-        rest, held = (
-            tuple(s.pick((f == fold) == held_back) for s, f in zip(sides, folds, strict=True))
-            for held_back in (False, True)
-        )
-        scales = None
-        for i, ridge in enumerate(RIDGES):
-            scales = minimise(rest, place, ridge, labelled, scales)
-            tried[i, 0] += scales.loss(held, place).item() / FOLDS
-            tried[i, 1] += _mistaken(scales, held, place, own) / FOLDS
-    best = int(tried[:, 0].argmin())
+    losses, mistaken = _cross_validated(sides, place, own, labelled, seed)
+    best = int(losses.argmin())
     scales = minimise(sides, place, RIDGES[best], labelled)
     one = torch.ones_like(scales.offset)
     before = Scales(source=one, target=one, offset=0 * one, direction=0 * mean)
@@ -120,20 +109,39 @@ def fit(
         offset=scales.offset.item(),
         ridge=RIDGES[best],
         loss_before=before.loss(sides, place).item(),
-        loss=tried[best, 0].item(),
-        mistaken=tried[best, 1].item(),
+        loss=losses[best].item(),
+        mistaken=mistaken[best].item(),
         source_labelled=labelled,
     )
     direction = scales.direction / std
-    return replace(
-        scales, offset=scales.offset - mean @ direction, direction=direction
-    ), calibration
+    scales = replace(scales, offset=scales.offset - mean @ direction, direction=direction)
+    return scales, calibration
+
+
+def _cross_validated(
+    sides: Sides, place: Tensor, own: tuple[Tensor, Tensor], labelled: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """For each of `RIDGES`, the loss and the share of mistaken samples, on held-out folds."""
+    generator = torch.Generator().manual_seed(seed)
+    folds = [torch.randperm(len(s.answers), generator=generator) % FOLDS for s in sides]
+    losses, mistaken = torch.zeros(2, len(RIDGES), dtype=sides[0].features.dtype)
+    for fold in range(FOLDS):
+        rest, held = (
+            tuple(s.pick((f == fold) == held_back) for s, f in zip(sides, folds, strict=True))
+            for held_back in (False, True)
+        )
+        scales = None
+        for i, ridge in enumerate(RIDGES):
+            scales = minimise(rest, place, ridge, labelled, scales)
+            losses[i] += scales.loss(held, place).item() / FOLDS
+            mistaken[i] += _mistaken(scales, held, place, own) / FOLDS
+    return losses, mistaken
 
 
 def minimise(
     sides: Sides, place: Tensor, ridge: float, labelled: bool, start: Scales | None = None
 ) -> Scales:
-    """The scales of least cross-entropy, with `ridge / 2 * |direction|^2` (L-BFGS).
+    """Minimise the cross-entropy plus `ridge / 2 * |direction|^2` over the scales, by L-BFGS.
 
     Args:
         start: where to begin (default: with the heads as they are).
@@ -175,7 +183,7 @@ def _unbounded(logs: Tensor) -> Tensor:
 
 
 def _mistaken(scales: Scales, sides: Sides, place: Tensor, own: tuple[Tensor, Tensor]) -> float:
-    """The share of samples that get a class which their task does not have."""
+    """The share of samples that are given a class which their task does not have."""
     shares = [
         (~classes[scales.log_probs(side, place).argmax(1)]).double().mean()
         for side, classes in zip(sides, own, strict=True)

@@ -1,4 +1,4 @@
-"""The plain networks of an adapted one, and what their heads see."""
+"""Take an adapted network apart into the plain networks of its tasks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from fast.heads import (
 from fast.heads.find import HeadLayer, find_head, layer_like
 from fast.heads.forward import taking
 from fast.heads.replace import announce_classes
+from fast.heads.rows import mean_over_positions
 from fast.heads.task import two_task_modules
 from fast.models.saved import load_saved
 
 Rows = tuple[Tensor, Tensor]
-# What a module that answers both tasks calls its part for the source: a head, a norm, an adapter.
+# The attribute that holds the source's part of a head, a norm or an adapter for both tasks.
 SOURCE_MODULES = ("source", "source_norm", "base_layer")
 
 
@@ -37,7 +38,7 @@ class Part:
     """A plain network with its head.
 
     Attributes:
-        name: of the head in the network.
+        name: name of the head in the network.
         layer: the head.
     """
 
@@ -46,7 +47,7 @@ class Part:
     layer: HeadLayer
 
     def put(self, rows: Rows) -> None:
-        """Put a head of this weight `[C, D]` and bias `[C]` in the place of the old."""
+        """Replace the head by one with this weight `[C, D]` and bias `[C]`."""
         weight, bias = rows
         layer = layer_like(self.layer, len(weight), bias=True)
         with torch.no_grad():
@@ -58,29 +59,28 @@ class Part:
         self.layer = layer
 
     def features(self, batches: Iterable[Any], name: str) -> Tensor:
-        """What the head sees of inputs, averaged over positions: `[N, D]` in float64.
+        """The features that the head sees, averaged over positions: `[N, D]` in float64.
 
         Args:
-            name: of the data, for messages.
+            name: name of the data, for messages.
 
         Raises:
-            ValueError: the network does not take the inputs, or its logits are not those of the
-                head on these features.
+            ValueError: the network does not take the inputs, or its logits are not what the head
+                makes of these features.
         """
         parts: list[Tensor] = []
         for inputs in batches:
             inputs = move(inputs, self.layer.weight.device)
             with taking(name, inputs, self.network):
                 seen = features_of(self.network, self.layer, inputs)
-            # The channels of a convolution come first, the features of a linear layer last.
-            rows = seen.double().movedim(-1 if isinstance(self.layer, nn.Linear) else 1, -1)
-            rows = rows.flatten(1, -2).mean(1) if rows.dim() > 2 else rows
+            rows = mean_over_positions(seen.double(), self.layer)
             if not parts:
                 self._check_linear(inputs, rows)
             parts.append(rows)
         return torch.cat(parts)
 
     def _check_linear(self, inputs: Any, features: Tensor) -> None:
+        """Raise ValueError unless the logits are a linear function of the features."""
         with evaluating(self.network):
             logits = forward_logits(self.network, inputs).double()
         made = logits_from(features, rows_of(self.layer))
@@ -97,14 +97,14 @@ class Part:
 
 
 def rows_of(layer: HeadLayer) -> Rows:
-    """Weight `[C, D]` and bias `[C]` of a head, in float64."""
+    """The weight `[C, D]` and the bias `[C]` of a head, in float64."""
     weight = layer.weight.detach().double().flatten(1)
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
     return weight, bias
 
 
 def logits_from(features: Tensor, rows: Rows) -> Tensor:
-    """Logits `[N, C]` of features `[N, D]`."""
+    """The logits `[N, C]` that a head makes of features `[N, D]`."""
     return features @ rows[0].T + rows[1]
 
 
@@ -113,9 +113,9 @@ class TwoHeads:
     """Plain networks for two tasks, and the rows of both heads.
 
     Attributes:
-        parts: the source's network and the target's, which share what is the same; or one, where
-            the tasks differ by their heads alone.
-        source, target: rows of the heads.
+        parts: the source's network and the target's, which share the parameters that both tasks
+            have in common; or one network, where the tasks differ by their heads alone.
+        source, target: the rows of the heads.
     """
 
     parts: tuple[Part, ...]
@@ -124,10 +124,10 @@ class TwoHeads:
 
 
 def two_heads(model: nn.Module) -> TwoHeads:
-    """The plain networks of an adapted one, which stays as it is.
+    """The plain networks of an adapted network, which stays as it is.
 
     Raises:
-        ValueError: something beside heads, batch norms and adapters answers both tasks.
+        ValueError: a module other than a head, a batch norm or an adapter answers both tasks.
     """
     head = task_head(model)
     assert head is not None
@@ -141,14 +141,14 @@ def two_heads(model: nn.Module) -> TwoHeads:
 
 
 def saved_heads(folder: str | Path, model: nn.Module, sample: Any) -> TwoHeads:
-    """The same of a folder that `Result.save` wrote.
+    """The plain networks in a folder that `Result.save` wrote.
 
     Args:
         model: the plain architecture, with a head for any number of classes.
         sample: a batch of inputs, to find the head by.
 
     Raises:
-        FileNotFoundError, ValueError: as `fast.models.saved.load_saved`; or the folder lacks what
+        FileNotFoundError, ValueError: see `fast.models.saved.load_saved`; or the folder lacks what
             the source task needs.
     """
     saved = load_saved(folder, model, sample)
@@ -171,7 +171,10 @@ def _part(network: nn.Module, name: str) -> Part:
 
 
 def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
-    """The plain network that answers the source task; it shares what it can with `target`."""
+    """The plain network that answers the source task.
+
+    It shares the parameters that both tasks have in common with `target`.
+    """
     theirs = dict(target.named_parameters())
     own = {id(p) for m in two_task_modules(model) for p in m.parameters()}
     shared = {

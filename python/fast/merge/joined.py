@@ -1,4 +1,4 @@
-"""One network for the classes of two tasks, as a plain module."""
+"""A joined network answers the classes of two tasks in one softmax, as a plain module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.files import atomic_file, read_json, reading, write_json
+from fast.files import read_json, reading, write_json
 from fast.heads.forward import logits_of
 from fast.models.saved import (
     JOIN_FILE,
@@ -20,21 +20,24 @@ from fast.models.saved import (
     load_saved,
     write_manifest,
 )
-from fast.tensor_files import save_tensors
+from fast.tensor_files import write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How two heads were brought to one scale; losses are in nats, each task has half the weight.
+    """How two heads were brought to one scale.
+
+    Losses are cross-entropies over all classes in nats, in which each task has half the weight.
 
     Attributes:
         source_scale, target_scale: factors on the logits of each head (one over a temperature).
         offset: what is added to the target's logits, at the mean of the features.
-        ridge: weight of the penalty on the rest, which depends on the features.
-        loss_before: cross-entropy over all classes with the heads as they were, side by side.
-        loss: the same after calibration, on samples that it was not fitted on (cross-validated).
-        mistaken: share of these samples that are given to the other task.
-        source_labelled: whether the source inputs had labels; without, `source_scale` is 1.
+        ridge: weight of the penalty on what is added beside the offset, which depends on the
+            features.
+        loss_before: the loss with the heads as they were, side by side.
+        loss: the loss after calibration, on samples that it was not fitted on (cross-validated).
+        mistaken: the share of these samples that are given a class of the other task.
+        source_labelled: whether the source inputs had labels; if not, `source_scale` is 1.
     """
 
     source_scale: float
@@ -51,12 +54,12 @@ class Joined(nn.Module):
     """Logits `[B, C]` over the classes of the source and then those of the target.
 
     Attributes:
-        networks: plain networks; one that has all the rows, or two whose logits are put side by
-            side (then an input takes two passes).
-        rows: the class names of the logits of `networks`, in their order.
-        classes: the names without repetition: C of them, in the order of the logits. A class that
-            both tasks have gets the sum of their probabilities.
-        source_rows: how many of the rows are the source's: the first.
+        networks: one plain network whose head has all rows, or two plain networks whose logits are
+            put side by side (an input then takes two passes).
+        rows: the class of each row of the heads.
+        classes: the C different names among the rows, in the order of the logits. A class that both
+            tasks have gets the sum of their probabilities.
+        source_rows: how many of the rows are the source's; they come first.
         head: name of the layer of `networks` that makes the logits.
         calibration: how the heads were brought to one scale.
     """
@@ -86,10 +89,10 @@ class Joined(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """The network of all rows, which further tasks can be learned by.
+        """The network whose head has all rows; it can learn further tasks.
 
         Raises:
-            ValueError: there are two.
+            ValueError: there are two networks.
         """
         if self.passes > 1:
             raise ValueError(
@@ -100,11 +103,11 @@ class Joined(nn.Module):
 
     @property
     def passes(self) -> int:
-        """Forward passes per input."""
+        """The number of forward passes that an input takes."""
         return len(self.networks)
 
     def classes_of(self, task: str) -> list[int]:
-        """The places among `classes` of those that a task has.
+        """The places, among `classes`, of the classes that a task has.
 
         Args:
             task: source or target.
@@ -120,13 +123,13 @@ class Joined(nn.Module):
         """Write the joined network; `load_joined` reads it.
 
         `model.safetensors` loads into the plain architecture with a head of all rows. Where the
-        tasks have norms of their own it is the target's network, and
-        `source_head.safetensors` and `source_norms.safetensors` make the source's of it.
+        tasks have norms of their own it holds the target's network, and
+        `source_head.safetensors` and `source_norms.safetensors` hold what differs in the source's.
         `join.json` has the names of the rows, the passes and the calibration, `result.json` the
-        classes, `manifest.json` the hashes of all.
+        classes, and `manifest.json` the hashes of all files.
 
         Args:
-            facts: what else `result.json` says, of the run for instance.
+            facts: further entries of `result.json`, of the run for instance.
 
         Returns:
             the folder.
@@ -134,18 +137,13 @@ class Joined(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         source, target = self.networks[0], self.networks[-1]
-        for name in (SOURCE_HEAD_FILE, SOURCE_NORMS_FILE):  # those of a network joined before
-            (folder / name).unlink(missing_ok=True)
         if self.passes > 1:
-            own = {
-                SOURCE_HEAD_FILE: source.get_submodule(self.head).state_dict(),
-                SOURCE_NORMS_FILE: _own_state(source, target, self.head),
-            }
-            for name, tensors in own.items():
-                with atomic_file(folder / name) as path:
-                    save_tensors(tensors, path)
-        with atomic_file(folder / MODEL_FILE) as path:
-            save_tensors(target.state_dict(), path)
+            write_tensors(source.get_submodule(self.head).state_dict(), folder / SOURCE_HEAD_FILE)
+            write_tensors(_own_state(source, target, self.head), folder / SOURCE_NORMS_FILE)
+        else:  # a network that was saved here before may have left them
+            for name in (SOURCE_HEAD_FILE, SOURCE_NORMS_FILE):
+                (folder / name).unlink(missing_ok=True)
+        write_tensors(target.state_dict(), folder / MODEL_FILE)
         calibration = asdict(self.calibration) if self.calibration else None
         write_json(
             folder / JOIN_FILE,
@@ -170,7 +168,7 @@ def load_joined(folder: str | Path, model: nn.Module) -> Joined:
 
     Raises:
         FileNotFoundError: the folder holds no joined network.
-        ValueError: a file is damaged, or is of another network.
+        ValueError: a file is damaged, or belongs to another network.
     """
     folder = Path(folder)
     file = folder / JOIN_FILE
@@ -191,7 +189,7 @@ def load_joined(folder: str | Path, model: nn.Module) -> Joined:
 
 
 def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:
-    """Logits `[B, R]` of rows as `[B, C]` of classes: log-sum-exp over the rows of a class.
+    """Turn logits `[B, R]` of rows into logits `[B, C]` of classes, by log-sum-exp over the rows.
 
     Args:
         place: the class of each row, `[R]`; the first rows of all classes are in order.
@@ -206,7 +204,7 @@ def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:
 
 
 def _own_state(source: nn.Module, target: nn.Module, head: str) -> dict[str, Tensor]:
-    """What the source's network has of its own, but for the head: norms, and what was adapted."""
+    """The tensors in which the source's network differs from the target's, without the head."""
     theirs = target.state_dict()
     return {
         name: value

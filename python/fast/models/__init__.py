@@ -1,1 +1,1 @@
-"""Networks by name, and networks that were saved."""
+"""Networks by name, their weights, inputs and devices; `saved` has the networks of a run."""

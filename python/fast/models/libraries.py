@@ -48,8 +48,8 @@ def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) 
     if config["crop_mode"] == "border" or height != width or config["crop_pct"] > 1:
         notes.append(
             f"timm:{name}: prepares images by {config['crop_mode']!r} to {width}x{height} "
-            f"(crop_pct {config['crop_pct']:g}); of arrays, and with options for images, the "
-            "central square is taken"
+            f"(crop_pct {config['crop_pct']:g}); from arrays, and with options for images, the "
+            "central square is cut out"
         )
     if kwargs.get("in_chans") == 1:
         for key in ("mean", "std"):
@@ -68,7 +68,7 @@ def _torchvision(
         raise _unknown(f"torchvision:{name}", name, models.list_models())
     wanted = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
     with _naming(f"torchvision:{name}", pretrained):
-        # Without weights, images are prepared as for the default weights.
+        # A network without weights takes images that are prepared as for the default weights.
         weights = models.get_model_weights(name)[str(wanted or "DEFAULT").split(".")[-1]]
         loads = pretrained and wanted
         model = models.get_model(name, *args, weights=weights if loads else None, **kwargs)
@@ -101,29 +101,31 @@ def _transformers(
             model, info = auto.from_pretrained(
                 name, *args, output_loading_info=True, **trust, **kwargs
             )
-            missing = sorted(info["missing_keys"])
-            if missing:
-                notes.append(
-                    f"transformers:{name}: its checkpoint lacks {len(missing)} tensors, which are "
-                    f"random: {some(missing)}"
-                )
+            notes += _missing(f"transformers:{name}", sorted(info["missing_keys"]))
         else:
             for key, value in kwargs.items():
                 setattr(config, key, value)
             model = auto.from_config(config, **trust)
+        loaded = LoadedModel(model=model, notes=notes)
         if auto is of_sounds:
-            extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **trust)
-            return LoadedModel(model=model, extractor=extractor, notes=notes)
-        if auto is of_images:
+            loaded.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **trust)
+        elif auto is of_images:
             processor = transformers.AutoImageProcessor.from_pretrained(name, **trust)
-            return LoadedModel(model=model, preprocessing=measure(processor), notes=notes)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
-        notes += _pad(tokenizer, model.config)
-        return LoadedModel(model=model, tokenizer=tokenizer, notes=notes)
+            loaded.preprocessing = measure(processor)
+        else:
+            loaded.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
+            notes += _pad(loaded.tokenizer, model.config)
+        return loaded
+
+
+def _missing(spec: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{spec}: its checkpoint lacks {len(names)} tensors, which are random: {some(names)}"]
 
 
 def _pad(tokenizer: Any, config: Any) -> list[str]:
-    """Give both a padding token if they have none: texts of different lengths need one."""
+    """Give both a padding token, which texts of different lengths need; returns notes on it."""
     notes = []
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -164,8 +166,10 @@ def _library(module: str, package: str) -> Any:
 
 
 def _other_build(error: BaseException) -> str | None:
-    """What to say where torchvision was compiled for another torch; timm and transformers load it,
-    too, and give errors of their own for it."""
+    """The message for a torchvision that was compiled for another torch; None for other errors.
+
+    timm and transformers load torchvision, too, and wrap its error in others.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if "operator torchvision::" in str(cause):
@@ -197,7 +201,7 @@ def _naming(spec: str, downloads: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Silence progress bars and loading reports; our notes say what matters in them."""
+    """Silence progress bars and loading reports; our own notes say what matters in them."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Networks by name: `timm:`, `torchvision:`, `transformers:NAME`, or `file.py:Factory(args)`."""
+"""Load a network by `timm:`, `torchvision:` or `transformers:NAME`, or `file.py:Factory(args)`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,15 @@ def load_model(
 ) -> LoadedModel:
     """Build the network that `spec` names, on the CPU, and load `weights` into it.
 
-    Without `weights` a library's network has its pretrained ones (`pretrained=False`: random ones),
-    and a factory's network stays as the factory returns it. Arguments in brackets are Python
-    literals: `timm:resnet18(num_classes=10)`. Weights in half precision become float32, to be
-    trained.
+    Arguments in brackets are Python literals: `timm:resnet18(num_classes=10)`. Weights in half
+    precision become float32, because they are to be trained.
+
+    Args:
+        spec: the name of the network.
+        weights: a file of weights. With None a library's network has its pretrained weights, and a
+            factory's network stays as the factory returns it.
+        allow_missing: let weights that the file lacks stay as they are.
+        pretrained: with False a library's network has random weights.
 
     Raises:
         ValueError: the spec cannot be read, or the weights do not fit.
@@ -60,12 +65,12 @@ def load_model(
 
 
 def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:
-    """`"where:name(1, k=2)"` -> `(where, name, [1], {"k": 2})`; only literals are evaluated.
+    """Read `"where:name(1, k=2)"` as `(where, name, [1], {"k": 2})`; only literals are evaluated.
 
     `hf-hub:OWNER/NAME` is timm's name for a network on the hub, with or without `timm:` before it.
 
     Raises:
-        ValueError: it names no network.
+        ValueError: the spec names no network.
     """
     where, _, rest = spec.strip().partition(":")
     if where in ("hf-hub", "hf_hub"):

@@ -13,10 +13,10 @@ from fast.data.images.preprocessing import Preprocessing
 
 @dataclass(kw_only=True)
 class LoadedModel:
-    """A network with what is known about its input.
+    """A network with what is known about its inputs.
 
     Attributes:
-        preprocessing: how the images that it was trained on were prepared, as far as it declares.
+        preprocessing: how the images that it was trained on were prepared, as far as it says so.
         tokenizer: the tokenizer of a transformers network for texts.
         extractor: the feature extractor of a transformers network for sounds.
         notes: what a reader of the run should know, one line each.
@@ -30,8 +30,8 @@ class LoadedModel:
 
     @property
     def channels(self) -> int | str | None:
-        """The input channels of the first convolution, 1 or 3; "BGR" if the network takes blue
-        first; None if neither is known.
+        """The number of input channels of the first convolution, if it is 1 or 3; "BGR" if the
+        network takes blue first; None if neither is known.
         """
         if self.preprocessing.bgr:
             return BGR

@@ -13,12 +13,15 @@ from fast.errors import first_line
 
 
 def network_from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, Any]) -> nn.Module:
-    """What `name(*args, **kwargs)` of the file returns; the file may import what lies beside it.
+    """Call `name(*args, **kwargs)` of a Python file; the file may import what lies beside it.
+
+    Returns:
+        the network that the factory `name` makes.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the file cannot be imported.
-        ValueError: it has no such factory, or the factory fails or does not return a network.
+        ValueError: the file has no such factory, or the factory fails or returns no network.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model file {path}: no such file")
@@ -34,7 +37,7 @@ def network_from_file(path: Path, name: str, args: list[Any], kwargs: dict[str, 
             model = factory(*args, **kwargs)
         except TypeError as err:
             raise ValueError(f"{path}: {name} does not take these arguments: {err}") from err
-        except Exception as err:  # whatever the user's code raises
+        except Exception as err:  # the user's code may raise anything
             kind = type(err).__name__
             raise ValueError(f"{path}: {name}() raised {kind}: {first_line(err)}") from err
     finally:
@@ -57,7 +60,7 @@ def _import_file(path: Path) -> Any:
     except (ImportError, SyntaxError) as err:
         del sys.modules[name]
         raise ImportError(f"model file {path}: {err}") from err
-    except Exception as err:  # whatever the user's code raises
+    except Exception as err:  # the user's code may raise anything
         del sys.modules[name]
         kind = type(err).__name__
         raise ImportError(f"model file {path} raised {kind}: {first_line(err)}") from err

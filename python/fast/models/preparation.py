@@ -1,4 +1,4 @@
-"""How raw inputs become what a network takes: saved with its weights, in numbers and in words."""
+"""Prepare raw inputs for a network; the steps are saved with its weights, in numbers and words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What pictures, texts and sounds go through on their way to a network.
+    """The steps that pictures, texts and sounds go through on their way to a network.
 
     Attributes:
         images: how pictures are decoded, resized and normalised; None if the data were not images.
@@ -52,8 +52,8 @@ class Preparation:
         return "arrays" if self.tokenizer is None else "texts"
 
     def __call__(self, split: Split, report: FileReport | None = None) -> Any:
-        """The split as `(inputs, labels)` tensors, or a Dataset where pictures are too large for
-        memory.
+        """Prepare a split as `(inputs, labels)` tensors, or as a Dataset where pictures are too
+        large for memory.
 
         Args:
             report: records pictures and sounds that cannot be read; with None they are an error.
@@ -79,11 +79,13 @@ class Preparation:
     def batches(
         self, split: Split, batch_size: int, report: FileReport
     ) -> Iterator[tuple[Any, torch.Tensor]]:
-        """The split as batches of inputs with their labels, in order; pictures are decoded on
-        demand.
+        """Prepare a split batch by batch, in order; pictures are decoded on demand.
 
         Args:
             report: records files that cannot be read; these are left out.
+
+        Yields:
+            inputs and their labels.
 
         Raises:
             ValueError: see `__call__`.
@@ -110,7 +112,7 @@ class Preparation:
 
     @property
     def words(self) -> list[str]:
-        """The steps, one sentence each, for somebody who has to implement them elsewhere."""
+        """The steps in one sentence each, for somebody who has to write them elsewhere."""
         if self.images is not None:
             return _picture_words(self.images)
         if self.sounds is not None:
@@ -123,7 +125,7 @@ class Preparation:
         return ["The network takes arrays as they were given to fast.finetune."]
 
     def facts(self) -> dict[str, Any]:
-        """The preparation as plain values, with its words."""
+        """The preparation as plain values, with its words, as `preprocessing.json` has it."""
         facts: dict[str, Any] = {"kind": self.kind, "words": self.words}
         if self.images is not None:
             facts["images"] = dataclasses.asdict(self.images)
@@ -147,7 +149,7 @@ class Preparation:
 
 
 def read_preparation(folder: Path) -> Preparation:
-    """Read what `Preparation.save` wrote; without a file, the inputs are arrays.
+    """Read what `Preparation.save` wrote; where there is no file, the inputs are arrays.
 
     Raises:
         ValueError: the file is damaged.
@@ -174,11 +176,13 @@ def read_preparation(folder: Path) -> Preparation:
 
 
 def _part(folder: Path, kind: str, files: tuple[str, ...], does: str, what: str) -> Any:
-    """What a class of transformers loads from the folder.
+    """Load a tokenizer or a feature extractor from the folder.
 
     Args:
-        files: any of them is enough.
-        does, what: for the message: what the network does, and which part of it is missing.
+        kind: the class of transformers that loads it.
+        files: the files of which it needs one.
+        does: what the network does with it, for the message.
+        what: the name of the part, for the message.
     """
     if not any((folder / name).is_file() for name in files):
         raise ValueError(f"{folder}: the network {does}, and its {what} is not there")

@@ -1,4 +1,4 @@
-"""Shapes and types of a network's inputs as plain values, and made-up inputs that have them."""
+"""The shapes and types of a network's inputs as plain values, and made-up inputs that have them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.data.trees import mapped
-
 Signature = Any  # {"shape": [3, 8, 8], "dtype": "float32"}, or a list or mapping of such
 
 
 def signature_of(batch: Any) -> Signature:
-    """The shape of one sample of a batch, and its type."""
+    """The shape of one sample of a batch, and its type, for each input of the network."""
     if isinstance(batch, Mapping):
         return {str(name): signature_of(x) for name, x in batch.items()}
     if isinstance(batch, (tuple, list)):
@@ -25,7 +23,11 @@ def signature_of(batch: Any) -> Signature:
 
 
 def example(signature: Signature, samples: int = 2, name: str = "") -> Any:
-    """Inputs of this signature: noise for numbers, 0 for token ids, 1 for masks.
+    """Make up inputs of this signature: noise for numbers, 0 for token ids, 1 for masks.
+
+    Args:
+        samples: the number of samples.
+        name: the name of the input, which says whether it is a mask.
 
     Raises:
         ValueError: there is no signature.
@@ -42,27 +44,5 @@ def example(signature: Signature, samples: int = 2, name: str = "") -> Any:
     return (torch.ones if "mask" in name else torch.zeros)(shape, dtype=dtype)
 
 
-def alike(batch: Any, signature: Signature) -> bool:
-    """Whether a batch has this signature; the length of token sequences may differ."""
-    return _open(signature_of(batch)) == _open(signature)
-
-
-def on_device_of(model: torch.nn.Module, inputs: Any) -> Any:
-    """Inputs on the device of a network."""
-    device = next(model.parameters()).device
-    return mapped(inputs, lambda x: x.to(device))
-
-
 def _is_leaf(signature: Any) -> bool:
     return set(signature) == {"shape", "dtype"} and isinstance(signature["dtype"], str)
-
-
-def _open(signature: Any) -> Any:
-    if isinstance(signature, list):
-        return [_open(part) for part in signature]
-    if not isinstance(signature, dict):
-        return signature
-    if not _is_leaf(signature):
-        return {name: _open(part) for name, part in signature.items()}
-    floats = signature["dtype"].startswith(("float", "bfloat"))
-    return signature if floats else {"shape": len(signature["shape"])}

@@ -25,15 +25,21 @@ WRAPPERS = frozenset((
 
 
 def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = False) -> list[str]:
-    """Load a safetensors or torch checkpoint in place; returns notes on what did not match.
+    """Load a safetensors or torch checkpoint in place.
 
     Stored values are cast to the dtype of the model. A checkpoint may hold the state under a key
     (`state_dict`, `model`, ...), and all of its names may have one prefix more than the network's,
     or one less (`module.`, `_orig_mod.`, `backbone.`).
 
+    Args:
+        allow_missing: let tensors that the file lacks stay as they are.
+
+    Returns:
+        notes on what did not match.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, shapes differ, none of its tensors is the network's, or
+        ValueError: the file is damaged, shapes differ, the network has none of its tensors, or
             names are missing (beyond batch norm's `num_batches_tracked`) and `allow_missing` is not
             set. The model is then unchanged.
     """
@@ -65,7 +71,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
 
 
 def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise ValueError where a state has nothing for the network, or tensors of another form."""
+    """Raise ValueError where the state has nothing for the network, or tensors that do not fit."""
     parameters = [name for name, _ in model.named_parameters()]
     if parameters and not any(name in state for name in parameters):
         raise ValueError(
@@ -96,7 +102,7 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a file, and notes on which it is."""
+    """The state dict in a file, and notes on which one it is, if the file has several."""
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: no such file")
     if path.suffix == ".safetensors":
@@ -117,7 +123,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _unpacked(state: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in what a trainer stored, and notes."""
+    """The state dict in what a trainer has stored, and notes; see `read_state`."""
     if _is_state(state):
         return state, []
     dicts = {k: v for k, v in state.items() if isinstance(v, dict)} if _is_named(state) else {}
@@ -146,10 +152,17 @@ def _is_state(state: Any) -> bool:
 def matched(
     state: dict[str, Tensor], expected: dict[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The state under the names of the network, where a prefix is added or removed if need be.
+    """Rename a state as the network names it: a prefix is added or removed where that fits better.
+
+    Args:
+        expected: the state dict of the network.
+        path: where the state comes from, for messages.
+
+    Returns:
+        the state, and notes.
 
     Raises:
-        ValueError: two prefixes fit equally: the file has several networks.
+        ValueError: two prefixes fit equally well, so that the file has several networks.
     """
     matches = sum(name in expected for name in state)
     superfluous, lacking = _prefixes(state, expected), _prefixes(expected, state)
@@ -168,7 +181,7 @@ def matched(
 
 
 def _prefixes(long: dict[str, Tensor], short: dict[str, Tensor]) -> Counter[str]:
-    """For each wrapper's prefix, how many names in `long` are names in `short` behind it."""
+    """For each prefix of wrappers, count the names in `long` that are in `short` without it."""
     counts: Counter[str] = Counter()
     for name in long:
         parts = name.split(".")

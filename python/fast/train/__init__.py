@@ -1,1 +1,1 @@
-"""Our loop over an adaptation: trainer, evaluation, log, checkpoints and resume."""
+"""Runs: our loop over an adaptation, with evaluation, log and checkpoints; and rewinding."""

@@ -1,11 +1,9 @@
-"""The device of a run, the precision of its forward pass, and the loss scale."""
+"""One device of a run: its part of the network, the precision of its passes, the loss scale."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,13 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fast import dtensor
-from fast.data.trees import leaves, mapped, pick
-from fast.errors import warn
+from fast.data.trees import pick
 from fast.heads import forward_logits, in_mode
-from fast.ranks import ALONE, Ranks, local_rank
-
-ENVIRONMENT = "FAST_DEVICE"
-HALF = (torch.bfloat16, torch.float16)
+from fast.models.device import autocast_dtype
+from fast.ranks import ALONE, Ranks
 
 
 class Engine:
@@ -101,76 +96,3 @@ def held_buffers(model: nn.Module) -> Iterator[None]:
         yield
     for buffer, value in before:
         buffer.copy_(value)
-
-
-def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device called `name`, after a trial computation on it.
-
-    None takes the device in the environment variable FAST_DEVICE, else CUDA if there is a GPU, else
-    the CPU. Under `torchrun`, "cuda" is the GPU of this process.
-
-    Raises:
-        ValueError: there is no such device, or it cannot compute here; the message says which can.
-    """
-    name = name or os.environ.get(ENVIRONMENT) or None
-    local = local_rank()
-    if local is not None and torch.cuda.is_available() and str(name or "cuda") == "cuda":
-        name = f"cuda:{local}"
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones((), device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch raises any of the three
-        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(
-            f"device {str(name)!r} cannot be used here: there is {', '.join(here)}"
-        ) from error
-    return device
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Turn 16-bit weights into float32, for good; inside the block 16-bit inputs are widened too.
-
-    A step of fine-tuning is smaller than the spacing of 16-bit numbers: at a learning rate of 2e-5,
-    one bfloat16 weight in a hundred would move. 16 bits could not hold the result either, so the
-    network stays in float32, and a warning says so. Parameters stay the same objects.
-    """
-    dtypes = {t.dtype for t in chain(model.parameters(), model.buffers()) if t.dtype in HALF}
-    if not dtypes:
-        yield
-        return
-    names = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    warn(
-        f"the network has {names} weights, too coarse for the steps of fine-tuning: it is trained "
-        "and returned in float32; round it afterwards with result.model.to(dtype)",
-    )
-    model.float()
-    hook = model.register_forward_pre_hook(_widened, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _widened(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    if any(x.dtype in HALF for x in leaves((args, kwargs))):
-        return mapped(args, _wide), mapped(kwargs, _wide)
-    return None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The forward pass's dtype; None for full precision.
-
-    `auto` is bfloat16 on a GPU that has it in hardware, and full precision elsewhere: on a CPU,
-    bfloat16 in software is slower than fp32.
-    """
-    if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

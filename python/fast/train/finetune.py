@@ -21,9 +21,9 @@ from fast.data.augment import Transform
 from fast.data.generators import seeded
 from fast.errors import did_you_mean, warn
 from fast.heads import unwrap
+from fast.models.device import in_float32, pick_device
 from fast.ranks import joined
 from fast.train.config import TrainConfig, TrainOptions
-from fast.train.engine import in_float32, pick_device
 from fast.train.log import Callback, check_callbacks
 from fast.train.resume.run_folder import RunFolder
 from fast.train.run_data import read_data

@@ -11,7 +11,7 @@ from torch import Tensor
 from fast import dtensor
 from fast.adapt.adaptation import Adaptation
 from fast.errors import warn
-from fast.train.resume.checkpoint import PREFIX, list_checkpoints
+from fast.models.saved.files import list_checkpoints, step_of
 
 # A loss is absurd above this multiple of the loss of guessing.
 ABSURD = 1e3
@@ -76,5 +76,5 @@ def _kept(folder: Path | None) -> str:
     checkpoints = [] if folder is None else list_checkpoints(folder)
     if not checkpoints:
         return ""
-    step = int(checkpoints[-1].name.removeprefix(PREFIX))
+    step = step_of(checkpoints[-1])
     return f". The checkpoint of step {step} in {folder} is left as it is"

@@ -17,13 +17,11 @@ from fast.data.dataset import Data
 from fast.data.finite import broken_rows
 from fast.data.labels import check_labels
 from fast.data.trees import kind, move
-from fast.heads import evaluating, forward_logits, source_task
-from fast.heads.forward import taking
+from fast.heads import evaluating, source_task
+from fast.heads.forward import LEAST_EVAL_BATCH, answers, taking
 from fast.ranks import ALONE, Ranks
 from fast.train.engine import Engine
 from fast.train.finite import check_finite
-
-LEAST_EVAL_BATCH = 128
 
 
 class ByClass(NamedTuple):
@@ -214,23 +212,6 @@ def evaluate(
 def _of_classes(counts: Tensor, classes: int) -> Tensor:
     """Counts padded with 0 to this many classes."""
     return F.pad(counts, (0, classes - len(counts)))
-
-
-def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:
-    """Logits `[B, C]` of the network.
-
-    Args:
-        mirrored: the mean over images `[B, C, H, W]` and their mirror images.
-
-    Raises:
-        ValueError: there is nothing to mirror.
-    """
-    logits = forward_logits(model, inputs).float()
-    if not mirrored:
-        return logits
-    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
-        raise ValueError(f"tta mirrors images [B, C, H, W]; val has {kind(inputs)}: drop it")
-    return (logits + forward_logits(model, inputs.flip(3)).float()) / 2
 
 
 def _shares(

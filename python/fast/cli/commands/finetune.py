@@ -19,12 +19,11 @@ from fast.cli.spec.base import shown
 from fast.cli.task.load import load_task
 from fast.errors import printable
 from fast.files import check_writable
-from fast.models.saved import MANIFEST_FILE
+from fast.models.device import pick_device
+from fast.models.saved import MANIFEST_FILE, list_checkpoints
 from fast.ranks import Ranks, joined
 from fast.train.config import TrainConfig
-from fast.train.engine import pick_device
 from fast.train.finite import Diverged, diverged
-from fast.train.resume.checkpoint import list_checkpoints
 from fast.train.resume.run_folder import is_going_on
 
 

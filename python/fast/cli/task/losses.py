@@ -17,9 +17,9 @@ from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
 from fast.data.trees import move
 from fast.heads import evaluating, forward_logits
+from fast.models.device import pick_device
 from fast.models.load import LoadedModel
 from fast.models.saved import load_saved
-from fast.train.engine import pick_device
 
 # Losses by the options that name their data, in the order in which they are shown.
 TASKS = {"source": "source", "target": "data"}

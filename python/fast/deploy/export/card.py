@@ -1,4 +1,4 @@
-"""The README of an export: what it is, how it was trained, and how it is used."""
+"""The README of an export says what it is, how it was trained and how it is used."""
 
 from __future__ import annotations
 

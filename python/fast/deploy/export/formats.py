@@ -1,4 +1,4 @@
-"""The formats, and what all of them share."""
+"""The formats of an export by their names, and the folder that each of them fills."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS: dict[str, Callable[[Subject, Path], None]] = {
 
 
 def export(subject: Subject, folder: Path, format: str) -> Path:
-    """Write a network, whole or not at all; see `Predictor.export`."""
+    """Write a network and its card into a folder, whole or not at all; see `Predictor.export`."""
     check_writable(folder, "folder")
     if folder.is_dir():
         if any(folder.iterdir()):

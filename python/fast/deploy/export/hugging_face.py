@@ -1,4 +1,4 @@
-"""A folder that `from_pretrained` and `pipeline()` of transformers load."""
+"""Write a folder that `from_pretrained` and `pipeline()` of transformers load."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from fast.data.images.format import BGR, ImageFormat
 from fast.deploy.export.subject import Subject
 from fast.heads.forward import forward_logits
-from fast.models.description import is_transformers, name_classes
 from fast.models.libraries import quiet
+from fast.models.saved.description import is_transformers, name_classes
 
 PILLOW_FILTERS = {
     "nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5,
@@ -19,11 +19,11 @@ PILLOW_FILTERS = {
 
 
 def write_hugging_face(subject: Subject, folder: Path) -> None:
-    """Write weights, configuration with the names of the classes, and tokenizer or image processor.
+    """Write the weights, a configuration with the names of the classes, and what prepares inputs.
 
     Raises:
-        ValueError: the network is none of transformers'; or its head has no bias there, and the
-            adapted one needs one.
+        ValueError: transformers does not have the network; or its head has no bias there, and
+            the adapted head needs one.
     """
     network: Any = subject.network
     if not is_transformers(network):
@@ -69,8 +69,8 @@ def _check(subject: Subject, folder: Path) -> None:
 
 
 def _write_processor(form: ImageFormat, folder: Path) -> None:
-    """An image processor that resizes, crops and normalises as the run did: the network's own, if
-    the run used that."""
+    """Write an image processor that resizes, crops and normalises as the run did; where the run
+    used the network's own, it is that one."""
     import transformers
 
     if form.library and "processor" in form.library:

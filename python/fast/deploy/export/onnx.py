@@ -1,4 +1,4 @@
-"""ONNX, by the exporter of torch, compared with the network in onnxruntime."""
+"""Write ONNX by the exporter of torch, and compare its answers in onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ NEEDED = ("onnx", "onnxscript")
 
 
 def write_onnx(subject: Subject, folder: Path) -> None:
-    """Write `model.onnx`; its inputs have the names of `preprocessing.json`, its output is
-    `logits`."""
+    """Write `model.onnx`; its inputs are named as in `preprocessing.json`, its output `logits`.
+
+    Raises:
+        ImportError: the exporter of torch needs libraries that are not installed.
+        ValueError: the exporter cannot write the network, or the file has other answers.
+    """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -56,7 +60,7 @@ def write_onnx(subject: Subject, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings and logs of the exporter, which are about itself."""
+    """Silence the warnings and logs of the exporter, which are about itself."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

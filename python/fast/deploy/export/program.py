@@ -1,4 +1,4 @@
-"""`torch.export`: the network as a program that torch runs without its Python code."""
+"""Write the network as a program, which torch runs without the network's Python code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def write_program(subject: Subject, folder: Path) -> None:
 
 
 def exported(subject: Subject) -> Any:
-    """The program, for batches of any size; of the sample's where the network is built for one.
+    """The program of `torch.export`, for batches of any size if the network takes them.
+
+    Where torch finds the length of sequences or the size of the batch fixed, the program takes
+    those of the sample, and a note says so.
 
     Raises:
         ValueError: torch cannot follow the network.
@@ -57,7 +60,7 @@ def _program(subject: Subject, open_shapes: tuple[Any, ...] | None) -> Any:
 
 
 def _close(subject: Subject, reason: str) -> None:
-    """Let what varies least be fixed: the length of sequences, and then the batch."""
+    """Fix the length of sequences, or the size of the batch where the length is fixed already."""
     lengths = [x.shape[1] for x in subject.tensors() if subject.has_length(x)]
     if lengths:
         subject.any_length = False
@@ -69,7 +72,7 @@ def _close(subject: Subject, reason: str) -> None:
 
 
 def trials(subject: Subject) -> list[Any]:
-    """Batches to compare answers on: the sample, and one of another size and length."""
+    """Batches to compare answers on: the sample, and if possible one of other size and length."""
     sample = subject.sample
     if not subject.any_batch:
         return [sample]
@@ -82,7 +85,7 @@ def trials(subject: Subject) -> list[Any]:
 
 
 def _open_shapes(subject: Subject) -> tuple[Any, ...] | None:
-    """The dimensions that may vary: the batch, and the length of sequences; None: none may."""
+    """For each input the dimensions that may vary; None where every size is fixed."""
     if not subject.any_batch:
         return None
     batch, both = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}

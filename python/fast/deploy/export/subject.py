@@ -1,4 +1,4 @@
-"""What is exported: a plain network, and what goes beside it in every format."""
+"""What every format of an export needs: a plain network, and what is said beside it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from fast.files import write_json
 from fast.heads.forward import call, forward_logits, logits_of
 from fast.models.preparation import PREPARATION_FILE, Preparation
 
-# Answers are compared with the network's at this many times the largest logit: other programs sum
-# in another order.
+# Logits may differ from the network's by this share of the largest, because other programs sum in
+# another order.
 TOLERANCE = 1e-3
 
 
 @dataclass(kw_only=True)
 class Subject:
-    """What is exported.
+    """A network that is exported, with all that a format says of it.
 
     Attributes:
-        network: plain, in evaluation mode, on the CPU.
-        classes: their names.
-        preparation: what pictures and texts go through.
-        sample: a batch of inputs, as the network takes them.
+        network: the plain network, in evaluation mode, on the CPU.
+        classes: names of its classes.
+        preparation: what pictures, sounds and texts go through on their way to it.
+        sample: a batch of inputs in the form that it takes.
         head: name of the layer that makes the logits, or None.
-        spec: by which the network was loaded, or None.
+        spec: the name that the network was loaded by, or None.
         facts: accuracies and the method of the run.
-        odds: what the weights have that the plain architecture has not.
+        odds: how the weights differ from the plain architecture.
         notes: what a reader should know; the writers of formats add to it.
-        any_batch: whether what is written takes batches of any size.
+        any_batch: whether the exported program takes batches of any size.
         any_length: whether it takes sequences of any length.
     """
 
@@ -51,13 +51,13 @@ class Subject:
     any_length: bool = True
 
     def logits(self, inputs: Any) -> Tensor:
-        """The network's own answers `[B, C]`."""
+        """The network's own logits `[B, C]`, in float32."""
         with torch.no_grad():
             return forward_logits(self.network, inputs).float()
 
     def write_description(self, folder: Path) -> None:
-        """Write what the inputs go through, with the tokenizer or feature extractor, and what the
-        outputs are."""
+        """Write `preprocessing.json`, which says what the inputs go through and what the outputs
+        are, and the tokenizer or feature extractor beside it."""
         self.preparation.save_parts(folder)
         inputs = {
             name: {"shape": self._shape(x), "dtype": str(x.dtype).removeprefix("torch.")}
@@ -77,12 +77,12 @@ class Subject:
         )
 
     def tensors(self) -> list[Tensor]:
-        """The sample, one tensor for each input."""
+        """The sample as one tensor for each input."""
         return leaves(self.sample)
 
     def has_length(self, x: Tensor) -> bool:
-        """Whether an input is `[batch, length]` with a length that varies: tokens, or sounds as a
-        feature extractor gives them."""
+        """Whether an input is `[batch, length]` with a length that varies: tokens, or sounds that a
+        feature extractor has prepared."""
         sounds = self.preparation.sounds
         heard = sounds is not None and sounds.extractor is not None
         return self.any_length and x.dim() == 2 and (heard or not x.is_floating_point())
@@ -97,17 +97,20 @@ class Subject:
 
     @property
     def input_names(self) -> list[str]:
-        """What each input is called."""
+        """The name of each input."""
         if isinstance(self.sample, Mapping):
             return [str(name) for name in self.sample]
         count = len(self.tensors())
         return ["input"] if count == 1 else [f"input_{i}" for i in range(count)]
 
     def check(self, answers: Tensor, inputs: Any, what: str) -> None:
-        """Compare answers with the network's own.
+        """Compare the answers of what was written with the network's own.
+
+        Args:
+            what: the file or folder that was written, for the message.
 
         Raises:
-            ValueError: they differ.
+            ValueError: the answers differ by more than rounding.
         """
         own = self.logits(inputs)
         apart = float((answers.detach().float() - own).abs().max())
@@ -119,7 +122,7 @@ class Subject:
 
 
 class LogitsOnly(nn.Module):
-    """A network that takes its inputs one after another and gives the logits alone."""
+    """A network that takes each input as an argument of its own and returns the logits alone."""
 
     def __init__(self, network: nn.Module, sample: Any) -> None:
         super().__init__()

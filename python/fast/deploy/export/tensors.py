@@ -1,4 +1,4 @@
-"""The weights alone, for the plain architecture."""
+"""Write the weights alone, for the plain architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint of timm, as its hub has them."""
+"""Write a checkpoint in the form that timm's models on the hub have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_timm(subject: Subject, folder: Path) -> None:
     also load with `create_model(NAME, num_classes=C, checkpoint_path=...)`.
 
     Raises:
-        ValueError: the network is none of timm's.
+        ValueError: timm does not have the network, or cannot build it again.
     """
     network: Any = subject.network
     config = getattr(network, "pretrained_cfg", None)
@@ -50,7 +50,7 @@ def write_timm(subject: Subject, folder: Path) -> None:
 
 
 def _arguments(spec: str | None) -> dict[str, Any]:
-    """The arguments in `timm:NAME(k=v)`, but those that the export itself decides."""
+    """The arguments in `timm:NAME(k=v)`, without those that the export itself decides."""
     _, bracket, rest = (spec or "").partition("(")
     if not bracket:
         return {}
@@ -60,7 +60,7 @@ def _arguments(spec: str | None) -> dict[str, Any]:
 
 
 def _data_config(subject: Subject) -> dict[str, Any]:
-    """Our preprocessing in timm's words."""
+    """The preprocessing of the run, in timm's words."""
     form = subject.preparation.images
     if form is None:
         return {}

@@ -35,14 +35,14 @@ from fast.files import (
     reading,
     write_sealed,
 )
+from fast.models.saved.files import STATE_FILE, checkpoint_name, list_checkpoints
 from fast.tensor_files import load_tensors, save_tensors
 from fast.train.early_stopping import BEST
 from fast.train.resume.optimizer_state import flatten, unflatten
 
-PREFIX = "checkpoint-"
 FORMAT = 3
 ADAPTATION, OTHERS = "adaptation", "other ranks"
-STATE_FILE, MODEL_FILE, TRAINING_FILE = "state.json", "model.safetensors", "training.safetensors"
+MODEL_FILE, TRAINING_FILE = "model.safetensors", "training.safetensors"
 # A stranger's file may have this multiple of the model's bytes, and a header. Two fp32 moments of
 # bf16 weights take 4 times the model's bytes; averages and the head start come on top.
 MOST_COPIES, MOST_HEADER = 16, 64 << 20
@@ -166,7 +166,7 @@ def save_checkpoint(
     Returns:
         the new checkpoint's folder.
     """
-    target = folder / f"{PREFIX}{state.step:08d}"
+    target = folder / checkpoint_name(state.step)
     if target.exists():
         shutil.rmtree(target)
     with atomic_folder(target) as temporary:
@@ -188,11 +188,6 @@ def save_checkpoint(
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / STATE_FILE).is_file())
 
 
 def load_checkpoint(
@@ -269,7 +264,7 @@ def _read_state(path: Path, steps: int) -> _Meta:
     meta = read_sealed(path / STATE_FILE, FORMAT)
     with reading(path / STATE_FILE):
         step = meta["step"]
-        if not (type(step) is int and 1 <= step <= steps and path.name == f"{PREFIX}{step:08d}"):
+        if not (type(step) is int and 1 <= step <= steps and path.name == checkpoint_name(step)):
             raise ValueError(f"step {step!r} of {steps}, in {path.name}")
         return _Meta(
             facts=Facts(**{field.name: meta[field.name] for field in fields(Facts)}),

@@ -13,12 +13,16 @@ from types import TracebackType
 from typing import Any
 
 from fast.files import check_writable, clear_unfinished, read_json, write_json
-from fast.models.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
-from fast.models.saved import MANIFEST_FILE, OPTIONS_FILE, options_file
+from fast.models.saved.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
+from fast.models.saved.files import (
+    MANIFEST_FILE,
+    OPTIONS_FILE,
+    list_checkpoints,
+    options_file,
+)
 from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
 from fast.train.log import BOARD_FOLDER, HISTORY_FILE, LINES_FILE
-from fast.train.resume.checkpoint import list_checkpoints
 
 
 class RunFolder:

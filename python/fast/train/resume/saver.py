@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fast.adapt.adaptation import Adaptation
 from fast.curvature.card import SourceCard
 from fast.data.generators import find_generators
-from fast.models.claim import run_of
+from fast.models.saved.claim import run_of
 from fast.train.config import TrainConfig
 from fast.train.resume.checkpoint import (
     Facts,

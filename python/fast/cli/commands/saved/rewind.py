@@ -15,9 +15,9 @@ from fast.cli.task.run import check_replaceable
 from fast.errors import printable
 from fast.figures import save
 from fast.files import check_writable, read_json
-from fast.merge.rewind.result import REWIND, Rewound
+from fast.models.device import pick_device
 from fast.models.saved import OPTIONS_FILE
-from fast.train.engine import pick_device
+from fast.train.rewind.result import REWIND, Rewound
 
 PICTURE = "rewind.png"
 

@@ -1,7 +1,7 @@
 """Claim the folder of a run for one process.
 
-The claim is a file with the run's id, and a lock on that file, which the system releases when the
-process is killed.
+The claim is a file with the id of the run, and a lock on that file. The system releases the lock
+when the process is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fast.files import read_json
 
 try:
     import fcntl
-except ImportError:  # Windows: a second run in the folder is then noticed when one of them saves
+except ImportError:  # on Windows a second run in the folder is noticed when one of them saves
     fcntl = None  # type: ignore[assignment]
 
 CLAIM_FILE = "run.json"
@@ -34,7 +34,7 @@ def is_going_on(folder: Path) -> bool:
 
 
 def claim(folder: Path) -> IO[str]:
-    """The claim file, locked.
+    """Lock the claim file of a folder, and return it.
 
     Raises:
         ValueError: another run has the lock.
@@ -66,4 +66,5 @@ def _lock(file: IO[str]) -> bool:
 
 
 def same_file(file: IO[str], path: Path) -> bool:
+    """Whether the file is still the one at this path."""
     return os.path.samestat(os.fstat(file.fileno()), path.stat())

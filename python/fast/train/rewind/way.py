@@ -11,21 +11,21 @@ from fast.adapt.guards.weight_line import WeightLine
 
 
 class Follower(Protocol):
-    """Something beside the weights that depends on them."""
+    """A part of the network beside the weights that depends on them."""
 
     def follow(self) -> None:
-        """Set it for the weights of now."""
+        """Set it for the present weights."""
 
 
 class Way(WeightLine):
-    """The line of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), with what moves along.
+    """The line of WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), and what moves along it.
 
     Args:
         params: the parameters that move, at w1.
         starts: w0.
 
     Attributes:
-        followers: of the weights.
+        followers: parts that are set anew at each place.
     """
 
     def __init__(self, params: Sequence[Tensor], starts: Sequence[Tensor]) -> None:
@@ -33,7 +33,7 @@ class Way(WeightLine):
         self.followers: list[Follower] = []
 
     def go(self, place: float) -> None:
-        """Go to `place`; exact whatever came before."""
+        """Go to `place`; the weights there do not depend on the places before."""
         super().go(place)
         for follower in self.followers:
             follower.follow()

@@ -1,5 +1,5 @@
 """Undo forgetting: the best network between two checkpoints that keeps a budget."""
 
-from fast.merge.rewind.between import rewind
+from fast.train.rewind.between import rewind
 
 __all__ = ["rewind"]

@@ -1,4 +1,4 @@
-"""The statistics of batch norms that are kept per task, where the weights have moved."""
+"""Move the statistics of batch norms that are kept per task along with the weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Statistics = list[tuple[Tensor, Tensor]]
 
 
 class MovingStatistics:
-    """One task's statistics, known at its own end of the way and moved with the weights.
+    """The statistics of one task, known at its own end of the way and moved with the weights.
 
-    What is known there came from all of the task's data. Elsewhere it changes by as much as the
-    statistics of a few inputs are seen to change: `mean + (mean_now - mean_then)` and
-    `var * var_now / var_then`. It is exact at its own end, and the noise of few inputs cancels: on
-    signs, three quarters of the way to a ResNet-20 that answers 67 % of them, its head answered
-    62 % with these statistics, and 30 % with those of 512 inputs.
+    At its own end the statistics come from all data of the task. Elsewhere they change by as much
+    as the statistics of a few inputs change: `mean + (mean_now - mean_then)` and
+    `var * var_now / var_then`. This is exact at the task's own end, and the noise of few inputs
+    cancels: on signs, three quarters of the way to a ResNet-20 that answers 67 % of them, its head
+    answered 62 % with these statistics, and 30 % with those of 512 inputs.
 
     Args:
-        model: at the task's own end.
-        batches: inputs of the task; with none the statistics stay as they are.
-        source: they are the source's.
+        model: the network at the task's own end.
+        batches: inputs of the task; without any the statistics stay as they are.
+        source: whether the task is the source, and not the target.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], source: bool) -> None:
@@ -39,7 +39,7 @@ class MovingStatistics:
         self._set(self._own)
 
     def follow(self) -> None:
-        """Set the statistics for the weights of now."""
+        """Set the statistics for the present weights."""
         if not self.norms or not self._batches:
             return
         parts = zip(self.norms, self._own, self._seen(), self._then, strict=True)
@@ -52,7 +52,7 @@ class MovingStatistics:
         )
 
     def mix(self, other: MovingStatistics, place: float) -> None:
-        """Set the statistics between those of `other` at its own end (place 0) and one's own."""
+        """Set the statistics between those of `other` at its own end (place 0) and its own (1)."""
         ends = zip(other._own, self._own, strict=True)
         self._set([(a.lerp(c, place), b.lerp(d, place)) for (a, b), (c, d) in ends])
 

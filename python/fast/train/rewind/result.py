@@ -1,4 +1,4 @@
-"""What rewinding gives back: a result like any other, and the way there."""
+"""Rewinding returns a result like any other, which also tells how it was found."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fast.adapt.result import Result
 from fast.figures import GREY, OTHER_COLOURS, STYLE, load_matplotlib
 
 REWIND = "rewind"
-# What a record is of.
+# The stage of a record: the tuned network, or a place on the line to it.
 TUNED, LINE = "tuned", "line"
 COLOUR = "#0072B2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewindConfig(AdaptConfig):
-    """The options of `fast.rewind`, as every result has them."""
+    """The options of `fast.rewind`, in the form in which every result has its options."""
 
     method: str = option(REWIND, "how the network was made", choices=Literal["rewind"])
 
@@ -26,15 +26,15 @@ class RewindConfig(AdaptConfig):
 class Rewound(Result):
     """The network that keeps the budget, and how it was found.
 
-    `history` has one record per place that was looked at: `stage` (tuned or line), `place` on the
-    line (0 before fine-tuning, 1 after it), `forecast` (what is lost on held-back source inputs, in
-    the unit of the budget), `target_accuracy` and `source_accuracy` there, or None where it was not
-    measured. `target_accuracy` is that of samples of `data` that were held back here; the
-    fine-tuning run may have learned from them.
+    `history` has one record for each place that was measured: `stage` (tuned or line); `place` on
+    the line (0 before fine-tuning, 1 after it); `forecast`, the loss on held-back source inputs in
+    the unit of the budget; `target_accuracy` and `source_accuracy`, which are None where they were
+    not measured. `target_accuracy` is measured on samples of `data` that were held back here, and
+    the fine-tuning run may have learned from them.
 
     Attributes:
         lost: what is lost on all held-back source inputs, in nats or in points of accuracy (0..1).
-        unknown: what cannot be known, a sentence each.
+        unknown: a sentence for each thing that cannot be known.
     """
 
     lost: float
@@ -46,8 +46,11 @@ class Rewound(Result):
         return facts | {"lost": f"{self.lost:.4f}", "budget": str(self.config.budget)}
 
     def plot(self) -> Any:
-        """The matplotlib Figure: what is lost along the line, the budget, the place chosen, and the
-        target accuracy where it was measured.
+        """Draw what is lost along the line, the budget, the place that was chosen, and the target
+        accuracy where it was measured.
+
+        Returns:
+            a matplotlib Figure.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""The search for the best network between two checkpoints."""
+"""Search for the best network between two checkpoints."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from fast.errors import warn
 from fast.heads import find_head, task_head
 from fast.heads.batch_norm import per_task_norms
 from fast.heads.outputs import source_logits
-from fast.merge.rewind.checkpoints import both
-from fast.merge.rewind.result import LINE, TUNED, RewindConfig, Rewound
-from fast.merge.rewind.source_head import SourceHead
-from fast.merge.rewind.statistics import MovingStatistics
-from fast.merge.rewind.target import Target
-from fast.merge.rewind.way import Way
+from fast.train.rewind.checkpoints import both
+from fast.train.rewind.result import LINE, TUNED, RewindConfig, Rewound
+from fast.train.rewind.source_head import SourceHead
+from fast.train.rewind.statistics import MovingStatistics
+from fast.train.rewind.target import Target
+from fast.train.rewind.way import Way
 
 log = logging.getLogger("fast")
-# The target is kept where it loses no more than this, which is two or three of the samples that
-# measure it.
+# The target's head is left alone where its accuracy falls by no more than this, which is two or
+# three of the samples that measure it.
 KEPT = 0.02
-# Looks of the search on the line. The loss grows with the square of the place, or faster.
+# So many places on the line are measured. The loss grows with the square of the place, or faster.
 LOOKS, EXPONENT = 3, 2.0
-# Source inputs that batch norm statistics are moved by, and those that the source's head is fitted
-# to.
+# So many source inputs move the batch norm statistics, and so many the source's head is fitted to.
 STATISTICS_SAMPLES, HEAD_SAMPLES = 64, 256
 
 
@@ -38,12 +37,12 @@ class Search:
 
     Args:
         config: the options.
-        network: at w0, with its own head.
-        state: w1, under the names of `network`.
-        sample: source inputs, to find the head by.
-        work: source inputs to work with.
-        meter: measures what is lost, on others.
-        data: of the target task, or None.
+        network: the network at w0, with its own head.
+        state: the weights w1, under the names of `network`.
+        sample: source inputs, by which the head is found.
+        work: source inputs that the search works with.
+        meter: measures what is lost, on other source inputs.
+        data: samples of the target task, or None.
     """
 
     def __init__(
@@ -62,23 +61,11 @@ class Search:
         self.accuracy_before = self._source_accuracy(network)
         self.model = both(network, state, sample, layer).eval()
         device = next(self.model.parameters()).device
-        task = task_head(self.model)
-        assert task is not None
-        apart = {id(p) for m in (task, *per_task_norms(self.model)[0]) for p in m.parameters()}
-        shared = {
-            n: p
-            for n, p in self.model.named_parameters()
-            if id(p) not in apart and not torch.equal(p, starts[n])
-        }
-        if not shared:
-            raise ValueError(
-                "tuned: all weights that both tasks share are those of base: there is nothing to "
-                "rewind. Is it the same checkpoint twice, or was only the head trained?"
-            )
+        moved = _moved(self.model, starts)
         self.target = None
         if data is not None:
             self.target = Target(data, self.model, device, config.seed)
-        self.way = Way(list(shared.values()), [starts[n] for n in shared])
+        self.way = Way(list(moved.values()), [starts[n] for n in moved])
         self.way.go(0.0)
         work = work.to(device)
         some = [work.part(0, STATISTICS_SAMPLES).inputs]
@@ -90,6 +77,7 @@ class Search:
         self.history: list[dict[str, Any]] = []
 
     def run(self) -> Rewound:
+        """Search the line, fit what belongs to the tasks, and return the network."""
         budget = self.config.budget
         assert budget is not None
         self.way.go(1.0)
@@ -118,7 +106,7 @@ class Search:
         return self._result(record)
 
     def _look(self, stage: str) -> float:
-        """Measure what is lost where the weights are, and record it."""
+        """Measure what is lost at the present weights, and record it."""
         lost = self.meter(self.model)
         self.history.append(
             {
@@ -133,7 +121,7 @@ class Search:
         return lost
 
     def _source_accuracy(self, model: nn.Module) -> float | None:
-        """By the source's head, on the samples that were held back, where they have its labels."""
+        """The accuracy of the source's head on the held-back samples, if these have its labels."""
         held = self.meter.samples
         if held.labels is None or self.meter.by_features:
             return None
@@ -158,3 +146,28 @@ class Search:
             lost=record["forecast"],
             unknown=unknown,
         )
+
+
+def _moved(model: nn.Module, starts: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters that both tasks share and that fine-tuning has moved, by their names.
+
+    Args:
+        starts: w0.
+
+    Raises:
+        ValueError: there are none.
+    """
+    head = task_head(model)
+    assert head is not None
+    apart = {id(p) for m in (head, *per_task_norms(model)[0]) for p in m.parameters()}
+    moved = {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in apart and not torch.equal(p, starts[name])
+    }
+    if not moved:
+        raise ValueError(
+            "tuned: all weights that both tasks share are those of base: there is nothing to "
+            "rewind. Is it the same checkpoint twice, or was only the head trained?"
+        )
+    return moved

@@ -1,4 +1,4 @@
-"""The source's head, fitted again where the features of its inputs have moved."""
+"""Fit the source's head again where the features of its inputs have moved."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from fast.data.source_inputs import SourceInputs
 from fast.heads import features_of, source_task, task_head
 
-# The ridge, times the mean variance of a feature. Half way to a ResNet-20 that was tuned to signs,
-# the source lost 0.04 nats with the head fitted again, and 0.09 without. With less the loss falls
-# further, to 0.02, but the logits shrink, and without labels that looks like a loss.
+# The ridge as a multiple of the mean variance of a feature. Half way to a ResNet-20 that was tuned
+# to signs, the source lost 0.04 nats with the head fitted again, and 0.09 without. A smaller ridge
+# brings the loss down to 0.02, but the logits shrink, and without labels that looks like a loss.
 RIDGE = 1.0
 BATCH_SIZE = 128
 
 
 class SourceHead:
-    """Takes the answers of the source's head back to what they were on some source inputs.
+    """Takes the answers of the source's head on some source inputs back to what they were.
 
-    It is ridge regression in closed form, of the logits that are missing on the features of now.
-    No label is needed. The target has a head of its own, so nothing changes for it. A head on maps
-    of features, or of another kind than a linear layer, stays as it is.
+    It is ridge regression in closed form: the change of the logits, on the present features. No
+    label is needed. The target has a head of its own, so nothing changes for it. A head on maps of
+    features, or of another kind than a linear layer, stays as it is.
 
     Args:
-        model: at w0.
-        samples: source inputs, on its device.
+        model: the network at w0.
+        samples: source inputs, on the device of the network.
     """
 
     def __init__(self, model: nn.Module, samples: SourceInputs) -> None:
@@ -44,7 +44,7 @@ class SourceHead:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Fit the head to the weights of now."""
+        """Fit the head to the present weights."""
         if not self._fits:
             return
         x = self._features(self._samples)
@@ -64,7 +64,7 @@ class SourceHead:
 
     @torch.no_grad()
     def _features(self, samples: SourceInputs) -> Tensor:
-        """What the head sees of source inputs, `[N, D]` or of another shape."""
+        """The features that the head sees, `[N, D]` or of another shape."""
         with source_task(self._model):
             parts = [
                 features_of(self._model, self._head, inputs)

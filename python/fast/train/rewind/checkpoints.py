@@ -23,16 +23,16 @@ from fast.heads.replace import put_head
 from fast.models.saved import MODEL_FILE
 from fast.models.weights import load_weights, matched, read_state
 
-# What a folder of a run, or of transformers, calls its weights.
+# The weights in a folder of a run, or of transformers.
 WEIGHT_FILES = (MODEL_FILE, "pytorch_model.bin")
 Checkpoint = nn.Module | Mapping[str, Tensor] | str | Path
 
 
 def base_network(base: Checkpoint, model: nn.Module | None) -> nn.Module:
-    """The network before it was fine-tuned, a copy.
+    """A copy of the network before it was fine-tuned.
 
     Args:
-        base: the network, its state dict or a file of it.
+        base: the network, its state dict, or a file that holds one.
         model: the architecture, where `base` is not a network.
 
     Raises:
@@ -57,13 +57,16 @@ def base_network(base: Checkpoint, model: nn.Module | None) -> nn.Module:
 
 
 def tuned_state(tuned: Checkpoint, network: nn.Module, head: Head) -> tuple[dict[str, Tensor], str]:
-    """The weights after fine-tuning under the names of `network`, and a note on a guess.
+    """The weights after fine-tuning, under the names that they have in `network`.
 
-    The head's are under the name that it has in `network`, whatever it was called.
+    The head may have had another name.
+
+    Returns:
+        the state, and a note on what was guessed; empty where nothing was.
 
     Raises:
         TypeError: `tuned` is no checkpoint.
-        ValueError: it is one of another architecture.
+        ValueError: it belongs to another architecture.
     """
     state = _state(tuned, network, "tuned")
     expected = network.state_dict()
@@ -84,9 +87,9 @@ def tuned_state(tuned: Checkpoint, network: nn.Module, head: Head) -> tuple[dict
 
 
 def both(network: nn.Module, state: dict[str, Tensor], sample: Any, head: Head) -> nn.Module:
-    """The network that answers the task of `state`, and inside `fast.source_task` its own.
+    """Let `network` answer the task of `state`, and inside `fast.source_task` its own.
 
-    Head and batch norms are per task; everything else is shared, and has the weights of `state`.
+    Each task has its own head and batch norms; all else is shared, and has the weights of `state`.
     """
     prefix = f"{head.name}."
     layer = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
@@ -102,7 +105,10 @@ def both(network: nn.Module, state: dict[str, Tensor], sample: Any, head: Head) 
 
 
 def weight_file(path: str | Path, name: str) -> Path:
-    """The file of the weights: this one, or that in this folder.
+    """The file of the weights: the path itself, or the file in this folder.
+
+    Args:
+        name: base or tuned, for messages.
 
     Raises:
         FileNotFoundError: there is none.
@@ -119,7 +125,7 @@ def weight_file(path: str | Path, name: str) -> Path:
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """A copy without what this library, PEFT or a wrapper has put around it."""
+    """A copy of the network without the modules that FAST, PEFT or a wrapper has added."""
     model = copy.deepcopy(unwrap(model))
     merge = getattr(model, "merge_and_unload", None)
     if callable(merge):  # LoRA by PEFT
@@ -128,7 +134,7 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def _state(checkpoint: Checkpoint, network: nn.Module, name: str) -> dict[str, Tensor]:
-    """The state dict of a checkpoint under the names of `network`."""
+    """The state dict of a checkpoint, under the names that it has in `network`."""
     if isinstance(checkpoint, nn.Module):
         state, where = _plain(checkpoint).state_dict(), Path(name)
     elif isinstance(checkpoint, Mapping):

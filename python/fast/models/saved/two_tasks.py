@@ -1,4 +1,4 @@
-"""Read what `Result.save` wrote as one network that answers both tasks."""
+"""Read what `Result.save` wrote into one network that answers both tasks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from fast.heads import TaskHead, attach_adapters, find_head, load_source_norms
-from fast.models.saved import (
-    ADAPTERS_FILE,
-    SOURCE_NORMS_FILE,
+from fast.models.saved.files import ADAPTERS_FILE, SOURCE_NORMS_FILE
+from fast.models.saved.networks import (
     lacks_source,
     load_target,
     source_layer_in,
@@ -20,18 +19,21 @@ from fast.tensor_files import load_tensors
 
 
 def load_two_tasks(folder: Path, model: nn.Module, *, head: str | None, sample: Any = None) -> str:
-    """Load the weights of a saved run, in place; inside `fast.source_task` the network then answers
-    the source task, and `fast.fold_head` makes it plain.
+    """Load the weights of a saved run into a plain architecture.
+
+    Inside `fast.source_task` the network then answers the source task, and `fast.fold_head` makes
+    it plain.
 
     Args:
-        folder: see `fast.models.saved.load_saved`; it has passed `check_manifest`.
+        folder: the folder of the run, see `fast.models.saved.load_saved`; it has passed
+            `check_manifest`.
         model: the plain architecture, with a head for any number of classes.
-        head: name of the layer that makes the logits; None to find it.
+        head: name of the layer that makes the logits; with None it is found.
         sample: a batch of inputs by which the head is found, or None.
 
     Returns:
-        what the folder lacks for the source task, if anything: then the network has the target's
-        head alone.
+        what the folder lacks for the source task; empty where it lacks nothing. Where it does, the
+        network has the target's head alone.
 
     Raises:
         FileNotFoundError, ValueError: see `load_saved`.

@@ -1,4 +1,4 @@
-"""The target task of a network that is rewound: what it has learned, measured and taught again."""
+"""Measure the target task of a network that is rewound, and teach it again."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from fast.heads import (
 )
 from fast.heads.find import HeadLayer, layer_like
 from fast.heads.forward import evaluating
-from fast.merge.rewind.statistics import MovingStatistics
+from fast.train.rewind.statistics import MovingStatistics
 
-# Samples that are looked at, and those of them that only measure: rewinding has a fifth of the time
-# of the run that it rewinds.
+# So many samples are used at most, and so many of them only measure. They are few, because a rewind
+# has a fifth of the time of the run before it.
 LIMIT, HELD = 1152, 128
 BATCH_SIZE = 128
 HEAD_STEPS = 200
@@ -38,16 +38,16 @@ class Target:
     """Some samples of the target task.
 
     Args:
-        data: what `fast.finetune` takes for `train`.
+        data: samples in any form that `fast.finetune` takes for `train`.
         model: the fine-tuned network.
-        device: of the network.
-        seed: of which samples.
+        device: the device of the network.
+        seed: the seed that decides which samples are used.
 
     Attributes:
-        statistics: of the target's batch norms.
+        statistics: the statistics of the target's batch norms.
 
     Raises:
-        ValueError, TypeError: the data are no labelled samples, too few, or have other labels.
+        ValueError, TypeError: the data are no labelled samples, are too few, or have other labels.
     """
 
     def __init__(self, data: Any, model: nn.Module, device: torch.device, seed: int) -> None:
@@ -74,22 +74,22 @@ class Target:
         self.statistics = MovingStatistics(model, some, source=False)
 
     def accuracy(self, model: nn.Module) -> float:
-        """On samples that nothing here has learned from; the fine-tuning run may have."""
+        """The accuracy on held-back samples, from which the fine-tuning run may have learned."""
         with evaluating(model):
             answers = forward_logits(model, self.held_inputs).argmax(1)
         return (answers == self.held_labels).double().mean().item()
 
     def _pieces(self) -> list[Any]:
-        """The inputs to learn from, in a few batches."""
+        """The inputs to learn from, in batches."""
         starts = range(0, len(self.labels), BATCH_SIZE)
         return [pick(self.inputs, slice(i, i + BATCH_SIZE)) for i in starts]
 
     def fit(self, model: nn.Module, wanted: float) -> float:
-        """Fit what is the target's alone to the weights of now.
+        """Fit what belongs to the target alone to the present weights.
 
-        The statistics of its batch norms follow. The head is taught again, from what it is, where
-        its accuracy is below `wanted`; one that was better before stays, and so do heads on maps of
-        features.
+        The statistics of its batch norms follow the weights. Where its accuracy is below `wanted`,
+        the head learns on, and is put back if that made it worse. A head on maps of features stays
+        as it is.
 
         Returns:
             the accuracy afterwards.
@@ -119,14 +119,14 @@ class Target:
 
     @torch.no_grad()
     def _right(self, head: TaskHead, features: Tensor) -> float:
-        """Accuracy of the head on features of the samples that only measure."""
+        """The accuracy of the head on features of the held-back samples."""
         answers = head.linear(features if head.norm is None else head.norm(features)).argmax(1)
         return (answers == self.held_labels).double().mean().item()
 
 
 @torch.no_grad()
 def normalise(head: TaskHead, features: Tensor) -> None:
-    """Let the head see these features normalised; its answers stay what they were."""
+    """Let the head see these features normalised, and give the same answers."""
     plain, norm = plain_layer(head), FeatureNorm(features.shape[1]).to(features)
     calibrate_from(norm, [features])
     layer = layer_like(plain, len(plain.weight), bias=True)
@@ -137,5 +137,5 @@ def normalise(head: TaskHead, features: Tensor) -> None:
 
 
 def plain_layer(head: TaskHead) -> HeadLayer:
-    """The layer that does what the target head does, normalisation included."""
+    """A layer that gives the answers of the target head, normalisation included."""
     return fold_head(nn.Sequential(copy.deepcopy(head)))[0]  # type: ignore[index]

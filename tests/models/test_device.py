@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fast
-from fast.train.engine import pick_device
+from fast.models.device import pick_device
 from networks import ConvNet, images
 
 

@@ -1,4 +1,4 @@
-"""What is saved about a network besides its weights: how to build it again, and its classes."""
+"""Describe a network beside its weights: how it is built again, and which classes it has."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 from fast.heads import places_of, task_head, unwrap
 from fast.models.load import parse_spec
-from fast.models.saved import CONFIG_FILE, OPTIONS_FILE, is_library_config
+from fast.models.saved.files import CONFIG_FILE, OPTIONS_FILE, is_library_config
 
 
 def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:
-    """Facts of an adapted network, as plain values.
+    """The entry `network` of result.json: facts of an adapted network, as plain values.
 
     Args:
-        name: the network's name as --model takes it, if it was loaded by name.
+        name: the name of the network, as --model takes it; None where it was given as an object.
     """
     model = unwrap(model)
     head = task_head(model)
@@ -31,8 +31,10 @@ def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:
 
 
 def _name_in_timm(model: nn.Module) -> str | None:
-    """The name by which timm builds this network again, with the arguments that it remembers; None
-    for any other network, or if an argument is not a plain value."""
+    """The name by which timm builds this network again, with the arguments that it remembers.
+
+    It is None for a network of another library, or where an argument is not a plain value.
+    """
     config = getattr(model, "pretrained_cfg", None)
     arguments = getattr(model, "_model_args", None)
     if config is None or arguments is None or not type(model).__module__.startswith("timm."):
@@ -47,11 +49,12 @@ def _name_in_timm(model: nn.Module) -> str | None:
 
 
 def save_library_config(model: nn.Module, folder: Path, classes: list[str] | None) -> None:
-    """Write the `config.json` of a transformers network, with the names of the classes; other
-    networks have none."""
+    """Write the `config.json` of a transformers network, with the names of its classes.
+
+    Other networks have no such file, and one that is left of an earlier run is removed.
+    """
     model, file = unwrap(model), folder / CONFIG_FILE
     if not is_transformers(model):
-        # A file that is there comes from an older version, or from a network saved here before.
         if is_library_config(file) or (folder / OPTIONS_FILE).is_file():
             file.unlink(missing_ok=True)
         return
@@ -69,7 +72,7 @@ def name_classes(config: Any, classes: list[str] | None) -> None:
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether a network is of one of transformers' own classes, so that its config rebuilds it."""
+    """Whether a network's class belongs to transformers, so that its config builds it again."""
     library = sys.modules.get("transformers")
     return (
         library is not None
@@ -79,7 +82,13 @@ def is_transformers(model: nn.Module) -> bool:
 
 
 def source_classes(model: nn.Module, name: str | None) -> list[str] | None:
-    """Names of the source task's classes, if the network or its library has them."""
+    """The names of the source task's classes; None where neither the network nor its library has
+    them.
+
+    Args:
+        model: the adapted network.
+        name: see `describe_network`.
+    """
     head = task_head(unwrap(model))
     labels = head.source_labels.get("id2label") if head is not None else None
     if labels:

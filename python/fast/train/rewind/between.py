@@ -1,4 +1,4 @@
-"""`fast.rewind`: the best network between two checkpoints that keeps a forgetting budget."""
+"""`fast.rewind` finds the best network between two checkpoints that keeps a forgetting budget."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fast.data.generators import seeded
 from fast.data.source_inputs import parse_source_inputs
 from fast.heads import find_head
 from fast.heads.forward import check_takes
-from fast.merge.rewind.checkpoints import (
+from fast.models.device import in_float32, pick_device
+from fast.train.rewind.checkpoints import (
     Checkpoint,
     base_network,
     check_finite,
     tuned_state,
 )
-from fast.merge.rewind.result import RewindConfig, Rewound
-from fast.merge.rewind.search import Search
-from fast.train.engine import in_float32, pick_device
+from fast.train.rewind.result import RewindConfig, Rewound
+from fast.train.rewind.search import Search
 
 log = logging.getLogger("fast")
 
@@ -40,29 +40,31 @@ def rewind(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Rewound:
-    """The best network between two checkpoints that keeps a forgetting budget.
+    """Find the best network between two checkpoints that keeps a forgetting budget.
 
-    It is a place on the line `w0 + t (w1 - w0)` of WiSE-FT (Wortsman et al. 2022, arXiv
-    2109.01903), where the budget is spent. What is the task's own is fitted to the place: the
-    statistics of each task's batch norms follow the weights, the source's head is fitted again to
-    its features (without labels), and the target's is taught again where more than two points of
-    target accuracy are lost. Nothing that is passed is changed.
+    It is the place on the line `w0 + t (w1 - w0)` of WiSE-FT (Wortsman et al. 2022, arXiv
+    2109.01903) at which the budget is spent. What each task has for itself is fitted to that place:
+    the statistics of its batch norms follow the weights, the source's head is fitted again to its
+    features (without labels), and the target's head is taught again where more than two points of
+    target accuracy are lost. The arguments stay as they are.
 
-    Without `data` the target's head stays what it was, and nothing can say how much of the target
-    is lost: `Rewound.unknown` says so.
+    Without `data` the target's head stays as it is, and nobody can know how much of the target is
+    lost; `Rewound.unknown` says so.
 
     Args:
-        base: the checkpoint before fine-tuning: a network, a state dict, or a file or folder of
-            one. The names of weights may have the prefixes of wrappers; LoRA by PEFT is merged.
-        tuned: the one after it, of the same architecture. Its head may differ.
-        source_inputs: a few hundred inputs of the source task, with labels or without. Half of
-            them, up to 512, are held back, and measure what is lost.
+        base: the checkpoint before fine-tuning: a network, a state dict, or a file or folder that
+            holds one. The names of weights may have the prefixes of wrappers; LoRA by PEFT is
+            merged.
+        tuned: the checkpoint after fine-tuning, of the same architecture. Its head may differ.
+        source_inputs: a few hundred inputs of the source task, with labels or without. What is
+            lost is measured on half of them, up to 512, which serve for nothing else.
         budget: what may be lost: nats of source loss (0.1) or points of source accuracy ("2%").
-        data: samples of the target task: what `fast.finetune` takes for `train`.
-        model: the architecture, where `base` is no network; it has base's head.
-        head: the name of the layer that makes the logits, where running the network does not tell.
+        data: samples of the target task, in any form that `fast.finetune` takes for `train`.
+        model: the architecture with base's head, where `base` is no network.
+        head: the name of the layer that makes the logits, where it cannot be found by running
+            the network.
         source_skill: "answers", "features" or "auto": see `fast.finetune`.
-        seed: of which target samples are used.
+        seed: the seed that decides which target samples are used.
         device: see `fast.finetune`.
 
     Returns:
