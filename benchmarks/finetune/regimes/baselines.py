@@ -49,6 +49,12 @@ def finetune(task: Task, *, steps: int, **options: Any) -> Record:
     }
 
 
+def synthetic(task: Task, **options: Any) -> Record:
+    """`fast.finetune` with synthetic inputs as source inputs; making them is part of the time."""
+    inputs, _ = task.train
+    return finetune(task, source_inputs=fast.synthetic_inputs(task.model, inputs), **options)
+
+
 def loop(task: Task, *, each: Callable[[int], None] = lambda done: None, **options: Any) -> Record:
     """The same training in a plain loop, which is measured at its end alone: measuring a baseline
     as often as FAST would take as long as its run.
@@ -158,6 +164,7 @@ def linear_probe(task: Task, **_: Any) -> Record:
 
 RUNNERS = {
     "finetune": finetune,
+    "synthetic": synthetic,
     "loop": loop,
     "lp_ft": lp_ft,
     "norm_only": norm_only,

@@ -32,6 +32,7 @@ class Method:
         norms_only: it switches batch norms and nothing else, so that a network without them has
             one row for both regimes.
         needs_norms: it is not run on a network without norms of any kind.
+        needs_batch_norm: it is run on networks with batch norm alone.
         source_inputs: with (True) and without (False) source inputs; a method that has no use for
             them is run without.
         rates: learning rates, the better of which counts; None is the method's own.
@@ -44,6 +45,7 @@ class Method:
     regimes: tuple[str, ...] = (TOGETHER, SWITCHED)
     norms_only: bool = True
     needs_norms: bool = False
+    needs_batch_norm: bool = False
     source_inputs: tuple[bool, ...] = (False,)
     rates: tuple[float | None, ...] = (3e-4, 1e-3)
     everywhere: bool = False
@@ -60,12 +62,20 @@ class Method:
 
 # Adapters and norms are few weights that start from nothing or little, and bear a higher rate.
 FEW_WEIGHTS = (1e-3, 3e-3)
-OURS = ("fast", "adapter")
+OURS = ("fast", "synthetic", "adapter")
 METHODS: dict[str, Method] = {
     "fast": Method(
         runner="finetune",
         options={"method": "fast"},
         source_inputs=(False, True),
+        rates=(None,),
+        everywhere=True,
+    ),
+    # FAST with inputs in place of source inputs that were made from the network's batch norms.
+    "synthetic": Method(
+        runner="synthetic",
+        options={"method": "fast"},
+        needs_batch_norm=True,
         rates=(None,),
         everywhere=True,
     ),
@@ -109,6 +119,8 @@ def regimes_of(name: str, pair: str) -> tuple[str, ...]:
     """The regimes in which a method is run on a pair."""
     method = METHODS[name]
     if method.needs_norms and pair.startswith(WITHOUT_NORMS):
+        return ()
+    if method.needs_batch_norm and not pair.startswith(WITH_BATCH_NORM):
         return ()
     if method.norms_only and not pair.startswith(WITH_BATCH_NORM):
         return method.regimes[:1]

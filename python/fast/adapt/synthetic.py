@@ -97,6 +97,8 @@ def _check(model: nn.Module, like: Tensor, count: int, steps: int) -> None:
     if len(like) < 2:
         raise ValueError(f"like has {len(like)} inputs; give at least 2")
     check_takes(model, like, "like")
+    if not float(like.std()) > 0:  # NaN, too
+        raise ValueError("like: all inputs are the same number, or not finite; give real inputs")
 
 
 def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
