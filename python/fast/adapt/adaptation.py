@@ -131,6 +131,8 @@ class Adaptation:
         self.done = 0
         self._part = 0  # the next of this step's micro-batches
         self._pull_factor = 1.0
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function of logits and labels; got {loss!r}")
         loss = loss or Loss(None, 0.0)
         with RollbackOnError(self.model):
             # The source is measured at the pretrained weights, before the network changes.
@@ -285,10 +287,14 @@ class Adaptation:
         yield from itertools.islice(stream, max(0, self.plan.steps - start))
 
     def scheduler(self) -> LambdaLR:
-        """The plan's learning-rate schedule, from the step that the adaptation has reached."""
+        """The plan's learning-rate schedule, from the step that the adaptation has reached.
+
+        It follows the optimizer's steps, however often it is stepped itself: Accelerate does so
+        once for each process, and a loop that accumulates may for each micro-batch.
+        """
         last = self.done - 1 if self.done else -1
         # LambdaLR would save the attributes of any callable that is not a plain function.
-        return LambdaLR(self.optimizer, lambda s: self.plan.lr_factor(s), last_epoch=last)
+        return LambdaLR(self.optimizer, lambda _: self.plan.lr_factor(self.done), last_epoch=last)
 
     def schedule(self) -> None:
         """Set the learning rates of the next step by the plan's schedule."""
