@@ -75,6 +75,8 @@ def test_other_kinds_of_data_are_refused():
 def test_unknown_options_are_named():
     with pytest.raises(TypeError, match="unknown options: learning_rate"):
         fast.finetune(ConvNet(), (X, Y), learning_rate=1e-3)
+    with pytest.raises(TypeError, match=r"Adaptation got unknown options: lrr; did you mean lr\?"):
+        fast.Adaptation(ConvNet(), (X, Y), lrr=1e-3)
 
 
 def test_a_network_without_a_linear_head_is_refused():

@@ -25,7 +25,15 @@ from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import Setup, check_gradients, check_model, check_ranks, settle
+from fast.adapt.setup import (
+    Setup,
+    check_averaged,
+    check_gradients,
+    check_model,
+    check_options,
+    check_ranks,
+    settle,
+)
 from fast.adapt.source import Source, bound_card, measure_source
 from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
@@ -118,6 +126,7 @@ class Adaptation:
         check_gradients("Adaptation")
         make = None if isinstance(optimizer, str) else optimizer
         name = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
+        check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
         self.model = unwrap(model)
         self.ranks = Ranks(process_group)
@@ -371,6 +380,8 @@ class Adaptation:
         self.last_lr = float(group["lr"]) * group["restraint"]
 
     def _after_step(self, *_: Any) -> None:
+        if self.done == 0:  # not before the step: Lightning computes gradients inside of it
+            check_averaged(self.params, self.ranks)
         self.done += 1
         self._part = 0
         if self._network.norm is not None:
