@@ -120,6 +120,49 @@ def test_a_state_goes_on_to_the_bit(pretrained, name):
     assert same(model, whole)
 
 
+def test_adapters_go_on_from_where_they_started(pretrained):
+    """A process that resumes draws other adapters; drift is the distance from the first."""
+    pytest.importorskip("peft", reason="adapters need PEFT")
+    states, drift = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(pretrained)
+        options = {"method": "adapter", "steps": STEPS, "batch_size": BATCH, "batch_norm": "frozen"}
+        adaptation = fast.Adaptation(model, TRAIN, **options)
+        parts = (model, adaptation.optimizer, adaptation)
+        if states:
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        else:
+            inputs, labels, rows = next(adaptation.batches())
+            F.cross_entropy(adaptation.forward(inputs, rows)[0], labels).backward()
+            adaptation.optimizer.step()
+            states = [copy.deepcopy(part.state_dict()) for part in parts]
+        drift.append(adaptation.drift())
+    assert drift[0] == drift[1] > 0
+
+
+def test_the_schedule_follows_the_steps_that_were_taken(pretrained):
+    """Accelerate steps a scheduler once for each process."""
+    model = copy.deepcopy(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, batch_size=BATCH)
+    scheduler = adaptation.scheduler()
+    for inputs, labels, rows in adaptation.batches():
+        F.cross_entropy(adaptation.forward(inputs, rows)[0], labels).backward()
+        adaptation.optimizer.step(), scheduler.step(), scheduler.step()
+        group = adaptation.optimizer.param_groups[0]
+        assert group["lr"] == group["initial_lr"] * adaptation.plan.lr_factor(adaptation.done)
+    assert adaptation.done == STEPS
+
+
+def test_an_optimizer_has_to_take_the_groups(pretrained):
+    def flat(groups):
+        return torch.optim.Adam([p for group in groups for p in group["params"]])
+
+    with pytest.raises(ValueError, match="has dropped the parameter groups that it was given"):
+        fast.Adaptation(copy.deepcopy(pretrained), TRAIN, steps=2, optimizer=flat)
+
+
 def test_a_state_of_another_adaptation_changes_nothing(pretrained):
     state = fast.Adaptation(network(pretrained), TRAIN, steps=STEPS).state_dict()
     other = fast.Adaptation(network(pretrained), TRAIN, steps=STEPS, average=0)

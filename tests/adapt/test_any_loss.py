@@ -183,3 +183,24 @@ def test_labels_that_no_one_can_count(pretrained):
         fast.Adaptation(copy.deepcopy(pretrained), (X, X.mean((1, 2, 3))), loss=loss, steps=2)
     with pytest.raises(ValueError, match="whole numbers"):
         fast.Adaptation(ConvNet(), (X, X.mean((1, 2, 3))), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "message"),
+    [
+        (F.binary_cross_entropy_with_logits, Y[:, None] == torch.arange(4), "loss fails on logits"),
+        (
+            lambda logits, y: F.cross_entropy(logits, y, reduction="none"),
+            Y,
+            "the mean over a batch",
+        ),
+        (lambda logits, y: 1.0, Y, "the mean over a batch, one number; got float"),
+        ("bce", Y, "loss must be a function of logits and labels; got 'bce'"),
+    ],
+)
+def test_a_loss_that_does_not_fit_is_told_before_the_first_step(pretrained, loss, labels, message):
+    model = copy.deepcopy(pretrained)
+    with pytest.raises((TypeError, ValueError), match=message):
+        fast.Adaptation(model, (X, labels), loss=loss, num_classes=4, steps=3)
+    weights = zip(model.parameters(), pretrained.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)

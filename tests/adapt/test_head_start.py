@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import fast
 from fast.adapt.network.head_start import head_is_last
+from fast.adapt.network.training_noise import warn_of_dropout
 from fast.heads import find_head
 from networks import IMAGE_NETWORKS, ConvNet, images
 
@@ -31,6 +33,24 @@ def test_the_head_starts_with_what_features_alone_can_tell(pretrained):
         result = fast.finetune(model, TRAIN, VAL, steps=1, head_steps=steps, stall=1)
         accuracy[steps] = result.history[0]["target_accuracy"]
     assert accuracy[0] < 0.5 < 0.8 < accuracy[200]
+
+
+def test_dropout_that_drowns_the_inputs_is_told(pretrained):
+    """Inputs that are nearly alike have features that are: those of random weights are so, too."""
+    message = "dropout changes what the head sees more than one training input differs"
+    for scale, told in ((1.0, nullcontext()), (1e-4, pytest.warns(UserWarning, match=message))):
+        model = torch.nn.Sequential(
+            copy.deepcopy(pretrained), torch.nn.Dropout(0.1), torch.nn.Linear(5, 5)
+        )
+        x = TRAIN[0][:64] * scale + TRAIN[0][0] * (1 - scale)
+        with torch.no_grad():
+            features = model[0].eval()(x)
+        generator, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+        with told:
+            warn_of_dropout(model.train(), model[2], x, features)
+        assert torch.equal(generator, torch.get_rng_state())
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        assert model[1].training
 
 
 def test_class_weights_hold_for_the_head_start():

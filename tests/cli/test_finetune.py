@@ -130,6 +130,27 @@ def test_what_source_inputs_measure_is_said(job):
     assert "the same samples" not in err
 
 
+def test_source_inputs_need_no_labels(job):
+    """A plain folder of pictures, or folders whose names are not the network's classes."""
+    image = pytest.importorskip("PIL.Image", reason="image folders need Pillow")
+    arrays = np.load("source.npz")["x_test"]
+    for folder in ("old", "named/spring", "named/summer"):
+        (job.folder / folder).mkdir(parents=True)
+        for i in range(8):
+            image.fromarray(arrays[i]).save(job.folder / folder / f"{i}.png")
+    known = (*job.args, "--steps", 3, "--forget-budget", "5%", "--source-inputs")
+    for name, words in (
+        ("old", "note: --source-inputs old: 8 samples without labels"),
+        ("named", "named: 2 class folders with names, and the network's own head has 3 classes"),
+    ):
+        code, out, err = job.fast("finetune", *known, name, "--output", f"run-{name}")
+        assert code == 0, err
+        assert words in err
+        assert "lost at the end, measured on held-back source inputs" in out
+    code, _, err = job.fast("finetune", "--resume", "run-old")
+    assert code == 0, err
+
+
 def test_a_run_that_diverged_is_saved_and_fails(job, monkeypatch):
     monkeypatch.setattr("fast.train.finite.ABSURD", 1e-6)
     code, out, err = job.fast("finetune", *job.args, *RUN)

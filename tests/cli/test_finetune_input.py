@@ -139,7 +139,6 @@ def floats(folder):
         (keep, ["--data", "source.npz"], "and no training split: give one"),
         (keep, ["--source", "target.npz"], "--source target.npz: labels must be 0..2, as the"),
         (named_folders, ["--source", "animals"], "--source animals: 2 class folders with names"),
-        (named_folders, ["--source-inputs", "animals"], "2 class folders with names, and the net"),
         (
             keep,
             ["--input-column", "text"],

@@ -104,6 +104,21 @@ def check_tasks(adapted, loaded, x, y):
     assert (code, "Traceback" in err) == (2, False), err
 
 
+def test_few_photos_join_on_those_that_were_trained_on(adapted):
+    """And source inputs need no labels, unless their labels are asked for."""
+    few, old = np.load("target.npz"), np.load("source.npz")
+    few = {n: few[n][: 24 if n.endswith("train") else 8] for n in few.files}
+    np.savez(adapted.folder / "few.npz", **few)
+    np.savez(adapted.folder / "old.npz", x=old["x_test"])
+    args = ("join", "out", "--data", "few.npz", "--source-inputs", "old.npz", "-o", "both")
+    code, _, err = adapted.fast(*args)
+    assert code == 0, err
+    assert "the run held out 8 samples, and joining takes at least 10: samples that it tr" in err
+    assert "note: --source-inputs old.npz: 90 samples without labels" in err
+    code, _, err = adapted.fast(*args, "--source-labelled")
+    assert (code, "old.npz has no labels that can be used; drop the option" in err) == (2, True)
+
+
 def test_what_is_missing_is_named(adapted):
     for args, message in (
         (("out",), "--output must be given"),

@@ -3,7 +3,7 @@
 import pytest
 
 from fast.cli.report.summary import NOTES, Run, settings, steps_to, summarise, verdict
-from fast.cli.report.table import html_table, percent, text_table
+from fast.cli.report.table import few_samples, html_table, percent, text_table
 
 
 def run(method, seed, targets, after=None, before=0.9):
@@ -88,18 +88,32 @@ def test_the_verdict_is_in_words():
         run("l2-sp", 0, [0.1, 0.85], after=0.88),
         run("l2-sp", 1, [0.1, 0.95], after=0.88),
     ]
-    assert verdict(runs) == (
+    assert verdict(runs, 500) == (
         "fast learns 10.0 points more than vanilla, and keeps 38.0 points more than it of the "
         "source task. fast learns about as much as (+1.0 ± 50.8 points, which is undecided) l2-sp, "
         "and keeps as much as it of the source task."
     )
-    assert verdict([runs[0], runs[2]]).endswith(
+    assert verdict([runs[0], runs[2]], 500).endswith(
         "There is one seed of each: another may come out differently."
     )
-    assert "source" not in verdict([run("fast", 0, [0.5]), run("vanilla", 0, [0.7])])
+    assert "source" not in verdict([run("fast", 0, [0.5]), run("vanilla", 0, [0.7])], 500)
 
 
 def test_the_values_that_methods_ran_with():
     one, two = run("fast", 0, [0.5]), run("vanilla", 0, [0.5])
     one.plan, two.plan = {"method": "fast", "lr": 1.5e-3}, {"method": "vanilla", "lr": 1e-3}
     assert settings([one, two]) == (["setting", "fast", "vanilla"], [["lr", "0.0015", "0.001"]])
+
+
+def test_how_little_a_few_samples_say():
+    assert (
+        few_samples(8) == "8 samples measure an accuracy to within 18 points (one standard error)"
+    )
+    assert (few_samples(101), few_samples(0)[:9]) == ("", "0 samples")
+    said = verdict([run("fast", 0, [0.5]), run("vanilla", 0, [0.7])], 8)
+    assert said.endswith("may come out differently. " + few_samples(8) + ".")
+
+
+def test_columns_of_wide_and_combining_characters():
+    table = text_table(["class", "%"], [["日本", "1"], ["cafe\u0301", "2"], ["plain", "3"]])
+    assert table.splitlines()[2:] == ["日本   1", "cafe\u0301   2", "plain  3"]

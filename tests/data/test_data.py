@@ -87,7 +87,7 @@ def test_an_empty_loader_and_a_stream_without_length():
         def __iter__(self):
             return iter(zip(X, Y, strict=True))
 
-    with pytest.raises(TypeError, match="map-style"):
+    with pytest.raises(TypeError, match="a stream, Stream, which cannot be read again"):
         as_data(Stream(), "train")
 
 

@@ -213,6 +213,37 @@ def test_names_of_the_hub(name, monkeypatch):
     assert asked == [(name, None, None)]
 
 
+@pytest.mark.filterwarnings("ignore::fast.data.sources.DataWarning")
+def test_samples_without_labels_where_none_are_needed(tmp_path):
+    """Source inputs: a folder of files, an .npz without y, a table without labels, a text file."""
+    write_images(tmp_path / "old", {".": 2, "more": 1})
+    write_images(tmp_path / "split/train", {".": 3})
+    (tmp_path / "files.csv").write_text("path,year\nold/0.png,2019\nold/1.png,2020\n")
+    (tmp_path / "texts.csv").write_text("text\nwas it\nit was\n")
+    (tmp_path / "texts.txt").write_text("was it\n\nit was\n")
+    save_npz(tmp_path / "x.npz", x_train=IMAGES)
+    names = {"old": 3, "split": 3, "files.csv": 2, "texts.csv": 2, "texts.txt": 2, "x.npz": 6}
+    for name, count in names.items():
+        data = load_data(str(tmp_path / name), unlabelled=True)
+        assert (len(data.train), data.has_labels, data.classes) == (count, False, ())
+    with pytest.raises(ValueError, match="has x_train but no labels y_train"):
+        load_data(str(tmp_path / "x.npz"))
+    assert load_data(str(tmp_path / "texts.txt"), unlabelled=True).train.inputs[1] == "it was"
+    save_npz(tmp_path / "x.npz", x=IMAGES[:0])
+    with pytest.raises(ValueError, match="is empty"):
+        load_data(str(tmp_path / "x.npz"), unlabelled=True)
+
+
+@pytest.mark.filterwarnings("ignore::fast.data.sources.DataWarning")
+def test_labels_are_read_where_there_are_some(tmp_path):
+    write_images(tmp_path / "old", {"1": 2, "2": 1})
+    (tmp_path / "texts.csv").write_text("text,label\nwas it,0\nit was,1\n")
+    save_npz(tmp_path / "x.npz", x=IMAGES, y=LABELS)
+    for name, top in (("old", 2), ("texts.csv", 1), ("x.npz", 2)):
+        data = load_data(str(tmp_path / name), numeric_labels=True, unlabelled=True)
+        assert (data.has_labels, data.train.labels.max()) == (True, top)
+
+
 def test_split_keeps_a_training_sample_of_every_class():
     split = Split(inputs=np.arange(7), labels=np.array([0, 0, 1, 1, 1, 1, 2]))
     rest, part = stratified_split(split, 0.1)

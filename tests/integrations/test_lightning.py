@@ -192,6 +192,10 @@ def test_what_does_not_fit_is_refused_by_name():
     callback = FastCallback(model, TRAIN, steps=4)
     with pytest.raises(ValueError, match="replaced already"):
         trainer(callback).fit(Classifier(model, callback), loader(TRAIN))
+    callback = FastCallback(network(), TRAIN, steps=4)
+    clips = {"gradient_clip_val": 1.0, "precision": "bf16-mixed", "max_steps": 4}
+    with pytest.raises(ValueError, match="leave it out, and pass max_grad_norm=1 to FastCallback"):
+        trainer(callback, **clips).fit(Classifier(callback.network, callback), loader(TRAIN))
     callback = FastCallback(network(), TRAIN)
     with pytest.raises(ValueError, match=r"Trainer\(max_steps=\)"):
         trainer(callback, max_steps=-1, max_epochs=-1).fit(

@@ -46,6 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "augmented": {"distill": 0.2, "transform": halved},
     "patience": {"patience": 1},
     "own loop": SOURCE,
+    "unwrapped": SOURCE,
     "dropout": SOURCE,
     "broken": {},
 }
@@ -106,8 +107,8 @@ class Broken(Dataset):
         return self.samples[i], int(self.targets[i])
 
 
-def own_loop(shard: bool = False) -> fast.Adaptation:
-    """A loop that knows of its ranks by `DistributedDataParallel` only."""
+def own_loop(shard: bool = False, wrapped: bool = True) -> fast.Adaptation:
+    """A loop that knows of its ranks by `DistributedDataParallel` only, or forgets it."""
     model = network("own loop")
     adaptation = fast.Adaptation(
         model,
@@ -119,7 +120,7 @@ def own_loop(shard: bool = False) -> fast.Adaptation:
         shard=shard,
     )
     optimizer, scheduler = adaptation.optimizer, adaptation.scheduler()
-    wraps = Ranks(AUTO).size > 1 and not shard
+    wraps = Ranks(AUTO).size > 1 and not shard and wrapped
     parallel = DistributedDataParallel(model) if wraps else model
     parallel.train()
     for inputs, labels, rows in adaptation.batches():
@@ -154,8 +155,8 @@ def main(names: str, folder: str, place: str = "") -> None:
             send_later(ranks.rank, SIGNALS[how])
         for given in names.split("|"):
             name, shard = given.removesuffix(SHARDED), given.endswith(SHARDED)
-            if name == "own loop":
-                model = own_loop(shard).model
+            if name in ("own loop", "unwrapped"):
+                model = own_loop(shard, name == "own loop").model
             else:
                 model = run(name, shard=shard, **options).model
             torch.save(model.state_dict(), Path(folder) / f"{given} {ranks.rank}.pt")

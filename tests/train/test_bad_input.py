@@ -29,7 +29,8 @@ class Targets(TensorDataset):
     ("train", "message"),
     [
         ((X, torch.full((40,), math.nan)), "train: 40 labels are NaN"),
-        ((X, Y.float() + 0.5), "train: labels must be whole numbers"),
+        ((X, Y.float() + 0.5), "got fractions, as .*; numbers to predict are for fast.Adaptation"),
+        ((X, torch.zeros(40, 4, 4)), "labels of each position are for fast.Adaptation"),
         ((X, Y - 1), "train: labels must be 0 or more"),
         ((X, nn.functional.one_hot(Y)), r"train: labels must be class indices of shape \[N\]"),
         ((X, Y[:-1]), "train: 40 inputs but 39 labels"),
@@ -53,7 +54,10 @@ def test_labels_of_val_must_fit_the_classes():
     ("train", "message"),
     [
         ((X, ["cat"] * 40), "train: labels must be numbers, as a tensor or array; got list of str"),
+        ((X, np.array(["a", "b"] * 20)), r"number the names: classes, labels = numpy.unique\("),
         ((np.array(["a"] * 40), Y), "train: inputs must be numbers"),
+        ((["a"] * 40, Y), r"train: inputs are texts, and the network takes tensors: tokenizer\("),
+        (iter([(X, Y)]), "train is a stream, .*, which cannot be read again; give some thousands"),
     ],
 )
 def test_what_is_not_a_number_is_refused(train, message):
@@ -75,6 +79,8 @@ def test_other_kinds_of_data_are_refused():
 def test_unknown_options_are_named():
     with pytest.raises(TypeError, match="unknown options: learning_rate"):
         fast.finetune(ConvNet(), (X, Y), learning_rate=1e-3)
+    with pytest.raises(TypeError, match=r"Adaptation got unknown options: lrr; did you mean lr\?"):
+        fast.Adaptation(ConvNet(), (X, Y), lrr=1e-3)
 
 
 def test_a_network_without_a_linear_head_is_refused():

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-DISAGREE = ("per_task", "own loop", "dropout", "broken")
+DISAGREE = ("per_task", "own loop", "unwrapped", "dropout", "broken")
 AGREE = [name for name in RUNS if name not in DISAGREE]
 
 
@@ -57,6 +57,12 @@ def test_a_loop_of_ones_own(tmp_path):
     first, second = on_ranks(2, ["own loop"], tmp_path)["own loop"]
     assert furthest(first, second) == 0
     assert furthest(first, own_loop().model.state_dict()) <= 1e-8
+
+
+@pytest.mark.slow
+def test_a_loop_that_averages_no_gradients_is_stopped(tmp_path):
+    output = torchrun(2, "rank_runs", "unwrapped", str(tmp_path), fails=True)
+    assert "RuntimeError: the processes have different gradients in the first step" in output
 
 
 @pytest.mark.slow

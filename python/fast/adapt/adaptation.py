@@ -25,7 +25,15 @@ from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import Setup, check_gradients, check_model, check_ranks, settle
+from fast.adapt.setup import (
+    Setup,
+    check_averaged,
+    check_gradients,
+    check_model,
+    check_options,
+    check_ranks,
+    settle,
+)
 from fast.adapt.source import Source, bound_card, measure_source
 from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
@@ -118,6 +126,7 @@ class Adaptation:
         check_gradients("Adaptation")
         make = None if isinstance(optimizer, str) else optimizer
         name = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
+        check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
         self.model = unwrap(model)
         self.ranks = Ranks(process_group)
@@ -131,6 +140,8 @@ class Adaptation:
         self.done = 0
         self._part = 0  # the next of this step's micro-batches
         self._pull_factor = 1.0
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function of logits and labels; got {loss!r}")
         loss = loss or Loss(None, 0.0)
         with RollbackOnError(self.model):
             # The source is measured at the pretrained weights, before the network changes.
@@ -285,10 +296,14 @@ class Adaptation:
         yield from itertools.islice(stream, max(0, self.plan.steps - start))
 
     def scheduler(self) -> LambdaLR:
-        """The plan's learning-rate schedule, from the step that the adaptation has reached."""
+        """The plan's learning-rate schedule, from the step that the adaptation has reached.
+
+        It follows the optimizer's steps, however often it is stepped itself: Accelerate does so
+        once for each process, and a loop that accumulates may for each micro-batch.
+        """
         last = self.done - 1 if self.done else -1
         # LambdaLR would save the attributes of any callable that is not a plain function.
-        return LambdaLR(self.optimizer, lambda s: self.plan.lr_factor(s), last_epoch=last)
+        return LambdaLR(self.optimizer, lambda _: self.plan.lr_factor(self.done), last_epoch=last)
 
     def schedule(self) -> None:
         """Set the learning rates of the next step by the plan's schedule."""
@@ -365,6 +380,8 @@ class Adaptation:
         self.last_lr = float(group["lr"]) * group["restraint"]
 
     def _after_step(self, *_: Any) -> None:
+        if self.done == 0:  # not before the step: Lightning computes gradients inside of it
+            check_averaged(self.params, self.ranks)
         self.done += 1
         self._part = 0
         if self._network.norm is not None:

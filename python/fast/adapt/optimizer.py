@@ -18,6 +18,7 @@ from fast.optim.param_groups import param_groups
 from fast.optim.unfused import UnfusedPull
 
 Groups = list[dict[str, Any]]
+ADAPTERS = "adapters"
 MakeOptimizer = Callable[[Groups], Optimizer]
 
 
@@ -86,6 +87,12 @@ class AdaptedOptimizer:
                 "optimizer must be 'adamw', 'sgd' or a function of parameter groups that returns a "
                 f"torch.optim.Optimizer; it returned {type(optimizer).__name__}"
             )
+        if not all("name" in group for group in optimizer.param_groups):
+            raise ValueError(
+                "optimizer: the function has dropped the parameter groups that it was given, which "
+                "say what is head and what is pulled back; pass them on as they are: "
+                f"lambda groups: {type(optimizer).__name__}(groups)"
+            )
         if not own_lr:
             self.plan = replace(self.plan, lr=float(optimizer.param_groups[0]["lr"]))
             for group in optimizer.param_groups:
@@ -127,12 +134,20 @@ class AdaptedOptimizer:
             group["restraint"] = factor
 
     def state_dict(self) -> dict[str, Any]:
-        """What the optimizer's own state does not hold."""
-        return {} if self.unfused is None else self.unfused.state_dict()
+        """What the optimizer's own state does not hold.
+
+        Adapters start at random, and those of a process that resumes elsewhere.
+        """
+        state = {} if self.unfused is None else self.unfused.state_dict()
+        if self.plan.adapter_rank:
+            state[ADAPTERS] = {str(i): a for i, a in enumerate(self.drift.anchors)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, anchor in enumerate(self.drift.anchors if ADAPTERS in state else ()):
+            anchor.copy_(state[ADAPTERS][str(i)])
         if self.unfused is not None:
-            self.unfused.load_state_dict(state)
+            self.unfused.load_state_dict({k: v for k, v in state.items() if k != ADAPTERS})
 
 
 def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast import dtensor
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
@@ -27,7 +30,7 @@ from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import LEAST, SourceInputs, parse_source_inputs, target_inputs
 from fast.data.stream import TrainBatches
 from fast.data.trees import join, leaves, length, move, pick
-from fast.errors import warn
+from fast.errors import did_you_mean, warn
 from fast.heads import (
     evaluating,
     find_head,
@@ -330,6 +333,32 @@ def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
             "the processes were given other data or options than each other: give all of them the "
             "whole data set, of which each takes its share"
         )
+
+
+def check_averaged(params: Iterable[Tensor], ranks: Ranks) -> None:
+    """Raise RuntimeError where the processes have taken a step with gradients of their own.
+
+    They would go on as networks of their own, and only the first one is saved.
+    """
+    if ranks.size == 1:
+        return
+    grads = [p.grad for p in params if p.grad is not None and not dtensor.is_sharded(p)]
+    sums = torch.stack([g.double().sum() for g in grads]).cpu() if grads else torch.zeros(1)
+    if len(set(ranks.all(sums.numpy().tobytes()))) > 1:
+        raise RuntimeError(
+            "the processes have different gradients in the first step, because nothing averages "
+            "them: wrap the network in DistributedDataParallel after fast.Adaptation, and pass it "
+            "to forward(..., model=) (docs/distributed.md); with process_group=None each process "
+            "trains a network of its own"
+        )
+
+
+def check_options(options: Iterable[str], config: type, caller: str) -> None:
+    """Raise TypeError where `config` has no field of the name of an option."""
+    fields = {f.name for f in dataclasses.fields(config)}
+    if unknown := sorted(set(options) - fields):
+        hint = did_you_mean(unknown[0], fields) or f". Known: {', '.join(sorted(fields))}"
+        raise TypeError(f"{caller} got unknown options: {', '.join(unknown)}{hint}")
 
 
 def check_gradients(caller: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast.data.labels import NUMBER_THEM
 from fast.data.trees import leaves
 from fast.errors import warn
 
@@ -38,6 +39,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be numbers, as a tensor or array; got {_what(original, values)}"
+            + (f"; {NUMBER_THEM}" if name.endswith("labels") else "")
         ) from error
     if tensor.is_complex():
         raise TypeError(f"{name} must be real numbers; got {tensor.dtype}: give two real columns")

@@ -20,6 +20,12 @@ from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, spli
 from fast.errors import first_line, printable, some, warn
 from fast.workers import in_workers
 
+# The way out for data that come once, in an order of their own.
+_STREAMS = (
+    "give some thousands of its samples, (inputs, labels). A loop around fast.Adaptation may train "
+    "on the stream itself, which needs only these to begin with"
+)
+
 
 def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
     """(inputs, labels) of a batch: a pair, a longer tuple that ends in labels, or a mapping.
@@ -215,7 +221,7 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
         return data
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset):
-            raise TypeError(f"{name}: the DataLoader reads an IterableDataset; use a map-style one")
+            raise TypeError(f"{name}: the DataLoader reads an IterableDataset; {_STREAMS}")
         if not len(data):
             raise ValueError(f"{name}: the DataLoader gives no batches")
         return Data(name=name, loader=data)
@@ -225,6 +231,8 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
         if name == "train":
             warn_unscaled(in_memory.inputs, name)
         return in_memory
+    if isinstance(data, (IterableDataset, Iterator)):
+        raise TypeError(f"{name} is a stream, {kind(data)}, which cannot be read again; {_STREAMS}")
     dataset = map_style(data, name)
     if dataset is None:
         raise TypeError(
@@ -243,6 +251,11 @@ def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
     labels = as_tensor(labels, f"{name}: labels")
     if not isinstance(inputs, (Mapping, tuple, list)):
         inputs = as_tensor(inputs, f"{name}: inputs")
+    if isinstance(inputs, (list, tuple)) and any(isinstance(x, str) for x in inputs):
+        raise TypeError(
+            f"{name}: inputs are texts, and the network takes tensors: "
+            "tokenizer(texts, padding=True, truncation=True, return_tensors='pt').data"
+        )
     counts = [len(x) for x in leaves(inputs)]
     if len(set(counts)) > 1:
         raise ValueError(

@@ -12,6 +12,10 @@ from torch import Tensor
 # A larger head would fill the memory.
 MOST_CLASSES = 1_000_000
 
+# The ways out for other labels.
+OWN_LOSS = "are for fast.Adaptation(..., loss=), docs/any-loss.md"
+NUMBER_THEM = "number the names: classes, labels = numpy.unique(names, return_inverse=True)"
+
 # Up to so many classes, a few samples are no reason for doubt: they may be those of a source task.
 FEW_CLASSES = 10_000
 
@@ -32,15 +36,11 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dim() != 1:
-        hint = ""
-        if labels.dim() == 2:
-            hint = (
-                "; of one-hot labels give the argmax; several labels of a sample are for "
-                "fast.Adaptation(..., loss=), docs/any-loss.md"
-            )
+        several = "several labels of a sample" if labels.dim() == 2 else "labels of each position"
         raise ValueError(
-            f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}"
-            + hint
+            f"{name}: labels must be class indices of shape [N]; got shape {list(labels.shape)}; "
+            + ("of one-hot labels give the argmax; " if labels.dim() == 2 else "")
+            + f"{several} {OWN_LOSS}"
         )
     labels = whole_labels(labels, name)
     if labels.numel():
@@ -75,7 +75,10 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
                     f"{_first(wrong)}; drop those rows"
                 )
         if (labels != labels.round()).any():
-            raise ValueError(f"{name}: labels must be whole numbers (class indices), not scores")
+            raise ValueError(
+                f"{name}: labels must be whole numbers (class indices); got fractions, as "
+                f"{float(labels[labels != labels.round()][0]):g}; numbers to predict {OWN_LOSS}"
+            )
     return labels.long()
 
 
@@ -119,7 +122,7 @@ def count_classes(top: int, samples: int, name: str) -> int:
 def _from_array(labels: np.ndarray, name: str) -> Tensor:
     if labels.dtype.kind not in "fiub":
         raise ValueError(
-            f"{name}: labels must be class indices 0, 1, ...; got {labels.dtype}; number the names"
+            f"{name}: labels must be class indices 0, 1, ...; got {labels.dtype}; {NUMBER_THEM}"
         )
     # Files hold types and byte orders that torch does not have.
     return torch.from_numpy(labels.astype(np.float64 if labels.dtype.kind == "f" else np.int64))

@@ -140,6 +140,13 @@ class FastCallback(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        unscales = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        if trainer.gradient_clip_val and unscales and "mixed" in str(trainer.precision):
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val:g}): Lightning cannot clip "
+                "for a fused optimizer in mixed precision; leave it out, and pass "
+                f"max_grad_norm={trainer.gradient_clip_val:g} to FastCallback"
+            )
         planned, coming = self.adaptation.plan.steps, _steps(trainer)
         if coming > planned:
             raise ValueError(

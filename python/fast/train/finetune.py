@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,12 +13,12 @@ from torch import nn
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.plan import Plan
 from fast.adapt.result import Result
-from fast.adapt.setup import check_gradients, check_model, settle
+from fast.adapt.setup import check_gradients, check_model, check_options, settle
 from fast.adapt.source import bound_card
 from fast.curvature.card import SourceCard
 from fast.data.augment import Transform
 from fast.data.generators import seeded
-from fast.errors import did_you_mean, warn
+from fast.errors import warn
 from fast.heads import unwrap
 from fast.models.device import in_float32, pick_device
 from fast.ranks import joined
@@ -151,11 +150,7 @@ def plan(
 
 
 def _checked(model: Any, options: Any) -> tuple[TrainConfig, nn.Module]:
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(options) - fields)
-    if unknown:
-        hint = did_you_mean(unknown[0], fields) or f". Known: {', '.join(sorted(fields))}"
-        raise TypeError(f"finetune got unknown options: {', '.join(unknown)}{hint}")
+    check_options(options, TrainConfig, "finetune")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     config = TrainConfig(**options)

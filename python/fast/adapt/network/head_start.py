@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.trees import pick
+from fast.errors import first_line
 from fast.heads import TaskHead, find_head, forward_logits
 from fast.heads.forward import hooked
 
@@ -64,6 +65,27 @@ def _check_no_probabilities(model: nn.Module, logits: Tensor, outputs: Tensor) -
 
 def _sigmoid(x: Tensor, _: int) -> Tensor:
     return x.sigmoid()
+
+
+@torch.no_grad()
+def check_loss(
+    loss: Callable[[Tensor, Tensor], Tensor], head: TaskHead, features: Tensor, labels: Tensor
+) -> None:
+    """Raise ValueError where a loss of the user's does not take these labels, or is no mean."""
+    logits = head.eval()(features)
+    try:
+        value = loss(logits, labels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"loss fails on logits {list(logits.shape)} ({logits.dtype}) and labels "
+            f"{list(labels.shape)} ({labels.dtype}), which it gets as they are in train: "
+            f"{first_line(error)}"
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss must return the mean over a batch, one number; got {got}")
 
 
 def start_head(

@@ -16,8 +16,9 @@ from fast.adapt.guards.rehearse import Rehearsal
 from fast.adapt.loss import Loss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
-from fast.adapt.network.head_start import start_head
+from fast.adapt.network.head_start import check_loss, start_head
 from fast.adapt.network.shared_forward import cuts_at_head, depends_on_mode
+from fast.adapt.network.training_noise import warn_of_dropout
 from fast.adapt.plan import Plan
 from fast.adapt.setup import Setup
 from fast.data.dataset import Data
@@ -133,10 +134,11 @@ def first_pass(
     features: list[Tensor] = []
     labels: list[Tensor] = []
     outputs = SourceOutputs(network.source, batches.data)
-    seen = 0
+    seen, shown = 0, None
     for inputs, y, index in batches.once():
         if seen >= wanted:
             break
+        shown = inputs if shown is None else shown
         if batches.data.inputs is None:
             check_finite_inputs(inputs, "train", index)
         x = features_of(model, network.head, move(inputs, device))
@@ -149,6 +151,8 @@ def first_pass(
         seen += len(y)
     if network.norm is not None and calibrates:
         calibrate_from(network.norm, features)
+        if plan.batch_norm != "track":  # else training mode has other statistics, too
+            warn_of_dropout(model, network.head, shown, features[0])
     return FirstPass(
         features=torch.cat(features) if features else torch.empty(0, device=device),
         labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
@@ -262,6 +266,8 @@ def teach_head(
     if isinstance(loss, Loss):
         labels = check_labels(labels, setup.num_classes, "train")
     labels = labels.to(network.device)
+    if not isinstance(loss, Loss):
+        check_loss(loss, head, first.features[:2], labels[:2])
     start_head(head, first.features, labels, loss=loss, steps=setup.plan.head_steps, seed=seed)
 
 

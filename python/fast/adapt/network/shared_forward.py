@@ -7,6 +7,8 @@ rehearsal needs no forward pass of its own.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,6 +131,17 @@ def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) ->
         head_input.close()
 
 
+@contextmanager
+def traceless(model: nn.Module) -> Iterator[None]:
+    """Random state and buffers are afterwards as they were."""
+    device = next(model.parameters()).device
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    for name, b in model.named_buffers():
+        b.copy_(buffers[name])
+
+
 @torch.no_grad()
 def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
     """Whether training mode changes what the head sees, by dropout, stochastic depth or batch norm.
@@ -136,16 +149,12 @@ def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
     moved: with dropout of 0.2 before the head, e is a third from the first step on. Random state,
     modes and buffers stay as they are.
     """
-    device = next(model.parameters()).device
     head_input = HeadInput(head)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
     features = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with traceless(model):
         for training in (False, True):
             with in_mode(model, training), source_task(model):
                 features.append(head_input.features(model, inputs).float())
     head_input.close()
-    for name, b in model.named_buffers():
-        b.copy_(buffers[name])
     before, trained = features
     return bool((trained - before).square().mean() > 1e-4 * before.square().mean())

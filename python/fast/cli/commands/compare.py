@@ -21,7 +21,7 @@ def run(spec: CompareSpec) -> int:
         runner = Runner(spec, task, folder)
         runs = [r for method in runnable(spec.methods, task) for r in runner.all_seeds(method)]
     header, rows = summarise(runs)
-    said = verdict(runs)
+    said = verdict(runs, task.sizes["val"])
     save_curves(runs, task.name, folder / "curves.png")
     write_results(
         folder / "results.json",

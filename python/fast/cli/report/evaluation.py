@@ -41,9 +41,10 @@ def verdict(evaluation: Evaluation) -> str:
     """The outcome in a sentence or two."""
     right = int((evaluation.predicted == evaluation.labels).sum())
     count = len(evaluation.labels)
+    tasks = "both tasks" if evaluation.task == "both" else f"{evaluation.task} task"
     text = (
-        f"{percent(evaluation.accuracy)} % right: {right} of {count} samples "
-        f"({evaluation.task} task). Loss {evaluation.loss:.3f} nats; confidence and accuracy are "
+        f"{percent(evaluation.accuracy)} % right: {right} of {count} samples ({tasks}). "
+        f"Loss {evaluation.loss:.3f} nats; confidence and accuracy are "
         f"{100 * evaluation.calibration_error:.1f} points apart (calibration error)."
     )
     pairs_ = evaluation.confused(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import fast
 from fast.adapt.config import Budget
 from fast.adapt.plan import Plan
-from fast.cli.report.table import percent, text_table
+from fast.cli.report.table import few_samples, percent, text_table
 from fast.cli.task.load import LoadedTask
 from fast.errors import printable
 
@@ -56,8 +56,16 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     budget = _budget_line(task, result.config.forget_budget, final["forecast"])
     return (
         f"{printable(task.name)}: {plan.method}, {steps} steps of {size}, "
-        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n\n{table}\n{budget}{_class_lines(result)}"
+        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n\n{table}\n{_few(task)}{budget}"
+        f"{_class_lines(result)}"
     )
+
+
+def _few(task: LoadedTask) -> str:
+    """How little a few held-out samples say, and what says more."""
+    said = few_samples(task.sizes["val"]) if "val" in task.sizes else ""
+    shared = "of each class" in task.description.get("data", {}).get("held_out", "")
+    return said and f"{said}{'; --folds 5 measures on all of them' if shared else ''}\n"
 
 
 def _class_lines(result: fast.Result) -> str:

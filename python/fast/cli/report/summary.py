@@ -10,6 +10,7 @@ from typing import Any
 
 from fast.adapt.result import Result
 from fast.analysis.intervals import half_interval
+from fast.cli.report.table import few_samples
 
 BASELINE = "vanilla"
 NOTES = (
@@ -102,8 +103,12 @@ def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def verdict(runs: Sequence[Run]) -> str:
-    """What the comparison says, in words: of the first method, against each of the others."""
+def verdict(runs: Sequence[Run], samples: int) -> str:
+    """What the comparison says, in words: of the first method, against each of the others.
+
+    Args:
+        samples: number that the target's accuracy is measured on.
+    """
     methods = by_method(runs)
     first, *others = methods
     sentences = []
@@ -116,6 +121,8 @@ def verdict(runs: Sequence[Run]) -> str:
         sentences.append(sentence + ".")
     if others and min(map(len, methods.values())) < 2:
         sentences.append("There is one seed of each: another may come out differently.")
+    if others and (few := few_samples(samples)):
+        sentences.append(f"{few}.")
     return " ".join(sentences)
 
 

@@ -6,6 +6,7 @@ import html
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 # What every terminal shows in a line.
@@ -19,6 +20,17 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
+def few_samples(count: int) -> str:
+    """How far the accuracy of so few samples may be off by chance; "" where it is under 5 points.
+
+    The standard error is greatest, half a root of the count's inverse, at an accuracy of one half.
+    """
+    points = 50 / max(1, count) ** 0.5
+    if points < 5:
+        return ""
+    return f"{count} samples measure an accuracy to within {points:.0f} points (one standard error)"
+
+
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """The first `left` columns to the left, the others to the right, two spaces between.
 
@@ -26,10 +38,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
     lines where that is to the left.
     """
     count = len(header)
-    cells = [max((len(row[i]) for row in rows), default=0) for i in range(count)]
-    widths = [max(*pair) for pair in zip(cells, map(len, header), strict=True)]
+    cells = [max((columns(row[i]) for row in rows), default=0) for i in range(count)]
+    widths = [max(*pair) for pair in zip(cells, map(columns, header), strict=True)]
     if _total(widths) > WIDTH:
-        words = [max(map(len, heading.split()), default=0) for heading in header]
+        words = [max(map(columns, heading.split()), default=0) for heading in header]
         widths = [max(*pair) for pair in zip(cells, words, strict=True)]
     if _total(widths) > WIDTH and left == count:
         widths[-1] = max(LEAST_WIDTH, WIDTH - _total(widths[:-1]) - GAP)
@@ -68,6 +80,12 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
 
 
+def columns(text: str) -> int:
+    """Columns that a terminal gives a text: two for a wide character, none for an accent."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
 def _total(widths: Sequence[int]) -> int:
     return sum(widths) + GAP * (len(widths) - 1)
 
@@ -87,7 +105,9 @@ def _line(cells: Sequence[str], widths: Sequence[int], left: int) -> str:
     return (
         (" " * GAP)
         .join(
-            cell.ljust(width) if i < left else cell.rjust(width)
+            cell + " " * (width - columns(cell))
+            if i < left
+            else " " * (width - columns(cell)) + cell
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         .rstrip()

@@ -31,8 +31,8 @@ class TaskSpec:
         "source task, labelled as the network's own head is", metavar="DATA"
     )
     source_inputs: str | None = option(
-        "a few hundred other samples of the source task, labelled as --source is: what must be "
-        "kept; its training split where there is one",
+        "a few hundred other samples of the source task, with labels or without (a folder of "
+        "files will do): what must be kept; its training split where there is one",
         metavar="DATA",
     )
     card: str | None = option("fast.SourceCard of these weights: what must be kept", metavar="FILE")

@@ -13,7 +13,7 @@ from torch import Tensor
 from fast.cli.options import flag
 from fast.cli.spec.task import TaskSpec
 from fast.data.images.pixels import is_image_split
-from fast.data.source_inputs import LIMIT
+from fast.data.source_inputs import LIMIT, SourceInputs
 from fast.data.sources import DataWarning, EncodedAudio, NamedData, Split, has_columns, load_data
 from fast.data.sources.table import SUFFIXES as TABLES
 from fast.errors import printable, some
@@ -45,7 +45,12 @@ def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dic
     for role, name in names.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)
-            sets[role] = load_data(name, **columns, numeric_labels=role != "data")
+            sets[role] = load_data(
+                name,
+                **columns,
+                numeric_labels=role != "data",
+                unlabelled=role == "source_inputs",
+            )
         notes += [f"{flag(role)} {name}: {note}" for note in sets[role].notes]
         if role == "data" and hold_out:
             sets[role] = _hold_out(spec, sets[role])
@@ -111,6 +116,13 @@ def drawn_inputs(data: NamedData) -> Split:
     """As many source inputs as are used, in random order: folders are sorted by class."""
     split = training_split(data)
     return split.subset(np.random.default_rng(0).permutation(len(split))[:LIMIT])
+
+
+def source_samples(data: NamedData, prepared: Any) -> Any:
+    """Source inputs as `fast.finetune` takes them: without labels where there are none."""
+    if data.has_labels:
+        return prepared
+    return SourceInputs(inputs=SourceInputs.parse(prepared, LIMIT, "source_inputs").inputs)
 
 
 def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
@@ -193,12 +205,9 @@ def check_source_labels(option: str, data: NamedData, classes: int, more: bool =
         ValueError: the labels cannot be the network's own.
     """
     head = f"the network's own head has {classes} classes"
-    folders = Path(data.name).expanduser().is_dir() and not has_columns(data.name)
-    named = folders and not all(name.isdigit() for name in data.classes)
-    if named and len(data.classes) != classes and not (more and len(data.classes) > classes):
+    if unclear := unclear_names(data, classes, more):
         raise ValueError(
-            f"{option}: {len(data.classes)} class folders with names, and {head}: which is which "
-            f"cannot be told. Name the folders by the classes' numbers, 0..{classes - 1}"
+            f"{option}: {unclear}. Name the folders by the classes' numbers, 0..{classes - 1}"
         )
     top = max(int(s.labels.max()) for s in (data.train, data.val) if s is not None)
     if top >= classes and not more:
@@ -207,6 +216,23 @@ def check_source_labels(option: str, data: NamedData, classes: int, more: bool =
             "the network was trained for?"
         )
     return top
+
+
+def unclear_names(data: NamedData, classes: int, more: bool = False) -> str:
+    """Why the class folders cannot be matched with the head's classes; "" where they can.
+
+    Args:
+        classes, more: see `check_source_labels`.
+    """
+    folders = Path(data.name).expanduser().is_dir() and not has_columns(data.name)
+    named = folders and not all(name.isdigit() for name in data.classes)
+    count = len(data.classes)
+    if not named or count == classes or (more and count > classes):
+        return ""
+    return (
+        f"{count} class folders with names, and the network's own head has {classes} classes: "
+        "which is which cannot be told"
+    )
 
 
 def same_samples(source: NamedData, source_inputs: NamedData) -> bool:

@@ -23,7 +23,10 @@ from fast.cli.task.data import (
     print_notes,
     read_data,
     same_samples,
+    source_samples,
     splits_of,
+    training_split,
+    unclear_names,
 )
 from fast.cli.task.prepare import (
     labels_of,
@@ -153,6 +156,10 @@ def load_task(
     labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
     read = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
     data = dataclasses.replace(target, train=read["train"], val=read.get("val")).description
+    sizes = {name: len(labels_of(split)) for name, split in prepared.items()}
+    if "source_inputs" in sets:
+        samples = source_samples(sets["source_inputs"], prepared["source_inputs"])
+        prepared["source_inputs"] = samples
     loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(data)]
     print(lines(data, images, sounds))
     print_notes(loaded.notes)
@@ -164,7 +171,7 @@ def load_task(
         card=spec.card,
         transform=random_flip if spec.flip else None,
         preparation=preparation,
-        sizes={name: len(labels_of(split)) for name, split in prepared.items()},
+        sizes=sizes,
         description={"data": data, "images": images, "sounds": sounds, "notes": loaded.notes},
     )
 
@@ -172,13 +179,23 @@ def load_task(
 def _check_source(
     spec: TaskSpec, sets: dict[str, NamedData], classes: int, skill: str
 ) -> list[str]:
-    """Refuse labels of the source task that the network's head does not have; return notes."""
+    """Refuse labels of the source task that the network's head does not have; return notes.
+
+    Source inputs need no labels: those that cannot be matched with the head's are not used.
+    """
     if "source" in sets:
         check_source_labels(f"--source {spec.source}", sets["source"], classes)
     if "source_inputs" not in sets or skill == "features":
         return []
+    samples = sets["source_inputs"]
     option = f"{flag('source_inputs')} {spec.source_inputs}"
-    top = check_source_labels(option, sets["source_inputs"], classes, more=True)
+    if not samples.has_labels:
+        return [f"{option}: {len(training_split(samples))} samples without labels"]
+    unclear = unclear_names(samples, classes, more=True)
+    if unclear:
+        sets["source_inputs"] = dataclasses.replace(samples, has_labels=False)
+        return [f"{option}: {unclear}, and the labels are not used"]
+    top = check_source_labels(option, samples, classes, more=True)
     if top < classes or skill != "auto":
         return []
     return [

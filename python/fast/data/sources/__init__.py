@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fast.data.sources.files import read_lines
+from fast.data.sources.files import TEXT_SUFFIXES, read_lines, text_of
 from fast.data.sources.folder import has_classes, read_folder
 from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
@@ -69,6 +69,7 @@ def load_data(
     input_column: str | None = None,
     label_column: str | None = None,
     numeric_labels: bool = False,
+    unlabelled: bool = False,
 ) -> NamedData:
     """Read the data set called `name`.
 
@@ -95,6 +96,9 @@ def load_data(
             their types and usual names).
         numeric_labels: integer names of class folders are labels, not just names. A folder may then
             hold some of the classes of a source task.
+        unlabelled: there may be no labels: a folder of samples without class folders, an `.npz`
+            without `y`, a table without a column of labels, a text file with a sample in each
+            line.
 
     Returns:
         what was read. Each of its `notes` on what was left out is also a `DataWarning`.
@@ -106,14 +110,18 @@ def load_data(
     if hasattr(name, "to_dict"):  # a data frame
         columns = {"train": name.to_dict("list")}
         return from_columns("the data frame", columns, Path(), input_column, label_column)
-    data = _read(name, input_column, label_column, numeric_labels)
+    data = _read(name, input_column, label_column, numeric_labels, unlabelled)
     for note in data.notes:
         warn(f"{name}: {note}", DataWarning)
     return data
 
 
 def _read(
-    name: str, input_column: str | None, label_column: str | None, numeric_labels: bool
+    name: str,
+    input_column: str | None,
+    label_column: str | None,
+    numeric_labels: bool,
+    unlabelled: bool,
 ) -> NamedData:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -122,11 +130,14 @@ def _read(
         tables = split_tables(path)
         if tables and not has_classes(path):
             return read_tables(path, tables, input_column, label_column)
-        return read_lines(path) or read_folder(path, numeric_labels)
+        return read_lines(path) or read_folder(path, numeric_labels, unlabelled)
     if path.suffix.lower() == ".npz":
-        return read_npz(path)
+        return read_npz(path, unlabelled)
     if path.suffix.lower() in SUFFIXES and path.exists():
-        return read_table(path, input_column, label_column)
+        return read_table(path, input_column, label_column, unlabelled)
+    if unlabelled and path.suffix.lower() in TEXT_SUFFIXES and path.exists():
+        lines = [line.strip() for line in text_of(path).splitlines() if line.strip()]
+        return NamedData.unlabelled(name, lines)
     if path.exists():
         raise ValueError(
             f"{name}: unknown file type {path.suffix!r}; give a folder of class folders, an .npz, "

@@ -28,10 +28,20 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-def read_folder(root: Path, numeric_labels: bool) -> NamedData:
+def read_folder(root: Path, numeric_labels: bool, unlabelled: bool = False) -> NamedData:
+    """A folder of class folders, or of splits that hold some.
+
+    Args:
+        numeric_labels, unlabelled: see `load_data`.
+    """
     whole = scan(root)
     suffixes = None if whole.has_images else suffixes_in(whole)
-    layout = _layout(whole if suffixes is None else scan(root, suffixes, KINDS[suffixes]))
+    if suffixes is not None:
+        whole = scan(root, suffixes, KINDS[suffixes])
+    if unlabelled and whole.has_images and not _in_classes(whole):
+        paths = [str(path) for path in whole.all_images()]
+        return NamedData.unlabelled(str(root), samples_of(paths))
+    layout = _layout(whole)
     parts, notes = layout.parts, layout.notes
     files = {part: _class_files(folder) for part, folder in parts.items()}
     names = sorted(files.get("train", files.get("val", {})), key=natural)
@@ -83,7 +93,10 @@ def read_folder(root: Path, numeric_labels: bool) -> NamedData:
 
 def has_classes(path: Path) -> bool:
     """Whether a folder has class folders, and not just one of samples, or one for each split."""
-    root = scan(path)
+    return _in_classes(scan(path))
+
+
+def _in_classes(root: Folder) -> bool:
     flat = [name for name, folder in root.with_images.items() if not _holds_classes(folder)]
     roles = roles_of(root.with_images)
     return len(flat) < len(root.with_images) or len([n for n in flat if n not in roles]) > 1

@@ -13,17 +13,24 @@ import numpy as np
 from fast.data.sources.archive import Archive
 from fast.data.sources.names import HELD_OUT, TRAIN, role_of
 from fast.data.sources.types import EncodedImages, NamedData, Split, labelled, numbered_classes
+from fast.data.trees import length
 from fast.errors import printable, some
 
 # x, x_train, y_test, x_train.input_ids, ...
 _MEMBER = re.compile(r"(x|y|jpeg|offset)(?P<suffix>_[^.]+)?(\..+)?")
 
 
-def read_npz(path: Path) -> NamedData:
+def read_npz(path: Path, unlabelled: bool = False) -> NamedData:
+    """The arrays of an `.npz`.
+
+    Args:
+        unlabelled: there may be no labels.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     with Archive(path) as archive:
         classes = _class_names(archive) if "classes" in archive.names else None
+        has_labels = not unlabelled or any(name.startswith("y") for name in archive.names)
         suffixes = list(
             dict.fromkeys(m["suffix"] or "" for n in archive.names if (m := _MEMBER.fullmatch(n)))
         )
@@ -31,7 +38,7 @@ def read_npz(path: Path) -> NamedData:
         train = next((s for s in sorted(suffixes, reverse=True) if by_role[s] == TRAIN), None)
         val = next((s for role in HELD_OUT for s in suffixes if by_role[s] == role), None)
         splits = {
-            part: _split(archive, suffix, classes)
+            part: _split(archive, suffix, classes, has_labels)
             for part, suffix in (("train", train), ("val", val))
             if suffix is not None
         }
@@ -41,7 +48,9 @@ def read_npz(path: Path) -> NamedData:
                 f"or x and y; got {some(sorted(archive.names), 10) or 'nothing'}"
             )
         unused = archive.unused()
-    if classes is None:
+    if not has_labels:
+        classes = ()
+    elif classes is None:
         classes = numbered_classes(list(splits.values()), str(path))
     return NamedData(
         name=str(path),
@@ -50,10 +59,13 @@ def read_npz(path: Path) -> NamedData:
         classes=classes,
         held_out=f"x{printable(val)}" if len(splits) == 2 else "",
         notes=(f"arrays that are not used: {some(unused, 6)}",) if unused else (),
+        has_labels=has_labels,
     )
 
 
-def _split(archive: Archive, suffix: str, classes: tuple[str, ...] | None) -> Split:
+def _split(
+    archive: Archive, suffix: str, classes: tuple[str, ...] | None, has_labels: bool
+) -> Split:
     path, names = archive.path, archive.names
     plain, packed, several = f"x{suffix}", f"jpeg{suffix}", f"x{suffix}."
     inputs: Any
@@ -74,9 +86,11 @@ def _split(archive: Archive, suffix: str, classes: tuple[str, ...] | None) -> Sp
         counts = {printable(name): len(value) for name, value in inputs.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{path}: inputs {printable(several)}* differ in length: {counts}")
+    where = f"{path}: y{printable(suffix)}"
+    if not has_labels:
+        return labelled(inputs, np.zeros(length(inputs), np.int64), where)
     if f"y{suffix}" not in names:
         raise ValueError(f"{path}: has {printable(plain)} but no labels y{printable(suffix)}")
-    where = f"{path}: y{printable(suffix)}"
     labels = archive.read(f"y{suffix}")
     return labelled(inputs, labels, where, len(classes) if classes else None)
 

@@ -34,9 +34,22 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 Columns = Mapping[str, Sequence[Any]]
 
 
-def read_table(path: Path, input_column: str | None, label_column: str | None) -> NamedData:
-    """A table in a file; its files are beside it, or their paths are absolute."""
+def read_table(
+    path: Path, input_column: str | None, label_column: str | None, unlabelled: bool = False
+) -> NamedData:
+    """A table in a file; its files are beside it, or their paths are absolute.
+
+    Args:
+        unlabelled: there need be no column of labels, if the one of inputs is named or is called
+            as usual.
+    """
     tables = {"train": _columns(path)}
+    if unlabelled and label_column is None and not usual_columns(tables["train"], LABELS):
+        column = input_column or next(iter(usual_columns(tables["train"], (*FILES, *TEXTS))), None)
+        if column is not None:
+            inputs = read_inputs(path, column, ())
+            note = f"columns: inputs in {printable(column)}, no labels"
+            return NamedData.unlabelled(str(path), inputs, (note,))
     return from_columns(str(path), tables, path.parent, input_column, label_column)
 
 

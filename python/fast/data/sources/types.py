@@ -108,6 +108,8 @@ class NamedData:
         classes: names of the labels 0, 1, ...
         held_out: where val comes from.
         notes: what was left out, or guessed, while reading; one line each.
+        has_labels: False where the data say none, or none that can be used; those of the splits
+            mean nothing then.
     """
 
     name: str
@@ -116,6 +118,17 @@ class NamedData:
     classes: tuple[str, ...]
     held_out: str = ""
     notes: tuple[str, ...] = ()
+    has_labels: bool = True
+
+    @classmethod
+    def unlabelled(cls, name: str, inputs: Any, notes: tuple[str, ...] = ()) -> NamedData:
+        """Inputs alone.
+
+        Raises:
+            ValueError: there are none.
+        """
+        split = labelled(inputs, np.zeros(length(inputs), np.int64), name)
+        return cls(name=name, train=split, val=None, classes=(), notes=notes, has_labels=False)
 
     def with_val(self, fraction: float, seed: int = 0) -> NamedData:
         """The same data with a val split: where there is none, `fraction` of each class moves there

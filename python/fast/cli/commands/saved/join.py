@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,15 +12,17 @@ from fast.cli.record import replace_record
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.load import load_task
+from fast.cli.task.data import print_notes
+from fast.cli.task.load import LoadedTask, load_task
 from fast.cli.task.run import check_replaceable
 from fast.data.dataset import as_data
 from fast.data.source_inputs import SourceInputs
+from fast.data.trees import concatenate
 from fast.errors import first_line, printable
 from fast.files import atomic_file, check_writable, read_json
 from fast.heads import find_head
 from fast.heads.find import classes_of
-from fast.merge.join import LIMIT, join_heads
+from fast.merge.join import LEAST, LIMIT, join_heads
 from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
 from fast.models.saved import JOIN_FILE
@@ -35,18 +38,43 @@ def run(spec: JoinSpec) -> int:
     if folder.resolve() == Path(spec.run).resolve():
         raise ValueError(f"--output {folder}: is the run itself; name another folder")
     check_replaceable(folder, own=(folder / JOIN_FILE).is_file())
-    task = load_task(spec.task)
-    sample, _ = as_data(task.val, "data").batch_at(torch.arange(2))
+    task = load_task(spec.task, measured=False)
+    sample, _ = as_data(task.train, "data").batch_at(torch.arange(2))
     count = classes_of(find_head(task.loaded.model, sample).module)
     heads = saved_heads(spec.run, task.loaded.model, sample)
     source = SourceInputs.parse(task.source_inputs, LIMIT, "source_inputs")
+    if spec.source_labelled and source.labels is None:
+        raise ValueError(
+            f"--source-labelled: --source-inputs {spec.task.source_inputs} has no labels that can "
+            "be used; drop the option, and the network's own answers take their place"
+        )
     if not spec.source_labelled:
         source = SourceInputs(inputs=source.inputs)
-    joined = join_heads(heads, source, task.val, _source_classes(spec, count), task.classes)
+    joined = join_heads(
+        heads, source, _target_samples(task), _source_classes(spec, count), task.classes
+    )
     _save(joined, spec, folder)
     print(_summary(joined))
     print(f"saved in {printable(folder)}")
     return 0
+
+
+def _target_samples(task: LoadedTask) -> Any:
+    """The samples that the run held out; those that it trained on with them, where they are few."""
+    held_out = task.sizes.get("val", 0)
+    if held_out >= LEAST:
+        return task.val
+    print_notes([
+        f"the run held out {held_out} samples, and joining takes at least {LEAST}: samples that it "
+        "trained on are used, too. Its head is surer of these than of others, so that new inputs "
+        "may be taken for old classes too often; a larger --val-fraction of the run avoids it"
+    ])  # fmt: skip
+    parts = [
+        as_data(part, "data").batch_at(torch.arange(min(task.sizes[name], LIMIT)))
+        for name, part in (("val", task.val), ("train", task.train))
+        if part is not None
+    ]
+    return concatenate([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
 def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:

@@ -9,7 +9,13 @@ from fast.cli.record import absolute, replace_record
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.data import drawn_inputs, print_notes, read_data, training_split
+from fast.cli.task.data import (
+    drawn_inputs,
+    print_notes,
+    read_data,
+    source_samples,
+    training_split,
+)
 from fast.cli.task.prepare import load_network, prepare_splits
 from fast.cli.task.run import check_replaceable
 from fast.errors import printable
@@ -39,7 +45,7 @@ def run(spec: RewindSpec) -> int:
     result = fast.rewind(
         loaded.model,
         spec.tuned,
-        prepared["source_inputs"],
+        source_samples(sets["source_inputs"], prepared["source_inputs"]),
         spec.budget,
         data=prepared.get("train"),
         source_skill=spec.source_skill,
