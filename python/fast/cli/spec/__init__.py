@@ -16,6 +16,7 @@ from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.join import JoinSpec
 from fast.cli.spec.methods import CompareSpec, LandscapeSpec, RetentionSpec
 from fast.cli.spec.rewind import RewindSpec
+from fast.cli.spec.synthetic import SyntheticSpec
 from fast.cli.values import folder_name, shape
 
 
@@ -77,6 +78,7 @@ COMMANDS: dict[str, type[Spec]] = {
     "compare": CompareSpec,
     "retention": RetentionSpec,
     "rewind": RewindSpec,
+    "synthetic": SyntheticSpec,
     "curvature": CurvatureSpec,
     "landscape": LandscapeSpec,
     "audit": AuditSpec,

@@ -1,0 +1,41 @@
+"""The options of `fast synthetic`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fast.cli.options import option, part
+from fast.cli.spec.base import Spec, at_least
+from fast.cli.spec.task import TaskSpec
+from fast.cli.values import folder_name
+
+LEFT_OUT = ("source", "source_inputs", "card", "val_fraction", "folds", "augment", "flip")
+SUFFIX = ".npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSpec(Spec):
+    r"""Inputs that stand in for source inputs, made of a network's batch norms and its head.
+
+      fast synthetic --model timm:resnet18 --data photos/ --output made.npz
+      fast finetune --model timm:resnet18 --data photos/ --source-inputs made.npz
+
+    They are made once for a network, in the shape and range of the inputs of --data, and cost as
+    much as --steps training samples each. The network needs batch norm (docs/no-source-data.md).
+    """
+
+    about = "stand-ins for source inputs, made of a network's batch norms"
+
+    output: str = option(f"file to write, FILE{SUFFIX}", "", read=folder_name, short="-o")
+    count: int = option("how many inputs", 256)
+    steps: int = option("optimisation steps of each", 100)
+    seed: int = option("seed of the noise that they begin as", 0)
+    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data", LEFT_OUT))
+
+    def __post_init__(self) -> None:
+        self.task.require("model", "data")
+        if not self.output.endswith(SUFFIX):
+            raise ValueError(f"--output must be given: a file that ends in {SUFFIX}")
+        at_least(self, "count", 4)
+        at_least(self, "steps", 1)

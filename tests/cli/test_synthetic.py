@@ -1,0 +1,36 @@
+"""`fast synthetic`: a file that `fast finetune --source-inputs` takes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def test_what_it_writes_is_kept_by_a_run(job):
+    network = ("--model", "nets.py:Net", "--weights", "net.safetensors", "--data", "target.npz")
+    code, out, err = job.fast("synthetic", *network, "--count", 40, "--steps", 5, "-o", "made.npz")
+    assert code == 0, err
+    assert "40 inputs in made.npz: pass them as --source-inputs" in out
+    assert "a channel's distribution differs from that in training by" in err
+    made = np.load(job.folder / "made.npz")["x"]
+    assert made.shape == (40, 1, 8, 8)
+    assert made.dtype == np.float32
+    code, out, err = job.fast(
+        "finetune", *network, "--source-inputs", "made.npz", "--steps", 4, "--output", "run",
+        "--no-progress",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "source inputs, whose features are kept" in out + err
+
+
+def test_what_cannot_be_made_is_said(job):
+    network = ("--model", "nets.py:Net", "--weights", "net.safetensors")
+    for options, message in (
+        (("--data", "target.npz"), "--output must be given: a file that ends in .npz"),
+        (("--data", "target.npz", "-o", "no/made.npz"), "--output no/made.npz: is a folder, or in"),
+        (("-o", "made.npz"), "--data must be given"),
+        (("--data", "target.npz", "-o", "a.npz", "--count", 3), "--count must be at least 4"),
+    ):
+        code, _, err = job.fast("synthetic", *network, *options)
+        assert code == 2
+        assert message in err
+        assert not (job.folder / "made.npz").exists()
