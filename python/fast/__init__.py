@@ -10,7 +10,7 @@ from fast.version import __version__ as __version__
 if TYPE_CHECKING:
     from fast.adapt.adaptation import Adaptation
     from fast.adapt.result import Result
-    from fast.adapt.synthetic import synthetic_inputs
+    from fast.adapt.network.synthetic import synthetic_inputs
     from fast.analysis.landscape import PathRecorder, landscape
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian
@@ -65,7 +65,7 @@ _HOME = {
     "replace_head": "fast.heads",
     "rewind": "fast.train.rewind",
     "source_task": "fast.heads",
-    "synthetic_inputs": "fast.adapt.synthetic",
+    "synthetic_inputs": "fast.adapt.network.synthetic",
 }
 
 

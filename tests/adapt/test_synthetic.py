@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
-from fast.adapt import synthetic
+from fast.adapt.network import synthetic
 
 CLASSES = 3
 
