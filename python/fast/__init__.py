@@ -9,8 +9,8 @@ from fast.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fast.adapt.adaptation import Adaptation
-    from fast.adapt.result import Result
     from fast.adapt.network.synthetic import synthetic_inputs
+    from fast.adapt.result import Result
     from fast.analysis.landscape import PathRecorder, landscape
     from fast.curvature.card import SourceCard
     from fast.curvature.operators.hessian import GGN, Fisher, Hessian

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,3 +175,14 @@ def broken() -> nn.Module:
 def test_what_is_refused(model, like, options, error, match) -> None:
     with pytest.raises(error, match=match):
         fast.synthetic_inputs(model(), like, **options)
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: nn.Module) -> None:
+    page = Path(__file__).parents[2] / "docs" / "no-source-data.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fast, "synthetic_inputs", partial(fast.synthetic_inputs, steps=3))
+    x, labels = torch.randn(30, 2, 6, 6), torch.arange(30) % 2
+    names = {"model": copy.deepcopy(pretrained), "x": x, "y": labels, "val": (x, labels)}
+    exec(block, names | {"source": blobs(20, 0), "steps": 2})
+    assert torch.load(tmp_path / "made.pt").shape == (256, 2, 6, 6)

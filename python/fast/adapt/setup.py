@@ -40,7 +40,7 @@ from fast.heads import (
     source_task,
 )
 from fast.heads.find import classes_of
-from fast.heads.forward import check_takes, taking
+from fast.heads.forward import check_takes, input_errors
 from fast.ranks import Ranks
 
 log = logging.getLogger("fast")
@@ -181,7 +181,7 @@ def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:
         ValueError: they are not, and `head_steps` asks for it; or the network does not take the
             training inputs.
     """
-    with taking("train", sample, model), evaluating(model):
+    with input_errors("train", sample, model), evaluating(model):
         forward_logits(model, pick(sample, slice(2)))
     last = head_is_last(model, sample, config.head_name)
     if config.head_steps and not last:
@@ -237,7 +237,7 @@ def kept_outputs(
     """
     sample = next(TrainBatches(data, 2, 0).from_step(0))[0]
     sample = move(sample, next(model.parameters()).device)
-    with taking("train", sample, model):
+    with input_errors("train", sample, model):
         outputs = classes_of(find_head(model, sample, head_name).module)
     if num_classes not in (None, outputs):
         raise ValueError(

@@ -30,7 +30,7 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.heads.forward import LEAST_EVAL_BATCH, answers, taking
+from fast.heads.forward import LEAST_EVAL_BATCH, answers
 from fast.merge.joined import Joined
 from fast.models.device import autocast_dtype
 from fast.models.preparation import Preparation
@@ -275,7 +275,7 @@ class Predictor:
         """
         dtype = autocast_dtype(self.precision, self.device)
         with (
-            taking(name, inputs, self.model),
+            input_errors(name, inputs, self.model),
             evaluating(self.model),
             torch.autocast(self.device.type, dtype, enabled=dtype is not None),
         ):

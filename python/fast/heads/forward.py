@@ -126,7 +126,7 @@ def hooked(model: nn.Module, *hooks: RemovableHandle) -> Iterator[None]:
 
 
 @contextmanager
-def taking(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[None]:
+def input_errors(name: str, inputs: Any, model: nn.Module | None = None) -> Iterator[None]:
     """Turn errors of a forward pass into one that says: the network does not take these inputs.
 
     Args:
@@ -173,5 +173,5 @@ def check_takes(model: nn.Module, inputs: Any, name: str) -> None:
         ValueError: the network does not take them.
     """
     device = next(model.parameters()).device
-    with taking(name, inputs, model), evaluating(model):
+    with input_errors(name, inputs, model), evaluating(model):
         forward_logits(model, move(pick(inputs, slice(2)), device))

@@ -22,7 +22,7 @@ from fast.heads import (
     task_head,
 )
 from fast.heads.find import HeadLayer, find_head, layer_like
-from fast.heads.forward import taking
+from fast.heads.forward import input_errors
 from fast.heads.replace import announce_classes
 from fast.heads.rows import mean_over_positions
 from fast.heads.task import two_task_modules
@@ -71,7 +71,7 @@ class Part:
         parts: list[Tensor] = []
         for inputs in batches:
             inputs = move(inputs, self.layer.weight.device)
-            with taking(name, inputs, self.network):
+            with input_errors(name, inputs, self.network):
                 seen = features_of(self.network, self.layer, inputs)
             rows = mean_over_positions(seen.double(), self.layer)
             if not parts:

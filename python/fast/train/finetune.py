@@ -71,7 +71,8 @@ def finetune(
             features in its batches, `ewc` makes its card of them, `replay` trains on them beside
             the target; some are held back to check forecasts and `forget_budget` on. Without
             source inputs, `fast` rehearses features of the target's inputs, and `ewc` makes its
-            card of these, which protects less.
+            card of these, which protects less; `fast.synthetic_inputs` makes some of a network with
+            batch norm.
         callbacks: functions that are called with the record of each evaluation, as it is in
             `Result.history`: for loggers. An exception in one ends the run, and names it.
         **options: the fields of `fast.train.config.TrainConfig`, the first of which are `method`

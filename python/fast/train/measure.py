@@ -18,7 +18,7 @@ from fast.data.finite import broken_rows
 from fast.data.labels import check_labels
 from fast.data.trees import kind, move
 from fast.heads import evaluating, source_task
-from fast.heads.forward import LEAST_EVAL_BATCH, answers, taking
+from fast.heads.forward import LEAST_EVAL_BATCH, answers
 from fast.ranks import ALONE, Ranks
 from fast.train.engine import Engine
 from fast.train.finite import check_finite
@@ -183,7 +183,7 @@ def evaluate(
     )
     with all_batches(), evaluating(model):
         for inputs, labels, counts in _shares(data, batch_size, ranks, sharded):
-            with taking(data.name, inputs, model):
+            with input_errors(data.name, inputs, model):
                 logits = answers(model, move(inputs, device), mirrored)
             with each_batch():
                 labels = check_labels(labels, logits.shape[1], data.name).to(device)

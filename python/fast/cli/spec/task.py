@@ -32,7 +32,8 @@ class TaskSpec:
     )
     source_inputs: str | None = option(
         "a few hundred other samples of the source task, with labels or without (a folder of "
-        "files will do): what must be kept; its training split where there is one",
+        "files will do), or what fast synthetic made: what must be kept; its training split where "
+        "there is one",
         metavar="DATA",
     )
     card: str | None = option("fast.SourceCard of these weights: what must be kept", metavar="FILE")

@@ -28,7 +28,7 @@ from fast.curvature.operators.fisher_diagonal import LABELS, fisher_diagonal
 from fast.data.finite import check_finite_inputs
 from fast.data.source_inputs import SourceInputs
 from fast.heads import evaluating, source_task, unwrap
-from fast.heads.forward import taking
+from fast.heads.forward import input_errors
 from fast.heads.outputs import source_logits
 
 TEMPERATURE = 3.0
@@ -132,7 +132,7 @@ class SourceCard:
         device = next(model.parameters()).device
         samples = samples.to(device)
         check_finite_inputs(samples.inputs, "source data")
-        with taking("source data", samples.inputs):
+        with input_errors("source data", samples.inputs):
             first = source_logits(model, samples.part(0, 2))
         if not first.isfinite().all():
             raise ValueError(
