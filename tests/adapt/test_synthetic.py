@@ -62,7 +62,7 @@ def divergence(model: nn.Module, inputs: Tensor) -> float:
 
 
 def test_they_are_like_training_data_to_the_network(pretrained: nn.Module) -> None:
-    """Noise has the mean and the deviation of the target, and so had the inputs at first."""
+    """They begin as noise here, of which there are fewer than are made."""
     like = torch.randn(40, 2, 6, 6, generator=torch.Generator().manual_seed(1)) * 2
     made = fast.synthetic_inputs(pretrained, like, count=96, steps=60)
     assert made.shape == (96, 2, 6, 6)
@@ -156,11 +156,11 @@ def broken() -> nn.Module:
     [
         (Net, torch.zeros(4, 2, 6, 6, dtype=torch.int64), {}, TypeError, "floating-point"),
         (Net, [1, 2], {}, TypeError, "got list"),
-        (Net, torch.zeros(1, 2, 6, 6), {}, ValueError, "like has 1 inputs"),
-        (Net, torch.zeros(4, 3, 6, 6), {}, ValueError, "like: the network does not take"),
+        (Net, torch.zeros(1, 2, 6, 6), {}, ValueError, "start has 1 inputs"),
+        (Net, torch.zeros(4, 3, 6, 6), {}, ValueError, "start: the network does not take"),
         (Net, blobs(8, 0)[0], {"count": 3}, ValueError, "count=3"),
         (Net, blobs(8, 0)[0], {"steps": 0}, ValueError, "steps=0"),
-        (Net, torch.zeros(4, 2, 6, 6), {}, ValueError, "like: all inputs are the same number"),
+        (Net, torch.zeros(4, 2, 6, 6), {}, ValueError, "start: all inputs are the same number"),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3)),
             blobs(8, 0)[0],

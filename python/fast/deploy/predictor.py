@@ -30,7 +30,7 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.heads.forward import LEAST_EVAL_BATCH, answers
+from fast.heads.forward import LEAST_EVAL_BATCH, answers, input_errors
 from fast.merge.joined import Joined
 from fast.models.device import autocast_dtype
 from fast.models.preparation import Preparation

@@ -18,7 +18,7 @@ from fast.data.finite import broken_rows
 from fast.data.labels import check_labels
 from fast.data.trees import kind, move
 from fast.heads import evaluating, source_task
-from fast.heads.forward import LEAST_EVAL_BATCH, answers
+from fast.heads.forward import LEAST_EVAL_BATCH, answers, input_errors
 from fast.ranks import ALONE, Ranks
 from fast.train.engine import Engine
 from fast.train.finite import check_finite

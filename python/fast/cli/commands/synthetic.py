@@ -15,9 +15,6 @@ from fast.errors import printable
 from fast.files import atomic_file
 from fast.models.device import pick_device
 
-# Training inputs whose shape, range, mean and deviation the synthetic ones take.
-LIKE = 64
-
 
 def run(spec: SyntheticSpec) -> int:
     path = Path(spec.output)
@@ -25,10 +22,10 @@ def run(spec: SyntheticSpec) -> int:
         raise ValueError(f"--output {path}: is a folder, or in none that exists; name another file")
     task = load_task(spec.task, measured=False)
     data = as_data(task.train, "data")
-    like, _ = data.batch_at(torch.arange(min(LIKE, data.num_samples or LIKE)))
+    start, _ = data.batch_at(torch.arange(min(spec.count, data.num_samples or spec.count)))
     model = task.loaded.model.to(pick_device(spec.device))
     inputs = fast.synthetic_inputs(
-        model, like, count=spec.count, steps=spec.steps, seed=spec.seed
+        model, start, count=spec.count, steps=spec.steps, seed=spec.seed
     ).cpu()
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, x=inputs.numpy())

@@ -20,16 +20,17 @@ class SyntheticSpec(Spec):
       fast synthetic --model timm:resnet18 --data photos/ --output made.npz
       fast finetune --model timm:resnet18 --data photos/ --source-inputs made.npz
 
-    They are made once for a network, in the shape and range of the inputs of --data, and cost as
-    much as --steps training samples each. The network needs batch norm (docs/no-source-data.md).
+    They are made once for a network: inputs of --data, changed until the network takes them for
+    inputs of its own task. Each costs as much as --steps training samples. The network needs batch
+    norm (docs/no-source-data.md).
     """
 
     about = "stand-ins for source inputs, made of a network's batch norms"
 
     output: str = option(f"file to write, FILE{SUFFIX}", "", read=folder_name, short="-o")
     count: int = option("how many inputs", 256)
-    steps: int = option("optimisation steps of each", 100)
-    seed: int = option("seed of the noise that they begin as", 0)
+    steps: int = option("optimisation steps of each", 20)
+    seed: int = option("seed of their order and classes", 0)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data", LEFT_OUT))
 
