@@ -64,7 +64,7 @@ def divergence(model: nn.Module, inputs: Tensor) -> float:
 def test_they_are_like_training_data_to_the_network(pretrained: nn.Module) -> None:
     """They begin as noise here, of which there are fewer than are made."""
     like = torch.randn(40, 2, 6, 6, generator=torch.Generator().manual_seed(1)) * 2
-    made = fast.synthetic_inputs(pretrained, like, count=96, steps=60)
+    made = fast.synthetic_inputs(pretrained, like, count=96, own=0, steps=60)
     assert made.shape == (96, 2, 6, 6)
     assert made.dtype == like.dtype
     assert not made.requires_grad
@@ -109,7 +109,7 @@ def test_any_shape(layers: tuple[nn.Module, ...], shape: tuple[int, ...]) -> Non
     torch.manual_seed(0)
     model, like = nn.Sequential(*layers), torch.randn(20, *shape, dtype=torch.float64)
     model.double()(like)  # the norms have seen something
-    made = fast.synthetic_inputs(model, like, count=70, steps=5)
+    made = fast.synthetic_inputs(model, like, count=70, own=0, steps=5)
     assert made.shape == (70, *shape)
     assert made.dtype == torch.float64
     noise = divergence(model, torch.randn(70, *shape, dtype=torch.float64) * 3)
@@ -120,9 +120,22 @@ def test_the_log_compares_them_with_the_targets_own(
     pretrained: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "fast"):
-        fast.synthetic_inputs(pretrained, blobs(20, 0)[0], count=8, steps=2)
-    assert "synthetic inputs: 8;" in caplog.text
-    assert "that of your own inputs by" in caplog.text
+        fast.synthetic_inputs(pretrained, blobs(20, 0)[0], count=6, own=2, steps=2)
+    assert "6 synthetic inputs and 2 own ones;" in caplog.text
+
+
+def test_a_share_of_them_are_own_inputs(pretrained: nn.Module) -> None:
+    """In random order: half of source inputs are held back where there is a budget."""
+    own = blobs(20, 0)[0]
+
+    def same(inputs: Tensor) -> Tensor:
+        return (inputs[:, None] == own[None]).flatten(2).all(2).any(1)
+
+    found = same(fast.synthetic_inputs(pretrained, own, count=30, own=15, steps=2))
+    assert (len(found), found.sum()) == (45, 15)
+    assert 0 < found[:22].sum() < 15
+    assert same(fast.synthetic_inputs(pretrained, own, count=30, own=60, steps=2)).sum() == 20
+    assert same(fast.synthetic_inputs(pretrained, own, count=30, steps=2)).sum() == 3  # a tenth
 
 
 def test_an_adaptation_keeps_their_features(pretrained: nn.Module) -> None:
@@ -160,6 +173,7 @@ def broken() -> nn.Module:
         (Net, torch.zeros(4, 3, 6, 6), {}, ValueError, "start: the network does not take"),
         (Net, blobs(8, 0)[0], {"count": 3}, ValueError, "count=3"),
         (Net, blobs(8, 0)[0], {"steps": 0}, ValueError, "steps=0"),
+        (Net, blobs(8, 0)[0], {"own": 0.5}, ValueError, "own=0.5"),
         (Net, torch.zeros(4, 2, 6, 6), {}, ValueError, "start: all inputs are the same number"),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 3)),
@@ -185,4 +199,4 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: n
     x, labels = torch.randn(30, 2, 6, 6), torch.arange(30) % 2
     names = {"model": copy.deepcopy(pretrained), "x": x, "y": labels, "val": (x, labels)}
     exec(block, names | {"source": blobs(20, 0), "steps": 2})
-    assert torch.load(tmp_path / "made.pt").shape == (256, 2, 6, 6)
+    assert torch.load(tmp_path / "made.pt").shape == (256 + 26, 2, 6, 6)

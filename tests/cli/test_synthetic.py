@@ -9,10 +9,12 @@ def test_what_it_writes_is_kept_by_a_run(job):
     network = ("--model", "nets.py:Net", "--weights", "net.safetensors", "--data", "target.npz")
     code, out, err = job.fast("synthetic", *network, "--count", 40, "--steps", 5, "-o", "made.npz")
     assert code == 0, err
-    assert "40 inputs in made.npz: pass them as --source-inputs" in out
-    assert "a channel's distribution differs from that in training by" in err
+    assert "44 inputs in made.npz: pass them as --source-inputs" in out
+    assert (
+        "40 synthetic inputs and 4 own ones; a channel's distribution differs from that in" in err
+    )
     made = np.load(job.folder / "made.npz")["x"]
-    assert made.shape == (40, 1, 8, 8)
+    assert made.shape == (44, 1, 8, 8)
     assert made.dtype == np.float32
     code, out, err = job.fast(
         "finetune", *network, "--source-inputs", "made.npz", "--steps", 4, "--output", "run",

@@ -6,6 +6,8 @@ for each of them (DeepInversion, Yin et al. 2020, arXiv 1912.08795, which starts
 for smooth pictures). The network computes for them much of what it computes for source inputs, and
 that is what is to be kept. From the target's letters ResNet-20 had inputs in 20 steps that kept its
 source as well as those from noise in 100.
+
+The target's inputs as they are go with them: docs/no-source-data.md has what each of the two keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.adapt.defaults import own_share
 from fast.data.source_inputs import LEAST
 from fast.heads.forward import check_takes, forward_logits, hooked
 from fast.heads.replace import task_head, unwrap
@@ -33,50 +36,65 @@ SURE = 0.1
 
 
 def synthetic_inputs(
-    model: nn.Module, start: Tensor, *, count: int = 256, steps: int = 20, seed: int = 0
+    model: nn.Module,
+    start: Tensor,
+    *,
+    count: int = 256,
+    own: int | None = None,
+    steps: int = 20,
+    seed: int = 0,
 ) -> Tensor:
     """Inputs to pass as `source_inputs` where there are no source data.
 
-    They are made once for a network, and can be stored by `torch.save`. Each costs as much as
-    `steps` training samples.
+    They are made once for a network and a target, and can be stored by `torch.save`. Each synthetic
+    input costs as much as `steps` training samples.
 
     Args:
         model: a pretrained network with batch norm, before it is adapted; it is not changed.
-        start: inputs of the target task `[N, ...]`, at least 2, as the network takes them. The
-            synthetic ones begin as these, in random order and again where N is less than `count`,
+        start: all training inputs of the target `[N, ...]`, at least 2, as the network takes them.
+            The synthetic ones begin as these, in random order and again where there are too few,
             and keep their range.
         count: how many to make.
+        own: how many inputs of `start`, at most N, go with them as they are (default: as many as
+            synthetic ones with 2,000 training inputs and more, fewer in proportion with fewer,
+            which the head learns by heart and then holds the backbone for nothing).
         steps: optimisation steps of each batch, of at most 64.
         seed: of the order and the classes.
 
     Returns:
-        inputs `[count, ...]`, on the network's device, with the dtype of `start`.
+        inputs `[count + own, ...]` in random order, on the network's device, with the dtype of
+        `start`.
 
     Raises:
         TypeError: `start` is not a tensor of floating-point numbers.
         ValueError: the network has no batch norm with running statistics, is adapted already, does
-            not take these inputs, or answers with numbers that are not finite; or `count` or
-            `steps` is too small.
+            not take these inputs, or answers with numbers that are not finite; or `count`, `own` or
+            `steps` is out of range.
     """
     model = unwrap(model)
-    _check(model, start, count, steps)
+    _check(model, start, count=count, own=own, steps=steps)
+    if own is None:
+        own = round(count * own_share(len(start)))
     norms, start, device = _norms(model), start.detach(), next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    rows = _rounds(len(start), count, generator)
-    made, divergences = [], []
-    for part in rows.tensor_split(-(-count // BATCH_SIZE)):
-        first = start[part.to(start.device)].to(device)
-        inputs, divergence = _optimised(model, norms, first, steps, generator)
-        made.append(inputs)
+    inputs, divergences = [], []
+    for rows in _rounds(len(start), count, generator).tensor_split(-(-count // BATCH_SIZE)):
+        first = start[rows.to(start.device)].to(device)
+        made, divergence = _optimised(model, norms, first, steps, generator)
+        inputs.append(made)
         divergences.append(divergence)
+    rows = torch.randperm(len(start), generator=generator)[:own]
+    inputs.append(start[rows.to(start.device)].to(device))
     log.info(
-        "synthetic inputs: %d; a channel's distribution differs from that in training by %.3f "
-        "nats in the mean; that of your own inputs by %.3f",
+        "%d synthetic inputs and %d own ones; a channel's distribution differs from that in "
+        "training by %.3f nats in the mean with the synthetic ones, by %.3f with your own",
         count,
+        len(rows),
         sum(divergences) / len(divergences),
         _own_divergence(model, norms, start[:BATCH_SIZE].to(device)),
     )
-    return torch.cat(made)
+    together = torch.cat(inputs)
+    return together[torch.randperm(len(together), generator=generator).to(device)]
 
 
 def _rounds(number: int, size: int, generator: torch.Generator) -> Tensor:
@@ -85,7 +103,7 @@ def _rounds(number: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat(rounds)[:size]
 
 
-def _check(model: nn.Module, start: Tensor, count: int, steps: int) -> None:
+def _check(model: nn.Module, start: Tensor, *, count: int, own: int | None, steps: int) -> None:
     if not isinstance(start, Tensor) or not start.is_floating_point():
         kind = start.dtype if isinstance(start, Tensor) else type(start).__name__
         raise TypeError(
@@ -99,7 +117,8 @@ def _check(model: nn.Module, start: Tensor, count: int, steps: int) -> None:
             "model has no batch norm with running statistics to make inputs from; leave "
             "source_inputs out, and the target's own inputs are kept"
         )
-    for name, value, least in (("count", count, LEAST), ("steps", steps, 1)):
+    numbers = (("count", count, LEAST), ("own", 0 if own is None else own, 0), ("steps", steps, 1))
+    for name, value, least in numbers:
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
     if len(start) < 2:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import fast
+from fast.adapt.defaults import own_share
 from fast.cli.spec import SyntheticSpec
 from fast.cli.task.load import load_task
 from fast.data.dataset import as_data
@@ -22,10 +23,14 @@ def run(spec: SyntheticSpec) -> int:
         raise ValueError(f"--output {path}: is a folder, or in none that exists; name another file")
     task = load_task(spec.task, measured=False)
     data = as_data(task.train, "data")
-    start, _ = data.batch_at(torch.arange(min(spec.count, data.num_samples or spec.count)))
+    number = task.sizes["train"]
+    own = round(spec.count * own_share(number)) if spec.own is None else spec.own
+    # Folders are sorted by class.
+    rows = torch.randperm(number, generator=torch.Generator().manual_seed(spec.seed))
+    start, _ = data.batch_at(rows[: max(spec.count, own)])
     model = task.loaded.model.to(pick_device(spec.device))
     inputs = fast.synthetic_inputs(
-        model, start, count=spec.count, steps=spec.steps, seed=spec.seed
+        model, start, count=spec.count, own=own, steps=spec.steps, seed=spec.seed
     ).cpu()
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, x=inputs.numpy())

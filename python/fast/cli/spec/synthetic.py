@@ -21,14 +21,18 @@ class SyntheticSpec(Spec):
       fast finetune --model timm:resnet18 --data photos/ --source-inputs made.npz
 
     They are made once for a network: inputs of --data, changed until the network takes them for
-    inputs of its own task. Each costs as much as --steps training samples. The network needs batch
-    norm (docs/no-source-data.md).
+    inputs of its own task. Each costs as much as --steps training samples. Some inputs of --data go
+    with them as they are. The network needs batch norm (docs/no-source-data.md).
     """
 
     about = "stand-ins for source inputs, made of a network's batch norms"
 
     output: str = option(f"file to write, FILE{SUFFIX}", "", read=folder_name, short="-o")
-    count: int = option("how many inputs", 256)
+    count: int = option("how many to make", 256)
+    own: int | None = option(
+        "how many training inputs of --data go with them as they are (default: as many with 2,000 "
+        "of these and more, else fewer in proportion)"
+    )
     steps: int = option("optimisation steps of each", 20)
     seed: int = option("seed of their order and classes", 0)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
