@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import difference, explicit_jacobian, loss_at
-from curvature_truth import Net, batch, explicit_ggn, linear, parameter, relative
+from curvature.cases import difference, explicit_jacobian, loss_at
+from curvature.truth import Net, batch, explicit_ggn, linear, parameter, relative
 from fast.curvature import GGN, Fisher, Hessian, SecondDerivativeError, fisher_diagonal
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import BY_LOOP, NETWORKS, build
-from curvature_truth import Net, batch, linear, parameter, truths
+from curvature.cases import BY_LOOP, NETWORKS, build
+from curvature.truth import Net, batch, linear, parameter, truths
 from fast.curvature import Hessian
 from fast.curvature.products.batched import forms
 from fast.curvature.products.programs.program import Replay

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import BY_LOOP, NETWORKS, build
-from curvature_truth import Net, batch, linear, relative
+from curvature.cases import BY_LOOP, NETWORKS, build
+from curvature.truth import Net, batch, linear, relative
 from fast.curvature import GGN, Fisher, Hessian
 from fast.curvature.products.programs.kept import TRACED_AT
 from fast.curvature.products.programs.program import Replay

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_truth import Net, batch, linear, parameter, relative, truths
+from curvature.truth import Net, batch, linear, parameter, relative, truths
 from fast.curvature import GGN, Hessian
 
 MASK = torch.tensor([[True, False, True], [True, True, False], [False, False, True]])

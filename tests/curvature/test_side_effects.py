@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature_cases import build, snapshot
-from curvature_truth import Net, batch, linear, relative, truths
+from curvature.cases import build, snapshot
+from curvature.truth import Net, batch, linear, relative, truths
 from fast.curvature import GGN, Fisher, Hessian, Identity, keep_freed_memory
 from fast.curvature.network.evaluation import evaluation
 
