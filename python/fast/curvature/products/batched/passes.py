@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+from fast.curvature.network.memory import empty_product
 from fast.curvature.network.parameter_space import Blocks
 
 # What surrounds a part of the computation that may be traced: it is told the inputs of the part,
@@ -38,7 +39,7 @@ class Passes(abc.ABC):
 
     @torch.no_grad()
     def products(self, vectors: Blocks) -> Blocks:
-        out = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in vectors]
+        out = list(map(empty_product, vectors))
         for part in self._parts(vectors):
             self._product([v[part] for v in vectors], [o[part] for o in out])
         return out
