@@ -71,7 +71,7 @@ def explain_not_finite(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Invocation:
     """One call of a module or of a function of torch, with its arguments."""
 
     name: str
@@ -89,7 +89,7 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[Invocation] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -99,11 +99,11 @@ class _Calls(TorchFunctionMode):
         if any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
             args, kwargs = _copied(arguments)
             name = getattr(func, "__name__", str(func))
-            self.calls.append(Call(name=name, function=func, args=args, kwargs=kwargs))
+            self.calls.append(Invocation(name=name, function=func, args=args, kwargs=kwargs))
         return func(*args, **(kwargs or {}))
 
 
-def _operation(call: Call) -> str:
+def _operation(call: Invocation) -> str:
     """Name of the first function inside a call without finite derivatives at its inputs."""
     with _Calls() as recorded, torch.no_grad():
         call.function(*_copied(call.args), **_copied(call.kwargs))
@@ -111,17 +111,17 @@ def _operation(call: Call) -> str:
 
 
 def _first_call(
-    network: Network, batch: Batch, index: int, passes: Callable[[Call], bool]
-) -> Call | None:
+    network: Network, batch: Batch, index: int, passes: Callable[[Invocation], bool]
+) -> Invocation | None:
     """The first call of a module, innermost first, that does not pass."""
     calls = calls_of(network, batch, index)
     with network.scope(index, differentiable_twice=True):
         return next((call for call in calls if not passes(call)), None)
 
 
-def calls_of(network: Network, batch: Batch, index: int) -> list[Call]:
+def calls_of(network: Network, batch: Batch, index: int) -> list[Invocation]:
     """The calls of all modules with their arguments, innermost first."""
-    calls: list[Call] = []
+    calls: list[Invocation] = []
     pending: list[tuple[Any, Any]] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -129,7 +129,7 @@ def calls_of(network: Network, batch: Batch, index: int) -> list[Call]:
 
     def after(name: str, module: nn.Module) -> None:
         args, kwargs = pending.pop()
-        calls.append(Call(name=name, function=module, args=args, kwargs=kwargs))
+        calls.append(Invocation(name=name, function=module, args=args, kwargs=kwargs))
 
     handles = []
     for name, module in network.model.named_modules():
@@ -148,7 +148,7 @@ def _copied(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 
-def _differentiable_twice(call: Call) -> bool:
+def _differentiable_twice(call: Invocation) -> bool:
     try:
         _second_derivatives(call)
     except RuntimeError:
@@ -156,7 +156,7 @@ def _differentiable_twice(call: Call) -> bool:
     return True
 
 
-def _finite_twice(call: Call) -> bool:
+def _finite_twice(call: Invocation) -> bool:
     try:
         derivatives = _second_derivatives(call)
     except (RuntimeError, TypeError):
@@ -164,7 +164,7 @@ def _finite_twice(call: Call) -> bool:
     return all(bool(t.isfinite().all()) for t in derivatives)
 
 
-def _second_derivatives(call: Call) -> list[Tensor]:
+def _second_derivatives(call: Invocation) -> list[Tensor]:
     """The gradients of a call at its inputs, and the derivatives of a function of them.
 
     Raises:

@@ -38,9 +38,9 @@ from fast.curvature.products.batched import Folded, RuleError, UnsupportedOperat
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import grad_or_none
 from fast.curvature.products.precision import backends
-from fast.curvature.products.programs.kept import Kept
-from fast.curvature.products.programs.program import Replay
-from fast.curvature.products.programs.table import Programs
+from fast.curvature.products.programs.cached_record import CachedRecord
+from fast.curvature.products.programs.program import ProgramPasses
+from fast.curvature.products.programs.programs import Programs
 from fast.errors import warn
 
 
@@ -149,7 +149,7 @@ class NetworkOperator(SymmetricOperator):
 
     def _set_network(self, network: Network) -> None:
         self.network, self.space = network, network.space
-        self._programs = Programs(network, compile=self.settings.compile)
+        self.programs = Programs(network, compile=self.settings.compile)
         self.why_loop = ""  # with "auto": why products do not take the batched way
         self._cache: tuple[list[Any], Linearization] | None = None
 
@@ -173,7 +173,7 @@ class NetworkOperator(SymmetricOperator):
         record = functools.partial(self._record, *which, *self._limits(), gemm=gemm)
         if not num_vectors:
             return record()
-        return self._programs.linearize(record, *which[1:], num_vectors)
+        return self.programs.linearize(record, *which[1:], num_vectors)
 
     def _curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
         """The matrix at the network's output."""
@@ -258,13 +258,13 @@ class NetworkOperator(SymmetricOperator):
         expected: int | None = num_vectors
         if self._cache is not None and same(self._cache[0], self._state(batch)):
             part = self._cache[1]
-            if not isinstance(part, Replay) or part.num_vectors == num_vectors:
+            if not isinstance(part, ProgramPasses) or part.num_vectors == num_vectors:
                 return part
             expected = None  # products come in several sizes: a record serves them all
         self._cache = None
         part = self.linearize(batch, 0, loss, expected, kept=True)
         if isinstance(part, Folded):
-            part = Kept(part, compile=self.settings.compile)
+            part = CachedRecord(part, compile=self.settings.compile)
         # The state is taken afterwards: a forward pass may itself count or keep something.
         self._cache = (self._state(batch), part)
         return part
@@ -276,14 +276,14 @@ class NetworkOperator(SymmetricOperator):
         """Forget what is kept of batches and of the network's code, after a change that the
         operator cannot see."""
         self._cache = None
-        self._programs.forget()
+        self.programs.forget()
 
     def explain(self) -> str:
         """How products are computed: the method, vectors per pass, and why not the other method."""
         with torch.inference_mode(False):
             part = next(self.linearizations(2, self.loss))[2]
         if isinstance(part, Passes):
-            anew = f", each batch recorded anew: {self._programs.why}" if self._programs.why else ""
+            anew = f", each batch recorded anew: {self.programs.why}" if self.programs.why else ""
             by = " by inductor's code" if self.settings.compile else ""
             products = f", {self.settings.gemm} products" if self.settings.gemm else ""
             return f"folded, {part.chunk} vectors a pass{by}{products}{anew}"
