@@ -236,7 +236,9 @@ class Recorder(TorchDispatchMode):
         for t in _tensors(args):
             if id(t) in self.originals:
                 raise StrayParameter(self.originals[id(t)])
-            if t.requires_grad and t not in self._slots:
+            # Autograd detaches the results that it saves, such as the mean that a group norm gives.
+            saved = func is torch.ops.aten.detach.default
+            if t.requires_grad and t not in self._slots and not saved:
                 raise UnsupportedOperation(
                     f"the custom autograd function whose result goes into {func}"
                 )

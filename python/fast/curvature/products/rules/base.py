@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 # One tangent, [K, *shape], or None for an argument that does not depend on the parameters.
 Tangent = Any
 Rule = Callable[["Call"], Callable[..., Any]]
@@ -103,8 +103,13 @@ def rule(*funcs: Any, ignores_self: bool = False) -> Callable[[Rule], Rule]:
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:
-    """torch's decomposition of `func` into simpler operations, where there is one."""
-    return decomposition_table.get(func)
+    """torch's decomposition of `func` into simpler operations, where there is one.
+
+    What only calls other operations (`aten.softmax.int`, `aten.to.dtype`) is taken apart before
+    autograd sees it; inside another decomposition it is not, and comes here.
+    """
+    table: dict[Any, Callable[..., Any]] = decomposition_table
+    return table.get(func) or (func.decompose if func._can_decompose() else None)
 
 
 def spread(d: Tensor, ndim: int, target_ndim: int) -> Tensor:

@@ -190,3 +190,47 @@ def batch_norm_backward(call: Call):
     rows = [0, *range(2, x.ndim)]
     derivative = _backward(call, norm, g, w, shape, rows, mask)
     return lambda dg, dx, dw, *__: derivative(dg, dx, dw)
+
+
+def _group_norm(call: Call, x: Tensor, mean: Tensor, rstd: Tensor) -> Normalised:
+    """The input as [N, groups, channels of a group, ...], normalised over all but the first two."""
+    apart = [*mean.shape, *[1] * (x.ndim - 1)]
+    mean, rstd = mean.view(apart), rstd.view(apart)
+    grouped = x.reshape(*apart[:2], -1, *x.shape[2:])
+    n = call.shared("group norm", (x, mean, rstd), lambda: (grouped - mean) * rstd)
+    return Normalised(n, rstd, list(range(2, grouped.ndim)))
+
+
+def _grouped(d: Tangent, shape: torch.Size) -> Tangent:
+    return None if d is None else d.reshape(d.shape[0], *shape)
+
+
+@rule(aten.native_group_norm.default)
+def group_norm(call: Call):
+    x, w = call.args[:2]
+    norm = _group_norm(call, x, *call.out[1:])
+    call.differentiable_outputs = (0,)
+    shape, grouped = x.shape, norm.n.shape
+    derivative = _forward(call, norm, w, [1, *grouped[1:3], *[1] * (x.ndim - 2)])
+
+    def ungrouped(dx: Tangent, dw: Tangent, db: Tangent, *_: Any) -> tuple[Tensor, None, None]:
+        out = derivative(_grouped(dx, grouped), dw, db)
+        return out.reshape(out.shape[0], *shape), None, None
+
+    return ungrouped
+
+
+@rule(aten.native_group_norm_backward.default)
+def group_norm_backward(call: Call):
+    g, x, mean, rstd, w = call.args[:5]
+    norm = _group_norm(call, x, mean, rstd)
+    shape, grouped, mask = x.shape, norm.n.shape, call.args[9]
+    rows = [0, *range(3, len(grouped))]
+    wide = [1, *grouped[1:3], *[1] * (x.ndim - 2)]
+    derivative = _backward(call, norm, g.reshape(grouped), w, wide, rows, mask)
+
+    def ungrouped(dg: Tangent, dx: Tangent, _: None, __: None, dw: Tangent, *___: Any):
+        gx, gw, gb = derivative(_grouped(dg, grouped), _grouped(dx, grouped), dw)
+        return None if gx is None else gx.reshape(gx.shape[0], *shape), gw, gb
+
+    return ungrouped

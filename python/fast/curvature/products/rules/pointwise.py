@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.products.rules.base import Call, Tangent, aten, rule, spread
+from fast.curvature.products.rules.base import Call, Tangent, aten, prims, rule, spread
 
 # f'(x), from the input x, the output y and the call.
 Slope = Callable[[Tensor, Tensor, Call], Tensor]
 
 
-def _unary(func: Any, slope: Slope) -> None:
-    @rule(func)
+def _unary(*funcs: Any, slope: Slope) -> None:
+    @rule(*funcs)
     def unary(call: Call):
         factor = slope(call.args[0], call.out, call)
         return lambda d, *_: d * factor
@@ -26,19 +26,29 @@ def _mask(condition: Tensor, like: Tensor) -> Tensor:
     return condition.to(like.dtype)
 
 
-_unary(aten.tanh.default, lambda x, y, c: 1 - y * y)
-_unary(aten.sigmoid.default, lambda x, y, c: y * (1 - y))
-_unary(aten.exp.default, lambda x, y, c: c.keep(y))
-_unary(aten.log.default, lambda x, y, c: 1 / x)
-_unary(aten.sin.default, lambda x, y, c: x.cos())
-_unary(aten.cos.default, lambda x, y, c: -x.sin())
-_unary(aten.sqrt.default, lambda x, y, c: 0.5 / y)
-_unary(aten.rsqrt.default, lambda x, y, c: -0.5 * y**3)
-_unary(aten.reciprocal.default, lambda x, y, c: -y * y)
-_unary(aten.abs.default, lambda x, y, c: x.sign())
-_unary(aten.erf.default, lambda x, y, c: (2 / math.pi**0.5) * torch.exp(-x * x))
-_unary(aten.gelu.default, lambda x, y, c: gelu_slopes(x, c)[0])
-_unary(aten.silu.default, lambda x, y, c: silu_slopes(x, c)[0])
+def _leaky(x: Tensor, slope: float) -> Tensor:
+    """1 where x > 0, else the slope; in the type of x, for numbers alone would be float32."""
+    return torch.where(x > 0, x.new_ones(()), x.new_full((), slope))
+
+
+# Decompositions of torch call some functions by their names in `prims`.
+_unary(aten.tanh.default, slope=lambda x, y, c: 1 - y * y)
+_unary(aten.sigmoid.default, slope=lambda x, y, c: y * (1 - y))
+_unary(aten.exp.default, prims.exp.default, slope=lambda x, y, c: c.keep(y))
+_unary(aten.exp2.default, prims.exp2.default, slope=lambda x, y, c: y * math.log(2))
+_unary(aten.expm1.default, prims.expm1.default, slope=lambda x, y, c: y + 1)
+_unary(aten.log.default, prims.log.default, slope=lambda x, y, c: 1 / x)
+_unary(aten.log1p.default, prims.log1p.default, slope=lambda x, y, c: 1 / (1 + x))
+_unary(aten.sin.default, slope=lambda x, y, c: x.cos())
+_unary(aten.cos.default, slope=lambda x, y, c: -x.sin())
+_unary(aten.atan.default, prims.atan.default, slope=lambda x, y, c: 1 / (1 + x * x))
+_unary(aten.sqrt.default, slope=lambda x, y, c: 0.5 / y)
+_unary(aten.rsqrt.default, slope=lambda x, y, c: -0.5 * y**3)
+_unary(aten.reciprocal.default, slope=lambda x, y, c: -y * y)
+_unary(aten.abs.default, slope=lambda x, y, c: x.sign())
+_unary(aten.erf.default, slope=lambda x, y, c: (2 / math.pi**0.5) * torch.exp(-x * x))
+_unary(aten.gelu.default, slope=lambda x, y, c: gelu_slopes(x, c)[0])
+_unary(aten.silu.default, slope=lambda x, y, c: silu_slopes(x, c)[0])
 
 
 @rule(aten.relu.default, ignores_self=True)
@@ -49,7 +59,7 @@ def relu(call: Call):
 
 @rule(aten.leaky_relu.default)
 def leaky_relu(call: Call):
-    factor = torch.where(call.args[0] > 0, 1.0, call.arg(1, 0.01)).to(call.out)
+    factor = _leaky(call.args[0], call.arg(1, 0.01))
     return lambda d, *_: d * factor
 
 
@@ -154,11 +164,11 @@ def div(call: Call):
     return derivative
 
 
-@rule(aten.where.self)
+@rule(aten.where.self, prims.where.default)
 def where(call: Call):
     condition, a, b = call.args
-    ndim, a_ndim, b_ndim = call.out.ndim, a.ndim, b.ndim
-    # A constant operand may give the result its shape and its type.
+    ndim, a_ndim, b_ndim = call.out.ndim, _ndim(a), _ndim(b)
+    # A constant operand, which may be a number, may give the result its shape and its type.
     shape, dtype = call.out.shape, call.out.dtype
     mask = call.keep(condition).expand(shape)
 
@@ -166,6 +176,25 @@ def where(call: Call):
         x = 0.0 if da is None else spread(da, a_ndim, ndim).to(dtype)
         y = 0.0 if db is None else spread(db, b_ndim, ndim).to(dtype)
         return torch.where(mask, x, y)
+
+    return derivative
+
+
+@rule(aten.maximum.default, aten.minimum.default, prims.maximum.default, prims.minimum.default)
+def extremum(call: Call):
+    """The larger or the smaller of two; the mean of their tangents where they are equal."""
+    a, b = call.args
+    ndim, a_ndim, b_ndim = call.out.ndim, _ndim(a), _ndim(b)
+    is_larger = call.func in (aten.maximum.default, prims.maximum.default)
+    ahead = a > b if is_larger else a < b
+    share = torch.where(ahead, 1.0, torch.where(torch.eq(a, b), 0.5, 0.0)).to(call.out)
+
+    def derivative(da: Tangent, db: Tangent) -> Tangent:
+        out = None if da is None else spread(da, a_ndim, ndim) * share
+        if db is None:
+            return out
+        moved = spread(db, b_ndim, ndim) * (1 - share)
+        return moved if out is None else out.add_(moved)
 
     return derivative
 
@@ -257,7 +286,4 @@ _masked_backward(
     aten.hardtanh_backward.default,
     lambda c: _mask((c.args[1] > c.args[2]) & (c.args[1] < c.args[3]), c.args[1]),
 )
-_masked_backward(
-    aten.leaky_relu_backward.default,
-    lambda c: torch.where(c.args[1] > 0, 1.0, c.args[2]).to(c.args[1]),
-)
+_masked_backward(aten.leaky_relu_backward.default, lambda c: _leaky(c.args[1], c.args[2]))

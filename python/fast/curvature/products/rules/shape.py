@@ -13,6 +13,7 @@ from fast.curvature.products.rules.base import (
     Tangent,
     UnsupportedOperation,
     aten,
+    prims,
     rule,
     spread,
 )
@@ -44,7 +45,7 @@ def clone(call: Call):
     return lambda d, *_: d.contiguous() if dense else d
 
 
-@rule(aten._to_copy.default, ignores_self=True)
+@rule(aten._to_copy.default, prims.convert_element_type.default, ignores_self=True)
 def to_copy(call: Call):
     dtype = call.out.dtype
     if not dtype.is_floating_point:
@@ -187,11 +188,14 @@ def linear(call: Call):
     aten.new_ones.default,
     aten.new_full.default,
     aten.new_empty.default,
+    aten.sign.default,
+    prims.sign.default,
     *(
         getattr(getattr(aten, f), k)
         for f in ("eq", "ne", "lt", "le", "gt", "ge")
         for k in ("Scalar", "Tensor")
     ),
+    *(getattr(prims, f).default for f in ("eq", "ne", "lt", "le", "gt", "ge")),
 )
 def constant(call: Call):
     """The results do not change with the values of the arguments."""
