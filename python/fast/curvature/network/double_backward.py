@@ -1,4 +1,4 @@
-"""Which module of a network cannot be differentiated twice, or has no finite derivatives."""
+"""Find the module of a network that cannot be differentiated twice, or not to finite numbers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WAY_OUT = (
     "fast.Fisher and fast.curvature.fisher_diagonal need one derivative only"
 )
 AWAY = (
-    "Keep its input away from where it has none (as of a square root or a norm at zero), or select "
-    "with params= only parameters that come after it"
+    "Keep its input away from points without a derivative (such as zero for a square root or a "
+    "norm), or select with params= only parameters that come after it"
 )
 
 
@@ -104,7 +104,7 @@ class _Calls(TorchFunctionMode):
 
 
 def _operation(call: Invocation) -> str:
-    """Name of the first function inside a call without finite derivatives at its inputs."""
+    """The name of the first function inside a call that has no finite derivatives at its inputs."""
     with _Calls() as recorded, torch.no_grad():
         call.function(*_copied(call.args), **_copied(call.kwargs))
     return next((c.name for c in recorded.calls if not _finite_twice(c)), "")
@@ -113,7 +113,7 @@ def _operation(call: Invocation) -> str:
 def _first_call(
     network: Network, batch: Batch, index: int, passes: Callable[[Invocation], bool]
 ) -> Invocation | None:
-    """The first call of a module, innermost first, that does not pass."""
+    """The first call of a module, innermost first, for which `passes` is false."""
     calls = calls_of(network, batch, index)
     with network.scope(index, differentiable_twice=True):
         return next((call for call in calls if not passes(call)), None)
@@ -149,6 +149,7 @@ def _copied(tree: Any) -> Any:
 
 
 def _differentiable_twice(call: Invocation) -> bool:
+    """Whether torch can differentiate a call twice."""
     try:
         _second_derivatives(call)
     except RuntimeError:
@@ -157,6 +158,7 @@ def _differentiable_twice(call: Invocation) -> bool:
 
 
 def _finite_twice(call: Invocation) -> bool:
+    """Whether both derivatives of a call are finite."""
     try:
         derivatives = _second_derivatives(call)
     except (RuntimeError, TypeError):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast.curvature.products.programs.overwrite import overwriting
 from fast.curvature.products.programs.simplify import live, merged
 from fast.curvature.products.programs.trace import Node, Ref, Trace
 
@@ -38,6 +39,8 @@ class Code:
         inputs = [v for given, _ in trace.segments for v in given]
         wanted = {self._first(v) for _, results in trace.segments for v in results}
         self._nodes = live(trace, wanted, self._same)
+        if not compile:  # inductor finds this by itself
+            self._nodes = overwriting(trace, self._nodes, self._first, self.first_pass)
         home = {v: n for n, (given, _) in enumerate(trace.segments) for v in given}
         self._last_reader: dict[int, int] = {}  # the last segment that reads a value
         for node in self._nodes:

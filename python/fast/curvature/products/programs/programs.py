@@ -24,9 +24,10 @@ from fast.curvature.products.programs.trace import BranchChanged
 from fast.curvature.products.programs.tracer import Tracer
 from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
 
-# Programs for inputs of one make-up, which differ in what their code read from data.
+# So many programs are kept for inputs of one make-up. They differ in what their code has read from
+# data.
 MOST_BRANCHES = 4
-# Make-ups of inputs (mostly sequence lengths) that are kept; the code holds no activations.
+# So many make-ups of inputs (mostly sequence lengths) are kept. Their code holds no activations.
 MOST_KEPT = 32
 
 
@@ -78,7 +79,7 @@ class Programs:
         inputs = [t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)]
         described = shapes([*self._tensors, *inputs])
         if described is None:
-            self.why = "a tensor of it or of its inputs is nested, sparse or of a class of its own"
+            self.why = "a tensor of the network or its inputs is nested, sparse or of another class"
             return record()
         device = self.network.space.device
         key = (num_vectors, modes(device), make_up(batch), *map(tuple, described))
@@ -101,7 +102,7 @@ class Programs:
             except BranchChanged:
                 continue
         if len(programs) == MOST_BRANCHES:
-            self._refuse(key, "what its code reads from data differs from batch to batch")
+            self._refuse(key, "what the network's code reads from data differs from batch to batch")
             return record()
         return self._trace(key, record, given, replayed)
 
@@ -133,9 +134,9 @@ class Programs:
             part = record(segment=tracer.segment)
         assert self._watch is not None
         if not self._watch.holds():
-            tracer.refuse("it changes its own attributes as it runs")
+            tracer.refuse("the network changes its own attributes as it runs")
         if draws() != before:
-            tracer.refuse("it draws random numbers that torch does not seed")
+            tracer.refuse("the network draws random numbers that torch does not seed")
         if not tracer.why:
             program = self._program_of(part, tracer, key[0], replayed)
             if program is not None:
@@ -169,7 +170,7 @@ class Programs:
         again = replayed(program)
         for which, truth in zip(passes, truths, strict=True):
             if not _agree(self._pass_with_ones(again, *which), truth):
-                tracer.refuse("its program gives another product than its record")
+                tracer.refuse("the network's program gives another product than its record")
                 return None
         return program
 

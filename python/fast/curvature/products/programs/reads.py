@@ -39,7 +39,7 @@ class Reads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _LEAVING or (func in _ENTERING and _has_tensor((args, kwargs))):
-            self.refuse(f"it reads data by {getattr(func, '__name__', func)}")
+            self.refuse(f"the network reads data by {getattr(func, '__name__', func)}")
         return func(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Leave out of a trace what nothing depends on, and what is computed twice."""
+"""Leave out of a trace what nobody needs, and what is computed twice."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Tracer(TorchDispatchMode):
             self.trace.values[index].constant = tensor
             if not self.fixed:
                 self.refuse(
-                    "it uses a tensor that is no parameter, buffer, attribute or input of it"
+                    "the network uses a tensor that is no parameter, buffer, attribute or input"
                 )
         return index
 
@@ -157,7 +157,8 @@ class Tracer(TorchDispatchMode):
             return
         self._add(
             func,
-            *described,
+            described[0],
+            described[1],
             reads,
             outputs,
             several=isinstance(out, tuple | list),

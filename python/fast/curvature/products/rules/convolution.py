@@ -21,7 +21,7 @@ def convolution(call: Call):
     x, w = call.args[:2]
     rest = call.args[3:]
     foldable = call.args[8] == 1 and not call.args[6]
-    spatial = [1] * (x.ndim - 2)
+    spatial, shape = [1] * (x.ndim - 2), call.out.shape
     x = call.keep(x) if call.is_active(1) else x
     w = call.keep(w) if call.is_active(0) else w
 
@@ -37,16 +37,14 @@ def convolution(call: Call):
         out = None if out is None else out.transpose(0, 1)
         if db is not None:
             bias = db[:, None, :].reshape(db.shape[0], 1, -1, *spatial)
-            shape = call_shape if out is None else out.shape[1:]
             out = bias.expand(db.shape[0], *shape) if out is None else out.add_(bias)
         return out
 
-    call_shape = call.out.shape
     return derivative
 
 
 def _by_kernels(x: Tensor, dw: Tensor, rest: Any, foldable: bool) -> Tensor:
-    """x convolved with each of K kernels, [B, K, C_out, ...]."""
+    """The convolutions of x with each of K kernels, [B, K, C_out, ...]."""
     if not foldable:
         return torch.stack([aten.convolution(x, k, None, *rest) for k in dw], dim=1)
     out = aten.convolution(x, dw.reshape(-1, *dw.shape[2:]), None, *rest)

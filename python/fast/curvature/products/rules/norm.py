@@ -1,4 +1,4 @@
-"""Layer norm and batch norm: one derivation for both.
+"""Layer norm, batch norm and group norm, by one derivation for all three.
 
 With n = (x - m(x)) r the normalised input and m the mean over the normalised entries, the
 derivative of n is the symmetric projection  P(u) = r (u - m(u) - n m(n u)),  so that
@@ -20,7 +20,11 @@ from fast.curvature.products.rules.base import Call, Tangent, aten, rule
 
 
 class Normalised:
-    """n and r of one input, and P, over the dimensions `dims` (of the tensor without K)."""
+    """The normalised input n of one call, its factor r, and the projection P.
+
+    Args:
+        dims: the dimensions that are normalised over, of the tensor without K.
+    """
 
     def __init__(self, n: Tensor, r: Tensor, dims: list[int]):
         self.n, self.r = n, r
@@ -42,14 +46,14 @@ class Normalised:
         return out.addcmul_(self.n, overlap, value=-1).mul_(self.r), overlap
 
     def prepare(self, h: Tensor) -> None:
-        """What the tangent of P(h) needs of h, where the input moves as well."""
+        """Compute what `backward` reads of h, where the input moves."""
         gx, along = self.project(h[None])
         self.h = h * self.r
         self.gx = gx[0] * -self.r
         self.along = along[0] * self.r
 
     def backward(self, dh: Tangent, dx: Tangent) -> tuple[Tangent, Tangent]:
-        """Tangent of P(h), and P(dx)."""
+        """The tangent of P(h), and P(dx)."""
         out, dn = None, None
         if dh is not None:
             out, _ = self.project(dh)
@@ -62,7 +66,7 @@ class Normalised:
 
 
 class Fixed:
-    """Batch norm in eval mode: n is affine in x."""
+    """Batch norm in eval mode: n = (x - mean) r is affine in x, so that P(u) = r u."""
 
     def __init__(self, x: Tensor, mean: Tensor, var: Tensor, eps: float):
         shape = [1, -1] + [1] * (x.ndim - 2)
@@ -80,7 +84,11 @@ class Fixed:
 
 
 def _forward(call: Call, norm: Normalised | Fixed, w: Tensor | None, shape: list[int]):
-    """Derivative of w n + b; `shape` is that of w and b where they meet the tensor."""
+    """The derivative of w n + b.
+
+    Args:
+        shape: that of w and b where they broadcast against the tensor.
+    """
     wide = None if w is None else w.view(shape)
     scale = norm.r if wide is None else norm.r * wide if isinstance(norm, Fixed) else None
 
@@ -111,7 +119,13 @@ def _backward(
     rows: list[int],
     mask: list[bool],
 ):
-    """Derivative of (gx, sum g n, sum g), the sums over the dimensions `rows`."""
+    """The derivative of (gx, sum g n, sum g).
+
+    Args:
+        shape: that of w where it broadcasts against the tensor.
+        rows: the dimensions that are summed over.
+        mask: which of the three are computed.
+    """
     wide = None if w is None else w.view(shape)
     moving = call.is_active(1)
     if moving:

@@ -1,4 +1,4 @@
-"""Elementwise operations: the tangent times a factor that is computed once for all K."""
+"""Elementwise operations: a tangent is multiplied by a factor, which is computed once for all K."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from fast.curvature.products.rules.base import Call, Tangent, aten, prims, rule, spread
 
-# f'(x), from the input x, the output y and the call.
+# A slope gives f'(x), from the input x, the output y and the call.
 Slope = Callable[[Tensor, Tensor, Call], Tensor]
 
 
 def _unary(*funcs: Any, slope: Slope) -> None:
+    """Register y = f(x), with dy = f'(x) dx."""
+
     @rule(*funcs)
     def unary(call: Call):
         factor = slope(call.args[0], call.out, call)
@@ -23,6 +25,7 @@ def _unary(*funcs: Any, slope: Slope) -> None:
 
 
 def _mask(condition: Tensor, like: Tensor) -> Tensor:
+    """1 where the condition holds, else 0, in the type of `like`."""
     return condition.to(like.dtype)
 
 

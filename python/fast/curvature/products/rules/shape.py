@@ -1,4 +1,4 @@
-"""Operations that move values: every tangent is moved in the same way."""
+"""Operations that move values, or make constants: tangents are moved in the same way."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def unbind(call: Call):
     return lambda d, *_: d.unbind(dim)
 
 
-# Operations that are linear in the first argument, the others being fixed: vmap over K.
+# These are linear in the first argument, where the others are fixed. torch's vmap runs them over K.
 LINEAR = (
     aten.flip.default,
     aten.roll.default,
@@ -211,7 +211,7 @@ def constant_pad(call: Call):
 
 @rule(aten.embedding.default)
 def embedding(call: Call):
-    """Rows of the tangent; the row `padding_idx` does not move, as in autograd."""
+    """The tangent's rows are looked up; the row `padding_idx` does not move, as in autograd."""
     if not call.is_active(0):
         return call.constant()
     index, padding = call.args[1], call.arg(2, -1)
