@@ -1,4 +1,4 @@
-"""The anchored updates in Triton: `run` steps a batch.
+"""The anchored updates in Triton: `run` steps a call.
 
 `kernels` has the kernels, which load and store by `forms` and compute by `rules`; `launch` chooses
 what they are compiled for, and starts them.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkernels.ops.update.batch import STATS as FIGURES
+from fastkernels.ops.update.call import STATS as FIGURES
 from fastkernels.ops.update.plan import ROW
 from fastkernels.ops.update.triton.forms import (
     CODE_BLOCK,

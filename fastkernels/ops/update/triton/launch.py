@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fastkernels.ops.update.batch import Batch
+from fastkernels.ops.update.call import UpdateCall
 from fastkernels.ops.update.plan import DEVICE_PLANS, DTYPES, flag
 from fastkernels.ops.update.signature import ALIGNMENT
 from fastkernels.ops.update.triton.kernels import (
@@ -74,16 +74,16 @@ def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
     )  # fmt: skip
 
 
-def run(batch: Batch) -> None:
-    """Step `batch` in place."""
-    what = kind_of, batch.seed, batch.max_grad_norm
-    plan, batch, addresses, finish = DEVICE_PLANS.find(batch, *what)
-    device = batch.params[0].device
-    grad_scale = flag(batch.grad_scale, device)
-    found_inf = flag(batch.found_inf, device)
-    hyper = batch.hyper.to(device)
+def run(call: UpdateCall) -> None:
+    """Step `call` in place."""
+    what = kind_of, call.seed, call.max_grad_norm
+    plan, call, addresses, finish = DEVICE_PLANS.find(call, *what)
+    device = call.params[0].device
+    grad_scale = flag(call.grad_scale, device)
+    found_inf = flag(call.found_inf, device)
+    hyper = call.hyper.to(device)
     grads = plan.upload(addresses)
-    clip = batch.max_grad_norm is not None
+    clip = call.max_grad_norm is not None
     chunk_count = plan.partial.shape[1]
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
@@ -101,12 +101,12 @@ def run(batch: Batch) -> None:
             update_kernel[(launch.count,)](
                 plan.rows, grads, plan.chunks, launch.first, chunk_count, hyper,
                 plan.seed, plan.control, grad_scale, found_inf, plan.partial,
-                **RULES[batch.rule.name], COLUMNS=len(batch.rule.columns),
-                **launch.kind._asdict(), CLIP=clip, STATS=batch.stats is not None,
+                **RULES[call.rule.name], COLUMNS=len(call.rule.columns),
+                **launch.kind._asdict(), CLIP=clip, STATS=call.stats is not None,
                 **launch.kind.options,
             )  # fmt: skip
         finish_kernel[(1,)](
-            plan.rows, len(batch.params), plan.partial, chunk_count, plan.control,
-            grad_scale, found_inf, batch.stats, CLIP=clip, BLOCK=REDUCE, num_warps=WARPS,
+            plan.rows, len(call.params), plan.partial, chunk_count, plan.control,
+            grad_scale, found_inf, call.stats, CLIP=clip, BLOCK=REDUCE, num_warps=WARPS,
         )  # fmt: skip
     finish()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastkernels.ops.update.adamw import ADAMW
-from fastkernels.ops.update.batch import HARDEST as _HARDEST
+from fastkernels.ops.update.call import HARDEST as _HARDEST
 from fastkernels.ops.update.sgd import SGD
 
 HARDEST = tl.constexpr(_HARDEST)
