@@ -1,4 +1,4 @@
-"""What the anchored updates share: the rule, one call with its tensors, and its way to a backend."""
+"""What the anchored updates share: their rule, the arguments of one call, its way to a backend."""
 
 from __future__ import annotations
 
