@@ -183,8 +183,8 @@ NETS = {
         out=linear(6, 4),
     ),
     "logsigmoid": _between(F.logsigmoid),
+    "logsigmoid at zero": _between(lambda h: F.logsigmoid(h - h.detach())),
     "functions": _between(lambda h: h.expm1().atan() + h.exp2().log1p()),
-    "extrema": _between(lambda h: torch.maximum(h, h.flip(1)) * torch.minimum(h.sin(), h)),
     "masked_fill": lambda: Net(
         lambda n, x: n.w.sin().masked_fill(x[:, :4] > 0, 2.0) * n.first(x).exp(),
         w=parameter(4),

@@ -24,6 +24,8 @@ from fast.curvature.products.rules import (
     decomposition,
 )
 
+aten = torch.ops.aten
+
 
 class Recorder(TorchDispatchMode):
     """Records every operation on an active tensor: one that depends on the parameters.
@@ -117,6 +119,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if mutated is not None:
             return self._in_place(func, args, kwargs, slots, mutated)
+        if self._below_autograd and func in _GUARDS:
+            raise UnsupportedOperation(f"{func} in a decomposition")
         rule = RULES.get(func)
         if rule is None:
             decomposed = decomposition(func)
@@ -237,13 +241,16 @@ class Recorder(TorchDispatchMode):
             if id(t) in self.originals:
                 raise StrayParameter(self.originals[id(t)])
             # Autograd detaches the results that it saves, such as the mean that a group norm gives.
-            saved = func is torch.ops.aten.detach.default
+            saved = func is aten.detach.default
             if t.requires_grad and t not in self._slots and not saved:
                 raise UnsupportedOperation(
                     f"the custom autograd function whose result goes into {func}"
                 )
 
 
+# A decomposition that asks for equality keeps away from a point such as 0 / 0, at which its own
+# derivative is not that of the function.
+_GUARDS = {getattr(getattr(aten, f), kind) for f in ("eq", "ne") for kind in ("Scalar", "Tensor")}
 # Number of elements from which a CPU takes longer to compute a result than torch takes to infer its
 # shape (50 to 150 us of Python): without this limit, a record of 12 transformer layers of width 64
 # took 4 times as long.
@@ -307,5 +314,5 @@ def _functional(func: Any) -> Any:
     name = func._schema.name.removeprefix("aten::")
     if not name.endswith("_") or func.namespace != "aten":
         return None
-    packet = getattr(torch.ops.aten, name[:-1], None)
+    packet = getattr(aten, name[:-1], None)
     return getattr(packet, func._overloadname, None)

@@ -54,6 +54,14 @@ _unary(aten.gelu.default, slope=lambda x, y, c: gelu_slopes(x, c)[0])
 _unary(aten.silu.default, slope=lambda x, y, c: silu_slopes(x, c)[0])
 
 
+@rule(aten.log_sigmoid_forward.default)
+def log_sigmoid(call: Call):
+    """torch's decomposition has kinks at zero, where the function is smooth."""
+    call.differentiable_outputs = (0,)
+    slope = torch.sigmoid(-call.args[0])
+    return lambda d: (d * slope, None)
+
+
 @rule(aten.relu.default, ignores_self=True)
 def relu(call: Call):
     mask = _mask(call.out > 0, call.out)
@@ -183,25 +191,6 @@ def where(call: Call):
     return derivative
 
 
-@rule(aten.maximum.default, aten.minimum.default, prims.maximum.default, prims.minimum.default)
-def extremum(call: Call):
-    """The larger or the smaller of two; the mean of their tangents where they are equal."""
-    a, b = call.args
-    ndim, a_ndim, b_ndim = call.out.ndim, _ndim(a), _ndim(b)
-    is_larger = call.func in (aten.maximum.default, prims.maximum.default)
-    ahead = a > b if is_larger else a < b
-    share = torch.where(ahead, 1.0, torch.where(torch.eq(a, b), 0.5, 0.0)).to(call.out)
-
-    def derivative(da: Tangent, db: Tangent) -> Tangent:
-        out = None if da is None else spread(da, a_ndim, ndim) * share
-        if db is None:
-            return out
-        moved = spread(db, b_ndim, ndim) * (1 - share)
-        return moved if out is None else out.add_(moved)
-
-    return derivative
-
-
 @rule(aten.masked_fill.Scalar, ignores_self=True)
 def masked_fill(call: Call):
     mask, shape, ndim = call.keep(call.args[1]), call.out.shape, call.args[0].ndim
@@ -265,7 +254,13 @@ def silu_slopes(x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     return call.shared("silu", (x,), slopes)
 
 
+def log_sigmoid_slopes(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(-x)
+    return s, s * (s - 1)
+
+
 _backward(aten.gelu_backward.default, gelu_slopes)
+_backward(aten.log_sigmoid_backward.default, log_sigmoid_slopes)
 _backward(aten.silu_backward.default, silu_slopes)
 # These two read the output of their function, y.
 _backward(aten.tanh_backward.default, lambda y, c: (1 - y * y, -2 * y))

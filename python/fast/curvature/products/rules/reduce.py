@@ -20,8 +20,9 @@ def total(call: Call):
     return lambda d, *_: reduce(d, dims, keepdim) if dims else d
 
 
-@rule(aten._softmax.default)
+@rule(aten._softmax.default, aten._safe_softmax.default)
 def softmax(call: Call):
+    """The safe one gives zeros where a whole row is masked, and these do not move."""
     y, dim = call.keep(call.out), call.args[1] % max(call.out.ndim, 1) + 1
 
     def derivative(d: Tensor, *_: Any) -> Tangent:
