@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fast.curvature.products.programs.trace import Node, Ref, Trace, Value
 
 aten = torch.ops.aten
-_IN_PLACE = {
+_IN_PLACE: dict[Any, Any] = {
     aten.mul.Tensor: aten.mul_.Tensor,
     aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
@@ -31,30 +32,29 @@ def overwriting(
         first: the value that stands for a value, as `simplify.merged` says.
         first_pass: the first segment of a pass. What was made before is read by all passes.
     """
-    memory = [value.memory for value in trace.values]
+    memory = [value.memory for value in trace.values]  # the first value in each value's memory
     made_in = {o: node.segment for node in nodes for o in node.made()}
-    end = len(nodes)
-    last = {memory[first(v)]: i for i, node in enumerate(nodes) for v in node.reads}
-    last |= {memory[first(v)]: end for _, results in trace.segments for v in results}
+    last_read = {memory[first(v)]: i for i, node in enumerate(nodes) for v in node.reads}
+    # The caller reads the results, and may write over them.
+    last_read |= {memory[first(v)]: len(nodes) for _, results in trace.segments for v in results}
     rewritten = []
     for i, node in enumerate(nodes):
-        func = _IN_PLACE.get(node.func)
-        if func is not None and isinstance(node.args[0], Ref):
-            target, (output,) = first(node.args[0].value), node.made()
+        in_place = _IN_PLACE.get(node.func)
+        if in_place is not None and isinstance(node.args[0], Ref):
+            (output,) = node.made()
+            target = first(node.args[0].value)
             home = memory[target]
-            others = [v for v in node.reads if v != node.args[0].value]
+            others = [memory[first(v)] for v in node.reads if v != node.args[0].value]
             if (
                 made_in.get(home, -1) >= first_pass
-                and last[home] == i
-                and all(memory[first(v)] != home for v in others)
+                and last_read[home] == i
+                and home not in others
                 and _same_places(trace.values[target], trace.values[output])
             ):
-                node = replace(node, func=func, writes={home})
-                # Views of the result are now views of this memory: it is read as long as they are.
-                after = last.get(memory[output], i)
-                moved = memory[output]
-                memory = [home if m == moved else m for m in memory]
-                last[home] = after
+                node = replace(node, func=in_place, writes={home})
+                # The result, and its views, lie in this memory from here on.
+                last_read[home] = last_read.get(output, i)
+                memory = [home if m == output else m for m in memory]
         rewritten.append(node)
     return rewritten
 
