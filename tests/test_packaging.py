@@ -133,7 +133,7 @@ def test_wheel_has_both_packages_and_links_no_torch(checkout, tmp_path):
         names = archive.namelist()
         (native,) = (n for n in names if n.startswith("fastkernels/_C"))
         archive.extract(native, tmp_path / "wheel")
-    files = ("fastkernels/ops/update/batch.py", "fastkernels/backends/native.py")
+    files = ("fastkernels/ops/update/call.py", "fastkernels/backends/native.py")
     assert {"fast/__init__.py", "fast/py.typed", "fastkernels/py.typed", *files} <= set(names)
     if shutil.which("ldd"):
         linked = subprocess.run(

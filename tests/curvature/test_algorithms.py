@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from curvature_cases import build
+from curvature.cases import build
 from fast.curvature import (
     GGN,
     Fisher,

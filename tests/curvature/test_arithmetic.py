@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvature_truth import batch, linear, relative
+from curvature.truth import batch, linear, relative
 from fast.curvature import GGN, Hessian
 from fast.curvature.products.precision import backends
-from fast.curvature.products.programs.kept import TRACED_AT
+from fast.curvature.products.programs.cached_record import TRACED_AT
 
 KINDS = (Hessian, GGN)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from curvature_errors import OPEN, row
-from curvature_truth import Net, batch, linear
+from curvature.errors import OPEN, row
+from curvature.truth import Net, batch, linear
 from fast.curvature import audit
 
 # Where the derivative of torch's first derivative is NaN, an error says so.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import build
-from curvature_truth import Net, batch, linear, parameter, relative
+from curvature.cases import build
+from curvature.truth import Net, batch, linear, parameter, relative
 from fast.curvature import GGN, Hessian
 from fast.curvature.network.snapshot import checksum
 

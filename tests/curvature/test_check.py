@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature_cases import build
-from curvature_truth import batch, linear
+from curvature.cases import build
+from curvature.truth import batch, linear
 from fast.curvature import GGN, Fisher, Hessian, Loss, MatrixOperator
 from fast.curvature.operators.mean import WeightedMean
 

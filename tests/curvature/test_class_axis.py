@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
-from curvature_truth import Net, linear, relative
+from curvature.truth import Net, linear, relative
 from fast.curvature import GGN, CrossEntropy, Fisher, Hessian, fisher_diagonal
 from fast.curvature.card.answers import divergence, expected_rise
 from fast.data.source_inputs import SourceInputs

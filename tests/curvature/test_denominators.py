@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_truth import linear, relative
+from curvature.truth import linear, relative
 from fast.curvature import GGN, Fisher, Hessian, Loss, fisher_diagonal
 
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)

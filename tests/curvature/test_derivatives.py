@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import difference, explicit_jacobian, loss_at
-from curvature_truth import Net, batch, explicit_ggn, linear, parameter, relative
+from curvature.cases import difference, explicit_jacobian, loss_at
+from curvature.truth import Net, batch, explicit_ggn, linear, parameter, relative
 from fast.curvature import GGN, Fisher, Hessian, SecondDerivativeError, fisher_diagonal
 
 
@@ -64,17 +64,21 @@ def test_products_that_need_one_derivative(name: str, method: str) -> None:
         warnings.simplefilter("error")
         ggn = GGN(model, F.cross_entropy, (x, y), method=method)
         truth = explicit_ggn(outputs, params)
-        assert relative(ggn.dense(), truth) < 1e-10
+        # torch rounds the slope of a hard sigmoid, 1/6, to float32; its decomposition does not.
+        limit = 1e-8 if (name, method) == ("hardsigmoid", "auto") else 1e-10
+        assert relative(ggn.dense(), truth) < limit
         assert float(ggn.quad(torch.ones_like(truth[0]))) == pytest.approx(float(truth.sum()))
         fisher = Fisher(model, F.cross_entropy, (x, y), method=method, kind="empirical")
-        assert relative(fisher.dense(), empirical) < 1e-10
+        assert relative(fisher.dense(), empirical) < limit
 
 
 @pytest.mark.parametrize("name", ONCE)
 def test_their_hessian_is_refused_by_name(name: str) -> None:
     model, x = ONCE[name]
+    # A record of a hard sigmoid has its decomposition, which can be differentiated twice.
+    method = "loop" if name == "hardsigmoid" else "auto"
     with pytest.raises(SecondDerivativeError, match=rf"module {CULPRITS[name]} .*twice.*fast.GGN"):
-        Hessian(model, F.cross_entropy, (x, batch()[1])).dense()
+        Hessian(model, F.cross_entropy, (x, batch()[1]), method=method).dense()
 
 
 def hessian_by_differences(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

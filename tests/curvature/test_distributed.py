@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from curvature_ranks import KINDS, SPLITS, data_of, rank_main
+from curvature.ranks import KINDS, SPLITS, data_of, rank_main
 
 
 @pytest.mark.slow

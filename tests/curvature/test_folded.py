@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature_cases import BY_LOOP, NETWORKS, build
-from curvature_truth import Net, batch, linear
+from curvature.cases import BY_LOOP, NETWORKS, build
+from curvature.truth import Net, batch, linear
 from fast.curvature import GGN, Hessian
 from fast.curvature.products.batched import RuleError, UnsupportedOperation
 from fast.curvature.products.batched.tape import Tape

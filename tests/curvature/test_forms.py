@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import BY_LOOP, NETWORKS, build
-from curvature_truth import Net, batch, linear, parameter, truths
+from curvature.cases import BY_LOOP, NETWORKS, build
+from curvature.truth import Net, batch, linear, parameter, truths
 from fast.curvature import Hessian
 from fast.curvature.products.batched import forms
-from fast.curvature.products.programs.program import Replay
+from fast.curvature.products.programs.program import ProgramPasses
 
 
 def _forms_agree(model: nn.Module, x: Tensor, y: Tensor, hessian: Tensor) -> None:
@@ -129,4 +129,4 @@ def test_forms_of_some_parameters() -> None:
     for _ in range(3):
         torch.testing.assert_close(block.quad(V), truth)
     (part,) = (part for *_, part in block.linearizations(3, block.loss))
-    assert isinstance(part, Replay)
+    assert isinstance(part, ProgramPasses)

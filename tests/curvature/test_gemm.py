@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from curvature_cases import build
+from curvature.cases import build
 from fast.curvature import GGN, Hessian
 from fast.curvature.products.rules import gemm
 

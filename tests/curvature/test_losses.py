@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from curvature_cases import build, explicit_hessian, explicit_jacobian, loss_at
-from curvature_truth import Net, batch, linear, relative
+from curvature.cases import build, explicit_hessian, explicit_jacobian, loss_at
+from curvature.truth import Net, batch, linear, relative
 from fast.curvature import GGN, Fisher, Hessian, fisher_diagonal
 
 WEIGHTS = torch.tensor([1.0, 4.0, 0.2, 3.0], dtype=torch.float64)

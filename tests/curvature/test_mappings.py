@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_truth import batch, linear
+from curvature.truth import batch, linear
 from fast.curvature import GGN, fisher_diagonal
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curvature_cases import build
-from curvature_truth import linear
+from curvature.cases import build
+from curvature.truth import linear
 from fast.curvature import GGN, Fisher, Hessian, MatrixOperator, SecondDerivativeError
 from fast.curvature.products.batched import UnsupportedOperation
 

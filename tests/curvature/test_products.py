@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import (
+from curvature.cases import (
     NETWORKS,
     build,
     difference,

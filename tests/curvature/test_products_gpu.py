@@ -1,4 +1,4 @@
-"""Products on a CUDA device: what the networks of `curvature_cases` give on a CPU."""
+"""Products on a CUDA device: what the networks of `cases` give on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fast
-from curvature_cases import NETWORKS, build
+from curvature.cases import NETWORKS, build
 from fast.curvature import GGN, Hessian, SymmetricOperator
 
 pytestmark = [

@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import BY_LOOP, NETWORKS, build
-from curvature_truth import Net, batch, linear, relative
+from curvature.cases import BY_LOOP, NETWORKS, build
+from curvature.truth import Net, batch, linear, relative
 from fast.curvature import GGN, Fisher, Hessian
-from fast.curvature.products.programs.kept import TRACED_AT
-from fast.curvature.products.programs.program import Replay
+from fast.curvature.products.programs.cached_record import TRACED_AT
+from fast.curvature.products.programs.code import Code
+from fast.curvature.products.programs.overwrite import overwriting
+from fast.curvature.products.programs.program import Execution, ProgramPasses
+from fast.curvature.products.programs.tracer import Tracer
 
 KINDS = (Hessian, GGN)
 
@@ -43,7 +46,7 @@ def _products_of_new_batches(kind, model: nn.Module, count: int = 5):
 
 def _is_replayed(operator, num_vectors: int = 3) -> bool:
     parts = [part for *_, part in operator.linearizations(num_vectors, operator.loss)]
-    return all(isinstance(part, Replay) for part in parts)
+    return all(isinstance(part, ProgramPasses) for part in parts)
 
 
 @pytest.mark.parametrize("kind", [Hessian, GGN, Fisher])
@@ -102,8 +105,7 @@ def test_programs_follow_data_parameters_and_vectors(name: str, kind) -> None:
 def test_a_branch_on_data_has_a_program_for_each_turn(kind) -> None:
     model = Net(lambda net, x: net.a(x).tanh() if x.sum() > 0 else net.a(x).sin(), a=linear(6, 4))
     operator = _products_of_new_batches(kind, model, 9)
-    (programs,) = operator._programs._seen.values()
-    assert len(programs) == 2
+    assert len(operator.programs) == 2
     assert _is_replayed(operator)
 
 
@@ -129,8 +131,8 @@ def test_what_no_program_can_follow_is_recorded_anew(name: str, kind) -> None:
     operator = _products_of_new_batches(kind, Net(forward, a=linear(6, 4)), 7)
     assert not _is_replayed(operator)
     assert operator.explain().startswith("folded, ")
-    assert f"each batch recorded anew: {operator._programs.why}" in operator.explain()
-    assert reason in operator._programs.why
+    assert f"each batch recorded anew: {operator.programs.why}" in operator.explain()
+    assert reason in operator.programs.why
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
@@ -141,7 +143,7 @@ def test_random_numbers_of_python_are_drawn_at_every_product(draw) -> None:
     v = torch.ones(operator.shape[0], dtype=torch.float64)
     products = [operator @ v for _ in range(4)]
     assert not any(torch.equal(a, b) for a in products[:2] for b in products[2:])
-    assert operator._programs.why == "it draws random numbers that torch does not seed"
+    assert operator.programs.why == "the network draws random numbers that torch does not seed"
 
 
 def test_a_network_that_counts_its_calls_is_recorded_anew() -> None:
@@ -233,7 +235,7 @@ def test_batches_of_several_shapes_and_chunks(kind) -> None:
     truth = _operator(kind, model, batches, method="loop") @ V
     for _ in range(3):
         assert relative(operator @ V, truth) < 1e-11
-    assert sum(map(len, operator._programs._seen.values())) == 3
+    assert len(operator.programs) == 3
     assert relative(operator @ V[:, :3], truth[:, :3]) < 1e-11
 
 
@@ -261,7 +263,7 @@ def test_passes_of_a_kept_batch_become_code_that_gives_the_same(name: str, kind)
         torch.testing.assert_close(operator @ V, product, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(operator.quad(V), form, rtol=1e-12, atol=1e-14)
     code = {("product", 2), ("product", 1), ("form", 2), ("form", 1)}
-    assert set(operator._cache[1]._runs) == code
+    assert set(operator._cache[1].executions) == code
     W = torch.randn_like(V)
     fresh = _operator(kind, model, [(x, y)], chunk=2)
     torch.testing.assert_close(operator @ W, fresh @ W, rtol=1e-12, atol=1e-14)
@@ -288,7 +290,7 @@ def test_a_kept_batch_serves_every_number_of_vectors() -> None:
             model[0].bias.add_(0.1 * step)
         truth = _operator(Hessian, model, [(x, y)]).dense()
         torch.testing.assert_close(operator @ V, truth @ V)
-    assert isinstance(operator._cache[1], Replay)
+    assert isinstance(operator._cache[1], ProgramPasses)
     torch.testing.assert_close(operator @ V[:, :3], truth @ V[:, :3])
     kept = operator._cache
     torch.testing.assert_close(operator @ V, truth @ V)
@@ -306,3 +308,32 @@ def test_a_closure_needs_a_refresh() -> None:
     options["scale"] = 2.0
     operator.refresh()
     torch.testing.assert_close(operator @ V, _operator(GGN, model, [(x, y)]) @ V)
+
+
+def test_only_what_nobody_reads_again_is_overwritten() -> None:
+    def compute(x: Tensor) -> Tensor:
+        a = x * 2
+        b = a * a.sum()  # `a` is read later
+        c = a + b
+        wide = c[:, None].expand(3, 2, 3) * 0.5  # several numbers of its argument share a place
+        row = c[0]
+        d = c.neg()  # `row` lies in its argument
+        return d * wide.sum() + row
+
+    x, y = torch.rand(3, 3), torch.rand(3, 3)
+    tracer = Tracer()
+    with tracer.segment(x) as returns, torch.no_grad():
+        returns(compute(x))
+    code = Code(tracer.trace, [0])
+    before = y.clone()
+    torch.testing.assert_close(Execution(code)(0, y), [compute(y)])
+    assert torch.equal(y, before)
+    nodes = overwriting(tracer.trace, tracer.trace.nodes, lambda v: v, 0)
+    names = [node.func.__name__ for node in nodes]
+    assert [n for n in names if n.endswith("_.Tensor")] == [
+        "add_.Tensor",
+        "mul_.Tensor",
+        "add_.Tensor",
+    ]
+    assert names.count("mul.Tensor") == 3
+    assert "neg.default" in names

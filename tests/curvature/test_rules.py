@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_truth import Net, batch, linear, parameter, relative, truths
+from curvature.truth import Net, batch, linear, parameter, relative, truths
 from fast.curvature import GGN, Hessian
 
 MASK = torch.tensor([[True, False, True], [True, True, False], [False, False, True]])
@@ -53,6 +55,18 @@ def _convolutions(*layers: nn.Module, channels: int, spatial: int = 2) -> Net:
         return net.out(net.layers(h).flatten(2).mean(2).tanh())
 
     return Net(forward, layers=nn.Sequential(*layers).double(), out=linear(channels, 4))
+
+
+def _between(function: Callable[[Tensor], Tensor], width: int = 6) -> Callable[[], Net]:
+    """Makes a network with a function of [5, 6] between two layers."""
+    return lambda: Net(
+        lambda n, x: n.out(function(2 * n.first(x))), first=linear(6, 6), out=linear(width, 4)
+    )
+
+
+def _attention_with_dropout(net: Net, x: Tensor) -> Tensor:
+    q, k, v = (_tokens(x) * w for w in net.w)
+    return net.out(F.scaled_dot_product_attention(q, k, v, dropout_p=0.3).flatten(2).mean(1))
 
 
 def _indices(x: Tensor) -> Tensor:
@@ -144,6 +158,33 @@ NETS = {
         w=parameter(4),
         first=linear(6, 4),
     ),
+    "group norms": lambda: _convolutions(
+        nn.Conv2d(1, 4, 1),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.GroupNorm(4, 4, affine=False),
+        channels=4,
+    ),
+    "group norm of vectors": lambda: Net(
+        lambda n, x: n.out(n.norm(n.norm(x).sin())),
+        norm=nn.GroupNorm(2, 6).double(),
+        out=linear(6, 4),
+    ),
+    "softplus": _between(F.softplus),
+    "elu": _between(F.elu),
+    "mish": _between(F.mish),
+    "glu": _between(F.glu, 3),
+    "hardswish": _between(F.hardswish),
+    "leaky relu": _between(lambda h: F.leaky_relu(h, 0.3)),
+    "prelu": lambda: Net(
+        lambda n, x: n.out(F.prelu(n.first(x), n.w)),
+        first=linear(6, 6),
+        w=parameter(6),
+        out=linear(6, 4),
+    ),
+    "logsigmoid": _between(F.logsigmoid),
+    "logsigmoid at zero": _between(lambda h: F.logsigmoid(h - h.detach())),
+    "functions": _between(lambda h: h.expm1().atan() + h.exp2().log1p()),
     "masked_fill": lambda: Net(
         lambda n, x: n.w.sin().masked_fill(x[:, :4] > 0, 2.0) * n.first(x).exp(),
         w=parameter(4),
@@ -163,3 +204,20 @@ def test_products_equal_the_explicit_matrices(name: str) -> None:
             product = kind(model, F.cross_entropy, (x, y), method=method).dense()
             limit = 1e-6 if name == "types" else 1e-10
             assert relative(product, truth) < limit, (kind.__name__, method)
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_attention_with_dropout_has_the_mask_of_the_loop(kind) -> None:
+    torch.manual_seed(0)
+    model, data = Net(_attention_with_dropout, w=parameter(3, 6), out=linear(18, 4)), batch()
+    first, second = (kind(model, F.cross_entropy, data, method=m) for m in ("folded", "loop"))
+    assert relative(first.dense(), second.dense()) < 1e-12
+    other = kind(model, F.cross_entropy, data, seed=1)
+    assert relative(other.dense(), second.dense()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_hard_sigmoid_has_the_derivatives_that_torch_lacks(kind) -> None:
+    model = _between(F.hardsigmoid)()
+    operator = kind(model, F.cross_entropy, batch(), method="folded")
+    assert operator.check().ok

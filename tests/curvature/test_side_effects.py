@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature_cases import build, snapshot
-from curvature_truth import Net, batch, linear, relative, truths
+from curvature.cases import build, snapshot
+from curvature.truth import Net, batch, linear, relative, truths
 from fast.curvature import GGN, Fisher, Hessian, Identity, keep_freed_memory
 from fast.curvature.network.evaluation import evaluation
+from fast.curvature.network.memory import empty_product
 
 
 def _lookup(embedding: nn.Embedding) -> Net:
@@ -175,6 +176,29 @@ def test_malloc_is_changed_only_when_asked(kind, monkeypatch: pytest.MonkeyPatch
     assert not calls
     assert keep_freed_memory.__wrapped__()
     assert dict(calls) == {-3: 32 * 2**20, -1: 2**30}
+
+
+def test_large_products_ask_for_the_large_pages_that_they_fill(monkeypatch) -> None:
+    calls = []
+
+    class Libc:
+        @staticmethod
+        def madvise(begin: ctypes.c_void_p, length: ctypes.c_size_t, advice: int) -> int:
+            calls.append((begin.value, length.value, advice))
+            return -1  # the kernel refuses, and nothing changes
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Libc)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert empty_product(torch.empty(3, 5).T).stride() == (3, 1)
+    assert not calls
+    out = empty_product(torch.empty(2**10 + 1, 2**13).T)
+    assert out.is_contiguous()
+    ((begin, length, advice),) = calls
+    last = out.data_ptr() + out.numel() * out.element_size()
+    assert begin % 2**21 == length % 2**21 == 0
+    assert 0 <= begin - out.data_ptr() < 2**21
+    assert 0 <= last - begin - length < 2**21
+    assert advice == 14
 
 
 def test_no_vectors_give_no_numbers() -> None:

@@ -22,7 +22,7 @@ from fastkernels import op
 from fastkernels.backends import cuda as backend
 from fastkernels.backends import native
 from fastkernels.ops.update import cuda
-from fastkernels.ops.update.batch import Batch
+from fastkernels.ops.update.call import UpdateCall
 from fastkernels.ops.update.plan import CHUNK, DEVICE_PLANS
 from helpers import ROOT
 from kernels.cases import FEATURES, Feature
@@ -55,13 +55,13 @@ class Emulated:
         rows = [bytes(table[6 * i : 6 * i + 6]) for i in range(count)]
         return {(row[:5], bool(row[5])): i for i, row in enumerate(rows)}
 
-    def run(self, batch: Batch) -> None:
+    def run(self, call: UpdateCall) -> None:
         """As `cuda.run`, but for the device; clips as clip_kernel, finishes as finish_kernel."""
-        what = cuda.kind_of, batch.seed, batch.max_grad_norm
-        plan, batch, addresses, finish = DEVICE_PLANS.find(batch, *what)
-        scale = 1.0 if batch.grad_scale is None else 1.0 / float(batch.grad_scale)
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in batch.grads)) * scale
-        most = batch.max_grad_norm or 0.0
+        what = cuda.kind_of, call.seed, call.max_grad_norm
+        plan, call, addresses, finish = DEVICE_PLANS.find(call, *what)
+        scale = 1.0 if call.grad_scale is None else 1.0 / float(call.grad_scale)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in call.grads)) * scale
+        most = call.max_grad_norm or 0.0
         assert most or scale == 1.0, "a loss scale without a limit would be read by the kernel"
         limited = scale * min(1.0, most / (norm + 1e-6))
         plan.control.copy_(torch.tensor([norm, limited, 0.0], dtype=torch.float64))
@@ -70,18 +70,18 @@ class Emulated:
         for launch in plan.launches:
             self.used.append(launch.kind)
             self.library.run_chunks(
-                int(batch.rule.name == "anchored_sgd_"), launch.kind, *map(
+                int(call.rule.name == "anchored_sgd_"), launch.kind, *map(
                     ctypes.c_int64, (launch.first, launch.count)),
                 *(ctypes.c_void_p(t.data_ptr()) for t in (plan.rows, grads, plan.chunks)),
                 ctypes.c_int64(count), *(ctypes.c_void_p(t.data_ptr()) for t in (
-                    batch.hyper, plan.partial, plan.control)),
-                ctypes.c_void_p(batch.stats.data_ptr()), ctypes.c_double(most),
-                ctypes.c_uint64(batch.seed),
+                    call.hyper, plan.partial, plan.control)),
+                ctypes.c_void_p(call.stats.data_ptr()), ctypes.c_double(most),
+                ctypes.c_uint64(call.seed),
             )  # fmt: skip
         squares, away, change, energy = plan.partial.sum(1).tolist()
         roots = [norm if most else math.sqrt(squares), math.sqrt(away), math.sqrt(change)]
-        batch.stats.copy_(torch.tensor([*roots, 0.5 * energy], dtype=torch.float64))
-        for step in batch.steps:
+        call.stats.copy_(torch.tensor([*roots, 0.5 * energy], dtype=torch.float64))
+        for step in call.steps:
             step += 1
         finish()
 

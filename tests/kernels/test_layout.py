@@ -10,7 +10,7 @@ import torch
 
 from fastkernels import codes
 from fastkernels.ops.update.adamw import ADAMW
-from fastkernels.ops.update.batch import HARDEST, STATS
+from fastkernels.ops.update.call import HARDEST, STATS
 from fastkernels.ops.update.plan import CHUNK, DTYPES, ROW
 from fastkernels.ops.update.sgd import SGD
 from helpers import ROOT

@@ -10,15 +10,15 @@ from fastkernels.backends import native
 from fastkernels.ops.update import plan
 from fastkernels.ops.update import signature as signatures
 from fastkernels.ops.update.adamw import ADAMW
-from fastkernels.ops.update.batch import Batch
+from fastkernels.ops.update.call import UpdateCall
 from fastkernels.ops.update.plan import Plans
 
 
-def batch(*shapes: tuple[int, ...]) -> Batch:
+def call(*shapes: tuple[int, ...]) -> UpdateCall:
     def each() -> list[Tensor]:
         return [torch.randn(s) for s in shapes]
 
-    return Batch(
+    return UpdateCall(
         rule=ADAMW,
         params=each(),
         grads=each(),
@@ -42,7 +42,7 @@ def signature(request):
 
 
 def test_gradients_may_move_and_nothing_else(signature):
-    b = batch((3, 4), (5,), (), (0, 2))
+    b = call((3, 4), (5,), (), (0, 2))
     addresses = signature.record(b)
     assert addresses == [g.data_ptr() for g in b.grads] == signature.match(b)
     b.grads = [g.clone() for g in b.grads]
@@ -77,14 +77,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_changed_is_seen(signature, change):
-    b = batch((3, 4), (5,), (), (0, 2))
+    b = call((3, 4), (5,), (), (0, 2))
     signature.record(b)
     change(b)
     assert signature.match(b) is None
 
 
 def test_strides_of_dimensions_of_size_one_mean_nothing(signature):
-    b = batch((1, 4, 1, 3))
+    b = call((1, 4, 1, 3))
     signature.record(b)
     b.grads[0] = torch.randn(12).as_strided((1, 4, 1, 3), (77, 3, 5, 1))
     assert signature.match(b) is not None
@@ -93,7 +93,7 @@ def test_strides_of_dimensions_of_size_one_mean_nothing(signature):
 def test_a_plan_is_built_once_and_again_when_something_moved():
     built = []
     plans = Plans(lambda b: built.append(len(b.params)) or len(built))
-    b = batch((3, 4), (5,))
+    b = call((3, 4), (5,))
     assert [plans.find(b)[0] for _ in range(3)] == [1, 1, 1]
     b.grads[0] = torch.zeros(()).expand(3, 4)  # copied to the parameter's layout: the plan holds
     number, used, addresses, _ = plans.find(b)
@@ -107,7 +107,7 @@ def test_a_plan_is_built_once_and_again_when_something_moved():
 def test_plans_do_not_grow_for_ever(monkeypatch):
     monkeypatch.setattr(plan, "MAX_TENSORS", 3)
     plans = Plans(lambda b: object())
-    kept = [batch((2,)) for _ in range(5)]
+    kept = [call((2,)) for _ in range(5)]
     for b in kept:
         plans.find(b)
     assert len(plans) == 3

@@ -74,14 +74,14 @@ MAIN = ("plain", "anchor", "curvature", "bf16_state")
 @functools.cache
 def compiled(rule: str, types: tuple[int, ...], remainder: bool, clip: bool):
     """The update kernel for sm_90 and its kind."""
-    from fastkernels.ops.update import triton as op
+    from fastkernels.ops.update.triton import kernels, launch
 
     if rule == "sgd":
         types = (*types[:3], 0, *types[4:])
-    kind = op.kind_of(bytes(types), remainder, True)
-    rule_constants = op.RULES[f"anchored_{rule}_"] | {"COLUMNS": 7}
+    kind = launch.kind_of(bytes(types), remainder, True)
+    rule_constants = launch.RULES[f"anchored_{rule}_"] | {"COLUMNS": 7}
     constants = {**rule_constants, **kind._asdict(), "CLIP": clip, "STATS": True}
-    return offline(op.update_kernel, constants, kind.options), kind
+    return offline(kernels.update_kernel, constants, kind.options), kind
 
 
 def resources(kernel) -> sass.Usage:
@@ -125,15 +125,15 @@ def test_clipping_needs_no_more():
 def test_what_goes_before_and_after_compiles_too(name):
     import triton.language as tl
 
-    from fastkernels.ops.update import triton as op
+    from fastkernels.ops.update.triton import kernels, launch
 
     constants = {
-        "gradient_norm": {"G": tl.float32, "ALIGN": 16, "BLOCK": op.BLOCK},
-        "clip": {"BLOCK": op._REDUCE},
-        "finish": {"CLIP": True, "BLOCK": op._REDUCE},
+        "gradient_norm": {"G": tl.float32, "ALIGN": 16, "BLOCK": launch.BLOCK},
+        "clip": {"BLOCK": launch.REDUCE},
+        "finish": {"CLIP": True, "BLOCK": launch.REDUCE},
     }[name]
-    kernel = getattr(op, f"{name}_kernel")
-    options = {"num_warps": op._WARPS}
+    kernel = getattr(kernels, f"{name}_kernel")
+    options = {"num_warps": launch.WARPS}
     compiled_kernel = offline(kernel, constants, options)
     used = resources(compiled_kernel)
     assert used.stack == used.local == 0

@@ -101,14 +101,14 @@ def offline(kernel: Any, constants: dict[str, Any], options: dict[str, Any],
 
 def triton_kernel(rule: str, v: Variant) -> tuple[bytes, str, int, int]:
     """(cubin, kernel, threads of a block, elements of a thread)."""
-    from fastkernels.ops.update import triton as op
     from fastkernels.ops.update.plan import DTYPES
+    from fastkernels.ops.update.triton import kernels, launch
 
     types = bytes(DTYPES.index(t) for t in streams(rule, v))
-    kind = op.kind_of(types, v.exact, True)
-    constants = {**op.RULES[f"anchored_{rule}_"], "COLUMNS": 7, **kind._asdict()}
+    kind = launch.kind_of(types, v.exact, True)
+    constants = {**launch.RULES[f"anchored_{rule}_"], "COLUMNS": 7, **kind._asdict()}
     compiled = offline(
-        op.update_kernel, constants | {"CLIP": v.clip, "STATS": v.stats}, kind.options
+        kernels.update_kernel, constants | {"CLIP": v.clip, "STATS": v.stats}, kind.options
     )
     threads = 32 * compiled.metadata.num_warps
     return compiled.asm["cubin"], "update_kernel", threads, kind.BLOCK // threads

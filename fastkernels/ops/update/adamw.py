@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastkernels.op import operator
-from fastkernels.ops.update.batch import BACKENDS, Batch, Rule, direct, fake, run
+from fastkernels.ops.update.call import BACKENDS, Rule, UpdateCall, direct, fake, run
 
 ADAMW = Rule(
     name="anchored_adamw_",
@@ -86,7 +86,7 @@ def anchored_adamw_(
         ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    run(Batch(
+    run(UpdateCall(
         rule=ADAMW, params=params, grads=grads, moments=(exp_avgs, exp_avg_sqs),
         moment_scales=(exp_avg_scales, exp_avg_sq_scales), steps=steps, hyper=hyper, groups=groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkernels import memory
 from fastkernels.codes import code_scales
-from fastkernels.ops.update.batch import READ_ONLY, Batch
+from fastkernels.ops.update.call import READ_ONLY, UpdateCall
 
 _REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
@@ -24,27 +24,27 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 
-def check_tensors(batch: Batch) -> None:
+def check_tensors(call: UpdateCall) -> None:
     """Raise a ValueError that names the list and the entry that does not fit its parameter, or that
     breaks a rule of `fastkernels.memory`."""
-    name, count, lists = batch.rule.name, len(batch.params), batch.lists()
-    required = {"params", "grads", "steps", "groups", *batch.rule.moments}
-    for key, entries in (lists | {"groups": batch.groups}).items():
+    name, count, lists = call.rule.name, len(call.params), call.lists()
+    required = {"params", "grads", "steps", "groups", *call.rule.moments}
+    for key, entries in (lists | {"groups": call.groups}).items():
         if len(entries) != count and (entries or key in required):
             raise ValueError(f"{name}: {key} has {len(entries)} entries for {count} params")
         for i, t in enumerate(entries):
             optional = t is None and key in READ_ONLY - {"grads"}
             if key != "groups" and not isinstance(t, Tensor) and not optional:
                 raise ValueError(f"{name}: {key}[{i}] must be a tensor; got {type(t).__name__}")
-    shaped = ("grads", *batch.rule.moments, "anchors", "curvature", "remainders")
-    may_be_empty = ("remainders", *batch.rule.optional_moments)
-    for i, p in enumerate(batch.params):
+    shaped = ("grads", *call.rule.moments, "anchors", "curvature", "remainders")
+    may_be_empty = ("remainders", *call.rule.optional_moments)
+    for i, p in enumerate(call.params):
         if p.dtype not in _REAL:
             legal = ", ".join(map(str, _REAL))
             raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {legal}")
         if p.layout is not torch.strided:
             raise ValueError(f"{name}: params[{i}] is {p.layout}; it must be dense")
-        _check_flat(f"{name}: steps[{i}]", batch.steps[i], 1, p.device)
+        _check_flat(f"{name}: steps[{i}]", call.steps[i], 1, p.device)
         for key in shaped:
             t = lists[key][i] if lists[key] else None
             if t is None or (t.numel() == 0 and key in may_be_empty):
@@ -106,14 +106,14 @@ def like(t: Tensor, param: Tensor) -> Tensor:
     return torch.empty_strided(param.shape, param.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
-def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
-    """Check `batch`, and give every tensor its parameter's layout, by a copy if it has another.
+def prepare(call: UpdateCall) -> tuple[UpdateCall, Callable[[], None]]:
+    """Check `call`, and give every tensor its parameter's layout, by a copy if it has another.
 
     Returns:
-        the batch to work on, and a function to call after the update, which copies what was written
+        the call to work on, and a function to run after the update, which copies what was written
         back to where it belongs.
     """
-    check_tensors(batch)
+    check_tensors(call)
     copies: list[tuple[Tensor, Tensor]] = []
 
     def mutated(t: Tensor, p: Tensor) -> Tensor:
@@ -121,17 +121,17 @@ def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
             return t
         if t.dtype == torch.uint8:
             raise ValueError(
-                f"{batch.rule.name}: 8-bit codes of strides {t.stride()} for a parameter of "
+                f"{call.rule.name}: 8-bit codes of strides {t.stride()} for a parameter of "
                 f"strides {p.stride()}; their blocks follow the storage, so both must be the same "
                 "and without gaps: make the parameter contiguous, or use torch.bfloat16 state"
             )
         copies.append((t, like(t, p)))
         return copies[-1][1]
 
-    params = list(batch.params)
+    params = list(call.params)
     for i, p in enumerate(params):
         if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
-            raise ValueError(f"{batch.rule.name}: params[{i}] is expanded; give its .clone()")
+            raise ValueError(f"{call.rule.name}: params[{i}] is expanded; give its .clone()")
         if p.numel() and not memory.is_dense(p):
             params[i] = p.contiguous()
             copies.append((p, params[i]))
@@ -140,15 +140,15 @@ def prepare(batch: Batch) -> tuple[Batch, Callable[[], None]]:
         return [t if t is None else like(t, p) for t, p in zip(tensors, params, strict=False)]
 
     prepared = dataclasses.replace(
-        batch,
+        call,
         params=params,
-        grads=each(batch.grads),
+        grads=each(call.grads),
         moments=tuple(
-            [mutated(t, p) for t, p in zip(m, params, strict=True)] for m in batch.moments
+            [mutated(t, p) for t, p in zip(m, params, strict=True)] for m in call.moments
         ),
-        anchors=each(batch.anchors),
-        curvature=each(batch.curvature),
-        remainders=[mutated(t, p) for t, p in zip(batch.remainders, params, strict=False)],
+        anchors=each(call.anchors),
+        curvature=each(call.curvature),
+        remainders=[mutated(t, p) for t, p in zip(call.remainders, params, strict=False)],
     )
 
     def write_back() -> None:

@@ -12,7 +12,7 @@ import functools
 import torch
 
 from fastkernels.backends import cuda
-from fastkernels.ops.update.batch import Batch
+from fastkernels.ops.update.call import UpdateCall
 from fastkernels.ops.update.plan import DEVICE_PLANS, DTYPES, DevicePlan, flag, keep_for_graphs
 from fastkernels.ops.update.signature import addresses
 
@@ -46,26 +46,26 @@ def _upload(plan: DevicePlan, grads: list[int], device: int, stream: int) -> Non
     plan.uploaded = [] if plan.replayed else grads
 
 
-def run(batch: Batch) -> None:
-    """Step `batch` with the compiled kernels."""
-    what = kind_of, batch.seed, batch.max_grad_norm
-    plan, batch, grads, finish = DEVICE_PLANS.find(batch, *what)
-    device = batch.params[0].device
+def run(call: UpdateCall) -> None:
+    """Step `call` with the compiled kernels."""
+    what = kind_of, call.seed, call.max_grad_norm
+    plan, call, grads, finish = DEVICE_PLANS.find(call, *what)
+    device = call.params[0].device
     index = device.index if device.index is not None else torch.cuda.current_device()
     stream = torch.cuda.current_stream(device).cuda_stream
-    grad_scale = flag(batch.grad_scale, device)
-    found_inf = flag(batch.found_inf, device)
+    grad_scale = flag(call.grad_scale, device)
+    found_inf = flag(call.found_inf, device)
     if found_inf is not None:
         found_inf = found_inf.float()
     wide_scale = grad_scale is not None and grad_scale.dtype == torch.float64
-    hyper = batch.hyper.to(device)
+    hyper = call.hyper.to(device)
     launches = [(launch.kind, launch.first, launch.count) for launch in plan.launches]
     with torch.cuda.device(device):
         _upload(plan, grads, index, stream)
-        getattr(cuda.module(), batch.rule.name)(
+        getattr(cuda.module(), call.rule.name)(
             index, stream, plan.rows.data_ptr(), plan.grads.data_ptr(), plan.chunks.data_ptr(),
-            len(batch.params), launches, hyper.data_ptr(), plan.partial.data_ptr(),
-            plan.control.data_ptr(), *addresses((batch.stats, grad_scale, found_inf)), wide_scale,
-            batch.max_grad_norm or 0.0, batch.seed,
+            len(call.params), launches, hyper.data_ptr(), plan.partial.data_ptr(),
+            plan.control.data_ptr(), *addresses((call.stats, grad_scale, found_inf)), wide_scale,
+            call.max_grad_norm or 0.0, call.seed,
         )  # fmt: skip
     finish()

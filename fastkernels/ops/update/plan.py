@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkernels.ops.update.batch import STATS, Batch
+from fastkernels.ops.update.call import STATS, UpdateCall
 from fastkernels.ops.update.checks import prepare
 from fastkernels.ops.update.signature import ALIGNMENT, Signature, addresses, new_signature
 
@@ -37,17 +37,17 @@ MAX_TENSORS = 1 << 16
 Finish = Callable[[], None]
 
 
-def rows_of(batch: Batch) -> list[tuple[int, ...]]:
+def rows_of(call: UpdateCall) -> list[tuple[int, ...]]:
     """A Row of each tensor as words; the gradient's address, and what is absent, is 0."""
-    zeros = [0] * len(batch.params)
-    none: list[None] = [None] * len(batch.params)
+    zeros = [0] * len(call.params)
+    none: list[None] = [None] * len(call.params)
 
     def column(tensors: Sequence[Tensor | None]) -> list[int]:
         return addresses(tensors) if tensors else zeros
 
     stored = (
-        batch.params, batch.grads, *[*batch.moments, none][:2], batch.anchors or none,
-        batch.curvature or none,
+        call.params, call.grads, *[*call.moments, none][:2], call.anchors or none,
+        call.curvature or none,
     )  # fmt: skip
     types = [
         bytes(0 if t is None or not t.numel() else _CODE_OF[t.dtype] for t in tensors)
@@ -55,13 +55,13 @@ def rows_of(batch: Batch) -> list[tuple[int, ...]]:
     ]
     groups = [
         group | int.from_bytes(four[:4], "little") << 32
-        for group, four in zip(batch.groups, types, strict=True)
+        for group, four in zip(call.groups, types, strict=True)
     ]
     columns = (
-        column(batch.params), zeros, *[*map(column, batch.moments), zeros][:2],
-        column(batch.anchors), column(batch.curvature),
-        *[*map(column, batch.moment_scales), zeros, zeros][:2], column(batch.curvature_scales),
-        column(batch.remainders), column(batch.steps), map(Tensor.numel, batch.params),
+        column(call.params), zeros, *[*map(column, call.moments), zeros][:2],
+        column(call.anchors), column(call.curvature),
+        *[*map(column, call.moment_scales), zeros, zeros][:2], column(call.curvature_scales),
+        column(call.remainders), column(call.steps), map(Tensor.numel, call.params),
         groups, [int.from_bytes(two[4:], "little") for two in types],
     )  # fmt: skip
     return list(zip(*columns, strict=True))
@@ -77,7 +77,7 @@ class Entry(NamedTuple):
 
 
 class Plans:
-    """The plans that `build` made; they keep no tensor of a batch alive."""
+    """The plans that `build` made; they keep no tensor of a call alive."""
 
     def __init__(self, build: Callable[..., Any]) -> None:
         self._build = build
@@ -87,39 +87,39 @@ class Plans:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, batch: Batch, *what: Any) -> tuple[Any, Batch, list[int], Finish]:
-        """The plan of `batch`, made by `build(batch, *what)` when there is none.
+    def find(self, call: UpdateCall, *what: Any) -> tuple[Any, UpdateCall, list[int], Finish]:
+        """The plan of `call`, made by `build(call, *what)` when there is none.
 
         Returns:
-            the plan; the batch to run, whose tensors all have their parameter's layout; its
-            gradients' addresses; and a function to call after the update, which writes copies of
+            the plan; the call to run, whose tensors all have their parameter's layout; its
+            gradients' addresses; and a function to run after the update, which writes copies of
             mutated tensors back and tells autograd.
 
         Raises:
             ValueError: the tensors do not fit each other, or one has no memory of its own.
         """
         # Two optimizers may share parameters, and each step may have gradients for other ones.
-        who = hash(tuple(map(id, batch.params)))
-        first_step = id(batch.steps[0]) if batch.steps else 0
-        key = (what, batch.params[0].device, len(batch.params), who, first_step)
+        who = hash(tuple(map(id, call.params)))
+        first_step = id(call.steps[0]) if call.steps else 0
+        key = (what, call.params[0].device, len(call.params), who, first_step)
         entry = self._entries.get(key)
-        moving = entry.signature.match(batch) if entry is not None else None
+        moving = entry.signature.match(call) if entry is not None else None
         if entry is not None and moving and not entry.written.isdisjoint(moving):
             moving = None  # a gradient became the memory of a parameter or of its state
         write_back: Finish | None = None
         if moving is None:
-            batch, write_back = prepare(batch)
-            moving = entry.signature.match(batch) if entry is not None else None
+            call, write_back = prepare(call)
+            moving = entry.signature.match(call) if entry is not None else None
         if entry is None or moving is None:
             signature = new_signature()
-            moving = signature.record(batch)
+            moving = signature.record(call)
             if moving is None:
                 raise ValueError(
-                    f"{batch.rule.name}: a tensor has no memory of its own; call "
-                    f"torch.ops.fastkernels.{batch.rule.name} with wrapper subclasses"
+                    f"{call.rule.name}: a tensor has no memory of its own; call "
+                    f"torch.ops.fastkernels.{call.rule.name} with wrapper subclasses"
                 )
-            written = frozenset(map(Tensor.data_ptr, batch.written()))
-            entry = Entry(signature, self._build(batch, *what), len(batch.params), written)
+            written = frozenset(map(Tensor.data_ptr, call.written()))
+            entry = Entry(signature, self._build(call, *what), len(call.params), written)
             self._keep(key, entry)
         self._entries.move_to_end(key)
 
@@ -127,9 +127,9 @@ class Plans:
             if write_back is not None:
                 write_back()
             # Kernels write behind autograd's back: a graph that saved a parameter must notice.
-            torch.autograd.graph.increment_version(batch.params)
+            torch.autograd.graph.increment_version(call.params)
 
-        return entry.plan, batch, moving, finish
+        return entry.plan, call, moving, finish
 
     def _keep(self, key: tuple[Any, ...], entry: Entry) -> None:
         if key in self._entries:
@@ -221,19 +221,19 @@ class DevicePlan:
 KindOf = Callable[[bytes, bool, bool], Hashable]
 
 
-def _build(batch: Batch, kind_of: KindOf, seed: int, max_grad_norm: float | None) -> DevicePlan:
+def _build(call: UpdateCall, kind_of: KindOf, seed: int, max_grad_norm: float | None) -> DevicePlan:
     """Chunks are sorted into launches by the kind of their row."""
-    device = batch.params[0].device
+    device = call.params[0].device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"{batch.rule.name}: the tables of this list of tensors are not on the device yet; run "
+            f"{call.rule.name}: the tables of this list of tensors are not on the device yet; run "
             "one step before capturing a graph"
         )
-    rows = rows_of(batch)
+    rows = rows_of(call)
     by_kind = OrderedDict[Hashable, list[tuple[int, int]]]()
     streams = [ROW.index(x) for x in ("param", "moment[0]", "moment[1]", "anchor", "curvature")]
     group, remainder = ROW.index("group"), ROW.index("remainder")
-    for i, (row, grad) in enumerate(zip(rows, addresses(batch.grads), strict=True)):
+    for i, (row, grad) in enumerate(zip(rows, addresses(call.grads), strict=True)):
         read = (grad, row[remainder], *(row[k] for k in streams))
         aligned = not any(address % ALIGNMENT for address in read)
         types = (row[group] >> 32).to_bytes(4, "little") + row[group + 1].to_bytes(2, "little")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastkernels import codes
-from fastkernels.ops.update.batch import HARDEST, Batch
+from fastkernels.ops.update.call import HARDEST, UpdateCall
 from fastkernels.ops.update.checks import prepare
 
 
@@ -68,27 +68,27 @@ def _entry(tensors: Sequence[Any], i: int) -> Any:
     return None if t is None or t.numel() == 0 else t
 
 
-def run(batch: Batch) -> None:
-    """Step every tensor of `batch` in place."""
-    batch, write_back = prepare(batch)
-    squares = torch.zeros(4, dtype=torch.float64, device=batch.params[0].device)
-    scale, skip = _gradient_scale(batch, squares)
+def run(call: UpdateCall) -> None:
+    """Step every tensor of `call` in place."""
+    call, write_back = prepare(call)
+    squares = torch.zeros(4, dtype=torch.float64, device=call.params[0].device)
+    scale, skip = _gradient_scale(call, squares)
 
     def store(target: Tensor, value: Tensor) -> None:
         target.copy_(torch.where(skip, target, value.to(target.dtype)))
 
-    for i, param in enumerate(batch.params):
+    for i, param in enumerate(call.params):
         if param.numel():
-            _step(batch, i, scale, squares, store)
-        store(batch.steps[i], batch.steps[i] + 1)
-    if batch.stats is not None:
+            _step(call, i, scale, squares, store)
+        store(call.steps[i], call.steps[i] + 1)
+    if call.stats is not None:
         squares[:3].sqrt_()
         squares[3] *= 0.5
-        store(batch.stats, squares)
+        store(call.stats, squares)
     write_back()
 
 
-def _gradient_scale(batch: Batch, squares: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient_scale(call: UpdateCall, squares: Tensor) -> tuple[Tensor, Tensor]:
     """What gradients are multiplied by, and whether the step is skipped, both `[]`.
 
     Args:
@@ -96,67 +96,67 @@ def _gradient_scale(batch: Batch, squares: Tensor) -> tuple[Tensor, Tensor]:
     """
     device = squares.device
     scale = torch.ones((), dtype=torch.float64, device=device)
-    if batch.grad_scale is not None:
-        scale = scale / batch.grad_scale.to(device).double().reshape(())
-    for g in batch.grads:
+    if call.grad_scale is not None:
+        scale = scale / call.grad_scale.to(device).double().reshape(())
+    for g in call.grads:
         squares[0] += (g.double() * scale).square().sum()
     skip = torch.zeros((), dtype=torch.bool, device=device)
-    if batch.found_inf is not None:
-        skip = batch.found_inf.to(device).reshape(()) != 0
-    if batch.max_grad_norm is not None:
+    if call.found_inf is not None:
+        skip = call.found_inf.to(device).reshape(()) != 0
+    if call.max_grad_norm is not None:
         norm = squares[0].sqrt()
-        if batch.grad_scale is not None:
+        if call.grad_scale is not None:
             skip = skip | ~norm.isfinite()
-        scale = scale * (batch.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = scale * (call.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     return scale, skip
 
 
 def _step(
-    batch: Batch,
+    call: UpdateCall,
     i: int,
     scale: Tensor,
     squares: Tensor,
     store: Callable[[Tensor, Tensor], None],
 ) -> None:
     """Step tensor i and its moments; its parts of `squares` are added."""
-    param, columns = batch.params[i], batch.rule.columns
+    param, columns = call.params[i], call.rule.columns
     dtype = codes.compute_dtype(param)
-    h = batch.hyper[batch.groups[i]].to(param.device)
-    step = batch.steps[i].double() + 1
-    remainder = _entry(batch.remainders, i)
+    h = call.hyper[call.groups[i]].to(param.device)
+    step = call.steps[i].double() + 1
+    remainder = _entry(call.remainders, i)
     if remainder is not None:
         remainder = codes.flat(remainder)
     w = codes.load_param(codes.flat(param), remainder).to(dtype)
     sign = torch.where(h[columns.index("maximize")] != 0, -scale, scale)
-    g = codes.flat(batch.grads[i]).to(dtype) * sign.to(dtype)
-    stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in batch.moments]
-    scales = [_entry(s, i) for s in batch.moment_scales] or [None] * len(stored)
+    g = codes.flat(call.grads[i]).to(dtype) * sign.to(dtype)
+    stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in call.moments]
+    scales = [_entry(s, i) for s in call.moment_scales] or [None] * len(stored)
     old = [
         None if m is None else codes.load(m, s, signed=k == 0).to(dtype)
         for k, (m, s) in enumerate(zip(stored, scales, strict=True))
     ]
-    new_w, *new = RULES[batch.rule.name](h, step, w, g, *old)
-    if _entry(batch.anchors, i) is not None:
-        new_w = _pulled(batch, i, h, new_w, squares)
+    new_w, *new = RULES[call.rule.name](h, step, w, g, *old)
+    if _entry(call.anchors, i) is not None:
+        new_w = _pulled(call, i, h, new_w, squares)
     squares[2] += (new_w - w).double().square().sum()
     for target, value in codes.store_param(codes.flat(param), remainder, new_w):
         store(target, value)
     for k, (m, s, value) in enumerate(zip(stored, scales, new, strict=True)):
         if m is not None:
-            draws = functools.partial(codes.draws, param.numel(), batch.seed, step)
+            draws = functools.partial(codes.draws, param.numel(), call.seed, step)
             for target, part in codes.store(m, s, value, draws, signed=k == 0):
                 store(target, part)
 
 
-def _pulled(batch: Batch, i: int, h: Tensor, u: Tensor, squares: Tensor) -> Tensor:
+def _pulled(call: UpdateCall, i: int, h: Tensor, u: Tensor, squares: Tensor) -> Tensor:
     """Weights u of tensor i after the pull, flat; `h` is the row of its group in `hyper`."""
-    columns, dtype = batch.rule.columns, u.dtype
-    w0 = codes.flat(_entry(batch.anchors, i)).to(dtype)
+    columns, dtype = call.rule.columns, u.dtype
+    w0 = codes.flat(_entry(call.anchors, i)).to(dtype)
     c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=HARDEST)
     c = c.clamp(max=HARDEST).to(dtype)
-    f = _entry(batch.curvature, i)
+    f = _entry(call.curvature, i)
     if f is not None:
-        f = codes.load(codes.flat(f), _entry(batch.curvature_scales, i), signed=False)
+        f = codes.load(codes.flat(f), _entry(call.curvature_scales, i), signed=False)
         c = c * f.to(dtype)
     # From w0 on for a strong pull: u may be so large that w0 is lost in it.
     weak, strong = u + c / (1 + c) * (w0 - u), w0 + (u - w0) / (1 + c)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastkernels.op import operator
-from fastkernels.ops.update.batch import BACKENDS, Batch, Rule, direct, fake, run
+from fastkernels.ops.update.call import BACKENDS, Rule, UpdateCall, direct, fake, run
 
 SGD = Rule(
     name="anchored_sgd_",
@@ -58,7 +58,7 @@ def anchored_sgd_(
         ValueError: lists, shapes, dtypes or devices do not fit; the message names the entry.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
-    run(Batch(
+    run(UpdateCall(
         rule=SGD, params=params, grads=grads, moments=(momentum_buffers,),
         moment_scales=(momentum_scales,), steps=steps, hyper=hyper, groups=groups,
         anchors=anchors, curvature=curvature, curvature_scales=curvature_scales,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkernels.backends import native
-from fastkernels.ops.update.batch import Batch
+from fastkernels.ops.update.call import UpdateCall
 from fastkernels.ops.update.checks import same_layout
 
 # Accesses of 128 bits need addresses that are multiples of so many bytes.
@@ -29,17 +29,17 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 class Signature(Protocol):
-    """Remembers the tensors of a batch."""
+    """Remembers the tensors of a call."""
 
-    def record(self, batch: Batch) -> list[int] | None:
-        """Remember a batch whose tensors have their parameters' layout.
+    def record(self, call: UpdateCall) -> list[int] | None:
+        """Remember a call whose tensors have their parameters' layout.
 
         Returns:
             the gradients' addresses; None where a tensor has no such layout, or no memory.
         """
 
-    def match(self, batch: Batch) -> list[int] | None:
-        """The gradients' addresses if the batch has the tensors that were recorded, else None."""
+    def match(self, call: UpdateCall) -> list[int] | None:
+        """The gradients' addresses if the call has the tensors that were recorded, else None."""
 
 
 class NativeSignature:
@@ -50,22 +50,22 @@ class NativeSignature:
         self._native = native.module().Signature(table)
         self._groups: Sequence[int] = ()
 
-    def record(self, batch: Batch) -> list[int] | None:
-        self._groups = list(batch.groups)
-        moving: list[int] | None = self._native.record(*_lists(batch))
+    def record(self, call: UpdateCall) -> list[int] | None:
+        self._groups = list(call.groups)
+        moving: list[int] | None = self._native.record(*_lists(call))
         return moving
 
-    def match(self, batch: Batch) -> list[int] | None:
-        if self._groups != batch.groups:
+    def match(self, call: UpdateCall) -> list[int] | None:
+        if self._groups != call.groups:
             return None
-        moving: list[int] | None = self._native.match(*_lists(batch))
+        moving: list[int] | None = self._native.match(*_lists(call))
         return moving
 
 
-def _lists(batch: Batch) -> tuple[list[Any], list[Any], list[list[Any]], list[list[Any]]]:
-    shaped = [*batch.moments, batch.anchors, batch.curvature, batch.remainders]
-    others = [batch.steps, *batch.moment_scales, batch.curvature_scales]
-    return list(batch.params), list(batch.grads), [*map(list, shaped)], [*map(list, others)]
+def _lists(call: UpdateCall) -> tuple[list[Any], list[Any], list[list[Any]], list[list[Any]]]:
+    shaped = [*call.moments, call.anchors, call.curvature, call.remainders]
+    others = [call.steps, *call.moment_scales, call.curvature_scales]
+    return list(call.params), list(call.grads), [*map(list, shaped)], [*map(list, others)]
 
 
 class TorchSignature:
@@ -74,27 +74,27 @@ class TorchSignature:
     def __init__(self) -> None:
         self._layout: list[Any] = []
 
-    def record(self, batch: Batch) -> list[int] | None:
-        if not _grads_fit(batch):
+    def record(self, call: UpdateCall) -> list[int] | None:
+        if not _grads_fit(call):
             return None
-        self._layout = _layout_of(batch)
-        return addresses(batch.grads)
+        self._layout = _layout_of(call)
+        return addresses(call.grads)
 
-    def match(self, batch: Batch) -> list[int] | None:
+    def match(self, call: UpdateCall) -> list[int] | None:
         with contextlib.suppress(AttributeError):  # an entry that is not a tensor has no layout
-            if _grads_fit(batch) and self._layout == _layout_of(batch):
-                return addresses(batch.grads)
+            if _grads_fit(call) and self._layout == _layout_of(call):
+                return addresses(call.grads)
         return None
 
 
-def _layout_of(batch: Batch) -> list[Any]:
+def _layout_of(call: UpdateCall) -> list[Any]:
     """What `match` compares; without a tuple per tensor, which would slow garbage collection."""
-    params, _, shaped, others = _lists(batch)
+    params, _, shaped, others = _lists(call)
     lists = [params, *shaped, *others]
     return [
-        list(batch.groups),
-        [g.data_ptr() % ALIGNMENT for g in batch.grads],
-        [g.dtype for g in batch.grads],
+        list(call.groups),
+        [g.data_ptr() % ALIGNMENT for g in call.grads],
+        [g.dtype for g in call.grads],
         [addresses(tensors) for tensors in lists],
         [[None if t is None else t.dtype for t in tensors] for tensors in lists],
         [[None if t is None else t.shape for t in tensors] for tensors in lists],
@@ -103,14 +103,14 @@ def _layout_of(batch: Batch) -> list[Any]:
     ]  # fmt: skip
 
 
-def _grads_fit(batch: Batch) -> bool:
+def _grads_fit(call: UpdateCall) -> bool:
     """Whether the gradients can be read in the parameters' order."""
-    return len(batch.params) == len(batch.grads) and all(
+    return len(call.params) == len(call.grads) and all(
         g.device == p.device
         and g.layout == torch.strided
         and p.shape == g.shape
         and same_layout(p, g)
-        for p, g in zip(batch.params, batch.grads, strict=True)
+        for p, g in zip(call.params, call.grads, strict=True)
     )
 
 

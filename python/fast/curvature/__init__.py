@@ -18,7 +18,7 @@ from fast.curvature.audit import Audit, Audited, audit
 from fast.curvature.losses.closed_forms import CrossEntropy, SquaredError
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.graph import SecondDerivativeError
-from fast.curvature.network.malloc import keep_freed_memory
+from fast.curvature.network.memory import keep_freed_memory
 from fast.curvature.network.parameter_space import ParameterSpace
 from fast.curvature.operators.base import Identity, MatrixOperator, SymmetricOperator
 from fast.curvature.operators.fisher_diagonal import fisher_diagonal

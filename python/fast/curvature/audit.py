@@ -112,7 +112,11 @@ def audit(model: nn.Module, inputs: Any, *, seed: int = 0) -> Audit:
 def audit_module(
     name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], seed: int = 0
 ) -> Audited:
-    """One row of an audit: a module with the arguments that it is called with, in float64."""
+    """Compare the second derivatives of one module, in float64.
+
+    Args:
+        args, kwargs: what it is called with.
+    """
     lifted = _Lifted(module, args, kwargs)
     kind = type(module).__name__
     if not lifted.points:
@@ -182,6 +186,7 @@ class _Lifted(nn.Module):
         return (weights * z.reshape(-1).square()).sum()
 
 
+# A tensor for each name of a parameter.
 Points = dict[str, Tensor]
 
 

@@ -17,7 +17,13 @@ from fast.progress import bar
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """`solution` in the form of b, and `residuals` [K] = |b - A x| / |b|."""
+    """The solution in the form of b, and how good it is.
+
+    Attributes:
+        residuals: [K], |b - A x| / |b| of each column.
+        num_iterations: products with all columns.
+        converged: whether all residuals are within the tolerance.
+    """
 
     solution: Vectors = field(repr=False)
     residuals: Tensor

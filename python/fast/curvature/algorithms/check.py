@@ -1,4 +1,4 @@
-"""A handful of products tell whether an operator is one symmetric matrix, and the right one."""
+"""Check by a handful of products whether an operator is one symmetric matrix, and the right one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfl
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
+    """What one check has found."""
+
     name: str
     ok: bool
     detail: str

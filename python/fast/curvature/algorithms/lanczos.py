@@ -110,14 +110,15 @@ def top(
 
 
 class _Subspace:
-    """Rows of an orthonormal basis: `lock` converged eigenvectors, then the current Krylov run.
+    """The rows of an orthonormal basis: converged eigenvectors, then the current Krylov run.
 
     A run ends at an invariant subspace. Its converged pairs are locked, and a random block
     orthogonal to them starts the next run, which can see what the first could not: other copies of
     the same eigenvalue, and the rest of the spectrum.
 
-    The first `multiplied` rows have been multiplied with A, those from there to `used` have not.
-    `projected` is the matrix in this basis; `theta` and `s` are the run's Ritz values and vectors.
+    The first `lock` rows are the eigenvectors. The first `multiplied` rows have been multiplied
+    with A, and those from there to `used` have not. `projected` is the matrix in this basis;
+    `theta` and `s` are the run's Ritz values and vectors.
     """
 
     def __init__(
@@ -144,17 +145,20 @@ class _Subspace:
 
     @property
     def lock(self) -> int:
+        """The number of eigenvectors that have converged for good."""
         return len(self.locked)
 
     def _start(self) -> None:
+        """Start a run from a random block."""
         space = self.operator.space
         rows = normal_block(space, min(self.block_size, space.numel - self.lock), self.generator)
         rows = _orthogonalise(rows, self.basis[: self.lock])[0]
-        fresh = _orthonormal_rows(rows, self.basis[: self.lock], 0.0)[0]
+        block = _orthonormal_rows(rows, self.basis[: self.lock], 0.0)[0]
         self.multiplied = self.lock
-        self._append(fresh)
+        self._append(block)
 
     def _append(self, rows: Tensor) -> None:
+        """Put rows after those that have been multiplied."""
         self.basis[self.multiplied : self.multiplied + len(rows)] = rows
         self.used = self.multiplied + len(rows)
 
@@ -182,6 +186,7 @@ class _Subspace:
         return values[order], residuals[order], order
 
     def converged(self, tol: float) -> bool:
+        """Whether the best k pairs are within `tol`, and nothing better can be expected."""
         limit = self.tolerance = tol * self.scale
         if bool((self.residuals <= limit).all()):  # within `tol` the run has ended
             self.following = self.following[:0]
@@ -203,7 +208,7 @@ class _Subspace:
         return False
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """values [k], vectors [P, k], residuals [k]."""
+        """The best k pairs: values [k], vectors [P, k] and residuals [k]."""
         values, residuals, order = self._best()
         mix = torch.zeros((len(order), self.used), dtype=torch.float64)
         for row, place in zip(mix, order.tolist(), strict=True):
@@ -235,6 +240,7 @@ class _Subspace:
         self.multiplied = self.used = last
 
     def _lock_run(self) -> None:
+        """End the run, and lock its converged pairs."""
         done = (self.residuals <= self.tolerance).nonzero()[:, 0]
         self._keep(done[_order(self.theta[done], self.which)])
         self.locked = torch.cat([self.locked, self.theta])
@@ -248,15 +254,19 @@ class _Subspace:
 
 
 def _key(theta: Tensor, which: str) -> Tensor:
+    """A number for each eigenvalue, which is small for those that are looked for."""
     return {"magnitude": -theta.abs(), "largest": -theta, "smallest": theta}[which]
 
 
 def _order(theta: Tensor, which: str) -> Tensor:
+    """The places of the eigenvalues, those that are looked for first."""
     return _key(theta, which).argsort()
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """w [b, P] minus its part in the rows of `basis`, and the coefficients of that part, float64.
+    """Take its part in the rows of `basis` away from w [b, P].
+
+    It returns what is left, and the coefficients of that part in float64.
 
     Two passes are enough (Kahan and Parlett); the error of a single one grows with every step.
     """
@@ -269,7 +279,7 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_rows(w: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Q [r, P] with orthonormal rows, r <= b, and R [r, b] in float64, with w = R^T Q.
+    """Take w apart: w = R^T Q, with orthonormal rows Q [r, P], r <= b, and R [r, b] in float64.
 
     w is a product of size `scale` minus its part in `basis`. A row of which only rounding is left
     is dropped: its direction may lie anywhere, also inside `basis`.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,23 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast import dtensor
-from fast.curvature.card.answers import Answers, backbone_parameters
-from fast.curvature.card.calibrate import Calibration, calibrate
+from fast.curvature.card.calibrate import Calibration
 from fast.curvature.card.codes import Codes
+from fast.curvature.card.estimate import TEMPERATURE, estimate_fields
 from fast.curvature.card.file import fingerprint, read_card, write_card
-from fast.curvature.losses.loss import Loss
-from fast.curvature.losses.recognise import recognise
-from fast.curvature.network.network import Params, select
-from fast.curvature.operators.fisher_diagonal import LABELS, fisher_diagonal
-from fast.data.finite import check_finite_inputs
-from fast.data.source_inputs import SourceInputs
-from fast.heads import evaluating, source_task, unwrap
-from fast.heads.forward import input_errors
-from fast.heads.outputs import source_logits
-
-TEMPERATURE = 3.0
-BATCH = 64
-IGNORED = -100  # the label that torch leaves out
+from fast.curvature.network.network import Params
+from fast.heads import unwrap
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -114,58 +102,19 @@ class SourceCard:
         Raises:
             ValueError, TypeError: an option or the data do not fit.
         """
-        start = time.monotonic()
-        if labels not in LABELS:
-            raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
-        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite; got {temperature!r}")
-        for name, number in (
-            ("num_samples", num_samples),
-            ("calibration_samples", calibration_samples),
-        ):
-            if not isinstance(number, int) or number < 2:
-                raise ValueError(f"{name} must be at least 2, a whole number; got {number!r}")
-        model = unwrap(model)
-        samples = SourceInputs.parse(data, num_samples)
-        if labels == "data" and samples.labels is None:
-            raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
-        device = next(model.parameters()).device
-        samples = samples.to(device)
-        check_finite_inputs(samples.inputs, "source data")
-        with input_errors("source data", samples.inputs):
-            first = source_logits(model, samples.part(0, 2))
-        if not first.isfinite().all():
-            raise ValueError(
-                "source data: the network's answers are not finite (NaN or infinite), the inputs "
-                "are: look at its weights and at the scale of the inputs"
-            )
-        backbone = backbone_parameters(model, samples.part(0, 2).inputs)
-        if params is not None:
-            backbone = {n: backbone[n] for n in select(backbone, params)}
-        diagonal = _diagonal(model, samples, backbone, loss_fn, labels, temperature, seed)
-        calibration = calibrate(
+        fields, backbone = estimate_fields(
             model,
-            backbone,
-            diagonal,
-            samples.part(0, calibration_samples),
-            temperature if coherence else None,
-            seed,
-        )
-        loss = accuracy = None
-        if samples.labels is not None:
-            loss, accuracy = _performance(model, samples, recognise(loss_fn))
-        card = cls(
-            entries={n: Codes.of(d) for n, d in diagonal.items()},
-            fingerprints={n: fingerprint(p) for n, p in backbone.items()},
-            num_samples=samples.size,
+            data,
+            loss_fn,
             labels=labels,
+            num_samples=num_samples,
+            calibration_samples=calibration_samples,
             temperature=temperature,
-            calibration=calibration,
-            source_loss=loss,
-            source_accuracy=accuracy,
-            seconds=round(time.monotonic() - start, 2),
+            coherence=coherence,
+            seed=seed,
+            params=params,
         )
-        return card._remember(backbone)
+        return cls(**fields)._remember(backbone)
 
     def save(self, path: str | Path) -> Path:
         """Write the card as safetensors, whole or not at all: 0.91 bytes per backbone weight."""
@@ -317,6 +266,7 @@ class SourceCard:
         return {**self.__dict__, "_names": {}}
 
     def _remember(self, params: Mapping[str, nn.Parameter]) -> SourceCard:
+        """The same card, which knows these parameters by identity and holds a copy of them."""
         names: dict[str, weakref.ref[Tensor]] = {n: weakref.ref(p) for n, p in params.items()}
         anchors = {n: p.detach().clone() for n, p in params.items()}
         return dataclasses.replace(self, _names=names, _anchors=anchors)
@@ -342,35 +292,3 @@ class SourceCard:
                 "the pretrained model before training"
             )
         return list(zip(names, params, strict=True))
-
-
-def _performance(
-    model: nn.Module, samples: SourceInputs, loss: Loss
-) -> tuple[float | None, float | None]:
-    """Loss and accuracy of the samples; None where the source head cannot give their labels."""
-    answers, labels = source_logits(model, samples), samples.labels
-    assert labels is not None
-    # Other labels belong to a skill that the features have and the source head has not.
-    if labels.shape != answers.argmax(1).shape or int(labels.max()) >= answers.shape[1]:
-        return None, None
-    counted = labels != getattr(loss, "ignore_index", IGNORED)
-    right = (answers.argmax(1) == labels)[counted].float().mean()
-    return float(loss.value(answers, labels)), float(right)
-
-
-def _diagonal(
-    model: nn.Module,
-    samples: SourceInputs,
-    params: Mapping[str, nn.Parameter],
-    loss_fn: Any,
-    labels: str,
-    temperature: float,
-    seed: int,
-) -> dict[str, Tensor]:
-    """`C_ii`: at temperature T the curvature of `T^2 KL` of the answers over T."""
-    batches = [(x, y) if labels == "data" else (x, None) for x, y in samples.batches(BATCH)]
-    with evaluating(model), source_task(model):
-        network = Answers(model, temperature)
-        names = [f"model.{n}" for n in params]
-        diagonal = fisher_diagonal(network, loss_fn, batches, names, labels=labels, seed=seed)
-    return {n: diagonal[f"model.{n}"] * temperature**2 for n in params}

@@ -49,7 +49,7 @@ class _OfClasses(Loss):
         return z.ndim - 1 if last else 1
 
     def rows(self, u: Tensor) -> Tensor:
-        """[K, *z] with classes in dimension 1 of z -> [K, n, C]."""
+        """Vectors [K, *z] as [K, n, C]; z has its classes in dimension 1."""
         if u.ndim == 2:
             return u[:, None]
         return u.flatten(1, -2) if u.ndim == 3 else u.movedim(2, -1).flatten(1, -2)
@@ -61,7 +61,7 @@ class _OfClasses(Loss):
         return u.reshape(u.shape[0], *moved).movedim(-1, 2)
 
     def _class_weights(self, z: Tensor) -> Tensor:
-        """[C]"""
+        """The weight of each class, [C]."""
         classes = z.shape[1] if z.ndim > 1 else z.shape[0]
         w = self.class_weight
         return torch.ones(classes, dtype=z.dtype, device=z.device) if w is None else w.to(z)
@@ -183,6 +183,7 @@ class CrossEntropy(_OfClasses):
         return self._labels(self.rows(z.detach()[None])[0].argmax(-1), z, y)
 
     def _labels(self, labels: Tensor, z: Tensor, y: Any) -> Tensor:
+        """Labels [n] in the shape of those for z, of which as many are ignored as in y."""
         shape = (z.shape[0], *z.shape[2:]) if z.ndim > 1 else ()
         labels = labels.reshape(shape)
         if isinstance(y, Tensor) and not y.is_floating_point():
@@ -258,7 +259,7 @@ class SquaredError(Elementwise):
 
 
 def _entries(z: Tensor, y: Any) -> int:
-    """Number of entries of z - y, or of z where there is no y."""
+    """The number of entries of z - y, or of z where there is no y."""
     if not isinstance(y, Tensor):
         return z.numel()
     return torch.broadcast_shapes(z.shape, y.shape).numel()

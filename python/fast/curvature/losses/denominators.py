@@ -24,8 +24,10 @@ WAY_OUT = (
     "...), add the batches up with reduction='sum', or give all data as one batch"
 )
 NEITHER = "it is neither a mean nor a sum over samples"
-SLACK = 8.0  # the largest disagreement, in square roots of the machine precision
-ROUNDING = 256.0  # what passes for rounding of a whole number, in units of the machine precision
+# The largest disagreement of two measurements, in square roots of the machine precision.
+SLACK = 8.0
+# The largest distance from a whole number that passes for rounding, in units of that precision.
+ROUNDING = 256.0
 
 
 def check_reduction(reduction: Any) -> None:
@@ -93,6 +95,7 @@ class Denominators:
         return self.reduction
 
     def _reduction_of(self, z: Tensor, y: Any) -> str:
+        """ "mean" or "sum": what the loss of a batch with itself shows."""
         twice = self._joint((z.detach(), y), (z.detach(), y))
         if math.isnan(twice.first):
             raise _unknown("its gradient in the outputs of the first batch is zero")
@@ -102,6 +105,7 @@ class Denominators:
         raise _unknown(NEITHER)
 
     def _share_of_first(self, z: Tensor, y: Any) -> float:
+        """The share d1 / (d1 + d2) of the first batch in the loss of it and of this one."""
         assert self.first is not None
         joint = self._joint(self.first, (z, y))
         right = joint.additive

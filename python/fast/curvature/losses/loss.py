@@ -31,6 +31,7 @@ class OutputHessian:
 
     @classmethod
     def of(cls, product: Callable[[Tensor], Tensor]) -> OutputHessian:
+        """The matrix that is known by its products alone."""
         return cls(product, lambda u: dot([u], [product(u.clone())]))
 
 
@@ -90,6 +91,7 @@ class Loss:
         return 1
 
     def value(self, z: Tensor, y: Any) -> Tensor:
+        """The loss of one batch, a number []."""
         loss = self.fn(z, y)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -127,7 +129,7 @@ class Loss:
         return g
 
     def hessian(self, z: Tensor, y: Any) -> OutputHessian:
-        """U [K, *z.shape] -> (d2L/dz2) U_k for every k."""
+        """The matrix d2L/dz2 at this output, as products and forms of K vectors [K, *z.shape]."""
         z = z.detach().requires_grad_()
         with torch.enable_grad():
             # The cotangent requires a gradient: without that, a backward marked
@@ -162,9 +164,9 @@ class Loss:
         return OutputHessian.of(product)
 
     def residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:
-        """r [n, d] and c with: empirical Fisher = c * sum_i J_i^T r_i r_i^T J_i.
+        """Rows r [n, d] and a factor c: the empirical Fisher is c * sum_i J_i^T r_i r_i^T J_i.
 
-        The n rows of z are the samples, its first dimension.
+        There is a row per sample, and the samples are the first dimension of z.
         """
         size = z.shape[0] if z.ndim else 1
         scale = self.per_sample(z, y, size)
@@ -188,11 +190,11 @@ class Loss:
         return self.residual(z, self.sample(z, y))
 
     def rows(self, u: Tensor) -> Tensor:
-        """[K, *z] -> [K, n, d], with rows as in `residual`."""
+        """Vectors [K, *z] as [K, n, d], with rows as in `residual`."""
         return u.flatten(2) if u.ndim > 2 else u[..., None]
 
     def unrows(self, u: Tensor, shape: torch.Size) -> Tensor:
-        """The way back: [K, n, d] -> [K, *shape]."""
+        """The opposite of `rows`: [K, n, d] as [K, *shape]."""
         return u.reshape(u.shape[0], *shape)
 
     def sample(self, z: Tensor, y: Any) -> Any:
@@ -210,7 +212,7 @@ class Loss:
 
 
 def parts(fn: Any) -> list[Any]:
-    """The function; of a partial its function and arguments."""
+    """The function itself, or the function and the arguments of a partial."""
     if isinstance(fn, functools.partial):
         return [fn.func, *fn.args, *fn.keywords.values()]
     return [fn]

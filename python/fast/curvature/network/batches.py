@@ -1,4 +1,4 @@
-"""Batches: one (x, y), a dict with labels, or an iterable of them that can be read repeatedly."""
+"""Batches come as one (x, y), a dict with labels, or an iterable that can be read repeatedly."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Batch(NamedTuple):
         raise ValueError("a batch needs at least one tensor with a batch dimension in its inputs")
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on a device, with tensors that autograd can save."""
         return Batch(_to(self.inputs, device), _to(self.target, device))
 
 
@@ -55,6 +56,7 @@ class Batches:
 
     @property
     def single(self) -> bool:
+        """Whether there is one batch only, which stays in memory."""
         return isinstance(self._source, list) and len(self._source) == 1
 
     def __iter__(self) -> Iterator[Batch]:
@@ -71,6 +73,7 @@ class Batches:
 
 
 def _is_batch(data: Any, labels: bool | None) -> bool:
+    """Whether `data` is one batch, and not several of them."""
     if isinstance(data, Mapping):
         return True
     if not labels and isinstance(data, Tensor):

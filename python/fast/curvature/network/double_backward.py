@@ -1,4 +1,4 @@
-"""Which module of a network cannot be differentiated twice, or has no finite derivatives."""
+"""Find the module of a network that cannot be differentiated twice, or not to finite numbers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WAY_OUT = (
     "fast.Fisher and fast.curvature.fisher_diagonal need one derivative only"
 )
 AWAY = (
-    "Keep its input away from where it has none (as of a square root or a norm at zero), or select "
-    "with params= only parameters that come after it"
+    "Keep its input away from points without a derivative (such as zero for a square root or a "
+    "norm), or select with params= only parameters that come after it"
 )
 
 
@@ -71,7 +71,7 @@ def explain_not_finite(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class Invocation:
     """One call of a module or of a function of torch, with its arguments."""
 
     name: str
@@ -89,7 +89,7 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[Invocation] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -99,29 +99,29 @@ class _Calls(TorchFunctionMode):
         if any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves):
             args, kwargs = _copied(arguments)
             name = getattr(func, "__name__", str(func))
-            self.calls.append(Call(name=name, function=func, args=args, kwargs=kwargs))
+            self.calls.append(Invocation(name=name, function=func, args=args, kwargs=kwargs))
         return func(*args, **(kwargs or {}))
 
 
-def _operation(call: Call) -> str:
-    """Name of the first function inside a call without finite derivatives at its inputs."""
+def _operation(call: Invocation) -> str:
+    """The name of the first function inside a call that has no finite derivatives at its inputs."""
     with _Calls() as recorded, torch.no_grad():
         call.function(*_copied(call.args), **_copied(call.kwargs))
     return next((c.name for c in recorded.calls if not _finite_twice(c)), "")
 
 
 def _first_call(
-    network: Network, batch: Batch, index: int, passes: Callable[[Call], bool]
-) -> Call | None:
-    """The first call of a module, innermost first, that does not pass."""
+    network: Network, batch: Batch, index: int, passes: Callable[[Invocation], bool]
+) -> Invocation | None:
+    """The first call of a module, innermost first, for which `passes` is false."""
     calls = calls_of(network, batch, index)
     with network.scope(index, differentiable_twice=True):
         return next((call for call in calls if not passes(call)), None)
 
 
-def calls_of(network: Network, batch: Batch, index: int) -> list[Call]:
+def calls_of(network: Network, batch: Batch, index: int) -> list[Invocation]:
     """The calls of all modules with their arguments, innermost first."""
-    calls: list[Call] = []
+    calls: list[Invocation] = []
     pending: list[tuple[Any, Any]] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -129,7 +129,7 @@ def calls_of(network: Network, batch: Batch, index: int) -> list[Call]:
 
     def after(name: str, module: nn.Module) -> None:
         args, kwargs = pending.pop()
-        calls.append(Call(name=name, function=module, args=args, kwargs=kwargs))
+        calls.append(Invocation(name=name, function=module, args=args, kwargs=kwargs))
 
     handles = []
     for name, module in network.model.named_modules():
@@ -148,7 +148,8 @@ def _copied(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tree)
 
 
-def _differentiable_twice(call: Call) -> bool:
+def _differentiable_twice(call: Invocation) -> bool:
+    """Whether torch can differentiate a call twice."""
     try:
         _second_derivatives(call)
     except RuntimeError:
@@ -156,7 +157,8 @@ def _differentiable_twice(call: Call) -> bool:
     return True
 
 
-def _finite_twice(call: Call) -> bool:
+def _finite_twice(call: Invocation) -> bool:
+    """Whether both derivatives of a call are finite."""
     try:
         derivatives = _second_derivatives(call)
     except (RuntimeError, TypeError):
@@ -164,7 +166,7 @@ def _finite_twice(call: Call) -> bool:
     return all(bool(t.isfinite().all()) for t in derivatives)
 
 
-def _second_derivatives(call: Call) -> list[Tensor]:
+def _second_derivatives(call: Invocation) -> list[Tensor]:
     """The gradients of a call at its inputs, and the derivatives of a function of them.
 
     Raises:

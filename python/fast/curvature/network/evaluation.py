@@ -1,4 +1,4 @@
-"""The state in which a network is evaluated: exact operations, settings of torch, random state."""
+"""The state in which a network is evaluated: settings, random numbers and exact operations."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class _Counted:
 
 @contextlib.contextmanager
 def _no_mha_fastpath() -> Iterator[None]:
+    """Keep torch's encoder layers from the inference kernels that have no derivative."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -158,7 +159,10 @@ def _logaddexp(input: Tensor, other: Tensor) -> Tensor:
 
 
 def _logcumsumexp(input: Tensor, dim: int) -> Tensor:
-    """By doubling steps; torch's own second derivative takes logarithms of the first."""
+    """log of the cumulative sum of e^x, by doubling steps.
+
+    torch's own second derivative takes logarithms of the first, which may be negative.
+    """
     length, step = input.shape[dim] if input.ndim else 1, 1
     while step < length:
         start, rest = input.narrow(dim, 0, step), length - step
@@ -184,7 +188,7 @@ _BAG = ("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_fr
 
 
 def _plain_embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of an embedding, changed so that it writes nothing and has a dense gradient."""
+    """The arguments of an embedding, changed so that it writes nothing and has dense gradients."""
     names = _EMBEDDING if func is F.embedding else _BAG
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     if arguments.get("scale_grad_by_freq"):

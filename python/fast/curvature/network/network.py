@@ -67,6 +67,7 @@ class Network:
         return {n: p.detach().requires_grad_(n in names) for n, p in self.model.named_parameters()}
 
     def selected(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
+        """The leaves that the operator differentiates by."""
         return [leaves[n] for n in self.names]
 
     def outputs(self, leaves: Mapping[str, Tensor], inputs: Any) -> Tensor:
@@ -94,7 +95,10 @@ class Network:
         return laid_out(z, batch.target, loss.class_dim(z, batch.target, self.class_dim))
 
     def look_for_classes(self, batch: Batch, loss: Loss) -> None:
-        """Set `class_dim`, where classes lie in an output: a batch without labels does not tell."""
+        """Set `class_dim`, the dimension of an output that holds the classes.
+
+        Labels tell which it is. For a batch without labels, the network's head does.
+        """
         if batch.target is not None or self.class_dim is not None or not loss.of_classes:
             return
         with self.scope(0, differentiable_twice=False), torch.no_grad():
@@ -140,6 +144,7 @@ class Network:
                 )
 
     def names_by_id(self) -> dict[int, str]:
+        """The names of the model's own parameters, by their ids."""
         return {id(p): n for n, p in self.model.named_parameters()}
 
 
@@ -204,6 +209,7 @@ def select(every: Mapping[str, Tensor], params: Params) -> tuple[str, ...]:
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model is called with: positional and keyword arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):

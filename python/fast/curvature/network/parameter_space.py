@@ -1,4 +1,4 @@
-"""Vectors over named parameters, in the three forms that users have them in."""
+"""Vectors over named parameters, in the three forms in which users have them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 Vectors = Tensor | Mapping[str, Tensor]
-Blocks = list[Tensor]  # one [K, *shape] per parameter: the form that operators work in
+# One [K, *shape] per parameter: this is the form that operators work in.
+Blocks = list[Tensor]
 
 
 class ParameterSpace:
@@ -109,7 +110,7 @@ class ParameterSpace:
             )
 
     def split(self, rows: Tensor) -> Blocks:
-        """[K, P] -> one contiguous [K, *shape] per parameter."""
+        """Rows [K, P] as blocks: one contiguous [K, *shape] per parameter."""
         parts = rows.split(self.sizes, dim=1)
         return [
             p.reshape(rows.shape[0], *s).to(d).contiguous()
@@ -117,7 +118,7 @@ class ParameterSpace:
         ]
 
     def join(self, blocks: Sequence[Tensor]) -> Tensor:
-        """One [K, *shape] per parameter -> contiguous [K, P]."""
+        """Blocks as rows: a contiguous [K, P]."""
         return torch.cat(
             [
                 b.reshape(b.shape[0], n).to(self.dtype)
@@ -127,13 +128,14 @@ class ParameterSpace:
         )
 
     def zeros(self, num_vectors: int) -> Blocks:
+        """Blocks of zeros."""
         return [
             torch.zeros((num_vectors, *s), dtype=d, device=self.device)
             for s, d in zip(self.shapes, self.dtypes, strict=True)
         ]
 
     def slices(self) -> dict[str, slice]:
-        """Name -> the place of the parameter among the P coordinates."""
+        """The places of each parameter among the P coordinates, by its name."""
         out, start = {}, 0
         for name, size in zip(self.names, self.sizes, strict=True):
             out[name] = slice(start, start + size)

@@ -68,6 +68,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 def _place(t: Tensor, tensors: list[Tensor]) -> list[Any]:
+    """Where a tensor lies, and how; it is added to `tensors`, whose values are described later."""
     if t.is_nested:
         return [id(t), *(x for part in t.unbind() for x in _place(part, tensors))]
     version = None if t.is_inference() else t._version
@@ -84,6 +85,7 @@ def _dense(t: Tensor) -> bool:
 
 @torch.no_grad()
 def _checksums(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """The checksums of large tensors, and of all small ones of a type together."""
     together: dict[Any, list[Tensor]] = {}
     for t in tensors:
         flat = _flat(t)
@@ -122,6 +124,7 @@ def _factors(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def is_plain(value: Any) -> bool:
+    """Whether a value can be compared by ==: a number, a string, or the like."""
     if isinstance(value, tuple):
         return all(map(is_plain, value))
     return isinstance(value, _PLAIN)
@@ -134,6 +137,7 @@ def _tensors(module: nn.Module) -> Iterable[Any]:
 
 
 def _module(module: nn.Module) -> tuple[Any, ...]:
+    """A module without its tensors."""
     attributes = vars(module)
     plain = [v for v in attributes.values() if is_plain(v)]
     hooks = [tuple(map(id, attributes[h].values())) for h in _HOOKS if attributes[h]]

@@ -17,7 +17,7 @@ from fast.curvature.operators.sample_gradients import squared_sample_gradients
 from fast.data.trees import leaves
 
 LABELS = ("sampled", "predicted", "data")
-# The rows r [n, d] of an output and their factor c; see `Loss.residual`.
+# Gives the rows r [n, d] of an output and their factor c, as `Loss.residual` does.
 Residual = Callable[[Tensor, Any], tuple[Tensor, float]]
 
 
@@ -92,7 +92,7 @@ def fisher_diagonal(
 
 
 def mixes_samples(model: nn.Module) -> str:
-    """Name of a module whose output for one sample depends on the others, or ""."""
+    """The name of a module whose output for one sample depends on the others, or ""."""
     for name, module in model.named_modules():
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):

@@ -14,8 +14,9 @@ from fast.curvature.algorithms.check import relative_error
 from fast.curvature.losses.loss import Loss, OutputHessian
 from fast.curvature.network.batches import Batch, Batches
 from fast.curvature.network.network import Params
+from fast.curvature.operators.linearizer import Linearization
 from fast.curvature.operators.mean import WeightedMean
-from fast.curvature.operators.network_operator import Linearization, NetworkOperator
+from fast.curvature.operators.network_operator import NetworkOperator
 from fast.curvature.operators.self_check import central_difference
 from fast.curvature.products.batched import FoldedGGN, FoldedHessian
 from fast.curvature.products.looped import GraphGGN, GraphHessian
@@ -34,7 +35,7 @@ class Hessian(NetworkOperator):
         True
     """
 
-    _record = FoldedHessian
+    _record_class = FoldedHessian
 
     def _prefers_loop(self, num_vectors: int) -> bool:
         # One product of ResNet-20 takes 3.6 gradients recorded and 3.3 by the loop; for an MLP, a
@@ -74,7 +75,7 @@ class GGN(NetworkOperator):
         True
     """
 
-    _record = FoldedGGN
+    _record_class = FoldedGGN
 
     def _prefers_loop(self, num_vectors: int) -> bool:
         # A table of 30,000 x 128 and a head, 512 tokens: 6.2 ms recorded, 4.9 by the loop, most of
@@ -84,7 +85,7 @@ class GGN(NetworkOperator):
         return num_vectors == 1 and self.network.mostly_embeddings
 
     def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
-        return GraphGGN(self.network, loss, batch, index, self._curvature)
+        return GraphGGN(self.network, loss, batch, index, self._output_curvature)
 
     def _difference_error(self, v: Tensor, av: Tensor) -> float | None:
         """v^T J^T H_L J v, with J v by a central difference of the outputs, against v^T A v."""
@@ -141,7 +142,7 @@ class Fisher(GGN):
         super().__init__(model, loss_fn, data, params, **options)
         self.kind = kind
 
-    def _curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
+    def _output_curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
         residual = loss.residual if self.kind == "empirical" else loss.sampled_residual
         r, scale = residual(z, y)
 

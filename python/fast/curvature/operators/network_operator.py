@@ -1,29 +1,26 @@
-"""What Hessian, GGN and Fisher share: data, the mean over them, and how a batch is linearised."""
+"""What Hessian, GGN and Fisher share: the data, the mean over all batches, blocks and checks."""
 
 from __future__ import annotations
 
-import abc
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fast.curvature.algorithms.check import Finding, compared
-from fast.curvature.losses.loss import Loss, OutputHessian
+from fast.curvature.losses.loss import Loss
 from fast.curvature.losses.recognise import recognise
-from fast.curvature.network.batches import Batch, Batches
+from fast.curvature.network.batches import Batches
 from fast.curvature.network.double_backward import explain_not_finite
-from fast.curvature.network.network import Network, Params, StrayParameter
+from fast.curvature.network.network import Network, Params
 from fast.curvature.network.parameter_space import Blocks
-from fast.curvature.network.snapshot import same, snapshot
-from fast.curvature.operators.base import SymmetricOperator
+from fast.curvature.operators.linearizer import Linearization, Linearizer
 from fast.curvature.operators.mean import WeightedMean
 from fast.curvature.operators.self_check import (
     Answer,
@@ -34,33 +31,12 @@ from fast.curvature.operators.self_check import (
     in_float64,
 )
 from fast.curvature.operators.settings import Settings
-from fast.curvature.products.batched import Folded, RuleError, UnsupportedOperation
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import grad_or_none
 from fast.curvature.products.precision import backends
-from fast.curvature.products.programs.kept import Kept
-from fast.curvature.products.programs.program import Replay
-from fast.curvature.products.programs.table import Programs
-from fast.errors import warn
 
 
-class Linearization(Protocol):
-    """One batch at fixed parameters: cheap to multiply with, again and again.
-
-    Attributes:
-        answers: the detached output and the target, laid out as the loss takes them.
-        weight: what the batch weighs in the mean over all data.
-    """
-
-    answers: tuple[Tensor, Any]
-    weight: float
-
-    def products(self, vectors: Blocks) -> Blocks: ...
-
-    def quad(self, vectors: Blocks) -> Tensor: ...
-
-
-class NetworkOperator(SymmetricOperator):
+class NetworkOperator(Linearizer):
     """A curvature matrix of a network's loss over some data; see its kinds, Hessian, GGN, Fisher.
 
     Args:
@@ -145,153 +121,12 @@ class NetworkOperator(SymmetricOperator):
                 "loss_fn, denominator=lambda output, target: ...), or reduction='sum'"
             )
         self.data = data if isinstance(data, Batches) else Batches(data)
-        self._set_network(Network(model, params, seed))
-
-    def _set_network(self, network: Network) -> None:
-        self.network, self.space = network, network.space
-        self._programs = Programs(network, compile=self.settings.compile)
-        self.why_loop = ""  # with "auto": why products do not take the batched way
-        self._cache: tuple[list[Any], Linearization] | None = None
+        self._use(Network(model, params, seed))
 
     @property
     def loss(self) -> Loss:
         """The loss as `loss_fn` is now: the weights of a loss module may be exchanged."""
         return recognise(self.loss_fn, self.settings.reduction)
-
-    # One batch.
-
-    @abc.abstractmethod
-    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization: ...
-
-    _record: type[Folded]  # what records a batch for products with all vectors at once
-
-    def _folded(
-        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
-    ) -> Linearization:
-        which = self.network, loss, batch, index, self._curvature
-        gemm = self.settings.gemm
-        record = functools.partial(self._record, *which, *self._limits(), gemm=gemm)
-        if not num_vectors:
-            return record()
-        return self._programs.linearize(record, *which[1:], num_vectors)
-
-    def _curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
-        """The matrix at the network's output."""
-        return loss.hessian(z, y)
-
-    def _prefers_loop(self, num_vectors: int) -> bool:
-        """Whether recording a batch for so few products costs more than it saves."""
-        return False
-
-    def linearize(
-        self,
-        batch: Batch,
-        index: int,
-        loss: Loss,
-        num_vectors: int | None = None,
-        *,
-        kept: bool = False,
-    ) -> Linearization:
-        """Compute everything about one batch that its products share.
-
-        Args:
-            loss: the `Loss` of this pass over the data.
-            num_vectors: number of vectors of the products that will be taken; None for any number.
-            kept: whether the result serves more than one product.
-        """
-        batch = batch.to(self.device)
-        self.network.look_for_classes(batch, loss)
-        method = self.settings.method
-        few = num_vectors is not None and not kept and self._prefers_loop(num_vectors)
-        if method == "loop" or self.why_loop or (few and method == "auto"):
-            part = self._loop(batch, index, loss)
-        else:
-            part = self._folded_if_possible(batch, index, loss, num_vectors)
-        part.weight = loss.weight(*part.answers, batch.size)
-        return part
-
-    def _folded_if_possible(
-        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
-    ) -> Linearization:
-        try:
-            return self._folded(batch, index, loss, num_vectors)
-        except StrayParameter:
-            raise
-        except UnsupportedOperation as error:
-            reason = f"no folded rule for {error}"
-            if self.settings.method == "folded":
-                raise UnsupportedOperation(f"{reason}: use method='auto' or 'loop'") from error
-            self.why_loop = reason
-            return self._loop(batch, index, loss)
-        except Exception as error:
-            if self.settings.method == "folded":
-                raise
-            # Where the network itself is at fault, the loop raises as well, and no rule is blamed.
-            part = self._loop(batch, index, loss)
-            self._fall_back(error)
-            return part
-
-    def _fall_back(self, error: Exception) -> None:
-        """Take the loop from now on, and say so once: a rule failed that should not."""
-        name = "" if isinstance(error, RuleError) else f"{type(error).__name__}: "
-        self.why_loop = f"the record failed ({name}{error})"
-        self._cache = None
-        warn(
-            f"{type(self).__name__}: {self.why_loop}. Products are right, but computed one vector "
-            "after the other, which is slower; method='loop' does that without this warning. "
-            "Please report the operation",
-            RuntimeWarning,
-        )
-
-    def linearizations(
-        self, num_vectors: int, loss: Loss
-    ) -> Iterator[tuple[int, Batch, Linearization]]:
-        """Index, batch and linearisation of every batch, each for `num_vectors` products."""
-        for index, batch in enumerate(self.data):
-            if self.data.single and self.settings.cache:
-                yield index, batch, self._cached(batch, loss, num_vectors)
-                return
-            yield index, batch, self.linearize(batch, index, loss, num_vectors)
-
-    def _cached(self, batch: Batch, loss: Loss, num_vectors: int) -> Linearization:
-        """The linearisation of a single batch, kept from one product to the next."""
-        expected: int | None = num_vectors
-        if self._cache is not None and same(self._cache[0], self._state(batch)):
-            part = self._cache[1]
-            if not isinstance(part, Replay) or part.num_vectors == num_vectors:
-                return part
-            expected = None  # products come in several sizes: a record serves them all
-        self._cache = None
-        part = self.linearize(batch, 0, loss, expected, kept=True)
-        if isinstance(part, Folded):
-            part = Kept(part, compile=self.settings.compile)
-        # The state is taken afterwards: a forward pass may itself count or keep something.
-        self._cache = (self._state(batch), part)
-        return part
-
-    def _state(self, batch: Batch) -> list[Any]:
-        return snapshot(self.network.model, pytree.tree_leaves(tuple(batch)), self.loss.state())
-
-    def refresh(self) -> None:
-        """Forget what is kept of batches and of the network's code, after a change that the
-        operator cannot see."""
-        self._cache = None
-        self._programs.forget()
-
-    def explain(self) -> str:
-        """How products are computed: the method, vectors per pass, and why not the other method."""
-        with torch.inference_mode(False):
-            part = next(self.linearizations(2, self.loss))[2]
-        if isinstance(part, Passes):
-            anew = f", each batch recorded anew: {self._programs.why}" if self._programs.why else ""
-            by = " by inductor's code" if self.settings.compile else ""
-            products = f", {self.settings.gemm} products" if self.settings.gemm else ""
-            return f"folded, {part.chunk} vectors a pass{by}{products}{anew}"
-        return "loop" + (f": {self.why_loop}" if self.why_loop else "")
-
-    def _limits(self) -> tuple[int | None, int | None]:
-        chunk = self.settings.chunk
-        return (chunk if isinstance(chunk, int) else None), self.settings.memory_budget
 
     # All batches.
 
@@ -303,8 +138,7 @@ class NetworkOperator(SymmetricOperator):
         if _finite(result):
             return result
         if self.settings.method == "auto" and not self.why_loop:
-            self.why_loop = "the record gave NaN or infinity"
-            self._cache = None
+            self._take_loop("the record gave NaN or infinity")
             result = products()
         if not _finite(result):
             raise self._not_finite(vectors)
@@ -424,7 +258,7 @@ class NetworkOperator(SymmetricOperator):
 
     def _over(self, network: Network) -> Self:
         other = copy.copy(self)
-        other._set_network(network)
+        other._use(network)
         return other
 
     def findings(self, v: Tensor, av: Tensor, rtol: float) -> list[Finding]:

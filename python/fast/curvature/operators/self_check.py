@@ -1,4 +1,4 @@
-"""What only a network's operator can check of itself: data, dropout, denominators, derivatives."""
+"""What only the operator of a network can check: data, dropout, denominators and derivatives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ DIFFERENCE_RTOL = {
 # Number of batches that are put into one call with the first.
 NUM_JOINED = 8
 
-Answer = tuple[Tensor, Any, int]  # output, target and number of samples of one batch
+# The output, the target and the number of samples of one batch.
+Answer = tuple[Tensor, Any, int]
 
 
 def data_finding(data: Batches) -> Finding:
@@ -68,6 +69,7 @@ def dropout_finding(network: Network) -> Finding:
 
 
 def _drop_probability(module: nn.Module) -> float:
+    """The rate of dropout in a module, 0 for one without."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p
     rate = getattr(module, "dropout", 0.0)  # LSTM, MultiheadAttention
@@ -97,6 +99,7 @@ def denominator_findings(loss: Loss, answers: Sequence[Answer]) -> list[Finding]
 
 
 def difference_tolerance(dtype: torch.dtype, rtol: float) -> float:
+    """The largest relative error to accept of a difference, for parameters of this type."""
     return max(rtol, DIFFERENCE_RTOL[dtype])
 
 

@@ -1,4 +1,7 @@
-"""Products from the kept graph, one vector after the other: works wherever autograd does."""
+"""Products by autograd from a graph that is kept, one vector after the other.
+
+This works wherever autograd does.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ class GraphHessian:
             # The nodes that `cut_off` looks for exist only where the cotangent requires a gradient.
             one = torch.ones_like(value, requires_grad=True)
             self.grads = grad_or_none([value], self.params, [one], create_graph=True)
+        # Makes the error that names the module at fault.
         self.explain = functools.partial(explain_failure, network, batch, index)
         if cut_off(self.grads):
             raise self.explain(ONCE)
@@ -67,7 +71,7 @@ class GraphHessian:
 
 
 class GraphGGN:
-    """J^T S J of one batch, S the curvature at the output.
+    """J^T S J of one batch, with J the Jacobian and S the curvature at the output.
 
     J v is computed by differentiating u -> J^T u where the network can be differentiated twice,
     else in forward mode, and where that fails too, row by row.
@@ -95,12 +99,13 @@ class GraphGGN:
             self.pulled = grad_or_none(
                 [self.output], self.params, [self.cotangent], create_graph=True
             )
+        # The ways to J v that have not failed yet, the fastest first.
         self.ways = [self._twice, self._forward_mode, self._by_rows]
         if cut_off(self.pulled):
             self.ways.remove(self._twice)
 
     def jvp(self, vectors: Blocks) -> Tensor:
-        """[K, *output]."""
+        """J v of every vector, [K, *output]."""
         while len(self.ways) > 1:
             try:
                 tangents = self.ways[0](vectors)
@@ -116,6 +121,7 @@ class GraphGGN:
         return self.ways[0](vectors)
 
     def _twice(self, vectors: Blocks) -> Tensor:
+        """J v as the derivative of u -> J^T u, one vector after the other."""
         pairs = [(p, v) for p, v in zip(self.pulled, vectors, strict=True) if p is not None]
         num_vectors = vectors[0].shape[0]
         out = self.output.new_zeros((num_vectors, *self.output.shape))
@@ -128,6 +134,7 @@ class GraphGGN:
         return out
 
     def _forward_mode(self, vectors: Blocks) -> Tensor:
+        """J v by forward mode: the network is evaluated once per vector."""
         rows = []
         for tangents in zip(*vectors, strict=True):
             with _dual_level(), torch.no_grad():
@@ -151,7 +158,7 @@ class GraphGGN:
         return out.view(-1, *self.output.shape)
 
     def vjp(self, cotangents: Tensor) -> Blocks:
-        """[K, *output] -> one [K, *shape] per parameter."""
+        """J^T u of every cotangent u, [K, *output]: one [K, *shape] per parameter."""
         num_vectors = cotangents.shape[0]
         out = [p.new_zeros((num_vectors, *p.shape)) for p in self.params]
         for k in range(num_vectors if self.output.requires_grad else 0):
@@ -164,12 +171,13 @@ class GraphGGN:
         return self.vjp(self.curvature.product(self.jvp(vectors)))
 
     def quad(self, vectors: Blocks) -> Tensor:
-        # (J v)^T S (J v): the half that pulls back to the parameters is not needed.
+        # This is (J v)^T S (J v): nothing has to be pulled back to the parameters.
         return self.curvature.quad(self.jvp(vectors))
 
 
 @contextlib.contextmanager
 def _dual_level() -> Iterator[None]:
+    """Forward mode, without the warnings of its first use in a process."""
     with forward_ad.dual_level():
         with warnings.catch_warnings():
             # The first dual number of a process compiles scripts of torch that raise warnings.
@@ -202,6 +210,7 @@ def grad_or_none(
 
 
 def _write(out: Blocks, k: int, rows: list[Tensor | None]) -> None:
+    """Write the rows of vector k; where one is None, zeros are there already."""
     for o, r in zip(out, rows, strict=True):
         if r is not None:
             o[k] = r

@@ -1,4 +1,4 @@
-"""The arithmetic of matrix products and convolutions of float32 numbers."""
+"""The arithmetic in which matrix products and convolutions of float32 numbers are computed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PRODUCTS = {
     aten.convolution.default,
     aten.convolution_backward.default,
 }
-# Products that are written to, or added to, what is there: (the product, place of what is there).
+# Products that are added to a tensor that is there, or written to it, by the product alone.
 _ONTO = {aten.baddbmm_.default: aten.bmm.default, aten.addmm_.default: aten.mm.default}
 _INTO = {aten.mm.out: aten.mm.default, aten.bmm.out: aten.bmm.default}
 
@@ -49,6 +49,8 @@ class Bfloat16Products(TorchDispatchMode):
 
 
 def _rounded(func: Any, args: Any, kwargs: Any) -> Any:
+    """A product of factors in bfloat16, as float32."""
+
     def to_bfloat16(t: Tensor) -> Tensor:
         return t.bfloat16() if t.dtype == torch.float32 else t
 
@@ -60,13 +62,13 @@ def _rounded(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def rounding(gemm: str | None) -> AbstractContextManager[Any]:
-    """What surrounds the operations of a pass."""
+    """A context for a pass, which rounds products to bfloat16 where `gemm` says so."""
     return Bfloat16Products() if gemm == "bfloat16" else nullcontext()
 
 
 @contextmanager
 def backends(gemm: str | None, device: torch.device) -> Iterator[None]:
-    """What surrounds everything that is computed on a device: whether a GPU may use TF32."""
+    """A context for everything that is computed on a device: it says whether a GPU may use TF32."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     if gemm is None or device.type != "cuda":
         yield

@@ -23,7 +23,8 @@ from typing import Any
 from torch import Tensor
 
 from fast.curvature.network.parameter_space import dot
-from fast.curvature.products.batched.tape import VIEWS, Slots, Step, Tape, flat
+from fast.curvature.products.batched.gradient_record import GradientRecord
+from fast.curvature.products.batched.tape import VIEWS, Operation, Slots, flat
 from fast.curvature.products.rules.base import Tangent
 
 # Arguments in which an operation is linear, all of them together.
@@ -42,52 +43,50 @@ SUMS = {"aten.add.Tensor", "aten.sum.dim_IntList", "aten._to_copy.default"}
 
 
 class SecondOrder:
-    """The steps from the tangents of values to v^T H v - u^T S u, in slot `total`, if any.
+    """The operations that make v^T H v - u^T S u from the tangents of values.
 
     Args:
-        tape: the record of a gradient; it gets slots for the sums.
-        split: number of steps of the forward pass.
-        gradient_of: slots of gradients, and of the values that they are the gradients in.
-        parameters: the same for the parameters, as pairs.
-        cotangent: slot of the gradient in the output.
+        record: an exact record. Its tape gets slots for the sums.
+
+    Attributes:
+        operations: in their order; they follow the forward pass.
+        total: the slot of the result, or None where it is zero.
     """
 
-    def __init__(
-        self,
-        tape: Tape,
-        split: int,
-        gradient_of: dict[int, int],
-        parameters: list[tuple[int, int]],
-        cotangent: int,
-    ):
-        self.tape, self.parameters, self.gradient_of = tape, parameters, gradient_of
-        self.forward, self.backward = tape.steps[:split], tape.steps[split:]
-        linear = _linear(self.forward, [p for _, p in parameters])
-        if not self._build(linear, cotangent) and linear:
-            self._build(set(), cotangent)
+    def __init__(self, record: GradientRecord):
+        self.tape, self.value_of = record.forward_tape, record.value_of
+        self.forward, self.backward = record.forward, record.backward
+        pairs = zip(record.gradient_slots, record.parameter_slots, strict=True)
+        self.parameters = [(g, p) for g, p in pairs if g is not None]
+        linear = _linear(self.forward, [p for _, p in self.parameters])
+        if not self._build(linear, record.cotangent_slot) and linear:
+            self._build(set(), record.cotangent_slot)
 
     def _build(self, linear: set[int], cotangent: int) -> bool:
-        """Make the steps; whether each change of a gradient meets a tangent before anything else.
+        """Make the operations; whether each change of a gradient meets a tangent first of all.
 
         It does not where the backward pass computes values again (checkpointing), or takes several
         operations to the derivative of one. Then parameters have to move like other values.
+
+        Args:
+            linear: the parameters that do not move, for the network is linear in them.
         """
-        self.steps: list[Step] = []
+        self.operations: list[Operation] = []
         self.total: int | None = None
-        values = {s for step in self.forward for s in flat(step.outputs)}
+        values = {s for operation in self.forward for s in flat(operation.outputs)}
         moving = values.union(p for _, p in self.parameters) - linear
         gradients, is_plain = {cotangent}, True
-        for step in self.backward:
-            inputs, outputs = flat(step.inputs), flat(step.outputs)
-            if outputs and step.name not in VIEWS | SUMS:
+        for operation in self.backward:
+            inputs, outputs = flat(operation.inputs), flat(operation.outputs)
+            if outputs and operation.name not in VIEWS | SUMS:
                 is_plain &= bool(gradients & {*inputs}) and not gradients & moving & {*inputs}
             if gradients & {*inputs}:
                 gradients |= {*outputs}
             if not moving & {*inputs}:
                 continue
-            self.steps.append(_restricted(step, moving))
+            self.operations.append(_restricted(operation, moving))
             for slot in outputs:
-                if (value := self.gradient_of.get(slot)) is not None:
+                if (value := self.value_of.get(slot)) is not None:
                     self._add(slot, value, linear)
                 else:
                     moving.add(slot)
@@ -97,30 +96,39 @@ class SecondOrder:
         return is_plain
 
     def _add(self, gradient: int, value: int, linear: set[int]) -> None:
+        """Add the product of the tangents of a gradient and of its value to the total."""
         before, self.total = self.total, self.tape.new_sum()
         term = functools.partial(_term, 2 if value in linear else 1)
-        inputs = gradient, value, before
-        self.steps.append(Step(name="form", derivative=term, inputs=inputs, outputs=(self.total,)))
+        self.operations.append(
+            Operation(
+                name="form",
+                derivative=term,
+                inputs=(gradient, value, before),
+                outputs=(self.total,),
+            )
+        )
 
 
-def _linear(forward: list[Step], parameters: Iterable[int]) -> set[int]:
+def _linear(forward: list[Operation], parameters: Iterable[int]) -> set[int]:
     """Parameters that every operation is linear in, and views of them."""
     origin = {p: p for p in parameters}
     others: set[int] = set()
-    for step in forward:
-        places = {i for i, s in enumerate(step.inputs) if not origin.keys().isdisjoint(flat([s]))}
-        origins = {origin[s] for s in flat(step.inputs) if s in origin}
-        if origins and step.name in VIEWS | {"aten._to_copy.default"}:
-            origin |= {s: p for s in flat(step.outputs) for p in origins}
-        elif not any(places <= linear for linear in LINEAR_IN.get(step.name, [])):
+    for operation in forward:
+        slots = enumerate(operation.inputs)
+        places = {i for i, s in slots if not origin.keys().isdisjoint(flat([s]))}
+        origins = {origin[s] for s in flat(operation.inputs) if s in origin}
+        if origins and operation.name in VIEWS | {"aten._to_copy.default"}:
+            origin |= {s: p for s in flat(operation.outputs) for p in origins}
+        elif not any(places <= linear for linear in LINEAR_IN.get(operation.name, [])):
             others |= origins
     return {s for s, p in origin.items() if p not in others}
 
 
-def _restricted(step: Step, moving: set[int]) -> Step:
-    inputs = tuple(_those(s, moving) for s in step.inputs)
-    derivative = functools.partial(_derivative, step.derivative, len(step.outputs))
-    return replace(step, inputs=inputs, derivative=derivative)
+def _restricted(operation: Operation, moving: set[int]) -> Operation:
+    """The operation, with tangents of none but the slots `moving`."""
+    inputs = tuple(_those(s, moving) for s in operation.inputs)
+    derivative = functools.partial(_derivative, operation.derivative, len(operation.outputs))
+    return replace(operation, inputs=inputs, derivative=derivative)
 
 
 def _those(slots: Slots, moving: set[int]) -> Slots:
@@ -137,6 +145,7 @@ def _derivative(derivative: Any, num_outputs: int, *inputs: Any) -> Any:
 
 
 def _term(factor: int, gradient: Tangent, value: Tangent, total: Tensor | None) -> Tensor | None:
+    """The total, and `factor` times the product of two tangents."""
     if gradient is None or value is None:
         return total
     term = dot([gradient], [value])

@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+from fast.curvature.network.memory import empty_product
 from fast.curvature.network.parameter_space import Blocks
 
-# What surrounds a part of the computation that may be traced: it is told the inputs of the part,
-# and what it yields takes the results.
+# A segment surrounds a part of a computation that may be traced. It is called with the inputs of
+# this part, and what it yields is called with the results.
 Segment = Callable[..., AbstractContextManager[Callable[..., None]]]
 
 
@@ -23,29 +24,37 @@ def untraced(*inputs: Tensor) -> Iterator[Callable[..., None]]:
 
 
 class Passes(abc.ABC):
-    """Products of one batch, `chunk` vectors a pass."""
+    """Products of one batch with any number of vectors, `chunk` of them in one pass.
 
-    exact: bool
+    A subclass says how one pass is computed: `product_pass` and `form_pass` take all their vectors
+    at once.
+    """
+
+    exact: bool  # whether this is the Hessian, and not the GGN
     chunk: int
 
     @abc.abstractmethod
-    def _product(self, vectors: Blocks, out: Blocks) -> None:
-        """Write the products with the vectors of one pass to `out`."""
+    def product_pass(self, vectors: Blocks, out: Blocks) -> None:
+        """Write the products with the vectors of one pass to `out`, which has their shapes."""
 
     @abc.abstractmethod
-    def _quad(self, vectors: Blocks) -> Tensor:
-        """The forms of the vectors of one pass, [K]."""
+    def form_pass(self, vectors: Blocks) -> Tensor:
+        """v^T A v of each vector of one pass, [K]."""
 
     @torch.no_grad()
     def products(self, vectors: Blocks) -> Blocks:
-        out = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in vectors]
+        """One [K, *shape] block per parameter in, the same out."""
+        out = list(map(empty_product, vectors))
         for part in self._parts(vectors):
-            self._product([v[part] for v in vectors], [o[part] for o in out])
+            self.product_pass([v[part] for v in vectors], [o[part] for o in out])
         return out
 
     @torch.no_grad()
     def quad(self, vectors: Blocks) -> Tensor:
-        return torch.cat([self._quad([v[part] for v in vectors]) for part in self._parts(vectors)])
+        """v^T A v of every vector, [K]."""
+        parts = self._parts(vectors)
+        return torch.cat([self.form_pass([v[part] for v in vectors]) for part in parts])
 
     def _parts(self, vectors: Blocks) -> list[slice]:
+        """The vectors of each pass."""
         return [slice(k, k + self.chunk) for k in range(0, len(vectors[0]), self.chunk)]

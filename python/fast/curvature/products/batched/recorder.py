@@ -1,4 +1,5 @@
-"""Record the operations of a forward and backward pass that depend on the parameters."""
+"""The recorder sees every operation of a forward and a backward pass, and puts those that depend on
+the parameters on a tape."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fast.curvature.network.network import StrayParameter
-from fast.curvature.products.batched.tape import Slots, Step, Tape
+from fast.curvature.products.batched.tape import Operation, Slots, Tape
 from fast.curvature.products.rules import (
     NO_FAULT,
     RULES,
@@ -23,23 +24,36 @@ from fast.curvature.products.rules import (
     decomposition,
 )
 
+aten = torch.ops.aten
+
 
 class Recorder(TorchDispatchMode):
-    """Records every operation on an active tensor: one that depends on the parameters."""
+    """Records every operation on an active tensor: one that depends on the parameters.
 
-    def __init__(self, tape: Tape, exact: bool):
+    Operations are recorded while the mode is entered: first those of the forward pass, and after
+    `start_backward` those of the backward pass. `finish` gives both tapes.
+
+    Args:
+        exact: whether the backward pass may read values of the forward pass that depend on the
+            parameters. It then goes on the same tape.
+
+    Attributes:
+        originals: parameters of the model by id. Leaves stand for them, so that nothing should read
+            them.
+        value_of: slot of a gradient -> slot of the value that it is the gradient in.
+    """
+
+    def __init__(self, exact: bool):
         super().__init__()
-        self.tape = tape
         self.exact = exact
-        self.slots = WeakTensorKeyDictionary()
-        self.forward = True
-        # Parameters of the model by id. Leaves stand for them, so that nothing should read them.
         self.originals: dict[int, str] = {}
-        self.below_autograd = False  # inside a decomposition
-        # Slot of a gradient -> slot of the value that it is the gradient in.
-        self.gradient_of: dict[int, int] = {}
+        self.value_of: dict[int, int] = {}
+        self._forward = True
+        self._forward_tape = self._tape = Tape()
+        self._slots = WeakTensorKeyDictionary()
+        self._below_autograd = False  # inside a decomposition
         self._watched: set[int] = set()
-        self.cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
+        self._cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -48,12 +62,38 @@ class Recorder(TorchDispatchMode):
         return False
 
     def activate(self, tensor: Tensor) -> int:
-        slot = self.tape.new_slot(tensor)
-        self.slots[tensor] = slot
+        """Give a tensor a slot: what is computed from it is recorded."""
+        slot = self._tape.new_slot(tensor)
+        self._slots[tensor] = slot
         return slot
 
+    def forget(self, tensor: Tensor) -> None:
+        """Take a tensor for a constant from now on."""
+        self._slots.pop(tensor, None)
+
     def slot(self, tensor: Tensor) -> int | None:
-        return self.slots.get(tensor)
+        """The slot of an active tensor, None for others."""
+        return self._slots.get(tensor)
+
+    def start_backward(self) -> int:
+        """Go over to the backward pass; the number of operations of the forward pass."""
+        self._forward = False
+        split = len(self._tape.operations)
+        if not self.exact:
+            self._slots.clear()
+            self._tape = Tape()
+        return split
+
+    def finish(self) -> tuple[Tape, Tape]:
+        """The tapes of the forward and the backward pass.
+
+        Raises:
+            UnsupportedOperation: a value that a derivative reads was overwritten.
+        """
+        self._cache.clear()
+        self._forward_tape.verify()
+        self._tape.verify()
+        return self._forward_tape, self._tape
 
     def __torch_dispatch__(
         self,
@@ -69,16 +109,18 @@ class Recorder(TorchDispatchMode):
         self._check_untracked(func, args)
         if not any(_any(s) for s in slots):
             return func(*args, **kwargs)
-        if self.forward and self.exact:
+        if self._forward and self.exact:
             self._watch_gradients(args)
         mutated = _mutated(func, args)
-        if self.forward and not torch.is_grad_enabled():
+        if self._forward and not torch.is_grad_enabled():
             # Under no_grad the result is a constant to autograd, and so it is here.
             if mutated is not None:
                 raise UnsupportedOperation(f"{func} under no_grad")
             return func(*args, **kwargs)
         if mutated is not None:
             return self._in_place(func, args, kwargs, slots, mutated)
+        if self._below_autograd and func in _GUARDS:
+            raise UnsupportedOperation(f"{func} in a decomposition")
         rule = RULES.get(func)
         if rule is None:
             decomposed = decomposition(func)
@@ -86,37 +128,40 @@ class Recorder(TorchDispatchMode):
                 raise UnsupportedOperation(str(func))
             return self._decompose(decomposed, args, kwargs)
         # The transposed pass of a GGN is linear in what moves: only its shapes matter.
-        shapes_only = not (self.forward or self.exact) and _is_expensive(args)
+        shapes_only = not (self._forward or self.exact) and _is_expensive(args)
         out = _placeholder(func, *args, **kwargs) if shapes_only else func(*args, **kwargs)
         self._note(func, rule, args, kwargs, slots, out)
         return out
 
     def _watch_gradients(self, args: Sequence[Any]) -> None:
-        """Learn in the backward pass which gradient is that of each argument."""
+        """Ask autograd to say, in the backward pass, which gradient is that of each argument."""
         for t in _tensors(args):
-            slot = self.slots.get(t)
+            slot = self._slots.get(t)
             if slot is None or slot in self._watched or not t.requires_grad or t.is_leaf:
                 continue
             self._watched.add(slot)
             t.register_hook(functools.partial(self._saw_gradient, slot))
 
     def _saw_gradient(self, value: int, gradient: Tensor) -> None:
-        slot = self.slots.get(gradient)
+        """Note that `gradient` is the gradient in the value of slot `value`."""
+        slot = self._slots.get(gradient)
         if slot is not None:
             # Where one gradient is passed on, as by a sum, that of the sum comes first.
-            self.gradient_of.setdefault(slot, value)
+            self.value_of.setdefault(slot, value)
 
     def _decompose(self, decomposed: Any, args: Any, kwargs: Any) -> Any:
-        before, self.below_autograd = self.below_autograd, True
+        """Compute an operation without a rule by simpler ones, and record those."""
+        before, self._below_autograd = self._below_autograd, True
         try:
             with self:
                 return decomposed(*args, **kwargs)
         finally:
-            self.below_autograd = before
+            self._below_autograd = before
 
     def _note(
         self, func: Any, rule: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], out: Any
     ) -> None:
+        """Put a call that has been made on the tape, with the derivative that its rule gives."""
         active = tuple(_any(s) for s in slots)
         call = Call(
             func=func,
@@ -124,8 +169,8 @@ class Recorder(TorchDispatchMode):
             kwargs=kwargs,
             out=out,
             active=active,
-            kept=self.tape.kept,
-            cache=self.cache,
+            kept=self._tape.kept,
+            cache=self._cache,
             exact=self.exact,
         )
         try:
@@ -142,13 +187,14 @@ class Recorder(TorchDispatchMode):
             self.activate(o) if isinstance(o, Tensor) and (which is None or i in which) else None
             for i, o in enumerate(outs)
         )
-        self.tape.steps.append(
-            Step(name=str(func), derivative=derivative, inputs=slots, outputs=targets)
+        self._tape.operations.append(
+            Operation(name=str(func), derivative=derivative, inputs=slots, outputs=targets)
         )
 
     def _in_place(
         self, func: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], mutated: Tensor
     ) -> Any:
+        """Make a call that overwrites `mutated`, recorded as one that makes a new tensor."""
         functional = _functional(func)
         rule = RULES.get(functional) if functional is not None else None
         if rule is None:
@@ -163,12 +209,14 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _has_alias(self, tensor: Tensor) -> bool:
+        """Whether another active tensor lies in the memory of `tensor`."""
         storage = tensor.untyped_storage().data_ptr()
         return any(
-            t is not tensor and t.untyped_storage().data_ptr() == storage for t in self.slots
+            t is not tensor and t.untyped_storage().data_ptr() == storage for t in self._slots
         )
 
     def _lookup(self, arg: Any) -> Slots:
+        """The slot, or slots, of an argument; None where it does not depend on the parameters."""
         if isinstance(arg, Tensor):
             return self._slot_of(arg)
         if isinstance(arg, list | tuple) and any(isinstance(a, Tensor) for a in arg):
@@ -177,27 +225,32 @@ class Recorder(TorchDispatchMode):
         return None
 
     def _slot_of(self, tensor: Tensor) -> int | None:
-        slot: int | None = self.slots.get(tensor)
-        if slot is None or tensor.requires_grad or not self.forward or self.below_autograd:
+        slot: int | None = self._slots.get(tensor)
+        if slot is None or tensor.requires_grad or not self._forward or self._below_autograd:
             return slot
         # It was detached where no function mode sees it: in scripted code, by torch.tensor(h), in
         # vmap. From here on it is a constant, in the backward pass too.
-        del self.slots[tensor]
+        del self._slots[tensor]
         return None
 
     def _check_untracked(self, func: Any, args: Sequence[Any]) -> None:
         """Raise where autograd knows of a dependence on the parameters that the record misses."""
-        if not (self.forward and torch.is_grad_enabled()):
+        if not (self._forward and torch.is_grad_enabled()):
             return
         for t in _tensors(args):
             if id(t) in self.originals:
                 raise StrayParameter(self.originals[id(t)])
-            if t.requires_grad and t not in self.slots:
+            # Autograd detaches the results that it saves, such as the mean that a group norm gives.
+            saved = func is aten.detach.default
+            if t.requires_grad and t not in self._slots and not saved:
                 raise UnsupportedOperation(
                     f"the custom autograd function whose result goes into {func}"
                 )
 
 
+# A decomposition that asks for equality keeps away from a point such as 0 / 0, at which its own
+# derivative is not that of the function.
+_GUARDS = {getattr(getattr(aten, f), kind) for f in ("eq", "ne") for kind in ("Scalar", "Tensor")}
 # Number of elements from which a CPU takes longer to compute a result than torch takes to infer its
 # shape (50 to 150 us of Python): without this limit, a record of 12 transformer layers of width 64
 # took 4 times as long.
@@ -205,7 +258,10 @@ EXPENSIVE = 2**17
 
 
 def _is_expensive(args: Any) -> bool:
-    """Whether a result takes longer than its shape. (A GPU computes it while Python goes on.)"""
+    """Whether it takes longer to compute a result than to infer its shape.
+
+    It never does on a GPU, which computes while Python goes on.
+    """
     return any(
         isinstance(t, Tensor) and t.device.type == "cpu" and t.numel() > EXPENSIVE
         for t in pytree.tree_leaves(args)
@@ -246,6 +302,7 @@ def _any(slots: Slots) -> bool:
 
 
 def _mutated(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """The argument that a call overwrites."""
     for spec, arg in zip(func._schema.arguments, args, strict=False):
         if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, Tensor):
             return arg
@@ -257,5 +314,5 @@ def _functional(func: Any) -> Any:
     name = func._schema.name.removeprefix("aten::")
     if not name.endswith("_") or func.namespace != "aten":
         return None
-    packet = getattr(torch.ops.aten, name[:-1], None)
+    packet = getattr(aten, name[:-1], None)
     return getattr(packet, func._overloadname, None)

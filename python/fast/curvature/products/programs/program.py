@@ -1,4 +1,4 @@
-"""A record that runs again: on other batches, at other parameters, with other vectors."""
+"""A program: the record of one batch as code, for other batches, parameters and vectors."""
 
 from __future__ import annotations
 
@@ -12,52 +12,55 @@ from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
 from fast.curvature.network.network import Network, laid_out
 from fast.curvature.network.parameter_space import Blocks
-from fast.curvature.products.batched.linearize import Folded
+from fast.curvature.products.batched import Folded
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import OutputCurvature
-from fast.curvature.products.programs.source import Source
-from fast.curvature.products.programs.tracer import Diverged
+from fast.curvature.products.programs.code import Code
+from fast.curvature.products.programs.trace import BranchChanged
 
-# The segments of a record: the network, the layout of its output, the way back. Passes follow: a
-# product has two segments, before and after the output's curvature, and a form has one.
-FORWARD, LAYOUT, BACKWARD, FIRST_PASS = range(4)
+# The segments of a record: the network, the layout of its output, the way back. Those of passes
+# follow: a product has two segments, before and after the output's curvature, and a form has one.
+FORWARD, LAYOUT, BACKWARD = range(3)
 PASSES = "product", "form"
 
 
-class Run:
-    """One run of a program's segments, which share values."""
+class Execution:
+    """The segments of some code, run one after the other on values that they share."""
 
-    def __init__(self, source: Source):
-        self.source = source
-        self.values: list[Any] = [None] * len(source.slots)
+    def __init__(self, code: Code):
+        self.code = code
+        self.values: list[Any] = [None] * len(code.slots)
 
     @torch.no_grad()
     def __call__(self, segment: int, *inputs: Tensor) -> list[Tensor]:
-        source, values = self.source, self.values
-        for slot, tensor in zip(source.inputs[segment], inputs, strict=True):
+        """The results of a segment for these inputs."""
+        code, values = self.code, self.values
+        for slot, tensor in zip(code.inputs[segment], inputs, strict=True):
             values[slot] = tensor
         # The operations are chosen already: no mode has to look at them again.
         with torch._C.DisableTorchFunction():
-            source.code[segment](values)
-        return [values[slot] for slot in source.results[segment]]
+            code.functions[segment](values)
+        return [values[slot] for slot in code.results[segment]]
 
     def end_pass(self) -> None:
         """Let go of what a pass has left."""
-        for value in self.source.passing:
-            self.values[self.source.slots[value]] = None
+        for slot in self.code.passing:
+            self.values[slot] = None
 
 
 class Program:
-    """What `trace` makes of a record.
+    """What a trace of a batch's record has become.
 
-    Attributes:
+    Args:
+        part: the record that was traced.
         passes: the number of the segment that starts a pass, by its kind and number of vectors.
+        num_vectors: number of vectors of a product.
     """
 
     def __init__(
-        self, source: Source, part: Folded, passes: dict[tuple[str, int], int], num_vectors: int
+        self, code: Code, part: Folded, passes: dict[tuple[str, int], int], num_vectors: int
     ):
-        self.source, self.passes, self.num_vectors = source, passes, num_vectors
+        self.code, self.passes, self.num_vectors = code, passes, num_vectors
         self.exact, self.chunk, self.output_dim = part.exact, part.chunk, part.output_dim
 
     def linearize(
@@ -68,51 +71,56 @@ class Program:
         index: int,
         curvature: OutputCurvature,
         given: list[Tensor],
-    ) -> Replay:
-        """The linearization of a batch that the program fits to.
+    ) -> ProgramPasses:
+        """The linearisation of a batch that the program fits to.
+
+        Args:
+            given: all tensors that the code of the network depends on, in the order of the trace.
 
         Raises:
-            Diverged: data took the code another way.
+            BranchChanged: data took the network's code another way.
         """
-        run = Run(self.source)
+        execution = Execution(self.code)
         with network.scope(index, differentiable_twice=False):
-            (raw,) = run(FORWARD, *given)
+            (raw,) = execution(FORWARD, *given)
             dim = loss.class_dim(raw, batch.target, network.class_dim)
             if dim != self.output_dim:
-                raise Diverged
-            (z,) = run(LAYOUT)
+                raise BranchChanged
+            (z,) = execution(LAYOUT)
             y = laid_out(raw, batch.target, dim)[1]
             output = curvature(loss, z, y)
-            run(BACKWARD, loss.gradient(z, y) if self.exact else torch.zeros_like(z))
-        part = Replay(self, run, output.product, output.quad)
-        part.answers = z, y
-        return part
+            execution(BACKWARD, loss.gradient(z, y) if self.exact else torch.zeros_like(z))
+        return ProgramPasses(self, execution, (z, y), output.product, output.quad)
 
 
-class Replay(Passes):
-    """One batch, linearized by a program, for products with `num_vectors` vectors."""
+class ProgramPasses(Passes):
+    """One batch, linearised by a program, for products with `num_vectors` vectors.
 
-    answers: tuple[Tensor, Any]
+    Args:
+        answers: output and target.
+        product, quad: those of the curvature at the output.
+    """
 
     def __init__(
         self,
         program: Program,
-        run: Run,
+        execution: Execution,
+        answers: tuple[Tensor, Any],
         product: Callable[[Tensor], Tensor],
         quad: Callable[[Tensor], Tensor],
     ):
         self.exact, self.chunk, self.passes = program.exact, program.chunk, program.passes
         self.num_vectors = program.num_vectors
-        self.run, self.weight = run, 0.0
+        self.execution, self.answers, self.weight = execution, answers, 0.0
         self.output_product, self.output_quad = product, quad
 
-    def _product(self, vectors: Blocks, out: Blocks) -> None:
+    def product_pass(self, vectors: Blocks, out: Blocks) -> None:
         segment = self.passes["product", len(vectors[0])]
-        (u,) = self.run(segment, *vectors)
-        self.run(segment + 1, self.output_product(u), *out)
-        self.run.end_pass()
+        (u,) = self.execution(segment, *vectors)
+        self.execution(segment + 1, self.output_product(u), *out)
+        self.execution.end_pass()
 
-    def _quad(self, vectors: Blocks) -> Tensor:
-        u, *terms = self.run(self.passes["form", len(vectors[0])], *vectors)
-        self.run.end_pass()
+    def form_pass(self, vectors: Blocks) -> Tensor:
+        u, *terms = self.execution(self.passes["form", len(vectors[0])], *vectors)
+        self.execution.end_pass()
         return sum(terms, self.output_quad(u))

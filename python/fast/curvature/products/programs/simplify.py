@@ -1,4 +1,4 @@
-"""Leave out of a trace what nothing depends on, and what is computed twice."""
+"""Leave out of a trace what nobody needs, and what is computed twice."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fast.curvature.products.programs.tracer import Node, Ref, Trace, output_mask
+from fast.curvature.products.programs.trace import Node, Ref, Trace
+from fast.curvature.products.programs.traits import output_mask
 
 
 def merged(trace: Trace, passes: Sequence[int]) -> dict[int, int]:
-    """value -> the same value, computed earlier: in a segment that is kept, or in the same pass.
+    """value -> the same value, where it is computed earlier as well.
+
+    Earlier means in a segment before all passes, or in the same pass.
 
     Args:
         passes: the segments that passes start with, in their order.
@@ -61,8 +64,8 @@ def _masked(node: Node, needed: set[int]) -> Node:
     if place is None or place >= len(node.args):
         return node
     outputs = [o if o in needed else None for o in node.outputs]
-    asked = tuple(m and o is not None for m, o in zip(node.args[place], outputs, strict=True))
-    args = (*node.args[:place], asked, *node.args[place + 1 :])
+    mask = tuple(m and o is not None for m, o in zip(node.args[place], outputs, strict=True))
+    args = (*node.args[:place], mask, *node.args[place + 1 :])
     return replace(node, args=args, outputs=outputs)
 
 

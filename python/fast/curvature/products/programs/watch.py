@@ -1,4 +1,4 @@
-"""What the code of a network depends on besides its tensors' values, to be compared at once."""
+"""What a network's code depends on besides the values of tensors, in forms that compare fast."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ _GLOBAL_HOOKS = (
 
 
 class Watch:
-    """The make-up of a model: parts, modes, hooks and attributes, compared by identity.
+    """Tells whether a model still has the parts, modes, hooks and attributes that it had.
 
-    It looks into the containers and plain objects (a configuration) that are attributes, one level
-    deep. What lies deeper, in closures or in global variables is not seen.
+    They are compared by identity. The watch looks into containers and plain objects (such as a
+    configuration) that are attributes, one level deep. It does not see what lies deeper, in
+    closures or in global variables.
     """
 
     def __init__(self, model: nn.Module):
         self._registered = {id(t) for t in (*model.parameters(), *model.buffers())}
-        found = [*_containers(model)]
-        self.dicts = [c for c in found if isinstance(c, dict)]
-        self.others = [c for c in found if not isinstance(c, dict)]
+        containers = [*_containers(model)]
+        self.dicts = [c for c in containers if isinstance(c, dict)]
+        self.others = [c for c in containers if not isinstance(c, dict)]
         self.sizes = list(map(len, self.dicts)), list(map(len, self.others))
         self.contents = list(self._contents())
 
     def _contents(self) -> Iterator[Any]:
+        """Everything inside the containers."""
         values = chain.from_iterable(map(dict.values, self.dicts))
         return chain(values, chain.from_iterable(self.others))
 
@@ -54,6 +56,7 @@ class Watch:
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:
+    """The attributes of all modules, and the containers and objects among them."""
     yield from _GLOBAL_HOOKS
     for module in model.modules():
         attributes = vars(module)
@@ -66,6 +69,7 @@ def _containers(model: nn.Module) -> Iterator[Any]:
 
 
 def _is_record(value: Any) -> bool:
+    """Whether a value is an object that only holds other values."""
     return hasattr(value, "__dict__") and not (
         isinstance(value, nn.Module | Tensor | type) or callable(value)
     )
@@ -77,7 +81,7 @@ def draws() -> tuple[Any, ...]:
 
 
 def shapes(tensors: list[Tensor]) -> list[Any] | None:
-    """What code can know of tensors without reading them; None where they are of a special kind."""
+    """What code can learn of tensors without reading them; None where one is of a special kind."""
     if any(
         type(t) not in (Tensor, nn.Parameter) or t.is_nested or t.layout is not torch.strided
         for t in tensors

@@ -20,12 +20,12 @@ from fast.curvature.products.rules.matmul import batched
 
 
 def _flat(t: Tensor) -> Tensor:
-    """[..., T, d] -> [n, T, d]."""
+    """A tensor [..., T, d] as [n, T, d], with heads and batch in one dimension."""
     return t.reshape(-1, *t.shape[-2:])
 
 
-def _moving(d: Tangent) -> Tangent:
-    """[K, ..., T, d] -> [K, n, T, d]."""
+def _flat_tangent(d: Tangent) -> Tangent:
+    """A tangent [K, ..., T, d] as [K, n, T, d]."""
     return None if d is None else d.reshape(d.shape[0], -1, *d.shape[-2:])
 
 
@@ -45,7 +45,10 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
 
 
 def _terms(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tangent:
-    """Sum of a_i @ b_i over the pairs without None; fixed factors get a K axis of stride zero."""
+    """The sum of a_i @ b_i over the pairs without None.
+
+    A factor [n, p, q] does not move: it gets a dimension K of stride zero.
+    """
     out = None
     for a, b in pairs:
         if a is None or b is None:
@@ -58,13 +61,16 @@ def _terms(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tangent:
 
 
 def _softmax_tangent(p: Tensor, ds: Tensor) -> Tensor:
-    """P (dS - <dS, P>), written into dS."""
+    """The tangent of P = softmax(S), P (dS - <dS, P>); it is written into dS."""
     ds = ds.mul_(p)
     return ds.sub_(ds.sum(-1, keepdim=True) * p)
 
 
 class _Attention:
-    """The fixed tensors of one attention, with heads and batch in one dimension."""
+    """The fixed tensors of one attention, and the tangents of its two passes.
+
+    All tensors are [n, T, d], and all tangents [K, n, T, d], with heads and batch in n.
+    """
 
     def __init__(
         self,
@@ -103,15 +109,18 @@ class _Attention:
         return _softmax_tangent(self.p, ds.mul_(self.scale))
 
     def forward(self, dq: Tangent, dk: Tangent, dv: Tangent) -> Tensor:
+        """The tangent of o."""
         return _terms([(self.scores(dq, dk), self.v), (self.p, dv)])
 
     def prepare(self, g: Tensor) -> None:
+        """Compute what `backward` reads of the gradient g in o, where q, k or v move."""
         self.g = _flat(g)
         self.gp = torch.bmm(self.g, self.v.transpose(-1, -2))
         self.centred = self.gp - (self.gp * self.p).sum(-1, keepdim=True)
         self.gs = self.p * self.centred * self.scale
 
     def backward(self, dg: Tangent, dq: Tangent, dk: Tangent, dv: Tangent) -> tuple[Tangent, ...]:
+        """The tangents of gq, gk and gv."""
         dp = self.scores(dq, dk)
         by_v = _terms(
             [
@@ -122,7 +131,7 @@ class _Attention:
         dgp = _terms(
             [(dg, self.v.transpose(-1, -2)), (self.g, None if dv is None else dv.transpose(-1, -2))]
         )
-        # gS = P (gP - <gP, P>): the softmax's own tangent for dgP, plus what moves with dP.
+        # gS = P (gP - <gP, P>). For dgP this is the softmax's own tangent; the rest moves with dP.
         dgs = None if dgp is None else _softmax_tangent(self.p, dgp)
         if dp is not None:
             overlap = (dp * self.gp).sum(-1, keepdim=True)
@@ -158,7 +167,7 @@ def _forward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | 
     rest = (None,) * (len(call.out) - 1)
 
     def derivative(dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:
-        moved = attention.forward(_moving(dq), _moving(dk), _moving(dv))
+        moved = attention.forward(_flat_tangent(dq), _flat_tangent(dk), _flat_tangent(dv))
         return (moved.reshape(moved.shape[0], *shape), *rest)
 
     return derivative
@@ -174,7 +183,9 @@ def _backward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float |
     rest = (None,) * (len(call.out) - 3)
 
     def derivative(dg: Any, dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:
-        moved = attention.backward(_moving(dg), _moving(dq), _moving(dk), _moving(dv))
+        moved = attention.backward(
+            _flat_tangent(dg), _flat_tangent(dq), _flat_tangent(dk), _flat_tangent(dv)
+        )
         shaped = [
             None if m is None else m.reshape(m.shape[0], *s)
             for m, s in zip(moved, shapes, strict=True)
@@ -202,8 +213,10 @@ def flash_cpu_backward(call: Call):
 
 @rule(aten._scaled_dot_product_efficient_attention.default)
 def efficient(call: Call):
-    """The kernel for float32 on CUDA. Its arguments: q, k, v, bias, compute_log_sumexp, dropout,
-    causal."""
+    """The kernel for float32 on CUDA.
+
+    Its arguments are q, k, v, bias, compute_log_sumexp, dropout and causal.
+    """
     _no_dropout(call.arg(5, 0.0))
     _fixed_mask(call, 3)
     return _forward_rule(call, call.arg(3, None), call.arg(6, False), call.kwargs.get("scale"))
@@ -211,8 +224,9 @@ def efficient(call: Call):
 
 @rule(aten._scaled_dot_product_efficient_attention_backward.default)
 def efficient_backward(call: Call):
-    """Arguments: g, q, k, v, bias, out, log-sum-exp, random state (2), dropout, output mask,
-    causal."""
+    """Its arguments are g, q, k, v, bias, out, log-sum-exp, random state (2), dropout, output mask
+    and causal.
+    """
     _no_dropout(call.arg(9, 0.0))
     _fixed_mask(call, 4)
     return _backward_rule(call, call.arg(4, None), call.arg(11, False), call.kwargs.get("scale"))
@@ -220,13 +234,15 @@ def efficient_backward(call: Call):
 
 @rule(aten._scaled_dot_product_flash_attention.default)
 def flash(call: Call):
-    """The kernel for half precision on CUDA. Its arguments: q, k, v, dropout, causal."""
+    """The kernel for half precision on CUDA. Its arguments are q, k, v, dropout and causal."""
     _no_dropout(call.arg(3, 0.0))
     return _forward_rule(call, None, call.arg(4, False), call.kwargs.get("scale"))
 
 
 @rule(aten._scaled_dot_product_flash_attention_backward.default)
 def flash_backward(call: Call):
-    """Arguments: g, q, k, v, out, log-sum-exp, lengths (4), dropout, causal, random state (2)."""
+    """Its arguments are g, q, k, v, out, log-sum-exp, lengths (4), dropout, causal and random state
+    (2).
+    """
     _no_dropout(call.arg(10, 0.0))
     return _backward_rule(call, None, call.arg(11, False), call.kwargs.get("scale"))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 # One tangent, [K, *shape], or None for an argument that does not depend on the parameters.
 Tangent = Any
 Rule = Callable[["Call"], Callable[..., Any]]
@@ -35,13 +35,26 @@ class RuleError(RuntimeError):
         return cls(f"in the rule of {operation}, {type(error).__name__}: {error}")
 
 
-# What a rule may raise without being at fault.
+# A rule may raise these without being at fault.
 NO_FAULT = (UnsupportedOperation, torch.OutOfMemoryError)
 
 
 @dataclass(kw_only=True)
 class Call:
-    """One call of an operation: `active[i]` says whether argument i depends on the parameters."""
+    """One call of an operation, as its rule sees it.
+
+    Attributes:
+        func, args, kwargs, out: the operation, its arguments, and what it gave.
+        active: for each argument, whether it depends on the parameters.
+        kept: where `keep` notes the values that derivatives read.
+        cache: where `shared` keeps what two calls have in common.
+        exact: whether the backward pass reads values of the forward pass that depend on the
+            parameters, as that of a Hessian does.
+        differentiable_outputs: the places of the outputs that depend on the parameters; None means
+            all. The rule may set it.
+        is_linear_in_first: whether the derivative takes the tangent of the first argument alone.
+            The rule may set it.
+    """
 
     func: Any
     args: tuple[Any, ...]
@@ -50,9 +63,9 @@ class Call:
     active: tuple[bool, ...]
     kept: list[tuple[Tensor, int, str]]
     cache: dict[Any, tuple[Any, tuple[Tensor, ...]]]
-    exact: bool  # whether the backward pass reads values of the forward pass that depend on w
+    exact: bool
     differentiable_outputs: tuple[int, ...] | None = None
-    is_linear_in_first: bool = False  # and does not depend on the other arguments' tangents
+    is_linear_in_first: bool = False
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A value that the derivative reads; the record checks that nobody overwrites it."""
@@ -79,9 +92,11 @@ class Call:
         return lambda *_: nothing
 
     def is_active(self, i: int) -> bool:
+        """Whether argument i is there, and depends on the parameters."""
         return i < len(self.active) and self.active[i]
 
     def arg(self, i: int, default: Any = None) -> Any:
+        """Argument i, or its default where the call leaves it out."""
         return self.args[i] if i < len(self.args) else default
 
 
@@ -103,12 +118,22 @@ def rule(*funcs: Any, ignores_self: bool = False) -> Callable[[Rule], Rule]:
 
 
 def decomposition(func: Any) -> Callable[..., Any] | None:
-    """torch's decomposition of `func` into simpler operations, where there is one."""
-    return decomposition_table.get(func)
+    """torch's decomposition of `func` into simpler operations, where there is one.
+
+    What only calls other operations (`aten.softmax.int`, `aten.to.dtype`) is taken apart before
+    autograd sees it; inside another decomposition it is not, and comes here.
+    """
+    table: dict[Any, Callable[..., Any]] = decomposition_table
+    return table.get(func) or (func.decompose if func._can_decompose() else None)
 
 
 def spread(d: Tensor, ndim: int, target_ndim: int) -> Tensor:
-    """[K, *shape], with shape of `ndim` dimensions, as [K, 1, ..., *shape] of `target_ndim`."""
+    """A tangent [K, *shape] as [K, 1, ..., *shape], so that it broadcasts as its tensor does.
+
+    Args:
+        ndim: number of dimensions of `shape`.
+        target_ndim: number of dimensions of the result, without K.
+    """
     if ndim == target_ndim:
         return d
     return d.reshape(d.shape[0], *([1] * (target_ndim - ndim)), *d.shape[1:])
@@ -123,5 +148,5 @@ def dims_of(dim: Any, ndim: int) -> list[int]:
 
 
 def batch_inner(d: Tensor) -> Tensor:
-    """[K, B, ...] -> contiguous [B, K, ...]."""
+    """A tangent [K, B, ...] as [B, K, ...], which is contiguous."""
     return d.transpose(0, 1).contiguous()

@@ -21,7 +21,7 @@ def convolution(call: Call):
     x, w = call.args[:2]
     rest = call.args[3:]
     foldable = call.args[8] == 1 and not call.args[6]
-    spatial = [1] * (x.ndim - 2)
+    spatial, shape = [1] * (x.ndim - 2), call.out.shape
     x = call.keep(x) if call.is_active(1) else x
     w = call.keep(w) if call.is_active(0) else w
 
@@ -37,16 +37,14 @@ def convolution(call: Call):
         out = None if out is None else out.transpose(0, 1)
         if db is not None:
             bias = db[:, None, :].reshape(db.shape[0], 1, -1, *spatial)
-            shape = call_shape if out is None else out.shape[1:]
             out = bias.expand(db.shape[0], *shape) if out is None else out.add_(bias)
         return out
 
-    call_shape = call.out.shape
     return derivative
 
 
 def _by_kernels(x: Tensor, dw: Tensor, rest: Any, foldable: bool) -> Tensor:
-    """x convolved with each of K kernels, [B, K, C_out, ...]."""
+    """The convolutions of x with each of K kernels, [B, K, C_out, ...]."""
     if not foldable:
         return torch.stack([aten.convolution(x, k, None, *rest) for k in dw], dim=1)
     out = aten.convolution(x, dw.reshape(-1, *dw.shape[2:]), None, *rest)
@@ -73,86 +71,98 @@ def _flipped(g: Tensor, kernels: Tensor, options: Any) -> Tensor | None:
     return aten.convolution(g, flipped, None, stride, around, dilation, False, [0] * len(around), 1)
 
 
-@rule(aten.convolution_backward.default)
-def convolution_backward(call: Call):
-    g, x, w = call.args[:3]
-    bias_sizes = call.args[3]
-    options, groups, mask = call.args[4:9], call.args[9], call.args[10]
-    foldable = groups == 1 and not call.args[7]
-    for tensor in (g, x, w):
-        call.keep(tensor)
+class _Backward:
+    """The fixed tensors of one backward convolution: gradient g, input x and kernel w.
 
-    def backward(g: Tensor, x: Tensor, w: Tensor, outputs: list[bool]) -> tuple[Any, ...]:
-        return aten.convolution_backward(
-            g, x, w, bias_sizes if outputs[2] else None, *options, groups, outputs
-        )
+    The gradient in the input is bilinear in g and w, that in the kernel in g and x, so that each
+    tangent is the sum of two terms.
+    """
 
-    def pulled_back(g: Tensor, w: Tensor) -> Tensor:
-        """The gradient in the input."""
-        out = _flipped(g, w, options) if groups == 1 else None
+    def __init__(self, call: Call):
+        self.g, self.x, self.w = (call.keep(t) for t in call.args[:3])
+        # Stride, padding, dilation, transposed, output padding.
+        self.options, self.groups = call.args[4:9], call.args[9]
+        self.foldable = self.groups == 1 and not self.options[3]
+
+    def call(self, g: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
+        """One gradient of torch's: that in the input (0) or in the kernel (1)."""
+        mask = [which == 0, which == 1, False]
+        out = aten.convolution_backward(g, x, w, None, *self.options, self.groups, mask)
+        gradient: Tensor = out[which]
+        return gradient
+
+    def in_input(self, g: Tensor, w: Tensor) -> Tensor:
+        """The gradient in the input, for g of any batch and a kernel of any input channels."""
+        out = _flipped(g, w, self.options) if self.groups == 1 else None
         if out is None:
             # Only the shape of the input is read.
-            channels = w.shape[0] if options[3] else w.shape[1] * groups
-            like = x.new_empty(()).expand(len(g), channels, *x.shape[2:])
-            out = backward(g, like, w, [True, False, False])[0]
+            channels = w.shape[0] if self.options[3] else w.shape[1] * self.groups
+            like = self.x.new_empty(()).expand(len(g), channels, *self.x.shape[2:])
+            out = self.call(g, like, w, 0)
         return out
 
-    def input_gradient(dg: Tangent, dw: Tangent) -> Tangent:
-        out = None
+    def input_tangent(self, dg: Tangent, dw: Tangent) -> Tangent:
+        """The tangent of the gradient in the input."""
+        x, w, out = self.x, self.w, None
         if dg is not None:
             inner = batch_inner(dg)
-            out = pulled_back(inner.flatten(0, 1), w).view(x.shape[0], -1, *x.shape[1:])
+            out = self.in_input(inner.flatten(0, 1), w).view(x.shape[0], -1, *x.shape[1:])
         if dw is not None:
-            num = dw.shape[0]
-            if foldable:
-                kernels = dw.transpose(0, 1).reshape(w.shape[0], num * w.shape[1], *w.shape[2:])
-                moved = pulled_back(g, kernels).view(x.shape[0], num, *x.shape[1:])
-            else:
-                moved = torch.stack([pulled_back(g, k) for k in dw], dim=1)
+            moved = self._input_tangent_by_kernels(dw)
             out = moved if out is None else out.add_(moved)
         return None if out is None else out.transpose(0, 1)
 
-    def weight_gradient(dg: Tangent, dx: Tangent) -> Tangent:
-        out = None
-        if dg is not None and foldable:
-            inner = batch_inner(dg)
-            num = inner.shape[1]
-            like = w.new_empty(()).expand(num * w.shape[0], *w.shape[1:])
-            out = backward(inner.flatten(1, 2), x, like, [False, True, False])[1]
-            out = out.view(num, *w.shape)
-        elif dg is not None:
-            out = torch.stack([backward(v, x, w, [False, True, False])[1] for v in dg])
-        if dx is not None and foldable:
-            inner = batch_inner(dx)
-            num = inner.shape[1]
-            like = w.new_empty(()).expand(w.shape[0], num * w.shape[1], *w.shape[2:])
-            moved = backward(g, inner.flatten(1, 2), like, [False, True, False])[1]
-            moved = moved.view(w.shape[0], num, *w.shape[1:]).transpose(0, 1)
-            out = moved if out is None else out.add_(moved)
-        elif dx is not None:
-            moved = torch.stack([backward(g, v, w, [False, True, False])[1] for v in dx])
+    def _input_tangent_by_kernels(self, dw: Tensor) -> Tensor:
+        """[B, K, C_in, ...]: K joins the input channels of the kernel."""
+        if not self.foldable:
+            return torch.stack([self.in_input(self.g, k) for k in dw], dim=1)
+        num, w, x = dw.shape[0], self.w, self.x
+        kernels = dw.transpose(0, 1).reshape(w.shape[0], num * w.shape[1], *w.shape[2:])
+        return self.in_input(self.g, kernels).view(x.shape[0], num, *x.shape[1:])
+
+    def kernel_tangent(self, dg: Tangent, dx: Tangent) -> Tangent:
+        """The tangent of the gradient in the kernel."""
+        out = None if dg is None else self._kernel_tangent_by_gradients(dg)
+        if dx is not None:
+            moved = self._kernel_tangent_by_inputs(dx)
             out = moved if out is None else out.add_(moved)
         return out
+
+    def _kernel_tangent_by_gradients(self, dg: Tensor) -> Tensor:
+        """[K, *w]: K joins the channels of the gradient."""
+        if not self.foldable:
+            return torch.stack([self.call(v, self.x, self.w, 1) for v in dg])
+        inner, w = batch_inner(dg), self.w
+        num = inner.shape[1]
+        like = w.new_empty(()).expand(num * w.shape[0], *w.shape[1:])
+        return self.call(inner.flatten(1, 2), self.x, like, 1).view(num, *w.shape)
+
+    def _kernel_tangent_by_inputs(self, dx: Tensor) -> Tensor:
+        """[K, *w]: K joins the channels of the input."""
+        if not self.foldable:
+            return torch.stack([self.call(self.g, v, self.w, 1) for v in dx])
+        inner, w = batch_inner(dx), self.w
+        num = inner.shape[1]
+        like = w.new_empty(()).expand(w.shape[0], num * w.shape[1], *w.shape[2:])
+        out = self.call(self.g, inner.flatten(1, 2), like, 1)
+        return out.view(w.shape[0], num, *w.shape[1:]).transpose(0, 1)
+
+
+@rule(aten.convolution_backward.default)
+def convolution_backward(call: Call):
+    fixed, mask = _Backward(call), call.args[10]
 
     def derivative(dg: Tangent, dx: Tangent, dw: Tangent, *_: Any) -> tuple[Tangent, ...]:
         by_bias = None
         if mask[2] and dg is not None:
             by_bias = dg.sum([1, *range(3, dg.ndim)])
         return (
-            input_gradient(dg, dw) if mask[0] else None,
-            weight_gradient(dg, dx) if mask[1] else None,
+            fixed.input_tangent(dg, dw) if mask[0] else None,
+            fixed.kernel_tangent(dg, dx) if mask[1] else None,
             by_bias,
         )
 
-    call.differentiable_outputs = tuple(
-        i
-        for i, depends in enumerate(
-            (
-                call.is_active(0) or call.is_active(2),
-                call.is_active(0) or call.is_active(1),
-                call.is_active(0),
-            )
-        )
-        if depends and mask[i]
-    )
+    g, x, w = (call.is_active(i) for i in range(3))
+    depends = g or w, g or x, g  # the gradients in the input, the kernel and the bias
+    call.differentiable_outputs = tuple(i for i in range(3) if depends[i] and mask[i])
     return derivative

@@ -21,7 +21,7 @@ NARROW = 64
 
 
 def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """d [K, m, k] times b [k, n]: [K, m, n], written to `into` where there is one."""
+    """d [K, m, k] times b [k, n]. The result [K, m, n] is written to `into` where there is one."""
     num_vectors, m, k = d.shape
     if not d.is_contiguous():
         if gemm.preferred(d[0], b):
@@ -34,7 +34,10 @@ def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
 def fixed_times(
     a: Tensor, d: Tensor, onto: Tensor | None = None, into: Tensor | None = None
 ) -> Tensor:
-    """a [m, k] times d [K, k, n]: [K, m, n], added to `onto` in place or written to `into`."""
+    """a [m, k] times d [K, k, n].
+
+    The result [K, m, n] is added to `onto` in place, or written to `into`, where there is one.
+    """
     num_vectors, _, n = d.shape
     if gemm.preferred(a, d[0]):
         if onto is None:
@@ -54,6 +57,7 @@ def fixed_times(
 def _each(
     pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor, shape: tuple[int, int], into: Tangent
 ) -> Tensor:
+    """The products of K pairs of matrices, one after the other."""
     out = like.new_empty((like.shape[0], *shape)) if into is None else into
     for o, (a, b) in zip(out, pairs, strict=True):
         gemm.mm(a, b, o)
@@ -61,7 +65,7 @@ def _each(
 
 
 def _product(call: Call, i: int, j: int):
-    """Derivative of args[i] @ args[j], both matrices."""
+    """The derivative of args[i] @ args[j], both of them matrices."""
     a: Any = call.keep(call.args[i]) if call.is_active(j) else None
     b: Any = call.keep(call.args[j]) if call.is_active(i) else None
 
@@ -114,7 +118,7 @@ def bmm(call: Call):
 
 
 def moving_product(da: Tangent, db: Tangent, a: Tangent, b: Tangent) -> Tangent:
-    """da b + a db for a [n, p, q], b [n, q, r] and their tangents with K in front."""
+    """The tangent da b + a db of a [n, p, q] times b [n, q, r]; da and db have K in front."""
     out: Tangent = None
     if da is not None:
         out = batched(da, b.expand(da.shape[0], *b.shape))
@@ -125,7 +129,8 @@ def moving_product(da: Tangent, db: Tangent, a: Tangent, b: Tangent) -> Tangent:
 
 
 def batched(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a [..., p, q] @ b [..., q, r] as one batched product, added to `onto` where there is one."""
+    """a [..., p, q] times b [..., q, r], as one batched product; it is added to `onto` where there
+    is one."""
     lead = a.shape[:-2]
     left, right = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     if onto is None:

@@ -1,4 +1,4 @@
-"""Layer norm and batch norm: one derivation for both.
+"""Layer norm, batch norm and group norm, by one derivation for all three.
 
 With n = (x - m(x)) r the normalised input and m the mean over the normalised entries, the
 derivative of n is the symmetric projection  P(u) = r (u - m(u) - n m(n u)),  so that
@@ -20,7 +20,11 @@ from fast.curvature.products.rules.base import Call, Tangent, aten, rule
 
 
 class Normalised:
-    """n and r of one input, and P, over the dimensions `dims` (of the tensor without K)."""
+    """The normalised input n of one call, its factor r, and the projection P.
+
+    Args:
+        dims: the dimensions that are normalised over, of the tensor without K.
+    """
 
     def __init__(self, n: Tensor, r: Tensor, dims: list[int]):
         self.n, self.r = n, r
@@ -42,14 +46,14 @@ class Normalised:
         return out.addcmul_(self.n, overlap, value=-1).mul_(self.r), overlap
 
     def prepare(self, h: Tensor) -> None:
-        """What the tangent of P(h) needs of h, where the input moves as well."""
+        """Compute what `backward` reads of h, where the input moves."""
         gx, along = self.project(h[None])
         self.h = h * self.r
         self.gx = gx[0] * -self.r
         self.along = along[0] * self.r
 
     def backward(self, dh: Tangent, dx: Tangent) -> tuple[Tangent, Tangent]:
-        """Tangent of P(h), and P(dx)."""
+        """The tangent of P(h), and P(dx)."""
         out, dn = None, None
         if dh is not None:
             out, _ = self.project(dh)
@@ -62,7 +66,7 @@ class Normalised:
 
 
 class Fixed:
-    """Batch norm in eval mode: n is affine in x."""
+    """Batch norm in eval mode: n = (x - mean) r is affine in x, so that P(u) = r u."""
 
     def __init__(self, x: Tensor, mean: Tensor, var: Tensor, eps: float):
         shape = [1, -1] + [1] * (x.ndim - 2)
@@ -80,7 +84,11 @@ class Fixed:
 
 
 def _forward(call: Call, norm: Normalised | Fixed, w: Tensor | None, shape: list[int]):
-    """Derivative of w n + b; `shape` is that of w and b where they meet the tensor."""
+    """The derivative of w n + b.
+
+    Args:
+        shape: that of w and b where they broadcast against the tensor.
+    """
     wide = None if w is None else w.view(shape)
     scale = norm.r if wide is None else norm.r * wide if isinstance(norm, Fixed) else None
 
@@ -111,7 +119,13 @@ def _backward(
     rows: list[int],
     mask: list[bool],
 ):
-    """Derivative of (gx, sum g n, sum g), the sums over the dimensions `rows`."""
+    """The derivative of (gx, sum g n, sum g).
+
+    Args:
+        shape: that of w where it broadcasts against the tensor.
+        rows: the dimensions that are summed over.
+        mask: which of the three are computed.
+    """
     wide = None if w is None else w.view(shape)
     moving = call.is_active(1)
     if moving:
@@ -190,3 +204,47 @@ def batch_norm_backward(call: Call):
     rows = [0, *range(2, x.ndim)]
     derivative = _backward(call, norm, g, w, shape, rows, mask)
     return lambda dg, dx, dw, *__: derivative(dg, dx, dw)
+
+
+def _group_norm(call: Call, x: Tensor, mean: Tensor, rstd: Tensor) -> Normalised:
+    """The input as [N, groups, channels of a group, ...], normalised over all but the first two."""
+    apart = [*mean.shape, *[1] * (x.ndim - 1)]
+    mean, rstd = mean.view(apart), rstd.view(apart)
+    grouped = x.reshape(*apart[:2], -1, *x.shape[2:])
+    n = call.shared("group norm", (x, mean, rstd), lambda: (grouped - mean) * rstd)
+    return Normalised(n, rstd, list(range(2, grouped.ndim)))
+
+
+def _grouped(d: Tangent, shape: torch.Size) -> Tangent:
+    return None if d is None else d.reshape(d.shape[0], *shape)
+
+
+@rule(aten.native_group_norm.default)
+def group_norm(call: Call):
+    x, w = call.args[:2]
+    norm = _group_norm(call, x, *call.out[1:])
+    call.differentiable_outputs = (0,)
+    shape, grouped = x.shape, norm.n.shape
+    derivative = _forward(call, norm, w, [1, *grouped[1:3], *[1] * (x.ndim - 2)])
+
+    def ungrouped(dx: Tangent, dw: Tangent, db: Tangent, *_: Any) -> tuple[Tensor, None, None]:
+        out = derivative(_grouped(dx, grouped), dw, db)
+        return out.reshape(out.shape[0], *shape), None, None
+
+    return ungrouped
+
+
+@rule(aten.native_group_norm_backward.default)
+def group_norm_backward(call: Call):
+    g, x, mean, rstd, w = call.args[:5]
+    norm = _group_norm(call, x, mean, rstd)
+    shape, grouped, mask = x.shape, norm.n.shape, call.args[9]
+    rows = [0, *range(3, len(grouped))]
+    wide = [1, *grouped[1:3], *[1] * (x.ndim - 2)]
+    derivative = _backward(call, norm, g.reshape(grouped), w, wide, rows, mask)
+
+    def ungrouped(dg: Tangent, dx: Tangent, _: None, __: None, dw: Tangent, *___: Any):
+        gx, gw, gb = derivative(_grouped(dg, grouped), _grouped(dx, grouped), dw)
+        return None if gx is None else gx.reshape(gx.shape[0], *shape), gw, gb
+
+    return ungrouped

@@ -1,4 +1,4 @@
-"""Elementwise operations: the tangent times a factor that is computed once for all K."""
+"""Elementwise operations: a tangent is multiplied by a factor, which is computed once for all K."""
 
 from __future__ import annotations
 
@@ -9,36 +9,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.products.rules.base import Call, Tangent, aten, rule, spread
+from fast.curvature.products.rules.base import Call, Tangent, aten, prims, rule, spread
 
-# f'(x), from the input x, the output y and the call.
+# A slope gives f'(x), from the input x, the output y and the call.
 Slope = Callable[[Tensor, Tensor, Call], Tensor]
 
 
-def _unary(func: Any, slope: Slope) -> None:
-    @rule(func)
+def _unary(*funcs: Any, slope: Slope) -> None:
+    """Register y = f(x), with dy = f'(x) dx."""
+
+    @rule(*funcs)
     def unary(call: Call):
         factor = slope(call.args[0], call.out, call)
         return lambda d, *_: d * factor
 
 
 def _mask(condition: Tensor, like: Tensor) -> Tensor:
+    """1 where the condition holds, else 0, in the type of `like`."""
     return condition.to(like.dtype)
 
 
-_unary(aten.tanh.default, lambda x, y, c: 1 - y * y)
-_unary(aten.sigmoid.default, lambda x, y, c: y * (1 - y))
-_unary(aten.exp.default, lambda x, y, c: c.keep(y))
-_unary(aten.log.default, lambda x, y, c: 1 / x)
-_unary(aten.sin.default, lambda x, y, c: x.cos())
-_unary(aten.cos.default, lambda x, y, c: -x.sin())
-_unary(aten.sqrt.default, lambda x, y, c: 0.5 / y)
-_unary(aten.rsqrt.default, lambda x, y, c: -0.5 * y**3)
-_unary(aten.reciprocal.default, lambda x, y, c: -y * y)
-_unary(aten.abs.default, lambda x, y, c: x.sign())
-_unary(aten.erf.default, lambda x, y, c: (2 / math.pi**0.5) * torch.exp(-x * x))
-_unary(aten.gelu.default, lambda x, y, c: gelu_slopes(x, c)[0])
-_unary(aten.silu.default, lambda x, y, c: silu_slopes(x, c)[0])
+def _leaky(x: Tensor, slope: float) -> Tensor:
+    """1 where x > 0, else the slope; in the type of x, for numbers alone would be float32."""
+    return torch.where(x > 0, x.new_ones(()), x.new_full((), slope))
+
+
+# Decompositions of torch call some functions by their names in `prims`.
+_unary(aten.tanh.default, slope=lambda x, y, c: 1 - y * y)
+_unary(aten.sigmoid.default, slope=lambda x, y, c: y * (1 - y))
+_unary(aten.exp.default, prims.exp.default, slope=lambda x, y, c: c.keep(y))
+_unary(aten.exp2.default, prims.exp2.default, slope=lambda x, y, c: y * math.log(2))
+_unary(aten.expm1.default, prims.expm1.default, slope=lambda x, y, c: y + 1)
+_unary(aten.log.default, prims.log.default, slope=lambda x, y, c: 1 / x)
+_unary(aten.log1p.default, prims.log1p.default, slope=lambda x, y, c: 1 / (1 + x))
+_unary(aten.sin.default, slope=lambda x, y, c: x.cos())
+_unary(aten.cos.default, slope=lambda x, y, c: -x.sin())
+_unary(aten.atan.default, prims.atan.default, slope=lambda x, y, c: 1 / (1 + x * x))
+_unary(aten.sqrt.default, slope=lambda x, y, c: 0.5 / y)
+_unary(aten.rsqrt.default, slope=lambda x, y, c: -0.5 * y**3)
+_unary(aten.reciprocal.default, slope=lambda x, y, c: -y * y)
+_unary(aten.abs.default, slope=lambda x, y, c: x.sign())
+_unary(aten.erf.default, slope=lambda x, y, c: (2 / math.pi**0.5) * torch.exp(-x * x))
+_unary(aten.gelu.default, slope=lambda x, y, c: gelu_slopes(x, c)[0])
+_unary(aten.silu.default, slope=lambda x, y, c: silu_slopes(x, c)[0])
+
+
+@rule(aten.log_sigmoid_forward.default)
+def log_sigmoid(call: Call):
+    """torch's decomposition has kinks at zero, where the function is smooth."""
+    call.differentiable_outputs = (0,)
+    slope = torch.sigmoid(-call.args[0])
+    return lambda d: (d * slope, None)
 
 
 @rule(aten.relu.default, ignores_self=True)
@@ -49,7 +70,7 @@ def relu(call: Call):
 
 @rule(aten.leaky_relu.default)
 def leaky_relu(call: Call):
-    factor = torch.where(call.args[0] > 0, 1.0, call.arg(1, 0.01)).to(call.out)
+    factor = _leaky(call.args[0], call.arg(1, 0.01))
     return lambda d, *_: d * factor
 
 
@@ -154,11 +175,11 @@ def div(call: Call):
     return derivative
 
 
-@rule(aten.where.self)
+@rule(aten.where.self, prims.where.default)
 def where(call: Call):
     condition, a, b = call.args
-    ndim, a_ndim, b_ndim = call.out.ndim, a.ndim, b.ndim
-    # A constant operand may give the result its shape and its type.
+    ndim, a_ndim, b_ndim = call.out.ndim, _ndim(a), _ndim(b)
+    # A constant operand, which may be a number, may give the result its shape and its type.
     shape, dtype = call.out.shape, call.out.dtype
     mask = call.keep(condition).expand(shape)
 
@@ -233,7 +254,13 @@ def silu_slopes(x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     return call.shared("silu", (x,), slopes)
 
 
+def log_sigmoid_slopes(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(-x)
+    return s, s * (s - 1)
+
+
 _backward(aten.gelu_backward.default, gelu_slopes)
+_backward(aten.log_sigmoid_backward.default, log_sigmoid_slopes)
 _backward(aten.silu_backward.default, silu_slopes)
 # These two read the output of their function, y.
 _backward(aten.tanh_backward.default, lambda y, c: (1 - y * y, -2 * y))
@@ -257,7 +284,4 @@ _masked_backward(
     aten.hardtanh_backward.default,
     lambda c: _mask((c.args[1] > c.args[2]) & (c.args[1] < c.args[3]), c.args[1]),
 )
-_masked_backward(
-    aten.leaky_relu_backward.default,
-    lambda c: torch.where(c.args[1] > 0, 1.0, c.args[2]).to(c.args[1]),
-)
+_masked_backward(aten.leaky_relu_backward.default, lambda c: _leaky(c.args[1], c.args[2]))

@@ -1,4 +1,4 @@
-"""Sums, means, softmax and pooling."""
+"""Operations that combine many values into one: sums, means, softmax and pooling."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ def total(call: Call):
     return lambda d, *_: reduce(d, dims, keepdim) if dims else d
 
 
-@rule(aten._softmax.default)
+@rule(aten._softmax.default, aten._safe_softmax.default)
 def softmax(call: Call):
+    """The safe one gives zeros where a whole row is masked, and these do not move."""
     y, dim = call.keep(call.out), call.args[1] % max(call.out.ndim, 1) + 1
 
     def derivative(d: Tensor, *_: Any) -> Tangent:
@@ -39,7 +40,7 @@ def log_softmax(call: Call):
 
 @rule(aten._softmax_backward_data.default)
 def softmax_backward(call: Call):
-    """y (g - <g, y>), a function of both g and y."""
+    """This is y (g - <g, y>), a function of both g and y."""
     g, y, dim = call.args[:3]
     dim = dim % max(y.ndim, 1)
     y = call.keep(y)
@@ -62,7 +63,7 @@ def softmax_backward(call: Call):
 
 @rule(aten._log_softmax_backward_data.default)
 def log_softmax_backward(call: Call):
-    """g - exp(y) sum(g)."""
+    """This is g - exp(y) sum(g), a function of both g and y."""
     g, y, dim = call.args[:3]
     dim = dim % max(y.ndim, 1)
     p = y.exp()
@@ -78,7 +79,7 @@ def log_softmax_backward(call: Call):
 
 
 def _over_images(call: Call):
-    """A linear operation on images, the last three dimensions: K joins the batch."""
+    """A linear operation on images, which are the last three dimensions: K joins the batch."""
     func, rest, kwargs = call.func, call.args[1:], call.kwargs
 
     def derivative(d: Tensor, *_: Any) -> Tangent:

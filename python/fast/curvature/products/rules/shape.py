@@ -1,4 +1,4 @@
-"""Operations that move values: every tangent is moved in the same way."""
+"""Operations that move values, or make constants: tangents are moved in the same way."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fast.curvature.products.rules.base import (
     Tangent,
     UnsupportedOperation,
     aten,
+    prims,
     rule,
     spread,
 )
@@ -44,7 +45,7 @@ def clone(call: Call):
     return lambda d, *_: d.contiguous() if dense else d
 
 
-@rule(aten._to_copy.default, ignores_self=True)
+@rule(aten._to_copy.default, prims.convert_element_type.default, ignores_self=True)
 def to_copy(call: Call):
     dtype = call.out.dtype
     if not dtype.is_floating_point:
@@ -139,7 +140,7 @@ def unbind(call: Call):
     return lambda d, *_: d.unbind(dim)
 
 
-# Operations that are linear in the first argument, the others being fixed: vmap over K.
+# These are linear in the first argument, where the others are fixed. torch's vmap runs them over K.
 LINEAR = (
     aten.flip.default,
     aten.roll.default,
@@ -192,6 +193,8 @@ def linear(call: Call):
         for f in ("eq", "ne", "lt", "le", "gt", "ge")
         for k in ("Scalar", "Tensor")
     ),
+    # Those of `prims` come from decompositions, which may not ask for equality: see `Recorder`.
+    *(getattr(prims, f).default for f in ("lt", "le", "gt", "ge")),
 )
 def constant(call: Call):
     """The results do not change with the values of the arguments."""
@@ -207,7 +210,7 @@ def constant_pad(call: Call):
 
 @rule(aten.embedding.default)
 def embedding(call: Call):
-    """Rows of the tangent; the row `padding_idx` does not move, as in autograd."""
+    """The tangent's rows are looked up; the row `padding_idx` does not move, as in autograd."""
     if not call.is_active(0):
         return call.constant()
     index, padding = call.args[1], call.arg(2, -1)

@@ -210,7 +210,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 # Networks with an operation that has no rule: these take the loop.
-BY_LOOP = {"activations", "group-norm", "lstm", "gru", "in-place"}
+BY_LOOP = {"lstm", "gru", "in-place"}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:

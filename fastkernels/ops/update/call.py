@@ -1,4 +1,4 @@
-"""What the anchored updates share: the rule, the batch of one call, and its way to a backend."""
+"""What the anchored updates share: their rule, the arguments of one call, its way to a backend."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Rule:
 
 
 @dataclass(slots=True, kw_only=True)
-class Batch:
-    """One call: parallel lists over N tensors; see `anchored_adamw_` for their meaning."""
+class UpdateCall:
+    """The arguments of one call: parallel lists over N tensors, as `anchored_adamw_` tells."""
 
     rule: Rule
     params: Sequence[Tensor]
@@ -135,44 +135,44 @@ def direct(
 
 
 @torch.no_grad()
-def run(batch: Batch) -> None:
-    """Make the cheap checks, and hand `batch` to the backend of its device."""
-    check_call(batch)
-    if batch.params:
-        op.choose(batch.rule.name, batch.params[0].device.type)(batch)
+def run(call: UpdateCall) -> None:
+    """Make the cheap checks, and hand `call` to the backend of its device."""
+    check_call(call)
+    if call.params:
+        op.choose(call.rule.name, call.params[0].device.type)(call)
 
 
-def check_call(batch: Batch) -> None:
+def check_call(call: UpdateCall) -> None:
     """Raise a ValueError where an argument does not fit, apart from entries of lists.
 
     These checks are cheap, and are made at every call.
     """
-    name, columns, hyper = batch.rule.name, batch.rule.columns, batch.hyper
-    lists = batch.lists() | {"groups": batch.groups}
+    name, columns, hyper = call.rule.name, call.rule.columns, call.hyper
+    lists = call.lists() | {"groups": call.groups}
     for key, entries in lists.items():
         if not isinstance(entries, (list, tuple)):
             raise ValueError(f"{name}: {key} must be a list; got {type(entries).__name__}")
-    device = batch.params[0].device if batch.params else torch.device("cpu")
+    device = call.params[0].device if call.params else torch.device("cpu")
     table = f"float64 [groups, {len(columns)}] ({', '.join(columns)})"
     _check_array(f"{name}: hyper", hyper, table, None, len(columns))
     if hyper.device.type not in ("cpu", device.type):
         raise ValueError(f"{name}: hyper is on {hyper.device}, params[0] on {device}")
-    rows, groups = hyper.shape[0], batch.groups
+    rows, groups = hyper.shape[0], call.groups
     integers = set(map(type, groups)) <= {int}
     if not integers or (groups and not 0 <= min(groups) <= max(groups) < rows):
         raise ValueError(f"{name}: groups must index the {rows} rows of hyper")
-    if batch.stats is not None:
-        _check_array(f"{name}: stats", batch.stats, f"float64 [{len(STATS)}]", len(STATS))
-        if batch.stats.is_inference():
+    if call.stats is not None:
+        _check_array(f"{name}: stats", call.stats, f"float64 [{len(STATS)}]", len(STATS))
+        if call.stats.is_inference():
             raise ValueError(f"{name}: stats is an inference tensor, which may not be written to")
-        if batch.stats.device != device:
-            raise ValueError(f"{name}: stats is on {batch.stats.device}, params[0] on {device}")
-    norm, seed = batch.max_grad_norm, batch.seed
+        if call.stats.device != device:
+            raise ValueError(f"{name}: stats is on {call.stats.device}, params[0] on {device}")
+    norm, seed = call.max_grad_norm, call.seed
     if norm is not None and (not _is_number(norm) or not norm > 0):
         raise ValueError(f"{name}: max_grad_norm must be None or positive; got {norm!r}")
     if not _is_number(seed) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"{name}: seed must be an integer in [0, 2**63); got {seed!r}")
-    for key, flag in (("grad_scale", batch.grad_scale), ("found_inf", batch.found_inf)):
+    for key, flag in (("grad_scale", call.grad_scale), ("found_inf", call.found_inf)):
         if flag is not None and (
             not isinstance(flag, Tensor) or flag.numel() != 1 or flag.is_complex()
         ):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from curvature_cases import build
+from curvature.cases import build
 from fast.curvature import GGN, Hessian
 
 KINDS = {"hessian": Hessian, "ggn": GGN}

@@ -14,17 +14,20 @@ from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
 from fast.curvature.network.network import Network
 from fast.curvature.network.parameter_space import Blocks
-from fast.curvature.products.batched.linearize import Folded
-from fast.curvature.products.batched.passes import Passes, untraced
+from fast.curvature.products.batched import Folded
+from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import OutputCurvature
-from fast.curvature.products.programs.program import PASSES, Program, Replay
-from fast.curvature.products.programs.source import Source
-from fast.curvature.products.programs.tracer import Diverged, Reads, Tracer
+from fast.curvature.products.programs.code import Code
+from fast.curvature.products.programs.program import PASSES, Program, ProgramPasses
+from fast.curvature.products.programs.reads import Reads
+from fast.curvature.products.programs.trace import BranchChanged
+from fast.curvature.products.programs.tracer import Tracer
 from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
 
-# Programs of one make-up of the inputs that differ in what their code read from data.
-MOST_TURNS = 4
-# Make-ups of inputs (mostly sequence lengths) that are kept; the code holds no activations.
+# So many programs are kept for inputs of one make-up. They differ in what their code has read from
+# data.
+MOST_BRANCHES = 4
+# So many make-ups of inputs (mostly sequence lengths) are kept. Their code holds no activations.
 MOST_KEPT = 32
 
 
@@ -34,7 +37,10 @@ class Programs:
     A program fits batches whose inputs have the same structure, shapes, strides and types, for one
     number of vectors, as long as the model's parts, modes, hooks, attributes and the shapes of its
     tensors are the same, and its code reads the same numbers from data. A network that cannot be
-    traced is recorded batch by batch; `why` says which reason was found last.
+    traced is recorded batch by batch.
+
+    Attributes:
+        why: why a network could not be traced: the last reason, or empty.
     """
 
     def __init__(self, network: Network, *, compile: bool = False):
@@ -43,10 +49,17 @@ class Programs:
         self.forget()
 
     def forget(self) -> None:
+        """Drop all programs."""
         self._watch: Watch | None = None
-        self._seen: dict[Any, list[Program] | None] = {}
+        # By what a program depends on: the programs, or None where the network cannot be traced.
+        self._programs: dict[Any, list[Program] | None] = {}
+        # What the network's code depends on besides its inputs: parameters and buffers, and the
+        # tensors that are other attributes.
         self._tensors: list[Tensor] = []
         self._others: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return sum(len(programs or ()) for programs in self._programs.values())
 
     def linearize(
         self,
@@ -56,8 +69,8 @@ class Programs:
         index: int,
         curvature: OutputCurvature,
         num_vectors: int,
-    ) -> Folded | Replay:
-        """The linearization of one batch for products with `num_vectors` vectors.
+    ) -> Folded | ProgramPasses:
+        """The linearisation of one batch for products with `num_vectors` vectors.
 
         Args:
             record: makes a record, given the `segment` that surrounds its parts.
@@ -66,30 +79,30 @@ class Programs:
         inputs = [t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)]
         described = shapes([*self._tensors, *inputs])
         if described is None:
-            self.why = "a tensor of it or of its inputs is nested, sparse or of a class of its own"
+            self.why = "a tensor of the network or its inputs is nested, sparse or of another class"
             return record()
         device = self.network.space.device
         key = (num_vectors, modes(device), make_up(batch), *map(tuple, described))
-        if key not in self._seen:
-            self._seen[key] = []
-            while len(self._seen) > MOST_KEPT:
-                del self._seen[next(iter(self._seen))]
+        if key not in self._programs:
+            self._programs[key] = []
+            while len(self._programs) > MOST_KEPT:
+                del self._programs[next(iter(self._programs))]
             return record()
-        programs = self._seen[key]
+        programs = self._programs[key]
         if programs is None:
             return record()
         given = [*self._tensors, *inputs, *self._others]
 
-        def replayed(program: Program) -> Replay:
+        def replayed(program: Program) -> ProgramPasses:
             return program.linearize(self.network, loss, batch, index, curvature, given)
 
         for program in programs:
             try:
                 return replayed(program)
-            except Diverged:
+            except BranchChanged:
                 continue
-        if len(programs) == MOST_TURNS:
-            self._refuse(key, "what its code reads from data differs from batch to batch")
+        if len(programs) == MOST_BRANCHES:
+            self._refuse(key, "what the network's code reads from data differs from batch to batch")
             return record()
         return self._trace(key, record, given, replayed)
 
@@ -104,59 +117,71 @@ class Programs:
         self._others = watch.attributes()
 
     def _refuse(self, key: Any, why: str) -> None:
-        self._seen[key], self.why = None, why
+        self._programs[key], self.why = None, why
 
     def _trace(
         self,
         key: Any,
         record: Callable[..., Folded],
         given: list[Tensor],
-        replayed: Callable[[Program], Replay],
+        replayed: Callable[[Program], ProgramPasses],
     ) -> Folded:
         """A record, which leaves a program where its network can be traced."""
-        num_vectors, num_params = key[0], len(list(self.network.model.parameters()))
+        num_params = len(list(self.network.model.parameters()))
         # The record makes leaves of the parameters, and declares those itself.
         tracer, before = Tracer(given[num_params:]), draws()
-        with Reads(tracer):
+        with Reads(tracer.refuse):
             part = record(segment=tracer.segment)
         assert self._watch is not None
         if not self._watch.holds():
-            tracer.refuse("it changes its own attributes as it runs")
+            tracer.refuse("the network changes its own attributes as it runs")
         if draws() != before:
-            tracer.refuse("it draws random numbers that torch does not seed")
-        if tracer.why:
-            part.segment = untraced
-            self._refuse(key, tracer.why)
-            return part
+            tracer.refuse("the network draws random numbers that torch does not seed")
+        if not tracer.why:
+            program = self._program_of(part, tracer, key[0], replayed)
+            if program is not None:
+                self._programs[key] = [*(self._programs[key] or ()), program]
+                return part
+        self._refuse(key, tracer.why)
+        return part
+
+    def _program_of(
+        self,
+        part: Folded,
+        tracer: Tracer,
+        num_vectors: int,
+        replayed: Callable[[Program], ProgramPasses],
+    ) -> Program | None:
+        """The program of a record and of its passes, which are traced here; None where it is wrong.
+
+        The program is run on the record's own batch, and has to give what the record gives.
+        """
         sizes = {min(part.chunk, num_vectors), num_vectors % part.chunk} - {0}
         passes: dict[tuple[str, int], int] = {}
-        ones: list[Blocks] = []
-        for kind, size in itertools.product(PASSES, sizes):
-            passes[kind, size] = tracer.start_pass()
-            ones.append(self._pass_with_ones(part, kind, size))
-        part.segment = untraced
-        if not tracer.why:
-            source = Source(tracer.trace, [*passes.values()], compile=self.compile)
-            program = Program(source, part, passes, num_vectors)
-            again = replayed(program)
-            if not all(
-                _agree(self._pass_with_ones(again, *which), truth)
-                for which, truth in zip(passes, ones, strict=True)
-            ):
-                tracer.refuse("its program gives another product than its record")
+        truths: list[Blocks] = []
+        with part.traced(tracer.segment):
+            for kind, size in itertools.product(PASSES, sizes):
+                passes[kind, size] = tracer.start_pass()
+                truths.append(self._pass_with_ones(part, kind, size))
         if tracer.why:
-            self._refuse(key, tracer.why)
-        else:
-            self._seen[key] = [*(self._seen[key] or ()), program]
-        return part
+            return None
+        code = Code(tracer.trace, [*passes.values()], compile=self.compile)
+        program = Program(code, part, passes, num_vectors)
+        again = replayed(program)
+        for which, truth in zip(passes, truths, strict=True):
+            if not _agree(self._pass_with_ones(again, *which), truth):
+                tracer.refuse("the network's program gives another product than its record")
+                return None
+        return program
 
     @torch.no_grad()
     def _pass_with_ones(self, part: Passes, kind: str, size: int) -> Blocks:
+        """What a pass gives for `size` vectors of ones."""
         vectors = [torch.ones_like(v) for v in self.network.space.zeros(size)]
         if kind == "form":
-            return [part._quad(vectors).to(vectors[0].dtype)]
+            return [part.form_pass(vectors).to(vectors[0].dtype)]
         out = list(map(torch.empty_like, vectors))
-        part._product(vectors, out)
+        part.product_pass(vectors, out)
         return out
 
 

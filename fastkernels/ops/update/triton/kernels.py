@@ -1,9 +1,9 @@
-"""The anchored updates in Triton: one launch per kind of tensor, and what goes before and after.
+"""The Triton kernels of the anchored updates.
 
-1. With clipping: `gradient_norm_kernel` reads the gradients, and `clip_kernel` makes of its sums
+1. With clipping, `gradient_norm_kernel` reads the gradients, and `clip_kernel` makes of its sums
    the norm, the scale of the gradients, and whether the step is skipped.
-2. `update_kernel`, a program per chunk of 16384 elements.
-3. `finish_kernel`: the four figures from the chunks' sums, and the step counts.
+2. `update_kernel` is a program per chunk of 16384 elements.
+3. `finish_kernel` makes the four figures from the chunks' sums, and advances the step counts.
 
 Every sum is in fixed order; nothing is read by the host. Hyper-parameters, loss scale and found_inf
 are read from device memory, so a captured graph follows them.
@@ -14,88 +14,28 @@ are read from device memory, so a captured graph follows them.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-from fastkernels.ops.update.batch import STATS as FIGURES
-from fastkernels.ops.update.batch import Batch
-from fastkernels.ops.update.plan import DEVICE_PLANS, DTYPES, ROW, flag
-from fastkernels.ops.update.signature import ALIGNMENT
-from fastkernels.ops.update.triton_device import (
+from fastkernels.ops.update.call import STATS as FIGURES
+from fastkernels.ops.update.plan import ROW
+from fastkernels.ops.update.triton.forms import (
     CODE_BLOCK,
-    apply_adamw,
-    apply_sgd,
     decode,
-    derive_adamw,
-    derive_sgd,
     join,
     load,
-    pull_to,
     rounding_key,
     store_param,
     store_state,
 )
+from fastkernels.ops.update.triton.rules import pull_to
 
-# Four elements per thread: 128-bit accesses of float32. ptxas takes up to 96 registers, and fits
-# them into 64 without a spill when asked: 4 programs of 256 threads then share a multiprocessor.
-BLOCK = 1024
-REGISTERS = 64
-# What would spill at 64 registers has half the threads: 8-bit codes and remainders take 72, with
-# which 7 programs share a multiprocessor, and float64 as many as it needs.
-HEAVY_BLOCK, HEAVY_REGISTERS = 512, 72
-# Consecutive elements of a thread.
+# Consecutive elements of a thread: 128-bit accesses of float32.
 WIDTH = tl.constexpr(4)
-_REDUCE, _WARPS = 1024, 8
-_TYPES = [dtype and getattr(tl, str(dtype).removeprefix("torch.")) for dtype in DTYPES]
-RULES = {
-    "anchored_adamw_": {"DERIVE": derive_adamw, "APPLY": apply_adamw},
-    "anchored_sgd_": {"DERIVE": derive_sgd, "APPLY": apply_sgd},
-}
 WORDS = tl.constexpr(len(ROW))
 # A constexpr_function may look up, but not call `index`.
 WORD_OF = {field: k for k, field in enumerate(ROW)}
 FIGURE_OF = {name: k for k, name in enumerate(FIGURES)}
-
-
-class Kind(NamedTuple):
-    """What the update kernel is compiled for: the types of parameter, gradient, two moments, anchor
-    and curvature (None: absent), whether there are remainders, alignment, and block."""
-
-    P: Any
-    G: Any
-    M: Any
-    V: Any
-    A: Any
-    F: Any
-    REMAINDER: bool
-    REAL: Any
-    ALIGN: int
-    BLOCK: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """The options of the compiler."""
-        options = {"num_warps": self.BLOCK // (32 * WIDTH.value)}
-        if self.REAL == tl.float32:
-            options["maxnreg"] = REGISTERS if self.BLOCK == BLOCK else HEAVY_REGISTERS
-        return options
-
-
-def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
-    """The kind of a row."""
-    p, g, m, v, a, f = (_TYPES[t] for t in types)
-    if a is None:  # without an anchor there is nothing for the curvature to weigh
-        f = None
-    real = tl.float64 if p == tl.float64 else tl.float32
-    heavy = remainder or real == tl.float64 or tl.uint8 in (m, v, f)
-    return Kind(
-        P=p, G=g, M=m, V=v, A=a, F=f, REMAINDER=remainder, REAL=real,
-        ALIGN=ALIGNMENT if aligned else 1, BLOCK=HEAVY_BLOCK if heavy else BLOCK,
-    )  # fmt: skip
 
 
 @triton.constexpr_function
@@ -395,41 +335,3 @@ def update_kernel(
             tl.store(
                 sums_at + figure("forgetting") * chunk_count, tl.sum(forgetting, 0).to(tl.float64)
             )
-
-
-def run(batch: Batch) -> None:
-    """Step `batch` in place."""
-    what = kind_of, batch.seed, batch.max_grad_norm
-    plan, batch, addresses, finish = DEVICE_PLANS.find(batch, *what)
-    device = batch.params[0].device
-    grad_scale = flag(batch.grad_scale, device)
-    found_inf = flag(batch.found_inf, device)
-    hyper = batch.hyper.to(device)
-    grads = plan.upload(addresses)
-    clip = batch.max_grad_norm is not None
-    chunk_count = plan.partial.shape[1]
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
-        if clip:
-            for launch in plan.launches:
-                gradient_norm_kernel[(launch.count,)](
-                    grads, plan.chunks, launch.first, plan.partial, G=launch.kind.G,
-                    ALIGN=launch.kind.ALIGN, BLOCK=BLOCK, num_warps=_WARPS,
-                )  # fmt: skip
-            clip_kernel[(1,)](
-                plan.partial, chunk_count, plan.max_norm, plan.control,
-                grad_scale, found_inf, BLOCK=_REDUCE, num_warps=_WARPS,
-            )  # fmt: skip
-        for launch in plan.launches:
-            update_kernel[(launch.count,)](
-                plan.rows, grads, plan.chunks, launch.first, chunk_count, hyper,
-                plan.seed, plan.control, grad_scale, found_inf, plan.partial,
-                **RULES[batch.rule.name], COLUMNS=len(batch.rule.columns),
-                **launch.kind._asdict(), CLIP=clip, STATS=batch.stats is not None,
-                **launch.kind.options,
-            )  # fmt: skip
-        finish_kernel[(1,)](
-            plan.rows, len(batch.params), plan.partial, chunk_count, plan.control,
-            grad_scale, found_inf, batch.stats, CLIP=clip, BLOCK=_REDUCE, num_warps=_WARPS,
-        )  # fmt: skip
-    finish()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature_cases import explicit_hessian, explicit_jacobian, loss_at
+from curvature.cases import explicit_hessian, explicit_jacobian, loss_at
 
 
 class Net(nn.Module):

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fast.curvature.products.programs.overwrite import overwriting
 from fast.curvature.products.programs.simplify import live, merged
-from fast.curvature.products.programs.tracer import Node, Ref, Trace
+from fast.curvature.products.programs.trace import Node, Ref, Trace
 
-# A function over the values that are shared between segments, by their slot.
-Code = Callable[[list[Any]], None]
+# A function of the values that segments share, by their slot: it reads some, and writes others.
+SegmentFunction = Callable[[list[Any]], None]
 
 
-class Source:
+class Code:
     """The functions of all segments of a trace, which share values by slots.
 
     The caller puts inputs into their slots, and finds results in theirs.
@@ -24,44 +25,62 @@ class Source:
     Args:
         passes: the segments that passes start with, in their order. Values of the segments before
             them are kept; those of a pass go after their use.
-        compile: whether inductor compiles the segments that are not kept, when they first run.
+        compile: whether inductor compiles the segments of passes, when they first run.
+
+    Attributes:
+        functions: one per segment.
+        inputs, results: the slots of each segment's inputs and results.
+        passing: the slots of all values that do not outlive a pass.
     """
 
     def __init__(self, trace: Trace, passes: Sequence[int], *, compile: bool = False):
-        self.compile, self.num_kept = compile, passes[0]
-        self.same = merged(trace, passes)
+        self.compile, self.first_pass = compile, passes[0]
+        self._same = merged(trace, passes)
         inputs = [v for given, _ in trace.segments for v in given]
         wanted = {self._first(v) for _, results in trace.segments for v in results}
-        self.nodes = live(trace, wanted, self.same)
-        self.constants: dict[str, Any] = {}
-        self.names: dict[int, str] = {}
+        self._nodes = live(trace, wanted, self._same)
+        if not compile:  # inductor finds this by itself
+            self._nodes = overwriting(trace, self._nodes, self._first, self.first_pass)
         home = {v: n for n, (given, _) in enumerate(trace.segments) for v in given}
-        self.until: dict[int, int] = {}  # the last segment that reads a value
-        for node in self.nodes:
+        self._last_reader: dict[int, int] = {}  # the last segment that reads a value
+        for node in self._nodes:
             home |= {o: node.segment for o in node.made() if o not in home}
-            self.until |= {self._first(v): node.segment for v in node.reads}
-        crossing = {v for v, n in self.until.items() if v in home and home[v] != n}
+            self._last_reader |= {self._first(v): node.segment for v in node.reads}
+        crossing = {v for v, n in self._last_reader.items() if v in home and home[v] != n}
         self.slots = {v: i for i, v in enumerate(sorted({*inputs, *wanted, *crossing}))}
-        self.passing = {v for v in self.slots if home[v] >= self.num_kept}
+        self.passing = {i for v, i in self.slots.items() if home[v] >= self.first_pass}
         self.inputs = [[self.slots[v] for v in given] for given, _ in trace.segments]
-        self.results = [[self.slot(v) for v in results] for _, results in trace.segments]
-        for v in {self._first(v) for node in self.nodes for v in node.reads}:
+        self.results = [[self.slots[self._first(v)] for v in r] for _, r in trace.segments]
+        # What the code names besides values: functions, dtypes, and the tensors that never change.
+        self._constants: dict[str, Any] = {}
+        self._constant_names: dict[int, str] = {}
+        for v in {self._first(v) for node in self._nodes for v in node.reads}:
             if (tensor := trace.values[v].constant) is not None:
-                self.constants[f"v{v}"] = tensor
-        self.code = [self._function(n) for n in range(len(trace.segments))]
-
-    def slot(self, value: int) -> int:
-        return self.slots[self._first(value)]
+                self._constants[f"v{v}"] = tensor
+        self.functions = [self._function(n) for n in range(len(trace.segments))]
 
     def _first(self, value: int) -> int:
-        return self.same.get(value, value)
+        """The value that stands for this one: the first that is computed in the same way."""
+        return self._same.get(value, value)
 
-    def _function(self, segment: int) -> Code:
-        nodes = [n for n in self.nodes if n.segment == segment]
+    def _function(self, segment: int) -> SegmentFunction:
+        body = "\n    ".join(self._lines(segment) or ["pass"])
+        scope = dict(self._constants)
+        if self.compile:  # inductor looks at the gradient of what it is given, which has none
+            scope = {n: c.detach() if isinstance(c, Tensor) else c for n, c in scope.items()}
+        exec(f"def segment(e):\n    {body}\n", scope)
+        function: SegmentFunction = scope["segment"]
+        if self.compile and segment >= self.first_pass:
+            return torch.compile(function, fullgraph=True, dynamic=False)
+        return function
+
+    def _lines(self, segment: int) -> list[str]:
+        """The lines of a segment's function, in which `e` holds the shared values."""
+        nodes = [n for n in self._nodes if n.segment == segment]
         last = {v: i for i, n in enumerate(nodes) for v in (*map(self._first, n.reads), *n.made())}
         gone: list[list[str]] = [[] for _ in nodes]
         for v, i in last.items():
-            if f"v{v}" not in self.constants:
+            if f"v{v}" not in self._constants:
                 gone[i].append(f"v{v}")
         lines: list[str] = []
         local: set[int] = set()
@@ -75,19 +94,12 @@ class Source:
             lines += [f"e[{self.slots[o]}] = v{o}" for o in made if o in self.slots]
             if names:
                 lines.append(f"{' = '.join(names)} = None")
-        body = "\n    ".join(lines or ["pass"])
-        scope = dict(self.constants)
-        if self.compile:  # inductor looks at the gradient of what it is given, which has none
-            scope = {n: c.detach() if isinstance(c, Tensor) else c for n, c in scope.items()}
-        exec(f"def segment(e):\n    {body}\n", scope)
-        code: Code = scope["segment"]
-        if self.compile and segment >= self.num_kept:
-            return torch.compile(code, fullgraph=True, dynamic=False)
-        return code
+        return lines
 
     def _fetched(self, value: int, segment: int) -> str:
+        """The line that reads a shared value, which is let go where nobody reads it later."""
         slot = self.slots[value]
-        over = value in self.passing and self.until[value] == segment
+        over = slot in self.passing and self._last_reader[value] == segment
         return f"v{value} = e[{slot}]" + (f"; e[{slot}] = None" if over else "")
 
     def _assigned(self, node: Node, made: list[int]) -> str:
@@ -106,6 +118,7 @@ class Source:
         return f"{self._constant(func)}({', '.join(args + keywords)})"
 
     def _text(self, arg: Any) -> str:
+        """An argument as code."""
         if isinstance(arg, Ref):
             return f"v{self._first(arg.value)}"
         if isinstance(arg, tuple | list):
@@ -118,16 +131,20 @@ class Source:
         return self._constant(arg)
 
     def _constant(self, thing: Any) -> str:
-        if id(thing) not in self.names:
-            self.names[id(thing)] = f"c{len(self.names)}"
-            self.constants[self.names[id(thing)]] = thing
-        return self.names[id(thing)]
+        """The name by which the code reaches an object."""
+        if id(thing) not in self._constant_names:
+            self._constant_names[id(thing)] = f"c{len(self._constant_names)}"
+            self._constants[self._constant_names[id(thing)]] = thing
+        return self._constant_names[id(thing)]
 
 
 def direct(node: Node) -> tuple[Any, bool]:
     """What does the same as an operation in half the time: a method's name, or a function.
 
     torch generates both from the operation's schema, and takes the same arguments.
+
+    Returns:
+        a name and True for a method, a function and False for others.
     """
     func = node.func
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":

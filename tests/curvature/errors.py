@@ -3,7 +3,7 @@
 Each has its point as a parameter, so that a network of it alone shows the error. As a script it
 prints the table of docs/curvature.md:
 
-    python tests/curvature_errors.py
+    python tests/curvature/errors.py
 """
 
 from __future__ import annotations
