@@ -65,7 +65,7 @@ def labelled_data(
     preparation: Preparation,
     classes: list[str] | None,
     task: str,
-    **columns: str | None,
+    **columns: Any,
 ) -> LabelledData:
     """See `Predictor.evaluate`."""
     if isinstance(data, (str, os.PathLike)):
