@@ -28,11 +28,13 @@ pytestmark = [
 GOOD = """
 import torch, fast
 from pathlib import Path
+from fast.integrations.lightning import FastCallback
 model, data = torch.nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
 def log(record: dict[str, object]) -> None: ...
 fast.finetune(model, data, epochs=4, method="lp-ft", output=Path("run"), class_weights=[1.0, 2.0])
 fast.finetune(model, data, batch_norm=None, precision="bf16", callbacks=[log])
 fast.Adaptation(model, data, steps=3, optimizer="sgd", schedule="constant")
+FastCallback(model, data, source_inputs=data[0], steps=3, augmented=True)
 """
 BAD = {
     "fast.finetune(model, data, epochz=4)": "epochz",
@@ -42,6 +44,7 @@ BAD = {
     "fast.finetune(model, data, callbacks=log)": "callbacks",
     "fast.Adaptation(model, data, anchor_deccay=1.0)": "anchor_deccay",
     'fast.Adaptation(model, data, optimizer="adam")': "optimizer",
+    "FastCallback(model, data, stpes=4)": "stpes",
 }
 BUILD = """
 import sys

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 # Runs that draw numbers on each rank, or normalise by its share, are compared elsewhere; adapters
 # are refused.
-ALONE = ("per_task", "dropout", "broken", "own loop", "adapter")
+ALONE = ("per_task", "dropout", "broken", "own loop", "unwrapped", "adapter")
 
 
 def sharded(number, names, folder):

@@ -67,7 +67,7 @@ def labelled_data(
     preparation: Preparation,
     classes: list[str] | None,
     task: str,
-    **columns: str | None,
+    **columns: Any,
 ) -> LabelledData:
     """What `Predictor.evaluate` takes, as data to evaluate on.
 

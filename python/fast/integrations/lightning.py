@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fast.adapt.adaptation import Adaptation
+from fast.adapt.config import AdaptOptions, OptimizerName
+from fast.adapt.optimizer import MakeOptimizer
 from fast.adapt.result import Result
+from fast.curvature.card import SourceCard
 from fast.data.dataset import as_data
 from fast.data.trees import pick
 from fast.errors import warn
@@ -23,6 +27,19 @@ from fast.train.measure import evaluate
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 EVAL_BATCH = 128
+
+
+class CallbackOptions(AdaptOptions, total=False):
+    """Arguments of `fast.Adaptation` that FastCallback passes on."""
+
+    num_classes: int
+    source_inputs: Any
+    card: SourceCard | str | Path
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: OptimizerName | MakeOptimizer
+    augmented: bool
+    autocast_dtype: torch.dtype
+    process_group: Any
 
 
 class FastCallback(Callback):
@@ -63,7 +80,14 @@ class FastCallback(Callback):
         result: after `fit`, what `Adaptation.finish` returned; until then None.
     """
 
-    def __init__(self, network: nn.Module, train: Any, *, source: Any = None, **options: Any):
+    def __init__(
+        self,
+        network: nn.Module,
+        train: Any,
+        *,
+        source: Any = None,
+        **options: Unpack[CallbackOptions],
+    ) -> None:
         if options.get("shard"):
             raise ValueError(
                 "shard: Lightning's strategies wrap the network themselves; use fast.finetune or "
@@ -128,7 +152,7 @@ class FastCallback(Callback):
                 f"the network of FastCallback, a {type(self.network).__name__}, is no part of "
                 f"{type(pl_module).__name__}: give both the same object"
             )
-        options = dict(self.options)
+        options: dict[str, Any] = dict(self.options)
         if not {"steps", "epochs"} & set(options):
             options["steps"] = _steps(trainer)
         options.setdefault("grad_accum_steps", trainer.accumulate_grad_batches)

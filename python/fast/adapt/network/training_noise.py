@@ -7,6 +7,7 @@ them: the first losses are then a hundred nats, and the backbone forgets what th
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from fast.adapt.network.shared_forward import HeadInput, traceless
 from fast.data.trees import length, move
-from fast.errors import warn
 from fast.heads import by_sample, in_mode
+
+log = logging.getLogger("fast")
 
 # Variance that dropout adds, by the variance between inputs, from which on training fails. Dropout
 # of a half before the head adds the mean square by the variance: 1.1 in MiniLM, 2.0 in MobileNet,
@@ -50,10 +52,11 @@ def warn_of_dropout(model: nn.Module, head: nn.Module, inputs: Any, features: Te
     rows = [by_sample(x.double(), length(inputs)) for x in (features, trained - features)]
     between, added = (float(x.var(0).mean()) for x in rows)
     if added > DROWNED * between:
-        warn(
+        log.warning(
             "dropout changes what the head sees more than one training input differs from another "
-            f"({added / between:.0f} times the variance), and drowns this in training: are the "
-            "weights pretrained? If they are, set the network's dropout to 0"
+            "(%.0f times the variance), and drowns this in training: are the weights pretrained? "
+            "If they are, set the network's dropout to 0",
+            added / between,
         )
 
 

@@ -47,7 +47,7 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     rows.insert(0, ["accuracy, %", "before", start, "after", "samples"])
     if task.source is None:  # of the target there is no accuracy before
         rows = [[name, *rest] for name, _, *rest in rows]
-    table = text_table(rows[0], rows[1:]) if rows[1:] else ""
+    table = f"\n{text_table(rows[0], rows[1:])}\n" if rows[1:] else ""
     steps = result.history[-1]["step"]
     kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
     if not final["step"]:
@@ -56,7 +56,7 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     budget = _budget_line(task, result.config.forget_budget, final["forecast"])
     return (
         f"{printable(task.name)}: {plan.method}, {steps} steps of {size}, "
-        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n\n{table}\n{_few(task)}{budget}"
+        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n{table}{_few(task)}{budget}"
         f"{_class_lines(result)}"
     )
 

@@ -214,6 +214,10 @@ class FastTrainer(Trainer):
     ) -> Any:
         if not model.training:
             if self._takes_labels:
+                if self.args.world_size > 1 and self.compute_loss_func is None:
+                    # The Trainer multiplies by the number of processes also where the network's
+                    # loss is a mean, which ignores this number.
+                    num_items_in_batch = None
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             inputs, labels = split_batch(inputs, "eval_dataset")
             logits = forward_logits(model, inputs)

@@ -76,7 +76,10 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
         raise ValueError(
             f"DATA must be given: the run in {spec.run} names no {flag(role)} to evaluate on"
         )
-    columns = {"input_column": spec.input_column, "label_column": spec.label_column}
+    columns: dict[str, Any] = {
+        "input_column": spec.input_column,
+        "label_column": spec.label_column,
+    }
     own = of_run is not None and _same(name, of_run)
     if own:
         columns = {key: value or job.get(key) for key, value in columns.items()}
