@@ -117,12 +117,23 @@ def rule(*funcs: Any, ignores_self: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
+# Their decompositions choose another side at a kink (0) than autograd does.
+OTHER_SIDE = {
+    aten.elu.default,
+    aten.elu_backward.default,
+    aten._prelu_kernel.default,
+    aten._prelu_kernel_backward.default,
+}
+
+
 def decomposition(func: Any) -> Callable[..., Any] | None:
     """torch's decomposition of `func` into simpler operations, where there is one.
 
     What only calls other operations (`aten.softmax.int`, `aten.to.dtype`) is taken apart before
     autograd sees it; inside another decomposition it is not, and comes here.
     """
+    if func in OTHER_SIDE:
+        return None
     table: dict[Any, Callable[..., Any]] = decomposition_table
     return table.get(func) or (func.decompose if func._can_decompose() else None)
 
