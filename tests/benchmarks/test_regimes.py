@@ -212,6 +212,6 @@ def test_every_method_is_known_to_the_work():
 
 def test_few_methods_run_longer_and_on_few_samples():
     few_samples = {r["method"] for r in work.rows([PAIR], METHODS, 150, 10)}
-    assert few_samples == {"fast", "adapter", "lp-ft", "linear probe", "lora"}
+    assert few_samples == {"fast", "synthetic", "adapter", "lp-ft", "linear probe", "lora"}
     longer = {r["method"] for r in work.rows([PAIR], METHODS, 400, None)}
     assert longer == few_samples - {"linear probe"}  # which has no steps

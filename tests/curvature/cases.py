@@ -178,8 +178,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp-relu": lambda: _mlp(nn.ReLU(), nn.Linear(5, 5), nn.ReLU(inplace=True)),
     "activations": lambda: _mlp(
         nn.GELU(), nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 5), nn.GELU("tanh"), nn.Linear(5, 5),
-        nn.Softplus(), nn.LeakyReLU(), nn.ELU(), nn.Hardtanh(), nn.ReLU6(), nn.Hardswish(),
+        nn.Softplus(), nn.LeakyReLU(), nn.Hardtanh(), nn.ReLU6(), nn.Hardswish(),
     ),
+    "elu": lambda: _mlp(nn.ELU(), nn.Linear(5, 5), nn.CELU()),
     "softmax": lambda: _mlp(nn.Softmax(-1), nn.Linear(5, 5), nn.LogSoftmax(-1)),
     "layer-norm": lambda: _mlp(nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.LayerNorm(5)),
     "layer-norm-plain": lambda: _mlp(nn.LayerNorm(5, elementwise_affine=False)),
@@ -210,7 +211,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 # Networks with an operation that has no rule: these take the loop.
-BY_LOOP = {"lstm", "gru", "in-place"}
+BY_LOOP = {"elu", "lstm", "gru", "in-place"}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:

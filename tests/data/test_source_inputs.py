@@ -31,7 +31,7 @@ HOLED[-3] = float("nan")
         ((X, Y - 1), "labels must be 0 or more; got -1..3"),
         ((X, Y + 0.5), "labels must be whole numbers"),
         ((X, torch.full((40,), float("nan"))), "40 labels are NaN"),
-        (TensorDataset(X, Y + 0.5), "labels must be whole numbers (class indices), not"),
+        (TensorDataset(X, Y + 0.5), "labels must be whole numbers (class indices)"),
         (TensorDataset(X, Y * float("nan")), "40 labels are NaN, the first in row 0"),
         ((X, Y[:-1]), "40 inputs but 39 labels"),
         (
