@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 
-def test_what_it_writes_is_kept_by_a_run(job):
+@pytest.mark.parametrize("images", [(), ("--input-size", 8, "--mean", 0.4, "--std", 0.6)])
+def test_what_it_writes_is_kept_by_a_run(job, images):
+    """As it is: it has gone through what --data goes through."""
     network = ("--model", "nets.py:Net", "--weights", "net.safetensors", "--data", "target.npz")
+    network += images
     code, out, err = job.fast("synthetic", *network, "--count", 40, "--steps", 5, "-o", "made.npz")
     assert code == 0, err
     assert "44 inputs in made.npz: pass them as --source-inputs" in out

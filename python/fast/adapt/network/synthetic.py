@@ -28,7 +28,6 @@ from fast.heads.replace import task_head, unwrap
 
 log = logging.getLogger("fast")
 
-BATCH_SIZE = 64
 RATE = 0.1
 # Weight of the head's cross-entropy beside the divergence. At 1 the divergence ended at 0.17 nats,
 # more than that of the target's own letters; at this weight at 0.07.
@@ -42,6 +41,7 @@ def synthetic_inputs(
     count: int = 256,
     own: int | None = None,
     steps: int = 20,
+    batch_size: int = 64,
     seed: int = 0,
 ) -> Tensor:
     """Inputs to pass as `source_inputs` where there are no source data.
@@ -58,7 +58,9 @@ def synthetic_inputs(
         own: how many inputs of `start`, at most N, go with them as they are (default: as many as
             synthetic ones with 2,000 training inputs and more, fewer in proportion with fewer,
             which the head learns by heart and then holds the backbone for nothing).
-        steps: optimisation steps of each batch, of at most 64.
+        steps: optimisation steps of each batch.
+        batch_size: synthetic inputs of a batch, at most: memory. The statistics are those of a
+            batch, so that small ones make worse inputs.
         seed: of the order and the classes.
 
     Returns:
@@ -68,17 +70,17 @@ def synthetic_inputs(
     Raises:
         TypeError: `start` is not a tensor of floating-point numbers.
         ValueError: the network has no batch norm with running statistics, is adapted already, does
-            not take these inputs, or answers with numbers that are not finite; or `count`, `own` or
-            `steps` is out of range.
+            not take these inputs, or answers with numbers that are not finite; or a number is
+            too small.
     """
     model = unwrap(model)
-    _check(model, start, count=count, own=own, steps=steps)
+    _check(model, start, count=count, own=own, steps=steps, batch_size=batch_size)
     if own is None:
         own = round(count * own_share(len(start)))
     norms, start, device = _norms(model), start.detach(), next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs, divergences = [], []
-    for rows in _rounds(len(start), count, generator).tensor_split(-(-count // BATCH_SIZE)):
+    for rows in _rounds(len(start), count, generator).tensor_split(-(-count // batch_size)):
         first = start[rows.to(start.device)].to(device)
         made, divergence = _optimised(model, norms, first, steps, generator)
         inputs.append(made)
@@ -91,7 +93,7 @@ def synthetic_inputs(
         count,
         len(rows),
         sum(divergences) / len(divergences),
-        _own_divergence(model, norms, start[:BATCH_SIZE].to(device)),
+        _own_divergence(model, norms, start[:batch_size].to(device)),
     )
     together = torch.cat(inputs)
     return together[torch.randperm(len(together), generator=generator).to(device)]
@@ -103,7 +105,7 @@ def _rounds(number: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat(rounds)[:size]
 
 
-def _check(model: nn.Module, start: Tensor, *, count: int, own: int | None, steps: int) -> None:
+def _check(model: nn.Module, start: Tensor, *, own: int | None, **numbers: int) -> None:
     if not isinstance(start, Tensor) or not start.is_floating_point():
         kind = start.dtype if isinstance(start, Tensor) else type(start).__name__
         raise TypeError(
@@ -117,10 +119,10 @@ def _check(model: nn.Module, start: Tensor, *, count: int, own: int | None, step
             "model has no batch norm with running statistics to make inputs from; leave "
             "source_inputs out, and the target's own inputs are kept"
         )
-    numbers = (("count", count, LEAST), ("own", 0 if own is None else own, 0), ("steps", steps, 1))
-    for name, value, least in numbers:
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+    least = {"count": LEAST, "own": 0, "steps": 1, "batch_size": 2}
+    for name, value in ({"own": 0 if own is None else own} | numbers).items():
+        if not isinstance(value, int) or value < least[name]:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least[name]}")
     if len(start) < 2:
         raise ValueError(f"start has {len(start)} inputs; give at least 2")
     check_takes(model, start, "start")

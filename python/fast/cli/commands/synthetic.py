@@ -29,9 +29,8 @@ def run(spec: SyntheticSpec) -> int:
     rows = torch.randperm(number, generator=torch.Generator().manual_seed(spec.seed))
     start, _ = data.batch_at(rows[: max(spec.count, own)])
     model = task.loaded.model.to(pick_device(spec.device))
-    inputs = fast.synthetic_inputs(
-        model, start, count=spec.count, own=own, steps=spec.steps, seed=spec.seed
-    ).cpu()
+    options = {"steps": spec.steps, "batch_size": spec.batch_size, "seed": spec.seed}
+    inputs = fast.synthetic_inputs(model, start, count=spec.count, own=own, **options).cpu()
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, x=inputs.numpy())
     print(f"{len(inputs)} inputs in {printable(path)}: pass them as --source-inputs")

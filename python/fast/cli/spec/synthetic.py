@@ -34,6 +34,7 @@ class SyntheticSpec(Spec):
         "of these and more, else fewer in proportion)"
     )
     steps: int = option("optimisation steps of each", 20)
+    batch_size: int = option("how many of them at once: memory", 64)
     seed: int = option("seed of their order and classes", 0)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data", LEFT_OUT))
@@ -44,3 +45,4 @@ class SyntheticSpec(Spec):
             raise ValueError(f"--output must be given: a file that ends in {SUFFIX}")
         at_least(self, "count", 4)
         at_least(self, "steps", 1)
+        at_least(self, "batch_size", 2)

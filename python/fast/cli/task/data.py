@@ -19,7 +19,7 @@ from fast.data.sources.table import SUFFIXES as TABLES
 from fast.errors import printable, some
 
 ROLES = ("data", "source", "source_inputs")
-IMAGES = "images"
+IMAGES, FLOATS = "images", "an array of floats"
 PARTS = ("train", "val")
 
 
@@ -142,7 +142,9 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
         raise ValueError(f"--augment is for images, and --data is {kinds['train']}: drop it")
     options = ("input_size", "resize", "interpolation", "mean", "std")
     image_option = next((name for name in options if getattr(spec, name)), None)
-    other = next((name for name, kind in kinds.items() if kind != IMAGES), None)
+    # Source inputs in floats are as the network takes them: `fast synthetic` writes such.
+    prepared = {"source_inputs"} if kinds.get("source_inputs") == FLOATS else set()
+    other = next((n for n, kind in kinds.items() if kind != IMAGES and n not in prepared), None)
     if image_option and other is not None:
         role = other if other in ROLES else "data"
         arrays = "array" in kinds[other]
@@ -167,7 +169,7 @@ def _kind(split: Split) -> str:
         return "texts"
     if isinstance(x, dict):
         return f"arrays {', '.join(sorted(x))}"
-    return "an array of floats" if x.dtype.kind == "f" else "an array of whole numbers"
+    return FLOATS if x.dtype.kind == "f" else "an array of whole numbers"
 
 
 def check_shapes(spec: TaskSpec, splits: dict[str, Split], prepared: dict[str, Any]) -> None:
