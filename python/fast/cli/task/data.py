@@ -142,8 +142,7 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
         raise ValueError(f"--augment is for images, and --data is {kinds['train']}: drop it")
     options = ("input_size", "resize", "interpolation", "mean", "std")
     image_option = next((name for name in options if getattr(spec, name)), None)
-    # Source inputs in floats are as the network takes them: `fast synthetic` writes such.
-    prepared = {"source_inputs"} if kinds.get("source_inputs") == FLOATS else set()
+    prepared = {"source_inputs"} if _is_prepared(splits.get("source_inputs")) else set()
     other = next((n for n, kind in kinds.items() if kind != IMAGES and n not in prepared), None)
     if image_option and other is not None:
         role = other if other in ROLES else "data"
@@ -157,6 +156,12 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
                 else ": drop the option"
             )
         )
+
+
+def _is_prepared(split: Split | None) -> bool:
+    """Whether these are floats as a network takes them, which `fast synthetic` writes: images that
+    nobody has normalised have no negative values."""
+    return split is not None and _kind(split) == FLOATS and bool((split.inputs < 0).any())
 
 
 def _kind(split: Split) -> str:
