@@ -136,7 +136,7 @@ class AdaptedOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's own state does not hold.
 
-        Adapters start at random, and those of a process that resumes elsewhere.
+        Where adapters start is drawn at random, and a process that resumes would draw others.
         """
         state = {} if self.unfused is None else self.unfused.state_dict()
         if self.plan.adapter_rank:

@@ -264,9 +264,9 @@ def teach_head(
         return
     labels = first.labels
     if isinstance(loss, Loss):
-        labels = check_labels(labels, setup.num_classes, "train")
-    labels = labels.to(network.device)
-    if not isinstance(loss, Loss):
+        labels = check_labels(labels, setup.num_classes, "train").to(network.device)
+    else:
+        labels = labels.to(network.device)
         check_loss(loss, head, first.features[:2], labels[:2])
     start_head(head, first.features, labels, loss=loss, steps=setup.plan.head_steps, seed=seed)
 

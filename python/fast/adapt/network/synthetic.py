@@ -76,7 +76,7 @@ def synthetic_inputs(
     model = unwrap(model)
     _check(model, start, count=count, own=own, steps=steps, batch_size=batch_size)
     if own is None:
-        own = round(count * own_share(len(start)))
+        own = default_own(count, len(start))
     norms, start, device = _norms(model), start.detach(), next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs, divergences = [], []
@@ -97,6 +97,15 @@ def synthetic_inputs(
     )
     together = torch.cat(inputs)
     return together[torch.randperm(len(together), generator=generator).to(device)]
+
+
+def default_own(count: int, samples: int) -> int:
+    """How many of the target's own inputs go with `count` synthetic ones.
+
+    Args:
+        samples: of the training data.
+    """
+    return round(count * own_share(samples))
 
 
 def _rounds(number: int, size: int, generator: torch.Generator) -> Tensor:

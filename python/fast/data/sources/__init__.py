@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fast.data.sources.files import TEXT_SUFFIXES, read_lines, text_of
+from fast.data.sources.files import TEXT_SUFFIXES, lines_of, read_lines
 from fast.data.sources.folder import has_classes, read_folder
 from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
@@ -136,8 +136,7 @@ def _read(
     if path.suffix.lower() in SUFFIXES and path.exists():
         return read_table(path, input_column, label_column, unlabelled)
     if unlabelled and path.suffix.lower() in TEXT_SUFFIXES and path.exists():
-        lines = [line.strip() for line in text_of(path).splitlines() if line.strip()]
-        return NamedData.unlabelled(name, lines)
+        return NamedData.unlabelled(name, lines_of(path))
     if path.exists():
         raise ValueError(
             f"{name}: unknown file type {path.suffix!r}; give a folder of class folders, an .npz, "

@@ -57,6 +57,11 @@ def files_of(where: str, cells: Sequence[str], root: Path) -> Any:
     return samples_of([str(path) for path in paths])
 
 
+def lines_of(path: Path) -> list[str]:
+    """The texts of a file that has one in each line."""
+    return [line.strip() for line in text_of(path).splitlines() if line.strip()]
+
+
 def text_of(path: Path) -> str:
     """The text in a file, UTF-8 or what is left of it."""
     if path.stat().st_size > LONGEST_TEXT:
@@ -90,7 +95,7 @@ def read_lines(root: Path) -> NamedData | None:
         for path in part.images:
             if path.stem not in classes:
                 raise ValueError(f"{printable(path)}: has no counterpart among {some(classes)}")
-            lines = [line.strip() for line in text_of(path).splitlines() if line.strip()]
+            lines = lines_of(path)
             texts += lines
             labels += [classes.index(path.stem)] * len(lines)
         splits[name] = labelled(texts, np.array(labels, np.int64), str(part.path), len(classes))
