@@ -137,12 +137,13 @@ def test_the_source_is_answered_to_the_bit_and_the_target_is_learned(adapter):
     assert not torch.equal(answers(model, SOURCE[0])[:, 0], before[:, 0])
 
 
-def test_who_switches_tasks_without_source_inputs_is_told_of_adapters(caplog, monkeypatch):
+def test_who_has_no_source_inputs_is_told_of_adapters(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
     caplog.set_level(logging.INFO, "fast")
     for options, said in (
         ({"tasks": "switched"}, True),
-        ({}, False),
+        ({}, True),
+        ({"tasks": "together"}, False),
         ({"tasks": "switched", "source_inputs": SOURCE[0]}, False),
         ({"tasks": "switched", "method": "vanilla"}, False),
     ):

@@ -15,8 +15,8 @@ from fast import dtensor
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
-    SWITCHED,
     TARGET_INPUTS,
+    TOGETHER,
     rehearsed_by,
     steps_for,
     uses_card,
@@ -131,11 +131,10 @@ def settle(
             "source_inputs" if source is not None else "card",
             config.method,
         )
-    wants_adapters = config.tasks == SWITCHED and config.method == "fast"
-    if wants_adapters and source is None and not has_card:
+    if source is None and not has_card and _could_be_adapters(config):
         log.info(
-            "tasks='switched' without source_inputs: method='adapter' would forget nothing "
-            "(docs/regimes.md)"
+            "no source_inputs: method='adapter' would forget nothing, and mostly learns more, if "
+            "you know which task an input is of (docs/regimes.md)"
         )
     return Setup(
         plan=plan,
@@ -146,6 +145,11 @@ def settle(
         source=source,
         own=own,
     )
+
+
+def _could_be_adapters(config: AdaptConfig) -> bool:
+    """Whether adapters would do what the user asks for."""
+    return config.method == "fast" and config.tasks != TOGETHER and not config.keeps_head
 
 
 def _read_source(model: nn.Module, source_inputs: Any) -> SourceInputs:

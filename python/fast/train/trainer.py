@@ -116,7 +116,6 @@ class Trainer:
             if data.source is not None:
                 steps_log.info("measuring the source")
             self.measure.measure_before(self.model)
-            steps_log.info("head start: the features of training samples, and a head on them")
         own = {f: getattr(config, f) for f in AdaptConfig.__dataclass_fields__}
         self.adaptation = Adaptation(
             self.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ from fast.heads import (
     task_head,
 )
 from fast.ranks import Ranks
+
+steps_log = logging.getLogger("fast.steps")
 
 # This many training samples set the normaliser's first statistics: the standard error of a mean is
 # then 3 % of a standard deviation, at the cost of a few forward passes.
@@ -313,6 +316,8 @@ def prepare(
     folded = holds and folds_positions(model, network.head, setup.sample)
     remembers = bool(plan.distill) and not augmented and same_at_each_visit(batches)
     first = None
+    if plan.head_steps and not resuming:
+        steps_log.info("head start: the features of training samples, and a head on them")
     if remembers or not resuming:
         first = first_pass(
             network, batches, plan=plan, remembers=remembers, calibrates=not resuming
