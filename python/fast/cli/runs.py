@@ -85,7 +85,8 @@ class Runner:
         """One run for each of `--seeds`, at the learning rate of `--lr` best on the first seed.
 
         Args:
-            setting: what the runs differ in from others of this method, for their names.
+            setting: what the runs differ in from others of this method, such as `"strength 0.1"`:
+                it is printed, and is part of their names.
             changes: options of `fast.finetune`, over those of the command line.
 
         Raises:
@@ -113,7 +114,8 @@ class Runner:
         config = dataclasses.replace(self.spec.training, **options)
         key = run_key(self.spec.task, config, self.spec.demo)
         # The key is in the name, so that the same folder keeps the runs of other options.
-        parts = (method, setting, rate and f"lr{lr:g}", f"seed{seed}", key[:KEY_DIGITS])
+        label = setting.replace(" ", "").replace("%", "p")
+        parts = (method, label, rate and f"lr{lr:g}", f"seed{seed}", key[:KEY_DIGITS])
         file = self.folder / "runs" / f"{'-'.join(part for part in parts if part)}.json"
         finished = read_run(file, key)
         if finished is not None:

@@ -95,6 +95,9 @@ class SourceInputs:
             labels=None if self.labels is None else self.labels[rows],
         )
 
+    def without_labels(self) -> SourceInputs:
+        return SourceInputs(inputs=self.inputs)
+
     def to(self, device: torch.device) -> SourceInputs:
         return SourceInputs(inputs=move(self.inputs, device), labels=move(self.labels, device))
 

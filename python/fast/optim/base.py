@@ -14,7 +14,7 @@ from fast import dtensor
 from fast.dtensor import Place
 from fast.errors import warn
 from fast.optim import loading
-from fast.optim.batch import Batch, StepCache, by_place, with_gradients
+from fast.optim.batch import UpdateBatch, StepCache, by_place, with_gradients
 from fast.optim.groups import (
     Group,
     Progress,
@@ -129,7 +129,7 @@ class AnchoredOptimizer(Optimizer):
         """The row of the op's hyper table for `group`."""
         raise NotImplementedError
 
-    def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
+    def _launch(self, batch: UpdateBatch, hyper: Tensor, options: dict[str, Any]) -> None:
         """Run the op on one device's tensors."""
         raise NotImplementedError
 
@@ -355,7 +355,7 @@ class AnchoredOptimizer(Optimizer):
             unscale_(grads, grad_scale, scaling.found_inf)
         self._progress.count(self.param_groups, scaling.found_inf)
 
-    def _check_capture(self, batches: Mapping[Place, Batch]) -> None:
+    def _check_capture(self, batches: Mapping[Place, UpdateBatch]) -> None:
         """Raise a RuntimeError in a CUDA graph, which would replay the learning rate of a ramp."""
         if not any(place.device.type == "cuda" for place in batches):
             return
@@ -365,7 +365,7 @@ class AnchoredOptimizer(Optimizer):
                 "ever: step until it is over before capturing"
             )
 
-    def _options(self, batch: Batch, place: Place) -> dict[str, Any]:
+    def _options(self, batch: UpdateBatch, place: Place) -> dict[str, Any]:
         """The arguments that the update ops have in common, except the scale of gradients."""
         device = place.device
         step = batch.states[0].get("step")
@@ -385,9 +385,9 @@ class AnchoredOptimizer(Optimizer):
             "seed": self.seed,
         }
 
-    def _collect(self) -> dict[Place, Batch]:
+    def _collect(self) -> dict[Place, UpdateBatch]:
         """What this step updates, by place."""
-        batches: dict[Place, Batch] = {}
+        batches: dict[Place, UpdateBatch] = {}
         for group in self.param_groups:
             self._absorb_curvature(group)
             stall, ramp = group["stall"], group["ramp"]
@@ -405,7 +405,7 @@ class AnchoredOptimizer(Optimizer):
                 )
             states = self._states(group, params)
             for place, members in by_place(params, grads).items():
-                batch = batches.setdefault(place, Batch(place.device))
+                batch = batches.setdefault(place, UpdateBatch(place.device))
                 row = batch.row(group, factor)
                 if members is None:
                     batch.add(params, grads, states, row)
@@ -419,9 +419,9 @@ class AnchoredOptimizer(Optimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # A state gets all its moments at once, so it is enough to look for the last; `Batch`
+        # A state gets all its moments at once, so it is enough to look for the last; `UpdateBatch`
         # refuses a state that lacks another. SGD's momentum may be switched on later; AdamW lacks a
-        # moment only if somebody deleted it, which `Batch` refuses too.
+        # moment only if somebody deleted it, which `UpdateBatch` refuses too.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
@@ -442,7 +442,7 @@ class AnchoredOptimizer(Optimizer):
             )
         return states
 
-    def _hyper_table(self, batch: Batch, place: Place) -> Tensor:
+    def _hyper_table(self, batch: UpdateBatch, place: Place) -> Tensor:
         """The op's table `[groups, columns]`.
 
         It is kept from step to step, unchecked, as long as no value changes.

@@ -17,7 +17,7 @@ from fastkernels.ops.update import STATS
 _device_of = Tensor.device.__get__  # type: ignore[attr-defined]
 
 
-class Batch:
+class UpdateBatch:
     """Parameters of one device that are updated together, as the parallel lists of an op, and the
     groups they belong to."""
 

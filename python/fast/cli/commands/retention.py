@@ -28,7 +28,7 @@ HOLDS = ("anchor_decay", "distill", "rehearse")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One point of a curve: its label, name in files, and options of `fast.finetune`."""
+    """One point of a curve: its label, what its runs are called, and options of `fast.finetune`."""
 
     label: str = ""
     name: str = ""
@@ -68,8 +68,7 @@ def settings(
     if budgets:
         ordered = sorted(budgets, key=lambda b: -Budget.parse(b).amount)
         return [
-            Setting(label=b, name=f"budget{b.replace('%', 'p')}", options={"forget_budget": b})
-            for b in ordered
+            Setting(label=b, name=f"budget {b}", options={"forget_budget": b}) for b in ordered
         ]
     points = []
     for strength in sorted(set(strengths or STRENGTHS)):
@@ -78,7 +77,7 @@ def settings(
             # A run that rehearses has another rate, ramp and batch norm: they stay.
             options |= {"lr": plan.lr, "ramp": plan.ramp, "batch_norm": plan.batch_norm}
         label = f"{strength:g}"
-        points.append(Setting(label=label, name=f"strength{label}", options=options))
+        points.append(Setting(label=label, name=f"strength {label}", options=options))
     return points
 
 

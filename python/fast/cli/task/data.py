@@ -122,7 +122,7 @@ def source_samples(data: NamedData, prepared: Any) -> Any:
     """Source inputs as `fast.finetune` takes them: without labels where there are none."""
     if data.has_labels:
         return prepared
-    return SourceInputs(inputs=SourceInputs.parse(prepared, LIMIT, "source_inputs").inputs)
+    return SourceInputs.parse(prepared, LIMIT, "source_inputs").without_labels()
 
 
 def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:

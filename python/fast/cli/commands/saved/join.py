@@ -49,7 +49,7 @@ def run(spec: JoinSpec) -> int:
             "be used; drop the option, and the network's own answers take their place"
         )
     if not spec.source_labelled:
-        source = SourceInputs(inputs=source.inputs)
+        source = source.without_labels()
     joined = join_heads(
         heads, source, _target_samples(task), _source_classes(spec, count), task.classes
     )
