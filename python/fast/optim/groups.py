@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fast import dtensor
+from fast.dtensor import Place
 
 Group = dict[str, Any]
 
@@ -149,6 +150,16 @@ class Progress:
     def warming(self, groups: Sequence[Group]) -> bool:
         """Whether a group is still in its stall or ramp."""
         return any(g["progress"] < g["stall"] + g["ramp"] for g in groups)
+
+    def check_capture(self, groups: Sequence[Group], places: Iterable[Place]) -> None:
+        """Raise a RuntimeError in a CUDA graph, which would replay the learning rate of a ramp."""
+        if not any(place.device.type == "cuda" for place in places):
+            return
+        if torch.cuda.is_current_stream_capturing() and self.warming(groups):
+            raise RuntimeError(
+                "a group is still in its stall or ramp, which a captured graph would repeat for "
+                "ever: step until it is over before capturing"
+            )
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Count the last step if it is still open."""

@@ -67,9 +67,7 @@ def settings(
         return [Setting()]
     if budgets:
         ordered = sorted(budgets, key=lambda b: -Budget.parse(b).amount)
-        return [
-            Setting(label=b, name=f"budget {b}", options={"forget_budget": b}) for b in ordered
-        ]
+        return [Setting(label=b, name=f"budget {b}", options={"forget_budget": b}) for b in ordered]
     points = []
     for strength in sorted(set(strengths or STRENGTHS)):
         options: dict[str, Any] = {name: strength * value for name, value in held.items()}
