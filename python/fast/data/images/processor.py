@@ -54,10 +54,10 @@ def measure(processor: Any) -> Preprocessing:
         return colours
     if height != width:
         raise _refusal(processor, f"gives pictures of {width}x{height}, which are not square")
-    seen = ((ramp - offset[:, None, None]) / gain[:, None, None]).double()
+    pixels = ((ramp - offset[:, None, None]) / gain[:, None, None]).double()
     if bgr:
-        seen = seen.flip(0)
-    across, down = seen[0].mean(0), seen[-1 if len(seen) == 1 else 1].mean(1)
+        pixels = pixels.flip(0)
+    across, down = pixels[0].mean(0), pixels[-1 if len(pixels) == 1 else 1].mean(1)
     resized = (_resized(across), _resized(down))
     stretch = resized[0] == resized[1]
     resize = min(resized)
@@ -110,9 +110,10 @@ def _outputs(processor: Any, pictures: list[Any]) -> list[Tensor]:
 
 
 def _resized(profile: Tensor) -> int:
-    """Length to which a whole side was resized, of which `profile` `[n]` is the middle.
+    """The length to which a side was resized.
 
-    The values along the whole side rise from 0 to 1.
+    Args:
+        profile: the middle `[n]` of that side; along the whole of it, values rise from 0 to 1.
     """
     n = len(profile)
     inner = slice(n // 8, n - n // 8)  # borders of a resized picture are not on the line

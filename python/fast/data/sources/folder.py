@@ -199,7 +199,7 @@ def _class_files(root: Folder) -> dict[str, list[Path]]:
 
 
 def _holds_classes(folder: Folder) -> bool:
-    """Whether its images are in folders of their own."""
+    """Whether a folder holds no images itself, but folders of images."""
     return not folder.images and bool(folder.with_images)
 
 

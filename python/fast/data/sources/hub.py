@@ -111,7 +111,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _column(option: str, column: str | None, features: Any, kind: type) -> str:
-    """The column that the user names; else the first of this kind, or with a usual name."""
+    """The column that the user names; else the first of this type, else one with a usual name."""
     columns = some(list(features), 20)
     if column is not None:
         if column not in features:
