@@ -22,7 +22,7 @@ from fast.cli.task.load import LoadedTask
 from fast.figures import save
 from fast.files import atomic_file
 
-# What a strength multiplies.
+# The settings that a strength multiplies.
 HOLDS = ("anchor_decay", "distill", "rehearse")
 
 
@@ -61,7 +61,11 @@ def settings(
     strengths: tuple[float, ...] | None = None,
     budgets: tuple[str, ...] | None = None,
 ) -> list[Setting]:
-    """The points of one method's curve, the weakest first; `plan` is its run without a sweep."""
+    """The points of one method's curve, the weakest first.
+
+    Args:
+        plan: what the method does without a sweep.
+    """
     held = {name: value for name in HOLDS if (value := getattr(plan, name))}
     if not held:
         return [Setting()]
@@ -72,7 +76,7 @@ def settings(
     for strength in sorted(set(strengths or STRENGTHS)):
         options: dict[str, Any] = {name: strength * value for name, value in held.items()}
         if plan.rehearsed and not strength:
-            # A run that rehearses has another rate, ramp and batch norm: they stay.
+            # Without rehearsal, rate, ramp and batch norm would be others: they are kept.
             options |= {"lr": plan.lr, "ramp": plan.ramp, "batch_norm": plan.batch_norm}
         label = f"{strength:g}"
         points.append(Setting(label=label, name=f"strength {label}", options=options))
