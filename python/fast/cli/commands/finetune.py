@@ -16,7 +16,7 @@ from fast.cli.record import JOB_FILE, absolute, write_record
 from fast.cli.report.finetune import plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.load import load_task
+from fast.cli.task.load import LoadedTask, load_task
 from fast.errors import printable
 from fast.files import check_writable
 from fast.models.device import pick_device
@@ -60,25 +60,13 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         cross_validate(spec, task)
         return 0
     start = time.monotonic()
-    with ExitStack() as stack:
-        folder = resumed or Path()
-        with ranks.together():
-            if ranks.first:
-                going_on = _going_on(resumed) if resumed is not None else _claimed(spec)
-                folder = stack.enter_context(going_on)
-        folder = ranks.from_first(folder)
+    with _folder(spec, resumed, ranks) as folder:
         options = dataclasses.asdict(dataclasses.replace(config, output=str(folder)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Diverged)  # an error here, when all is saved
             result = fast.finetune(task.loaded.model, **task.arguments, **options)
     seconds = time.monotonic() - start
-    result.classes = list(task.classes)
-    result.data = task.description
-    if result.by_class is not None:
-        right, samples = result.by_class
-        result.data["accuracy_by_class"] = {"right": right, "samples": samples}
-    result.network = absolute(spec.task.model)
-    result.preparation = task.preparation
+    _describe(result, spec, task)
     with ranks.together():
         if ranks.first:
             result.save(folder)
@@ -88,6 +76,29 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     if message:
         raise FloatingPointError(message)
     return 0
+
+
+@contextmanager
+def _folder(spec: FinetuneSpec, resumed: Path | None, ranks: Ranks) -> Iterator[Path]:
+    """The folder of the run, a new one or that of `resumed`, on every process."""
+    with ExitStack() as stack:
+        folder = resumed or Path()
+        with ranks.together():
+            if ranks.first:
+                going_on = _going_on(resumed) if resumed is not None else _claimed(spec)
+                folder = stack.enter_context(going_on)
+        yield ranks.from_first(folder)
+
+
+def _describe(result: fast.Result, spec: FinetuneSpec, task: LoadedTask) -> None:
+    """Tell the result what the command line knows about network and data."""
+    result.classes = list(task.classes)
+    result.data = task.description
+    if result.by_class is not None:
+        right, samples = result.by_class
+        result.data["accuracy_by_class"] = {"right": right, "samples": samples}
+    result.network = absolute(spec.task.model)
+    result.preparation = task.preparation
 
 
 def _continued(config: TrainConfig, folder: Path) -> TrainConfig:
