@@ -138,11 +138,11 @@ def test_step_in_the_backward_pass(kind):
     """An optimizer per parameter, stepped when its gradient is complete, which is then freed."""
     a, b = network(), network()
     opt_a = OPTIMIZERS[kind](a.parameters(), lr=0.1)
-    of = {p: OPTIMIZERS[kind]([p], lr=0.1) for p in b.parameters()}
+    optimizers = {p: OPTIMIZERS[kind]([p], lr=0.1) for p in b.parameters()}
 
     def step(p: torch.Tensor) -> None:
-        of[p].step()
-        of[p].zero_grad()
+        optimizers[p].step()
+        optimizers[p].zero_grad()
 
     for p in b.parameters():
         p.register_post_accumulate_grad_hook(step)

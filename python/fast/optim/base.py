@@ -18,6 +18,7 @@ from fast.optim.groups import (
     Group,
     Progress,
     check_numbers,
+    check_params,
     match_anchors,
     match_curvature,
     number,
@@ -70,8 +71,8 @@ class AnchoredOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._progress.settle(self.param_groups)
-        kept = ("storage", "max_grad_norm", "seed", "_step_supports_amp_scaling")
-        return super().__getstate__() | {key: getattr(self, key) for key in kept}  # type: ignore[no-any-return]
+        own = ("storage", "max_grad_norm", "seed", "_step_supports_amp_scaling")
+        return super().__getstate__() | {key: getattr(self, key) for key in own}  # type: ignore[no-any-return]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -109,17 +110,7 @@ class AnchoredOptimizer(Optimizer):
     def _check_group(self, group: Group) -> None:
         """Raise a ValueError when a value of `group` is out of range, or a parameter unfit."""
         self._check_values(group)
-        if len(set(map(id, group["params"]))) < len(group["params"]):
-            raise ValueError("params: a parameter is twice in one group; give it once")
-        for p in group["params"]:
-            if not p.is_floating_point():
-                way = "give torch.view_as_real(parameter)" if p.is_complex() else "leave it out"
-                raise ValueError(f"params: {p.dtype} is not supported; {way}")
-            if self.storage.codes and dtensor.is_sharded(p):
-                raise ValueError(
-                    "state_dtype, curvature_dtype: the scales of 8-bit codes cannot be resharded "
-                    "with a DTensor parameter; use torch.bfloat16"
-                )
+        check_params(group["params"], in_codes=self.storage.codes)
 
     def _group_moments(self, group: Group) -> tuple[str, ...]:
         """The moments that the parameters of `group` have."""

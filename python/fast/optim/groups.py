@@ -38,6 +38,25 @@ def check_numbers(group: Group, *keys: str, finite: bool = True, not_negative: b
             raise ValueError(f"{key} must not be negative; got {value}")
 
 
+def check_params(params: Sequence[Tensor], in_codes: bool) -> None:
+    """Raise a ValueError when a parameter is unfit for an update, or is given twice.
+
+    Args:
+        in_codes: a part of the state is stored in 8-bit codes.
+    """
+    if len(set(map(id, params))) < len(params):
+        raise ValueError("params: a parameter is twice in one group; give it once")
+    for p in params:
+        if not p.is_floating_point():
+            way = "give torch.view_as_real(parameter)" if p.is_complex() else "leave it out"
+            raise ValueError(f"params: {p.dtype} is not supported; {way}")
+        if in_codes and dtensor.is_sharded(p):
+            raise ValueError(
+                "state_dtype, curvature_dtype: the scales of 8-bit codes cannot be resharded "
+                "with a DTensor parameter; use torch.bfloat16"
+            )
+
+
 def match_anchors(
     params: Sequence[Tensor], anchors: Mapping[Tensor, Tensor] | Sequence[Tensor] | None
 ) -> Mapping[Tensor, Tensor]:
