@@ -70,7 +70,7 @@ def test_the_plan_is_told_before_the_first_step(capsys):
     fast.finetune(ConvNet(), TRAIN, steps=3, progress=False)
     told = capsys.readouterr().err
     assert "3 steps of 56 samples and 8 target inputs, whose features are kept" in told
-    assert "so short a run reaches" in told
+    assert "of it, before its ramp is over" in told
     assert "4 classes, 120 training samples" in told
 
 

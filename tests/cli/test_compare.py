@@ -96,7 +96,7 @@ def test_another_job_is_run_again_and_the_runs_of_the_first_are_kept(done):
     code, out, _ = job.fast("compare", *args)
     assert code == 0
     assert "kept from before" not in out
-    assert "note: replaces out/results.json of other options (steps 6)" in out
+    assert "note: replaces out/results.json, made with other options (steps 6)" in out
     assert all(f.read_bytes() == content for f, content in first.items())
     runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
     assert {r["history"][-1]["step"] for r in runs} == {8}

@@ -40,23 +40,23 @@ def adapted(job, run_folder):
 def test_both_losses_of_a_checkpoint(adapted):
     code, out, err = adapted.fast("curvature", "--checkpoint", "out", *FEW)
     assert code == 0, err
-    found = json.loads((adapted.folder / "out/curvature/curvature.json").read_text())
-    assert list(found["losses"]) == ["source", "target"]
+    results = json.loads((adapted.folder / "out/curvature/curvature.json").read_text())
+    assert list(results["losses"]) == ["source", "target"]
     assert (adapted.folder / "out/curvature/spectrum.png").read_bytes()[1:4] == b"PNG"
     for name, classes in (("source", 3), ("target", 4)):
-        loss = found["losses"][name]
+        loss = results["losses"][name]
         assert loss["parameters"] == 80 + 16 + 129 * classes - classes + classes
         assert list(loss["layers"]) == ["conv", "norm", "fc"]
         assert loss["top"]["converged"]
         assert out.count(name) == 3  # a column of the whole network's, two of its layers
     # The network that was pretrained on the source still knows most of it.
-    assert found["losses"]["source"]["loss"] < 1.0
+    assert results["losses"]["source"]["loss"] < 1.0
     assert "24 samples of" in err
 
 
 def test_the_figures_are_those_of_the_saved_networks(adapted):
     adapted.fast("curvature", "--checkpoint", "out", *FEW[:-1], "--no-progress", "--samples", 80)
-    found = json.loads((adapted.folder / "out/curvature/curvature.json").read_text())["losses"]
+    results = json.loads((adapted.folder / "out/curvature/curvature.json").read_text())["losses"]
     arrays = np.load("source.npz")
     x = ((torch.from_numpy(arrays["x_test"]).float() / 255 - 0.5) / 0.5)[:, None]
     y = torch.from_numpy(arrays["y_test"])
@@ -66,11 +66,11 @@ def test_the_figures_are_those_of_the_saved_networks(adapted):
     assert saved.source is not None
     H = Hessian(saved.source.eval(), F.cross_entropy, (x[index], y[index]))
     loss, gradient = H.value_and_gradient()
-    assert found["source"]["loss"] == pytest.approx(loss, rel=1e-4)
-    assert found["source"]["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-3)
-    assert found["source"]["top"]["values"] == pytest.approx(H.top(2).values.tolist(), rel=1e-3)
+    assert results["source"]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert results["source"]["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-3)
+    assert results["source"]["top"]["values"] == pytest.approx(H.top(2).values.tolist(), rel=1e-3)
     layer = H.block(r"fc\..*").top(1).values
-    shown = found["source"]["layers"]["fc"]["top"]["values"]
+    shown = results["source"]["layers"]["fc"]["top"]["values"]
     assert shown == pytest.approx(layer.tolist(), rel=1e-2)
 
 
@@ -78,10 +78,10 @@ def test_a_plain_network_and_its_own_task(job):
     args = ("--model", "nets.py:Net(3)", "--weights", "net.safetensors", "--source", "source.npz")
     code, _, err = job.fast("curvature", *args, *FEW, "--kind", "ggn", "--output", "c")
     assert code == 0, err
-    found = json.loads((job.folder / "c/curvature.json").read_text())["losses"]
-    assert list(found) == ["source"]
-    assert found["source"]["top"]["values"][0] > 0
-    assert found["source"]["loss"] < 0.5
+    results = json.loads((job.folder / "c/curvature.json").read_text())["losses"]
+    assert list(results) == ["source"]
+    assert results["source"]["top"]["values"][0] > 0
+    assert results["source"]["loss"] < 0.5
     code, _, err = job.fast("curvature", *args, *FEW, "--no-layers", "--probes", 0, "--output", "d")
     assert code == 0, err
     assert [p.name for p in (job.folder / "d").iterdir()] == ["curvature.json"]
@@ -93,8 +93,8 @@ def test_the_source_of_batch_norms_kept_per_task_is_not_guessed(job):
     code, _, err = job.fast("curvature", "--checkpoint", "out", *FEW)
     assert code == 0
     assert "the source loss is left out: out: the source's batch norm statistics" in err
-    found = json.loads((job.folder / "out/curvature/curvature.json").read_text())
-    assert list(found["losses"]) == ["target"]
+    results = json.loads((job.folder / "out/curvature/curvature.json").read_text())
+    assert list(results["losses"]) == ["target"]
 
 
 def no_model_file(folder):

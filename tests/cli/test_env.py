@@ -10,14 +10,14 @@ from fast.cli import main
 
 def test_json(capsys):
     assert main(["env", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["torch"] == torch.__version__
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"] == torch.__version__
     rows = fastkernels.explain()
-    assert [(k["op"], k["backend"], k["available"]) for k in found["kernels"]] == [
+    assert [(k["op"], k["backend"], k["available"]) for k in facts["kernels"]] == [
         (r.op, r.backend, r.available) for r in rows
     ]
-    assert all(k["reason"] for k in found["kernels"])
-    assert "timm" in found["libraries"]
+    assert all(k["reason"] for k in facts["kernels"])
+    assert "timm" in facts["libraries"]
 
 
 def test_text_has_a_line_for_each_kernel(capsys):

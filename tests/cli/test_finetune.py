@@ -91,40 +91,40 @@ def test_without_source(job):
 
 def test_what_may_be_forgotten_of_source_inputs(job):
     """Checked on them; their file is kept by its absolute path, to go on from anywhere."""
-    known = (*job.args, "--source-inputs", "source.npz")
+    args = (*job.args, "--source-inputs", "source.npz")
     for budget in (1e-4, "5%"):
         options = ("--forget-budget", budget, "--output", f"run{budget}")
-        code, _, err = job.fast("finetune", *known, *RUN[:-2], *options)
+        code, _, err = job.fast("finetune", *args, *RUN[:-2], *options)
         assert code == 0, err
         folder = job.folder / f"run{budget}"
         history = (folder / "history.jsonl").read_text().splitlines()
         assert json.loads(history[0])["forecast"] == 0
         assert json.loads(history[-1])["forecast"] <= (0.05 if budget == "5%" else budget)
-        given = json.loads((folder / "job.json").read_text())
-        assert given["source_inputs"] == str(job.folder / "source.npz")
+        record = json.loads((folder / "job.json").read_text())
+        assert record["source_inputs"] == str(job.folder / "source.npz")
 
 
 def test_the_budget_is_printed_beside_what_was_lost(job):
-    known = (*job.args, *RUN[:-2], "--source-inputs", "source.npz")
-    code, out, err = job.fast("finetune", *known, "--forget-budget", "5%", "--output", "points")
+    args = (*job.args, *RUN[:-2], "--source-inputs", "source.npz")
+    code, out, err = job.fast("finetune", *args, "--forget-budget", "5%", "--output", "points")
     assert code == 0, err
     final = json.loads((job.folder / "points" / "result.json").read_text())["final"]
     lost = f"forget budget 5 %: {100 * final['forecast']:.2g} % lost at the end, measured on held"
     assert lost in out
-    code, out, err = job.fast("finetune", *known, "--forget-budget", "0.01", "--output", "nats")
+    code, out, err = job.fast("finetune", *args, "--forget-budget", "0.01", "--output", "nats")
     assert code == 0, err
     assert "forget budget 0.01 nats: " in out
-    code, out, err = job.fast("finetune", *known, "--output", "none")
+    code, out, err = job.fast("finetune", *args, "--output", "none")
     assert "forget budget" not in out
 
 
 def test_what_source_inputs_measure_is_said(job):
-    known = (*job.args, "--steps", 2, "--source-inputs")
-    code, _, err = job.fast("finetune", *known, "source.npz")
+    args = (*job.args, "--steps", 2, "--source-inputs")
+    code, _, err = job.fast("finetune", *args, "source.npz")
     assert code == 0, err
     assert "note: --source-inputs source.npz: the same samples as --source: what is kept" in err
     assert "by its features" not in err
-    code, _, err = job.fast("finetune", *known, "target.npz")  # labels 0..3
+    code, _, err = job.fast("finetune", *args, "target.npz")  # labels 0..3
     assert code == 0, err
     assert "target.npz: label 3, and the network's own head has 3 classes: what is forgo" in err
     assert "the same samples" not in err
@@ -138,12 +138,12 @@ def test_source_inputs_need_no_labels(job):
         (job.folder / folder).mkdir(parents=True)
         for i in range(8):
             image.fromarray(arrays[i]).save(job.folder / folder / f"{i}.png")
-    known = (*job.args, "--steps", 3, "--forget-budget", "5%", "--source-inputs")
+    args = (*job.args, "--steps", 3, "--forget-budget", "5%", "--source-inputs")
     for name, words in (
         ("old", "note: --source-inputs old: 8 samples without labels"),
         ("named", "named: 2 class folders with names, and the network's own head has 3 classes"),
     ):
-        code, out, err = job.fast("finetune", *known, name, "--output", f"run-{name}")
+        code, out, err = job.fast("finetune", *args, name, "--output", f"run-{name}")
         assert code == 0, err
         assert words in err
         assert "lost at the end, measured on held-back source inputs" in out

@@ -11,19 +11,15 @@ import torch
 from fast import __version__
 from fast.cli import COMMANDS, main
 from fast.train.config import TrainConfig
-
-
-def python(*args, **kwargs):
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kwargs)
+from helpers import run_python
 
 
 def test_help_lists_the_commands_and_imports_no_torch():
     code = "import sys, fast.cli; fast.cli.main(['--help']); assert 'torch' not in sys.modules"
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
+    text = run_python(code)
     for name in COMMANDS:
-        assert f"\n    {name} " in done.stdout
-    assert len(done.stdout.splitlines()) < 30
+        assert f"\n    {name} " in text
+    assert len(text.splitlines()) < 30
 
 
 def test_help_of_a_command_imports_no_torch():
@@ -33,8 +29,7 @@ def test_help_of_a_command_imports_no_torch():
         "for name in fast.cli.COMMANDS: assert fast.cli.main([name, '--help']) == 0\n"
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
     )
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_finetune_has_an_option_for_every_field_of_the_config(capsys):
@@ -50,8 +45,7 @@ def test_public_names_load_on_first_use():
         "assert all(getattr(fast, name) for name in fast.__all__);"
         "assert set(fast.__all__) <= set(dir(fast)) and not hasattr(fast, 'nothing')"
     )
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
+    run_python(code)
 
 
 def test_version(capsys):
@@ -88,11 +82,10 @@ def test_a_misspelt_command_line_is_one_line(argv, message, capsys):
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    done = python(
-        "-m", "fast.cli", "finetune", "--model", "m.py:N", "--data", "no.npz", cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == ["fast: error: no.npz: no such file"]
+    command = [sys.executable, "-m", "fast.cli", "finetune", "--model", "m.py:N"]
+    process = subprocess.run([*command, "--data", "no.npz"], capture_output=True, cwd=tmp_path)
+    assert process.returncode == 2
+    assert process.stderr.decode().splitlines() == ["fast: error: no.npz: no such file"]
     assert list(tmp_path.iterdir()) == []
 
 

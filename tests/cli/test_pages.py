@@ -28,9 +28,9 @@ WORDS = {"good": ["fine", "great", "lovely"], "bad": ["awful", "poor", "dull"]}
 def commands(page):
     """The commands of a page, as argument lists."""
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
-    found = [shlex.split(line)[1:] for block in blocks for line in block.strip().splitlines()]
-    assert found
-    return found
+    commands = [shlex.split(line)[1:] for block in blocks for line in block.strip().splitlines()]
+    assert commands
+    return commands
 
 
 def run(command, model, *more):
@@ -138,8 +138,8 @@ def test_texts(reviews, tmp_path, capsys, number):
     assert run(command, f"transformers:{tmp_path / 'bert'}") == 0
     out, err = capsys.readouterr()
     assert "data: 2 classes, 20 training samples, 4 held out" in out
-    told = "columns: inputs in text, labels in label" if number == 0 else "each line in it a sample"
-    assert told in err
+    note = "columns: inputs in text, labels in label" if number == 0 else "each line in it a sample"
+    assert note in err
 
 
 def test_texts_are_not_augmented(reviews, tmp_path, capsys):

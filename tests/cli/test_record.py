@@ -111,8 +111,8 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(finished):
 
 def test_what_is_switched_off_stays_off_on_resume(job):
     """Every option that has a --no- form is read back as it was given."""
-    given = ("--no-max-entropy", "--no-progress", "--method", "vanilla")
-    code, _, err = job.fast("finetune", *job.args, *RUN, *given)
+    options = ("--no-max-entropy", "--no-progress", "--method", "vanilla")
+    code, _, err = job.fast("finetune", *job.args, *RUN, *options)
     assert code == 0, err
     code, _, err = job.fast("finetune", "--resume", "out")
     assert code == 0, err

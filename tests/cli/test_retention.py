@@ -86,17 +86,18 @@ def test_sweep_is_drawn_written_and_kept(job, monkeypatch):
     assert code == 0, err
     folder = job.folder / "out"
     saved = json.loads((folder / "retention.json").read_text())
-    found = {(p["method"], p["label"]): p for p in saved["points"]}
-    assert list(found) == [("l2-sp", "0"), ("l2-sp", "100"), ("vanilla", "")]
+    by_label = {(p["method"], p["label"]): p for p in saved["points"]}
+    assert list(by_label) == [("l2-sp", "0"), ("l2-sp", "100"), ("vanilla", "")]
     # Without a pull it is vanilla; with a hundredfold one nothing moves.
     for name in ("target", "source", "target_half"):
-        assert found["l2-sp", "0"][name] == pytest.approx(found["vanilla", ""][name])
-    assert saved["source_accuracy_before"] == found["l2-sp", "100"]["source"]
-    assert found["vanilla", ""]["seeds"] == 2
+        assert by_label["l2-sp", "0"][name] == pytest.approx(by_label["vanilla", ""][name])
+    assert saved["source_accuracy_before"] == by_label["l2-sp", "100"]["source"]
+    assert by_label["vanilla", ""]["seeds"] == 2
     assert (folder / "retention.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((folder / "retention.csv").read_text().splitlines()))
     assert [float(r["source"]) for r in rows] == [p["source"] for p in saved["points"]]
     assert "\nl2-sp    100 " in out
+    assert "\nl2-sp    strength 100 seed 0 lr " in out
 
     monkeypatch.setattr(fast, "finetune", lambda *a, **k: pytest.fail("ran again"))
     code, out, err = job.fast("retention", *job.args, *args)

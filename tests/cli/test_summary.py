@@ -110,8 +110,8 @@ def test_how_little_a_few_samples_say():
         few_samples(8) == "8 samples measure an accuracy to within 18 points (one standard error)"
     )
     assert (few_samples(101), few_samples(0)[:9]) == ("", "0 samples")
-    said = verdict([run("fast", 0, [0.5]), run("vanilla", 0, [0.7])], 8)
-    assert said.endswith("may come out differently. " + few_samples(8) + ".")
+    words = verdict([run("fast", 0, [0.5]), run("vanilla", 0, [0.7])], 8)
+    assert words.endswith("may come out differently. " + few_samples(8) + ".")
 
 
 def test_columns_of_wide_and_combining_characters():

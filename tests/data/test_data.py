@@ -110,11 +110,11 @@ def test_classes_are_counted_or_asked_for():
 
 def test_the_batches_of_a_loader_are_what_a_step_is_measured_by():
     """Places for source inputs follow them, not batch_size, which is not used and said to be so."""
-    known = images(80, 5, seed=3)[0]
+    kept = images(80, 5, seed=3)[0]
 
     def sizes(**options):
         loader = DataLoader(TensorDataset(*images(96, 4)), **options)
-        adaptation = fast.Adaptation(ConvNet(), loader, num_classes=4, source_inputs=known, steps=2)
+        adaptation = fast.Adaptation(ConvNet(), loader, num_classes=4, source_inputs=kept, steps=2)
         inputs, _, rows = next(adaptation.batches())
         assert rows is None
         (rehearsal,) = (g for g in adaptation.guards if isinstance(g, Rehearsal))

@@ -39,9 +39,9 @@ def test_photos_are_upright(tmp_path, orientation, suffix):
     a = stored
     seen = [a, a[:, ::-1], a[::-1, ::-1], a[::-1], a.T, np.rot90(a, -1), a[::-1, ::-1].T]
     expected = [*seen, np.rot90(a)][orientation - 1]
-    found = pixels(path)[0]
-    assert found.shape == expected.shape
-    assert np.abs(found.astype(int) - expected).mean() < 4
+    decoded = pixels(path)[0]
+    assert decoded.shape == expected.shape
+    assert np.abs(decoded.astype(int) - expected).mean() < 4
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB", "L"])
@@ -57,9 +57,9 @@ def test_what_is_transparent_is_white(tmp_path, mode):
         grey = np.repeat([7, 7, 0, 0], 4).reshape(4, 4).astype(np.uint8)
         colour = 7 if mode == "L" else (7, 7, 7)
         Image.fromarray(grey).convert(mode).save(path, transparency=colour)
-    found = pixels(path, channels=3)
-    assert (found[:, :2] == 255).all()
-    assert (found[:, 2:] < 8).all()
+    decoded = pixels(path, channels=3)
+    assert (decoded[:, :2] == 255).all()
+    assert (decoded[:, 2:] < 8).all()
 
 
 def test_arrays_with_alpha_are_seen_as_files_are():

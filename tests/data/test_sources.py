@@ -206,11 +206,11 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
     "name", ["owner/na-me_1.0", "owner/name:config", "hf:name", "hf:name:config"]
 )
 def test_names_of_the_hub(name, monkeypatch):
-    asked = []
+    calls = []
     empty = NamedData(name=name, train=None, val=None, classes=())
-    monkeypatch.setattr(sources, "read_hugging_face", lambda *found: asked.append(found) or empty)
+    monkeypatch.setattr(sources, "read_hugging_face", lambda *args: calls.append(args) or empty)
     load_data(name)
-    assert asked == [(name, None, None)]
+    assert calls == [(name, None, None)]
 
 
 @pytest.mark.filterwarnings("ignore::fast.data.sources.DataWarning")

@@ -50,6 +50,7 @@ def test_a_program_of_torch(adapted, tmp_path):
     assert facts["outputs"]["logits"]["classes"] == ["ant", "bee", "cat", "dog"]
     card = (folder / "README.md").read_text()
     assert "# ConvNet of 4 classes" in card
+    assert "Classes: `ant`, `bee`, `cat`, `dog`." in card
     assert f"{100 * adapted.result.source_accuracy:.1f} %" in card
 
 

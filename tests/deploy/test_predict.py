@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fast.data.images.format import ImageFormat
+from fast.deploy.raw import raw_inputs
 from fast.models.preparation import Preparation, read_preparation
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need pillow")
@@ -109,6 +110,13 @@ def test_what_is_no_input_is_said(predictor, adapted, tmp_path):
     x[0, 0, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="answers to 1 of 2 samples are NaN or infinite"):
         adapted.result.predict(x)
+
+
+def test_a_text_file_gives_the_lines_that_training_reads(tmp_path):
+    (tmp_path / "reviews.txt").write_text("  a good film \n\na bad one\n")
+    preparation = Preparation(tokenizer=object())
+    raw = raw_inputs([tmp_path / "reviews.txt", "as it is "], preparation)
+    assert raw.inputs == ["a good film", "a bad one", "as it is "]
 
 
 def test_predictions_are_a_sequence(adapted, tmp_path):

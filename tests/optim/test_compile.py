@@ -123,25 +123,30 @@ def test_capturable_goes_to_torch_and_back():
     assert again.state_dict()["state"][0]["step"] == STEPS
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])  # a global norm is not known there
-def test_step_in_the_backward_pass(kind):
-    """An optimizer per parameter, stepped when its gradient is complete, which is then freed."""
-    a, b = network(), network()
-    opt_a = OPTIMIZERS[kind](a.parameters(), lr=0.1)
-    of = {p: OPTIMIZERS[kind]([p], lr=0.1) for p in b.parameters()}
-
-    def step(p: torch.Tensor) -> None:
-        of[p].step()
-        of[p].zero_grad()
-
-    for p in b.parameters():
-        p.register_post_accumulate_grad_hook(step)
+def train_beside(a, opt_a, b):
+    """Train `a` by its optimizer, and `b`, which steps in its backward passes, on the same data."""
     x = torch.randn(8, 4)
     for _ in range(STEPS):
         opt_a.zero_grad()
         a(x).square().sum().backward()
         opt_a.step()
         b(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])  # a global norm is not known there
+def test_step_in_the_backward_pass(kind):
+    """An optimizer per parameter, stepped when its gradient is complete, which is then freed."""
+    a, b = network(), network()
+    opt_a = OPTIMIZERS[kind](a.parameters(), lr=0.1)
+    optimizers = {p: OPTIMIZERS[kind]([p], lr=0.1) for p in b.parameters()}
+
+    def step(p: torch.Tensor) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in b.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    train_beside(a, opt_a, b)
     assert all(p.grad is None for p in b.parameters())
     assert_same(a, b)
 
@@ -157,12 +162,7 @@ def test_step_of_one_parameter_at_a_time():
 
     for p in b.parameters():
         p.register_post_accumulate_grad_hook(step)
-    x = torch.randn(8, 4)
-    for _ in range(STEPS):
-        opt_a.zero_grad()
-        a(x).square().sum().backward()
-        opt_a.step()
-        b(x).square().sum().backward()
+    train_beside(a, opt_a, b)
     assert_same(a, b)
 
 

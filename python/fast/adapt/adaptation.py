@@ -19,7 +19,7 @@ from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
 from fast.adapt.guards.base import Guard, MicroBatch, Seen
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.weight_average import WeightAverage
-from fast.adapt.loss import Loss
+from fast.adapt.loss import TargetLoss
 from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
@@ -142,7 +142,7 @@ class Adaptation:
         self._pull_factor = 1.0
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be a function of logits and labels; got {loss!r}")
-        loss = loss or Loss(None, 0.0)
+        loss = loss or TargetLoss(None, 0.0)
         with RollbackOnError(self.model):
             # The source is measured at the pretrained weights, before the network changes.
             setup, source = self._settle(
@@ -181,7 +181,7 @@ class Adaptation:
                 num_classes=num_classes,
                 source_inputs=source_inputs,
                 has_card=card is not None,
-                any_labels=not isinstance(loss, Loss),
+                any_labels=not isinstance(loss, TargetLoss),
             )
         check_ranks(setup, self.ranks, self.config.shard)
         source = measure_source(

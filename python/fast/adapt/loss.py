@@ -59,7 +59,7 @@ def _targets(data: Data) -> Tensor:
     return check_labels(targets, None, data.name)
 
 
-class Loss:
+class TargetLoss:
     """Weighted, smoothed cross-entropy whose micro-batch parts add up to the batch's mean.
 
     Args:

@@ -90,7 +90,7 @@ class Plan:
         rate = f"lr {self.lr:g}"
         if self.steps < self.stall + self.ramp:
             reached = max(0, self.steps - self.stall) / self.ramp if self.ramp else 0.0
-            rate += f", of which so short a run reaches {100 * reached:.0f} %"
+            rate += f" (the run ends at {100 * reached:.0f} % of it, before its ramp is over)"
         first = ""
         if self.head_steps:
             first = f"the head alone for up to {self.head_steps} steps, then "
@@ -135,35 +135,18 @@ def plan_for(
     """
     method = METHODS[config.method]
     ease = EASED if rehearsed else 1.0
-    decay = method.card_decay if weighted and method.card_decay is not None else None
+    decay = method.anchor_decay
+    if weighted and method.card_decay is not None:
+        decay = method.card_decay
     new_head = not config.keeps_head
     if not new_head:
         _check_kept_head(config, rehearsed)
-    rank = int(method.adapter_rank if config.adapter_rank is None else config.adapter_rank)
-    norms = batch_norms and not small_batches and not (rank and too_few_for_norms(samples))
-    tasks = config.tasks or default_tasks(config, rehearsed=rehearsed, batch_norms=norms)
-    if tasks == SWITCHED and not (rank or norms or config.batch_norm):
-        raise ValueError(
-            "tasks='switched' switches what is kept per task, and there is nothing: "
-            f"{_no_norms(batch_norms)}; method='adapter' keeps adapters per task"
-        )
-
-    def setting(value: float | None, default: float) -> float:
-        return default if value is None else value
-
+    rank = int(_given(config.adapter_rank, method.adapter_rank))
+    own_norms = batch_norms and not small_batches and not (rank and too_few_for_norms(samples))
+    tasks, batch_norm = _regime(config, rehearsed, rank, batch_norms, own_norms)
     head_steps = 0
     if head_is_last and new_head:
-        head_steps = int(setting(config.head_steps, method.head_steps))
-    stall = setting(config.stall, method.stall if new_head and not head_steps else 0)
-    if method.probe:
-        if config.stall is not None:
-            raise ValueError(f"{config.method} has no stall; it has probe_steps")
-        stall = setting(config.probe_steps, max(1, round(method.probe * steps)))
-    elif config.probe_steps is not None:
-        raise ValueError(f"probe_steps is for lp-ft; {config.method} has stall")
-    batch_norm = config.batch_norm or ("per_task" if tasks == SWITCHED and norms else "frozen")
-    if batch_norm == "per_task" and not (batch_norms or rank):
-        tasks = TOGETHER  # there are no norms to be switched
+        head_steps = int(_given(config.head_steps, method.head_steps))
     # Per-task norms give the source head features of its own, and a head that is kept has to answer
     # target inputs otherwise: in both cases there is nothing to distil.
     distill = 0.0 if batch_norm == "per_task" or not new_head else ease * method.distill
@@ -173,24 +156,21 @@ def plan_for(
         target_size=target_size,
         source_size=source_size,
         rehearsed=rehearsed,
-        lr=setting(
+        lr=_given(
             config.lr,
             default_lr(config, steps=steps, rehearsed=bool(rehearsed), layer_norms=layer_norms),
         ),
         head="new" if new_head else "keep",
         weighted=weighted,
-        max_entropy=new_head
-        and (method.max_entropy if config.max_entropy is None else config.max_entropy),
-        head_lr_scale=setting(config.head_lr_scale, method.head_lr_scale) if new_head else 1.0,
-        anchor_decay=setting(
-            config.anchor_decay, ease * (method.anchor_decay if decay is None else decay)
-        ),
-        distill=setting(config.distill, distill),
-        stall=int(stall),
-        ramp=int(setting(config.ramp, ease * method.ramp)),
+        max_entropy=new_head and bool(_given(config.max_entropy, method.max_entropy)),
+        head_lr_scale=_given(config.head_lr_scale, method.head_lr_scale) if new_head else 1.0,
+        anchor_decay=_given(config.anchor_decay, ease * decay),
+        distill=_given(config.distill, distill),
+        stall=_stall(config, steps, starts_cold=new_head and not head_steps),
+        ramp=int(_given(config.ramp, ease * method.ramp)),
         head_steps=head_steps,
         rehearse=rehearse_weight(config, rehearsed == SOURCE_INPUTS, samples) if rehearsed else 0.0,
-        average=int(setting(config.average, min(method.average, steps // 4))),
+        average=int(_given(config.average, min(method.average, steps // 4))),
         batch_norm=batch_norm,
         tasks=tasks,
         adapter_rank=rank,
@@ -202,6 +182,55 @@ def plan_for(
         grad_accum_steps=config.grad_accum_steps,
         forget_budget=config.forget_budget,
     )
+
+
+def _given(value: float | None, default: float) -> float:
+    """An option's value, or its default where it was not given."""
+    return default if value is None else value
+
+
+def _regime(
+    config: AdaptConfig, rehearsed: str, rank: int, batch_norms: bool, own_norms: bool
+) -> tuple[str, str]:
+    """`Plan.tasks` and `Plan.batch_norm`.
+
+    Args:
+        rank: of the adapters.
+        batch_norms: the network has batch norms.
+        own_norms: the target can have some of its own.
+
+    Raises:
+        ValueError: the tasks are to be switched, and nothing is kept per task.
+    """
+    tasks = config.tasks or default_tasks(config, rehearsed=rehearsed, batch_norms=own_norms)
+    if tasks == SWITCHED and not (rank or own_norms or config.batch_norm):
+        raise ValueError(
+            "tasks='switched' switches what is kept per task, and there is nothing: "
+            f"{_no_norms(batch_norms)}; method='adapter' keeps adapters per task"
+        )
+    batch_norm = config.batch_norm or ("per_task" if tasks == SWITCHED and own_norms else "frozen")
+    if batch_norm == "per_task" and not (batch_norms or rank):
+        tasks = TOGETHER  # there are no norms to be switched
+    return tasks, batch_norm
+
+
+def _stall(config: AdaptConfig, steps: int, *, starts_cold: bool) -> int:
+    """`Plan.stall`.
+
+    Args:
+        starts_cold: the head is new, and was not trained before the first step.
+
+    Raises:
+        ValueError: the method does not have the option that was given.
+    """
+    method = METHODS[config.method]
+    if method.probe:
+        if config.stall is not None:
+            raise ValueError(f"{config.method} has no stall; it has probe_steps")
+        return int(_given(config.probe_steps, max(1, round(method.probe * steps))))
+    if config.probe_steps is not None:
+        raise ValueError(f"probe_steps is for lp-ft; {config.method} has stall")
+    return int(_given(config.stall, method.stall if starts_cold else 0))
 
 
 def _no_norms(batch_norms: bool) -> str:

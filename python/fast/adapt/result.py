@@ -14,6 +14,7 @@ from torch import nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.plan import Plan
 from fast.deploy.evaluation import Evaluation
+from fast.deploy.export.formats import ExportFormat
 from fast.deploy.predictions import Predictions
 from fast.deploy.predictor import Predictor
 from fast.figures import run_figure
@@ -122,7 +123,7 @@ class Result:
         """How good the answers to labelled data are: see `fast.deploy.Predictor.evaluate`."""
         return self._predictor().evaluate(data, **options)
 
-    def export(self, folder: str | Path, format: str, **options: Any) -> Path:
+    def export(self, folder: str | Path, format: ExportFormat, **options: Any) -> Path:
         """Write the network for use without this library: see `fast.deploy.Predictor.export`."""
         return self._predictor().export(folder, format, **options)
 

@@ -9,17 +9,17 @@ from types import FrameType
 
 TRACEBACK = "FAST_TRACEBACK"
 FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-# Their messages were written to be read; others say what went wrong in the code that raised them.
+# Errors whose messages are written for users; those of others are about the code that raises them.
 EXPLAINED = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 
 
 def explain(error: Exception, model: str | None) -> tuple[int, str]:
-    """Exit code and message of an error.
+    """The exit code and the message of an error.
 
     Args:
-        model: what --model names, whose own code may have raised it.
+        model: the value of --model, whose own code may have raised the error.
     """
-    kind = type(error).__name__  # torch's and fastkernels' own are not imported here
+    kind = type(error).__name__  # torch and fastkernels, which define some, are not imported here
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         return USER_ERROR, f"out of memory: lower --batch-size ({error})"
     if isinstance(error, EXPLAINED):
@@ -36,8 +36,8 @@ def explain(error: Exception, model: str | None) -> tuple[int, str]:
 def _outside_torch(error: BaseException) -> str:
     """`resnet.py:12`, the last line that ran outside of torch."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    named = [f"{Path(f.f_code.co_filename).name}:{line}" for f, line in frames if not _torch(f)]
-    return named[-1] if named else type(error).__module__
+    places = [f"{Path(f.f_code.co_filename).name}:{line}" for f, line in frames if not _torch(f)]
+    return places[-1] if places else type(error).__module__
 
 
 def _torch(frame: FrameType) -> bool:
@@ -45,8 +45,8 @@ def _torch(frame: FrameType) -> bool:
 
 
 def _in_model_file(error: BaseException, model: str | None) -> str | None:
-    """`file.py:12`, the last line that ran of the file that --model names, or of one beside it;
-    None where the error is not theirs."""
+    """`file.py:12`, the last line that ran in the file that --model names or in one beside it; None
+    if the error did not pass through them."""
     name, colon, _ = (model or "").partition(".py:")
     if not colon:
         return None

@@ -21,7 +21,7 @@ FOLDS_FILE = "folds.json"
 
 
 def cross_validate(spec: FinetuneSpec, task: LoadedTask) -> None:
-    """Train on all parts but one and measure on that, for each; print and save the accuracies.
+    """For each part, train on the others and measure on it; print and save the accuracies.
 
     Raises:
         ValueError: there are fewer samples than parts, or the folder has results already.
@@ -42,16 +42,16 @@ def cross_validate(spec: FinetuneSpec, task: LoadedTask) -> None:
     names = ("target_accuracy", "source_accuracy")
     values = {name: [getattr(run, name) for run in runs] for name in names}
     spread = {
-        name: {"mean": statistics.mean(found), "std": statistics.stdev(found)}
-        for name, found in values.items()
-        if None not in found
+        name: {"mean": statistics.mean(accuracies), "std": statistics.stdev(accuracies)}
+        for name, accuracies in values.items()
+        if None not in accuracies
     }
     write_results(
         folder / FOLDS_FILE, spec, samples=task.sizes, spread=spread, runs=[vars(r) for r in runs]
     )
     rows_of_table = [
-        [name.removesuffix("_accuracy"), percent(found["mean"]), percent(found["std"])]
-        for name, found in spread.items()
+        [name.removesuffix("_accuracy"), percent(over_folds["mean"]), percent(over_folds["std"])]
+        for name, over_folds in spread.items()
     ]
     print("\n" + text_table([f"accuracy over {folds} folds, %", "mean", "std"], rows_of_table))
     print(

@@ -25,17 +25,17 @@ from fast.errors import did_you_mean, printable
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: the same as Ctrl-C, with an exit code of its own."""
+    """SIGTERM arrived. It is handled like Ctrl-C, but has an exit code of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        the exit code: 0; 2 for input that cannot be used, and a run that diverged; 1 where the code
-        of a network, or ours, raised what no message was written for. Each is said in one line on
-        stderr (environment variable FAST_TRACEBACK=1 shows where). 130 when interrupted, 143 when
-        terminated.
+        the exit code: 0; 2 for input that cannot be used, and for a run that diverged; 1 for an
+        error in the code of a network, or in ours, that no message was written for; 130 when
+        interrupted, 143 when terminated. An error is one line on stderr; with the environment
+        variable FAST_TRACEBACK=1 it is a traceback.
     """
     options: dict[str, Any] = {}
     try:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command that is named, and the options that are given to it."""
+    """The name of the command, and the options that were typed for it."""
     place = next((i for i, text in enumerate(argv) if not text.startswith("-")), len(argv))
     for name in argv[place : place + 1]:
         if name not in COMMANDS:
@@ -88,7 +88,7 @@ def _parser() -> Parser:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Warnings without the line of source that they come from."""
+    """Print warnings without the line of source that they come from."""
 
     def note(message: Warning | str, *_: Any) -> None:
         print(f"fast: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
@@ -119,7 +119,7 @@ def _plans_once() -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated`, so that what is half done is cleared up."""
+    """Let SIGTERM raise `Terminated`, so that whatever is half done is cleared up."""
 
     def stop(*_: Any) -> None:
         raise Terminated

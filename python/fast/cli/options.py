@@ -1,7 +1,7 @@
 """Options as records: argparse is generated from the fields of a dataclass, and read back into it.
 
-A namespace of argparse holds the options that were typed, and no others; what was not typed has the
-default of its field.
+The namespace of argparse holds only the options that were typed; any other has the default of its
+field.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def option(help: str, default: Any = None, **how: Any) -> Any:
     """A field that is an option of its name.
 
     Args:
-        how: `read`, a function of the typed text (default: the type of the field); `metavar`;
-            `choices`; `group`, a title in the help; `short`, a second flag; `words`, how many words
-            without a flag it takes (argparse's `nargs`).
+        how: `read`, a function that reads the typed text (default: the type of the field);
+            `metavar`; `choices`; `group`, its title in the help; `short`, a second flag; `words`,
+            how many words without a flag it takes (argparse's `nargs`).
     """
     return field(default=default, metadata={"help": help, **how})
 
@@ -56,8 +56,8 @@ def part(group: str, without: Iterable[str] = ()) -> dict[str, Any]:
     """Metadata of a field that is itself a record of options.
 
     Args:
-        group: title of the options in the help.
-        without: names of options that are left out.
+        group: the title of these options in the help.
+        without: the names of options that are left out.
     """
     return {"group": group, "without": frozenset(without)}
 
@@ -78,7 +78,7 @@ def usage(name: str, words: str | None) -> str:
 
 
 class Help(argparse.HelpFormatter):
-    """Breaks the lines of paragraphs, and leaves those that are indented as they are."""
+    """Fills paragraphs, and leaves indented ones as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = text.split("\n\n")
@@ -89,7 +89,7 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for what it cannot read: argparse prints its whole usage first."""
+    """Raises ValueError for what it cannot read; argparse itself prints its whole usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help lists the options)")
@@ -133,7 +133,8 @@ def parser_of(record: type, prog: str = "fast") -> Parser:
 def _options(
     record: type, title: str = "", without: Iterable[str] = ()
 ) -> Iterator[tuple[str, Any, Field[Any]]]:
-    """Group, type and field of each option, those of the record itself first."""
+    """Group, type and field of each option; the record's own options come before those of its
+    parts."""
     types = {name: kinds[0] for name, kinds in field_types(record).items()}
     named = [f for f in fields(record) if f.name not in without]  # type: ignore[arg-type]
     for f in named:
@@ -158,7 +159,7 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
         return
     flags = (name, *filter(None, [how.get("short")]))
     if kind is bool:
-        on_only = item.default is False  # the others can be switched off, too
+        on_only = item.default is False  # any other option can also be switched off
         action: Any = "store_true" if on_only else argparse.BooleanOptionalAction
         group.add_argument(name, action=action, help=text)
     elif how.get("choices"):
@@ -170,7 +171,7 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
 
 
 def build(record: type[Record], options: dict[str, Any]) -> Record:
-    """The record of these options."""
+    """The record that has these options."""
     arguments: dict[str, Any] = {}
     for f in fields(record):  # type: ignore[arg-type]
         if is_part(f):

@@ -1,5 +1,5 @@
-"""job.json: the options of a run, kept in its folder and signed, so that `--resume` builds the same
-network and data again and runs no code of a stranger's."""
+"""job.json keeps the options of a run in its folder, signed, so that `--resume` builds the same
+network and data again, and never runs a stranger's code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fast.files import read_json, to_json
 
 JOB_FILE = "job.json"
 KEY_BYTES = 32
-# What a record holds besides options.
+# Entries of a record that are no options.
 MODEL_HASH, SIGNATURE = "model_hash", "signature"
 PATHS = ("weights", "data", "source", "source_inputs", "card", "model")
 
@@ -37,8 +37,8 @@ def write_record(folder: Path, options: dict[str, Any]) -> None:
 
 
 def replace_record(folder: Path, options: dict[str, Any]) -> None:
-    """Keep network and data of what was made of a run, before it is saved, so that it is used
-    without --model, as the run itself; a record that was there goes."""
+    """Keep the network and data of something that is made from a run, before it is saved, so that
+    it can be used without --model, like the run itself. A record that was there is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JOB_FILE).unlink(missing_ok=True)
     write_record(folder, options)
@@ -48,14 +48,14 @@ def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[
     """The options of a run, read as if they were typed on the command line.
 
     Args:
-        option: the one that named the folder, for messages.
-        parser: of the command that wrote the record.
+        option: the option that named the folder, for messages.
+        parser: the parser of the command that wrote the record.
         named: the model is named on this command line, so that the recorded one does not run.
 
     Raises:
-        FileNotFoundError: no run of `fast finetune`.
-        ValueError: the file is damaged; or its model is code of a stranger's, or has changed, and
-            is not named on this command line.
+        FileNotFoundError: the folder holds no run of `fast finetune`.
+        ValueError: the file is damaged; or its model is a stranger's code, or has changed, and is
+            not named on this command line.
     """
     file = folder / JOB_FILE
     if not file.is_file():
@@ -113,7 +113,7 @@ def _model_hash(spec: str | None) -> str | None:
 
 
 def absolute(name: str | None) -> str | None:
-    """Files by their absolute path, so that --resume works from anywhere; other names as is."""
+    """The absolute path of a file, so that --resume works from anywhere; other names stay."""
     if not name:
         return name
     file, colon, rest = name.partition(".py:")
@@ -124,7 +124,7 @@ def absolute(name: str | None) -> str | None:
 
 
 def _sign(record: dict[str, Any]) -> str | None:
-    """Signature by a key that only this user has; None where there is no place for one."""
+    """A signature by a key that only this user has; None where no key can be kept."""
     key = _key()
     text = json.dumps(record, sort_keys=True).encode()
     return None if key is None else hmac.new(key, text, "sha256").hexdigest()

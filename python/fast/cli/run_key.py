@@ -1,4 +1,4 @@
-"""What tells one run from another: the name under which a finished run is kept."""
+"""The key of a finished run: runs that could differ in anything have different keys."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fast.cli.spec.task import TaskSpec
 from fast.models.device import pick_device
 from fast.train.config import TrainConfig
 
-# They take no part in a run.
+# Packages that take no part in a run.
 NO_PART = ("analysis", "cli", "integrations")
 
 
 def run_key(task: TaskSpec, config: TrainConfig, demo: bool = False) -> str:
-    """Hash of all that decides a run: model, data (by name, size and time of every file), options,
-    the code that runs it, torch's version and the device.
+    """A hash of everything that decides a run: model, data (by name, size and time of every file),
+    options, the code that runs it, torch's version and the device.
 
-    A data set on the hub is taken to stay as it is, and what a model file imports from elsewhere
-    than its own folder.
+    It assumes that data sets on the hub do not change, nor modules that a model file imports from
+    outside its own folder.
     """
     options = dataclasses.asdict(task)
     training = dataclasses.asdict(dataclasses.replace(config, progress=None))
@@ -42,7 +42,7 @@ def run_key(task: TaskSpec, config: TrainConfig, demo: bool = False) -> str:
 
 @cache
 def code_identity() -> str:
-    """Hash of the version and the source of all that takes part in a run."""
+    """A hash of the version, and of the source of all modules that take part in a run."""
     digest = hashlib.sha256(fast.__version__.encode())
     for package in (fast, fastkernels):
         home = Path(package.__file__ or "").parent
@@ -54,8 +54,8 @@ def code_identity() -> str:
 
 
 def _model_files(spec: str) -> list[Path]:
-    """The file that `path/file.py:Factory` names, and those beside it, which it may import; for a
-    library's network, none."""
+    """The file that `path/file.py:Factory` names, and the files beside it, which it may import; no
+    file for a library's network."""
     file, colon, _ = spec.partition(".py:")
     path = Path(f"{file}.py").expanduser()
     return sorted(path.parent.glob("*.py")) if colon and path.exists() else []

@@ -1,4 +1,4 @@
-"""The runs of a command that compares methods; a finished one is a file and is not run again."""
+"""The runs of a command that compares methods: each is kept as a file, and is not run again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY_DIGITS = 8
 
 @contextmanager
 def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]:
-    """The task of `--demo`, or the one that is named, and the folder of its results.
+    """The task of `--demo` or of the command line, and the folder for its results.
 
     Raises:
         ValueError: the folder cannot be written to.
@@ -48,11 +48,11 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
 
 
 def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:
-    """The methods to run, `all` spelled out: every one that has what it needs.
+    """The methods to run, with `all` replaced by every method that has what it needs.
 
     Raises:
-        ValueError: one was named that needs source inputs, and there are none.
-        ImportError: one was named that needs PEFT, and it is not installed.
+        ValueError: a named method needs source inputs, and there are none.
+        ImportError: a named method needs PEFT, which is not installed.
     """
     inputs, peft = task.source_inputs is not None, importlib.util.find_spec("peft") is not None
     replay = [name for name, method in METHODS.items() if method.replay and not inputs]
@@ -82,10 +82,11 @@ class Runner:
         self.spec, self.task, self.folder = spec, task, folder
 
     def all_seeds(self, method: str, setting: str = "", **changes: Any) -> list[Run]:
-        """One run for each of `--seeds`, at the learning rate of `--lr` best on the first seed.
+        """One run for each of `--seeds`, at that rate of `--lr` which was best for the first seed.
 
         Args:
-            setting: what the runs differ in from others of this method, for their names.
+            setting: what the runs differ in from others of this method, such as `"strength 0.1"`:
+                it is printed, and is part of their names.
             changes: options of `fast.finetune`, over those of the command line.
 
         Raises:
@@ -107,13 +108,14 @@ class Runner:
     def _one(
         self, method: str, seed: int, lr: float | None, setting: str, changes: dict[str, Any]
     ) -> Run:
-        """One run; where `lr` is None it has the rate of `changes`, or the method's own."""
+        """One run. If `lr` is None, it has the rate of `changes`, or the method's own."""
         rate = {} if lr is None else {"lr": lr}
         options = {**changes, **rate, "method": method, "seed": seed}
         config = dataclasses.replace(self.spec.training, **options)
         key = run_key(self.spec.task, config, self.spec.demo)
         # The key is in the name, so that the same folder keeps the runs of other options.
-        parts = (method, setting, rate and f"lr{lr:g}", f"seed{seed}", key[:KEY_DIGITS])
+        label = setting.replace(" ", "").replace("%", "p")
+        parts = (method, label, rate and f"lr{lr:g}", f"seed{seed}", key[:KEY_DIGITS])
         file = self.folder / "runs" / f"{'-'.join(part for part in parts if part)}.json"
         finished = read_run(file, key)
         if finished is not None:
@@ -128,7 +130,7 @@ class Runner:
 
 
 def read_run(file: Path, key: str) -> Run | None:
-    """A finished run of the same job; None where there is none, or the job has changed.
+    """The finished run in a file; None if there is none, or its key is another.
 
     Raises:
         ValueError: the file holds something else.

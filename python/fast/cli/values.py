@@ -1,4 +1,4 @@
-"""Values of options as they are typed: each function reads one and says what is wrong with it."""
+"""Functions that read the typed value of an option, or say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NORMALISATIONS: dict[str, dict[str, tuple[float, ...]]] = {
 
 
 def folder_name(text: str) -> str:
-    """A folder; `~` is the user's home, also after `--output=`, where shells leave it."""
+    """A folder. `~` is the user's home, even after `--output=`, where shells do not expand it."""
     if not text:
         raise ArgumentTypeError("a folder, not an empty name")
     return os.path.expanduser(text)
 
 
 def share(text: str) -> float:
-    """`"0.2"` -> 0.2; 0 is a share, 1 is none."""
+    """`"0.2"` -> 0.2; a share is at least 0 and less than 1."""
     try:
         value = float(text)
     except ValueError:

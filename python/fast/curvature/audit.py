@@ -147,11 +147,11 @@ def audit_module(
         if truth is None:
             return Audited(name=name, kind=kind, **dict.fromkeys(WAYS, "kink"))
         form = truth @ _flat(list(v.values()))
-        told = {
+        verdicts = {
             way: _verdict(ways[way], form if way == "nested_forward" else truth, seed)
             for way in WAYS
         }
-    return Audited(name=name, kind=kind, **told)
+    return Audited(name=name, kind=kind, **verdicts)
 
 
 class _Lifted(nn.Module):

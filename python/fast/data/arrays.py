@@ -12,7 +12,7 @@ from fast.data.labels import NUMBER_THEM
 from fast.data.trees import leaves
 from fast.errors import warn
 
-# So many images show in which units all of them are.
+# The first images of a set show in which units all of them are.
 FEW = 64
 
 

@@ -19,7 +19,8 @@ class Augmentation:
 
     Args:
         transform: takes and returns a batch of inputs, on the CPU; None changes nothing.
-        check: raises where the network does not take its argument; called for the first batch.
+        check: raises where the network does not take its argument. It is called for the first
+            batch.
     """
 
     def __init__(self, transform: Transform | None, check: Callable[[Any], None]) -> None:
@@ -27,10 +28,10 @@ class Augmentation:
         self._check: Callable[[Any], None] | None = check
 
     def __call__(self, inputs: Any, size: int) -> Any:
-        """The batch as the network is trained on it.
+        """The batch on which the network is trained.
 
         Args:
-            size: samples in the batch.
+            size: number of samples in the batch.
 
         Raises:
             TypeError, ValueError: the transform returned no batch of as many inputs, or one that
@@ -55,9 +56,9 @@ class Augmentation:
 def mixing(mixup: float, cutmix: float, num_classes: int) -> Mix | None:
     """Mixup and CutMix of training batches, by torchvision; None where neither is asked for.
 
-    It takes inputs `[B, C, H, W]` and labels `[B]` and returns mixed inputs and the shares of the
-    classes in them, `[B, C]`. Of Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) each batch
-    gets one, drawn by torch.
+    The function that is returned takes inputs `[B, C, H, W]` and labels `[B]`, and returns mixed
+    inputs and the shares of the classes in them, `[B, C]`. For each batch torch draws whether Mixup
+    (Zhang et al. 2018) or CutMix (Yun et al. 2019) is applied.
 
     Args:
         mixup, cutmix: alphas of their Beta distributions; 0 for none.

@@ -20,7 +20,7 @@ from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, spli
 from fast.errors import first_line, printable, some, warn
 from fast.workers import in_workers
 
-# The way out for data that come once, in an order of their own.
+# The way out for data that can be read only once, in an order of their own.
 _STREAMS = (
     "give some thousands of its samples, (inputs, labels). A loop around fast.Adaptation may train "
     "on the stream itself, which needs only these to begin with"
@@ -60,7 +60,7 @@ class Data:
     """A data set: either inputs and labels in memory, or a Dataset, or a DataLoader; see `as_data`.
 
     Attributes:
-        name: for messages: train, val or source.
+        name: train, val or source, as messages call it.
         inputs, labels: all samples and their labels `[N]`, where they are in memory.
         dataset: a map-style Dataset.
         loader: a DataLoader.
@@ -103,18 +103,17 @@ class Data:
             ) from error
 
     def batch_at(self, index: Tensor, seeds: list[int] | None = None) -> tuple[Any, Tensor]:
-        """Inputs and labels of these samples `[B]`; not of a DataLoader's.
+        """Inputs and labels of the samples `index` `[B]`; a DataLoader cannot give them.
 
         Args:
-            seeds: of their views, where the data set has some; None for the samples as they are.
+            seeds: the seed of each sample's view, where the data set has views; None reads the
+                samples as they are.
         """
         if self.labels is not None:
             return pick(self.inputs, index), self.labels[index]
-        if not self.has_views:
-            seeds = None
         rows = index.tolist()
-        of = [None] * len(rows) if seeds is None else seeds
-        samples = [(i, self._sample(i, seed)) for i, seed in zip(rows, of, strict=True)]
+        views = seeds if seeds is not None and self.has_views else [None] * len(rows)
+        samples = [(i, self._sample(i, seed)) for i, seed in zip(rows, views, strict=True)]
         return split_batch(self._collated(samples), self.name)
 
     def batches_at(
@@ -165,7 +164,7 @@ class Data:
         """Every sample once, in order.
 
         Args:
-            share: the batches that are wanted.
+            share: which of the batches are read.
         """
         if self.loader is not None:
             batches = read_loader(self.loader, self.name)
@@ -178,10 +177,10 @@ class Data:
         yield from self.batches_at((index, None) for index in rows)
 
     def infer_num_classes(self) -> int:
-        """Number of classes, by the labels or by what the data set records.
+        """The number of classes: what the data set records, else one more than its largest label.
 
         Raises:
-            ValueError: only reading all samples could tell (pass num_classes), or labels are no
+            ValueError: one would have to read all samples (pass num_classes), or the labels are no
                 class indices.
         """
         labels = self.labels
@@ -271,8 +270,8 @@ def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
 
 
 def map_style(data: Any, name: str) -> Any:
-    """`data` where it is a data set with `len` and samples by number, of torch or of another
-    library; else None.
+    """`data`, if it is a data set that has a length and gives samples by number, no matter which
+    library it comes from; else None.
 
     Tables of the `datasets` library return tensors, as `with_format("torch")` makes them do.
 

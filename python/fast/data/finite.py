@@ -34,7 +34,7 @@ def check_finite_inputs(inputs: Any, name: str, numbers: Tensor | None = None) -
     """Raise ValueError where a sample holds a number that is not finite.
 
     Args:
-        numbers: which samples of the data these are, `[B]` (default: the first ones).
+        numbers: the numbers `[B]` that these samples have in the data (default: 0, 1, ...).
     """
     rows = broken_rows(inputs)
     if rows is not None and rows.any():

@@ -39,8 +39,8 @@ def set_state(generator: Generator, state: Any) -> None:
     """Put a generator into a state.
 
     Raises:
-        ValueError, TypeError, KeyError: this is no state of such a generator. numpy itself would
-            read beyond its memory at a position that is out of range.
+        ValueError, TypeError, KeyError: this is no state of a generator of this kind. (numpy does
+            not check the position in it, and would read beyond its memory.)
     """
     value = _restored(state)
     if isinstance(generator, torch.Generator):

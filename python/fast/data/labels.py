@@ -16,7 +16,7 @@ MOST_CLASSES = 1_000_000
 OWN_LOSS = "are for fast.Adaptation(..., loss=), docs/any-loss.md"
 NUMBER_THEM = "number the names: classes, labels = numpy.unique(names, return_inverse=True)"
 
-# Up to so many classes, a few samples are no reason for doubt: they may be those of a source task.
+# A few samples of a source task with up to this many classes are no reason for doubt.
 FEW_CLASSES = 10_000
 
 
@@ -25,8 +25,8 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
 
     Args:
         labels: a tensor, array or list of numbers `[N]` or `[N, 1]`.
-        num_classes: every label must be below this; None: labels must only not be negative.
-        name: of the data, for messages.
+        num_classes: every label must be below this; None: any label that is not negative will do.
+        name: what messages call the data.
 
     Raises:
         ValueError: labels are no numbers, NaN, fractional, of another shape, or out of range; the
@@ -106,7 +106,7 @@ def count_classes(top: int, samples: int, name: str) -> int:
     Args:
         top: the largest label.
         samples: the number of samples.
-        name: of the data, for the message.
+        name: what the message calls the data.
 
     Raises:
         ValueError: there are far more classes than samples, and such a head would fill the memory.

@@ -22,7 +22,7 @@ from fast.errors import first_line
 # Samples that a run keeps in memory, at most, and their bytes.
 LIMIT = 4096
 BYTES = 2**28
-# Half of them are held back, and the loss of one sample says nothing.
+# Half of the samples are held back to measure on, and the loss of one sample says nothing.
 LEAST = 4
 
 
@@ -43,11 +43,12 @@ class SourceInputs:
         """Read the first `limit` samples.
 
         Args:
-            data: another of these; inputs alone (a tensor, or a tuple or mapping of tensors);
+            data: `SourceInputs`; inputs alone (a tensor, or a tuple or mapping of tensors);
                 `(inputs, labels)`; a map-style Dataset; or a DataLoader or another iterable of
-                batches of either kind. Arrays and tables will do for tensors. Labels are
-                one-dimensional: that tells a pair of inputs and labels from a tuple of two inputs.
-            name: of the data, for messages.
+                batches, with labels or without. Arrays and tables may take the place of tensors.
+                Labels are one-dimensional: this distinguishes `(inputs, labels)` from a tuple of
+                two inputs.
+            name: what messages call the data.
 
         Raises:
             TypeError, ValueError: the data are something else, are empty, cannot be read, or have
@@ -95,6 +96,9 @@ class SourceInputs:
             labels=None if self.labels is None else self.labels[rows],
         )
 
+    def without_labels(self) -> SourceInputs:
+        return SourceInputs(inputs=self.inputs)
+
     def to(self, device: torch.device) -> SourceInputs:
         return SourceInputs(inputs=move(self.inputs, device), labels=move(self.labels, device))
 
@@ -130,8 +134,8 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
     """The first training inputs of one shape, in the order of the first epoch, on the CPU.
 
     Args:
-        limit: number of samples, at most; but `LEAST` in any case, and the last batch whole. They
-            take no more than `BYTES`, and a batch.
+        limit: number of samples after which reading stops, as it does after `BYTES`; the batch
+            that reaches it is kept whole. At least `LEAST` samples are read.
     """
     parts: list[Any] = []
     count = size = 0

@@ -41,7 +41,7 @@ class TrainBatches:
         if data.loader is not None:
             self.steps_per_epoch = len(data.loader)
             size = data.loader.batch_size or getattr(data.loader.batch_sampler, "batch_size", None)
-            if not isinstance(size, int):  # the user's own sampler: the first batch tells
+            if not isinstance(size, int):  # a sampler of the user's: the first batch shows its size
                 size = len(next(self._loader_batches(data.loader, 0))[1])
             self.batch_size = self.given_size = size
         else:
@@ -60,7 +60,8 @@ class TrainBatches:
         """Batches from `step` on: inputs, labels, and row numbers `[B]` (None from a loader).
 
         Args:
-            share: the samples of each batch that are wanted; of a data set no others are read.
+            share: which samples of each batch are wanted. A data set reads only these; a DataLoader
+                reads all of them.
         """
         if self.data.loader is not None:
             for inputs, labels, _ in self._loader_batches(self.data.loader, step):
@@ -68,21 +69,21 @@ class TrainBatches:
                     yield inputs, labels, None
                 else:
                     yield pick(inputs, share), labels[share], None
-        # The rows are asked for ahead of the batches where workers read them.
-        asked, read = itertools.tee(self._keys(step, share))
-        for (rows, _), batch in zip(read, self.data.batches_at(asked), strict=False):
+        # Workers ask for the rows of later batches ahead of time.
+        ahead, current = itertools.tee(self._keys(step, share))
+        for (rows, _), batch in zip(current, self.data.batches_at(ahead), strict=False):
             yield *batch, rows
 
     def _keys(self, step: int, share: slice) -> Iterator[tuple[Tensor, list[int] | None]]:
-        """Row numbers `[B]` of each batch from `step` on, and a seed for each of them, where their
-        views have one: it depends on the seed of the run, the epoch and the row alone."""
+        """Row numbers `[B]` of each batch from `step` on. Where samples draw random numbers as they
+        are read, each row has a seed, made of the run's seed, the epoch and the row."""
         count = cast(int, self.data.num_samples)
-        seeded = self.data.has_views or self.data.workers > 0
-        for number, rows in enumerate(row_batches(count, self.batch_size, self.seed, step), step):
-            places = torch.arange(number * len(rows), (number + 1) * len(rows))[share]
-            epochs, own = (places // count).tolist(), rows[share]
-            pairs = zip(epochs, own.tolist(), strict=True)
-            yield own, [view_seed(self.seed, *pair) for pair in pairs] if seeded else None
+        draws = self.data.has_views or self.data.workers > 0
+        for number, batch in enumerate(row_batches(count, self.batch_size, self.seed, step), step):
+            places = torch.arange(number * len(batch), (number + 1) * len(batch))[share]
+            epochs, rows = (places // count).tolist(), batch[share]
+            pairs = zip(epochs, rows.tolist(), strict=True)
+            yield rows, [view_seed(self.seed, *pair) for pair in pairs] if draws else None
 
     def once(self) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
         """The samples of the first epoch, each once, in the order of `from_step` and as they are;

@@ -1,4 +1,4 @@
-"""Batches of inputs, whatever they are: a tensor, or tuples, lists and mappings of tensors."""
+"""Operations on batches of inputs, which may be a tensor, or tuples, lists and mappings of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LABEL_KEYS = ("labels", "label", "y", "targets", "target")
 
 
 def split_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """(the mapping without its labels, its labels); None for labels where it has none."""
+    """A batch without its labels, and the labels: None if it has none."""
     key = next((key for key in LABEL_KEYS if key in batch), None)
     return {k: v for k, v in batch.items() if k != key}, None if key is None else batch[key]
 
@@ -28,7 +28,7 @@ def leaves(inputs: Any) -> list[Tensor]:
 
 
 def mapped(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Inputs of the same form with `function` of each tensor; all else stays as it is."""
+    """The inputs with `function` applied to each tensor; everything else stays as it is."""
     if isinstance(inputs, Mapping):
         return {k: mapped(v, function) for k, v in inputs.items()}
     if isinstance(inputs, (tuple, list)):
@@ -37,7 +37,7 @@ def mapped(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def plain(inputs: Any) -> Any:
-    """The same with dicts for mappings of any other kind, which torch's pytrees do not know."""
+    """The inputs with every mapping as a dict: torch's pytrees know no other kind."""
     if isinstance(inputs, Mapping):
         return {k: plain(v) for k, v in inputs.items()}
     if type(inputs) in (tuple, list):
@@ -69,7 +69,7 @@ def move(inputs: Any, device: torch.device) -> Any:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two batches are of tensors that differ in their number of samples at most."""
+    """Whether two batches have tensors of the same shapes and types, apart from their length."""
     if isinstance(a, Mapping):
         same = isinstance(b, Mapping) and set(a) == set(b)
         return same and all(alike(a[k], b[k]) for k in a)
@@ -101,7 +101,7 @@ def join(a: Any, b: Any) -> Any | None:
 
 
 def kind(x: Any) -> str:
-    """What it is, for messages."""
+    """The type of an object, and the shape of a tensor, for messages."""
     return f"{type(x).__name__}" + (f" of shape {list(x.shape)}" if isinstance(x, Tensor) else "")
 
 

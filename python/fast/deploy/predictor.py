@@ -17,7 +17,7 @@ from fast.data.labels import check_labels
 from fast.data.sources import SKIP, FileReport, Split
 from fast.data.trees import leaves, mapped, move, plain
 from fast.deploy.evaluation import Evaluation
-from fast.deploy.export.formats import FORMATS, export
+from fast.deploy.export.formats import FORMATS, ExportFormat, export
 from fast.deploy.export.subject import Subject
 from fast.deploy.labelled import labelled_data
 from fast.deploy.predictions import Predictions
@@ -178,7 +178,7 @@ class Predictor:
             unreadable=dict(named.report.broken),
         )
 
-    def export(self, folder: str | Path, format: str, *, sample: Any = None) -> Path:
+    def export(self, folder: str | Path, format: ExportFormat, *, sample: Any = None) -> Path:
         """Write the target's network for use without this library.
 
         Args:

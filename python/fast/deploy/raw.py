@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fast.data.sources import EncodedAudio, EncodedImages, Split
-from fast.data.sources.files import AUDIO_SUFFIXES, text_of
+from fast.data.sources.files import AUDIO_SUFFIXES, lines_of
 from fast.data.sources.formats import readable_suffixes
 from fast.data.sources.names import FILES, TEXTS
 from fast.data.sources.scan import scan
@@ -132,7 +132,7 @@ def _texts_in(path: Path, column: str | None) -> list[str]:
             f"{path}: no such file; texts are read from files, one a line, and from tables"
         )
     if path.suffix.lower() not in TABLES:
-        return [line for line in text_of(path).splitlines() if line.strip()]
+        return lines_of(path)
     held = read_inputs(path, column, TEXTS)
     if not isinstance(held, list):
         raise ValueError(f"{path}: the column holds no texts; name another (--column)")

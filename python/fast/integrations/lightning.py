@@ -23,10 +23,10 @@ from fast.data.dataset import as_data
 from fast.data.trees import pick
 from fast.errors import warn
 from fast.heads import source_task, unwrap
+from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.train.measure import evaluate
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-EVAL_BATCH = 128
 
 
 class CallbackOptions(AdaptOptions, total=False):
@@ -248,7 +248,7 @@ class FastCallback(Callback):
             return None
         device = next(self.network.parameters()).device
         with source_task(self.network):
-            return evaluate(self.network, self.source, EVAL_BATCH, device).accuracy
+            return evaluate(self.network, self.source, LEAST_EVAL_BATCH, device).accuracy
 
 
 class PlannedBatches:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fast.merge.joined import Calibration, merged
+from fast.merge.joined import HeadCalibration, merged
 
 RIDGES = (0.1, 0.01, 1e-3, 1e-4)
 FOLDS = 3
@@ -79,7 +79,7 @@ class Scales:
 
 def fit(
     sides: Sides, place: Tensor, own: tuple[Tensor, Tensor], *, labelled: bool, seed: int = 0
-) -> tuple[Scales, Calibration]:
+) -> tuple[Scales, HeadCalibration]:
     """Fit the scales to samples of the source and of the target.
 
     Args:
@@ -103,7 +103,7 @@ def fit(
     scales = minimise(sides, place, RIDGES[best], labelled)
     one = torch.ones_like(scales.offset)
     before = Scales(source=one, target=one, offset=0 * one, direction=0 * mean)
-    calibration = Calibration(
+    calibration = HeadCalibration(
         source_scale=scales.source.item(),
         target_scale=scales.target.item(),
         offset=scales.offset.item(),

@@ -24,7 +24,7 @@ from fast.tensor_files import write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
+class HeadCalibration:
     """How two heads were brought to one scale.
 
     Losses are cross-entropies over all classes in nats, in which each task has half the weight.
@@ -72,7 +72,7 @@ class Joined(nn.Module):
         rows: Sequence[str],
         source_rows: int,
         head: str,
-        calibration: Calibration | None = None,
+        calibration: HeadCalibration | None = None,
     ) -> None:
         super().__init__()
         self.source_rows = source_rows
@@ -179,7 +179,7 @@ def load_joined(folder: str | Path, model: nn.Module) -> Joined:
         rows, passes = [str(name) for name in facts["rows"]], int(facts["passes"])
         source_rows = int(facts["source_rows"])
         head, fitted = str(facts["head"]), facts["calibration"]
-        calibration = Calibration(**fitted) if fitted else None
+        calibration = HeadCalibration(**fitted) if fitted else None
     saved = load_saved(folder, model, head=head)
     if passes == 1:
         return Joined([saved.target], rows, source_rows, head, calibration)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastkernels
 from fast.optim.base import AnchoredOptimizer
-from fast.optim.batch import Batch
+from fast.optim.batch import UpdateBatch
 from fast.optim.groups import Group, check_numbers, number
 from fast.optim.loading import Format
 
@@ -126,7 +126,7 @@ class AdamW(AnchoredOptimizer):
             group["anchor_decay"], float(group["maximize"]),
         ]  # fmt: skip
 
-    def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
+    def _launch(self, batch: UpdateBatch, hyper: Tensor, options: dict[str, Any]) -> None:
         exp_avgs, exp_avg_scales = batch.moment("exp_avg")
         exp_avg_sqs, exp_avg_sq_scales = batch.moment("exp_avg_sq")
         fastkernels.anchored_adamw_(

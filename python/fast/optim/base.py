@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,25 +13,26 @@ from fast import dtensor
 from fast.dtensor import Place
 from fast.errors import warn
 from fast.optim import loading
-from fast.optim.batch import Batch, StepCache, by_place, with_gradients
+from fast.optim.batch import StepFigures, UpdateBatch, by_place, with_gradients
 from fast.optim.groups import (
     Group,
     Progress,
     check_numbers,
+    check_params,
     match_anchors,
     match_curvature,
     number,
     ramp_factor,
 )
+from fast.optim.hyper import HyperTables
 from fast.optim.scaling import scale, unscale_
 from fast.optim.storage import (
     CODE_FORMAT,
     State,
     Storage,
     StoredTensor,
+    complete,
     drop,
-    empty_like,
-    is_stored,
 )
 from fast.profiling import named_range
 
@@ -71,8 +71,8 @@ class AnchoredOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._progress.settle(self.param_groups)
-        kept = ("storage", "max_grad_norm", "seed", "_step_supports_amp_scaling")
-        return super().__getstate__() | {key: getattr(self, key) for key in kept}  # type: ignore[no-any-return]
+        own = ("storage", "max_grad_norm", "seed", "_step_supports_amp_scaling")
+        return super().__getstate__() | {key: getattr(self, key) for key in own}  # type: ignore[no-any-return]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -88,7 +88,8 @@ class AnchoredOptimizer(Optimizer):
         self._begin()
 
     def _begin(self) -> None:
-        self._cache = StepCache()
+        self._hyper = HyperTables()
+        self._figures = StepFigures()
         self._progress = Progress()
 
     # Hooks of the subclasses.
@@ -109,17 +110,7 @@ class AnchoredOptimizer(Optimizer):
     def _check_group(self, group: Group) -> None:
         """Raise a ValueError when a value of `group` is out of range, or a parameter unfit."""
         self._check_values(group)
-        if len(set(map(id, group["params"]))) < len(group["params"]):
-            raise ValueError("params: a parameter is twice in one group; give it once")
-        for p in group["params"]:
-            if not p.is_floating_point():
-                way = "give torch.view_as_real(parameter)" if p.is_complex() else "leave it out"
-                raise ValueError(f"params: {p.dtype} is not supported; {way}")
-            if self.storage.codes and dtensor.is_sharded(p):
-                raise ValueError(
-                    "state_dtype, curvature_dtype: the scales of 8-bit codes cannot be resharded "
-                    "with a DTensor parameter; use torch.bfloat16"
-                )
+        check_params(group["params"], in_codes=self.storage.codes)
 
     def _group_moments(self, group: Group) -> tuple[str, ...]:
         """The moments that the parameters of `group` have."""
@@ -129,7 +120,7 @@ class AnchoredOptimizer(Optimizer):
         """The row of the op's hyper table for `group`."""
         raise NotImplementedError
 
-    def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
+    def _launch(self, batch: UpdateBatch, hyper: Tensor, options: dict[str, Any]) -> None:
         """Run the op on one device's tensors."""
         raise NotImplementedError
 
@@ -179,15 +170,9 @@ class AnchoredOptimizer(Optimizer):
     # State.
 
     def _ensure(self, group: Group, p: Tensor) -> State:
-        """The state of `p`, complete: torch's optimizer can load and step whatever is saved."""
+        """The state of `p`, complete."""
         state: State = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name in self._group_moments(group):
-            if not is_stored(state, name):
-                StoredTensor.zeros(p, self.storage.dtype(name, p)).write(state, name)
-        if self.storage.exact_bf16 and p.dtype == torch.bfloat16 and "remainder" not in state:
-            state["remainder"] = empty_like(p, torch.int16).zero_()
+        complete(state, p, self._group_moments(group), self.storage)
         return state
 
     def _complete(self, members: Iterable[tuple[Group, Tensor]]) -> None:
@@ -337,57 +322,33 @@ class AnchoredOptimizer(Optimizer):
         self._progress.settle(self.param_groups)
         with named_range("fast::collect"):
             batches = self._collect()
-        tables = {place: self._hyper_table(batch, place) for place, batch in batches.items()}
-        self._check_capture(batches)
+        tables = {
+            place: self._hyper.table(place, batch, self._hyper_row, self._check_values)
+            for place, batch in batches.items()
+        }
+        self._progress.check_capture(self.param_groups, batches)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = scale(batches, self.max_grad_norm, grad_scale, found_inf)
-        cache = self._cache
-        cache.anchored.clear()
+        figures = self._figures
+        figures.anchored.clear()
         for place, batch in batches.items():
-            options = self._options(batch, place) | scaling.options()
-            self._launch(batch, tables[place], options)
+            batch.move_states()
+            options = batch.options(self.storage) | scaling.options()
+            figures.anchored[place] = bool(options["anchors"])
+            stats = figures.stats_at(place)
+            self._launch(batch, tables[place], options | {"stats": stats, "seed": self.seed})
             if place.groups or scaling.shrink is not None:
-                cache.totals[place] = scaling.totals(place, cache.stats[place], cache.totals)
+                figures.totals[place] = scaling.totals(place, stats, figures.totals)
             else:
-                cache.totals.pop(place, None)
+                figures.totals.pop(place, None)
         if grad_scale is not None:
             grads = [p.grad for _, p in self._members() if p.grad is not None]
             unscale_(grads, grad_scale, scaling.found_inf)
         self._progress.count(self.param_groups, scaling.found_inf)
 
-    def _check_capture(self, batches: Mapping[Place, Batch]) -> None:
-        """Raise a RuntimeError in a CUDA graph, which would replay the learning rate of a ramp."""
-        if not any(place.device.type == "cuda" for place in batches):
-            return
-        if torch.cuda.is_current_stream_capturing() and self._progress.warming(self.param_groups):
-            raise RuntimeError(
-                "a group is still in its stall or ramp, which a captured graph would repeat for "
-                "ever: step until it is over before capturing"
-            )
-
-    def _options(self, batch: Batch, place: Place) -> dict[str, Any]:
-        """The arguments that the update ops have in common, except the scale of gradients."""
-        device = place.device
-        step = batch.states[0].get("step")
-        if step is not None and step.device != device:  # the model was moved after the last step
-            for state in batch.states:
-                state.update({key: value.to(device) for key, value in state.items()})
-        curvature, curvature_scales = batch.curvature(self.storage.curvature_dtype == torch.uint8)
-        anchors = batch.optional("anchor")
-        self._cache.anchored[place] = bool(anchors)
-        exact = self.storage.exact_bf16
-        return {
-            "anchors": anchors,
-            "curvature": curvature,
-            "curvature_scales": curvature_scales,
-            "remainders": batch.optional("remainder", batch.nothing) if exact else [],
-            "stats": self._cache.stats_at(place),
-            "seed": self.seed,
-        }
-
-    def _collect(self) -> dict[Place, Batch]:
+    def _collect(self) -> dict[Place, UpdateBatch]:
         """What this step updates, by place."""
-        batches: dict[Place, Batch] = {}
+        batches: dict[Place, UpdateBatch] = {}
         for group in self.param_groups:
             self._absorb_curvature(group)
             stall, ramp = group["stall"], group["ramp"]
@@ -405,7 +366,7 @@ class AnchoredOptimizer(Optimizer):
                 )
             states = self._states(group, params)
             for place, members in by_place(params, grads).items():
-                batch = batches.setdefault(place, Batch(place.device))
+                batch = batches.setdefault(place, UpdateBatch(place.device))
                 row = batch.row(group, factor)
                 if members is None:
                     batch.add(params, grads, states, row)
@@ -419,9 +380,9 @@ class AnchoredOptimizer(Optimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # A state gets all its moments at once, so it is enough to look for the last; `Batch`
+        # A state gets all its moments at once, so it is enough to look for the last; `UpdateBatch`
         # refuses a state that lacks another. SGD's momentum may be switched on later; AdamW lacks a
-        # moment only if somebody deleted it, which `Batch` refuses too.
+        # moment only if somebody deleted it, which `UpdateBatch` refuses too.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
@@ -442,44 +403,6 @@ class AnchoredOptimizer(Optimizer):
             )
         return states
 
-    def _hyper_table(self, batch: Batch, place: Place) -> Tensor:
-        """The op's table `[groups, columns]`.
-
-        It is kept from step to step, unchecked, as long as no value changes.
-
-        Raises:
-            ValueError: a changed value is out of range.
-        """
-        rows, device_lrs = [], {}
-        for i, (group, ramp) in enumerate(batch.rows):
-            lr = group["lr"]
-            try:
-                restraint = float(group["restraint"])
-                if not 0 <= restraint < math.inf:
-                    self._check_values(group)
-                factor = restraint * ramp
-                if isinstance(lr, Tensor) and (
-                    lr.device.type != "cpu" or torch.compiler.is_compiling()
-                ):
-                    # Reading it would be a sync, or a graph break.
-                    device_lrs[i] = lr.reshape(()) * factor
-                    value = math.nan  # differs from every valid rate; lists find it equal to itself
-                else:
-                    value = float(lr) * factor
-                rows.append(self._hyper_row(group, value))
-            except (TypeError, ValueError, RuntimeError):
-                self._check_values(group)  # which says more
-                raise
-        table = self._cache.table(place, rows)
-        if table is None:
-            for i, (group, _) in enumerate(batch.rows):
-                if not torch.compiler.is_compiling():
-                    self._check_values(group | {"lr": 0.0} if i in device_lrs else group)
-            table = self._cache.new_table(place, rows)
-        for i, lr in device_lrs.items():
-            table[i, 0].copy_(lr)
-        return table
-
     def stats(self) -> dict[str, Tensor]:
         """Figures of the last step, as float64 tensors `[]` on the device; reading one may sync.
 
@@ -489,4 +412,4 @@ class AnchoredOptimizer(Optimizer):
         skipped step leaves the figures as they were; before the first step they are NaN. With
         sharded parameters they cover all ranks.
         """
-        return self._cache.figures()
+        return self._figures.by_name()

@@ -1,4 +1,4 @@
-"""The arguments of one call of an update op, and what a step caches for the next one."""
+"""The arguments of one call of an update op, and the figures that it writes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from fast import dtensor
 from fast.dtensor import Place
 from fast.optim.groups import Group
+from fast.optim.storage import Storage
 from fastkernels.ops.update import STATS
 
 # A plain function, because it is faster to call: a step of many small tensors is mostly Python.
 _device_of = Tensor.device.__get__  # type: ignore[attr-defined]
 
 
-class Batch:
+class UpdateBatch:
     """Parameters of one device that are updated together, as the parallel lists of an op, and the
     groups they belong to."""
 
@@ -91,6 +92,23 @@ class Batch:
             codes = [f if c is None else c for f, c in zip(numbers, codes, strict=True)]
         return codes, self.optional("curvature_scales")
 
+    def options(self, storage: Storage) -> dict[str, Any]:
+        """What the update ops have in common of the states, as their keyword arguments."""
+        curvature, curvature_scales = self.curvature(storage.curvature_dtype == torch.uint8)
+        return {
+            "anchors": self.optional("anchor"),
+            "curvature": curvature,
+            "curvature_scales": curvature_scales,
+            "remainders": self.optional("remainder", self.nothing) if storage.exact_bf16 else [],
+        }
+
+    def move_states(self) -> None:
+        """Bring the states to the device of the parameters, if the model was moved after a step."""
+        step, device = self.states[0].get("step"), self.nothing.device
+        if step is not None and step.device != device:
+            for state in self.states:
+                state.update({key: value.to(device) for key, value in state.items()})
+
 
 def _missing(name: str) -> str:
     return (
@@ -120,29 +138,14 @@ def by_place(params: list[Tensor], grads: list[Tensor]) -> dict[Place, list[int]
     return places
 
 
-class StepCache:
-    """Tables and figures that a step leaves for the next step and for `stats()`; never saved."""
+class StepFigures:
+    """The figures of the last step; never saved."""
 
     def __init__(self) -> None:
-        self._tables: dict[Place, tuple[list[list[float]], Tensor]] = {}
         self.stats: dict[Place, Tensor] = {}  # float64 [len(STATS)], of this rank
         self.totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
         # The places of the last step, and whether a parameter there has an anchor.
         self.anchored: dict[Place, bool] = {}
-
-    def table(self, place: Place, rows: list[list[float]]) -> Tensor | None:
-        """The hyper table of the last step at `place`, or None if its rows were other ones."""
-        cached_rows, table = self._tables.get(place, (None, None))
-        return table if cached_rows == rows else None
-
-    def new_table(self, place: Place, rows: list[list[float]]) -> Tensor:
-        """Make the hyper table with these rows, float64 `[groups, columns]`."""
-        # Pinned memory: the lr changes in every step, and a copy from other memory would wait.
-        pin = place.device.type == "cuda" and not torch.compiler.is_compiling()
-        table = torch.tensor(rows, dtype=torch.float64, pin_memory=pin, device="cpu")
-        table = table.to(place.device, non_blocking=pin)
-        self._tables[place] = rows, table
-        return table
 
     def stats_at(self, place: Place) -> Tensor:
         """The tensor that the op at `place` writes its figures into."""
@@ -151,8 +154,8 @@ class StepCache:
             self.stats[place] = unknown.to(place.device)
         return self.stats[place]
 
-    def figures(self) -> dict[str, Tensor]:
-        """The figures of the last step over all places, by name."""
+    def by_name(self) -> dict[str, Tensor]:
+        """The figures over all places, each by its name."""
         by_place = self.stats | self.totals
         values = [by_place[place] for place in self.anchored]
         total = torch.full((len(STATS),), math.nan, dtype=torch.float64, device="cpu")

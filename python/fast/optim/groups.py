@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fast import dtensor
+from fast.dtensor import Place
 
 Group = dict[str, Any]
 
@@ -35,6 +36,25 @@ def check_numbers(group: Group, *keys: str, finite: bool = True, not_negative: b
             raise ValueError(f"{key} must be finite; got {value}")
         if not_negative and not value >= 0:
             raise ValueError(f"{key} must not be negative; got {value}")
+
+
+def check_params(params: Sequence[Tensor], in_codes: bool) -> None:
+    """Raise a ValueError when a parameter is unfit for an update, or is given twice.
+
+    Args:
+        in_codes: a part of the state is stored in 8-bit codes.
+    """
+    if len(set(map(id, params))) < len(params):
+        raise ValueError("params: a parameter is twice in one group; give it once")
+    for p in params:
+        if not p.is_floating_point():
+            way = "give torch.view_as_real(parameter)" if p.is_complex() else "leave it out"
+            raise ValueError(f"params: {p.dtype} is not supported; {way}")
+        if in_codes and dtensor.is_sharded(p):
+            raise ValueError(
+                "state_dtype, curvature_dtype: the scales of 8-bit codes cannot be resharded "
+                "with a DTensor parameter; use torch.bfloat16"
+            )
 
 
 def match_anchors(
@@ -149,6 +169,16 @@ class Progress:
     def warming(self, groups: Sequence[Group]) -> bool:
         """Whether a group is still in its stall or ramp."""
         return any(g["progress"] < g["stall"] + g["ramp"] for g in groups)
+
+    def check_capture(self, groups: Sequence[Group], places: Iterable[Place]) -> None:
+        """Raise a RuntimeError in a CUDA graph, which would replay the learning rate of a ramp."""
+        if not any(place.device.type == "cuda" for place in places):
+            return
+        if torch.cuda.is_current_stream_capturing() and self.warming(groups):
+            raise RuntimeError(
+                "a group is still in its stall or ramp, which a captured graph would repeat for "
+                "ever: step until it is over before capturing"
+            )
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Count the last step if it is still open."""

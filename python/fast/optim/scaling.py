@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fast import dtensor
 from fast.dtensor import Place
-from fast.optim.batch import Batch
+from fast.optim.batch import UpdateBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Scaling:
         return total
 
 
-def _norm(batches: Mapping[Place, Batch]) -> Tensor:
+def _norm(batches: Mapping[Place, UpdateBatch]) -> Tensor:
     """float64 `[]`: the norm of all gradients of all ranks."""
     total = torch.zeros((), dtype=torch.float64, device=next(iter(batches)).device)
     for place, batch in batches.items():
@@ -68,7 +68,7 @@ def _norm(batches: Mapping[Place, Batch]) -> Tensor:
 
 
 def scale(
-    batches: Mapping[Place, Batch],
+    batches: Mapping[Place, UpdateBatch],
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,

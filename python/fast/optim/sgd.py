@@ -10,7 +10,7 @@ from torch import Tensor
 import fastkernels
 from fast import dtensor
 from fast.optim.base import AnchoredOptimizer
-from fast.optim.batch import Batch
+from fast.optim.batch import UpdateBatch
 from fast.optim.groups import Group, check_numbers
 from fast.optim.loading import Format
 from fast.optim.storage import State, drop, is_stored
@@ -119,7 +119,7 @@ class SGD(AnchoredOptimizer):
             group["weight_decay"], group["anchor_decay"], float(group["maximize"]),
         ]  # fmt: skip
 
-    def _launch(self, batch: Batch, hyper: Tensor, options: dict[str, Any]) -> None:
+    def _launch(self, batch: UpdateBatch, hyper: Tensor, options: dict[str, Any]) -> None:
         momentum_buffers, momentum_scales = batch.moment("momentum_buffer", optional=True)
         on = [bool(group["momentum"]) for group, _ in batch.rows]
         if not all(on):
@@ -134,7 +134,7 @@ class SGD(AnchoredOptimizer):
         )  # fmt: skip
 
 
-def _refuse_empty(buffers: list[Tensor], batch: Batch, on: list[bool]) -> None:
+def _refuse_empty(buffers: list[Tensor], batch: UpdateBatch, on: list[bool]) -> None:
     """Raise a ValueError for an emptied buffer of a group with momentum: the op does without it."""
     try:
         if 0 not in map(Tensor.numel, buffers):

@@ -6,7 +6,7 @@ The tensor `name` is the entry `name` of the state; in 8 bits it is the entries 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,17 @@ class StoredTensor:
             state[name] = self.values
         else:
             state[f"{name}_codes"], state[f"{name}_scales"] = self.values, self.scales
+
+
+def complete(state: State, p: Tensor, moments: Sequence[str], storage: Storage) -> None:
+    """Give the state of `p` what it lacks: torch's optimizer can load and step what is saved."""
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+    for name in moments:
+        if not is_stored(state, name):
+            StoredTensor.zeros(p, storage.dtype(name, p)).write(state, name)
+    if storage.exact_bf16 and p.dtype == torch.bfloat16 and "remainder" not in state:
+        state["remainder"] = empty_like(p, torch.int16).zero_()
 
 
 def is_stored(state: Mapping[str, Any], name: str) -> bool:

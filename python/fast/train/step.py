@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fast.adapt.adaptation import Adaptation
-from fast.adapt.loss import Loss
+from fast.adapt.loss import TargetLoss
 from fast.data.augment import Augmentation, Mix
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
@@ -19,7 +19,7 @@ from fast.heads.forward import check_takes
 from fast.train.engine import Engine
 from fast.train.run_data import RunData
 
-Batch = tuple[Any, Tensor, Tensor | None]
+TrainBatch = tuple[Any, Tensor, Tensor | None]
 
 
 class TrainStep:
@@ -36,7 +36,7 @@ class TrainStep:
         self,
         adaptation: Adaptation,
         data: RunData,
-        loss: Loss,
+        loss: TargetLoss,
         engine: Engine,
         mix: Mix | None = None,
     ) -> None:
@@ -45,7 +45,7 @@ class TrainStep:
         check = partial(check_takes, adaptation.model, name="transform")
         self.augment = Augmentation(data.transform, check)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[TrainBatch]:
         """This rank's share of the training batches, from the step that the run has reached."""
         stream = self.adaptation.batches()
         while True:
@@ -55,7 +55,7 @@ class TrainStep:
                 return
             yield batch
 
-    def __call__(self, batch: Batch, began: Callable[[], None] = lambda: None) -> Tensor:
+    def __call__(self, batch: TrainBatch, began: Callable[[], None] = lambda: None) -> Tensor:
         """Take one optimizer step; its hooks do what follows a step.
 
         Args:
@@ -90,7 +90,7 @@ class TrainStep:
         ranks.mean_([total])
         return total
 
-    def _ready(self, batch: Batch) -> Batch:
+    def _ready(self, batch: TrainBatch) -> TrainBatch:
         """A batch as the network will see it, with labels on the device.
 
         Mixed labels are the shares of the classes, `[B, C]`.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.config import AdaptConfig
-from fast.adapt.loss import Loss, class_weights
+from fast.adapt.loss import TargetLoss, class_weights
 from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
 from fast.data.augment import mixing
@@ -109,7 +109,7 @@ class Trainer:
             weights = class_weights(config.class_weights, data.train, data.num_classes)
         if weights is not None:
             weights = weights.to(engine.device)
-        loss = Loss(weights, config.label_smoothing)
+        loss = TargetLoss(weights, config.label_smoothing)
         mix = mixing(config.mixup, config.cutmix, data.num_classes)
         self.measure = Measure(data.val, data.source, engine, config.batch_size, tta=config.tta)
         if not resuming:

@@ -14,7 +14,7 @@ from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.distill import Distillation, Remembered, digest
 from fast.adapt.guards.rehearse import Rehearsal
-from fast.adapt.loss import Loss
+from fast.adapt.loss import TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
 from fast.adapt.network.head_start import check_loss, start_head
@@ -266,7 +266,7 @@ def teach_head(
     if not setup.plan.head_steps or head is None:
         return
     labels = first.labels
-    if isinstance(loss, Loss):
+    if isinstance(loss, TargetLoss):
         labels = check_labels(labels, setup.num_classes, "train").to(network.device)
     else:
         labels = labels.to(network.device)

@@ -11,7 +11,7 @@ from fast.models.load import load_model
 
 
 def run(spec: AuditSpec) -> int:
-    """Print the table; the exit code is 0 where products of ours are exact or refused."""
+    """Print the table. The exit code is 0 if each of our products is exact or refused."""
     assert spec.model is not None
     assert spec.input is not None
     torch.manual_seed(spec.seed)

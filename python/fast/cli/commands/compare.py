@@ -21,7 +21,7 @@ def run(spec: CompareSpec) -> int:
         runner = Runner(spec, task, folder)
         runs = [r for method in runnable(spec.methods, task) for r in runner.all_seeds(method)]
     header, rows = summarise(runs)
-    said = verdict(runs, task.sizes["val"])
+    words = verdict(runs, task.sizes["val"])
     save_curves(runs, task.name, folder / "curves.png")
     write_results(
         folder / "results.json",
@@ -29,13 +29,13 @@ def run(spec: CompareSpec) -> int:
         samples=task.sizes,
         summary=[dict(zip(header, row, strict=True)) for row in rows],
         intervals=intervals(runs),
-        verdict=said,
+        verdict=words,
         runs=[vars(r) for r in runs],
     )
     write_report(
         folder / "report.html",
         title=f"{task.name}: {len(runs)} runs",
-        verdict=said,
+        verdict=words,
         table=(header, rows),
         settings=settings(runs),
         command=shlex.join(["fast", *sys.argv[1:]]),
@@ -44,6 +44,6 @@ def run(spec: CompareSpec) -> int:
         machine=describe(),
     )
     print("\n" + text_table(header, rows))
-    print("\n" + paragraph(said))
+    print("\n" + paragraph(words))
     print(f"\n{folder}: curves.png, report.html, results.json")
     return 0

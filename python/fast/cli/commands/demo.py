@@ -30,8 +30,8 @@ VANILLA_LRS = (3e-4, 1e-3)
 FAST_LR = 1e-3
 STEPS, EVAL_EVERY, BATCH = DEMO_LENGTH["steps"], DEMO_LENGTH["eval_every"], 64
 PRETRAIN_EPOCHS, PRETRAIN_LR = 30, 3e-3
-# 8x8 images leave a second thread nothing but barriers: pretraining took 2.5 s with one thread,
-# 6.7 s with two, 36 s with two on a busy machine (2 cores).
+# A second thread has too little to do on 8x8 images, and waits: pretraining took 2.5 s with one
+# thread, 6.7 s with two, and 36 s with two on a busy machine (2 cores).
 THREADS = 1
 
 
@@ -41,7 +41,7 @@ def run(spec: DemoSpec) -> int:
     with few_threads():
         runs = _pretrain_and_adapt(start)
     header, rows = summarise(runs)
-    # The clock of runs this short says nothing about the methods.
+    # Runs this short say nothing about the time that a method takes.
     rows = [row[: header.index("seconds")] for row in rows]
     print("\n" + text_table(header[: header.index("seconds")], rows) + f"\n\n{paragraph(NOTES)}")
     figure = Path(spec.output) / "demo.png"
@@ -101,7 +101,7 @@ def digits_task() -> LoadedTask:
 
 
 def digits(which: range) -> tuple[Samples, Samples]:
-    """`(train, test)` of these digits, labels from 0; 70 % and 30 % of each class.
+    """`(train, test)`: 70 % and 30 % of the samples of each of these digits, with labels from 0.
 
     Images are `[N, 1, 8, 8]` in -1..1 (scikit-learn's copy of the UCI handwritten digits).
     """

@@ -16,7 +16,7 @@ from fast.cli.record import JOB_FILE, absolute, write_record
 from fast.cli.report.finetune import plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.load import load_task
+from fast.cli.task.load import LoadedTask, load_task
 from fast.errors import printable
 from fast.files import check_writable
 from fast.models.device import pick_device
@@ -30,7 +30,7 @@ from fast.train.resume.run_folder import is_going_on
 def run(spec: FinetuneSpec) -> int:
     with ExitStack() as stack:
         ranks = stack.enter_context(joined())
-        if not ranks.first:  # the first of the processes speaks for all
+        if not ranks.first:  # only the first process prints
             stack.enter_context(ranks.quiet())
             stack.enter_context(redirect_stdout(None))
         return _run(spec, ranks)
@@ -60,25 +60,13 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         cross_validate(spec, task)
         return 0
     start = time.monotonic()
-    with ExitStack() as stack:
-        folder = resumed or Path()
-        with ranks.together():
-            if ranks.first:
-                going_on = _going_on(resumed) if resumed is not None else _claimed(spec)
-                folder = stack.enter_context(going_on)
-        folder = ranks.from_first(folder)
+    with _folder(spec, resumed, ranks) as folder:
         options = dataclasses.asdict(dataclasses.replace(config, output=str(folder)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Diverged)  # an error here, when all is saved
             result = fast.finetune(task.loaded.model, **task.arguments, **options)
     seconds = time.monotonic() - start
-    result.classes = list(task.classes)
-    result.data = task.description
-    if result.by_class is not None:
-        right, samples = result.by_class
-        result.data["accuracy_by_class"] = {"right": right, "samples": samples}
-    result.network = absolute(spec.task.model)
-    result.preparation = task.preparation
+    _describe(result, spec, task)
     with ranks.together():
         if ranks.first:
             result.save(folder)
@@ -90,8 +78,31 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     return 0
 
 
+@contextmanager
+def _folder(spec: FinetuneSpec, resumed: Path | None, ranks: Ranks) -> Iterator[Path]:
+    """The folder of the run, a new one or that of `resumed`, on every process."""
+    with ExitStack() as stack:
+        folder = resumed or Path()
+        with ranks.together():
+            if ranks.first:
+                going_on = _going_on(resumed) if resumed is not None else _claimed(spec)
+                folder = stack.enter_context(going_on)
+        yield ranks.from_first(folder)
+
+
+def _describe(result: fast.Result, spec: FinetuneSpec, task: LoadedTask) -> None:
+    """Tell the result what the command line knows about network and data."""
+    result.classes = list(task.classes)
+    result.data = task.description
+    if result.by_class is not None:
+        right, samples = result.by_class
+        result.data["accuracy_by_class"] = {"right": right, "samples": samples}
+    result.network = absolute(spec.task.model)
+    result.preparation = task.preparation
+
+
 def _continued(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The options of a run that goes on in `folder`, or starts there again."""
+    """The options of a run that goes on in `folder`, or starts again if it has no checkpoint."""
     if list_checkpoints(folder) or (folder / MANIFEST_FILE).exists():
         return config
     print(
@@ -117,10 +128,10 @@ def _check_new(folder: Path) -> None:
 
 
 def _claim(spec: FinetuneSpec) -> Path:
-    """Make the folder of a new run, with its job file: --output, else a new one under runs/.
+    """Make the folder of a new run, with its job file: --output, or else a new one under runs/.
 
-    Runs that start at the same time may look for the same folder. The one that makes it, or the job
-    file in it, has it.
+    Runs that start at the same time may want the same folder. It belongs to the one that makes it,
+    or makes the job file in it.
     """
     if spec.training.output:
         folder = Path(spec.training.output)
@@ -148,11 +159,11 @@ def _claim(spec: FinetuneSpec) -> Path:
 
 @contextmanager
 def _claimed(spec: FinetuneSpec) -> Iterator[Path]:
-    """The folder of a new run. A run that ends before its first checkpoint leaves nothing, and the
-    next may have its folder."""
+    """The folder of a new run. A run that ends before its first checkpoint leaves nothing behind,
+    so that the next one may have its folder."""
     output = spec.training.output
-    named = Path(output or "runs")
-    new = [path for path in (named, *named.parents) if not path.exists()]
+    outer = Path(output or "runs")
+    new = [path for path in (outer, *outer.parents) if not path.exists()]
     folder = _claim(spec)
     if folder not in new and not output:
         new.insert(0, folder)
@@ -168,7 +179,7 @@ def _claimed(spec: FinetuneSpec) -> Iterator[Path]:
 
 @contextmanager
 def _going_on(folder: Path) -> Iterator[Path]:
-    """The folder of a run; prints how to go on with it where it is interrupted."""
+    """The folder of a run. If the run is interrupted, print how to go on with it."""
     try:
         yield folder
     except KeyboardInterrupt:
@@ -178,9 +189,9 @@ def _going_on(folder: Path) -> Iterator[Path]:
 
 
 def _clear(new: list[Path]) -> None:
-    """Remove those of the folders made for a run that are empty, the innermost first."""
+    """Remove the empty ones of the folders that were made for a run, the innermost first."""
     for path in new:
         try:
             path.rmdir()
-        except OSError:  # it holds a file of somebody else's
+        except OSError:  # it holds somebody else's file
             return

@@ -22,13 +22,13 @@ from fast.cli.task.load import LoadedTask
 from fast.figures import save
 from fast.files import atomic_file
 
-# What a strength multiplies.
+# The settings that a strength multiplies.
 HOLDS = ("anchor_decay", "distill", "rehearse")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One point of a curve: its label, name in files, and options of `fast.finetune`."""
+    """One point of a curve: its label, what its runs are called, and options of `fast.finetune`."""
 
     label: str = ""
     name: str = ""
@@ -61,24 +61,25 @@ def settings(
     strengths: tuple[float, ...] | None = None,
     budgets: tuple[str, ...] | None = None,
 ) -> list[Setting]:
-    """The points of one method's curve, the weakest first; `plan` is its run without a sweep."""
+    """The points of one method's curve, the weakest first.
+
+    Args:
+        plan: what the method does without a sweep.
+    """
     held = {name: value for name in HOLDS if (value := getattr(plan, name))}
     if not held:
         return [Setting()]
     if budgets:
         ordered = sorted(budgets, key=lambda b: -Budget.parse(b).amount)
-        return [
-            Setting(label=b, name=f"budget{b.replace('%', 'p')}", options={"forget_budget": b})
-            for b in ordered
-        ]
+        return [Setting(label=b, name=f"budget {b}", options={"forget_budget": b}) for b in ordered]
     points = []
     for strength in sorted(set(strengths or STRENGTHS)):
         options: dict[str, Any] = {name: strength * value for name, value in held.items()}
         if plan.rehearsed and not strength:
-            # A run that rehearses has another rate, ramp and batch norm: they stay.
+            # Without rehearsal, rate, ramp and batch norm would be others: they are kept.
             options |= {"lr": plan.lr, "ramp": plan.ramp, "batch_norm": plan.batch_norm}
         label = f"{strength:g}"
-        points.append(Setting(label=label, name=f"strength{label}", options=options))
+        points.append(Setting(label=label, name=f"strength {label}", options=options))
     return points
 
 

@@ -1,4 +1,4 @@
-"""What `fast curvature` shows: tables, and the figure of the spectral densities."""
+"""The tables of `fast curvature`, and its figure of the spectral densities."""
 
 from __future__ import annotations
 

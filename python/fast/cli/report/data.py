@@ -1,4 +1,4 @@
-"""What the run reads, in a few lines: classes, samples of each, held-out data, preprocessing."""
+"""A few lines on the data of a run: classes, their samples, held-out data, preprocessing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fast.data.images.preprocessing import Preprocessing
 from fast.data.sources import FileReport
 from fast.errors import printable, some
 
-# Up to so many classes are listed one by one.
+# Up to this many classes are listed one by one.
 LISTED = 12
 
 
@@ -21,8 +21,8 @@ def image_facts(
     """How images are prepared, and who says so.
 
     Args:
-        says: what the network says of the images that it was trained on.
-        report: what was met in the images that were read.
+        says: what the network says about the images that it was trained on.
+        report: the sizes of the images, and those that could not be read.
     """
     options = {"size": spec.input_size, "mean": spec.mean, "std": spec.std}
     origin = {
@@ -45,12 +45,12 @@ def lines(
     images: dict[str, Any] | None = None,
     sounds: dict[str, Any] | None = None,
 ) -> str:
-    """For a reader of the terminal.
+    """The lines that a terminal shows.
 
     Args:
         data: `NamedData.description`.
-        images: `image_facts`; None where the data are none.
-        sounds: `SoundFormat.facts()`; None where the data are none.
+        images: `image_facts`; None if the data are no images.
+        sounds: `SoundFormat.facts()`; None if the data are no sounds.
     """
     classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
@@ -91,7 +91,7 @@ def _images(images: dict[str, Any]) -> str:
 
 
 def _decoded(images: dict[str, Any]) -> str:
-    """What is said where pictures are not kept as the network takes them."""
+    """A remark on pictures that are not kept in memory as the network takes them."""
     if images.get("in_memory", True):
         return ""
     if images["augment"] != "none":
@@ -100,7 +100,11 @@ def _decoded(images: dict[str, Any]) -> str:
 
 
 def gaps(data: dict[str, Any]) -> list[str]:
-    """Classes without samples where some are needed; `data` is `NamedData.description`."""
+    """Notes on classes that have no samples in a split.
+
+    Args:
+        data: `NamedData.description`.
+    """
     classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
     missing = [classes[i] for i, count in enumerate(train) if not count]
@@ -115,6 +119,6 @@ def gaps(data: dict[str, Any]) -> list[str]:
         if unseen:
             notes.append(
                 f"{len(unseen)} of {len(classes)} classes have no held-out sample ({some(unseen)})"
-                "; what is learned of them is not measured"
+                "; their accuracy is not measured"
             )
     return notes

@@ -15,10 +15,10 @@ from fast.data.sources import EncodedImages
 from fast.deploy.evaluation import Evaluation, Mistake
 from fast.errors import printable
 
-# Sides of the pictures of the contact sheet, in pixels.
+# The longer side of a picture in the contact sheet, in pixels.
 THUMBNAIL = 200
 CLASS_HEADER = ("class", "samples", "recognised", "right where answered", "F1")
-# Classes that the terminal shows; report.html has all.
+# How many classes the terminal shows; report.html has all.
 LISTED = 20
 
 
@@ -56,7 +56,7 @@ def verdict(evaluation: Evaluation) -> str:
 
 
 def numbers(evaluation: Evaluation) -> dict[str, Any]:
-    """The same as plain values, for evaluation.json."""
+    """The evaluation as plain values, for evaluation.json."""
     return {
         "task": evaluation.task,
         "samples": len(evaluation.labels),
@@ -76,8 +76,8 @@ def write_evaluation(
 
     Args:
         figure: a PNG.
-        worst: mistakes that are shown, at most.
-        facts: what was evaluated on what, by name.
+        worst: how many mistakes are shown, at most.
+        facts: names of the run and the data, and the machine.
     """
     mistakes = evaluation.mistakes(worst)
     wrong = int((evaluation.predicted != evaluation.labels).sum())

@@ -13,7 +13,7 @@ from fast.cli.report.table import few_samples, percent, text_table
 from fast.cli.task.load import LoadedTask
 from fast.errors import printable
 
-# The worst classes of many.
+# How many classes are shown, the worst first.
 LISTED = 12
 
 
@@ -45,7 +45,7 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     ]
     start = "head start" if plan.head_steps else "step 0"
     rows.insert(0, ["accuracy, %", "before", start, "after", "samples"])
-    if task.source is None:  # of the target there is no accuracy before
+    if task.source is None:  # the target has no accuracy before the run
         rows = [[name, *rest] for name, _, *rest in rows]
     table = f"\n{text_table(rows[0], rows[1:])}\n" if rows[1:] else ""
     steps = result.history[-1]["step"]
@@ -62,14 +62,14 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
 
 
 def _few(task: LoadedTask) -> str:
-    """How little a few held-out samples say, and what says more."""
-    said = few_samples(task.sizes["val"]) if "val" in task.sizes else ""
+    """A warning if the held-out samples are few, and how to measure on more."""
+    warning = few_samples(task.sizes["val"]) if "val" in task.sizes else ""
     shared = "of each class" in task.description.get("data", {}).get("held_out", "")
-    return said and f"{said}{'; --folds 5 measures on all of them' if shared else ''}\n"
+    return warning and f"{warning}{'; --folds 5 measures on all of them' if shared else ''}\n"
 
 
 def _class_lines(result: fast.Result) -> str:
-    """The accuracy of each class, the worst first; of many classes the worst."""
+    """The accuracy of each class, the worst first; if there are many classes, of the worst."""
     if result.by_class is None or result.classes is None:
         return ""
     rows = [
@@ -96,7 +96,7 @@ def what_next(folder: Path) -> str:
 
 
 def _budget_line(task: LoadedTask, option: str | float | None, lost: float | None) -> str:
-    """What was allowed to be forgotten, and what was measured, or forecast, at the end."""
+    """The budget, and what was lost at the end, as it was measured or forecast."""
     if option is None or lost is None:
         return ""
     budget = Budget.parse(option)

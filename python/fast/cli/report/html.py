@@ -54,11 +54,11 @@ def write_report(
     """Write the report, whole or not at all.
 
     Args:
-        verdict: what was found, in words.
+        verdict: the outcome in words.
         figure: a PNG, which becomes part of the file.
         settings: the values that each method ran with.
-        options: as they were given.
-        command: as it was typed.
+        options: the options that were given.
+        command: the command line.
     """
     body = f"""<p>{html.escape(verdict)}</p>
 <div class="scroll">{html_table(*table)}</div>
@@ -96,7 +96,7 @@ def write_page(path: Path, title: str, body: str) -> None:
 
 
 def picture(data: bytes, words: str, kind: str = "png") -> str:
-    """A picture inside of the page, and what it shows in words."""
+    """A picture inside the page, with a description in words."""
     encoded = base64.b64encode(data).decode("ascii")
     return f'<img alt="{html.escape(words)}" src="data:image/{kind};base64,{encoded}">'
 

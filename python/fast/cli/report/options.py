@@ -1,4 +1,4 @@
-"""The page of all options, made of the records that the command line reads:
+"""Make the page of all options from the records that the command line reads:
 
 python -m fast.cli.report.options > docs/options.md
 """
@@ -14,15 +14,15 @@ from fast.cli.spec import COMMANDS
 
 HEAD = """# Options
 
-`python -m fast.cli.report.options > docs/options.md` makes this page of the code, and a test holds
-it up to date. In Python the options of the group *training* are keyword arguments of
-`fast.finetune`, with `_` for `-`.
+`python -m fast.cli.report.options > docs/options.md` makes this page from the code, and a test
+keeps it up to date. In Python the options of the group *training* are keyword arguments of
+`fast.finetune`, with `_` in place of `-`.
 """
 WHOLE = "finetune"
 
 
 def page() -> str:
-    """The page, in Markdown: options of `fast finetune`, and what other commands have besides."""
+    """The page in Markdown: the options of `fast finetune`, and those that other commands add."""
     parsers = {name: parser_of(spec, f"fast {name}") for name, spec in COMMANDS.items()}
     shared = {flags(action) for action in _actions(parsers[WHOLE])}
     parts = [HEAD]
@@ -37,8 +37,8 @@ def page() -> str:
 
 
 def _taken(taken: list[argparse.Action], whole: Parser) -> Iterator[str]:
-    """Which options a command shares with `fast finetune`, or which of those it lacks: what is
-    shorter."""
+    """The options that a command shares with `fast finetune`, or those that it lacks, whichever are
+    fewer."""
     names = {_name(action) for action in taken}
     lacking = [_name(action) for action in _actions(whole) if _name(action) not in names]
     if len(lacking) < len(taken):
@@ -56,7 +56,7 @@ def _name(action: argparse.Action) -> str:
 
 
 def flags(action: argparse.Action) -> str:
-    """`--folds N`; of what has no flag, how it is written: `PATH [PATH ...]`."""
+    """How an option is written: `--folds N`, or `PATH [PATH ...]` if it has no flag."""
     if not action.option_strings:
         return usage(str(action.metavar), str(action.nargs))
     name = _name(action)
@@ -77,8 +77,8 @@ def _groups(parser: Parser, left_out: set[str]) -> Iterator[str]:
             if a.dest != "help" and flags(a) not in left_out
         ]
         if rows:
-            own = group.title in ("options", "positional arguments", None)
-            title, head = "" if own else f"**{group.title}**\n\n", "option"
+            untitled = group.title in ("options", "positional arguments", None)
+            title, head = "" if untitled else f"**{group.title}**\n\n", "option"
             if group.title == "positional arguments":
                 head = "argument"
             yield f"{title}| {head} | what it says |\n| --- | --- |\n" + "\n".join(rows) + "\n"

@@ -10,7 +10,7 @@ from fast.cli.report.machine import describe
 from fast.cli.spec.base import Spec, shown
 from fast.files import read_json, write_json
 
-# Options that change nothing in the results.
+# Options that do not change the results.
 SHOWN_ONLY = ("output", "progress")
 
 
@@ -19,7 +19,7 @@ def write_results(file: Path, spec: Spec, **content: Any) -> None:
 
 
 def note_replaced(file: Path, spec: Spec) -> None:
-    """Say which options the results had that are about to be replaced; their runs are kept.
+    """Print how the options of results that are about to be replaced differ from these.
 
     Raises:
         ValueError: the file holds something else.
@@ -38,5 +38,6 @@ def note_replaced(file: Path, spec: Spec) -> None:
     ]
     if other:
         print(
-            f"note: replaces {file} of other options ({', '.join(other)}); its runs stay in runs/"
+            f"note: replaces {file}, made with other options ({', '.join(other)}); its runs stay "
+            "in runs/"
         )

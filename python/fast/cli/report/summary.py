@@ -1,4 +1,4 @@
-"""Several runs of several methods, condensed to one row for each method."""
+"""Condense several runs of several methods to one row for each method."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Run:
     Attributes:
         target_accuracy, source_accuracy, source_accuracy_before: in 0..1.
         seconds: wall clock, with evaluations.
-        setting: what it differs in from other runs of its method: a strength, a budget.
-        plan: the settings that its options came to; None of a run that an older version kept.
+        setting: how it differs from other runs of its method, such as `"strength 0.1"`.
+        plan: the settings that its options came to; None for a run that an older version kept.
     """
 
     method: str
@@ -45,7 +45,11 @@ class Run:
 
     @classmethod
     def of(cls, result: Result, seconds: float, setting: str = "") -> Run:
-        """The run that gave `result`; it must have measured the target."""
+        """The run that gave `result`.
+
+        Raises:
+            ValueError: it did not measure the target.
+        """
         if result.target_accuracy is None:
             raise ValueError("a comparison needs validation data of the target task")
         return cls(
@@ -73,7 +77,7 @@ class Run:
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each method, in the order in which they come."""
+    """The runs of each method, in their order."""
     groups: dict[str, list[Run]] = {}
     for r in runs:
         groups.setdefault(r.method, []).append(r)
@@ -86,7 +90,7 @@ def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     baseline = BASELINE if BASELINE in methods else next(iter(methods))
     goal = statistics.mean(r.target_accuracy for r in methods[baseline])
     full = statistics.mean(r.steps for r in methods[baseline])
-    # It is of the same network on the same data, hence the same in every run.
+    # Every run starts with the same network and the same data.
     before = runs[0].source_accuracy_before or 0.0
     with_source = runs[0].source_accuracy is not None
     header = ["method", "lr", "target"]
@@ -104,10 +108,10 @@ def summarise(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(runs: Sequence[Run], samples: int) -> str:
-    """What the comparison says, in words: of the first method, against each of the others.
+    """The outcome of the comparison in words: the first method against each of the others.
 
     Args:
-        samples: number that the target's accuracy is measured on.
+        samples: on how many samples the target's accuracy is measured.
     """
     methods = by_method(runs)
     first, *others = methods
@@ -129,8 +133,8 @@ def verdict(runs: Sequence[Run], samples: int) -> str:
 def _difference(a: Sequence[Run], b: Sequence[Run], name: str) -> tuple[float, float | None]:
     """Mean difference of two methods in points, and half of its 95 % interval over the seeds that
     both have (None for a single one)."""
-    of_b = {run.seed: getattr(run, name) for run in b}
-    differences = [100 * (getattr(r, name) - of_b[r.seed]) for r in a if r.seed in of_b]
+    others = {run.seed: getattr(run, name) for run in b}
+    differences = [100 * (getattr(r, name) - others[r.seed]) for r in a if r.seed in others]
     half = half_interval(differences) if len(differences) > 1 else None
     return statistics.mean(differences), half
 
@@ -147,7 +151,7 @@ def _in_words(difference: tuple[float, float | None], more: str, less: str) -> s
 
 
 def settings(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """`(header, rows)` of the values that the methods ran with, as their first runs had them."""
+    """`(header, rows)` of the values that the first run of each method had."""
     plans = {name: seeds[0].plan for name, seeds in by_method(runs).items() if seeds[0].plan}
     names = list(dict.fromkeys(key for plan in plans.values() if plan for key in plan))
     rows = [
@@ -165,7 +169,7 @@ def _shown(value: Any) -> str:
 def intervals(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each method and setting: mean and half interval of target and source, in 0..1.
 
-    A half interval is None where there is one seed, a source figure where none was measured.
+    A half interval is None if there is one seed, a figure of the source if none was measured.
     """
     rows = []
     for method, setting in dict.fromkeys((r.method, r.setting) for r in runs):

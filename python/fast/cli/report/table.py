@@ -9,21 +9,21 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-# What every terminal shows in a line.
+# Every terminal shows this many columns in a line.
 WIDTH = 80
-# Between the columns of a table; and of what is broken into lines, at least.
+# Spaces between the columns of a table; least width of a column that is broken into lines.
 GAP, LEAST_WIDTH = 2, 20
 
 
 def percent(value: float | None) -> str:
-    """0.9171 -> `91.7`; nothing for what was not measured."""
+    """0.9171 -> `91.7`; None, which was not measured, -> an empty text."""
     return "" if value is None else f"{100 * value:.1f}"
 
 
 def few_samples(count: int) -> str:
-    """How far the accuracy of so few samples may be off by chance; "" where it is under 5 points.
+    """A warning if so few samples measure an accuracy with a standard error of 5 points or more.
 
-    The standard error is greatest, half a root of the count's inverse, at an accuracy of one half.
+    The standard error is largest at an accuracy of one half, where it is 0.5 / sqrt(count).
     """
     points = 50 / max(1, count) ** 0.5
     if points < 5:
@@ -32,10 +32,10 @@ def few_samples(count: int) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The first `left` columns to the left, the others to the right, two spaces between.
+    """A table whose first `left` columns are aligned to the left, and the others to the right.
 
-    A table that is wider than `WIDTH` gets headings of several lines, and a last column of several
-    lines where that is to the left.
+    If it is wider than `WIDTH`, its headings are broken into lines, and so is the last column if
+    that is aligned to the left.
     """
     count = len(header)
     cells = [max((columns(row[i]) for row in rows), default=0) for i in range(count)]
@@ -54,17 +54,17 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def paragraph(text: str) -> str:
-    """A text without breaks, broken between words where a terminal would break it inside them."""
+    """A text of one line, broken between words if it is printed on a terminal."""
     return textwrap.fill(text, terminal_width()) if sys.stdout.isatty() else text
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; `WIDTH` where it does not say."""
+    """The number of columns of the terminal; `WIDTH` if it does not say."""
     return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
 def shortened(text: str, most: int) -> str:
-    """At most so many characters: the middle goes, because names of files differ at their ends."""
+    """A text cut to `most` characters in its middle: names of files differ at their ends."""
     if len(text) <= most:
         return text
     end = max(1, 2 * (most - 1) // 3)
@@ -81,7 +81,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def columns(text: str) -> int:
-    """Columns that a terminal gives a text: two for a wide character, none for an accent."""
+    """How many columns a text takes: two for each wide character, none for an accent."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 

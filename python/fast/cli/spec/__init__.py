@@ -1,4 +1,4 @@
-"""What can be said to each command, as a record.
+"""The options of each command, as a record.
 
 The docstring of a command's record is its `--help`. A record checks itself: what is wrong with the
 options is raised before anything is read or written.
@@ -42,7 +42,7 @@ class AuditSpec(Spec):
 
     about = "which modules have wrong second derivatives in torch"
 
-    model: str | None = option("file.py:factory, timm:NAME, ... as for finetune", metavar="SPEC")
+    model: str | None = option("network by name, as in fast finetune", metavar="SPEC")
     input: tuple[int, ...] | None = option("shape of the input", read=shape, metavar="NxN")
     tokens: int = option("inputs are whole numbers below this; 0: normal random numbers", 0)
     train: bool = option("in train mode", False)
@@ -66,7 +66,7 @@ class DemoSpec(Spec):
 
     about = "the effect in a minute: offline, on scikit-learn's digits"
 
-    output: str = option("of demo.png", "fast-demo", read=folder_name)
+    output: str = option("folder of demo.png", "fast-demo", read=folder_name)
 
 
 COMMANDS: dict[str, type[Spec]] = {

@@ -18,7 +18,7 @@ class Spec:
 
     Attributes:
         about: what the command does, in a line.
-        package: of the module of its name, whose `run(spec)` does it.
+        package: holds the module that is called as the command, whose `run(spec)` does it.
     """
 
     about: ClassVar[str]
@@ -26,7 +26,7 @@ class Spec:
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> Self:
-        """From the options that were typed.
+        """The record of the options that were typed.
 
         Raises:
             ValueError: an option is out of range, or does not go with another.
@@ -39,15 +39,15 @@ def output_folder(default: str) -> Any:
 
 
 def at_least(spec: Any, name: str, least: int) -> None:
-    """Raise ValueError where this option is less."""
+    """Raise ValueError if the option `name` is less than `least`."""
     value = getattr(spec, name)
     if value < least:
         raise ValueError(f"{flag(name)} must be at least {least}; got {value}")
 
 
 def shown(spec: Any) -> dict[str, Any]:
-    """The options of a run, for the files of its results: those that have a value; of the training,
-    those that differ from their default."""
+    """The options of a run, for the files of its results: those that have a value, and those of the
+    training that differ from their default."""
     return dict(_shown(spec))
 
 

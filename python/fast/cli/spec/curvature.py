@@ -13,7 +13,7 @@ from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
-# What a job file says of network and data.
+# What a job file says about network and data.
 FROM_JOB = (
     "model", "data", "source", "val_fraction", "input_size", "resize", "interpolation", "mean",
     "std", "skip_broken", "input_column", "label_column", "max_length",
@@ -30,30 +30,30 @@ class CurvatureSpec(Spec):
           --data signs.npz --source cifar10.npz
       fast curvature --model timm:resnet18 --source imagenet-part/
 
-    A checkpoint is what `fast finetune --output` or `Result.save` wrote; of the former, model and
-    data are known. --data is the loss of the target task (head of the checkpoint), --source that of
-    the source task (head that it had before); a network without a checkpoint has its own task only.
-    Writes curvature.json and spectrum.png to --output.
+    A checkpoint is what `fast finetune --output` or `Result.save` wrote; that of `fast finetune`
+    names model and data. The loss on --data is that of the target task, by the checkpoint's head;
+    the loss on --source is that of the source task, by the head from before. A network without a
+    checkpoint has only its own task. Writes curvature.json and spectrum.png to --output.
     """
 
     about = "eigenvalues, trace and density of source and target loss"
 
-    checkpoint: str | None = option("of an adapted network", read=folder_name)
+    checkpoint: str | None = option("folder of an adapted network", read=folder_name)
     output: str | None = output_folder("curvature/ in the checkpoint")
-    kind: str = option("which matrix", "hessian", choices=("hessian", "ggn"))
+    kind: str = option("which matrix of second derivatives", "hessian", choices=("hessian", "ggn"))
     params: str | None = option(
         "only parameters whose whole name matches (default: all)", metavar="REGEX"
     )
     samples: int = option(
-        "samples of each task, drawn by --seed; training data where there are", 256
+        "samples of each task, drawn by --seed, from training data if there are some", 256
     )
-    batch_size: int = option("samples per pass: memory", 64)
+    batch_size: int = option("samples in a pass; fewer take less memory", 64)
     top: int = option("eigenvalues of largest magnitude", 5)
     trace_products: int = option("matrix-vector products for a trace", 48)
     probes: int = option("random vectors for the spectral density; 0: none", 4)
-    lanczos_steps: int = option("products for each of them", 48)
+    lanczos_steps: int = option("matrix-vector products for each of --probes", 48)
     seed: int = option("seed of samples and probes", 0)
-    layers: bool = option("the table by layer", True)
+    layers: bool = option("print and save a table by layer", True)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     progress: bool | None = option("progress bars (default: in a terminal or a notebook)")
     task: TaskSpec = field(
@@ -71,7 +71,7 @@ class CurvatureSpec(Spec):
             if (folder / JOB_FILE).is_file():
                 parser = parser_of(FinetuneSpec)
                 record = read_record(folder, "--checkpoint", parser, "model" in options)
-                # Who names data means those, and no others.
+                # Data that are named here take the place of all the recorded ones.
                 own_data = {"data", "source"} & set(options)
                 names = set(FROM_JOB) - ({"data", "source"} if own_data else set())
                 options = {k: v for k, v in record.items() if k in names} | options

@@ -13,7 +13,7 @@ TASKS = ("target", "source", "both")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec(Spec):
-    """A finished run, and the network that it is of."""
+    """A finished run, and its network."""
 
     package = SAVED
 
@@ -22,7 +22,7 @@ class RunSpec(Spec):
         read=folder_name,
     )  # fmt: skip
     model: str | None = option(
-        "its network, where the folder names none that may be run: path/file.py:Factory(args)",
+        "network of the run, if its folder names none that may be run: path/file.py:Factory(args)",
         metavar="SPEC",
     )
     device: str | None = option("cpu, cuda, ... (default: FAST_DEVICE, or CUDA if there)")
@@ -30,7 +30,7 @@ class RunSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSpec(RunSpec):
-    """Classes with probabilities, of pictures, sounds or texts.
+    """Predict the classes of pictures, sounds or texts, with probabilities.
 
       fast predict runs/resnet18-photos-fast holiday.jpg more/
       fast predict runs/resnet18-photos-fast new/ --task source --csv out.csv
@@ -48,12 +48,14 @@ class PredictSpec(RunSpec):
         "files, folders, or tables", (), words="+", metavar="PATH", read=str
     )
     task: str | None = option(
-        "whose classes: of the new task (target), of the old (source), or of both, which needs a "
-        "joined network (default: both there, else target)", choices=TASKS,
+        "classes of the new task (target), of the old one (source), or of both, which needs a "
+        "joined network (default: both for a joined network, else target)", choices=TASKS,
     )  # fmt: skip
-    top: int = option("classes that are shown of each input", 1)
+    top: int = option("how many classes are shown for each input", 1)
     csv: str | None = option("write all probabilities to this file", metavar="FILE")
-    column: str | None = option("of a table: where the inputs are (default: by its usual names)")
+    column: str | None = option(
+        "column of a table that holds the inputs (default: one with a usual name)"
+    )
     skip_broken: bool = option("leave out files that cannot be read, and say so", False)
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class PredictSpec(RunSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSpec(RunSpec):
-    """How good a run is on labelled data: accuracy by class, what is taken for what, calibration.
+    """Measure a run on labelled data: accuracy by class, confusion, calibration.
 
       fast evaluate runs/resnet18-photos-fast labelled/
       fast evaluate runs/resnet18-photos-fast imagenet-val/ --task source
@@ -78,12 +80,13 @@ class EvaluateSpec(RunSpec):
         "labelled data (default: what the run held out)", words="?", metavar="DATA"
     )
     task: str | None = option(
-        "whose labels these are (default: both of a joined network, else target)", choices=TASKS
+        "task whose labels these are (default: both for a joined network, else target)",
+        choices=TASKS,
     )
     skip_broken: bool = option("leave out files that cannot be read", False)
-    worst: int = option("wrong answers that are shown in the report", 24)
-    input_column: str | None = option("inputs of a table or a Hugging Face data set")
-    label_column: str | None = option("its labels")
+    worst: int = option("how many wrong answers the report shows", 24)
+    input_column: str | None = option("column of inputs in a table or a Hugging Face data set")
+    label_column: str | None = option("column of labels")
     output: str | None = option(
         "folder of the report (default: RUN/evaluation-TASK)", read=folder_name, short="-o"
     )

@@ -13,7 +13,7 @@ from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
-# Options of a run that do not matter here.
+# Options of a run that play no part in joining.
 LEFT_OUT = ("source", "card", "flip", "augment", "folds")
 
 
@@ -37,7 +37,7 @@ class JoinSpec(Spec):
     output: str = option("folder to write to", "", read=folder_name, short="-o", metavar="FOLDER")
     source_classes: str | None = option(
         "names of the old classes, one a line, in the order of the network's own head (default: "
-        "what the network says, or numbers); what both tasks call the same becomes one class",
+        "what the network says, or numbers); a name that both tasks have becomes one class",
         metavar="FILE",
     )
     source_labelled: bool = option(

@@ -14,8 +14,8 @@ from fast.cli.values import budget_list, names, numbers, whole_numbers
 from fast.train.config import TrainConfig
 
 ALL = "all"
-# Options of a training run that these commands set themselves: all of them, those with several runs
-# of a method, and those that vary what holds the source.
+# Options of a training run that these commands set themselves: all of them set SINGLE, those with
+# several runs of a method SWEPT, and the one that varies what holds the source HOLDING.
 SINGLE = ("method", "output", "resume", "save_every")
 SWEPT = (*SINGLE, "seed", "lr")
 HOLDING = ("anchor_decay", "distill", "rehearse", "forget_budget")
@@ -25,12 +25,12 @@ DEMO_LENGTH = {"steps": 100, "eval_every": 5}
 
 
 def _methods(*default: str) -> Any:
-    return option(f"of {', '.join(METHODS)}, or all", default, read=names)
+    return option(f"methods to run: {', '.join(METHODS)}, or all", default, read=names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodsSpec(Spec):
-    """The options that commands share which run several methods on one task."""
+    """The options that are shared by commands which run several methods on one task."""
 
     needs: ClassVar[tuple[str, ...]] = ("model", "data", "source")
 
@@ -64,17 +64,19 @@ class MethodsSpec(Spec):
 class SweepSpec(MethodsSpec):
     """The options of commands that run each method with several seeds and learning rates."""
 
-    seeds: tuple[int, ...] = option("of the runs of each method", (0,), read=whole_numbers)
+    seeds: tuple[int, ...] = option(
+        "each method runs once with each of these seeds", (0,), read=whole_numbers
+    )
     lr: tuple[float, ...] | None = option(
-        "with several, each run of the first seed is repeated at all of them, and the others are "
-        "made at the one best for its target accuracy (default: the method's own)",
+        "learning rates; of several, the first seed tries all, and the other seeds run at the one "
+        "with the best target accuracy (default: the method's own rate)",
         read=numbers,
         metavar="X[,X]",
     )
 
     @property
     def learning_rates(self) -> tuple[float | None, ...]:
-        """None: the method's own."""
+        """The rates to try; None is the method's own."""
         return self.lr or (None,)
 
     def __post_init__(self) -> None:
@@ -120,7 +122,7 @@ class RetentionSpec(SweepSpec):
 
     methods: tuple[str, ...] = _methods("fast")
     strengths: tuple[float, ...] | None = option(
-        f"what the method holds the source with, times this (default: "
+        f"factors on what the method holds the source with (default: "
         f"{','.join(f'{s:g}' for s in STRENGTHS)})",
         read=numbers,
     )
@@ -159,10 +161,10 @@ class LandscapeSpec(MethodsSpec):
     about = "both losses over the plane of an adaptation, and its path"
 
     resolution: int = option("points along the longer side of the plane", 21)
-    samples: int = option("samples of source and of target, for losses and curvature", 256)
+    samples: int = option("samples of each task, for losses and curvature", 256)
     stiff: int = option("number of stiff directions", 5, metavar="K")
     matrix: str = option(
-        "of the source loss: ggn (Gauss-Newton) or hessian",
+        "curvature of the source loss: ggn (Gauss-Newton) or hessian",
         "ggn",
         choices=("ggn", "hessian"),
     )

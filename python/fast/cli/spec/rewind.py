@@ -26,8 +26,8 @@ class RewindSpec(Spec):
           --source-inputs old/ --budget 0.1
 
     --tuned is a checkpoint that was fine-tuned from --base, by any tool; the two heads may differ.
-    Without --data the budget is kept, and how much of the target is left is not known. Writes what
-    fast finetune writes, and rewind.png, to --output.
+    Without --data the budget is kept, but the accuracy that is left on the target is not measured.
+    Writes what fast finetune writes, and rewind.png, to --output.
     """
 
     about = "take a network that has forgotten back to a forgetting budget"
@@ -52,7 +52,7 @@ class RewindSpec(Spec):
         "auto",
         choices=("auto", "answers", "features"),
     )
-    seed: int = option("seed of which target samples are used", 0)
+    seed: int = option("seed that draws the target samples", 0)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)")
     output: str | None = option(
         "folder of the results (default: runs/...-rewind)", read=folder_name

@@ -20,9 +20,9 @@ class SyntheticSpec(Spec):
       fast synthetic --model timm:resnet18 --data photos/ --output made.npz
       fast finetune --model timm:resnet18 --data photos/ --source-inputs made.npz
 
-    They are made once for a network: inputs of --data, changed until the network takes them for
-    inputs of its own task. Each costs as much as --steps training samples. Some inputs of --data go
-    with them as they are. The network needs batch norm (docs/no-source-data.md).
+    They are made once for a network: inputs of --data are changed until the network takes them for
+    inputs of its own task. Each costs as much as --steps training samples. Some inputs of --data
+    are added as they are. The network needs batch norm (docs/no-source-data.md).
     """
 
     about = "stand-ins for source inputs, made of a network's batch norms"
@@ -30,12 +30,12 @@ class SyntheticSpec(Spec):
     output: str = option(f"file to write, FILE{SUFFIX}", "", read=folder_name, short="-o")
     count: int = option("how many to make", 256)
     own: int | None = option(
-        "how many training inputs of --data go with them as they are (default: as many with 2,000 "
-        "of these and more, else fewer in proportion)"
+        "how many training inputs of --data are added as they are (default: --count if there are "
+        "2,000 or more, else fewer in proportion)"
     )
-    steps: int = option("optimisation steps of each", 20)
-    batch_size: int = option("how many of them at once: memory", 64)
-    seed: int = option("seed of their order and classes", 0)
+    steps: int = option("optimisation steps for each input", 20)
+    batch_size: int = option("how many are made at once; fewer take less memory", 64)
+    seed: int = option("seed of the inputs that are drawn, and of their classes", 0)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data", LEFT_OUT))
 

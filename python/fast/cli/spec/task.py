@@ -19,7 +19,7 @@ class TaskSpec:
         group="model",
     )
     weights: str | None = option(
-        "its weights: safetensors, or a torch state dict", metavar="FILE", group="model"
+        "weights of the network: safetensors, or a torch state dict", metavar="FILE", group="model"
     )
     allow_missing: bool = option("weights may lack tensors of the network", False, group="model")
     data: str | None = option(
@@ -31,14 +31,16 @@ class TaskSpec:
         "source task, labelled as the network's own head is", metavar="DATA"
     )
     source_inputs: str | None = option(
-        "a few hundred other samples of the source task, with labels or without (a folder of "
-        "files will do), or what fast synthetic made: what must be kept; its training split where "
-        "there is one",
+        "what must be kept: a few hundred other samples of the source task, with labels or without "
+        "(a folder of files will do), or what fast synthetic made; the training split is used "
+        "where there is one",
         metavar="DATA",
     )
-    card: str | None = option("fast.SourceCard of these weights: what must be kept", metavar="FILE")
+    card: str | None = option(
+        "what must be kept, as a fast.SourceCard of these weights", metavar="FILE"
+    )
     val_fraction: float = option(
-        "share of each class held out where there is no val or test split; 0: train on all",
+        "share of each class that is held out if there is no val or test split; 0: train on all",
         0.2,
         read=share,
     )
@@ -47,12 +49,12 @@ class TaskSpec:
         read=at_least_one,
     )
     resize: int | None = option(
-        "their shorter side before the central square is taken (default: as the network was "
-        "trained, else --input-size)",
+        "shorter side of the images before the central square is cut out (default: as the network "
+        "was trained, else --input-size)",
         read=at_least_one,
     )
     interpolation: str | None = option(
-        "of resized images (default: the network's, else bicubic)",
+        "how images are resized (default: the network's way, else bicubic)",
         choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
     )
     mean: tuple[float, ...] | None = option(
@@ -62,25 +64,25 @@ class TaskSpec:
         metavar="X[,X,X]",
     )
     std: tuple[float, ...] | None = option(
-        "standard deviation of images, likewise", read=stds, metavar="X[,X,X]"
+        "standard deviation of images in 0..1, likewise", read=stds, metavar="X[,X,X]"
     )
     skip_broken: bool = option("leave out files that cannot be read, and count them", False)
     flip: bool = option("mirror training images at random", False)
     augment: str = option(
-        "random views of training images: none; light (crop of at least half the area, mirrored "
-        "or not); strong (of at least a quarter, and RandAugment)",
+        "random views of training images: none; light (crops of at least half the area, half of "
+        "them mirrored); strong (crops of at least a quarter, mirrored, and RandAugment)",
         "none",
         choices=("none", "light", "strong"),
     )
     input_column: str | None = option(
-        "column of inputs, of a table or a Hugging Face data set (default: guessed, and printed)"
+        "column of inputs in a table or Hugging Face data set (default: a guess, which is printed)"
     )
-    label_column: str | None = option("its labels (default: guessed, and printed)")
-    max_length: int = option("tokens of a text", 128, read=at_least_one)
-    max_seconds: float = option("of a sound, which is cut there", 10.0)
+    label_column: str | None = option("column of labels (default: a guess, which is printed)")
+    max_length: int = option("tokens of a text; the rest is cut off", 128, read=at_least_one)
+    max_seconds: float = option("seconds of a sound; the rest is cut off", 10.0)
     folds: int | None = option(
-        "train on all but one part of so many, measure on that part, and do so for each; nothing "
-        "but the accuracies is kept",
+        "cross-validate: split the data into this many parts, and for each part train on the "
+        "others and measure on it; nothing but the accuracies is kept",
         read=at_least_one,
     )
 

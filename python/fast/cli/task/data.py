@@ -24,14 +24,16 @@ PARTS = ("train", "val")
 
 
 def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dict[str, NamedData]:
-    """The data sets by the options that name them; what is left out of them is told in `notes`.
+    """The data sets, by the options that name them.
 
     Args:
-        hold_out: a share of the target's training samples, where it has no others to measure on.
+        notes: gets a line about whatever is left out of a data set.
+        hold_out: hold out a share of the target's training samples if there are no others to
+            measure on.
 
     Raises:
         ValueError: a data set is unusable, or an option does not fit it.
-        FileNotFoundError: it is not there.
+        FileNotFoundError: a data set is not there.
     """
     names = {role: getattr(spec, role) for role in ROLES if getattr(spec, role)}
     columns = {"input_column": spec.input_column, "label_column": spec.label_column}
@@ -58,7 +60,7 @@ def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dic
 
 
 def _hold_out(spec: TaskSpec, data: NamedData) -> NamedData:
-    """The data with a share of the training samples held out, where none of their own are."""
+    """The data, with a share of the training samples held out if they have no held-out ones."""
     if data.val is not None and spec.val_fraction != TaskSpec.val_fraction:
         raise ValueError(
             f"--val-fraction: --data {spec.data} has held-out samples of its own "
@@ -73,7 +75,7 @@ def _hold_out(spec: TaskSpec, data: NamedData) -> NamedData:
 
 
 def check_target(spec: TaskSpec, target: NamedData, measured: bool) -> None:
-    """Raise ValueError where nothing can be trained on `target`, or measured."""
+    """Raise ValueError if one cannot train on `target`, or has nothing to measure on."""
     if target.train is None:
         raise ValueError(
             f"--data {spec.data}: has held-out samples ({target.held_out or 'val'}) and no "
@@ -90,14 +92,14 @@ def check_target(spec: TaskSpec, target: NamedData, measured: bool) -> None:
 
 
 def _tables_in(folder: Path) -> str:
-    """A hint that a folder of one class may be the folder of the images of a table."""
+    """A hint that a folder of one class may hold the images that a table beside them lists."""
     files = folder.iterdir() if folder.is_dir() else ()
     tables = sorted(file.name for file in files if file.suffix.lower() in TABLES)
     return f"; it also has {some(tables)}: name the table that says the classes" if tables else ""
 
 
 def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:
-    """What a run uses of each data set: train, val, source and source_inputs."""
+    """The splits that a run uses: train, val, source and source_inputs."""
     target = sets["data"]
     splits = {"train": target.train, "val": target.val}
     if "source" in sets:
@@ -108,21 +110,21 @@ def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:
 
 
 def training_split(data: NamedData) -> Split:
-    """The training split; the held-out one where there is no other."""
+    """The training split; the held-out one if there is no other."""
     return data.train if data.train is not None else data.for_evaluation()
 
 
 def drawn_inputs(data: NamedData) -> Split:
-    """As many source inputs as are used, in random order: folders are sorted by class."""
+    """The source inputs that are used, drawn at random because folders are sorted by class."""
     split = training_split(data)
     return split.subset(np.random.default_rng(0).permutation(len(split))[:LIMIT])
 
 
 def source_samples(data: NamedData, prepared: Any) -> Any:
-    """Source inputs as `fast.finetune` takes them: without labels where there are none."""
+    """Source inputs as `fast.finetune` takes them, without labels if the data have none."""
     if data.has_labels:
         return prepared
-    return SourceInputs(inputs=SourceInputs.parse(prepared, LIMIT, "source_inputs").inputs)
+    return SourceInputs.parse(prepared, LIMIT, "source_inputs").without_labels()
 
 
 def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
@@ -159,8 +161,8 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
 
 
 def _is_prepared(split: Split | None) -> bool:
-    """Whether these are floats as a network takes them, which `fast synthetic` writes: images that
-    nobody has normalised have no negative values."""
+    """Whether these are normalised floats, as `fast synthetic` writes them: only normalised images
+    have negative values."""
     return split is not None and _kind(split) == FLOATS and bool((split.inputs < 0).any())
 
 
@@ -178,13 +180,12 @@ def _kind(split: Split) -> str:
 
 
 def check_shapes(spec: TaskSpec, splits: dict[str, Split], prepared: dict[str, Any]) -> None:
-    """Raise ValueError where samples of training and validation differ in shape. Those of whole
-    numbers may be tokens, and padded to another length.
-    """
+    """Raise ValueError if samples of training and validation differ in shape. Whole numbers may be
+    tokens, which are padded to the longest text of a split, and are not compared."""
     images = is_image_split(splits["train"])
     if not images:
-        made = prepared["train"][0]
-        if isinstance(made, dict) or not made.dtype.is_floating_point:
+        inputs = prepared["train"][0]
+        if isinstance(inputs, dict) or not inputs.dtype.is_floating_point:
             return
     if "val" not in prepared:
         return
@@ -201,9 +202,9 @@ def check_source_labels(option: str, data: NamedData, classes: int, more: bool =
     """Refuse labels that cannot be the network's own, before anything is run.
 
     Args:
-        option: with its value, for the message.
-        classes: number of classes that the network's head answers.
-        more: labels beyond these belong to a skill that is in the features, and are taken as such.
+        option: the option with its value, for the message.
+        classes: the number of classes of the network's own head.
+        more: allow larger labels, which belong to a skill that is in the features.
 
     Returns:
         the largest label.
@@ -232,13 +233,13 @@ def unclear_names(data: NamedData, classes: int, more: bool = False) -> str:
         classes, more: see `check_source_labels`.
     """
     folders = Path(data.name).expanduser().is_dir() and not has_columns(data.name)
-    named = folders and not all(name.isdigit() for name in data.classes)
+    words = folders and not all(name.isdigit() for name in data.classes)
     count = len(data.classes)
-    if not named or count == classes or (more and count > classes):
+    if not words or count == classes or (more and count > classes):
         return ""
     return (
         f"{count} class folders with names, and the network's own head has {classes} classes: "
-        "which is which cannot be told"
+        "nothing says which folder is which class"
     )
 
 

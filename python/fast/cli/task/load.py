@@ -1,4 +1,4 @@
-"""A network and its data, read and prepared: what `fast.finetune` takes."""
+"""Read and prepare a network and its data, as `fast.finetune` takes them."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class LoadedTask:
         name: network and data in a word each.
         train, val, source, source_inputs: `(x, y)` tensors or Datasets; val is None where all
             samples are trained on.
-        sizes: number of samples of each.
-        card: file of a source card.
-        preparation: what pictures, texts and sounds went through.
-        description: classes, samples of each, preprocessing, as plain values.
+        sizes: the number of samples of each of these.
+        card: the file of a source card.
+        preparation: how pictures, texts and sounds were prepared.
+        description: classes, their samples and the preprocessing, as plain values.
     """
 
     name: str
@@ -79,7 +79,7 @@ class LoadedTask:
         return {name: getattr(self, name) for name in names} | {"num_classes": len(self.classes)}
 
     def adapt(self, config: TrainConfig, **replaced: Any) -> fast.Result:
-        """`fast.finetune` of a copy of the network; `replaced` takes the place of arguments."""
+        """`fast.finetune` a copy of the network; `replaced` takes the place of arguments."""
         model = copy.deepcopy(self.loaded.model)
         return fast.finetune(model, **(self.arguments | replaced), **dataclasses.asdict(config))
 
@@ -95,7 +95,7 @@ class LoadedTask:
 
     def plan(self, config: TrainConfig) -> Plan:
         """What `adapt` would do; the network is left as it is."""
-        data = self.arguments | {"source": None}  # it is only measured
+        data = self.arguments | {"source": None}  # a run only measures the source
         options = dataclasses.replace(config, output=None, resume=None)
         return plan(self.loaded.model, **data, **dataclasses.asdict(options))
 
@@ -118,15 +118,14 @@ def load_task(
     """Read network and data, and print what they are.
 
     Args:
-        source_skill: where the source task is measured by features, labels of source inputs need
-            not be those of the network's head.
-        measured: there must be samples held out.
-        workers: processes that decode images; None: as many as are useful.
+        source_skill: with `features`, labels of source inputs need not be those of the head.
+        measured: refuse data that have no held-out samples.
+        workers: how many processes decode images; None: as many as are useful.
         progress: see `prepare_images`.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: what is wrong with the network or the data,
-            before training.
+        ValueError, FileNotFoundError, ImportError: the network or the data cannot be used; the
+            message says why.
     """
     notes: list[str] = []
     print(f"reading {printable(spec.data)} and {printable(spec.model)}", flush=True)
@@ -145,23 +144,14 @@ def load_task(
     prepared, preparation, reports = prepare_splits(spec, loaded, splits, workers, progress)
     check_shapes(spec, splits, prepared)
     notes += _check_source(spec, sets, try_forward(loaded, prepared["train"]), source_skill)
-
-    images = sounds = None
     report = FileReport.merged(reports[part] for part in PARTS if part in reports)
-    if preparation.images is not None:
-        images = image_facts(spec, preparation.images, loaded.preprocessing, report)
-        images["in_memory"] = not isinstance(prepared["train"], PreparedImages)
-    if preparation.sounds is not None:
-        sounds = preparation.sounds.facts() | {"skipped": list(report.broken)}
-    labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
-    read = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
-    data = dataclasses.replace(target, train=read["train"], val=read.get("val")).description
+    description = _description(spec, loaded, target, prepared, preparation, report)
     sizes = {name: len(labels_of(split)) for name, split in prepared.items()}
     if "source_inputs" in sets:
         samples = source_samples(sets["source_inputs"], prepared["source_inputs"])
         prepared["source_inputs"] = samples
-    loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(data)]
-    print(lines(data, images, sounds))
+    loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(description["data"])]
+    print(lines(**description))
     print_notes(loaded.notes)
     return LoadedTask(
         name=spec.short_name,
@@ -172,16 +162,40 @@ def load_task(
         transform=random_flip if spec.flip else None,
         preparation=preparation,
         sizes=sizes,
-        description={"data": data, "images": images, "sounds": sounds, "notes": loaded.notes},
+        description=description | {"notes": loaded.notes},
     )
+
+
+def _description(
+    spec: TaskSpec,
+    loaded: LoadedModel,
+    target: NamedData,
+    prepared: dict[str, Any],
+    preparation: Preparation,
+    report: FileReport,
+) -> dict[str, Any]:
+    """The target's data as they were read, and how images and sounds were prepared."""
+    images = sounds = None
+    if preparation.images is not None:
+        images = image_facts(spec, preparation.images, loaded.preprocessing, report)
+        images["in_memory"] = not isinstance(prepared["train"], PreparedImages)
+    if preparation.sounds is not None:
+        sounds = preparation.sounds.facts() | {"skipped": list(report.broken)}
+    labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
+    splits = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
+    data = dataclasses.replace(target, train=splits["train"], val=splits.get("val")).description
+    return {"data": data, "images": images, "sounds": sounds}
 
 
 def _check_source(
     spec: TaskSpec, sets: dict[str, NamedData], classes: int, skill: str
 ) -> list[str]:
-    """Refuse labels of the source task that the network's head does not have; return notes.
+    """Refuse labels of the source task that the network's head does not have.
 
-    Source inputs need no labels: those that cannot be matched with the head's are not used.
+    Source inputs need no labels: labels that cannot be matched with the head's are not used.
+
+    Returns:
+        notes on the source inputs.
     """
     if "source" in sets:
         check_source_labels(f"--source {spec.source}", sets["source"], classes)

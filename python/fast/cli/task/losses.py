@@ -40,7 +40,7 @@ class TaskLoss:
 
 
 def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
-    """Source and target loss, as far as there are data for them; the networks in eval mode."""
+    """The losses of the tasks for which there are data; their networks are in eval mode."""
     device = pick_device(spec.device)
     notes: list[str] = []
     sets = read_data(spec.task, notes)
@@ -67,7 +67,7 @@ def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
 
 
 def _networks(spec: CurvatureSpec, loaded: LoadedModel, data: Data) -> dict[str, nn.Module]:
-    """The network of each task, as far as it can be had."""
+    """The network of each task that the checkpoint has."""
     try_forward(loaded, data)
     if not spec.checkpoint:
         return {"source": loaded.model}

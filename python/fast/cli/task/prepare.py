@@ -1,4 +1,4 @@
-"""From data as stored to tensors, as the options and the network have it."""
+"""Turn stored data into tensors, as the options and the network say."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def prepare_splits(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> tuple[dict[str, Any], Preparation, dict[str, FileReport]]:
-    """Each split as `(x, y)` tensors, or a Dataset where it is too large for memory; how they were
-    prepared; and what was met in the files of each split.
+    """Each split as `(x, y)` tensors, or as a Dataset if it is too large for memory; how they were
+    prepared; and a report on the files of each split.
 
     Args:
-        workers: processes that decode images; None: as many as are useful.
+        workers: how many processes decode images; None: as many as are useful.
         progress: see `prepare_images`.
 
     Raises:
@@ -73,17 +73,17 @@ def prepare_splits(
         what = f"1 {whole.kind} cannot be read, and is" if count == 1 else many
         loaded.notes.append(f"--skip-broken: {what} left out: {some(list(whole.broken), 10)}")
     if preparation.sounds is not None:
-        heard = next(split for split in splits.values() if isinstance(split.inputs, EncodedAudio))
-        sounds = preparation.sounds.with_rate_of(heard)
+        first = next(split for split in splits.values() if isinstance(split.inputs, EncodedAudio))
+        sounds = preparation.sounds.with_rate_of(first)
         preparation = dataclasses.replace(preparation, sounds=sounds)
     return prepared, preparation, reports
 
 
 def _preparation(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) -> Preparation:
-    """What inputs of the kinds that there are go through.
+    """How inputs of the kinds in these splits are prepared.
 
     Raises:
-        ValueError: the network takes other kinds, or nobody says how images are to be normalised.
+        ValueError: the network takes another kind, or nobody says how images are to be normalised.
     """
     takes = "texts" if loaded.tokenizer else "sounds" if loaded.extractor else None
     if takes is None and loaded.preprocessing.library:
@@ -104,7 +104,7 @@ def _preparation(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) 
 
 
 def _image_format(spec: TaskSpec, loaded: LoadedModel) -> ImageFormat:
-    """What the options say, else what the network says; else the images as they are.
+    """How images are prepared: as the options say, else as the network says, else not at all.
 
     Raises:
         ValueError: nobody says how the images are to be normalised.
@@ -149,10 +149,13 @@ def random_flip(images: Tensor) -> Tensor:
 
 
 def try_forward(loaded: LoadedModel, prepared: Any) -> int:
-    """Number of classes that the network answers.
+    """Try the network on two samples, before anything is written.
+
+    Returns:
+        its number of classes.
 
     Raises:
-        ValueError: the network cannot take the data; before anything is written.
+        ValueError: the network cannot take the data.
     """
     inputs, _ = as_data(prepared, "train").batch_at(torch.arange(2))
     try:

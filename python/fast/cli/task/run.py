@@ -1,4 +1,4 @@
-"""The run that a command works on, and the folder for what it makes of one."""
+"""The run that a command works on, and the folder that it writes to."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fast.models.saved import FILES, MODEL_FILE
 def open_run(spec: RunSpec) -> Predictor:
     """The network of a run.
 
-    A network that is a factory in a Python file is run where --model names it, or where the run was
-    started by this user on this machine and the file is as it was; as with --resume.
+    If the network is a factory in a Python file, that file is run only if --model names it, or if
+    this user started the run on this machine and the file has not changed; --resume does the same.
     """
     return fast.load(spec.run, spec.model or _own_code(Path(spec.run)), device=spec.device)
 
@@ -31,24 +31,24 @@ def print_left_out(unreadable: dict[str, str]) -> None:
 
 
 def check_replaceable(folder: Path, own: bool) -> None:
-    """Refuse to write what is made of a run into a folder that holds something else.
+    """Refuse to write into a folder that holds something else.
 
     Args:
-        own: the folder holds what the same command has made before.
+        own: the folder holds what the same command wrote before.
 
     Raises:
-        ValueError: it holds more than the files with which a command begins, before the network.
+        ValueError: the folder holds more than the files that a command writes before the network.
     """
-    begun = set(FILES) - {MODEL_FILE}
-    if not own and folder.is_dir() and any(file.name not in begun for file in folder.iterdir()):
+    first = set(FILES) - {MODEL_FILE}
+    if not own and folder.is_dir() and any(file.name not in first for file in folder.iterdir()):
         raise ValueError(f"--output {folder}: is not empty; name another folder")
 
 
 def _own_code(folder: Path) -> str | None:
-    """The factory that job.json names, where it may be run; None for networks of libraries.
+    """The factory that job.json names; None for networks of libraries.
 
     Raises:
-        ValueError: it may not; the message says why.
+        ValueError: its file must not be run; the message says why.
     """
     if not (folder / JOB_FILE).is_file():
         return None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 # Row length of the checksum: long enough that the row sums are cheap to keep and to compare.
 COLUMNS = 1024
-# Tensors of up to so many elements are copied into one, and get one checksum: with one each, those
-# of 12 transformer blocks of width 64 took a third of the time of a product with one vector.
+# Tensors of up to this many elements are copied into one, and get one checksum: with one each,
+# those of 12 transformer blocks of width 64 took a third of the time of a product with one vector.
 SMALL = 2**15
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

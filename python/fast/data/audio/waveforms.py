@@ -25,11 +25,11 @@ class SoundFormat:
     """What sounds go through on their way to a network.
 
     Attributes:
-        seconds: what is longer is cut.
-        rate: samples per second, to which others are resampled; None: that of the files, which must
-            then have one.
-        extractor: a feature extractor of transformers, which makes the inputs of the waveforms;
-            None: waveforms `[N, T]` in -1..1 of exactly `seconds`, cut or followed by silence.
+        seconds: a longer sound is cut to this length.
+        rate: samples per second to which sounds are resampled; None keeps the rate of the files,
+            which must then be the same in all of them.
+        extractor: a feature extractor of transformers, which turns waveforms into inputs; None: the
+            inputs are waveforms `[N, T]` in -1..1 of exactly `seconds`, cut or followed by silence.
     """
 
     seconds: float
@@ -72,23 +72,23 @@ class SoundFormat:
 
     def _inputs(self, sounds: list[np.ndarray], rate: int) -> Any:
         if self.extractor is not None:
-            made = self.extractor(
+            inputs = self.extractor(
                 sounds, sampling_rate=rate, padding=True, return_tensors="pt", truncation=False
             )
-            return {name: torch.as_tensor(value) for name, value in made.items()}
+            return {name: torch.as_tensor(value) for name, value in inputs.items()}
         padded = np.zeros((len(sounds), round(self.seconds * rate)), np.float32)
         for row, sound in zip(padded, sounds, strict=True):
             row[: len(sound)] = sound
         return torch.from_numpy(padded)
 
     def with_rate_of(self, split: Split) -> SoundFormat:
-        """The same at the rate of the first of these files that can be read, where none is set."""
+        """This format, at the rate of the first file that can be read if it has no rate itself."""
         if self.rate is not None:
             return self
         for i in range(len(split)):
             try:
                 return replace(self, rate=read_audio(partial(split.inputs.open, i))[1])
-            except (ValueError, OSError, EOFError):  # told where the split is prepared
+            except (ValueError, OSError, EOFError):  # reported where the split is prepared
                 continue
         return self
 
@@ -115,7 +115,7 @@ class SoundFormat:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """The same as plain values; the extractor has a file of its own."""
+        """The fields as plain values; the extractor, which has a file of its own, by its class."""
         extractor = None if self.extractor is None else type(self.extractor).__name__
         return {"seconds": self.seconds, "rate": self.rate, "extractor": extractor}
 
@@ -162,7 +162,7 @@ def _integers(data: bytes, width: int) -> np.ndarray:
 
 
 def _soundfile(opened: Callable[[], Any], why: Exception) -> tuple[np.ndarray, int]:
-    """What the standard library does not read: other formats, floats."""
+    """Read what the standard library does not: other formats, and samples that are floats."""
     try:
         import soundfile
     except (ImportError, OSError):  # the latter where its C library is missing

@@ -20,7 +20,7 @@ OPERATIONS, MAGNITUDE = 2, 9
 
 def augmentation(preset: str, form: ImageFormat) -> Callable[[Picture], Picture]:
     """Make random views: a crop of random size and place, resized as the network takes it, mirrored
-    half of the time; with `strong` also RandAugment. Draws are torch's.
+    half of the time; with `strong` also RandAugment. All random numbers come from torch.
 
     Args:
         preset: `light` or `strong`.

@@ -37,7 +37,7 @@ def decode(
         the picture, in mode L or RGB, and its (width, height).
 
     Raises:
-        Unreadable: the file is damaged, or in no format that is read here.
+        Unreadable: the file is damaged, or this Pillow does not read its format.
     """
     try:
         with pillow().open(opened(), formats=readable_formats()) as picture:

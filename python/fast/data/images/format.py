@@ -41,7 +41,7 @@ class ImageFormat:
         interpolation: one of `INTERPOLATIONS`. Arrays have no box, hamming and lanczos: bilinear
             and bicubic take their places.
         library: description of a library's own transform, which then prepares pictures from files;
-            the other fields say what it does to those that look, augment, or have arrays.
+            the other fields describe what it does, for augmentation, for arrays and for readers.
     """
 
     size: int | None = None
@@ -79,7 +79,7 @@ class ImageFormat:
 
     @property
     def without_resizing(self) -> ImageFormat:
-        """The rest of it, for images that have their size already."""
+        """This format without resizing, for images that have their size already."""
         return replace(self, size=None, resize=None, library=None)
 
     @property
@@ -111,7 +111,7 @@ class ImageFormat:
         return self.finish(torch.from_numpy(self.fit(picture))[None])[0]
 
     def finish(self, images: Tensor) -> Tensor:
-        """What `fit` returned, of several pictures `[N, C, H, W]` -> float32."""
+        """Results of `fit`, stacked to `[N, C, H, W]` -> float32, scaled and normalised."""
         return images if self.library else self.without_resizing(images)
 
     @cached_property
@@ -119,8 +119,8 @@ class ImageFormat:
         return library_transform(self.library or {})
 
     def fit(self, picture: Picture) -> np.ndarray:
-        """A picture, resized and cropped -> uint8 `[C, size, size]`; by a library: float32, and
-        normalised, too."""
+        """Resize and crop a picture -> uint8 `[C, size, size]`; a library's transform returns
+        float32, and has normalised it."""
         if self.library:
             return self._library(picture if self.stretch else _without_ends(picture)).numpy()
         if self.size is not None:
@@ -159,7 +159,7 @@ class ImageFormat:
 
 
 def evaluation_transform(description: Mapping[str, Any]) -> Callable[[Picture], Tensor]:
-    """The transform with which a run measured: of a picture to float32 `[C, size, size]`.
+    """The transform that a run measured with: it turns a picture into float32 `[C, size, size]`.
 
     This is how a saved run prepares what it is asked about:
 
@@ -169,8 +169,8 @@ def evaluation_transform(description: Mapping[str, Any]) -> Callable[[Picture], 
         logits = network(transform(picture)[None])
 
     Args:
-        description: `ImageFormat.description`, also after JSON, and with other keys; what a run
-            saves as `images`.
+        description: what `ImageFormat.description` returned and a run saved as `images`; it may
+            have gone through JSON, and may have other keys.
 
     Raises:
         ValueError: the description is damaged.

@@ -54,7 +54,7 @@ def library_transform(description: Mapping[str, Any]) -> Transform:
     """The transform of a picture to float32 `[C, size, size]`.
 
     Args:
-        description: as one of the functions above made it, also after JSON.
+        description: what one of the functions above returned; it may have gone through JSON.
 
     Raises:
         ImportError: the library is not installed.
@@ -71,8 +71,8 @@ def library_transform(description: Mapping[str, Any]) -> Transform:
 def _timm(options: dict[str, Any]) -> Transform:
     from timm.data import create_transform
 
-    given: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in options.items()}
-    return create_transform(**given)
+    tuples: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in options.items()}
+    return create_transform(**tuples)
 
 
 def _torchvision(options: dict[str, Any]) -> Transform:
@@ -100,7 +100,7 @@ def _transformers(options: dict[str, Any]) -> Transform:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """A value in the types that JSON has."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

@@ -37,7 +37,7 @@ def _physical_memory() -> int:
 CACHE_BYTES = min(2 << 30, _physical_memory() // 8)
 # Images that are prepared at once; a worker sends them through shared memory, which may be small.
 CHUNK, SENT = 256, 16
-# So many images take a while: a bar is shown.
+# From this many images on, a progress bar is shown.
 MANY = 1000
 
 
@@ -57,11 +57,11 @@ def prepare_images(
     workers: int = 0,
     progress: bool | None = False,
 ) -> tuple[Tensor, Tensor] | PreparedImages:
-    """The split as `(float32 [N, C, H, W], int64 [N])`; a Dataset that decodes what is asked for
-    above `CACHE_BYTES`, and where pictures are augmented.
+    """The split as `(float32 [N, C, H, W], int64 [N])`. If that takes more than `CACHE_BYTES`, or
+    pictures are augmented, it is a Dataset instead, which decodes an image when it is asked for.
 
     Args:
-        report: takes the images that cannot be read, which are left out; None: they are an error.
+        report: records the images that cannot be read, which are left out; None: they are an error.
         augment: `none`, or a preset of `fast.data.images.augmentation`.
         workers: processes that decode.
         progress: show a bar while many images are read; None: in a terminal or a notebook.
@@ -103,8 +103,8 @@ class PreparedImages(Dataset):
 
     Attributes:
         labels: int64 `[N]`.
-        workers: how many processes should read it, where nobody says.
-        augment: the preset of `fast.data.images.augmentation` by which views are made.
+        workers: how many processes should read it, unless the user says.
+        augment: the preset of `fast.data.images.augmentation` that makes its views.
     """
 
     augment = "none"
@@ -118,7 +118,7 @@ class PreparedImages(Dataset):
         return len(self.labels)
 
     def subset(self, rows: np.ndarray, *, augment: bool = True) -> PreparedImages:
-        """These rows alone; as they are at evaluation where `augment` is False."""
+        """A set of these rows alone; without `augment` they are as they are at evaluation."""
         split = Split(inputs=self.inputs, labels=self.labels.numpy()).subset(rows)
         return prepared_by(split, self.form, self.augment if augment else "none")
 
@@ -191,7 +191,7 @@ class PreparedImages(Dataset):
         return list(decoded), self.form.finish(torch.from_numpy(stacked))
 
     def _decode(self, i: int, report: FileReport) -> Picture | None:
-        """Image `i`, or None where it is broken: reported."""
+        """Image `i`; None, and a line in the report, if it is broken."""
         try:
             picture, size = decode(lambda: self.inputs.open(i), self.form.channels)
         except Unreadable as err:
@@ -213,7 +213,7 @@ class PreparedImages(Dataset):
 
 
 class AugmentedImages(PreparedImages):
-    """Shows each image in a random view at each visit; by `[i]` as it is at evaluation.
+    """Shows an image in a random view by `view`, and as it is at evaluation by `[i]`.
 
     Args:
         augment: a preset of `fast.data.images.augmentation`.

@@ -15,7 +15,7 @@ from fast.data.images.library import torchvision_description
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Fields of `ImageFormat`; None where nobody says.
+    """Fields of `ImageFormat`, with None for what nobody says.
 
     Attributes:
         bgr: whether the network takes blue first.
@@ -97,7 +97,7 @@ def declared(model: nn.Module) -> Preprocessing:
         return Preprocessing()
     try:
         return from_config(values, "the network's mean and std")
-    except (TypeError, ValueError):  # methods, say, of these names
+    except (TypeError, ValueError):  # something else has these names, such as methods
         return Preprocessing()
 
 

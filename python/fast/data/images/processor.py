@@ -31,38 +31,15 @@ def measure(processor: Any) -> Preprocessing:
         ValueError: it prepares them in a way that `ImageFormat` does not know.
     """
     pictures = _pictures()
-    black, red, green, blue, ramp, photo = _outputs(processor, pictures)
+    *flat, ramp, photo = _outputs(processor, pictures)
+    colours, offset, gain = _colours(processor, flat)
     height, width = ramp.shape[1:]
-    middle = (slice(None), height // 2, width // 2)
-    offset = black[middle]
-    gains = torch.stack([x[middle] - offset for x in (red, green, blue)], 1)
-    if len(offset) == 1:
-        gains = gains.sum(1, keepdim=True)
-    bgr = len(offset) == 3 and gains.diagonal().abs().sum() < gains.fliplr().diagonal().abs().sum()
-    gain = gains.fliplr().diagonal() if bgr else gains.diagonal()
-    if gains.abs().sum() > 1.001 * gain.sum() or gain.min() <= 0:
-        raise _refusal(processor, "mixes or inverts the colours")
-    colours = Preprocessing(
-        library=transformers_description(processor),
-        mean=_rounded(-offset / gain),
-        std=_rounded(1 / gain),
-        bgr=bool(bgr),
-        origin="the image processor",
-    )
-
     if (height, width) == (HEIGHT, WIDTH):
         return colours
     if height != width:
         raise _refusal(processor, f"gives pictures of {width}x{height}, which are not square")
-    seen = ((ramp - offset[:, None, None]) / gain[:, None, None]).double()
-    if bgr:
-        seen = seen.flip(0)
-    across, down = seen[0].mean(0), seen[-1 if len(seen) == 1 else 1].mean(1)
-    resized = (_resized(across), _resized(down))
-    stretch = resized[0] == resized[1]
-    resize = min(resized)
-    if resize < height or (not stretch and abs(resized[0] - resize * WIDTH / HEIGHT) > 2):
-        raise _refusal(processor, "pads pictures, or crops them without resizing them")
+    pixels = ((ramp - offset[:, None, None]) / gain[:, None, None]).double()
+    resize, stretch = _resizing(processor, pixels.flip(0) if colours.bgr else pixels)
     resample = getattr(processor, "resample", None)
     preprocessing = replace(
         colours,
@@ -71,15 +48,56 @@ def measure(processor: Any) -> Preprocessing:
         stretch=stretch,
         interpolation="bilinear" if resample is None else _RESAMPLING[int(resample)],
     )
-    ours = (
-        replace(preprocessing, library=None)
-        .format(BGR if bgr else len(offset))
-        .prepare(pictures[-1])
-    )
-    apart = ((ours - photo) / gain[:, None, None]).abs().mean()
+    form = replace(preprocessing, library=None).format(BGR if colours.bgr else len(offset))
+    apart = ((form.prepare(pictures[-1]) - photo) / gain[:, None, None]).abs().mean()
     if apart > CLOSE:
         raise _refusal(processor, f"gives other pixels than here (by {apart:.2g} of 1)")
     return preprocessing
+
+
+def _colours(processor: Any, flat: list[Tensor]) -> tuple[Preprocessing, Tensor, Tensor]:
+    """What a processor does to colours, and its offset and gain `[C]`, in its order of channels.
+
+    Args:
+        flat: its outputs for the black, red, green and blue picture.
+
+    Raises:
+        ValueError: it does not scale each channel by itself.
+    """
+    height, width = flat[0].shape[1:]
+    black, *primaries = (x[:, height // 2, width // 2] for x in flat)
+    gains = torch.stack([colour - black for colour in primaries], 1)
+    if len(black) == 1:
+        gains = gains.sum(1, keepdim=True)
+    bgr = len(black) == 3 and gains.diagonal().abs().sum() < gains.fliplr().diagonal().abs().sum()
+    gain = gains.fliplr().diagonal() if bgr else gains.diagonal()
+    if gains.abs().sum() > 1.001 * gain.sum() or gain.min() <= 0:
+        raise _refusal(processor, "mixes or inverts the colours")
+    colours = Preprocessing(
+        library=transformers_description(processor),
+        mean=_rounded(-black / gain),
+        std=_rounded(1 / gain),
+        bgr=bool(bgr),
+        origin="the image processor",
+    )
+    return colours, black, gain
+
+
+def _resizing(processor: Any, ramp: Tensor) -> tuple[int, bool]:
+    """The length to which the shorter side was resized, and whether the other was, too.
+
+    Args:
+        ramp: what the processor made of the ramp, in 0..1, red first.
+
+    Raises:
+        ValueError: it resizes in another way.
+    """
+    across, down = ramp[0].mean(0), ramp[-1 if len(ramp) == 1 else 1].mean(1)
+    sides = (_resized(across), _resized(down))
+    stretch, resize = sides[0] == sides[1], min(sides)
+    if resize < ramp.shape[1] or (not stretch and abs(sides[0] - resize * WIDTH / HEIGHT) > 2):
+        raise _refusal(processor, "pads pictures, or crops them without resizing them")
+    return resize, stretch
 
 
 def _pictures() -> list[Any]:
@@ -110,9 +128,10 @@ def _outputs(processor: Any, pictures: list[Any]) -> list[Tensor]:
 
 
 def _resized(profile: Tensor) -> int:
-    """Length to which a whole side was resized, of which `profile` `[n]` is the middle.
+    """The length to which a side was resized.
 
-    The values along the whole side rise from 0 to 1.
+    Args:
+        profile: the middle `[n]` of that side; along the whole of it, values rise from 0 to 1.
     """
     n = len(profile)
     inner = slice(n // 8, n - n // 8)  # borders of a resized picture are not on the line

@@ -1,7 +1,7 @@
 """Read labelled data by name: folders of classes, tables, an .npz, a Hugging Face data set.
 
-What comes back is raw: uint8 images, files, strings, float features. How these are prepared
-depends on the network; `fast.data.images` does it.
+The samples come back raw: uint8 images, files, strings, float features. The network decides how
+they are prepared; `fast.data.images` and `fast.data.audio` do it.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def load_data(
     Args:
         input_column, label_column: columns of a table or a Hugging Face data set (default: by
             their types and usual names).
-        numeric_labels: integer names of class folders are labels, not just names. A folder may then
-            hold some of the classes of a source task.
+        numeric_labels: class folders that are named by integers have these as their labels, so that
+            a folder may hold some of the classes of a source task.
         unlabelled: there may be no labels: a folder of samples without class folders, an `.npz`
             without `y`, a table without a column of labels, a text file with a sample in each
             line.

@@ -23,7 +23,7 @@ LONGEST_TEXT = 10 << 20
 
 
 def suffixes_in(root: Folder) -> frozenset[str] | None:
-    """The suffixes of the samples in a folder without images: sounds or texts, else None."""
+    """The suffixes of sounds or texts, whichever a folder without images holds; else None."""
     there = set(root.all_others())
     return next((kind for kind in KINDS if there & kind), None)
 
@@ -39,10 +39,10 @@ def samples_of(paths: Sequence[str]) -> Any:
 
 
 def files_of(where: str, cells: Sequence[str], root: Path) -> Any:
-    """Cells of a table that name files, as samples; all else is texts.
+    """The samples in the files that the cells of a table name; other cells are texts themselves.
 
     Raises:
-        ValueError: they look like files, and some are not there.
+        ValueError: the cells look like names of files, and some files are not there.
     """
     kinds = AUDIO_SUFFIXES | TEXT_SUFFIXES | readable_suffixes()
     if not all(Path(cell).suffix.lower() in kinds for cell in cells):
@@ -70,8 +70,8 @@ def text_of(path: Path) -> str:
 
 
 def read_lines(root: Path) -> NamedData | None:
-    """A folder of text files, one for each class, with a sample in each line, or such folders by
-    split; None where it is none."""
+    """A folder with a text file for each class and a sample in each line, or with such a folder for
+    each split; None if it is neither."""
     top = scan(root, TEXT_SUFFIXES)
     parts = {"train": top}
     if not top.images:

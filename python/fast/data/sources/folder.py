@@ -42,20 +42,9 @@ def read_folder(root: Path, numeric_labels: bool, unlabelled: bool = False) -> N
         paths = [str(path) for path in whole.all_images()]
         return NamedData.unlabelled(str(root), samples_of(paths))
     layout = _layout(whole)
-    parts, notes = layout.parts, layout.notes
+    parts = layout.parts
     files = {part: _class_files(folder) for part, folder in parts.items()}
-    names = sorted(files.get("train", files.get("val", {})), key=natural)
-    if numeric_labels and all(name.isdecimal() for name in names):
-        number = {name: int(name) for name in names}
-        if len(set(number.values())) < len(names):
-            raise ValueError(f"{root}: two class folders have the same number: {some(names, 20)}")
-        samples = sum(len(paths) for entries in files.values() for paths in entries.values())
-        count = count_classes(max(number.values()), samples, str(root))
-        classes = tuple(str(i) for i in range(count))
-    else:
-        number = {name: i for i, name in enumerate(names)}
-        classes = tuple(names)
-
+    number, classes = _numbers(root, files, numeric_labels)
     splits: dict[str, Split] = {}
     for part, entries in files.items():
         extra = sorted(set(entries) - set(number), key=natural)
@@ -67,10 +56,47 @@ def read_folder(root: Path, numeric_labels: bool, unlabelled: bool = False) -> N
         paths = [str(path) for name in entries for path in entries[name]]
         labels = np.repeat([number[name] for name in entries], list(map(len, entries.values())))
         splits[part] = Split(inputs=samples_of(paths), labels=labels.astype(np.int64))
+    held_out = parts["val"].path.relative_to(root) if "train" in parts and "val" in parts else ""
+    return NamedData(
+        name=str(root),
+        train=splits.get("train"),
+        val=splits.get("val"),
+        classes=classes,
+        held_out=f"folder {printable(held_out)}" if held_out else "",
+        notes=(*layout.notes, *_left_out(parts, "images" if suffixes is None else "samples")),
+    )
+
+
+def _numbers(
+    root: Path, files: dict[str, dict[str, list[Path]]], numeric_labels: bool
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The label of each class folder, and the names of all classes.
+
+    Args:
+        files: the files of each class, by split.
+        numeric_labels: see `load_data`.
+    """
+    names = sorted(files.get("train", files.get("val", {})), key=natural)
+    if not (numeric_labels and all(name.isdecimal() for name in names)):
+        return {name: i for i, name in enumerate(names)}, tuple(names)
+    number = {name: int(name) for name in names}
+    if len(set(number.values())) < len(names):
+        raise ValueError(f"{root}: two class folders have the same number: {some(names, 20)}")
+    samples = sum(len(paths) for entries in files.values() for paths in entries.values())
+    count = count_classes(max(number.values()), samples, str(root))
+    return number, tuple(str(i) for i in range(count))
+
+
+def _left_out(parts: dict[str, Folder], samples: str) -> list[str]:
+    """Notes on what the class folders hold besides the files of their classes.
+
+    Args:
+        samples: what those files are called.
+    """
+    notes = []
     others = sum((folder.all_others() for folder in parts.values()), Counter())
     if others:
-        wanted = "images to us" if suffixes is None else "samples to us"
-        notes.append(f"files that are no {wanted} are left out: {left_out(others)}")
+        notes.append(f"files that are no {samples} to us are left out: {left_out(others)}")
     for part, folder in parts.items():
         if any(_holds_classes(f) for f in folder.folders.values()):
             notes.append(
@@ -80,15 +106,7 @@ def read_folder(root: Path, numeric_labels: bool, unlabelled: bool = False) -> N
             notes.append(
                 f"{len(folder.images)} {folder.kind} beside the class folders are left out"
             )
-    held_out = parts["val"].path.relative_to(root) if "train" in parts and "val" in parts else ""
-    return NamedData(
-        name=str(root),
-        train=splits.get("train"),
-        val=splits.get("val"),
-        classes=classes,
-        held_out=f"folder {printable(held_out)}" if held_out else "",
-        notes=tuple(notes),
-    )
+    return notes
 
 
 def has_classes(path: Path) -> bool:
@@ -199,7 +217,7 @@ def _class_files(root: Folder) -> dict[str, list[Path]]:
 
 
 def _holds_classes(folder: Folder) -> bool:
-    """Whether its images are in folders of their own."""
+    """Whether a folder holds no images itself, but folders of images."""
     return not folder.images and bool(folder.with_images)
 
 

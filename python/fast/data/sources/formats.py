@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-# Pillow's raster formats. EPS, say, is not among them: it runs a program on the file.
+# Raster formats that Pillow reads by itself. EPS is left out, because Pillow runs a program on it.
 FORMATS = (
     "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM",
     "QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM",
 )  # fmt: skip
-# Suffixes that everybody takes for images; not every Pillow can read the second.
+# The usual suffixes of images, and those of cameras and phones, which not every Pillow reads.
 COMMON = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 CAMERA_FORMATS = frozenset((".avif", ".cr2", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef"))
 
@@ -38,8 +38,8 @@ def readable_formats() -> tuple[str, ...]:
 
 @cache
 def readable_suffixes() -> frozenset[str]:
-    """Suffixes of the files that Pillow reads here, in lower case; without Pillow those of images
-    all the same: what cannot be read is told when it is read."""
+    """Suffixes of the files that Pillow reads here, in lower case. Without Pillow these are the
+    `COMMON` ones, so that the error says what to install when a file is read."""
     try:
         pillow()
     except ImportError:

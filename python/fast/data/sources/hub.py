@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,7 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     datasets, loaded = _load(name)
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
-    by_role: dict[str | None, list[str]] = {}
-    for split in loaded:
-        by_role.setdefault(role_of(split), []).append(split)
-    held_out = [split for role in HELD_OUT for split in by_role.get(role, [])]
-    training = by_role.get(TRAIN, [])[:1]
+    training, held_out = _by_role(loaded)
     if not training and not held_out:
         raise ValueError(f"{name}: has neither train nor validation; got {some(list(loaded), 10)}")
     features = loaded[(training or held_out)[0]].features
@@ -52,8 +49,8 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     labels = {split: loaded[split][label_column][:] for split in training + held_out}
     # Benchmarks publish the inputs of their test split, and -1 for its labels.
     has_labels = [s for s in held_out if any(label != UNLABELLED for label in labels[s])]
-    used = {"train": training, "val": has_labels[:1]}
-    split_of = {part: splits[0] for part, splits in used.items() if splits}
+    candidates = {"train": training, "val": has_labels}
+    split_of = {part: names[0] for part, names in candidates.items() if names}
     notes = [
         f"split {printable(split)} is not used"
         + (": its labels are all -1" if split in held_out and split not in has_labels else "")
@@ -84,6 +81,15 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     )
 
 
+def _by_role(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The training split, as a list of one or none, and the held-out splits, the best first."""
+    by_role: dict[str | None, list[str]] = {}
+    for name in names:
+        by_role.setdefault(role_of(name), []).append(name)
+    held_out = [name for role in HELD_OUT for name in by_role.get(role, [])]
+    return by_role.get(TRAIN, [])[:1], held_out
+
+
 def _load(name: str) -> tuple[Any, Any]:
     """The library `datasets`, and what it loads by this name."""
     try:
@@ -111,7 +117,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _column(option: str, column: str | None, features: Any, kind: type) -> str:
-    """The column that the user names; else the first of this kind, or with a usual name."""
+    """The column that the user names; else the first of this type, else one with a usual name."""
     columns = some(list(features), 20)
     if column is not None:
         if column not in features:

@@ -44,10 +44,10 @@ def role_of(name: str) -> str | None:
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
-    """The role of each name that is a split's.
+    """The role of each name that is the name of a split.
 
-    One more word may say what is split, where two names share it: `seg_train` beside `seg_test`,
-    but not `train_station` beside `test_tube`.
+    It may have one more word if two names share that word: `seg_train` and `seg_test` are splits,
+    `train_station` and `test_tube` are not.
     """
     read = {name: _read(name) for name in names}
     common = Counter(other for role, other in read.values() if role is not None)
@@ -59,8 +59,8 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def usual_columns(columns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Those of `columns` that are called as one of `names`, in the order of these: `File Path` is
-    called `file_path`."""
+    """The columns whose names are among `names`, in the order of `names`; `File Path` counts as
+    `file_path`."""
     places = {_underscored(column): column for column in reversed(list(columns))}
     return [places[name] for name in names if name in places]
 
@@ -70,7 +70,7 @@ def _underscored(name: str) -> str:
 
 
 def _read(name: str) -> tuple[str | None, str]:
-    """(role, the other word in it)."""
+    """The role of a name, and the other word in it."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     if words in (["hold", "out"], ["held", "out"]):
         return "val", ""

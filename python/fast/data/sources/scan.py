@@ -26,13 +26,13 @@ def is_litter(name: str) -> bool:
 
 @dataclass(kw_only=True)
 class Folder:
-    """A folder with what is in it, but litter.
+    """A folder with what is in it, without litter.
 
     Attributes:
         folders: the folders directly in it, by name, in natural order.
         kind: what is looked for, for messages: "images", "sounds" or "texts".
         images: those files directly in it, in order.
-        others: number of other files directly in it, by suffix or by what else they are.
+        others: how many other files are directly in it, by suffix or by kind (`"broken link"`).
     """
 
     path: Path
@@ -62,7 +62,7 @@ def scan(root: Path, suffixes: frozenset[str] | None = None, kind: str = "images
     """Read the names in a folder; no file is opened.
 
     Args:
-        suffixes: of the files to look for (default: of images).
+        suffixes: which files to look for (default: images).
         kind: what these files are, for messages.
     """
     return _scan(root, readable_suffixes() if suffixes is None else suffixes, kind, ())
@@ -85,7 +85,7 @@ def _plural(kind: str, count: int) -> str:
 
 
 def natural(name: str) -> tuple[int, int, str]:
-    """Sorts 2 before 10; the order of class numbers when folders are named by them."""
+    """A sort key that puts 2 before 10, so that folders named by numbers are in their order."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 

@@ -40,8 +40,8 @@ def read_table(
     """A table in a file; its files are beside it, or their paths are absolute.
 
     Args:
-        unlabelled: there need be no column of labels, if the one of inputs is named or is called
-            as usual.
+        unlabelled: the table may have no column of labels, if `input_column` is given or the inputs
+            have a usual name.
     """
     tables = {"train": _columns(path)}
     if unlabelled and label_column is None and not usual_columns(tables["train"], LABELS):
@@ -62,7 +62,7 @@ def read_tables(
 
 
 def split_tables(root: Path) -> dict[str, Path]:
-    """The tables in a folder that are called as splits are, as `train` and `val`."""
+    """The tables in a folder whose names are those of splits, by split (`train`, `val`)."""
     by_role: dict[str | None, list[Path]] = {}
     for path in sorted(root.iterdir()):
         if path.suffix.lower() in SUFFIXES and path.is_file():
@@ -80,11 +80,11 @@ def from_columns(
     input_column: str | None,
     label_column: str | None,
 ) -> NamedData:
-    """Data of tables by split; one table may have a column that says which split a row is of.
+    """Data from a table for each split, or from one with a column that says the split of a row.
 
     Args:
         root: folder that paths are relative to.
-        input_column, label_column: None: guessed, and told in a note.
+        input_column, label_column: None lets them be guessed, and a note says the guess.
 
     Raises:
         ValueError: a column is not there, or cannot be guessed; cells are empty; a row has several
@@ -128,10 +128,10 @@ def from_columns(
 
 def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
     """The rows of each split, where a column names it."""
-    named = usual_columns([c for c in table if c not in used], SPLITS)
-    if not named:
+    columns = usual_columns([c for c in table if c not in used], SPLITS)
+    if not columns:
         return {"train": table}, ""
-    roles = [role_of(str(value)) for value in table[named[0]]]
+    roles = [role_of(str(value)) for value in table[columns[0]]]
     held_out = next((role for role in HELD_OUT if role in roles), None)
     if TRAIN not in roles or held_out is None:
         return {"train": table}, ""
@@ -142,14 +142,14 @@ def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
     parts: dict[str, Columns] = {
         part: {c: [v[i] for i in index] for c, v in table.items()} for part, index in rows.items()
     }
-    return parts, f"split by column {printable(named[0])}"
+    return parts, f"split by column {printable(columns[0])}"
 
 
 def read_inputs(path: Path, column: str | None, usual: Sequence[str]) -> Any:
     """The inputs in a table: files, texts or numbers.
 
     Args:
-        column: that holds them; None: the first that is called as one of `usual`.
+        column: the one that holds them; None: the first whose name is among `usual`.
 
     Raises:
         ValueError: the table cannot be read, has no such column, or names files that are not there.
@@ -166,7 +166,7 @@ def read_inputs(path: Path, column: str | None, usual: Sequence[str]) -> Any:
 
 
 def _columns(path: Path) -> Columns:
-    """The columns of a file, by name; of a CSV all cells are strings."""
+    """The columns of a file by name; all cells of a CSV file are strings."""
     if path.suffix.lower() == ".parquet":
         return _parquet(path)
     rows = _rows(path)
@@ -185,9 +185,9 @@ def _columns(path: Path) -> Columns:
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """The cells of a CSV file by rows; empty rows are none.
+    """The cells of a CSV file by rows, without empty rows.
 
-    Between cells are commas. Where the first line has none they are tabs or semicolons, as
+    Cells are separated by commas; if the first line has none, by tabs or semicolons, as
     spreadsheets write them.
     """
     csv.field_size_limit(min(LONGEST_CELL, sys.maxsize))
@@ -223,8 +223,8 @@ def _parquet(path: Path) -> Columns:
 def _chosen(
     name: str, table: Columns, input_column: str | None, label_column: str | None
 ) -> tuple[str, str]:
-    """The columns of inputs and labels: as the user names them, else with usual names; where one
-    of two columns is clear, so is the other."""
+    """The columns of inputs and labels: those that the user names, else those with usual names. If
+    one of two columns is clear, the other is, too."""
     columns = [str(column) for column in table]
     chosen = {"--input-column": input_column, "--label-column": label_column}
     usual = {"--input-column": (*FILES, *TEXTS), "--label-column": LABELS}
@@ -283,7 +283,7 @@ def _text(cell: Any) -> str:
 
 
 def _inputs(where: str, cells: Sequence[Any], root: Path) -> Any:
-    """Files, where the cells name some; else texts, or numbers."""
+    """The files that the cells name; else the cells themselves, as texts or numbers."""
     if not isinstance(cells[0], str):
         try:
             return np.asarray(list(cells), np.float32).reshape(len(cells), -1)

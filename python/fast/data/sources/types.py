@@ -1,4 +1,4 @@
-"""Labelled data as read, before a network has a say in how they are prepared."""
+"""Labelled data as they are read, before they are prepared for a network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SKIP = " (or go on without: --skip-broken)"
 
 @dataclass(kw_only=True)
 class FileReport:
-    """What was met while files were read.
+    """What turned up while files were read.
 
     Attributes:
         broken: name -> reason, of the files that cannot be read.
@@ -107,9 +107,9 @@ class NamedData:
         train, val: splits; at least one of them is not None.
         classes: names of the labels 0, 1, ...
         held_out: where val comes from.
-        notes: what was left out, or guessed, while reading; one line each.
-        has_labels: False where the data say none, or none that can be used; those of the splits
-            mean nothing then.
+        notes: what was left out or guessed while reading, one line each.
+        has_labels: False if the data have no labels, or none that can be used; the labels of the
+            splits then mean nothing.
     """
 
     name: str
@@ -131,7 +131,7 @@ class NamedData:
         return cls(name=name, train=split, val=None, classes=(), notes=notes, has_labels=False)
 
     def with_val(self, fraction: float, seed: int = 0) -> NamedData:
-        """The same data with a val split: where there is none, `fraction` of each class moves there
+        """The same data with a val split: if there is none, `fraction` of each class moves there
         from train. A fraction of 0 moves nothing.
         """
         if self.val is not None or self.train is None or fraction == 0:
@@ -200,11 +200,11 @@ def fold_rows(labels: np.ndarray, folds: int, seed: int = 0) -> list[np.ndarray]
         raise ValueError(f"{len(labels)} samples cannot be split into {folds} parts")
     rng = np.random.default_rng(seed)
     part = np.empty(len(labels), dtype=np.int64)
-    dealt = 0
+    count = 0
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        part[members] = (dealt + np.arange(len(members))) % folds
-        dealt += len(members)
+        part[members] = (count + np.arange(len(members))) % folds
+        count += len(members)
     return [np.flatnonzero(part == i) for i in range(folds)]
 
 
@@ -227,7 +227,7 @@ def numbered_classes(splits: Sequence[Split], where: str) -> tuple[str, ...]:
     """`("0", "1", ...)` up to the largest label.
 
     Raises:
-        ValueError: that would be far more classes than there are samples.
+        ValueError: there would be far more classes than samples.
     """
     top = max(int(s.labels.max()) for s in splits)
     return tuple(map(str, range(count_classes(top, sum(map(len, splits)), where))))

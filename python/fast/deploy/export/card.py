@@ -34,7 +34,8 @@ def write_card(subject: Subject, folder: Path, format: str) -> None:
     """Write README.md; for Hugging Face it is the model card."""
     lines = _front(subject) if format in ("hf", "timm") else []
     lines += [f"# {type(subject.network).__name__} of {len(subject.classes)} classes", ""]
-    lines += [f"Classes: {some(subject.classes, 20)}.", "", *_training(subject), "## Inputs", ""]
+    classes = [f"`{name}`" for name in subject.classes]  # a name may contain a comma
+    lines += [f"Classes: {some(classes, 20)}.", "", *_training(subject), "## Inputs", ""]
     lines += [f"{i}. {step}" for i, step in enumerate(subject.preparation.words, 1)]
     lines += ["", "The softmax of the logits gives the probabilities of the classes.", ""]
     lines += ["## Use", "", "```python", *_use(subject, format).splitlines(), "```"]

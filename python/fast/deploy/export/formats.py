@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from fast.deploy.export.card import write_card
 from fast.deploy.export.hugging_face import write_hugging_face
@@ -14,7 +15,8 @@ from fast.deploy.export.tensors import write_tensors
 from fast.deploy.export.timm import write_timm
 from fast.files import atomic_folder, check_writable
 
-FORMATS: dict[str, Callable[[Subject, Path], None]] = {
+ExportFormat = Literal["onnx", "torch.export", "safetensors", "hf", "timm"]
+FORMATS: dict[ExportFormat, Callable[[Subject, Path], None]] = {
     "onnx": write_onnx,
     "torch.export": write_program,
     "safetensors": write_tensors,
@@ -23,7 +25,7 @@ FORMATS: dict[str, Callable[[Subject, Path], None]] = {
 }
 
 
-def export(subject: Subject, folder: Path, format: str) -> Path:
+def export(subject: Subject, folder: Path, format: ExportFormat) -> Path:
     """Write a network and its card into a folder, whole or not at all; see `Predictor.export`."""
     check_writable(folder, "folder")
     if folder.is_dir():

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.config import AdaptOptions
-from fast.adapt.loss import Loss
+from fast.adapt.loss import TargetLoss
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
@@ -126,7 +126,7 @@ class FastTrainer(Trainer):
         if isinstance(samples, IterableDataset):
             raise ValueError("train_dataset is iterable only; give one with samples by number")
         self._plan_schedules = plan_schedules(self.args, options)
-        self.mean_loss = Loss(None, self.args.label_smoothing_factor)
+        self.mean_loss = TargetLoss(None, self.args.label_smoothing_factor)
         self.source_eval = source_eval
         self.source_accuracy_before = self.source_accuracy = self.measure_source()
         settings = adaptation_options(self.args, len(loader), options)

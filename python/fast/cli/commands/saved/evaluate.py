@@ -62,8 +62,8 @@ def run(spec: EvaluateSpec) -> int:
 
 
 def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
-    """Name and contents of the data, those that are given or what the run held out; and whether
-    files that cannot be read are left out, as --skip-broken says here, or said in the run.
+    """The name and contents of DATA, or of what the run held out; and whether --skip-broken was
+    given, here or to the run, so that files that cannot be read are left out.
 
     Raises:
         ValueError: no data are given, and the run names none.
@@ -99,7 +99,7 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
 
 
 def _job(folder: Path) -> dict[str, Any]:
-    """The options of the run; empty where it was none of the command line."""
+    """The options of the run; empty if the command line did not start it."""
     if not (folder / JOB_FILE).is_file():
         return {}
     return read_record(folder, "RUN", parser_of(FinetuneSpec), named=True)

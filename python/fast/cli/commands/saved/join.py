@@ -27,7 +27,7 @@ from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
 from fast.models.saved import JOIN_FILE
 
-# What stays true of a run when its heads are joined: files, and parts of result.json.
+# Files, and parts of result.json, that stay true of a run when its heads are joined.
 COPIED = ("data.json", "preprocessing.json")
 KEPT_FACTS = ("network", "inputs")
 
@@ -49,7 +49,7 @@ def run(spec: JoinSpec) -> int:
             "be used; drop the option, and the network's own answers take their place"
         )
     if not spec.source_labelled:
-        source = SourceInputs(inputs=source.inputs)
+        source = source.without_labels()
     joined = join_heads(
         heads, source, _target_samples(task), _source_classes(spec, count), task.classes
     )
@@ -60,7 +60,7 @@ def run(spec: JoinSpec) -> int:
 
 
 def _target_samples(task: LoadedTask) -> Any:
-    """The samples that the run held out; those that it trained on with them, where they are few."""
+    """The samples that the run held out; if they are few, also those that it trained on."""
     held_out = task.sizes.get("val", 0)
     if held_out >= LEAST:
         return task.val
@@ -78,7 +78,7 @@ def _target_samples(task: LoadedTask) -> Any:
 
 
 def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:
-    """Write the joined network, with what the run knows of network and inputs."""
+    """Write the joined network, with the facts of the run that still hold."""
     run = Path(spec.run)
     replace_record(folder, shown(spec.task))
     for name in COPIED:
@@ -109,13 +109,13 @@ def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
 
 
 def _summary(joined: Joined) -> str:
-    found = joined.calibration
-    assert found is not None
+    calibration = joined.calibration
+    assert calibration is not None
     merged = len(joined.rows) - len(joined.classes)
     return (
         f"{len(joined.classes)} classes in one softmax"
         + (f", of which {merged} are of both tasks" if merged else "")
         + f"; {joined.passes} forward pass{'es' if joined.passes > 1 else ''} per input"
-        + f"\n{percent(found.mistaken)} % of held-out samples are taken for the other task; loss "
-        f"over all classes {found.loss_before:.3f} -> {found.loss:.3f} nats"
+        + f"\n{percent(calibration.mistaken)} % of held-out samples are taken for the other task; "
+        f"loss over all classes {calibration.loss_before:.3f} -> {calibration.loss:.3f} nats"
     )

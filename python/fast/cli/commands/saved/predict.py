@@ -12,9 +12,9 @@ from fast.cli.task.run import open_run, print_left_out
 from fast.deploy.predictions import Predictions
 from fast.errors import printable
 
-# So many answers are looked at one by one.
+# Up to this many answers are read one by one; of more, a summary follows.
 FEW = 40
-# A terminal is not filled with more of them; a file, or another program, gets all.
+# A terminal shows no more answers than this; a file, or another program, gets all.
 SHOWN = 200
 MOST_CLASSES = 12
 # Characters of a file's name, at least.

@@ -74,7 +74,7 @@ def _is_rewound(folder: Path) -> bool:
 
 
 def _report(result: Rewound) -> str:
-    """Each place that was looked at, in a line, and what was chosen."""
+    """A table of the places that were tried, and what the chosen one loses."""
     budget = result.config.budget
     assert budget is not None
 

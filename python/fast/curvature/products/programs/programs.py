@@ -24,10 +24,10 @@ from fast.curvature.products.programs.trace import BranchChanged
 from fast.curvature.products.programs.tracer import Tracer
 from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
 
-# So many programs are kept for inputs of one make-up. They differ in what their code has read from
-# data.
+# This many programs are kept for inputs of one make-up. They differ in what their code has read
+# from the data.
 MOST_BRANCHES = 4
-# So many make-ups of inputs (mostly sequence lengths) are kept. Their code holds no activations.
+# This many make-ups of inputs (mostly sequence lengths) are kept. Their code holds no activations.
 MOST_KEPT = 32
 
 
