@@ -16,8 +16,8 @@ from fast.adapt.defaults import (
     SETTLED,
     SGD_CLIP,
     SGD_FACTOR,
+    SOURCE_INPUTS,
     TARGET_INPUTS,
-    rehearse_weight,
     steps_for,
 )
 from fast.adapt.methods import METHODS
@@ -178,13 +178,18 @@ def test_the_head_start_has_its_buffers_back():
 @pytest.mark.parametrize(
     ("samples", "share"), [(20, 0.1), (500, 0.25), (2000, 1.0), (10**6, 1.0), (None, 1.0)]
 )
-def test_the_features_of_few_target_inputs_are_held_less_hard(samples, share):
-    config = TrainConfig()
-    assert rehearse_weight(config, False, samples) == pytest.approx(share)
-    assert rehearse_weight(config, True, samples) == 1.0  # source inputs need not change
-    assert rehearse_weight(TrainConfig(rehearse=0.7), False, samples) == 0.7
-    plan = plan_for(config, steps=100, rehearsed=TARGET_INPUTS, samples=samples)
-    assert plan.rehearse == pytest.approx(share)
+@pytest.mark.parametrize("rehearsed", [TARGET_INPUTS, SOURCE_INPUTS])
+def test_the_function_is_held_less_hard_where_samples_are_few(samples, share, rehearsed):
+    many = plan_for(TrainConfig(), steps=100, rehearsed=rehearsed)
+    plan = plan_for(TrainConfig(), steps=100, rehearsed=rehearsed, samples=samples)
+    assert many.distill > 0
+    assert many.rehearse == 1.0
+    assert plan.rehearse == pytest.approx(share * many.rehearse)
+    assert plan.distill == pytest.approx(share * many.distill)
+    assert plan.anchor_decay == many.anchor_decay
+    given = TrainConfig(rehearse=0.7, distill=0.2)
+    plan = plan_for(given, steps=100, rehearsed=rehearsed, samples=samples)
+    assert (plan.rehearse, plan.distill) == (0.7, 0.2)
 
 
 def test_the_weight_of_a_run_is_that_of_its_number_of_samples():

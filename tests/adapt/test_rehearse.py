@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
+from fast.adapt.defaults import source_share
 from fast.adapt.guards.rehearse import Rehearsal, places_for
 from fast.adapt.network.shared_forward import HeadInput, depends_on_mode
 from fast.data.source_inputs import SourceInputs
@@ -27,7 +28,8 @@ RUN = {"steps": 60, "lr": 1e-2, "eval_every": 60}
 def lost(pretrained, train=TRAIN, **options):
     """Rise of the source loss on inputs that were not rehearsed, in nats."""
     model = copy.deepcopy(pretrained)
-    history = fast.finetune(model, train, source=ASKED, num_classes=4, **RUN, **options).history
+    options = RUN | options
+    history = fast.finetune(model, train, source=ASKED, num_classes=4, **options).history
     return history[-1]["source_loss"] - history[0]["source_loss"]
 
 
@@ -36,10 +38,12 @@ def lost(pretrained, train=TRAIN, **options):
 def test_rehearsal_alone_keeps_most_of_the_source(pretrained, kind, batch_norm):
     x, y = TRAIN[0], (TRAIN[1] + 1) % 4
     train = (x, y) if kind == "tensors" else DataLoader(TensorDataset(x, y), batch_size=60)
-    options = {"distill": 0.0, "anchor_decay": 0.0, "batch_norm": batch_norm}
+    # Nothing eases the first steps, which then cost the source most.
+    options = {"distill": 0.0, "anchor_decay": 0.0, "batch_norm": batch_norm, "lr": 3e-2}
+    options |= {"head_steps": 0, "stall": 0, "ramp": 0}
     without = lost(pretrained, train, rehearse=0.0, **options)
     kept = lost(pretrained, train, source_inputs=KNOWN[0], **options)
-    assert kept < 0.3 * without
+    assert kept < 0.5 * without
 
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "per_task"])
@@ -52,9 +56,21 @@ def test_a_step_sees_no_more_samples_than_before(pretrained, batch_norm):
     options = {"batch_norm": batch_norm, "source_inputs": KNOWN[0]}
     fast.finetune(model, TRAIN, steps=3, batch_size=32, **options)
     # Batch norms of two tasks cannot share a pass.
-    step = [32] if batch_norm == "frozen" else [28, 4]
+    step = [32] if batch_norm == "frozen" else [16, 16]
     assert seen[-3 * len(step) :] == 3 * step
-    assert places_for(32) == 4
+
+
+@pytest.mark.parametrize(
+    ("samples", "places"), [(20, 32), (500, 32), (1000, 16), (2000, 8), (10**6, 8), (None, 8)]
+)
+def test_few_samples_leave_more_of_a_batch_to_source_inputs(samples, places):
+    assert places_for(64, source_share(samples)) == places
+
+
+def test_the_batches_of_a_loader_and_own_inputs_keep_their_share():
+    loader = DataLoader(TensorDataset(*TRAIN), batch_size=64)
+    assert fast.Adaptation(ConvNet(), loader, source_inputs=KNOWN[0]).plan.source_size == 8
+    assert fast.Adaptation(ConvNet(), TRAIN, batch_size=64).plan.source_size == 8
 
 
 def test_the_head_never_sees_the_source_rows():

@@ -43,24 +43,34 @@ SGD_FACTOR = 20.0
 # learned flowers to 84.8 % at 0.03 and lost nothing.
 SGD_CLIP = 1.0
 
-# Features of target inputs have to change, and all the more where samples are few: what is kept is
-# then not learned, and the head, which learns them by heart, asks the backbone for less. With 100
-# sign digits a weight of 1 learned 74, one of 0.1 learned 78 %; with 2,000 to 5,000 samples it cost
-# 1 point of target and kept 1 to 5 of the source (docs/defaults.md).
+# Few samples bear less of everything that holds the function: the head learns them by heart and
+# soon asks little of the backbone, which is then held for nothing. With 100 sign digits a weight of
+# 1 for the target's own features learned 74, one of 0.1 learned 78 %; with 2,000 to 5,000 samples
+# it cost 1 point of target and kept 1 to 5 of the source (docs/defaults.md).
 PLENTY = 2000
 LEAST_SHARE = 0.1
+# Source inputs get this share of a batch, and more where the same few target samples would come
+# round again and again. With 100 sign digits and a half, beside a tenth of the weight, 90 % were
+# learned and 1.3 points lost; with an eighth and the whole weight, 83 % and 0.2.
+SOURCE_SHARE = 1 / 8
+LARGEST_SOURCE_SHARE = 1 / 2
 # Rehearsal holds the function on source inputs directly, and needs less of what holds it by proxy:
 # on GTSRB a card's pull of 20 beside rehearsal cost 5 points of target accuracy and kept nothing.
 EASED = 0.6
 
 
-def own_share(samples: int | None) -> float:
-    """Weight of keeping the features of target inputs, as a share of that of source inputs.
+def share_of_plenty(samples: int | None) -> float:
+    """What the weights that hold the function are multiplied by, from `LEAST_SHARE` to 1.
 
     Args:
         samples: of the training data; None where their number is not known.
     """
     return 1.0 if samples is None else min(1.0, max(LEAST_SHARE, samples / PLENTY))
+
+
+def source_share(samples: int | None) -> float:
+    """The share of a batch that source inputs get."""
+    return min(LARGEST_SOURCE_SHARE, SOURCE_SHARE / share_of_plenty(samples))
 
 
 def rehearse_weight(
@@ -69,9 +79,16 @@ def rehearse_weight(
     """Weight of keeping the features of source inputs, or else of the target's own."""
     if config.rehearse is not None:
         return config.rehearse
-    if config.keeps_head and not source_inputs:
-        return 0.0  # the network's answers to target inputs are what has to change
-    return METHODS[config.method].rehearse * (1.0 if source_inputs else own_share(samples))
+    weight = METHODS[config.method].rehearse
+    if config.keeps_head:  # it has learned already, and its answers to the target have to change
+        return weight if source_inputs else 0.0
+    return weight * share_of_plenty(samples)
+
+
+def default_distill(config: AdaptConfig, *, rehearsed: bool, samples: int | None) -> float:
+    """Weight of keeping the source head's answers to target inputs."""
+    ease = EASED if rehearsed else 1.0
+    return ease * METHODS[config.method].distill * share_of_plenty(samples)
 
 
 def default_lr(config: AdaptConfig, *, steps: int, rehearsed: bool, layer_norms: bool) -> float:

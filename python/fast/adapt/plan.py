@@ -14,6 +14,7 @@ from fast.adapt.defaults import (
     TARGET_INPUTS,
     TOGETHER,
     default_clip,
+    default_distill,
     default_lr,
     default_tasks,
     rehearse_weight,
@@ -149,7 +150,9 @@ def plan_for(
         head_steps = int(_given(config.head_steps, method.head_steps))
     # Per-task norms give the source head features of its own, and a head that is kept has to answer
     # target inputs otherwise: in both cases there is nothing to distil.
-    distill = 0.0 if batch_norm == "per_task" or not new_head else ease * method.distill
+    distill = 0.0
+    if batch_norm != "per_task" and new_head:
+        distill = default_distill(config, rehearsed=bool(rehearsed), samples=samples)
     return Plan(
         method=config.method,
         steps=steps,

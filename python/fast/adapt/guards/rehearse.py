@@ -1,6 +1,6 @@
 """Rehearse the features of source inputs inside the batches of the target.
 
-Each batch gives an eighth of its places to source inputs x, and the loss gets the penalty
+Each batch gives an eighth of its places or more to source inputs x, and the loss gets the penalty
 
     weight * mean over x of e^2 / (2 * TOLERANCE),  e = |f(x) - f0(x)|^2 / variance of f0
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.defaults import TARGET_INPUTS
+from fast.adapt.defaults import SOURCE_SHARE, TARGET_INPUTS, source_share
 from fast.adapt.guards.base import Guard, Seen, SourceBatch
 from fast.data.dataset import Data
 from fast.data.source_inputs import SourceInputs
@@ -35,7 +35,6 @@ from fast.heads import by_sample, features_of
 from fast.ranks import ALONE, Ranks
 from fastkernels.codes import compute_dtype
 
-SHARE = 1 / 8
 # The e at which the gradient has the plain weight. At the end of a run e was 0.03-0.05 for
 # ResNet-20 on signs, and 0.4 for a MobileNet without norm layers.
 TOLERANCE = 0.1
@@ -54,9 +53,9 @@ OWN_INPUTS = 512
 FALL, RISE = 10, 3
 
 
-def places_for(batch_size: int) -> int:
+def places_for(batch_size: int, share: float) -> int:
     """How many places of a batch source inputs get."""
-    return max(1, round(SHARE * batch_size)) if batch_size > 1 else 0
+    return max(1, round(share * batch_size)) if batch_size > 1 else 0
 
 
 def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBatches, int]:
@@ -82,7 +81,8 @@ def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBa
             "batch_size must be at least 2 to rehearse features beside the target; or set "
             "rehearse=0"
         )
-    places = places_for(size)
+    fixed = own or batches.given_size is not None
+    places = places_for(size, SOURCE_SHARE if fixed else source_share(data.num_samples))
     return TrainBatches(data, size - places, seed), places
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.defaults import own_share
+from fast.adapt.defaults import share_of_plenty
 from fast.data.source_inputs import LEAST
 from fast.heads.forward import check_takes, forward_logits, hooked
 from fast.heads.replace import task_head, unwrap
@@ -105,7 +105,7 @@ def default_own(count: int, samples: int) -> int:
     Args:
         samples: of the training data.
     """
-    return round(count * own_share(samples))
+    return round(count * share_of_plenty(samples))
 
 
 def _rounds(number: int, size: int, generator: torch.Generator) -> Tensor:
