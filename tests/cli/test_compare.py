@@ -194,7 +194,7 @@ def test_errors(job):
     assert "--methods: no method 'adam'; there are fast," in err
     code, _, err = job.fast("compare", *job.args, "--seeds", "0,x")
     assert code == 2
-    assert "whole numbers separated by commas, not '0,x'" in err
+    assert "must be whole numbers separated by commas; got '0,x'" in err
     code, _, err = job.fast("compare", *job.args, "--lr", "0.1,-1")
     assert code == 2
     assert "lr must be positive; got -1" in err
@@ -206,7 +206,7 @@ def test_errors(job):
 def test_all_methods_are_those_that_have_what_they_need(job):
     code, out, err = job.fast("compare", *job.args, "--methods", "all", "--steps", 2)
     assert code == 0, err
-    assert "note: no source inputs were given: without replay" in out
+    assert "note: replay is left out: no source inputs were given" in out
     assert all(f"\n{m} " in out for m in ("fast", "vanilla", "lp-ft", "l2-sp", "ewc"))
     peft = importlib.util.find_spec("peft") is not None
     assert peft == ("\nadapter " in out) != ("note: PEFT is not installed" in out)

@@ -72,7 +72,7 @@ def test_an_unknown_normalisation_is_asked_for(job):
     ("options", "message"),
     [
         (["--mean", "123.7"], "mean is (123.7,), and images are in 0..1"),
-        (["--val-fraction", "nan"], "--val-fraction: a share from 0 to less than 1"),
+        (["--val-fraction", "nan"], "--val-fraction: must be a share from 0 to less than 1"),
         (["--resize", 4, "--input-size", 8], "resize is 4: less than the input size 8"),
     ],
 )

@@ -27,10 +27,16 @@ def test_a_loss_that_is_not_finite_is_an_error_of_one_line(job):
     [
         (["--output", "/proc/x"], "--output /proc/x: cannot be written to"),
         (["--output", "nets.py"], "--output nets.py: is a file; name a folder"),
-        (["--output", ""], "argument --output: a folder, not an empty name"),
+        (["--output", ""], "argument --output: must be a folder; got an empty name"),
         (["--forget-budget", "2%"], "--forget-budget needs --source-inputs to check on"),
-        (["--val-fraction", "1.5"], "argument --val-fraction: a share from 0 to less than 1, as"),
-        (["--val-fraction", "x"], "argument --val-fraction: a share from 0 to less than 1, as 0.2"),
+        (
+            ["--val-fraction", "1.5"],
+            "argument --val-fraction: must be a share from 0 to less than 1, such as",
+        ),
+        (
+            ["--val-fraction", "x"],
+            "--val-fraction: must be a share from 0 to less than 1, such as 0.2; got 'x'",
+        ),
         (["--steps", 10**20], "steps must be at most 10000000; got 100000000000000000000"),
         (["--seed", 2**70], f"seed must be at most {2**63 - 1}; got {2**70}"),
         (
@@ -62,7 +68,7 @@ def test_names_never_reach_the_terminal_raw(job):
 def test_sizes_are_at_least_one(job, name):
     code, _, err = job.fast("finetune", *job.args, f"--{name}", 0)
     assert code == 2
-    assert f"error: argument --{name}: a whole number, at least 1, not '0'" in err
+    assert f"error: argument --{name}: must be a whole number of at least 1; got '0'" in err
 
 
 def changed(**arrays):

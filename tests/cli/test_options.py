@@ -94,7 +94,7 @@ def test_every_option_has_a_line_of_help(name):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--folds", "1"], "--folds: at least 2 parts"),
+        (["--folds", "1"], "--folds must be at least 2; got 1"),
         (["--folds", "5", "--val-fraction", "0.1"], "--folds holds out each part in turn"),
         (["--folds", "5", "--save-every", "9"], "--folds: its runs are not saved"),
         (["--flip", "--augment", "light"], "--augment light mirrors images: drop --flip"),

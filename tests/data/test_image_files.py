@@ -147,9 +147,9 @@ def test_a_split_of_broken_images_only(tmp_path):
     [
         (
             {"mean": (123.7, 116.3, 103.5)},
-            "mean is .*in 0..255 give 0.4851,0.4561,0.4059",
+            "mean is .*for 0..255, give 0.4851,0.4561,0.4059",
         ),
-        ({"std": (58, 57, 57)}, "std is .*in 0..255 give 0.2275,"),
+        ({"std": (58, 57, 57)}, "std is .*for 0..255, give 0.2275,"),
         ({"std": (float("nan"),)}, "std must be finite"),
         ({"size": 8, "resize": 4}, "resize is 4: less than the input size 8"),
         ({"resize": 4}, "resize is 4, and the side .* is not given: pass size"),

@@ -254,7 +254,7 @@ def test_a_sample_that_is_not_finite_is_named_before_it_spoils_the_weights(metho
     [
         (lambda x: None, TypeError, "transform returned NoneType"),
         (lambda x: x.numpy(), TypeError, "transform returned .*ndarray"),
-        (lambda x: x[:5], ValueError, "transform made 5 inputs of 35"),
+        (lambda x: x[:5], ValueError, "transform turned 35 inputs into 5"),
         (lambda x: x.double(), ValueError, "transform: the network does not take"),
         (lambda x: (x, x), ValueError, "transform: the network does not take"),
     ],

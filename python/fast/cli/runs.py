@@ -59,9 +59,9 @@ def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:
     adapter = [name for name, method in METHODS.items() if method.adapter_rank and not peft]
     if ALL in methods:
         if replay:
-            print(f"note: no source inputs were given: without {', '.join(replay)}")
+            print(f"note: {', '.join(replay)} is left out: no source inputs were given")
         if adapter:
-            print(f"note: PEFT is not installed: without {', '.join(adapter)}")
+            print(f"note: {', '.join(adapter)} is left out: PEFT is not installed")
         return [name for name in METHODS if name not in (*replay, *adapter)]
     for name in methods:
         if name in replay:

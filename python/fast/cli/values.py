@@ -17,7 +17,7 @@ NORMALISATIONS: dict[str, dict[str, tuple[float, ...]]] = {
 def folder_name(text: str) -> str:
     """A folder. `~` is the user's home, even after `--output=`, where shells do not expand it."""
     if not text:
-        raise ArgumentTypeError("a folder, not an empty name")
+        raise ArgumentTypeError("must be a folder; got an empty name")
     return os.path.expanduser(text)
 
 
@@ -28,14 +28,14 @@ def share(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < 1:
-        raise ArgumentTypeError(f"a share from 0 to less than 1, as 0.2, not {text!r}")
+        raise ArgumentTypeError(f"must be a share from 0 to less than 1, such as 0.2; got {text!r}")
     return value
 
 
 def at_least_one(text: str) -> int:
     """`"12"` -> 12."""
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"a whole number, at least 1, not {text!r}")
+        raise ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
     return int(text)
 
 
@@ -44,7 +44,7 @@ def numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ArgumentTypeError(f"numbers separated by commas, not {text!r}") from None
+        raise ArgumentTypeError(f"must be numbers separated by commas; got {text!r}") from None
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -52,7 +52,9 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise ArgumentTypeError(f"whole numbers separated by commas, not {text!r}") from None
+        raise ArgumentTypeError(
+            f"must be whole numbers separated by commas; got {text!r}"
+        ) from None
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ def shape(text: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise ArgumentTypeError(f"sizes joined by x, as 8x3x32x32, not {text!r}")
+        raise ArgumentTypeError(f"must be sizes joined by x, such as 8x3x32x32; got {text!r}")
     return sizes
 
 

@@ -46,7 +46,9 @@ class Augmentation:
                 f"transform returned {kind(inputs)}; it must return the batch of inputs, as tensors"
             )
         if length(inputs) != size:
-            raise ValueError(f"transform made {length(inputs)} inputs of {size}; it must keep them")
+            raise ValueError(
+                f"transform turned {size} inputs into {length(inputs)}; it must return as many"
+            )
         if self._check is not None:
             self._check(inputs)
             self._check = None

@@ -113,8 +113,8 @@ def count_classes(top: int, samples: int, name: str) -> int:
     """
     if top >= min(MOST_CLASSES, max(FEW_CLASSES, 10 * samples)):
         raise ValueError(
-            f"{name}: label {top} among {samples} samples: labels are class indices, and a head of "
-            f"{top + 1} classes is none that these can teach; number the classes from 0"
+            f"{name}: label {top} among {samples} samples: labels are class indices, and so few "
+            f"samples cannot teach a head of {top + 1} classes; number the classes from 0"
         )
     return top + 1
 

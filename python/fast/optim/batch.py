@@ -93,7 +93,7 @@ class UpdateBatch:
         return codes, self.optional("curvature_scales")
 
     def options(self, storage: Storage) -> dict[str, Any]:
-        """What the update ops have in common of the states, as their keyword arguments."""
+        """The keyword arguments of an update op that come from the states, except its moments."""
         curvature, curvature_scales = self.curvature(storage.curvature_dtype == torch.uint8)
         return {
             "anchors": self.optional("anchor"),

@@ -86,7 +86,7 @@ def _check_group(group: Group, expected: Format) -> None:
 
 
 def _check_names(state: Mapping[str, Any], group: Group, expected: Format, where: str) -> None:
-    """Raise a ValueError when a saved state has not the entries of this format."""
+    """Raise a ValueError when a saved state does not have the entries of this format."""
     moments = expected.moments
     tensors = (*moments, "anchor", "curvature")
     names = {"step", "remainder", *tensors}
@@ -112,7 +112,7 @@ def _check_names(state: Mapping[str, Any], group: Group, expected: Format, where
 
 
 def _check_tensors(state: Mapping[str, Any], expected: Format, p: Tensor, where: str) -> None:
-    """Raise a ValueError that names the entry when a saved state is not one of `p`."""
+    """Raise a ValueError that names the entry when a saved state does not fit `p`."""
     step = state.get("step", 0)
     if not isinstance(step, (int, float, Tensor)) or torch.as_tensor(step).numel() != 1:
         raise ValueError(f"{where}['step'] must be one number; got {step!r}")

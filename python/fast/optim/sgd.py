@@ -135,7 +135,7 @@ class SGD(AnchoredOptimizer):
 
 
 def _refuse_empty(buffers: list[Tensor], batch: UpdateBatch, on: list[bool]) -> None:
-    """Raise a ValueError for an emptied buffer of a group with momentum: the op does without it."""
+    """Raise a ValueError for an empty buffer of a group with momentum, which the op would skip."""
     try:
         if 0 not in map(Tensor.numel, buffers):
             return

@@ -87,17 +87,9 @@ def _write(
     spec: RetentionSpec, task: LoadedTask, folder: Path, curves: list[tuple[Setting, list[Run]]]
 ) -> None:
     before = curves[0][1][0].source_accuracy_before or 0.0
-    points: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
-    for setting, seeds in curves:
-        (row,) = intervals(seeds)
-        points.append({**row, "label": setting.label, **setting.options, "lr": seeds[0].lr})
-        after = [r.source_accuracy for r in seeds if r.source_accuracy is not None]
-        target = spread([r.target_accuracy for r in seeds])
-        lost = spread([before - a for a in after])
-        rows.append([seeds[0].method, setting.label, target, spread(after), lost])
+    points = [_point(setting, seeds) for setting, seeds in curves]
     header = ["method", "budget" if spec.budgets else "strength", "target", "source", "lost"]
-
+    rows = [_row(setting, seeds, before) for setting, seeds in curves]
     figure = plots.retention(points, title=task.name, source_before=before)
     save(figure, folder / "retention.png")
     with atomic_file(folder / "retention.csv") as temporary:
@@ -114,6 +106,25 @@ def _write(
         f"\nAccuracies in %, mean over seeds ± half of the 95 % interval; source before: "
         f"{100 * before:.1f}\n{folder}: retention.png, retention.csv, retention.json"
     )
+
+
+def _point(setting: Setting, seeds: list[Run]) -> dict[str, Any]:
+    """The runs of a setting as a point of the figure and the files."""
+    (row,) = intervals(seeds)
+    return {**row, "label": setting.label, **setting.options, "lr": seeds[0].lr}
+
+
+def _row(setting: Setting, seeds: list[Run], before: float) -> list[str]:
+    """The runs of a setting as a row of the table.
+
+    Args:
+        before: the source accuracy before any run.
+    """
+    after = [r.source_accuracy for r in seeds if r.source_accuracy is not None]
+    target = spread([r.target_accuracy for r in seeds])
+    return [
+        seeds[0].method, setting.label, target, spread(after), spread([before - a for a in after]),
+    ]  # fmt: skip
 
 
 def _csv(points: list[dict[str, Any]]) -> str:

@@ -49,9 +49,11 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
         rows = [[name, *rest] for name, _, *rest in rows]
     table = f"\n{text_table(rows[0], rows[1:])}\n" if rows[1:] else ""
     steps = result.history[-1]["step"]
-    kept = "" if final["step"] == steps else f", kept the best, of step {final['step']}"
+    kept = (
+        "" if final["step"] == steps else f"; the best weights, of step {final['step']}, are kept"
+    )
     if not final["step"]:
-        kept = ", kept the head start: training made the validation accuracy worse"
+        kept = "; the head start is kept, because training made the validation accuracy worse"
     size = f"{plan.target_size} + {plan.source_size}" if plan.source_size else plan.target_size
     budget = _budget_line(task, result.config.forget_budget, final["forecast"])
     return (

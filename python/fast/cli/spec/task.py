@@ -90,7 +90,7 @@ class TaskSpec:
         if self.flip and self.augment != "none":
             raise ValueError(f"--augment {self.augment} mirrors images: drop --flip")
         if self.folds == 1:
-            raise ValueError("--folds: at least 2 parts, or drop it")
+            raise ValueError("--folds must be at least 2; got 1")
         if self.folds and self.val_fraction != TaskSpec.val_fraction:
             raise ValueError("--folds holds out each part in turn: drop --val-fraction")
         if not 0 < self.max_seconds <= 3600:

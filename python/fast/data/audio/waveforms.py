@@ -65,8 +65,8 @@ class SoundFormat:
             report.refuse_broken("" if tolerant else SKIP)
         if len(rates) > 1:
             raise ValueError(
-                f"the sounds have rates of {some(sorted(rates))} Hz; convert them to one, as only "
-                "a transformers: network says which it takes"
+                f"the sounds have rates of {some(sorted(rates))} Hz; convert them to one rate, as "
+                "only a transformers: network says which it takes"
             )
         return self._inputs(sounds, rates.pop()), torch.from_numpy(split.labels[good])
 

@@ -71,8 +71,8 @@ class ImageFormat:
             if max(map(abs, values)) > 2:
                 scaled = ",".join(f"{v / 255:.4g}" for v in values)
                 raise ValueError(
-                    f"{name} is {tuple(values)}, and images are in 0..1 when it is applied: of "
-                    f"values in 0..255 give {scaled}"
+                    f"{name} is {tuple(values)}, and images are in 0..1 when it is applied: if it "
+                    f"is meant for 0..255, give {scaled}"
                 )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive; got {tuple(self.std)}")

@@ -82,7 +82,7 @@ class Archive:
         if size > HARMLESS and size > MOST_COMPRESSED * info.compress_size:
             raise _Refused(
                 f"{where}: {size / 1e9:.1f} GB in a file of {info.compress_size / 1e6:.1f} MB: it "
-                "holds next to nothing; if it is meant, store it with np.savez"
+                "holds next to nothing; if that is intended, store it with np.savez"
             )
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if size > memory:

@@ -96,7 +96,7 @@ def _left_out(parts: dict[str, Folder], samples: str) -> list[str]:
     notes = []
     others = sum((folder.all_others() for folder in parts.values()), Counter())
     if others:
-        notes.append(f"files that are no {samples} to us are left out: {left_out(others)}")
+        notes.append(f"files that are not read as {samples} are left out: {left_out(others)}")
     for part, folder in parts.items():
         if any(_holds_classes(f) for f in folder.folders.values()):
             notes.append(
