@@ -42,6 +42,7 @@ from fast.heads import (
     source_task,
     task_head,
 )
+from fast.optim.groups import ramp_factor
 from fast.ranks import Ranks
 
 steps_log = logging.getLogger("fast.steps")
@@ -215,15 +216,18 @@ def rehearsal(
     network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int, ranks: Ranks
 ) -> Rehearsal:
     """The guard that keeps the features which these inputs have at the pretrained weights."""
+    plan = setup.plan
     with source_task(network.model):
         return Rehearsal(
             model=network.model,
             head=network.head,
             samples=samples,
             name="train" if setup.own is not None else "source_inputs",
-            size=setup.plan.source_size,
-            weight=setup.plan.rehearse,
+            size=plan.source_size,
+            weight=plan.rehearse,
             seed=seed,
+            first=plan.stall,
+            first_rate=plan.lr_factor(plan.stall) * ramp_factor(plan.stall, plan.stall, plan.ramp),
             ranks=ranks,
         )
 
