@@ -107,12 +107,13 @@ def load_data(
         FileNotFoundError: there is no such file, and no such data set.
         ValueError: the data cannot be used; the message names the file and what is wrong.
     """
-    if hasattr(name, "to_dict"):  # a data frame
+    if hasattr(name, "to_dict"):
         columns = {"train": name.to_dict("list")}
-        return from_columns("the data frame", columns, Path(), input_column, label_column)
-    data = _read(name, input_column, label_column, numeric_labels, unlabelled)
+        data = from_columns("the data frame", columns, Path(), input_column, label_column)
+    else:
+        data = _read(name, input_column, label_column, numeric_labels, unlabelled)
     for note in data.notes:
-        warn(f"{name}: {note}", DataWarning)
+        warn(f"{data.name}: {note}", DataWarning)
     return data
 
 
