@@ -68,6 +68,12 @@ def test_a_split_that_is_not_understood_is_told(tmp_path):
     assert data.notes[-1] == "column split is no split into train and val: 1, 2"
 
 
+def test_nearly_the_same_names_of_classes_are_told(tmp_path):
+    data = load_data(write_csv(tmp_path / "d.csv", "text,label", "a,Dog 1", "b,dog1", "c,cat"))
+    assert data.classes == ("Dog 1", "cat", "dog1")
+    assert data.notes[-1] == "classes of nearly the same name, each for itself: Dog 1 and dog1"
+
+
 def pictures(folder, *names):
     for name in names:
         (folder / name).touch()
