@@ -191,12 +191,11 @@ def test_where_to_write_is_checked_before_anything_is_run(tmp_path, capsys, comm
 
 def test_a_reader_that_has_read_enough_is_no_error():
     code = "import sys, fast.cli; sys.exit(fast.cli.main(['env']))"
-    run = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    run.stdout.close()
-    assert run.stderr.read() == ""
-    assert run.wait() == 141
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+        assert run.wait() == 141
 
 
 def test_traceback_on_request(monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fast import dtensor
 from fast.adapt.config import AdaptConfig
@@ -284,6 +285,11 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name} is sharded already (FSDP2, DTensor): give the whole network to "
                 "every process, and set shard=True, which shards it once its head is taught"
+            )
+        if is_lazy(x):
+            raise ValueError(
+                f"model: {name} is lazy, and has no weights yet: run the model once on a batch of "
+                "inputs, and load its pretrained weights"
             )
         if x.is_meta:
             raise ValueError(f"model: {name} is on the meta device; load its weights first")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.trees import pick
+from fast.errors import some, warn
 from fast.heads.find import Head, classes_of, is_head_layer
 from fast.heads.forward import call, hooked, logits_of
 
@@ -96,6 +97,13 @@ def _check_one_answer(output: Any, logits: Tensor, head: Head) -> None:
         raise ValueError(
             f"the network returns {len(alike)} answers of shape {list(logits.shape)} (two heads?), "
             f"of which {head.name} makes the first: pass head={head.name!r} to train that one alone"
+        )
+    others = [list(x.shape) for x in output if isinstance(x, Tensor) and x is not logits]
+    if others:
+        warn(
+            f"the network returns several outputs: the first, of shape {list(logits.shape)}, is "
+            f"taken for the logits, and not {some(others)} (head={head.name!r} says that this is "
+            "right)"
         )
 
 
