@@ -107,6 +107,8 @@ def settle(
     batch_size = _batch_size(config, batches)
     steps = steps_for(config, batches)
     sample = move(_first_inputs(batches), next(model.parameters()).device)
+    if source is not None:
+        _warn_of_other_sizes(source.inputs, sample)
     own = None
     if rehearsed == TARGET_INPUTS and source_size:
         own = _own_inputs(batches, steps * source_size)
@@ -155,6 +157,17 @@ def _read_source(model: nn.Module, source_inputs: Any) -> SourceInputs:
     with source_task(model):
         check_takes(model, source.inputs, "source_inputs")
     return source
+
+
+def _warn_of_other_sizes(source: Any, target: Any) -> None:
+    """Warn where pictures of the source are of another size than those of the target."""
+    pictures = all(isinstance(x, Tensor) and x.dim() == 4 for x in (source, target))
+    if pictures and source.shape[1:] != target.shape[1:]:
+        warn(
+            f"source_inputs are {list(source.shape[1:])} and the target's inputs "
+            f"{list(target.shape[1:])}: what is kept is what the network answers at their size. Of "
+            "the target's size they would ride in its pass"
+        )
 
 
 def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
