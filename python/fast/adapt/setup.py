@@ -42,6 +42,7 @@ from fast.heads import (
 )
 from fast.heads.find import classes_of
 from fast.heads.forward import check_takes, input_errors
+from fast.merge.joined import Joined
 from fast.ranks import Ranks
 
 log = logging.getLogger("fast")
@@ -289,6 +290,13 @@ def _first_inputs(batches: TrainBatches) -> Any:
 
 def check_model(model: nn.Module) -> None:
     """Raise ValueError where a network cannot be trained, whatever the data are."""
+    if isinstance(model, Joined):
+        one = "give joined.network, which is a plain one"
+        two = "only one that takes one pass learns another task: adapt with tasks='together' first"
+        raise ValueError(
+            f"model: a joined network of {model.passes} forward passes (docs/join.md): "
+            + (one if model.passes == 1 else two)
+        )
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     if not tensors:
         raise ValueError(f"model {type(model).__name__} has no parameters, and so no linear head")
