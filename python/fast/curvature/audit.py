@@ -232,7 +232,7 @@ def _difference(
     h = 5e-5
     here, ahead, behind, ahead_2, behind_2 = (at(h * i) for i in (0, 1, -1, 2, -2))
     near, far = (ahead - behind) / (2 * h), (ahead_2 - behind_2) / (4 * h)
-    # Of a smooth function it is twice as large at twice the distance.
+    # It is twice as large at twice the distance where the function is smooth.
     bend, bend_2 = (ahead - 2 * here + behind) / h, (ahead_2 - 2 * here + behind_2) / (2 * h)
     rough = (bend_2 - 2 * bend).abs() > SMOOTH * near.abs().max()
     return (4 * near - far) / 3, rough
