@@ -182,6 +182,15 @@ def test_where_to_write_is_checked_before_anything_is_run(tmp_path, capsys, comm
     assert file.read_text() == "mine"
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    code = "import sys, fast.cli; sys.exit(fast.cli.main(['env']))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+        assert run.wait() == 141
+
+
 def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("FAST_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):

@@ -9,6 +9,7 @@ from torch import nn
 from curvature.errors import OPEN, row
 from curvature.truth import Net, batch, linear
 from fast.curvature import audit
+from fast.curvature.audit import WAYS
 
 # Where the derivative of torch's first derivative is NaN, an error says so.
 REFUSED = {"RBF kernel at distance 0"}
@@ -68,6 +69,16 @@ def test_a_kink_has_no_derivative() -> None:
     x = torch.zeros(2, 3, dtype=torch.float64)
     (only,) = audit(nn.Sequential(nn.PReLU(dtype=torch.float64), nn.Identity()), x).rows[:1]
     assert only.ours == only.double_backward == "kink"
+
+
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(), nn.LeakyReLU(), nn.Hardswish(), nn.MaxPool2d(2), nn.PReLU()]
+)
+def test_inputs_near_a_kink_are_no_error(module: nn.Module) -> None:
+    """Some of so many inputs lie within the step of the differences from it."""
+    torch.manual_seed(0)
+    _, only = audit(nn.Sequential(nn.BatchNorm2d(4), module), torch.randn(8, 4, 32, 32)).rows
+    assert {getattr(only, way) for way in WAYS} == {"exact"}
 
 
 def test_modules_without_real_inputs_have_nothing_to_derive_by() -> None:

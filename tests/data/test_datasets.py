@@ -60,6 +60,8 @@ def test_labels_are_counted_as_they_are_trained_on():
     ("sample", "attributes", "message"),
     [
         (lambda i: (X[i], 0, f"{i}.png"), {}, "train: a sample ends in str, where its label is"),
+        (lambda i: (X[i], "cat"), {}, "names of classes, number the names"),
+        (lambda i: {"x": X[i], "label": "cat"}, {}, "names of classes, number the names"),
         (lambda i: (object(), 0), {}, r"train: sample \d+ is \(object, int\); give tensors"),
         (
             lambda i: (X[i][:, : 4 + i % 2], 0),

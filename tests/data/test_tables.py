@@ -52,6 +52,51 @@ def test_a_column_may_say_the_split(tmp_path):
     assert data.held_out == "split by column split"
 
 
+def test_rows_of_other_splits_are_told(tmp_path):
+    rows = ["a,x,train", "b,y,train", "c,x,valid", "d,x,test", "e,y,test", "f,y,"]
+    data = load_data(write_csv(tmp_path / "d.csv", "text,label,split", *rows))
+    assert data.notes[1:] == (
+        "split by column split",
+        "rows whose split is empty are not used: 1",
+        "rows whose split is test are not used: 2",
+    )
+
+
+def test_a_split_that_is_not_understood_is_told(tmp_path):
+    data = load_data(write_csv(tmp_path / "d.csv", "text,label,split", "a,x,1", "b,y,2"))
+    assert data.val is None
+    assert data.notes[-1] == "column split is no split into train and val: 1, 2"
+
+
+def test_nearly_the_same_names_of_classes_are_told(tmp_path):
+    data = load_data(write_csv(tmp_path / "d.csv", "text,label", "a,Dog 1", "b,dog1", "c,cat"))
+    assert data.classes == ("Dog 1", "cat", "dog1")
+    assert data.notes[-1] == "classes of nearly the same name, each for itself: Dog 1 and dog1"
+
+
+def pictures(folder, *names):
+    for name in names:
+        (folder / name).touch()
+
+
+def test_a_file_in_several_rows_is_told(tmp_path):
+    pictures(tmp_path, "0.png", "1.png", "2.png")
+    rows = ["0.png,x", "1.png,y", "0.png,x", "2.png,y"]
+    data = load_data(write_csv(tmp_path / "d.csv", "file,label", *rows))
+    assert len(data.train) == 4
+    assert "rows that repeat a file: 1" in data.notes[-1]
+    rows = ["0.png,x,train", "1.png,y,train", "1.png,y,val", "2.png,y,val"]
+    data = load_data(write_csv(tmp_path / "s.csv", "file,label,split", *rows))
+    assert "1 of the held-out files are trained on, too" in data.notes[-1]
+
+
+def test_a_file_with_two_labels_is_refused(tmp_path):
+    pictures(tmp_path, "0.png", "1.png")
+    file = write_csv(tmp_path / "d.csv", "file,label", "0.png,x", "1.png,y", "0.png,y")
+    with pytest.raises(ValueError, match=r"0\.png has several labels, x, y"):
+        load_data(file)
+
+
 def test_a_table_for_each_split(tmp_path):
     write_csv(tmp_path / "train.csv", "text,label", "a,x", "b,y")
     write_csv(tmp_path / "test.csv", "text,label", "c,y")
@@ -76,7 +121,9 @@ def test_parquet_and_data_frames(tmp_path):
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     frame = pandas.DataFrame({"review": ["a", "b", "c"], "stars": [1.0, 5.0, 1.0]})
     frame.to_parquet(tmp_path / "d.parquet")
-    for data in (load_data(str(tmp_path / "d.parquet")), load_data(frame)):
+    with pytest.warns(DataWarning, match="the data frame: columns: inputs in review"):
+        read = load_data(frame, label_column="stars")
+    for data in (load_data(str(tmp_path / "d.parquet")), read):
         assert data.classes == ("1", "5")
         assert data.train.inputs == ["a", "b", "c"]
     vectors = pandas.DataFrame({"embedding": [[1.0, 2.0], [3.0, 4.0]], "label": ["x", "y"]})
@@ -123,7 +170,7 @@ def test_another_encoding_is_not_guessed(tmp_path):
         (["text,label"], {}, "has no rows"),
         (["a,a", "1,2"], {}, "two columns have one name: a"),
         (["a,b,c", "1,2,3"], {}, "say which column to use with --input-column: a, b, c"),
-        (["text,label", "a,"], {}, "label: 1 cells are empty, the first in row 0"),
+        (["text,label", "a,"], {}, "label: 1 of 1 cells are empty, the first in row 0"),
         (["text,label", "a,x"], {"label_column": "y"}, "no column 'y'; --label-column can be"),
         (["text,label", 'a,"[""x"", ""y""]"'], {}, r"several labels .*docs/any-loss\.md"),
         (["path,label", "a.jpg,x"], {}, "1 files are not there: a.jpg"),

@@ -146,9 +146,12 @@ def test_an_older_run_goes_on(tmp_path):
 
 def test_an_unfinished_run_is_said(tmp_path):
     fast.finetune(ConvNet(), images(48, 4), steps=2, output=tmp_path / "run")
-    with pytest.raises(ValueError, match=r"has checkpoints and no result: go on .*--resume"):
+    with pytest.raises(ValueError, match=r"has checkpoints and no result: go on .*resume='"):
         fast.load(tmp_path / "run", ConvNet())
     with claim(tmp_path / "run"), pytest.raises(ValueError, match="its run is going on"):
+        fast.load(tmp_path / "run", ConvNet())
+    (tmp_path / "run" / "job.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"checkpoints and no result: .*fast finetune --resume"):
         fast.load(tmp_path / "run", ConvNet())
     begun, empty, file = (tmp_path / name for name in ("begun", "empty", "photo.jpg"))
     begun.mkdir()

@@ -201,6 +201,15 @@ def test_one_pass_is_a_plain_network(adapted, source_inputs):
     assert not any(type(m).__module__.startswith("fast") for m in joined.network.modules())
 
 
+@pytest.mark.parametrize(
+    ("policy", "way"), [("frozen", "give joined.network"), ("per_task", "tasks='together' first")]
+)
+def test_the_object_itself_learns_no_third_task(adapted, source_inputs, policy, way):
+    joined = joined_of(adapted[policy], source_inputs)
+    with pytest.raises(ValueError, match=way):
+        fast.finetune(joined, images(40, 3), steps=2)
+
+
 def test_a_third_task_joins_the_other_two(adapted, source_inputs):
     first = joined_of(adapted["frozen"], source_inputs, source_classes=OLD, target_classes=NEW)
     x, y = images(200, 3, seed=21)

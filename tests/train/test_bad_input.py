@@ -400,3 +400,8 @@ def test_a_budget_of_nats_that_may_be_meant_as_points_is_said():
 def test_a_misspelt_option_has_a_suggestion():
     with pytest.raises(TypeError, match=r"unknown options: warm_up; did you mean warmup\?"):
         fast.finetune(ConvNet(), (X, Y), warm_up=2)
+
+
+def test_source_pictures_of_another_size_are_told():
+    with pytest.warns(UserWarning, match=r"source_inputs are \[1, 12, 12\].*inputs \[1, 8, 8\]"):
+        fast.finetune(ConvNet(), (X, Y), steps=1, source_inputs=torch.randn(16, 1, 12, 12))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -209,11 +210,74 @@ def test_a_normed_head_is_saved_as_the_plain_layer_that_it_is(tmp_path, name, bi
         before = start(VAL[0])
     result = fast.finetune(start, TRAIN, steps=2, lr=1e-12)
     result.save(tmp_path)
+    assert any("3 is a plain Linear, and the network's own" in note for note in result.notes)
     for model in (normed(), Ends(head=nn.Linear(16, 5, bias=bias))):
         saved = load_saved(tmp_path, model, VAL[0])
         with torch.no_grad():
             assert torch.allclose(saved.source.eval()(VAL[0]), before, atol=1e-6)
             assert torch.allclose(saved.target.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
+
+
+class Doubled(nn.Linear):
+    """Computes more than its weight and bias say."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_head_with_a_forward_of_its_own_is_noted(tmp_path):
+    result = run(lambda: Ends(head=Doubled(16, 5)))
+    assert "(Doubled with weights or a forward of its own)" in result.notes[0]
+    exported = result.export(tmp_path / "served", "safetensors")
+    assert result.notes[0] in (exported / "README.md").read_text()
+    plain = Ends(head=nn.Linear(16, 4)).eval()
+    plain.load_state_dict(load_file(exported / "model.safetensors"))
+    assert torch.allclose(plain(VAL[0]), result.model(VAL[0]), atol=1e-5)
+
+
+class OneOutput(Ends):
+    def __init__(self):
+        super().__init__(head=nn.Linear(16, 1))
+
+
+def test_of_one_output_nothing_is_counted_that_softmax_makes_sure():
+    """Softmax gives any single number the probability 1, so that nothing were ever lost."""
+    result = run(OneOutput, source_inputs=KNOWN[0], forget_budget=0.01)
+    assert result.final["forecast"] != 0
+    with pytest.raises(ValueError, match="task source: the network has one output"):
+        result.predict(VAL[0], task="source")
+    with pytest.raises(ValueError, match="source: the network has one output"):
+        run(OneOutput, source=(KNOWN[0], torch.zeros(80)))
+    with pytest.raises(ValueError, match="source_skill='answers': the source head has one output"):
+        run(OneOutput, source_inputs=KNOWN[0], source_skill="answers")
+
+
+def test_a_lazy_network_is_told_to_run_once():
+    with pytest.raises(ValueError, match=r"1\.weight is lazy.*run the model once"):
+        run(lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)))
+
+
+class Parallel(Ends):
+    """Two outputs of different widths: which are the logits?"""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(16, 7)
+
+    def forward(self, x):
+        features = self[2](self[1](self[0](x)))
+        return self.project(features), self[3](features)
+
+
+def test_which_of_several_outputs_are_the_logits_is_told():
+    message = (
+        r"the first, of shape \[2, 7\], is taken for the logits, and not \[2, 5\] \(head='project'"
+    )
+    with pytest.warns(UserWarning, match=message):
+        run(Parallel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(Parallel, head="project")
 
 
 class Mixed16(nn.Module):

@@ -20,6 +20,7 @@ from fast.deploy.predictor import Predictor
 from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import adapters, fold_head, places_of, task_head, unwrap
+from fast.heads.find import is_plain
 from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.merge.join import join
 from fast.merge.joined import Joined
@@ -185,6 +186,12 @@ class Result:
             notes.append(
                 f"{name} has a bias (the mean of the features is part of it), and the network's "
                 f"own head has none: give it one before loading, or {name}.bias is lost"
+            )
+        if not is_plain(head.source):
+            plain, own = type(head.linear).__name__, type(head.source).__name__
+            notes.append(
+                f"{name} is a plain {plain}, and the network's own head is not ({own} with weights "
+                "or a forward of its own): put a plain one there before loading"
             )
         if head.auxiliary:
             notes.append(

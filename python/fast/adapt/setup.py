@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fast import dtensor
 from fast.adapt.config import AdaptConfig
@@ -41,6 +42,7 @@ from fast.heads import (
 )
 from fast.heads.find import classes_of
 from fast.heads.forward import check_takes, input_errors
+from fast.merge.joined import Joined
 from fast.ranks import Ranks
 
 log = logging.getLogger("fast")
@@ -106,6 +108,8 @@ def settle(
     batch_size = _batch_size(config, batches)
     steps = steps_for(config, batches)
     sample = move(_first_inputs(batches), next(model.parameters()).device)
+    if source is not None:
+        _warn_of_other_sizes(source.inputs, sample)
     own = None
     if rehearsed == TARGET_INPUTS and source_size:
         own = _own_inputs(batches, steps * source_size)
@@ -158,6 +162,17 @@ def _read_source(model: nn.Module, source_inputs: Any) -> SourceInputs:
     with source_task(model):
         check_takes(model, source.inputs, "source_inputs")
     return source
+
+
+def _warn_of_other_sizes(source: Any, target: Any) -> None:
+    """Warn where pictures of the source are of another size than those of the target."""
+    pictures = all(isinstance(x, Tensor) and x.dim() == 4 for x in (source, target))
+    if pictures and source.shape[1:] != target.shape[1:]:
+        warn(
+            f"source_inputs are {list(source.shape[1:])} and the target's inputs "
+            f"{list(target.shape[1:])}: what is kept is what the network answers at their size. Of "
+            "the target's size they would ride in its pass"
+        )
 
 
 def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
@@ -279,6 +294,13 @@ def _first_inputs(batches: TrainBatches) -> Any:
 
 def check_model(model: nn.Module) -> None:
     """Raise ValueError where a network cannot be trained, whatever the data are."""
+    if isinstance(model, Joined):
+        one = "give joined.network, which is a plain one"
+        two = "only one that takes one pass learns another task: adapt with tasks='together' first"
+        raise ValueError(
+            f"model: a joined network of {model.passes} forward passes (docs/join.md): "
+            + (one if model.passes == 1 else two)
+        )
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     if not tensors:
         raise ValueError(f"model {type(model).__name__} has no parameters, and so no linear head")
@@ -288,6 +310,11 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name} is sharded already (FSDP2, DTensor): give the whole network to "
                 "every process, and set shard=True, which shards it once its head is taught"
+            )
+        if is_lazy(x):
+            raise ValueError(
+                f"model: {name} is lazy, and has no weights yet: run the model once on a batch of "
+                "inputs, and load its pretrained weights"
             )
         if x.is_meta:
             raise ValueError(f"model: {name} is on the meta device; load its weights first")

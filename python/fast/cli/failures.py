@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 TRACEBACK = "FAST_TRACEBACK"
-FAILED, USER_ERROR, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, USER_ERROR, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 130, 141, 143
 # Errors whose messages are written for users; those of others are about the code that raises them.
 EXPLAINED = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 

@@ -18,7 +18,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from fast import __version__
-from fast.cli.failures import FAILED, INTERRUPTED, TERMINATED, TRACEBACK, explain
+from fast.cli.failures import (
+    FAILED,
+    INTERRUPTED,
+    PIPE_CLOSED,
+    TERMINATED,
+    TRACEBACK,
+    explain,
+)
 from fast.cli.options import Parser, parser_of
 from fast.cli.spec import COMMANDS
 from fast.errors import did_you_mean, printable
@@ -35,14 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: 0; 2 for input that cannot be used, and for a run that diverged; 1 for an
         error in the code of a network, or in ours, that no message was written for; 130 when
         interrupted, 143 when terminated. An error is one line on stderr; with the environment
-        variable FAST_TRACEBACK=1 it is a traceback.
+        variable FAST_TRACEBACK=1 it is a traceback. 141, without a line, when the reader of what is
+        printed has gone (`| head`).
     """
     options: dict[str, Any] = {}
     try:
         with _one_line_warnings(), _plans_once(), _terminable():
             name, options = _parsed(list(sys.argv[1:] if argv is None else argv))
             spec = COMMANDS[name].parse(options)
-            return importlib.import_module(f"{spec.package}.{name}").run(spec)
+            code = importlib.import_module(f"{spec.package}.{name}").run(spec)
+            sys.stdout.flush()
+            return code
     except SystemExit as stop:  # argparse has printed help, or the version
         return stop.code if isinstance(stop.code, int) else FAILED
     except Terminated:
@@ -51,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fast: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `fast predict ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise

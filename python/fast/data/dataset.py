@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fast.data.arrays import as_tensor, warn_unscaled
 from fast.data.generators import find_generators, reseed, seed_process
-from fast.data.labels import check_labels, count_classes
+from fast.data.labels import NUMBER_THEM, check_labels, count_classes
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
 from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, split_labels
 from fast.errors import first_line, printable, some, warn
@@ -36,23 +36,32 @@ def split_batch(batch: Any, name: str) -> tuple[Any, Tensor]:
     if isinstance(batch, Mapping):
         named, labels = split_labels(batch)
         if labels is not None:
-            return named, torch.as_tensor(labels)
+            return named, _label_tensor(labels, name, "one number for each sample")
         raise TypeError(
             f"{name}: a batch is a mapping without labels (keys: {', '.join(map(str, batch))}); "
             f"call them one of {', '.join(LABEL_KEYS)}"
         )
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
-        try:
-            return inputs, torch.as_tensor(batch[-1])
-        except (TypeError, ValueError, RuntimeError) as error:
-            last = batch[-1]
-            last = last[0] if isinstance(last, (list, tuple)) and last else last
-            raise TypeError(
-                f"{name}: a sample ends in {kind(last)}, where its label is expected; "
-                "give (inputs, label), or several inputs and then the label"
-            ) from error
+        way = "(inputs, label), or several inputs and then the label"
+        return inputs, _label_tensor(batch[-1], name, way)
     raise TypeError(f"{name}: a batch must be (inputs, labels) or a mapping; got {kind(batch)}")
+
+
+def _label_tensor(labels: Any, name: str, way: str) -> Tensor:
+    """Collated labels as a tensor.
+
+    Raises:
+        TypeError: they are names, or no labels; `way` says what to give.
+    """
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        last = labels[0] if isinstance(labels, (list, tuple)) and labels else labels
+        hint = f"; where these are the names of classes, {NUMBER_THEM}" if type(last) is str else ""
+        raise TypeError(
+            f"{name}: a sample ends in {kind(last)}, where its label is expected; give {way}{hint}"
+        ) from error
 
 
 @dataclass(kw_only=True)

@@ -57,6 +57,16 @@ def check_labels(labels: Any, num_classes: int | None, name: str) -> Tensor:
     return labels
 
 
+def check_several(outputs: int, name: str) -> None:
+    """Raise ValueError where a network has one output: softmax makes a sure class of any number."""
+    if outputs < 2:
+        raise ValueError(
+            f"{name}: the network has one output, and so no classes to choose from: it is a "
+            "regression, or the logit of yes against no. Call it yourself (for the source's task "
+            "inside fast.source_task(model))"
+        )
+
+
 def whole_labels(labels: Tensor, name: str) -> Tensor:
     """Labels `[N, ...]` as int64.
 

@@ -101,9 +101,11 @@ def _check_finished(folder: Path) -> None:
     if is_going_on(folder):
         raise ValueError(f"{folder}: its run is going on, and has no result yet")
     if list_checkpoints(folder):
+        started_there = (folder / JOB_FILE).is_file()
+        way = f"fast finetune --resume {folder}" if started_there else f"resume={str(folder)!r}"
         raise ValueError(
-            f"{folder}: its run has checkpoints and no result: go on with it (fast finetune "
-            f"--resume {folder}), or save its result (result.save)"
+            f"{folder}: its run has checkpoints and no result: go on with it ({way}), and save its "
+            "result in a folder (result.save), which is what fast.load reads"
         )
     if (folder / JOB_FILE).is_file():
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.dataset import as_data
-from fast.data.labels import check_labels
+from fast.data.labels import check_labels, check_several
 from fast.data.sources import SKIP, FileReport, Split
 from fast.data.trees import leaves, mapped, move, plain
 from fast.deploy.evaluation import Evaluation
@@ -301,6 +301,7 @@ class Predictor:
 
     def _of_task(self, logits: Tensor, task: Task) -> Tensor:
         """The logits of the classes that a task has."""
+        check_several(logits.shape[1], f"task {task}")
         if isinstance(self.model, Joined) and task != "both":
             return logits[:, self.model.classes_of(task)]
         return logits

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.trees import pick
+from fast.errors import some, warn
 from fast.heads.find import Head, classes_of, is_head_layer
 from fast.heads.forward import call, hooked, logits_of
 
@@ -47,7 +48,7 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
             "has logits [B, C]: let its forward return them as they are, not squeezed"
         )
     if not named:
-        _check_one_answer(output, logits, head)
+        _check_one_answer(model, output, logits, head)
     in_head = {id(p) for p in head.module.parameters()}
     others = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in in_head}
     reacts = [False] * (len(zeros) + len(others))
@@ -88,7 +89,8 @@ def check_declared(model: nn.Module, head: Head) -> None:
         )
 
 
-def _check_one_answer(output: Any, logits: Tensor, head: Head) -> None:
+def _check_one_answer(model: nn.Module, output: Any, logits: Tensor, head: Head) -> None:
+    """Refuse two answers of one shape; warn of others that a second head may make."""
     if not isinstance(output, (tuple, list)):
         return
     alike = [x for x in output if isinstance(x, Tensor) and x.shape == logits.shape]
@@ -96,6 +98,16 @@ def _check_one_answer(output: Any, logits: Tensor, head: Head) -> None:
         raise ValueError(
             f"the network returns {len(alike)} answers of shape {list(logits.shape)} (two heads?), "
             f"of which {head.name} makes the first: pass head={head.name!r} to train that one alone"
+        )
+    heads = [m for m in model.modules() if is_head_layer(m) and m is not head.module]
+    widths = {classes_of(m) for m in heads} - {head.module.weight.shape[1]}  # features are none
+    beside = [x for x in output if isinstance(x, Tensor) and x is not logits and x.dim() > 1]
+    others = [list(x.shape) for x in beside if x.dim() == logits.dim() and x.shape[1] in widths]
+    if others:
+        warn(
+            f"the network returns several outputs: the first, of shape {list(logits.shape)}, is "
+            f"taken for the logits, and not {some(others)} (head={head.name!r} says that this is "
+            "right)"
         )
 
 

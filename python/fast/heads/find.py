@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -49,6 +50,17 @@ def is_head_layer(module: nn.Module) -> TypeGuard[HeadLayer]:
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1) and module.groups == 1
     return isinstance(module, nn.Linear)
+
+
+@torch.no_grad()
+def is_plain(layer: HeadLayer) -> bool:
+    """Whether a layer is what its weight and bias say: weight norm makes the weight of other
+    parameters, and a class of its own may compute something else."""
+    if not layer.state_dict().keys() <= {"weight", "bias"}:
+        return False
+    x = layer.weight[:1]
+    plain = F.conv2d if isinstance(layer, nn.Conv2d) else F.linear
+    return torch.allclose(layer(x), plain(x, layer.weight, layer.bias), rtol=1e-3, atol=1e-6)
 
 
 def own_parameters(model: nn.Module, layer: nn.Module) -> list[nn.Parameter]:
@@ -194,7 +206,7 @@ def _by_trace(model: nn.Module, sample: Any) -> tuple[HeadLayer, tuple[str, ...]
         raise ValueError(
             f"no linear layer of {type(model).__name__} makes its logits of shape "
             f"{list(logits.shape)} (ran: {len(calls)} linear calls). The head must be an nn.Linear "
-            "or a 1x1 nn.Conv2d"
+            "or a 1x1 nn.Conv2d, called as a module; of several outputs the logits are the first"
         )
     ran = {id(m) for m, _ in calls}
     width = classes_of(layer)

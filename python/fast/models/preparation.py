@@ -195,7 +195,7 @@ def _part(folder: Path, kind: str, files: tuple[str, ...], does: str, what: str)
 
 def _picture_words(form: ImageFormat) -> list[str]:
     words = [
-        "Decode; turn upright by the EXIF tag; show transparency on white; 16 bits become 8.",
+        "Decode; turn upright by the EXIF tag; show transparency on white; divide 16 bits by 257.",
         "Convert to grey (one channel)." if form.channels == 1 else "Convert to red, green, blue.",
     ]
     if form.size is None:

@@ -15,7 +15,7 @@ from fast import dtensor
 from fast.adapt.adaptation import Adaptation
 from fast.data.dataset import Data
 from fast.data.finite import broken_rows
-from fast.data.labels import check_labels
+from fast.data.labels import check_labels, check_several
 from fast.data.trees import kind, move
 from fast.heads import evaluating, source_task
 from fast.heads.forward import LEAST_EVAL_BATCH, answers, input_errors
@@ -186,6 +186,7 @@ def evaluate(
             with input_errors(data.name, inputs, model):
                 logits = answers(model, move(inputs, device), mirrored)
             with each_batch():
+                check_several(logits.shape[1], data.name)
                 labels = check_labels(labels, logits.shape[1], data.name).to(device)
             if not counts:
                 continue

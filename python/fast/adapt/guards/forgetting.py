@@ -39,7 +39,7 @@ class ForgettingMeter:
         samples: source inputs, on the model's device.
         points: measure points of accuracy (0..1), not nats.
         skill: "answers", "features", or "auto": features if there are labels that the source head
-            cannot give.
+            cannot give, or if it has a single output.
         top: the largest label of all source inputs, of which `samples` may be a part (default: the
             largest of `samples`). With it, "auto" does not depend on which inputs are held back.
 
@@ -60,7 +60,14 @@ class ForgettingMeter:
         self.by_features = skill == "features"
         if not self.by_features:
             self.before = source_logits(model, samples)
-            self.by_features = self._has_other_labels(self.before.shape[1], skill, top)
+            # Softmax makes a sure answer of a single output, which no step would ever change.
+            one = self.before.shape[1] == 1
+            if one and skill == "answers":
+                raise ValueError(
+                    "source_skill='answers': the source head has one output, and so no classes to "
+                    "choose from: set source_skill='features'"
+                )
+            self.by_features = one or self._has_other_labels(self.before.shape[1], skill, top)
         if self.by_features:
             self._number_labels()
             self.before = self._answers(model, samples.size)

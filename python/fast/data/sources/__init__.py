@@ -7,6 +7,8 @@ they are prepared; `fast.data.images` and `fast.data.audio` do it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from fast.data.sources.types import (
     fold_rows,
     stratified_split,
 )
-from fast.errors import warn
+from fast.errors import printable, some, warn
 
 __all__ = [
     "SKIP",
@@ -107,13 +109,24 @@ def load_data(
         FileNotFoundError: there is no such file, and no such data set.
         ValueError: the data cannot be used; the message names the file and what is wrong.
     """
-    if hasattr(name, "to_dict"):  # a data frame
+    if hasattr(name, "to_dict"):
         columns = {"train": name.to_dict("list")}
-        return from_columns("the data frame", columns, Path(), input_column, label_column)
-    data = _read(name, input_column, label_column, numeric_labels, unlabelled)
+        data = from_columns("the data frame", columns, Path(), input_column, label_column)
+    else:
+        data = _read(name, input_column, label_column, numeric_labels, unlabelled)
+    data = replace(data, notes=data.notes + _alike_names(data.classes))
     for note in data.notes:
-        warn(f"{name}: {note}", DataWarning)
+        warn(f"{data.name}: {note}", DataWarning)
     return data
+
+
+def _alike_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """A note on names of classes that differ in capitals or spaces alone."""
+    spelt: dict[str, list[str]] = {}
+    for name in classes:
+        spelt.setdefault("".join(name.split()).casefold(), []).append(name)
+    alike = [" and ".join(map(printable, names)) for names in spelt.values() if len(names) > 1]
+    return (f"classes of nearly the same name, each for itself: {some(alike)}",) if alike else ()
 
 
 def _read(

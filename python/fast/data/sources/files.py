@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,14 @@ import numpy as np
 from fast.data.sources.formats import readable_suffixes
 from fast.data.sources.names import HELD_OUT, TRAIN, roles_of
 from fast.data.sources.scan import Folder, natural, scan
-from fast.data.sources.types import EncodedAudio, EncodedImages, NamedData, Split, labelled
+from fast.data.sources.types import (
+    EncodedAudio,
+    EncodedFiles,
+    EncodedImages,
+    NamedData,
+    Split,
+    labelled,
+)
 from fast.errors import printable, some
 
 TEXT_SUFFIXES = frozenset((".txt", ".md"))
@@ -55,6 +62,41 @@ def files_of(where: str, cells: Sequence[str], root: Path) -> Any:
             f"or from {printable(root)}"
         )
     return samples_of([str(path) for path in paths])
+
+
+def repeated_files(name: str, splits: Mapping[str, Split], classes: Sequence[str]) -> list[str]:
+    """Notes on pictures and sounds that several rows of a table name.
+
+    Raises:
+        ValueError: the rows give a file different labels.
+    """
+    label_of: dict[str, int] = {}
+    again: list[str] = []
+    across: set[str] = set()
+    for split in splits.values():
+        if not isinstance(split.inputs, EncodedFiles):
+            return []
+        before = set(label_of)
+        for file, label in zip(split.inputs.names, split.labels.tolist(), strict=True):
+            if file not in label_of:
+                label_of[file] = label
+                continue
+            again.append(file)
+            across |= {file} & before
+            if label_of[file] != label:
+                both = some([classes[label_of[file]], classes[label]])
+                raise ValueError(
+                    f"{name}: {printable(file)} has several labels, {both}; fast finetune adapts "
+                    "to one label for each sample. With several, train by fast.Adaptation(..., "
+                    "loss=torch.nn.functional.binary_cross_entropy_with_logits): docs/any-loss.md"
+                )
+    if across:
+        there = f"{len(across)} of the held-out files are trained on, too ({some(sorted(across))})"
+        return [f"{there}: what is measured of them is not held out"]
+    if again and "val" not in splits:
+        there = f"rows that repeat a file: {len(again)} ({some(again)})"
+        return [f"{there}; drop them, or a file may be both trained on and held out"]
+    return []
 
 
 def lines_of(path: Path) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fast.data.sources.files import files_of
+from fast.data.sources.files import files_of, repeated_files
 from fast.data.sources.names import (
     FILES,
     HELD_OUT,
@@ -97,10 +98,9 @@ def from_columns(
         notes.append(f"columns: inputs in {printable(inputs)}, labels in {printable(label)}")
     held_out = "the table of its split" if "val" in tables else ""
     if len(tables) == 1:
-        tables, note = _by_split(first, {inputs, label})
-        if note:
-            notes.append(note)
-            held_out = note if "val" in tables else ""
+        tables, split_notes = _by_split(first, {inputs, label})
+        notes += split_notes
+        held_out = split_notes[0] if "val" in tables else ""
     for part, table in tables.items():
         for column in (inputs, label):
             if column not in table:
@@ -116,6 +116,7 @@ def from_columns(
         where = f"{name}: {printable(inputs)}"
         numbers = np.array([number[value] for value in values[part]], dtype=np.int64)
         splits[part] = labelled(_inputs(where, table[inputs], root), numbers, where, len(classes))
+    notes += repeated_files(name, splits, classes)
     return NamedData(
         name=name,
         train=splits["train"],
@@ -126,15 +127,18 @@ def from_columns(
     )
 
 
-def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
-    """The rows of each split, where a column names it."""
-    columns = usual_columns([c for c in table if c not in used], SPLITS)
-    if not columns:
-        return {"train": table}, ""
-    roles = [role_of(str(value)) for value in table[columns[0]]]
+def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], list[str]]:
+    """The rows of each split, where a column names it, and notes on how, and on rows left out."""
+    named = usual_columns([c for c in table if c not in used], SPLITS)
+    if not named:
+        return {"train": table}, []
+    column = printable(named[0])
+    cells = [str(value).strip() for value in table[named[0]]]
+    roles = [role_of(cell) for cell in cells]
     held_out = next((role for role in HELD_OUT if role in roles), None)
     if TRAIN not in roles or held_out is None:
-        return {"train": table}, ""
+        values = some(sorted(set(cells)), 5)
+        return {"train": table}, [f"column {column} is no split into train and val: {values}"]
     rows = {
         part: [i for i, r in enumerate(roles) if r == role]
         for part, role in (("train", TRAIN), ("val", held_out))
@@ -142,7 +146,11 @@ def _by_split(table: Columns, used: set[str]) -> tuple[dict[str, Columns], str]:
     parts: dict[str, Columns] = {
         part: {c: [v[i] for i in index] for c, v in table.items()} for part, index in rows.items()
     }
-    return parts, f"split by column {printable(columns[0])}"
+    notes = [f"split by column {column}"]
+    unused = Counter(c for c, r in zip(cells, roles, strict=True) if r not in (TRAIN, held_out))
+    for value, count in sorted(unused.items()):
+        notes.append(f"rows whose {column} is {printable(value) or 'empty'} are not used: {count}")
+    return parts, notes
 
 
 def read_inputs(path: Path, column: str | None, usual: Sequence[str]) -> Any:
@@ -252,8 +260,8 @@ def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
     empty = [i for i, cell in enumerate(cells) if cell is None or _is_blank(cell) or cell != cell]
     if empty:
         raise ValueError(
-            f"{name}: {printable(column)}: {len(empty)} cells are empty, the first in row "
-            f"{empty[0]}; drop those rows"
+            f"{name}: {printable(column)}: {len(empty)} of {len(cells)} cells are empty, the first "
+            f"in row {empty[0]}, counted from 0 without the names; drop those rows"
         )
     several = [cell for cell in cells if _is_list(cell)]
     if several:
