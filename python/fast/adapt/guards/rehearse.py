@@ -18,6 +18,7 @@ head. docs/research.md reports what else was tried.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -189,6 +190,8 @@ class Rehearsal(Guard):
         e = seen.item() / count
         self._seen.zero_()
         self._count = 0
+        if not math.isfinite(e):  # an overflow, whose step a gradient scaler skips
+            return
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)
         self.restraint = restraint(self.moved, TOLERANCE / self.strength)
 
