@@ -26,7 +26,7 @@ ELSEWHERE = {
 }
 # Arguments of `transformers.Trainer` that `FastTrainer` has not.
 OF_TRAINER = {
-    "optimizers": "set optim of TrainingArguments, or give optimizers to a Trainer with FastCallback",
+    "optimizers": "set optim of TrainingArguments, or use FastCallback in a Trainer of yours",
     "optimizer_cls_and_kwargs": "set optim of TrainingArguments",
     "optimizer": "set optim of TrainingArguments",
     "model_init": "pass the pretrained model itself, and make a new trainer for each run",
