@@ -101,6 +101,53 @@ def test_a_batch_that_overflows_changes_nothing(make):
     assert 0 < rehearsal.moved < 1
 
 
+def test_a_run_that_resumes_loads_all_three_states():
+    model, adaptation = adapted()
+    backward(adaptation, *next(adaptation.batches()))
+    adaptation.optimizer.step()
+    saved = model.state_dict(), adaptation.optimizer.state_dict(), adaptation.state_dict()
+    model, adaptation = adapted(resuming=True)
+    model.load_state_dict(saved[0]), adaptation.optimizer.load_state_dict(saved[1])
+    backward(adaptation, *next(adaptation.batches()))
+    before = vector(model)
+    with pytest.raises(RuntimeError, match=r"state of step 1.*adaptation\.load_state_dict"):
+        adaptation.optimizer.step()
+    assert torch.equal(vector(model), before)
+    adaptation.load_state_dict(saved[2])
+    adaptation.optimizer.step()
+    assert adaptation.done == 2
+
+
+def test_there_is_no_forward_after_the_end():
+    _, adaptation = adapted()
+    adaptation.finish()
+    with pytest.raises(RuntimeError, match=r"finish\(\) has removed the hooks"):
+        adaptation.forward(TRAIN[0][:4])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.arange(4) + 198, r"rows must be in 0\.\.199, .* got 198\.\.201"),
+        (torch.arange(4) - 9, r"got -9\.\.-6"),
+        (torch.arange(3), r"numbers of these 4 inputs .* got int64 \[3\]"),
+        (torch.arange(4)[:, None], r"int64 \[4, 1\]"),
+        (torch.arange(4) > 1, r"got bool \[4\]\. Leave rows out"),
+        (torch.arange(4.0), r"got float32 \[4\]"),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, message):
+    _, adaptation = adapted(distill=0.2)
+    with pytest.raises(ValueError, match=message):
+        adaptation.forward(TRAIN[0][:4], rows)
+
+
+def test_rows_may_be_a_list():
+    _, adaptation = adapted(distill=0.2, rehearse=0.0, source_inputs=None, batch_norm="frozen")
+    penalties = [adaptation.forward(TRAIN[0][:4], r)[1] for r in ([0, 1, 2, 3], torch.arange(4))]
+    assert torch.equal(*penalties)
+
+
 def test_rates_that_the_loop_sets_are_those_of_its_schedule():
     _, adaptation = adapted()
     for group in adaptation.optimizer.param_groups:

@@ -378,6 +378,8 @@ class Adaptation:
     # What follows a step.
 
     def _before_step(self, *_: Any) -> None:
+        if not self.done:
+            self._optimizer.check_fresh()
         group = self.optimizer.param_groups[0]
         self.last_lr = float(group["lr"]) * group["restraint"]
 

@@ -158,6 +158,18 @@ class AdaptedOptimizer:
                 "yours); if it has loaded a checkpoint, let it load the adaptation's state, too"
             )
 
+    def check_fresh(self) -> None:
+        """Raise where the optimizer goes on from a state, and the adaptation from the beginning.
+
+        Raises:
+            RuntimeError: it has taken steps already.
+        """
+        if steps := max(group.get("progress", 0) for group in self.optimizer.param_groups):
+            raise RuntimeError(
+                f"the optimizer has loaded a state of step {steps}, and the adaptation starts "
+                "at the first: load its state as well (adaptation.load_state_dict)"
+            )
+
     def keep_rates(self) -> None:
         """Keep the learning rates as those that a schedule multiplies, if none does so yet.
 
