@@ -208,6 +208,7 @@ def test_texts_with_a_network_of_transformers(job):
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=16,
+        max_position_embeddings=16,
         initializer_range=0.5,  # untrained, it must still tell words apart
     )
     with torch.random.fork_rng(devices=[]):
@@ -217,11 +218,11 @@ def test_texts_with_a_network_of_transformers(job):
     (job.folder / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizer("vocab.txt").save_pretrained("bert")
     table = {
-        "text": ["good film", "bad film", "bad", "good good film"] * 20,
+        "text": ["good film " * 20, "bad film", "bad", "good good film"] * 20,
         "label": [1, 0, 0, 1] * 20,
     }
     datasets.Dataset.from_dict(table).save_to_disk("reviews")
-    code, _, err = job.fast(
+    code, out, err = job.fast(
         "finetune",
         "--model",
         "transformers:bert",
@@ -234,6 +235,7 @@ def test_texts_with_a_network_of_transformers(job):
         0,
     )
     assert code == 0, err
+    assert "texts are cut to 16 tokens: the network takes no more" in out + err
     result = json.loads((job.folder / "out" / "result.json").read_text())
     assert result["target_accuracy"] >= 0.75  # chance is 0.5
 

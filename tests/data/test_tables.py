@@ -253,7 +253,11 @@ def test_sounds_of_several_rates_need_a_network_that_says_its_own(tmp_path):
 
 def test_a_broken_sound_is_named(tmp_path):
     split = sounds(tmp_path)
-    (tmp_path / "b" / "1.wav").write_bytes(b"RIFF")
+    for content in (b"", b"RIFF"):
+        (tmp_path / "b" / "1.wav").write_bytes(content)
+        with pytest.raises(ValueError, match=r"1\.wav: not .* \(it is empty or ends too early\)"):
+            SoundFormat(seconds=1)(split)
+    (tmp_path / "b" / "1.wav").write_bytes(b"ID3 is no WAV file")
     with pytest.raises(ValueError, match=r"1\.wav: not a readable sound .*pip install soundfile"):
         SoundFormat(seconds=1)(split)
     report = FileReport()

@@ -203,6 +203,47 @@ def test_what_does_not_fit_is_refused_by_name():
         )
 
 
+class WithAdam(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (WithAdam, {}, r"WithAdam gives Adam, .* return fast_callback\.optimizers\(\)"),
+        (Classifier, {"precision": "bf16-true"}, "casts the weights.*'bf16-mixed'"),
+        (
+            Classifier,
+            {"averaging": "StochasticWeightAveraging"},
+            "^StochasticWeightAveraging would",
+        ),
+        (Classifier, {"averaging": "EMAWeightAveraging"}, "^EMAWeightAveraging would put"),
+    ],
+)
+def test_a_trainer_that_would_undo_the_method_is_refused(module, options, message):
+    model = network()
+    callback, others = FastCallback(model, TRAIN, steps=STEPS), []
+    options = dict(options)
+    if name := options.pop("averaging", None):
+        kind = getattr(lightning.pytorch.callbacks, name)
+        others = [kind(1e-3)] if name.startswith("Stochastic") else [kind()]
+    host = trainer(callback, *others, max_epochs=9, **options)
+    with pytest.raises(ValueError, match=message):
+        host.fit(module(model, callback), loader(TRAIN))
+
+
+def test_a_network_in_evaluation_mode_is_trained():
+    """`from_pretrained` returns one, and Lightning leaves it so: no dropout, no statistics."""
+    weights = []
+    for training in (True, False):
+        model = network().train(training)
+        callback = FastCallback(model, TRAIN, **RUNS["none"])
+        trainer(callback).fit(Classifier(model, callback), callback.loader)
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*weights)
+
+
 def test_a_trainer_that_ends_early_says_so():
     model = network()
     callback = FastCallback(model, TRAIN, steps=40)

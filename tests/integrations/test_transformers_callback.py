@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -78,13 +79,38 @@ def test_the_callback_in_a_trainer_of_ones_own(tmp_path, with_penalty):
         own.train(resume_from_checkpoint=resume)
         return own, callback
 
-    whole, callback = run()
+    unseen = pytest.warns(UserWarning, match="held by Distillation, Rehearsal")
+    with nullcontext() if with_penalty else unseen:
+        whole, callback = run()
     assert callback.adaptation.done == STEPS
     assert callback.result.model is whole.model
     assert callback.adaptation.average.adopted
     assert [r["eval_source_accuracy"] for r in evaluations(whole)] == [0.25] * 3
     again, _ = run(str(tmp_path / "checkpoint-5"))
     assert torch.equal(weights(whole.model), weights(again.model))
+
+
+@pytest.mark.parametrize(
+    ("steps", "optimizer", "message"),
+    [
+        (8, False, "is its own AdamW: pass"),
+        (4, True, "takes 8 steps .* after 4"),
+    ],
+)
+def test_a_trainer_that_does_not_fit_is_refused(tmp_path, steps, optimizer, message):
+    data = texts(72, CLASSES, 1)
+    tensors = {k: torch.tensor(v) for k, v in data[:].items()}
+    model, labels = bert(), tensors.pop("labels")
+    adaptation = fast.Adaptation(model, (tensors, labels), steps=steps, batch_size=16)
+    own = OwnTrainer(
+        model,
+        transformers.TrainingArguments(str(tmp_path), max_steps=8, use_cpu=True, report_to=[]),
+        train_dataset=data,
+        callbacks=[FastCallback(adaptation)],
+        optimizers=(adaptation.optimizer, None) if optimizer else (None, None),
+    )
+    with pytest.raises(ValueError, match=message):
+        own.train()
 
 
 def test_the_recipes_run(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Networks by name, and checkpoints that do or do not fit them."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fast.models.load import load_model, parse_spec
+from fast.models.preparation import most_tokens
 from fast.models.weights import load_weights
 
 NETS = """
@@ -262,6 +264,32 @@ class TestTransformers:
         tokens = loaded.tokenizer(["good film", "bad"], padding=True, return_tensors="pt")
         assert tokens["input_ids"].shape == (2, 4)
         assert loaded.model(**tokens).logits.shape == (2, 2)
+
+    @pytest.mark.parametrize(
+        ("kind", "limit", "most"),
+        [("Bert", None, 32), ("Bert", 20, 20), ("Roberta", None, 30), ("XLNet", None, None)],
+    )
+    def test_the_most_tokens_of_a_text(self, transformers, kind, limit, most):
+        """RoBERTa counts positions from 2; XLNet's are relative."""
+        sizes = {
+            "vocab_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "max_position_embeddings": 32,
+        }
+        if kind == "XLNet":
+            sizes = {"vocab_size": 8, "n_layer": 1, "n_head": 2, "d_model": 8, "d_inner": 8}
+        config = getattr(transformers, f"{kind}Config")(**sizes)
+        model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+        tokenizer = SimpleNamespace(model_max_length=limit or int(1e30))
+        assert most_tokens(model, tokenizer) == most
+        if kind == "Roberta":
+            ids = torch.full((1, most), 3)
+            model(input_ids=ids)
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=torch.full((1, most + 1), 3))
 
     def test_a_name_that_is_not_there(self, transformers, tmp_path):
         with pytest.raises(ValueError, match="model transformers:"):

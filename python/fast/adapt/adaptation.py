@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
-from fast.adapt.guards.base import Guard, MicroBatch, Seen
+from fast.adapt.guards.base import Guard, MicroBatch, Seen, warn_unseen
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.loss import TargetLoss
@@ -138,7 +138,7 @@ class Adaptation:
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
         self.done = 0
-        self._part = 0  # the next of this step's micro-batches
+        self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
         self._pull_factor = 1.0
         if loss is not None and not callable(loss):
             raise TypeError(f"loss must be a function of logits and labels; got {loss!r}")
@@ -302,14 +302,13 @@ class Adaptation:
         once for each process, and a loop that accumulates may for each micro-batch.
         """
         last = self.done - 1 if self.done else -1
+        self._optimizer.keep_rates()
         # LambdaLR would save the attributes of any callable that is not a plain function.
         return LambdaLR(self.optimizer, lambda _: self.plan.lr_factor(self.done), last_epoch=last)
 
     def schedule(self) -> None:
         """Set the learning rates of the next step by the plan's schedule."""
-        factor = self.plan.lr_factor(self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        self._optimizer.schedule(self.plan.lr_factor(self.done))
 
     def forward(
         self, inputs: Any, rows: Tensor | None = None, *, model: nn.Module | None = None
@@ -330,6 +329,8 @@ class Adaptation:
             logits `[B, C]`, or whatever the network returns; and the penalty, `[]`.
         """
         parts = self.plan.grad_accum_steps
+        if not self.done and self._part >= parts:
+            self._optimizer.check_used()
         part, self._part = self._part % parts, self._part + 1
         batch = self._micro_batches.part(inputs, rows, step=self.done, part=part, parts=parts)
         logits, inside, outside = self.forward_part(batch, model)
@@ -353,6 +354,7 @@ class Adaptation:
             target logits; the penalty that the reported loss includes, `[]`; and the penalty that
             it does not (replay), `[]`.
         """
+        self._ran = True
         device = self._network.device
         inputs = move(batch.inputs, device)
         logits, features, source_features = self._network.forward(model, inputs, batch.source)
@@ -376,12 +378,18 @@ class Adaptation:
     # What follows a step.
 
     def _before_step(self, *_: Any) -> None:
+        if not self.done:
+            self._optimizer.check_fresh()
         group = self.optimizer.param_groups[0]
         self.last_lr = float(group["lr"]) * group["restraint"]
 
     def _after_step(self, *_: Any) -> None:
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it
             check_averaged(self.params, self.ranks)
+            if not self._ran:
+                warn_unseen(self.guards)
+        if self.done == self.plan.steps:
+            self.plan.warn_beyond()
         self.done += 1
         self._part = 0
         if self._network.norm is not None:
@@ -424,12 +432,17 @@ class Adaptation:
         return 0.0 if value is None and self.plan.adapter_rank else value
 
     def finish(self) -> Result:
-        """Adopt the average and keep the budget, unless the last step has done so; remove hooks.
+        """Adopt the average and keep the budget, unless the plan's last step did; remove hooks.
 
         Returns:
             the adapted model, in evaluation mode, with one record of drift and forecast.
+
+        Raises:
+            RuntimeError: the loop has stepped another optimizer; the weights stay as they are.
         """
-        if self.done < self.plan.steps:
+        if not self.done:
+            self._optimizer.check_used()
+        if self.done != self.plan.steps:
             self._finish_guards()
         self.close()
         self.optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -69,8 +70,6 @@ class AdaptedOptimizer:
             if plan.optimizer == "sgd":
                 fused, options["momentum"] = SGD, 0.9
             self.optimizer = fused(groups, **options)
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
         self._base = [group["anchor_decay"] for group in _backbone(self.optimizer.param_groups)]
         self.drift = self._drift()
 
@@ -81,11 +80,21 @@ class AdaptedOptimizer:
         if not own_lr:
             for group in groups:
                 del group["lr"]
+        kind = "optimizer must be 'adamw', 'sgd' or a function of parameter groups that returns a"
+        given = type(make).__name__
+        if not callable(make):
+            raise TypeError(
+                f"{kind} torch.optim.Optimizer; got {given}. The new head has parameters that no "
+                f"optimizer has yet: lambda groups: {given}(groups)"
+            )
         optimizer = make(groups)
         if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{kind} torch.optim.Optimizer; it returned {type(optimizer).__name__}")
+        if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # timm's Lookahead
             raise TypeError(
-                "optimizer must be 'adamw', 'sgd' or a function of parameter groups that returns a "
-                f"torch.optim.Optimizer; it returned {type(optimizer).__name__}"
+                f"optimizer: {type(optimizer).__name__} wraps another one and is no whole "
+                "torch.optim.Optimizer (it has no hooks): return the inner one, and wrap "
+                "adaptation.optimizer afterwards"
             )
         if not all("name" in group for group in optimizer.param_groups):
             raise ValueError(
@@ -132,6 +141,48 @@ class AdaptedOptimizer:
         """Multiply the learning rate of all groups, on top of what a scheduler sets."""
         for group in self.optimizer.param_groups:
             group["restraint"] = factor
+
+    def check_used(self) -> None:
+        """Raise where the weights have moved although this optimizer has taken no step.
+
+        Without steps there is no average but the first weights, to which a run would return.
+
+        Raises:
+            RuntimeError: they have moved.
+        """
+        if moved := self.drift():
+            raise RuntimeError(
+                f"the weights have moved by {moved:.3g}, and adaptation.optimizer has taken no "
+                "step: the loop steps another optimizer, which holds nothing of the source. Step "
+                "adaptation.optimizer (Adaptation(optimizer=lambda groups: ...) makes one of "
+                "yours); if it has loaded a checkpoint, let it load the adaptation's state, too"
+            )
+
+    def check_fresh(self) -> None:
+        """Raise where the optimizer goes on from a state, and the adaptation from the beginning.
+
+        Raises:
+            RuntimeError: it has taken steps already.
+        """
+        if steps := max(group.get("progress", 0) for group in self.optimizer.param_groups):
+            raise RuntimeError(
+                f"the optimizer has loaded a state of step {steps}, and the adaptation starts "
+                "at the first: load its state as well (adaptation.load_state_dict)"
+            )
+
+    def keep_rates(self) -> None:
+        """Keep the learning rates as those that a schedule multiplies, if none does so yet.
+
+        Until a schedule begins, the loop may set others.
+        """
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", copy.deepcopy(group["lr"]))
+
+    def schedule(self, factor: float) -> None:
+        """Set the learning rate of all groups to `factor` times the one that was kept."""
+        self.keep_rates()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimizer's own state does not hold.

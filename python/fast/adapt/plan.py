@@ -21,6 +21,7 @@ from fast.adapt.defaults import (
     too_few_for_norms,
 )
 from fast.adapt.methods import METHODS
+from fast.errors import warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,36 @@ class Plan:
             return 1.0
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    def check_length(self, coming: int, *, owner: str, way_out: str) -> None:
+        """Compare the number of steps that a Trainer will take with the plan's.
+
+        Args:
+            owner: who has the plan, for messages.
+            way_out: the Trainer's option that takes as many steps as the plan.
+
+        Raises:
+            ValueError: the Trainer takes more.
+        """
+        if coming > self.steps:
+            raise ValueError(
+                f"the Trainer takes {coming} steps and the plan of {owner} ends after "
+                f"{self.steps}: pass steps={coming}, or {way_out}"
+            )
+        if coming < self.steps:
+            warn(
+                f"the Trainer ends after {coming} of the {self.steps} steps that {owner} has "
+                f"planned: the learning rate does not fall to its end. Pass steps={coming}",
+            )
+
+    def warn_beyond(self) -> None:
+        """Warn that a step comes after the last one."""
+        warn(
+            f"the plan of {self.steps} steps is over and the loop goes on: its learning rate is at "
+            "its end, and a forget_budget is not checked again before finish(). Pass the steps= or "
+            "epochs= that the loop takes; the loader's batches should have adaptation.target_size "
+            "samples"
+        )
 
     def __str__(self) -> str:
         """One line that says what will be done."""

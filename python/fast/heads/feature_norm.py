@@ -53,12 +53,15 @@ class FeatureNorm(nn.Module):
             self._move(x.mean(0), x.var(0), momentum)
 
     def _move(self, mean: Tensor, var: Tensor, momentum: float | None = None) -> None:
-        # All on the device: an `.item()` here would stall every training step on a GPU.
+        # All on the device: an `.item()` here would stall every training step on a GPU. A batch
+        # that overflowed, whose step a gradient scaler skips, would make all later ones NaN.
+        finite = mean.isfinite().all() & var.isfinite().all()
         first = (self.num_batches_tracked == 0).to(mean.dtype)
         weight = first + (1 - first) * (self.momentum if momentum is None else momentum)
-        self.mean.lerp_(mean.to(self.mean.dtype), weight.to(self.mean.dtype))
-        self.var.lerp_(var.to(self.var.dtype), weight.to(self.var.dtype))
-        self.num_batches_tracked += 1
+        for own, new in ((self.mean, mean), (self.var, var)):
+            new = torch.where(finite, new, own).to(own.dtype)
+            own.lerp_(new, weight.to(own.dtype))
+        self.num_batches_tracked += finite
 
     def defer(self) -> None:
         """Collect features from now on, until `update_deferred`: a loop that splits its batches

@@ -16,6 +16,8 @@ from fast.errors import first_line
 
 # An evaluation takes batches of at least this many samples, however few a training step has.
 LEAST_EVAL_BATCH = 128
+# Networks of sounds look at some hundred samples at once: wav2vec2 at 400, which are 25 ms.
+LEAST_SOUND = 400
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -158,6 +160,10 @@ def mismatch(model: nn.Module, inputs: Any) -> str:
         return f"; it is a text network (it takes {named}), and these look like images"
     if tensors and not tensors[0].is_floating_point() and named in ("pixel_values", "input_values"):
         return f"; it takes {named}, numbers with a fraction, and these are whole numbers"
+    if tensors and named == "input_values" and tensors[0].shape[-1] < LEAST_SOUND:
+        return (
+            f"; the longest of these sounds has {tensors[0].shape[-1]} samples, which are too few"
+        )
     if isinstance(inputs, Mapping) and (named not in inputs or not set(inputs) <= set(parameters)):
         if not takes_all:
             return f"; its forward takes ({', '.join(parameters)}): give the data these names"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,12 +21,13 @@ from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
 from fast.data.dataset import as_data
 from fast.data.trees import pick
-from fast.errors import warn
 from fast.heads import source_task, unwrap
 from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.train.measure import evaluate
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+PRECISIONS = ("32-true", *AUTOCAST)
+AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 class CallbackOptions(AdaptOptions, total=False):
@@ -64,9 +65,10 @@ class FastCallback(Callback):
         fast_callback.result.save("adapted/")
 
     `trainer.fit` makes a `fast.Adaptation` before optimizers are configured, on the Trainer's
-    device. Validation, test and prediction see the averaged weights. Checkpoints hold the state of
-    the adaptation and of the random generators, so a resumed run ends in the same weights, bit for
-    bit, if its loader gives the same batches again; `loader` does.
+    device, and puts a network that is in evaluation mode into training mode. Validation, test and
+    prediction see the averaged weights. Checkpoints hold the state of the adaptation and of the
+    random generators, so a resumed run ends in the same weights, bit for bit, if its loader gives
+    the same batches again; `loader` does.
 
     Args:
         network: pretrained; the LightningModule or a part of it.
@@ -152,6 +154,7 @@ class FastCallback(Callback):
                 f"the network of FastCallback, a {type(self.network).__name__}, is no part of "
                 f"{type(pl_module).__name__}: give both the same object"
             )
+        _check_trainer(trainer)
         options: dict[str, Any] = dict(self.options)
         if not {"steps", "epochs"} & set(options):
             options["steps"] = _steps(trainer)
@@ -162,8 +165,17 @@ class FastCallback(Callback):
         self._adaptation = Adaptation(
             self.network, self._train, resuming=trainer.ckpt_path is not None, **options
         )
+        if not self.network.training:  # as from_pretrained leaves it; Lightning would, too
+            self.network.train()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if all(optimizer is not self.optimizer for optimizer in trainer.optimizers):
+            names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
+            raise ValueError(
+                f"configure_optimizers of {type(pl_module).__name__} gives {names or 'nothing'}, "
+                "which is not FastCallback's optimizer: return fast_callback.optimizers(), and "
+                "pass FastCallback(optimizer=lambda groups: ...) to use one of yours"
+            )
         unscales = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         if trainer.gradient_clip_val and unscales and "mixed" in str(trainer.precision):
             raise ValueError(
@@ -171,17 +183,9 @@ class FastCallback(Callback):
                 "for a fused optimizer in mixed precision; leave it out, and pass "
                 f"max_grad_norm={trainer.gradient_clip_val:g} to FastCallback"
             )
-        planned, coming = self.adaptation.plan.steps, _steps(trainer)
-        if coming > planned:
-            raise ValueError(
-                f"the Trainer takes {coming} steps and the plan of FastCallback ends after "
-                f"{planned}: pass steps={coming}, or Trainer(max_steps={planned})"
-            )
-        if coming < planned:
-            warn(
-                f"the Trainer ends after {coming} of the {planned} steps that FastCallback has "
-                f"planned: the learning rate does not fall to its end. Pass steps={coming}",
-            )
+        plan = self.adaptation.plan
+        way_out = f"Trainer(max_steps={plan.steps})"
+        plan.check_length(_steps(trainer), owner="FastCallback", way_out=way_out)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -267,6 +271,23 @@ class PlannedBatches:
         for inputs, labels, rows in adaptation.batches():
             for part in torch.arange(len(labels)).chunk(adaptation.plan.grad_accum_steps):
                 yield pick(inputs, part), labels[part], None if rows is None else rows[part]
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    """Raise ValueError for what the method cannot do inside the Trainer."""
+    if str(trainer.precision) not in PRECISIONS:
+        raise ValueError(
+            f"Trainer(precision={str(trainer.precision)!r}) casts the weights, which 32 bits have "
+            f"to hold: take one of {', '.join(map(repr, PRECISIONS))}"
+        )
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    for callback in callbacks:
+        if any(kind.__name__ in AVERAGING for kind in type(callback).__mro__):
+            raise ValueError(
+                f"{type(callback).__name__} would put its weights in place of those that "
+                "FastCallback averages, and that a budget was checked for: leave it out "
+                "(FastCallback(average=N) averages over N steps)"
+            )
 
 
 def _steps(trainer: Trainer) -> int:

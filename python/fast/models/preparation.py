@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fast.data.audio.waveforms import SoundFormat
 from fast.data.dataset import as_data
@@ -24,6 +25,23 @@ PREPARATION_FILE = "preprocessing.json"
 EXTRACTOR_FILE = "preprocessor_config.json"
 # Any of these files is part of what a tokenizer of transformers saves.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+def most_tokens(model: nn.Module, tokenizer: Any) -> int | None:
+    """How many tokens a text network of transformers has positions for; None where no limit is
+    known."""
+    limits = [getattr(tokenizer, "model_max_length", None)]
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int):
+        # RoBERTa counts positions from the one after the padding's.
+        skipped = [
+            m.padding_idx + 1
+            for name, m in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(m, "padding_idx", None) is not None
+        ]
+        limits.append(positions - max(skipped, default=0))
+    # A tokenizer that knows no limit says 10^30, and XLNet has -1 positions.
+    return min((x for x in limits if isinstance(x, int) and 0 < x < 1 << 30), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

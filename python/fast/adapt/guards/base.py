@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from fast.errors import some, warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +108,14 @@ class Guard:
 
     def close(self) -> None:
         """Remove hooks."""
+
+
+def warn_unseen(guards: Iterable[Guard]) -> None:
+    """Warn that a loop runs the network itself, where guards wait for what `forward` shows them."""
+    blind = [type(g).__name__ for g in guards if type(g).penalty is not Guard.penalty]
+    if blind:
+        warn(
+            "the first step was taken without adaptation.forward(), so that nothing of the source "
+            f"is held by {some(blind)}: let forward() run the network, and add its penalty to the "
+            "loss"
+        )

@@ -108,8 +108,20 @@ class Distillation(Guard):
             self.remembered, self._frozen = None, self._pretrained_copy()
 
     def check(self, rows: Tensor, inputs: Any) -> None:
-        """Go live if the inputs of these rows differ from those of the training data."""
-        if self.remembered is None or self.remembered.inputs is None:
+        """Go live if the inputs of these rows differ from those of the training data.
+
+        Raises:
+            ValueError: the training data have no such rows.
+        """
+        if self.remembered is None:
+            return
+        count = self.remembered.num_samples
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+            raise ValueError(
+                f"rows must be in 0..{count - 1}, for train has {count} samples; got "
+                f"{int(rows.min())}..{int(rows.max())}. Leave rows out where they are not known"
+            )
+        if self.remembered.inputs is None:
             return
         seen = leaves(inputs)
         own = leaves(move(pick(self.remembered.inputs, rows.cpu()), seen[0].device))

@@ -202,6 +202,8 @@ class Rehearsal(Guard):
         On a GPU this waits for the step to end, which costs the time of launching the next one. A
         budget that weakens the penalty raises the tolerance by as much.
         """
+        if step == self._first + 1:
+            self._set_pace()
         seen, count = self._seen, self._count
         if self._ranks.size > 1:  # so that all of them decide alike
             both = self._ranks.sum_(torch.stack([seen, seen.new_tensor(count)]).double())
@@ -211,10 +213,10 @@ class Rehearsal(Guard):
         e = seen.item() / count
         self._seen.zero_()
         self._count = 0
+        if not math.isfinite(e):  # an overflow, whose step a gradient scaler skips
+            return
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)
         self.restraint = restraint(self.moved, TOLERANCE / self.strength)
-        if step == self._first + 1:
-            self._set_pace()
 
     @torch.no_grad()
     def _set_pace(self) -> None:
@@ -225,7 +227,7 @@ class Rehearsal(Guard):
         e = distances(now, self.features[:MEASURED], self.scale).mean().item()
         farthest = math.sqrt(e) / self._first_rate
         start, self._start = self._start, []
-        if farthest <= FARTHEST:
+        if not FARTHEST < farthest < math.inf:
             return
         self.pace = FARTHEST / farthest
         for p, before in start:

@@ -39,6 +39,7 @@ class WeightAverage(Guard):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
+        self.adopted = False  # a loop may go on after the end of its plan
         moved = step - self.stall
         if moved < 1:  # only the head learns during a stall, and its last weights are its best
             torch._foreach_copy_(_local(self.values), self._current())

@@ -35,9 +35,14 @@ class MicroBatches:
 
         Args:
             inputs, rows: see `Adaptation.forward`.
+
+        Raises:
+            ValueError: these are no row numbers of the inputs.
         """
-        if self._distillation is not None and rows is not None:
-            self._distillation.check(rows, inputs)
+        if rows is not None:
+            rows = _checked(rows, inputs)
+            if self._distillation is not None:
+                self._distillation.check(rows, inputs)
         places = self._places(inputs, rows)
         source = shares(self._source(step), parts)[part]
         if source is not None:
@@ -83,3 +88,15 @@ class MicroBatches:
     def _source(self, step: int) -> SourceBatch | None:
         batches = (guard.source_batch(step) for guard in self._guards)
         return next((batch for batch in batches if batch is not None), None)
+
+
+def _checked(rows: Any, inputs: Any) -> Tensor:
+    rows = torch.as_tensor(rows)
+    whole = not rows.is_floating_point() and rows.dtype != torch.bool
+    if not whole or rows.shape != (length(inputs),):
+        raise ValueError(
+            f"rows must be the numbers of these {length(inputs)} inputs in the training data, "
+            f"int64 [{length(inputs)}]; got {str(rows.dtype).removeprefix('torch.')} "
+            f"{list(rows.shape)}. Leave rows out where they are not known"
+        )
+    return rows

@@ -80,7 +80,11 @@ class HeadInput:
         finally:
             self._watching, self._rows = False, None
         features, self._features = self._features, None
-        assert features is not None
+        if features is None:
+            raise RuntimeError(
+                "the head's input was not seen: finish() has removed the hooks, and no forward() "
+                "can follow; or the network has run without its head"
+            )
         return logits, features
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from fast.data.sources import SKIP, EncodedAudio, FileReport, Split
 from fast.errors import first_line, some
 from fast.heads import evaluating, forward_logits
 from fast.models.load import LoadedModel, load_model
-from fast.models.preparation import Preparation
+from fast.models.preparation import Preparation, most_tokens
 from fast.workers import workers_for
 
 
@@ -98,9 +98,12 @@ def _preparation(spec: TaskSpec, loaded: LoadedModel, splits: dict[str, Split]) 
             raise ValueError(f"the data are sounds, and the network takes {takes}")
         rate = None if loaded.extractor is None else int(loaded.extractor.sampling_rate)
         sounds = SoundFormat(seconds=spec.max_seconds, rate=rate, extractor=loaded.extractor)
-    return Preparation(
-        images=images, sounds=sounds, tokenizer=loaded.tokenizer, max_length=spec.max_length
-    )
+    length = spec.max_length
+    most = most_tokens(loaded.model, loaded.tokenizer) if loaded.tokenizer else None
+    if most is not None and most < length:
+        loaded.notes.append(f"texts are cut to {most} tokens: the network takes no more")
+        length = most
+    return Preparation(images=images, sounds=sounds, tokenizer=loaded.tokenizer, max_length=length)
 
 
 def _image_format(spec: TaskSpec, loaded: LoadedModel) -> ImageFormat:

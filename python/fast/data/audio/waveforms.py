@@ -134,7 +134,9 @@ def read_audio(opened: Callable[[], Any]) -> tuple[np.ndarray, int]:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             values = _integers(file.readframes(file.getnframes()), width)
             sound = values.reshape(-1, channels).mean(1, dtype=np.float64) / SCALES[width]
-    except (wave.Error, EOFError) as error:
+    except EOFError as error:
+        raise ValueError("it is empty or ends too early") from error
+    except wave.Error as error:
         sound, rate = _soundfile(opened, error)
     if not len(sound) or rate < 1:
         raise ValueError("it is empty")
@@ -167,8 +169,7 @@ def _soundfile(opened: Callable[[], Any], why: Exception) -> tuple[np.ndarray, i
         import soundfile
     except (ImportError, OSError):  # the latter where its C library is missing
         raise ValueError(
-            f"{first_line(why) or 'it ends too early'}; all but WAV of whole numbers needs pip "
-            "install soundfile"
+            f"{first_line(why)}; all but WAV of whole numbers needs pip install soundfile"
         ) from why
     try:
         values, rate = soundfile.read(opened(), always_2d=True)

@@ -24,18 +24,29 @@ ELSEWHERE = {
     "warmup": "warmup_steps",
     "weight_decay": "weight_decay",
 }
+# Arguments of `transformers.Trainer` that `FastTrainer` has not.
+OF_TRAINER = {
+    "optimizers": "set optim of TrainingArguments, or use FastCallback in a Trainer of yours",
+    "optimizer_cls_and_kwargs": "set optim of TrainingArguments",
+    "optimizer": "set optim of TrainingArguments",
+    "model_init": "pass the pretrained model itself, and make a new trainer for each run",
+    "tokenizer": "pass it as processing_class",
+}
 REFUSED = {
     "auto_find_batch_size": "the plan counts steps of one size; leave it out",
     "bf16_full_eval": "it casts the weights; bf16=True evaluates under autocast",
     "fp16_full_eval": "it casts the weights; fp16=True evaluates under autocast",
     "deepspeed": "it trains copies of the weights; leave it out",
     "fsdp": "it shards the weights; leave it out",
+    "neftune_noise_alpha": "features that are kept would seem to move by its noise; leave it out",
 }
 DEFAULTS = {f.name: f.default for f in fields(TrainingArguments)}
 
 
 def check_options(options: AdaptOptions) -> None:
-    """Raise ValueError for an option that belongs to `TrainingArguments`."""
+    """Raise ValueError for an option that belongs to `TrainingArguments`, or to other Trainers."""
+    for name in sorted(OF_TRAINER.keys() & options.keys()):
+        raise ValueError(f"FastTrainer takes no {name}: {OF_TRAINER[name]}")
     for name in sorted(ELSEWHERE.keys() & options.keys()):
         raise ValueError(f"{name}: set {ELSEWHERE[name]} of TrainingArguments")
 

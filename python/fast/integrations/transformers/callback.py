@@ -41,7 +41,18 @@ class FastCallback(TrainerCallback):
         self.result: Result | None = None
         self._averaged: AbstractContextManager[None] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+        if inner is not self.adaptation.optimizer:
+            raise ValueError(
+                f"the Trainer's optimizer is its own {type(inner).__name__}: pass "
+                "optimizers=(adaptation.optimizer, adaptation.scheduler()) to it"
+            )
+        plan = self.adaptation.plan
+        way_out = f"TrainingArguments(max_steps={plan.steps})"
+        plan.check_length(state.max_steps, owner="the adaptation", way_out=way_out)
         if state.global_step > self.adaptation.done:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.adaptation.load_state_dict(load_state(folder)["adaptation"])

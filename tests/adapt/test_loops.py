@@ -1,0 +1,172 @@
+"""Loops that pass an adaptation by are told so; steps that fail leave no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fast
+from networks import ConvNet, images
+
+TRAIN, SOURCE = images(200, 4, seed=1), images(120, 5, seed=3)
+
+
+def adapted(**options):
+    torch.manual_seed(1)
+    model = ConvNet()
+    options = {"source_inputs": SOURCE, "steps": 6, "batch_size": 32} | options
+    adaptation = fast.Adaptation(model, TRAIN, **options)
+    model.train()
+    return model, adaptation
+
+
+def backward(adaptation, inputs, labels, rows=None):
+    logits, penalty = adaptation.forward(inputs, rows)
+    (F.cross_entropy(logits, labels) + penalty).backward()
+
+
+def vector(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_loop_with_an_optimizer_of_its_own_is_stopped():
+    """`finish` would have returned to the first weights, as the average of no step."""
+    model, adaptation = adapted()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first, second, *_ = adaptation.batches()
+    backward(adaptation, *first)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"adaptation\.optimizer has taken no step"):
+        backward(adaptation, *second)
+    learned = vector(model)
+    with pytest.raises(RuntimeError, match=r"Step adaptation\.optimizer"):
+        adaptation.finish()
+    assert torch.equal(vector(model), learned)
+
+
+def test_a_step_without_forward_is_announced():
+    model, adaptation = adapted()
+    inputs, labels, _ = next(adaptation.batches())
+    F.cross_entropy(model(inputs), labels).backward()
+    with pytest.warns(UserWarning, match="nothing of the source is held by Rehearsal"):
+        adaptation.optimizer.step()
+    adaptation.optimizer.step()
+    # The weights alone need no forward.
+    model, adaptation = adapted(source_inputs=None, distill=0.0, rehearse=0.0)
+    inputs, labels, _ = next(adaptation.batches())
+    F.cross_entropy(model(inputs), labels).backward()
+    adaptation.optimizer.step()
+
+
+def test_a_loop_that_goes_on_ends_in_the_average_and_the_budget():
+    options = {"lr": 0.05, "ramp": 0, "rehearse": 0.0, "schedule": "constant", "average": 4}
+    model, adaptation = adapted(forget_budget=0.05, **options)
+
+    def epoch():
+        for batch in adaptation.batches(start=0):
+            backward(adaptation, *batch)
+            adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+
+    epoch()
+    with pytest.warns(UserWarning, match=r"plan of 6 steps is over.*target_size"):
+        epoch()
+    epoch()
+    now = vector(model)
+    with adaptation.averaged():
+        assert not torch.equal(vector(model), now)
+    result = adaptation.finish()
+    assert adaptation.done == 18
+    assert result.final["forecast"] <= 0.05
+    assert not torch.equal(vector(model), now)
+
+
+@pytest.mark.parametrize("make", ["adamw", torch.optim.Adam], ids=["fused", "foreign"])
+def test_a_batch_that_overflows_changes_nothing(make):
+    """One infinite batch made the statistics of the normaliser, and so all later steps, NaN."""
+    model, adaptation = adapted(optimizer=make, batch_norm="frozen", augmented=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for i, (inputs, labels, _) in enumerate(adaptation.batches()):
+        before = vector(model)
+        if i == 2:
+            inputs[0] = torch.inf
+        logits, penalty = adaptation.forward(inputs)
+        loss = F.cross_entropy(logits, labels) + penalty
+        scaler.scale(loss).backward()
+        scaler.step(adaptation.optimizer), scaler.update(), adaptation.optimizer.zero_grad()
+        assert loss.isfinite() == (i != 2)
+        assert torch.equal(vector(model), before) == (i == 2)
+    assert all(b.isfinite().all() for b in model.buffers())
+    rehearsal = next(g for g in adaptation.guards if hasattr(g, "moved"))
+    assert 0 < rehearsal.moved < 1
+
+
+def test_a_run_that_resumes_loads_all_three_states():
+    model, adaptation = adapted()
+    backward(adaptation, *next(adaptation.batches()))
+    adaptation.optimizer.step()
+    saved = model.state_dict(), adaptation.optimizer.state_dict(), adaptation.state_dict()
+    model, adaptation = adapted(resuming=True)
+    model.load_state_dict(saved[0]), adaptation.optimizer.load_state_dict(saved[1])
+    backward(adaptation, *next(adaptation.batches()))
+    before = vector(model)
+    with pytest.raises(RuntimeError, match=r"state of step 1.*adaptation\.load_state_dict"):
+        adaptation.optimizer.step()
+    assert torch.equal(vector(model), before)
+    adaptation.load_state_dict(saved[2])
+    adaptation.optimizer.step()
+    assert adaptation.done == 2
+
+
+def test_there_is_no_forward_after_the_end():
+    _, adaptation = adapted()
+    adaptation.finish()
+    with pytest.raises(RuntimeError, match=r"finish\(\) has removed the hooks"):
+        adaptation.forward(TRAIN[0][:4])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.arange(4) + 198, r"rows must be in 0\.\.199, .* got 198\.\.201"),
+        (torch.arange(4) - 9, r"got -9\.\.-6"),
+        (torch.arange(3), r"numbers of these 4 inputs .* got int64 \[3\]"),
+        (torch.arange(4)[:, None], r"int64 \[4, 1\]"),
+        (torch.arange(4) > 1, r"got bool \[4\]\. Leave rows out"),
+        (torch.arange(4.0), r"got float32 \[4\]"),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, message):
+    _, adaptation = adapted(distill=0.2)
+    with pytest.raises(ValueError, match=message):
+        adaptation.forward(TRAIN[0][:4], rows)
+
+
+def test_rows_may_be_a_list():
+    _, adaptation = adapted(distill=0.2, rehearse=0.0, source_inputs=None, batch_norm="frozen")
+    penalties = [adaptation.forward(TRAIN[0][:4], r)[1] for r in ([0, 1, 2, 3], torch.arange(4))]
+    assert torch.equal(*penalties)
+
+
+def test_rates_that_the_loop_sets_are_those_of_its_schedule():
+    _, adaptation = adapted()
+    for group in adaptation.optimizer.param_groups:
+        group["lr"] = 0.5
+    torch.optim.lr_scheduler.LambdaLR(adaptation.optimizer, lambda step: 0.1)
+    assert [g["lr"] for g in adaptation.optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_an_optimizer_that_cannot_be_driven_names_the_way_out():
+    with pytest.raises(
+        TypeError, match=r"got Adam\. The new head .* lambda groups: Adam\(groups\)"
+    ):
+        adapted(optimizer=torch.optim.Adam(ConvNet().parameters()))
+    timm = pytest.importorskip("timm.optim", reason="a wrapper of optimizers")
+    with pytest.raises(TypeError, match=r"Lookahead wraps another .* wrap adaptation\.optimizer"):
+        adapted(optimizer=lambda groups: timm.Lookahead(torch.optim.Adam(groups)))
+    _, adaptation = adapted(steps=3)
+    outer = timm.Lookahead(adaptation.optimizer)
+    for batch in adaptation.batches():
+        backward(adaptation, *batch)
+        outer.step(), outer.zero_grad()
+    assert adaptation.done == 3
