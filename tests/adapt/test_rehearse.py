@@ -211,3 +211,48 @@ def test_a_saved_run_answers_both_tasks(pretrained, tmp_path, batch_norm):
         torch.testing.assert_close(saved.source.eval()(x), asked)
         torch.testing.assert_close(saved.target.eval()(x), result.model(x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "source_norms.safetensors").exists() == (batch_norm == "per_task")
+
+
+def after_one_step(pretrained, **options):
+    """The network, its first weights, and the guard, after a step of the backbone."""
+    model = copy.deepcopy(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, source_inputs=KNOWN[0], steps=5, **options)
+    start = [p.detach().clone() for p in adaptation.params]
+    inputs, labels, rows = next(adaptation.batches())
+    logits, penalty = adaptation.forward(inputs, rows)
+    (nn.functional.cross_entropy(logits, labels) + penalty).backward()
+    adaptation.optimizer.step()
+    guard = next(g for g in adaptation.guards if isinstance(g, Rehearsal))
+    return adaptation, start, guard
+
+
+def test_a_first_step_that_goes_too_far_is_taken_back_in_part(pretrained, monkeypatch):
+    options = {"lr": 0.5, "ramp": 0}
+    slowed, start, guard = after_one_step(pretrained, **options)
+    assert 0 < guard.pace < 0.5
+    assert slowed.optimizer.param_groups[0]["restraint"] == pytest.approx(guard.lr_factor())
+    monkeypatch.setattr("fast.adapt.guards.rehearse.FARTHEST", float("inf"))
+    plain, _, unslowed = after_one_step(pretrained, **options)
+    assert unslowed.pace == 1
+    for before, p, whole in zip(start, slowed.params, plain.params, strict=True):
+        torch.testing.assert_close(p - before, guard.pace * (whole - before))
+
+
+def test_the_pace_does_not_depend_on_the_ramp(pretrained):
+    """A ramp shortens the first step, and what a whole one would do counts."""
+    whole, ramped = (after_one_step(pretrained, lr=0.2, ramp=r)[2].pace for r in (0, 4))
+    assert whole < 1
+    assert ramped == pytest.approx(whole, rel=0.5)
+
+
+def test_a_step_that_a_network_bears_stays_as_it_is(pretrained):
+    assert after_one_step(pretrained, lr=1e-3)[2].pace == 1
+
+
+def test_the_pace_is_saved(pretrained):
+    adaptation, _, guard = after_one_step(pretrained, lr=0.5, ramp=0)
+    other = fast.Adaptation(
+        copy.deepcopy(pretrained), TRAIN, source_inputs=KNOWN[0], steps=5, lr=0.5, ramp=0
+    )
+    other.load_state_dict(adaptation.state_dict())
+    assert next(g for g in other.guards if isinstance(g, Rehearsal)).pace == guard.pace
