@@ -191,6 +191,17 @@ def test_text_files_in_class_folders(tmp_path):
     assert (data.train.inputs, data.val.inputs) == (["text 0", "text 1"], ["text 2", "text 3"])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_text_files_of_other_encodings(tmp_path, encoding):
+    for name in ("neg", "pos"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.txt").write_text("très bien", encoding=encoding)
+    assert load_data(str(tmp_path)).train.inputs == ["très bien"] * 2
+    (tmp_path / "pos" / "0.txt").write_text("très bien", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"0\.txt: is not UTF-8, but perhaps Windows-1252"):
+        load_data(str(tmp_path))
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_text_files_with_a_sample_in_each_line(tmp_path, split):
     for folder in ("train", "val") if split else (".",):

@@ -27,6 +27,8 @@ AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"))
 KINDS = {AUDIO_SUFFIXES: "sounds", TEXT_SUFFIXES: "texts"}
 # A longer file is no sample.
 LONGEST_TEXT = 10 << 20
+# How UTF-16 begins, in either order of its bytes.
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def suffixes_in(root: Folder) -> frozenset[str] | None:
@@ -105,10 +107,31 @@ def lines_of(path: Path) -> list[str]:
 
 
 def text_of(path: Path) -> str:
-    """The text in a file, UTF-8 or what is left of it."""
+    """The text in a file.
+
+    Raises:
+        ValueError: the file is too large, or neither UTF-8 nor UTF-16.
+    """
     if path.stat().st_size > LONGEST_TEXT:
         raise ValueError(f"{printable(path)}: more than 10 MB: no text to classify")
-    return path.read_text(encoding="utf-8", errors="replace").strip()
+    return decoded(path).strip()
+
+
+def decoded(path: Path) -> str:
+    """What is written in a file, in UTF-8 or UTF-16.
+
+    Raises:
+        ValueError: it is in neither.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        name = printable(path)
+        raise ValueError(
+            f"{name}: is not UTF-8, but perhaps Windows-1252 or Latin-1: save it as UTF-8 (in "
+            f"Excel: CSV UTF-8), or: iconv -f WINDOWS-1252 -t UTF-8 {name} > utf8{path.suffix}"
+        ) from error
 
 
 def read_lines(root: Path) -> NamedData | None:

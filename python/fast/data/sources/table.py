@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fast.data.sources.files import files_of, repeated_files
+from fast.data.sources.files import decoded, files_of, repeated_files
 from fast.data.sources.names import (
     FILES,
     HELD_OUT,
@@ -31,7 +31,6 @@ SUFFIXES = (".csv", ".tsv", ".parquet")
 # Longer cells are no labels. csv itself refuses cells of more than 128 KB, which texts may have.
 LONGEST_CELL = 1 << 24
 DELIMITERS = (",", "\t", ";")
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -200,18 +199,12 @@ def _rows(path: Path) -> list[list[str]]:
     """
     csv.field_size_limit(min(LONGEST_CELL, sys.maxsize))
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig")
+        text = decoded(path)
         first = text.lstrip().partition("\n")[0]
         between = next((mark for mark in DELIMITERS if mark in first), ",")
         if path.suffix.lower() == ".tsv":
             between = "\t"
         return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=between) if row]
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: is not UTF-8, but perhaps Windows-1252 or Latin-1: save it as UTF-8 (in "
-            f"Excel: CSV UTF-8), or: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.csv"
-        ) from error
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
 
