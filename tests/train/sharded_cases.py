@@ -201,7 +201,7 @@ def what_is_refused(folder, ranks):
     with pytest.raises(ValueError, match="sharded already"):
         adaptation(fully_shard(network("fast")))
     with pytest.raises(ValueError, match="shard: a step has 1 source samples for 2 processes"):
-        adaptation(batch_size=2, shard=True)
+        adaptation(batch_size=8, source_inputs=None, shard=True)
     with pytest.raises(ValueError, match="shard: 2 processes have to take as many micro-batches"):
         adaptation(batch_size=33, grad_accum_steps=3, rehearse=0.0, shard=True)
     given = adaptation(distill=0.2, rehearse=0.0, shard=True)
