@@ -19,6 +19,10 @@ NORMS = {TOGETHER: "frozen", SWITCHED: "per_task"}
 # Batch norm is what most methods can switch; the other networks here have none.
 WITH_BATCH_NORM = ("resnet", "efficientnet", "crepe")
 WITHOUT_NORMS = ("mobilenet",)
+# Learning rates of the baselines. LP-FT's ViT was ruined at 3e-4.
+USUAL: tuple[float | None, ...] = (3e-4, 1e-3)
+GENTLE: tuple[float | None, ...] = (3e-5, 1e-4)
+GENTLE_NETWORKS = ("vit",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class Method:
     needs_norms: bool = False
     needs_batch_norm: bool = False
     source_inputs: tuple[bool, ...] = (False,)
-    rates: tuple[float | None, ...] = (3e-4, 1e-3)
+    rates: tuple[float | None, ...] = USUAL
     everywhere: bool = False
 
     def norms(self, regime: str) -> dict[str, str]:
@@ -125,6 +129,12 @@ def regimes_of(name: str, pair: str) -> tuple[str, ...]:
     if method.norms_only and not pair.startswith(WITH_BATCH_NORM):
         return method.regimes[:1]
     return method.regimes
+
+
+def rates_of(name: str, pair: str) -> tuple[float | None, ...]:
+    """The learning rates of a method on a pair, the better of which counts."""
+    rates = METHODS[name].rates
+    return GENTLE if rates == USUAL and pair.startswith(GENTLE_NETWORKS) else rates
 
 
 def allowed(regime: str, row: Mapping[str, Any], source_inputs: bool) -> bool:

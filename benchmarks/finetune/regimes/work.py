@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from benchmarks.common import Record
-from benchmarks.finetune.regimes.methods import METHODS, regimes_of
+from benchmarks.finetune.regimes.methods import METHODS, rates_of, regimes_of
 from benchmarks.finetune.regimes.runs import USUAL_STEPS
 
 PAIRS = (
@@ -51,7 +51,7 @@ def better_rate(records: Sequence[Record], row: Record) -> float | None:
     Raises:
         LookupError: not all rates have been run.
     """
-    rates = METHODS[row["method"]].rates
+    rates = rates_of(row["method"], row["pair"])
     if len(rates) == 1:
         return rates[0]
     usual = row | {"steps": USUAL_STEPS}
@@ -63,7 +63,7 @@ def better_rate(records: Sequence[Record], row: Record) -> float | None:
 
 def settings(records: Sequence[Record], row: Record, seed: int) -> list[Record]:
     """The runs that a row needs at a seed, as far as the better rate is known."""
-    rates: Sequence[float | None] = METHODS[row["method"]].rates
+    rates: Sequence[float | None] = rates_of(row["method"], row["pair"])
     if seed != SEEDS[0] or row["steps"] != USUAL_STEPS:
         try:
             rates = [better_rate(records, row)]
