@@ -141,8 +141,11 @@ def test_pandas():
     data = as_data((X, labels), "train")
     assert data.labels.tolist() == Y.tolist()
     table = pandas.DataFrame(X.flatten(1).double().numpy()).sample(frac=1, random_state=0)
-    data = as_data((table, labels), "train")
+    with pytest.warns(UserWarning, match="inputs and labels have different indexes"):
+        data = as_data((table, labels), "train")
     assert torch.equal(data.inputs, X.flatten(1)[list(table.index)])
+    labels.index = table.index
+    as_data((table, labels), "train")  # without a warning, which would fail here
     table["name"] = "a"
     with pytest.raises(TypeError, match=r"train: inputs must be numbers.*DataFrame of"):
         as_data((table, labels), "train")

@@ -256,6 +256,7 @@ def as_data(data: Any, name: str, *, any_labels: bool = False) -> Data:
 
 
 def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
+    _warn_of_another_index(inputs, labels, name)
     labels = as_tensor(labels, f"{name}: labels")
     if not isinstance(inputs, (Mapping, tuple, list)):
         inputs = as_tensor(inputs, f"{name}: inputs")
@@ -276,6 +277,16 @@ def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
     if not any_labels:
         labels = check_labels(labels, None, name)
     return Data(name=name, inputs=inputs, labels=labels)
+
+
+def _warn_of_another_index(inputs: Any, labels: Any, name: str) -> None:
+    """Warn where pandas would match the rows of inputs and labels in another way than in order."""
+    own, other = getattr(inputs, "index", None), getattr(labels, "index", None)
+    if hasattr(own, "equals") and hasattr(other, "equals") and not own.equals(other):
+        warn(
+            f"{name}: inputs and labels have different indexes, and are matched in the order of "
+            "their rows: labels.loc[inputs.index] puts them in that of the inputs"
+        )
 
 
 def map_style(data: Any, name: str) -> Any:
