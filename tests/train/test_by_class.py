@@ -19,7 +19,11 @@ def finetune(**options):
 
 @pytest.mark.parametrize(
     ("options", "earlier"),
-    [({}, False), ({"lr": 3.0, "patience": 9, "method": "vanilla"}, True), ({"lr": 3.0}, True)],
+    [
+        ({}, False),
+        ({"lr": 3.0, "patience": 9, "method": "vanilla"}, True),
+        ({"lr": 3.0, "rehearse": 0.0}, True),
+    ],
     ids=["last", "best", "head start"],
 )
 def test_it_is_that_of_the_weights_that_are_kept(options, earlier):
