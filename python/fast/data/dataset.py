@@ -281,7 +281,8 @@ def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
 
 def _warn_of_another_index(inputs: Any, labels: Any, name: str) -> None:
     """Warn where pandas would match the rows of inputs and labels in another way than in order."""
-    own, other = getattr(inputs, "index", None), getattr(labels, "index", None)
+    own: Any = getattr(inputs, "index", None)
+    other: Any = getattr(labels, "index", None)
     if hasattr(own, "equals") and hasattr(other, "equals") and not own.equals(other):
         warn(
             f"{name}: inputs and labels have different indexes, and are matched in the order of "
