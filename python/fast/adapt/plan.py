@@ -14,10 +14,10 @@ from fast.adapt.defaults import (
     TARGET_INPUTS,
     TOGETHER,
     default_clip,
-    default_distill,
     default_lr,
     default_tasks,
     rehearse_weight,
+    share_of_plenty,
     too_few_for_norms,
 )
 from fast.adapt.methods import METHODS
@@ -183,7 +183,7 @@ def plan_for(
     # target inputs otherwise: in both cases there is nothing to distil.
     distill = 0.0
     if batch_norm != "per_task" and new_head:
-        distill = default_distill(config, rehearsed=bool(rehearsed), samples=samples)
+        distill = ease * method.distill * share_of_plenty(samples)
     return Plan(
         method=config.method,
         steps=steps,
