@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -20,15 +21,15 @@ def declare() -> None:
     package = importlib.util.find_spec("torchvision")
     if package is None or package.origin is None:
         return
-    try:
-        torch.ops.load_library(Path(package.origin).parent / "_C.so")
-    except OSError:
-        if not hasattr(torch.ops.torchvision, "nms"):
-            library = torch.library.Library("torchvision", "DEF")
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define(
-                "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
-                "int pooled_width, int sampling_ratio, bool aligned) -> Tensor"
-            )
-            _LIBRARIES.append(library)
+    for compiled in Path(package.origin).parent.glob("_C*.so"):  # _C_stable.so since 0.29
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(compiled)
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(
+            "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, "
+            "int pooled_width, int sampling_ratio, bool aligned) -> Tensor"
+        )
+        _LIBRARIES.append(library)
