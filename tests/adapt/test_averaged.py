@@ -1,4 +1,4 @@
-"""The block of the averaged weights: nested, saved in, stepped in; and what `finish` does after it."""
+"""The block of the averaged weights: nested, saved in, stepped in; and what `finish` then does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def vector(model):
 
 
 def test_a_block_inside_of_a_block_is_the_same():
-    """The inner one put the last step's weights back, so that a helper of its own measured these."""
+    """The inner one put the last step's weights back, so that a helper measured these."""
     model, adaptation = adapted()
     now = vector(model)
     with adaptation.averaged():
