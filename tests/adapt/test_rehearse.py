@@ -153,12 +153,16 @@ def test_dropout_is_no_movement_of_features(pretrained):
     assert {record["lr"] for record in history[1:]} == {1e-6}
 
 
+def rehearsal_of(adaptation):
+    return next((guard for guard in adaptation.guards if isinstance(guard, Rehearsal)), None)
+
+
 @pytest.mark.parametrize(("method", "card"), [("fast", False), ("ewc", True)])
 def test_ewc_keeps_its_card_when_it_rehearses(method, card):
     options = {"method": method, "rehearse": 1.0, "steps": 20}
     adaptation = fast.Adaptation(ConvNet(), TRAIN, source_inputs=KNOWN[0], **options)
     assert (adaptation.budget.card is not None) == card
-    assert any(isinstance(guard, Rehearsal) for guard in adaptation.guards)
+    assert rehearsal_of(adaptation) is not None
     groups = adaptation.optimizer.param_groups
     assert all(g["anchor_decay"] > 0 for g in groups if g["name"].startswith("backbone"))
     states = adaptation.optimizer.state.values()
@@ -222,8 +226,7 @@ def after_one_step(pretrained, **options):
     logits, penalty = adaptation.forward(inputs, rows)
     (nn.functional.cross_entropy(logits, labels) + penalty).backward()
     adaptation.optimizer.step()
-    guard = next(g for g in adaptation.guards if isinstance(g, Rehearsal))
-    return adaptation, start, guard
+    return adaptation, start, rehearsal_of(adaptation)
 
 
 def test_a_first_step_that_goes_too_far_is_taken_back_in_part(pretrained, monkeypatch):
@@ -255,4 +258,4 @@ def test_the_pace_is_saved(pretrained):
         copy.deepcopy(pretrained), TRAIN, source_inputs=KNOWN[0], steps=5, lr=0.5, ramp=0
     )
     other.load_state_dict(adaptation.state_dict())
-    assert next(g for g in other.guards if isinstance(g, Rehearsal)).pace == guard.pace
+    assert rehearsal_of(other).pace == guard.pace
