@@ -234,6 +234,24 @@ def test_a_trainer_that_would_undo_the_method_is_refused(module, options, messag
         host.fit(module(model, callback), loader(TRAIN))
 
 
+def test_data_that_a_module_makes_in_setup_come_too_late_for_the_length():
+    class Own(Classifier):
+        def setup(self, stage):
+            self.train_data = TRAIN
+
+        def train_dataloader(self):
+            return loader(self.train_data)
+
+    model = network()
+    callback = FastCallback(model, TRAIN)
+    host = trainer(callback, max_steps=-1, max_epochs=1)
+    with pytest.raises(ValueError, match=r"no loader yet .*train_data.*FastCallback\(steps="):
+        host.fit(Own(model, callback))
+    callback = FastCallback(model, TRAIN, steps=7)
+    trainer(callback, max_steps=-1, max_epochs=1).fit(Own(model, callback))
+    assert callback.adaptation.done == 7
+
+
 def test_a_network_in_evaluation_mode_is_trained():
     """`from_pretrained` returns one, and Lightning leaves it so: no dropout, no statistics."""
     weights = []

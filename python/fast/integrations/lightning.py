@@ -21,6 +21,7 @@ from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
 from fast.data.dataset import as_data
 from fast.data.trees import pick
+from fast.errors import first_line
 from fast.heads import source_task, unwrap
 from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.train.measure import evaluate
@@ -342,7 +343,15 @@ def _steps(trainer: Trainer) -> int:
     """
     steps: float = trainer.max_steps
     if trainer.train_dataloader is not None or steps < 0:
-        steps = trainer.estimated_stepping_batches
+        try:
+            steps = trainer.estimated_stepping_batches
+        except (AttributeError, TypeError) as error:  # of a loader whose data are not there yet
+            raise ValueError(
+                f"FastCallback has to know the length of the run, and there is no loader yet "
+                f"({first_line(error)}): a LightningModule that makes its data in setup() does so "
+                "after FastCallback. Give FastCallback(steps=...) or Trainer(max_steps=...), or "
+                "make them in a LightningDataModule"
+            ) from error
     if not 0 < steps < math.inf:
         raise ValueError(
             "FastCallback has to know the length of the run: Trainer(max_steps=), or a loader of "
