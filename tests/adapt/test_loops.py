@@ -156,6 +156,22 @@ def test_rates_that_the_loop_sets_are_those_of_its_schedule():
     assert [g["lr"] for g in adaptation.optimizer.param_groups] == [0.05, 0.05]
 
 
+@pytest.mark.parametrize("make", ["adamw", torch.optim.Adam], ids=["fused", "foreign"])
+def test_a_group_that_the_loop_adds_learns_beside_the_network(make):
+    """A budget looked for its name."""
+    _, adaptation = adapted(optimizer=make, forget_budget=0.05)
+    beside = torch.nn.Linear(4, 4)
+    before = beside.weight.detach().clone()
+    adaptation.optimizer.add_param_group({"params": list(beside.parameters()), "lr": 1e-2})
+    scheduler = adaptation.scheduler()
+    for inputs, labels, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(inputs, rows)
+        (F.cross_entropy(beside(logits), labels) + penalty).backward()
+        adaptation.optimizer.step(), scheduler.step(), adaptation.optimizer.zero_grad()
+    assert adaptation.finish().final["forecast"] <= 0.05
+    assert not torch.equal(beside.weight, before)
+
+
 def test_an_optimizer_that_cannot_be_driven_names_the_way_out():
     with pytest.raises(
         TypeError, match=r"got Adam\. The new head .* lambda groups: Adam\(groups\)"

@@ -91,19 +91,19 @@ def test_source_inputs_of_another_shape_go_through_the_network_apart():
     assert join(torch.zeros(2, 3), torch.zeros(2, 4)) is None
     assert join({"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}) is None
     assert join((torch.zeros(2, 3),), (torch.ones(1, 3),))[0].shape == (3, 3)
-    known = {k: v[:, :4] for k, v in sentences(60, 5, 3)[0].items()}
+    source = {k: v[:, :4] for k, v in sentences(60, 5, 3)[0].items()}
     train, val = sentences(300, 4, 1), sentences(100, 4, 2)
-    result = fast.finetune(TextNet(), train, val, steps=60, lr=3e-3, source_inputs=known)
+    result = fast.finetune(TextNet(), train, val, steps=60, lr=3e-3, source_inputs=source)
     assert result.target_accuracy > 0.8
 
 
 def test_rehearsal_adds_up_over_micro_batches():
     start = ConvNet().double()
-    train, known = (TRAIN[0].double(), TRAIN[1]), KNOWN[0].double()
+    train, source = (TRAIN[0].double(), TRAIN[1]), KNOWN[0].double()
     runs = []
     for parts in (1, 4):
         model = copy.deepcopy(start)
-        options = {"rehearse": 3.0, "grad_accum_steps": parts, "source_inputs": known}
+        options = {"rehearse": 3.0, "grad_accum_steps": parts, "source_inputs": source}
         options |= {"batch_norm": "frozen"}  # else a micro batch has statistics of its own
         fast.finetune(model, train, steps=6, stall=0, **options)
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
@@ -153,12 +153,16 @@ def test_dropout_is_no_movement_of_features(pretrained):
     assert {record["lr"] for record in history[1:]} == {1e-6}
 
 
+def rehearsal_of(adaptation):
+    return next((guard for guard in adaptation.guards if isinstance(guard, Rehearsal)), None)
+
+
 @pytest.mark.parametrize(("method", "card"), [("fast", False), ("ewc", True)])
 def test_ewc_keeps_its_card_when_it_rehearses(method, card):
     options = {"method": method, "rehearse": 1.0, "steps": 20}
     adaptation = fast.Adaptation(ConvNet(), TRAIN, source_inputs=KNOWN[0], **options)
     assert (adaptation.budget.card is not None) == card
-    assert any(isinstance(guard, Rehearsal) for guard in adaptation.guards)
+    assert rehearsal_of(adaptation) is not None
     groups = adaptation.optimizer.param_groups
     assert all(g["anchor_decay"] > 0 for g in groups if g["name"].startswith("backbone"))
     states = adaptation.optimizer.state.values()
@@ -182,8 +186,8 @@ def test_without_source_inputs_the_targets_own_are_rehearsed(pretrained):
 
 def test_per_task_batch_norm_starts_from_the_statistics_of_the_target(pretrained):
     """Head start and normaliser see what the target's own batch norms give."""
-    (x, y), (asked, right) = TRAIN, VAL
-    train, val = (5 * x + 3, y), (5 * asked + 3, right)
+    (x, y), (x_val, y_val) = TRAIN, VAL
+    train, val = (5 * x + 3, y), (5 * x_val + 3, y_val)
     model = copy.deepcopy(pretrained)
     before = copy.deepcopy(pretrained).eval()(KNOWN[0])
     options = {"batch_norm": "per_task", "steps": 2, "stall": 2, "source_inputs": KNOWN}
@@ -206,9 +210,9 @@ def test_a_saved_run_answers_both_tasks(pretrained, tmp_path, batch_norm):
     x = VAL[0]
     result.model.eval()
     with torch.no_grad(), source_task(result.model):
-        asked = result.model(x)
+        answers = result.model(x)
     with torch.no_grad():
-        torch.testing.assert_close(saved.source.eval()(x), asked)
+        torch.testing.assert_close(saved.source.eval()(x), answers)
         torch.testing.assert_close(saved.target.eval()(x), result.model(x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "source_norms.safetensors").exists() == (batch_norm == "per_task")
 
@@ -222,8 +226,7 @@ def after_one_step(pretrained, **options):
     logits, penalty = adaptation.forward(inputs, rows)
     (nn.functional.cross_entropy(logits, labels) + penalty).backward()
     adaptation.optimizer.step()
-    guard = next(g for g in adaptation.guards if isinstance(g, Rehearsal))
-    return adaptation, start, guard
+    return adaptation, start, rehearsal_of(adaptation)
 
 
 def test_a_first_step_that_goes_too_far_is_taken_back_in_part(pretrained, monkeypatch):
@@ -255,4 +258,4 @@ def test_the_pace_is_saved(pretrained):
         copy.deepcopy(pretrained), TRAIN, source_inputs=KNOWN[0], steps=5, lr=0.5, ramp=0
     )
     other.load_state_dict(adaptation.state_dict())
-    assert next(g for g in other.guards if isinstance(g, Rehearsal)).pace == guard.pace
+    assert rehearsal_of(other).pace == guard.pace

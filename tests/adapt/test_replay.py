@@ -32,10 +32,10 @@ def lost(pretrained, **options):
     return history[-1]["source_loss"] - history[0]["source_loss"]
 
 
-@pytest.mark.parametrize("known", [KNOWN, KNOWN[0]], ids=["labelled", "unlabelled"])
-def test_replay_forgets_a_fraction_of_what_vanilla_forgets(pretrained, known):
+@pytest.mark.parametrize("source", [KNOWN, KNOWN[0]], ids=["labelled", "unlabelled"])
+def test_replay_forgets_a_fraction_of_what_vanilla_forgets(pretrained, source):
     vanilla = lost(pretrained, method="vanilla")
-    assert lost(pretrained, method="replay", source_inputs=known) < 0.2 * vanilla
+    assert lost(pretrained, method="replay", source_inputs=source) < 0.2 * vanilla
 
 
 def test_the_loss_is_least_at_the_answers_themselves(pretrained):
@@ -55,24 +55,24 @@ def test_labels_are_used_where_there_are_some(pretrained):
 
 def test_batches_depend_on_seed_and_step_alone():
     model = TextNet().eval()
-    known = sentences(30, 5, 7)[0]
-    first = replayed(model, known, 8, 3)
+    source = sentences(30, 5, 7)[0]
+    first = replayed(model, source, 8, 3)
     batches = [first.batch(step) for step in range(9)]
     assert first.batch(8) is batches[8]
-    later = replayed(model, known, 8, 3).batch(8)
+    later = replayed(model, source, 8, 3).batch(8)
     assert torch.equal(batches[8][0]["ids"], later[0]["ids"])
     assert torch.equal(batches[8][1], later[1])
-    other = replayed(model, known, 8, 4).batch(8)
+    other = replayed(model, source, 8, 4).batch(8)
     assert not torch.equal(later[0]["ids"], other[0]["ids"])
 
 
 def test_accumulating_gradients_changes_nothing_but_rounding():
     start = ConvNet().double()
-    train, known = (TRAIN[0].double(), TRAIN[1]), KNOWN[0].double()
+    train, source = (TRAIN[0].double(), TRAIN[1]), KNOWN[0].double()
     runs = []
     for parts in (1, 4):
         model = copy.deepcopy(start)
-        options = {"method": "replay", "grad_accum_steps": parts, "source_inputs": known}
+        options = {"method": "replay", "grad_accum_steps": parts, "source_inputs": source}
         fast.finetune(model, train, steps=6, **options)
         runs.append(nn.utils.parameters_to_vector(model.parameters()))
     assert torch.allclose(*runs, rtol=1e-4, atol=1e-6)

@@ -131,9 +131,9 @@ def test_a_share_of_them_are_own_inputs(pretrained: nn.Module) -> None:
     def same(inputs: Tensor) -> Tensor:
         return (inputs[:, None] == own[None]).flatten(2).all(2).any(1)
 
-    found = same(fast.synthetic_inputs(pretrained, own, count=30, own=15, steps=2))
-    assert (len(found), found.sum()) == (45, 15)
-    assert 0 < found[:22].sum() < 15
+    own_rows = same(fast.synthetic_inputs(pretrained, own, count=30, own=15, steps=2))
+    assert (len(own_rows), own_rows.sum()) == (45, 15)
+    assert 0 < own_rows[:22].sum() < 15
     assert same(fast.synthetic_inputs(pretrained, own, count=30, own=60, steps=2)).sum() == 20
     assert same(fast.synthetic_inputs(pretrained, own, count=30, steps=2)).sum() == 3  # a tenth
 

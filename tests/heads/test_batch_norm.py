@@ -8,6 +8,7 @@ from torch import nn
 
 import fast
 from fast.heads import estimate_statistics, plain_batch_norm, set_batch_norm
+from fast.heads.batch_norm import estimate, per_task_norms
 from networks import ConvNet, images
 
 
@@ -103,3 +104,27 @@ def test_statistics_of_single_values_alone_are_not_estimated():
     set_batch_norm(model, "per_task")
     estimate_statistics(model, images(1, 3)[0].split(1))
     assert model[1].running_mean.eq(2.0).all()
+
+
+@pytest.mark.parametrize("policy", ["per_task", "frozen"])
+def test_statistics_of_torchs_averaged_model_leave_the_source_alone(policy):
+    """`update_bn` reset those of the source, which see no batch in training mode afterwards."""
+    model = set_batch_norm(ConvNet(), policy)
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    norm = ema.module.features[1]
+    source = getattr(norm, "source_norm", norm)
+    source.running_mean.fill_(3.0)
+    torch.optim.swa_utils.update_bn(images(100, 4, seed=1)[0].split(50), ema)
+    assert (source.running_mean == 3).all()
+    assert int(norm.num_batches_tracked) == (2 if policy == "per_task" else 0)
+
+
+def test_statistics_of_the_source_can_be_estimated():
+    model = set_batch_norm(ConvNet(), "per_task")
+    _, (source,) = per_task_norms(model)
+    inputs = images(64, 4, seed=1)[0]
+    for _ in range(2):
+        with fast.source_task(model):
+            estimate([source], model, [inputs])
+    mean = model.features[0](inputs).mean((0, 2, 3))
+    torch.testing.assert_close(source.running_mean, mean)

@@ -196,7 +196,10 @@ def test_a_failed_replacement_puts_the_head_back():
         assert model.num_labels == 5
 
 
-def test_the_names_of_the_labels_come_back_with_the_source_task():
+@pytest.mark.parametrize("classes", [3, 2])
+def test_the_names_of_the_labels_come_back_with_the_source_task(classes):
+    """With as many classes as the source, the target's were saved under the source's names."""
+
     class Config:
         """As in transformers: another number of labels resets their names."""
 
@@ -209,8 +212,9 @@ def test_the_names_of_the_labels_come_back_with_the_source_task():
 
         @num_labels.setter
         def num_labels(self, n):
-            self._names = {i: f"LABEL_{i}" for i in range(n)}
-            self.label2id = {v: k for k, v in self._names.items()}
+            if n != len(self._names):
+                self._names = {i: f"LABEL_{i}" for i in range(n)}
+                self.label2id = {v: k for k, v in self._names.items()}
 
         @id2label.setter
         def id2label(self, names):
@@ -218,12 +222,16 @@ def test_the_names_of_the_labels_come_back_with_the_source_task():
 
     model = TextNet(num_classes=2)
     model.config = Config()
-    fast.replace_head(model, 3, sample=sentences(8, 2)[0])
-    assert model.config.num_labels == 3
-    with fast.source_task(model):
+    fast.replace_head(model, classes, sample=sentences(8, 2)[0])
+    assert model.config.num_labels == classes
+    assert model.config.id2label == {i: f"LABEL_{i}" for i in range(classes)}
+    names = {i: f"topic {i}" for i in range(classes)}
+    model.config.id2label = names
+    with fast.source_task(model), fast.source_task(model):
         assert model.config.id2label == {0: "neg", 1: "pos"}
         assert model.config.label2id == {"neg": 0, "pos": 1}
-    assert model.config.id2label[2] == "LABEL_2"
+    assert model.config.id2label == names
+    assert model.config.label2id == {f"LABEL_{i}": i for i in range(classes)}
 
 
 def test_one_class_is_refused():

@@ -215,22 +215,41 @@ class WithAdam(Classifier):
         (Classifier, {"precision": "bf16-true"}, "casts the weights.*'bf16-mixed'"),
         (
             Classifier,
-            {"averaging": "StochasticWeightAveraging"},
+            {"callback": "StochasticWeightAveraging"},
             "^StochasticWeightAveraging would",
         ),
-        (Classifier, {"averaging": "EMAWeightAveraging"}, "^EMAWeightAveraging would put"),
+        (Classifier, {"callback": "EMAWeightAveraging"}, "^EMAWeightAveraging would put"),
+        (Classifier, {"callback": "LearningRateFinder"}, "^LearningRateFinder trains .* out .*lr="),
     ],
 )
 def test_a_trainer_that_would_undo_the_method_is_refused(module, options, message):
     model = network()
     callback, others = FastCallback(model, TRAIN, steps=STEPS), []
     options = dict(options)
-    if name := options.pop("averaging", None):
+    if name := options.pop("callback", None):
         kind = getattr(lightning.pytorch.callbacks, name)
         others = [kind(1e-3)] if name.startswith("Stochastic") else [kind()]
     host = trainer(callback, *others, max_epochs=9, **options)
     with pytest.raises(ValueError, match=message):
         host.fit(module(model, callback), loader(TRAIN))
+
+
+def test_data_that_a_module_makes_in_setup_come_too_late_for_the_length():
+    class Own(Classifier):
+        def setup(self, stage):
+            self.train_data = TRAIN
+
+        def train_dataloader(self):
+            return loader(self.train_data)
+
+    model = network()
+    callback = FastCallback(model, TRAIN)
+    host = trainer(callback, max_steps=-1, max_epochs=1)
+    with pytest.raises(ValueError, match=r"no loader yet .*train_data.*FastCallback\(steps="):
+        host.fit(Own(model, callback))
+    callback = FastCallback(model, TRAIN, steps=7)
+    trainer(callback, max_steps=-1, max_epochs=1).fit(Own(model, callback))
+    assert callback.adaptation.done == 7
 
 
 def test_a_network_in_evaluation_mode_is_trained():
@@ -250,3 +269,77 @@ def test_a_trainer_that_ends_early_says_so():
     with pytest.warns(UserWarning, match="ends after 12 of the 40 steps"):
         trainer(callback, max_epochs=9).fit(Classifier(model, callback), loader(TRAIN))
     assert callback.result.final["step"] == STEPS
+
+
+class Manual(Classifier):
+    """Two batches make a step, and a layer beside the network has an optimizer of its own."""
+
+    def __init__(self, network, fast):
+        super().__init__(network, fast)
+        self.automatic_optimization = False
+        self.beside = nn.Linear(4, 4)
+
+    def configure_optimizers(self):
+        other = torch.optim.SGD(self.beside.parameters(), lr=0.1)
+        return [self.fast.optimizer, other], [self.fast.optimizers()["lr_scheduler"]]
+
+    def training_step(self, batch, index):
+        inputs, labels, *_ = batch
+        logits, penalty = self.fast.forward(inputs)
+        self.manual_backward((F.cross_entropy(self.beside(logits), labels) + penalty) / 2)
+        if index % 2:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+            self.lr_schedulers().step()
+
+
+def test_a_module_that_optimizes_manually_says_how_many_steps_it_takes():
+    """The Trainer counts a step for each batch, and while it runs one for each optimizer."""
+    model = network()
+    callback = FastCallback(model, TRAIN)
+    with pytest.raises(ValueError, match=r"Manual optimizes manually, .* FastCallback\(steps="):
+        trainer(callback, max_steps=-1, max_epochs=2).fit(Manual(model, callback), loader(TRAIN))
+    callback = FastCallback(model, TRAIN, steps=6, grad_accum_steps=2)
+    trainer(callback, max_steps=-1, max_epochs=2).fit(Manual(model, callback), loader(TRAIN))
+    assert callback.adaptation.done == 6  # two epochs of seven batches
+    assert callback.result.final["lr"] < callback.adaptation.plan.lr / 2
+
+
+def test_a_step_of_accumulated_batches_has_a_size_that_they_divide():
+    model = network()
+    callback = FastCallback(model, TRAIN, batch_size=64)
+    host = trainer(callback, max_steps=4, accumulate_grad_batches=3)
+    message = r"batch_size=64 .* Trainer\(accumulate_grad_batches=3\).*; 63 or 66 is"
+    with pytest.raises(ValueError, match=message):
+        host.fit(Classifier(model, callback), loader(TRAIN))
+    callback = FastCallback(model, TRAIN)
+    host = trainer(callback, max_steps=4, accumulate_grad_batches=3)
+    host.fit(Classifier(model, callback), callback.loader)
+    assert callback.adaptation.done == 4
+    assert callback.adaptation.plan.grad_accum_steps == 3
+
+
+def test_the_best_checkpoint_is_the_result_once_it_was_tested(tmp_path):
+    """`trainer.test(ckpt_path="best")` left the weights of a step, and not their average."""
+
+    class Accuracy(Classifier):
+        def validation_step(self, batch, index):
+            super().validation_step(batch, index)
+            self.log("chosen", -float(self.trainer.global_step))  # the first is the best
+
+    model = network()
+    callback = FastCallback(model, TRAIN, source=SOURCE, source_inputs=SOURCE, lr=1e-2, steps=12)
+    best = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="chosen", mode="max")
+    module = Accuracy(model, callback)
+    host = trainer(callback, best, enable_checkpointing=True, val_check_interval=6)
+    host.fit(module, callback.loader, loader(VAL, 100))
+    assert callback.result.final["step"] == 12
+    host.validate(module, loader(VAL, 100), ckpt_path="best", verbose=False)
+    assert callback.result.final["step"] == 6
+    _, then, _, again = module.evaluated
+    now = model.state_dict()
+    for name in ("0.project.weight", "3.linear.weight"):
+        assert torch.equal(now[name], then[name])
+        assert torch.equal(again[name], then[name])
+    assert not callback.result.model.training

@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,54 @@ def test_the_callback_in_a_trainer_of_ones_own(tmp_path, with_penalty):
     assert [r["eval_source_accuracy"] for r in evaluations(whole)] == [0.25] * 3
     again, _ = run(str(tmp_path / "checkpoint-5"))
     assert torch.equal(weights(whole.model), weights(again.model))
+
+
+@pytest.mark.parametrize("steps", [8, 6])
+def test_the_best_model_is_the_average_that_was_evaluated(tmp_path, steps):
+    """A run that ended with its plan kept the weights of the best step, and one that a callback
+    stopped kept the average of its last ones."""
+    data = texts(72, CLASSES, 1)
+    tensors = {k: torch.tensor(v) for k, v in data[:].items()}
+    model, labels = bert(), tensors.pop("labels")
+    adaptation = fast.Adaptation(model, (tensors, labels), steps=8, batch_size=16, lr=1e-2)
+    averages = {}
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop |= state.global_step == steps
+            with adaptation.averaged():
+                averages[state.global_step] = weights(model)
+
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=16, use_cpu=True, report_to=[],
+        disable_tqdm=True, eval_strategy="steps", eval_steps=3, save_steps=3,
+        load_best_model_at_end=True, metric_for_best_model="eval_source_accuracy",
+    )  # fmt: skip
+    scores = iter([0.9, 0.1, 0.1])
+    callback = FastCallback(adaptation, source_eval=lambda model: next(scores))
+    own = OwnTrainer(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=texts(40, CLASSES, 2),
+        callbacks=[callback, Watch()],
+        optimizers=(adaptation.optimizer, adaptation.scheduler()),
+    )
+    own.adaptation = adaptation
+    own.train()
+    assert callback.result.final["step"] == 3
+    assert torch.equal(weights(model), averages[3])
+
+
+def test_a_checkpoint_of_another_folder_names_the_way_out(tmp_path):
+    adaptation = SimpleNamespace(
+        optimizer="ours", done=0, plan=SimpleNamespace(steps=8, check_length=lambda *_, **__: None)
+    )
+    state = SimpleNamespace(max_steps=8, global_step=5)
+    with pytest.raises(ValueError, match=r"step 5, .* set output_dir .* that the checkpoint lies"):
+        FastCallback(adaptation).on_train_begin(
+            SimpleNamespace(output_dir=tmp_path), state, None, optimizer="ours"
+        )
 
 
 @pytest.mark.parametrize(

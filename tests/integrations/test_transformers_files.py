@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fast
 from fast.heads import task_head
 from helpers import ROOT
 
@@ -17,7 +18,16 @@ pytest.importorskip("datasets", reason="its tables are the Trainer's data")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trainer_cases import CASES, CLASSES, STEPS, evaluations, trainer, weights  # noqa: E402
+from trainer_cases import (  # noqa: E402
+    CASES,
+    CLASSES,
+    STEPS,
+    bert,
+    evaluations,
+    texts,
+    trainer,
+    weights,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,6 +83,26 @@ def test_a_pipeline_loads_it(tmp_path):
     image = pytest.importorskip("PIL.Image", reason="the pipeline reads images")
     answers = pipeline(image.new("RGB", (8, 8)))
     assert {a["label"] for a in answers} <= {f"row {i}" for i in range(CLASSES)}
+
+
+def test_the_model_at_hand_has_the_names_of_the_target(tmp_path):
+    """With as many classes as before, answers had the names of the source's classes, and the loss
+    of an evaluation was the source's."""
+    model = bert()
+    names = {0: "rude", 1: "neutral", 2: "kind"}
+    model.config.id2label, model.config.label2id = names, {v: k for k, v in names.items()}
+    model.config.problem_type = "multi_label_classification"
+    data = {k: [dict(x) for x in texts(24, 3, 1)] for k in ("train_dataset", "eval_dataset")}
+    args = {"max_steps": 1, "eval_steps": 1, "save_steps": 100}
+    run = trainer(tmp_path, model=model, num_classes=3, args=args, **data)
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    run.train()
+    with fast.source_task(model):
+        assert model.config.id2label == names
+    run.save_model(str(tmp_path / "saved"))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert config.problem_type == "single_label_classification"
 
 
 def test_the_hub_gets_the_plain_model_and_its_card(tmp_path, monkeypatch):

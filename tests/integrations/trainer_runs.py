@@ -41,13 +41,13 @@ def main(folder):
         output = Path(folder) / name
         for again in (None, str(output / "checkpoint-5")):
             done = run(output, name, number, again)
-            found = {
+            outcome = {
                 "weights": done.model.state_dict(),
                 "source": done.source_accuracy,
                 "evaluations": [r for r in done.state.log_history if "eval_accuracy" in r],
             }
             kind = "again" if again else "whole"
-            torch.save(found, Path(folder) / f"{name} {kind} {rank}.pt")
+            torch.save(outcome, Path(folder) / f"{name} {kind} {rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -56,8 +56,8 @@ def resume(folder):
 
 
 def only(folder):
-    (found,) = list_checkpoints(folder)
-    return found
+    (newest,) = list_checkpoints(folder)
+    return newest
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "state.json"])
@@ -92,9 +92,9 @@ def forge(folder, change=lambda meta: None, tensors=None):
     """A checkpoint whose hashes are right, and which no run has written."""
     path = only(folder)
     if tensors:
-        found = load_file(path / "training.safetensors")
-        tensors(found)
-        save_file(found, path / "training.safetensors")
+        weights = load_file(path / "training.safetensors")
+        tensors(weights)
+        save_file(weights, path / "training.safetensors")
     meta = read_sealed(path / "state.json", FORMAT)
     meta["files"]["training.safetensors"] = file_hash(path / "training.safetensors")
     change(meta)

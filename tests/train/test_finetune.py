@@ -32,9 +32,11 @@ def same(a, b):
 def test_every_method_learns_on_every_network(name, method):
     torch.manual_seed(0)
     model = IMAGE_NETWORKS[name]()
-    known = images(64, 5, seed=3)[0] if method == "replay" else None
+    source_inputs = images(64, 5, seed=3)[0] if method == "replay" else None
     options = {"method": method, "steps": 80, "lr": 1e-2, "eval_every": 20}
-    result = fast.finetune(model, TRAIN, VAL, source=images(50, 5), source_inputs=known, **options)
+    result = fast.finetune(
+        model, TRAIN, VAL, source=images(50, 5), source_inputs=source_inputs, **options
+    )
     assert [r["step"] for r in result.history] == [0, 20, 40, 60, 80]
     assert result.target_accuracy > 0.5
     assert result.history[-1]["loss"] < result.history[1]["loss"]

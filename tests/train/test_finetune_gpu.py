@@ -22,13 +22,13 @@ def test_a_run_learns_as_on_the_cpu(method):
     torch.manual_seed(0)
     model = ConvNet()
     options = {"method": method, "steps": 40, "num_classes": 4, "source_inputs": KNOWN[0]}
-    found = {}
+    results = {}
     for device in ("cpu", "cuda"):
         result = fast.finetune(copy.deepcopy(model), TRAIN, VAL, KNOWN, device=device, **options)
         assert next(result.model.parameters()).device.type == device
-        found[device] = result
-    assert found["cuda"].target_accuracy == pytest.approx(found["cpu"].target_accuracy, abs=0.1)
-    first, last = (found["cuda"].history[i]["forecast"] for i in (0, -1))
+        results[device] = result
+    assert results["cuda"].target_accuracy == pytest.approx(results["cpu"].target_accuracy, abs=0.1)
+    first, last = (results["cuda"].history[i]["forecast"] for i in (0, -1))
     assert first == 0.0
     assert last > 0
 

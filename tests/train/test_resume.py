@@ -244,11 +244,11 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 def test_what_else_makes_another_job_is_refused(tmp_path):
     """As many samples of as many classes, but others; labels exchanged; other known inputs."""
-    known = images(40, 5, seed=3)
+    old = images(40, 5, seed=3)
     torch.manual_seed(0)
     start, options = ConvNet(), {"num_classes": 4, "steps": 4}
 
-    def run(train=TRAIN, val=VAL, source=VAL, source_inputs=known, **more):
+    def run(train=TRAIN, val=VAL, source=VAL, source_inputs=old, **more):
         model = copy.deepcopy(start)
         return fast.finetune(
             model, train, val, source, source_inputs=source_inputs, **options, **more
@@ -262,7 +262,7 @@ def test_what_else_makes_another_job_is_refused(tmp_path):
         "validation data": {"val": images(60, 4, seed=7)},
         "source data": {"source": None},
         "source inputs": {"source_inputs": images(40, 5, seed=4)},
-        "card": {"card": fast.SourceCard.estimate(start, known[0])},
+        "card": {"card": fast.SourceCard.estimate(start, old[0])},
     }
     for name, other in others.items():
         with pytest.raises(ValueError, match=f"of another job: {name.strip()} "):
@@ -382,7 +382,7 @@ def test_files_have_null_for_what_is_not_finite(tmp_path):
     log.add({"step": 1, "loss": 0.5, "target_loss": math.inf, "points": [(1.0, math.nan)]})
     log.close()
     lines = (tmp_path / "history" / "history.jsonl").read_text().splitlines()
-    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-    assert found[0] == {"step": 0, "loss": None, "target_loss": None}
-    assert found[1] == {"step": 1, "loss": 0.5, "target_loss": None, "points": [[1.0, None]]}
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert records[0] == {"step": 0, "loss": None, "target_loss": None}
+    assert records[1] == {"step": 1, "loss": 0.5, "target_loss": None, "points": [[1.0, None]]}
     assert math.isinf(log.history[1]["target_loss"])

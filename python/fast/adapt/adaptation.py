@@ -11,7 +11,6 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,8 +26,8 @@ from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.result import Result
 from fast.adapt.setup import (
     Setup,
+    check_arguments,
     check_averaged,
-    check_gradients,
     check_model,
     check_options,
     check_ranks,
@@ -121,27 +120,18 @@ class Adaptation:
         process_group: Any = AUTO,
         **options: Unpack[AdaptOptions],
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-        check_gradients("Adaptation")
         make = None if isinstance(optimizer, str) else optimizer
         name = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
         check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
+        check_arguments(model, loss, keeps_head=self.config.keeps_head)
         self.model = unwrap(model)
         self.ranks = Ranks(process_group)
-        if isinstance(model, DistributedDataParallel) and not self.config.keeps_head:
-            raise ValueError(
-                "model is in DistributedDataParallel already, which would not know the new head: "
-                "wrap it after fast.Adaptation, and pass it to forward(..., model=)"
-            )
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
         self.done = 0
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
         self._pull_factor = 1.0
-        if loss is not None and not callable(loss):
-            raise TypeError(f"loss must be a function of logits and labels; got {loss!r}")
         loss = loss or TargetLoss(None, 0.0)
         with RollbackOnError(self.model):
             # The source is measured at the pretrained weights, before the network changes.
@@ -378,6 +368,7 @@ class Adaptation:
     # What follows a step.
 
     def _before_step(self, *_: Any) -> None:
+        self._check_outside("a step")
         if not self.done:
             self._optimizer.check_fresh()
         group = self.optimizer.param_groups[0]
@@ -398,8 +389,14 @@ class Adaptation:
         for guard in self.guards:
             guard.after_step(self.done)
         self._restrain()
+        if self.average is not None:
+            self.average.keep()
         if self.done == self.plan.steps:
             self._finish_guards()
+
+    def _check_outside(self, what: str) -> None:
+        if self.average is not None:
+            self.average.check_outside(what)
 
     def _restrain(self) -> None:
         self._optimizer.restrain(math.prod(guard.lr_factor() for guard in self.guards))
@@ -440,6 +437,7 @@ class Adaptation:
         Raises:
             RuntimeError: the loop has stepped another optimizer; the weights stay as they are.
         """
+        self._check_outside("finish()")
         if not self.done:
             self._optimizer.check_used()
         if self.done != self.plan.steps:
@@ -474,6 +472,7 @@ class Adaptation:
         To resume, make an `Adaptation` of the pretrained network with the same arguments, then load
         the states of the model, of the optimizer, and this one.
         """
+        self._check_outside("a state")
         return {
             "format": FORMAT,
             "done": self.done,

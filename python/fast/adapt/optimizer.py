@@ -224,4 +224,5 @@ def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:
 
 
 def _backbone(groups: Groups) -> Groups:
-    return [group for group in groups if group["name"].startswith("backbone")]
+    """The groups of the backbone; one that the loop has added may have no name."""
+    return [group for group in groups if group.get("name", "").startswith("backbone")]

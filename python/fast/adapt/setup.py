@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fast import dtensor
@@ -390,6 +391,20 @@ def check_options(options: Iterable[str], config: type, caller: str) -> None:
     if unknown := sorted(set(options) - fields):
         hint = did_you_mean(unknown[0], fields) or f". Known: {', '.join(sorted(fields))}"
         raise TypeError(f"{caller} got unknown options: {', '.join(unknown)}{hint}")
+
+
+def check_arguments(model: Any, loss: Any, *, keeps_head: bool) -> None:
+    """Raise TypeError or ValueError for what `fast.Adaptation` cannot begin with."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_gradients("Adaptation")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of logits and labels; got {loss!r}")
+    if isinstance(model, DistributedDataParallel) and not keeps_head:
+        raise ValueError(
+            "model is in DistributedDataParallel already, which would not know the new head: "
+            "wrap it after fast.Adaptation, and pass it to forward(..., model=)"
+        )
 
 
 def check_gradients(caller: str) -> None:

@@ -26,6 +26,9 @@ class _Frozen(Overlay):
     def train(self, mode: bool = True) -> Any:
         return cast(Any, super()).train(False)
 
+    def reset_running_stats(self) -> None:
+        """Keep them: torch's `update_bn` would reset them, and find no batch in training mode."""
+
 
 class _Track(Overlay):
     """Plain torch, except that a batch of one value per channel, which has no variance, uses the
@@ -94,6 +97,7 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
         source = copy.deepcopy(norm).eval().requires_grad_(False) if policy == "per_task" else None
         put_over(norm, _POLICIES[policy])
         if source is not None:
+            put_over(source, _Frozen)
             norm.add_module("source_norm", source)
         norm.train(norm.training)
     return model
@@ -176,7 +180,7 @@ def estimate(norms: list[Any], model: nn.Module, batches: Iterable[Any]) -> None
     before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
     with evaluating(model):
         for norm in norms:
-            norm.reset_running_stats()
+            _BatchNorm.reset_running_stats(norm)  # also that of the source, which keeps them
             norm.momentum, norm.training = None, True  # None: the mean over batches
         try:
             for inputs in batches if norms else ():

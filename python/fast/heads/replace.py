@@ -43,7 +43,8 @@ class TaskHead(nn.Module, TwoTask):
         linear: the target layer, of the same class as the source layer.
         source: the source head, frozen.
         source_labels: the names of the source's classes in `model.config`, which transformers
-            forgets when their number changes.
+            forgets when their number changes, and keeps when it does not.
+        target_labels: those of the target's classes, as they are while the source answers.
         auxiliary: names of further heads of the network, which run in training mode only.
     """
 
@@ -53,6 +54,7 @@ class TaskHead(nn.Module, TwoTask):
         self.linear = linear
         self.source = source
         self.source_labels: dict[str, Any] = {}
+        self.target_labels: dict[str, Any] = {}
         self.auxiliary: tuple[str, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,12 +72,14 @@ class TaskHead(nn.Module, TwoTask):
         return classes_of(self.linear)
 
     def announce(self, model: nn.Module) -> None:
-        """Set the number of classes where timm and transformers look for it."""
+        """Set number and names of the classes where timm and transformers look for them."""
         source = self.answers_source
+        labels = {name: getattr(model.config, name) for name in self.source_labels}
+        if source and labels != self.source_labels:
+            self.target_labels = labels
         announce_classes(model, classes_of(self.source if source else self.linear))
-        if source:
-            for name, value in self.source_labels.items():
-                setattr(model.config, name, value)
+        for name, value in (self.source_labels if source else self.target_labels).items():
+            setattr(model.config, name, value)
 
     def train(self, mode: bool = True) -> TaskHead:
         super().train(mode)
@@ -88,6 +92,12 @@ def announce_classes(model: nn.Module, num_classes: int) -> None:
         for name in ("num_classes", "num_labels"):
             if isinstance(getattr(owner, name, None), int):
                 setattr(owner, name, num_classes)
+
+
+def number_classes(config: Any, num_classes: int) -> None:
+    """Name the classes as transformers names those that have no names."""
+    config.id2label = {i: f"LABEL_{i}" for i in range(num_classes)}
+    config.label2id = {name: i for i, name in config.id2label.items()}
 
 
 def task_head(model: nn.Module) -> TaskHead | None:
@@ -159,6 +169,8 @@ def put_head(
     new = _new_head(inner, old, num_outputs, max_entropy)
     old.put(new)
     announce_classes(inner, num_outputs)
+    if new.source_labels:  # transformers keeps the names of as many classes
+        number_classes(inner.config, num_outputs)
     new.train(inner.training)
     try:
         if sample is not None:

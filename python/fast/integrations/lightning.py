@@ -15,19 +15,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fast.adapt.adaptation import Adaptation
-from fast.adapt.config import AdaptOptions, OptimizerName
+from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
 from fast.adapt.optimizer import MakeOptimizer
 from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
 from fast.data.dataset import as_data
 from fast.data.trees import pick
+from fast.errors import first_line
 from fast.heads import source_task, unwrap
 from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.train.measure import evaluate
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PRECISIONS = ("32-true", *AUTOCAST)
-AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
+# Callbacks that do not go with this one, and why.
+OTHER_CALLBACKS = {
+    "StochasticWeightAveraging": "would put its weights in place of those that FastCallback "
+    "averages, and that a budget was checked for: leave it out (FastCallback(average=N) averages "
+    "over N steps)",
+    "LearningRateFinder": "trains the network, and puts back its weights alone: leave it out "
+    "(FastCallback(lr=...) sets a rate, and without it the plan has one)",
+    "BatchSizeFinder": "trains the network, and puts back its weights alone: leave it out",
+}
+OTHER_CALLBACKS["WeightAveraging"] = OTHER_CALLBACKS["StochasticWeightAveraging"]
 
 
 class CallbackOptions(AdaptOptions, total=False):
@@ -76,10 +86,12 @@ class FastCallback(Callback):
         source: labelled data of the source task, or a function of the network that returns an
             accuracy in 0..1: `source_accuracy` is logged in every validation.
         **options: options of `fast.Adaptation`. `steps` defaults to the Trainer's number of steps,
-            `grad_accum_steps` to its `accumulate_grad_batches`.
+            which it does not know where a module optimizes manually; `grad_accum_steps` defaults to
+            its `accumulate_grad_batches`.
 
     Attributes:
-        result: after `fit`, what `Adaptation.finish` returned; until then None.
+        result: after `fit`, what `Adaptation.finish` returned; until then None. Where a checkpoint
+            is tested afterwards (`trainer.test(ckpt_path="best")`), what it returned for that one.
     """
 
     def __init__(
@@ -101,6 +113,7 @@ class FastCallback(Callback):
         self.result: Result | None = None
         self._adaptation: Adaptation | None = None
         self._before: float | None = None
+        self._other_state = False  # a checkpoint was loaded after the end of the run
         self._generators: dict[str, Any] | None = None
         self._averaged = ExitStack()
 
@@ -157,8 +170,14 @@ class FastCallback(Callback):
         _check_trainer(trainer)
         options: dict[str, Any] = dict(self.options)
         if not {"steps", "epochs"} & set(options):
+            if not pl_module.automatic_optimization:
+                raise ValueError(
+                    f"{type(pl_module).__name__} optimizes manually, so that the Trainer does not "
+                    "know how many steps it takes: FastCallback(steps=...), the calls of step() of "
+                    "FastCallback's optimizer in the whole run"
+                )
             options["steps"] = _steps(trainer)
-        options.setdefault("grad_accum_steps", trainer.accumulate_grad_batches)
+        options |= _accumulation(trainer, options)
         options.setdefault("autocast_dtype", AUTOCAST.get(str(trainer.precision)))
         self.network.to(trainer.strategy.root_device)
         self._before = self._source_accuracy()
@@ -183,6 +202,8 @@ class FastCallback(Callback):
                 "for a fused optimizer in mixed precision; leave it out, and pass "
                 f"max_grad_norm={trainer.gradient_clip_val:g} to FastCallback"
             )
+        if not pl_module.automatic_optimization:  # the Trainer counts steps of all optimizers
+            return
         plan = self.adaptation.plan
         way_out = f"Trainer(max_steps={plan.steps})"
         plan.check_length(_steps(trainer), owner="FastCallback", way_out=way_out)
@@ -198,6 +219,9 @@ class FastCallback(Callback):
             self._generators = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
         self.result = result = self.adaptation.finish()
         result.source_accuracy_before = self._before
         result.final["source_accuracy"] = self._source_accuracy()
@@ -212,8 +236,12 @@ class FastCallback(Callback):
             pl_module.log("forecast", forecast)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._adaptation is not None:
-            self._averaged.enter_context(self._adaptation.averaged())
+        if self._adaptation is None:
+            return
+        if self._other_state:  # now that the network is on its device
+            self._finish()
+            self._other_state = False
+        self._averaged.enter_context(self._adaptation.averaged())
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_start(trainer, pl_module)
@@ -246,6 +274,7 @@ class FastCallback(Callback):
         if self._adaptation is not None and state_dict:
             self._adaptation.load_state_dict(state_dict["adaptation"])
             self._generators = state_dict["generators"]
+            self._other_state = self.result is not None
 
     def _source_accuracy(self) -> float | None:
         if self.source is None:
@@ -282,12 +311,28 @@ def _check_trainer(trainer: Trainer) -> None:
         )
     callbacks: list[Callback] = cast(Any, trainer).callbacks
     for callback in callbacks:
-        if any(kind.__name__ in AVERAGING for kind in type(callback).__mro__):
-            raise ValueError(
-                f"{type(callback).__name__} would put its weights in place of those that "
-                "FastCallback averages, and that a budget was checked for: leave it out "
-                "(FastCallback(average=N) averages over N steps)"
-            )
+        for kind in type(callback).__mro__:
+            if kind.__name__ in OTHER_CALLBACKS:
+                name = type(callback).__name__
+                raise ValueError(f"{name} {OTHER_CALLBACKS[kind.__name__]}")
+
+
+def _accumulation(trainer: Trainer, options: dict[str, Any]) -> dict[str, int]:
+    """How many batches make a step, and the size of a step, which is a multiple of that.
+
+    Raises:
+        ValueError: the user's own size is not.
+    """
+    parts = options.get("grad_accum_steps", trainer.accumulate_grad_batches)
+    default = AdaptConfig().batch_size
+    size = options.get("batch_size", math.ceil(default / parts) * parts)
+    if size % parts:
+        raise ValueError(
+            f"batch_size={size} must be a multiple of Trainer(accumulate_grad_batches={parts}): it "
+            f"is the size of a step, of target and source inputs together; {size // parts * parts} "
+            f"or {math.ceil(size / parts) * parts} is"
+        )
+    return {"grad_accum_steps": parts, "batch_size": size}
 
 
 def _steps(trainer: Trainer) -> int:
@@ -298,7 +343,15 @@ def _steps(trainer: Trainer) -> int:
     """
     steps: float = trainer.max_steps
     if trainer.train_dataloader is not None or steps < 0:
-        steps = trainer.estimated_stepping_batches
+        try:
+            steps = trainer.estimated_stepping_batches
+        except (AttributeError, TypeError) as error:  # of a loader whose data are not there yet
+            raise ValueError(
+                f"FastCallback has to know the length of the run, and there is no loader yet "
+                f"({first_line(error)}): a LightningModule that makes its data in setup() does so "
+                "after FastCallback. Give FastCallback(steps=...) or Trainer(max_steps=...), or "
+                "make them in a LightningDataModule"
+            ) from error
     if not 0 < steps < math.inf:
         raise ValueError(
             "FastCallback has to know the length of the run: Trainer(max_steps=), or a loader of "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fast import dtensor
 from fast.adapt.guards.base import Guard
+from fast.errors import warn
 
 # Updating takes three passes over the weights, a third of an optimizer step; every other step.
 EVERY = 2
@@ -29,13 +30,18 @@ class WeightAverage(Guard):
         params: trained parameters; the average starts from their present values.
         horizon: steps to average over; until there are as many, over the steps so far.
         stall: steps before the backbone moves; until then the average is the current weights.
+
+    Attributes:
+        adopted: whether the average, or what replaced it, has become the weights.
+        applies: whether the parameters hold the average for a block, and `values` theirs.
     """
 
     def __init__(self, params: Sequence[Tensor], horizon: int, stall: int = 0) -> None:
         self.params = list(params)
         self.horizon, self.stall = horizon, stall
         self.values = [p.detach().clone() for p in self.params]
-        self.adopted = False
+        self.adopted = self.applies = False
+        self.keep()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -49,8 +55,8 @@ class WeightAverage(Guard):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the average in place of the parameters for the block, unless it was adopted."""
-        if self.adopted:
+        """Put the average in place of the parameters for the block, unless it is there already."""
+        if self.adopted or self.applies:
             yield
             return
         self._swap()
@@ -59,16 +65,41 @@ class WeightAverage(Guard):
         finally:
             self._swap()
 
+    def check_outside(self, what: str) -> None:
+        """Raise RuntimeError where the model holds the average for a block."""
+        if self.applies:
+            raise RuntimeError(
+                f"{what} inside of averaged(), where the model holds the average of the last "
+                "steps' weights, and not those that training goes on from: leave the block first"
+            )
+
+    def keep(self) -> None:
+        """Take the present weights for those that the last step has left."""
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        return [p._version for p in self._current()]
+
     @torch.no_grad()
     def _swap(self) -> None:
+        replaced = self._versions != self._now()
         current = [p.clone() for p in self._current()]
         torch._foreach_copy_(self._current(), _local(self.values))
         torch._foreach_copy_(_local(self.values), current)
+        self.applies = not self.applies
+        if not replaced:
+            self.keep()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Make the average the weights."""
-        torch._foreach_copy_(self._current(), _local(self.values))
+        """Make the average the weights, unless others were loaded after the last step."""
+        if self._versions == self._now():
+            torch._foreach_copy_(self._current(), _local(self.values))
+        else:
+            warn(
+                "the weights were written to after the last step (by load_state_dict?): finish() "
+                "keeps them, and not the average of the last steps' weights"
+            )
         self.adopted = True
 
     def _current(self) -> list[Tensor]:
@@ -81,6 +112,7 @@ class WeightAverage(Guard):
         self.adopted = bool(state["adopted"])
         for i, value in enumerate(self.values):
             value.copy_(state[str(i)])
+        self.keep()
 
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -26,7 +26,7 @@ class FastCallback(TrainerCallback):
     The state goes into the Trainer's checkpoint folders. A callback cannot change the loss:
     distillation and rehearsal need the lines of `compute_loss` in docs/transformers.md. There must
     be one evaluation data set, and `save_model` writes the unfolded model: call `fast.fold_head`
-    first.
+    first. With `load_best_model_at_end` the model ends in the averaged weights of the best step.
 
     Args:
         adaptation: the adaptation of the model that the Trainer trains.
@@ -55,6 +55,12 @@ class FastCallback(TrainerCallback):
         plan.check_length(state.max_steps, owner="the adaptation", way_out=way_out)
         if state.global_step > self.adaptation.done:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not folder.exists():
+                raise ValueError(
+                    f"the Trainer resumes from step {state.global_step}, and FastCallback looks "
+                    f"for its state in {folder}, which does not exist: set output_dir of "
+                    "TrainingArguments to the folder that the checkpoint lies in"
+                )
             self.adaptation.load_state_dict(load_state(folder)["adaptation"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -79,4 +85,9 @@ class FastCallback(TrainerCallback):
         save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.adaptation)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has loaded the weights of that step, and evaluated their average.
+            best = load_state(state.best_model_checkpoint)
+            self.adaptation.model.load_state_dict(best["model"])
+            self.adaptation.load_state_dict(best["adaptation"])
         self.result = self.adaptation.finish()

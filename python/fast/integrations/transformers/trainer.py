@@ -38,6 +38,7 @@ from fast.integrations.transformers.files import (
     save_state,
     write_card,
 )
+from fast.models.saved.description import name_classes
 
 
 class FastTrainer(Trainer):
@@ -64,7 +65,8 @@ class FastTrainer(Trainer):
         train_dataset: labels are class indices under `labels`, unless `compute_loss_func` says
             otherwise.
         num_classes: C, the target's classes (default: from the labels of `train_dataset`).
-        id2label: names of the classes (default: those that `train_dataset` records).
+        id2label: names of the classes (default: those that `train_dataset` records; without any
+            they are `LABEL_0`, `LABEL_1`, ...).
         source_inputs: see `fast.Adaptation`; data sets go through the Trainer's collator.
         source_eval: held-out source data with labels; or a function of the model that returns an
             accuracy. It gives `eval_source_accuracy`.
@@ -144,11 +146,21 @@ class FastTrainer(Trainer):
             )
             _check_folds(model)
             self.id2label = _names_of(samples, id2label, self.adaptation.num_classes)
+            self._describe_task(model)
         for group in self.adaptation.optimizer.param_groups:
             if "betas" in group:
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
                 group["eps"] = self.args.adam_epsilon
         self.result: Result | None = None
+
+    def _describe_task(self, model: nn.Module) -> None:
+        """Tell the model's config of the target, for its own loss and for pipelines."""
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            return
+        name_classes(config, [str(name) for _, name in sorted(self.id2label.items())])
+        if self.compute_loss_func is None and getattr(config, "problem_type", None) is not None:
+            config.problem_type = "single_label_classification"  # the source's may be another
 
     # Data.
 
@@ -284,12 +296,7 @@ class FastTrainer(Trainer):
     def plain_model(self) -> nn.Module:
         """A copy with the averaged weights and a plain head; nothing of this library is in it."""
         with self.adaptation.averaged():
-            model = fold_head(copy.deepcopy(self.adaptation.model))
-        config = getattr(model, "config", None)
-        if config is not None and self.id2label:
-            config.id2label = {i: str(name) for i, name in self.id2label.items()}
-            config.label2id = {name: i for i, name in config.id2label.items()}
-        return model
+            return fold_head(copy.deepcopy(self.adaptation.model))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
