@@ -87,7 +87,7 @@ def test_a_file_in_several_rows_is_told(tmp_path):
     assert "rows that repeat a file: 1" in data.notes[-1]
     rows = ["0.png,x,train", "1.png,y,train", "1.png,y,val", "2.png,y,val"]
     data = load_data(write_csv(tmp_path / "s.csv", "file,label,split", *rows))
-    assert "1 of the held-out files are trained on, too" in data.notes[-1]
+    assert "held-out files that are trained on, too: 1" in data.notes[-1]
 
 
 def test_a_file_with_two_labels_is_refused(tmp_path):
@@ -173,7 +173,7 @@ def test_another_encoding_is_not_guessed(tmp_path):
         (["text,label", "a,"], {}, "label: 1 of 1 cells are empty, the first in row 0"),
         (["text,label", "a,x"], {"label_column": "y"}, "no column 'y'; --label-column can be"),
         (["text,label", 'a,"[""x"", ""y""]"'], {}, r"several labels .*docs/any-loss\.md"),
-        (["path,label", "a.jpg,x"], {}, "1 files are not there: a.jpg"),
+        (["path,label", "a.jpg,x"], {}, "1 file is not there: a.jpg"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, rows, columns, message):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast.errors import counted
+
 # A larger head would fill the memory.
 MOST_CLASSES = 1_000_000
 
@@ -81,7 +83,7 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
         for word, wrong in (("NaN", labels.isnan()), ("infinite", labels.isinf())):
             if wrong.any():
                 raise ValueError(
-                    f"{name}: {int(wrong.sum())} labels are {word}, the first in row "
+                    f"{name}: {counted(int(wrong.sum()), 'label is', 'labels are')} {word}, the first in row "
                     f"{_first(wrong)}; drop those rows"
                 )
         if (labels != labels.round()).any():
@@ -123,7 +125,7 @@ def count_classes(top: int, samples: int, name: str) -> int:
     """
     if top >= min(MOST_CLASSES, max(FEW_CLASSES, 10 * samples)):
         raise ValueError(
-            f"{name}: label {top} among {samples} samples: labels are class indices, and so few "
+            f"{name}: label {top} among {counted(samples, 'sample')}: labels are class indices, and so few "
             f"samples cannot teach a head of {top + 1} classes; number the classes from 0"
         )
     return top + 1

@@ -13,6 +13,8 @@ from fast.cli.report.table import few_samples, percent, text_table
 from fast.cli.task.load import LoadedTask
 from fast.errors import printable
 
+# How many parts of few samples are proposed.
+FOLDS = 5
 # How many classes are shown, the worst first.
 LISTED = 12
 
@@ -67,7 +69,9 @@ def _few(task: LoadedTask) -> str:
     """A warning if the held-out samples are few, and how to measure on more."""
     warning = few_samples(task.sizes["val"]) if "val" in task.sizes else ""
     shared = "of each class" in task.description.get("data", {}).get("held_out", "")
-    return warning and f"{warning}{'; --folds 5 measures on all of them' if shared else ''}\n"
+    enough = sum(task.sizes[part] for part in ("train", "val") if part in task.sizes) >= FOLDS
+    hint = f"; --folds {FOLDS} measures on all of them" if shared and enough else ""
+    return warning and f"{warning}{hint}\n"
 
 
 def _class_lines(result: fast.Result) -> str:

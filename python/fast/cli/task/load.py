@@ -38,7 +38,7 @@ from fast.cli.task.prepare import (
 from fast.data.images.pixels import PreparedImages
 from fast.data.sources import FileReport, NamedData, Split
 from fast.data.trees import pick
-from fast.errors import printable
+from fast.errors import counted, printable
 from fast.models.load import LoadedModel
 from fast.models.preparation import Preparation
 from fast.train.config import TrainConfig
@@ -204,7 +204,7 @@ def _check_source(
     samples = sets["source_inputs"]
     option = f"{flag('source_inputs')} {spec.source_inputs}"
     if not samples.has_labels:
-        return [f"{option}: {len(training_split(samples))} samples without labels"]
+        return [f"{option}: {counted(len(training_split(samples)), 'sample')} without labels"]
     unclear = unclear_names(samples, classes, more=True)
     if unclear:
         sets["source_inputs"] = dataclasses.replace(samples, has_labels=False)

@@ -26,7 +26,7 @@ from fast.cli.task.run import open_run, print_left_out
 from fast.data.sources import DataWarning, load_data
 from fast.deploy.figures import evaluation_figure
 from fast.deploy.predictor import Task
-from fast.errors import printable
+from fast.errors import counted, printable
 from fast.figures import save
 from fast.files import check_writable, write_json
 
@@ -44,7 +44,9 @@ def run(spec: EvaluateSpec) -> int:
     rows = class_rows(evaluation)
     print(text_table(CLASS_HEADER, rows[:LISTED]))
     if len(rows) > LISTED:
-        print(f"... and {len(rows) - LISTED} classes that are recognised better")
+        print(
+            f"... and {counted(len(rows) - LISTED, 'class that is', 'classes that are')} recognised better"
+        )
 
     figure = save(evaluation_figure(evaluation), folder / "confusion.png")
     write_json(folder / "evaluation.json", {"data": name, **numbers(evaluation)})
