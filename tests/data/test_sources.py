@@ -311,7 +311,7 @@ class TestHuggingFace:
         ("column", "message"),
         [
             ([[1], [1, 2]], "split train: x: rows differ in length"),
-            (["a", None], "split train: x: 1 cells are empty, the first in row 1"),
+            (["a", None], "split train: x: empty cells: 1, the first in row 1"),
         ],
     )
     def test_columns_that_are_no_inputs(self, datasets, tmp_path, column, message):

@@ -170,7 +170,7 @@ def test_another_encoding_is_not_guessed(tmp_path):
         (["text,label"], {}, "has no rows"),
         (["a,a", "1,2"], {}, "two columns have one name: a"),
         (["a,b,c", "1,2,3"], {}, "say which column to use with --input-column: a, b, c"),
-        (["text,label", "a,"], {}, "label: 1 of 1 cells are empty, the first in row 0"),
+        (["text,label", "a,"], {}, "label: empty cells: 1 of 1, the first in row 0"),
         (["text,label", "a,x"], {"label_column": "y"}, "no column 'y'; --label-column can be"),
         (["text,label", 'a,"[""x"", ""y""]"'], {}, r"several labels .*docs/any-loss\.md"),
         (["path,label", "a.jpg,x"], {}, "1 file is not there: a.jpg"),

@@ -64,7 +64,7 @@ def test_averaged_weights_are_used_and_told(state, tmp_path):
 def test_how_much_was_loaded_is_told(state, tmp_path):
     del state["2.bias"]
     (note,) = loads(build(), state, state, tmp_path / "w.pt", allow_missing=True)
-    assert "3 of 4 tensors loaded, 1 tensors missing" in note
+    assert "3 of 4 tensors loaded, 1 tensor missing" in note
 
 
 @pytest.mark.parametrize(

@@ -208,9 +208,9 @@ class Data:
         missing = sorted(set(range(count)) - set(labels.unique().tolist()))
         if missing:
             warn(
-                f"{self.name}: no sample of {counted(len(missing), 'class', 'classes')} ({some(missing)}), and labels "
-                f"up to {count - 1}: the head has {count} classes; number them from 0, or pass "
-                "num_classes=",
+                f"{self.name}: no sample of {counted(len(missing), 'class', 'classes')} "
+                f"({some(missing)}), and labels up to {count - 1}: the head has {count} classes; "
+                "number them from 0, or pass num_classes=",
             )
         return count
 

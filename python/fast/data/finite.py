@@ -41,6 +41,7 @@ def check_finite_inputs(inputs: Any, name: str, numbers: Tensor | None = None) -
     if rows is not None and rows.any():
         first = rows.nonzero()[0]
         raise ValueError(
-            f"{name}: {counted(int(rows.sum()), 'sample is', 'samples are')} not finite (NaN or infinite), the first is "
-            f"number {int(first if numbers is None else numbers[first.cpu()])}; drop them"
+            f"{name}: {counted(int(rows.sum()), 'sample is', 'samples are')} not finite (NaN or "
+            "infinite), the first is number "
+            f"{int(first if numbers is None else numbers[first.cpu()])}; drop them"
         )

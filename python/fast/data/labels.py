@@ -83,8 +83,8 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
         for word, wrong in (("NaN", labels.isnan()), ("infinite", labels.isinf())):
             if wrong.any():
                 raise ValueError(
-                    f"{name}: {counted(int(wrong.sum()), 'label is', 'labels are')} {word}, the first in row "
-                    f"{_first(wrong)}; drop those rows"
+                    f"{name}: {counted(int(wrong.sum()), 'label is', 'labels are')} {word}, the "
+                    f"first in row {_first(wrong)}; drop those rows"
                 )
         if (labels != labels.round()).any():
             raise ValueError(
@@ -125,8 +125,8 @@ def count_classes(top: int, samples: int, name: str) -> int:
     """
     if top >= min(MOST_CLASSES, max(FEW_CLASSES, 10 * samples)):
         raise ValueError(
-            f"{name}: label {top} among {counted(samples, 'sample')}: labels are class indices, and so few "
-            f"samples cannot teach a head of {top + 1} classes; number the classes from 0"
+            f"{name}: label {top} among {counted(samples, "sample")}: labels are class indices, "
+            f"and so few samples cannot teach a head of {top + 1} classes; number the classes from 0"
         )
     return top + 1
 

@@ -121,9 +121,8 @@ def _transformers(
 def _missing(spec: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    return [
-        f"{spec}: its checkpoint lacks {counted(len(names), 'tensor')}, left random: {some(names)}"
-    ]
+    lacks = f"lacks {counted(len(names), 'tensor')}, left random"
+    return [f"{spec}: its checkpoint {lacks}: {some(names)}"]
 
 
 def _pad(tokenizer: Any, config: Any) -> list[str]:

@@ -64,8 +64,8 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     if missing:
         loaded = len(state) - len(unexpected)
         notes.append(
-            f"{path}: {loaded} of {len(expected)} tensors loaded, {counted(len(missing), 'tensor')} "
-            f"missing, left as built: {some(missing, 4)}"
+            f"{path}: {loaded} of {len(expected)} tensors loaded, "
+            f"{counted(len(missing), 'tensor')} missing, left as built: {some(missing, 4)}"
         )
     if unexpected:
         notes.append(

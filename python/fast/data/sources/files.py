@@ -60,8 +60,8 @@ def files_of(where: str, cells: Sequence[str], root: Path) -> Any:
     missing = [cell for cell, path in zip(cells, paths, strict=True) if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{where}: {counted(len(missing), 'file is', 'files are')} not there: {some(missing, 5)}; paths are absolute, "
-            f"or from {printable(root)}"
+            f"{where}: {counted(len(missing), 'file is', 'files are')} not there: "
+            f"{some(missing, 5)}; paths are absolute, or from {printable(root)}"
         )
     return samples_of([str(path) for path in paths])
 

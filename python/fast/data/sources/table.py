@@ -253,7 +253,7 @@ def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
     empty = [i for i, cell in enumerate(cells) if cell is None or _is_blank(cell) or cell != cell]
     if empty:
         raise ValueError(
-            f"{name}: {printable(column)}: {len(empty)} of {len(cells)} cells are empty, the first "
+            f"{name}: {printable(column)}: empty cells: {len(empty)} of {len(cells)}, the first "
             f"in row {empty[0]}, counted from 0 without the names; drop those rows"
         )
     several = [cell for cell in cells if _is_list(cell)]

@@ -44,9 +44,7 @@ def run(spec: EvaluateSpec) -> int:
     rows = class_rows(evaluation)
     print(text_table(CLASS_HEADER, rows[:LISTED]))
     if len(rows) > LISTED:
-        print(
-            f"... and {counted(len(rows) - LISTED, 'class that is', 'classes that are')} recognised better"
-        )
+        print(f"... and {counted(len(rows) - LISTED, 'class', 'classes')} recognised better")
 
     figure = save(evaluation_figure(evaluation), folder / "confusion.png")
     write_json(folder / "evaluation.json", {"data": name, **numbers(evaluation)})

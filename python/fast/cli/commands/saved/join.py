@@ -104,9 +104,8 @@ def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
         raise ValueError(f"{option}: cannot be read ({first_line(error)})") from error
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != count:
-        raise ValueError(
-            f"{option}: has {counted(len(names), 'name')}; the old head has {count} classes"
-        )
+        there = counted(len(names), "name")
+        raise ValueError(f"{option}: has {there}; the old head has {count} classes")
     return names
 
 
