@@ -124,9 +124,10 @@ def count_classes(top: int, samples: int, name: str) -> int:
         ValueError: there are far more classes than samples, and such a head would fill the memory.
     """
     if top >= min(MOST_CLASSES, max(FEW_CLASSES, 10 * samples)):
+        there = counted(samples, "sample")
         raise ValueError(
-            f"{name}: label {top} among {counted(samples, "sample")}: labels are class indices, "
-            f"and so few samples cannot teach a head of {top + 1} classes; number the classes from 0"
+            f"{name}: label {top} among {there}: labels are class indices, and so few samples "
+            f"cannot teach a head of {top + 1} classes; number the classes from 0"
         )
     return top + 1
 
