@@ -291,6 +291,7 @@ def test_the_command_line_gives_what_python_gives(tmp_path, monkeypatch, capsys)
     assert all(torch.equal(saved[n], value) for n, value in ours.items())
     assert main(["evaluate", "rewound", "new.npz"]) == 0
     assert "samples (target task)" in capsys.readouterr().out
+    assert main(["export", "rewound", "--format", "torch.export", "-o", "served"]) == 0
     with pytest.raises(ValueError, match=r"its network is code: .*nets\.py:Net\(4\)"):
         fast.load("rewound")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,14 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if path.suffix == ".safetensors":
         return load_tensors(path), []
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # timm and many scripts store their options, which are plain values, as a Namespace.
+        with torch.serialization.safe_globals([Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise ValueError(
             f"{path}: not a readable checkpoint of plain tensors: it holds Python objects, which "
-            "may be code. Save model.state_dict() where it was made"
+            "may be code. Save model.state_dict() where it was made; or here, if you trust the "
+            f"file, as torch.load({path.name!r}, weights_only=False) gives it"
         ) from err
     except Exception as err:  # torch raises zip, EOF and runtime errors of its own here
         raise ValueError(
