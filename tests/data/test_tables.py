@@ -191,6 +191,12 @@ def test_text_files_in_class_folders(tmp_path):
     assert (data.train.inputs, data.val.inputs) == (["text 0", "text 1"], ["text 2", "text 3"])
 
 
+def test_empty_texts_are_counted(tmp_path):
+    (tmp_path / "t.csv").write_text('text,label\ngood,a\n,a\n" ",b\nbad,b\n')
+    with pytest.warns(DataWarning, match="texts that are empty: 2 of 4"):
+        load_data(str(tmp_path / "t.csv"))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_text_files_of_other_encodings(tmp_path, encoding):
     for name in ("neg", "pos"):

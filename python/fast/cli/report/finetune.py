@@ -11,7 +11,9 @@ from fast.adapt.config import Budget
 from fast.adapt.plan import Plan
 from fast.cli.report.table import few_samples, percent, text_table
 from fast.cli.task.load import LoadedTask
-from fast.errors import printable
+from fast.errors import counted, printable
+from fast.heads import classes_of
+from fast.heads.find import Head
 
 # How many parts of few samples are proposed.
 FOLDS = 5
@@ -19,9 +21,11 @@ FOLDS = 5
 LISTED = 12
 
 
-def plan_table(plan: Plan) -> str:
-    """Each setting of a plan in a line."""
+def plan_table(plan: Plan, head: Head) -> str:
+    """Each setting of a plan in a line, and the layer that makes the logits of the source."""
     rows = [[name, _shown(value)] for name, value in dataclasses.asdict(plan).items()]
+    kind = f"{type(head.module).__name__}, {counted(classes_of(head.module), 'output')}"
+    rows.append(["head layer", f"{printable(head.name)} ({kind})"])
     return text_table(["setting", "value"], rows, left=2)
 
 

@@ -172,6 +172,16 @@ def read_inputs(path: Path, column: str | None, usual: Sequence[str]) -> Any:
     return _inputs(f"{path}: {printable(names[0])}", table[names[0]], path.parent)
 
 
+def column_names(path: Path) -> list[str]:
+    """The names of a table's columns; none where the path is no table that can be read."""
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return []
+    try:
+        return list(_columns(path))
+    except (ImportError, ValueError):  # who reads its cells says what is wrong
+        return []
+
+
 def _columns(path: Path) -> Columns:
     """The columns of a file by name; all cells of a CSV file are strings."""
     if path.suffix.lower() == ".parquet":
