@@ -164,6 +164,16 @@ def test_predictions_are_a_sequence(adapted, tmp_path):
     assert float(rows[3]["bee"]) == pytest.approx(float(probabilities[3, 1]), abs=1e-5)
 
 
+def test_names_that_are_not_utf8_are_written_by_their_codes(adapted, tmp_path):
+    """As files from archives of other systems have them; the text is UTF-8 in every locale."""
+    answers = replace(adapted.result.predict(adapted.x[:2]), names=["w\udce4.png", "Löwe.png"])
+    text = answers.write_csv(tmp_path / "answers.csv").read_bytes().decode("utf-8")
+    assert [line.partition(",")[0] for line in text.splitlines()[1:]] == [
+        "w\\udce4.png",
+        "Löwe.png",
+    ]
+
+
 def test_the_preparation_is_saved_in_numbers_and_words(tmp_path):
     Preparation(images=FORM).save(tmp_path)
     assert read_preparation(tmp_path).images == replace(FORM, mean=[0.4], std=[0.3])
