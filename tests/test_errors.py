@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fast
-from fast.errors import first_line, printable, some
+from fast.errors import counted, first_line, printable, some
 from networks import ConvNet, images
 
 
@@ -29,6 +29,12 @@ def test_styles_of_libraries_are_dropped():
 def test_some():
     assert some(["a", "b"]) == "a, b"
     assert some(["a", "b\n", "c", "d"]) == r"a, b\n, c and 1 more"
+
+
+def test_counted():
+    assert [counted(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert counted(1, "class", "classes") == "1 class"
+    assert counted(2, "row is", "rows are") == "2 rows are"
 
 
 def test_a_warning_names_the_line_of_the_caller():

@@ -54,6 +54,11 @@ def some(names: Sequence[object], most: int = 3, separator: str = ", ") -> str:
     return separator.join(map(printable, names[:most])) + more
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 file`, `2 files`; `many` is the plural where it is not `one` and an s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean lr?` where one of `names` is similar, else nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)

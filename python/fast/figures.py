@@ -90,7 +90,7 @@ def _accuracy_panel(
         if curve[0]:
             axis.plot(*curve, color=colour, marker=marker, markersize=4, label=name)
     axis.set(title="Accuracy", xlabel="step", ylabel="%")
-    axis.legend()
+    axis.legend(loc="lower right")
 
 
 def measured(

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fast.errors import printable
+
 UNFINISHED = ".unfinished"
 # Our JSON files are never this long; a stranger's file may be.
 MOST_JSON_BYTES = 16 << 20
@@ -75,8 +77,15 @@ def check_writable(folder: Path, option: str) -> None:
         option: the option that named the folder, for the message.
 
     Raises:
-        ValueError: the path is a file, or cannot be written to.
+        ValueError: the path is a file, or cannot be written to; or its name is not UTF-8, which
+            safetensors does not write to.
     """
+    name = str(folder)
+    if not name.isascii() and name.encode("utf-8", "ignore").decode() != name:
+        raise ValueError(
+            f"{option} {printable(name)}: its name is not UTF-8: name another folder, or set a "
+            "locale of UTF-8 (LANG=C.UTF-8)"
+        )
     new: list[Path] = []
     try:
         if folder.exists() and not folder.is_dir():

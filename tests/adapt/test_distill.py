@@ -118,6 +118,15 @@ def test_what_is_remembered_of_one_view_is_not_held_against_another(
     assert lives == [live]
 
 
+def test_a_source_of_one_output_is_not_held_by_its_answers(pretrained):
+    model = copy.deepcopy(pretrained)
+    head = model.decide
+    model.decide = nn.Linear(head.in_features, 1)
+    options = {"distill": 1.0, "steps": 2, "batch_norm": "frozen"}
+    with pytest.warns(UserWarning, match="distill: the source head has one output.*rehearse="):
+        fast.finetune(model, TRAIN, rehearse=0.0, **options)
+
+
 # Not in the first batch, by which augmentation is recognised.
 LATE = int(torch.randperm(300, generator=torch.Generator().manual_seed(0))[-1])
 

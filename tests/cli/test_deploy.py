@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fast.cli import main
+from fast.cli.task.run import own_columns
 
 RUN = ("--steps", "30", "--eval-every", "10", "--lr", "0.01", "--output", "out")
 
@@ -138,6 +139,22 @@ def test_a_strangers_network_is_not_run(run):
     assert code == 2
     assert "was not started by you on this machine, and a network is code" in err
     assert not (run.folder / "theirs").exists()
+
+
+def test_columns_of_the_run_are_taken_where_a_table_has_them(tmp_path):
+    job = {"input_column": "Ticket text", "label_column": "Category"}
+    (tmp_path / "all.csv").write_text("id,Ticket text,Category\n1,help,Login\n")
+    (tmp_path / "new.csv").write_text("id,Ticket text\n1,help\n")
+    (tmp_path / "other.csv").write_text("id,words\n1,help\n")
+    (tmp_path / "lines.txt").write_text("help\n")
+    paths = {
+        name: str(tmp_path / name) for name in ("all.csv", "new.csv", "other.csv", "lines.txt")
+    }
+    assert own_columns(job, [paths["all.csv"]]) == job
+    new = {"input_column": "Ticket text"}
+    assert own_columns(job, [paths["all.csv"], paths["new.csv"], paths["lines.txt"]]) == new
+    assert own_columns(job, [paths["all.csv"], paths["other.csv"]]) == {}
+    assert own_columns(job, [paths["lines.txt"]]) == own_columns({}, [paths["all.csv"]]) == {}
 
 
 def test_export(run):

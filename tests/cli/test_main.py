@@ -98,6 +98,10 @@ class OutOfMemoryError(RuntimeError):
     [
         (ValueError("two\n  lines"), "two lines"),
         (OutOfMemoryError("20 GiB"), "out of memory: lower --batch-size (20 GiB)"),
+        (
+            UnicodeEncodeError("utf-8", "w\udce4.png", 1, 2, "surrogates not allowed"),
+            r"w\udce4.png: is not UTF-8: rename the file, or set a locale of UTF-8 (LANG=C.UTF-8)",
+        ),
     ],
 )
 def test_an_error_of_several_lines_is_one(error, line, monkeypatch, capsys):
@@ -179,6 +183,8 @@ def test_where_to_write_is_checked_before_anything_is_run(tmp_path, capsys, comm
     assert f"--output {file}: is a file; name a folder" in capsys.readouterr().err
     assert main([*command, "--output", str(file / "folder")]) == 2
     assert "cannot be written to (Not a directory)" in capsys.readouterr().err
+    assert main([*command, "--output", str(tmp_path / "o\udce4")]) == 2
+    assert r"o\udce4: its name is not UTF-8: name another folder" in capsys.readouterr().err
     assert file.read_text() == "mine"
 
 

@@ -84,9 +84,7 @@ def test_what_is_wrong_is_named(sample, attributes, message, loader):
 
 
 def test_classes_without_a_sample_are_told():
-    with pytest.warns(
-        UserWarning, match=r"train: no sample of 1 classes \(0\), and labels up to 4"
-    ):
+    with pytest.warns(UserWarning, match=r"train: no sample of 1 class \(0\), and labels up to 4"):
         assert as_data((X, Y + 1), "train").infer_num_classes() == 5
 
 
@@ -121,7 +119,7 @@ def test_what_is_no_real_number_is_refused(values):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0.0, float("inf")]), "x: 1 labels are infinite, the first in row 1"),
+        (torch.tensor([0.0, float("inf")]), "x: 1 label is infinite, the first in row 1"),
         (torch.ones(2, dtype=torch.complex64), "x: labels must be whole numbers"),
         (torch.tensor([1, 2**63], dtype=torch.uint64), "x: labels must be 0 or more"),
     ],

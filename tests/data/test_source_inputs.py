@@ -20,7 +20,7 @@ HOLED[-3] = float("nan")
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (HOLED, "1 samples are not finite (NaN or infinite), the first is number 37; drop"),
+        (HOLED, "1 sample is not finite (NaN or infinite), the first is number 37; drop"),
         (X[:, :, :, 0], "the network does not take these inputs ([40, 1, 8] torch.float32)"),
         (X.to(torch.uint8), "does not take these inputs"),
         (X[:0], "0 samples; give inputs, (inputs, labels)"),

@@ -156,7 +156,7 @@ def test_npz_with_encoded_images(tmp_path):
         ({"x": IMAGES, "y": LABELS[:5]}, "6 inputs but 5 labels"),
         ({"x": IMAGES, "y": LABELS - 1}, "labels must be 0 or more; got -1..1, first -1 in row 0"),
         ({"x": IMAGES, "y": LABELS, "classes": ["a", "b"]}, r"labels must be 0\.\.1; .*row 2"),
-        ({"x": IMAGES, "y": [0, 1, np.nan, 0, 1, 1]}, "1 labels are NaN, the first in row 2"),
+        ({"x": IMAGES, "y": [0, 1, np.nan, 0, 1, 1]}, "1 label is NaN, the first in row 2"),
         ({"x": IMAGES, "y": LABELS + 0.5}, "whole numbers"),
         ({"x": IMAGES, "y": LABELS.astype(str)}, "must be class indices 0, 1, ...; got <U"),
         ({"x": IMAGES, "y": np.eye(6)}, "one-hot"),
@@ -311,7 +311,7 @@ class TestHuggingFace:
         ("column", "message"),
         [
             ([[1], [1, 2]], "split train: x: rows differ in length"),
-            (["a", None], "split train: x: 1 cells are empty, the first in row 1"),
+            (["a", None], "split train: x: empty cells: 1, the first in row 1"),
         ],
     )
     def test_columns_that_are_no_inputs(self, datasets, tmp_path, column, message):

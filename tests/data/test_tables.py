@@ -87,7 +87,7 @@ def test_a_file_in_several_rows_is_told(tmp_path):
     assert "rows that repeat a file: 1" in data.notes[-1]
     rows = ["0.png,x,train", "1.png,y,train", "1.png,y,val", "2.png,y,val"]
     data = load_data(write_csv(tmp_path / "s.csv", "file,label,split", *rows))
-    assert "1 of the held-out files are trained on, too" in data.notes[-1]
+    assert "held-out files that are trained on, too: 1" in data.notes[-1]
 
 
 def test_a_file_with_two_labels_is_refused(tmp_path):
@@ -170,10 +170,10 @@ def test_another_encoding_is_not_guessed(tmp_path):
         (["text,label"], {}, "has no rows"),
         (["a,a", "1,2"], {}, "two columns have one name: a"),
         (["a,b,c", "1,2,3"], {}, "say which column to use with --input-column: a, b, c"),
-        (["text,label", "a,"], {}, "label: 1 of 1 cells are empty, the first in row 0"),
+        (["text,label", "a,"], {}, "label: empty cells: 1 of 1, the first in row 0"),
         (["text,label", "a,x"], {"label_column": "y"}, "no column 'y'; --label-column can be"),
         (["text,label", 'a,"[""x"", ""y""]"'], {}, r"several labels .*docs/any-loss\.md"),
-        (["path,label", "a.jpg,x"], {}, "1 files are not there: a.jpg"),
+        (["path,label", "a.jpg,x"], {}, "1 file is not there: a.jpg"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, rows, columns, message):
@@ -189,6 +189,12 @@ def test_text_files_in_class_folders(tmp_path):
     data = load_data(str(tmp_path))
     assert data.classes == ("neg", "pos")
     assert (data.train.inputs, data.val.inputs) == (["text 0", "text 1"], ["text 2", "text 3"])
+
+
+def test_empty_texts_are_counted(tmp_path):
+    (tmp_path / "t.csv").write_text('text,label\ngood,a\n,a\n" ",b\nbad,b\n')
+    with pytest.warns(DataWarning, match="texts that are empty: 2 of 4"):
+        load_data(str(tmp_path / "t.csv"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -72,6 +73,15 @@ def test_the_picture_shows_the_matrix():
     assert [t.get_text() for t in left.get_xticklabels()] == ["no", "yes"]
     assert sorted(t.get_text() for t in left.texts) == ["1", "2", "2"]
     assert "points apart" in right.get_title(loc="left")
+
+
+def test_odd_names_of_classes_are_drawn_as_they_are(tmp_path):
+    """A name that is not UTF-8 cannot be drawn, and dollars would begin a formula."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    figure = evaluation_figure(dataclasses.replace(evaluation(), classes=["Gr\udcfcn", r"$\5 $"]))
+    figure.savefig(tmp_path / "confusion.png")
+    names = [t.get_text() for t in figure.axes[0].get_xticklabels()]
+    assert names == [r"Gr\udcfcn", r"\$\5 \$"]
 
 
 def test_classes_of_the_data_are_matched_by_name(adapted, tmp_path):

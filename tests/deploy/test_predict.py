@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fast.data.images.format import ImageFormat
+from fast.data.sources import DataWarning
 from fast.deploy.raw import raw_inputs
 from fast.models.preparation import Preparation, read_preparation
 
@@ -34,7 +35,6 @@ def pictures(tmp_path):
     for name, shape in made.items():
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
     (folder / "._a.jpg").write_bytes(b"litter")
-    (folder / "notes.txt").write_text("no picture")
     stream = io.BytesIO()
     Image.open(folder / "a.jpg").save(stream, "JPEG")
     (folder / "wrong.png").write_bytes(stream.getvalue())
@@ -115,8 +115,35 @@ def test_what_is_no_input_is_said(predictor, adapted, tmp_path):
 def test_a_text_file_gives_the_lines_that_training_reads(tmp_path):
     (tmp_path / "reviews.txt").write_text("  a good film \n\na bad one\n")
     preparation = Preparation(tokenizer=object())
-    raw = raw_inputs([tmp_path / "reviews.txt", "as it is "], preparation)
-    assert raw.inputs == ["a good film", "a bad one", "as it is "]
+    raw, names = raw_inputs([tmp_path / "reviews.txt", "as it is "], preparation)
+    assert raw.inputs == names == ["a good film", "a bad one", "as it is "]
+
+
+def test_each_file_in_a_folder_of_texts_is_a_text(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "1.txt").write_text("a good film\nwith two lines\n")
+    (tmp_path / "new" / "2.txt").write_text("a bad one\n")
+    (tmp_path / "new" / "3.docx").write_bytes(b"PK")
+    with pytest.warns(DataWarning) as notes:
+        raw, names = raw_inputs(tmp_path / "new", Preparation(tokenizer=object()))
+    assert raw.inputs == ["a good film\nwith two lines", "a bad one"]
+    assert names == [str(tmp_path / "new" / "1.txt"), str(tmp_path / "new" / "2.txt")]
+    said = [str(note.message) for note in notes]
+    assert said[0].endswith("new: files that are not read as texts are left out: 1 .docx")
+    assert "new: each file in it is one text (2); a file that is named itself has" in said[1]
+
+
+def test_what_a_folder_holds_besides_pictures_is_told(predictor, pictures, tmp_path):
+    (pictures / "IMG_7.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.warns(DataWarning, match=r"left out: .*1 \.heic \(Pillow does not read them"):
+        assert len(predictor.predict(pictures)) == 4
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_8.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match="phone: there are no images in this folder; it has 1"):
+        predictor.predict(tmp_path / "phone")
+    (tmp_path / "really.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    with pytest.raises(ValueError, match=r"really.jpg: .*it is HEIC.*convert it to JPEG"):
+        predictor.predict(tmp_path / "really.jpg")
 
 
 def test_predictions_are_a_sequence(adapted, tmp_path):
@@ -135,6 +162,16 @@ def test_predictions_are_a_sequence(adapted, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == answers.labels
     assert float(rows[3]["bee"]) == pytest.approx(float(probabilities[3, 1]), abs=1e-5)
+
+
+def test_names_that_are_not_utf8_are_written_by_their_codes(adapted, tmp_path):
+    """As files from archives of other systems have them; the text is UTF-8 in every locale."""
+    answers = replace(adapted.result.predict(adapted.x[:2]), names=["w\udce4.png", "Löwe.png"])
+    text = answers.write_csv(tmp_path / "answers.csv").read_bytes().decode("utf-8")
+    assert [line.partition(",")[0] for line in text.splitlines()[1:]] == [
+        "w\\udce4.png",
+        "Löwe.png",
+    ]
 
 
 def test_the_preparation_is_saved_in_numbers_and_words(tmp_path):

@@ -149,20 +149,23 @@ def test_only_num_batches_tracked_may_be_missing(net, tmp_path):
 def test_weights_that_do_not_fit(net, tmp_path):
     state = other_values(net) | {"2.weight": torch.ones(7, 3)}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(
-        ValueError, match=r"2\.weight is \(7, 3\) in the file, \(2, 3\) in the network"
-    ):
+    message = r"2\.weight is \(7, 3\) in the file, \(2, 3\) in the network; .*\(num_classes=7\)"
+    with pytest.raises(ValueError, match=message):
         load_weights(net, tmp_path / "a.safetensors", allow_missing=True)
 
 
 def test_damaged_weights_files(net, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_weights(net, tmp_path / "no.safetensors")
+    with pytest.raises(ValueError, match="is a folder; name a file of weights"):
+        load_weights(net, tmp_path)
     path = tmp_path / "a.safetensors"
     save_file(other_values(net), path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"a\.safetensors: truncated or not"):
         load_weights(net, path)
+    with pytest.raises(ValueError, match=r"is a folder; name one of its files: a\.safetensors"):
+        load_weights(net, tmp_path)
     path = tmp_path / "b.pt"
     torch.save(other_values(net), path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -308,6 +311,20 @@ class TestTransformers:
 )
 def test_specs_with_colons_brackets_and_spaces(spec, expected):
     assert parse_spec(spec) == expected
+
+
+def test_a_folder_is_no_network(tmp_path):
+    for file, message in (
+        ("notes.txt", "It is a folder$"),
+        (
+            "model.safetensors",
+            r"folder of a run: name the network of the run.*--weights .*model\.s",
+        ),
+        ("config.json", "of a network of transformers is transformers:"),
+    ):
+        (tmp_path / file).write_bytes(b"")
+        with pytest.raises(ValueError, match=message):
+            parse_spec(str(tmp_path))
 
 
 def test_a_folder_with_brackets_is_a_name(tmp_path):

@@ -1,5 +1,7 @@
 """Checkpoints as trainers write them: wrapped, prefixed, or of something else."""
 
+import argparse
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,7 @@ def test_a_prefix_of_the_network(state, tmp_path):
         lambda state: {"checkpoint": {"model": state}},
         lambda state: {"anything": state, "optimizer": {"state": {}, "param_groups": []}},
         lambda state: {"state_dict_ema": state},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.999))},
     ],
 )
 def test_keys_of_trainers(state, wrap, tmp_path):
@@ -64,7 +67,7 @@ def test_averaged_weights_are_used_and_told(state, tmp_path):
 def test_how_much_was_loaded_is_told(state, tmp_path):
     del state["2.bias"]
     (note,) = loads(build(), state, state, tmp_path / "w.pt", allow_missing=True)
-    assert "3 of 4 tensors loaded, 1 tensors missing" in note
+    assert "3 of 4 tensors loaded, 1 tensor missing" in note
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ class Rows(Dataset):
 )
 def test_a_sample_that_is_not_finite_is_named_before_it_spoils_the_weights(method, data, message):
     model = ConvNet()
-    with pytest.raises(ValueError, match=rf"train: 1 samples are not finite .* {message}; drop"):
+    with pytest.raises(ValueError, match=rf"train: 1 sample is not finite .* {message}; drop"):
         fast.finetune(model, data(), num_classes=4, steps=8, method=method)
     assert all(p.isfinite().all() for p in model.parameters())
 

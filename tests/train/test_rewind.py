@@ -128,6 +128,11 @@ def test_every_form_of_a_checkpoint_gives_the_same(case, tmp_path, form):
     assert all(torch.equal(x, states[1][n]) for n, x in states[0].items())
 
 
+def test_nats_that_may_be_meant_as_points_are_told(case):
+    with pytest.warns(UserWarning, match="a budget of 5 nats lets .* points .* written '5%'"):
+        fast.rewind(case.base, case.tuned, case.kept, 5)
+
+
 def test_a_head_of_another_name_is_taken(case, caplog):
     state = {n.replace("decide.", "decide.1."): x for n, x in case.tuned.state_dict().items()}
     with caplog.at_level("INFO", "fast"):
@@ -291,6 +296,7 @@ def test_the_command_line_gives_what_python_gives(tmp_path, monkeypatch, capsys)
     assert all(torch.equal(saved[n], value) for n, value in ours.items())
     assert main(["evaluate", "rewound", "new.npz"]) == 0
     assert "samples (target task)" in capsys.readouterr().out
+    assert main(["export", "rewound", "--format", "torch.export", "-o", "served"]) == 0
     with pytest.raises(ValueError, match=r"its network is code: .*nets\.py:Net\(4\)"):
         fast.load("rewound")
 

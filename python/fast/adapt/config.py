@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 from fast.adapt.methods import METHODS, MethodName
+from fast.errors import warn
 from fast.models.head_option import KEEP, head_name
 
 Tasks = Literal["together", "switched"]
@@ -48,6 +49,14 @@ class Budget:
                 f"('2%'), more than zero, and less than {MOST_NATS:g} nats or 100%; got {value!r}"
             )
         return cls(amount=amount, points=points)
+
+    def warn_of_nats(self) -> None:
+        """Warn of so many nats that points of accuracy may be meant."""
+        if not self.points and self.amount >= 1:
+            warn(
+                f"a budget of {self} lets the source loss rise by as much; points of accuracy are "
+                f"written '{self.amount:g}%'"
+            )
 
     def __str__(self) -> str:
         return f"{100 * self.amount:g} %" if self.points else f"{self.amount:g} nats"

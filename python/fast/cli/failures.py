@@ -22,6 +22,9 @@ def explain(error: Exception, model: str | None) -> tuple[int, str]:
     kind = type(error).__name__  # torch and fastkernels, which define some, are not imported here
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         return USER_ERROR, f"out of memory: lower --batch-size ({error})"
+    if isinstance(error, UnicodeEncodeError):  # a name of a file, with bytes that are not UTF-8
+        way_out = "rename the file, or set a locale of UTF-8 (LANG=C.UTF-8)"
+        return USER_ERROR, f"{error.object[:200]}: is not UTF-8: {way_out}"
     if isinstance(error, EXPLAINED):
         place = _in_model_file(error.__cause__ or error, model)
         return USER_ERROR, f"{error} ({place})" if place else str(error)

@@ -17,7 +17,7 @@ from fast.data.generators import find_generators, reseed, seed_process
 from fast.data.labels import NUMBER_THEM, check_labels, count_classes
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
 from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, split_labels
-from fast.errors import first_line, printable, some, warn
+from fast.errors import counted, first_line, printable, some, warn
 from fast.workers import in_workers
 
 # The way out for data that can be read only once, in an order of their own.
@@ -208,9 +208,9 @@ class Data:
         missing = sorted(set(range(count)) - set(labels.unique().tolist()))
         if missing:
             warn(
-                f"{self.name}: no sample of {len(missing)} classes ({some(missing)}), and labels "
-                f"up to {count - 1}: the head has {count} classes; number them from 0, or pass "
-                "num_classes=",
+                f"{self.name}: no sample of {counted(len(missing), 'class', 'classes')} "
+                f"({some(missing)}), and labels up to {count - 1}: the head has {count} classes; "
+                "number them from 0, or pass num_classes=",
             )
         return count
 

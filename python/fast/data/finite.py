@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fast.data.trees import leaves
+from fast.errors import counted
 
 # Samples that are checked together, so that the intermediate results take little memory.
 CHUNK = 4096
@@ -40,6 +41,7 @@ def check_finite_inputs(inputs: Any, name: str, numbers: Tensor | None = None) -
     if rows is not None and rows.any():
         first = rows.nonzero()[0]
         raise ValueError(
-            f"{name}: {int(rows.sum())} samples are not finite (NaN or infinite), the first is "
-            f"number {int(first if numbers is None else numbers[first.cpu()])}; drop them"
+            f"{name}: {counted(int(rows.sum()), 'sample is', 'samples are')} not finite (NaN or "
+            "infinite), the first is number "
+            f"{int(first if numbers is None else numbers[first.cpu()])}; drop them"
         )

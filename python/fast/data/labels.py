@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast.errors import counted
+
 # A larger head would fill the memory.
 MOST_CLASSES = 1_000_000
 
@@ -81,8 +83,8 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
         for word, wrong in (("NaN", labels.isnan()), ("infinite", labels.isinf())):
             if wrong.any():
                 raise ValueError(
-                    f"{name}: {int(wrong.sum())} labels are {word}, the first in row "
-                    f"{_first(wrong)}; drop those rows"
+                    f"{name}: {counted(int(wrong.sum()), 'label is', 'labels are')} {word}, the "
+                    f"first in row {_first(wrong)}; drop those rows"
                 )
         if (labels != labels.round()).any():
             raise ValueError(
@@ -122,9 +124,10 @@ def count_classes(top: int, samples: int, name: str) -> int:
         ValueError: there are far more classes than samples, and such a head would fill the memory.
     """
     if top >= min(MOST_CLASSES, max(FEW_CLASSES, 10 * samples)):
+        there = counted(samples, "sample")
         raise ValueError(
-            f"{name}: label {top} among {samples} samples: labels are class indices, and so few "
-            f"samples cannot teach a head of {top + 1} classes; number the classes from 0"
+            f"{name}: label {top} among {there}: labels are class indices, and so few samples "
+            f"cannot teach a head of {top + 1} classes; number the classes from 0"
         )
     return top + 1
 

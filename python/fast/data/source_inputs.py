@@ -17,7 +17,7 @@ from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels, whole_labels
 from fast.data.stream import TrainBatches
 from fast.data.trees import alike, concatenate, leaves, length, move, pick, split_labels
-from fast.errors import first_line
+from fast.errors import counted, first_line
 
 # Samples that a run keeps in memory, at most, and their bytes.
 LIMIT = 4096
@@ -122,7 +122,7 @@ def parse_source_inputs(data: Any) -> SourceInputs:
     samples = SourceInputs.parse(data, LIMIT, "source_inputs")
     if samples.size < LEAST:
         raise ValueError(
-            f"source_inputs: {samples.size} samples; give at least {LEAST}, better 500"
+            f"source_inputs: {counted(samples.size, 'sample')}; give at least {LEAST}, better 500"
         )
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fast.deploy.evaluation import Evaluation
+from fast.errors import printable
 from fast.figures import GREY, STYLE, load_matplotlib
 
 # Classes beyond this cannot be told apart in a picture.
@@ -37,7 +38,7 @@ def _draw_confusion(axis: Any, evaluation: Evaluation) -> None:
     counts = evaluation.confusion[shown][:, shown]
     shares = counts / evaluation.confusion.sum(1)[shown].clamp_min(1)[:, None]
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [_short(evaluation.classes[i]) for i in shown.tolist()]
+    names = [_label(evaluation.classes[i]) for i in shown.tolist()]
     ticks = range(len(names))
     axis.set_xticks(ticks, names, rotation=90)
     axis.set_yticks(ticks, names)
@@ -85,5 +86,8 @@ def _draw_reliability(axis: Any, evaluation: Evaluation) -> None:
     axis.legend(loc="upper left")
 
 
-def _short(name: str, most: int = 18) -> str:
-    return name if len(name) <= most else f"{name[: most - 3]}..."
+def _label(name: str, most: int = 18) -> str:
+    """A name as it is drawn: short, without odd bytes, and not as a formula."""
+    shown = printable(name)
+    shown = shown if len(shown) <= most else f"{shown[: most - 3]}..."
+    return shown.replace("$", r"\$")

@@ -88,9 +88,13 @@ class Predictions:
         return [self[i] for i in range(min(count, len(self)))]
 
     def write_csv(self, path: str | Path) -> Path:
-        """Write a table of the inputs, their classes and all probabilities, whole or not at all."""
+        """Write a table of the inputs, their classes and all probabilities, whole or not at all.
+
+        It is UTF-8; in names of files that are not, odd bytes are written by their codes.
+        """
         path = Path(path)
-        with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
+        how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with atomic_file(path) as temporary, temporary.open("w", **how) as file:
             writer = csv.writer(file)
             writer.writerow(["input", "label", "probability", *self.classes])
             rows = zip(self.names, self.labels, self.probabilities.tolist(), strict=True)

@@ -100,8 +100,8 @@ class Predictor:
             inputs: a network of pictures takes paths of files, folders and `.csv` tables, pictures
                 of Pillow, or uint8 arrays `[N, H, W, C]`; all of them go through the pipeline of
                 the run. A network of texts takes a text, a list of texts, or a `pathlib.Path` to a
-                table or to a file with one text a line. Every network takes tensors in the form
-                that its forward pass takes.
+                table, to a file with one text a line, or to a folder of files of one text each.
+                Every network takes tensors in the form that its forward pass takes.
             task: "source" asks for the classes of the task before. A joined network is asked for
                 "both" by default; "source" and "target" keep to the classes of one task.
             batch_size: samples of a batch (default: as in the run's evaluations).
@@ -114,8 +114,8 @@ class Predictor:
                 what the source task needs; or a network that is not joined is asked for both.
         """
         task = self.task_of(task)
-        split = raw_inputs(inputs, self.preparation, column)
-        names, report = input_names(split.inputs), FileReport()
+        split, names = raw_inputs(inputs, self.preparation, column)
+        report = FileReport()
         logits, good = [], []
         with self.answering(task):
             for batch, rows in self._batches(split, batch_size or self.batch_size, report):

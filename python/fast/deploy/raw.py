@@ -12,26 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.data.sources import EncodedAudio, EncodedImages, Split
-from fast.data.sources.files import AUDIO_SUFFIXES, lines_of
-from fast.data.sources.formats import readable_suffixes
+from fast.data.sources import DataWarning, EncodedAudio, EncodedImages, Split
+from fast.data.sources.files import AUDIO_SUFFIXES, TEXT_SUFFIXES, lines_of, text_of
 from fast.data.sources.names import FILES, TEXTS
-from fast.data.sources.scan import scan
+from fast.data.sources.scan import left_out, scan
 from fast.data.sources.table import SUFFIXES as TABLES
 from fast.data.sources.table import read_inputs
 from fast.data.sources.types import EncodedFiles
 from fast.data.trees import kind, length
-from fast.errors import printable
+from fast.errors import printable, warn
 from fast.models.preparation import Preparation
 
 
-def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None) -> Split:
-    """The inputs as a split, in which the label of each is its number.
+def raw_inputs(
+    inputs: Any, preparation: Preparation, column: str | None = None
+) -> tuple[Split, list[str]]:
+    """The inputs as a split, in which the label of each is its number; and what each is called.
 
     Pictures and sounds may be paths of files, of folders, and of tables of paths. Pictures may also
-    be objects of Pillow or uint8 arrays. A text is a string; a `pathlib.Path` leads to a table or
-    to a text file, which holds one text in a line. Whatever the network takes may also be given as
-    tensors or arrays that are ready for it.
+    be objects of Pillow or uint8 arrays. A text is a string; a `pathlib.Path` leads to a table, to
+    a text file, which holds one text in a line, or to a folder of text files, each of which is one
+    text. Whatever the network takes may also be given as tensors or arrays that are ready for it.
+
+    What a folder holds besides is a `DataWarning`, and so is how its texts were read.
 
     Args:
         column: the column of a table that holds the inputs (default: by its usual names).
@@ -44,6 +47,7 @@ def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None)
     if not items:
         raise ValueError("inputs: there are none")
     raw: Any = None
+    names: list[str] | None = None
     if preparation.kind == "images":
         raw = _encoded_files(items, column, EncodedImages)
         if raw is None:
@@ -51,13 +55,13 @@ def raw_inputs(inputs: Any, preparation: Preparation, column: str | None = None)
     elif preparation.kind == "sounds":
         raw = _encoded_files(items, column, EncodedAudio)
     elif preparation.kind == "texts":
-        raw = _texts(items, column)
+        raw, names = _texts(items, column)
     if raw is None:
         raw = _arrays(inputs, preparation)
     count = length(raw)
     if not count:
         raise ValueError("inputs: there are none")
-    return Split(inputs=raw, labels=np.arange(count))
+    return Split(inputs=raw, labels=np.arange(count)), names or input_names(raw)
 
 
 def input_names(inputs: Any) -> list[str]:
@@ -95,11 +99,7 @@ def _encoded_files(items: Sequence[Any], column: str | None, encoded: type[Encod
 def _files(path: Path, column: str | None, encoded: type[EncodedFiles]) -> list[str]:
     if path.is_dir():
         sounds = encoded is EncodedAudio
-        files = scan(path, AUDIO_SUFFIXES if sounds else readable_suffixes()).all_images()
-        if not files:
-            what = "sounds" if sounds else "images"
-            raise ValueError(f"{path}: there are no {what} in this folder")
-        return [str(file) for file in files]
+        return _in_folder(path, *((AUDIO_SUFFIXES, "sounds") if sounds else (None, "images")))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix.lower() == ".npz":
@@ -114,22 +114,58 @@ def _files(path: Path, column: str | None, encoded: type[EncodedFiles]) -> list[
     return list(held.names)
 
 
-def _texts(items: Sequence[Any], column: str | None) -> list[str] | None:
-    """The texts, and those in the files that paths lead to; None where the inputs are neither."""
+def _in_folder(path: Path, suffixes: frozenset[str] | None, kind: str) -> list[str]:
+    """The files of a kind in a folder, at any depth; a warning counts its other files.
+
+    Args:
+        suffixes, kind: see `scan`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    folder = scan(path, suffixes, kind)
+    others = left_out(folder.all_others())
+    if not folder.has_images:
+        has = f"; it has {others}" if others else ""
+        raise ValueError(f"{printable(path)}: there are no {kind} in this folder{has}")
+    if others:
+        warn(
+            f"{printable(path)}: files that are not read as {kind} are left out: {others}",
+            DataWarning,
+        )
+    return [str(file) for file in folder.all_images()]
+
+
+def _texts(items: Sequence[Any], column: str | None) -> tuple[list[str] | None, list[str] | None]:
+    """The texts, and those in the files that paths lead to, with their names; None where the
+    inputs are neither."""
     if not all(isinstance(item, (str, os.PathLike)) for item in items):
-        return None
+        return None, None
     texts: list[str] = []
+    names: list[str] = []
     for item in items:
-        texts += [item] if isinstance(item, str) else _texts_in(Path(item).expanduser(), column)
-    return texts
+        path = None if isinstance(item, str) else Path(item).expanduser()
+        if path is not None and path.is_dir():
+            files = _in_folder(path, TEXT_SUFFIXES, "texts")
+            warn(
+                f"{printable(path)}: each file in it is one text ({len(files)}); a file that is "
+                "named itself has one text a line",
+                DataWarning,
+            )
+            texts += [text_of(Path(file)) for file in files]
+            names += files
+        else:
+            read = [item] if path is None else _texts_in(path, column)
+            texts += read
+            names += read
+    return texts, names
 
 
 def _texts_in(path: Path, column: str | None) -> list[str]:
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give files with one text a line, or tables")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; texts are read from files, one a line, and from tables"
+            f"{path}: no such file or folder; texts are read from files, one a line, from folders "
+            "of files, and from tables"
         )
     if path.suffix.lower() not in TABLES:
         return lines_of(path)

@@ -18,7 +18,7 @@ from fast.heads.batch_norm import (
     source_norms,
 )
 from fast.heads.feature_norm import FeatureNorm
-from fast.heads.find import Head, find_head, own_parameters, places_of
+from fast.heads.find import Head, classes_of, find_head, own_parameters, places_of
 from fast.heads.forward import evaluating, forward_logits, in_mode, unwrap
 from fast.heads.replace import (
     TaskHead,
@@ -43,6 +43,7 @@ __all__ = [
     "by_sample",
     "calibrate",
     "calibrate_from",
+    "classes_of",
     "estimate_statistics",
     "evaluating",
     "features_of",

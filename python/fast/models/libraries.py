@@ -15,7 +15,7 @@ from fast.data.images.library import timm_description
 from fast.data.images.preprocessing import from_config, from_preset
 from fast.data.images.processor import measure
 from fast.data.sources.connection import quick_offline
-from fast.errors import distribution, first_line, printable, some
+from fast.errors import counted, distribution, first_line, printable, some
 from fast.models.loaded import LoadedModel
 
 
@@ -121,7 +121,8 @@ def _transformers(
 def _missing(spec: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    return [f"{spec}: its checkpoint lacks {len(names)} tensors, which are random: {some(names)}"]
+    lacks = f"lacks {counted(len(names), 'tensor')}, left random"
+    return [f"{spec}: its checkpoint {lacks}: {some(names)}"]
 
 
 def _pad(tokenizer: Any, config: Any) -> list[str]:

@@ -86,10 +86,26 @@ def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:
     if parts is None:
         raise ValueError(
             f"model {spec!r}: must be timm:NAME, torchvision:NAME, transformers:NAME or "
-            "path/file.py:Factory(args)"
+            f"path/file.py:Factory(args){_of_folder(spec)}"
         )
     where, name, arguments = parts
     return where, name, *_literals(spec, arguments or "")
+
+
+def _of_folder(spec: str) -> str:
+    """What to do with a folder that is given as a network; nothing for any other spec."""
+    folder = Path(spec.strip()).expanduser()
+    if not folder.is_dir():
+        return ""
+    if (folder / "config.json").is_file():
+        return f". The folder of a network of transformers is transformers:{spec}"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        return ". It is a folder"
+    return (
+        ". It is the folder of a run: name the network of the run, with its classes, as in "
+        f"(num_classes=3), and --weights {weights}"
+    )
 
 
 def _literals(spec: str, arguments: str) -> tuple[list[Any], dict[str, Any]]:

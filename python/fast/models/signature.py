@@ -33,7 +33,10 @@ def example(signature: Signature, samples: int = 2, name: str = "") -> Any:
         ValueError: there is no signature.
     """
     if signature is None:
-        raise ValueError("the shapes of the network's inputs are not known: pass sample=")
+        raise ValueError(
+            "the shapes of the network's inputs are not known: pass sample=, a batch of inputs, "
+            "to fast.load(...).export in Python"
+        )
     if isinstance(signature, list):
         return tuple(example(part, samples, name) for part in signature)
     if not _is_leaf(signature):

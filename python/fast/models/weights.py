@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.errors import first_line, printable, some
+from fast.errors import counted, first_line, printable, some
 from fast.tensor_files import load_tensors
 
 # Keys under which trainers store weights. Averaged weights come first, because those are evaluated.
 STATE_KEYS = (
     "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "checkpoint",
 )  # fmt: skip
+# What names of files of weights usually end in.
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Prefixes that wrappers add to names: DataParallel, torch.compile, Lightning, distillation.
 WRAPPERS = frozenset((
     "module", "_orig_mod", "model", "net", "network", "backbone", "base_model", "ema", "student",
@@ -62,11 +65,13 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     if missing:
         loaded = len(state) - len(unexpected)
         notes.append(
-            f"{path}: {loaded} of {len(expected)} tensors loaded, {len(missing)} tensors "
-            f"missing, left as built: {some(missing, 4)}"
+            f"{path}: {loaded} of {len(expected)} tensors loaded, "
+            f"{counted(len(missing), 'tensor')} missing, left as built: {some(missing, 4)}"
         )
     if unexpected:
-        notes.append(f"{path}: {len(unexpected)} tensors not used: {some(unexpected, 4)}")
+        notes.append(
+            f"{path}: {counted(len(unexpected), 'tensor')} not used: {some(unexpected, 4)}"
+        )
     return notes
 
 
@@ -86,9 +91,15 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         if stored.shape != wanted.shape
     ]
     if shapes:
+        rows = {
+            stored.shape[0]
+            for _, stored, wanted in both
+            if stored.ndim and stored.shape != wanted.shape and stored.shape[1:] == wanted.shape[1:]
+        }
+        classes = rows.pop() if len(rows) == 1 else "..."
         raise ValueError(
             f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
-            "are of, for example with (num_classes=...)"
+            f"are of, for example with (num_classes={classes})"
         )
     no_floats = [
         f"{n} ({stored.dtype})"
@@ -103,16 +114,23 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a file, and notes on which one it is, if the file has several."""
+    if path.is_dir():
+        inside = sorted(f.name for f in path.iterdir() if f.suffix in SUFFIXES)
+        there = f"name one of its files: {some(inside)}" if inside else "name a file of weights"
+        raise ValueError(f"weights {printable(path)}: is a folder; {there}")
     if not path.is_file():
         raise FileNotFoundError(f"weights {path}: no such file")
     if path.suffix == ".safetensors":
         return load_tensors(path), []
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # timm and many scripts store their options, which are plain values, as a Namespace.
+        with torch.serialization.safe_globals([Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         raise ValueError(
             f"{path}: not a readable checkpoint of plain tensors: it holds Python objects, which "
-            "may be code. Save model.state_dict() where it was made"
+            "may be code. Save model.state_dict() where it was made; or here, if you trust the "
+            f"file, as torch.load({path.name!r}, weights_only=False) gives it"
         ) from err
     except Exception as err:  # torch raises zip, EOF and runtime errors of its own here
         raise ValueError(

@@ -95,7 +95,8 @@ def finetune(
     """
     config, model = _checked(model, options)
     callbacks = check_callbacks(callbacks)
-    _note_budget(config)
+    if config.budget is not None:
+        config.budget.warn_of_nats()
     check_model(model)
     rollback = RollbackOnError(model, weights=config.resume is not None)
     if card is not None:  # it fits the weights as they were saved, perhaps in 16 bits
@@ -163,15 +164,6 @@ def _checked(model: Any, options: Any) -> tuple[TrainConfig, nn.Module]:
             "it is written and on one device",
         )
     return config, inside
-
-
-def _note_budget(config: TrainConfig) -> None:
-    budget = config.budget
-    if budget and not budget.points and budget.amount >= 1:
-        warn(
-            f"forget_budget {budget} lets the source loss rise by as much; points of accuracy "
-            f"are written '{budget.amount:g}%'",
-        )
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from fast.heads import (
     add_adapters,
     by_sample,
     calibrate_from,
+    classes_of,
     estimate_statistics,
     features_of,
     folds_positions,
@@ -332,6 +333,11 @@ def prepare(
         teach_head(network, setup, first, loss, config.seed)
     guards: list[Guard] = []
     if plan.distill:
+        if rehearsed is None and classes_of(network.source) == 1:
+            warn(
+                "distill: the source head has one output, of which a softmax is always sure, so "
+                "that nothing holds the source: rehearse= keeps the features"
+            )
         guards.append(
             Distillation(
                 source=network.source,

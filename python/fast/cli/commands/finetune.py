@@ -54,7 +54,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         )
     if spec.plan:
         plan = task.plan(config)
-        print(f"{plan}\n\n{plan_table(plan)}")
+        print(f"{plan}\n\n{plan_table(plan, task.head(config))}")
         return 0
     if spec.task.folds:
         cross_validate(spec, task)

@@ -23,7 +23,7 @@ def figure(kind: str, summaries: Mapping[str, Summary]) -> Any:
             low = ax.get_ylim()[0]
             ax.plot(s.top.values, [low] * len(s.top.values), "^", color="#D55E00", clip_on=False,
                     label=f"top {len(s.top.values)}")  # fmt: skip
-            ax.legend()
+            ax.legend(loc="upper right")
             ax.set_title(f"{kind} of the {name} loss, {s.numel:,} parameters")
     return figure
 

@@ -11,15 +11,21 @@ from fast.adapt.config import Budget
 from fast.adapt.plan import Plan
 from fast.cli.report.table import few_samples, percent, text_table
 from fast.cli.task.load import LoadedTask
-from fast.errors import printable
+from fast.errors import counted, printable
+from fast.heads import classes_of
+from fast.heads.find import Head
 
+# How many parts of few samples are proposed.
+FOLDS = 5
 # How many classes are shown, the worst first.
 LISTED = 12
 
 
-def plan_table(plan: Plan) -> str:
-    """Each setting of a plan in a line."""
+def plan_table(plan: Plan, head: Head) -> str:
+    """Each setting of a plan in a line, and the layer that makes the logits of the source."""
     rows = [[name, _shown(value)] for name, value in dataclasses.asdict(plan).items()]
+    kind = f"{type(head.module).__name__}, {counted(classes_of(head.module), 'output')}"
+    rows.append(["head layer", f"{printable(head.name)} ({kind})"])
     return text_table(["setting", "value"], rows, left=2)
 
 
@@ -67,7 +73,9 @@ def _few(task: LoadedTask) -> str:
     """A warning if the held-out samples are few, and how to measure on more."""
     warning = few_samples(task.sizes["val"]) if "val" in task.sizes else ""
     shared = "of each class" in task.description.get("data", {}).get("held_out", "")
-    return warning and f"{warning}{'; --folds 5 measures on all of them' if shared else ''}\n"
+    enough = sum(task.sizes[part] for part in ("train", "val") if part in task.sizes) >= FOLDS
+    hint = f"; --folds {FOLDS} measures on all of them" if shared and enough else ""
+    return warning and f"{warning}{hint}\n"
 
 
 def _class_lines(result: fast.Result) -> str:

@@ -92,7 +92,7 @@ def write_page(path: Path, title: str, body: str) -> None:
 </html>
 """
     with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def picture(data: bytes, words: str, kind: str = "png") -> str:

@@ -39,7 +39,7 @@ class PredictSpec(RunSpec):
 
     Inputs go through the pipeline of the run. A path is a file, a folder (all pictures or sounds in
     it), or a table (.csv, .tsv, .parquet) with a column of paths or texts; for a network of texts
-    also a file with one text a line.
+    also a file with one text a line, or a folder of files of one text each.
     """
 
     about = "classes with probabilities for files, folders and tables"

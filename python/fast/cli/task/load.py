@@ -35,10 +35,13 @@ from fast.cli.task.prepare import (
     random_flip,
     try_forward,
 )
+from fast.data.dataset import as_data
 from fast.data.images.pixels import PreparedImages
 from fast.data.sources import FileReport, NamedData, Split
 from fast.data.trees import pick
-from fast.errors import printable
+from fast.errors import counted, printable
+from fast.heads import find_head
+from fast.heads.find import Head
 from fast.models.load import LoadedModel
 from fast.models.preparation import Preparation
 from fast.train.config import TrainConfig
@@ -92,6 +95,11 @@ class LoadedTask:
             val=_subset(self.train, rows, augment=False),
             sizes=self.sizes | {"train": len(rest), "val": len(rows)},
         )
+
+    def head(self, config: TrainConfig) -> Head:
+        """The layer that makes the logits of the network."""
+        sample, _ = as_data(self.train, "data").batch_at(torch.arange(2))
+        return find_head(self.loaded.model, sample, config.head_name)
 
     def plan(self, config: TrainConfig) -> Plan:
         """What `adapt` would do; the network is left as it is."""
@@ -204,7 +212,7 @@ def _check_source(
     samples = sets["source_inputs"]
     option = f"{flag('source_inputs')} {spec.source_inputs}"
     if not samples.has_labels:
-        return [f"{option}: {len(training_split(samples))} samples without labels"]
+        return [f"{option}: {counted(len(training_split(samples)), 'sample')} without labels"]
     unclear = unclear_names(samples, classes, more=True)
     if unclear:
         sets["source_inputs"] = dataclasses.replace(samples, has_labels=False)

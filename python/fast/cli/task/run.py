@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import fast
 from fast.cli.options import parser_of
 from fast.cli.record import JOB_FILE, read_record
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
+from fast.data.sources.table import column_names
 from fast.deploy.predictor import Predictor
 from fast.errors import printable
 from fast.models.saved import FILES, MODEL_FILE
@@ -22,6 +25,29 @@ def open_run(spec: RunSpec) -> Predictor:
     this user started the run on this machine and the file has not changed; --resume does the same.
     """
     return fast.load(spec.run, spec.model or _own_code(Path(spec.run)), device=spec.device)
+
+
+def job_of(folder: Path) -> dict[str, Any]:
+    """The options of the run in a folder; empty if the command line did not start it."""
+    if not (folder / JOB_FILE).is_file():
+        return {}
+    return read_record(folder, "RUN", parser_of(FinetuneSpec), named=True)
+
+
+def own_columns(job: dict[str, Any], paths: Sequence[str]) -> dict[str, str]:
+    """`input_column` and `label_column` as the run had them, where every table has such a column.
+
+    Args:
+        job: the options of the run.
+        paths: tables, perhaps among other files.
+    """
+    files = [Path(path).expanduser() for path in paths]
+    tables = [names for names in map(column_names, files) if names]
+    return {
+        option: job[option]
+        for option in ("input_column", "label_column")
+        if job.get(option) and tables and all(job[option] in names for names in tables)
+    }
 
 
 def print_left_out(unreadable: dict[str, str]) -> None:

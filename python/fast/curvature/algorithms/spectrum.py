@@ -68,7 +68,7 @@ class Spectrum:
         ax.set_ylim(bottom=max(1e-8, 0.1 / self.size) / max(float(grid[-1] - grid[0]), 1e-12))
         ax.set(xlabel="eigenvalue", ylabel="density")
         if label:
-            ax.legend()
+            ax.legend(loc="upper right")
         if path is not None:
             ax.figure.savefig(path, dpi=150, format="png")
         return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ WHITE = (255, 255, 255, 255)
 ORIENTATION = 0x0112  # tag of EXIF
 # Values of `ORIENTATION` where height and width change places.
 SIDEWAYS = (5, 6, 7, 8)
+# What stands at bytes 4 to 10 of the pictures of phones, whatever their names end in.
+HEIC = (b"ftyphe", b"ftypmi")
+NO_FORMAT = "it is in no format that is read here"
 
 
 class Unreadable(ValueError):
@@ -47,9 +51,19 @@ def decode(
             size = (height, width) if orientation in SIDEWAYS else (width, height)
             return _upright(_eight_bits(picture, channels), orientation), size
     except pillow().UnidentifiedImageError as err:
-        raise Unreadable("it is in no format that is read here") from err
+        heic = _first_bytes(opened())[4:10] in HEIC
+        reason = "it is HEIC, which is not read here: convert it to JPEG" if heic else NO_FORMAT
+        raise Unreadable(reason) from err
     except Exception as err:  # decoders raise errors of every kind
         raise Unreadable(first_line(err)) from err
+
+
+def _first_bytes(source: Any) -> bytes:
+    """How a file begins that is given by its name, or as a stream."""
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            return file.read(12)
+    return source.read(12)
 
 
 def _orientation(picture: Picture) -> int:

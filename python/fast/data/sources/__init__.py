@@ -114,7 +114,7 @@ def load_data(
         data = from_columns("the data frame", columns, Path(), input_column, label_column)
     else:
         data = _read(name, input_column, label_column, numeric_labels, unlabelled)
-    data = replace(data, notes=data.notes + _alike_names(data.classes))
+    data = replace(data, notes=data.notes + _alike_names(data.classes) + _blank_texts(data))
     for note in data.notes:
         warn(f"{data.name}: {note}", DataWarning)
     return data
@@ -127,6 +127,14 @@ def _alike_names(classes: Sequence[str]) -> tuple[str, ...]:
         spelt.setdefault("".join(name.split()).casefold(), []).append(name)
     alike = [" and ".join(map(printable, names)) for names in spelt.values() if len(names) > 1]
     return (f"classes of nearly the same name, each for itself: {some(alike)}",) if alike else ()
+
+
+def _blank_texts(data: NamedData) -> tuple[str, ...]:
+    """A note on texts that are empty."""
+    inputs = [split.inputs for split in (data.train, data.val) if split is not None]
+    texts = [text for x in inputs if isinstance(x, list) for text in x]
+    empty = sum(not text.strip() for text in texts)
+    return (f"texts that are empty: {empty} of {len(texts)}",) if empty else ()
 
 
 def _read(

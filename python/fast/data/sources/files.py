@@ -19,7 +19,7 @@ from fast.data.sources.types import (
     Split,
     labelled,
 )
-from fast.errors import printable, some
+from fast.errors import counted, printable, some
 
 TEXT_SUFFIXES = frozenset((".txt", ".md"))
 # Besides .wav these need the package soundfile.
@@ -60,8 +60,8 @@ def files_of(where: str, cells: Sequence[str], root: Path) -> Any:
     missing = [cell for cell, path in zip(cells, paths, strict=True) if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{where}: {len(missing)} files are not there: {some(missing, 5)}; paths are absolute, "
-            f"or from {printable(root)}"
+            f"{where}: {counted(len(missing), 'file is', 'files are')} not there: "
+            f"{some(missing, 5)}; paths are absolute, or from {printable(root)}"
         )
     return samples_of([str(path) for path in paths])
 
@@ -93,8 +93,8 @@ def repeated_files(name: str, splits: Mapping[str, Split], classes: Sequence[str
                     "loss=torch.nn.functional.binary_cross_entropy_with_logits): docs/any-loss.md"
                 )
     if across:
-        there = f"{len(across)} of the held-out files are trained on, too ({some(sorted(across))})"
-        return [f"{there}: what is measured of them is not held out"]
+        there = f"held-out files that are trained on, too: {len(across)} ({some(sorted(across))})"
+        return [f"{there}; what is measured of them is not held out"]
     if again and "val" not in splits:
         there = f"rows that repeat a file: {len(again)} ({some(again)})"
         return [f"{there}; drop them, or a file may be both trained on and held out"]

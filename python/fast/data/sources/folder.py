@@ -104,7 +104,7 @@ def _left_out(parts: dict[str, Folder], samples: str) -> list[str]:
             )
         if folder.images:
             notes.append(
-                f"{len(folder.images)} {folder.kind} beside the class folders are left out"
+                f"{folder.kind} beside the class folders that are left out: {len(folder.images)}"
             )
     return notes
 
@@ -168,7 +168,7 @@ def _splits(root: Folder, roles: dict[str, str], splits: set[str]) -> Layout:
             count = len(folder.all_images())
             notes.append(f"folder {printable(name)} is not used ({count} {root.kind}{loose})")
     if root.images:
-        notes.append(f"{len(root.images)} {root.kind} beside the folders are not used")
+        notes.append(f"{root.kind} beside the folders that are not used: {len(root.images)}")
     return Layout(parts={part: inside[name] for part, name in used_names.items()}, notes=notes)
 
 

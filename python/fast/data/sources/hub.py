@@ -148,7 +148,7 @@ def _inputs(datasets: Any, table: Any, column: str, where: str) -> Any:
     missing = [i for i, value in enumerate(values) if value is None]
     if missing:
         raise ValueError(
-            f"{where}{printable(column)}: {len(missing)} cells are empty, the first in row "
+            f"{where}{printable(column)}: empty cells: {len(missing)}, the first in row "
             f"{missing[0]}"
         )
     if values and isinstance(values[0], str):

@@ -172,6 +172,16 @@ def read_inputs(path: Path, column: str | None, usual: Sequence[str]) -> Any:
     return _inputs(f"{path}: {printable(names[0])}", table[names[0]], path.parent)
 
 
+def column_names(path: Path) -> list[str]:
+    """The names of a table's columns; none where the path is no table that can be read."""
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return []
+    try:
+        return list(_columns(path))
+    except (ImportError, ValueError):  # who reads its cells says what is wrong
+        return []
+
+
 def _columns(path: Path) -> Columns:
     """The columns of a file by name; all cells of a CSV file are strings."""
     if path.suffix.lower() == ".parquet":
@@ -253,7 +263,7 @@ def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
     empty = [i for i, cell in enumerate(cells) if cell is None or _is_blank(cell) or cell != cell]
     if empty:
         raise ValueError(
-            f"{name}: {printable(column)}: {len(empty)} of {len(cells)} cells are empty, the first "
+            f"{name}: {printable(column)}: empty cells: {len(empty)} of {len(cells)}, the first "
             f"in row {empty[0]}, counted from 0 without the names; drop those rows"
         )
     several = [cell for cell in cells if _is_list(cell)]

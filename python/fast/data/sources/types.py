@@ -10,7 +10,7 @@ import numpy as np
 
 from fast.data.labels import check_labels, count_classes
 from fast.data.trees import length, pick
-from fast.errors import printable, some
+from fast.errors import counted, printable, some
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def fold_rows(labels: np.ndarray, folds: int, seed: int = 0) -> list[np.ndarray]
         ValueError: there are fewer samples than parts.
     """
     if len(labels) < folds:
-        raise ValueError(f"{len(labels)} samples cannot be split into {folds} parts")
+        raise ValueError(f"{counted(len(labels), 'sample')} cannot be split into {folds} parts")
     rng = np.random.default_rng(seed)
     part = np.empty(len(labels), dtype=np.int64)
     count = 0

@@ -75,6 +75,7 @@ def rewind(
         ValueError, TypeError, FileNotFoundError: an argument does not fit; the message names it.
     """
     allowed = Budget.parse(budget)
+    allowed.warn_of_nats()
     config = RewindConfig(
         forget_budget=budget, seed=seed, source_skill=source_skill, batch_norm="per_task", head=head
     )

@@ -83,5 +83,5 @@ class Rewound(Result):
                 xlabel="place on the line to the tuned network",
                 ylabel=f"the source loses, {'points of accuracy' if budget.points else 'nats'}",
             )
-            axis.legend()
+            axis.legend(loc="upper left")
         return figure

@@ -15,6 +15,7 @@ from fast.errors import warn
 from fast.heads import find_head, task_head
 from fast.heads.batch_norm import per_task_norms
 from fast.heads.outputs import source_logits
+from fast.models.signature import signature_of
 from fast.train.rewind.checkpoints import both
 from fast.train.rewind.result import LINE, TUNED, RewindConfig, Rewound
 from fast.train.rewind.source_head import SourceHead
@@ -143,6 +144,7 @@ class Search:
             config=self.config,
             source_accuracy_before=self.accuracy_before,
             chosen=record,
+            inputs=signature_of(self.meter.samples.inputs),
             lost=record["forecast"],
             unknown=unknown,
         )

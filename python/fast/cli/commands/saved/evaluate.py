@@ -8,8 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fast.cli.options import flag, parser_of
-from fast.cli.record import JOB_FILE, read_record
+from fast.cli.options import flag
 from fast.cli.report.evaluation import (
     CLASS_HEADER,
     LISTED,
@@ -20,13 +19,13 @@ from fast.cli.report.evaluation import (
 )
 from fast.cli.report.machine import describe
 from fast.cli.report.table import paragraph, text_table
-from fast.cli.spec import EvaluateSpec, FinetuneSpec
+from fast.cli.spec import EvaluateSpec
 from fast.cli.spec.task import TaskSpec
-from fast.cli.task.run import open_run, print_left_out
+from fast.cli.task.run import job_of, open_run, own_columns, print_left_out
 from fast.data.sources import DataWarning, load_data
 from fast.deploy.figures import evaluation_figure
 from fast.deploy.predictor import Task
-from fast.errors import printable
+from fast.errors import counted, printable
 from fast.figures import save
 from fast.files import check_writable, write_json
 
@@ -44,7 +43,7 @@ def run(spec: EvaluateSpec) -> int:
     rows = class_rows(evaluation)
     print(text_table(CLASS_HEADER, rows[:LISTED]))
     if len(rows) > LISTED:
-        print(f"... and {len(rows) - LISTED} classes that are recognised better")
+        print(f"... and {counted(len(rows) - LISTED, 'class', 'classes')} recognised better")
 
     figure = save(evaluation_figure(evaluation), folder / "confusion.png")
     write_json(folder / "evaluation.json", {"data": name, **numbers(evaluation)})
@@ -68,7 +67,7 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     Raises:
         ValueError: no data are given, and the run names none.
     """
-    job = _job(Path(spec.run))
+    job = job_of(Path(spec.run))
     role = "source" if task == "source" else "data"
     of_run = job.get(role)
     name = spec.data or of_run
@@ -81,8 +80,8 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
         "label_column": spec.label_column,
     }
     own = of_run is not None and _same(name, of_run)
-    if own:
-        columns = {key: value or job.get(key) for key, value in columns.items()}
+    of_job = job if own else own_columns(job, [name])
+    columns = {key: value or of_job.get(key) for key, value in columns.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
         data = load_data(name, **columns, numeric_labels=task == "source")
@@ -96,13 +95,6 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
             name = f"{name} ({data.held_out or 'held out'})"
     skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))
     return name, dataclasses.replace(data, name=name), skip_broken
-
-
-def _job(folder: Path) -> dict[str, Any]:
-    """The options of the run; empty if the command line did not start it."""
-    if not (folder / JOB_FILE).is_file():
-        return {}
-    return read_record(folder, "RUN", parser_of(FinetuneSpec), named=True)
 
 
 def _same(a: str, b: str) -> bool:

@@ -18,7 +18,7 @@ from fast.cli.task.run import check_replaceable
 from fast.data.dataset import as_data
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import concatenate
-from fast.errors import first_line, printable
+from fast.errors import counted, first_line, printable
 from fast.files import atomic_file, check_writable, read_json
 from fast.heads import find_head
 from fast.heads.find import classes_of
@@ -104,7 +104,8 @@ def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
         raise ValueError(f"{option}: cannot be read ({first_line(error)})") from error
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != count:
-        raise ValueError(f"{option}: has {len(names)} names; the old head has {count} classes")
+        there = counted(len(names), "name")
+        raise ValueError(f"{option}: has {there}; the old head has {count} classes")
     return names
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fast.cli.report.table import shortened, terminal_width, text_table
 from fast.cli.spec import PredictSpec
-from fast.cli.task.run import open_run, print_left_out
+from fast.cli.task.run import job_of, open_run, own_columns, print_left_out
 from fast.deploy.predictions import Predictions
 from fast.errors import printable
 
@@ -23,10 +23,11 @@ LEAST_NAME = 20
 
 def run(spec: PredictSpec) -> int:
     predictor = open_run(spec)
+    own = own_columns(job_of(Path(spec.run)), spec.paths)
     answers = predictor.predict(
         [Path(path) for path in spec.paths],
         task=spec.task,  # type: ignore[arg-type]
-        column=spec.column,
+        column=spec.column or own.get("input_column"),
         skip_broken=spec.skip_broken,
     )
     print_left_out(answers.unreadable)
