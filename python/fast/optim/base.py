@@ -21,6 +21,7 @@ from fast.optim.groups import (
     check_params,
     match_anchors,
     match_curvature,
+    missing_anchor,
     number,
     ramp_factor,
 )
@@ -334,7 +335,7 @@ class AnchoredOptimizer(Optimizer):
         for place, batch in batches.items():
             batch.move_states()
             options = batch.options(self.storage) | scaling.options()
-            figures.anchored[place] = bool(options["anchors"])
+            figures.anchored[place] = len(options["anchors"]) > 0
             stats = figures.stats_at(place)
             self._launch(batch, tables[place], options | {"stats": stats, "seed": self.seed})
             if place.groups or scaling.shrink is not None:
@@ -380,9 +381,9 @@ class AnchoredOptimizer(Optimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # A state gets all its moments at once, so it is enough to look for the last; `UpdateBatch`
-        # refuses a state that lacks another. SGD's momentum may be switched on later; AdamW lacks a
-        # moment only if somebody deleted it, which `UpdateBatch` refuses too.
+        # A state gets all its moments at once, so it is enough to look for the last. SGD's momentum
+        # may be switched on later; any other moment that is not there was deleted by somebody, and
+        # `UpdateBatch` refuses the state.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
@@ -397,10 +398,7 @@ class AnchoredOptimizer(Optimizer):
                 elif "remainder" not in state:  # model.bfloat16() after
                     self._ensure(group, p)
         if group["anchor_decay"] and not all("anchor" in state for state in states):
-            raise RuntimeError(
-                "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is "
-                "not taken from weights that may have moved"
-            )
+            raise missing_anchor()
         return states
 
     def stats(self) -> dict[str, Tensor]:

@@ -86,6 +86,14 @@ def match_anchors(
     return dict(zip(params, values, strict=True))
 
 
+def missing_anchor() -> RuntimeError:
+    """The error of a step whose group has an `anchor_decay`, and a parameter without an anchor."""
+    return RuntimeError(
+        "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is not taken "
+        "from weights that may have moved"
+    )
+
+
 def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | None]:
     """A curvature tensor (or None) for each of `params`.
 

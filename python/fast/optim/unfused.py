@@ -22,16 +22,15 @@ from fast.optim.groups import (
     check_numbers,
     match_anchors,
     match_curvature,
+    missing_anchor,
     ramp_factor,
 )
 from fastkernels.codes import compute_dtype
-from fastkernels.ops.update import STATS
+from fastkernels.ops.update import HARDEST, STATS
 
 KEYS: Group = {
     "anchor_decay": 0.0, "curvature": None, "stall": 0, "ramp": 0, "restraint": 1.0, "progress": 0
 }  # fmt: skip
-# A pull beyond this leaves nothing of w. It is finite so that a curvature of 0 can cancel it.
-HARDEST = 1e30
 
 
 class UnfusedPull:
@@ -142,10 +141,7 @@ class UnfusedPull:
 
     def _check_anchors(self, group: Group) -> None:
         if group["anchor_decay"] and not all(p in self.anchors for p in group["params"]):
-            raise RuntimeError(
-                "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is "
-                "not taken from weights that may have moved"
-            )
+            raise missing_anchor()
 
     def _scale_lr(self, group: Group, factor: float) -> Any:
         """Multiply the learning rate of a group for one step; returns that of the step."""
