@@ -33,9 +33,8 @@ def call(*shapes: tuple[int, ...]) -> UpdateCall:
 
 @pytest.fixture(params=["NativeSignature", "TorchSignature"])
 def signature(request):
-    if request.param == "NativeSignature":
-        if not native.available()[0]:
-            pytest.skip(native.available()[1])
+    if request.param == "NativeSignature" and not native.available()[0]:
+        pytest.skip(native.available()[1])
     return getattr(signatures, request.param)()
 
 

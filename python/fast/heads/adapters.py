@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fast.data.trees import pick
 from fast.heads.batch_norm import per_task_parameters
-from fast.heads.find import places_of
+from fast.heads.find import places_of, put_at
 from fast.heads.forward import forward_logits, hooked
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
 
@@ -125,8 +125,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     for layer in adapters(model).values():
         take_off(layer)
         layer.merge()
-        for parent, attribute, _ in places_of(model, layer):
-            setattr(parent, attribute, layer.base_layer)
+        put_at(places_of(model, layer), layer.base_layer)
         for parameter in layer.frozen:
             parameter.requires_grad_(True)
         del layer.frozen
@@ -240,8 +239,7 @@ def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | Non
         adapter = model.get_submodule(name)
         put_over(adapter, _Adapter)
         adapter.frozen = frozen  # type: ignore[assignment]
-        for parent, attribute, _ in places[name]:
-            setattr(parent, attribute, adapter)
+        put_at(places[name], adapter)
     for parameter in learns:  # PEFT has frozen them all
         parameter.requires_grad_(id(parameter) in own)
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fast.data.trees import pick
 from fast.heads.find import HeadLayer, classes_of, find_head
-from fast.heads.forward import forward_logits, hooked, pick
+from fast.heads.forward import forward_logits, hooked
 from fast.heads.replace import task_head
 
 

@@ -29,6 +29,7 @@ from fast.heads.find import (
     layer_like,
     own_parameters,
     places_of,
+    put_at,
 )
 from fast.heads.forward import evaluating, forward_logits, hooked, unwrap
 from fast.heads.task import TwoTask
@@ -176,8 +177,7 @@ def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None
     assert head is not None
     head.answers_source = True
     head.announce(model)
-    for parent, attribute, _ in places_of(model, head):
-        setattr(parent, attribute, source)
+    put_at(places_of(model, head), source)
     for parameter, before in zip(source.parameters(), trainable, strict=True):
         parameter.requires_grad_(before)
 
@@ -303,6 +303,5 @@ def fold_head(model: nn.Module) -> nn.Module:
             bias = dtensor.whole(layer.bias).double() - weight @ mean
             layer.bias.copy_(dtensor.as_in(bias, layer.bias))  # type: ignore[union-attr]
             layer.weight.copy_(dtensor.as_in(weight.view(layer.weight.shape), layer.weight))
-        for parent, attribute, _ in places_of(model, head):
-            setattr(parent, attribute, layer)
+        put_at(places_of(model, head), layer)
     return plain_batch_norm(merge_adapters(model))

@@ -21,7 +21,7 @@ from fast.merge.joined import Joined
 
 log = logging.getLogger("fast")
 
-# So many samples of each task are read, at most and at least, in batches of CHUNK.
+# How many samples of each task are read, at most and at least, and how many in one batch.
 LIMIT = 4096
 LEAST = 10
 CHUNK = 128

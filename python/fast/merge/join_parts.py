@@ -21,11 +21,12 @@ from fast.heads import (
     plain_batch_norm,
     task_head,
 )
-from fast.heads.find import HeadLayer, find_head, layer_like
+from fast.heads.find import HeadLayer, find_head, layer_like, put_at
 from fast.heads.forward import input_errors
 from fast.heads.replace import announce_classes
 from fast.heads.rows import mean_over_positions
 from fast.heads.task import two_task_modules
+from fast.merge.joined import own_state
 from fast.models.saved import load_saved
 
 Rows = tuple[Tensor, Tensor]
@@ -53,8 +54,7 @@ class Part:
         with torch.no_grad():
             layer.weight.copy_(weight.view_as(layer.weight))
             layer.bias.copy_(bias)  # type: ignore[union-attr]
-        for parent, attribute, _ in places_of(self.network, self.layer):
-            setattr(parent, attribute, layer)
+        put_at(places_of(self.network, self.layer), layer)
         announce_classes(self.network, len(weight))
         self.layer = layer
 
@@ -156,12 +156,7 @@ def saved_heads(folder: str | Path, model: nn.Module, sample: Any) -> TwoHeads:
         raise ValueError(f"{saved.note}: join needs the head of both tasks")
     name = find_head(saved.target, sample).name
     source, target = _part(saved.source, name), _part(saved.target, name)
-    theirs = saved.target.state_dict()
-    same = all(
-        n.startswith(f"{name}.") or torch.equal(x, theirs[n])
-        for n, x in saved.source.state_dict().items()
-    )
-    parts = (target,) if same else (source, target)
+    parts = (source, target) if own_state(saved.source, saved.target, name) else (target,)
     return TwoHeads(parts=parts, source=rows_of(source.layer), target=rows_of(target.layer))
 
 
@@ -190,8 +185,7 @@ def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
                 f"join cannot take the two tasks apart: {type(module).__name__} answers both, and "
                 "is neither a head nor a batch norm"
             )
-        for parent, attribute, _ in places_of(network, module):
-            setattr(parent, attribute, plain)
+        put_at(places_of(network, module), plain)
     head = task_head(model)
     assert head is not None
     announce_classes(network, len(head.source.weight))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     expected = model.state_dict()
     state, renamed = matched(state, expected, path)
     notes += renamed
-    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
+    missing = lacking(state, expected)
     unexpected = [n for n in state if n not in expected]
     _check_fits(model, state, path)
     if missing and not allow_missing:
@@ -68,6 +69,11 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     if unexpected:
         notes.append(f"{path}: {len(unexpected)} tensors not used: {some(unexpected, 4)}")
     return notes
+
+
+def lacking(state: Container[str], expected: Iterable[str]) -> list[str]:
+    """The names that a state lacks, apart from the counts of batch norms, which old ones lack."""
+    return [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
 
 
 def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

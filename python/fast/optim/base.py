@@ -335,6 +335,7 @@ class AnchoredOptimizer(Optimizer):
         for place, batch in batches.items():
             batch.move_states()
             options = batch.options(self.storage) | scaling.options()
+            # Not bool(), which dynamo of torch 2.11 does not trace for a list.
             figures.anchored[place] = len(options["anchors"]) > 0
             stats = figures.stats_at(place)
             self._launch(batch, tables[place], options | {"stats": stats, "seed": self.seed})

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fast.files import reading, to_json
 from fast.progress import bar, write_line
@@ -83,42 +83,44 @@ class RunLog:
 
     Args:
         folder: the run's folder; None writes no files, as on all ranks but the first.
-        kept: history of the interrupted run that this one resumes, from `read_history`; lines which
-            that run wrote after its checkpoint are dropped.
+        earlier: history of the interrupted run that this one resumes, from `read_history`; lines
+            which that run wrote after its checkpoint are dropped.
         callbacks: functions that are called with each record.
     """
 
     def __init__(
         self,
         folder: Path | None,
-        kept: History | None = None,
+        earlier: History | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.callbacks = callbacks
-        self.history = list(kept.records) if kept else []
-        self._file = None
+        self.history = list(earlier.records) if earlier else []
+        self._file: BinaryIO | None = None
         self._board: Any = None
         self._length, self._hash = 0, _hash()
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / HISTORY_FILE
-        path.touch()
-        self._file = path.open("r+b")
-        if (
-            kept and self._file.read(len(kept.lines)) != kept.lines
-        ):  # the run goes on in another folder
-            self._file.seek(0)
-            self._file.write(kept.lines)
-        self._file.truncate()
-        if kept:
-            self._count(kept.lines)
+        self._file = self._open(folder / HISTORY_FILE, earlier.lines if earlier else b"")
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / BOARD_FOLDER))
 
+    def _open(self, path: Path, lines: bytes) -> BinaryIO:
+        """Open the file of the history behind these lines; what follows them is cut off."""
+        path.touch()
+        file = path.open("r+b")
+        if file.read(len(lines)) != lines:  # the run goes on in another folder
+            file.seek(0)
+            file.write(lines)
+        file.truncate()
+        self._count(lines)
+        return file
+
     def add(self, record: dict[str, Any]) -> None:
+        """Write a record to the file and the board, and call the callbacks with it."""
         self.history.append(record)
         if self._file:
             line = f"{to_json(record)}\n".encode()

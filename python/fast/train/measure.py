@@ -252,13 +252,13 @@ def _refuse(data: Data, wrong: int, count: int, batch_size: int) -> None:
     )
 
 
-def _accuracy(found: Any) -> float:
+def _accuracy(answer: Any) -> float:
     try:
-        accuracy = float(found)
+        accuracy = float(answer)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             "source: the function must return the accuracy, a number in 0..1; it returned "
-            f"{kind(found)}"
+            f"{kind(answer)}"
         ) from error
     if not 0 <= accuracy <= 1:
         raise ValueError(f"source: the function must return an accuracy in 0..1; got {accuracy:g}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
@@ -39,7 +40,7 @@ from fast.train.log import (
 )
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
-from fast.train.resume.saver import Saver, tensors
+from fast.train.resume.saver import Saver
 from fast.train.run_data import RunData
 from fast.train.step import TrainStep
 
@@ -156,7 +157,7 @@ class Trainer:
             self.stopping.load(record["stopping"], best)
             self.measure.load_state_dict(record["measure"])
             self.engine.load_state_dict(record["engine"])
-            losses = tensors(record["losses"], self.engine.device)
+            losses = [torch.tensor(float(x), device=self.engine.device) for x in record["losses"]]
         return read_history(self.folder.source, record["history"]), losses
 
     def _train(

@@ -22,6 +22,7 @@ from fast.models.saved.files import (
     check_manifest,
     read_options,
 )
+from fast.models.weights import lacking
 from fast.tensor_files import load_tensors, write_tensors
 
 
@@ -126,7 +127,7 @@ def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
     head.put(layer)
     announce_classes(model, classes_of(layer))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = [n for n in shapes if n not in state and not n.endswith("num_batches_tracked")]
+    wrong = lacking(state, shapes)
     wrong += [n for n in state if shapes.get(n) != state[n].shape]
     if wrong:
         raise ValueError(

@@ -20,21 +20,10 @@ from torch.optim import Optimizer
 from fast import dtensor
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.state import check_state, joined_state, split_state
-from fast.data.generators import (
-    process_generators,
-    set_process_generators,
-    set_state,
-    state_of,
-)
+from fast.data.generators import process_generators, set_process_generators, set_state, state_of
 from fast.data.reachable import Generator
-from fast.errors import warn
-from fast.files import (
-    atomic_folder,
-    file_hash,
-    read_sealed,
-    reading,
-    write_sealed,
-)
+from fast.errors import some, warn
+from fast.files import atomic_folder, file_hash, read_sealed, reading, write_sealed
 from fast.models.saved.files import STATE_FILE, checkpoint_name, list_checkpoints
 from fast.tensor_files import load_tensors, save_tensors
 from fast.train.early_stopping import BEST
@@ -308,7 +297,7 @@ def _check_generators(path: Path, saved: dict[str, Any], state: State) -> None:
     if names != own:
         raise ValueError(
             f"{path} is of another job: the data, transform and network held the generators "
-            f"{_some(names)}, here {_some(own)}"
+            f"{some(names) or 'none'}, here {some(own) or 'none'}"
         )
 
 
@@ -380,7 +369,3 @@ def _check_same_model(model: nn.Module, weights: dict[str, Tensor], path: Path) 
             f"{path} is a checkpoint of another model: {len(wrong)} entries differ, "
             f"first {', '.join(wrong[:3])}"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) or "none"

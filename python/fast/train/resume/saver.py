@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
@@ -95,8 +94,3 @@ class Saver:
             job=self._job,
             environment=self._environment,
         )
-
-
-def tensors(values: list[float], device: torch.device) -> list[Tensor]:
-    """Saved losses as tensors, the way the loop holds them."""
-    return [torch.tensor(float(x), device=device) for x in values]

@@ -96,4 +96,7 @@ def rewind(
             log.info(note)
         check_finite(network.state_dict(), "base")
         work, meter = hold_back(network, samples, budget=allowed, skill=source_skill)
-        return Search(config, network, state, first, work, meter, data).run()
+        search = Search(
+            config, network, layer, state, sample=first, work=work, meter=meter, data=data
+        )
+        return search.run()

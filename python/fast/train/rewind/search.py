@@ -12,7 +12,7 @@ from fast.adapt.guards.budget import AIM
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.data.source_inputs import SourceInputs
 from fast.errors import warn
-from fast.heads import find_head, task_head
+from fast.heads import Head, task_head
 from fast.heads.batch_norm import per_task_norms
 from fast.heads.outputs import source_logits
 from fast.train.rewind.checkpoints import both
@@ -26,9 +26,10 @@ log = logging.getLogger("fast")
 # The target's head is left alone where its accuracy falls by no more than this, which is two or
 # three of the samples that measure it.
 KEPT = 0.02
-# So many places on the line are measured. The loss grows with the square of the place, or faster.
+# How many places on the line are measured. The loss grows with the square of the place, or faster.
 LOOKS, EXPONENT = 3, 2.0
-# So many source inputs move the batch norm statistics, and so many the source's head is fitted to.
+# How many source inputs move the statistics of batch norms, and how many the source's head is
+# fitted to.
 STATISTICS_SAMPLES, HEAD_SAMPLES = 64, 256
 
 
@@ -38,8 +39,9 @@ class Search:
     Args:
         config: the options.
         network: the network at w0, with its own head.
+        head: its head.
         state: the weights w1, under the names of `network`.
-        sample: source inputs, by which the head is found.
+        sample: a batch of source inputs.
         work: source inputs that the search works with.
         meter: measures what is lost, on other source inputs.
         data: samples of the target task, or None.
@@ -49,17 +51,18 @@ class Search:
         self,
         config: RewindConfig,
         network: nn.Module,
+        head: Head,
         state: dict[str, Tensor],
+        *,
         sample: Any,
         work: SourceInputs,
         meter: ForgettingMeter,
         data: Any,
     ) -> None:
         self.config, self.meter = config, meter
-        layer = find_head(network, sample, config.head_name)
         starts = {n: x.detach().clone() for n, x in network.state_dict().items()}
         self.accuracy_before = self._source_accuracy(network)
-        self.model = both(network, state, sample, layer).eval()
+        self.model = both(network, state, sample, head).eval()
         device = next(self.model.parameters()).device
         moved = _moved(self.model, starts)
         self.target = None

@@ -27,7 +27,7 @@ from fast.heads.find import HeadLayer, layer_like
 from fast.heads.forward import evaluating
 from fast.train.rewind.statistics import MovingStatistics
 
-# So many samples are used at most, and so many of them only measure. They are few, because a rewind
+# The most samples that are used, and how many of them only measure. They are few, because a rewind
 # has a fifth of the time of the run before it.
 LIMIT, HELD = 1152, 128
 BATCH_SIZE = 128
