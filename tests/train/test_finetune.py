@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fast
 from fast.adapt.methods import METHODS
 from fast.heads import forward_logits, task_head
+from helpers import same_state
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
@@ -21,10 +22,6 @@ TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
 
 def weights(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same(a, b):
-    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("name", IMAGE_NETWORKS)
@@ -61,7 +58,7 @@ def test_a_data_set_and_a_loader_give_what_tensors_give():
         model = copy.deepcopy(start)
         fast.finetune(model, train, (x, y), num_classes=4, steps=8)
         outcomes.append(weights(model))
-    assert same(*outcomes)
+    assert same_state(*outcomes)
     loader = DataLoader(dataset, batch_size=32, shuffle=True)
     result = fast.finetune(copy.deepcopy(start), loader, VAL, num_classes=4, epochs=2, lr=1e-2)
     assert result.history[-1]["step"] == 2 * len(loader)
@@ -82,7 +79,7 @@ def test_the_stall_leaves_the_backbone_alone():
     model = ConvNet()
     before = weights(model.features)
     fast.finetune(model, TRAIN, steps=5, stall=5, batch_norm="frozen")
-    assert same(before, weights(model.features))
+    assert same_state(before, weights(model.features))
 
 
 def test_seeds_repeat_and_the_callers_random_state_stays():
@@ -93,8 +90,8 @@ def test_seeds_repeat_and_the_callers_random_state_stays():
         model = copy.deepcopy(start)
         fast.finetune(model, TRAIN, steps=6, seed=seed)
         runs.append(weights(model))
-    assert same(runs[0], runs[1])
-    assert not same(runs[0], runs[2])
+    assert same_state(runs[0], runs[1])
+    assert not same_state(runs[0], runs[2])
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -158,7 +155,7 @@ def test_very_short_runs_still_move_the_backbone():
     model = ConvNet()
     before = weights(model.features)
     fast.finetune(model, TRAIN, steps=3, lr=1e-2)
-    assert not same(before, weights(model.features))
+    assert not same_state(before, weights(model.features))
 
 
 def test_early_stopping_goes_back_to_the_best_weights():

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fast
 from fast.heads import by_sample, folds_positions, forward_logits, task_head
 from fast.models.saved import load_saved
+from helpers import same_state
 from networks import ConvHead, images
 
 TRAIN, VAL, KNOWN = images(100, 4, seed=1), images(40, 4, seed=2), images(80, 5, seed=3)
@@ -315,8 +316,7 @@ def test_a_network_of_16_bits_learns_as_one_of_32(dtype, options, mixed):
     with pytest.warns(UserWarning, match=r"returned in float32.*result\.model\.to"):
         result = fast.finetune(start, **(options | half))
     assert result.history[-1]["target_loss"] == expected.history[-1]["target_loss"]
-    pairs = zip(start.state_dict().values(), expected.model.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert same_state(start, expected.model)
     assert not start._forward_pre_hooks
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fast
 from fast.heads import fold_head, source_task
-from helpers import ROOT
+from helpers import ROOT, same_state
 from networks import ConvNet, SharedHead, TextNet, images
 
 
@@ -65,7 +65,7 @@ def test_what_is_passed_stays_as_it_was(case):
     before = [copy.deepcopy(m.state_dict()) for m in (case.base, case.tuned)]
     fast.rewind(case.base, case.tuned, case.kept, 0.02, data=case.data)
     for model, state in zip((case.base, case.tuned), before, strict=True):
-        assert all(torch.equal(x, state[n]) for n, x in model.state_dict().items())
+        assert same_state(model, state)
 
 
 def test_a_network_inside_the_budget_is_returned_as_it_is(case):
@@ -124,8 +124,7 @@ def test_every_form_of_a_checkpoint_gives_the_same(case, tmp_path, form):
         tuned = tmp_path
     result = fast.rewind(base, tuned, case.kept, 0.02, data=case.data, **options)
     expected = fast.rewind(case.base, case.tuned, case.kept, 0.02, data=case.data)
-    states = fold_head(result.model).state_dict(), fold_head(expected.model).state_dict()
-    assert all(torch.equal(x, states[1][n]) for n, x in states[0].items())
+    assert same_state(fold_head(result.model), fold_head(expected.model))
 
 
 def test_a_head_of_another_name_is_taken(case, caplog):
@@ -166,7 +165,7 @@ def test_points_of_accuracy_with_labels_and_without(case):
         assert result.lost <= 0.02
 
 
-def test_text_and_tied_weights():
+def test_a_network_of_named_inputs():
     torch.manual_seed(0)
     ids = torch.randint(0, 20, (80, 6))
     inputs = {"ids": ids, "mask": torch.ones(80, 6)}
@@ -177,6 +176,10 @@ def test_text_and_tied_weights():
             p.add_(0.5 * torch.randn_like(p))
     result = fast.rewind(base, tuned, inputs, 0.01, data=(inputs, ids[:, 0] % 5))
     assert result.lost <= 0.01
+
+
+def test_a_head_that_shares_its_weights():
+    torch.manual_seed(0)
     x, y = images(80, 5)
     shared = SharedHead(5).eval()
     moved = copy.deepcopy(shared)
@@ -286,9 +289,7 @@ def test_the_command_line_gives_what_python_gives(tmp_path, monkeypatch, capsys)
     order = np.random.default_rng(0).permutation(120)
     result = fast.rewind(base, tuned, (x_old[order], y_old[order]), "0.1", data=(x, y))
     saved = load_tensors(tmp_path / "rewound" / "model.safetensors")
-    ours = fold_head(result.model).state_dict()
-    assert set(saved) == set(ours)
-    assert all(torch.equal(saved[n], value) for n, value in ours.items())
+    assert same_state(fold_head(result.model), saved)
     assert main(["evaluate", "rewound", "new.npz"]) == 0
     assert "samples (target task)" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"its network is code: .*nets\.py:Net\(4\)"):
