@@ -29,9 +29,9 @@ def weights(model):
 def test_every_method_learns_on_every_network(name, method):
     torch.manual_seed(0)
     model = IMAGE_NETWORKS[name]()
-    known = images(64, 5, seed=3)[0] if method == "replay" else None
+    source = images(64, 5, seed=3)[0] if method == "replay" else None
     options = {"method": method, "steps": 80, "lr": 1e-2, "eval_every": 20}
-    result = fast.finetune(model, TRAIN, VAL, source=images(50, 5), source_inputs=known, **options)
+    result = fast.finetune(model, TRAIN, VAL, source=images(50, 5), source_inputs=source, **options)
     assert [r["step"] for r in result.history] == [0, 20, 40, 60, 80]
     assert result.target_accuracy > 0.5
     assert result.history[-1]["loss"] < result.history[1]["loss"]
@@ -178,14 +178,14 @@ def test_a_function_of_the_model_can_measure_the_source():
 
 
 def test_the_batch_transform_is_for_training_only():
-    seen = []
+    sizes = []
 
     def flip(x):
-        seen.append(len(x))
+        sizes.append(len(x))
         return x.flip(-1)
 
     fast.finetune(ConvNet(), TRAIN, VAL, steps=3, transform=flip)
-    assert seen == [56, 56, 56]  # 8 of 64 places rehearse
+    assert sizes == [56, 56, 56]  # 8 of 64 places rehearse
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -222,8 +222,8 @@ def test_the_saved_model_loads_into_the_plain_architecture(tmp_path):
     plain = ConvNet(num_classes=4).eval()
     plain.load_state_dict(load_file(folder / "model.safetensors"))
     assert torch.allclose(plain(VAL[0]), model(VAL[0]), atol=1e-4)
-    saved = json.loads((folder / "result.json").read_text())
-    assert saved["target_accuracy"] == result.target_accuracy
+    record = json.loads((folder / "result.json").read_text())
+    assert record["target_accuracy"] == result.target_accuracy
     lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
 
@@ -244,8 +244,8 @@ def test_a_network_with_a_part_called_module_is_saved_whole(tmp_path, wrap):
     model = Wrapping()
     result = fast.finetune(model, TRAIN, steps=2)
     result.model = wrap(model)
-    saved = load_file(result.save(tmp_path) / "model.safetensors")
-    assert set(saved) == {"module.1.weight", "module.1.bias", "fc.weight", "fc.bias"}
+    record = load_file(result.save(tmp_path) / "model.safetensors")
+    assert set(record) == {"module.1.weight", "module.1.bias", "fc.weight", "fc.bias"}
     assert (tmp_path / "source_head.safetensors").is_file()
 
 

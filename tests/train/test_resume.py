@@ -240,11 +240,11 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
 
 def test_what_else_makes_another_job_is_refused(tmp_path):
     """As many samples of as many classes, but others; labels exchanged; other known inputs."""
-    known = images(40, 5, seed=3)
+    known_inputs = images(40, 5, seed=3)
     torch.manual_seed(0)
     start, options = ConvNet(), {"num_classes": 4, "steps": 4}
 
-    def run(train=TRAIN, val=VAL, source=VAL, source_inputs=known, **more):
+    def run(train=TRAIN, val=VAL, source=VAL, source_inputs=known_inputs, **more):
         model = copy.deepcopy(start)
         return fast.finetune(
             model, train, val, source, source_inputs=source_inputs, **options, **more
@@ -258,7 +258,7 @@ def test_what_else_makes_another_job_is_refused(tmp_path):
         "validation data": {"val": images(60, 4, seed=7)},
         "source data": {"source": None},
         "source inputs": {"source_inputs": images(40, 5, seed=4)},
-        "card": {"card": fast.SourceCard.estimate(start, known[0])},
+        "card": {"card": fast.SourceCard.estimate(start, known_inputs[0])},
     }
     for name, other in others.items():
         with pytest.raises(ValueError, match=f"of another job: {name.strip()} "):
@@ -268,9 +268,9 @@ def test_what_else_makes_another_job_is_refused(tmp_path):
 
 def test_an_option_that_a_run_did_not_know_must_be_at_its_default(tmp_path):
     fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path), average=3)
-    saved = json.loads((tmp_path / "fast.json").read_text())
-    del saved["average"]
-    (tmp_path / "fast.json").write_text(json.dumps(saved))
+    record = json.loads((tmp_path / "fast.json").read_text())
+    del record["average"]
+    (tmp_path / "fast.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="average was the default, is 3"):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path), average=3)
     (tmp_path / "fast.json").write_text("{")
@@ -358,10 +358,10 @@ def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / ".checkpoint-00000006-x.unfinished").mkdir()
     (tmp_path / ".checkpoint-00000006-x.unfinished" / "model.safetensors").write_text("half")
     state = list_checkpoints(tmp_path)[-1] / "state.json"
-    saved = read_sealed(state, checkpoint.FORMAT)
-    saved["record"]["measure"]["seconds"] += 1000
+    record = read_sealed(state, checkpoint.FORMAT)
+    record["record"]["measure"]["seconds"] += 1000
     state.unlink()
-    write_sealed(state, saved)
+    write_sealed(state, record)
     again = fast.finetune(network(), TRAIN, VAL, resume=tmp_path, **options)
     seconds = [r["seconds"] for r in again.history]
     assert seconds == sorted(seconds)

@@ -45,13 +45,13 @@ def rows_of(call: UpdateCall) -> list[tuple[int, ...]]:
     def column(tensors: Sequence[Tensor | None]) -> list[int]:
         return addresses(tensors) if tensors else zeros
 
-    stored = (
+    streams = (
         call.params, call.grads, *[*call.moments, none][:2], call.anchors or none,
         call.curvature or none,
     )  # fmt: skip
     types = [
         bytes(0 if t is None or not t.numel() else _CODE_OF[t.dtype] for t in tensors)
-        for tensors in zip(*stored, strict=True)
+        for tensors in zip(*streams, strict=True)
     ]
     groups = [
         group | int.from_bytes(four[:4], "little") << 32

@@ -181,10 +181,10 @@ def _by_convention(model: nn.Module) -> HeadLayer:
     get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
     if get_classifier is not None and is_head_layer(classifier := get_classifier()):
         return classifier
-    named = [getattr(model, name, None) for name in CONVENTIONS]
+    modules = [getattr(model, name, None) for name in CONVENTIONS]
     if isinstance(model, nn.Sequential):
-        named.append(model)
-    by_name = [m for m in named if isinstance(m, nn.Module) and last in m.modules()]
+        modules.append(model)
+    by_name = [m for m in modules if isinstance(m, nn.Module) and last in m.modules()]
     # A hidden layer may be called `fc`, too, so a name alone is not enough.
     if by_name or len({id(layer) for _, layer in candidates}) == 1:
         return last

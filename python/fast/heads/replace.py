@@ -246,11 +246,11 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
 
 def features_of(model: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
     """The input of the head for a batch of inputs: `[B, D]`, or of the network's own shape."""
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    head_inputs: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
     with hooked(model, hook):
         forward_logits(unwrap(model), inputs)
-    return seen[-1]
+    return head_inputs[-1]
 
 
 def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:

@@ -125,15 +125,15 @@ def _cross_validated(
     folds = [torch.randperm(len(s.answers), generator=generator) % FOLDS for s in sides]
     losses, mistaken = torch.zeros(2, len(RIDGES), dtype=sides[0].features.dtype)
     for fold in range(FOLDS):
-        rest, held = (
+        rest, held_out = (
             tuple(s.pick((f == fold) == held_back) for s, f in zip(sides, folds, strict=True))
             for held_back in (False, True)
         )
         scales = None
         for i, ridge in enumerate(RIDGES):
             scales = minimise(rest, place, ridge, labelled, scales)
-            losses[i] += scales.loss(held, place).item() / FOLDS
-            mistaken[i] += _mistaken(scales, held, place, own) / FOLDS
+            losses[i] += scales.loss(held_out, place).item() / FOLDS
+            mistaken[i] += _mistaken(scales, held_out, place, own) / FOLDS
     return losses, mistaken
 
 

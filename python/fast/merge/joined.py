@@ -178,14 +178,14 @@ def load_joined(folder: str | Path, model: nn.Module) -> Joined:
     with reading(file):
         rows, passes = [str(name) for name in facts["rows"]], int(facts["passes"])
         source_rows = int(facts["source_rows"])
-        head, fitted = str(facts["head"]), facts["calibration"]
-        calibration = HeadCalibration(**fitted) if fitted else None
-    saved = load_saved(folder, model, head=head)
+        head, figures = str(facts["head"]), facts["calibration"]
+        calibration = HeadCalibration(**figures) if figures else None
+    networks = load_saved(folder, model, head=head)
     if passes == 1:
-        return Joined([saved.target], rows, source_rows, head, calibration)
-    if saved.source is None:
-        raise ValueError(saved.note)
-    return Joined([saved.source, saved.target], rows, source_rows, head, calibration)
+        return Joined([networks.target], rows, source_rows, head, calibration)
+    if networks.source is None:
+        raise ValueError(networks.note)
+    return Joined([networks.source, networks.target], rows, source_rows, head, calibration)
 
 
 def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:

@@ -153,7 +153,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._flag: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._event: torch.cuda.Event | None = None
 
     def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
         """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed.
@@ -170,7 +170,7 @@ class Progress:
                 found_inf.shape, dtype=found_inf.dtype, pin_memory=True, device="cpu"
             )
             self._flag.copy_(found_inf, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(found_inf.device).record_event()
+            self._event = torch.cuda.current_stream(found_inf.device).record_event()
         else:
             self._flag = found_inf.clone()
 
@@ -190,10 +190,10 @@ class Progress:
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Count the last step if it is still open."""
-        flag, arrived = self._flag, self._arrived
-        self._flag = self._arrived = None
-        if arrived is not None:
-            arrived.synchronize()
+        flag, event = self._flag, self._event
+        self._flag = self._event = None
+        if event is not None:
+            event.synchronize()
         if flag is not None and not flag.any():
             _advance(groups)
 

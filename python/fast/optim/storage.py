@@ -96,8 +96,8 @@ class StoredTensor:
             value = dtensor.like(value, p)
             values = empty_like(p, dtype).copy_(value)
             if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
-                lost = ~dtensor.local(values).isfinite() & dtensor.local(value).isfinite()
-                if bool(lost.any()):
+                overflow = ~dtensor.local(values).isfinite() & dtensor.local(value).isfinite()
+                if bool(overflow.any()):
                     raise ValueError(
                         f"{name}: a value is too large for {dtype}; choose another dtype"
                     )

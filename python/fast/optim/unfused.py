@@ -121,7 +121,7 @@ class UnfusedPull:
         groups = self.optimizer.param_groups
         self._progress.settle([group for group in groups if "progress" in group])
         moving: list[tuple[Group, Any]] = []
-        stalled: list[Tensor] = []
+        in_stall: list[Tensor] = []
         try:
             for group in groups:
                 self._prepare(group)
@@ -131,13 +131,13 @@ class UnfusedPull:
                     lr = self._scale_lr(group, factor * group["restraint"])
                     moving.append((group, lr))
                 else:
-                    stalled += group["params"]
+                    in_stall += group["params"]
                     self._undo.append(partial(group.update, dict(group)))
         except Exception:
             self._take_back()
             raise
         self._moving = moving
-        return self._hide(stalled, args, kwargs) if stalled else None
+        return self._hide(in_stall, args, kwargs) if in_stall else None
 
     def _check_anchors(self, group: Group) -> None:
         if group["anchor_decay"] and not all(p in self.anchors for p in group["params"]):
@@ -155,14 +155,14 @@ class UnfusedPull:
             )
         if factor == 1:
             return lr
-        scaled = group["lr"] = lr * factor
+        step_lr = group["lr"] = lr * factor
 
         def restore() -> None:
-            if group["lr"] is scaled:
+            if group["lr"] is step_lr:
                 group["lr"] = lr
 
         self._undo.append(restore)
-        return scaled
+        return step_lr
 
     def _hide(self, params: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take away the gradients of `params` for the step: every optimizer skips parameters that
@@ -256,11 +256,11 @@ class UnfusedPull:
         if self.anchors:
             away = {p: p.double() - anchor.double() for p, anchor in self.anchors.items()}
             figures["drift"] = dtensor.norm(away.values())
-            weighted = (
+            terms = (
                 away[p] * self.curvature[p].double().sqrt() if p in self.curvature else away[p]
                 for p in away
             )
-            figures["forgetting"] = dtensor.norm(weighted).square() / 2
+            figures["forgetting"] = dtensor.norm(terms).square() / 2
         return figures
 
     # Checkpoints.

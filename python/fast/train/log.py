@@ -227,8 +227,8 @@ def figures(record: dict[str, Any], before: float | None = None, between: str = 
     """
     parts = []
     if record.get("source_accuracy") is not None:
-        lost = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
-        parts.append(f"source {100 * record['source_accuracy']:.1f}{lost}")
+        change = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
+        parts.append(f"source {100 * record['source_accuracy']:.1f}{change}")
     if record.get("forecast") is not None:
         parts.append(f"forgets {round(record['forecast'], 2) + 0.0:.2f}")  # never -0.00
     if record.get("target_accuracy") is not None:
@@ -246,5 +246,5 @@ def line(record: dict[str, Any], steps: int, epochs: float, before: float | None
     """
     loss = "" if record["loss"] is None else f", loss {record['loss']:.4g}"
     rest = f"{loss}, {record['seconds']:.0f} s"
-    shown = figures(record, before, ", ") or "nothing is measured"
-    return f"step {record['step']}/{steps} (epoch {epochs:.1f}): {shown}{rest}"
+    text = figures(record, before, ", ") or "nothing is measured"
+    return f"step {record['step']}/{steps} (epoch {epochs:.1f}): {text}{rest}"

@@ -177,12 +177,12 @@ def evaluate(
     right, samples = torch.zeros(2, 0, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
-    sharded = dtensor.any_sharded(list(model.parameters()))
+    is_sharded = dtensor.any_sharded(list(model.parameters()))
     all_batches, each_batch = (
-        (nullcontext, ranks.together) if sharded else (ranks.together, nullcontext)
+        (nullcontext, ranks.together) if is_sharded else (ranks.together, nullcontext)
     )
     with all_batches(), evaluating(model):
-        for inputs, labels, counts in _shares(data, batch_size, ranks, sharded):
+        for inputs, labels, counts in _shares(data, batch_size, ranks, is_sharded):
             with input_errors(data.name, inputs, model):
                 logits = answers(model, move(inputs, device), mirrored)
             with each_batch():
@@ -216,7 +216,7 @@ def _of_classes(counts: Tensor, classes: int) -> Tensor:
 
 
 def _shares(
-    data: Data, batch_size: int, ranks: Ranks, sharded: bool
+    data: Data, batch_size: int, ranks: Ranks, is_sharded: bool
 ) -> Iterator[tuple[Any, Tensor, bool]]:
     """A rank's batches, and whether they count.
 
@@ -224,7 +224,7 @@ def _shares(
     batches repeats its last one, or the first of all, and that one does not count.
     """
     own = iter(data.eval_batches(batch_size, ranks.share))
-    if not sharded:
+    if not is_sharded:
         yield from ((inputs, labels, True) for inputs, labels in own)
         return
     last = None

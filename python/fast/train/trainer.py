@@ -182,18 +182,18 @@ class Trainer:
                     steps_log.info("checking the budget")
                 losses.append(self.train_step(batch, began))
                 bar.update()
-                done = adaptation.done
-                if done % eval_every == 0 or done == steps:
+                step = adaptation.done
+                if step % eval_every == 0 or step == steps:
                     if self.folder:
                         self.folder.check()
                     with adaptation.averaged():
                         record = self.measure.record(adaptation, losses, folder)
                         self.stopping.update(record, self.model)
-                    self.measure.keep_by_class({0, self.stopping.best_step, done})
+                    self.measure.keep_by_class({0, self.stopping.best_step, step})
                     losses = []
                     self._show(record, run_log, bar)
                 stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
-                if self.saver and (stop or done % save_every == 0 or done == steps):
+                if self.saver and (stop or step % save_every == 0 or step == steps):
                     check_finite(adaptation, losses, folder)  # before it replaces a good checkpoint
                     self._save(run_log, losses)
                 if interruption is not None and stop:

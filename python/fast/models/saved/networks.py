@@ -173,11 +173,11 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
     for module_name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
-                saved = state.get(f"{module_name}.{name}" if module_name else name)
-                if value is None or saved is None or not value.is_floating_point():
+                new = state.get(f"{module_name}.{name}" if module_name else name)
+                if value is None or new is None or not value.is_floating_point():
                     continue
-                if saved.is_floating_point() and saved.dtype != value.dtype:
-                    value.data = value.data.to(saved.dtype)
+                if new.is_floating_point() and new.dtype != value.dtype:
+                    value.data = value.data.to(new.dtype)
 
 
 def _layer_of(head: Head, state: dict[str, Tensor], prefix: str, file: Path) -> HeadLayer:

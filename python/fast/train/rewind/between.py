@@ -74,7 +74,7 @@ def rewind(
     Raises:
         ValueError, TypeError, FileNotFoundError: an argument does not fit; the message names it.
     """
-    allowed = Budget.parse(budget)
+    limit = Budget.parse(budget)
     config = RewindConfig(
         forget_budget=budget, seed=seed, source_skill=source_skill, batch_norm="per_task", head=head
     )
@@ -95,7 +95,7 @@ def rewind(
         if note:
             log.info(note)
         check_finite(network.state_dict(), "base")
-        work, meter = hold_back(network, samples, budget=allowed, skill=source_skill)
+        work, meter = hold_back(network, samples, budget=limit, skill=source_skill)
         search = Search(
             config, network, layer, state, sample=first, work=work, meter=meter, data=data
         )

@@ -62,18 +62,18 @@ def tuned_state(tuned: Checkpoint, network: nn.Module, head: Head) -> tuple[dict
         ValueError: it belongs to another architecture.
     """
     state = _state(tuned, network, "tuned")
-    expected = network.state_dict()
+    own = network.state_dict()
     prefix = f"{head.name}."
     places = tuple(f"{name}." for _, _, name in head.places)
-    _check_fits(state, {n: x for n, x in expected.items() if not n.startswith(places)}, "tuned")
+    _check_fits(state, {n: x for n, x in own.items() if not n.startswith(places)}, "tuned")
     note = ""
     if f"{prefix}weight" not in state:
-        state, note = _renamed_head(state, expected, head)
+        state, note = _renamed_head(state, own, head)
     weight = state[f"{prefix}weight"]
-    wanted = head.module.weight
-    if weight.dim() != wanted.dim() or weight.shape[1:] != wanted.shape[1:]:
+    like = head.module.weight
+    if weight.dim() != like.dim() or weight.shape[1:] != like.shape[1:]:
         raise ValueError(
-            f"tuned: its head {head.name} is {tuple(weight.shape)}, base's {tuple(wanted.shape)}: "
+            f"tuned: its head {head.name} is {tuple(weight.shape)}, base's {tuple(like.shape)}: "
             "both must take the same features"
         )
     return state, note
@@ -154,11 +154,11 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
         raise ValueError(f"{name}: weights that are NaN or infinite: {some(bad)}")
 
 
-def _check_fits(state: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:
-    missing = lacking(state, expected)
+def _check_fits(state: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
+    missing = lacking(state, own)
     shapes = [
         f"{n} is {tuple(state[n].shape)}, base's {tuple(x.shape)}"
-        for n, x in expected.items()
+        for n, x in own.items()
         if n in state and state[n].shape != x.shape
     ]
     if missing or shapes:
@@ -170,14 +170,14 @@ def _check_fits(state: dict[str, Tensor], expected: dict[str, Tensor], name: str
 
 
 def _renamed_head(
-    state: dict[str, Tensor], expected: dict[str, Tensor], head: Head
+    state: dict[str, Tensor], own: dict[str, Tensor], head: Head
 ) -> tuple[dict[str, Tensor], str]:
     """The state with its head under the name that the network's head has."""
     features = head.module.weight.shape[1:]
     weights = [
         n
         for n, x in state.items()
-        if n not in expected and n.endswith("weight") and x.shape[1:] == features
+        if n not in own and n.endswith("weight") and x.shape[1:] == features
     ]
     if len(weights) != 1:
         what = f"several could be it: {some(weights)}" if weights else "nothing could be it"
