@@ -164,7 +164,7 @@ class Launch:
 class DevicePlan:
     """The tables of a list of N tensors on its device, and scratch memory.
 
-    Args:
+    Attributes:
         rows: int64 `[N, 14]`.
         chunks: int64 `[chunks, 2]`.
         grads: int64 `[N]`, the gradients' addresses.
@@ -173,6 +173,9 @@ class DevicePlan:
             step is skipped.
         seed: int64 `[1]`.
         max_norm: float64 `[1]`.
+        uploaded: the addresses that `grads` holds, as far as the host knows.
+        spare: pinned int64 `[N]`, the host's copy of the addresses in the next capture.
+        replayed: whether a captured graph may have written `grads` since.
     """
 
     rows: Tensor

@@ -26,7 +26,7 @@ from fastkernels import codes as codec
 class Format:
     """What the state dict of an optimizer looks like.
 
-    Args:
+    Attributes:
         name: name of the optimizer, for messages.
         moments: names of the moments in the state, as torch's optimizer of the same name has them.
         group_keys: keys by which its groups are recognised.
