@@ -71,7 +71,7 @@ class Measure:
         self.batch_size = max(LEAST_EVAL_BATCH, batch_size)
         self.before: Score | None = None
         self.by_class: dict[int, ByClass] = {}
-        self.started = time.monotonic()
+        self.start_time = time.monotonic()
 
     def measure_before(self, model: nn.Module) -> None:
         self.before = self._source(model)
@@ -115,7 +115,7 @@ class Measure:
             "drift": adaptation.drift(),
             "grad_norm": float(adaptation.stats()["grad_norm"]) if step else None,
             "lr": adaptation.last_lr,
-            "seconds": round(time.monotonic() - self.started, 3),
+            "seconds": round(time.monotonic() - self.start_time, 3),
         }
 
     def _source(self, model: nn.Module) -> Score | None:
@@ -132,13 +132,13 @@ class Measure:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "seconds": time.monotonic() - self.started,
+            "seconds": time.monotonic() - self.start_time,
             "before": None if self.before is None else [self.before.accuracy, self.before.loss],
             "by_class": [[step, *counts] for step, counts in self.by_class.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.started = time.monotonic() - float(state["seconds"])
+        self.start_time = time.monotonic() - float(state["seconds"])
         before = state["before"]
         self.before = None if before is None else Score(*before)
         # Checkpoints of older versions have no such entry.

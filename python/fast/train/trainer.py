@@ -57,7 +57,6 @@ class Trainer:
     """
 
     adaptation: Adaptation
-    measure: Measure
     train_step: TrainStep
 
     def __init__(
@@ -76,6 +75,9 @@ class Trainer:
         self.engine = Engine(next(model.parameters()).device, config.precision, ranks)
         self.sources = {"card": card, "source_inputs": source_inputs}
         self.callbacks = callbacks
+        self.measure = Measure(
+            data.val, data.source, self.engine, config.batch_size, tta=config.tta
+        )
         self.stopping = EarlyStopping(config.patience)
         self.saver: Saver | None = None
 
@@ -103,8 +105,12 @@ class Trainer:
                     self._train(began, losses, run_log, bar)
         return self._result(run_log.history)
 
-    def _adapt(self, resuming: bool = False) -> Adaptation:
-        """Measure the source, then make the adaptation, which changes the network."""
+    def _adapt(self, resuming: bool) -> None:
+        """Measure the source, then make the adaptation, which changes the network.
+
+        Args:
+            resuming: whether a checkpoint follows, which has the measurement.
+        """
         config, data, engine = self.config, self.data, self.engine
         with engine.ranks.together():
             weights = class_weights(config.class_weights, data.train, data.num_classes)
@@ -112,7 +118,6 @@ class Trainer:
             weights = weights.to(engine.device)
         loss = TargetLoss(weights, config.label_smoothing)
         mix = mixing(config.mixup, config.cutmix, data.num_classes)
-        self.measure = Measure(data.val, data.source, engine, config.batch_size, tta=config.tta)
         if not resuming:
             if data.source is not None:
                 steps_log.info("measuring the source")
@@ -134,8 +139,7 @@ class Trainer:
         if not engine.ranks.first:  # from here on each rank draws its own dropout and augmentation
             seed_process(spread_seed(config.seed, engine.ranks.rank))
         self.train_step = TrainStep(self.adaptation, data, loss, engine, mix)
-        self.measure.started = time.monotonic()
-        return self.adaptation
+        self.measure.start_time = time.monotonic()
 
     def _start(self) -> tuple[History | None, list[Tensor]]:
         """Start a new run, or resume one from its checkpoint.
@@ -144,15 +148,15 @@ class Trainer:
             the history so far, or None; and the losses since its last record.
         """
         if self.folder is None:
-            self._adapt()
+            self._adapt(resuming=False)
             return None, []
         with self.engine.ranks.together():
             self.saver = Saver(self.folder, self.config, self.model, self.data)
-        adaptation = self._adapt(resuming=self.saver.resumes)
-        self.saver.add_source(adaptation, self.sources["card"])
+        self._adapt(resuming=self.folder.source is not None)
+        self.saver.add_source(self.adaptation, self.sources["card"])
         if self.folder.source is None:
             return None, []
-        file, record, best = self.saver.load(adaptation)
+        file, record, best = self.saver.load(self.adaptation)
         with reading(file):
             self.stopping.load(record["stopping"], best)
             self.measure.load_state_dict(record["measure"])

@@ -56,10 +56,6 @@ class Saver:
             "source data (hash)": data_identity(data.source),
         }
 
-    @property
-    def resumes(self) -> bool:
-        return self.folder.source is not None
-
     def add_source(self, adaptation: Adaptation, card: SourceCard | None) -> None:
         """Add the source inputs of the adaptation, and the user's card, to the facts of the job."""
         self._job["source inputs (hash)"] = data_identity(adaptation.source)
