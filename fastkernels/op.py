@@ -150,8 +150,8 @@ def schema_of(function: Callable[..., Any], mutates: tuple[str, ...]) -> str:
             kind = kind.replace("Tensor", f"Tensor({next(letters)}!)")
         default = "" if p.default in (p.empty, ()) else f"={p.default}"
         parameters.append(f"{kind} {p.name}{default}")
-    returned = _TYPES[signature.return_annotation]
-    return f"{function.__name__}({', '.join(parameters)}) -> {returned}"
+    result = _TYPES[signature.return_annotation]
+    return f"{function.__name__}({', '.join(parameters)}) -> {result}"
 
 
 def candidates(op: str, device: str) -> list[Backend]:
@@ -165,11 +165,11 @@ def choose(op: str, device: str) -> Callable[..., Any]:
     Raises:
         BackendError: FASTKERNELS_BACKEND names a backend that is not there; the message says why.
     """
-    forced = os.environ.get(ENVIRONMENT)
+    choice = os.environ.get(ENVIRONMENT)
     backends = candidates(op, device)
     refusals = []
     for backend in backends:
-        if forced and backend.name != forced:
+        if choice and backend.name != choice:
             continue
         if backend in _loaded:
             return _loaded[backend]
@@ -177,9 +177,9 @@ def choose(op: str, device: str) -> Callable[..., Any]:
         if ok:
             return _loaded.setdefault(backend, backend.load())
         refusals.append(f"{backend.name}: {reason}")
-    wanted = f"{ENVIRONMENT}={forced}" if forced else f"the device {device!r}"
+    what = f"{ENVIRONMENT}={choice}" if choice else f"the device {device!r}"
     why = "; ".join(refusals) or f"backends there are: {[b.name for b in backends] or 'none'}"
-    raise BackendError(f"{op} has no backend for {wanted}: {why}")
+    raise BackendError(f"{op} has no backend for {what}: {why}")
 
 
 def explain() -> list[Row]:

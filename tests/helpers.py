@@ -1,4 +1,4 @@
-"""What tests share: the error rule, sound files, and running code in a fresh interpreter."""
+"""What tests share: the error rule, equal states, sound files, and code in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import sys
 import wave
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +35,12 @@ def assert_no_worse_than_torch(
     units = 8 if result.dtype == torch.float64 else 1
     slack = units * torch.finfo(result.dtype).eps * truth.abs().max()
     assert ours <= factor * theirs + slack, f"{what}: error {ours:.3e}, torch's {theirs:.3e}"
+
+
+def same_state(a: Any, b: Any) -> bool:
+    """Whether two networks, or their state dicts, have the same tensors, to the bit."""
+    a, b = (x.state_dict() if isinstance(x, nn.Module) else x for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def run_python(

@@ -70,9 +70,9 @@ def test_the_cache_follows_parameters_modes_and_data() -> None:
 
 def test_a_value_that_is_overwritten_is_noticed() -> None:
     value = torch.ones(3)
-    tape = Tape(kept=[(value, value._version, "aten.mul.Tensor")])
+    tape = Tape(versions=[(value, value._version, "aten.mul.Tensor")])
     tape.verify()
-    tape.kept.append((value, value._version, "aten.mul.Tensor"))
+    tape.versions.append((value, value._version, "aten.mul.Tensor"))
     value.add_(1)
     with pytest.raises(UnsupportedOperation, match=r"aten\.mul\.Tensor, an input of which"):
         tape.verify()

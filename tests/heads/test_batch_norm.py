@@ -9,15 +9,12 @@ from torch import nn
 import fast
 from fast.heads import estimate_statistics, plain_batch_norm, set_batch_norm
 from fast.heads.batch_norm import estimate, per_task_norms
+from helpers import same_state
 from networks import ConvNet, images
 
 
 def statistics(model):
     return {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
-
-
-def same(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_frozen_statistics_never_move():
@@ -27,7 +24,7 @@ def test_frozen_statistics_never_move():
     model.train()
     assert model.training
     model(x).sum().backward()
-    assert same(before, statistics(model))
+    assert same_state(before, statistics(model))
     assert model.features[1].weight.grad is not None
     assert isinstance(model.features[1], nn.BatchNorm2d)
 
@@ -37,7 +34,7 @@ def test_tracked_statistics_move():
     set_batch_norm(model, "track")
     before = statistics(model)
     model.train()(x)
-    assert not same(before, statistics(model))
+    assert not same_state(before, statistics(model))
 
 
 def test_statistics_per_task_leave_the_source_alone():

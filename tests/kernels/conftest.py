@@ -6,19 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 
 from fastkernels.backends import triton
 from fastkernels.op import ENVIRONMENT, explain
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Small tensors: torch's parallel regions cost more than they bring, above all under load."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _backends_on_cpu() -> list[str]:

@@ -15,6 +15,7 @@ import fast
 from fast.heads import evaluating, task_head
 from fast.merge.join_fit import Side, fit
 from fast.merge.joined import load_joined, merged
+from helpers import same_state
 from networks import ConvHead, ConvNet, TextNet, images, sentences, taught
 
 OLD = ["cat", "dog", "cow", "owl", "hen"]
@@ -145,8 +146,7 @@ def test_the_result_stays_as_it_was(result, source_inputs):
     before = copy.deepcopy(result.model.state_dict())
     mode = [m.training for m in result.model.modules()]
     joined_of(result, source_inputs)
-    after = result.model.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert same_state(result.model, before)
     assert mode == [m.training for m in result.model.modules()]
     assert task_head(result.model) is not None
 

@@ -11,6 +11,7 @@ from torch import nn
 from fast.models.load import load_model, parse_spec
 from fast.models.preparation import most_tokens
 from fast.models.weights import load_weights
+from helpers import same_state
 
 NETS = """
 import torch
@@ -101,10 +102,6 @@ def other_values(net):
     }
 
 
-def same(net, state):
-    return all(torch.equal(v, net.state_dict()[k]) for k, v in state.items())
-
-
 def test_weights_in_every_wrapping(net, tmp_path):
     state = other_values(net)
     save_file(state, tmp_path / "a.safetensors")
@@ -115,7 +112,7 @@ def test_weights_in_every_wrapping(net, tmp_path):
     for file in ("a.safetensors", "b.pt", "c.pt"):
         net.load_state_dict({k: torch.zeros_like(v) for k, v in state.items()})
         assert load_weights(net, tmp_path / file) == []
-        assert same(net, state), file
+        assert same_state(net, state), file
 
 
 def test_half_precision_files_are_cast(net, tmp_path):
@@ -140,7 +137,7 @@ def test_only_num_batches_tracked_may_be_missing(net, tmp_path):
         ValueError, match=r"lacks 1 of 9 tensors .*: 2\.bias; it has others .*: other; --allow"
     ):
         load_weights(net, tmp_path / "b.safetensors")
-    assert same(net, before)
+    assert same_state(net, before)
 
     notes = load_weights(net, tmp_path / "b.safetensors", allow_missing=True)
     assert [("missing" in n, "not used" in n) for n in notes] == [(True, False), (False, True)]

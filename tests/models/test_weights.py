@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fast.models.weights import load_weights
+from helpers import same_state
 
 
 def build():
@@ -28,7 +29,7 @@ def loads(net, state, stored, path, **options):
     torch.save(stored, path)
     notes = load_weights(net, path, **options)
     own = net.state_dict()
-    assert all(torch.equal(value, own[name]) for name, value in state.items())
+    assert same_state({name: own[name] for name in state}, state)
     return notes
 
 
@@ -90,4 +91,4 @@ def test_what_cannot_be_meant_is_refused(state, change, message, allow_missing, 
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_weights(net, tmp_path / "w.pt", allow_missing=allow_missing)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert same_state(net, before)

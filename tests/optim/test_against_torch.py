@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import fast.optim
 from fast.optim import SGD, AdamW
 from helpers import assert_no_worse_than_torch
 from optim.small_networks import batch, flat, network, train
@@ -357,7 +356,3 @@ def test_a_loaded_group_is_checked():
     with pytest.raises(ValueError, match="lr"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 1e-3
-
-
-def test_public_names():
-    assert set(fast.optim.__all__) >= {"AdamW", "SGD"}

@@ -14,11 +14,6 @@ import fast
 from optim.small_networks import parameter
 
 STEPS = 12
-# In torch 2.6 dynamo neither compares sets nor joins dicts, and compiles every step anew.
-whole_graphs = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
-    reason="whole graphs of a step were made with torch 2.13; 2.6 makes none",
-)
 OPTIMIZERS = {
     "adamw": lambda params, **keys: fast.AdamW(params, anchor_decay=0.5, **keys),
     "sgd": lambda params, **keys: fast.SGD(params, momentum=0.9, anchor_decay=0.5, **keys),
@@ -54,7 +49,6 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         assert torch.equal(p, q)
 
 
-@whole_graphs
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("lr", ["float", "tensor"])
 def test_step_compiles_whole(kind, lr):
@@ -77,7 +71,6 @@ def test_step_compiles_whole(kind, lr):
     assert 1 <= counter.frame_count <= 3
 
 
-@whole_graphs
 def test_graph_has_our_op_once():
     torch._dynamo.reset()
     model, backend = network(), EagerAndRecordGraphs()
@@ -88,7 +81,6 @@ def test_graph_has_our_op_once():
         assert targets.count("fastkernels.anchored_adamw_") == 1, targets
 
 
-@whole_graphs
 @pytest.mark.slow
 def test_step_compiles_with_inductor():
     torch._dynamo.reset()

@@ -304,8 +304,6 @@ def test_stats():
 def foreign(name: str) -> tuple[Any, dict[str, Any]]:
     """An optimizer class of another library, and its arguments."""
     if name == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            pytest.skip("this torch has no Muon")
         return torch.optim.Muon, {"lr": 0.01}
     if name == "adafactor":
         adafactor = pytest.importorskip("transformers", reason="its Adafactor").Adafactor

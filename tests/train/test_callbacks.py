@@ -21,14 +21,14 @@ RUN = {"steps": 4, "eval_every": 2, "batch_size": 16, "progress": False}
 
 
 def test_a_callback_gets_each_record():
-    seen = []
+    records = []
 
     def spoil(record):
         record.clear()  # a copy: the history stays
 
-    result = fast.finetune(ConvNet(), TRAIN, VAL, callbacks=[spoil, seen.append], **RUN)
-    assert seen == result.history
-    assert [record["step"] for record in seen] == [0, 2, 4]
+    result = fast.finetune(ConvNet(), TRAIN, VAL, callbacks=[spoil, records.append], **RUN)
+    assert records == result.history
+    assert [record["step"] for record in records] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -38,9 +38,9 @@ def test_what_a_callback_raises_ends_the_run_with_its_name(folder, tmp_path):
             raise ConnectionError("no server")
 
     options = RUN | ({"output": tmp_path} if folder else {})
-    with pytest.raises(ConnectionError, match="no server") as raised:
+    with pytest.raises(ConnectionError, match="no server") as error_info:
         fast.finetune(ConvNet(), TRAIN, callbacks=[report_to_server], **options)
-    (note,) = raised.value.__notes__
+    (note,) = error_info.value.__notes__
     assert "report_to_server, at step 2" in note
 
 
@@ -88,12 +88,12 @@ def test_the_page_about_watching_a_run(monkeypatch):
     pytest.importorskip("pandas", reason="the page makes a DataFrame")
     pytest.importorskip("matplotlib", reason="the page draws")
     page = (ROOT / "docs" / "watching.md").read_text()
-    sent: list[dict] = []
+    reports: list[dict] = []
     logger = SimpleNamespace(
         init=lambda project: None,
         set_experiment=lambda name: None,
-        log=lambda figures, step: sent.append(figures),
-        log_metrics=lambda figures, step: sent.append(figures),
+        log=lambda figures, step: reports.append(figures),
+        log_metrics=lambda figures, step: reports.append(figures),
     )
     monkeypatch.setitem(sys.modules, "wandb", logger)
     monkeypatch.setitem(sys.modules, "mlflow", logger)
@@ -103,8 +103,8 @@ def test_the_page_about_watching_a_run(monkeypatch):
     for block in blocks:
         names["model"] = ConvNet()
         exec(block.replace("epochs=5", "steps=2, eval_every=1"), names)
-    assert [figures["step"] for figures in sent] == [0, 1, 2] * 2
-    assert all(isinstance(value, int | float) for figures in sent for value in figures.values())
+    assert [figures["step"] for figures in reports] == [0, 1, 2] * 2
+    assert all(isinstance(value, int | float) for figures in reports for value in figures.values())
     assert names["frame"].index.tolist() == [0, 1, 2]
 
 

@@ -16,6 +16,7 @@ from fast.models.saved import list_checkpoints
 from fast.tensor_files import save_tensors
 from fast.train.measure import Measure
 from fast.train.resume.checkpoint import FORMAT
+from helpers import same_state
 from networks import ConvNet, images
 
 TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)
@@ -52,7 +53,7 @@ def resume(folder):
         assert torch.equal(torch.get_rng_state(), generator)
         # The run is finished, so no step is taken: what is left is the checkpoint's or the start's.
         if "decide.weight" in model.state_dict():
-            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            assert same_state(model, before)
 
 
 def only(folder):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fast
 from fast.adapt.methods import METHODS
 from fast.heads import forward_logits, task_head
+from helpers import same_state
 from networks import IMAGE_NETWORKS, ConvNet, TextNet, images, sentences
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
@@ -21,10 +22,6 @@ TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
 
 def weights(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same(a, b):
-    return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("name", IMAGE_NETWORKS)
@@ -63,7 +60,7 @@ def test_a_data_set_and_a_loader_give_what_tensors_give():
         model = copy.deepcopy(start)
         fast.finetune(model, train, (x, y), num_classes=4, steps=8)
         outcomes.append(weights(model))
-    assert same(*outcomes)
+    assert same_state(*outcomes)
     loader = DataLoader(dataset, batch_size=32, shuffle=True)
     result = fast.finetune(copy.deepcopy(start), loader, VAL, num_classes=4, epochs=2, lr=1e-2)
     assert result.history[-1]["step"] == 2 * len(loader)
@@ -84,7 +81,7 @@ def test_the_stall_leaves_the_backbone_alone():
     model = ConvNet()
     before = weights(model.features)
     fast.finetune(model, TRAIN, steps=5, stall=5, batch_norm="frozen")
-    assert same(before, weights(model.features))
+    assert same_state(before, weights(model.features))
 
 
 def test_seeds_repeat_and_the_callers_random_state_stays():
@@ -95,8 +92,8 @@ def test_seeds_repeat_and_the_callers_random_state_stays():
         model = copy.deepcopy(start)
         fast.finetune(model, TRAIN, steps=6, seed=seed)
         runs.append(weights(model))
-    assert same(runs[0], runs[1])
-    assert not same(runs[0], runs[2])
+    assert same_state(runs[0], runs[1])
+    assert not same_state(runs[0], runs[2])
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -160,7 +157,7 @@ def test_very_short_runs_still_move_the_backbone():
     model = ConvNet()
     before = weights(model.features)
     fast.finetune(model, TRAIN, steps=3, lr=1e-2)
-    assert not same(before, weights(model.features))
+    assert not same_state(before, weights(model.features))
 
 
 def test_early_stopping_goes_back_to_the_best_weights():
@@ -183,14 +180,14 @@ def test_a_function_of_the_model_can_measure_the_source():
 
 
 def test_the_batch_transform_is_for_training_only():
-    seen = []
+    sizes = []
 
     def flip(x):
-        seen.append(len(x))
+        sizes.append(len(x))
         return x.flip(-1)
 
     fast.finetune(ConvNet(), TRAIN, VAL, steps=3, transform=flip)
-    assert seen == [56, 56, 56]  # 8 of 64 places rehearse
+    assert sizes == [56, 56, 56]  # 8 of 64 places rehearse
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -227,8 +224,8 @@ def test_the_saved_model_loads_into_the_plain_architecture(tmp_path):
     plain = ConvNet(num_classes=4).eval()
     plain.load_state_dict(load_file(folder / "model.safetensors"))
     assert torch.allclose(plain(VAL[0]), model(VAL[0]), atol=1e-4)
-    saved = json.loads((folder / "result.json").read_text())
-    assert saved["target_accuracy"] == result.target_accuracy
+    record = json.loads((folder / "result.json").read_text())
+    assert record["target_accuracy"] == result.target_accuracy
     lines = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
 
@@ -249,8 +246,8 @@ def test_a_network_with_a_part_called_module_is_saved_whole(tmp_path, wrap):
     model = Wrapping()
     result = fast.finetune(model, TRAIN, steps=2)
     result.model = wrap(model)
-    saved = load_file(result.save(tmp_path) / "model.safetensors")
-    assert set(saved) == {"module.1.weight", "module.1.bias", "fc.weight", "fc.bias"}
+    record = load_file(result.save(tmp_path) / "model.safetensors")
+    assert set(record) == {"module.1.weight", "module.1.bias", "fc.weight", "fc.bias"}
     assert (tmp_path / "source_head.safetensors").is_file()
 
 

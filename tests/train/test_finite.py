@@ -40,17 +40,17 @@ def test_a_diverged_run_leaves_its_last_good_checkpoint(tmp_path, monkeypatch, w
     options = {"steps": 20, "eval_every": 10, "save_every": 2, "output": tmp_path / "run"}
     with pytest.raises(FloatingPointError, match=r"lower lr.*checkpoint of step 4 .* left as it"):
         fast.finetune(ConvNet(), TRAIN, VAL, **options)
-    (kept,) = list_checkpoints(tmp_path / "run")
-    assert kept.name == "checkpoint-00000004"
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert checkpoint.name == "checkpoint-00000004"
 
 
 @pytest.mark.parametrize("output", [False, True])
 def test_no_checkpoint_is_spoken_of_where_there_is_none(tmp_path, monkeypatch, output):
     spoiled(monkeypatch, 1, weights_too=False)
     options = {"output": tmp_path / "run"} if output else {}
-    with pytest.raises(FloatingPointError, match="loss is nan") as caught:
+    with pytest.raises(FloatingPointError, match="loss is nan") as error_info:
         fast.finetune(ConvNet(), TRAIN, VAL, steps=20, eval_every=10, save_every=2, **options)
-    assert "checkpoint" not in str(caught.value)
+    assert "checkpoint" not in str(error_info.value)
 
 
 def score(model, data):
@@ -88,6 +88,8 @@ def test_an_absurd_loss_at_the_end_is_warned_of(recwarn):
     options = {"method": "lp-ft", "steps": 6, "probe_steps": 1, "eval_every": 3}
     fast.finetune(ConvNet(), TRAIN, VAL, lr=1e-2, **options)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"loss at the end is .* 1000 times .* Lower lr") as caught:
+    with pytest.warns(
+        UserWarning, match=r"loss at the end is .* 1000 times .* Lower lr"
+    ) as error_info:
         fast.finetune(ConvNet(), TRAIN, VAL, lr=1e3, **options)
-    assert caught[0].filename == __file__
+    assert error_info[0].filename == __file__

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fast
 from fast.data.reachable import code_of, reachable, values_of
+from helpers import same_state
 from interruption import Stopped, dying_at
 from networks import images
 
@@ -139,7 +140,7 @@ def from_a_global(x):
     return x + shared.random()
 
 
-MADE = {
+GENERATORS = {
     "torch": lambda: torch.Generator().manual_seed(5),
     "numpy": lambda: np.random.default_rng(5),
     "mersenne": lambda: np.random.Generator(np.random.MT19937(5)),
@@ -158,16 +159,16 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("kind", "place"), [(k, "transform") for k in MADE] + [
+@pytest.mark.parametrize(("kind", "place"), [(k, "transform") for k in GENERATORS] + [
     ("numpy", p) for p in PLACES if p != "transform"])  # fmt: skip
 def test_generators_of_the_data_go_on(tmp_path, kind, place):
     def options():
-        return {"model": Net(), **PLACES[place](MADE[kind]())}
+        return {"model": Net(), **PLACES[place](GENERATORS[kind]())}
 
     whole = run(**options(), output=tmp_path / "whole")
     interrupted(**options(), at=10, output=tmp_path / "cut")
     again = run(**options(), resume=tmp_path / "cut")
-    assert all(torch.equal(again[k], v) for k, v in whole.items())
+    assert same_state(again, whole)
 
 
 def test_a_generator_that_is_a_global(tmp_path, monkeypatch):
@@ -177,18 +178,18 @@ def test_a_generator_that_is_a_global(tmp_path, monkeypatch):
     interrupted(transform=from_a_global, at=10, output=tmp_path)
     monkeypatch.setitem(globals(), "shared", np.random.default_rng(3))
     again = run(transform=from_a_global, resume=tmp_path)
-    assert all(torch.equal(again[k], v) for k, v in whole.items())
+    assert same_state(again, whole)
 
 
 def test_where_samples_are_read_the_run_is_the_same(tmp_path):
     """A folder makes the run read samples to compare; without one it does not."""
     a = run(train=Samples(noise=Noise(np.random.default_rng(5))))
     b = run(train=Samples(noise=Noise(np.random.default_rng(5))), output=tmp_path)
-    assert all(torch.equal(b[k], v) for k, v in a.items())
+    assert same_state(a, b)
 
 
 def test_another_generator_is_refused(tmp_path):
-    make = MADE["numpy"]
+    make = GENERATORS["numpy"]
     interrupted(transform=closure(make()), at=7, output=tmp_path)
 
     def plain(generator):

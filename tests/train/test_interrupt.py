@@ -13,6 +13,7 @@ import torch
 
 import fast
 from fast.models.saved import list_checkpoints
+from helpers import same_state
 from networks import ConvNet, images
 
 TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)
@@ -49,8 +50,7 @@ def test_ctrl_c_saves_the_step_that_it_came_in(tmp_path, at):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     options = OPTIONS | {"transform": signalling(signal.SIGINT, 99)}
     again = fast.finetune(start(), TRAIN, VAL, resume=tmp_path, **options)
-    expected = whole.model.state_dict()
-    assert all(torch.equal(v, expected[k]) for k, v in again.model.state_dict().items())
+    assert same_state(again.model, whole.model)
 
 
 def test_a_second_one_stops_at_once(tmp_path):

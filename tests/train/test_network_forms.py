@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import fast
 from fast.heads import by_sample, folds_positions, forward_logits, task_head
 from fast.models.saved import load_saved
+from helpers import same_state
 from networks import ConvHead, images
 
-TRAIN, VAL, KNOWN = images(100, 4, seed=1), images(40, 4, seed=2), images(80, 5, seed=3)
+TRAIN, VAL, SOURCE = images(100, 4, seed=1), images(40, 4, seed=2), images(80, 5, seed=3)
 
 
 class Positions(nn.Module):
@@ -63,11 +64,11 @@ class Ends(nn.Sequential):
 
 
 class Padded(nn.Module):
-    """Eight outputs, of which the first `kept` count."""
+    """Eight outputs, of which the first `count` count."""
 
-    def __init__(self, kept=5):
+    def __init__(self, count=5):
         super().__init__()
-        self.body, self.fc, self.kept = nn.Linear(64, 16), nn.Linear(16, 8), kept
+        self.body, self.fc, self.kept = nn.Linear(64, 16), nn.Linear(16, 8), count
 
     def forward(self, x):
         return self.fc(self.body(x.flatten(1)).relu())[:, : self.kept]
@@ -82,17 +83,17 @@ def run(kind, **options):
     "options",
     [
         {},
-        {"source_inputs": KNOWN},
-        {"source_inputs": KNOWN[0], "grad_accum_steps": 4},
+        {"source_inputs": SOURCE},
+        {"source_inputs": SOURCE[0], "grad_accum_steps": 4},
         {"train": DataLoader(TensorDataset(*TRAIN), 25), "num_classes": 4, "distill": 1.0},
     ],
     ids=["distilling", "rehearsing", "in parts", "without row numbers"],
 )
 def test_rows_of_a_sample_count_as_one_however_they_are_laid_out(options):
-    plain, folded = (run(kind, **options) for kind in (Positions, Folded))
-    pairs = zip(plain.model.state_dict().values(), folded.model.state_dict().values(), strict=True)
+    plain, by_row = (run(kind, **options) for kind in (Positions, Folded))
+    pairs = zip(plain.model.state_dict().values(), by_row.model.state_dict().values(), strict=True)
     assert all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5) for a, b in pairs)
-    assert folded.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-4)
+    assert by_row.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-4)
 
 
 def test_rows_by_sample():
@@ -113,17 +114,17 @@ def test_mixed_rows_are_refused_where_they_matter():
 
 def test_source_rows_run_apart_where_the_network_counts_its_inputs():
     """In one batch with the target's, they would be cut off before it counts."""
-    result = run(Last, source_inputs=KNOWN, steps=40)
+    result = run(Last, source_inputs=SOURCE, steps=40)
     assert result.history[-1]["loss"] < result.history[1]["loss"]
 
 
 def test_a_log_softmax_may_follow_the_head():
     torch.manual_seed(0)
     plain = Ends()
-    logged = Ends(nn.LogSoftmax(1))
-    logged.load_state_dict(plain.state_dict())
-    options = {"steps": 6, "lr": 1e-2, "stall": 2, "head_steps": 0, "source_inputs": KNOWN}
-    ends = [fast.finetune(m, TRAIN, VAL, **options).model for m in (plain, logged)]
+    with_log_softmax = Ends(nn.LogSoftmax(1))
+    with_log_softmax.load_state_dict(plain.state_dict())
+    options = {"steps": 6, "lr": 1e-2, "stall": 2, "head_steps": 0, "source_inputs": SOURCE}
+    ends = [fast.finetune(m, TRAIN, VAL, **options).model for m in (plain, with_log_softmax)]
     a, b = (forward_logits(m, VAL[0]).log_softmax(1) for m in ends)
     assert torch.allclose(a, b, atol=1e-4)
 
@@ -145,15 +146,15 @@ def test_a_padded_head_is_found_and_a_cut_that_loses_classes_is_said():
 def test_a_head_without_bias_is_saved_with_the_one_it_needs(tmp_path):
     torch.manual_seed(0)
     start = Ends(head=nn.Linear(16, 5, bias=False))
-    result = fast.finetune(copy.deepcopy(start), TRAIN, VAL, steps=6, source_inputs=KNOWN)
+    result = fast.finetune(copy.deepcopy(start), TRAIN, VAL, steps=6, source_inputs=SOURCE)
     result.save(tmp_path)
     assert "3 has a bias" in json.loads((tmp_path / "result.json").read_text())["notes"][0]
     assert set(load_file(tmp_path / "source_head.safetensors")) == {"weight"}
-    saved = load_saved(tmp_path, copy.deepcopy(start), VAL[0])
+    networks = load_saved(tmp_path, copy.deepcopy(start), VAL[0])
     result.model.eval()
-    assert torch.allclose(saved.target.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
+    assert torch.allclose(networks.target.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
     with fast.source_task(result.model):
-        assert torch.allclose(saved.source.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
+        assert torch.allclose(networks.source.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
 
 
 def test_head_steps_are_for_heads_that_come_last():
@@ -212,10 +213,10 @@ def test_a_normed_head_is_saved_as_the_plain_layer_that_it_is(tmp_path, name, bi
     result.save(tmp_path)
     assert any("3 is a plain Linear, and the network's own" in note for note in result.notes)
     for model in (normed(), Ends(head=nn.Linear(16, 5, bias=bias))):
-        saved = load_saved(tmp_path, model, VAL[0])
+        networks = load_saved(tmp_path, model, VAL[0])
         with torch.no_grad():
-            assert torch.allclose(saved.source.eval()(VAL[0]), before, atol=1e-6)
-            assert torch.allclose(saved.target.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
+            assert torch.allclose(networks.source.eval()(VAL[0]), before, atol=1e-6)
+            assert torch.allclose(networks.target.eval()(VAL[0]), result.model(VAL[0]), atol=1e-5)
 
 
 class Doubled(nn.Linear):
@@ -228,10 +229,10 @@ class Doubled(nn.Linear):
 def test_a_head_with_a_forward_of_its_own_is_noted(tmp_path):
     result = run(lambda: Ends(head=Doubled(16, 5)))
     assert "(Doubled with weights or a forward of its own)" in result.notes[0]
-    exported = result.export(tmp_path / "served", "safetensors")
-    assert result.notes[0] in (exported / "README.md").read_text()
+    folder = result.export(tmp_path / "served", "safetensors")
+    assert result.notes[0] in (folder / "README.md").read_text()
     plain = Ends(head=nn.Linear(16, 4)).eval()
-    plain.load_state_dict(load_file(exported / "model.safetensors"))
+    plain.load_state_dict(load_file(folder / "model.safetensors"))
     assert torch.allclose(plain(VAL[0]), result.model(VAL[0]), atol=1e-5)
 
 
@@ -242,14 +243,14 @@ class OneOutput(Ends):
 
 def test_of_one_output_nothing_is_counted_that_softmax_makes_sure():
     """Softmax gives any single number the probability 1, so that nothing were ever lost."""
-    result = run(OneOutput, source_inputs=KNOWN[0], forget_budget=0.01)
+    result = run(OneOutput, source_inputs=SOURCE[0], forget_budget=0.01)
     assert result.final["forecast"] != 0
     with pytest.raises(ValueError, match="task source: the network has one output"):
         result.predict(VAL[0], task="source")
     with pytest.raises(ValueError, match="source: the network has one output"):
-        run(OneOutput, source=(KNOWN[0], torch.zeros(80)))
+        run(OneOutput, source=(SOURCE[0], torch.zeros(80)))
     with pytest.raises(ValueError, match="source_skill='answers': the source head has one output"):
-        run(OneOutput, source_inputs=KNOWN[0], source_skill="answers")
+        run(OneOutput, source_inputs=SOURCE[0], source_skill="answers")
 
 
 def test_a_lazy_network_is_told_to_run_once():
@@ -297,7 +298,7 @@ class Mixed16(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"method": "vanilla"}, {"source_inputs": KNOWN}, {"method": "ewc"}],
+    [{}, {"method": "vanilla"}, {"source_inputs": SOURCE}, {"method": "ewc"}],
     ids=["fast", "vanilla", "rehearsing", "ewc"],
 )
 @pytest.mark.parametrize("mixed", [False, True])
@@ -308,15 +309,14 @@ def test_a_network_of_16_bits_learns_as_one_of_32(dtype, options, mixed):
     half = {k: (v[0].to(dtype), v[1]) for k, v in (("train", TRAIN), ("val", VAL))}
     wide = {k: (x.float(), y) for k, (x, y) in half.items()}
     if "source_inputs" in options:
-        half["source_inputs"] = (KNOWN[0].to(dtype), KNOWN[1])
-        wide["source_inputs"] = (half["source_inputs"][0].float(), KNOWN[1])
+        half["source_inputs"] = (SOURCE[0].to(dtype), SOURCE[1])
+        wide["source_inputs"] = (half["source_inputs"][0].float(), SOURCE[1])
     options = options | {"steps": 5, "lr": 1e-4}
     expected = fast.finetune(copy.deepcopy(start).float(), **(options | wide))
     with pytest.warns(UserWarning, match=r"returned in float32.*result\.model\.to"):
         result = fast.finetune(start, **(options | half))
     assert result.history[-1]["target_loss"] == expected.history[-1]["target_loss"]
-    pairs = zip(start.state_dict().values(), expected.model.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert same_state(start, expected.model)
     assert not start._forward_pre_hooks
 
 
@@ -332,7 +332,7 @@ def test_a_call_that_fails_gives_the_16_bits_back():
 def test_a_card_of_16_bits_is_still_of_its_weights():
     start = Ends().bfloat16()
     card = fast.SourceCard.estimate(
-        start, KNOWN[0].bfloat16(), num_samples=16, calibration_samples=8
+        start, SOURCE[0].bfloat16(), num_samples=16, calibration_samples=8
     )
     with pytest.warns(UserWarning, match="bfloat16"):
         result = fast.finetune(start, TRAIN, steps=2, card=card)
@@ -349,23 +349,23 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"source_inputs": KNOWN}, {"source_inputs": KNOWN, "method": "replay"}],
+    [{}, {"source_inputs": SOURCE}, {"source_inputs": SOURCE, "method": "replay"}],
     ids=["fast", "rehearsing", "replay"],
 )
 def test_of_a_wrapped_network_the_one_inside_is_trained(name, options):
     torch.manual_seed(0)
     start = Ends().eval()
     expected = fast.finetune(copy.deepcopy(start), TRAIN, steps=3, **options).model
-    wrapped = WRAPPERS[name](start)
+    wrapper = WRAPPERS[name](start)
     with torch.no_grad():
-        wrapped(VAL[0])  # compiled code has no hooks that come later
+        wrapper(VAL[0])  # compiled code has no hooks that come later
     with pytest.warns(UserWarning, match="the Ends inside is trained"):
-        result = fast.finetune(wrapped, TRAIN, steps=3, **options)
+        result = fast.finetune(wrapper, TRAIN, steps=3, **options)
     assert result.model is start
     with torch.no_grad():
-        assert torch.equal(wrapped(VAL[0]), expected(VAL[0]))
-        with fast.source_task(wrapped), fast.source_task(expected):
-            assert torch.equal(wrapped(VAL[0]), expected(VAL[0]))
+        assert torch.equal(wrapper(VAL[0]), expected(VAL[0]))
+        with fast.source_task(wrapper), fast.source_task(expected):
+            assert torch.equal(wrapper(VAL[0]), expected(VAL[0]))
 
 
 def test_compiled_parts_are_saved_under_plain_names_and_may_not_hold_the_head(tmp_path):
@@ -389,10 +389,10 @@ def batch_normed():
 @pytest.mark.parametrize(
     "options",
     [
-        {"source_inputs": KNOWN},
+        {"source_inputs": SOURCE},
         {"batch_norm": "track"},
         {"batch_norm": "track", "train": (TRAIN[0][:24], TRAIN[1][:24]), "grad_accum_steps": 8},
-        {"batch_norm": "track", "method": "replay", "source_inputs": KNOWN},
+        {"batch_norm": "track", "method": "replay", "source_inputs": SOURCE},
     ],
     ids=["per task", "tracked", "in parts of one", "replay"],
 )

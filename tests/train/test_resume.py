@@ -24,6 +24,7 @@ from fast.files import read_sealed, write_sealed
 from fast.models.saved import list_checkpoints
 from fast.train.log import RunLog
 from fast.train.resume import checkpoint
+from helpers import same_state
 from interruption import Stopped, dying_at
 from networks import ConvNet, images
 
@@ -63,14 +64,13 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, method, optimizer, kin
     }
     whole = fast.finetune(network(), train, VAL, output=str(tmp_path / "whole"), **options)
     interrupted(network(), 11, train, VAL, output=str(tmp_path / "cut"), **options)
-    resumed = fast.finetune(network(), train, VAL, resume=str(tmp_path / "cut"), **options)
-    a, b = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    again = fast.finetune(network(), train, VAL, resume=str(tmp_path / "cut"), **options)
+    assert same_state(again.model, whole.model)
 
     def facts(history):
         return [{k: v for k, v in r.items() if k != "seconds"} for r in history]
 
-    assert facts(resumed.history) == facts(whole.history)
+    assert facts(again.history) == facts(whole.history)
 
 
 def test_early_stopping_goes_on_where_it_was(tmp_path):
@@ -79,10 +79,9 @@ def test_early_stopping_goes_on_where_it_was(tmp_path):
     last = whole.history[-1]["step"]
     assert last < 60
     interrupted(network(), last - 1, TRAIN, VAL, output=str(tmp_path / "cut"), **options)
-    resumed = fast.finetune(network(), TRAIN, VAL, resume=str(tmp_path / "cut"), **options)
-    a, b = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert resumed.target_accuracy == whole.target_accuracy
+    again = fast.finetune(network(), TRAIN, VAL, resume=str(tmp_path / "cut"), **options)
+    assert same_state(again.model, whole.model)
+    assert again.target_accuracy == whole.target_accuracy
 
 
 def test_a_loader_with_its_own_generator_and_numpy_augmentation(tmp_path):
@@ -99,9 +98,8 @@ def test_a_loader_with_its_own_generator_and_numpy_augmentation(tmp_path):
     state = np.random.get_state()[1].copy(), random.getstate()
     whole = fast.finetune(network(), loader(), output=str(tmp_path / "whole"), **options)
     interrupted(network(), 5, loader(), output=str(tmp_path / "cut"), **options)
-    resumed = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
-    a, b = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    again = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
+    assert same_state(again.model, whole.model)
     assert (np.random.get_state()[1] == state[0]).all()
     assert random.getstate() == state[1]
 
@@ -114,15 +112,14 @@ def test_a_folder_with_checkpoints_is_not_written_over(tmp_path):
 
 def test_a_resumed_run_may_go_on_in_another_folder(tmp_path):
     options = {"steps": 8, "eval_every": 2, "patience": 50}
-    interrupted(ConvNet(), 5, TRAIN, VAL, output=str(tmp_path / "a"), **options)
-    torch.manual_seed(0)
-    model = ConvNet()
-    fast.finetune(model, TRAIN, VAL, output=str(tmp_path / "b"), **options)
-    b = str(tmp_path / "b")
-    torch.manual_seed(0)
-    again = fast.finetune(ConvNet(), TRAIN, VAL, resume=b, output=str(tmp_path / "c"), **options)
-    assert (tmp_path / "c" / "fast.json").is_file()
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.model.state_dict().items())
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    whole = fast.finetune(network(), TRAIN, VAL, output=a, **options)
+    interrupted(network(), 5, TRAIN, VAL, output=b, **options)
+    for folder in (a, b):  # of a run that came to its end, and of one that did not
+        again = fast.finetune(network(), TRAIN, VAL, resume=folder, output=c, **options)
+        assert (tmp_path / "c" / "fast.json").is_file()
+        assert same_state(again.model, whole.model)
+        shutil.rmtree(c)
 
 
 def test_other_data_and_other_weights_are_refused(tmp_path):
@@ -200,8 +197,8 @@ def test_a_failing_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
             fast.finetune(copy.deepcopy(model), TRAIN, output=str(tmp_path), **options)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000003"]
     assert not list(tmp_path.glob(".checkpoint*"))
-    resumed = fast.finetune(copy.deepcopy(model), TRAIN, resume=str(tmp_path), **options)
-    assert resumed.history[-1]["step"] == 9
+    again = fast.finetune(copy.deepcopy(model), TRAIN, resume=str(tmp_path), **options)
+    assert again.history[-1]["step"] == 9
 
 
 KILLED = """
@@ -235,11 +232,10 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000003"]
     torch.manual_seed(0)
     options = {"steps": 9, "eval_every": 3}
-    resumed = fast.finetune(ConvNet(), TRAIN, resume=str(tmp_path), **options)
+    again = fast.finetune(ConvNet(), TRAIN, resume=str(tmp_path), **options)
     torch.manual_seed(0)
     whole = fast.finetune(ConvNet(), TRAIN, **options)
-    a, b = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert same_state(again.model, whole.model)
 
 
 def test_what_else_makes_another_job_is_refused(tmp_path):
@@ -272,9 +268,9 @@ def test_what_else_makes_another_job_is_refused(tmp_path):
 
 def test_an_option_that_a_run_did_not_know_must_be_at_its_default(tmp_path):
     fast.finetune(ConvNet(), TRAIN, steps=4, output=str(tmp_path), average=3)
-    saved = json.loads((tmp_path / "fast.json").read_text())
-    del saved["average"]
-    (tmp_path / "fast.json").write_text(json.dumps(saved))
+    record = json.loads((tmp_path / "fast.json").read_text())
+    del record["average"]
+    (tmp_path / "fast.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="average was the default, is 3"):
         fast.finetune(ConvNet(), TRAIN, steps=4, resume=str(tmp_path), average=3)
     (tmp_path / "fast.json").write_text("{")
@@ -289,9 +285,9 @@ def test_options_of_any_type_are_saved_and_compared(tmp_path):
     start = ConvNet()
     run = options | {"class_weights": weights}
     fast.finetune(copy.deepcopy(start), TRAIN, output=tmp_path / "a", **run)
-    again = options | {"class_weights": weights.tolist()}
-    resumed = fast.finetune(copy.deepcopy(start), TRAIN, resume=tmp_path / "a", **again)
-    assert resumed.config.class_weights == (1.0, 2.0, 1.0, 0.5)
+    as_list = options | {"class_weights": weights.tolist()}
+    again = fast.finetune(copy.deepcopy(start), TRAIN, resume=tmp_path / "a", **as_list)
+    assert again.config.class_weights == (1.0, 2.0, 1.0, 0.5)
     with pytest.raises(ValueError, match=r"class_weights was \[1.0, 2.0"):
         fast.finetune(copy.deepcopy(start), TRAIN, resume=tmp_path / "a", **options)
 
@@ -330,16 +326,15 @@ GENERATORS = {
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_a_batch_sampler_with_a_generator_of_its_own(tmp_path, kind):
     def loader():
-        made = GENERATORS[kind]()
-        sampler = made if kind == "nested" else Shuffled(made)
+        generator = GENERATORS[kind]()
+        sampler = generator if kind == "nested" else Shuffled(generator)
         return DataLoader(TensorDataset(*TRAIN), batch_sampler=sampler)
 
     options = {"num_classes": 4, "steps": 8, "eval_every": 4, "save_every": 3}
     whole = fast.finetune(network(), loader(), output=str(tmp_path / "whole"), **options)
     interrupted(network(), 5, loader(), output=str(tmp_path / "cut"), **options)
-    resumed = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
-    a, b = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    again = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
+    assert same_state(again.model, whole.model)
 
 
 def test_the_best_weights_follow_into_another_folder(tmp_path):
@@ -351,9 +346,8 @@ def test_the_best_weights_follow_into_another_folder(tmp_path):
     interrupted(network(), last - 3, TRAIN, VAL, output=a, **options)
     interrupted(network(), last - 1, TRAIN, VAL, resume=a, output=b, **options)
     shutil.rmtree(a)
-    resumed = fast.finetune(network(), TRAIN, VAL, resume=b, **options)
-    x, y = whole.model.state_dict(), resumed.model.state_dict()
-    assert all(torch.equal(x[k], y[k]) for k in x)
+    again = fast.finetune(network(), TRAIN, VAL, resume=b, **options)
+    assert same_state(again.model, whole.model)
     with pytest.raises(ValueError, match="whole holds checkpoints already; pass resume="):
         fast.finetune(network(), TRAIN, VAL, resume=b, output=tmp_path / "whole", **options)
 
@@ -364,12 +358,12 @@ def test_the_clock_goes_on_and_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / ".checkpoint-00000006-x.unfinished").mkdir()
     (tmp_path / ".checkpoint-00000006-x.unfinished" / "model.safetensors").write_text("half")
     state = list_checkpoints(tmp_path)[-1] / "state.json"
-    saved = read_sealed(state, checkpoint.FORMAT)
-    saved["record"]["measure"]["seconds"] += 1000
+    record = read_sealed(state, checkpoint.FORMAT)
+    record["record"]["measure"]["seconds"] += 1000
     state.unlink()
-    write_sealed(state, saved)
-    resumed = fast.finetune(network(), TRAIN, VAL, resume=tmp_path, **options)
-    seconds = [r["seconds"] for r in resumed.history]
+    write_sealed(state, record)
+    again = fast.finetune(network(), TRAIN, VAL, resume=tmp_path, **options)
+    seconds = [r["seconds"] for r in again.history]
     assert seconds == sorted(seconds)
     assert seconds[2] < 1000 < seconds[3]
     assert not list(tmp_path.glob(".*"))

@@ -13,7 +13,7 @@ from torch import nn
 
 import fast
 from fast.heads import fold_head, source_task
-from helpers import ROOT
+from helpers import ROOT, same_state
 from networks import ConvNet, SharedHead, TextNet, images
 
 
@@ -39,7 +39,7 @@ def case():
     tuned = copy.deepcopy(base)
     tuned.decide = nn.Linear(16, 3)
     teach(tuned, x, y, steps=80)
-    return types.SimpleNamespace(base=base, tuned=tuned, kept=(x_old, y_old), data=(x, y))
+    return types.SimpleNamespace(base=base, tuned=tuned, source=(x_old, y_old), data=(x, y))
 
 
 def source_loss(model, data):
@@ -49,11 +49,11 @@ def source_loss(model, data):
 
 
 def test_the_budget_is_kept_and_more_is_lost_without_it(case):
-    x, y = case.kept
-    result = fast.rewind(case.base, case.tuned, case.kept, 0.02, data=case.data)
-    held = (x[120:], y[120:])
-    lost = source_loss(result.model, held) - source_loss(case.base, held)
-    assert result.lost == pytest.approx(lost, abs=1e-4)
+    x, y = case.source
+    result = fast.rewind(case.base, case.tuned, case.source, 0.02, data=case.data)
+    rest = (x[120:], y[120:])
+    loss = source_loss(result.model, rest) - source_loss(case.base, rest)
+    assert result.lost == pytest.approx(loss, abs=1e-4)
     assert result.lost <= 0.02
     assert result.history[0]["stage"] == "tuned"
     assert result.history[0]["forecast"] > 0.04
@@ -63,13 +63,13 @@ def test_the_budget_is_kept_and_more_is_lost_without_it(case):
 
 def test_what_is_passed_stays_as_it_was(case):
     before = [copy.deepcopy(m.state_dict()) for m in (case.base, case.tuned)]
-    fast.rewind(case.base, case.tuned, case.kept, 0.02, data=case.data)
+    fast.rewind(case.base, case.tuned, case.source, 0.02, data=case.data)
     for model, state in zip((case.base, case.tuned), before, strict=True):
-        assert all(torch.equal(x, state[n]) for n, x in model.state_dict().items())
+        assert same_state(model, state)
 
 
 def test_a_network_inside_the_budget_is_returned_as_it_is(case):
-    result = fast.rewind(case.base, case.tuned, case.kept, 15, data=case.data)
+    result = fast.rewind(case.base, case.tuned, case.source, 15, data=case.data)
     assert result.final["stage"] == "tuned"
     x = case.data[0]
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_a_network_inside_the_budget_is_returned_as_it_is(case):
 
 def test_without_target_data_it_says_what_is_not_known(case):
     with pytest.warns(UserWarning, match="no target data"):
-        result = fast.rewind(case.base, case.tuned, case.kept[0], 0.02)
+        result = fast.rewind(case.base, case.tuned, case.source[0], 0.02)
     assert result.unknown
     assert result.target_accuracy is None
     assert {r["stage"] for r in result.history} == {"tuned", "line"}
@@ -87,25 +87,25 @@ def test_without_target_data_it_says_what_is_not_known(case):
 
 
 def test_a_small_budget_takes_it_far_back_and_the_head_is_taught_again(case):
-    result = fast.rewind(case.base, case.tuned, case.kept, 0.001, data=case.data)
+    result = fast.rewind(case.base, case.tuned, case.source, 0.001, data=case.data)
     assert [r["stage"] for r in result.history][:2] == ["tuned", "line"]
     assert result.lost <= 0.001
     assert result.final["place"] < 0.5
-    taught = result.model.decide.linear.weight
-    assert taught.shape == case.tuned.decide.weight.shape
-    assert not torch.equal(taught, case.tuned.decide.weight)
+    weight = result.model.decide.linear.weight
+    assert weight.shape == case.tuned.decide.weight.shape
+    assert not torch.equal(weight, case.tuned.decide.weight)
     assert result.target_accuracy == result.final["target_accuracy"]
 
 
 def test_the_head_of_the_source_is_fitted_to_its_features(case):
     """At the weights that were found, the source loses less than with its head of before."""
-    result = fast.rewind(case.base, case.tuned, case.kept[0], 0.02, data=case.data)
-    held = tuple(x[120:] for x in case.kept)
-    fitted = source_loss(result.model, held)
+    result = fast.rewind(case.base, case.tuned, case.source[0], 0.02, data=case.data)
+    rest = tuple(x[120:] for x in case.source)
+    after = source_loss(result.model, rest)
     head = result.model.decide
     assert not torch.equal(head.source.weight, case.base.decide.weight)
     head.source.load_state_dict(case.base.decide.state_dict())
-    assert fitted < source_loss(result.model, held)
+    assert after < source_loss(result.model, rest)
 
 
 @pytest.mark.parametrize("form", ["modules", "states", "files", "prefixed", "folder"])
@@ -122,10 +122,9 @@ def test_every_form_of_a_checkpoint_gives_the_same(case, tmp_path, form):
     elif form == "folder":
         torch.save(tuned.state_dict(), tmp_path / "pytorch_model.bin")
         tuned = tmp_path
-    result = fast.rewind(base, tuned, case.kept, 0.02, data=case.data, **options)
-    expected = fast.rewind(case.base, case.tuned, case.kept, 0.02, data=case.data)
-    states = fold_head(result.model).state_dict(), fold_head(expected.model).state_dict()
-    assert all(torch.equal(x, states[1][n]) for n, x in states[0].items())
+    result = fast.rewind(base, tuned, case.source, 0.02, data=case.data, **options)
+    expected = fast.rewind(case.base, case.tuned, case.source, 0.02, data=case.data)
+    assert same_state(fold_head(result.model), fold_head(expected.model))
 
 
 def test_nats_that_may_be_meant_as_points_are_told(case):
@@ -136,7 +135,7 @@ def test_nats_that_may_be_meant_as_points_are_told(case):
 def test_a_head_of_another_name_is_taken(case, caplog):
     state = {n.replace("decide.", "decide.1."): x for n, x in case.tuned.state_dict().items()}
     with caplog.at_level("INFO", "fast"):
-        result = fast.rewind(case.base, state, case.kept, 15)
+        result = fast.rewind(case.base, state, case.source, 15)
     assert "decide.1.weight is taken for the head" in caplog.text
     with torch.no_grad():
         assert torch.equal(result.model(case.data[0]), case.tuned(case.data[0]))
@@ -145,33 +144,33 @@ def test_a_head_of_another_name_is_taken(case, caplog):
 def test_the_result_is_saved_and_read_as_any_other(case, tmp_path):
     from fast.models.saved import load_saved
 
-    result = fast.rewind(case.base, case.tuned, case.kept, 0.02, data=case.data)
+    result = fast.rewind(case.base, case.tuned, case.source, 0.02, data=case.data)
     saved = load_saved(result.save(tmp_path), ConvNet(5), case.data[0])
     with torch.no_grad():
         torch.testing.assert_close(saved.target.eval()(case.data[0]), result.model(case.data[0]))
-    assert source_loss(saved.source.eval(), case.kept) == pytest.approx(
-        source_loss(result.model, case.kept), abs=1e-5
+    assert source_loss(saved.source.eval(), case.source) == pytest.approx(
+        source_loss(result.model, case.source), abs=1e-5
     )
 
 
 def test_the_picture_has_the_line_the_budget_and_the_choice(case):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    result = fast.rewind(case.base, case.tuned, case.kept, 0.001, data=case.data)
+    result = fast.rewind(case.base, case.tuned, case.source, 0.001, data=case.data)
     axis = result.plot().axes[0]
     labels = axis.get_legend_handles_labels()[1]
     assert labels == ["on the line", "chosen", "budget"]
-    dashed = [line for line in axis.lines if line.get_linestyle() == "--"]
-    assert dashed[0].get_ydata()[0] == 0.001
+    lines = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert lines[0].get_ydata()[0] == 0.001
     assert len(axis.texts) == 2  # target accuracy at the end, and where it was chosen
 
 
 def test_points_of_accuracy_with_labels_and_without(case):
-    for kept in (case.kept, case.kept[0]):
-        result = fast.rewind(case.base, case.tuned, kept, "2%", data=case.data)
+    for source in (case.source, case.source[0]):
+        result = fast.rewind(case.base, case.tuned, source, "2%", data=case.data)
         assert result.lost <= 0.02
 
 
-def test_text_and_tied_weights():
+def test_a_network_of_named_inputs():
     torch.manual_seed(0)
     ids = torch.randint(0, 20, (80, 6))
     inputs = {"ids": ids, "mask": torch.ones(80, 6)}
@@ -182,12 +181,16 @@ def test_text_and_tied_weights():
             p.add_(0.5 * torch.randn_like(p))
     result = fast.rewind(base, tuned, inputs, 0.01, data=(inputs, ids[:, 0] % 5))
     assert result.lost <= 0.01
+
+
+def test_a_head_that_shares_its_weights():
+    torch.manual_seed(0)
     x, y = images(80, 5)
     shared = SharedHead(5).eval()
-    moved = copy.deepcopy(shared)
+    other = copy.deepcopy(shared)
     with torch.no_grad():
-        moved.body[1].weight.add_(0.5 * torch.randn_like(moved.body[1].weight))
-    result = fast.rewind(shared, moved, x, 0.01, data=(x, y))
+        other.body[1].weight.add_(0.5 * torch.randn_like(other.body[1].weight))
+    result = fast.rewind(shared, other, x, 0.01, data=(x, y))
     assert result.lost <= 0.01
     assert fold_head(result.model).branches[0] is result.model.fc
 
@@ -224,7 +227,7 @@ BROKEN = {
     "an empty state": (lambda c: {"tuned": {}}, "tuned: a state dict holds tensors"),
     "no file": (lambda c: {"tuned": "nowhere.pt"}, "tuned nowhere.pt: no such file"),
     "no source inputs": (lambda c: {"source_inputs": None}, "source_inputs must be given"),
-    "few source inputs": (lambda c: {"source_inputs": c.kept[0][:3]}, "source_inputs: 3 samples"),
+    "few source inputs": (lambda c: {"source_inputs": c.source[0][:3]}, "source_inputs: 3 samples"),
     "budget": (lambda c: {"budget": "much"}, "forget_budget must be"),
     "budget of zero": (lambda c: {"budget": "0%"}, "forget_budget must be"),
     "labels": (lambda c: {"data": (c.data[0], c.data[1] + 3)}, "data: labels must be 0..2"),
@@ -243,7 +246,7 @@ def _nan(model):
 def test_bad_input_is_named(case, what):
     change, message = BROKEN[what]
     arguments = {
-        "base": case.base, "tuned": case.tuned, "source_inputs": case.kept, "budget": 0.1,
+        "base": case.base, "tuned": case.tuned, "source_inputs": case.source, "budget": 0.1,
     }  # fmt: skip
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         fast.rewind(**arguments | change(case))
@@ -255,7 +258,7 @@ def test_the_page_of_the_docs_runs(case, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert blocks
     torch.save(case.tuned.state_dict(), "signs.pt")
-    names = {"model": case.base, "x_old": case.kept[0], "x": case.data[0], "y": case.data[1]}
+    names = {"model": case.base, "x_old": case.source[0], "x": case.data[0], "y": case.data[1]}
     with pytest.warns(UserWarning, match="no target data"):
         exec("\n".join(blocks), names)
     assert (tmp_path / "rewound" / "model.safetensors").is_file()
@@ -291,9 +294,7 @@ def test_the_command_line_gives_what_python_gives(tmp_path, monkeypatch, capsys)
     order = np.random.default_rng(0).permutation(120)
     result = fast.rewind(base, tuned, (x_old[order], y_old[order]), "0.1", data=(x, y))
     saved = load_tensors(tmp_path / "rewound" / "model.safetensors")
-    ours = fold_head(result.model).state_dict()
-    assert set(saved) == set(ours)
-    assert all(torch.equal(saved[n], value) for n, value in ours.items())
+    assert same_state(fold_head(result.model), saved)
     assert main(["evaluate", "rewound", "new.npz"]) == 0
     assert "samples (target task)" in capsys.readouterr().out
     assert main(["export", "rewound", "--format", "torch.export", "-o", "served"]) == 0

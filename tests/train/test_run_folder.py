@@ -16,6 +16,7 @@ import torch
 
 import fast
 from fast.train.resume.run_folder import is_going_on
+from helpers import same_state
 from networks import ConvNet, images
 
 TRAIN = images(64, 4, seed=1)
@@ -107,8 +108,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     result = fast.finetune(start(), TRAIN, resume=tmp_path, **OPTIONS, transform=transform)
     assert result.run == run
     whole = fast.finetune(start(), TRAIN, **OPTIONS, transform=transform)
-    expected = whole.model.state_dict()
-    assert all(torch.equal(v, expected[k]) for k, v in result.model.state_dict().items())
+    assert same_state(result.model, whole.model)
 
 
 @pytest.mark.parametrize("kind", ["deleted", "moved", "taken"])
@@ -165,8 +165,7 @@ def test_a_run_in_another_thread_is_refused():
     one = fast.finetune(start(), TRAIN, **OPTIONS, transform=at_step(3, start_second))
     assert errors
     assert errors[0].startswith("another thread of this process is in fast.finetune")
-    alone = fast.finetune(start(), TRAIN, **OPTIONS).model.state_dict()
-    assert all(torch.equal(v, alone[k]) for k, v in one.model.state_dict().items())
+    assert same_state(one.model, fast.finetune(start(), TRAIN, **OPTIONS).model)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -86,8 +86,8 @@ def test_an_epoch_has_views_of_its_own(split):
     batches = TrainBatches(data, 36, seed=0).from_step(0)
     (a, _, rows_a), (b, _, rows_b) = next(batches), next(batches)
     assert not torch.equal(a[rows_a.argsort()], b[rows_b.argsort()])
-    resumed, _, _ = next(TrainBatches(data, 36, seed=0).from_step(1))
-    assert torch.equal(resumed, b)
+    again, _, _ = next(TrainBatches(data, 36, seed=0).from_step(1))
+    assert torch.equal(again, b)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -108,8 +108,8 @@ def test_interrupted_and_resumed_with_augmentation_and_mixing(split, tmp_path, w
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(split, workers, output=folder, callbacks=[stop], **options)
-    resumed = run(split, workers, resume=folder, **options)
-    assert torch.equal(weights(whole), weights(resumed))
+    again = run(split, workers, resume=folder, **options)
+    assert torch.equal(weights(whole), weights(again))
 
 
 def test_another_augmentation_is_another_run(split):

@@ -139,7 +139,7 @@ def prepare(call: UpdateCall) -> tuple[UpdateCall, Callable[[], None]]:
     def each(tensors: Sequence[Any]) -> list[Any]:
         return [t if t is None else like(t, p) for t, p in zip(tensors, params, strict=False)]
 
-    prepared = dataclasses.replace(
+    result = dataclasses.replace(
         call,
         params=params,
         grads=each(call.grads),
@@ -155,4 +155,4 @@ def prepare(call: UpdateCall) -> tuple[UpdateCall, Callable[[], None]]:
         for target, copy in copies:
             target.copy_(copy)
 
-    return prepared, write_back
+    return result, write_back

@@ -45,13 +45,13 @@ def rows_of(call: UpdateCall) -> list[tuple[int, ...]]:
     def column(tensors: Sequence[Tensor | None]) -> list[int]:
         return addresses(tensors) if tensors else zeros
 
-    stored = (
+    streams = (
         call.params, call.grads, *[*call.moments, none][:2], call.anchors or none,
         call.curvature or none,
     )  # fmt: skip
     types = [
         bytes(0 if t is None or not t.numel() else _CODE_OF[t.dtype] for t in tensors)
-        for tensors in zip(*stored, strict=True)
+        for tensors in zip(*streams, strict=True)
     ]
     groups = [
         group | int.from_bytes(four[:4], "little") << 32
@@ -164,7 +164,7 @@ class Launch:
 class DevicePlan:
     """The tables of a list of N tensors on its device, and scratch memory.
 
-    Args:
+    Attributes:
         rows: int64 `[N, 14]`.
         chunks: int64 `[chunks, 2]`.
         grads: int64 `[N]`, the gradients' addresses.
@@ -173,6 +173,9 @@ class DevicePlan:
             step is skipped.
         seed: int64 `[1]`.
         max_norm: float64 `[1]`.
+        uploaded: the addresses that `grads` holds, as far as the host knows.
+        spare: pinned int64 `[N]`, the host's copy of the addresses in the next capture.
+        replayed: whether a captured graph may have written `grads` since.
     """
 
     rows: Tensor

@@ -69,7 +69,7 @@ def _lists(call: UpdateCall) -> tuple[list[Any], list[Any], list[list[Any]], lis
 
 
 class TorchSignature:
-    """Compares in Python: for torch before 2.10, or without the compiled module."""
+    """Compares in Python, where there is no compiled module."""
 
     def __init__(self) -> None:
         self._layout: list[Any] = []
@@ -116,7 +116,7 @@ def _grads_fit(call: UpdateCall) -> bool:
 
 def new_signature() -> Signature:
     """A signature of the faster kind that works here."""
-    if native.available()[0] and hasattr(Tensor, "__dlpack_c_exchange_api__"):
-        with contextlib.suppress(ValueError):  # a table of another version
+    if native.available()[0]:
+        with contextlib.suppress(ValueError):  # torch's table is of a version that csrc cannot read
             return NativeSignature()
     return TorchSignature()

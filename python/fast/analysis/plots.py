@@ -72,8 +72,8 @@ def retention(
     Raises:
         ValueError: no point has both accuracies.
     """
-    measured = [p for p in points if p["target"] is not None and p["source"] is not None]
-    if not measured:
+    complete = [p for p in points if p["target"] is not None and p["source"] is not None]
+    if not complete:
         raise ValueError("no point has target and source accuracy: there is nothing to draw")
     matplotlib = load_matplotlib()
     with matplotlib.rc_context(STYLE):
@@ -81,13 +81,13 @@ def retention(
         axis = figure.subplots()
         if source_before is not None:
             level(axis, source_before)
-        methods = list(dict.fromkeys(p["method"] for p in measured))
+        methods = list(dict.fromkeys(p["method"] for p in complete))
         for i, method in enumerate(methods):
-            _trade_off(axis, [p for p in measured if p["method"] == method], method, i)
+            _trade_off(axis, [p for p in complete if p["method"] == method], method, i)
         axis.margins(0.08)
-        for point in measured:
+        for point in complete:
             _cross(axis, point, colour_of(point["method"], methods.index(point["method"])))
-        _labels(axis, measured, methods)
+        _labels(axis, complete, methods)
         _better(axis)
         axis.set(xlabel="target accuracy, %", ylabel="source accuracy, %")
         axis.set_title(title)
@@ -110,13 +110,13 @@ def _trade_off(axis: Any, points: Sequence[Mapping[str, Any]], method: str, i: i
 def _labels(axis: Any, points: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> None:
     """Write the label of each point beside it, unless it would cover an earlier one."""
     to_pixels = axis.transData.transform
-    taken: list[Any] = []
+    places: list[Any] = []
     for point in points:
         place = 100 * point["target"], 100 * point["source"]
         pixels = to_pixels(place)
-        if not point["label"] or any(np.abs(pixels - t).max() < 14 for t in taken):
+        if not point["label"] or any(np.abs(pixels - t).max() < 14 for t in places):
             continue
-        taken.append(pixels)
+        places.append(pixels)
         axis.annotate(
             point["label"],
             place,
@@ -254,9 +254,9 @@ def _cross(axis: Any, point: Mapping[str, Any], colour: str) -> None:
 
 def _better(axis: Any) -> None:
     """An arrow to the upper right, in the corner that is farthest from what is drawn."""
-    drawn = [line.get_xydata() for line in axis.get_lines()]
-    drawn += [c.get_offsets() for c in axis.collections if len(c.get_offsets())]
-    points = axis.transLimits.transform(np.concatenate(drawn)) if drawn else np.empty((0, 2))
+    data = [line.get_xydata() for line in axis.get_lines()]
+    data += [c.get_offsets() for c in axis.collections if len(c.get_offsets())]
+    points = axis.transLimits.transform(np.concatenate(data)) if data else np.empty((0, 2))
     points = points[np.isfinite(points).all(axis=1)]
 
     def room(corner: tuple[float, float]) -> float:

@@ -120,18 +120,18 @@ def audit_module(
     Args:
         args, kwargs: what it is called with.
     """
-    lifted = _Lifted(module, args, kwargs)
+    function = _Lifted(module, args, kwargs)
     kind = type(module).__name__
-    if not lifted.points:
+    if not function.points:
         return Audited(name=name, kind=kind, **dict.fromkeys(WAYS, "exact: nothing to derive by"))
     generator = torch.Generator().manual_seed(seed)
-    points = {n: p.detach() for n, p in lifted.named_parameters()}
+    points = {n: p.detach() for n, p in function.named_parameters()}
     v = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in points.items()}
 
     def loss(params: Mapping[str, Tensor]) -> Tensor:
-        buffers = {n: b.clone() for n, b in lifted.named_buffers()}  # batch norm writes to them
-        z = functional_call(lifted, {**params, **buffers}, (torch.zeros(1, 1),))
-        return lifted.loss(z, None)
+        buffers = {n: b.clone() for n, b in function.named_buffers()}  # batch norm writes to them
+        z = functional_call(function, {**params, **buffers}, (torch.zeros(1, 1),))
+        return function.loss(z, None)
 
     def nested_forward() -> Tensor:
         def along(params: Points) -> Tensor:
@@ -145,7 +145,7 @@ def audit_module(
             "double_backward": lambda: _double_backward(loss, points, v),
             "forward_over_reverse": lambda: jvp(jacrev(loss), (points,), (v,))[1],
             "nested_forward": nested_forward,
-            "ours": lambda: _ours(lifted, v, seed),
+            "ours": lambda: _ours(function, v, seed),
         }
         if truth is None:
             return Audited(name=name, kind=kind, **dict.fromkeys(WAYS, "kink"))
@@ -250,8 +250,10 @@ def _double_backward(loss: Callable[[Points], Tensor], points: Points, v: Points
     return dict(zip(leaves, rows, strict=True))
 
 
-def _ours(lifted: _Lifted, v: Points, seed: int) -> Points:
-    operator = Hessian(lifted, lifted.loss, [(torch.zeros(1, 1), None)], seed=seed, reduction="sum")
+def _ours(function: _Lifted, v: Points, seed: int) -> Points:
+    operator = Hessian(
+        function, function.loss, [(torch.zeros(1, 1), None)], seed=seed, reduction="sum"
+    )
     product = operator @ v
     assert isinstance(product, dict)
     return product

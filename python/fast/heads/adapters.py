@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fast.data.trees import pick
 from fast.heads.batch_norm import per_task_parameters
-from fast.heads.find import places_of
+from fast.heads.find import places_of, put_at
 from fast.heads.forward import forward_logits, hooked
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
 
@@ -96,8 +96,8 @@ def attach_adapters(
     ranks = {name.removesuffix(".A"): len(a) for name, a in state.items() if name.endswith(".A")}
     modules = dict(model.named_modules())
     for name in ranks:
-        weight, saved = getattr(modules.get(name), "weight", None), state.get(f"{name}.weight")
-        if saved is None or not isinstance(weight, Tensor) or weight.shape != saved.shape:
+        weight, own = getattr(modules.get(name), "weight", None), state.get(f"{name}.weight")
+        if own is None or not isinstance(weight, Tensor) or weight.shape != own.shape:
             raise ValueError(f"the adapters are of another network: {name} differs")
     _inject(model, list(ranks), max(ranks.values()), head)
     with torch.no_grad():
@@ -125,8 +125,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     for layer in adapters(model).values():
         take_off(layer)
         layer.merge()
-        for parent, attribute, _ in places_of(model, layer):
-            setattr(parent, attribute, layer.base_layer)
+        put_at(places_of(model, layer), layer.base_layer)
         for parameter in layer.frozen:
             parameter.requires_grad_(True)
         del layer.frozen
@@ -143,8 +142,8 @@ def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> list[str]:
     inside, linear = set(head.modules()), _linear_kinds()
     names = {}
     for name, layer in model.named_modules():
-        known = isinstance(layer, linear) or (isinstance(layer, CONVOLUTIONS) and _is_simple(layer))
-        if known and layer not in inside and _has_weight(layer):
+        simple = isinstance(layer, CONVOLUTIONS) and _is_simple(layer)
+        if (simple or isinstance(layer, linear)) and layer not in inside and _has_weight(layer):
             names[name] = layer
     ran = _that_run(model, list(names.values()), sample)
     return [name for name, layer in names.items() if layer in ran]
@@ -170,10 +169,10 @@ def _as_its_kind(layer: Any, args: tuple[Any, ...], output: Any) -> bool:
     if len(args) != 1:
         return False
     if kind in CONVOLUTIONS:
-        expected = kind._conv_forward(layer, *args, layer.weight, layer.bias)
+        plain = kind._conv_forward(layer, *args, layer.weight, layer.bias)
     else:
-        expected = kind.forward(layer, *args)
-    return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-4)
+        plain = kind.forward(layer, *args)
+    return output.shape == plain.shape and torch.allclose(output, plain, rtol=1e-4)
 
 
 def _linear_kinds() -> tuple[type, ...]:
@@ -240,8 +239,7 @@ def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | Non
         adapter = model.get_submodule(name)
         put_over(adapter, _Adapter)
         adapter.frozen = frozen  # type: ignore[assignment]
-        for parent, attribute, _ in places[name]:
-            setattr(parent, attribute, adapter)
+        put_at(places[name], adapter)
     for parameter in learns:  # PEFT has frozen them all
         parameter.requires_grad_(id(parameter) in own)
 

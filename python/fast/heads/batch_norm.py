@@ -145,8 +145,8 @@ def load_source_norms(model: nn.Module, state: dict[str, Tensor]) -> None:
         ValueError: the state is of another network.
     """
     set_batch_norm(model, "per_task")
-    expected = {name: value.shape for name, value in source_norms(model).items()}
-    odd = [name for name in {**expected, **state} if _shape(state, name) != expected.get(name)]
+    shapes = {name: value.shape for name, value in source_norms(model).items()}
+    odd = [name for name in {**shapes, **state} if _shape(state, name) != shapes.get(name)]
     if odd:
         raise ValueError(f"the source's batch norms are of another network: {odd[0]}")
     for name, norm in model.named_modules():

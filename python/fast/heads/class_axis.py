@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fast.data.trees import pick
 from fast.heads.find import HeadLayer, classes_of, find_head
-from fast.heads.forward import forward_logits, hooked, pick
+from fast.heads.forward import forward_logits, hooked
 from fast.heads.replace import task_head
 
 
@@ -56,9 +57,9 @@ def _moves_classes(model: nn.Module, layer: HeadLayer, sample: Any) -> bool:
     hook = layer.register_forward_hook(lambda _, args, output: outputs.append(output.clone()))
     with hooked(model, hook):
         logits = forward_logits(model, pick(sample, slice(2)))
-    moved = logits.movedim(*((1, -1) if isinstance(layer, nn.Linear) else (-1, 1)))
+    classes_moved = logits.movedim(*((1, -1) if isinstance(layer, nn.Linear) else (-1, 1)))
     # Similar, not equal: a network may scale the output of its head.
-    return any(_alike(o, moved) > _alike(o, logits) for o in outputs)
+    return any(_alike(o, classes_moved) > _alike(o, logits) for o in outputs)
 
 
 def _alike(a: Tensor, b: Tensor) -> float:

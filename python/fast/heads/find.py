@@ -17,8 +17,12 @@ from fast.heads.forward import forward_logits, hooked, unwrap
 # The names of the classifier in timm, torchvision, transformers and most hand-written networks.
 CONVENTIONS = ("fc", "classifier", "head", "heads", "score", "linear", "logits", "output", "out")
 
-
 HeadLayer = nn.Linear | nn.Conv2d
+
+
+# Where a module is registered: (parent module, attribute name, qualified name), several times when
+# it is shared.
+Places = tuple[tuple[nn.Module, str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +31,13 @@ class Head:
 
     Attributes:
         module: `nn.Linear`, or a 1x1 `nn.Conv2d`.
-        places: (parent module, attribute name, qualified name), several when the layer is shared.
+        places: where it is registered.
         auxiliary: names of layers that have as many outputs but did not run: heads that are used
             in training only.
     """
 
     module: HeadLayer
-    places: tuple[tuple[nn.Module, str, str], ...]
+    places: Places
     auxiliary: tuple[str, ...] = ()
 
     @property
@@ -42,8 +46,7 @@ class Head:
 
     def put(self, module: nn.Module) -> None:
         """Put another module in the head's place, everywhere."""
-        for parent, attribute, _ in self.places:
-            setattr(parent, attribute, module)
+        put_at(self.places, module)
 
 
 def is_head_layer(module: nn.Module) -> TypeGuard[HeadLayer]:
@@ -119,8 +122,12 @@ def find_head(model: nn.Module, sample: Any = None, name: str | None = None) -> 
     return head
 
 
-def places_of(model: nn.Module, layer: nn.Module) -> tuple[tuple[nn.Module, str, str], ...]:
-    """All the places where the model registers a layer: (parent, attribute, qualified name)."""
+def places_of(model: nn.Module, layer: nn.Module) -> Places:
+    """All the places where the model registers a layer.
+
+    Raises:
+        ValueError: the layer is the model.
+    """
     places = tuple(
         (parent, attribute, f"{path}.{attribute}" if path else attribute)
         for path, parent in model.named_modules()
@@ -133,6 +140,12 @@ def places_of(model: nn.Module, layer: nn.Module) -> tuple[tuple[nn.Module, str,
             "Wrap it: nn.Sequential(backbone, head)"
         )
     return places
+
+
+def put_at(places: Places, module: nn.Module) -> None:
+    """Register `module` at all of these places."""
+    for parent, attribute, _ in places:
+        setattr(parent, attribute, module)
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, HeadLayer]]:
@@ -168,10 +181,10 @@ def _by_convention(model: nn.Module) -> HeadLayer:
     get_classifier: Callable[[], Any] | None = getattr(model, "get_classifier", None)
     if get_classifier is not None and is_head_layer(classifier := get_classifier()):
         return classifier
-    named = [getattr(model, name, None) for name in CONVENTIONS]
+    modules = [getattr(model, name, None) for name in CONVENTIONS]
     if isinstance(model, nn.Sequential):
-        named.append(model)
-    by_name = [m for m in named if isinstance(m, nn.Module) and last in m.modules()]
+        modules.append(model)
+    by_name = [m for m in modules if isinstance(m, nn.Module) and last in m.modules()]
     # A hidden layer may be called `fc`, too, so a name alone is not enough.
     if by_name or len({id(layer) for _, layer in candidates}) == 1:
         return last

@@ -114,11 +114,11 @@ def hooked(model: nn.Module, *hooks: RemovableHandle) -> Iterator[None]:
 
     Compiled parts run uncompiled, because compiled code does not call new hooks.
     """
-    compiled = any(
+    has_compiled = any(
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
     )
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if has_compiled else nullcontext()
     try:
         with evaluating(model), eager:
             yield
@@ -154,21 +154,21 @@ def mismatch(model: nn.Module, inputs: Any) -> str:
     """A hint at what the network takes; empty unless the inputs are plainly of another kind."""
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = getattr(model, "main_input_name", next(iter(parameters), ""))
+    name = getattr(model, "main_input_name", next(iter(parameters), ""))
     tensors = leaves(inputs)
-    if tensors and tensors[0].dim() == 4 and named in ("input_ids", "ids", "tokens"):
-        return f"; it is a text network (it takes {named}), and these look like images"
-    if tensors and not tensors[0].is_floating_point() and named in ("pixel_values", "input_values"):
-        return f"; it takes {named}, numbers with a fraction, and these are whole numbers"
-    if tensors and named == "input_values" and tensors[0].shape[-1] < LEAST_SOUND:
+    if tensors and tensors[0].dim() == 4 and name in ("input_ids", "ids", "tokens"):
+        return f"; it is a text network (it takes {name}), and these look like images"
+    if tensors and not tensors[0].is_floating_point() and name in ("pixel_values", "input_values"):
+        return f"; it takes {name}, numbers with a fraction, and these are whole numbers"
+    if tensors and name == "input_values" and tensors[0].shape[-1] < LEAST_SOUND:
         return (
             f"; the longest of these sounds has {tensors[0].shape[-1]} samples, which are too few"
         )
-    if isinstance(inputs, Mapping) and (named not in inputs or not set(inputs) <= set(parameters)):
+    if isinstance(inputs, Mapping) and (name not in inputs or not set(inputs) <= set(parameters)):
         if not takes_all:
             return f"; its forward takes ({', '.join(parameters)}): give the data these names"
-        if named not in inputs:
-            return f"; it takes {named}"
+        if name not in inputs:
+            return f"; it takes {name}"
     return ""
 
 

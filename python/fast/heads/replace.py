@@ -29,6 +29,7 @@ from fast.heads.find import (
     layer_like,
     own_parameters,
     places_of,
+    put_at,
 )
 from fast.heads.forward import evaluating, forward_logits, hooked, unwrap
 from fast.heads.task import TwoTask
@@ -188,8 +189,7 @@ def _restore(model: nn.Module, source: HeadLayer, trainable: list[bool]) -> None
     assert head is not None
     head.answers_source = True
     head.announce(model)
-    for parent, attribute, _ in places_of(model, head):
-        setattr(parent, attribute, source)
+    put_at(places_of(model, head), source)
     for parameter, before in zip(source.parameters(), trainable, strict=True):
         parameter.requires_grad_(before)
 
@@ -258,11 +258,11 @@ def calibrate(model: nn.Module, batches: Any) -> nn.Module:
 
 def features_of(model: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
     """The input of the head for a batch of inputs: `[B, D]`, or of the network's own shape."""
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    head_inputs: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0]))
     with hooked(model, hook):
         forward_logits(unwrap(model), inputs)
-    return seen[-1]
+    return head_inputs[-1]
 
 
 def calibrate_from(norm: FeatureNorm, batches: list[Tensor]) -> None:
@@ -315,6 +315,5 @@ def fold_head(model: nn.Module) -> nn.Module:
             bias = dtensor.whole(layer.bias).double() - weight @ mean
             layer.bias.copy_(dtensor.as_in(bias, layer.bias))  # type: ignore[union-attr]
             layer.weight.copy_(dtensor.as_in(weight.view(layer.weight.shape), layer.weight))
-        for parent, attribute, _ in places_of(model, head):
-            setattr(parent, attribute, layer)
+        put_at(places_of(model, head), layer)
     return plain_batch_norm(merge_adapters(model))

@@ -38,8 +38,8 @@ def _combined(overlay: type[Overlay], plain: type[nn.Module]) -> Any:
 
 
 def _rebuild(overlay: type[Overlay], plain: type[nn.Module]) -> nn.Module:
-    combined = _combined(overlay, plain)
-    return combined.__new__(combined)
+    cls = _combined(overlay, plain)
+    return cls.__new__(cls)
 
 
 def put_over(module: nn.Module, overlay: type[Overlay]) -> None:

@@ -21,7 +21,7 @@ from fast.merge.joined import Joined
 
 log = logging.getLogger("fast")
 
-# So many samples of each task are read, at most and at least, in batches of CHUNK.
+# How many samples of each task are read, at most and at least, and how many in one batch.
 LIMIT = 4096
 LEAST = 10
 CHUNK = 128
@@ -123,8 +123,8 @@ def join_heads(
     )
     classes = torch.arange(count, device=joined.place.device)
     own = torch.isin(classes, places[0]), torch.isin(classes, places[1])
-    labelled = source.labels is not None
-    scales, joined.calibration = fit(sides, joined.place, own, labelled=labelled)
+    has_labels = source.labels is not None
+    scales, joined.calibration = fit(sides, joined.place, own, labelled=has_labels)
     _put(heads, scales)
     cost = "pass" if joined.passes == 1 else "passes, because each task has norms of its own"
     log.info("join: %d classes; an input takes %d forward %s", count, joined.passes, cost)
@@ -162,16 +162,16 @@ def _note_shared(source: list[str], target: list[str]) -> None:
     twice = sorted({name for name in target if target.count(name) > 1})
     if twice:
         raise ValueError(f"target_classes: {some(twice)} more than once; give each class one name")
-    shared = [name for name in target if name in set(source)]
-    numbers = [name for name in shared if name.strip().isdecimal()]
+    common = [name for name in target if name in set(source)]
+    numbers = [name for name in common if name.strip().isdecimal()]
     if numbers:
         raise ValueError(
             f"both tasks have classes named {some(numbers)}: numbers do not say whether they are "
             "the same. Give names in source_classes and target_classes, the same for what is the "
             "same"
         )
-    if shared:
-        log.info("join: classes that both tasks have, by name: %s", some(shared))
+    if common:
+        log.info("join: classes that both tasks have, by name: %s", some(common))
 
 
 def _read(samples: Any, num_classes: int, name: str) -> SourceInputs:

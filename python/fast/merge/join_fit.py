@@ -78,7 +78,7 @@ class Scales:
 
 
 def fit(
-    sides: Sides, place: Tensor, own: tuple[Tensor, Tensor], *, labelled: bool, seed: int = 0
+    sides: Sides, place: Tensor, own: tuple[Tensor, Tensor], *, labelled: bool
 ) -> tuple[Scales, HeadCalibration]:
     """Fit the scales to samples of the source and of the target.
 
@@ -88,7 +88,6 @@ def fit(
         own: which classes of the union the source has, and which the target, as booleans `[C]`.
         labelled: whether the source's answers are labels. The network's own answers cannot tell
             its scale, which then stays 1.
-        seed: the seed of the folds.
 
     Returns:
         the scales, and figures that say how well they fit.
@@ -98,7 +97,7 @@ def fit(
     # A feature that hardly varies would get a large weight for what is rounding.
     std = std + STD_FLOOR * std.mean() + 1e-12
     sides = tuple(replace(side, features=(side.features - mean) / std) for side in sides)
-    losses, mistaken = _cross_validated(sides, place, own, labelled, seed)
+    losses, mistaken = _cross_validated(sides, place, own, labelled)
     best = int(losses.argmin())
     scales = minimise(sides, place, RIDGES[best], labelled)
     one = torch.ones_like(scales.offset)
@@ -119,22 +118,22 @@ def fit(
 
 
 def _cross_validated(
-    sides: Sides, place: Tensor, own: tuple[Tensor, Tensor], labelled: bool, seed: int
+    sides: Sides, place: Tensor, own: tuple[Tensor, Tensor], labelled: bool
 ) -> tuple[Tensor, Tensor]:
     """For each of `RIDGES`, the loss and the share of mistaken samples, on held-out folds."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     folds = [torch.randperm(len(s.answers), generator=generator) % FOLDS for s in sides]
     losses, mistaken = torch.zeros(2, len(RIDGES), dtype=sides[0].features.dtype)
     for fold in range(FOLDS):
-        rest, held = (
+        rest, held_out = (
             tuple(s.pick((f == fold) == held_back) for s, f in zip(sides, folds, strict=True))
             for held_back in (False, True)
         )
         scales = None
         for i, ridge in enumerate(RIDGES):
             scales = minimise(rest, place, ridge, labelled, scales)
-            losses[i] += scales.loss(held, place).item() / FOLDS
-            mistaken[i] += _mistaken(scales, held, place, own) / FOLDS
+            losses[i] += scales.loss(held_out, place).item() / FOLDS
+            mistaken[i] += _mistaken(scales, held_out, place, own) / FOLDS
     return losses, mistaken
 
 

@@ -21,11 +21,12 @@ from fast.heads import (
     plain_batch_norm,
     task_head,
 )
-from fast.heads.find import HeadLayer, find_head, layer_like
+from fast.heads.find import HeadLayer, find_head, layer_like, put_at
 from fast.heads.forward import input_errors
 from fast.heads.replace import announce_classes
 from fast.heads.rows import mean_over_positions
 from fast.heads.task import two_task_modules
+from fast.merge.joined import own_state
 from fast.models.saved import load_saved
 
 Rows = tuple[Tensor, Tensor]
@@ -53,8 +54,7 @@ class Part:
         with torch.no_grad():
             layer.weight.copy_(weight.view_as(layer.weight))
             layer.bias.copy_(bias)  # type: ignore[union-attr]
-        for parent, attribute, _ in places_of(self.network, self.layer):
-            setattr(parent, attribute, layer)
+        put_at(places_of(self.network, self.layer), layer)
         announce_classes(self.network, len(weight))
         self.layer = layer
 
@@ -72,8 +72,8 @@ class Part:
         for inputs in batches:
             inputs = move(inputs, self.layer.weight.device)
             with input_errors(name, inputs, self.network):
-                seen = features_of(self.network, self.layer, inputs)
-            rows = mean_over_positions(seen.double(), self.layer)
+                head_inputs = features_of(self.network, self.layer, inputs)
+            rows = mean_over_positions(head_inputs.double(), self.layer)
             if not parts:
                 self._check_linear(inputs, rows)
             parts.append(rows)
@@ -83,16 +83,16 @@ class Part:
         """Raise ValueError unless the logits are a linear function of the features."""
         with evaluating(self.network):
             logits = forward_logits(self.network, inputs).double()
-        made = logits_from(features, rows_of(self.layer))
+        from_head = logits_from(features, rows_of(self.layer))
         # A log-softmax behind the head takes a constant away.
-        alike = made.shape == logits.shape and torch.allclose(
-            made.log_softmax(1), logits.log_softmax(1), rtol=1e-3, atol=1e-3
+        alike = from_head.shape == logits.shape and torch.allclose(
+            from_head.log_softmax(1), logits.log_softmax(1), rtol=1e-3, atol=1e-3
         )
         if not alike:
             raise ValueError(
                 f"join needs logits [B, C] that {self.name} makes of one row of features per "
                 f"sample; {type(self.network).__name__} answers {list(logits.shape)}, and the head "
-                f"makes {list(made.shape)} of its features: something follows it"
+                f"makes {list(from_head.shape)} of its features: something follows it"
             )
 
 
@@ -151,17 +151,12 @@ def saved_heads(folder: str | Path, model: nn.Module, sample: Any) -> TwoHeads:
         FileNotFoundError, ValueError: see `fast.models.saved.load_saved`; or the folder lacks what
             the source task needs.
     """
-    saved = load_saved(folder, model, sample)
-    if saved.source is None:
-        raise ValueError(f"{saved.note}: join needs the head of both tasks")
-    name = find_head(saved.target, sample).name
-    source, target = _part(saved.source, name), _part(saved.target, name)
-    theirs = saved.target.state_dict()
-    same = all(
-        n.startswith(f"{name}.") or torch.equal(x, theirs[n])
-        for n, x in saved.source.state_dict().items()
-    )
-    parts = (target,) if same else (source, target)
+    networks = load_saved(folder, model, sample)
+    if networks.source is None:
+        raise ValueError(f"{networks.note}: join needs the head of both tasks")
+    name = find_head(networks.target, sample).name
+    source, target = _part(networks.source, name), _part(networks.target, name)
+    parts = (source, target) if own_state(networks.source, networks.target, name) else (target,)
     return TwoHeads(parts=parts, source=rows_of(source.layer), target=rows_of(target.layer))
 
 
@@ -177,12 +172,12 @@ def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
     """
     theirs = dict(target.named_parameters())
     own = {id(p) for m in two_task_modules(model) for p in m.parameters()}
-    shared = {
+    common = {
         id(p): theirs[name]
         for name, p in model.named_parameters()
         if name in theirs and id(p) not in own
     }
-    network = copy.deepcopy(model, shared)
+    network = copy.deepcopy(model, common)
     for module in two_task_modules(network):
         plain = next((getattr(module, n) for n in SOURCE_MODULES if hasattr(module, n)), None)
         if plain is None:
@@ -190,8 +185,7 @@ def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
                 f"join cannot take the two tasks apart: {type(module).__name__} answers both, and "
                 "is neither a head nor a batch norm"
             )
-        for parent, attribute, _ in places_of(network, module):
-            setattr(parent, attribute, plain)
+        put_at(places_of(network, module), plain)
     head = task_head(model)
     assert head is not None
     announce_classes(network, len(head.source.weight))

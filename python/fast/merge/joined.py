@@ -139,7 +139,7 @@ class Joined(nn.Module):
         source, target = self.networks[0], self.networks[-1]
         if self.passes > 1:
             write_tensors(source.get_submodule(self.head).state_dict(), folder / SOURCE_HEAD_FILE)
-            write_tensors(_own_state(source, target, self.head), folder / SOURCE_NORMS_FILE)
+            write_tensors(own_state(source, target, self.head), folder / SOURCE_NORMS_FILE)
         else:  # a network that was saved here before may have left them
             for name in (SOURCE_HEAD_FILE, SOURCE_NORMS_FILE):
                 (folder / name).unlink(missing_ok=True)
@@ -178,14 +178,14 @@ def load_joined(folder: str | Path, model: nn.Module) -> Joined:
     with reading(file):
         rows, passes = [str(name) for name in facts["rows"]], int(facts["passes"])
         source_rows = int(facts["source_rows"])
-        head, fitted = str(facts["head"]), facts["calibration"]
-        calibration = HeadCalibration(**fitted) if fitted else None
-    saved = load_saved(folder, model, head=head)
+        head, figures = str(facts["head"]), facts["calibration"]
+        calibration = HeadCalibration(**figures) if figures else None
+    networks = load_saved(folder, model, head=head)
     if passes == 1:
-        return Joined([saved.target], rows, source_rows, head, calibration)
-    if saved.source is None:
-        raise ValueError(saved.note)
-    return Joined([saved.source, saved.target], rows, source_rows, head, calibration)
+        return Joined([networks.target], rows, source_rows, head, calibration)
+    if networks.source is None:
+        raise ValueError(networks.note)
+    return Joined([networks.source, networks.target], rows, source_rows, head, calibration)
 
 
 def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:
@@ -203,7 +203,7 @@ def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:
     return torch.zeros_like(top).scatter_add(1, index, shares).log() + top
 
 
-def _own_state(source: nn.Module, target: nn.Module, head: str) -> dict[str, Tensor]:
+def own_state(source: nn.Module, target: nn.Module, head: str) -> dict[str, Tensor]:
     """The tensors in which the source's network differs from the target's, without the head."""
     theirs = target.state_dict()
     return {

@@ -35,15 +35,15 @@ def load_library(
 
 def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> LoadedModel:
     timm = _library("timm", "timm")
-    wanted = bool(kwargs.pop("pretrained", True))
-    pretrained = pretrained and wanted
+    with_weights = bool(kwargs.pop("pretrained", True))
+    pretrained = pretrained and with_weights
     name = name.replace("hf_hub:", "hf-hub:", 1)
     if ":" not in name and not timm.is_model(name):
         raise _unknown(f"timm:{name}", name.split(".")[0], timm.list_models())
     with _naming(f"timm:{name}", pretrained):
         model = timm.create_model(name, *args, pretrained=pretrained, **kwargs)
     config = dict(timm.data.resolve_model_data_config(model))
-    notes = [] if wanted else [_untrained(f"timm:{name}")]
+    notes = [] if with_weights else [_untrained(f"timm:{name}")]
     height, width = config["input_size"][-2:]
     if config["crop_mode"] == "border" or height != width or config["crop_pct"] > 1:
         notes.append(
@@ -66,16 +66,16 @@ def _torchvision(
     models = _library("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise _unknown(f"torchvision:{name}", name, models.list_models())
-    wanted = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
+    choice = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
     with _naming(f"torchvision:{name}", pretrained):
         # A network without weights takes images that are prepared as for the default weights.
-        weights = models.get_model_weights(name)[str(wanted or "DEFAULT").split(".")[-1]]
-        loads = pretrained and wanted
+        weights = models.get_model_weights(name)[str(choice or "DEFAULT").split(".")[-1]]
+        loads = pretrained and choice
         model = models.get_model(name, *args, weights=weights if loads else None, **kwargs)
     return LoadedModel(
         model=model,
         preprocessing=from_preset(weights.transforms(), "torchvision"),
-        notes=[] if wanted else [_untrained(f"torchvision:{name}")],
+        notes=[] if choice else [_untrained(f"torchvision:{name}")],
     )
 
 
@@ -83,9 +83,9 @@ def _transformers(
     name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
 ) -> LoadedModel:
     transformers = _library("transformers", "transformers")
-    wanted = bool(kwargs.pop("pretrained", True))
-    pretrained = pretrained and wanted
-    notes = [] if wanted else [_untrained(f"transformers:{name}")]
+    with_weights = bool(kwargs.pop("pretrained", True))
+    pretrained = pretrained and with_weights
+    notes = [] if with_weights else [_untrained(f"transformers:{name}")]
     # Without this, transformers would ask about repositories with their own code, and wait.
     trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
     with _naming(f"transformers:{name}", True), quiet(transformers):
@@ -106,16 +106,16 @@ def _transformers(
             for key, value in kwargs.items():
                 setattr(config, key, value)
             model = auto.from_config(config, **trust)
-        loaded = LoadedModel(model=model, notes=notes)
+        result = LoadedModel(model=model, notes=notes)
         if auto is of_sounds:
-            loaded.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **trust)
+            result.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **trust)
         elif auto is of_images:
             processor = transformers.AutoImageProcessor.from_pretrained(name, **trust)
-            loaded.preprocessing = measure(processor)
+            result.preprocessing = measure(processor)
         else:
-            loaded.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
-            notes += _pad(loaded.tokenizer, model.config)
-        return loaded
+            result.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
+            notes += _pad(result.tokenizer, model.config)
+        return result
 
 
 def _missing(spec: str, names: list[str]) -> list[str]:

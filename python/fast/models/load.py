@@ -48,20 +48,20 @@ def load_model(
     where, name, args, kwargs = parse_spec(spec)
     pretrained = pretrained and weights is None
     if where in LIBRARIES:
-        loaded = load_library(where, name, pretrained, args, kwargs)
+        result = load_library(where, name, pretrained, args, kwargs)
     else:
         model = network_from_file(Path(where).expanduser(), name, args, kwargs)
-        loaded = LoadedModel(model=model, preprocessing=declared(model))
+        result = LoadedModel(model=model, preprocessing=declared(model))
         if pretrained:
-            loaded.notes.append(f"no --weights: the network is used as {name}() returns it")
+            result.notes.append(f"no --weights: the network is used as {name}() returns it")
     if weights is not None:
-        loaded.notes += load_weights(loaded.model, weights, allow_missing=allow_missing)
-    half = {p.dtype for p in loaded.model.parameters()} & {torch.float16, torch.bfloat16}
+        result.notes += load_weights(result.model, weights, allow_missing=allow_missing)
+    half = {p.dtype for p in result.model.parameters()} & {torch.float16, torch.bfloat16}
     if half:
-        stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
-        loaded.notes.append(f"weights in {stored} are trained in float32")
-        loaded.model.float()
-    return loaded
+        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        result.notes.append(f"weights in {dtypes} are trained in float32")
+        result.model.float()
+    return result
 
 
 def parse_spec(spec: str) -> tuple[str, str, list[Any], dict[str, Any]]:

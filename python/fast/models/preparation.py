@@ -34,12 +34,12 @@ def most_tokens(model: nn.Module, tokenizer: Any) -> int | None:
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(positions, int):
         # RoBERTa counts positions from the one after the padding's.
-        skipped = [
+        offsets = [
             m.padding_idx + 1
             for name, m in model.named_modules()
             if name.endswith("position_embeddings") and getattr(m, "padding_idx", None) is not None
         ]
-        limits.append(positions - max(skipped, default=0))
+        limits.append(positions - max(offsets, default=0))
     # A tokenizer that knows no limit says 10^30, and XLNet has -1 positions.
     return min((x for x in limits if isinstance(x, int) and 0 < x < 1 << 30), default=None)
 
@@ -181,16 +181,16 @@ def read_preparation(folder: Path) -> Preparation:
         images, texts, sounds = (facts.get(name) for name in ("images", "texts", "sounds"))
         form = None if images is None else ImageFormat(**images)
         length = {} if texts is None else {"max_length": int(texts["max_length"])}
-        named = sounds is not None and sounds.pop("extractor") is not None
-        heard = None if sounds is None else SoundFormat(**sounds)
+        has_extractor = sounds is not None and sounds.pop("extractor") is not None
+        sound_format = None if sounds is None else SoundFormat(**sounds)
     tokenizer = None
     if texts is not None:
         tokenizer = _part(folder, "AutoTokenizer", TOKENIZER_FILES, "reads texts", "tokenizer")
-    if heard is not None and named:
+    if sound_format is not None and has_extractor:
         files, what = (EXTRACTOR_FILE,), "feature extractor"
         extractor = _part(folder, "AutoFeatureExtractor", files, "hears sounds", what)
-        heard = dataclasses.replace(heard, extractor=extractor)
-    return Preparation(images=form, sounds=heard, tokenizer=tokenizer, **length)
+        sound_format = dataclasses.replace(sound_format, extractor=extractor)
+    return Preparation(images=form, sounds=sound_format, tokenizer=tokenizer, **length)
 
 
 def _part(folder: Path, kind: str, files: tuple[str, ...], does: str, what: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,31 +49,34 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     """
     path = Path(path).expanduser()
     state, notes = read_state(path)
-    expected = model.state_dict()
-    state, renamed = matched(state, expected, path)
-    notes += renamed
-    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
-    unexpected = [n for n in state if n not in expected]
+    own = model.state_dict()
+    state, more = matched(state, own, path)
+    notes += more
+    missing = lacking(state, own)
+    others = [n for n in state if n not in own]
     _check_fits(model, state, path)
     if missing and not allow_missing:
         raise ValueError(
-            f"{path}: lacks {len(missing)} of {len(expected)} tensors of the network: "
+            f"{path}: lacks {len(missing)} of {len(own)} tensors of the network: "
             f"{some(missing, 4)}"
-            + (f"; it has others that do not belong: {some(unexpected, 4)}" if unexpected else "")
+            + (f"; it has others that do not belong: {some(others, 4)}" if others else "")
             + "; --allow-missing leaves them as they are"
         )
     model.load_state_dict(state, strict=False)
     if missing:
-        loaded = len(state) - len(unexpected)
+        count = len(state) - len(others)
         notes.append(
-            f"{path}: {loaded} of {len(expected)} tensors loaded, "
+            f"{path}: {count} of {len(own)} tensors loaded, "
             f"{counted(len(missing), 'tensor')} missing, left as built: {some(missing, 4)}"
         )
-    if unexpected:
-        notes.append(
-            f"{path}: {counted(len(unexpected), 'tensor')} not used: {some(unexpected, 4)}"
-        )
+    if others:
+        notes.append(f"{path}: {counted(len(others), 'tensor')} not used: {some(others, 4)}")
     return notes
+
+
+def lacking(state: Container[str], names: Iterable[str]) -> list[str]:
+    """The names that a state lacks, apart from the counts of batch norms, which old ones lack."""
+    return [n for n in names if n not in state and not n.endswith("num_batches_tracked")]
 
 
 def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -84,11 +88,11 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             f"{some(list(state))}; the network {some(parameters)}. Rename them, or build the "
             "network that they are of"
         )
-    both = [(n, state[n], wanted) for n, wanted in model.state_dict().items() if n in state]
+    both = [(n, state[n], own) for n, own in model.state_dict().items() if n in state]
     shapes = [
-        f"{n} is {tuple(stored.shape)} in the file, {tuple(wanted.shape)} in the network"
-        for n, stored, wanted in both
-        if stored.shape != wanted.shape
+        f"{n} is {tuple(x.shape)} in the file, {tuple(own.shape)} in the network"
+        for n, x, own in both
+        if x.shape != own.shape
     ]
     if shapes:
         rows = {
@@ -102,9 +106,9 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             f"are of, for example with (num_classes={classes})"
         )
     no_floats = [
-        f"{n} ({stored.dtype})"
-        for n, stored, wanted in both
-        if wanted.is_floating_point() and not stored.is_floating_point()
+        f"{n} ({x.dtype})"
+        for n, x, own in both
+        if own.is_floating_point() and not x.is_floating_point()
     ]
     if no_floats:
         raise ValueError(
@@ -168,12 +172,12 @@ def _is_state(state: Any) -> bool:
 
 
 def matched(
-    state: dict[str, Tensor], expected: dict[str, Tensor], path: Path
+    state: dict[str, Tensor], own: dict[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Rename a state as the network names it: a prefix is added or removed where that fits better.
 
     Args:
-        expected: the state dict of the network.
+        own: the state dict of the network.
         path: where the state comes from, for messages.
 
     Returns:
@@ -182,9 +186,9 @@ def matched(
     Raises:
         ValueError: two prefixes fit equally well, so that the file has several networks.
     """
-    matches = sum(name in expected for name in state)
-    superfluous, lacking = _prefixes(state, expected), _prefixes(expected, state)
-    counts = max(superfluous, lacking, key=lambda counts: max(counts.values(), default=0))
+    matches = sum(name in own for name in state)
+    superfluous, absent = _prefixes(state, own), _prefixes(own, state)
+    counts = max(superfluous, absent, key=lambda counts: max(counts.values(), default=0))
     if matches >= max(counts.values(), default=0):
         return state, []
     (best, count), *others = counts.most_common()

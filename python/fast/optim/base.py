@@ -21,6 +21,7 @@ from fast.optim.groups import (
     check_params,
     match_anchors,
     match_curvature,
+    missing_anchor,
     number,
     ramp_factor,
 )
@@ -79,8 +80,8 @@ class AnchoredOptimizer(Optimizer):
         for group in self.param_groups:
             group.setdefault("restraint", 1.0)  # states of earlier versions and of torch have none
         formats = {group.get("code_format", 1) for group in self.param_groups}
-        pickled = "storage" in state  # and not the groups of a state_dict, which are converted
-        if pickled and self.storage.state_dtype == torch.uint8 and formats - {CODE_FORMAT}:
+        is_pickle = "storage" in state  # and not the groups of a state_dict, which are converted
+        if is_pickle and self.storage.state_dtype == torch.uint8 and formats - {CODE_FORMAT}:
             raise ValueError(
                 f"a pickled optimizer with 8-bit codes of format {min(formats)}, not "
                 f"{CODE_FORMAT}: load its state_dict() into a new one instead"
@@ -235,10 +236,10 @@ class AnchoredOptimizer(Optimizer):
                 coupled weight decay). The optimizer is then as it was.
         """
         before = self.__dict__.copy()
-        saved: dict[str, Any] = {}
+        original: dict[str, Any] = {}
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            saved.update(state_dict)
+            original.update(state_dict)
             loading.check_state_dict(state_dict, self.format, [p for _, p in self._members()])
             for group in state_dict["param_groups"]:
                 self._check_group(self.defaults | group | {"params": []})
@@ -248,7 +249,7 @@ class AnchoredOptimizer(Optimizer):
         handles = (
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(
-                lambda _: self._adopt(saved, before), prepend=True
+                lambda _: self._adopt(original, before), prepend=True
             ),
         )
         try:
@@ -260,18 +261,18 @@ class AnchoredOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _adopt(self, saved: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    def _adopt(self, original: Mapping[str, Any], before: Mapping[str, Any]) -> None:
         """Store what torch has loaded in this optimizer's own form."""
         for group, old_group in zip(self.param_groups, before["param_groups"], strict=True):
             for key in old_group:
                 group.setdefault(key, old_group[key])
             group["code_format"] = CODE_FORMAT
-        owners = [(i, group) for group in saved["param_groups"] for i in group["params"]]
-        unanchored = 0
+        owners = [(i, group) for group in original["param_groups"] for i in group["params"]]
+        without_anchor = 0
         for (i, saved_group), (group, p) in zip(owners, self._members(), strict=True):
-            entries, old = saved["state"].get(i, {}), before["state"].get(p, {})
-            if saved["state"] and p.requires_grad:
-                unanchored += "anchor" in old and "anchor" not in entries
+            entries, old = original["state"].get(i, {}), before["state"].get(p, {})
+            if original["state"] and p.requires_grad:
+                without_anchor += "anchor" in old and "anchor" not in entries
             state = loading.loaded_state(
                 p,
                 entries,
@@ -284,10 +285,11 @@ class AnchoredOptimizer(Optimizer):
             if state:
                 self.state[p] = state
                 self._ensure(group, p)
-        if unanchored:
+        if without_anchor:
             warn(
-                f"the loaded state has no anchor for {unanchored} anchored parameters: they keep "
-                "the one they have (their weights when this optimizer was built, or set_anchors)",
+                f"the loaded state has no anchor for {without_anchor} anchored parameters: they "
+                "keep the one they have (their weights when this optimizer was built, or "
+                "set_anchors)",
             )
 
     # The step.
@@ -330,11 +332,12 @@ class AnchoredOptimizer(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scaling = scale(batches, self.max_grad_norm, grad_scale, found_inf)
         figures = self._figures
-        figures.anchored.clear()
+        figures.has_anchor.clear()
         for place, batch in batches.items():
             batch.move_states()
             options = batch.options(self.storage) | scaling.options()
-            figures.anchored[place] = bool(options["anchors"])
+            # Not bool(), which dynamo of torch 2.11 does not trace for a list.
+            figures.has_anchor[place] = len(options["anchors"]) > 0
             stats = figures.stats_at(place)
             self._launch(batch, tables[place], options | {"stats": stats, "seed": self.seed})
             if place.groups or scaling.shrink is not None:
@@ -380,9 +383,9 @@ class AnchoredOptimizer(Optimizer):
     def _states(self, group: Group, params: list[Tensor]) -> list[State]:
         """The states of these parameters of `group`, complete."""
         states: list[Any] = list(map(self.state.get, params))
-        # A state gets all its moments at once, so it is enough to look for the last; `UpdateBatch`
-        # refuses a state that lacks another. SGD's momentum may be switched on later; AdamW lacks a
-        # moment only if somebody deleted it, which `UpdateBatch` refuses too.
+        # A state gets all its moments at once, so it is enough to look for the last. SGD's momentum
+        # may be switched on later; any other moment that is not there was deleted by somebody, and
+        # `UpdateBatch` refuses the state.
         moments = self._group_moments(group)
         last = moments[-1] if moments else "step"
         if self.storage.state_dtype == torch.uint8 and moments:
@@ -397,10 +400,7 @@ class AnchoredOptimizer(Optimizer):
                 elif "remainder" not in state:  # model.bfloat16() after
                     self._ensure(group, p)
         if group["anchor_decay"] and not all("anchor" in state for state in states):
-            raise RuntimeError(
-                "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is "
-                "not taken from weights that may have moved"
-            )
+            raise missing_anchor()
         return states
 
     def stats(self) -> dict[str, Tensor]:

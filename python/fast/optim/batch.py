@@ -145,7 +145,7 @@ class StepFigures:
         self.stats: dict[Place, Tensor] = {}  # float64 [len(STATS)], of this rank
         self.totals: dict[Place, Tensor] = {}  # of all ranks, where parameters are sharded
         # The places of the last step, and whether a parameter there has an anchor.
-        self.anchored: dict[Place, bool] = {}
+        self.has_anchor: dict[Place, bool] = {}
 
     def stats_at(self, place: Place) -> Tensor:
         """The tensor that the op at `place` writes its figures into."""
@@ -157,13 +157,13 @@ class StepFigures:
     def by_name(self) -> dict[str, Tensor]:
         """The figures over all places, each by its name."""
         by_place = self.stats | self.totals
-        values = [by_place[place] for place in self.anchored]
+        values = [by_place[place] for place in self.has_anchor]
         total = torch.full((len(STATS),), math.nan, dtype=torch.float64, device="cpu")
         if values:
-            stacked = torch.stack([v.to(values[0].device) for v in values])
-            total = torch.cat([stacked[:, :3].square().sum(0).sqrt(), stacked[:, 3:].sum(0)])
+            rows = torch.stack([v.to(values[0].device) for v in values])
+            total = torch.cat([rows[:, :3].square().sum(0).sqrt(), rows[:, 3:].sum(0)])
         figures = dict(zip(STATS, total.unbind(), strict=True))
-        if not any(self.anchored.values()):
+        if not any(self.has_anchor.values()):
             for name in ("drift", "forgetting"):
                 figures[name] = torch.full_like(figures[name], math.nan)
         return figures

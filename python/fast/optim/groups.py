@@ -86,6 +86,14 @@ def match_anchors(
     return dict(zip(params, values, strict=True))
 
 
+def missing_anchor() -> RuntimeError:
+    """The error of a step whose group has an `anchor_decay`, and a parameter without an anchor."""
+    return RuntimeError(
+        "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is not taken "
+        "from weights that may have moved"
+    )
+
+
 def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | None]:
     """A curvature tensor (or None) for each of `params`.
 
@@ -145,7 +153,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._flag: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._event: torch.cuda.Event | None = None
 
     def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
         """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed.
@@ -162,7 +170,7 @@ class Progress:
                 found_inf.shape, dtype=found_inf.dtype, pin_memory=True, device="cpu"
             )
             self._flag.copy_(found_inf, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(found_inf.device).record_event()
+            self._event = torch.cuda.current_stream(found_inf.device).record_event()
         else:
             self._flag = found_inf.clone()
 
@@ -182,10 +190,10 @@ class Progress:
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Count the last step if it is still open."""
-        flag, arrived = self._flag, self._arrived
-        self._flag = self._arrived = None
-        if arrived is not None:
-            arrived.synchronize()
+        flag, event = self._flag, self._event
+        self._flag = self._event = None
+        if event is not None:
+            event.synchronize()
         if flag is not None and not flag.any():
             _advance(groups)
 

@@ -21,7 +21,7 @@ class HyperTables:
     """The tables of the last step, which the next one uses again if no value has changed."""
 
     def __init__(self) -> None:
-        self._kept: dict[Place, tuple[Rows, Tensor]] = {}
+        self._tables: dict[Place, tuple[Rows, Tensor]] = {}
 
     def table(self, place: Place, batch: UpdateBatch, make_row: MakeRow, check: Check) -> Tensor:
         """The table of the batch at `place`, float64 `[groups, columns]`.
@@ -32,13 +32,13 @@ class HyperTables:
                 is called when a value has changed.
         """
         rows, device_lrs = _rows(batch, make_row, check)
-        kept_rows, table = self._kept.get(place, (None, None))
+        kept_rows, table = self._tables.get(place, (None, None))
         if table is None or kept_rows != rows:
             if not torch.compiler.is_compiling():
                 for i, (group, _) in enumerate(batch.rows):
                     check(group | {"lr": 0.0} if i in device_lrs else group)
             table = _on(place, rows)
-            self._kept[place] = rows, table
+            self._tables[place] = rows, table
         for i, lr in device_lrs.items():
             table[i, 0].copy_(lr)
         return table

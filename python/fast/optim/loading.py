@@ -26,7 +26,7 @@ from fastkernels import codes as codec
 class Format:
     """What the state dict of an optimizer looks like.
 
-    Args:
+    Attributes:
         name: name of the optimizer, for messages.
         moments: names of the moments in the state, as torch's optimizer of the same name has them.
         group_keys: keys by which its groups are recognised.
@@ -41,9 +41,7 @@ class Format:
     counts_steps: bool = True
 
 
-def check_state_dict(
-    state_dict: Mapping[str, Any], expected: Format, params: Sequence[Tensor]
-) -> None:
+def check_state_dict(state_dict: Mapping[str, Any], form: Format, params: Sequence[Tensor]) -> None:
     """Raise a ValueError when a state dict does not have this format, or does not fit `params`.
 
     The values in its groups are not checked here, and torch checks the number of groups.
@@ -52,24 +50,24 @@ def check_state_dict(
         if key not in state_dict:
             raise ValueError(f"state_dict has no {key!r}: it is not the state of an optimizer")
     for group in state_dict["param_groups"]:
-        _check_group(group, expected)
+        _check_group(group, form)
     owners = [(i, group) for group in state_dict["param_groups"] for i in group["params"]]
     for (i, group), p in zip(owners, params, strict=False):
         state, where = state_dict["state"].get(i, {}), f"state_dict: state[{i}]"
         if not isinstance(state, Mapping):
             raise ValueError(f"{where} must be a dict; got {type(state).__name__}")
-        _check_names(state, group, expected, where)
-        _check_tensors(state, expected, p, where)
+        _check_names(state, group, form, where)
+        _check_tensors(state, form, p, where)
 
 
-def _check_group(group: Group, expected: Format) -> None:
-    missing = sorted(expected.group_keys - set(group))
+def _check_group(group: Group, form: Format) -> None:
+    missing = sorted(form.group_keys - set(group))
     if "anchor_decay" not in group:
-        missing += sorted(expected.torch_keys - set(group))
+        missing += sorted(form.torch_keys - set(group))
     if missing:
         raise ValueError(
-            f"state_dict is not one of {expected.name}: its groups have no {', '.join(missing)}; "
-            f"if its moments are those of {expected.name} all the same, add the keys to its groups"
+            f"state_dict is not one of {form.name}: its groups have no {', '.join(missing)}; "
+            f"if its moments are those of {form.name} all the same, add the keys to its groups"
         )
     if group.get("code_format", 1) not in (1, CODE_FORMAT):
         raise ValueError(
@@ -85,9 +83,9 @@ def _check_group(group: Group, expected: Format) -> None:
         )
 
 
-def _check_names(state: Mapping[str, Any], group: Group, expected: Format, where: str) -> None:
+def _check_names(state: Mapping[str, Any], group: Group, form: Format, where: str) -> None:
     """Raise a ValueError when a saved state does not have the entries of this format."""
-    moments = expected.moments
+    moments = form.moments
     tensors = (*moments, "anchor", "curvature")
     names = {"step", "remainder", *tensors}
     names |= {f"{name}_{part}" for name in tensors for part in ("codes", "scales")}
@@ -95,29 +93,29 @@ def _check_names(state: Mapping[str, Any], group: Group, expected: Format, where
         names.add("max_exp_avg_sq")  # torch leaves it where amsgrad was switched off
     if unknown := sorted(map(repr, set(state) - names)):
         raise ValueError(
-            f"{where} has {', '.join(unknown)}, which no {expected.name} has: it is of another "
+            f"{where} has {', '.join(unknown)}, which no {form.name} has: it is of another "
             "optimizer (bitsandbytes calls the moments state1, state2); rename what means the "
             f"same to {', '.join(moments)}, and leave out the rest"
         )
-    stored = [name for name in moments if is_stored(state, name)]
-    if stored and len(stored) < len(moments):
-        raise ValueError(f"{where} has {stored[0]} but not all of {moments}")
-    if not expected.counts_steps:
+    present = [name for name in moments if is_stored(state, name)]
+    if present and len(present) < len(moments):
+        raise ValueError(f"{where} has {present[0]} but not all of {moments}")
+    if not form.counts_steps:
         return
-    if stored and "step" not in state:
+    if present and "step" not in state:
         way = f"; its group has step {group['step']}: copy it" if "step" in group else ": add it"
-        raise ValueError(f"{where} has {stored[0]} but no 'step'{way} into every state")
-    if not stored and state.get("step", 0):
+        raise ValueError(f"{where} has {present[0]} but no 'step'{way} into every state")
+    if not present and state.get("step", 0):
         raise ValueError(f"{where} has a step but none of {moments}")
 
 
-def _check_tensors(state: Mapping[str, Any], expected: Format, p: Tensor, where: str) -> None:
+def _check_tensors(state: Mapping[str, Any], form: Format, p: Tensor, where: str) -> None:
     """Raise a ValueError that names the entry when a saved state does not fit `p`."""
     step = state.get("step", 0)
     if not isinstance(step, (int, float, Tensor)) or torch.as_tensor(step).numel() != 1:
         raise ValueError(f"{where}['step'] must be one number; got {step!r}")
     shapes: dict[str, Sequence[int]] = {}
-    for name in (*expected.moments, "anchor", "curvature", "remainder"):
+    for name in (*form.moments, "anchor", "curvature", "remainder"):
         shapes |= {name: p.shape, f"{name}_codes": p.shape}
         shapes[f"{name}_scales"] = (codec.code_scales(p.numel()),)
         if f"{name}_codes" in state and f"{name}_scales" not in state:
@@ -137,7 +135,7 @@ def _check_tensors(state: Mapping[str, Any], expected: Format, p: Tensor, where:
 
 def loaded_state(
     p: Tensor,
-    saved: Mapping[str, Any],
+    entries: Mapping[str, Any],
     before: Mapping[str, Any],
     *,
     moments: Sequence[str],
@@ -147,42 +145,42 @@ def loaded_state(
     """The state of `p` after loading, which may lack moments.
 
     Args:
-        saved: the state as it was saved, before torch casts it to the dtype of `p`.
-        before: the present state of `p`, whose anchor and curvature stay if `saved` has none.
-        code_format: format of the 8-bit codes in `saved`.
+        entries: the state as it was saved, before torch casts it to the dtype of `p`.
+        before: the present state of `p`, whose anchor and curvature stay if `entries` has none.
+        code_format: format of the 8-bit codes in `entries`.
     """
     state: State = {}
     for name in ("anchor", "curvature"):
-        source = saved if is_stored(saved, name) else before
+        source = entries if is_stored(entries, name) else before
         # Curvature has no sign, and an anchor no codes: their format has never changed.
         _take(state, source, name, p, storage.dtype(name, p))
     for name in moments:
-        _take(state, saved, name, p, storage.dtype(name, p), code_format)
-    if "step" in saved or any(is_stored(saved, name) for name in moments):
+        _take(state, entries, name, p, storage.dtype(name, p), code_format)
+    if "step" in entries or any(is_stored(entries, name) for name in moments):
         # torch's SGD counts no steps, but a momentum shows that there was at least one.
-        step = torch.as_tensor(saved.get("step", 1.0))
+        step = torch.as_tensor(entries.get("step", 1.0))
         state["step"] = step.to(dtype=torch.float32, device=p.device)
     if storage.exact_bf16 and p.dtype == torch.bfloat16:
-        _take(state, saved, "remainder", p, torch.int16)
+        _take(state, entries, "remainder", p, torch.int16)
     return state
 
 
 def _take(
     state: State,
-    saved: Mapping[str, Any],
+    entries: Mapping[str, Any],
     name: str,
     p: Tensor,
     dtype: torch.dtype,
     code_format: int = CODE_FORMAT,
 ) -> None:
     """Take the tensor `name` from a saved state, as it is (not copied) where it fits."""
-    stored = StoredTensor.read(saved, name)
-    if stored is None:
+    tensor = StoredTensor.read(entries, name)
+    if tensor is None:
         return
-    values = dtensor.like(stored.values, p)
+    values = dtensor.like(tensor.values, p)
     fits = values.dtype == dtype and values.device == p.device and values.stride() == p.stride()
-    if fits and not (stored.scales is not None and code_format == 1 and signed(name)):
-        stored = StoredTensor(values=values, scales=stored.scales)
+    if fits and not (tensor.scales is not None and code_format == 1 and signed(name)):
+        tensor = StoredTensor(values=values, scales=tensor.scales)
     else:
-        stored = StoredTensor.encode(name, stored.decode(name, code_format), p, dtype)
-    stored.write(state, name)
+        tensor = StoredTensor.encode(name, tensor.decode(name, code_format), p, dtype)
+    tensor.write(state, name)

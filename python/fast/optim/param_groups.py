@@ -69,9 +69,9 @@ def param_groups(
             "parameters"
         )
     layers = None if layer_decay is None else _layers(unwrap(model), set(body), layer_decay)
-    shared = {"weight_decay": backbone.pop("weight_decay", 0.0)}
-    of_backbone = {"name": "backbone", "lr": lr, **backbone, **shared}
-    of_head = {"name": "head", "lr": lr * head_lr_scale, "anchor_decay": 0.0, **shared}
+    of_both = {"weight_decay": backbone.pop("weight_decay", 0.0)}
+    of_backbone = {"name": "backbone", "lr": lr, **backbone, **of_both}
+    of_head = {"name": "head", "lr": lr * head_lr_scale, "anchor_decay": 0.0, **of_both}
     return _groups(body, of_backbone, layers) + _groups(head, of_head, layers)
 
 
@@ -83,13 +83,13 @@ def _backbone_and_head(
     Raises:
         ValueError: no head was found, nothing can be trained, or not the new head.
     """
-    replaced = task_head(model)
-    head_module = replaced.linear if replaced is not None else find_head(model, sample).module
+    new_head = task_head(model)
+    head_module = new_head.linear if new_head is not None else find_head(model, sample).module
     in_head = {id(p) for p in own_parameters(model, head_module)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("model has no parameter with requires_grad=True: nothing can be trained")
-    if replaced is not None and not any(p.requires_grad for p in replaced.linear.parameters()):
+    if new_head is not None and not any(p.requires_grad for p in new_head.linear.parameters()):
         raise ValueError(
             "the new head is frozen (requires_grad=False), and would stay at its zeros. "
             "get_peft_model freezes what it wraps: wrap the pretrained network first, and call "

@@ -23,7 +23,7 @@ from fast.optim.batch import UpdateBatch
 class Scaling:
     """What an op needs to know about the scale of its gradients.
 
-    Args:
+    Attributes:
         grad_scale: the loss scale, by which gradients are divided.
         found_inf: nonzero if the step is to be skipped.
         max_grad_norm: the norm at which the op clips.

@@ -93,20 +93,20 @@ class SGD(AnchoredOptimizer):
         return super()._group_moments(group) if group["momentum"] else ()
 
     def _ensure(self, group: Group, p: Tensor) -> State:
-        begun = is_stored(self.state[p], "momentum_buffer")
+        has_momentum = is_stored(self.state[p], "momentum_buffer")
         state = super()._ensure(group, p)
-        if not begun and self._group_moments(group):
+        if not has_momentum and self._group_moments(group):
             state["step"].zero_()  # at step 0 a momentum starts as the gradient, without dampening
         return state
 
     def state_dict(self) -> dict[str, Any]:
         state_dict = super().state_dict()
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        for group, entry in zip(self.param_groups, state_dict["param_groups"], strict=True):
             # torch starts a missing momentum undamped, as we do at step 0, but dampens one of
             # zeros. A sharded state stays complete, as torch.distributed.checkpoint needs it.
             if not group["dampening"] or dtensor.any_sharded(group["params"]):
                 continue
-            for i in saved["params"]:
+            for i in entry["params"]:
                 state = state_dict["state"].get(i, {})
                 if is_stored(state, "momentum_buffer") and not state["step"].any():
                     state_dict["state"][i] = state = dict(state)

@@ -18,7 +18,6 @@ from fastkernels import codes as codec
 from fastkernels.codes import compute_dtype
 
 State = dict[str, Any]
-ROUND_TO_NEAREST = 1 << 19
 # The format of the 8-bit codes in a state is the key `code_format` of its group; without the key it
 # is format 1. Format 2 changed signed codes; unsigned codes never changed.
 CODE_FORMAT = 2
@@ -97,14 +96,14 @@ class StoredTensor:
             value = dtensor.like(value, p)
             values = empty_like(p, dtype).copy_(value)
             if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
-                lost = ~dtensor.local(values).isfinite() & dtensor.local(value).isfinite()
-                if bool(lost.any()):
+                overflow = ~dtensor.local(values).isfinite() & dtensor.local(value).isfinite()
+                if bool(overflow.any()):
                     raise ValueError(
                         f"{name}: a value is too large for {dtype}; choose another dtype"
                     )
             return cls(values=values)
         dense = empty_like(p, torch.float32).copy_(value)
-        codes, scales = codec.encode(codec.flat(dense), ROUND_TO_NEAREST, signed=signed(name))
+        codes, scales = codec.encode(codec.flat(dense), codec.NEAREST, signed=signed(name))
         values = empty_like(p, torch.uint8)
         codec.flat(values).copy_(codes)
         return cls(values=values, scales=scales)

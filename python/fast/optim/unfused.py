@@ -22,16 +22,15 @@ from fast.optim.groups import (
     check_numbers,
     match_anchors,
     match_curvature,
+    missing_anchor,
     ramp_factor,
 )
 from fastkernels.codes import compute_dtype
-from fastkernels.ops.update import STATS
+from fastkernels.ops.update import HARDEST, STATS
 
 KEYS: Group = {
     "anchor_decay": 0.0, "curvature": None, "stall": 0, "ramp": 0, "restraint": 1.0, "progress": 0
 }  # fmt: skip
-# A pull beyond this leaves nothing of w. It is finite so that a curvature of 0 can cancel it.
-HARDEST = 1e30
 
 
 class UnfusedPull:
@@ -122,7 +121,7 @@ class UnfusedPull:
         groups = self.optimizer.param_groups
         self._progress.settle([group for group in groups if "progress" in group])
         moving: list[tuple[Group, Any]] = []
-        stalled: list[Tensor] = []
+        in_stall: list[Tensor] = []
         try:
             for group in groups:
                 self._prepare(group)
@@ -132,20 +131,17 @@ class UnfusedPull:
                     lr = self._scale_lr(group, factor * group["restraint"])
                     moving.append((group, lr))
                 else:
-                    stalled += group["params"]
+                    in_stall += group["params"]
                     self._undo.append(partial(group.update, dict(group)))
         except Exception:
             self._take_back()
             raise
         self._moving = moving
-        return self._hide(stalled, args, kwargs) if stalled else None
+        return self._hide(in_stall, args, kwargs) if in_stall else None
 
     def _check_anchors(self, group: Group) -> None:
         if group["anchor_decay"] and not all(p in self.anchors for p in group["params"]):
-            raise RuntimeError(
-                "anchor_decay is set but a parameter has no anchor: call set_anchors(...); it is "
-                "not taken from weights that may have moved"
-            )
+            raise missing_anchor()
 
     def _scale_lr(self, group: Group, factor: float) -> Any:
         """Multiply the learning rate of a group for one step; returns that of the step."""
@@ -159,14 +155,14 @@ class UnfusedPull:
             )
         if factor == 1:
             return lr
-        scaled = group["lr"] = lr * factor
+        step_lr = group["lr"] = lr * factor
 
         def restore() -> None:
-            if group["lr"] is scaled:
+            if group["lr"] is step_lr:
                 group["lr"] = lr
 
         self._undo.append(restore)
-        return scaled
+        return step_lr
 
     def _hide(self, params: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take away the gradients of `params` for the step: every optimizer skips parameters that
@@ -260,11 +256,11 @@ class UnfusedPull:
         if self.anchors:
             away = {p: p.double() - anchor.double() for p, anchor in self.anchors.items()}
             figures["drift"] = dtensor.norm(away.values())
-            weighted = (
+            terms = (
                 away[p] * self.curvature[p].double().sqrt() if p in self.curvature else away[p]
                 for p in away
             )
-            figures["forgetting"] = dtensor.norm(weighted).square() / 2
+            figures["forgetting"] = dtensor.norm(terms).square() / 2
         return figures
 
     # Checkpoints.

@@ -59,11 +59,11 @@ class Engine:
         few = pick(sample, slice(2))
         with in_mode(model, False), held_buffers(model):
             forward_logits(model, few).float().sum().backward()
-            unused = any(p.requires_grad and p.grad is None for p in model.parameters())
+            has_unused = any(p.requires_grad and p.grad is None for p in model.parameters())
             self.network = DistributedDataParallel(
                 model,
                 process_group=self.ranks.group,
-                find_unused_parameters=bool(self.ranks.largest(unused)),
+                find_unused_parameters=bool(self.ranks.largest(has_unused)),
             )
             for _ in range(2):
                 forward_logits(self.network, few).float().sum().backward()

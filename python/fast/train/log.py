@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fast.files import reading, to_json
 from fast.progress import bar, write_line
@@ -83,42 +83,44 @@ class RunLog:
 
     Args:
         folder: the run's folder; None writes no files, as on all ranks but the first.
-        kept: history of the interrupted run that this one resumes, from `read_history`; lines which
-            that run wrote after its checkpoint are dropped.
+        earlier: history of the interrupted run that this one resumes, from `read_history`; lines
+            which that run wrote after its checkpoint are dropped.
         callbacks: functions that are called with each record.
     """
 
     def __init__(
         self,
         folder: Path | None,
-        kept: History | None = None,
+        earlier: History | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.callbacks = callbacks
-        self.history = list(kept.records) if kept else []
-        self._file = None
+        self.history = list(earlier.records) if earlier else []
+        self._file: BinaryIO | None = None
         self._board: Any = None
         self._length, self._hash = 0, _hash()
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / HISTORY_FILE
-        path.touch()
-        self._file = path.open("r+b")
-        if (
-            kept and self._file.read(len(kept.lines)) != kept.lines
-        ):  # the run goes on in another folder
-            self._file.seek(0)
-            self._file.write(kept.lines)
-        self._file.truncate()
-        if kept:
-            self._count(kept.lines)
+        self._file = self._open(folder / HISTORY_FILE, earlier.lines if earlier else b"")
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / BOARD_FOLDER))
 
+    def _open(self, path: Path, lines: bytes) -> BinaryIO:
+        """Open the file of the history behind these lines; what follows them is cut off."""
+        path.touch()
+        file = path.open("r+b")
+        if file.read(len(lines)) != lines:  # the run goes on in another folder
+            file.seek(0)
+            file.write(lines)
+        file.truncate()
+        self._count(lines)
+        return file
+
     def add(self, record: dict[str, Any]) -> None:
+        """Write a record to the file and the board, and call the callbacks with it."""
         self.history.append(record)
         if self._file:
             line = f"{to_json(record)}\n".encode()
@@ -225,8 +227,8 @@ def figures(record: dict[str, Any], before: float | None = None, between: str = 
     """
     parts = []
     if record.get("source_accuracy") is not None:
-        lost = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
-        parts.append(f"source {100 * record['source_accuracy']:.1f}{lost}")
+        change = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
+        parts.append(f"source {100 * record['source_accuracy']:.1f}{change}")
     if record.get("forecast") is not None:
         parts.append(f"forgets {round(record['forecast'], 2) + 0.0:.2f}")  # never -0.00
     if record.get("target_accuracy") is not None:
@@ -244,5 +246,5 @@ def line(record: dict[str, Any], steps: int, epochs: float, before: float | None
     """
     loss = "" if record["loss"] is None else f", loss {record['loss']:.4g}"
     rest = f"{loss}, {record['seconds']:.0f} s"
-    shown = figures(record, before, ", ") or "nothing is measured"
-    return f"step {record['step']}/{steps} (epoch {epochs:.1f}): {shown}{rest}"
+    text = figures(record, before, ", ") or "nothing is measured"
+    return f"step {record['step']}/{steps} (epoch {epochs:.1f}): {text}{rest}"

@@ -71,7 +71,7 @@ class Measure:
         self.batch_size = max(LEAST_EVAL_BATCH, batch_size)
         self.before: Score | None = None
         self.by_class: dict[int, ByClass] = {}
-        self.started = time.monotonic()
+        self.start_time = time.monotonic()
 
     def measure_before(self, model: nn.Module) -> None:
         self.before = self._source(model)
@@ -115,7 +115,7 @@ class Measure:
             "drift": adaptation.drift(),
             "grad_norm": float(adaptation.stats()["grad_norm"]) if step else None,
             "lr": adaptation.last_lr,
-            "seconds": round(time.monotonic() - self.started, 3),
+            "seconds": round(time.monotonic() - self.start_time, 3),
         }
 
     def _source(self, model: nn.Module) -> Score | None:
@@ -132,13 +132,13 @@ class Measure:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "seconds": time.monotonic() - self.started,
+            "seconds": time.monotonic() - self.start_time,
             "before": None if self.before is None else [self.before.accuracy, self.before.loss],
             "by_class": [[step, *counts] for step, counts in self.by_class.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.started = time.monotonic() - float(state["seconds"])
+        self.start_time = time.monotonic() - float(state["seconds"])
         before = state["before"]
         self.before = None if before is None else Score(*before)
         # Checkpoints of older versions have no such entry.
@@ -177,12 +177,12 @@ def evaluate(
     right, samples = torch.zeros(2, 0, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     wrong = torch.zeros((), dtype=torch.int64, device=device)
-    sharded = dtensor.any_sharded(list(model.parameters()))
+    is_sharded = dtensor.any_sharded(list(model.parameters()))
     all_batches, each_batch = (
-        (nullcontext, ranks.together) if sharded else (ranks.together, nullcontext)
+        (nullcontext, ranks.together) if is_sharded else (ranks.together, nullcontext)
     )
     with all_batches(), evaluating(model):
-        for inputs, labels, counts in _shares(data, batch_size, ranks, sharded):
+        for inputs, labels, counts in _shares(data, batch_size, ranks, is_sharded):
             with input_errors(data.name, inputs, model):
                 logits = answers(model, move(inputs, device), mirrored)
             with each_batch():
@@ -216,7 +216,7 @@ def _of_classes(counts: Tensor, classes: int) -> Tensor:
 
 
 def _shares(
-    data: Data, batch_size: int, ranks: Ranks, sharded: bool
+    data: Data, batch_size: int, ranks: Ranks, is_sharded: bool
 ) -> Iterator[tuple[Any, Tensor, bool]]:
     """A rank's batches, and whether they count.
 
@@ -224,7 +224,7 @@ def _shares(
     batches repeats its last one, or the first of all, and that one does not count.
     """
     own = iter(data.eval_batches(batch_size, ranks.share))
-    if not sharded:
+    if not is_sharded:
         yield from ((inputs, labels, True) for inputs, labels in own)
         return
     last = None
@@ -252,13 +252,13 @@ def _refuse(data: Data, wrong: int, count: int, batch_size: int) -> None:
     )
 
 
-def _accuracy(found: Any) -> float:
+def _accuracy(answer: Any) -> float:
     try:
-        accuracy = float(found)
+        accuracy = float(answer)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             "source: the function must return the accuracy, a number in 0..1; it returned "
-            f"{kind(found)}"
+            f"{kind(answer)}"
         ) from error
     if not 0 <= accuracy <= 1:
         raise ValueError(f"source: the function must return an accuracy in 0..1; got {accuracy:g}")

@@ -81,9 +81,9 @@ class TrainStep:
         for part, y in zip(parts, labels.split(size), strict=True):
             with engine.accumulating(last=part is parts[-1]):
                 with engine.autocast():
-                    logits, penalty, replayed = adaptation.forward_part(part, engine.network)
+                    logits, penalty, replay_loss = adaptation.forward_part(part, engine.network)
                     loss = self.loss.part(logits, y, denominator) + penalty
-                engine.backward(loss + replayed)
+                engine.backward(loss + replay_loss)
             total += loss.detach()
         began()
         engine.step(adaptation.optimizer)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
@@ -39,7 +40,7 @@ from fast.train.log import (
 )
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
-from fast.train.resume.saver import Saver, tensors
+from fast.train.resume.saver import Saver
 from fast.train.run_data import RunData
 from fast.train.step import TrainStep
 
@@ -56,7 +57,6 @@ class Trainer:
     """
 
     adaptation: Adaptation
-    measure: Measure
     train_step: TrainStep
 
     def __init__(
@@ -75,6 +75,9 @@ class Trainer:
         self.engine = Engine(next(model.parameters()).device, config.precision, ranks)
         self.sources = {"card": card, "source_inputs": source_inputs}
         self.callbacks = callbacks
+        self.measure = Measure(
+            data.val, data.source, self.engine, config.batch_size, tta=config.tta
+        )
         self.stopping = EarlyStopping(config.patience)
         self.saver: Saver | None = None
 
@@ -102,8 +105,12 @@ class Trainer:
                     self._train(began, losses, run_log, bar)
         return self._result(run_log.history)
 
-    def _adapt(self, resuming: bool = False) -> Adaptation:
-        """Measure the source, then make the adaptation, which changes the network."""
+    def _adapt(self, resuming: bool) -> None:
+        """Measure the source, then make the adaptation, which changes the network.
+
+        Args:
+            resuming: whether a checkpoint follows, which has the measurement.
+        """
         config, data, engine = self.config, self.data, self.engine
         with engine.ranks.together():
             weights = class_weights(config.class_weights, data.train, data.num_classes)
@@ -111,7 +118,6 @@ class Trainer:
             weights = weights.to(engine.device)
         loss = TargetLoss(weights, config.label_smoothing)
         mix = mixing(config.mixup, config.cutmix, data.num_classes)
-        self.measure = Measure(data.val, data.source, engine, config.batch_size, tta=config.tta)
         if not resuming:
             if data.source is not None:
                 steps_log.info("measuring the source")
@@ -133,8 +139,7 @@ class Trainer:
         if not engine.ranks.first:  # from here on each rank draws its own dropout and augmentation
             seed_process(spread_seed(config.seed, engine.ranks.rank))
         self.train_step = TrainStep(self.adaptation, data, loss, engine, mix)
-        self.measure.started = time.monotonic()
-        return self.adaptation
+        self.measure.start_time = time.monotonic()
 
     def _start(self) -> tuple[History | None, list[Tensor]]:
         """Start a new run, or resume one from its checkpoint.
@@ -143,20 +148,20 @@ class Trainer:
             the history so far, or None; and the losses since its last record.
         """
         if self.folder is None:
-            self._adapt()
+            self._adapt(resuming=False)
             return None, []
         with self.engine.ranks.together():
             self.saver = Saver(self.folder, self.config, self.model, self.data)
-        adaptation = self._adapt(resuming=self.saver.resumes)
-        self.saver.add_source(adaptation, self.sources["card"])
+        self._adapt(resuming=self.folder.source is not None)
+        self.saver.add_source(self.adaptation, self.sources["card"])
         if self.folder.source is None:
             return None, []
-        file, record, best = self.saver.load(adaptation)
+        file, record, best = self.saver.load(self.adaptation)
         with reading(file):
             self.stopping.load(record["stopping"], best)
             self.measure.load_state_dict(record["measure"])
             self.engine.load_state_dict(record["engine"])
-            losses = tensors(record["losses"], self.engine.device)
+            losses = [torch.tensor(float(x), device=self.engine.device) for x in record["losses"]]
         return read_history(self.folder.source, record["history"]), losses
 
     def _train(
@@ -181,18 +186,18 @@ class Trainer:
                     steps_log.info("checking the budget")
                 losses.append(self.train_step(batch, began))
                 bar.update()
-                done = adaptation.done
-                if done % eval_every == 0 or done == steps:
+                step = adaptation.done
+                if step % eval_every == 0 or step == steps:
                     if self.folder:
                         self.folder.check()
                     with adaptation.averaged():
                         record = self.measure.record(adaptation, losses, folder)
                         self.stopping.update(record, self.model)
-                    self.measure.keep_by_class({0, self.stopping.best_step, done})
+                    self.measure.keep_by_class({0, self.stopping.best_step, step})
                     losses = []
                     self._show(record, run_log, bar)
                 stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
-                if self.saver and (stop or done % save_every == 0 or done == steps):
+                if self.saver and (stop or step % save_every == 0 or step == steps):
                     check_finite(adaptation, losses, folder)  # before it replaces a good checkpoint
                     self._save(run_log, losses)
                 if interruption is not None and stop:

@@ -47,7 +47,7 @@ def _surface(
     values = np.clip(np.nan_to_num(np.array(losses), nan=HIGHEST), LOWEST, HIGHEST)
     low, high = float(values.min()), float(values.max())
     levels = np.geomspace(low, max(high, 1.01 * low), LEVELS)
-    filled = axis.contourf(
+    contours = axis.contourf(
         landscape.x,
         landscape.y,
         values,
@@ -57,7 +57,7 @@ def _surface(
         extend="both",
     )
     axis.contour(landscape.x, landscape.y, values, levels=levels, colors="white", linewidths=0.5)
-    bar = figure.colorbar(filled, ax=axis, shrink=0.9, pad=0.02)
+    bar = figure.colorbar(contours, ax=axis, shrink=0.9, pad=0.02)
     bar.set_ticks(levels[::3], labels=[f"{v:.2g}" for v in levels[::3]])
     bar.minorticks_off()
     for i, path in enumerate(landscape.paths):
@@ -87,10 +87,10 @@ def _path(axis: Any, path: PathGeometry, i: int) -> None:
 def _stiff_panel(axis: Any, landscape: Landscape) -> None:
     for i, path in enumerate(landscape.paths):
         pairs = zip(path.steps[1:], path.stiff_share, strict=True)
-        moved = [(step, share) for step, share in pairs if share]
-        if moved:
+        points = [(step, share) for step, share in pairs if share]
+        if points:
             axis.plot(
-                *zip(*moved, strict=True),
+                *zip(*points, strict=True),
                 color=colour_of(path.name, i),
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=4,
@@ -125,7 +125,7 @@ def undrawn(landscape: Landscape) -> int:
 
 
 def _forecast_panel(axis: Any, landscape: Landscape) -> None:
-    drawn: list[float] = []
+    values: list[float] = []
     for i, path in enumerate(landscape.paths):
         colour, marker = colour_of(path.name, i), MARKERS[i % len(MARKERS)]
         for forecast, full in (([*path.forecast], True), (path.card_shown, False)):
@@ -133,13 +133,13 @@ def _forecast_panel(axis: Any, landscape: Landscape) -> None:
             points = [(m, f) for m, f in pairs if f is not None and min(m, f) > SMALLEST_RISE]
             if not points:
                 continue
-            drawn += [v for pair in points for v in pair]
+            values += [v for pair in points for v in pair]
             face = colour if full else "none"
             axis.scatter(
                 *zip(*points, strict=True), s=26, marker=marker, edgecolor=colour, facecolor=face
             )
-    if drawn:
-        ends = [min(drawn), max(drawn)]
+    if values:
+        ends = [min(values), max(values)]
         axis.plot(ends, ends, color=GREY, linestyle="--", linewidth=1)
         axis.set(xscale="log", yscale="log")
     else:

@@ -24,7 +24,7 @@ from fast.progress import bar
 EIGEN_TOL = 1e-3
 BATCH = 128
 # Columns that a path copies from the history of its run.
-MEASURED = ("target_loss", "target_accuracy", "source_accuracy")
+FIGURES = ("target_loss", "target_accuracy", "source_accuracy")
 
 
 def landscape(
@@ -193,7 +193,7 @@ def _geometry(
         forecast=forecast,
         card_forecast=[nats for nats, _ in by_card],
         card_reaches=[within for _, within in by_card],
-        **{name: [row.get(name) for row in path.history] for name in MEASURED},
+        **{name: [row.get(name) for row in path.history] for name in FIGURES},
     )
 
 
@@ -211,10 +211,10 @@ def _along(
     losses, forecasts = [], []
     # With batch norm per task the source has norms that no path moves, so the source loss belongs
     # to the path's own network. The card is bound to the first path's network.
-    moved = MovableNetwork(path.model, path.parameters, BATCH)
+    own_network = MovableNetwork(path.model, path.parameters, BATCH)
     for weights in path.weights:
-        moved.move_to(weights)
-        losses.append(moved.source_loss(source))
+        own_network.move_to(weights)
+        losses.append(own_network.source_loss(source))
         network.move_to(weights)
         forecasts.append(network.forecast(card))
     return losses, forecasts

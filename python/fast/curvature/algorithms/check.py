@@ -71,14 +71,14 @@ def check(operator: Checkable, *, rtol: float | None = None, seed: int = 0) -> C
     u, v = normal_block(space, 2, torch.Generator().manual_seed(seed))
     both, again = (operator.rows(torch.stack([u, v])) for _ in range(2))
     au, av = both
-    combined = operator.rows((2 * u - v)[None])[0]
+    a_combination = operator.rows((2 * u - v)[None])[0]
     # Random u and Av are nearly orthogonal: u.Av is about |u| |Av| / sqrt(P).
     size = (float(u.norm() * av.norm() + v.norm() * au.norm()) or 1.0) / space.numel**0.5
     asymmetry = abs(float(u.double() @ av.double() - v.double() @ au.double())) / size
     findings = [
         compared("determinism", relative_error(again, both), "the same product twice", limit),
         compared("symmetry", asymmetry, "u.Av against v.Au", limit),
-        compared("linearity", relative_error(combined, 2 * au - av), "A(2u - v)", limit),
+        compared("linearity", relative_error(a_combination, 2 * au - av), "A(2u - v)", limit),
     ]
     return CheckReport(findings + operator.findings(v, av, limit))
 

@@ -96,15 +96,15 @@ def top(
             count = krylov.expand()
             matvecs += count
             ticks.update(count)
-            done, full = krylov.converged(tol), krylov.used >= size
-            if (done or full or matvecs >= max_matvecs) and krylov.used >= k:
+            is_converged, full = krylov.converged(tol), krylov.num_rows >= size
+            if (is_converged or full or matvecs >= max_matvecs) and krylov.num_rows >= k:
                 values, vectors, residuals = krylov.best()
                 return Eigenpairs(
                     values=values,
                     vectors=vectors,
                     residuals=residuals,
                     num_matvecs=matvecs,
-                    converged=done or full,
+                    converged=is_converged or full,
                 )
             krylov.advance()
 
@@ -116,8 +116,8 @@ class _Subspace:
     orthogonal to them starts the next run, which can see what the first could not: other copies of
     the same eigenvalue, and the rest of the spectrum.
 
-    The first `lock` rows are the eigenvectors. The first `multiplied` rows have been multiplied
-    with A, and those from there to `used` have not. `projected` is the matrix in this basis;
+    The first `lock` rows are the eigenvectors. The first `num_multiplied` rows have been multiplied
+    with A, and those from there to `num_rows` have not. `projection` is the matrix in this basis;
     `theta` and `s` are the run's Ritz values and vectors.
     """
 
@@ -136,10 +136,10 @@ class _Subspace:
         self.generator = torch.Generator().manual_seed(seed)
         rows, space = limit + block_size, operator.space
         self.basis = torch.empty(rows, space.numel, dtype=space.dtype, device=space.device)
-        self.projected = torch.zeros(rows, rows, dtype=torch.float64)
+        self.projection = torch.zeros(rows, rows, dtype=torch.float64)
         self.locked = torch.zeros(0, dtype=torch.float64)
         self.locked_residuals = torch.zeros(0, dtype=torch.float64)
-        self.multiplied = self.used = 0
+        self.num_multiplied = self.num_rows = 0
         self.scale = self.tolerance = 0.0
         self._start()
 
@@ -154,28 +154,28 @@ class _Subspace:
         rows = normal_block(space, min(self.block_size, space.numel - self.lock), self.generator)
         rows = _orthogonalise(rows, self.basis[: self.lock])[0]
         block = _orthonormal_rows(rows, self.basis[: self.lock], 0.0)[0]
-        self.multiplied = self.lock
+        self.num_multiplied = self.lock
         self._append(block)
 
     def _append(self, rows: Tensor) -> None:
         """Put rows after those that have been multiplied."""
-        self.basis[self.multiplied : self.multiplied + len(rows)] = rows
-        self.used = self.multiplied + len(rows)
+        self.basis[self.num_multiplied : self.num_multiplied + len(rows)] = rows
+        self.num_rows = self.num_multiplied + len(rows)
 
     def expand(self) -> int:
         """Multiply the newest rows, compute the run's Ritz pairs, return the number of products."""
-        old, used = self.multiplied, self.used
+        old, used = self.num_multiplied, self.num_rows
         w = require_finite(self.operator.rows(self.basis[old:used]))
         w, coefficients = _orthogonalise(w, self.basis[:used])
-        self.projected[:used, old:used] = coefficients
-        self.projected[old:used, :used] = coefficients.T
+        self.projection[:used, old:used] = coefficients
+        self.projection[old:used, :used] = coefficients.T
         run = slice(self.lock, used)
-        self.theta, self.s = torch.linalg.eigh(self.projected[run, run])
+        self.theta, self.s = torch.linalg.eigh(self.projection[run, run])
         self.scale = max(self.scale, float(self.theta.abs().max()), torch.finfo(torch.float64).tiny)
         self.following, coupling = _orthonormal_rows(w, self.basis[:used], self.scale)
         # Only the newest rows couple to what lies outside of the basis.
         self.residuals = (coupling @ self.s[old - self.lock :]).norm(dim=0)
-        self.multiplied = used
+        self.num_multiplied = used
         return used - old
 
     def _best(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +190,7 @@ class _Subspace:
         limit = self.tolerance = tol * self.scale
         if bool((self.residuals <= limit).all()):  # within `tol` the run has ended
             self.following = self.following[:0]
-        if self.used < self.k or not bool((self._best()[1] <= limit).all()):
+        if self.num_rows < self.k or not bool((self._best()[1] <= limit).all()):
             return False
         # The best pair of a run from a random block tells what is left of the spectrum.
         lead = _order(self.theta, self.which)[0]
@@ -210,13 +210,13 @@ class _Subspace:
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
         """The best k pairs: values [k], vectors [P, k] and residuals [k]."""
         values, residuals, order = self._best()
-        mix = torch.zeros((len(order), self.used), dtype=torch.float64)
+        mix = torch.zeros((len(order), self.num_rows), dtype=torch.float64)
         for row, place in zip(mix, order.tolist(), strict=True):
             if place < self.lock:
                 row[place] = 1.0
             else:
                 row[self.lock :] = self.s[:, place - self.lock]
-        return values, (mix.to(self.basis) @ self.basis[: self.used]).T, residuals
+        return values, (mix.to(self.basis) @ self.basis[: self.num_rows]).T, residuals
 
     def advance(self) -> None:
         """Append the next rows to multiply with, and restart where there is no room for them."""
@@ -224,7 +224,7 @@ class _Subspace:
             self._lock_run()
             self._start()
             return
-        if self.used + len(self.following) > self.limit:
+        if self.num_rows + len(self.following) > self.limit:
             room = self.limit - self.lock - len(self.following)
             count = max(1, min(self.k + max(4, self.k // 2), room))
             self._keep(_order(self.theta, self.which)[:count])
@@ -233,16 +233,18 @@ class _Subspace:
     def _keep(self, order: Tensor) -> None:
         """Restart the run from some of its Ritz vectors."""
         first, last = self.lock, self.lock + len(order)
-        self.basis[first:last] = self.s[:, order].T.to(self.basis) @ self.basis[first : self.used]
-        self.projected[first:, first:] = 0
-        self.projected[first:last, first:last] = torch.diag(self.theta[order])
+        self.basis[first:last] = (
+            self.s[:, order].T.to(self.basis) @ self.basis[first : self.num_rows]
+        )
+        self.projection[first:, first:] = 0
+        self.projection[first:last, first:last] = torch.diag(self.theta[order])
         self.theta, self.residuals = self.theta[order], self.residuals[order]
-        self.multiplied = self.used = last
+        self.num_multiplied = self.num_rows = last
 
     def _lock_run(self) -> None:
         """End the run, and lock its converged pairs."""
-        done = (self.residuals <= self.tolerance).nonzero()[:, 0]
-        self._keep(done[_order(self.theta[done], self.which)])
+        rows = (self.residuals <= self.tolerance).nonzero()[:, 0]
+        self._keep(rows[_order(self.theta[rows], self.which)])
         self.locked = torch.cat([self.locked, self.theta])
         self.locked_residuals = torch.cat([self.locked_residuals, self.residuals])
         # Where the next run would have no room, only the best k stay.
@@ -250,7 +252,7 @@ class _Subspace:
             order = _order(self.locked, self.which)[: self.k]
             self.basis[: len(order)] = self.basis[order.to(self.basis.device)]
             self.locked, self.locked_residuals = self.locked[order], self.locked_residuals[order]
-        self.projected.zero_()
+        self.projection.zero_()
 
 
 def _key(theta: Tensor, which: str) -> Tensor:

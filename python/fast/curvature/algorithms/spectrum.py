@@ -149,8 +149,8 @@ def tridiagonals(operator: Symmetric, probes: Tensor, steps: int, ticks: Any) ->
 
 def _pad(rows: list[Tensor], width: int, *, weights: bool) -> Tensor:
     """[len(rows), width]: a shorter run repeats its last node with weight zero."""
-    padded = torch.zeros((len(rows), width), dtype=torch.float64)
-    for target, row in zip(padded, rows, strict=True):
+    out = torch.zeros((len(rows), width), dtype=torch.float64)
+    for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
         target[len(row) :] = 0.0 if weights else row[-1]
-    return padded
+    return out

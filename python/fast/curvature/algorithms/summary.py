@@ -87,17 +87,17 @@ def summarise(
         layers: the argument of `Hessian.blocks`; None leaves the layers out.
     """
     loss, gradient = operator.value_and_gradient()
-    shared: dict[str, Any] = {"seed": seed, "progress": progress}
-    pairs = top(operator, min(num_top, operator.space.numel), **shared)
-    total = trace(operator, trace_matvecs, **shared)
-    density = spectrum(operator, num_probes, num_lanczos_steps, **shared) if num_probes else None
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
+    pairs = top(operator, min(num_top, operator.space.numel), **options)
+    total = trace(operator, trace_matvecs, **options)
+    density = spectrum(operator, num_probes, num_lanczos_steps, **options) if num_probes else None
     parts = {}
     if layers is not None:
         blocks = operator.blocks(layers)
         names = {name: block.space.names for name, block in blocks.items()}
-        traces = block_traces(operator, names, trace_matvecs, **shared)
+        traces = block_traces(operator, names, trace_matvecs, **options)
         for name, block in blocks.items():
-            largest = top(block, 1, tol=LAYER_TOL, max_matvecs=LAYER_MATVECS, **shared)
+            largest = top(block, 1, tol=LAYER_TOL, max_matvecs=LAYER_MATVECS, **options)
             parts[name] = Layer(numel=block.space.numel, trace=traces[name], top=largest)
     return Summary(
         numel=operator.space.numel,

@@ -69,8 +69,8 @@ class Calibration:
         Steps are measured along signs of gradients, as Adam's first steps are. The steps of a run
         turn and are pulled back to the source: within reach, too, they cost less than is forecast.
         """
-        measured = [e for e, nats in self.points if nats < CEILING]
-        return not measured or energy <= max(measured)
+        energies = [e for e, nats in self.points if nats < CEILING]
+        return not energies or energy <= max(energies)
 
     def through(self, energy: float, nats: float, exponent: float | None = None) -> Calibration:
         """The line moved to one more measurement, that of a run itself.

@@ -217,8 +217,8 @@ class SourceCard:
                     "training, or pass anchors="
                 )
             c = dtensor.shard(self.entries[name].decode(), p).double()
-            moved = (p - dtensor.like(before, p)).detach().double()
-            total += float(dtensor.whole((c * moved.square()).sum()))
+            displacement = (p - dtensor.like(before, p)).detach().double()
+            total += float(dtensor.whole((c * displacement.square()).sum()))
         return 0.5 * total
 
     def forecast(self, params: Iterable[Tensor], anchors: Sequence[Tensor] | None = None) -> float:

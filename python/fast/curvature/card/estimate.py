@@ -25,7 +25,7 @@ from fast.heads.outputs import source_logits
 
 TEMPERATURE = 3.0
 BATCH = 64
-IGNORED = -100  # the label that torch leaves out
+IGNORE_INDEX = -100  # the label that torch leaves out
 
 
 def estimate_fields(
@@ -110,8 +110,8 @@ def _performance(
     # Other labels belong to a skill that the features have and the source head has not.
     if labels.shape != answers.argmax(1).shape or int(labels.max()) >= answers.shape[1]:
         return None, None
-    counted = labels != getattr(loss, "ignore_index", IGNORED)
-    right = (answers.argmax(1) == labels)[counted].float().mean()
+    counts = labels != getattr(loss, "ignore_index", IGNORE_INDEX)
+    right = (answers.argmax(1) == labels)[counts].float().mean()
     return float(loss.value(answers, labels)), float(right)
 
 

@@ -119,18 +119,18 @@ def _check_sizes(file: Any, shapes: dict[str, list[int]]) -> None:
 
     Nothing is read or allocated before that is known.
     """
-    expected = {}
+    sizes = {}
     for name, shape in shapes.items():
         count = math.prod(shape)
-        expected[f"{name}:codes"] = ("U8", [packed_size(count)])
-        expected[f"{name}:scales"] = ("F32", [num_scales(count)])
+        sizes[f"{name}:codes"] = ("U8", [packed_size(count)])
+        sizes[f"{name}:scales"] = ("F32", [num_scales(count)])
     keys = set(file.keys())
-    if wrong := sorted(keys ^ expected.keys()):
+    if wrong := sorted(keys ^ sizes.keys()):
         there = "more" if wrong[0] in keys else "missing"
         raise CardError(f"tensor {wrong[0]!r} is {there} than the card's shapes name")
-    for key, (dtype, size) in expected.items():
-        stored = file.get_slice(key)
-        got = (stored.get_dtype(), stored.get_shape())
+    for key, (dtype, size) in sizes.items():
+        tensor = file.get_slice(key)
+        got = (tensor.get_dtype(), tensor.get_shape())
         if got != (dtype, size):
             raise CardError(f"tensor {key!r} is {got[0]} {got[1]}, not {dtype} {size}")
 

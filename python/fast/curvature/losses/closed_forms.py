@@ -57,8 +57,8 @@ class _OfClasses(Loss):
     def unrows(self, u: Tensor, shape: torch.Size) -> Tensor:
         if len(shape) <= 2:
             return u.reshape(u.shape[0], *shape)
-        moved = (shape[0], *shape[2:], shape[1])
-        return u.reshape(u.shape[0], *moved).movedim(-1, 2)
+        classes_last = (shape[0], *shape[2:], shape[1])
+        return u.reshape(u.shape[0], *classes_last).movedim(-1, 2)
 
     def _class_weights(self, z: Tensor) -> Tensor:
         """The weight of each class, [C]."""
@@ -125,8 +125,8 @@ class CrossEntropy(_OfClasses):
         w = self._class_weights(z)
         classes, smooth = len(w), self.label_smoothing
         if y is None:
-            expected = torch.softmax(self.rows(z[None])[0], -1) @ w
-            return (1 - smooth) * expected + smooth / classes * w.sum(), expected.sum()
+            mean_weight = torch.softmax(self.rows(z[None])[0], -1) @ w
+            return (1 - smooth) * mean_weight + smooth / classes * w.sum(), mean_weight.sum()
         if y.is_floating_point():
             if y.shape != z.shape:
                 raise ValueError(
@@ -171,9 +171,9 @@ class CrossEntropy(_OfClasses):
         logits = self.rows(z.detach()[None])[0]
         p = torch.softmax(logits, -1)
         scale, denominator = self._row_scale(z.detach(), y)
-        drawn = F.one_hot(torch.multinomial(p, 1)[:, 0], p.shape[-1]).to(p)
+        one_hot = F.one_hot(torch.multinomial(p, 1)[:, 0], p.shape[-1]).to(p)
         whole = float(denominator) if self.reduction == "mean" else 1.0
-        return (p - drawn) * scale.sqrt()[:, None], 1.0 / (whole or 1.0)
+        return (p - one_hot) * scale.sqrt()[:, None], 1.0 / (whole or 1.0)
 
     def sample(self, z: Tensor, y: Any) -> Any:
         logits = self.rows(z.detach()[None])[0]

@@ -62,18 +62,18 @@ class Loss:
         self.fn = fn
         self.reduction = reduction
         self.denominator = denominator
-        self._measured = Denominators(self.value)
+        self._denominators = Denominators(self.value)
 
     @property
     def is_measured(self) -> bool:
         """Whether only a measurement can tell what the mean divides by."""
-        computed = type(self).weight is not Loss.weight or self.denominator is not None
-        return self.reduction == "mean" and not computed
+        is_known = type(self).weight is not Loss.weight or self.denominator is not None
+        return self.reduction == "mean" and not is_known
 
     def fresh(self) -> Loss:
         """The same loss for another pass over the data."""
         other = copy.copy(self)
-        other._measured = Denominators(other.value)
+        other._denominators = Denominators(other.value)
         return other
 
     def state(self) -> list[Any]:
@@ -111,8 +111,8 @@ class Loss:
             return self._call_denominator(z, y)
         if self.reduction == "sum":
             return float(size)
-        weight = self._measured.weight(z, y, size)
-        self.reduction = self._measured.reduction or self.reduction
+        weight = self._denominators.weight(z, y, size)
+        self.reduction = self._denominators.reduction or self.reduction
         return weight
 
     def _call_denominator(self, z: Tensor, y: Any) -> float:
@@ -178,7 +178,7 @@ class Loss:
         if self.denominator is not None:
             return self._call_denominator(z, y) if self.reduction == "mean" else 1.0
         if self.reduction == "mean":
-            self.reduction = self._measured.of_samples(z, y)
+            self.reduction = self._denominators.of_samples(z, y)
         return float(size) if self.reduction == "mean" else 1.0
 
     def sampled_residual(self, z: Tensor, y: Any) -> tuple[Tensor, float]:

@@ -105,9 +105,9 @@ class _Calls(TorchFunctionMode):
 
 def _operation(call: Invocation) -> str:
     """The name of the first function inside a call that has no finite derivatives at its inputs."""
-    with _Calls() as recorded, torch.no_grad():
+    with _Calls() as functions, torch.no_grad():
         call.function(*_copied(call.args), **_copied(call.kwargs))
-    return next((c.name for c in recorded.calls if not _finite_twice(c)), "")
+    return next((c.name for c in functions.calls if not _finite_twice(c)), "")
 
 
 def _first_call(

@@ -26,21 +26,21 @@ class _Counted:
         self.enter = enter
         self.lock = threading.Lock()
         self.inside = 0
-        self.held: contextlib.AbstractContextManager[Any] | None = None
+        self.context: contextlib.AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.held = self.enter()
-                self.held.__enter__()
+                self.context = self.enter()
+                self.context.__enter__()
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.inside -= 1
-            if not self.inside and self.held is not None:
-                self.held.__exit__(None, None, None)
-                self.held = None
+            if not self.inside and self.context is not None:
+                self.context.__exit__(None, None, None)
+                self.context = None
 
 
 @contextlib.contextmanager
@@ -198,8 +198,8 @@ def _plain_embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         )
     limit, weight = arguments.pop("max_norm", None), arguments["weight"]
     if limit is not None:
-        used = weight.detach()[arguments["input"].reshape(-1)]
-        norms = torch.linalg.vector_norm(used, arguments.get("norm_type", 2.0), dim=-1)
+        rows = weight.detach()[arguments["input"].reshape(-1)]
+        norms = torch.linalg.vector_norm(rows, arguments.get("norm_type", 2.0), dim=-1)
         # torch rescales rows to the limit within rounding.
         slack = 1 + 16 * torch.finfo(weight.dtype).eps
         if bool((norms > limit * slack).any()):
@@ -219,19 +219,19 @@ _DETACHING = (
 
 
 class StopGradients(TorchFunctionMode):
-    """Tells `stopped` of every tensor that the model's own code detaches.
+    """Tells `on_detach` of every tensor that the model's own code detaches.
 
     Below autograd, such a detach looks the same as the ones that autograd makes for itself.
     """
 
-    def __init__(self, stopped: Callable[[Tensor], object]):
+    def __init__(self, on_detach: Callable[[Tensor], object]):
         super().__init__()
-        self.stopped = stopped
+        self.on_detach = on_detach
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _DETACHING:
-            self.stopped(out)
+            self.on_detach(out)
         return out

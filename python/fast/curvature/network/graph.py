@@ -11,13 +11,13 @@ from torch import Tensor
 def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
     """Every node in the graph of `tensors`, once."""
     stack = [t.grad_fn for t in tensors if t is not None and t.grad_fn is not None]
-    seen = set(stack)
+    visited = set(stack)
     while stack:
         node = stack.pop()
         yield node
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
+            if following is not None and following not in visited:
+                visited.add(following)
                 stack.append(following)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 2**30  # bytes of freed memory that stay with the process, at most
+MOST_FREE = 2**30  # bytes of freed memory that stay with the process, at most
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # what glibc allows
 _MADV_HUGEPAGE, _LARGE_PAGE = 14, 2 * 2**20  # of mman.h
@@ -48,7 +48,7 @@ def keep_freed_memory() -> bool:
     # Setting one threshold freezes the other, which glibc otherwise raises to its maximum by
     # itself: both are set.
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)) and bool(
-        mallopt(_M_TRIM_THRESHOLD, KEPT)
+        mallopt(_M_TRIM_THRESHOLD, MOST_FREE)
     )
 
 

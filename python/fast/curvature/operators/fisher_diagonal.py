@@ -101,14 +101,14 @@ def mixes_samples(model: nn.Module) -> str:
 
 
 def _signed_squares(
-    network: Network, loss: Loss, residual: Residual, batch: Batch, predicted: bool, draws: int
+    network: Network, loss: Loss, residual: Residual, batch: Batch, predict: bool, draws: int
 ) -> tuple[list[Tensor], float]:
     """Sum over draws of (J^T sum_n s_n r_n)^2 with random signs s, and the weight of the batch."""
     weights = network.leaves()
     params = network.selected(weights)
     output, y = network.answers(weights, batch, loss)
     z = output.detach()
-    y = loss.predict(z, y) if predicted else y
+    y = loss.predict(z, y) if predict else y
     total = [torch.zeros_like(p) for p in params]
     for draw in range(draws):
         r, scale = residual(z, y)
@@ -124,7 +124,7 @@ def _signed_squares(
 
 
 def _sample_squares(
-    network: Network, loss: Loss, residual: Residual, batch: Batch, predicted: bool, draws: int
+    network: Network, loss: Loss, residual: Residual, batch: Batch, predict: bool, draws: int
 ) -> tuple[list[Tensor], float]:
     """Sum over draws and samples n of (J_n^T r_n)^2, and the weight of the batch."""
     weights = network.leaves()
@@ -132,7 +132,7 @@ def _sample_squares(
         output = network.outputs(weights, batch.inputs)
     dim = loss.class_dim(output, batch.target, network.class_dim)
     z, y = laid_out(output, batch.target, dim)
-    y = loss.predict(z, y) if predicted else y
+    y = loss.predict(z, y) if predict else y
     total = [torch.zeros_like(p) for p in network.selected(weights)]
     for _ in range(draws):
         r, scale = residual(z, y)

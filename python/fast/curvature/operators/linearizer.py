@@ -97,19 +97,19 @@ class Linearizer(SymmetricOperator):
         loss: Loss,
         num_vectors: int | None = None,
         *,
-        kept: bool = False,
+        keep: bool = False,
     ) -> Linearization:
         """Compute everything about one batch that its products share.
 
         Args:
             loss: the `Loss` of this pass over the data.
             num_vectors: number of vectors of the products that will be taken; None for any number.
-            kept: whether the result serves more than one product.
+            keep: whether the result serves more than one product.
         """
         batch = batch.to(self.device)
         self.network.look_for_classes(batch, loss)
         method = self.settings.method
-        few = num_vectors is not None and not kept and self._prefers_loop(num_vectors)
+        few = num_vectors is not None and not keep and self._prefers_loop(num_vectors)
         if method == "loop" or self.why_loop or (few and method == "auto"):
             part = self._loop(batch, index, loss)
         else:
@@ -182,14 +182,14 @@ class Linearizer(SymmetricOperator):
 
     def _cached(self, batch: Batch, loss: Loss, num_vectors: int) -> Linearization:
         """The linearisation of a single batch, kept from one product to the next."""
-        expected: int | None = num_vectors
+        count: int | None = num_vectors
         if self._cache is not None and same(self._cache[0], self._state(batch)):
             part = self._cache[1]
             if not isinstance(part, ProgramPasses) or part.num_vectors == num_vectors:
                 return part
-            expected = None  # products come in several sizes: a record serves them all
+            count = None  # products come in several sizes: a record serves them all
         self._cache = None
-        part = self.linearize(batch, 0, loss, expected, kept=True)
+        part = self.linearize(batch, 0, loss, count, keep=True)
         if isinstance(part, Folded):
             part = CachedRecord(part, compile=self.settings.compile)
         # The state is taken afterwards: a forward pass may itself count or keep something.

@@ -166,8 +166,8 @@ class NetworkOperator(Linearizer):
                 try:
                     value = apply(part, vectors)
                 except Exception as error:
-                    folded = isinstance(part, Passes)
-                    if self.settings.method != "auto" or not folded:
+                    by_record = isinstance(part, Passes)
+                    if self.settings.method != "auto" or not by_record:
                         raise
                     value = apply(self._loop(batch.to(self.device), index, loss), vectors)
                     self._fall_back(error)

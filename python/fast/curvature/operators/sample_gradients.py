@@ -28,7 +28,7 @@ def squared_sample_gradients(
     """
     with ATTENTION:  # vmap has no rule for the fused kernels
         params = {n: leaves[n].detach() for n in network.names}
-        fixed = {n: p.detach() for n, p in leaves.items() if n not in params}
+        others = {n: p.detach() for n, p in leaves.items() if n not in params}
         tensors, spec = pytree.tree_flatten(batch.inputs)
         per_sample = [isinstance(t, Tensor) and t.ndim > 0 for t in tensors]
 
@@ -40,13 +40,13 @@ def squared_sample_gradients(
             ]
             inputs = pytree.tree_unflatten(leaves_i, spec)
             _, pull = vjp(  # type: ignore[misc]
-                lambda p: network.outputs({**fixed, **p}, inputs), params
+                lambda p: network.outputs({**others, **p}, inputs), params
             )
             return pull(c_i[None])[0]
 
         samples = [t for t, is_sample in zip(tensors, per_sample, strict=True) if is_sample]
         chunk = max(1, SAMPLE_BYTES // (8 * network.space.numel))
-        batched = vmap(gradients, randomness="same")
+        of_batch = vmap(gradients, randomness="same")
         total = [torch.zeros_like(p) for p in params.values()]
         together = True
         for start in range(0, batch.size, chunk):
@@ -54,7 +54,7 @@ def squared_sample_gradients(
             arguments = (cotangent[part], *(s[part] for s in samples))
             if together:
                 try:
-                    grads = batched(*arguments)
+                    grads = of_batch(*arguments)
                 except RuntimeError as error:
                     if "vmap" not in str(error):
                         raise

@@ -86,10 +86,10 @@ def denominator_findings(loss: Loss, answers: Sequence[Answer]) -> list[Finding]
             both = joint(loss.value, (first, first_y), (z, y))
         except (RuntimeError, ValueError, TypeError, IndexError):
             continue  # batches of different shapes cannot be joined
-        expected = 1.0 if loss.reduction == "sum" else unit / (unit + weight)
+        share = 1.0 if loss.reduction == "sum" else unit / (unit + weight)
         if both.first == both.first:
             count += 1
-            largest = max(largest, abs(both.first - expected) if both.additive else 1.0)
+            largest = max(largest, abs(both.first - share) if both.additive else 1.0)
     if not count:
         return []
     detail = f"{count} batches, each in one call with the first, off by {largest:.1e}"

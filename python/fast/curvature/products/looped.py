@@ -96,12 +96,12 @@ class GraphGGN:
             # u -> J^T u has the same derivative everywhere, but not every operation has one at zero
             # (logcumsumexp takes the logarithm of its gradient).
             self.cotangent = torch.ones_like(self.output, requires_grad=True)
-            self.pulled = grad_or_none(
+            self.pullback = grad_or_none(
                 [self.output], self.params, [self.cotangent], create_graph=True
             )
         # The ways to J v that have not failed yet, the fastest first.
         self.ways = [self._twice, self._forward_mode, self._by_rows]
-        if cut_off(self.pulled):
+        if cut_off(self.pullback):
             self.ways.remove(self._twice)
 
     def jvp(self, vectors: Blocks) -> Tensor:
@@ -122,7 +122,7 @@ class GraphGGN:
 
     def _twice(self, vectors: Blocks) -> Tensor:
         """J v as the derivative of u -> J^T u, one vector after the other."""
-        pairs = [(p, v) for p, v in zip(self.pulled, vectors, strict=True) if p is not None]
+        pairs = [(p, v) for p, v in zip(self.pullback, vectors, strict=True) if p is not None]
         num_vectors = vectors[0].shape[0]
         out = self.output.new_zeros((num_vectors, *self.output.shape))
         for k in range(num_vectors if pairs else 0):

@@ -39,8 +39,8 @@ def _name_in_timm(model: nn.Module) -> str | None:
     arguments = getattr(model, "_model_args", None)
     if config is None or arguments is None or not type(model).__module__.startswith("timm."):
         return None
-    listed = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
-    spec = f"timm:{config['architecture']}({listed})"
+    text = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
+    spec = f"timm:{config['architecture']}({text})"
     try:
         parse_spec(spec)
     except ValueError:
@@ -92,9 +92,9 @@ def source_classes(model: nn.Module, name: str | None) -> list[str] | None:
     head = task_head(unwrap(model))
     labels = head.source_labels.get("id2label") if head is not None else None
     if labels:
-        named = [str(labels[i]) for i in sorted(labels)]
-        plain = all(label == f"LABEL_{i}" for i, label in enumerate(named))
-        return None if plain else named
+        own_names = [str(labels[i]) for i in sorted(labels)]
+        plain = all(label == f"LABEL_{i}" for i, label in enumerate(own_names))
+        return None if plain else own_names
     library, _, rest = (name or "").partition(":")
     if head is None or library not in ("timm", "torchvision"):
         return None

@@ -22,6 +22,7 @@ from fast.models.saved.files import (
     check_manifest,
     read_options,
 )
+from fast.models.weights import lacking
 from fast.tensor_files import load_tensors, write_tensors
 
 
@@ -126,7 +127,7 @@ def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
     head.put(layer)
     announce_classes(model, classes_of(layer))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = [n for n in shapes if n not in state and not n.endswith("num_batches_tracked")]
+    wrong = lacking(state, shapes)
     wrong += [n for n in state if shapes.get(n) != state[n].shape]
     if wrong:
         raise ValueError(
@@ -172,11 +173,11 @@ def _take_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
     for module_name, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
-                saved = state.get(f"{module_name}.{name}" if module_name else name)
-                if value is None or saved is None or not value.is_floating_point():
+                new = state.get(f"{module_name}.{name}" if module_name else name)
+                if value is None or new is None or not value.is_floating_point():
                     continue
-                if saved.is_floating_point() and saved.dtype != value.dtype:
-                    value.data = value.data.to(saved.dtype)
+                if new.is_floating_point() and new.dtype != value.dtype:
+                    value.data = value.data.to(new.dtype)
 
 
 def _layer_of(head: Head, state: dict[str, Tensor], prefix: str, file: Path) -> HeadLayer:

@@ -20,21 +20,10 @@ from torch.optim import Optimizer
 from fast import dtensor
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.state import check_state, joined_state, split_state
-from fast.data.generators import (
-    process_generators,
-    set_process_generators,
-    set_state,
-    state_of,
-)
+from fast.data.generators import process_generators, set_process_generators, set_state, state_of
 from fast.data.reachable import Generator
-from fast.errors import warn
-from fast.files import (
-    atomic_folder,
-    file_hash,
-    read_sealed,
-    reading,
-    write_sealed,
-)
+from fast.errors import some, warn
+from fast.files import atomic_folder, file_hash, read_sealed, reading, write_sealed
 from fast.models.saved.files import STATE_FILE, checkpoint_name, list_checkpoints
 from fast.tensor_files import load_tensors, save_tensors
 from fast.train.early_stopping import BEST
@@ -96,11 +85,11 @@ class State:
             "generators": {path: state_of(g) for path, g in self.generators.items()},
         }
 
-    def set_randomness(self, saved: dict[str, Any]) -> None:
+    def set_randomness(self, states: dict[str, Any]) -> None:
         """Restore what `randomness()` returned."""
         for name, generator in self.generators.items():
-            set_state(generator, saved["generators"][name])
-        set_process_generators(saved["process generators"])
+            set_state(generator, states["generators"][name])
+        set_process_generators(states["process generators"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,35 +279,35 @@ def _take_adaptation(
     return adaptation
 
 
-def _check_run(path: Path, saved: Facts, now: Facts) -> None:
-    if saved.run != now.run:
+def _check_run(path: Path, before: Facts, now: Facts) -> None:
+    if before.run != now.run:
         raise ValueError(
-            f"{path} is of another run ({saved.run}) than the folder around it ({now.run})"
+            f"{path} is of another run ({before.run}) than the folder around it ({now.run})"
         )
     with reading(path / STATE_FILE):
-        options = {k: v for k, v in saved.options.items() if now.options.get(k, v) != v}
+        options = {k: v for k, v in before.options.items() if now.options.get(k, v) != v}
     if options:
         raise ValueError(f"{path} is of a run with other options: {options}")
 
 
-def _check_generators(path: Path, saved: dict[str, Any], state: State) -> None:
+def _check_generators(path: Path, randomness: dict[str, Any], state: State) -> None:
     with reading(path / STATE_FILE):
-        names = sorted(saved["generators"])
+        names = sorted(randomness["generators"])
     own = sorted(state.generators)
     if names != own:
         raise ValueError(
             f"{path} is of another job: the data, transform and network held the generators "
-            f"{_some(names)}, here {_some(own)}"
+            f"{some(names) or 'none'}, here {some(own) or 'none'}"
         )
 
 
-def _check_job(path: Path, saved: Facts, now: Facts) -> None:
+def _check_job(path: Path, before: Facts, now: Facts) -> None:
     with reading(path / STATE_FILE):
         # Another version may have written names that are unknown here.
-        jobs = [(k, v) for k, v in saved.job.items() if now.job.get(k, v) != v]
+        jobs = [(k, v) for k, v in before.job.items() if now.job.get(k, v) != v]
         environment = [
             f"{name} {value}, here {now.environment[name]}"
-            for name, value in saved.environment.items()
+            for name, value in before.environment.items()
             if now.environment.get(name, value) != value
         ]
     for name, value in jobs:
@@ -346,12 +335,12 @@ def _check_files(path: Path, hashes: dict[str, str], model: nn.Module) -> None:
             )
 
 
-def _check_tensors(file: Path, saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Raise ValueError where `saved` lacks a tensor of `own`, or has it in another form."""
+def _check_tensors(file: Path, tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise ValueError where `tensors` lacks a tensor of `own`, or has it in another form."""
     for name, value in own.items():
-        if name not in saved:
+        if name not in tensors:
             raise ValueError(f"{file} lacks {name}")
-        there = saved[name]
+        there = tensors[name]
         if (there.shape, there.dtype) != (value.shape, value.dtype):
             raise ValueError(
                 f"{file}: {name} is {list(there.shape)} {there.dtype}, and must be "
@@ -359,9 +348,9 @@ def _check_tensors(file: Path, saved: dict[str, Tensor], own: dict[str, Tensor])
             )
 
 
-def _check_same_optimizer(optimizer: Optimizer, saved: dict[str, Any], path: Path) -> None:
+def _check_same_optimizer(optimizer: Optimizer, record: dict[str, Any], path: Path) -> None:
     with reading(path / STATE_FILE):
-        before = [len(group["params"]) for group in saved["groups"]]
+        before = [len(group["params"]) for group in record["groups"]]
     sizes = [len(g["params"]) for g in optimizer.param_groups]
     if sizes != before:
         raise ValueError(
@@ -380,7 +369,3 @@ def _check_same_model(model: nn.Module, weights: dict[str, Tensor], path: Path) 
             f"{path} is a checkpoint of another model: {len(wrong)} entries differ, "
             f"first {', '.join(wrong[:3])}"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) or "none"

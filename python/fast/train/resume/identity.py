@@ -43,10 +43,10 @@ def code_identity(model: nn.Module, transform: Any) -> dict[str, str | None]:
     Bytecode differs between versions of Python, so the version is part of a name: hashes from
     another version have other names, and are not compared.
     """
-    shown = _ADDRESS.sub("", repr(model)) + values_of(model=model)
+    text = _ADDRESS.sub("", repr(model)) + values_of(model=model)
     name = getattr(transform, "__qualname__", type(transform).__qualname__)
     return {
-        "the network's settings (hash)": hashlib.blake2b(shown.encode(), digest_size=8).hexdigest(),
+        "the network's settings (hash)": hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
         f"the network's code in Python {PYTHON} (hash)": code_of(model=model),
         "transform": None if transform is None else name,
         f"the transform's code in Python {PYTHON} (hash)": code_of(transform=transform),

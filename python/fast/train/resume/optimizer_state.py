@@ -48,7 +48,7 @@ def unflatten(optimizer: Optimizer, tensors: dict[str, Tensor], record: dict[str
     own = optimizer.state_dict()["param_groups"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    groups = [{**mine, **saved} for mine, saved in zip(own, record["groups"], strict=True)]
+    groups = [{**mine, **theirs} for mine, theirs in zip(own, record["groups"], strict=True)]
     for key, value in [*tensors.items(), *record["values"].items()]:
         kind, index, name = key.split(".", 2)
         if kind == "state":

@@ -157,11 +157,11 @@ def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
     check_options(config, read_json(path), source)
 
 
-def check_options(config: TrainConfig, saved: dict[str, Any], source: Path) -> None:
+def check_options(config: TrainConfig, options: dict[str, Any], source: Path) -> None:
     """Raise ValueError where the run in `source` had other options."""
     now, places = config.computed(), config.places()
     # Options that the other version did not have yet were at their defaults.
-    were = TrainConfig().computed() | saved
+    were = TrainConfig().computed() | options
     differ = [k for k in were if k not in places and were[k] != now.get(k)]
     if differ:
         changes = ", ".join(f"{k} was {_shown(were[k])}, is {_shown(now.get(k))}" for k in differ)

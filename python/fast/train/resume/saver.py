@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
@@ -57,10 +56,6 @@ class Saver:
             "source data (hash)": data_identity(data.source),
         }
 
-    @property
-    def resumes(self) -> bool:
-        return self.folder.source is not None
-
     def add_source(self, adaptation: Adaptation, card: SourceCard | None) -> None:
         """Add the source inputs of the adaptation, and the user's card, to the facts of the job."""
         self._job["source inputs (hash)"] = data_identity(adaptation.source)
@@ -95,8 +90,3 @@ class Saver:
             job=self._job,
             environment=self._environment,
         )
-
-
-def tensors(values: list[float], device: torch.device) -> list[Tensor]:
-    """Saved losses as tensors, the way the loop holds them."""
-    return [torch.tensor(float(x), device=device) for x in values]

@@ -74,8 +74,8 @@ def rewind(
     Raises:
         ValueError, TypeError, FileNotFoundError: an argument does not fit; the message names it.
     """
-    allowed = Budget.parse(budget)
-    allowed.warn_of_nats()
+    limit = Budget.parse(budget)
+    limit.warn_of_nats()
     config = RewindConfig(
         forget_budget=budget, seed=seed, source_skill=source_skill, batch_norm="per_task", head=head
     )
@@ -96,5 +96,8 @@ def rewind(
         if note:
             log.info(note)
         check_finite(network.state_dict(), "base")
-        work, meter = hold_back(network, samples, budget=allowed, skill=source_skill)
-        return Search(config, network, state, first, work, meter, data).run()
+        work, meter = hold_back(network, samples, budget=limit, skill=source_skill)
+        search = Search(
+            config, network, layer, state, sample=first, work=work, meter=meter, data=data
+        )
+        return search.run()

@@ -7,21 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fast.errors import some
-from fast.heads import (
-    Head,
-    fold_head,
-    set_batch_norm,
-    task_head,
-    unwrap,
-)
-from fast.heads.find import HeadLayer, layer_like
+from fast.heads import Head, fold_head, set_batch_norm, task_head, unwrap
+from fast.heads.find import layer_like
 from fast.heads.replace import put_head
 from fast.models.saved import MODEL_FILE
-from fast.models.weights import load_weights, matched, read_state
+from fast.models.weights import lacking, load_weights, matched, read_state
 
 # The weights in a folder of a run, or of transformers.
 WEIGHT_FILES = (MODEL_FILE, "pytorch_model.bin")
@@ -69,18 +62,18 @@ def tuned_state(tuned: Checkpoint, network: nn.Module, head: Head) -> tuple[dict
         ValueError: it belongs to another architecture.
     """
     state = _state(tuned, network, "tuned")
-    expected = network.state_dict()
+    own = network.state_dict()
     prefix = f"{head.name}."
     places = tuple(f"{name}." for _, _, name in head.places)
-    _check_fits(state, {n: x for n, x in expected.items() if not n.startswith(places)}, "tuned")
+    _check_fits(state, {n: x for n, x in own.items() if not n.startswith(places)}, "tuned")
     note = ""
     if f"{prefix}weight" not in state:
-        state, note = _renamed_head(state, expected, head)
+        state, note = _renamed_head(state, own, head)
     weight = state[f"{prefix}weight"]
-    wanted = head.module.weight
-    if weight.dim() != wanted.dim() or weight.shape[1:] != wanted.shape[1:]:
+    like = head.module.weight
+    if weight.dim() != like.dim() or weight.shape[1:] != like.shape[1:]:
         raise ValueError(
-            f"tuned: its head {head.name} is {tuple(weight.shape)}, base's {tuple(wanted.shape)}: "
+            f"tuned: its head {head.name} is {tuple(weight.shape)}, base's {tuple(like.shape)}: "
             "both must take the same features"
         )
     return state, note
@@ -92,13 +85,14 @@ def both(network: nn.Module, state: dict[str, Tensor], sample: Any, head: Head) 
     Each task has its own head and batch norms; all else is shared, and has the weights of `state`.
     """
     prefix = f"{head.name}."
-    layer = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-    classes = layer["weight"].shape[0]
+    of_head = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+    classes = len(of_head["weight"])
     set_batch_norm(network, "per_task")
     put_head(network, classes, sample=sample, max_entropy=False, head=head.name)
     new = task_head(network)
     assert new is not None
-    new.linear = _layer_of(head.module, layer)
+    new.linear = layer_like(head.module, classes, bias="bias" in of_head)
+    new.linear.load_state_dict(of_head)
     rest = {n: x for n, x in state.items() if not n.startswith(prefix)}
     network.load_state_dict(rest, strict=False)
     return network
@@ -160,11 +154,11 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
         raise ValueError(f"{name}: weights that are NaN or infinite: {some(bad)}")
 
 
-def _check_fits(state: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:
-    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
+def _check_fits(state: dict[str, Tensor], own: dict[str, Tensor], name: str) -> None:
+    missing = lacking(state, own)
     shapes = [
         f"{n} is {tuple(state[n].shape)}, base's {tuple(x.shape)}"
-        for n, x in expected.items()
+        for n, x in own.items()
         if n in state and state[n].shape != x.shape
     ]
     if missing or shapes:
@@ -176,14 +170,14 @@ def _check_fits(state: dict[str, Tensor], expected: dict[str, Tensor], name: str
 
 
 def _renamed_head(
-    state: dict[str, Tensor], expected: dict[str, Tensor], head: Head
+    state: dict[str, Tensor], own: dict[str, Tensor], head: Head
 ) -> tuple[dict[str, Tensor], str]:
     """The state with its head under the name that the network's head has."""
     features = head.module.weight.shape[1:]
     weights = [
         n
         for n, x in state.items()
-        if n not in expected and n.endswith("weight") and x.shape[1:] == features
+        if n not in own and n.endswith("weight") and x.shape[1:] == features
     ]
     if len(weights) != 1:
         what = f"several could be it: {some(weights)}" if weights else "nothing could be it"
@@ -195,11 +189,3 @@ def _renamed_head(
     names = {f"{old}{part}": f"{head.name}.{part}" for part in ("weight", "bias")}
     note = f"tuned: its {old}weight is taken for the head, {head.name}.weight"
     return {names.get(n, n): x for n, x in state.items()}, note
-
-
-def _layer_of(like: HeadLayer, state: dict[str, Tensor]) -> HeadLayer:
-    layer = layer_like(like, state["weight"].shape[0], bias="bias" in state)
-    with torch.no_grad():
-        for name, value in state.items():
-            getattr(layer, name).copy_(value)
-    return layer

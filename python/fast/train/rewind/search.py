@@ -12,7 +12,7 @@ from fast.adapt.guards.budget import AIM
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.data.source_inputs import SourceInputs
 from fast.errors import warn
-from fast.heads import find_head, task_head
+from fast.heads import Head, task_head
 from fast.heads.batch_norm import per_task_norms
 from fast.heads.outputs import source_logits
 from fast.models.signature import signature_of
@@ -26,10 +26,11 @@ from fast.train.rewind.way import Way
 log = logging.getLogger("fast")
 # The target's head is left alone where its accuracy falls by no more than this, which is two or
 # three of the samples that measure it.
-KEPT = 0.02
-# So many places on the line are measured. The loss grows with the square of the place, or faster.
+TOLERANCE = 0.02
+# How many places on the line are measured. The loss grows with the square of the place, or faster.
 LOOKS, EXPONENT = 3, 2.0
-# So many source inputs move the batch norm statistics, and so many the source's head is fitted to.
+# How many source inputs move the statistics of batch norms, and how many the source's head is
+# fitted to.
 STATISTICS_SAMPLES, HEAD_SAMPLES = 64, 256
 
 
@@ -39,8 +40,9 @@ class Search:
     Args:
         config: the options.
         network: the network at w0, with its own head.
+        head: its head.
         state: the weights w1, under the names of `network`.
-        sample: source inputs, by which the head is found.
+        sample: a batch of source inputs.
         work: source inputs that the search works with.
         meter: measures what is lost, on other source inputs.
         data: samples of the target task, or None.
@@ -50,23 +52,24 @@ class Search:
         self,
         config: RewindConfig,
         network: nn.Module,
+        head: Head,
         state: dict[str, Tensor],
+        *,
         sample: Any,
         work: SourceInputs,
         meter: ForgettingMeter,
         data: Any,
     ) -> None:
         self.config, self.meter = config, meter
-        layer = find_head(network, sample, config.head_name)
         starts = {n: x.detach().clone() for n, x in network.state_dict().items()}
         self.accuracy_before = self._source_accuracy(network)
-        self.model = both(network, state, sample, layer).eval()
+        self.model = both(network, state, sample, head).eval()
         device = next(self.model.parameters()).device
-        moved = _moved(self.model, starts)
+        params = _moved(self.model, starts)
         self.target = None
         if data is not None:
             self.target = Target(data, self.model, device, config.seed)
-        self.way = Way(list(moved.values()), [starts[n] for n in moved])
+        self.way = Way(list(params.values()), [starts[n] for n in params])
         self.way.go(0.0)
         work = work.to(device)
         some = [work.part(0, STATISTICS_SAMPLES).inputs]
@@ -82,24 +85,24 @@ class Search:
         budget = self.config.budget
         assert budget is not None
         self.way.go(1.0)
-        lost = self._look(TUNED)
-        tuned = self.history[-1]
+        cost = self._look(TUNED)
+        at_end = self.history[-1]
         if self.target is not None:
-            tuned["target_accuracy"] = self.target.accuracy(self.model)
-        if lost > budget.amount:
+            at_end["target_accuracy"] = self.target.accuracy(self.model)
+        if cost > budget.amount:
             self.way.land(
                 lambda: self._look(LINE),
-                lost=lost,
+                lost=cost,
                 aim=AIM * budget.amount,
                 exponent=EXPONENT,
                 checks=LOOKS,
             )
         record = next(r for r in self.history if r["place"] == self.way.place)
-        if record is tuned:
+        if record is at_end:
             log.info("the tuned network keeps the budget: its weights are returned as they are")
         elif self.target is not None:
-            wanted = tuned["target_accuracy"] - KEPT
-            record["target_accuracy"] = self.target.fit(self.model, wanted)
+            least = at_end["target_accuracy"] - TOLERANCE
+            record["target_accuracy"] = self.target.fit(self.model, least)
         else:
             statistics = MovingStatistics(self.model, [], source=False)
             statistics.mix(self.source_statistics, self.way.place)
@@ -108,26 +111,26 @@ class Search:
 
     def _look(self, stage: str) -> float:
         """Measure what is lost at the present weights, and record it."""
-        lost = self.meter(self.model)
+        cost = self.meter(self.model)
         self.history.append(
             {
                 "step": len(self.history),
                 "stage": stage,
                 "place": self.way.place,
-                "forecast": lost,
+                "forecast": cost,
                 "target_accuracy": None,
                 "source_accuracy": None,
             }
         )
-        return lost
+        return cost
 
     def _source_accuracy(self, model: nn.Module) -> float | None:
         """The accuracy of the source's head on the held-back samples, if these have its labels."""
-        held = self.meter.samples
-        if held.labels is None or self.meter.by_features:
+        samples = self.meter.samples
+        if samples.labels is None or self.meter.by_features:
             return None
-        answers = source_logits(model, held).argmax(1)
-        return (answers == held.labels).double().mean().item()
+        answers = source_logits(model, samples).argmax(1)
+        return (answers == samples.labels).double().mean().item()
 
     def _result(self, record: dict[str, Any]) -> Rewound:
         unknown = []
@@ -162,14 +165,14 @@ def _moved(model: nn.Module, starts: dict[str, Tensor]) -> dict[str, nn.Paramete
     head = task_head(model)
     assert head is not None
     apart = {id(p) for m in (head, *per_task_norms(model)[0]) for p in m.parameters()}
-    moved = {
+    params = {
         name: p
         for name, p in model.named_parameters()
         if id(p) not in apart and not torch.equal(p, starts[name])
     }
-    if not moved:
+    if not params:
         raise ValueError(
             "tuned: all weights that both tasks share are those of base: there is nothing to "
             "rewind. Is it the same checkpoint twice, or was only the head trained?"
         )
-    return moved
+    return params

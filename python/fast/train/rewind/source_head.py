@@ -36,9 +36,9 @@ class SourceHead:
         self._weight = self._layer.weight.detach().clone()
         self._bias = None if self._layer.bias is None else self._layer.bias.detach().clone()
         plain = type(self._layer).forward is nn.Linear.forward
-        computed = not isinstance(self._layer._parameters.get("weight"), nn.Parameter)
+        is_computed = not isinstance(self._layer._parameters.get("weight"), nn.Parameter)
         few = samples.part(0, 2)  # maps of features may be large
-        self._fits = plain and not computed and self._features(few).shape[:-1] == (few.size,)
+        self._fits = plain and not is_computed and self._features(few).shape[:-1] == (few.size,)
         if self._fits:
             self._before = F.linear(self._features(samples), self._weight, self._bias)
 

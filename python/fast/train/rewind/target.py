@@ -27,9 +27,9 @@ from fast.heads.find import HeadLayer, layer_like
 from fast.heads.forward import evaluating
 from fast.train.rewind.statistics import MovingStatistics
 
-# So many samples are used at most, and so many of them only measure. They are few, because a rewind
+# The most samples that are used, and how many of them only measure. They are few, because a rewind
 # has a fifth of the time of the run before it.
-LIMIT, HELD = 1152, 128
+LIMIT, MOST_HELD_BACK = 1152, 128
 BATCH_SIZE = 128
 HEAD_STEPS = 200
 
@@ -61,14 +61,14 @@ class Target:
             if count >= LIMIT:
                 break
         y = check_labels(torch.cat(labels), head.num_classes, "data")
-        held = min(HELD, count // 3)
-        if held < 2:
+        num_held_back = min(MOST_HELD_BACK, count // 3)
+        if num_held_back < 2:
             raise ValueError(f"data: {count} samples of the target task; give at least 6")
         x = concatenate(inputs)
-        self.held_inputs = move(pick(x, slice(held)), device)
-        self.held_labels = y[:held].to(device)
-        self.inputs = move(pick(x, slice(held, count)), device)
-        self.labels = y[held:count].to(device)
+        self.held_inputs = move(pick(x, slice(num_held_back)), device)
+        self.held_labels = y[:num_held_back].to(device)
+        self.inputs = move(pick(x, slice(num_held_back, count)), device)
+        self.labels = y[num_held_back:count].to(device)
         self._seed = seed
         some = [pick(self.inputs, slice(BATCH_SIZE))]
         self.statistics = MovingStatistics(model, some, source=False)
@@ -84,10 +84,10 @@ class Target:
         starts = range(0, len(self.labels), BATCH_SIZE)
         return [pick(self.inputs, slice(i, i + BATCH_SIZE)) for i in starts]
 
-    def fit(self, model: nn.Module, wanted: float) -> float:
+    def fit(self, model: nn.Module, least: float) -> float:
         """Fit what belongs to the target alone to the present weights.
 
-        The statistics of its batch norms follow the weights. Where its accuracy is below `wanted`,
+        The statistics of its batch norms follow the weights. Where its accuracy is below `least`,
         the head learns on, and is put back if that made it worse. A head on maps of features stays
         as it is.
 
@@ -98,11 +98,11 @@ class Target:
         head = task_head(model)
         assert head is not None
         with evaluating(model):
-            held = features_of(model, head, self.held_inputs)
-        if held.dim() != 2:
+            held_features = features_of(model, head, self.held_inputs)
+        if held_features.dim() != 2:
             return self.accuracy(model)
-        before = self._right(head, held)
-        if before >= wanted:
+        before = self._right(head, held_features)
+        if before >= least:
             return before
         with evaluating(model):
             features = torch.cat([features_of(model, head, x) for x in self._pieces()])
@@ -112,7 +112,7 @@ class Target:
             head, features, self.labels, loss=F.cross_entropy, steps=HEAD_STEPS, seed=self._seed
         )
         model.eval()
-        after = self._right(head, held)
+        after = self._right(head, held_features)
         if after < before:
             head.linear, head.norm = was
         return max(before, after)

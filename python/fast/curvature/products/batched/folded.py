@@ -70,8 +70,8 @@ class Folded(Passes):
         self.backward = TangentPass(record.backward, record.backward_tape.sizes, gradients)
         # Tangents of the forward pass that are needed after the output's.
         self.late = self.backward.reads() | gradients if self.exact else set()
-        kept = {record.output_slot} | self.late
-        self.forward = TangentPass(record.forward, record.forward_tape.sizes, kept)
+        keep = {record.output_slot} | self.late
+        self.forward = TangentPass(record.forward, record.forward_tape.sizes, keep)
         self.sources = self.backward.sources(gradients)
         self.chunk = chunk or self._fast_chunk(network.space.device, budget)
         self._prepare_forms()
@@ -91,9 +91,9 @@ class Folded(Passes):
 
     def _fast_chunk(self, device: torch.device, budget: int | None) -> int:
         """Number of vectors per pass, from the bytes that the tangents of one vector take."""
-        held = self.forward.reads() & self.backward.reads() if self.exact else set()
+        live = self.forward.reads() & self.backward.reads() if self.exact else set()
         start = set(self.record.parameter_slots)
-        peak = max(self.forward.peak(start), self.backward.peak(held), 1)
+        peak = max(self.forward.peak(start), self.backward.peak(live), 1)
         if device.type == "cuda":
             budget = budget or torch.cuda.mem_get_info(device)[0] // 4
             return max(1, budget // peak)
@@ -113,10 +113,10 @@ class Folded(Passes):
                 values = [None] * len(self.backward.sizes)
             u = _unshared(u, [*vectors, *values])
             returns(u)
-        moved = self.curvature.product(u)
+        cotangents = self.curvature.product(u)
         del u
-        with self._segment(moved, *out), rounding(self.gemm):
-            self._pull(moved, values, out)
+        with self._segment(cotangents, *out), rounding(self.gemm):
+            self._pull(cotangents, values, out)
 
     def form_pass(self, vectors: Blocks) -> Tensor:
         with self._segment(*vectors) as returns, rounding(self.gemm):
@@ -140,14 +140,14 @@ class Folded(Passes):
         assert u is not None
         return u, values
 
-    def _pull(self, moved: Tensor, values: list[Tensor | None], out: Blocks) -> None:
+    def _pull(self, cotangents: Tensor, values: list[Tensor | None], out: Blocks) -> None:
         """Write the tangents of the gradient to `out`, from that of the cotangent."""
-        values[self.record.cotangent_slot] = moved
+        values[self.record.cotangent_slot] = cotangents
         into = {}
         for slot, o in zip(self.record.gradient_slots, out, strict=True):
             if slot is not None and slot in self.sources and o.ndim == 3:
-                source, transposed = self.sources[slot]
-                if not transposed:
+                source, is_transposed = self.sources[slot]
+                if not is_transposed:
                     into[source] = o
         self.backward.run(values, into)
         for slot, o in zip(self.record.gradient_slots, out, strict=True):
@@ -167,8 +167,8 @@ class FoldedHessian(Folded):
         order = SecondOrder(self.record)
         sizes = self.record.forward_tape.sizes
         self.form, self.form_slot = TangentPass(order.operations, sizes, {order.total}), order.total
-        kept = {self.record.output_slot} | self.form.reads()
-        self.to_form = TangentPass(self.record.forward, sizes, kept)
+        keep = {self.record.output_slot} | self.form.reads()
+        self.to_form = TangentPass(self.record.forward, sizes, keep)
 
 
 class FoldedGGN(Folded):
@@ -180,5 +180,5 @@ class FoldedGGN(Folded):
 def _unshared(u: Tensor, others: list[Tensor | None]) -> Tensor:
     """u, which will be overwritten; a copy where one of the others shares its memory."""
     memory = u.untyped_storage().data_ptr()
-    used = any(t is not None and t.untyped_storage().data_ptr() == memory for t in others)
-    return u.clone() if used else u
+    is_shared = any(t is not None and t.untyped_storage().data_ptr() == memory for t in others)
+    return u.clone() if is_shared else u

@@ -101,15 +101,15 @@ def record_gradient(
         dim = loss.class_dim(raw, batch.target, network.class_dim)
         with segment() as returns, recorder:
             z, y = laid_out(raw, batch.target, dim)
-            detached = z.detach()
-            returns(detached)
+            output = z.detach()
+            returns(output)
         del raw
         output_slot = recorder.slot(z)
         if z.requires_grad != (output_slot is not None):
             raise UnsupportedOperation("the custom autograd function that makes the output")
-        output_curvature = curvature(loss, detached, y)
+        output_curvature = curvature(loss, output, y)
         # Only the shape of a GGN's cotangent matters, and there may be no label to compute it.
-        cotangent = loss.gradient(detached, y) if exact else torch.zeros_like(detached)
+        cotangent = loss.gradient(output, y) if exact else torch.zeros_like(output)
         split = recorder.start_backward()
         cotangent_slot = recorder.activate(cotangent)
         with segment(cotangent), recorder:
@@ -127,7 +127,7 @@ def record_gradient(
         cotangent_slot=cotangent_slot,
         gradient_slots=gradient_slots,
         value_of=recorder.value_of,
-        answers=(detached, y),
+        answers=(output, y),
         output_dim=dim,
         curvature=output_curvature,
     )
@@ -143,8 +143,8 @@ def _record_network(
     """The output of the network, which is recorded."""
     names = network.names_by_id().items()
     recorder.originals = {i: n for i, n in names if n in network.names}
-    stopped = StopGradients(recorder.forget)
-    with segment(*leaves.values()) as returns, stopped, recorder:
+    stop = StopGradients(recorder.forget)
+    with segment(*leaves.values()) as returns, stop, recorder:
         output = network.outputs(leaves, batch.inputs)
         returns(output)
     return output

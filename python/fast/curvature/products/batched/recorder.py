@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
         self._forward_tape = self._tape = Tape()
         self._slots = WeakTensorKeyDictionary()
         self._below_autograd = False  # inside a decomposition
-        self._watched: set[int] = set()
+        self._with_hooks: set[int] = set()
         self._cache: dict[Any, tuple[Any, tuple[Tensor, ...]]] = {}
 
     @classmethod
@@ -111,22 +111,22 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if self._forward and self.exact:
             self._watch_gradients(args)
-        mutated = _mutated(func, args)
+        target = _mutated(func, args)
         if self._forward and not torch.is_grad_enabled():
             # Under no_grad the result is a constant to autograd, and so it is here.
-            if mutated is not None:
+            if target is not None:
                 raise UnsupportedOperation(f"{func} under no_grad")
             return func(*args, **kwargs)
-        if mutated is not None:
-            return self._in_place(func, args, kwargs, slots, mutated)
+        if target is not None:
+            return self._in_place(func, args, kwargs, slots, target)
         if self._below_autograd and func in _GUARDS:
             raise UnsupportedOperation(f"{func} in a decomposition")
         rule = RULES.get(func)
         if rule is None:
-            decomposed = decomposition(func)
-            if decomposed is None:
+            simpler = decomposition(func)
+            if simpler is None:
                 raise UnsupportedOperation(str(func))
-            return self._decompose(decomposed, args, kwargs)
+            return self._decompose(simpler, args, kwargs)
         # The transposed pass of a GGN is linear in what moves: only its shapes matter.
         shapes_only = not (self._forward or self.exact) and _is_expensive(args)
         out = _placeholder(func, *args, **kwargs) if shapes_only else func(*args, **kwargs)
@@ -137,9 +137,9 @@ class Recorder(TorchDispatchMode):
         """Ask autograd to say, in the backward pass, which gradient is that of each argument."""
         for t in _tensors(args):
             slot = self._slots.get(t)
-            if slot is None or slot in self._watched or not t.requires_grad or t.is_leaf:
+            if slot is None or slot in self._with_hooks or not t.requires_grad or t.is_leaf:
                 continue
-            self._watched.add(slot)
+            self._with_hooks.add(slot)
             t.register_hook(functools.partial(self._saw_gradient, slot))
 
     def _saw_gradient(self, value: int, gradient: Tensor) -> None:
@@ -149,12 +149,12 @@ class Recorder(TorchDispatchMode):
             # Where one gradient is passed on, as by a sum, that of the sum comes first.
             self.value_of.setdefault(slot, value)
 
-    def _decompose(self, decomposed: Any, args: Any, kwargs: Any) -> Any:
+    def _decompose(self, simpler: Any, args: Any, kwargs: Any) -> Any:
         """Compute an operation without a rule by simpler ones, and record those."""
         before, self._below_autograd = self._below_autograd, True
         try:
             with self:
-                return decomposed(*args, **kwargs)
+                return simpler(*args, **kwargs)
         finally:
             self._below_autograd = before
 
@@ -169,7 +169,7 @@ class Recorder(TorchDispatchMode):
             kwargs=kwargs,
             out=out,
             active=active,
-            kept=self._tape.kept,
+            versions=self._tape.versions,
             cache=self._cache,
             exact=self.exact,
         )
@@ -192,18 +192,18 @@ class Recorder(TorchDispatchMode):
         )
 
     def _in_place(
-        self, func: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], mutated: Tensor
+        self, func: Any, args: Any, kwargs: Any, slots: tuple[Slots, ...], target: Tensor
     ) -> Any:
-        """Make a call that overwrites `mutated`, recorded as one that makes a new tensor."""
+        """Make a call that overwrites `target`, recorded as one that makes a new tensor."""
         functional = _functional(func)
         rule = RULES.get(functional) if functional is not None else None
         if rule is None:
             raise UnsupportedOperation(f"{func} in place")
-        if mutated._is_view() or self._has_alias(mutated):
+        if target._is_view() or self._has_alias(target):
             raise UnsupportedOperation(f"{func} in place on a view")
         before = args
         if not getattr(rule, "ignores_self", False):
-            before = (mutated.clone(), *args[1:])
+            before = (target.clone(), *args[1:])
         out = func(*args, **kwargs)
         self._note(functional, rule, before, kwargs, slots, out)
         return out
@@ -241,8 +241,8 @@ class Recorder(TorchDispatchMode):
             if id(t) in self.originals:
                 raise StrayParameter(self.originals[id(t)])
             # Autograd detaches the results that it saves, such as the mean that a group norm gives.
-            saved = func is aten.detach.default
-            if t.requires_grad and t not in self._slots and not saved:
+            by_autograd = func is aten.detach.default
+            if t.requires_grad and t not in self._slots and not by_autograd:
                 raise UnsupportedOperation(
                     f"the custom autograd function whose result goes into {func}"
                 )

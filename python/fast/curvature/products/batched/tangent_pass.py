@@ -25,13 +25,13 @@ class TangentPass:
         self.sizes = sizes
         # The slots that are let go after each operation.
         self.free: list[list[int]] = [[] for _ in operations]
-        kept = set(keep)
+        keep_until_end = set(keep)
         last: dict[int, int] = {}
         for i, operation in enumerate(operations):
             for s in (*flat(operation.inputs), *flat(operation.outputs)):
                 last[s] = i
         for s, i in last.items():
-            if s not in kept:
+            if s not in keep_until_end:
                 self.free[i].append(s)
 
     def reads(self) -> set[int]:
@@ -53,8 +53,8 @@ class TangentPass:
 
     def largest(self, apart: set[int | None]) -> int:
         """Largest number of bytes of a tangent that is made here, the slots `apart` left out."""
-        made = {s for o in self.operations if o.name not in VIEWS for s in flat(o.outputs)}
-        return max((self.sizes[s] for s in made - apart), default=0)
+        results = {s for o in self.operations if o.name not in VIEWS for s in flat(o.outputs)}
+        return max((self.sizes[s] for s in results - apart), default=0)
 
     def run(self, values: list[Tensor | None], into: dict[int, Tensor] | None = None) -> None:
         """Push the tangents in `values`, by slot, through all operations, and add their results.
@@ -93,12 +93,12 @@ class TangentPass:
         for slot in slots:
             if slot is None:
                 continue
-            source, transposed = slot, False
+            source, is_transposed = slot, False
             while source in writer and writer[source].name == "aten.t.default":
                 before = writer[source].inputs[0]
                 assert isinstance(before, int)
-                source, transposed = before, not transposed
-            sources[slot] = (source, transposed)
+                source, is_transposed = before, not is_transposed
+            sources[slot] = (source, is_transposed)
         return sources
 
 

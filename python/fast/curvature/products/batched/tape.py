@@ -39,12 +39,12 @@ class Tape:
 
     Attributes:
         operations: in the order of the pass.
-        kept: tensors that derivatives read, with their version and the operation's name.
+        versions: tensors that derivatives read, with their version and the operation's name.
         sizes: bytes of one tangent, by slot.
     """
 
     operations: list[Operation] = field(default_factory=list)
-    kept: list[tuple[Tensor, int, str]] = field(default_factory=list)
+    versions: list[tuple[Tensor, int, str]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
     def new_slot(self, tensor: Tensor) -> int:
@@ -59,10 +59,10 @@ class Tape:
 
     def verify(self) -> None:
         """Raise UnsupportedOperation where a value that a derivative reads was overwritten."""
-        for tensor, version, name in self.kept:
+        for tensor, version, name in self.versions:
             if tensor._version != version:
                 raise UnsupportedOperation(f"{name}, an input of which is overwritten later on")
-        self.kept.clear()
+        self.versions.clear()
 
 
 def flat(slots: Iterable[Slots]) -> list[int]:

@@ -67,7 +67,7 @@ class CachedRecord(Passes):
         self._times[key] += 1
         if self._times[key] != TRACED_AT:
             return compute()
-        tracer = Tracer(fixed=True)
+        tracer = Tracer(only_constants=True)
         with self.record.traced(tracer.segment):
             result = compute()
         if not tracer.why:

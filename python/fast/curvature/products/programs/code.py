@@ -36,20 +36,20 @@ class Code:
     def __init__(self, trace: Trace, passes: Sequence[int], *, compile: bool = False):
         self.compile, self.first_pass = compile, passes[0]
         self._same = merged(trace, passes)
-        inputs = [v for given, _ in trace.segments for v in given]
-        wanted = {self._first(v) for _, results in trace.segments for v in results}
-        self._nodes = live(trace, wanted, self._same)
+        inputs = [v for arguments, _ in trace.segments for v in arguments]
+        needed_by_caller = {self._first(v) for _, results in trace.segments for v in results}
+        self._nodes = live(trace, needed_by_caller, self._same)
         if not compile:  # inductor finds this by itself
             self._nodes = overwriting(trace, self._nodes, self._first, self.first_pass)
-        home = {v: n for n, (given, _) in enumerate(trace.segments) for v in given}
+        home = {v: n for n, (arguments, _) in enumerate(trace.segments) for v in arguments}
         self._last_reader: dict[int, int] = {}  # the last segment that reads a value
         for node in self._nodes:
             home |= {o: node.segment for o in node.made() if o not in home}
             self._last_reader |= {self._first(v): node.segment for v in node.reads}
         crossing = {v for v, n in self._last_reader.items() if v in home and home[v] != n}
-        self.slots = {v: i for i, v in enumerate(sorted({*inputs, *wanted, *crossing}))}
+        self.slots = {v: i for i, v in enumerate(sorted({*inputs, *needed_by_caller, *crossing}))}
         self.passing = {i for v, i in self.slots.items() if home[v] >= self.first_pass}
-        self.inputs = [[self.slots[v] for v in given] for given, _ in trace.segments]
+        self.inputs = [[self.slots[v] for v in arguments] for arguments, _ in trace.segments]
         self.results = [[self.slots[self._first(v)] for v in r] for _, r in trace.segments]
         # What the code names besides values: functions, dtypes, and the tensors that never change.
         self._constants: dict[str, Any] = {}
@@ -78,20 +78,20 @@ class Code:
         """The lines of a segment's function, in which `e` holds the shared values."""
         nodes = [n for n in self._nodes if n.segment == segment]
         last = {v: i for i, n in enumerate(nodes) for v in (*map(self._first, n.reads), *n.made())}
-        gone: list[list[str]] = [[] for _ in nodes]
+        last_uses: list[list[str]] = [[] for _ in nodes]
         for v, i in last.items():
             if f"v{v}" not in self._constants:
-                gone[i].append(f"v{v}")
+                last_uses[i].append(f"v{v}")
         lines: list[str] = []
         local: set[int] = set()
-        for node, names in zip(nodes, gone, strict=True):
+        for node, names in zip(nodes, last_uses, strict=True):
             reads = dict.fromkeys(map(self._first, node.reads))
-            fetched = [v for v in reads if v in self.slots and v not in local]
-            lines += [self._fetched(v, segment) for v in fetched]
-            made = [o for o in node.made() if o not in local]
-            local |= {*fetched, *made}
-            lines.append(self._assigned(node, made) + self._call(node))
-            lines += [f"e[{self.slots[o]}] = v{o}" for o in made if o in self.slots]
+            reads_slot = [v for v in reads if v in self.slots and v not in local]
+            lines += [self._fetched(v, segment) for v in reads_slot]
+            new = [o for o in node.made() if o not in local]
+            local |= {*reads_slot, *new}
+            lines.append(self._assigned(node, new) + self._call(node))
+            lines += [f"e[{self.slots[o]}] = v{o}" for o in new if o in self.slots]
             if names:
                 lines.append(f"{' = '.join(names)} = None")
         return lines
@@ -102,11 +102,11 @@ class Code:
         over = slot in self.passing and self._last_reader[value] == segment
         return f"v{value} = e[{slot}]" + (f"; e[{slot}] = None" if over else "")
 
-    def _assigned(self, node: Node, made: list[int]) -> str:
+    def _assigned(self, node: Node, new: list[int]) -> str:
         """The left side of a call; what is written in place has its name already."""
-        if not made:
+        if not new:
             return ""
-        names = [f"v{o}" if o in made else "_" for o in node.outputs]
+        names = [f"v{o}" if o in new else "_" for o in node.outputs]
         return f"{', '.join(names)}{',' if node.several else ''} = "
 
     def _call(self, node: Node) -> str:

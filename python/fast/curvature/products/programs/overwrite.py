@@ -63,9 +63,9 @@ def _same_places(a: Value, b: Value) -> bool:
     """Whether two values have one layout, in which no two numbers share a place."""
     if a.layout[1:] != b.layout[1:]:
         return False
-    expected = 1
+    dense_stride = 1
     for stride, size in sorted(zip(a.layout[2], a.layout[1], strict=True)):
-        if size != 1 and stride != expected:
+        if size != 1 and stride != dense_stride:
             return False
-        expected *= size
+        dense_stride *= size
     return True

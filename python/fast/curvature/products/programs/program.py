@@ -70,19 +70,19 @@ class Program:
         batch: Batch,
         index: int,
         curvature: OutputCurvature,
-        given: list[Tensor],
+        tensors: list[Tensor],
     ) -> ProgramPasses:
         """The linearisation of a batch that the program fits to.
 
         Args:
-            given: all tensors that the code of the network depends on, in the order of the trace.
+            tensors: all tensors that the code of the network depends on, in the order of the trace.
 
         Raises:
             BranchChanged: data took the network's code another way.
         """
         execution = Execution(self.code)
         with network.scope(index, differentiable_twice=False):
-            (raw,) = execution(FORWARD, *given)
+            (raw,) = execution(FORWARD, *tensors)
             dim = loss.class_dim(raw, batch.target, network.class_dim)
             if dim != self.output_dim:
                 raise BranchChanged

@@ -77,12 +77,12 @@ class Programs:
         """
         self._look()
         inputs = [t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)]
-        described = shapes([*self._tensors, *inputs])
-        if described is None:
+        layouts = shapes([*self._tensors, *inputs])
+        if layouts is None:
             self.why = "a tensor of the network or its inputs is nested, sparse or of another class"
             return record()
         device = self.network.space.device
-        key = (num_vectors, modes(device), make_up(batch), *map(tuple, described))
+        key = (num_vectors, modes(device), make_up(batch), *map(tuple, layouts))
         if key not in self._programs:
             self._programs[key] = []
             while len(self._programs) > MOST_KEPT:
@@ -91,20 +91,20 @@ class Programs:
         programs = self._programs[key]
         if programs is None:
             return record()
-        given = [*self._tensors, *inputs, *self._others]
+        tensors = [*self._tensors, *inputs, *self._others]
 
-        def replayed(program: Program) -> ProgramPasses:
-            return program.linearize(self.network, loss, batch, index, curvature, given)
+        def replay(program: Program) -> ProgramPasses:
+            return program.linearize(self.network, loss, batch, index, curvature, tensors)
 
         for program in programs:
             try:
-                return replayed(program)
+                return replay(program)
             except BranchChanged:
                 continue
         if len(programs) == MOST_BRANCHES:
             self._refuse(key, "what the network's code reads from data differs from batch to batch")
             return record()
-        return self._trace(key, record, given, replayed)
+        return self._trace(key, record, tensors, replay)
 
     def _look(self) -> None:
         """Forget all programs where the model is no longer the one that they were made of."""
@@ -123,13 +123,13 @@ class Programs:
         self,
         key: Any,
         record: Callable[..., Folded],
-        given: list[Tensor],
-        replayed: Callable[[Program], ProgramPasses],
+        tensors: list[Tensor],
+        replay: Callable[[Program], ProgramPasses],
     ) -> Folded:
         """A record, which leaves a program where its network can be traced."""
         num_params = len(list(self.network.model.parameters()))
         # The record makes leaves of the parameters, and declares those itself.
-        tracer, before = Tracer(given[num_params:]), draws()
+        tracer, before = Tracer(tensors[num_params:]), draws()
         with Reads(tracer.refuse):
             part = record(segment=tracer.segment)
         assert self._watch is not None
@@ -138,7 +138,7 @@ class Programs:
         if draws() != before:
             tracer.refuse("the network draws random numbers that torch does not seed")
         if not tracer.why:
-            program = self._program_of(part, tracer, key[0], replayed)
+            program = self._program_of(part, tracer, key[0], replay)
             if program is not None:
                 self._programs[key] = [*(self._programs[key] or ()), program]
                 return part
@@ -150,7 +150,7 @@ class Programs:
         part: Folded,
         tracer: Tracer,
         num_vectors: int,
-        replayed: Callable[[Program], ProgramPasses],
+        replay: Callable[[Program], ProgramPasses],
     ) -> Program | None:
         """The program of a record and of its passes, which are traced here; None where it is wrong.
 
@@ -167,7 +167,7 @@ class Programs:
             return None
         code = Code(tracer.trace, [*passes.values()], compile=self.compile)
         program = Program(code, part, passes, num_vectors)
-        again = replayed(program)
+        again = replay(program)
         for which, truth in zip(passes, truths, strict=True):
             if not _agree(self._pass_with_ones(again, *which), truth):
                 tracer.refuse("the network's program gives another product than its record")

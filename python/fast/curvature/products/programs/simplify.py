@@ -41,29 +41,29 @@ def merged(trace: Trace, passes: Sequence[int]) -> dict[int, int]:
     return same
 
 
-def live(trace: Trace, wanted: set[int], same: dict[int, int]) -> list[Node]:
-    """The nodes that have to run for the values `wanted`, and for what is written to inputs."""
-    needed = set(wanted)
-    memories = {trace.values[v].memory for v in needed}
-    memories |= {v.memory for v in trace.values if v.given or v.constant is not None}
-    kept: list[Node] = []
+def live(trace: Trace, results: set[int], same: dict[int, int]) -> list[Node]:
+    """The nodes that have to run for the values `results`, and for what is written to inputs."""
+    live_values = set(results)
+    memories = {trace.values[v].memory for v in live_values}
+    memories |= {v.memory for v in trace.values if v.is_input or v.constant is not None}
+    nodes: list[Node] = []
     for node in reversed(trace.nodes):
-        made = [o for o in node.made() if same.get(o, o) == o]
-        if not (node.required or node.writes & memories or needed.intersection(made)):
+        new = [o for o in node.made() if same.get(o, o) == o]
+        if not (node.required or node.writes & memories or live_values.intersection(new)):
             continue
-        kept.append(_masked(node, needed))
+        nodes.append(_masked(node, live_values))
         for v in node.reads:
-            needed.add(same.get(v, v))
+            live_values.add(same.get(v, v))
             memories.add(trace.values[same.get(v, v)].memory)
-    return kept[::-1]
+    return nodes[::-1]
 
 
-def _masked(node: Node, needed: set[int]) -> Node:
+def _masked(node: Node, live_values: set[int]) -> Node:
     """The node, told to leave out results that nobody needs where the operation can do that."""
     place = output_mask(node.func)
     if place is None or place >= len(node.args):
         return node
-    outputs = [o if o in needed else None for o in node.outputs]
+    outputs = [o if o in live_values else None for o in node.outputs]
     mask = tuple(m and o is not None for m, o in zip(node.args[place], outputs, strict=True))
     args = (*node.args[:place], mask, *node.args[place + 1 :])
     return replace(node, args=args, outputs=outputs)

@@ -23,18 +23,18 @@ class Value:
         memory: the first value in the same memory: views of one tensor share it.
         layout: offset, shape and strides in this memory, and how its bits are read.
         constant: the tensor itself, where it is a number that the code wrote down.
-        given: whether it is an input.
+        is_input: whether it is an input.
     """
 
     memory: int
     layout: tuple[Any, ...]
     constant: Tensor | None = None
-    given: bool = False
+    is_input: bool = False
 
     @property
     def is_made(self) -> bool:
         """Whether an operation of the computation gives it."""
-        return not self.given and self.constant is None
+        return not self.is_input and self.constant is None
 
 
 @dataclass(kw_only=True)

@@ -27,16 +27,17 @@ class Tracer(TorchDispatchMode):
 
     Args:
         others: inputs of the first segment that its code does not name.
-        fixed: whether tensors that are no inputs keep their values, as those of a cached record do.
+        only_constants: whether all tensors that are no inputs are constants, as those of a cached
+            record are.
 
     Attributes:
         trace: the operations so far.
         why: why the trace is of no use; empty where it is of use.
     """
 
-    def __init__(self, others: Sequence[Tensor] = (), *, fixed: bool = False) -> None:
+    def __init__(self, others: Sequence[Tensor] = (), *, only_constants: bool = False) -> None:
         super().__init__()
-        self.others, self.fixed = others, fixed
+        self.others, self.only_constants = others, only_constants
         self.trace = Trace()
         self.why = ""
         self._numbers = WeakTensorKeyDictionary()
@@ -50,11 +51,11 @@ class Tracer(TorchDispatchMode):
     @contextmanager
     def segment(self, *inputs: Tensor) -> Iterator[Callable[..., None]]:
         """Record what is computed inside from `inputs`; yields what takes the results."""
-        given = [self._give(t) for t in inputs]
+        arguments = [self._give(t) for t in inputs]
         if not self.trace.segments:
-            given += map(self._give, self.others)
+            arguments += map(self._give, self.others)
         results: list[int] = []
-        self.trace.segments.append((given, results))
+        self.trace.segments.append((arguments, results))
         with self:
             yield lambda *tensors: results.extend(map(self.index, tensors))
 
@@ -70,7 +71,7 @@ class Tracer(TorchDispatchMode):
     def _give(self, tensor: Tensor) -> int:
         """The number of a tensor that is an input from here on."""
         index = self._new(tensor, None)
-        self.trace.values[index].given = True
+        self.trace.values[index].is_input = True
         return index
 
     def index(self, tensor: Tensor) -> int:
@@ -79,7 +80,7 @@ class Tracer(TorchDispatchMode):
         if index is None:
             index = self._new(tensor, None)
             self.trace.values[index].constant = tensor
-            if not self.fixed:
+            if not self.only_constants:
                 self.refuse(
                     "the network uses a tensor that is no parameter, buffer, attribute or input"
                 )
@@ -107,9 +108,9 @@ class Tracer(TorchDispatchMode):
             return self._literal(args[0])
         # Arguments are looked up first: an operation may resize or write to them.
         tensors = [(t, self.index(t), _address(t)) for t in _tensors((args, kwargs))]
-        described = self._described(args), self._described(kwargs)
+        references = self._described(args), self._described(kwargs)
         out = func(*args, **kwargs)
-        self._note(func, described, tensors, args, kwargs, out)
+        self._note(func, references, tensors, args, kwargs, out)
         return out
 
     def _literal(self, tensor: Tensor) -> Tensor:
@@ -131,12 +132,12 @@ class Tracer(TorchDispatchMode):
         return tree
 
     def _note(
-        self, func: Any, described: Any, tensors: Arguments, args: Any, kwargs: Any, out: Any
+        self, func: Any, references: Any, tensors: Arguments, args: Any, kwargs: Any, out: Any
     ) -> None:
         """Add a call that has been made, unless it only gives what is in the trace already.
 
         Args:
-            described: the arguments and keywords, with references in place of tensors.
+            references: the arguments and keywords, with references in place of tensors.
         """
         traits = traits_of(func)
         if traits.dynamic and not is_static(func, args):
@@ -146,10 +147,10 @@ class Tracer(TorchDispatchMode):
         outs = list(out) if isinstance(out, tuple | list) else [out]
         if not any(isinstance(o, Tensor) for o in outs):
             if tensors and traits.reads_data:
-                self._expect(func, described[0], reads, out)
+                self._expect(func, references[0], reads, out)
             return
-        written = _tensors([args[i] if i < len(args) else kwargs.get(n) for i, n in traits.writes])
-        writes = {self.trace.values[self._numbers[t]].memory for t in written}
+        targets = _tensors([args[i] if i < len(args) else kwargs.get(n) for i, n in traits.writes])
+        writes = {self.trace.values[self._numbers[t]].memory for t in targets}
         count = len(self.trace.values)
         outputs = [self._output(o, tensors) if isinstance(o, Tensor) else None for o in outs]
         new = [o for o in outputs if o is not None and o >= count]
@@ -157,8 +158,8 @@ class Tracer(TorchDispatchMode):
             return
         self._add(
             func,
-            described[0],
-            described[1],
+            references[0],
+            references[1],
             reads,
             outputs,
             several=isinstance(out, tuple | list),
@@ -182,8 +183,8 @@ class Tracer(TorchDispatchMode):
         for o in new:
             value = self.trace.values[o]
             offset, shape, stride = value.layout[:3]
-            strided = (Ref(value.memory), tuple(shape), stride, offset)
-            self._add(aten.as_strided.default, strided, {}, [value.memory], [o])
+            arguments = (Ref(value.memory), tuple(shape), stride, offset)
+            self._add(aten.as_strided.default, arguments, {}, [value.memory], [o])
         return True
 
     def _add(

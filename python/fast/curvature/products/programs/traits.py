@@ -30,12 +30,12 @@ class Traits(NamedTuple):
 def traits_of(func: Any) -> Traits:
     """The traits of an operation."""
     places = enumerate(func._schema.arguments)
-    written = [(i, s) for i, s in places if s.alias_info is not None and s.alias_info.is_write]
+    targets = [(i, s) for i, s in places if s.alias_info is not None and s.alias_info.is_write]
     return Traits(
         dynamic=torch.Tag.dynamic_output_shape in func.tags,
         reads_data=torch.Tag.data_dependent_output in func.tags,
         random=torch.Tag.nondeterministic_seeded in func.tags,
-        writes=[(i, spec.name) for i, spec in written],
+        writes=[(i, spec.name) for i, spec in targets],
     )
 
 

@@ -32,7 +32,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module):
-        self._registered = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         containers = [*_containers(model)]
         self.dicts = [c for c in containers if isinstance(c, dict)]
         self.others = [c for c in containers if not isinstance(c, dict)]
@@ -52,7 +52,7 @@ class Watch:
     def attributes(self) -> list[Tensor]:
         """Tensors that are neither parameters nor buffers, once each."""
         tensors = {id(t): t for t in self.contents if isinstance(t, Tensor)}
-        return [t for i, t in tensors.items() if i not in self._registered]
+        return [t for i, t in tensors.items() if i not in self._own]
 
 
 def _containers(model: nn.Module) -> Iterator[Any]:

@@ -93,7 +93,7 @@ class _Attention:
         # Set by `prepare`, where queries, keys or values move.
         self.g: Any = None
         self.gp: Any = None
-        self.centred: Any = None
+        self.slope: Any = None
         self.gs: Any = None
 
     def scores(self, dq: Tangent, dk: Tangent) -> Tangent:
@@ -116,8 +116,8 @@ class _Attention:
         """Compute what `backward` reads of the gradient g in o, where q, k or v move."""
         self.g = _flat(g)
         self.gp = torch.bmm(self.g, self.v.transpose(-1, -2))
-        self.centred = self.gp - (self.gp * self.p).sum(-1, keepdim=True)
-        self.gs = self.p * self.centred * self.scale
+        self.slope = self.gp - (self.gp * self.p).sum(-1, keepdim=True)
+        self.gs = self.p * self.slope * self.scale
 
     def backward(self, dg: Tangent, dq: Tangent, dk: Tangent, dv: Tangent) -> tuple[Tangent, ...]:
         """The tangents of gq, gk and gv."""
@@ -135,8 +135,8 @@ class _Attention:
         dgs = None if dgp is None else _softmax_tangent(self.p, dgp)
         if dp is not None:
             overlap = (dp * self.gp).sum(-1, keepdim=True)
-            moved = dp.mul_(self.centred).sub_(overlap * self.p)
-            dgs = moved if dgs is None else dgs.add_(moved)
+            by_p = dp.mul_(self.slope).sub_(overlap * self.p)
+            dgs = by_p if dgs is None else dgs.add_(by_p)
         if dgs is not None:
             dgs = dgs.mul_(self.scale)
         by_q = _terms([(dgs, self.k), (self.gs, dk)])
@@ -167,8 +167,8 @@ def _forward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | 
     rest = (None,) * (len(call.out) - 1)
 
     def derivative(dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:
-        moved = attention.forward(_flat_tangent(dq), _flat_tangent(dk), _flat_tangent(dv))
-        return (moved.reshape(moved.shape[0], *shape), *rest)
+        out_tangent = attention.forward(_flat_tangent(dq), _flat_tangent(dk), _flat_tangent(dv))
+        return (out_tangent.reshape(out_tangent.shape[0], *shape), *rest)
 
     return derivative
 
@@ -183,14 +183,14 @@ def _backward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float |
     rest = (None,) * (len(call.out) - 3)
 
     def derivative(dg: Any, dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:
-        moved = attention.backward(
+        tangents = attention.backward(
             _flat_tangent(dg), _flat_tangent(dq), _flat_tangent(dk), _flat_tangent(dv)
         )
-        shaped = [
+        gradients = [
             None if m is None else m.reshape(m.shape[0], *s)
-            for m, s in zip(moved, shapes, strict=True)
+            for m, s in zip(tangents, shapes, strict=True)
         ]
-        return (*shaped, *rest)
+        return (*gradients, *rest)
 
     return derivative
 

@@ -46,7 +46,7 @@ class Call:
     Attributes:
         func, args, kwargs, out: the operation, its arguments, and what it gave.
         active: for each argument, whether it depends on the parameters.
-        kept: where `keep` notes the values that derivatives read.
+        versions: where `keep` notes the values that derivatives read.
         cache: where `shared` keeps what two calls have in common.
         exact: whether the backward pass reads values of the forward pass that depend on the
             parameters, as that of a Hessian does.
@@ -61,7 +61,7 @@ class Call:
     kwargs: dict[str, Any]
     out: Any
     active: tuple[bool, ...]
-    kept: list[tuple[Tensor, int, str]]
+    versions: list[tuple[Tensor, int, str]]
     cache: dict[Any, tuple[Any, tuple[Tensor, ...]]]
     exact: bool
     differentiable_outputs: tuple[int, ...] | None = None
@@ -69,7 +69,7 @@ class Call:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A value that the derivative reads; the record checks that nobody overwrites it."""
-        self.kept.append((tensor, tensor._version, str(self.func)))
+        self.versions.append((tensor, tensor._version, str(self.func)))
         return tensor
 
     def shared(self, name: Any, tensors: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:

@@ -32,8 +32,8 @@ def convolution(call: Call):
             out = aten.convolution(inner.flatten(0, 1), w, None, *rest)
             out = out.view(*inner.shape[:2], *out.shape[1:])
         if dw is not None:
-            moved = _by_kernels(x, dw, rest, foldable)
-            out = moved if out is None else out.add_(moved)
+            term = _by_kernels(x, dw, rest, foldable)
+            out = term if out is None else out.add_(term)
         out = None if out is None else out.transpose(0, 1)
         if db is not None:
             bias = db[:, None, :].reshape(db.shape[0], 1, -1, *spatial)
@@ -67,8 +67,8 @@ def _flipped(g: Tensor, kernels: Tensor, options: Any) -> Tensor | None:
     around = [d * (k - 1) - p for k, p, d in sizes]
     if min(around) < 0:
         return None
-    flipped = kernels.transpose(0, 1).flip(*range(2, kernels.ndim))
-    return aten.convolution(g, flipped, None, stride, around, dilation, False, [0] * len(around), 1)
+    mirror = kernels.transpose(0, 1).flip(*range(2, kernels.ndim))
+    return aten.convolution(g, mirror, None, stride, around, dilation, False, [0] * len(around), 1)
 
 
 class _Backward:
@@ -108,8 +108,8 @@ class _Backward:
             inner = batch_inner(dg)
             out = self.in_input(inner.flatten(0, 1), w).view(x.shape[0], -1, *x.shape[1:])
         if dw is not None:
-            moved = self._input_tangent_by_kernels(dw)
-            out = moved if out is None else out.add_(moved)
+            term = self._input_tangent_by_kernels(dw)
+            out = term if out is None else out.add_(term)
         return None if out is None else out.transpose(0, 1)
 
     def _input_tangent_by_kernels(self, dw: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ class _Backward:
         """The tangent of the gradient in the kernel."""
         out = None if dg is None else self._kernel_tangent_by_gradients(dg)
         if dx is not None:
-            moved = self._kernel_tangent_by_inputs(dx)
-            out = moved if out is None else out.add_(moved)
+            term = self._kernel_tangent_by_inputs(dx)
+            out = term if out is None else out.add_(term)
         return out
 
     def _kernel_tangent_by_gradients(self, dg: Tensor) -> Tensor:
@@ -150,15 +150,15 @@ class _Backward:
 
 @rule(aten.convolution_backward.default)
 def convolution_backward(call: Call):
-    fixed, mask = _Backward(call), call.args[10]
+    tangents, mask = _Backward(call), call.args[10]
 
     def derivative(dg: Tangent, dx: Tangent, dw: Tangent, *_: Any) -> tuple[Tangent, ...]:
         by_bias = None
         if mask[2] and dg is not None:
             by_bias = dg.sum([1, *range(3, dg.ndim)])
         return (
-            fixed.input_tangent(dg, dw) if mask[0] else None,
-            fixed.kernel_tangent(dg, dx) if mask[1] else None,
+            tangents.input_tangent(dg, dw) if mask[0] else None,
+            tangents.kernel_tangent(dg, dx) if mask[1] else None,
             by_bias,
         )
 

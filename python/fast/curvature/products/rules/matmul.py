@@ -123,8 +123,8 @@ def moving_product(da: Tangent, db: Tangent, a: Tangent, b: Tangent) -> Tangent:
     if da is not None:
         out = batched(da, b.expand(da.shape[0], *b.shape))
     if db is not None:
-        fixed = a.expand(db.shape[0], *a.shape)
-        out = batched(fixed, db) if out is None else batched(fixed, db, out)
+        wide = a.expand(db.shape[0], *a.shape)
+        out = batched(wide, db) if out is None else batched(wide, db, out)
     return out
 
 

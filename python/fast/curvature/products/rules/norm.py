@@ -100,11 +100,11 @@ def _forward(call: Call, norm: Normalised | Fixed, w: Tensor | None, shape: list
             out, _ = norm.project(dx)
             out = out if wide is None else out.mul_(wide)
         if dw is not None:
-            moved = dw.view(-1, *shape)
-            out = norm.n * moved if out is None else out.addcmul_(norm.n, moved)
+            term = dw.view(-1, *shape)
+            out = norm.n * term if out is None else out.addcmul_(norm.n, term)
         if db is not None:
-            moved = db.view(-1, *shape)
-            out = moved.expand(-1, *norm.n.shape) if out is None else out.add_(moved)
+            term = db.view(-1, *shape)
+            out = term.expand(-1, *norm.n.shape) if out is None else out.add_(term)
         return out
 
     return derivative
@@ -138,8 +138,8 @@ def _backward(
         if dg is not None:
             dh = dg if wide is None else dg * wide
         if dw is not None:
-            moved = g * dw.view(-1, *shape)
-            dh = moved if dh is None else dh.add_(moved)
+            term = g * dw.view(-1, *shape)
+            dh = term if dh is None else dh.add_(term)
         gx, dn = norm.backward(dh, dx)
         gw = gb = None
         if mask[1]:
@@ -210,9 +210,9 @@ def _group_norm(call: Call, x: Tensor, mean: Tensor, rstd: Tensor) -> Normalised
     """The input as [N, groups, channels of a group, ...], normalised over all but the first two."""
     apart = [*mean.shape, *[1] * (x.ndim - 1)]
     mean, rstd = mean.view(apart), rstd.view(apart)
-    grouped = x.reshape(*apart[:2], -1, *x.shape[2:])
-    n = call.shared("group norm", (x, mean, rstd), lambda: (grouped - mean) * rstd)
-    return Normalised(n, rstd, list(range(2, grouped.ndim)))
+    by_group = x.reshape(*apart[:2], -1, *x.shape[2:])
+    n = call.shared("group norm", (x, mean, rstd), lambda: (by_group - mean) * rstd)
+    return Normalised(n, rstd, list(range(2, by_group.ndim)))
 
 
 def _grouped(d: Tangent, shape: torch.Size) -> Tangent:
@@ -224,11 +224,11 @@ def group_norm(call: Call):
     x, w = call.args[:2]
     norm = _group_norm(call, x, *call.out[1:])
     call.differentiable_outputs = (0,)
-    shape, grouped = x.shape, norm.n.shape
-    derivative = _forward(call, norm, w, [1, *grouped[1:3], *[1] * (x.ndim - 2)])
+    shape, group_shape = x.shape, norm.n.shape
+    derivative = _forward(call, norm, w, [1, *group_shape[1:3], *[1] * (x.ndim - 2)])
 
     def ungrouped(dx: Tangent, dw: Tangent, db: Tangent, *_: Any) -> tuple[Tensor, None, None]:
-        out = derivative(_grouped(dx, grouped), dw, db)
+        out = derivative(_grouped(dx, group_shape), dw, db)
         return out.reshape(out.shape[0], *shape), None, None
 
     return ungrouped
@@ -238,13 +238,13 @@ def group_norm(call: Call):
 def group_norm_backward(call: Call):
     g, x, mean, rstd, w = call.args[:5]
     norm = _group_norm(call, x, mean, rstd)
-    shape, grouped, mask = x.shape, norm.n.shape, call.args[9]
-    rows = [0, *range(3, len(grouped))]
-    wide = [1, *grouped[1:3], *[1] * (x.ndim - 2)]
-    derivative = _backward(call, norm, g.reshape(grouped), w, wide, rows, mask)
+    shape, group_shape, mask = x.shape, norm.n.shape, call.args[9]
+    rows = [0, *range(3, len(group_shape))]
+    wide = [1, *group_shape[1:3], *[1] * (x.ndim - 2)]
+    derivative = _backward(call, norm, g.reshape(group_shape), w, wide, rows, mask)
 
     def ungrouped(dg: Tangent, dx: Tangent, _: None, __: None, dw: Tangent, *___: Any):
-        gx, gw, gb = derivative(_grouped(dg, grouped), _grouped(dx, grouped), dw)
+        gx, gw, gb = derivative(_grouped(dg, group_shape), _grouped(dx, group_shape), dw)
         return None if gx is None else gx.reshape(gx.shape[0], *shape), gw, gb
 
     return ungrouped

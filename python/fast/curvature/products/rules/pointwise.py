@@ -275,8 +275,8 @@ def _masked_backward(func: Any, factor: Callable[[Call], Tensor]) -> None:
         if not call.is_active(0):
             return call.constant()
         call.is_linear_in_first = True
-        fixed = factor(call)
-        return lambda dg: dg * fixed
+        slope = factor(call)
+        return lambda dg: dg * slope
 
 
 _masked_backward(aten.threshold_backward.default, lambda c: _mask(c.args[1] > c.args[2], c.args[1]))

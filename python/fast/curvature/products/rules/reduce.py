@@ -44,7 +44,7 @@ def softmax_backward(call: Call):
     g, y, dim = call.args[:3]
     dim = dim % max(y.ndim, 1)
     y = call.keep(y)
-    centred = g - (g * y).sum(dim, keepdim=True) if call.is_active(1) else None
+    slope = g - (g * y).sum(dim, keepdim=True) if call.is_active(1) else None
     g = call.keep(g) if call.is_active(1) else None
 
     def derivative(dg: Tangent, dy: Tangent, *_: Any) -> Tangent:
@@ -53,9 +53,9 @@ def softmax_backward(call: Call):
             out = dg * y
             out = out.sub_(out.sum(dim + 1, keepdim=True) * y)
         if dy is not None:
-            moved = dy * centred
-            moved = moved.sub_((dy * g).sum(dim + 1, keepdim=True) * y)
-            out = moved if out is None else out.add_(moved)
+            term = dy * slope
+            term = term.sub_((dy * g).sum(dim + 1, keepdim=True) * y)
+            out = term if out is None else out.add_(term)
         return out
 
     return derivative
@@ -67,13 +67,13 @@ def log_softmax_backward(call: Call):
     g, y, dim = call.args[:3]
     dim = dim % max(y.ndim, 1)
     p = y.exp()
-    weighted = p * g.sum(dim, keepdim=True) if call.is_active(1) else None
+    slope = p * g.sum(dim, keepdim=True) if call.is_active(1) else None
 
     def derivative(dg: Tangent, dy: Tangent, *_: Any) -> Tangent:
         if dg is None:
-            return -(dy * weighted)
+            return -(dy * slope)
         out = dg - dg.sum(dim + 1, keepdim=True) * p
-        return out if dy is None else out.sub_(dy * weighted)
+        return out if dy is None else out.sub_(dy * slope)
 
     return derivative
 
@@ -121,8 +121,8 @@ def max_pool(call: Call):
     flat, shape = indices.flatten(-2), out.shape
 
     def derivative(d: Tensor, *_: Any) -> tuple[Tensor, None]:
-        picked = d.flatten(-2).gather(-1, flat.expand(d.shape[0], *flat.shape))
-        return picked.reshape(d.shape[0], *shape), None
+        largest = d.flatten(-2).gather(-1, flat.expand(d.shape[0], *flat.shape))
+        return largest.reshape(d.shape[0], *shape), None
 
     return derivative
 

@@ -114,16 +114,16 @@ def select(call: Call):
 def join(call: Call):
     shapes = [t.shape for t in call.args[0]]
     dim = call.arg(1, 0) % call.out.ndim + 1
-    join = torch.cat if call.func is aten.cat.default else torch.stack
+    combine = torch.cat if call.func is aten.cat.default else torch.stack
 
     def derivative(parts: list[Tangent], *_: Any) -> Tensor:
         some = next(p for p in parts if p is not None)
         zero = some.new_zeros(())
-        filled = [
+        whole = [
             zero.expand(some.shape[0], *s) if p is None else p
             for p, s in zip(parts, shapes, strict=True)
         ]
-        return join(filled, dim)
+        return combine(whole, dim)
 
     return derivative
 
@@ -214,11 +214,11 @@ def embedding(call: Call):
     if not call.is_active(0):
         return call.constant()
     index, padding = call.args[1], call.arg(2, -1)
-    ignored = index[..., None] == padding if padding >= 0 else None
+    is_padding = index[..., None] == padding if padding >= 0 else None
 
     def derivative(d: Tensor, *_: Any) -> Tensor:
         out = d[:, index]
-        return out if ignored is None else out.masked_fill_(ignored, 0.0)
+        return out if is_padding is None else out.masked_fill_(is_padding, 0.0)
 
     return derivative
 
