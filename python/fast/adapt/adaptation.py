@@ -129,7 +129,7 @@ class Adaptation:
         self.ranks = Ranks(process_group)
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
-        self.done = 0
+        self.done, self._pull_factor = 0, 1.0
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
         self._pull_factor = 1.0
         loss = loss or TargetLoss(None, 0.0)
@@ -224,7 +224,7 @@ class Adaptation:
         self.plan = self._optimizer.plan
         self.drift = self._network.drift = self._optimizer.drift
         self.head_start = HeadStart(self.model, self.drift) if self.plan.head_steps else None
-        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.last_lr = self._optimizer.lr
 
     def _make_guards(self, setup: Setup, source: Source, function: list[Guard]) -> None:
         """Join the guards that hold the function with those for weights and budget."""
@@ -371,8 +371,9 @@ class Adaptation:
         self._check_outside("a step")
         if not self.done:
             self._optimizer.check_fresh()
-        group = self.optimizer.param_groups[0]
-        self.last_lr = float(group["lr"]) * group["restraint"]
+        for guard in self.guards:
+            guard.before_step(self.done)
+        self.last_lr = self._optimizer.lr
 
     def _after_step(self, *_: Any) -> None:
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it

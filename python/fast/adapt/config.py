@@ -109,7 +109,7 @@ class AdaptConfig:
     lr: float | None = option(
         None,
         "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3, or 5e-4 with layer norms; "
-        "adapter 1e-2, or 3e-3 with layer norms; 20 times that with sgd)",
+        "adapter 1e-2; 20 times that with sgd)",
         positive=True,
     )
     seed: int = option(0, "seed of head, data order and augmentation", least=0)

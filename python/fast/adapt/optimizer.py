@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fast.adapt.guards.drift import Drift
 from fast.adapt.methods import METHODS
+from fast.adapt.network.drift import Drift
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.optim import SGD, AdamW
@@ -125,6 +125,12 @@ class AdaptedOptimizer:
     def params(self) -> list[Tensor]:
         """All parameters that are trained."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def lr(self) -> float:
+        """The backbone's learning rate, before its ramp."""
+        group = self.optimizer.param_groups[0]
+        return float(group["lr"]) * float(group.get("restraint", 1.0))
 
     def stats(self) -> dict[str, Tensor]:
         """Figures of the last step: see `fast.AdamW.stats`."""

@@ -93,6 +93,9 @@ class Guard:
         """Factor on the learning rate, at most 1."""
         return 1.0
 
+    def before_step(self, step: int) -> None:
+        """Called before every optimizer step, `step` of them done."""
+
     def after_step(self, step: int) -> None:
         """Called after every optimizer step, `step` of them done."""
 

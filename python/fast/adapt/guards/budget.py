@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from fast.adapt.config import Budget
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
-from fast.adapt.guards.drift import Drift
 from fast.adapt.guards.forecast import UNKNOWN, Forecast
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
+from fast.adapt.network.drift import Drift
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.errors import warn

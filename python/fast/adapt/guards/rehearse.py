@@ -12,15 +12,13 @@ growing at `STEEPEST`, so that a step too far is not answered by an even larger 
 
 If e exceeds `TOLERANCE` all the same, the learning rate is too high for this network, and is
 divided by e / TOLERANCE. So one rate suits ResNets, which tolerate 1.5e-3, and MobileNets and
-transformers, which do not. Where a network bears far less, features are lost before that tells: so
-the very first step is measured and, if it went too far, taken back in part, and the run goes on at
-its pace. A step costs what it cost before, and needs neither labels nor a source head.
-docs/research.md reports what else was tried.
+transformers, which do not. Where a network bears far less, features are lost before that tells:
+`fast.adapt.guards.pace` has an eye on the first step. A step costs what it cost before, and needs
+neither labels nor a source head. docs/research.md reports what else was tried.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,11 +33,9 @@ from fast.data.dataset import Data
 from fast.data.source_inputs import SourceInputs
 from fast.data.stream import TrainBatches, row_batches
 from fast.data.trees import length, move, pick
-from fast.heads import by_sample, evaluating, features_of, source_task
+from fast.heads import by_sample, features_of
 from fast.ranks import ALONE, Ranks
 from fastkernels.codes import compute_dtype
-
-log = logging.getLogger("fast")
 
 # The e at which the gradient has the plain weight. At the end of a run e was 0.03-0.05 for
 # ResNet-20 on signs, and 0.4 for a MobileNet without norm layers.
@@ -50,11 +46,6 @@ STEEPEST = 3.0
 LEAST = 0.1
 # The most bytes of features to keep: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
-# How far a step at the full rate may move the features, in their standard deviations: Adam's first
-# step is as long as its rate whatever the gradient, and tells networks apart. It would be 0.3 for
-# ResNets, 1 for MiniLM, 3 to 6 for MobileNets, 12 for a ViT-S/14, which such a rate ruined.
-FARTHEST = 3.0
-MEASURED = 16  # samples that tell it
 CHUNK = 128
 # Target inputs whose features are kept where there are no source inputs.
 OWN_INPUTS = 512
@@ -115,14 +106,11 @@ class Rehearsal(Guard):
         size: source inputs per step.
         weight: weight of the penalty, in units of the target loss.
         seed: seed of their order.
-        first: number of the first step that moves the backbone, from 0.
-        first_rate: its learning rate, as a share of the peak.
         ranks: processes that share the inputs of a step.
 
     Attributes:
         moved: running average of e.
-        restraint: factor on the learning rate, at most 1, by how far features have moved.
-        pace: another one, by how far the first step moved them.
+        restraint: factor on the learning rate, at most 1.
 
     Raises:
         ValueError: features are not finite, or are the same for all inputs.
@@ -138,14 +126,9 @@ class Rehearsal(Guard):
         size: int,
         weight: float,
         seed: int,
-        first: int = 0,
-        first_rate: float = 1.0,
         ranks: Ranks = ALONE,
     ) -> None:
         self.weight, self._ranks = weight, ranks
-        self._model, self._head = model, head
-        self._first, self._first_rate = first, first_rate
-        self._start: list[tuple[Tensor, Tensor]] = []  # parameters, as they were before that step
         device = next(model.parameters()).device
         parts: list[Tensor] = []
         for inputs, _ in samples.batches(CHUNK):
@@ -157,7 +140,7 @@ class Rehearsal(Guard):
         self.features = torch.cat(parts)
         _check_features(self.features, name)
         self.moved = 0.0
-        self.restraint = self.pace = 1.0
+        self.restraint = 1.0
         # The sum of e over the samples of this step, on the device, and their number.
         self._seen, self._count = torch.zeros((), dtype=self.features.dtype, device=device), 0
         self.scale = scale_of(self.features)
@@ -179,9 +162,6 @@ class Rehearsal(Guard):
         return SourceBatch(inputs=pick(self.inputs, rows), reference=features, total=total)
 
     def penalty(self, seen: Seen) -> Tensor | None:
-        if seen.step == self._first and not self._start:
-            parameters = (p for p in self._model.parameters() if p.requires_grad)
-            self._start = [(p, p.detach().clone()) for p in parameters]
         source = seen.batch.source
         if source is None or seen.source_features is None:
             return None
@@ -194,7 +174,7 @@ class Rehearsal(Guard):
         return self.weight / TOLERANCE * pull(e, "sum") / source.total
 
     def lr_factor(self) -> float:
-        return self.restraint * self.pace
+        return self.restraint
 
     def after_step(self, step: int) -> None:
         """Average in what the step has seen, and decide on the learning rate of the next step.
@@ -202,8 +182,6 @@ class Rehearsal(Guard):
         On a GPU this waits for the step to end, which costs the time of launching the next one. A
         budget that weakens the penalty raises the tolerance by as much.
         """
-        if step == self._first + 1:
-            self._set_pace()
         seen, count = self._seen, self._count
         if self._ranks.size > 1:  # so that all of them decide alike
             both = self._ranks.sum_(torch.stack([seen, seen.new_tensor(count)]).double())
@@ -218,34 +196,11 @@ class Rehearsal(Guard):
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)
         self.restraint = restraint(self.moved, TOLERANCE / self.strength)
 
-    @torch.no_grad()
-    def _set_pace(self) -> None:
-        """Shorten the first step if it went too far, and all that follow."""
-        inputs = move(pick(self.inputs, slice(MEASURED)), self.features.device)
-        with evaluating(self._model), source_task(self._model):
-            now = by_sample(features_of(self._model, self._head, inputs), length(inputs))
-        e = distances(now, self.features[:MEASURED], self.scale).mean().item()
-        farthest = math.sqrt(e) / self._first_rate
-        start, self._start = self._start, []
-        if not FARTHEST < farthest < math.inf:
-            return
-        self.pace = FARTHEST / farthest
-        for p, before in start:
-            p.lerp_(before, 1 - self.pace)
-        if self._ranks.first:
-            log.info(
-                "a step at the full learning rate would move the features by %.1f of their "
-                "standard deviations: the rate is multiplied by %.2f",
-                farthest,
-                self.pace,
-            )
-
     def state_dict(self) -> dict[str, Any]:
-        return {"moved": self.moved, "restraint": self.restraint, "pace": self.pace}
+        return {"moved": self.moved, "restraint": self.restraint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.moved, self.restraint = float(state["moved"]), float(state["restraint"])
-        self.pace = float(state["pace"])
 
 
 def scale_of(features: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.adapt.guards.base import SourceBatch
-from fast.adapt.guards.drift import Drift
+from fast.adapt.network.drift import Drift
 from fast.adapt.network.sharding import Sharding
 from fast.adapt.network.shared_forward import HeadInput
 from fast.data.trees import move

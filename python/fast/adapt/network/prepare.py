@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.distill import Distillation, Remembered, digest
-from fast.adapt.guards.rehearse import Rehearsal
+from fast.adapt.guards.pace import FARTHEST, FARTHEST_OF_ADAPTERS, MEASURED, Pace
+from fast.adapt.guards.rehearse import Rehearsal, scale_of
 from fast.adapt.loss import TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
@@ -27,7 +29,7 @@ from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
 from fast.data.stream import TrainBatches
-from fast.data.trees import move, pick
+from fast.data.trees import length, move, pick
 from fast.errors import warn
 from fast.heads import (
     add_adapters,
@@ -45,6 +47,7 @@ from fast.heads import (
 )
 from fast.optim.groups import ramp_factor
 from fast.ranks import Ranks
+from fastkernels.codes import compute_dtype
 
 steps_log = logging.getLogger("fast.steps")
 
@@ -215,11 +218,11 @@ def check_backbone(network: AdaptedNetwork, method: str) -> None:
 
 def rehearsal(
     network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int, ranks: Ranks
-) -> Rehearsal:
-    """The guard that keeps the features which these inputs have at the pretrained weights."""
+) -> list[Guard]:
+    """The guards that keep the features which these inputs have at the pretrained weights."""
     plan = setup.plan
     with source_task(network.model):
-        return Rehearsal(
+        guard = Rehearsal(
             model=network.model,
             head=network.head,
             samples=samples,
@@ -227,10 +230,47 @@ def rehearsal(
             size=plan.source_size,
             weight=plan.rehearse,
             seed=seed,
-            first=plan.stall,
-            first_rate=plan.lr_factor(plan.stall) * ramp_factor(plan.stall, plan.stall, plan.ramp),
             ranks=ranks,
         )
+    few = slice(MEASURED)
+    pace = Pace(
+        model=network.model,
+        head=network.head,
+        inputs=move(pick(guard.inputs, few), network.device),
+        features=guard.features[few],
+        scale=guard.scale,
+        task=source_task,
+        farthest=FARTHEST,
+        ranks=ranks,
+        **first_move(plan),
+    )
+    return [guard, pace]
+
+
+def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pace:
+    """The guard that measures the first step of adapters by features of target inputs."""
+    model, head, sample = network.model, network.head, setup.sample
+    features = by_sample(features_of(model, head, sample), length(sample))
+    features = features.to(compute_dtype(features))
+    few = slice(MEASURED)
+    return Pace(
+        model=model,
+        head=head,
+        inputs=pick(sample, few),
+        features=features[few],
+        scale=scale_of(features),
+        task=nullcontext,
+        farthest=FARTHEST_OF_ADAPTERS,
+        ranks=ranks,
+        **first_move(setup.plan),
+    )
+
+
+def first_move(plan: Plan) -> dict[str, Any]:
+    """The first step that moves the backbone, and its learning rate as a share of the peak."""
+    first = plan.stall
+    rate = plan.lr_factor(first) * ramp_factor(first, plan.stall, plan.ramp)
+    return {"first": first, "first_rate": rate}
 
 
 def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, folded: bool) -> bool:
@@ -347,7 +387,9 @@ def prepare(
             )
         )
     if rehearsed is not None:
-        guards.append(rehearsal(network, setup, rehearsed, config.seed, ranks))
+        guards += rehearsal(network, setup, rehearsed, config.seed, ranks)
     if guards:
         network.watch(rehearsed is not None and runs_apart(network, setup, rehearsed, folded))
+    if plan.adapter_rank:
+        guards.append(pace_of_adapters(network, setup, ranks))
     return network, guards

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fast import dtensor
-from fast.adapt.guards.drift import Drift
+from fast.adapt.network.drift import Drift
 from fast.heads import task_head
 
 Buffers = list[tuple[nn.Module, str, Tensor]]

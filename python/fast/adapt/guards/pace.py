@@ -1,0 +1,115 @@
+"""Measure how much a network bears by its very first step, and go on at that pace.
+
+Adam's first step is as long as its rate, whatever the gradient. A step at the full rate would move
+the features of one network by a third of a standard deviation, and those of another by sixteen: at
+that rate the second one loses them before any average tells. So a few inputs are run again after
+the first step of the backbone. If it went too far, a part of it is taken back, and the learning
+rate of the whole run falls by as much.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.adapt.guards.base import Guard
+from fast.adapt.guards.rehearse import distances
+from fast.data.trees import length
+from fast.heads import by_sample, evaluating, features_of
+from fast.ranks import ALONE, Ranks
+
+log = logging.getLogger("fast")
+
+MEASURED = 16  # samples that tell it
+# How far a step at the full rate may move the features, in their standard deviations. At the rates
+# of `fast.adapt.defaults` that of weights would be 0.3 for ResNets, 1 for MiniLM, 3 to 6 for
+# MobileNets, and 12 for a ViT-S/14, which such a rate ruined.
+FARTHEST = 3.0
+# That of adapters would be 0.3 for MiniLM and ResNets, 0.9 to 1.4 for MobileNets, and 2.5 for
+# the ViT, which learned to 75 % with its head alone and fell to 25 at such a rate. They start at
+# zero, where their first step is short, so that less of it tells the same.
+FARTHEST_OF_ADAPTERS = 1.5
+
+
+class Pace(Guard):
+    """Shortens the first step of the backbone, and all that follow, where it went too far.
+
+    Args:
+        model: the network before its first step.
+        head: the module whose input the features are.
+        inputs: a few inputs, `[N, ...]`, on the model's device.
+        features: what the head sees of them before the first step, `[N, ...]`.
+        scale: one over the variance of features, `[]`.
+        task: the context in which the network computes these features.
+        first: number of the first step that moves the backbone, from 0.
+        first_rate: its learning rate, as a share of the peak.
+        farthest: how far a step at the full rate may move features, in standard deviations.
+        ranks: processes that train together; the first one reports.
+
+    Attributes:
+        pace: factor on the learning rate, at most 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        head: nn.Module,
+        inputs: Any,
+        features: Tensor,
+        scale: Tensor,
+        task: Callable[[nn.Module], AbstractContextManager[Any]],
+        first: int,
+        first_rate: float,
+        farthest: float,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.pace = 1.0
+        self._model, self._head, self._task = model, head, task
+        self._inputs, self._features, self._scale = inputs, features, scale
+        self._first, self._first_rate, self._farthest = first, first_rate, farthest
+        self._ranks = ranks
+        self._start: list[tuple[Tensor, Tensor]] = []  # parameters, as they were before that step
+
+    def lr_factor(self) -> float:
+        return self.pace
+
+    def before_step(self, step: int) -> None:
+        if step == self._first:
+            parameters = (p for p in self._model.parameters() if p.requires_grad)
+            self._start = [(p, p.detach().clone()) for p in parameters]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        if step != self._first + 1:
+            return
+        with evaluating(self._model), self._task(self._model):
+            now = features_of(self._model, self._head, self._inputs)
+        now = by_sample(now, length(self._inputs))
+        e = distances(now, self._features, self._scale).mean().item()
+        farthest = math.sqrt(e) / self._first_rate
+        start, self._start = self._start, []
+        if not self._farthest < farthest < math.inf:
+            return
+        self.pace = self._farthest / farthest
+        for p, before in start:
+            p.lerp_(before, 1 - self.pace)
+        if self._ranks.first:
+            log.info(
+                "a step at the full learning rate would move the features by %.1f of their "
+                "standard deviations: the rate is multiplied by %.2f",
+                farthest,
+                self.pace,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pace": self.pace}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pace = float(state["pace"])

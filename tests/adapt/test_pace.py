@@ -1,0 +1,117 @@
+"""The first step of the backbone tells how much it bears, with weights and with adapters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import fast
+from fast.adapt.guards.pace import Pace
+from networks import ConvNet, images
+
+TRAIN, SOURCE = images(64, 4), images(48, 5, seed=3)[0]
+WEIGHTS = {"source_inputs": SOURCE}
+ADAPTERS = {"method": "adapter"}
+KINDS = pytest.mark.parametrize("kind", [WEIGHTS, ADAPTERS], ids=["weights", "adapters"])
+
+
+@pytest.fixture
+def pretrained():
+    torch.manual_seed(0)
+    return ConvNet(num_classes=5)
+
+
+def adapt(pretrained, **options):
+    torch.manual_seed(0)  # adapters start at random
+    adaptation = fast.Adaptation(copy.deepcopy(pretrained), TRAIN, steps=5, **options)
+    (guard,) = (g for g in adaptation.guards if isinstance(g, Pace))
+    return adaptation, guard
+
+
+def step(adaptation):
+    inputs, labels, rows = next(adaptation.batches())
+    logits, penalty = adaptation.forward(inputs, rows)
+    (nn.functional.cross_entropy(logits, labels) + penalty).backward()
+    adaptation.optimizer.step()
+    adaptation.optimizer.zero_grad()
+
+
+def after_one_step(pretrained, **options):
+    """The adaptation, its first weights, and the guard, after a step of the backbone."""
+    adaptation, guard = adapt(pretrained, **options)
+    start = [p.detach().clone() for p in adaptation.params]
+    step(adaptation)
+    return adaptation, start, guard
+
+
+@KINDS
+def test_a_first_step_that_goes_too_far_is_taken_back_in_part(pretrained, monkeypatch, kind):
+    options = {"lr": 0.5, "ramp": 0, **kind}
+    slowed, start, guard = after_one_step(pretrained, **options)
+    assert 0 < guard.pace < 0.5
+    for name in ("FARTHEST", "FARTHEST_OF_ADAPTERS"):
+        monkeypatch.setattr(f"fast.adapt.network.prepare.{name}", float("inf"))
+    plain, _, unslowed = after_one_step(pretrained, **options)
+    assert unslowed.pace == 1
+    rates = [a.optimizer.param_groups[0]["restraint"] for a in (slowed, plain)]
+    assert rates[0] == pytest.approx(guard.pace * rates[1])
+    for before, p, whole in zip(start, slowed.params, plain.params, strict=True):
+        torch.testing.assert_close(p - before, guard.pace * (whole - before))
+
+
+@KINDS
+def test_it_does_not_depend_on_the_ramp(pretrained, kind):
+    """A ramp shortens the first step, and what a whole one would do counts."""
+    lr = 0.2 if kind is WEIGHTS else 1.0
+    whole, ramped = (after_one_step(pretrained, lr=lr, ramp=r, **kind)[2].pace for r in (0, 4))
+    assert whole < 1
+    assert ramped == pytest.approx(whole, rel=0.5)
+
+
+@KINDS
+def test_a_step_that_a_network_bears_stays_as_it_is(pretrained, kind):
+    adaptation, _, guard = after_one_step(pretrained, lr=1e-3, **kind)
+    assert guard.pace == 1
+    step(adaptation)
+    assert guard.pace == 1
+
+
+@KINDS
+def test_later_steps_are_not_taken_back(pretrained, kind):
+    adaptation, _, guard = after_one_step(pretrained, lr=0.5, ramp=0, **kind)
+    pace, before = guard.pace, [p.detach().clone() for p in adaptation.params]
+    step(adaptation)
+    assert guard.pace == pace
+    assert any(not torch.equal(p, b) for p, b in zip(adaptation.params, before, strict=True))
+
+
+@KINDS
+def test_it_is_saved(pretrained, kind):
+    options = {"lr": 0.5, "ramp": 0, **kind}
+    adaptation, _, guard = after_one_step(pretrained, **options)
+    other, loaded = adapt(pretrained, **options)
+    other.load_state_dict(adaptation.state_dict())
+    assert loaded.pace == guard.pace < 1
+    assert other.optimizer.param_groups[0]["restraint"] == pytest.approx(
+        adaptation.optimizer.param_groups[0]["restraint"]
+    )
+
+
+def test_it_is_told(pretrained, caplog):
+    caplog.set_level(logging.INFO, "fast")
+    after_one_step(pretrained, lr=0.5, ramp=0, **ADAPTERS)
+    assert "the rate is multiplied by" in caplog.text
+
+
+def test_adapters_answer_the_source_as_before(pretrained):
+    """Only adapters, norms and the head are measured and taken back."""
+    pretrained.eval()
+    before = pretrained(SOURCE)
+    adaptation, _, _ = after_one_step(pretrained, lr=0.5, ramp=0, **ADAPTERS)
+    adaptation.model.eval()
+    with torch.no_grad(), fast.source_task(adaptation.model):
+        torch.testing.assert_close(adaptation.model(SOURCE), before)
