@@ -252,6 +252,29 @@ def test_data_that_a_module_makes_in_setup_come_too_late_for_the_length():
     assert callback.adaptation.done == 7
 
 
+def test_a_checkpoint_in_the_middle_of_an_evaluation_is_refused(tmp_path):
+    """It held the average as the weights, and these as the average."""
+
+    class Saves(Classifier):
+        def on_validation_end(self):
+            self.trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    class SavesEarly(Classifier):
+        def on_validation_epoch_end(self):
+            self.trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    model = network()
+    callback = FastCallback(model, TRAIN, steps=2)
+    host = trainer(callback, max_steps=2, num_sanity_val_steps=0, val_check_interval=2)
+    host.fit(Saves(model, callback), callback.loader, loader(VAL, 100))
+    assert (tmp_path / "end.ckpt").is_file()
+    model = network()
+    callback = FastCallback(model, TRAIN, steps=2)
+    host = trainer(callback, max_steps=2, num_sanity_val_steps=0, val_check_interval=2)
+    with pytest.raises(RuntimeError, match=r"middle of an evaluation.* in on_validation_end"):
+        host.fit(SavesEarly(model, callback), callback.loader, loader(VAL, 100))
+
+
 def test_a_network_in_evaluation_mode_is_trained():
     """`from_pretrained` returns one, and Lightning leaves it so: no dropout, no statistics."""
     weights = []

@@ -266,6 +266,13 @@ class FastCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._adaptation is None:
             return {}
+        average = self._adaptation.average
+        if average is not None and average.applies:
+            raise RuntimeError(
+                "trainer.save_checkpoint() in the middle of an evaluation, where the module holds "
+                "the averaged weights, and not those that training goes on from: call it in "
+                "on_validation_end, or let ModelCheckpoint do it"
+            )
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         generators = {"cpu": torch.get_rng_state(), "cuda": cuda}
         return {"adaptation": self._adaptation.state_dict(), "generators": generators}
