@@ -49,8 +49,8 @@ def test_a_run_whose_data_have_moved_goes_on_with_them(job):
     assert "as out/job.json says; drop --data" in err  # they are there
     target = job.folder / "target.npz"
     target.rename(job.folder / "moved.npz")
-    for command in (("finetune", "--resume", "out"), ("join", "out", "--source-inputs", "source.npz",
-                                                      "--output", "joined")):  # fmt: skip
+    join = ("join", "out", "--source-inputs", "source.npz", "--output", "joined")
+    for command in (("finetune", "--resume", "out"), join):
         code, _, err = job.fast(*command)
         assert code == 2
         assert f"{target} is not there any more: name it where it is now, --data PATH" in err
