@@ -41,6 +41,33 @@ def test_resume_takes_no_other_options(job):
     assert "--resume nowhere: has no job.json" in err
 
 
+def test_a_run_whose_data_have_moved_goes_on_with_them(job):
+    with dying_at(15, KeyboardInterrupt()):
+        assert job.fast("finetune", *job.args, *RUN)[0] == 130
+    code, _, err = job.fast("finetune", "--resume", "out", "--data", "source.npz")
+    assert code == 2
+    assert "as out/job.json says; drop --data" in err  # they are there
+    target = job.folder / "target.npz"
+    target.rename(job.folder / "moved.npz")
+    join = ("join", "out", "--source-inputs", "source.npz", "--output", "joined")
+    for command in (("finetune", "--resume", "out"), join):
+        code, _, err = job.fast(*command)
+        assert code == 2
+        assert f"{target} is not there any more: name it where it is now, --data PATH" in err
+    code, _, err = job.fast("finetune", "--resume", "out", "--data", "source.npz")
+    assert code == 2
+    code, _, err = job.fast("finetune", "--resume", "out", "--data", "moved.npz", "--card", "x")
+    assert code == 2
+    assert "drop --card" in err
+    code, out, err = job.fast("finetune", "--resume", "out", "--data", "moved.npz")
+    assert code == 0, err
+    assert "30 steps" in out
+    code, _, err = job.fast("evaluate", "out")
+    assert code == 2
+    assert f"RUN out: its --data {target} is not there any more" in err
+    assert job.fast("evaluate", "out", "moved.npz")[0] == 0
+
+
 def test_output_is_never_overwritten(job):
     (job.folder / "out").mkdir()
     (job.folder / "out" / "thesis.txt").write_text("x")

@@ -20,7 +20,8 @@ JOB_FILE = "job.json"
 KEY_BYTES = 32
 # Entries of a record that are no options.
 MODEL_HASH, SIGNATURE = "model_hash", "signature"
-PATHS = ("weights", "data", "source", "source_inputs", "card", "model")
+PLACES = ("weights", "data", "source", "source_inputs", "card")
+PATHS = (*PLACES, "model")
 
 
 def write_record(folder: Path, options: dict[str, Any]) -> None:
@@ -85,6 +86,30 @@ def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[
             f"now, name it: --model '{printable(model)}'"
         )
     return options
+
+
+def check_places(option: str, folder: Path, options: dict[str, Any]) -> None:
+    """Refuse to go on with files that have moved since the run.
+
+    Args:
+        option: the option that named the folder, for messages.
+        options: what the run recorded, under what is named on this command line.
+
+    Raises:
+        FileNotFoundError: a file is not there; the message says how to name it where it is now.
+    """
+    for name in PLACES:
+        value = options.get(name)
+        if value and is_gone(value):
+            raise FileNotFoundError(
+                f"{option} {folder}: {printable(value)} is not there any more: name it where it "
+                f"is now, {flag(name)} PATH"
+            )
+
+
+def is_gone(value: str) -> bool:
+    """Whether a record names a file that is not there; names of data sets are no files."""
+    return os.path.isabs(value) and not os.path.exists(value)
 
 
 def _argv(record: dict[str, Any], parser: Parser) -> list[str]:

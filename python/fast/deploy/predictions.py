@@ -93,8 +93,11 @@ class Predictions:
         It is UTF-8; in names of files that are not, odd bytes are written by their codes.
         """
         path = Path(path)
-        how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-        with atomic_file(path) as temporary, temporary.open("w", **how) as file:
+        odd = "backslashreplace"
+        with (
+            atomic_file(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8", errors=odd) as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(["input", "label", "probability", *self.classes])
             rows = zip(self.names, self.labels, self.probabilities.tolist(), strict=True)

@@ -158,7 +158,11 @@ def put_head(
     """`replace_head` for any number of outputs: a regression has one."""
     inner = unwrap(model)
     if task_head(inner) is not None:
-        raise ValueError("the head was replaced already; call fast.fold_head(model) first")
+        raise ValueError(
+            "the head was replaced already: this model was adapted before, and its weights may "
+            "have moved. Build it again to start from the pretrained weights; or go on from these "
+            "as they are, after fast.fold_head(model)"
+        )
     if torch.is_inference_mode_enabled():
         raise ValueError("a head made under torch.inference_mode cannot learn: replace it outside")
     old = find_head(inner, sample, head)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from fast.adapt.config import Budget
 from fast.cli.options import flag, option, parser_of, part
-from fast.cli.record import JOB_FILE, read_record
+from fast.cli.record import JOB_FILE, PLACES, check_places, is_gone, read_record
 from fast.cli.spec.base import Spec
 from fast.cli.spec.task import TaskSpec
 from fast.train.config import TrainConfig
@@ -43,13 +43,13 @@ class FinetuneSpec(Spec):
             return super().parse(options)
         folder = Path(options["resume"])
         changed = sorted(set(options) - FREE_ON_RESUME)
-        if changed:
-            raise ValueError(
-                f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop {flag(changed[0])}"
-            )
+        _refuse([name for name in changed if name not in PLACES], folder)
         record = read_record(folder, "--resume", parser_of(cls), "model" in options)
         if not record.get("data"):
             raise ValueError(f"{folder / JOB_FILE} is damaged or was changed: it names no data")
+        # What was read from a file that has moved may be named where it is now. It is compared.
+        _refuse([name for name in changed if not is_gone(record.get(name) or "")], folder)
+        check_places("--resume", folder, record | options)
         return super().parse(record | options)
 
     def __post_init__(self) -> None:
@@ -64,3 +64,11 @@ class FinetuneSpec(Spec):
                 "--forget-budget needs --source-inputs to check on, or (for nats) a --card to "
                 "forecast by"
             )
+
+
+def _refuse(changed: list[str], folder: Path) -> None:
+    """Raise ValueError where options of a run that goes on are changed."""
+    if changed:
+        raise ValueError(
+            f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop {flag(changed[0])}"
+        )

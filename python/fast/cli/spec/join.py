@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fast.cli.options import option, parser_of, part
-from fast.cli.record import read_record
+from fast.cli.record import check_places, read_record
 from fast.cli.spec.base import SAVED, Spec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
@@ -53,7 +53,9 @@ class JoinSpec(Spec):
             raise FileNotFoundError(f"RUN {folder}: no such folder")
         record = read_record(folder, "RUN", parser_of(FinetuneSpec), "model" in options)
         names = {f.name for f in fields(TaskSpec)} - set(LEFT_OUT)
-        return super().parse({k: v for k, v in record.items() if k in names} | options)
+        all_options = {k: v for k, v in record.items() if k in names} | options
+        check_places("RUN", folder, all_options)
+        return super().parse(all_options)
 
     def __post_init__(self) -> None:
         if not self.output:

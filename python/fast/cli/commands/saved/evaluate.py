@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fast.cli.options import flag
+from fast.cli.record import is_gone
 from fast.cli.report.evaluation import (
     CLASS_HEADER,
     LISTED,
@@ -74,6 +75,11 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     if name is None:
         raise ValueError(
             f"DATA must be given: the run in {spec.run} names no {flag(role)} to evaluate on"
+        )
+    if spec.data is None and is_gone(name):
+        raise FileNotFoundError(
+            f"RUN {spec.run}: its {flag(role)} {printable(name)} is not there any more: name it "
+            "where it is now, after the run"
         )
     columns: dict[str, Any] = {
         "input_column": spec.input_column,
