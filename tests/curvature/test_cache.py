@@ -120,12 +120,13 @@ def test_a_model_that_counts_its_calls_is_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_checksums_know_places_and_signs(dtype: torch.dtype) -> None:
     values = (torch.arange(3000) % 7 - 3).to(dtype)
-    seen = [checksum(t) for t in (values, values.flip(0), values.roll(1024), values.roll(1))]
+    tensors = [values, values.flip(0), values.roll(1024), values.roll(1)]
     if dtype != torch.bool:
-        seen.append(checksum(-values))
-    for i, a in enumerate(seen):
-        assert torch.equal(a, seen[i])
-        assert not any(torch.equal(a, b) for b in seen[i + 1 :])
+        tensors.append(-values)
+    sums = [checksum(t) for t in tensors]
+    for i, a in enumerate(sums):
+        assert torch.equal(a, checksum(tensors[i].clone()))
+        assert not any(torch.equal(a, b) for b in sums[i + 1 :])
 
 
 def _past_its_module(frozen: bool, listed: bool) -> Net:
