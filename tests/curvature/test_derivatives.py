@@ -77,6 +77,10 @@ def test_their_hessian_is_refused_by_name(name: str) -> None:
     model, x = ONCE[name]
     # A record of a hard sigmoid has its decomposition, which can be differentiated twice.
     method = "loop" if name == "hardsigmoid" else "auto"
+    if name == "distances" and torch.__version__ >= "2.14":  # which differentiates them twice
+        hessian = Hessian(model, F.cross_entropy, (x, batch()[1])).dense()
+        assert relative(hessian, hessian_by_differences(model, x, batch()[1])) < 1e-6
+        return
     with pytest.raises(SecondDerivativeError, match=rf"module {CULPRITS[name]} .*twice.*fast.GGN"):
         Hessian(model, F.cross_entropy, (x, batch()[1]), method=method).dense()
 
