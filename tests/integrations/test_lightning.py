@@ -264,13 +264,13 @@ def test_a_checkpoint_in_the_middle_of_an_evaluation_is_refused(tmp_path):
             self.trainer.save_checkpoint(tmp_path / "early.ckpt")
 
     model = network()
-    callback = FastCallback(model, TRAIN, steps=2)
-    host = trainer(callback, max_steps=2, num_sanity_val_steps=0, val_check_interval=2)
+    callback = FastCallback(model, TRAIN, steps=4)
+    host = trainer(callback, max_steps=4, num_sanity_val_steps=0, val_check_interval=2)
     host.fit(Saves(model, callback), callback.loader, loader(VAL, 100))
     assert (tmp_path / "end.ckpt").is_file()
     model = network()
-    callback = FastCallback(model, TRAIN, steps=2)
-    host = trainer(callback, max_steps=2, num_sanity_val_steps=0, val_check_interval=2)
+    callback = FastCallback(model, TRAIN, steps=4)
+    host = trainer(callback, max_steps=4, num_sanity_val_steps=0, val_check_interval=2)
     with pytest.raises(RuntimeError, match=r"middle of an evaluation.* in on_validation_end"):
         host.fit(SavesEarly(model, callback), callback.loader, loader(VAL, 100))
 
