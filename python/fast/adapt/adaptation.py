@@ -131,7 +131,6 @@ class Adaptation:
             check_model(self.model)
         self.done, self._pull_factor = 0, 1.0
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
-        self._pull_factor = 1.0
         loss = loss or TargetLoss(None, 0.0)
         with RollbackOnError(self.model):
             # The source is measured at the pretrained weights, before the network changes.

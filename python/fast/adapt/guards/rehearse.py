@@ -13,7 +13,7 @@ growing at `STEEPEST`, so that a step too far is not answered by an even larger 
 If e exceeds `TOLERANCE` all the same, the learning rate is too high for this network, and is
 divided by e / TOLERANCE. So one rate suits ResNets, which tolerate 1.5e-3, and MobileNets and
 transformers, which do not. Where a network bears far less, features are lost before that tells:
-`fast.adapt.guards.pace` has an eye on the first step. A step costs what it cost before, and needs
+`fast.adapt.guards.pace` measures the first step. A step costs what it cost before, and needs
 neither labels nor a source head. docs/research.md reports what else was tried.
 """
 
