@@ -29,7 +29,7 @@ def test_the_plan_is_that_of_the_run(job, method):
     assert f"\n{method}: " in out
     assert files(job.folder) == before
     printed = rows(out)
-    assert "head layer        fc (Linear, 3 outputs)" in out
+    assert "head_layer        fc (Linear, 3 outputs)" in out
     code, _, err = job.fast("finetune", *job.args, *options)
     assert code == 0, err
     done = json.loads((job.folder / "out" / "result.json").read_text())["plan"]

@@ -137,7 +137,7 @@ def test_probabilities_are_refused(method):
 
 def test_a_padded_head_is_found_and_a_cut_that_loses_classes_is_said():
     assert run(Padded, steps=40).target_accuracy > 0.5
-    start = Padded(kept=3)
+    start = Padded(count=3)
     with pytest.raises(ValueError, match=r"head of 4 classes at fc the logits have shape \[2, 3\]"):
         fast.finetune(start, TRAIN, steps=2)
     assert isinstance(start.fc, nn.Linear)
@@ -180,7 +180,7 @@ def test_auxiliary_heads_are_noted():
         """Answers with a second head in training, as GoogLeNet does."""
 
         def __init__(self):
-            super().__init__(kept=8)
+            super().__init__(count=8)
             self.side = nn.Linear(16, 8)
 
         def forward(self, x):

@@ -50,11 +50,11 @@ class Budget:
             )
         return cls(amount=amount, points=points)
 
-    def warn_of_nats(self) -> None:
-        """Warn of so many nats that points of accuracy may be meant."""
+    def warn_of_nats(self, name: str) -> None:
+        """Warn of so many nats that points of accuracy may be meant by the argument `name`."""
         if not self.points and self.amount >= 1:
             warn(
-                f"a budget of {self} lets the source loss rise by as much; points of accuracy are "
+                f"{name} {self} lets the source loss rise by as much; points of accuracy are "
                 f"written '{self.amount:g}%'"
             )
 

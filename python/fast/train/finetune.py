@@ -96,7 +96,7 @@ def finetune(
     config, model = _checked(model, options)
     callbacks = check_callbacks(callbacks)
     if config.budget is not None:
-        config.budget.warn_of_nats()
+        config.budget.warn_of_nats("forget_budget")
     check_model(model)
     rollback = RollbackOnError(model, weights=config.resume is not None)
     if card is not None:  # it fits the weights as they were saved, perhaps in 16 bits

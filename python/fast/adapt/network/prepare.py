@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.distill import Distillation, Remembered, digest
-from fast.adapt.guards.pace import FARTHEST, FARTHEST_OF_ADAPTERS, MEASURED, POWER_OF_ADAPTERS, Pace
+from fast.adapt.guards.pace import FARTHEST, FARTHEST_OF_ADAPTERS, MEASURED, Pace
 from fast.adapt.guards.rehearse import Rehearsal, scale_of
 from fast.adapt.loss import TargetLoss
 from fast.adapt.methods import METHODS
@@ -261,7 +261,6 @@ def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pac
         scale=scale_of(features),
         task=nullcontext,
         farthest=FARTHEST_OF_ADAPTERS,
-        power=POWER_OF_ADAPTERS,
         ranks=ranks,
         **first_move(setup.plan),
     )

@@ -25,7 +25,7 @@ def plan_table(plan: Plan, head: Head) -> str:
     """Each setting of a plan in a line, and the layer that makes the logits of the source."""
     rows = [[name, _shown(value)] for name, value in dataclasses.asdict(plan).items()]
     kind = f"{type(head.module).__name__}, {counted(classes_of(head.module), 'output')}"
-    rows.append(["head layer", f"{printable(head.name)} ({kind})"])
+    rows.append(["head_layer", f"{printable(head.name)} ({kind})"])
     return text_table(["setting", "value"], rows, left=2)
 
 
