@@ -108,6 +108,15 @@ def test_a_head_without_a_bias(tmp_path):
         )
 
 
+def test_a_source_of_several_labels_gives_a_pipeline_of_one(tmp_path):
+    x, model = tokens(), bert()
+    model.config.problem_type = "multi_label_classification"
+    result = adapted(model, x, tmp_path / "run")
+    folder = result.export(tmp_path / "hf", "hf")
+    config = library("transformers").AutoConfig.from_pretrained(folder)
+    assert config.problem_type == "single_label_classification"
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_checkpoint_of_timm(by_name, tmp_path, monkeypatch):
     timm = library("timm")

@@ -40,6 +40,8 @@ def write_hugging_face(subject: Subject, folder: Path) -> None:
 
 def _write(subject: Subject, network: Any, folder: Path) -> None:
     name_classes(network.config, subject.classes)
+    if getattr(network.config, "problem_type", None) is not None:  # a pipeline reads the source's
+        network.config.problem_type = "single_label_classification"
     network.config.architectures = [type(network).__name__]
     network.save_pretrained(folder)
     subject.write_description(folder)
