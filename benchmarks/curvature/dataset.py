@@ -153,7 +153,7 @@ def rows(records: list[Record]) -> list[Record]:
             if name in r:
                 found = r[name]["found"]
                 if r["quantity"] == "top 5":
-                    pairs = zip(found, r["truth"], strict=True)
+                    pairs = zip(by_magnitude(found), r["truth"], strict=True)
                     worst = max(abs(a - b) / abs(b) for a, b in pairs)
                     found = f"within {worst:.0e}"
                 out.append(
