@@ -89,17 +89,13 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             "network that they are of"
         )
     both = [(n, state[n], own) for n, own in model.state_dict().items() if n in state]
-    shapes = [
-        f"{n} is {tuple(x.shape)} in the file, {tuple(own.shape)} in the network"
-        for n, x, own in both
-        if x.shape != own.shape
-    ]
-    if shapes:
-        rows = {
-            stored.shape[0]
-            for _, stored, wanted in both
-            if stored.ndim and stored.shape != wanted.shape and stored.shape[1:] == wanted.shape[1:]
-        }
+    others = [(n, x, own) for n, x, own in both if x.shape != own.shape]
+    if others:
+        shapes = [
+            f"{n} is {tuple(x.shape)} in the file, {tuple(own.shape)} in the network"
+            for n, x, own in others
+        ]
+        rows = {x.shape[0] for _, x, own in others if x.ndim and x.shape[1:] == own.shape[1:]}
         classes = rows.pop() if len(rows) == 1 else "..."
         raise ValueError(
             f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
