@@ -222,7 +222,7 @@ def test_a_smaller_moment_is_not_written_past_its_end():
         ({"params": [torch.zeros(4, dtype=torch.complex64)]}, "must be one of"),
         ({"grads": [torch.eye(4)[0].to_sparse()]}, r"grads\[0\] is torch.sparse_coo"),
         ({"hyper": torch.zeros(1, 3)}, r"hyper must be float64 \[groups, 7\]"),
-        ({"groups": [1]}, "index the 1 rows"),
+        ({"groups": [1]}, "indexes the 1 rows"),
         ({"steps": [torch.zeros((), dtype=torch.int64)]}, r"steps\[0\] must be float32"),
         ({"exp_avgs": [torch.zeros(4, dtype=torch.float16)]}, "it must be one of"),
         ({"exp_avgs": [torch.zeros(4, dtype=torch.uint8)]}, r"scales of exp_avgs\[0\]"),

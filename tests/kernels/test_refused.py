@@ -66,6 +66,11 @@ def codes_without_scales(call: dict[str, Any]) -> None:
     call["exp_avg_scales"] = [torch.zeros(1)]
 
 
+def second_on_meta(call: dict[str, Any]) -> None:
+    for key in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "anchors"):
+        call[key][1] = call[key][1].to("meta")
+
+
 REFUSED = {
     "empty moment": (first("exp_avgs", lambda: torch.empty(0)), r"exp_avgs\[0\] is \[0\]"),
     "empty second": (first("exp_avg_sqs", lambda: torch.empty(0)), r"exp_avg_sqs\[0\] is \[0\]"),
@@ -115,14 +120,18 @@ REFUSED = {
     "params is a tensor": (given(params=torch.ones(2, N)), "params must be a list; got Tensor"),
     "steps is a tensor": (given(steps=torch.zeros(2)), "steps must be a list; got Tensor"),
     "grad of None": (first("grads", lambda: None), r"grads\[0\] must be a tensor; got NoneType"),
-    "groups of floats": (given(groups=[0.0, 0.0]), "groups must index the 1 rows of hyper"),
+    "groups of floats": (given(groups=[0, 0.0]), r"groups\[1\] must be an int that .*; got 0.0"),
+    "a group of no row": (given(groups=[0, 1]), r"groups\[1\] .* the 1 rows of hyper; got 1"),
+    "two devices": (second_on_meta, r"params\[1\] is on meta, params\[0\] on cpu"),
     "hyper of a list": (given(hyper=[[1.0] * 7]), "hyper must be float64 .*; got list"),
 }  # fmt: skip
 
 
 def tensors_of(call: dict[str, Any]) -> list[Tensor]:
+    """Those that have memory."""
     found = [t for v in call.values() for t in (v if isinstance(v, list) else [v])]
-    return [t for t in found if isinstance(t, Tensor) and t.untyped_storage().nbytes() >= t.nbytes]
+    tensors = [t for t in found if isinstance(t, Tensor) and not t.is_meta]
+    return [t for t in tensors if t.untyped_storage().nbytes() >= t.nbytes]
 
 
 @pytest.mark.parametrize("first_call", [True, False], ids=["first call", "later call"])
@@ -145,6 +154,11 @@ def test_an_overflow_hides_no_wrong_input(found_inf):
     call["exp_avgs"][1] = torch.ones(4, 3)
     with pytest.raises(ValueError, match=r"exp_avgs\[1\] is \[4, 3\]"):
         fastkernels.anchored_adamw_(**call, found_inf=torch.tensor(found_inf))
+
+
+def test_a_missing_argument_is_one_of_the_op():
+    with pytest.raises(TypeError, match=r"anchored_adamw_\(\) missing 7 .*'params'"):
+        fastkernels.anchored_adamw_()
 
 
 def test_only_sgd_may_do_without_a_moment():

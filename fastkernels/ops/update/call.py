@@ -103,7 +103,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def direct(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], *_: Any, **__: Any
+    name: str, params: Sequence[Tensor] = (), grads: Sequence[Tensor] = (), *_: Any, **__: Any
 ) -> bool:
     """Whether a call can run without torch's dispatcher: eager, with plain tensors, and with no
     profiler or dispatch mode active.
@@ -160,7 +160,11 @@ def check_call(call: UpdateCall) -> None:
     rows, groups = hyper.shape[0], call.groups
     integers = set(map(type, groups)) <= {int}
     if not integers or (groups and not 0 <= min(groups) <= max(groups) < rows):
-        raise ValueError(f"{name}: groups must index the {rows} rows of hyper")
+        wrong = next(i for i, g in enumerate(groups) if type(g) is not int or not 0 <= g < rows)
+        raise ValueError(
+            f"{name}: groups[{wrong}] must be an int that indexes the {rows} rows of hyper; got "
+            f"{groups[wrong]!r}"
+        )
     if call.stats is not None:
         _check_array(f"{name}: stats", call.stats, f"float64 [{len(STATS)}]", len(STATS))
         if call.stats.is_inference():

@@ -44,6 +44,11 @@ def check_tensors(call: UpdateCall) -> None:
             raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {legal}")
         if p.layout is not torch.strided:
             raise ValueError(f"{name}: params[{i}] is {p.layout}; it must be dense")
+        if p.device != call.params[0].device:
+            raise ValueError(
+                f"{name}: params[{i}] is on {p.device}, params[0] on {call.params[0].device}; make "
+                "a call for each device"
+            )
         _check_flat(f"{name}: steps[{i}]", call.steps[i], 1, p.device)
         for key in shaped:
             t = lists[key][i] if lists[key] else None
