@@ -225,7 +225,10 @@ def test_a_smaller_moment_is_not_written_past_its_end():
         ({"groups": [1]}, "indexes the 1 rows"),
         ({"steps": [torch.zeros((), dtype=torch.int64)]}, r"steps\[0\] must be float32"),
         ({"exp_avgs": [torch.zeros(4, dtype=torch.float16)]}, "it must be one of"),
-        ({"exp_avgs": [torch.zeros(4, dtype=torch.uint8)]}, r"scales of exp_avgs\[0\]"),
+        (
+            {"exp_avgs": [torch.zeros(4, dtype=torch.uint8)]},
+            r"exp_avgs\[0\] are 8-bit codes, and exp_avg_scales has no",
+        ),
         ({"anchors": [torch.zeros(5)]}, r"anchors\[0\] is \[5\]"),
         ({"stats": torch.zeros(4)}, "stats must be float64"),
         ({"remainders": [torch.zeros(4, dtype=torch.int16)]}, "of a bfloat16 parameter"),

@@ -8,7 +8,7 @@ import torch
 import fastkernels
 from fastkernels.op import OPS, candidates
 from kernels.cases import FEATURES
-from kernels.update_harness import Run
+from kernels.update_harness import RULES, Run
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -30,14 +30,13 @@ def arguments(rule: str, feature: str, requires_grad: bool, strided: bool):
         grads[0] = torch.randn(3, 5).t()
     if requires_grad:
         run.params[0].requires_grad_()
-    scales = {"adamw": ("exp_avg_scales", "exp_avg_sq_scales"), "sgd": ("momentum_scales",)}[rule]
     anchored = run.feature.anchor_decay > 0
     keywords = {
         "anchors": [run.anchors[0], None, run.anchors[2]] if anchored else [],
         "curvature": run.curvature if run.feature.curvature else [],
         "curvature_scales": [],
         "remainders": [],
-        **{key: [] for key in scales},
+        **{key: [] for key in RULES[rule].scales},
         "stats": run.stats,
         "max_grad_norm": run.feature.max_grad_norm,
         "found_inf": torch.zeros(()),

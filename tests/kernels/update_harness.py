@@ -10,9 +10,12 @@ from torch import Tensor
 
 import fastkernels
 from fastkernels import codes as codec
+from fastkernels.ops.update.adamw import ADAMW
+from fastkernels.ops.update.sgd import SGD
 from kernels.cases import Feature
 
 LR = 0.01
+RULES = {"adamw": ADAMW, "sgd": SGD}
 
 
 @dataclass
@@ -92,8 +95,7 @@ class Run:
             grads = [g * f.grad_scale for g in grads]
             options.setdefault("grad_scale", torch.tensor(f.grad_scale))
             options.setdefault("found_inf", torch.tensor(0.0))
-        names = {"adamw": ("exp_avg_scales", "exp_avg_sq_scales"), "sgd": ("momentum_scales",)}
-        options |= dict(zip(names[self.rule], self.scales, strict=True))
+        options |= dict(zip(RULES[self.rule].scales, self.scales, strict=True))
         op = getattr(fastkernels, f"anchored_{self.rule}_")
         op(
             self.params,

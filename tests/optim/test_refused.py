@@ -56,7 +56,7 @@ def test_a_part_of_a_state_that_was_taken_away(name, state_dtype):
             {"state_dtype": torch.uint8},
             "exp_avg_scales",
             torch.empty(0),
-            r"scales of exp_avgs\[0\]",
+            r"exp_avg_scales\[0\] must be float32",
         ),
     ],
 )

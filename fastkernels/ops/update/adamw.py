@@ -13,21 +13,13 @@ ADAMW = Rule(
     name="anchored_adamw_",
     columns=("lr", "beta1", "beta2", "eps", "weight_decay", "anchor_decay", "maximize"),
     moments=("exp_avgs", "exp_avg_sqs"),
+    scales=("exp_avg_scales", "exp_avg_sq_scales"),
 )
 
 
 @operator(
     fake=fake,
-    mutates=(
-        "params",
-        "exp_avgs",
-        "exp_avg_sqs",
-        "steps",
-        "exp_avg_scales",
-        "exp_avg_sq_scales",
-        "remainders",
-        "stats",
-    ),
+    mutates=(*ADAMW.written, "stats"),
     backends=BACKENDS,
     direct=direct,
 )

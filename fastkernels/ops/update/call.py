@@ -21,13 +21,23 @@ HARDEST = 1e30
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """An update rule: the op's name, the columns of its hyper table, and its lists of moments, of
-    which those in `optional_moments` may have entries of 0 elements."""
+    """An update rule: the op's name, the columns of its hyper table, and the names of its lists of
+    moments and of the scales of their codes. Moments in `optional_moments` may have 0 elements."""
 
     name: str
     columns: tuple[str, ...]
     moments: tuple[str, ...]
+    scales: tuple[str, ...]
     optional_moments: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The lists whose tensors an update writes."""
+        return ("params", *self.moments, "steps", *self.scales, "remainders")
+
+    def scales_of(self, name: str) -> str:
+        """The list of the scales of the 8-bit codes in the list `name`."""
+        return dict(zip(self.moments, self.scales, strict=True)).get(name, "curvature_scales")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,22 +64,19 @@ class UpdateCall:
 
     def lists(self) -> dict[str, Sequence[Any]]:
         """Every list of tensors by its name."""
-        moments = dict(zip(self.rule.moments, self.moments, strict=True))
-        scales = zip(moments, self.moment_scales, strict=False)
         return {
-            "params": self.params, "grads": self.grads, **moments, "steps": self.steps,
-            "anchors": self.anchors, "curvature": self.curvature, "remainders": self.remainders,
-            "curvature_scales": self.curvature_scales,
-            **{f"scales of {key}": entries for key, entries in scales},
+            "params": self.params, "grads": self.grads,
+            **dict(zip(self.rule.moments, self.moments, strict=True)), "steps": self.steps,
+            "anchors": self.anchors, "curvature": self.curvature,
+            "curvature_scales": self.curvature_scales, "remainders": self.remainders,
+            **dict(zip(self.rule.scales, self.moment_scales, strict=True)),
         }  # fmt: skip
 
     def written(self) -> list[Tensor]:
         """The tensors that the update writes, without `stats`."""
-        lists = self.lists().items()
-        return [t for key, entries in lists if key not in READ_ONLY for t in entries if t.numel()]
+        lists = self.lists()
+        return [t for key in self.rule.written for t in lists[key] if t.numel()]
 
-
-READ_ONLY = {"grads", "anchors", "curvature", "curvature_scales"}
 
 # On an H200 the Triton kernels took 0.4 to 0.65 of the time of CUDA C++, before either was
 # rewritten (docs/update.md); Triton needs no compiler.

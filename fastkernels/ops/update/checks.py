@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkernels import memory
 from fastkernels.codes import code_scales
-from fastkernels.ops.update.call import READ_ONLY, UpdateCall
+from fastkernels.ops.update.call import UpdateCall
 
 _REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOMENTS = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
@@ -22,6 +22,8 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "curvature": (*_REAL, torch.uint8),
     "remainders": (torch.int16,),
 }
+# The lists that may have None as an entry.
+_OPTIONAL = ("anchors", "curvature", "curvature_scales")
 
 
 def check_tensors(call: UpdateCall) -> None:
@@ -33,8 +35,9 @@ def check_tensors(call: UpdateCall) -> None:
         if len(entries) != count and (entries or key in required):
             raise ValueError(f"{name}: {key} has {len(entries)} entries for {count} params")
         for i, t in enumerate(entries):
-            optional = t is None and key in READ_ONLY - {"grads"}
-            if key != "groups" and not isinstance(t, Tensor) and not optional:
+            if key == "groups" or (t is None and key in _OPTIONAL):
+                continue
+            if not isinstance(t, Tensor):
                 raise ValueError(f"{name}: {key}[{i}] must be a tensor; got {type(t).__name__}")
     shaped = ("grads", *call.rule.moments, "anchors", "curvature", "remainders")
     may_be_empty = ("remainders", *call.rule.optional_moments)
@@ -58,14 +61,15 @@ def check_tensors(call: UpdateCall) -> None:
             if key == "remainders" and p.dtype != torch.bfloat16:
                 raise ValueError(f"{name}: remainders[{i}] must be of a bfloat16 parameter")
             if t.dtype == torch.uint8:
-                scale_key = "curvature_scales" if key == "curvature" else f"scales of {key}"
-                scales = lists[scale_key][i] if lists.get(scale_key) else None
-                what = f"{name}: scales of {key}[{i}], which are 8-bit codes,"
+                scale_key = call.rule.scales_of(key)
+                scales = lists[scale_key][i] if lists[scale_key] else None
                 if scales is None:
-                    raise ValueError(f"{what} are missing")
-                _check_flat(what, scales, code_scales(t.numel()), p.device)
+                    raise ValueError(
+                        f"{name}: {key}[{i}] are 8-bit codes, and {scale_key} has no scales of them"
+                    )
+                _check_flat(f"{name}: {scale_key}[{i}]", scales, code_scales(t.numel()), p.device)
     memory.check(name, (
-        (f"{key}[{i}]", t, key not in READ_ONLY)
+        (f"{key}[{i}]", t, key in call.rule.written)
         for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
     ))  # fmt: skip
 

@@ -130,7 +130,7 @@ def _step(
     sign = torch.where(h[columns.index("maximize")] != 0, -scale, scale)
     g = codes.flat(call.grads[i]).to(dtype) * sign.to(dtype)
     stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in call.moments]
-    scales = [_entry(s, i) for s in call.moment_scales] or [None] * len(stored)
+    scales = [_entry(s, i) for s in call.moment_scales]
     old = [
         None if m is None else codes.load(m, s, signed=k == 0).to(dtype)
         for k, (m, s) in enumerate(zip(stored, scales, strict=True))

@@ -13,13 +13,14 @@ SGD = Rule(
     name="anchored_sgd_",
     columns=("lr", "momentum", "dampening", "nesterov", "weight_decay", "anchor_decay", "maximize"),
     moments=("momentum_buffers",),
+    scales=("momentum_scales",),
     optional_moments=("momentum_buffers",),
 )
 
 
 @operator(
     fake=fake,
-    mutates=("params", "momentum_buffers", "steps", "momentum_scales", "remainders", "stats"),
+    mutates=(*SGD.written, "stats"),
     backends=BACKENDS,
     direct=direct,
 )
