@@ -12,7 +12,7 @@
 Tensors here are flat, in the order of their storage (`flat`):
 
     codes, scales = encode(flat(x), NEAREST, signed=True)  # uint8 [n], float32 [ceil(n / 128)]
-    x = decode(codes, scales, signed=True).view(x.shape)
+    flat(x).copy_(decode(codes, scales, signed=True))
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fastkernels import memory
 
 # Elements that share one scale. These are csrc's constants, of the same names.
 CODE_BLOCK = 128
@@ -38,7 +40,16 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 
 def flat(t: Tensor) -> Tensor:
-    """`t` in the order of its storage; `t` must be dense and not overlap itself."""
+    """A view of `t`, `[n]`, in the order of its storage.
+
+    Raises:
+        ValueError: there are gaps between the elements of `t`, or some share memory.
+    """
+    if t.numel() and not memory.is_dense(t):
+        raise ValueError(
+            f"a tensor {list(t.shape)} of strides {t.stride()} has gaps or overlaps itself; give "
+            "its .contiguous()"
+        )
     return t.as_strided((t.numel(),), (1,))
 
 
@@ -83,8 +94,21 @@ def code_scales(count: int) -> int:
     return -(-count // CODE_BLOCK)
 
 
+def _scale_of_each(codes: Tensor, scales: Tensor) -> Tensor:
+    """float32 `[n]`: the scale of each of `codes`."""
+    if scales.numel() != code_scales(codes.numel()):
+        raise ValueError(
+            f"{codes.numel()} codes have {code_scales(codes.numel())} scales; got {scales.numel()}"
+        )
+    return scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
+
+
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """float32 `[n]` from uint8 `[n]` and float32 `[ceil(n / CODE_BLOCK)]`."""
+    """float32 `[n]` from uint8 `[n]` and float32 `[ceil(n / CODE_BLOCK)]`.
+
+    Raises:
+        ValueError: the number of scales does not fit that of the codes.
+    """
     code = codes.long()
     if signed:
         size = code & 0x7F
@@ -92,7 +116,7 @@ def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
         y = torch.where(size < SIGNED_KNEE, fine, (size - SIGNED_SHIFT).float())
     else:
         y = _from_bits((code << 20) + ONE) - 1
-    y = y * scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
+    y = y * _scale_of_each(codes, scales)
     return torch.where(code >= 128, -y, y) if signed else y
 
 
@@ -100,8 +124,7 @@ def decode_format_1(codes: Tensor, scales: Tensor) -> Tensor:
     """As `decode`, for signed codes of the first format: eighths of an octave of y + 1, over 16
     octaves."""
     code = codes.long()
-    y = _from_bits(((code & 0x7F) << 20) + ONE) - 1
-    y = y * scales.repeat_interleave(CODE_BLOCK)[: codes.numel()]
+    y = (_from_bits(((code & 0x7F) << 20) + ONE) - 1) * _scale_of_each(codes, scales)
     return torch.where(code >= 128, -y, y)
 
 
@@ -114,18 +137,25 @@ def encode(x: Tensor, random: Tensor | int, *, signed: bool) -> tuple[Tensor, Te
         random: int64 `[n]`, uniform below 2^20, to round stochastically; NEAREST to round to
             nearest.
         signed: whether `x` has signs (a momentum) or not (a second moment, a curvature).
+
+    Raises:
+        ValueError: `x` is not flat.
     """
-    blocks = functional.pad(x.float().abs(), (0, -x.numel() % CODE_BLOCK)).view(-1, CODE_BLOCK)
+    if x.dim() != 1:
+        raise ValueError(f"x must be [n]; got {list(x.shape)}: give flat(x)")
+    size = x.float().abs()
+    blocks = functional.pad(size, (0, -x.numel() % CODE_BLOCK)).view(-1, CODE_BLOCK)
     largest = blocks.nan_to_num(0.0, torch.inf).amax(1) if x.numel() else blocks.sum(1)
     top = SIGNED_TOP if signed else UNSIGNED_TOP
     scales = largest / torch.tensor(top, dtype=torch.float32)
     scales = torch.where(largest > 0, scales.clamp(min=LEAST_SCALE), 0.0)
     inverse = (top / largest).clamp(max=1 / LEAST_SCALE)
-    y = (x.float().abs() * inverse.repeat_interleave(CODE_BLOCK)[: x.numel()]).nan_to_num(0.0)
+    y = (size * inverse.repeat_interleave(CODE_BLOCK)[: x.numel()]).nan_to_num(0.0)
     if signed:
         y = y.clamp(max=SIGNED_TOP)
-        fine, flat = _bits(y * SIGNED_FINE + 1) - ONE, (y * 2.0**21).long() + (SIGNED_SHIFT << 21)
-        code = (torch.where(y < SIGNED_FLAT, fine, flat) + 2 * random) >> 21
+        fine = _bits(y * SIGNED_FINE + 1) - ONE
+        even = (y * 2.0**21).long() + (SIGNED_SHIFT << 21)
+        code = (torch.where(y < SIGNED_FLAT, fine, even) + 2 * random) >> 21
         code = code | (_bits(x) >> 24 & 0x80)
     else:
         code = ((_bits(y + 1) - ONE + random) >> 20).clamp(max=255)

@@ -12,15 +12,13 @@ from fastkernels import codes as codec
 from kernels.cases import CHUNK, Feature
 from kernels.update_harness import Run
 
-NEAREST = 1 << 19
-
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_codes_hold_the_range(signed):
     low = -9 if signed else -18
     x = torch.logspace(low / 2, 0, 128, dtype=torch.float32)
     x = torch.cat([x, -x]) if signed else x
-    codes, scales = codec.encode(x, NEAREST, signed=signed)
+    codes, scales = codec.encode(x, codec.NEAREST, signed=signed)
     back = codec.decode(codes, scales, signed=signed)
     # Half of an eighth of an octave, absolute near zero; signed ones have quarters of an octave,
     # and steps of 1/80 of the largest value from 9/80 of it on.
@@ -30,7 +28,7 @@ def test_codes_hold_the_range(signed):
             x.abs() < 9 / 80, x.abs() / 8 * 1.01 + 1e-6, torch.tensor(1 / 160 * 1.01)
         )
     assert ((back - x).abs() <= bound).all()
-    again, scales_again = codec.encode(back, NEAREST, signed=signed)
+    again, scales_again = codec.encode(back, codec.NEAREST, signed=signed)
     assert torch.equal(again, codes)
     torch.testing.assert_close(scales_again, scales)
 
@@ -38,9 +36,9 @@ def test_codes_hold_the_range(signed):
 @pytest.mark.parametrize("signed", [False, True])
 def test_codes_of_zeros_of_nothing_and_of_what_is_not_finite(signed):
     for x in (torch.zeros(5), torch.zeros(0)):
-        codes, scales = codec.encode(x, NEAREST, signed=signed)
+        codes, scales = codec.encode(x, codec.NEAREST, signed=signed)
         assert torch.equal(codec.decode(codes, scales, signed=signed), x)
-    codes, scales = codec.encode(torch.tensor([1.0, torch.nan]), NEAREST, signed=signed)
+    codes, scales = codec.encode(torch.tensor([1.0, torch.nan]), codec.NEAREST, signed=signed)
     assert codec.decode(codes, scales, signed=signed).isnan().all()
 
 
@@ -48,12 +46,31 @@ def test_codes_of_zeros_of_nothing_and_of_what_is_not_finite(signed):
 def test_codes_of_values_whose_inverse_no_float_holds(backend, signed):
     """A zero beside a denormal stays zero, on every backend."""
     x = torch.tensor([0.0, 1e-38, 1e-40])
-    codes, scales = codec.encode(x, NEAREST, signed=signed)
+    codes, scales = codec.encode(x, codec.NEAREST, signed=signed)
     torch.testing.assert_close(codec.decode(codes, scales, signed=signed)[:2], x[:2])
     run = Run("adamw", [torch.zeros(3)], Feature(), moment_dtypes=(torch.uint8, torch.uint8))
     run.step([x * 1e19])
     assert run.moments[not signed][0][0] == 0
     assert run.moments[not signed][0][1] > 0
+
+
+def test_flat_follows_the_storage_and_refuses_gaps():
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    back = torch.empty_like(x)
+    codec.flat(back).copy_(codec.flat(x))
+    assert torch.equal(back, x)
+    for strided in (torch.ones(10)[::2], torch.ones(1).expand(3), torch.ones(4, 6)[:, :5]):
+        with pytest.raises(ValueError, match="has gaps or overlaps itself"):
+            codec.flat(strided)
+
+
+def test_codes_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"x must be \[n\]; got \[4, 32\]"):
+        codec.encode(torch.ones(4, 32), codec.NEAREST, signed=True)
+    codes, scales = codec.encode(torch.ones(300), codec.NEAREST, signed=True)
+    for wrong in (scales[:1], scales.repeat(2)):
+        with pytest.raises(ValueError, match="300 codes have 3 scales; got"):
+            codec.decode(codes, wrong, signed=True)
 
 
 def momentum_errors(backend: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -82,7 +99,7 @@ def test_momentum_is_as_exact_as_bitsandbytes(backend):
 )
 def test_momentum_keeps_its_relative_error(kind, bound):
     x = kind(1 << 16)
-    back = codec.decode(*codec.encode(x, NEAREST, signed=True), signed=True)
+    back = codec.decode(*codec.encode(x, codec.NEAREST, signed=True), signed=True)
     assert (back - x).norm() / x.norm() < bound
 
 
