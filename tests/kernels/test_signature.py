@@ -108,3 +108,20 @@ def test_plans_do_not_grow_for_ever(monkeypatch):
     for b in kept:
         plans.find(b)
     assert len(plans) == 3
+
+
+def test_another_thread_may_drop_a_plan_that_is_being_used(monkeypatch):
+    monkeypatch.setattr(plan, "MAX_TENSORS", 1)
+    plans, ours, theirs = Plans(lambda b: object()), call((2,)), call((3,))
+    plans.find(ours)
+    (entry,) = plans._entries.values()
+    match = type(entry.signature).match
+
+    def interrupted(signature, b):
+        if b is ours:
+            plans.find(theirs)  # drops the plan of `ours`
+        return match(signature, b)
+
+    monkeypatch.setattr(type(entry.signature), "match", interrupted)
+    assert plans.find(ours)[0] is entry.plan
+    assert len(plans) == 1

@@ -6,6 +6,7 @@ CUDA C++ read the same tables. Only the gradients' addresses change from step to
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -39,29 +40,23 @@ Finish = Callable[[], None]
 
 def rows_of(call: UpdateCall) -> list[tuple[int, ...]]:
     """A Row of each tensor as words; the gradient's address, and what is absent, is 0."""
-    zeros = [0] * len(call.params)
-    none: list[None] = [None] * len(call.params)
-
-    def column(tensors: Sequence[Tensor | None]) -> list[int]:
-        return addresses(tensors) if tensors else zeros
-
-    streams = (
-        call.params, call.grads, *[*call.moments, none][:2], call.anchors or none,
-        call.curvature or none,
-    )  # fmt: skip
+    absent: list[None] = [None] * len(call.params)
+    moments, scales = ([*lists, absent][:2] for lists in (call.moments, call.moment_scales))
+    streams = [call.params, call.grads, *moments, call.anchors, call.curvature]
     types = [
         bytes(0 if t is None or not t.numel() else _CODE_OF[t.dtype] for t in tensors)
-        for tensors in zip(*streams, strict=True)
+        for tensors in zip(*(tensors or absent for tensors in streams), strict=True)
     ]
     groups = [
         group | int.from_bytes(four[:4], "little") << 32
         for group, four in zip(call.groups, types, strict=True)
     ]
+    pointers = [
+        call.params, absent, *moments, call.anchors, call.curvature, *scales,
+        call.curvature_scales, call.remainders, call.steps,
+    ]  # fmt: skip
     columns = (
-        column(call.params), zeros, *[*map(column, call.moments), zeros][:2],
-        column(call.anchors), column(call.curvature),
-        *[*map(column, call.moment_scales), zeros, zeros][:2], column(call.curvature_scales),
-        column(call.remainders), column(call.steps), map(Tensor.numel, call.params),
+        *(addresses(tensors or absent) for tensors in pointers), map(Tensor.numel, call.params),
         groups, [int.from_bytes(two[4:], "little") for two in types],
     )  # fmt: skip
     return list(zip(*columns, strict=True))
@@ -83,6 +78,7 @@ class Plans:
         self._build = build
         self._entries: OrderedDict[tuple[Any, ...], Entry] = OrderedDict()
         self._tensors = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -120,8 +116,7 @@ class Plans:
                 )
             written = frozenset(map(Tensor.data_ptr, call.written()))
             entry = Entry(signature, self._build(call, *what), len(call.params), written)
-            self._keep(key, entry)
-        self._entries.move_to_end(key)
+        self._keep(key, entry)
 
         def finish() -> None:
             if write_back is not None:
@@ -132,12 +127,17 @@ class Plans:
         return entry.plan, call, moving, finish
 
     def _keep(self, key: tuple[Any, ...], entry: Entry) -> None:
-        if key in self._entries:
-            self._tensors -= self._entries.pop(key).tensors
-        self._entries[key] = entry
-        self._tensors += entry.tensors
-        while self._tensors > MAX_TENSORS and len(self._entries) > 1:
-            self._tensors -= self._entries.popitem(last=False)[1].tensors
+        """Keep `entry` the longest, and drop the entries that were not used for the longest time.
+
+        Another thread may have dropped or replaced it since it was found.
+        """
+        with self._lock:
+            if key in self._entries:
+                self._tensors -= self._entries.pop(key).tensors
+            self._entries[key] = entry
+            self._tensors += entry.tensors
+            while self._tensors > MAX_TENSORS and len(self._entries) > 1:
+                self._tensors -= self._entries.popitem(last=False)[1].tensors
 
 
 # The plan of a GPU, or of Triton's interpreter.
