@@ -28,7 +28,7 @@ CSRC = Path("csrc")
 # scalar tails round alike.
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
          "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNDEBUG"]  # fmt: skip
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma"]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": AVX2,

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cpu/instruction_set.h"
 #include "fast/anchored.h"
 #include "fast/cross_entropy.h"
 #include "tensors.h"
@@ -34,7 +35,7 @@ class AnchoredPlan {
     partial_.resize(chunks_.size() * kStats);
   }
 
-  bool run(bool (*update)(const UpdateArgs&, bool), const Addresses& grads, uintptr_t hyper,
+  void run(void (*update)(const UpdateArgs&), const Addresses& grads, uintptr_t hyper,
            uintptr_t stats, std::optional<double> grad_scale, double max_grad_norm, uint64_t seed,
            int threads) {
     py::gil_scoped_release release;
@@ -50,11 +51,12 @@ class AnchoredPlan {
     args.hyper = reinterpret_cast<const double*>(hyper);
     args.partial = partial_.data();
     args.stats = reinterpret_cast<double*>(stats);
+    args.scaled = grad_scale.has_value();
     args.grad_scale = grad_scale.value_or(1.0);
     args.max_grad_norm = max_grad_norm;
     args.seed = seed;
     args.threads = threads;
-    return update(args, grad_scale.has_value());
+    update(args);
   }
 
  private:
@@ -75,8 +77,9 @@ std::vector<Signature::List> lists_of(const py::list& params, const py::list& gr
   return lists;
 }
 
-// Binds `record` and `match`: the gradients' addresses, or None.
-auto bind_signature(bool (Signature::*walk)(const std::vector<Signature::List>&, Addresses*)) {
+// Binds `record` or `match`: the gradients' addresses, or None.
+template <class Walk>
+auto bind_signature(Walk walk) {
   return [walk](Signature& self, const py::list& params, const py::list& grads,
                 const Tensors& shaped, const Tensors& others) -> std::optional<Addresses> {
     Addresses addresses;
@@ -92,7 +95,7 @@ auto bind_signature(bool (Signature::*walk)(const std::vector<Signature::List>&,
 PYBIND11_MODULE(_C, m) {
   using fast::AnchoredPlan;
   m.doc() = "Native kernels of fastkernels; see fastkernels/backends/native.py.";
-  m.def("cpu_instruction_set", &fast::cpu_instruction_set);
+  m.def("cpu_instruction_set", [] { return fast::name_of(fast::instruction_set()); });
   m.def("cross_entropy", [](uintptr_t u, uintptr_t p, uintptr_t scale, uintptr_t quad,
                             int64_t vectors, int64_t rows, int64_t classes, bool f64, int threads) {
     py::gil_scoped_release release;
@@ -104,7 +107,7 @@ PYBIND11_MODULE(_C, m) {
     return [update](AnchoredPlan& plan, const fast::Addresses& grads, uintptr_t hyper,
                     uintptr_t stats, std::optional<double> grad_scale, double max_grad_norm,
                     uint64_t seed, int threads) {
-      return plan.run(update, grads, hyper, stats, grad_scale, max_grad_norm, seed, threads);
+      plan.run(update, grads, hyper, stats, grad_scale, max_grad_norm, seed, threads);
     };
   };
   py::class_<AnchoredPlan>(m, "AnchoredPlan")

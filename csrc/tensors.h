@@ -54,22 +54,43 @@ class Signature {
       throw std::invalid_argument("no DLPack 1 exchange table that shows tensors");
   }
 
-  // Both return false where a tensor has no plain memory (it is sparse, or a wrapper) or another
-  // layout than its parameter. `addresses` receives those of the lists that move.
+  // Remembers the tensors of a call. False where one has no plain memory (it is sparse, or a
+  // wrapper) or another layout than its parameter. `addresses` receives those of the lists that
+  // move.
   bool record(const std::vector<List>& lists, std::vector<uintptr_t>* addresses) {
     facts_.clear();
     layouts_.clear();
     starts_.clear();
     sizes_.clear();
-    recording_ = true;
-    const bool complete = walk(lists, addresses);
-    recording_ = false;
-    if (!complete) sizes_.clear();
-    return complete;
+    for (const List& list : lists) {
+      sizes_.push_back(size_of(list));
+      for (size_t i = 0; i < sizes_.back(); i++) {
+        TensorView t;
+        view(list, i, &t);  // `match` refuses one without memory
+        facts_.push_back(facts_of(t, list));
+        if (&list == &lists.front()) remember_layout(t);
+      }
+    }
+    const bool fits = match(lists, addresses);
+    if (!fits) sizes_.clear();
+    return fits;
   }
 
-  bool match(const std::vector<List>& lists, std::vector<uintptr_t>* addresses) {
-    return sizes_.size() == lists.size() && walk(lists, addresses);
+  // Whether the tensors are those that were recorded.
+  bool match(const std::vector<List>& lists, std::vector<uintptr_t>* addresses) const {
+    if (sizes_.size() != lists.size()) return false;
+    const Facts* facts = facts_.data();
+    for (size_t l = 0; l < lists.size(); l++) {
+      const List& list = lists[l];
+      if (size_of(list) != sizes_[l]) return false;
+      for (size_t i = 0; i < sizes_[l]; i++, facts++) {
+        TensorView t;
+        if (!view(list, i, &t) || !(facts_of(t, list) == *facts)) return false;
+        if (list.shaped && !is_none(t) && !has_layout(t, i, list.moves)) return false;
+        if (list.moves) addresses->push_back(reinterpret_cast<uintptr_t>(t.data));
+      }
+    }
+    return true;
   }
 
  private:
@@ -83,6 +104,23 @@ class Signature {
       return data == other.data && type == other.type && size == other.size;
     }
   };
+
+  static size_t size_of(const List& list) {
+    return static_cast<size_t>(PyList_GET_SIZE(list.tensors));
+  }
+
+  // Entry i of a list, all zeros for None; false where it has no plain memory.
+  bool view(const List& list, size_t i, TensorView* t) const {
+    PyObject* object = PyList_GET_ITEM(list.tensors, static_cast<Py_ssize_t>(i));
+    *t = {};
+    if (object == Py_None) return true;
+    if (table_->view(object, t) == 0) return t->data || is_empty(*t);
+    PyErr_Clear();
+    *t = {};
+    return false;
+  }
+
+  static bool is_none(const TensorView& t) { return t.type_bits == 0; }
 
   static Facts facts_of(const TensorView& t, const List& list) {
     const auto data = reinterpret_cast<uintptr_t>(t.data);
@@ -103,32 +141,6 @@ class Signature {
     for (int32_t k = 0; k < t.ndim; k++)
       if (t.shape[k] == 0) return true;
     return false;
-  }
-
-  bool walk(const std::vector<List>& lists, std::vector<uintptr_t>* addresses) {
-    size_t next = 0;
-    for (size_t l = 0; l < lists.size(); l++) {
-      const List& list = lists[l];
-      const auto count = static_cast<size_t>(PyList_GET_SIZE(list.tensors));
-      if (recording_) sizes_.push_back(count);
-      if (sizes_[l] != count) return false;
-      for (size_t i = 0; i < count; i++, next++) {
-        PyObject* object = PyList_GET_ITEM(list.tensors, static_cast<Py_ssize_t>(i));
-        TensorView t{};
-        if (object != Py_None && table_->view(object, &t) != 0) {
-          PyErr_Clear();
-          return false;
-        }
-        if (object != Py_None && !t.data && !is_empty(t)) return false;
-        const Facts facts = facts_of(t, list);
-        if (recording_) facts_.push_back(facts);
-        if (recording_ && l == 0) remember_layout(t);
-        if (!(facts_[next] == facts)) return false;
-        if (list.shaped && object != Py_None && !has_layout(t, i, list.moves)) return false;
-        if (list.moves) addresses->push_back(reinterpret_cast<uintptr_t>(t.data));
-      }
-    }
-    return true;
   }
 
   void remember_layout(const TensorView& t) {
@@ -154,7 +166,6 @@ class Signature {
   }
 
   const ExchangeTable* table_;
-  bool recording_ = false;
   std::vector<Facts> facts_;
   std::vector<int64_t> layouts_;  // ndim, shape and strides of each tensor of the first list
   std::vector<size_t> starts_, sizes_;

@@ -1,11 +1,11 @@
 // One parallel region per step over the chunks of all tensors; the chunks' code is in anchored_isa.
 
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "anchored_kernels.h"
+#include "instruction_set.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -14,31 +14,18 @@
 namespace fast {
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  const AnchoredKernels& kernels;
-};
-
-InstructionSet detect() {
+const AnchoredKernels& best_kernels() {
 #ifdef FAST_X86
-  // FASTKERNELS_CPU=baseline|avx2 steps down, for tests and for comparing.
-  const char* limit = std::getenv("FASTKERNELS_CPU");
-  const auto allowed = [limit](const char* name) { return !limit || !std::strcmp(limit, name); };
-  __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return {"avx512", anchored_kernels_avx512()};
-  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma"))
-    return {"avx2", anchored_kernels_avx2()};
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return anchored_kernels_avx512();
+    case InstructionSet::avx2:
+      return anchored_kernels_avx2();
+    case InstructionSet::baseline:
+      break;
+  }
 #endif
-  return {"baseline", anchored_kernels_baseline()};
-}
-
-const InstructionSet& instruction_set() {
-  static const InstructionSet best = detect();
-  return best;
+  return anchored_kernels_baseline();
 }
 
 // Below this many elements the other threads cost more than they bring.
@@ -50,10 +37,11 @@ double sum(const double* partial, int64_t count, int stat) {
   return total;
 }
 
+// `columns`: of the hyper table of a rule, whose kernel is `update`.
 template <class Rule>
-bool step(const UpdateArgs& a, int columns, bool scaled,
+void step(const UpdateArgs& a, int columns,
           void (*update)(const Row&, const Chunk&, const Rule&, uint64_t, uint32_t, double*)) {
-  const AnchoredKernels& kernels = instruction_set().kernels;
+  const auto squares = best_kernels().squares;
   const bool clip = a.max_grad_norm > 0;
   std::vector<Rule> rules(a.row_count);
   std::vector<int64_t> before(a.chunk_count + 1, 0);  // elements before each chunk
@@ -65,21 +53,13 @@ bool step(const UpdateArgs& a, int columns, bool scaled,
   // Every thread takes the chunks that begin in its share of the elements.
   const auto first_chunk = [&](int64_t thread, int64_t threads) {
     const int64_t from = elements * thread / threads;
-    int64_t low = 0, high = a.chunk_count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (before[middle] < from)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
+    return std::lower_bound(before.begin(), before.end() - 1, from) - before.begin();
   };
   const auto derive_rules = [&] {
     double scale = 1 / a.grad_scale;
     if (clip) {
       norm = std::sqrt(sum(a.partial, a.chunk_count, grad_norm)) * scale;
-      skip = scaled && !std::isfinite(norm);
+      skip = a.scaled && !std::isfinite(norm);
       const double coefficient = a.max_grad_norm / (norm + 1e-6);  // torch's clip_grad_norm_
       if (!(coefficient >= 1)) scale *= coefficient;  // NaN clips too: it must reach the weights
     }
@@ -103,7 +83,7 @@ bool step(const UpdateArgs& a, int columns, bool scaled,
     const int64_t begin = first_chunk(thread, team), end = first_chunk(thread + 1, team);
     if (clip) {
       for (int64_t c = begin; c < end; c++)
-        a.partial[c * kStats] = kernels.squares(a.rows[a.chunks[c].row], a.chunks[c]);
+        a.partial[c * kStats + grad_norm] = squares(a.rows[a.chunks[c].row], a.chunks[c]);
 #pragma omp barrier
     }
 #pragma omp single
@@ -114,27 +94,21 @@ bool step(const UpdateArgs& a, int columns, bool scaled,
              a.partial + c * kStats);
     }
   }
-  if (skip) return false;
-  if (a.stats) {
-    if (!clip) norm = std::sqrt(sum(a.partial, a.chunk_count, grad_norm));
-    a.stats[grad_norm] = norm;
-    a.stats[drift] = std::sqrt(sum(a.partial, a.chunk_count, drift));
-    a.stats[update_norm] = std::sqrt(sum(a.partial, a.chunk_count, update_norm));
-    a.stats[forgetting] = 0.5 * sum(a.partial, a.chunk_count, forgetting);
-  }
-  return true;
+  if (skip || !a.stats) return;
+  a.stats[grad_norm] = clip ? norm : std::sqrt(sum(a.partial, a.chunk_count, grad_norm));
+  a.stats[drift] = std::sqrt(sum(a.partial, a.chunk_count, drift));
+  a.stats[update_norm] = std::sqrt(sum(a.partial, a.chunk_count, update_norm));
+  a.stats[forgetting] = 0.5 * sum(a.partial, a.chunk_count, forgetting);
 }
 
 }  // namespace
 
-bool anchored_adamw_cpu(const UpdateArgs& args, bool scaled) {
-  return step<AdamW<double>>(args, adamw_column::count, scaled, instruction_set().kernels.adamw);
+void anchored_adamw_cpu(const UpdateArgs& args) {
+  step<AdamW<double>>(args, adamw_column::count, best_kernels().adamw);
 }
 
-bool anchored_sgd_cpu(const UpdateArgs& args, bool scaled) {
-  return step<Sgd<double>>(args, sgd_column::count, scaled, instruction_set().kernels.sgd);
+void anchored_sgd_cpu(const UpdateArgs& args) {
+  step<Sgd<double>>(args, sgd_column::count, best_kernels().sgd);
 }
-
-const char* cpu_instruction_set() { return instruction_set().name; }
 
 }  // namespace fast

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "anchored_kernels.h"
+#include "instruction_set.h"
 #include "storage.h"
 
 namespace fast {
@@ -231,10 +232,7 @@ double squares(const Row& row, const Chunk& chunk) {
 
 }  // namespace
 
-#define FAST_JOIN_(a, b) a##b
-#define FAST_JOIN(a, b) FAST_JOIN_(a, b)
-
-const AnchoredKernels& FAST_JOIN(anchored_kernels_, FAST_ISA)() {
+const AnchoredKernels& FAST_WITH_ISA(anchored_kernels_)() {
   static constexpr AnchoredKernels table = {run<AdamW>, run<Sgd>, squares};
   return table;
 }

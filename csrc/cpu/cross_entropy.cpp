@@ -3,10 +3,9 @@
 #include "fast/cross_entropy.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
-#include "fast/anchored.h"
+#include "instruction_set.h"
 
 namespace fast {
 namespace {
@@ -16,10 +15,16 @@ constexpr int64_t kBlock = 16;
 // Below this many logits the other threads cost more than they bring.
 constexpr int64_t kParallelFrom = 32768;
 
-const CrossEntropyKernels& kernels() {
+const CrossEntropyKernels& best_kernels() {
 #ifdef FAST_X86
-  if (!std::strcmp(cpu_instruction_set(), "avx512")) return cross_entropy_kernels_avx512();
-  if (!std::strcmp(cpu_instruction_set(), "avx2")) return cross_entropy_kernels_avx2();
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return cross_entropy_kernels_avx512();
+    case InstructionSet::avx2:
+      return cross_entropy_kernels_avx2();
+    case InstructionSet::baseline:
+      break;
+  }
 #endif
   return cross_entropy_kernels_baseline();
 }
@@ -27,7 +32,7 @@ const CrossEntropyKernels& kernels() {
 }  // namespace
 
 void cross_entropy_cpu(const CrossEntropyArgs& args) {
-  const CrossEntropyKernels& table = kernels();
+  const CrossEntropyKernels& kernels = best_kernels();
   const int64_t blocks = (args.rows + kBlock - 1) / kBlock;
   std::vector<double> partial(args.quad ? blocks * args.vectors : 0, 0.0);
   const int64_t work = args.vectors * args.rows * args.classes;
@@ -35,7 +40,7 @@ void cross_entropy_cpu(const CrossEntropyArgs& args) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t b = 0; b < blocks; b++) {
     double* quad = args.quad ? partial.data() + b * args.vectors : nullptr;
-    table.rows(args, b * kBlock, std::min(args.rows, (b + 1) * kBlock), quad);
+    kernels.rows(args, b * kBlock, std::min(args.rows, (b + 1) * kBlock), quad);
   }
   if (!args.quad) return;
   std::fill_n(args.quad, args.vectors, 0.0);

@@ -1,6 +1,7 @@
 // Rows of the cross-entropy Hessian, compiled once per instruction set (FAST_ISA names it).
 
 #include "fast/cross_entropy.h"
+#include "instruction_set.h"
 
 namespace fast {
 namespace {
@@ -53,10 +54,7 @@ void any_rows(const CrossEntropyArgs& args, int64_t begin, int64_t end, double* 
 
 }  // namespace
 
-#define FAST_JOIN_(a, b) a##b
-#define FAST_JOIN(a, b) FAST_JOIN_(a, b)
-
-const CrossEntropyKernels& FAST_JOIN(cross_entropy_kernels_, FAST_ISA)() {
+const CrossEntropyKernels& FAST_WITH_ISA(cross_entropy_kernels_)() {
   static constexpr CrossEntropyKernels table = {any_rows};
   return table;
 }

@@ -58,11 +58,8 @@ template <bool Signed, class Real>
 void decode_block(Real* __restrict to, const uint8_t* __restrict codes, float scale) {
   alignas(64) uint32_t wide[kCodeBlock];
   convert(wide, codes, kCodeBlock, [](uint8_t code) { return uint32_t{code}; });
-  convert(to, wide, kCodeBlock, [scale](uint32_t code) {
-    const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
-                                    : from_unsigned_code(code));
-    return Real(Signed ? float_of(bits_of(y) | (code & 0x80u) << 24) : y);
-  });
+  convert(to, wide, kCodeBlock,
+          [scale](uint32_t code) { return Real(from_code<Signed>(code, scale)); });
 }
 
 // Both moments round stochastically: a nearest-rounded average that moves by less than half a code

@@ -15,7 +15,7 @@ constexpr int kReduceThreads = 1024;
 // The squares of a chunk of gradients of one type, in double: those of floats may overflow.
 template <Dtype Type>
 __device__ __forceinline__ double squares_of(const void* grad, const Chunk& chunk) {
-  const bool vector = aligned(grad, Type);
+  const bool vector = is_aligned(grad, Type);
   grad = static_cast<const char*>(grad) + chunk.begin * size_of(Type);
   double sum = 0;
   for (int at = static_cast<int>(threadIdx.x) * kWidth; at < chunk.count; at += kTile) {

@@ -28,7 +28,7 @@ __device__ __forceinline__ int size_of(Dtype type) {
 }
 
 // Whether every group of four elements can be loaded at once.
-__device__ __forceinline__ bool aligned(const void* p, Dtype type) {
+__device__ __forceinline__ bool is_aligned(const void* p, Dtype type) {
   const uintptr_t mask = size_of(type) >= 4 ? 15 : size_of(type) * 4 - 1;
   return (reinterpret_cast<uintptr_t>(p) & mask) == 0;
 }
@@ -107,8 +107,7 @@ struct Table {
   float value[256];
   __device__ __forceinline__ void fill() {
     for (int code = static_cast<int>(threadIdx.x); code < 256; code += kThreads) {
-      const float y = from_signed_code(code & 0x7f);
-      value[code] = code & 0x80 ? -y : y;
+      value[code] = from_code<true>(static_cast<uint32_t>(code), 1.0f);
     }
   }
   __device__ __forceinline__ void decode(float* to, const Stored& s, float scale) const {
@@ -126,10 +125,7 @@ __device__ __forceinline__ void decode(float* to, const Stored& s, Dtype type, f
     } else if (type == Dtype::f16) {
       to[k] = from_f16(half_of(s, k));
     } else if (type == Dtype::codes8) {
-      const uint32_t code = code_of(s, k);
-      const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
-                                      : from_unsigned_code(code));
-      to[k] = Signed ? float_of(bits_of(y) | (code & 0x80u) << 24) : y;
+      to[k] = from_code<Signed>(code_of(s, k), scale);
     } else {
       to[k] = float_of(s.word[k]);
     }
@@ -315,14 +311,8 @@ template <bool Signed>
 __device__ __forceinline__ void decode(double* to, const StoredWide& s, Dtype type, float scale) {
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
-    if (type == Dtype::codes8) {
-      const uint32_t code = static_cast<uint32_t>(s.value[k]);
-      const float y = scale * (Signed ? from_signed_code(static_cast<int>(code & 0x7fu))
-                                      : from_unsigned_code(code));
-      to[k] = Signed && (code & 0x80u) ? -y : y;
-    } else {
-      to[k] = s.value[k];
-    }
+    const bool code = type == Dtype::codes8;
+    to[k] = code ? from_code<Signed>(static_cast<uint32_t>(s.value[k]), scale) : s.value[k];
   }
 }
 

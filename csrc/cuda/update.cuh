@@ -145,11 +145,11 @@ __device__ __forceinline__ Row from(Row row, int64_t begin) {
 }
 
 // Whether every stream can be loaded four elements at once.
-__device__ __forceinline__ bool all_aligned(const Row& row) {
-  return aligned(row.param, row.param_type) && aligned(row.grad, row.grad_type) &&
-         aligned(row.remainder, Dtype::bf16) && aligned(row.moment[0], row.moment_type[0]) &&
-         aligned(row.moment[1], row.moment_type[1]) && aligned(row.anchor, row.anchor_type) &&
-         aligned(row.curvature, row.curvature_type);
+__device__ __forceinline__ bool are_aligned(const Row& row) {
+  return is_aligned(row.param, row.param_type) && is_aligned(row.grad, row.grad_type) &&
+         is_aligned(row.remainder, Dtype::bf16) && is_aligned(row.moment[0], row.moment_type[0]) &&
+         is_aligned(row.moment[1], row.moment_type[1]) && is_aligned(row.anchor, row.anchor_type) &&
+         is_aligned(row.curvature, row.curvature_type);
 }
 
 // kTile elements of a chunk, of which `count` are there: all of them, and every stream aligned, if
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? Kind::kBlocks : 
   Row row = Kind::of(a.rows[chunk.row]);
   row.grad = a.grads[chunk.row];
   const bool split = sizeof(Real) == 4 && Kind::split(row);
-  const bool vector = !std::is_same_v<Kind, Any> || all_aligned(row);
+  const bool vector = !std::is_same_v<Kind, Any> || are_aligned(row);
   __shared__ typename Kind::Lookup lookup;
   lookup.fill();  // before the barrier of derive
   const Rule<Real> rule = derive<Rule<Real>, Rule<double>>(a, row, scale);

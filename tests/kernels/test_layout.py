@@ -10,7 +10,7 @@ import torch
 
 from fastkernels import codes
 from fastkernels.ops.update.adamw import ADAMW
-from fastkernels.ops.update.call import HARDEST, STATS
+from fastkernels.ops.update.call import MAX_PULL, STATS
 from fastkernels.ops.update.plan import CHUNK, DTYPES, ROW
 from fastkernels.ops.update.sgd import SGD
 from helpers import ROOT
@@ -61,7 +61,7 @@ def test_numbers_of_dtypes():
 
 
 CONSTANTS = {
-    "kHardest": HARDEST,
+    "kMaxPull": MAX_PULL,
     "kCodeBlock": codes.CODE_BLOCK,
     "kOne": codes.ONE,
     "kUnsignedTop": codes.UNSIGNED_TOP,

@@ -74,6 +74,18 @@ def test_instruction_sets_below_the_best(name):
     assert out.split()[0] in (name, "baseline")  # a processor without AVX2 steps down further
 
 
+def test_an_unknown_instruction_set_is_refused():
+    code = """
+import fastkernels
+try:
+    fastkernels.explain()
+except ValueError as error:
+    print(error)
+"""
+    said = run_python(code, environment={"FASTKERNELS_CPU": "sse2"})
+    assert said.strip() == "FASTKERNELS_CPU must be baseline, avx2 or avx512; got sse2"
+
+
 def test_one_openmp_runtime():
     """Two runtimes in a process would mean two thread pools on the same cores."""
     code = """

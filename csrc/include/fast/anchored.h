@@ -53,18 +53,16 @@ struct UpdateArgs {
   const double* hyper;   // [groups, columns]
   double* partial;       // [chunk_count, kStats], scratch
   double* stats;         // [kStats] or null
-  double grad_scale;     // gradients are divided by it
+  bool scaled;           // whether a loss scale is in use
+  double grad_scale;     // gradients are divided by it; 1 if not
   double max_grad_norm;  // <= 0: no clipping
   uint64_t seed;
   int threads;
 };
 
-// Both return false, and change nothing, when a loss scale is in use and the gradient norm that
-// clipping needs is not finite.
-bool anchored_adamw_cpu(const UpdateArgs& args, bool scaled);
-bool anchored_sgd_cpu(const UpdateArgs& args, bool scaled);
-
-// The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512".
-const char* cpu_instruction_set();
+// Both change nothing when a loss scale is in use and the gradient norm that clipping needs is not
+// finite.
+void anchored_adamw_cpu(const UpdateArgs& args);
+void anchored_sgd_cpu(const UpdateArgs& args);
 
 }  // namespace fast

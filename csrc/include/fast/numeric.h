@@ -186,9 +186,19 @@ FAST_INLINE uint32_t to_unsigned_code(float y, uint32_t random) {
   return code > 255u ? 255u : code;
 }
 
-FAST_INLINE float from_signed_code(int code) {
-  const float fine = float_of((static_cast<uint32_t>(code) << 21) + kOne) - 1.0f;
-  return code < kSignedKnee ? fine * (1.0f / kSignedFine) : static_cast<float>(code - kSignedShift);
+// The magnitude of a signed code, which is given without its sign.
+FAST_INLINE float from_signed_code(uint32_t code) {
+  const float fine = float_of((code << 21) + kOne) - 1.0f;
+  const int whole = static_cast<int>(code);  // signed numbers become floats faster
+  return whole < kSignedKnee ? fine * (1.0f / kSignedFine)
+                             : static_cast<float>(whole - kSignedShift);
+}
+
+// The number of a code, with its sign if it has one.
+template <bool Signed>
+FAST_INLINE float from_code(uint32_t code, float scale) {
+  if (!Signed) return scale * from_unsigned_code(code);
+  return float_of(bits_of(scale * from_signed_code(code & 0x7fu)) | (code & 0x80u) << 24);
 }
 
 FAST_INLINE uint32_t to_signed_code(float y, uint32_t random) {

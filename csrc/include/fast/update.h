@@ -13,13 +13,13 @@ namespace sgd_column {
 enum { lr, momentum, dampening, nesterov, weight_decay, anchor_decay, maximize, count };
 }
 
-// A pull beyond kHardest leaves nothing of w. It stays finite, so that a curvature of 0 takes it
+// A pull beyond kMaxPull leaves nothing of w. It stays finite, so that a curvature of 0 takes it
 // away.
-constexpr double kHardest = 1e30;
+constexpr double kMaxPull = 1e30;
 
 FAST_INLINE double pull_of(double lr, double anchor_decay) {
-  const double c = lr * (anchor_decay > kHardest ? kHardest : anchor_decay);
-  return c > kHardest ? kHardest : c;
+  const double c = lr * (anchor_decay > kMaxPull ? kMaxPull : anchor_decay);
+  return c > kMaxPull ? kMaxPull : c;
 }
 
 // A rule holds what is constant over one tensor. It is derived in double and rounded once:

@@ -14,9 +14,9 @@ from fastkernels.op import Backend
 
 # The columns of csrc's Stat.
 STATS = ("grad_norm", "drift", "update_norm", "forgetting")
-# csrc's kHardest: a pull beyond it leaves nothing of w. It is finite so that a curvature of 0 can
+# csrc's kMaxPull: a pull beyond it leaves nothing of w. It is finite so that a curvature of 0 can
 # cancel it.
-HARDEST = 1e30
+MAX_PULL = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)

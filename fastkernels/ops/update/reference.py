@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastkernels import codes
-from fastkernels.ops.update.call import HARDEST, UpdateCall
+from fastkernels.ops.update.call import MAX_PULL, UpdateCall
 from fastkernels.ops.update.checks import prepare
 
 
@@ -152,8 +152,8 @@ def _pulled(call: UpdateCall, i: int, h: Tensor, u: Tensor, squares: Tensor) -> 
     """Weights u of tensor i after the pull, flat; `h` is the row of its group in `hyper`."""
     columns, dtype = call.rule.columns, u.dtype
     w0 = codes.flat(_entry(call.anchors, i)).to(dtype)
-    c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=HARDEST)
-    c = c.clamp(max=HARDEST).to(dtype)
+    c = h[columns.index("lr")] * h[columns.index("anchor_decay")].clamp(max=MAX_PULL)
+    c = c.clamp(max=MAX_PULL).to(dtype)
     f = _entry(call.curvature, i)
     if f is not None:
         f = codes.load(codes.flat(f), _entry(call.curvature_scales, i), signed=False)

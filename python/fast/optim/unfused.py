@@ -26,7 +26,7 @@ from fast.optim.groups import (
     ramp_factor,
 )
 from fastkernels.codes import compute_dtype
-from fastkernels.ops.update import HARDEST, STATS
+from fastkernels.ops.update import MAX_PULL, STATS
 
 KEYS: Group = {
     "anchor_decay": 0.0, "curvature": None, "stall": 0, "ramp": 0, "restraint": 1.0, "progress": 0
@@ -209,7 +209,7 @@ class UnfusedPull:
             found_inf = dtensor.local(found_inf).reshape(())
         for group, lr in moving:
             if group["anchor_decay"]:
-                strength = lr * min(float(group["anchor_decay"]), HARDEST)
+                strength = lr * min(float(group["anchor_decay"]), MAX_PULL)
                 if found_inf is not None:
                     strength = strength * (found_inf == 0)
                 self._pull([p for p in group["params"] if p.grad is not None], strength)

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from fastkernels.ops.update.adamw import ADAMW
-from fastkernels.ops.update.call import HARDEST as _HARDEST
+from fastkernels.ops.update.call import MAX_PULL as _MAX_PULL
 from fastkernels.ops.update.sgd import SGD
 
-HARDEST = tl.constexpr(_HARDEST)
+MAX_PULL = tl.constexpr(_MAX_PULL)
 ADAMW_COLUMN = {name: k for k, name in enumerate(ADAMW.columns)}
 SGD_COLUMN = {name: k for k, name in enumerate(SGD.columns)}
 
@@ -40,8 +40,8 @@ def power(base, exponent):
 def pull_of(lr, anchor_decay):
     """What csrc's `pull_of` gives: an infinite pull stays finite, so that a curvature of 0 takes it
     away."""
-    c = lr * tl.where(anchor_decay > HARDEST, HARDEST, anchor_decay)
-    return tl.where(c > HARDEST, HARDEST, c)
+    c = lr * tl.where(anchor_decay > MAX_PULL, MAX_PULL, anchor_decay)
+    return tl.where(c > MAX_PULL, MAX_PULL, c)
 
 
 @triton.jit

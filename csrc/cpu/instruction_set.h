@@ -1,0 +1,18 @@
+// The instruction sets that `*_isa.cpp` is compiled for; FAST_ISA names one of them.
+#pragma once
+
+namespace fast {
+
+enum class InstructionSet { baseline, avx2, avx512 };
+
+// The best that this processor has, found once. FASTKERNELS_CPU=baseline|avx2|avx512 is the most to
+// use, for tests and for comparing; std::invalid_argument where it is none of these.
+InstructionSet instruction_set();
+const char* name_of(InstructionSet set);
+
+// prefix_ and the name of the instruction set.
+#define FAST_JOIN_(a, b) a##b
+#define FAST_JOIN(a, b) FAST_JOIN_(a, b)
+#define FAST_WITH_ISA(prefix_) FAST_JOIN(prefix_, FAST_ISA)
+
+}  // namespace fast
