@@ -10,10 +10,9 @@
 #include <vector>
 
 #include "anchored_kernels.h"
+#include "instruction_set.h"
 
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-#define TABLE JOIN(anchored_kernels_, FAST_ISA)
+#define TABLE FAST_WITH_ISA(anchored_kernels_)
 
 namespace before {  // the other tree, compiled with -Dfast=before
 struct AnchoredKernels;
