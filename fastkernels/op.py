@@ -65,8 +65,8 @@ class Op:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of `explain()`."""
+class Availability:
+    """One line of `explain()`: whether a backend of an op can run here, and the reason."""
 
     op: str
     backend: str
@@ -182,13 +182,15 @@ def choose(op: str, device: str) -> Callable[..., Any]:
     raise BackendError(f"{op} has no backend for {what}: {why}")
 
 
-def explain() -> list[Row]:
+def explain() -> list[Availability]:
     """Every op, backend and device, whether it can run here, and the reason."""
     rows = []
     for op in OPS.values():
         for b in op.backends:
             ok, reason = b.available()
             rows.append(
-                Row(op=op.name, backend=b.name, device=b.device, available=ok, reason=reason)
+                Availability(
+                    op=op.name, backend=b.name, device=b.device, available=ok, reason=reason
+                )
             )
     return rows

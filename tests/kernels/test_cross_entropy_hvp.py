@@ -105,3 +105,24 @@ def test_bad_input_is_named(change, match: str) -> None:
     for op in (cross_entropy_hvp_, cross_entropy_quad):
         with pytest.raises(ValueError, match=match):
             op(*arguments)
+
+
+def test_a_gradient_is_refused_by_name(backend: str) -> None:
+    """autograd would take the product for the identity."""
+    for i, name in enumerate(("u", "p", "scale")):
+        arguments = list(_inputs((2, 3, 4), torch.float32))
+        arguments[i] = arguments[i].requires_grad_() * 1
+        for op in (cross_entropy_hvp_, cross_entropy_quad):
+            with pytest.raises(ValueError, match=f"{name} requires a gradient"):
+                op(*arguments)
+            with torch.no_grad():
+                op(*arguments)
+
+
+def test_autograd_notices_the_write(backend: str) -> None:
+    u, p, scale = _inputs((2, 3, 4), torch.float32)
+    w = torch.ones(u.shape, requires_grad=True)
+    loss = (w * u).sum()  # saves u
+    cross_entropy_hvp_(u, p, scale)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -44,7 +44,7 @@ def cross_entropy_hvp_(u: Tensor, p: Tensor, scale: Tensor) -> None:
     """Overwrite every `u[k]` with the Hessian of the loss in the logits times `u[k]`.
 
     The equation is in `.reference`; no logit is exponentiated here: `p` is computed once and
-    shared by the K vectors, and by all products at the same point.
+    shared by the K vectors, and by all products at the same point. It is not differentiable.
 
     Args:
         u: `[K, N, C]`, contiguous: K vectors of N rows of C logits. Overwritten.
@@ -53,17 +53,22 @@ def cross_entropy_hvp_(u: Tensor, p: Tensor, scale: Tensor) -> None:
             All three have one dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts do not fit; the message names the tensor.
+        ValueError: shapes, dtypes, devices or layouts do not fit, or a gradient is asked for; the
+            message names the tensor.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
     _check(HVP, u, p, scale)
     if u.numel():
         choose(HVP, u.device.type)(u, p, scale)
+        # Kernels write behind autograd's back: a graph that saved `u` must notice.
+        torch.autograd.graph.increment_version(u)
 
 
 @operator(fake=_fake_quad, mutates=(), backends=_backends(QUAD))
 def cross_entropy_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
     """`[K]`, float64: `<u[k], H u[k]>` for every k; `u` is read once and nothing else is written.
+
+    It is not differentiable.
 
     Args:
         u: as for `cross_entropy_hvp_`.
@@ -71,7 +76,8 @@ def cross_entropy_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
         scale: as for `cross_entropy_hvp_`.
 
     Raises:
-        ValueError: shapes, dtypes, devices or layouts do not fit; the message names the tensor.
+        ValueError: shapes, dtypes, devices or layouts do not fit, or a gradient is asked for; the
+            message names the tensor.
         RuntimeError: FASTKERNELS_BACKEND names a backend that is not there.
     """
     _check(QUAD, u, p, scale)
@@ -94,4 +100,9 @@ def _check(op: str, u: Tensor, p: Tensor, scale: Tensor) -> None:
             raise ValueError(f"{op}: {name} is on {t.device}, u on {u.device}")
         if not t.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous; pass {name}.contiguous()")
+        if t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} requires a gradient, which this op does not have; pass "
+                f"{name}.detach(), or call it under torch.no_grad()"
+            )
     memory.check(op, (("u", u, op == HVP), ("p", p, False), ("scale", scale, False)))
