@@ -51,7 +51,7 @@ class AnchoredPlan {
     args.hyper = reinterpret_cast<const double*>(hyper);
     args.partial = partial_.data();
     args.stats = reinterpret_cast<double*>(stats);
-    args.scaled = grad_scale.has_value();
+    args.has_grad_scale = grad_scale.has_value();
     args.grad_scale = grad_scale.value_or(1.0);
     args.max_grad_norm = max_grad_norm;
     args.seed = seed;
@@ -70,9 +70,9 @@ using Tensors = std::vector<py::list>;
 
 // params, then grads, then lists of the same layouts, then others.
 std::vector<Signature::List> lists_of(const py::list& params, const py::list& grads,
-                                      const Tensors& shaped, const Tensors& others) {
+                                      const Tensors& like_params, const Tensors& others) {
   std::vector<Signature::List> lists = {{params.ptr(), true}, {grads.ptr(), true, true}};
-  for (const py::list& list : shaped) lists.push_back({list.ptr(), true});
+  for (const py::list& list : like_params) lists.push_back({list.ptr(), true});
   for (const py::list& list : others) lists.push_back({list.ptr(), false});
   return lists;
 }
@@ -81,10 +81,11 @@ std::vector<Signature::List> lists_of(const py::list& params, const py::list& gr
 template <class Walk>
 auto bind_signature(Walk walk) {
   return [walk](Signature& self, const py::list& params, const py::list& grads,
-                const Tensors& shaped, const Tensors& others) -> std::optional<Addresses> {
+                const Tensors& like_params, const Tensors& others) -> std::optional<Addresses> {
     Addresses addresses;
     addresses.reserve(grads.size());
-    if (!(self.*walk)(lists_of(params, grads, shaped, others), &addresses)) return std::nullopt;
+    if (!(self.*walk)(lists_of(params, grads, like_params, others), &addresses))
+      return std::nullopt;
     return addresses;
   };
 }

@@ -37,12 +37,12 @@ struct ExchangeTable {
 // can be read.
 class Signature {
  public:
-  // A list of tensors, where an entry may be None. `shaped`: each has the layout of its parameter,
-  // the entry of the first list, or is a placeholder of no elements. `moves`: its addresses may
-  // change.
+  // A list of tensors, where an entry may be None. `like_param`: each has the layout of its
+  // parameter, the entry of the first list, or is a placeholder of no elements. `moves`: its
+  // addresses may change.
   struct List {
     PyObject* tensors;
-    bool shaped;
+    bool like_param;
     bool moves = false;
   };
 
@@ -86,7 +86,7 @@ class Signature {
       for (size_t i = 0; i < sizes_[l]; i++, facts++) {
         TensorView t;
         if (!view(list, i, &t) || !(facts_of(t, list) == *facts)) return false;
-        if (list.shaped && !is_none(t) && !has_layout(t, i, list.moves)) return false;
+        if (list.like_param && !is_none(t) && !has_layout(t, i, list.moves)) return false;
         if (list.moves) addresses->push_back(reinterpret_cast<uintptr_t>(t.data));
       }
     }
@@ -98,7 +98,7 @@ class Signature {
   struct Facts {
     uintptr_t data;  // the address; in a list that moves, only its alignment
     uint64_t type;   // dtype and device
-    int64_t size;    // in a list that is not shaped: elements, or -1 where not contiguous
+    int64_t size;    // elements, or -1 where not contiguous; 0 in a list that is like_param
 
     bool operator==(const Facts& other) const {
       return data == other.data && type == other.type && size == other.size;
@@ -127,7 +127,7 @@ class Signature {
     const uint64_t device =
         uint64_t{static_cast<uint16_t>(t.device_type)} << 16 | static_cast<uint16_t>(t.device_id);
     return {list.moves ? data % 16 : data, device << 16 | uint64_t{t.type_code} << 8 | t.type_bits,
-            list.shaped ? 0 : contiguous_size(t)};
+            list.like_param ? 0 : contiguous_size(t)};
   }
 
   static int64_t contiguous_size(const TensorView& t) {

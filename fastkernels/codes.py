@@ -85,8 +85,8 @@ def round_bf16(x: Tensor, random: Tensor) -> Tensor:
     Args:
         random: int64 draws below 2^16, in the shape of `x`.
     """
-    rounded = ((_bits(x) + random) >> 16).to(torch.int16).view(torch.bfloat16)
-    return torch.where(x.isnan(), torch.full_like(rounded, torch.nan), rounded)
+    high = ((_bits(x) + random) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isnan(), torch.full_like(high, torch.nan), high)
 
 
 def code_scales(count: int) -> int:
@@ -165,9 +165,9 @@ def encode(x: Tensor, random: Tensor | int, *, signed: bool) -> tuple[Tensor, Te
     return code.to(torch.uint8), scales + (blocks * 0).sum(1)
 
 
-def load(stored: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
+def load(values: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
     """The numbers of a stored tensor `[n]`, of 8-bit codes when there are `scales`."""
-    return stored if scales is None else decode(stored, scales, signed=signed)
+    return values if scales is None else decode(values, scales, signed=signed)
 
 
 def store(

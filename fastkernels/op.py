@@ -76,7 +76,7 @@ class Availability:
 
 
 OPS: dict[str, Op] = {}
-_loaded: dict[Backend, Callable[..., Any]] = {}
+_functions: dict[Backend, Callable[..., Any]] = {}
 
 
 def operator(
@@ -104,7 +104,7 @@ def operator(
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, function, key)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-        dispatched = getattr(torch.ops.fastkernels, name)
+        dispatcher = getattr(torch.ops.fastkernels, name)
         # The dispatcher cannot give a list a default.
         parameters = inspect.signature(function).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -113,7 +113,7 @@ def operator(
         def call(*args: P.args, **keywords: P.kwargs) -> R:
             if direct is not None and direct(name, *args, **keywords):
                 return function(*args, **keywords)
-            result: R = dispatched(*args, **{**defaults, **keywords})
+            result: R = dispatcher(*args, **{**defaults, **keywords})
             return result
 
         return call
@@ -171,11 +171,11 @@ def choose(op: str, device: str) -> Callable[..., Any]:
     for backend in backends:
         if choice and backend.name != choice:
             continue
-        if backend in _loaded:
-            return _loaded[backend]
+        if backend in _functions:
+            return _functions[backend]
         ok, reason = backend.available()
         if ok:
-            return _loaded.setdefault(backend, backend.load())
+            return _functions.setdefault(backend, backend.load())
         refusals.append(f"{backend.name}: {reason}")
     what = f"{ENVIRONMENT}={choice}" if choice else f"the device {device!r}"
     why = "; ".join(refusals) or f"backends there are: {[b.name for b in backends] or 'none'}"

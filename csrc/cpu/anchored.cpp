@@ -59,7 +59,7 @@ void step(const UpdateArgs& a, int columns,
     double scale = 1 / a.grad_scale;
     if (clip) {
       norm = std::sqrt(sum(a.partial, a.chunk_count, grad_norm)) * scale;
-      skip = a.scaled && !std::isfinite(norm);
+      skip = a.has_grad_scale && !std::isfinite(norm);
       const double coefficient = a.max_grad_norm / (norm + 1e-6);  // torch's clip_grad_norm_
       if (!(coefficient >= 1)) scale *= coefficient;  // NaN clips too: it must reach the weights
     }

@@ -81,14 +81,14 @@ void update_anchored(const Streams<Real>& s, int n, const Rule& rule, const Draw
   auto* m = static_cast<Moment*>(s.m);
   auto* v = static_cast<Moment*>(s.v);
   constexpr const None* none = nullptr;
-  const auto anchored = [&](auto* w0, auto* f) {
+  const auto with_anchor = [&](auto* w0, auto* f) {
     if (s.f) return update(s.w, s.g, m, v, w0, f, n, rule, draws, sums);
     return update(s.w, s.g, m, v, w0, none, n, rule, draws, sums);
   };
   if (!s.w0) return update(s.w, s.g, m, v, none, none, n, rule, draws, sums);
   if (s.bf16_anchor)
-    return anchored(static_cast<const Compact*>(s.w0), static_cast<const Compact*>(s.f));
-  anchored(static_cast<const Real*>(s.w0), static_cast<const Real*>(s.f));
+    return with_anchor(static_cast<const Compact*>(s.w0), static_cast<const Compact*>(s.f));
+  with_anchor(static_cast<const Real*>(s.w0), static_cast<const Real*>(s.f));
 }
 
 template <class Rule, class Real>
@@ -120,15 +120,15 @@ void chunk(const Row& row, const Chunk& chunk, const Rule& rule, uint64_t seed, 
   Streams<Real> s{};
   s.bf16_moments = all_bf16(row.moment[0], row.moment_type[0], row.moment[1], row.moment_type[1]);
   s.bf16_anchor = all_bf16(row.anchor, row.anchor_type, row.curvature, row.curvature_type);
-  const auto staged = [](const void* t, Dtype type, bool direct) {
+  const auto stage = [](const void* t, Dtype type, bool direct) {
     return t && type != native && !direct;
   };
-  const bool staged_w = row.param_type != native;
-  const bool staged_g = row.grad_type != native;
-  const bool staged_m = staged(row.moment[0], row.moment_type[0], s.bf16_moments);
-  const bool staged_v = staged(row.moment[1], row.moment_type[1], s.bf16_moments);
-  const bool staged_a = staged(row.anchor, row.anchor_type, s.bf16_anchor);
-  const bool staged_f = staged(row.curvature, row.curvature_type, s.bf16_anchor);
+  const bool stage_w = row.param_type != native;
+  const bool stage_g = row.grad_type != native;
+  const bool stage_m = stage(row.moment[0], row.moment_type[0], s.bf16_moments);
+  const bool stage_v = stage(row.moment[1], row.moment_type[1], s.bf16_moments);
+  const bool stage_a = stage(row.anchor, row.anchor_type, s.bf16_anchor);
+  const bool stage_f = stage(row.curvature, row.curvature_type, s.bf16_anchor);
   const auto place = [](void* t, Dtype type, int64_t i) -> void* {
     return type == Dtype::bf16 ? static_cast<void*>(at<Bf16>(t, i)) : at<Real>(t, i);
   };
@@ -136,7 +136,7 @@ void chunk(const Row& row, const Chunk& chunk, const Rule& rule, uint64_t seed, 
   alignas(64) uint32_t random[kTile];
   const uint32_t key = rounding_key(seed, step, static_cast<uint32_t>(chunk.begin >> 32));
   const int64_t end = chunk.begin + chunk.count;
-  const bool any = staged_w || staged_g || staged_m || staged_v || staged_a || staged_f;
+  const bool any = stage_w || stage_g || stage_m || stage_v || stage_a || stage_f;
   const int stride = any ? kTile : chunk.count;
   for (int64_t i = chunk.begin; i < end; i += stride) {
     const int n = static_cast<int>(end - i < stride ? end - i : stride);
@@ -144,31 +144,30 @@ void chunk(const Row& row, const Chunk& chunk, const Rule& rule, uint64_t seed, 
     uint16_t* high = at<uint16_t>(row.param, i);
     if (row.remainder) {
       load_split(tile[0], high, row.remainder + i, n);
-    } else if (staged_w) {
+    } else if (stage_w) {
       load<true>(tile[0], row.param, row.param_type, nullptr, i, n);
     }
-    if (staged_g) load<true>(tile[1], row.grad, row.grad_type, nullptr, i, n);
-    if (staged_m) load<true>(tile[2], row.moment[0], row.moment_type[0], row.scale[0], i, n);
-    if (staged_v) load<false>(tile[3], row.moment[1], row.moment_type[1], row.scale[1], i, n);
-    if (staged_a) load<true>(tile[4], row.anchor, row.anchor_type, nullptr, i, n);
-    if (staged_f)
-      load<false>(tile[5], row.curvature, row.curvature_type, row.curvature_scale, i, n);
-    s.w = staged_w ? tile[0] : at<Real>(row.param, i);
-    s.g = staged_g ? tile[1] : at<Real>(row.grad, i);
-    s.m = staged_m ? tile[2] : place(row.moment[0], row.moment_type[0], i);
-    s.v = staged_v ? tile[3] : place(row.moment[1], row.moment_type[1], i);
-    s.w0 = staged_a ? tile[4] : place(const_cast<void*>(row.anchor), row.anchor_type, i);
-    s.f = staged_f ? tile[5] : place(const_cast<void*>(row.curvature), row.curvature_type, i);
+    if (stage_g) load<true>(tile[1], row.grad, row.grad_type, nullptr, i, n);
+    if (stage_m) load<true>(tile[2], row.moment[0], row.moment_type[0], row.scale[0], i, n);
+    if (stage_v) load<false>(tile[3], row.moment[1], row.moment_type[1], row.scale[1], i, n);
+    if (stage_a) load<true>(tile[4], row.anchor, row.anchor_type, nullptr, i, n);
+    if (stage_f) load<false>(tile[5], row.curvature, row.curvature_type, row.curvature_scale, i, n);
+    s.w = stage_w ? tile[0] : at<Real>(row.param, i);
+    s.g = stage_g ? tile[1] : at<Real>(row.grad, i);
+    s.m = stage_m ? tile[2] : place(row.moment[0], row.moment_type[0], i);
+    s.v = stage_v ? tile[3] : place(row.moment[1], row.moment_type[1], i);
+    s.w0 = stage_a ? tile[4] : place(const_cast<void*>(row.anchor), row.anchor_type, i);
+    s.f = stage_f ? tile[5] : place(const_cast<void*>(row.curvature), row.curvature_type, i);
     update_any(s, n, rule, draws, sums);
-    if (staged_m || staged_v) fill(random, draws);
+    if (stage_m || stage_v) fill(random, draws);
     if (row.remainder) {
       store_split(high, row.remainder + i, tile[0], n);
-    } else if (staged_w) {
+    } else if (stage_w) {
       store<true, false>(row.param, row.param_type, nullptr, i, tile[0], n, nullptr);
     }
-    if (staged_m)
+    if (stage_m)
       store<true, false>(row.moment[0], row.moment_type[0], row.scale[0], i, tile[2], n, random);
-    if (staged_v)
+    if (stage_v)
       store<false, true>(row.moment[1], row.moment_type[1], row.scale[1], i, tile[3], n, random);
   }
 }

@@ -22,7 +22,7 @@ __device__ __forceinline__ double squares_of(const void* grad, const Chunk& chun
     const int n = chunk.count - at;
     double g[kWidth];
     if constexpr (Type == Dtype::f64) {
-      StoredWide s;
+      RawWide s;
       fetch(&s, grad, Type, at, n, false);
       decode<true>(g, s, Type, 0);
     } else {
@@ -115,7 +115,7 @@ cudaError_t launch(const CudaUpdateArgs& a, const std::vector<CudaLaunch>& launc
       update_kernel<Rule, float, Any><<<blocks, kThreads, 0, stream>>>(a, some.first);
     else if (some.kind == kAnyDouble)
       update_kernel<Rule, double, Any><<<blocks, kThreads, 0, stream>>>(a, some.first);
-    else if (some.kind < kKinds)
+    else if (some.kind >= 0 && some.kind < kKinds)
       kernels[some.kind]<<<blocks, kThreads, 0, stream>>>(a, some.first);
     else
       return cudaErrorInvalidValue;

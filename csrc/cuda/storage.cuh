@@ -17,7 +17,7 @@ static_assert(kCodeBlock % (32 * kWidth) == 0 && kTile % kCodeBlock == 0, "warps
 
 // Four elements as stored; conversion comes after every stream's load has been issued. A double in
 // a kernel of float arithmetic is converted at once.
-struct Stored {
+struct Raw {
   uint32_t word[4];
 };
 
@@ -39,9 +39,9 @@ __device__ __forceinline__ bool is_aligned(const void* p, Dtype type) {
 // n is what is left of the chunk, not clamped to 0..4: of a clamped n, ptxas 13.0 for sm_90 takes
 // `n == 4` from the predicate of its VIMNMX.RELU, which holds for ragged ends too. They were read
 // and written by 16 bytes, past the end of the tensor (compute-sanitizer, H200).
-__device__ __forceinline__ Stored fetch(const void* from, Dtype type, int i, int n, bool whole) {
+__device__ __forceinline__ Raw fetch(const void* from, Dtype type, int i, int n, bool whole) {
   __builtin_assume(__isGlobal(from));  // else generic loads: the address comes from a table
-  Stored s = {};
+  Raw s = {};
   if (type == Dtype::f64) {
     const double* d = static_cast<const double*>(from) + unsigned(i);
 #pragma unroll
@@ -92,12 +92,12 @@ __device__ __forceinline__ void put_scale(float* scales, unsigned block, float s
   scales[block] = scale;
 }
 
-__device__ __forceinline__ uint16_t half_of(const Stored& s, int k) {
+__device__ __forceinline__ uint16_t half_of(const Raw& s, int k) {
   return static_cast<uint16_t>(s.word[k / 2] >> (16 * (k % 2)));
 }
 
 // Code k of four. By PRMT, which leaves the shift of from_unsigned_code to be merged with its sum.
-__device__ __forceinline__ uint32_t code_of(const Stored& s, int k) {
+__device__ __forceinline__ uint32_t code_of(const Raw& s, int k) {
   return __byte_perm(s.word[0], 0, 0x4440 + k);
 }
 
@@ -110,14 +110,14 @@ struct Table {
       value[code] = from_code<true>(static_cast<uint32_t>(code), 1.0f);
     }
   }
-  __device__ __forceinline__ void decode(float* to, const Stored& s, float scale) const {
+  __device__ __forceinline__ void decode(float* to, const Raw& s, float scale) const {
 #pragma unroll
     for (int k = 0; k < kWidth; k++) to[k] = scale * value[code_of(s, k)];
   }
 };
 
 template <bool Signed>
-__device__ __forceinline__ void decode(float* to, const Stored& s, Dtype type, float scale) {
+__device__ __forceinline__ void decode(float* to, const Raw& s, Dtype type, float scale) {
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     if (type == Dtype::bf16) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ uint32_t largest_of_block(uint32_t top) {
 // one step of Newton for 1 / b where that is not a constant, and one for the quotient. A quotient
 // that is too small to be rounded so is below kLeastScale; one by 0 or by a denormal is a NaN, and
 // above 1 / kLeastScale.
-__device__ __forceinline__ float corrected(float a, float b, float inverse) {
+__device__ __forceinline__ float newton_quotient(float a, float b, float inverse) {
   const float q = a * inverse;
   return __fmaf_rn(__fmaf_rn(-b, q, a), inverse, q);
 }
@@ -160,7 +160,7 @@ __device__ __forceinline__ float corrected(float a, float b, float inverse) {
 template <bool Signed>
 __device__ __forceinline__ float block_scale(uint32_t largest) {
   constexpr float top = Signed ? kSignedTop : kUnsignedTop;
-  const float scale = corrected(float_of(largest), top, 1.0f / top);
+  const float scale = newton_quotient(float_of(largest), top, 1.0f / top);
   const float least = largest ? kLeastScale : 0.0f;
   return largest < 0x7f800000u ? fmaxf(scale, least) : float_of(0x7fc00000u);
 }
@@ -171,7 +171,7 @@ __device__ __forceinline__ float block_inverse(uint32_t largest) {
   const float quarter = 0.25f * float_of(largest);  // the inverse of the whole might be denormal
   float y = reciprocal(quarter);
   y = __fmaf_rn(__fmaf_rn(-quarter, y, 1.0f), y, y);
-  return fminf(0.25f * corrected(top, quarter, y), 1 / kLeastScale);
+  return fminf(0.25f * newton_quotient(top, quarter, y), 1 / kLeastScale);
 }
 
 // Byte `which` of each of four words, as one word.
@@ -183,8 +183,7 @@ __device__ __forceinline__ uint32_t bytes(const uint32_t (&x)[4], int which) {
 // As in csrc/cpu/storage.h: stochastic, a block with anything not finite becomes NaN, and a second
 // moment above zero never becomes zero.
 template <bool Signed>
-__device__ __forceinline__ Stored encode(const float* x, float* scales, int i, int n,
-                                         uint32_t key) {
+__device__ __forceinline__ Raw encode(const float* x, float* scales, int i, int n, uint32_t key) {
   uint32_t bits = 0;
 #pragma unroll
   for (int k = 0; k < kWidth; k++)
@@ -208,7 +207,7 @@ __device__ __forceinline__ Stored encode(const float* x, float* scales, int i, i
       code[k] = max(min(bits_of(y + 1.0f) - kOne + random, 0xfffffffu), least) >> 20;
     }
   }
-  Stored s = {};
+  Raw s = {};
   s.word[0] = bytes(code, 0);
   if (Signed) s.word[0] |= bytes(sign, 3) & 0x80808080u;
   return s;
@@ -216,10 +215,10 @@ __device__ __forceinline__ Stored encode(const float* x, float* scales, int i, i
 
 // The opposite of decode. `scales` are those of codes; Signed and Stochastic as on the CPU.
 template <bool Signed, bool Stochastic>
-__device__ __forceinline__ Stored pack(const float* x, Dtype type, float* scales, int i, int n,
-                                       uint32_t key) {
+__device__ __forceinline__ Raw pack(const float* x, Dtype type, float* scales, int i, int n,
+                                    uint32_t key) {
   if (type == Dtype::codes8) return encode<Signed>(x, scales, i, n, key);
-  Stored s = {};
+  Raw s = {};
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     if (type == Dtype::bf16) {
@@ -235,8 +234,7 @@ __device__ __forceinline__ Stored pack(const float* x, Dtype type, float* scales
   return s;
 }
 
-__device__ __forceinline__ void put(void* to, Dtype type, int i, int n, bool whole,
-                                    const Stored& s) {
+__device__ __forceinline__ void put(void* to, Dtype type, int i, int n, bool whole, const Raw& s) {
   __builtin_assume(__isGlobal(to));
   if (type == Dtype::f64) {
 #pragma unroll
@@ -281,11 +279,11 @@ __device__ __forceinline__ void keep(const float* x, void* to, Dtype type, float
 
 // The same for double arithmetic, an element at a time: rare, and bound by its own arithmetic on
 // most devices.
-struct StoredWide {
+struct RawWide {
   double value[4];  // a code stays one until decode
 };
 
-__device__ __forceinline__ void fetch(StoredWide* s, const void* from, Dtype type, int i, int n,
+__device__ __forceinline__ void fetch(RawWide* s, const void* from, Dtype type, int i, int n,
                                       bool) {
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
@@ -302,13 +300,13 @@ __device__ __forceinline__ void fetch(StoredWide* s, const void* from, Dtype typ
   }
 }
 
-__device__ __forceinline__ void fetch(Stored* s, const void* from, Dtype type, int i, int n,
+__device__ __forceinline__ void fetch(Raw* s, const void* from, Dtype type, int i, int n,
                                       bool whole) {
   *s = fetch(from, type, i, n, whole);
 }
 
 template <bool Signed>
-__device__ __forceinline__ void decode(double* to, const StoredWide& s, Dtype type, float scale) {
+__device__ __forceinline__ void decode(double* to, const RawWide& s, Dtype type, float scale) {
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     const bool code = type == Dtype::codes8;
@@ -332,11 +330,11 @@ template <class Real>
 struct RawOf;
 template <>
 struct RawOf<float> {
-  using Type = Stored;
+  using Type = Raw;
 };
 template <>
 struct RawOf<double> {
-  using Type = StoredWide;
+  using Type = RawWide;
 };
 
 }  // namespace fast

@@ -64,31 +64,32 @@ struct Sums {
 
 template <class Rule, class Real>
 __device__ __forceinline__ Real step(const Rule& rule, Real old, Real g, Real& m, Real& v,
-                                     bool moments, bool anchored, Real w0, bool curved, Real f,
-                                     Sums<Real>& sums) {
+                                     bool has_moments, bool has_anchor, Real w0, bool has_curvature,
+                                     Real f, Sums<Real>& sums) {
   g *= rule.grad_scale;
   Real next;
   if constexpr (Rule::kMoments == 1) {
-    next = moments ? rule(old, g, m, v) : rule.plain(old, g);
+    next = has_moments ? rule(old, g, m, v) : rule.plain(old, g);
   } else {
     next = rule(old, g, m, v);
   }
-  if (anchored) next = pull_to(next, w0, curved ? rule.pull * f : rule.pull);
+  if (has_anchor) next = pull_to(next, w0, has_curvature ? rule.pull * f : rule.pull);
   sums.gradient = multiply_add(g, g, sums.gradient);
   sums.change = multiply_add(next - old, next - old, sums.change);
-  if (anchored) {
+  if (has_anchor) {
     const Real away = next - w0;
     sums.drift = multiply_add(away, away, sums.drift);
-    if (curved) sums.forgetting = multiply_add(f * away, away, sums.forgetting);
+    if (has_curvature) sums.forgetting = multiply_add(f * away, away, sums.forgetting);
   }
   return next;
 }
 
 template <class Real>
-__device__ void store_sums(const CudaUpdateArgs& a, int64_t chunk, Sums<Real> sums, bool curved) {
+__device__ void store_sums(const CudaUpdateArgs& a, int64_t chunk, Sums<Real> sums,
+                           bool has_curvature) {
   const Real gradient = block_sum<kThreads>(sums.gradient), drift = block_sum<kThreads>(sums.drift),
              change = block_sum<kThreads>(sums.change),
-             forgetting = block_sum<kThreads>(curved ? sums.forgetting : sums.drift);
+             forgetting = block_sum<kThreads>(has_curvature ? sums.forgetting : sums.drift);
   if (threadIdx.x) return;
   const int64_t n = a.chunk_count;
   if (!(a.max_grad_norm > 0)) a.partial[grad_norm * n + chunk] = gradient;
@@ -159,9 +160,9 @@ __device__ __forceinline__ void update_tile(const Row& row, const Rule& rule, co
                                             int at, int count, bool vector, bool split,
                                             uint32_t key, Sums<Real>& sums) {
   constexpr bool two = Rule::kMoments > 1;
-  const bool moments = row.moment_type[0] != Dtype::none;
-  const bool anchored = row.anchor_type != Dtype::none;
-  const bool curved = anchored && row.curvature_type != Dtype::none;
+  const bool has_moments = row.moment_type[0] != Dtype::none;
+  const bool has_anchor = row.anchor_type != Dtype::none;
+  const bool has_curvature = has_anchor && row.curvature_type != Dtype::none;
   const int i = at + static_cast<int>(threadIdx.x) * kWidth;
   const int n = Whole ? kWidth : count - i;
   const bool whole = Whole || (vector && n >= kWidth);
@@ -170,16 +171,16 @@ __device__ __forceinline__ void update_tile(const Row& row, const Rule& rule, co
   fetch(&sw, row.param, row.param_type, i, n, whole);
   fetch(&sg, row.grad, row.grad_type, i, n, whole);
   if (split) fetch(&sr, row.remainder, Dtype::bf16, i, n, whole);
-  if (moments) fetch(&sm, row.moment[0], row.moment_type[0], i, n, whole);
+  if (has_moments) fetch(&sm, row.moment[0], row.moment_type[0], i, n, whole);
   if (two) fetch(&sv, row.moment[1], row.moment_type[1], i, n, whole);
-  if (anchored) fetch(&sa, row.anchor, row.anchor_type, i, n, whole);
-  if (curved) fetch(&sf, row.curvature, row.curvature_type, i, n, whole);
+  if (has_anchor) fetch(&sa, row.anchor, row.anchor_type, i, n, whole);
+  if (has_curvature) fetch(&sf, row.curvature, row.curvature_type, i, n, whole);
   const auto scale_of = [&](const float* scales, Dtype type) {
     return type == Dtype::codes8 && n > 0 ? fetch_scale(scales, block) : 0.0f;
   };
-  const float scale_m = moments ? scale_of(row.scale[0], row.moment_type[0]) : 0.0f;
+  const float scale_m = has_moments ? scale_of(row.scale[0], row.moment_type[0]) : 0.0f;
   const float scale_v = two ? scale_of(row.scale[1], row.moment_type[1]) : 0.0f;
-  const float scale_f = curved ? scale_of(row.curvature_scale, row.curvature_type) : 0.0f;
+  const float scale_f = has_curvature ? scale_of(row.curvature_scale, row.curvature_type) : 0.0f;
   Real w[kWidth], g[kWidth], m[kWidth] = {}, v[kWidth] = {}, w0[kWidth] = {}, f[kWidth] = {};
   decode<true>(w, sw, row.param_type, 0);
   if constexpr (sizeof(Real) == 4) {
@@ -190,17 +191,18 @@ __device__ __forceinline__ void update_tile(const Row& row, const Rule& rule, co
   decode<true>(g, sg, row.grad_type, 0);
   if constexpr (std::is_same_v<Lookup, Table>)
     lookup.decode(m, sm, scale_m);
-  else if (moments)
+  else if (has_moments)
     decode<true>(m, sm, row.moment_type[0], scale_m);
   if (two) decode<false>(v, sv, row.moment_type[1], scale_v);
-  if (anchored) decode<true>(w0, sa, row.anchor_type, 0);
-  if (curved) decode<false>(f, sf, row.curvature_type, scale_f);
+  if (has_anchor) decode<true>(w0, sa, row.anchor_type, 0);
+  if (has_curvature) decode<false>(f, sf, row.curvature_type, scale_f);
 #pragma unroll
   for (int k = 0; k < kWidth; k++)
     if (k < n)
-      w[k] = step(rule, w[k], g[k], m[k], v[k], moments, anchored, w0[k], curved, f[k], sums);
+      w[k] = step(rule, w[k], g[k], m[k], v[k], has_moments, has_anchor, w0[k], has_curvature, f[k],
+                  sums);
   if (split) {
-    Stored high = {}, low = {};
+    Raw high = {}, low = {};
 #pragma unroll
     for (int k = 0; k < kWidth; k++) {
       int16_t rest;
@@ -212,7 +214,7 @@ __device__ __forceinline__ void update_tile(const Row& row, const Rule& rule, co
   } else {
     keep<true, false>(w, row.param, row.param_type, nullptr, i, n, whole, key);
   }
-  if (moments)
+  if (has_moments)
     keep<true, false>(m, row.moment[0], row.moment_type[0], row.scale[0], i, n, whole, key);
   if (two) keep<false, true>(v, row.moment[1], row.moment_type[1], row.scale[1], i, n, whole, key);
 }

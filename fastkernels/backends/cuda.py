@@ -7,11 +7,11 @@ from types import ModuleType
 
 import torch
 
-from fastkernels.backends.compiled import Loaded, required
+from fastkernels.backends.compiled import ModuleOrReason, module_of
 
 
 @functools.cache
-def load() -> Loaded:
+def load() -> ModuleOrReason:
     """The module, or None, and what is (or is not) there. Nothing is compiled here."""
     if not torch.cuda.is_available():
         return None, "torch finds no CUDA device"
@@ -29,4 +29,4 @@ def available() -> tuple[bool, str]:
 
 def module() -> ModuleType:
     """The compiled module; raises RuntimeError where it is not there."""
-    return required(load(), "CUDA")
+    return module_of(load(), "CUDA")

@@ -8,11 +8,11 @@ from types import ModuleType
 # First: torch brings the OpenMP runtime that `_C` then shares, and with it one thread pool.
 import torch  # noqa: F401
 
-from fastkernels.backends.compiled import Loaded, required
+from fastkernels.backends.compiled import ModuleOrReason, module_of
 
 
 @functools.cache
-def load() -> Loaded:
+def load() -> ModuleOrReason:
     """The module, or None, and what is (or is not) there. Nothing is compiled here."""
     try:
         from fastkernels import _C  # type: ignore[attr-defined]
@@ -31,4 +31,4 @@ def available() -> tuple[bool, str]:
 
 def module() -> ModuleType:
     """The compiled module; raises RuntimeError where it is not there."""
-    return required(load(), "native")
+    return module_of(load(), "native")

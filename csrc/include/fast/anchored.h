@@ -53,7 +53,7 @@ struct UpdateArgs {
   const double* hyper;   // [groups, columns]
   double* partial;       // [chunk_count, kStats], scratch
   double* stats;         // [kStats] or null
-  bool scaled;           // whether a loss scale is in use
+  bool has_grad_scale;   // whether a loss scale is in use
   double grad_scale;     // gradients are divided by it; 1 if not
   double max_grad_norm;  // <= 0: no clipping
   uint64_t seed;

@@ -114,8 +114,8 @@ FAST_INLINE float from_bf16(uint16_t b) { return float_of(static_cast<uint32_t>(
 
 FAST_INLINE uint16_t to_bf16(float x) {
   const uint32_t u = bits_of(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+  const uint32_t high = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : high);
 }
 
 // Rounds up with the probability of the part cut off; `random` has 16 bits.

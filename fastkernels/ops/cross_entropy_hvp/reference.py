@@ -19,13 +19,13 @@ def _wide(t: Tensor) -> Tensor:
 
 def cross_entropy_hvp_(u: Tensor, p: Tensor, scale: Tensor) -> None:
     w, v = _wide(p), _wide(u)
-    centred = v - torch.linalg.vecdot(v, w[None])[..., None]
-    u.copy_(centred.mul_(w * _wide(scale)[:, None]))
+    deviation = v - torch.linalg.vecdot(v, w[None])[..., None]
+    u.copy_(deviation.mul_(w * _wide(scale)[:, None]))
 
 
 def cross_entropy_quad(u: Tensor, p: Tensor, scale: Tensor) -> Tensor:
     w, v = _wide(p), _wide(u)
-    centred = v - torch.linalg.vecdot(v, w[None])[..., None]
-    rows = torch.linalg.vecdot(centred * w, centred)
+    deviation = v - torch.linalg.vecdot(v, w[None])[..., None]
+    rows = torch.linalg.vecdot(deviation * w, deviation)
     total: Tensor = (rows.double() * scale.double()).sum(1)
     return total

@@ -44,11 +44,11 @@ def rows_kernel(
     form = quad + n
     for _ in range(K):
         v = tl.load(row + at, mask=inside, other=0.0).to(REAL)
-        centred = v - tl.sum(w * v, 1)[:, None]
+        deviation = v - tl.sum(w * v, 1)[:, None]
         if WRITE:
-            tl.store(row + at, (a[:, None] * w * centred).to(u.dtype.element_ty), mask=inside)
+            tl.store(row + at, (a[:, None] * w * deviation).to(u.dtype.element_ty), mask=inside)
         else:
-            tl.store(form, (a * tl.sum(w * centred * centred, 1)).to(tl.float64), mask=present)
+            tl.store(form, (a * tl.sum(w * deviation * deviation, 1)).to(tl.float64), mask=present)
         row += stride
         form += N
 
@@ -82,8 +82,8 @@ def long_kernel(
             new = again * (a * v - a * mean)
             tl.store(row + columns, new.to(u.dtype.element_ty), mask=inside)
         else:
-            centred = v - mean
-            tl.store(form, (a * tl.sum(again * centred * centred, 0)).to(tl.float64))
+            deviation = v - mean
+            tl.store(form, (a * tl.sum(again * deviation * deviation, 0)).to(tl.float64))
         row += stride
         form += N
 
@@ -118,11 +118,11 @@ def wide_kernel(
             at = start + columns
             w = tl.load(weights + at, mask=at < C, other=0.0, eviction_policy="evict_last").to(REAL)
             v = tl.load(row + at, mask=at < C, other=0.0, eviction_policy="evict_first").to(REAL)
-            centred = v - mean
+            deviation = v - mean
             if WRITE:
-                tl.store(row + at, (a * w * centred).to(u.dtype.element_ty), mask=at < C)
+                tl.store(row + at, (a * w * deviation).to(u.dtype.element_ty), mask=at < C)
             else:
-                total += w * centred * centred
+                total += w * deviation * deviation
         if not WRITE:
             tl.store(form, (a * tl.sum(total, 0)).to(tl.float64))
         row += stride

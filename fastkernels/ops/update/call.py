@@ -72,7 +72,7 @@ class UpdateCall:
             **dict(zip(self.rule.scales, self.moment_scales, strict=True)),
         }  # fmt: skip
 
-    def written(self) -> list[Tensor]:
+    def outputs(self) -> list[Tensor]:
         """The tensors that the update writes, without `stats`."""
         lists = self.lists()
         return [t for key in self.rule.written for t in lists[key] if t.numel()]

@@ -125,7 +125,7 @@ def prepare(call: UpdateCall) -> tuple[UpdateCall, Callable[[], None]]:
     check_tensors(call)
     copies: list[tuple[Tensor, Tensor]] = []
 
-    def mutated(t: Tensor, p: Tensor) -> Tensor:
+    def in_layout(t: Tensor, p: Tensor) -> Tensor:
         if t.numel() == 0 or same_layout(t, p):
             return t
         if t.dtype == torch.uint8:
@@ -153,11 +153,11 @@ def prepare(call: UpdateCall) -> tuple[UpdateCall, Callable[[], None]]:
         params=params,
         grads=each(call.grads),
         moments=tuple(
-            [mutated(t, p) for t, p in zip(m, params, strict=True)] for m in call.moments
+            [in_layout(t, p) for t, p in zip(m, params, strict=True)] for m in call.moments
         ),
         anchors=each(call.anchors),
         curvature=each(call.curvature),
-        remainders=[mutated(t, p) for t, p in zip(call.remainders, params, strict=False)],
+        remainders=[in_layout(t, p) for t, p in zip(call.remainders, params, strict=False)],
     )
 
     def write_back() -> None:

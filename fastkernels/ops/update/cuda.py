@@ -22,28 +22,28 @@ def _kinds() -> dict[tuple[bytes, bool], int]:
     return dict(cuda.module().kinds())
 
 
-def kind_of(types: bytes, remainder: bool, aligned: bool) -> int:
+def kind_of(types: bytes, remainder: bool, is_aligned: bool) -> int:
     """The number of a row's kernel."""
     param, grad, first, second, anchor, curvature = types
     if DTYPES[param] == torch.float64:
         return int(cuda.module().ANY_DOUBLE)
     # Without an anchor there is nothing for the curvature to weigh.
     key = bytes((param, grad, first, anchor, curvature if anchor else 0)), remainder
-    if aligned and second in (0, first) and key in _kinds():
+    if is_aligned and second in (0, first) and key in _kinds():
         return _kinds()[key]
     return int(cuda.module().ANY_FLOAT)
 
 
 def _upload(plan: DevicePlan, grads: list[int], device: int, stream: int) -> None:
     capturing = torch.cuda.is_current_stream_capturing()
-    if grads == plan.uploaded and not capturing:
+    if grads == plan.contents and not capturing:
         return
     cuda.module().write_addresses(device, stream, plan.grads.data_ptr(), grads)
     if capturing:
         # Every replay writes the table: what it holds afterwards is not known here.
         keep_for_graphs(plan)
-        plan.replayed = True
-    plan.uploaded = [] if plan.replayed else grads
+        plan.in_graph = True
+    plan.contents = [] if plan.in_graph else grads
 
 
 def run(call: UpdateCall) -> None:

@@ -68,7 +68,7 @@ class Entry(NamedTuple):
     signature: Signature
     plan: Any
     tensors: int
-    written: frozenset[int]
+    outputs: frozenset[int]
 
 
 class Plans:
@@ -99,23 +99,23 @@ class Plans:
         first_step = id(call.steps[0]) if call.steps else 0
         key = (what, call.params[0].device, len(call.params), who, first_step)
         entry = self._entries.get(key)
-        moving = entry.signature.match(call) if entry is not None else None
-        if entry is not None and moving and not entry.written.isdisjoint(moving):
-            moving = None  # a gradient became the memory of a parameter or of its state
+        grad_addresses = entry.signature.match(call) if entry is not None else None
+        if entry is not None and grad_addresses and not entry.outputs.isdisjoint(grad_addresses):
+            grad_addresses = None  # a gradient became the memory of a parameter or of its state
         write_back: Finish | None = None
-        if moving is None:
+        if grad_addresses is None:
             call, write_back = prepare(call)
-            moving = entry.signature.match(call) if entry is not None else None
-        if entry is None or moving is None:
+            grad_addresses = entry.signature.match(call) if entry is not None else None
+        if entry is None or grad_addresses is None:
             signature = new_signature()
-            moving = signature.record(call)
-            if moving is None:
+            grad_addresses = signature.record(call)
+            if grad_addresses is None:
                 raise ValueError(
                     f"{call.rule.name}: a tensor has no memory of its own; call "
                     f"torch.ops.fastkernels.{call.rule.name} with wrapper subclasses"
                 )
-            written = frozenset(map(Tensor.data_ptr, call.written()))
-            entry = Entry(signature, self._build(call, *what), len(call.params), written)
+            outputs = frozenset(map(Tensor.data_ptr, call.outputs()))
+            entry = Entry(signature, self._build(call, *what), len(call.params), outputs)
         self._keep(key, entry)
 
         def finish() -> None:
@@ -124,7 +124,7 @@ class Plans:
             # Kernels write behind autograd's back: a graph that saved a parameter must notice.
             torch.autograd.graph.increment_version(call.params)
 
-        return entry.plan, call, moving, finish
+        return entry.plan, call, grad_addresses, finish
 
     def _keep(self, key: tuple[Any, ...], entry: Entry) -> None:
         """Keep `entry` the longest, and drop the entries that were not used for the longest time.
@@ -143,12 +143,12 @@ class Plans:
 # The plan of a GPU, or of Triton's interpreter.
 
 # Tables that CUDA graphs read at every replay: they have to live as long as the process.
-_captured: list[Any] = []
+_graph_tables: list[Any] = []
 
 
 def keep_for_graphs(*what: Any) -> None:
     """Keep tables alive that a captured graph reads at every replay."""
-    _captured.extend(what)
+    _graph_tables.extend(what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +173,9 @@ class DevicePlan:
             step is skipped.
         seed: int64 `[1]`.
         max_norm: float64 `[1]`.
-        uploaded: the addresses that `grads` holds, as far as the host knows.
+        contents: the addresses that `grads` holds, as far as the host knows.
         spare: pinned int64 `[N]`, the host's copy of the addresses in the next capture.
-        replayed: whether a captured graph may have written `grads` since.
+        in_graph: whether a captured graph may have written `grads` since.
     """
 
     rows: Tensor
@@ -186,9 +186,9 @@ class DevicePlan:
     control: Tensor
     seed: Tensor
     max_norm: Tensor
-    uploaded: list[int] = field(default_factory=list)
+    contents: list[int] = field(default_factory=list)
     spare: Tensor | None = None
-    replayed: bool = False
+    in_graph: bool = False
 
     def upload(self, addresses: list[int]) -> Tensor:
         """The table of these gradients' addresses, without a sync.
@@ -211,11 +211,11 @@ class DevicePlan:
         if self.spare is None:
             shape = self.grads.shape
             self.spare = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
-        if addresses != self.uploaded:
+        if addresses != self.contents:
             # torch's allocator keeps pinned memory until copies from it are done.
             host = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=True)
             self.grads.copy_(host, non_blocking=True)
-            self.uploaded = addresses
+            self.contents = addresses
         return self.grads
 
 
@@ -238,9 +238,9 @@ def _build(call: UpdateCall, kind_of: KindOf, seed: int, max_grad_norm: float | 
     group, remainder = ROW.index("group"), ROW.index("remainder")
     for i, (row, grad) in enumerate(zip(rows, addresses(call.grads), strict=True)):
         read = (grad, row[remainder], *(row[k] for k in streams))
-        aligned = not any(address % ALIGNMENT for address in read)
+        is_aligned = not any(address % ALIGNMENT for address in read)
         types = (row[group] >> 32).to_bytes(4, "little") + row[group + 1].to_bytes(2, "little")
-        members = by_kind.setdefault(kind_of(types, row[remainder] != 0, aligned), [])
+        members = by_kind.setdefault(kind_of(types, row[remainder] != 0, is_aligned), [])
         numel = row[ROW.index("numel")]
         for begin in range(0, numel, CHUNK):
             members.append((begin, i | min(CHUNK, numel - begin) << 32))

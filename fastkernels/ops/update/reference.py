@@ -129,11 +129,11 @@ def _step(
     w = codes.load_param(codes.flat(param), remainder).to(dtype)
     sign = torch.where(h[columns.index("maximize")] != 0, -scale, scale)
     g = codes.flat(call.grads[i]).to(dtype) * sign.to(dtype)
-    stored = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in call.moments]
+    moments = [None if _entry(ms, i) is None else codes.flat(ms[i]) for ms in call.moments]
     scales = [_entry(s, i) for s in call.moment_scales]
     old = [
         None if m is None else codes.load(m, s, signed=k == 0).to(dtype)
-        for k, (m, s) in enumerate(zip(stored, scales, strict=True))
+        for k, (m, s) in enumerate(zip(moments, scales, strict=True))
     ]
     new_w, *new = RULES[call.rule.name](h, step, w, g, *old)
     if _entry(call.anchors, i) is not None:
@@ -141,7 +141,7 @@ def _step(
     squares[2] += (new_w - w).double().square().sum()
     for target, value in codes.store_param(codes.flat(param), remainder, new_w):
         store(target, value)
-    for k, (m, s, value) in enumerate(zip(stored, scales, new, strict=True)):
+    for k, (m, s, value) in enumerate(zip(moments, scales, new, strict=True)):
         if m is not None:
             draws = functools.partial(codes.draws, param.numel(), call.seed, step)
             for target, part in codes.store(m, s, value, draws, signed=k == 0):

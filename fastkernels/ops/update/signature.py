@@ -52,20 +52,20 @@ class NativeSignature:
 
     def record(self, call: UpdateCall) -> list[int] | None:
         self._groups = list(call.groups)
-        moving: list[int] | None = self._native.record(*_lists(call))
-        return moving
+        grad_addresses: list[int] | None = self._native.record(*_lists(call))
+        return grad_addresses
 
     def match(self, call: UpdateCall) -> list[int] | None:
         if self._groups != call.groups:
             return None
-        moving: list[int] | None = self._native.match(*_lists(call))
-        return moving
+        grad_addresses: list[int] | None = self._native.match(*_lists(call))
+        return grad_addresses
 
 
 def _lists(call: UpdateCall) -> tuple[list[Any], list[Any], list[list[Any]], list[list[Any]]]:
-    shaped = [*call.moments, call.anchors, call.curvature, call.remainders]
+    like_params = [*call.moments, call.anchors, call.curvature, call.remainders]
     others = [call.steps, *call.moment_scales, call.curvature_scales]
-    return list(call.params), list(call.grads), [*map(list, shaped)], [*map(list, others)]
+    return list(call.params), list(call.grads), [*map(list, like_params)], [*map(list, others)]
 
 
 class TorchSignature:
@@ -89,8 +89,8 @@ class TorchSignature:
 
 def _layout_of(call: UpdateCall) -> list[Any]:
     """What `match` compares; without a tuple per tensor, which would slow garbage collection."""
-    params, _, shaped, others = _lists(call)
-    lists = [params, *shaped, *others]
+    params, _, like_params, others = _lists(call)
+    lists = [params, *like_params, *others]
     return [
         list(call.groups),
         [g.data_ptr() % ALIGNMENT for g in call.grads],

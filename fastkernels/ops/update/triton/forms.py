@@ -71,16 +71,16 @@ def to_bf16(x, random):
     bits = x.to(tl.uint32, bitcast=True)
     if random is None:
         random = 0x7FFF + ((bits >> 16) & 1)
-    rounded = ((bits + random) >> 16).to(tl.uint16)
-    rounded = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
-    return rounded.to(tl.bfloat16, bitcast=True)
+    high = ((bits + random) >> 16).to(tl.uint16)
+    high = tl.where(x == x, high, 0x7FC0).to(tl.uint16)
+    return high.to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def decode(stored, scale, SIGNED: tl.constexpr, REAL: tl.constexpr):
+def decode(raw, scale, SIGNED: tl.constexpr, REAL: tl.constexpr):
     """A moment or the curvature, plain or of 8-bit codes and the scale of each."""
-    if stored.dtype == tl.uint8:
-        code = stored.to(tl.uint32)
+    if raw.dtype == tl.uint8:
+        code = raw.to(tl.uint32)
         if SIGNED:
             size = code & 0x7F
             fine = ((size << 21) + ONE).to(tl.float32, bitcast=True) - 1.0
@@ -94,7 +94,7 @@ def decode(stored, scale, SIGNED: tl.constexpr, REAL: tl.constexpr):
             y = (y.to(tl.uint32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
         return y.to(REAL)
     else:
-        return stored.to(REAL)
+        return raw.to(REAL)
 
 
 @triton.jit
@@ -172,12 +172,12 @@ def store_state(
 
 
 @triton.jit
-def join(stored, remainder, REAL: tl.constexpr):
+def join(raw, remainder, REAL: tl.constexpr):
     """A parameter; bfloat16 with a remainder (of int16) is a float32."""
     if remainder.dtype != tl.int16:
-        return stored.to(REAL)
+        return raw.to(REAL)
     else:
-        high = stored.to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = raw.to(tl.uint16, bitcast=True).to(tl.uint32)
         low = remainder.to(tl.int32)
         # A zero with a negative remainder was written by other code; it would become a NaN.
         low = tl.where((high & 0x7FFF) == 0, tl.maximum(low, 0), low)

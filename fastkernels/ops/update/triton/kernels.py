@@ -208,37 +208,37 @@ def update_tile(
     grad_scale, pull = rule[0], rule[1]
     # Every load comes before any arithmetic, so that all are under way together. Where a stream is
     # absent, a stand-in: Triton 3.6 cannot return None from functions.
-    stored_p, stored_g = load(p, o, keep), load(g, o, keep)
-    low, stored_m, stored_v, stored_a, stored_f = (stored_g,) * 5
-    scale_m, scale_v, scale_f = (stored_g,) * 3
+    raw_p, raw_g = load(p, o, keep), load(g, o, keep)
+    low, raw_m, raw_v, raw_a, raw_f = (raw_g,) * 5
+    scale_m, scale_v, scale_f = (raw_g,) * 3
     if remainder is not None:
         low = load(remainder, o, keep)
     if m is not None:
-        stored_m = load(m, o, keep)
+        raw_m = load(m, o, keep)
     if v is not None:
-        stored_v = load(v, o, keep)
+        raw_v = load(v, o, keep)
     if a is not None:
-        stored_a = load(a, o, keep)
+        raw_a = load(a, o, keep)
     if f is not None:
-        stored_f = load(f, o, keep)
+        raw_f = load(f, o, keep)
     if m_scale is not None:
         scale_m = load(m_scale, o // CODE_BLOCK, keep)
     if v_scale is not None:
         scale_v = load(v_scale, o // CODE_BLOCK, keep)
     if f_scale is not None:
         scale_f = load(f_scale, o // CODE_BLOCK, keep)
-    old = join(stored_p, low, REAL)
-    grad = stored_g.to(REAL) * grad_scale
+    old = join(raw_p, low, REAL)
+    grad = raw_g.to(REAL) * grad_scale
     first, second = grad, grad
     if m is not None:
-        first = decode(stored_m, scale_m, True, REAL)
+        first = decode(raw_m, scale_m, True, REAL)
     if v is not None:
-        second = decode(stored_v, scale_v, False, REAL)
+        second = decode(raw_v, scale_v, False, REAL)
     new, first, second = APPLY(rule, old, grad, first, second, m is not None)
     if a is not None:
-        w0 = stored_a.to(REAL)
+        w0 = raw_a.to(REAL)
         if f is not None:
-            curvature = decode(stored_f, scale_f, False, REAL)
+            curvature = decode(raw_f, scale_f, False, REAL)
             new = pull_to(new, w0, pull * curvature)
         else:
             new = pull_to(new, w0, pull)
@@ -294,18 +294,18 @@ def update_kernel(
         key = rounding_key(tl.load(seed), step.to(tl.int32), begin)
         g = tl.load(grads + index).to(tl.pointer_type(G)) + begin
         # Not inside of `stream`: Triton 3.6 cannot return None.
-        coded = begin // CODE_BLOCK
+        block = begin // CODE_BLOCK
         streams = (
             stream(row, begin, "param", P, ALIGN),
             stream(row, begin, "remainder", tl.int16, ALIGN) if REMAINDER else None,
             tl.multiple_of(g, ALIGN),
             stream(row, begin, "moment[0]", M, ALIGN) if M is not None else None,
-            stream(row, coded, "scale[0]", tl.float32, 4) if M == tl.uint8 else None,
+            stream(row, block, "scale[0]", tl.float32, 4) if M == tl.uint8 else None,
             stream(row, begin, "moment[1]", V, ALIGN) if V is not None else None,
-            stream(row, coded, "scale[1]", tl.float32, 4) if V == tl.uint8 else None,
+            stream(row, block, "scale[1]", tl.float32, 4) if V == tl.uint8 else None,
             stream(row, begin, "anchor", A, ALIGN) if A is not None else None,
             stream(row, begin, "curvature", F, ALIGN) if F is not None else None,
-            stream(row, coded, "curvature_scale", tl.float32, 4) if F == tl.uint8 else None,
+            stream(row, block, "curvature_scale", tl.float32, 4) if F == tl.uint8 else None,
         )
         zero = tl.zeros((BLOCK // WIDTH,), REAL)
         sums = (zero, zero, zero, zero)

@@ -61,7 +61,7 @@ class Kind(NamedTuple):
         return options
 
 
-def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
+def kind_of(types: bytes, remainder: bool, is_aligned: bool) -> Kind:
     """The kind of a row."""
     p, g, m, v, a, f = (_TYPES[t] for t in types)
     if a is None:  # without an anchor there is nothing for the curvature to weigh
@@ -70,7 +70,7 @@ def kind_of(types: bytes, remainder: bool, aligned: bool) -> Kind:
     heavy = remainder or real == tl.float64 or tl.uint8 in (m, v, f)
     return Kind(
         P=p, G=g, M=m, V=v, A=a, F=f, REMAINDER=remainder, REAL=real,
-        ALIGN=ALIGNMENT if aligned else 1, BLOCK=HEAVY_BLOCK if heavy else BLOCK,
+        ALIGN=ALIGNMENT if is_aligned else 1, BLOCK=HEAVY_BLOCK if heavy else BLOCK,
     )  # fmt: skip
 
 
