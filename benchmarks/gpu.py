@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -35,12 +36,20 @@ def arguments(doc: str | None, rounds: int, output: str) -> argparse.ArgumentPar
     return parser
 
 
-def need_cuda(dry_run: bool = False) -> None:
-    """Stop where there is no GPU, unless this is a dry run: from then on all is on the CPU."""
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; stops where there is no GPU, unless this is a dry run.
+
+    From then on all of a dry run is on the CPU. What it measures is only kept where --output says:
+    it is no result.
+    """
     global _dry
-    _dry = dry_run
-    if not dry_run and not torch.cuda.is_available():
+    args = parser.parse_args()
+    _dry = args.dry_run
+    if not _dry and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; torch finds none")
+    if _dry and args.output == parser.get_default("output"):
+        args.output = Path(os.devnull)
+    return args
 
 
 def write(report: Record, output: Path) -> None:

@@ -210,8 +210,7 @@ def main() -> None:
     parser.add_argument("--compiled", nargs="*", choices=CASES, default=["head"])
     parser.add_argument("--no-op", action="store_true", help="leave out the op")
     parser.add_argument("--tf32", action="store_true")
-    args = parser.parse_args()
-    gpu.need_cuda(args.dry_run)
+    args = gpu.parse(parser)
     # Peers cannot differentiate the fused encoder layer that torch takes without gradients.
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32

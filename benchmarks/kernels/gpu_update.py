@@ -195,8 +195,7 @@ def main() -> None:
         "--sets", nargs="+", choices=SETS, default=["resnet50", "bert_base", "one_25m"]
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    args = parser.parse_args()
-    gpu.need_cuda(args.dry_run)
+    args = gpu.parse(parser)
     rows = fastkernels.explain()
     backends = sorted({r.backend for r in rows if r.device == gpu.device() and r.available
                        and r.op == "anchored_adamw_"} - {"reference"})  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import device
+from benchmarks import device, gpu
 from helpers import ROOT
 
 
@@ -32,6 +34,15 @@ def test_a_part_that_fails_or_runs_out_of_time_is_a_row(tmp_path):
 def test_a_dry_run_has_its_own_arguments(tmp_path):
     part = python("raise SystemExit(3)", dry=(sys.executable, "-c", "print('dry')"))
     assert device.run("part", part, tmp_path, 60, True)["ended"] == "code 0"
+
+
+@pytest.mark.parametrize("output", [None, "mine.json"])
+def test_figures_of_a_dry_run_are_no_results(monkeypatch, tmp_path, output):
+    monkeypatch.setattr(gpu, "_dry", False)
+    given = ["--output", str(tmp_path / output)] if output else []
+    monkeypatch.setattr(sys, "argv", ["gpu_update", "--dry-run", *given])
+    args = gpu.parse(gpu.arguments(gpu.__doc__, rounds=1, output="gpu_update.json"))
+    assert args.output == (tmp_path / output if output else Path(os.devnull))
 
 
 @pytest.mark.slow
