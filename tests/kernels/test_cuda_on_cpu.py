@@ -23,7 +23,7 @@ from fastkernels.backends import cuda as backend
 from fastkernels.backends import native
 from fastkernels.ops.update import cuda
 from fastkernels.ops.update.call import UpdateCall
-from fastkernels.ops.update.plan import CHUNK, DEVICE_PLANS
+from fastkernels.ops.update.device_plan import CHUNK, DEVICE_PLANS
 from helpers import ROOT
 from kernels.cases import FEATURES, Feature
 from kernels.update_harness import Run

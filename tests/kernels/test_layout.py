@@ -11,7 +11,8 @@ import torch
 from fastkernels import codes
 from fastkernels.ops.update.adamw import ADAMW
 from fastkernels.ops.update.call import MAX_PULL, STATS
-from fastkernels.ops.update.plan import CHUNK, DTYPES, ROW
+from fastkernels.ops.update.device_plan import CHUNK
+from fastkernels.ops.update.plan import DTYPES, ROW
 from fastkernels.ops.update.sgd import SGD
 from helpers import ROOT
 from kernels import cases

@@ -11,7 +11,7 @@ import torch
 
 from fastkernels import codes as codec
 from fastkernels.backends import triton
-from fastkernels.ops.update import plan as plans
+from fastkernels.ops.update.device_plan import DEVICE_PLANS
 from kernels.cases import Feature
 from kernels.update_harness import Run
 
@@ -120,13 +120,13 @@ def test_one_list_of_many_kinds(monkeypatch):
 
 def test_one_launch_for_any_number_of_tensors(monkeypatch):
     """Tensors of one kind: all of a network's, whatever their shapes."""
-    found, find = [], plans.DEVICE_PLANS.find
+    found, find = [], DEVICE_PLANS.find
 
     def watched(*args):
         found.append(find(*args))
         return found[-1]
 
-    monkeypatch.setattr(plans.DEVICE_PLANS, "find", watched)
+    monkeypatch.setattr(DEVICE_PLANS, "find", watched)
     shapes = [(64, 3, 7, 7), (64,), (), (1,), (0,), (3, 5)] * 20 + [(40000,)]
     run = Run("adamw", [torch.randn(s) for s in shapes], Feature(anchor_decay=0.5))
     run.step([torch.randn(s) for s in shapes])

@@ -33,7 +33,7 @@ struct Chunk {
   int32_t row, count;
 };
 
-// fastkernels/ops/update/plan.py writes rows and chunks as words of 8 bytes.
+// plan.py and device_plan.py in fastkernels/ops/update write rows and chunks as words of 8 bytes.
 static_assert(sizeof(Row) == 14 * 8 && sizeof(Chunk) == 2 * 8, "tables");
 static_assert(offsetof(Row, moment) == 2 * 8 && offsetof(Row, anchor) == 4 * 8 &&
                   offsetof(Row, scale) == 6 * 8 && offsetof(Row, curvature_scale) == 8 * 8 &&

@@ -13,7 +13,8 @@ import torch
 
 from fastkernels.backends import cuda
 from fastkernels.ops.update.call import UpdateCall
-from fastkernels.ops.update.plan import DEVICE_PLANS, DTYPES, DevicePlan, flag, keep_for_graphs
+from fastkernels.ops.update.device_plan import DEVICE_PLANS, DevicePlan, flag, keep_for_graphs
+from fastkernels.ops.update.plan import DTYPES
 from fastkernels.ops.update.signature import addresses
 
 

@@ -11,7 +11,8 @@ import torch
 import triton.language as tl
 
 from fastkernels.ops.update.call import UpdateCall
-from fastkernels.ops.update.plan import DEVICE_PLANS, DTYPES, flag
+from fastkernels.ops.update.device_plan import DEVICE_PLANS, flag
+from fastkernels.ops.update.plan import DTYPES
 from fastkernels.ops.update.signature import ALIGNMENT
 from fastkernels.ops.update.triton.kernels import (
     WIDTH,
