@@ -1,8 +1,8 @@
 """Check the memory of the tensors of a call: there is enough of it, kernels can address it, and no
-tensor that is written shares elements with another.
+element of a tensor that is written is another element as well, of this tensor or of another.
 
-Kernels work on addresses, in any order and in parallel, so an element of two tensors would get one
-of several values. Every backend refuses a tensor that breaks a rule before anything is written.
+Kernels work on addresses, in any order and in parallel, so such an element would get one of several
+values. Every backend refuses a tensor that breaks a rule before anything is written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def check(op: str, tensors: Iterable[tuple[str, Tensor, bool]]) -> None:
 
     Raises:
         ValueError: a storage is too small, an address is misaligned, a tensor that is written is an
-            inference tensor or shares elements with another one; the message names them.
+            inference tensor, overlaps itself or shares elements with another one; the message names
+            them.
     """
     spans = [_span(f"{op}: {what}", t, written) for what, t, written in tensors if t.numel()]
     open_reads: list[Span] = []
@@ -84,7 +85,27 @@ def _span(what: str, t: Tensor, written: bool) -> Span:
             f"{what} is an inference tensor, which may not be written to; give its .clone(), made "
             "outside of torch.inference_mode()"
         )
+    if written and not t.is_contiguous() and _overlaps_itself(t):
+        raise ValueError(
+            f"{what} is written to, and several of its elements are one in memory (it is expanded, "
+            "or made by as_strided); give its .clone()"
+        )
     return Span(begin, begin + reach * width, what, t, written)
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether two elements of `t`, which has some, are at one address."""
+    reach = 0  # of the dimensions so far: their elements are at most so far apart
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride == 0:
+            return True
+        if stride <= reach:
+            cells = _cells(t, t.element_size())
+            return cells.unique().numel() < cells.numel()
+        reach += (size - 1) * stride
+    return False
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:

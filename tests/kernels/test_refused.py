@@ -94,6 +94,11 @@ REFUSED = {
     "inference moment": (first("exp_avgs", inference), r"exp_avgs\[0\] is an inference tensor"),
     "negative view": (
         first("anchors", lambda: torch._neg_view(torch.ones(N))), r"anchors\[0\] is a negative"),
+    "expanded moment": (first("exp_avgs", lambda: torch.ones(1).expand(N)), r"exp_avgs\[0\] is w"),
+    "woven param": (
+        lambda c: c["params"].__setitem__(1, torch.ones(8).as_strided((3, 4), (2, 1))),
+        r"params\[1\] is written to, and several of its elements are one in memory",
+    ),
     "param twice": (
         lambda c: c.update({k: [c[k][0], c[k][0]] if k == "params" else [c[k][0], c[k][0].clone()]
                             for k in ("params", "grads", "exp_avgs", "exp_avg_sqs", "anchors")}),
@@ -181,6 +186,16 @@ def test_columns_of_one_matrix_share_nothing():
     call["params"][1] = whole[:, 4:]
     with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] share memory"):
         fastkernels.anchored_adamw_(**call)
+
+
+def test_elements_between_each_other_share_nothing():
+    """The strides alone do not tell: 0 2 4 of the first row, 3 5 7 of the second."""
+    call = arguments()
+    call["params"][1] = torch.ones(8).as_strided((2, 3), (3, 2))
+    for key in ("grads", "exp_avgs", "exp_avg_sqs", "anchors"):
+        call[key][1] = torch.ones(2, 3)
+    fastkernels.anchored_adamw_(**call)
+    assert (call["params"][1] < 1).all()
 
 
 def test_an_infinite_norm_clips_nothing():

@@ -139,8 +139,6 @@ def prepare(call: UpdateCall) -> tuple[UpdateCall, Callable[[], None]]:
 
     params = list(call.params)
     for i, p in enumerate(params):
-        if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
-            raise ValueError(f"{call.rule.name}: params[{i}] is expanded; give its .clone()")
         if p.numel() and not memory.is_dense(p):
             params[i] = p.contiguous()
             copies.append((p, params[i]))
