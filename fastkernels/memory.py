@@ -103,7 +103,7 @@ def _overlaps_itself(t: Tensor) -> bool:
             return True
         if stride <= reach:
             cells = _cells(t, t.element_size())
-            return cells.unique().numel() < cells.numel()
+            return bool(cells.unique().numel() < cells.numel())
         reach += (size - 1) * stride
     return False
 
