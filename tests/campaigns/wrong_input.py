@@ -138,6 +138,10 @@ def spoil_memory(rng: random.Random, rule: str, call: Call) -> str:
     if (key, i) == (other, j) or rng.random() < 0.3:
         call[key][i] = inference(call[key][i])
         return f"{key}: inference tensor"
+    if rng.random() < 0.2 and call[key][i].numel() > 1:
+        t = call[key][i]
+        call[key][i] = t.flatten()[0].clone().expand(t.shape)
+        return f"{key}: expanded"
     a, b = call[key][i], call[other][j]
     if a.numel() == 1 or b.numel() == 1 or a.dtype != b.dtype:
         call[key][i] = (

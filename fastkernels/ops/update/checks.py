@@ -29,7 +29,19 @@ _OPTIONAL = ("anchors", "curvature", "curvature_scales")
 def check_tensors(call: UpdateCall) -> None:
     """Raise a ValueError that names the list and the entry that does not fit its parameter, or that
     breaks a rule of `fastkernels.memory`."""
-    name, count, lists = call.rule.name, len(call.params), call.lists()
+    lists = call.lists()
+    _check_entries(call, lists)
+    for i in range(len(call.params)):
+        _check_tensor(call, lists, i)
+    memory.check(call.rule.name, (
+        (f"{key}[{i}]", t, key in call.rule.written)
+        for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
+    ))  # fmt: skip
+
+
+def _check_entries(call: UpdateCall, lists: dict[str, Sequence[Any]]) -> None:
+    """Check that every list has an entry per parameter, and a tensor as each of them."""
+    name, count = call.rule.name, len(call.params)
     required = {"params", "grads", "steps", "groups", *call.rule.moments}
     for key, entries in (lists | {"groups": call.groups}).items():
         if len(entries) != count and (entries or key in required):
@@ -39,42 +51,44 @@ def check_tensors(call: UpdateCall) -> None:
                 continue
             if not isinstance(t, Tensor):
                 raise ValueError(f"{name}: {key}[{i}] must be a tensor; got {type(t).__name__}")
-    shaped = ("grads", *call.rule.moments, "anchors", "curvature", "remainders")
+
+
+def _check_tensor(call: UpdateCall, lists: dict[str, Sequence[Any]], i: int) -> None:
+    """Check parameter i, and that the tensors that belong to it fit it."""
+    name, p, device = call.rule.name, call.params[i], call.params[0].device
+    if p.dtype not in _REAL:
+        legal = ", ".join(map(str, _REAL))
+        raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {legal}")
+    if p.layout is not torch.strided:
+        raise ValueError(f"{name}: params[{i}] is {p.layout}; it must be dense")
+    if p.device != device:
+        raise ValueError(
+            f"{name}: params[{i}] is on {p.device}, params[0] on {device}; make a call for each "
+            "device"
+        )
+    _check_flat(f"{name}: steps[{i}]", call.steps[i], 1, device)
     may_be_empty = ("remainders", *call.rule.optional_moments)
-    for i, p in enumerate(call.params):
-        if p.dtype not in _REAL:
-            legal = ", ".join(map(str, _REAL))
-            raise ValueError(f"{name}: params[{i}] is {p.dtype}; it must be one of {legal}")
-        if p.layout is not torch.strided:
-            raise ValueError(f"{name}: params[{i}] is {p.layout}; it must be dense")
-        if p.device != call.params[0].device:
-            raise ValueError(
-                f"{name}: params[{i}] is on {p.device}, params[0] on {call.params[0].device}; make "
-                "a call for each device"
-            )
-        _check_flat(f"{name}: steps[{i}]", call.steps[i], 1, p.device)
-        for key in shaped:
-            t = lists[key][i] if lists[key] else None
-            if t is None or (t.numel() == 0 and key in may_be_empty):
-                continue
-            _check_shaped(f"{name}: {key}[{i}]", t, i, p, _DTYPES.get(key, _MOMENTS))
-            if key == "remainders" and p.dtype != torch.bfloat16:
-                raise ValueError(f"{name}: remainders[{i}] must be of a bfloat16 parameter")
-            if t.dtype == torch.uint8:
-                scale_key = call.rule.scales_of(key)
-                scales = lists[scale_key][i] if lists[scale_key] else None
-                if scales is None:
-                    raise ValueError(
-                        f"{name}: {key}[{i}] are 8-bit codes, and {scale_key} has no scales of them"
-                    )
-                _check_flat(f"{name}: {scale_key}[{i}]", scales, code_scales(t.numel()), p.device)
-    memory.check(name, (
-        (f"{key}[{i}]", t, key in call.rule.written)
-        for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
-    ))  # fmt: skip
+    for key in ("grads", *call.rule.moments, "anchors", "curvature", "remainders"):
+        t = lists[key][i] if lists[key] else None
+        if t is None or (t.numel() == 0 and key in may_be_empty):
+            continue
+        _check_like_param(f"{name}: {key}[{i}]", t, i, p, _DTYPES.get(key, _MOMENTS))
+        if key == "remainders" and p.dtype != torch.bfloat16:
+            raise ValueError(f"{name}: remainders[{i}] must be of a bfloat16 parameter")
+        if t.dtype == torch.uint8:
+            scale_key = call.rule.scales_of(key)
+            scales = lists[scale_key][i] if lists[scale_key] else None
+            if scales is None:
+                raise ValueError(
+                    f"{name}: {key}[{i}] are 8-bit codes, and {scale_key} has no scales of them"
+                )
+            _check_flat(f"{name}: {scale_key}[{i}]", scales, code_scales(t.numel()), device)
 
 
-def _check_shaped(what: str, t: Tensor, i: int, p: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+def _check_like_param(
+    what: str, t: Tensor, i: int, p: Tensor, dtypes: Sequence[torch.dtype]
+) -> None:
+    """Check a tensor of the shape of parameter i, `p`."""
     if t.layout is not p.layout:
         raise ValueError(f"{what} is {t.layout}, params[{i}] {p.layout}")
     if t.shape != p.shape:
@@ -86,7 +100,7 @@ def _check_shaped(what: str, t: Tensor, i: int, p: Tensor, dtypes: Sequence[torc
 
 
 def _check_flat(what: str, t: Tensor, size: int, device: torch.device) -> None:
-    """Raise a ValueError unless `t` is a step count, or scales, of `size` elements."""
+    """Check a step count, or scales, of `size` elements."""
     if t.dtype != torch.float32 or t.numel() != size or not t.is_contiguous():
         raise ValueError(
             f"{what} must be float32 with {size} elements, contiguous; got {t.dtype} "
