@@ -66,10 +66,10 @@ def _span(what: str, t: Tensor, written: bool) -> Span:
     reach = t.numel()
     if not t.is_contiguous():
         reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    needed, there = (t.storage_offset() + reach) * width, t.untyped_storage().nbytes()
-    if there < needed:
+    need, have = (t.storage_offset() + reach) * width, t.untyped_storage().nbytes()
+    if have < need:
         raise ValueError(
-            f"{what} needs {needed} bytes of its storage, which has {there}: it was resized; "
+            f"{what} needs {need} bytes of its storage, which has {have}: it was resized; "
             "make the tensor anew"
         )
     begin = t.data_ptr()

@@ -25,7 +25,7 @@ import torch
 from benchmarks.kernels import peers
 from benchmarks.kernels.handwritten import USERS
 from benchmarks.kernels.interleaved import Rounds
-from benchmarks.kernels.methods import Method, Missing, compiled, ours, torchs
+from benchmarks.kernels.methods import Method, Missing, ours, torch_compile, torchs
 from benchmarks.kernels.shapes import SETS, Shapes
 from benchmarks.kernels.streams import StreamWalk, compiler
 from benchmarks.kernels.tensors import LR, Tensors, Update, checked
@@ -40,7 +40,7 @@ METHODS: dict[str, Callable[[Tensors], Method]] = {
     BASE: torchs(fused=True),
     "torch foreach": torchs(foreach=True),
     "torch for-loop": torchs(foreach=False),
-    "torch.compile of foreach": compiled,
+    "torch.compile of foreach": torch_compile,
     "DeepSpeed CPUAdam": peers.deepspeed,
     "torchao _AdamW": peers.torchao("_AdamW", 1e-3),
     "torchao AdamW8bit": peers.torchao("AdamW8bit", peers.EIGHT_BIT),
@@ -58,8 +58,9 @@ SLOW = {"torch.compile of foreach", "torchao _AdamW", "torchao AdamW8bit"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A measured set: `floors` names the floor of each method, `skipped` why one is missing."""
+class Measurement:
+    """A set that was measured: `floors` names the floor of each method, and `reasons` says why one
+    is missing."""
 
     tensors: Tensors
     methods: dict[str, Method]
@@ -67,7 +68,7 @@ class Measured:
     floors: dict[str, str]
     errors: dict[str, float]
     first_calls: dict[str, float]
-    skipped: dict[str, str]
+    reasons: dict[str, str]
 
 
 def check(tensors: Tensors, method: Method) -> tuple[float, float]:
@@ -97,16 +98,16 @@ def floor(method: Method) -> tuple[str, Callable[[], object]]:
     return "floor: " + ", ".join(names), lambda: [walk.run(threads) for walk in walks]
 
 
-def measure(shapes: Shapes, names: list[str], seconds: float, least: int) -> Measured:
+def measure(shapes: Shapes, names: list[str], seconds: float, least: int) -> Measurement:
     tensors = Tensors(shapes)
     methods: dict[str, Method] = {}
-    errors, first_calls, skipped, floors = {}, {}, {}, {}
+    errors, first_calls, reasons, floors = {}, {}, {}, {}
     steps: dict[str, Callable[[], object]] = {}
     for name in dict.fromkeys([BASE, *names]):
         try:
             method = METHODS[name](tensors)
         except Missing as missing:
-            skipped[name] = str(missing)
+            reasons[name] = str(missing)
             continue
         errors[name], first_calls[name] = check(tensors, method)
         methods[name], steps[name] = method, method.step
@@ -116,14 +117,14 @@ def measure(shapes: Shapes, names: list[str], seconds: float, least: int) -> Mea
     for step in steps.values():
         step()
     rounds = Rounds(steps, seconds * len(steps), least)
-    return Measured(
+    return Measurement(
         tensors=tensors,
         methods=methods,
         rounds=rounds,
         floors=floors,
         errors=errors,
         first_calls=first_calls,
-        skipped=skipped,
+        reasons=reasons,
     )
 
 
@@ -131,7 +132,7 @@ def measure(shapes: Shapes, names: list[str], seconds: float, least: int) -> Mea
     scope="module",
     params=[pytest.param(s, marks=pytest.mark.slow if s == "bert_base" else ()) for s in SETS],
 )
-def group(request: pytest.FixtureRequest) -> Iterator[tuple[str, Measured]]:
+def group(request: pytest.FixtureRequest) -> Iterator[tuple[str, Measurement]]:
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     names = [
         c.params["name"]
@@ -170,11 +171,12 @@ clock = Clock()
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in METHODS]
 )
-def bench_update(benchmark: Any, group: tuple[str, Measured], name: str) -> None:
-    label, measured = group
-    if name in measured.skipped:
-        pytest.skip(measured.skipped[name])
-    rounds, method, elements = measured.rounds, measured.methods[name], measured.tensors.elements
+def bench_update(benchmark: Any, group: tuple[str, Measurement], name: str) -> None:
+    label, measurement = group
+    if name in measurement.reasons:
+        pytest.skip(measurement.reasons[name])
+    rounds, method = measurement.rounds, measurement.methods[name]
+    elements = measurement.tensors.elements
     walls, threads = rounds.wall(name), torch.get_num_threads()
     benchmark.group = f"update, {label}, {threads} threads"
     clock.load(walls)
@@ -182,30 +184,30 @@ def bench_update(benchmark: Any, group: tuple[str, Measured], name: str) -> None
 
     streams = [(t[0].element_size(), written) for p in method.passes for t, written in p]
     read = sum(width for width, _ in streams)
-    moved = read + sum(width for width, written in streams if written)
+    bytes_moved = read + sum(width for width, written in streams if written)
     seconds = benchmark.stats.stats.median
     info = benchmark.extra_info
     info |= {
         "set": label,
         "method": name,
         "threads": threads,
-        "tensors": len(measured.tensors.params),
+        "tensors": len(measurement.tensors.params),
         "elements": elements,
         "bytes_read": read,
-        "bytes_moved": moved,
+        "bytes_moved": bytes_moved,
         "gb_read_per_s": read * elements / seconds / 1e9,
-        "gb_moved_per_s": moved * elements / seconds / 1e9,
+        "gb_moved_per_s": bytes_moved * elements / seconds / 1e9,
         "to_fused": rounds.ratio(name, BASE),
         "cpu_ms": rounds.cpu(name) * 1e3,
         "cpu_to_fused": rounds.cpu_ratio(name, BASE),
-        "error_lr": measured.errors[name],
-        "first_call_s": measured.first_calls[name],
+        "error_lr": measurement.errors[name],
+        "first_call_s": measurement.first_calls[name],
         "rounds": len(rounds.all),
         "quiet_rounds": rounds.quiet_count,
         "only_quiet": rounds.only_quiet,
         "others": rounds.others(),
     }
-    if name in measured.floors:
-        base = measured.floors[name]
+    if name in measurement.floors:
+        base = measurement.floors[name]
         info |= {"floor": base, "floor_ms": sorted(rounds.wall(base))[len(walls) // 2] * 1e3}
         info |= {"to_floor": rounds.ratio(name, base), "cpu_to_floor": rounds.cpu_ratio(name, base)}

@@ -64,21 +64,21 @@ class Rounds:
         quiet = [r for r in self.all if r.others < QUIET_SHARE]
         self.only_quiet = len(quiet) >= QUIET_ROUNDS
         self.quiet_count = len(quiet)
-        self.used = quiet if self.only_quiet else self.all
+        self.sample = quiet if self.only_quiet else self.all
 
     def wall(self, name: str) -> list[float]:
-        return [r.wall[name] for r in self.used]
+        return [r.wall[name] for r in self.sample]
 
     def cpu(self, name: str) -> float:
         """Median process CPU time of one step, all threads together."""
-        return median(r.cpu[name] for r in self.used)
+        return median(r.cpu[name] for r in self.sample)
 
     def ratio(self, name: str, base: str) -> float:
         """Median over the rounds of the ratio of wall times within a round."""
-        return median(r.wall[name] / r.wall[base] for r in self.used)
+        return median(r.wall[name] / r.wall[base] for r in self.sample)
 
     def cpu_ratio(self, name: str, base: str) -> float:
-        return median(r.cpu[name] / max(r.cpu[base], 1e-9) for r in self.used)
+        return median(r.cpu[name] / max(r.cpu[base], 1e-9) for r in self.sample)
 
     def others(self) -> float:
-        return median(r.others for r in self.used)
+        return median(r.others for r in self.sample)

@@ -60,18 +60,18 @@ def passes(
     tensors: Tensors, update: Update, state: dict[str, list[Tensor]] | None = None
 ) -> list[Pass]:
     """The least that has to be read and written for `update`, with `state` in its own storage."""
-    stored = {
+    lists = {
         "exp_avg": tensors.exp_avgs,
         "exp_avg_sq": tensors.exp_avg_sqs,
         "anchor": tensors.anchors,
         "curvature": tensors.curvature,
     } | (state or {})
     main: Pass = [(tensors.values, True), (tensors.grads, False)]
-    main += [(stored["exp_avg"], True), (stored["exp_avg_sq"], True)]
+    main += [(lists["exp_avg"], True), (lists["exp_avg_sq"], True)]
     if update.pull != "none":
-        main.append((stored["anchor"], False))
+        main.append((lists["anchor"], False))
     if update.curvature:
-        main.append((stored["curvature"], False))
+        main.append((lists["curvature"], False))
     # The exact global norm is known only after all gradients were read.
     return [[(tensors.grads, False)], main] if update.clip else [main]
 
@@ -143,7 +143,7 @@ def torchs(**how: bool) -> Callable[[Tensors], Method]:
     return make
 
 
-def compiled(tensors: Tensors) -> Method:
+def torch_compile(tensors: Tensors) -> Method:
     """torch.compile of torch's foreach step; compiling takes minutes."""
     if len(tensors.params) > 1000:
         raise Missing("compiling a step of so many tensors takes more than eight minutes")

@@ -10,7 +10,7 @@ import torch
 from benchmarks.kernels.methods import COMMON, Method, need, passes
 from benchmarks.kernels.tensors import STEPS_DONE, Tensors, Update
 
-Stored = dict[str, list[torch.Tensor]]
+Lists = dict[str, list[torch.Tensor]]
 EIGHT_BIT = 0.3  # the error of codes of 8 bits in one step, as a share of lr
 
 
@@ -35,11 +35,11 @@ def torchao(name: str, tolerance: float) -> Any:
         import torchao.optim
 
         opt = getattr(torchao.optim, name)(tensors.params, **COMMON)
-        stored = {}
+        moments = {}
         if "8bit" in name:
             codes = [torch.zeros_like(w, dtype=torch.uint8) for w in tensors.values]
-            stored = {"exp_avg": codes, "exp_avg_sq": codes}
-        return _with_copied_state(tensors, opt, tolerance, stored)
+            moments = {"exp_avg": codes, "exp_avg_sq": codes}
+        return _with_copied_state(tensors, opt, tolerance, moments)
 
     return make
 
@@ -59,13 +59,13 @@ def _with_copied_state(
     tensors: Tensors,
     opt: Any,
     tolerance: float,
-    stored: Stored | None = None,
+    moments: Lists | None = None,
 ) -> Method:
     """A method that makes its own state at the first step; its values are then set to those of
     `tensors`.
 
     Args:
-        stored: the moments, where they are not float32.
+        moments: those of the library, where they are not float32.
     """
     with torch.no_grad():
         opt.step()
@@ -83,7 +83,7 @@ def _with_copied_state(
 
     return Method(
         step=opt.step,
-        passes=passes(tensors, Update(), stored),
+        passes=passes(tensors, Update(), moments),
         tolerance=tolerance,
         reset=reset,
     )

@@ -96,12 +96,12 @@ def gpu_tables(data: Record) -> list[str]:
     """Every backend and torch's plain AdamW, by set and variant: ms and share of a copy."""
     rows = data["results"]
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    measured = {
+    texts = {
         (r["set"], r["variant"], r["method"]): f"{r['ms']:.3f} ms, {r['of_copy']:.0%}" for r in rows
     }
     cells = [
         {"set": name, "variant": variant}
-        | {method: measured[name, variant, method] for method in methods}
+        | {method: texts[name, variant, method] for method in methods}
         for name, variant in dict.fromkeys((r["set"], r["variant"]) for r in rows)
     ]
     wrong = [

@@ -64,14 +64,14 @@ auto bind(Update update) {
 // (bytes of the dtypes of parameter, gradient, moments, anchor and curvature; whether there is a
 // remainder) -> kind.
 py::dict kinds() {
-  py::dict found;
+  py::dict table;
   int kind = 0;
   for (const CudaKind& k : cuda_kinds()) {
     const char types[] = {char(k.param), char(k.grad), char(k.moment), char(k.anchor),
                           char(k.curvature)};
-    found[py::make_tuple(py::bytes(types, sizeof(types)), k.remainder)] = kind++;
+    table[py::make_tuple(py::bytes(types, sizeof(types)), k.remainder)] = kind++;
   }
-  return found;
+  return table;
 }
 
 }  // namespace

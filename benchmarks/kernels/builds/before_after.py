@@ -115,7 +115,7 @@ def processor() -> str:
     )
 
 
-def report(measured: list[dict[str, Any]]) -> list[str]:
+def report(records: list[dict[str, Any]]) -> list[str]:
     cells = [
         {"set": r["set"], "threads": r["threads"], "method": r["method"]}
         | {
@@ -125,7 +125,7 @@ def report(measured: list[dict[str, Any]]) -> list[str]:
             for what in ("fused", "floor")
             for clock in ("wall", "cpu")
         }
-        for r in measured
+        for r in records
     ]
     return table(cells)
 
@@ -141,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.work:
         return work(args.work, METHODS)
-    measured, conditions = [], []
+    records, conditions = [], []
     for name in args.set or ["resnet50", "small_2000"]:
         trees = {"before": args.before.resolve(), "after": ROOT}
         workers = {when: Worker(tree, args.threads, name) for when, tree in trees.items()}
@@ -150,7 +150,7 @@ def main() -> None:
                 worker.round()
         for worker in workers.values():
             worker.close()
-        measured += rows(workers, name, args.threads)
+        records += rows(workers, name, args.threads)
         others = median(r["others"] for w in workers.values() for r in w.rounds)
         commits = " -> ".join(worker.commit for worker in workers.values())
         conditions.append(
@@ -158,10 +158,10 @@ def main() -> None:
             "cores"
         )
         where = f"{processor()}; " + "; ".join(conditions)
-        lines = [*report(measured), "", where]
+        lines = [*report(records), "", where]
         if args.save:
             save(args.save, lines)
-            data = {"machine": where, "rows": measured}
+            data = {"machine": where, "rows": records}
             (RESULTS / f"{args.save}.json").write_text(json.dumps(data, indent=1) + "\n")
         else:
             print("\n".join(lines))

@@ -75,12 +75,12 @@ def sizes(rule: str, v: Variant) -> tuple[list[int], list[int]]:
 
 def accesses(rule: str, v: Variant, elements: int) -> sass.Accesses:
     """The accesses of a thread that has so many consecutive elements of every stream."""
-    wanted: sass.Accesses = Counter()
+    minimum: sass.Accesses = Counter()
     for name, widths in zip(("LDG", "STG"), sizes(rule, v), strict=True):
         for size in widths:
             width = min(16, size * elements)
-            wanted[name, 8 * width] += size * elements // width
-    return wanted
+            minimum[name, 8 * width] += size * elements // width
+    return minimum
 
 
 def offline(kernel: Any, constants: dict[str, Any], options: dict[str, Any],
@@ -107,11 +107,11 @@ def triton_kernel(rule: str, v: Variant) -> tuple[bytes, str, int, int]:
     types = bytes(DTYPES.index(t) for t in streams(rule, v))
     kind = launch.kind_of(types, v.exact, True)
     constants = {**launch.RULES[f"anchored_{rule}_"], "COLUMNS": 7, **kind._asdict()}
-    compiled = offline(
+    kernel = offline(
         kernels.update_kernel, constants | {"CLIP": v.clip, "STATS": v.stats}, kind.options
     )
-    threads = 32 * compiled.metadata.num_warps
-    return compiled.asm["cubin"], "update_kernel", threads, kind.BLOCK // threads
+    threads = 32 * kernel.metadata.num_warps
+    return kernel.asm["cubin"], "update_kernel", threads, kind.BLOCK // threads
 
 
 @functools.cache
@@ -161,24 +161,24 @@ def cuda_kernel(rule: str, v: Variant, csrc: Path) -> tuple[bytes, str, int, int
     return cubin, name, 128, 4
 
 
-def count(found: tuple[bytes, str, int, int], rule: str, v: Variant) -> Record:
+def count(kernel: tuple[bytes, str, int, int], rule: str, v: Variant) -> Record:
     """What a variant's kernel costs."""
-    cubin, name, threads, elements = found
-    used = sass.usage(cubin)[name]
-    wanted = accesses(rule, v, elements)
-    way = sass.shortest_pass(sass.disassemble(cubin)[name], wanted)
-    moved = sum(map(sum, sizes(rule, v)))
+    cubin, name, threads, elements = kernel
+    resources = sass.usage(cubin)[name]
+    minimum = accesses(rule, v, elements)
+    way = sass.shortest_pass(sass.disassemble(cubin)[name], minimum)
+    num_bytes = sum(map(sum, sizes(rule, v)))
     per_element = way.instructions / (elements * way.times) if way else None
     return {
-        "bytes": moved,
+        "bytes": num_bytes,
         "least": takes_any(name, rule),
         "per_element": per_element,
-        "of_issue": per_element and per_element / (PER_BYTE * moved),
-        "registers": used.registers,
-        "spilled": used.stack + used.local,
+        "of_issue": per_element and per_element / (PER_BYTE * num_bytes),
+        "registers": resources.registers,
+        "spilled": resources.stack + resources.local,
         "barriers": way and way.barriers,
-        "warps": used.warps(threads),
-        "accesses": {f"{kind}.{bits}": n for (kind, bits), n in sorted(wanted.items())},
+        "warps": resources.warps(threads),
+        "accesses": {f"{kind}.{bits}": n for (kind, bits), n in sorted(minimum.items())},
     }
 
 
@@ -187,11 +187,11 @@ def rows(csrc: Path, backends: list[str]) -> Iterator[Record]:
         for rule in RULES:
             for label, v in VARIANTS.items():
                 if backend == "triton":
-                    found = triton_kernel(rule, v)
+                    kernel = triton_kernel(rule, v)
                 else:
-                    found = cuda_kernel(rule, v, csrc)
+                    kernel = cuda_kernel(rule, v, csrc)
                 row = {"backend": backend, "rule": rule, "variant": label}
-                row |= count(found, rule, v)
+                row |= count(kernel, rule, v)
                 if row["least"] and {t for t in streams(rule, v) if t} != {torch.float32}:
                     row |= {"per_element": None, "of_issue": None}
                 print(row, file=sys.stderr, flush=True)

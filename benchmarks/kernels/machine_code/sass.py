@@ -84,21 +84,21 @@ _LABEL = re.compile(r"^(\.L_\w+|\$?[\w$]+):")
 def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     """The instructions of every kernel of a cubin, by its mangled name."""
     text = _run("nvdisasm", cubin, "-c")
-    found: dict[str, list[Instruction]] = {}
+    kernels: dict[str, list[Instruction]] = {}
     for section in re.split(r"^\.text\.", text, flags=re.MULTILINE)[1:]:
         lines = section.splitlines()
         labels: dict[str, int] = {}
-        waiting: list[str] = []
-        parsed: list[tuple[re.Match[str], str | None]] = []
+        pending: list[str] = []
+        matches: list[tuple[re.Match[str], str | None]] = []
         for line in lines[1:]:
             if label := _LABEL.match(line):
-                waiting.append(label[1])
+                pending.append(label[1])
             elif match := _LINE.search(line):
-                labels |= dict.fromkeys(waiting, int(match[1], 16))
-                waiting = []
+                labels |= dict.fromkeys(pending, int(match[1], 16))
+                pending = []
                 goal = re.search(r"`\((\S+)\)", match[4]) if match[3].startswith("BRA") else None
-                parsed.append((match, goal[1] if goal else None))
-        found[lines[0].rstrip(":")] = [
+                matches.append((match, goal[1] if goal else None))
+        kernels[lines[0].rstrip(":")] = [
             Instruction(
                 address=int(m[1], 16),
                 opcode=m[3],
@@ -107,9 +107,9 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
                 or (m[3].startswith("BRA") and bool(re.match(r"\s*!?U?P", m[4]))),
                 target=labels.get(goal) if goal else None,
             )
-            for m, goal in parsed
+            for m, goal in matches
         ]
-    return found
+    return kernels
 
 
 def usage(cubin: bytes) -> dict[str, Usage]:
@@ -133,53 +133,53 @@ def _run(name: str, cubin: bytes, *flags: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """One way through a loop: its instructions, how often it waits for its whole block, and how
-    many times over it makes the widest of the loads that were wanted (an unrolled loop)."""
+    many times over it makes the widest of the loads of the minimum (an unrolled loop)."""
 
     instructions: int
     barriers: int
     times: int
 
 
-def shortest_pass(code: list[Instruction], wanted: Accesses) -> Pass | None:
-    """The shortest way through any loop that makes at least the accesses `wanted`, or None.
+def shortest_pass(code: list[Instruction], minimum: Accesses) -> Pass | None:
+    """The shortest way through any loop that makes at least the accesses `minimum`, or None.
 
     Branches may be taken or not, so of a loop that has none this is its body, and of one that looks
     types up while it runs it is the least that these types can cost. Calls count as one
     instruction.
     """
     loops = {(i.target, i.address) for i in code if i.target is not None and i.target <= i.address}
-    passes = [p for begin, end in loops if (p := _shortest(code, begin, end, wanted))]
+    passes = [p for begin, end in loops if (p := _shortest(code, begin, end, minimum))]
     return min(passes, key=lambda p: p.instructions / p.times, default=None)
 
 
-def _shortest(code: list[Instruction], begin: int, end: int, wanted: Accesses) -> Pass | None:
+def _shortest(code: list[Instruction], begin: int, end: int, minimum: Accesses) -> Pass | None:
     body = [i for i in code if begin <= i.address <= end]
     have: Accesses = Counter(i.access for i in body if i.access)
-    if any(have[key] < count for key, count in wanted.items()):
+    if any(have[key] < count for key, count in minimum.items()):
         return None
-    keys = list(wanted)
+    keys = list(minimum)
     widest = max((key for key in keys if key[0] == "LDG"), key=lambda key: key[1])
-    # address -> counts of the accesses so far (no more than wanted) -> (instructions, barriers,
+    # address -> counts of the accesses so far (no more than minimum) -> (instructions, barriers,
     # loads of the widest)
     best: dict[int, dict[tuple[int, ...], tuple[int, int, int]]]
     best = {begin: {(0,) * len(keys): (0, 0, 0)}}
     for here, after in zip(body, [*body[1:], None], strict=True):
         for counts, (length, barriers, loads) in best.pop(here.address, {}).items():
-            if here.access in wanted:
+            if here.access in minimum:
                 k = keys.index(here.access)
-                counts = (*counts[:k], min(counts[k] + 1, wanted[keys[k]]), *counts[k + 1 :])
+                counts = (*counts[:k], min(counts[k] + 1, minimum[keys[k]]), *counts[k + 1 :])
             waits = here.opcode.startswith("BAR")
             cost = length + 1, barriers + waits, loads + (here.access == widest)
             if after is None:
-                if counts == tuple(wanted.values()):
+                if counts == tuple(minimum.values()):
                     return Pass(
-                        instructions=cost[0], barriers=cost[1], times=cost[2] // wanted[widest]
+                        instructions=cost[0], barriers=cost[1], times=cost[2] // minimum[widest]
                     )
                 continue
             for goal in _goals(here, after.address):
                 if here.address < goal <= end:
-                    known = best.setdefault(goal, {})
-                    known[counts] = min(cost, known.get(counts, cost))
+                    costs = best.setdefault(goal, {})
+                    costs[counts] = min(cost, costs.get(counts, cost))
     return None
 
 

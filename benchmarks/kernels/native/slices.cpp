@@ -147,10 +147,10 @@ int main() {
     // Each slice is taken from memory: the one before it is far away by the time it comes again.
     const auto next = [&at] { return at = (at + kSlice) % kCount; };
     for (int round = 0; round < kRounds; round++) {
-      double taken[3];
+      double ns[3];
       for (int i = 0; i < 3; i++) {
         const int which = (i + round) % 3;
-        taken[which] = 0;
+        ns[which] = 0;
         for (int pass = c.clip ? 0 : 1; pass < 2; pass++) {
           const int64_t begin = next();
           const double start = now();
@@ -158,13 +158,13 @@ int main() {
             walk(tensors, begin, pass == 0);
           else
             update(*kernels[which], tensors, begin, pass == 0);
-          taken[which] += (now() - start) / kSlice * 1e9;
+          ns[which] += (now() - start) / kSlice * 1e9;
         }
-        times[which].push_back(taken[which]);
+        times[which].push_back(ns[which]);
       }
-      ratios[0].push_back(taken[1] / taken[0]);
-      ratios[1].push_back(taken[0] / taken[2]);
-      ratios[2].push_back(taken[1] / taken[2]);
+      ratios[0].push_back(ns[1] / ns[0]);
+      ratios[1].push_back(ns[0] / ns[2]);
+      ratios[2].push_back(ns[1] / ns[2]);
     }
     std::printf("%s", c.name);
     for (auto& t : times) std::sort(t.begin(), t.end()), std::printf("|%.3f", t[kRounds / 4]);

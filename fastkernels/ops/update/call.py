@@ -195,14 +195,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_array(what: str, t: Any, wanted: str, *shape: int | None) -> None:
+def _check_array(what: str, t: Any, form: str, *shape: int | None) -> None:
     """Raise a ValueError unless `t` is a float64 array of `shape`, where None is any size."""
     if not isinstance(t, Tensor):
-        raise ValueError(f"{what} must be {wanted}; got {type(t).__name__}")
+        raise ValueError(f"{what} must be {form}; got {type(t).__name__}")
     fits = t.dim() == len(shape) and all(
         size in (None, n) for size, n in zip(shape, t.shape, strict=True)
     )
     if t.dtype != torch.float64 or not fits:
-        raise ValueError(f"{what} must be {wanted}; got {t.dtype} {list(t.shape)}")
+        raise ValueError(f"{what} must be {form}; got {t.dtype} {list(t.shape)}")
     if not t.is_contiguous() or t.is_neg() or (t.numel() and t.data_ptr() % t.element_size()):
         raise ValueError(f"{what} must be contiguous and aligned; give its .clone()")
