@@ -9,10 +9,9 @@ import torch
 
 from helpers import assert_no_worse_than_torch
 from kernels.cases import CHUNK, FEATURES, SHAPES, Feature, gradient_layouts
-from kernels.update_harness import LR, Run, torch_steps
+from kernels.update_harness import LR, RULES, Run, torch_steps
 
 pytestmark = pytest.mark.usefixtures("backend")
-RULES = ("adamw", "sgd")
 STEPS = 4
 
 

@@ -131,11 +131,6 @@ def make(rule: str, form: tuple, feature: Feature) -> Run:
     return run
 
 
-def everything(run: Run) -> list[torch.Tensor]:
-    state = [t for lists in (*run.moments, *run.scales) for t in lists]
-    return [*run.params, *state, *run.options.get("remainders", []), *run.steps]
-
-
 def steps(run: Run, count: int = 2) -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
@@ -156,7 +151,7 @@ def both(emulated, monkeypatch, make_run) -> tuple[Run, Run]:
 
 
 def assert_same(ours: Run, theirs: Run) -> None:
-    for a, b in zip(everything(ours), everything(theirs), strict=True):
+    for a, b in zip(ours.written()[:-1], theirs.written()[:-1], strict=True):
         if a.dtype == torch.float64:  # the last bit of the norm depends on the order of its sum
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
         else:
