@@ -180,7 +180,7 @@ def check_call(call: UpdateCall) -> None:
             raise ValueError(f"{name}: stats is on {call.stats.device}, params[0] on {device}")
     norm, seed = call.max_grad_norm, call.seed
     if norm is not None and (not _is_number(norm) or not norm > 0):
-        raise ValueError(f"{name}: max_grad_norm must be None or positive; got {norm!r}")
+        raise ValueError(f"{name}: max_grad_norm must be None or a positive float; got {norm!r}")
     if not _is_number(seed) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"{name}: seed must be an integer in [0, 2**63); got {seed!r}")
     for key, flag in (("grad_scale", call.grad_scale), ("found_inf", call.found_inf)):
