@@ -61,20 +61,20 @@ def test_clipping_reports_the_norm_before_and_leaves_gradients_alone():
 def test_found_inf_changes_nothing(rule):
     run, grads = make(rule, Feature(anchor_decay=0.5, max_grad_norm=1.0))
     run.step(grads)
-    kept = [t.clone() for t in run.written()]
+    kept = [t.clone() for t in run.outputs()]
     grads[2][5] = torch.inf
     run.step(grads, found_inf=torch.tensor(1.0), grad_scale=torch.tensor(2.0))
-    assert all(map(torch.equal, run.written(), kept))
+    assert all(map(torch.equal, run.outputs(), kept))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_norm_that_is_not_finite_is_a_found_inf_when_scaled(rule):
     run, grads = make(rule, Feature(max_grad_norm=1.0))
     run.step(grads)
-    kept = [t.clone() for t in run.written()]
+    kept = [t.clone() for t in run.outputs()]
     grads[2][5] = torch.nan
     run.step(grads, grad_scale=torch.tensor(2.0))
-    assert all(map(torch.equal, run.written(), kept))
+    assert all(map(torch.equal, run.outputs(), kept))
     run.step(grads)  # without a loss scale it reaches the weights, as in torch
     assert run.params[2].isnan().all()
 

@@ -98,19 +98,19 @@ def test_same_bits_every_time(backend, rule, dtypes):
         for grads in gradients(3):
             run.step(grads, **flags(run))
     for other in runs[1:]:
-        assert all(map(torch.equal, runs[0].written(), other.written()))
+        assert all(map(torch.equal, runs[0].outputs(), other.outputs()))
 
 
 def test_found_inf_changes_nothing(backend):
     run = make()
     grads = gradients(1)[0]
     run.step(grads, **flags(run))
-    kept = [t.clone() for t in run.written()]
+    kept = [t.clone() for t in run.outputs()]
     run.step(grads, **flags(run, 1.0))
-    assert all(map(torch.equal, run.written(), kept))
+    assert all(map(torch.equal, run.outputs(), kept))
     grads[3][5] = torch.nan  # clipping has a loss scale: its norm is a found_inf
     run.step(grads, **flags(run))
-    assert all(map(torch.equal, run.written(), kept))
+    assert all(map(torch.equal, run.outputs(), kept))
 
 
 def test_no_synchronisation(backend):
@@ -195,11 +195,11 @@ def test_replay_with_a_changing_lr_is_eager(backend, rule, feature):
         graph.replay()
         eager.step(grads)
     torch.cuda.synchronize()
-    assert all(map(torch.equal, eager.written(), graphed.written()))
+    assert all(map(torch.equal, eager.outputs(), graphed.outputs()))
     # An eager step after replays must not see the graph's tables.
     eager.step(first)
     graphed.step(first)
-    assert all(map(torch.equal, eager.written(), graphed.written()))
+    assert all(map(torch.equal, eager.outputs(), graphed.outputs()))
 
 
 def test_optimizer_in_a_graph(backend):

@@ -89,7 +89,7 @@ class Run:
             zeros = [torch.zeros(p.shape, dtype=torch.int16) for p in self.params]
             self.options["remainders"] = zeros
 
-    def written(self) -> list[Tensor]:
+    def outputs(self) -> list[Tensor]:
         """What a step writes, the figures last."""
         state = [t for lists in (*self.moments, *self.scales) for t in lists]
         return [*self.params, *state, *self.options.get("remainders", []), *self.steps, self.stats]

@@ -19,7 +19,7 @@ ADAMW = Rule(
 
 @operator(
     fake=fake,
-    mutates=(*ADAMW.written, "stats"),
+    mutates=(*ADAMW.outputs, "stats"),
     backends=BACKENDS,
     direct=direct,
 )

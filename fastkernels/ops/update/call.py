@@ -31,7 +31,7 @@ class Rule:
     optional_moments: tuple[str, ...] = ()
 
     @property
-    def written(self) -> tuple[str, ...]:
+    def outputs(self) -> tuple[str, ...]:
         """The lists whose tensors an update writes."""
         return ("params", *self.moments, "steps", *self.scales, "remainders")
 
@@ -75,7 +75,7 @@ class UpdateCall:
     def outputs(self) -> list[Tensor]:
         """The tensors that the update writes, without `stats`."""
         lists = self.lists()
-        return [t for key in self.rule.written for t in lists[key] if t.numel()]
+        return [t for key in self.rule.outputs for t in lists[key] if t.numel()]
 
 
 # On an H200 the Triton kernels took 0.4 to 0.65 of the time of CUDA C++, before either was

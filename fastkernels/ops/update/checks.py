@@ -34,7 +34,7 @@ def check_tensors(call: UpdateCall) -> None:
     for i in range(len(call.params)):
         _check_tensor(call, lists, i)
     memory.check(call.rule.name, (
-        (f"{key}[{i}]", t, key in call.rule.written)
+        (f"{key}[{i}]", t, key in call.rule.outputs)
         for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
     ))  # fmt: skip
 

@@ -20,7 +20,7 @@ SGD = Rule(
 
 @operator(
     fake=fake,
-    mutates=(*SGD.written, "stats"),
+    mutates=(*SGD.outputs, "stats"),
     backends=BACKENDS,
     direct=direct,
 )
