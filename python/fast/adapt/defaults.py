@@ -80,13 +80,13 @@ def source_share(samples: int | None) -> float:
 
 
 def own_count(count: int, samples: int | None) -> int:
-    """How many of the target's inputs as they are go with `count` that were made of them: with few
-    samples fewer, since the head learns them by heart and they would hold the backbone for nothing.
+    """How many pictures as they are go with `count` of shuffled patches. Few samples are learned by
+    heart: 26 of 100 sign digits beside 256 of shuffled patches cost two points of target.
 
     Args:
         samples: of the training data.
     """
-    return round(count * share_of_plenty(samples))
+    return round(count * (1.0 if samples is None else min(1.0, samples / PLENTY) ** 2))
 
 
 def rehearse_weight(
