@@ -13,6 +13,7 @@ import fast
 from fast.adapt.defaults import source_share
 from fast.adapt.guards.rehearse import Rehearsal, places_for
 from fast.adapt.network.shared_forward import HeadInput, depends_on_mode
+from fast.data.images.patches import are_pictures, shuffled_patches
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import join
 from fast.heads import features_of, set_batch_norm, source_task, task_head
@@ -67,10 +68,53 @@ def test_few_samples_leave_more_of_a_batch_to_source_inputs(samples, places):
     assert places_for(64, source_share(samples)) == places
 
 
-def test_the_batches_of_a_loader_and_own_inputs_keep_their_share():
+def test_the_batches_of_a_loader_and_own_texts_keep_their_share():
     loader = DataLoader(TensorDataset(*TRAIN), batch_size=64)
     assert fast.Adaptation(ConvNet(), loader, source_inputs=KNOWN[0]).plan.source_size == 8
-    assert fast.Adaptation(ConvNet(), TRAIN, batch_size=64).plan.source_size == 8
+    assert fast.Adaptation(ConvNet(), loader).plan.source_size == 8
+    texts = sentences(300, 4, 1)
+    assert fast.Adaptation(TextNet(), texts, batch_size=64).plan.source_size == 8
+
+
+@pytest.mark.parametrize(("samples", "places"), [(100, 32), (600, 27), (2000, 8)])
+def test_few_pictures_have_more_places_for_those_made_of_them(samples, places):
+    train = images(samples, 4, seed=1)
+    plan = fast.Adaptation(ConvNet(), train, batch_size=64).plan
+    assert (plan.rehearsed, plan.source_size) == ("patch-shuffled target inputs", places)
+    assert plan.rehearse == min(0.5, max(0.1, samples / 2000))
+
+
+def test_patches_are_shuffled_across_pictures_and_lose_none():
+    """Sides that do not divide by four keep what is left over, and nothing else at its place."""
+    x = torch.arange(2 * 3 * 9 * 10.0).view(2, 3, 9, 10)
+    made = shuffled_patches((x,), 50, torch.Generator().manual_seed(0))[0]
+    assert made.shape == (50, 3, 9, 10)
+    assert set(made.flatten().tolist()) == set(x.flatten().tolist())
+    again = shuffled_patches((x,), 50, torch.Generator().manual_seed(0))[0]
+    assert torch.equal(made, again)
+    border = x[:, :, 8, :], x[:, :, :, 8:]
+    for picture in made:
+        assert any(torch.equal(picture[:, 8], rows) for rows in border[0])
+        assert any(torch.equal(picture[:, :, 8:], columns) for columns in border[1])
+        assert not any(torch.equal(picture, known) for known in x)
+    first = made[0, :, :2, :2]  # one patch is one of those of the two pictures, whole
+    places = [(n, i, j) for n in range(2) for i in range(0, 8, 2) for j in range(0, 8, 2)]
+    assert sum(torch.equal(first, x[n, :, i : i + 2, j : j + 2]) for n, i, j in places) == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "pictures"),
+    [
+        (torch.zeros(2, 3, 8, 8), True),
+        ({"pixel_values": torch.zeros(2, 1, 28, 28)}, True),
+        (torch.zeros(2, 8, 8, 3), False),
+        (torch.zeros(2, 3, 7, 32), False),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)), False),
+        (torch.zeros(2, 64), False),
+    ],
+)
+def test_pictures_alone_are_taken_apart(inputs, pictures):
+    assert are_pictures(inputs) == pictures
 
 
 def test_the_head_never_sees_the_source_rows():
@@ -176,7 +220,7 @@ def test_without_source_inputs_the_targets_own_are_rehearsed(pretrained):
         model = copy.deepcopy(pretrained)
         options = {"rehearse": weight, "anchor_decay": 0.0, "distill": 0.0}
         result = fast.finetune(model, TRAIN, steps=60, lr=3e-3, **options)
-        assert result.plan.rehearsed == ("target inputs" if weight else "")
+        assert result.plan.rehearsed == ("patch-shuffled target inputs" if weight else "")
         before, now = (
             source_features(m, SourceInputs.parse(TRAIN[0], 200)) for m in (pretrained, model)
         )

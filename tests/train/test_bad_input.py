@@ -148,7 +148,7 @@ WIDE = (torch.zeros(40, 2, 8, 8), Y)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"train": WIDE}, r"train: the network does not take these inputs \(\[40, 2, 8, 8\]"),
+        ({"train": WIDE}, r"train: the network does not take these inputs \(\[32, 2, 8, 8\]"),
         ({"val": WIDE}, r"val: the network does not take these inputs \(\[40, 2, 8, 8\] torch.fl"),
         ({"source": WIDE}, r"source: the network does not take these inputs"),
         ({"val": ((X, X), Y)}, r"val: the network .* takes? .*positional arguments"),
@@ -254,7 +254,7 @@ def test_a_sample_that_is_not_finite_is_named_before_it_spoils_the_weights(metho
     [
         (lambda x: None, TypeError, "transform returned NoneType"),
         (lambda x: x.numpy(), TypeError, "transform returned .*ndarray"),
-        (lambda x: x[:5], ValueError, "transform turned 35 inputs into 5"),
+        (lambda x: x[:5], ValueError, "transform turned 20 inputs into 5"),
         (lambda x: x.double(), ValueError, "transform: the network does not take"),
         (lambda x: (x, x), ValueError, "transform: the network does not take"),
     ],
@@ -265,7 +265,7 @@ def test_what_a_transform_returns_is_checked(transform, error, message):
 
 
 def test_a_transform_that_spoils_a_batch_is_named():
-    with pytest.raises(ValueError, match="train: 40 samples are not finite"):
+    with pytest.raises(ValueError, match="train: 32 samples are not finite"):
         fast.finetune(ConvNet(), (X, Y), steps=2, transform=lambda x: x / 0)
 
 

@@ -153,8 +153,8 @@ class AdaptConfig:
     )
     rehearse: float | None = option(
         None,
-        "weight of keeping the features of source inputs, or without them of the target's own "
-        "(default: the method's)",
+        "weight of keeping the features of source inputs, or without them of the target's own, of "
+        "which pictures get their patches shuffled (default: the method's)",
         least=0,
     )
     average: int | None = option(

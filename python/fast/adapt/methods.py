@@ -29,7 +29,8 @@ class Method:
         head_steps: steps of the head alone on features computed beforehand, if the head's outputs
             are the logits; `stall` is then needless, and 0.
         rehearse: weight of keeping the features of source inputs. Without source inputs, the
-            target's own are rehearsed, under the source's statistics.
+            target's own are rehearsed, under the source's statistics, and pictures of shuffled
+            patches with them.
         average: steps over which the weights are averaged.
         replay: each step also trains on a batch of source inputs, at twice the cost.
         adapter_rank: rank of low-rank adapters, which learn in place of the weights; 0 for none.

@@ -11,7 +11,6 @@ from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
     SOURCE_INPUTS,
     SWITCHED,
-    TARGET_INPUTS,
     TOGETHER,
     default_clip,
     default_lr,
@@ -32,7 +31,8 @@ class Plan:
         steps: optimizer steps.
         target_size, source_size: target samples of a step, and the places beside them in which
             features are rehearsed.
-        rehearsed: whose features: `"source inputs"`, `"target inputs"`, or `""` for none.
+        rehearsed: whose features: `"source inputs"`, `"target inputs"`, `"patch-shuffled target
+            inputs"` (some of them as they are), or `""` for none.
         head: `"new"` or `"keep"`.
         weighted: source curvature weights the pull, where the method uses it.
         tasks: `"together"`: one function, the same weights and statistics, answers both tasks;
@@ -203,7 +203,7 @@ def plan_for(
         stall=_stall(config, steps, starts_cold=new_head and not head_steps),
         ramp=int(_given(config.ramp, ease * method.ramp)),
         head_steps=head_steps,
-        rehearse=rehearse_weight(config, rehearsed == SOURCE_INPUTS, samples) if rehearsed else 0.0,
+        rehearse=rehearse_weight(config, rehearsed, samples) if rehearsed else 0.0,
         average=int(_given(config.average, min(method.average, steps // 4))),
         batch_norm=batch_norm,
         tasks=tasks,
@@ -295,7 +295,7 @@ def _check_kept_head(config: AdaptConfig, rehearsed: str) -> None:
             "batch_norm='per_task' tells two tasks apart, and with head='keep' there is one; use "
             "'frozen' or 'track'"
         )
-    if rehearsed == TARGET_INPUTS:
+    if rehearsed and rehearsed != SOURCE_INPUTS:
         raise ValueError(
             "rehearse holds the features of target inputs where there are no source_inputs, and "
             "with head='keep' those have to change: pass source_inputs="

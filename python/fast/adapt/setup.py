@@ -17,8 +17,10 @@ from fast import dtensor
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
-    TARGET_INPUTS,
+    SHUFFLED,
+    SOURCE_INPUTS,
     TOGETHER,
+    own_count,
     rehearsed_by,
     steps_for,
     uses_card,
@@ -28,10 +30,11 @@ from fast.adapt.network.head_start import head_is_last
 from fast.adapt.plan import Plan, plan_for
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
+from fast.data.images.patches import shuffled_patches
 from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import LEAST, SourceInputs, parse_source_inputs, target_inputs
 from fast.data.stream import TrainBatches
-from fast.data.trees import join, leaves, length, move, pick
+from fast.data.trees import concatenate, join, leaves, length, move, pick
 from fast.errors import did_you_mean, warn
 from fast.heads import (
     evaluating,
@@ -60,7 +63,7 @@ class Setup:
         batch_size: samples per step, target and rehearsed ones together.
         sample: a batch of target inputs, on the model's device.
         source: source inputs, or None.
-        own: target inputs whose features are rehearsed, or None.
+        own: what is made of target inputs, and such inputs, whose features are rehearsed; or None.
     """
 
     plan: Plan
@@ -105,16 +108,16 @@ def settle(
     outputs = _num_outputs(config, model, data, num_classes, any_labels=any_labels)
     source = None if source_inputs is None else _read_source(model, source_inputs)
     rehearsed = rehearsed_by(config, source is not None)
-    batches, source_size = make_room(data, config.batch_size, config.seed, rehearsed)
+    batches, source_size, rehearsed = make_room(data, config.batch_size, config.seed, rehearsed)
     batch_size = _batch_size(config, batches)
     steps = steps_for(config, batches)
     sample = move(_first_inputs(batches), next(model.parameters()).device)
     if source is not None:
         _warn_of_other_sizes(source.inputs, sample)
     own = None
-    if rehearsed == TARGET_INPUTS and source_size:
-        own = _own_inputs(batches, steps * source_size)
-    if not source_size or (own is None and rehearsed == TARGET_INPUTS):
+    if rehearsed and rehearsed != SOURCE_INPUTS and source_size:
+        own = _own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
+    if not source_size or (own is None and rehearsed != SOURCE_INPUTS):
         rehearsed, source_size = "", 0
     plan = plan_for(
         config,
@@ -187,11 +190,26 @@ def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
     return size
 
 
-def _own_inputs(batches: TrainBatches, most: int) -> SourceInputs | None:
+def _own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInputs | None:
     """Target inputs to rehearse, at most `OWN_INPUTS`; None where there are too few of one shape
-    to say how much features vary."""
-    own = target_inputs(batches, min(OWN_INPUTS, most))
-    return own if own.size >= LEAST else None
+    to say how much features vary.
+
+    Args:
+        shuffles: half of them, or more where there are few samples, get their patches shuffled.
+    """
+    most = min(OWN_INPUTS, most)
+    own = target_inputs(batches, most)
+    if own.size < LEAST:
+        return None
+    if not shuffles:
+        return own
+    generator = torch.Generator().manual_seed(batches.seed)
+    count = max(LEAST, most // 2)
+    made = shuffled_patches(own.inputs, count, generator)
+    as_they_are = pick(own.inputs, slice(own_count(count, batches.data.num_samples)))
+    inputs = concatenate([made, as_they_are])
+    order = torch.randperm(length(inputs), generator=generator)
+    return SourceInputs(inputs=pick(inputs, order))
 
 
 def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:

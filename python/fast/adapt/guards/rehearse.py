@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.defaults import SOURCE_SHARE, TARGET_INPUTS, source_share
+from fast.adapt.defaults import SHUFFLED, SOURCE_SHARE, TARGET_INPUTS, source_share
 from fast.adapt.guards.base import Guard, Seen, SourceBatch
 from fast.data.dataset import Data
+from fast.data.images.patches import are_pictures
 from fast.data.source_inputs import SourceInputs
 from fast.data.stream import TrainBatches, row_batches
 from fast.data.trees import length, move, pick
@@ -47,7 +48,8 @@ LEAST = 0.1
 # The most bytes of features to keep: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
-# Target inputs whose features are kept where there are no source inputs.
+# Target inputs whose features are kept where there are no source inputs. Of pictures half as many
+# have their patches shuffled.
 OWN_INPUTS = 512
 # Steps over which e is averaged while it falls, and while it rises: features that run away have to
 # be caught within the ramp. On five pairs the source kept 0.5 points more than with 10 for both and
@@ -60,39 +62,43 @@ def places_for(batch_size: int, share: float) -> int:
     return max(1, round(share * batch_size)) if batch_size > 1 else 0
 
 
-def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBatches, int]:
-    """Target batches, and how many places beside them rehearse.
+def make_room(data: Data, size: int, seed: int, rehearsed: str) -> tuple[TrainBatches, int, str]:
+    """Target batches, how many places beside them rehearse, and what (see `Plan.rehearsed`).
 
     Target batches shrink by these places, so that a step costs what it did. A user's DataLoader
     keeps its own batches, and the places come on top.
 
     Args:
         size: samples per step.
-        rehearsed: whose features are rehearsed: see `fast.adapt.plan.Plan`.
+        rehearsed: source or target inputs, or `""` for none.
 
     Raises:
         ValueError: a batch of one sample leaves no place for the source inputs.
     """
     batches = TrainBatches(data, size, seed)
     size = batches.given_size or size
-    own = rehearsed == TARGET_INPUTS
-    if not rehearsed or (own and (size < 2 or not _can_be_kept(batches))):
-        return batches, 0
+    if rehearsed == TARGET_INPUTS:
+        rehearsed = _own_kind(batches) if size > 1 else ""
+    if not rehearsed:
+        return batches, 0, ""
     if size < 2:
         raise ValueError(
             "batch_size must be at least 2 to rehearse features beside the target; or set "
             "rehearse=0"
         )
-    fixed = own or batches.given_size is not None
+    fixed = rehearsed == TARGET_INPUTS or batches.given_size is not None
     places = places_for(size, SOURCE_SHARE if fixed else source_share(data.num_samples))
-    return TrainBatches(data, size - places, seed), places
+    return TrainBatches(data, size - places, seed), places, rehearsed
 
 
-def _can_be_kept(batches: TrainBatches) -> bool:
-    """Whether all inputs are tensors: names, texts and the like cannot be stacked into batches."""
+def _own_kind(batches: TrainBatches) -> str:
+    """What of the target's inputs is rehearsed: pictures with their patches shuffled; all others as
+    they are, if they are tensors, since names, texts and the like cannot be stacked."""
     inputs = next(batches.from_step(0))[0]
     parts = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return isinstance(inputs, Tensor) or all(isinstance(part, Tensor) for part in parts)
+    if not (isinstance(inputs, Tensor) or all(isinstance(part, Tensor) for part in parts)):
+        return ""
+    return SHUFFLED if are_pictures(inputs) else TARGET_INPUTS
 
 
 class Rehearsal(Guard):
