@@ -76,12 +76,28 @@ def test_reading_a_fresh_state_is_no_step(keys, unfused):
     else:
         optimizer = fast.AdamW([{"params": list(model.parameters()), **keys}])
     get_state_dict(model, optimizer)
+    assert all("step" in optimizer.state[p] for p in model.parameters())
     (group,) = optimizer.param_groups
     assert group.get("progress", 0) == 0
     for step in range(1, 4):
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
         assert group.get("progress", step) == step
+
+
+@pytest.mark.parametrize("unfused", [False, True])
+def test_a_first_step_at_learning_rate_0_counts(unfused):
+    """That of a warm-up, whose gradients are not 0."""
+    model = nn.Linear(4, 3)
+    groups = [{"params": list(model.parameters()), "ramp": 5}]
+    optimizer = torch.optim.AdamW(groups) if unfused else fast.AdamW(groups)
+    pull = fast.optim.UnfusedPull(optimizer) if unfused else None
+    optimizer.param_groups[0]["lr"] = 0.0
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["progress"] == 1
+    if pull is not None:
+        pull.remove()
 
 
 @pytest.mark.parametrize("how", ["group", "curvature", "some anchors"])

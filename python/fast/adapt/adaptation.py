@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
-from fast.adapt.guards.base import Guard, MicroBatch, Seen, warn_unseen
+from fast.adapt.guards.base import Guard, Guards, MicroBatch, Seen
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.loss import TargetLoss
@@ -129,14 +128,14 @@ class Adaptation:
         self.ranks = Ranks(process_group)
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
-        self.done, self._pull_factor = 0, 1.0
+        self.done = 0
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
+        self._stepping = False
         loss = loss or TargetLoss(None, 0.0)
         with RollbackOnError(self.model):
             # The source is measured at the pretrained weights, before the network changes.
             setup, source = self._settle(
-                train, num_classes, source_inputs=source_inputs, card=card, loss=loss,
-                resuming=resuming,
+                train, num_classes, source_inputs=source_inputs, card=card, loss=loss
             )  # fmt: skip
             guards = self._prepare(
                 setup, source, loss=loss, augmented=augmented, dtype=autocast_dtype,
@@ -157,7 +156,6 @@ class Adaptation:
         source_inputs: Any,
         card: Any,
         loss: Callable[[Tensor, Tensor], Tensor],
-        resuming: bool,
     ) -> tuple[Setup, Source]:
         """Read the data, resolve the plan and measure the source; the network is not changed."""
         self.ranks.copy_from_first(tensors_of(self.model))
@@ -173,9 +171,7 @@ class Adaptation:
                 any_labels=not isinstance(loss, TargetLoss),
             )
         check_ranks(setup, self.ranks, self.config.shard)
-        source = measure_source(
-            self.model, setup, self.config, card=bound, resuming=resuming, ranks=self.ranks
-        )
+        source = measure_source(self.model, setup, self.config, card=bound, ranks=self.ranks)
         self.num_classes, self.sample = setup.num_classes, setup.sample
         self._batches = setup.batches
         self.source = source.samples
@@ -246,7 +242,7 @@ class Adaptation:
             ranks=self.ranks,
         )
         last = (source.replay, self.average, self.budget)
-        self.guards = [*function, *(guard for guard in last if guard is not None)]
+        self.guards = Guards([*function, *(guard for guard in last if guard is not None)])
         self._micro_batches = MicroBatches(self.guards, self.ranks)
         tracked = plan.batch_norm != "frozen"
         self._statistics = running_statistics(self.model) if tracked else []
@@ -355,14 +351,7 @@ class Adaptation:
             features=features,
             source_features=source_features,
         )
-        inside, outside = torch.zeros((), device=device), torch.zeros((), device=device)
-        for guard in self.guards:
-            penalty = guard.penalty(seen)
-            if penalty is not None and guard.in_loss:
-                inside = inside + penalty
-            elif penalty is not None:
-                outside = outside + penalty
-        return logits, self._pull_factor * inside, outside
+        return logits, *self.guards.penalties(seen, device)
 
     # What follows a step.
 
@@ -370,15 +359,19 @@ class Adaptation:
         self._check_outside("a step")
         if not self.done:
             self._optimizer.check_fresh()
-        for guard in self.guards:
-            guard.before_step(self.done)
+        self.guards.before_step(self.done, self._optimizer.rate)
         self.last_lr = self._optimizer.lr
+        self._stepping = True
 
     def _after_step(self, *_: Any) -> None:
+        # Where the step of an optimizer's class calls its base's, both hooks run twice.
+        stepping, self._stepping = self._stepping, False
+        if not stepping or self._optimizer.is_trial():
+            return
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it
             check_averaged(self.params, self.ranks)
             if not self._ran:
-                warn_unseen(self.guards)
+                self.guards.warn_unseen()
         if self.done == self.plan.steps:
             self.plan.warn_beyond()
         self.done += 1
@@ -386,31 +379,24 @@ class Adaptation:
         if self._network.norm is not None:
             self._network.norm.update_deferred(self.ranks)
         self.ranks.mean_(self._statistics)
-        for guard in self.guards:
-            guard.after_step(self.done)
+        self.guards.after_step(self.done)
         self._restrain()
         if self.average is not None:
             self.average.keep()
         if self.done == self.plan.steps:
-            self._finish_guards()
+            self.guards.finish()
 
     def _check_outside(self, what: str) -> None:
         if self.average is not None:
             self.average.check_outside(what)
 
     def _restrain(self) -> None:
-        self._optimizer.restrain(math.prod(guard.lr_factor() for guard in self.guards))
-
-    def _finish_guards(self) -> None:
-        for guard in self.guards:
-            guard.finish()
+        self._optimizer.restrain(self.guards.lr_factor())
 
     def set_pull(self, factor: float) -> None:
         """Multiply everything that holds the source: the optimizer's pull, and the penalties."""
-        self._pull_factor = factor
         self._optimizer.set_pull(factor)
-        for guard in self.guards:
-            guard.strength = factor
+        self.guards.set_strength(factor)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averaged weights in place for the block: the run will return these."""
@@ -441,7 +427,7 @@ class Adaptation:
         if not self.done:
             self._optimizer.check_used()
         if self.done != self.plan.steps:
-            self._finish_guards()
+            self.guards.finish()
         self.close()
         self.optimizer.zero_grad()
         self.model.eval()
@@ -461,8 +447,7 @@ class Adaptation:
     def close(self) -> None:
         """Remove the hooks on the head, without which there is no penalty."""
         self._network.close()
-        for guard in self.guards:
-            guard.close()
+        self.guards.close()
 
     # State.
 
@@ -476,7 +461,7 @@ class Adaptation:
         return {
             "format": FORMAT,
             "done": self.done,
-            "guards": {type(g).__name__: g.state_dict() for g in self.guards},
+            "guards": self.guards.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "head_start": self.head_start.state_dict() if self.head_start else {},
         }
@@ -492,8 +477,7 @@ class Adaptation:
         state = sharded_as(state, own)
         self.done = int(state["done"])
         self._optimizer.load_state_dict(state["optimizer"])
-        for guard in self.guards:
-            guard.load_state_dict(state["guards"][type(guard).__name__])
+        self.guards.load_state_dict(state["guards"])
         if self.head_start is not None:
             self.head_start.load_state_dict(state["head_start"])
         self._restrain()

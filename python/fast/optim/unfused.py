@@ -20,6 +20,7 @@ from fast.optim.groups import (
     Group,
     Progress,
     check_numbers,
+    is_trial,
     match_anchors,
     match_curvature,
     missing_anchor,
@@ -123,11 +124,12 @@ class UnfusedPull:
         moving: list[tuple[Group, Any]] = []
         in_stall: list[Tensor] = []
         try:
+            trial = is_trial(groups)  # which has to fill the states of groups in their stall, too
             for group in groups:
                 self._prepare(group)
                 self._check_anchors(group)
                 factor = ramp_factor(group["progress"], group["stall"], group["ramp"])
-                if factor:
+                if factor or trial:
                     lr = self._scale_lr(group, factor * group["restraint"])
                     moving.append((group, lr))
                 else:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast import dtensor
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.rehearse import distances
 from fast.data.trees import length
@@ -47,13 +48,12 @@ class Pace(Guard):
         features: what the head sees of them before the first step, `[N, ...]`.
         scale: one over the variance of features, `[]`.
         task: the context in which the network computes these features.
-        first: number of the first step that moves the backbone, from 0.
-        first_rate: its learning rate, as a share of the peak.
+        ramp: the part of the learning rate that the ramp leaves of a step, by the step's number.
         farthest: how far a step at the full rate may move features, in standard deviations.
         ranks: processes that train together; the first one reports.
 
     Attributes:
-        pace: factor on the learning rate, at most 1.
+        pace: factor on the learning rate, at most 1; None before the backbone has moved.
     """
 
     def __init__(
@@ -65,36 +65,38 @@ class Pace(Guard):
         features: Tensor,
         scale: Tensor,
         task: Callable[[nn.Module], AbstractContextManager[Any]],
-        first: int,
-        first_rate: float,
+        ramp: Callable[[int], float],
         farthest: float,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.pace = 1.0
+        self.pace: float | None = None
         self._model, self._head, self._task = model, head, task
         self._inputs, self._features, self._scale = inputs, features, scale
-        self._first, self._first_rate, self._farthest = first, first_rate, farthest
-        self._ranks = ranks
-        self._start: list[tuple[Tensor, Tensor]] = []  # parameters, as they were before that step
+        self._ramp, self._farthest, self._ranks = ramp, farthest, ranks
+        self._rate = 0.0  # of the step, as a share of the full rate
+        self._start: list[tuple[Tensor, Tensor]] = []  # parameters, as they were before the step
 
     def lr_factor(self) -> float:
-        return self.pace
+        return 1.0 if self.pace is None else self.pace
 
-    def before_step(self, step: int) -> None:
-        if step == self._first:
+    def before_step(self, step: int, rate: float) -> None:
+        self._rate = rate * self._ramp(step)
+        if self.pace is None and self._rate:
             parameters = (p for p in self._model.parameters() if p.requires_grad)
             self._start = [(p, p.detach().clone()) for p in parameters]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        if step != self._first + 1:
+        start, self._start = self._start, []
+        # A step that a GradScaler skips moves nothing.
+        if not start or not dtensor.norm(p.detach() - before for p, before in start):
             return
         with evaluating(self._model), self._task(self._model):
             now = features_of(self._model, self._head, self._inputs)
         now = by_sample(now, length(self._inputs))
         e = distances(now, self._features, self._scale).mean().item()
-        farthest = math.sqrt(e) / self._first_rate
-        start, self._start = self._start, []
+        farthest = math.sqrt(e) / self._rate
+        self.pace = 1.0
         if not self._farthest < farthest < math.inf:
             return
         self.pace = self._farthest / farthest
@@ -112,4 +114,4 @@ class Pace(Guard):
         return {"pace": self.pace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pace = float(state["pace"])
+        self.pace = None if state["pace"] is None else float(state["pace"])

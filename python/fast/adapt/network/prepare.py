@@ -45,7 +45,6 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.optim.groups import ramp_factor
 from fast.ranks import Ranks
 from fastkernels.codes import compute_dtype
 
@@ -242,7 +241,7 @@ def rehearsal(
         task=source_task,
         farthest=FARTHEST,
         ranks=ranks,
-        **first_move(plan),
+        ramp=plan.ramp_factor,
     )
     return [guard, pace]
 
@@ -262,15 +261,8 @@ def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pac
         task=nullcontext,
         farthest=FARTHEST_OF_ADAPTERS,
         ranks=ranks,
-        **first_move(setup.plan),
+        ramp=setup.plan.ramp_factor,
     )
-
-
-def first_move(plan: Plan) -> dict[str, Any]:
-    """The first step that moves the backbone, and its learning rate as a share of the peak."""
-    first = plan.stall
-    rate = plan.lr_factor(first) * ramp_factor(first, plan.stall, plan.ramp)
-    return {"first": first, "first_rate": rate}
 
 
 def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, folded: bool) -> bool:
