@@ -20,6 +20,7 @@ from fast.optim.groups import (
     Group,
     Progress,
     check_numbers,
+    check_params,
     is_trial,
     match_anchors,
     match_curvature,
@@ -54,7 +55,8 @@ class UnfusedPull:
         grad_norm: whether each step measures the norm of its gradients, for `stats()`.
 
     Raises:
-        ValueError: a value of a group is out of range, or `curvature` does not fit.
+        ValueError: a value of a group is out of range, `curvature` does not fit, or a parameter
+            with an anchor is complex.
     """
 
     def __init__(self, optimizer: Optimizer, *, grad_norm: bool = False) -> None:
@@ -92,6 +94,7 @@ class UnfusedPull:
         self._keep_anchors(match_anchors(self._params(), anchors))
 
     def _keep_anchors(self, anchors: Mapping[Tensor, Tensor]) -> None:
+        check_params(list(anchors), in_codes=False)
         for p, value in anchors.items():
             self.anchors[p] = torch.empty_like(p, requires_grad=False)
             self.anchors[p].copy_(dtensor.like(value.detach(), p))
