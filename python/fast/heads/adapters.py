@@ -7,6 +7,7 @@ answered as it was, to the bit.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import warnings
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.trees import pick
+from fast.errors import import_library
 from fast.heads.batch_norm import per_task_parameters
 from fast.heads.find import places_of, put_at
 from fast.heads.forward import forward_logits, hooked
@@ -245,8 +247,6 @@ def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | Non
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(NO_PEFT) from error
-    return peft
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(NO_PEFT)
+    return import_library("peft", "method 'adapter' needs")
