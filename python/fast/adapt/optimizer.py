@@ -57,14 +57,14 @@ class AdaptedOptimizer:
         self.plan = plan
         self.weighted = card is not None and METHODS[plan.method].card_decay is not None
         groups = _groups(model, plan, sample)
-        for group in _backbone(groups):
-            if card is not None and self.weighted:
-                group["curvature"] = card.curvature_for(group["params"])
+        weights = card if self.weighted else None
         self.unfused: UnfusedPull | None = None
         if optimizer is not None:
             self.optimizer = self._foreign(groups, optimizer, own_lr)
+            _weigh(self.optimizer.param_groups, weights)
             self.unfused = UnfusedPull(self.optimizer, grad_norm=True)
         else:
+            _weigh(groups, weights)
             fused: Any = AdamW
             options: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm}
             if plan.optimizer == "sgd":
@@ -242,6 +242,16 @@ def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:
         elif plan.head_steps:
             group["ramp"] = plan.ramp  # Adam's first step would undo what the head has learned
     return groups
+
+
+def _weigh(groups: Groups, card: SourceCard | None) -> None:
+    """Give the backbone's groups the curvature of a card; it has none of a head that is kept."""
+    if card is None:
+        return
+    params = [p for group in _backbone(groups) for p in group["params"]]
+    curvature = dict(zip(params, card.curvature_for(params), strict=True))
+    for group in _backbone(groups):
+        group["curvature"] = [curvature[p] for p in group["params"]]
 
 
 def _backbone(groups: Groups) -> Groups:
