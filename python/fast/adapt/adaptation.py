@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -38,6 +38,7 @@ from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
 from fast.data.trees import move
 from fast.heads import running_statistics, unwrap
+from fast.models.device import in_float32, trains_in_16_bits
 from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
 
@@ -132,7 +133,9 @@ class Adaptation:
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
         self._stepping = False
         loss = loss or TargetLoss(None, 0.0)
-        with RollbackOnError(self.model):
+        with RollbackOnError(self.model), ExitStack() as until_closed:
+            if trains_in_16_bits(self.model):
+                until_closed.enter_context(in_float32(self.model))
             # The source is measured at the pretrained weights, before the network changes.
             setup, source = self._settle(
                 train, num_classes, source_inputs=source_inputs, card=card, loss=loss
@@ -145,6 +148,7 @@ class Adaptation:
             self._make_guards(setup, source, guards)
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
+            self._until_closed = until_closed.pop_all()
 
     # The phases of the constructor.
 
@@ -445,9 +449,10 @@ class Adaptation:
         return Result(model=self.model, history=[record], **how)
 
     def close(self) -> None:
-        """Remove the hooks on the head, without which there is no penalty."""
+        """Remove the hooks on the network, without which there is no penalty."""
         self._network.close()
         self.guards.close()
+        self._until_closed.close()
 
     # State.
 
