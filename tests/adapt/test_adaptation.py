@@ -169,6 +169,8 @@ def test_a_state_of_another_adaptation_changes_nothing(pretrained):
     before = other.state_dict()
     with pytest.raises(ValueError, match=r"state\.guards is of another adaptation: WeightAverage"):
         other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state has format 1, and this version reads 2"):
+        other.load_state_dict(before | {"format": 1})
     assert other.state_dict() == before
 
 

@@ -42,7 +42,7 @@ from fast.models.device import in_float32, trains_in_16_bits
 from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
 
-FORMAT = 1
+FORMAT = 2  # of a state
 
 
 class Adaptation:
@@ -475,9 +475,15 @@ class Adaptation:
         """Go on from a state.
 
         Raises:
-            ValueError: the state belongs to another adaptation; nothing is changed then.
+            ValueError: the state belongs to another adaptation, or to another version of this
+                library; nothing is changed then.
         """
         own = self.state_dict()
+        if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
+            raise ValueError(
+                f"state has format {state['format']}, and this version reads {FORMAT}: finish the "
+                "run with the version that it began with"
+            )
         check_state(state, own)
         state = sharded_as(state, own)
         self.done = int(state["done"])
