@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -79,10 +80,16 @@ def test_reading_a_fresh_state_is_no_step(keys, unfused):
     assert all("step" in optimizer.state[p] for p in model.parameters())
     (group,) = optimizer.param_groups
     assert group.get("progress", 0) == 0
+    other = copy.deepcopy(model)
+    fresh = fast.AdamW([{"params": list(other.parameters()), **keys}])
     for step in range(1, 4):
-        model(torch.ones(2, 4)).sum().backward()
-        optimizer.step()
+        for net, opt in ((model, optimizer), (other, fresh)):
+            net(torch.ones(2, 4)).square().sum().backward()
+            opt.step()
         assert group.get("progress", step) == step
+    if not unfused:  # torch's optimizers count it in `step`
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("unfused", [False, True])

@@ -156,12 +156,7 @@ class Progress:
         self._event: torch.cuda.Event | None = None
 
     def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
-        """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed.
-
-        A step that only fills states does not count.
-        """
-        if is_trial(groups):
-            return
+        """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed."""
         if found_inf is None or not self.warming(groups):
             _advance(groups)
         elif found_inf.device.type == "cuda":

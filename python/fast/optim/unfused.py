@@ -220,7 +220,8 @@ class UnfusedPull:
                 self._pull([p for p in group["params"] if p.grad is not None], strength)
         if self._measures:
             self._grad_norm = dtensor.norm(p.grad for g, _ in moving for p in g["params"])
-        self._progress.count(self.optimizer.param_groups, found_inf)
+        if not is_trial(self.optimizer.param_groups):
+            self._progress.count(self.optimizer.param_groups, found_inf)
 
     def _pull(self, params: list[Tensor], strength: Any) -> None:
         """Pull `params` to their anchors; `strength` `[]` is `c` for `F = 1`."""
