@@ -32,7 +32,7 @@ from fast.adapt.setup import (
     check_ranks,
     settle,
 )
-from fast.adapt.source import Source, measure_source
+from fast.adapt.source import Source, bound_card, measure_source
 from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
@@ -164,6 +164,7 @@ class Adaptation:
         """Read the data, resolve the plan and measure the source; the network is not changed."""
         self.ranks.copy_from_first(tensors_of(self.model))
         with self.ranks.together():
+            bound = None if card is None else bound_card(card, self.model)
             setup = settle(
                 self.config,
                 self.model,
@@ -174,7 +175,7 @@ class Adaptation:
                 any_labels=not isinstance(loss, TargetLoss),
             )
         check_ranks(setup, self.ranks, self.config.shard)
-        source = measure_source(self.model, setup, self.config, card=card, ranks=self.ranks)
+        source = measure_source(self.model, setup, self.config, card=bound, ranks=self.ranks)
         self.num_classes, self.sample = setup.num_classes, setup.sample
         self._batches = setup.batches
         self.source = source.samples

@@ -47,31 +47,28 @@ def measure_source(
     setup: Setup,
     config: AdaptConfig,
     *,
-    card: SourceCard | str | Path | None,
+    card: SourceCard | None,
     ranks: Ranks,
 ) -> Source:
     """Hold back some source inputs to measure forgetting; make card and replay from the others.
 
     Args:
         model: the network at its pretrained weights, with its own head.
-        card: the user's card or its file, or None.
+        card: the user's card, bound to the model; or None.
 
     Raises:
-        TypeError: `card` is neither a card nor a path.
-        ValueError: the card belongs to another model, the source inputs do not fit the network, or
-            there are too few.
+        ValueError: the source inputs do not fit the network, or there are too few.
     """
+    if setup.plan.adapter_rank:
+        card = None  # a card says how to move weights, and with adapters these stay
     samples, meter = setup.source, None
     with ranks.together():
-        bound = None if card is None else bound_card(card, model)
-        if setup.plan.adapter_rank:
-            bound = None  # a card says how to move weights, and with adapters these stay
         if samples is not None:
             samples, meter = hold_back(
                 model, samples, budget=config.budget, skill=config.source_skill
             )
-        if bound is None and setup.plan.weighted:
-            bound = own_card(model, setup, samples, seed=config.seed)
+        if card is None and setup.plan.weighted:
+            card = own_card(model, setup, samples, seed=config.seed)
         replay = None
         if METHODS[config.method].replay:
             replay = Replay(
@@ -81,7 +78,7 @@ def measure_source(
                 seed=config.seed,
                 ranks=ranks,
             )
-    return Source(samples=samples, meter=meter, card=ranks.from_first(bound), replay=replay)
+    return Source(samples=samples, meter=meter, card=ranks.from_first(card), replay=replay)
 
 
 def bound_card(card: Any, model: nn.Module) -> SourceCard:
