@@ -311,6 +311,9 @@ def test_16_bit_weights_are_trained_in_float32(pretrained, dtype):
         fast.Adaptation(model, train, source_inputs=kept, steps=STEPS, optimizer=lambda _: None)
     assert all(p.dtype == dtype for p in model.parameters())
     assert not model._forward_pre_hooks
+    card = fast.SourceCard.estimate(model, kept, num_samples=16, calibration_samples=4)
+    with pytest.warns(UserWarning, match="weights, too coarse for the steps"):
+        fast.Adaptation(copy.deepcopy(model), train, card=card, steps=STEPS)
     with pytest.warns(UserWarning, match="weights, too coarse for the steps"):
         loop(model, train, source_inputs=kept)
     loop(wide, (train[0].float(), TRAIN[1]), source_inputs=kept.float())

@@ -134,11 +134,14 @@ class Adaptation:
         self._stepping = False
         loss = loss or TargetLoss(None, 0.0)
         with RollbackOnError(self.model), ExitStack() as until_closed:
+            self.ranks.copy_from_first(tensors_of(self.model))
+            with self.ranks.together():  # a card fits the weights as they were saved
+                bound = None if card is None else bound_card(card, self.model)
             if trains_in_16_bits(self.model):
                 until_closed.enter_context(in_float32(self.model))
             # The source is measured at the pretrained weights, before the network changes.
             setup, source = self._settle(
-                train, num_classes, source_inputs=source_inputs, card=card, loss=loss
+                train, num_classes, source_inputs=source_inputs, card=bound, loss=loss
             )  # fmt: skip
             guards = self._prepare(
                 setup, source, loss=loss, augmented=augmented, dtype=autocast_dtype,
@@ -158,13 +161,11 @@ class Adaptation:
         num_classes: int | None,
         *,
         source_inputs: Any,
-        card: Any,
+        card: SourceCard | None,
         loss: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Setup, Source]:
         """Read the data, resolve the plan and measure the source; the network is not changed."""
-        self.ranks.copy_from_first(tensors_of(self.model))
         with self.ranks.together():
-            bound = None if card is None else bound_card(card, self.model)
             setup = settle(
                 self.config,
                 self.model,
@@ -175,7 +176,7 @@ class Adaptation:
                 any_labels=not isinstance(loss, TargetLoss),
             )
         check_ranks(setup, self.ranks, self.config.shard)
-        source = measure_source(self.model, setup, self.config, card=bound, ranks=self.ranks)
+        source = measure_source(self.model, setup, self.config, card=card, ranks=self.ranks)
         self.num_classes, self.sample = setup.num_classes, setup.sample
         self._batches = setup.batches
         self.source = source.samples
