@@ -480,11 +480,6 @@ class Adaptation:
                 library; nothing is changed then.
         """
         own = self.state_dict()
-        if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
-            raise ValueError(
-                f"state has format {state['format']}, and this version reads {FORMAT}: finish the "
-                "run with the version that it began with"
-            )
         check_state(state, own)
         state = sharded_as(state, own)
         self.done = int(state["done"])
