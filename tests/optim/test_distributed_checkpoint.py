@@ -9,7 +9,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 import fast
 
@@ -65,6 +69,33 @@ def test_goes_on_as_if_it_had_never_stopped(case, tmp_path):
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
         assert optimizer.state[p].keys() == other.state[q].keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:TypedStorage")
+def test_a_dampened_momentum_is_not_lost_in_silence(tmp_path):
+    """A state that never stepped has none, so that torch's SGD begins one undamped."""
+    options = {"momentum": 0.9, "dampening": 0.5}
+    model, optimizer = fresh(fast.SGD, {"anchor_decay": 5.0}, options)
+    train(model, optimizer, 2)
+    dcp.save({"optimizer": get_state_dict(model, optimizer)[1]}, checkpoint_id=tmp_path)
+    train(model, optimizer, 3)
+
+    again, other = fresh(fast.SGD, {"anchor_decay": 5.0}, options)
+
+    def load():
+        loaded = {"optimizer": get_state_dict(again, other)[1]}
+        dcp.load(loaded, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(again, other, loaded["optimizer"])
+
+    with pytest.raises(ValueError, match="set the dampening of the groups to 0"):
+        load()
+    for group in other.param_groups:
+        group["dampening"] = 0
+    load()
+    for p, q in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert p["step"] > q["step"] == 2
+        assert "momentum_buffer" in q
+    assert all(group["dampening"] == 0.5 for group in other.param_groups)
 
 
 @pytest.mark.parametrize("keys", [{}, {"ramp": 5}, {"stall": 2}, {"anchor_decay": 1.0}], ids=str)
