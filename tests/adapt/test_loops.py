@@ -101,6 +101,15 @@ def test_a_batch_that_overflows_changes_nothing(make):
     assert 0 < rehearsal.moved < 1
 
 
+def test_a_loop_that_has_diverged_is_told_so():
+    _, adaptation = adapted(forget_budget=None)
+    logits, _ = adaptation.forward(*next(adaptation.batches())[::2])
+    (torch.nan * logits.sum()).backward()
+    adaptation.optimizer.step()
+    with pytest.warns(UserWarning, match="the weights are not finite"):
+        adaptation.finish()
+
+
 def test_a_step_that_calls_that_of_a_base_class_is_one():
     """Torch runs the hooks of both."""
 

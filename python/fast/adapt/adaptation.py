@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -37,6 +38,7 @@ from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
 from fast.data.trees import move
+from fast.errors import warn
 from fast.heads import running_statistics, unwrap
 from fast.models.device import in_float32, trains_in_16_bits
 from fast.models.signature import signature_of
@@ -436,13 +438,16 @@ class Adaptation:
         self.close()
         self.optimizer.zero_grad()
         self.model.eval()
+        drift = self.drift()
+        if not math.isfinite(drift):
+            warn("the weights are not finite (NaN or infinite): the loop has diverged")
         record = {
             "step": self.done,
             "loss": None,
             "target_accuracy": None,
             "source_accuracy": None,
             "forecast": self.forecast(),
-            "drift": self.drift(),
+            "drift": drift,
             "lr": self.last_lr,
         }
         self.gather()
