@@ -148,3 +148,12 @@ def test_adapters_answer_the_source_as_before(pretrained):
     adaptation.model.eval()
     with torch.no_grad(), fast.source_task(adaptation.model):
         torch.testing.assert_close(adaptation.model(SOURCE), before)
+
+
+def test_the_rounding_of_autocast_is_not_taken_for_a_move(pretrained):
+    """At the small rate of a warm-up it would have been far more than the step itself."""
+    adaptation, guard = adapt(pretrained, lr=1e-3, autocast_dtype=torch.bfloat16, **WEIGHTS)
+    for group in adaptation.optimizer.param_groups:
+        group["lr"] *= 1e-3
+    step(adaptation)
+    assert guard.pace == 1

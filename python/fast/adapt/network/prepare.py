@@ -231,12 +231,10 @@ def rehearsal(
             seed=seed,
             ranks=ranks,
         )
-    few = slice(MEASURED)
     pace = Pace(
         model=network.model,
         head=network.head,
-        inputs=move(pick(guard.inputs, few), network.device),
-        features=guard.features[few],
+        inputs=move(pick(guard.inputs, slice(MEASURED)), network.device),
         scale=guard.scale,
         task=source_task,
         farthest=FARTHEST,
@@ -251,12 +249,10 @@ def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pac
     model, head, sample = network.model, network.head, setup.sample
     features = by_sample(features_of(model, head, sample), length(sample))
     features = features.to(compute_dtype(features))
-    few = slice(MEASURED)
     return Pace(
         model=model,
         head=head,
-        inputs=pick(sample, few),
-        features=features[few],
+        inputs=pick(sample, slice(MEASURED)),
         scale=scale_of(features),
         task=nullcontext,
         farthest=FARTHEST_OF_ADAPTERS,
