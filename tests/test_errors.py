@@ -1,10 +1,10 @@
-"""Messages: names from strangers are shown in one line, and warnings name the user's own."""
+"""Messages show names of strangers in one line; warnings name the user's own."""
 
 import pytest
 import torch
 
 import fast
-from fast.errors import counted, first_line, printable, some
+from fast.errors import counted, first_line, import_library, printable, some
 from networks import ConvNet, images
 
 
@@ -43,3 +43,31 @@ def test_a_warning_names_the_line_of_the_caller():
     with pytest.warns(UserWarning, match="too coarse") as caught:
         fast.finetune(model, images(20, 3), steps=2)
     assert [w.filename for w in caught if "too coarse" in str(w.message)] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "message"),
+    [
+        (ModuleNotFoundError("", name="peft.tuners"), None, "it needs peft: pip install peft$"),
+        (
+            ModuleNotFoundError("Could not import module 'Bloom'"),
+            RuntimeError("operator torchvision::nms does not exist"),
+            "^torchvision was compiled for another torch .* install both from the same place",
+        ),
+        (
+            ModuleNotFoundError("Could not import module 'Bloom'"),
+            None,
+            r"it needs peft, which is installed but cannot be imported \(Could not import",
+        ),
+    ],
+    ids=["missing", "another torchvision", "broken"],
+)
+def test_a_library_that_cannot_be_imported_is_not_called_missing(
+    monkeypatch, error, cause, message
+):
+    def fail(name):
+        raise error from cause
+
+    monkeypatch.setattr("fast.errors.importlib.import_module", fail)
+    with pytest.raises(ImportError, match=message):
+        import_library("peft", "it needs")

@@ -36,7 +36,7 @@ LAYERS = (
 COMPUTED_IMPORTS = {
     "fast",  # the names of `fast.__all__`, on first use
     "fast.cli.main",  # the module of a command, of its own layer
-    "fast.models.libraries",  # timm, torchvision, transformers
+    "fast.errors",  # optional libraries: timm, transformers, PEFT
     "fastkernels.op",  # the backends of an operation, beside it
 }
 MODULES = {name: file for name, file in lint.modules().items() if not name.startswith("bench")}

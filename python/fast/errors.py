@@ -1,12 +1,15 @@
-"""Helpers for errors of one line, and for warnings that name the user's line."""
+"""Helpers for errors of one line, warnings that name the user's line, and missing libraries."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.metadata
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # The escape codes of colours and styles in messages of libraries.
@@ -30,6 +33,52 @@ def _package_of(module: dict[str, object]) -> str:
 def distribution(module: str) -> str:
     """What `pip install` calls the distribution of `module`."""
     return _DISTRIBUTIONS.get(module, module)
+
+
+def import_library(module: str, need: str) -> Any:
+    """An optional library.
+
+    Args:
+        module: its name.
+        need: who needs it, in the words before the name: `"plots need"`.
+
+    Raises:
+        ImportError: it, or one that it needs itself, is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:
+        name = module.partition(".")[0]
+        raise ImportError(other_build(error) or _not_imported(error, name, need)) from error
+
+
+def _not_imported(error: BaseException, name: str, need: str) -> str:
+    # The library may be there and lack one of its own requirements, as timm torchvision.
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        missing = error.name.partition(".")[0]
+        return f"{need} {missing}: pip install {distribution(missing)}"
+    return (
+        f"{need} {name}, which is installed but cannot be imported ({first_line(error)}); its "
+        "version and torch's may not fit"
+    )
+
+
+def other_build(error: BaseException) -> str | None:
+    """The message for a torchvision that was compiled for another torch; None for other errors.
+
+    timm, transformers and PEFT load torchvision, too, and wrap its error in others.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if "operator torchvision::" in str(cause):
+            return (
+                "torchvision was compiled for another torch than "
+                f"{importlib.metadata.version('torch')}, which is here ({first_line(cause)}): "
+                "install both from the same place, in one call: "
+                "pip install --force-reinstall torch torchvision"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fast.errors import import_library
 from fast.files import atomic_file
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; `fast` stands out.
@@ -121,8 +122,7 @@ def save(figure: Any, path: str | Path) -> Path:
 
 def load_matplotlib() -> Any:
     """matplotlib without pyplot: no display is opened and the caller's backend stays as it is."""
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    import_library("matplotlib.figure", "plots need")
+    import matplotlib
+
     return matplotlib

@@ -169,6 +169,8 @@ def test_a_state_of_another_adaptation_changes_nothing(pretrained):
     before = other.state_dict()
     with pytest.raises(ValueError, match=r"state\.guards is of another adaptation: WeightAverage"):
         other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state has format 1, and this version reads 2"):
+        other.load_state_dict(before | {"format": 1})
     assert other.state_dict() == before
 
 
@@ -273,6 +275,50 @@ def test_any_optimizer(pretrained, make, fused):
         assert result.final["drift"] == pytest.approx(expected.final["drift"], rel=1e-6)
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def one_group_a_weight(groups):
+    return torch.optim.AdamW([{**g, "params": [p]} for g in groups for p in g["params"]], lr=1e-3)
+
+
+def test_an_optimizer_may_divide_the_groups_of_a_card(pretrained):
+    drifts = []
+    for make in (lambda groups: torch.optim.AdamW(groups, lr=1e-3), one_group_a_weight):
+        model = copy.deepcopy(pretrained).double()
+        train = TRAIN[0].double(), TRAIN[1]
+        drifts.append(loop(model, train, method="ewc", optimizer=make).final["drift"])
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", one_group_a_weight], ids=["fused", "foreign"])
+def test_a_card_weights_no_head_that_is_kept(pretrained, optimizer):
+    model = copy.deepcopy(pretrained)
+    adaptation = fast.Adaptation(
+        model, SOURCE, head="keep", method="ewc", optimizer=optimizer, steps=2
+    )
+    weighted = adaptation._optimizer
+    known = weighted.unfused.curvature if weighted.unfused else weighted.optimizer.state
+    curved = {p for p in known if weighted.unfused or "curvature" in known[p]}
+    assert curved == set(model.parameters()) - set(model.decide.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_trained_in_float32(pretrained, dtype):
+    model = copy.deepcopy(pretrained).to(dtype)
+    wide = copy.deepcopy(model).float()
+    train, kept = (TRAIN[0].to(dtype), TRAIN[1]), SOURCE[0].to(dtype)
+    with pytest.raises(TypeError, match="optimizer"), pytest.warns(match="too coarse"):
+        fast.Adaptation(model, train, source_inputs=kept, steps=STEPS, optimizer=lambda _: None)
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert not model._forward_pre_hooks
+    card = fast.SourceCard.estimate(model, kept, num_samples=16, calibration_samples=4)
+    with pytest.warns(UserWarning, match="weights, too coarse for the steps"):
+        fast.Adaptation(copy.deepcopy(model), train, card=card, steps=STEPS)
+    with pytest.warns(UserWarning, match="weights, too coarse for the steps"):
+        loop(model, train, source_inputs=kept)
+    loop(wide, (train[0].float(), TRAIN[1]), source_inputs=kept.float())
+    assert same(model, wide)
+    assert not model._forward_pre_hooks
 
 
 def test_an_optimizer_that_is_none_is_refused(pretrained):

@@ -101,6 +101,30 @@ def test_a_batch_that_overflows_changes_nothing(make):
     assert 0 < rehearsal.moved < 1
 
 
+def test_a_loop_that_has_diverged_is_told_so():
+    _, adaptation = adapted(forget_budget=None)
+    logits, _ = adaptation.forward(*next(adaptation.batches())[::2])
+    (torch.nan * logits.sum()).backward()
+    adaptation.optimizer.step()
+    with pytest.warns(UserWarning, match="the weights are not finite"):
+        adaptation.finish()
+
+
+def test_a_step_that_calls_that_of_a_base_class_is_one():
+    """Torch runs the hooks of both."""
+
+    class Own(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # from now on its step runs hooks, too
+    _, adaptation = adapted(optimizer=Own)
+    for batch in adaptation.batches():
+        backward(adaptation, *batch)
+        adaptation.optimizer.step()
+    assert adaptation.done == 6
+
+
 def test_a_run_that_resumes_loads_all_three_states():
     model, adaptation = adapted()
     backward(adaptation, *next(adaptation.batches()))

@@ -73,6 +73,39 @@ def test_it_does_not_depend_on_the_ramp(pretrained, kind):
 
 
 @KINDS
+@pytest.mark.parametrize("rates", [[0.1], [0.0, 0.1]], ids=["small", "zero, then small"])
+def test_it_does_not_depend_on_a_warmup_of_the_loop(pretrained, kind, rates):
+    """The first step that moves the backbone counts, and what it would do at the full rate."""
+    options = {"lr": 0.2 if kind is WEIGHTS else 1.0, "ramp": 0, **kind}
+    whole = after_one_step(pretrained, **options)[2].pace
+    adaptation, guard = adapt(pretrained, **options)
+    schedule = [
+        [group["lr"] * rate for group in adaptation.optimizer.param_groups] for rate in rates
+    ]
+    for lrs in schedule:
+        assert guard.pace is None
+        for group, lr in zip(adaptation.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        step(adaptation)
+    assert whole < 1
+    # Adam's second step is shorter than its first, where the gradients differ.
+    assert whole / 2 < guard.pace < 2 * whole
+
+
+def test_a_step_that_a_scaler_skips_does_not_count(pretrained):
+    adaptation, guard = adapt(pretrained, lr=0.5, ramp=0, **WEIGHTS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (torch.inf, 1.0):
+        assert guard.pace is None
+        inputs, labels, rows = next(adaptation.batches())
+        logits, penalty = adaptation.forward(inputs, rows)
+        loss = factor * (nn.functional.cross_entropy(logits, labels) + penalty)
+        scaler.scale(loss).backward()
+        scaler.step(adaptation.optimizer), scaler.update(), adaptation.optimizer.zero_grad()
+    assert 0 < guard.pace < 0.5
+
+
+@KINDS
 def test_a_step_that_a_network_bears_stays_as_it_is(pretrained, kind):
     adaptation, _, guard = after_one_step(pretrained, lr=1e-3, **kind)
     assert guard.pace == 1
@@ -115,3 +148,12 @@ def test_adapters_answer_the_source_as_before(pretrained):
     adaptation.model.eval()
     with torch.no_grad(), fast.source_task(adaptation.model):
         torch.testing.assert_close(adaptation.model(SOURCE), before)
+
+
+def test_the_rounding_of_autocast_is_not_taken_for_a_move(pretrained):
+    """At the small rate of a warm-up it would have been far more than the step itself."""
+    adaptation, guard = adapt(pretrained, lr=1e-3, autocast_dtype=torch.bfloat16, **WEIGHTS)
+    for group in adaptation.optimizer.param_groups:
+        group["lr"] *= 1e-3
+    step(adaptation)
+    assert guard.pace == 1

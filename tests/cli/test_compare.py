@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -203,13 +202,23 @@ def test_errors(job):
     assert "--model must be given" in err
 
 
+def test_peft_that_cannot_be_imported_is_told_before_the_first_run(job, monkeypatch):
+    def fail():
+        raise ImportError("method 'adapter' needs peft, which is installed but cannot be imported")
+
+    monkeypatch.setattr("fast.cli.runs.import_peft", fail)
+    code, out, err = job.fast("compare", *job.args, "--methods", "vanilla,adapter", "--steps", 2)
+    assert code == 2
+    assert "--methods: method 'adapter' needs peft, which is installed but" in err
+    assert "step" not in out
+
+
 def test_all_methods_are_those_that_have_what_they_need(job):
     code, out, err = job.fast("compare", *job.args, "--methods", "all", "--steps", 2)
     assert code == 0, err
-    assert "note: replay is left out: no source inputs were given" in out
+    assert "note: replay is left out: replay trains on source inputs, and none were given" in out
     assert all(f"\n{m} " in out for m in ("fast", "vanilla", "lp-ft", "l2-sp", "ewc"))
-    peft = importlib.util.find_spec("peft") is not None
-    assert peft == ("\nadapter " in out) != ("note: PEFT is not installed" in out)
+    assert ("\nadapter " in out) != ("note: adapter is left out: method 'adapter' needs" in out)
     code, _, err = job.fast("compare", *job.args, "--methods", "vanilla,replay", "--steps", 2)
     assert code == 2
     assert "--methods: replay trains on source inputs, and none were given" in err

@@ -89,9 +89,9 @@ def test_the_verdict_is_in_words():
         run("l2-sp", 1, [0.1, 0.95], after=0.88),
     ]
     assert verdict(runs, 500) == (
-        "fast learns 10.0 points more than vanilla, and keeps 38.0 points more than it of the "
-        "source task. fast learns about as much as (+1.0 ± 50.8 points, which is undecided) l2-sp, "
-        "and keeps as much as it of the source task."
+        "fast learns 10.0 points more than vanilla, and keeps 38.0 points more of the source task. "
+        "fast learns about as much as l2-sp (+1.0 ± 50.8 points, which is undecided), and keeps as "
+        "much of the source task."
     )
     assert verdict([runs[0], runs[2]], 500).endswith(
         "There is one seed of each: another may come out differently."

@@ -116,9 +116,15 @@ def test_bad_input_is_refused_and_the_model_is_as_it_was(tmp_path, options, mess
 def test_a_head_without_bias_is_refused(tmp_path):
     model = bert()
     model.classifier = torch.nn.Linear(16, SOURCE_CLASSES, bias=False)
-    with pytest.raises(ValueError, match="give the head a bias, or set max_entropy=False"):
+    model.bfloat16()
+    with (
+        pytest.raises(ValueError, match="give the head a bias, or set max_entropy=False"),
+        pytest.warns(UserWarning, match="too coarse for the steps"),
+    ):
         trainer(tmp_path, model=model)
     assert task_head(model) is None
+    assert weights(model).dtype == torch.bfloat16
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_data_without_row_numbers_are_refused(tmp_path):

@@ -198,7 +198,7 @@ def test_a_checkpoint_runs_no_code(net, tmp_path):
         (ModuleNotFoundError("", name="PIL"), "need PIL: pip install pillow"),
         (
             ImportError("\ncannot import name 'x'\n", name="torch"),
-            r"timm is installed but cannot be imported \(cannot import name 'x'\)",
+            r"timm, which is installed but cannot be imported \(cannot import name 'x'\)",
         ),
         (
             RuntimeError("operator torchvision::nms does not exist"),
@@ -210,7 +210,7 @@ def test_the_library_that_is_missing_is_named(error, message, monkeypatch):
     def fail(name):
         raise error
 
-    monkeypatch.setattr("fast.models.libraries.importlib.import_module", fail)
+    monkeypatch.setattr("fast.errors.importlib.import_module", fail)
     with pytest.raises(ImportError, match=message):
         load_model("timm:resnet10t")
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 import fast
 
@@ -66,6 +71,33 @@ def test_goes_on_as_if_it_had_never_stopped(case, tmp_path):
         assert optimizer.state[p].keys() == other.state[q].keys()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:TypedStorage")
+def test_a_dampened_momentum_is_not_lost_in_silence(tmp_path):
+    """A state that never stepped has none, so that torch's SGD begins one undamped."""
+    options = {"momentum": 0.9, "dampening": 0.5}
+    model, optimizer = fresh(fast.SGD, {"anchor_decay": 5.0}, options)
+    train(model, optimizer, 2)
+    dcp.save({"optimizer": get_state_dict(model, optimizer)[1]}, checkpoint_id=tmp_path)
+    train(model, optimizer, 3)
+
+    again, other = fresh(fast.SGD, {"anchor_decay": 5.0}, options)
+
+    def load():
+        loaded = {"optimizer": get_state_dict(again, other)[1]}
+        dcp.load(loaded, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(again, other, loaded["optimizer"])
+
+    with pytest.raises(ValueError, match="set the dampening of the groups to 0"):
+        load()
+    for group in other.param_groups:
+        group["dampening"] = 0
+    load()
+    for p, q in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert p["step"] > q["step"] == 2
+        assert "momentum_buffer" in q
+    assert all(group["dampening"] == 0.5 for group in other.param_groups)
+
+
 @pytest.mark.parametrize("keys", [{}, {"ramp": 5}, {"stall": 2}, {"anchor_decay": 1.0}], ids=str)
 @pytest.mark.parametrize("unfused", [False, True])
 def test_reading_a_fresh_state_is_no_step(keys, unfused):
@@ -76,12 +108,34 @@ def test_reading_a_fresh_state_is_no_step(keys, unfused):
     else:
         optimizer = fast.AdamW([{"params": list(model.parameters()), **keys}])
     get_state_dict(model, optimizer)
+    assert all("step" in optimizer.state[p] for p in model.parameters())
     (group,) = optimizer.param_groups
     assert group.get("progress", 0) == 0
+    other = copy.deepcopy(model)
+    fresh = fast.AdamW([{"params": list(other.parameters()), **keys}])
     for step in range(1, 4):
-        model(torch.ones(2, 4)).sum().backward()
-        optimizer.step()
+        for net, opt in ((model, optimizer), (other, fresh)):
+            net(torch.ones(2, 4)).square().sum().backward()
+            opt.step()
         assert group.get("progress", step) == step
+    if not unfused:  # torch's optimizers count it in `step`
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("unfused", [False, True])
+def test_a_first_step_at_learning_rate_0_counts(unfused):
+    """That of a warm-up, whose gradients are not 0."""
+    model = nn.Linear(4, 3)
+    groups = [{"params": list(model.parameters()), "ramp": 5}]
+    optimizer = torch.optim.AdamW(groups) if unfused else fast.AdamW(groups)
+    pull = fast.optim.UnfusedPull(optimizer) if unfused else None
+    optimizer.param_groups[0]["lr"] = 0.0
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["progress"] == 1
+    if pull is not None:
+        pull.remove()
 
 
 @pytest.mark.parametrize("how", ["group", "curvature", "some anchors"])

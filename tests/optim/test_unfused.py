@@ -301,6 +301,14 @@ def test_stats():
     assert all(figure.isnan() for figure in free.stats().values())
 
 
+def test_a_complex_parameter_has_no_anchor():
+    """The pull computes in real numbers, and would have dropped the imaginary part."""
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="view_as_real"):
+        pulled(torch.optim.AdamW, [{"params": [weight], "anchor_decay": 1.0}])
+    pulled(torch.optim.AdamW, [{"params": [weight]}])
+
+
 def foreign(name: str) -> tuple[Any, dict[str, Any]]:
     """An optimizer class of another library, and its arguments."""
     if name == "muon":

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from rank_runs import network, samples
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -126,20 +127,25 @@ def blocks_in_lists(folder, ranks):
 
 
 def states_through_torch(folder, ranks):
-    """The states of a loop of one's own are DTensors, which torch's checkpoints take."""
-    whole = train(adaptation(shard=True)).finish().model.state_dict()
-    first = train(adaptation(shard=True), steps=3)
+    """The states of a loop of one's own, with a card, through torch's checkpoints."""
+    options = {"method": "ewc", "shard": True}
+    whole = train(adaptation(**options)).finish().model.state_dict()
+    first = train(adaptation(**options), steps=3)
 
     def states(given):
-        return {"model": given.model.state_dict(), "method": given.state_dict()}
+        model, optimizer = get_state_dict(given.model, given.optimizer)
+        return {"model": model, "optimizer": optimizer, "method": given.state_dict()}
 
     dcp.save(states(first), checkpoint_id=folder / "dcp")
-    optimizer = copy.deepcopy(first.optimizer.state_dict())
-    second = adaptation(shard=True, resuming=True)
+    second = adaptation(resuming=True, **options)
     loaded = states(second)
     dcp.load(loaded, checkpoint_id=folder / "dcp")
-    second.model.load_state_dict(loaded["model"])
-    second.optimizer.load_state_dict(optimizer)
+    set_state_dict(
+        second.model,
+        second.optimizer,
+        model_state_dict=loaded["model"],
+        optim_state_dict=loaded["optimizer"],
+    )
     second.load_state_dict(loaded["method"])
     assert second.done == 3
     close(train(second).finish().model.state_dict(), whole, 0)

@@ -285,8 +285,12 @@ def spoiled(change):
         ),
         (lambda m: m.to("meta"), r"features\.0\.weight is on the meta device"),
         (lambda m: inferred(m), r"project\.weight was made under torch\.inference_mode"),
+        (
+            lambda m: m.register_parameter("phase", nn.Parameter(torch.ones(2) + 0j)),
+            r"phase is torch\.complex64, and only real weights can be trained: freeze it",
+        ),
     ],
-    ids=["NaN weights", "infinite variance", "meta", "inference"],
+    ids=["NaN weights", "infinite variance", "meta", "inference", "complex"],
 )
 def test_networks_that_cannot_be_trained_are_named(change, message):
     with pytest.raises(ValueError, match=f"model: {message}"):

@@ -236,6 +236,22 @@ def test_a_head_with_a_forward_of_its_own_is_noted(tmp_path):
     assert torch.allclose(plain(VAL[0]), result.model(VAL[0]), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("make", [Doubled, *NORMS.values()], ids=["doubled", *NORMS])
+def test_a_head_that_is_kept_is_read_as_it_is(tmp_path, make):
+    def network():
+        model = Ends(head=Doubled(16, 5) if make is Doubled else nn.Linear(16, 5))
+        if make is not Doubled:
+            make(model[3])
+        return model
+
+    result = fast.finetune(network(), TRAIN, source_inputs=SOURCE[0], head="keep", steps=2)
+    result.save(tmp_path)
+    again = fast.load(tmp_path, network()).model
+    with torch.no_grad():
+        assert torch.allclose(again.eval()(VAL[0]), result.model.eval()(VAL[0]), atol=1e-6)
+
+
 class OneOutput(Ends):
     def __init__(self):
         super().__init__(head=nn.Linear(16, 1))

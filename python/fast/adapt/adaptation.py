@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
-from fast.adapt.guards.base import Guard, MicroBatch, Seen, warn_unseen
+from fast.adapt.guards.base import Guard, Guards, MicroBatch, Seen
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.loss import TargetLoss
@@ -38,11 +38,13 @@ from fast.adapt.state import check_state, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
 from fast.data.trees import move
+from fast.errors import warn
 from fast.heads import running_statistics, unwrap
+from fast.models.device import in_float32, trains_in_16_bits
 from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
 
-FORMAT = 1
+FORMAT = 2  # of a state
 
 
 class Adaptation:
@@ -129,14 +131,19 @@ class Adaptation:
         self.ranks = Ranks(process_group)
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
-        self.done, self._pull_factor = 0, 1.0
+        self.done = 0
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
+        self._stepping = False
         loss = loss or TargetLoss(None, 0.0)
-        with RollbackOnError(self.model):
+        with RollbackOnError(self.model), ExitStack() as until_closed:
+            self.ranks.copy_from_first(tensors_of(self.model))
+            with self.ranks.together():  # a card fits the weights as they were saved
+                bound = None if card is None else bound_card(card, self.model)
+            if trains_in_16_bits(self.model):
+                until_closed.enter_context(in_float32(self.model))
             # The source is measured at the pretrained weights, before the network changes.
             setup, source = self._settle(
-                train, num_classes, source_inputs=source_inputs, card=card, loss=loss,
-                resuming=resuming,
+                train, num_classes, source_inputs=source_inputs, card=bound, loss=loss
             )  # fmt: skip
             guards = self._prepare(
                 setup, source, loss=loss, augmented=augmented, dtype=autocast_dtype,
@@ -146,6 +153,7 @@ class Adaptation:
             self._make_guards(setup, source, guards)
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
+            self._until_closed = until_closed.pop_all()
 
     # The phases of the constructor.
 
@@ -155,14 +163,11 @@ class Adaptation:
         num_classes: int | None,
         *,
         source_inputs: Any,
-        card: Any,
+        card: SourceCard | None,
         loss: Callable[[Tensor, Tensor], Tensor],
-        resuming: bool,
     ) -> tuple[Setup, Source]:
         """Read the data, resolve the plan and measure the source; the network is not changed."""
-        self.ranks.copy_from_first(tensors_of(self.model))
         with self.ranks.together():
-            bound = None if card is None else bound_card(card, self.model)
             setup = settle(
                 self.config,
                 self.model,
@@ -173,9 +178,7 @@ class Adaptation:
                 any_labels=not isinstance(loss, TargetLoss),
             )
         check_ranks(setup, self.ranks, self.config.shard)
-        source = measure_source(
-            self.model, setup, self.config, card=bound, resuming=resuming, ranks=self.ranks
-        )
+        source = measure_source(self.model, setup, self.config, card=card, ranks=self.ranks)
         self.num_classes, self.sample = setup.num_classes, setup.sample
         self._batches = setup.batches
         self.source = source.samples
@@ -246,7 +249,7 @@ class Adaptation:
             ranks=self.ranks,
         )
         last = (source.replay, self.average, self.budget)
-        self.guards = [*function, *(guard for guard in last if guard is not None)]
+        self.guards = Guards([*function, *(guard for guard in last if guard is not None)])
         self._micro_batches = MicroBatches(self.guards, self.ranks)
         tracked = plan.batch_norm != "frozen"
         self._statistics = running_statistics(self.model) if tracked else []
@@ -355,14 +358,7 @@ class Adaptation:
             features=features,
             source_features=source_features,
         )
-        inside, outside = torch.zeros((), device=device), torch.zeros((), device=device)
-        for guard in self.guards:
-            penalty = guard.penalty(seen)
-            if penalty is not None and guard.in_loss:
-                inside = inside + penalty
-            elif penalty is not None:
-                outside = outside + penalty
-        return logits, self._pull_factor * inside, outside
+        return logits, *self.guards.penalties(seen, device)
 
     # What follows a step.
 
@@ -370,15 +366,19 @@ class Adaptation:
         self._check_outside("a step")
         if not self.done:
             self._optimizer.check_fresh()
-        for guard in self.guards:
-            guard.before_step(self.done)
+        self.guards.before_step(self.done, self._optimizer.rate)
         self.last_lr = self._optimizer.lr
+        self._stepping = True
 
     def _after_step(self, *_: Any) -> None:
+        # Where the step of an optimizer's class calls its base's, both hooks run twice.
+        stepping, self._stepping = self._stepping, False
+        if not stepping or self._optimizer.is_trial():
+            return
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it
             check_averaged(self.params, self.ranks)
             if not self._ran:
-                warn_unseen(self.guards)
+                self.guards.warn_unseen()
         if self.done == self.plan.steps:
             self.plan.warn_beyond()
         self.done += 1
@@ -386,31 +386,24 @@ class Adaptation:
         if self._network.norm is not None:
             self._network.norm.update_deferred(self.ranks)
         self.ranks.mean_(self._statistics)
-        for guard in self.guards:
-            guard.after_step(self.done)
+        self.guards.after_step(self.done)
         self._restrain()
         if self.average is not None:
             self.average.keep()
         if self.done == self.plan.steps:
-            self._finish_guards()
+            self.guards.finish()
 
     def _check_outside(self, what: str) -> None:
         if self.average is not None:
             self.average.check_outside(what)
 
     def _restrain(self) -> None:
-        self._optimizer.restrain(math.prod(guard.lr_factor() for guard in self.guards))
-
-    def _finish_guards(self) -> None:
-        for guard in self.guards:
-            guard.finish()
+        self._optimizer.restrain(self.guards.lr_factor())
 
     def set_pull(self, factor: float) -> None:
         """Multiply everything that holds the source: the optimizer's pull, and the penalties."""
-        self._pull_factor = factor
         self._optimizer.set_pull(factor)
-        for guard in self.guards:
-            guard.strength = factor
+        self.guards.set_strength(factor)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averaged weights in place for the block: the run will return these."""
@@ -441,17 +434,20 @@ class Adaptation:
         if not self.done:
             self._optimizer.check_used()
         if self.done != self.plan.steps:
-            self._finish_guards()
+            self.guards.finish()
         self.close()
         self.optimizer.zero_grad()
         self.model.eval()
+        drift = self.drift()
+        if not math.isfinite(drift):
+            warn("the weights are not finite (NaN or infinite): the loop has diverged")
         record = {
             "step": self.done,
             "loss": None,
             "target_accuracy": None,
             "source_accuracy": None,
             "forecast": self.forecast(),
-            "drift": self.drift(),
+            "drift": drift,
             "lr": self.last_lr,
         }
         self.gather()
@@ -459,10 +455,10 @@ class Adaptation:
         return Result(model=self.model, history=[record], **how)
 
     def close(self) -> None:
-        """Remove the hooks on the head, without which there is no penalty."""
+        """Remove the hooks on the network, without which there is no penalty."""
         self._network.close()
-        for guard in self.guards:
-            guard.close()
+        self.guards.close()
+        self._until_closed.close()
 
     # State.
 
@@ -476,7 +472,7 @@ class Adaptation:
         return {
             "format": FORMAT,
             "done": self.done,
-            "guards": {type(g).__name__: g.state_dict() for g in self.guards},
+            "guards": self.guards.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "head_start": self.head_start.state_dict() if self.head_start else {},
         }
@@ -485,15 +481,15 @@ class Adaptation:
         """Go on from a state.
 
         Raises:
-            ValueError: the state belongs to another adaptation; nothing is changed then.
+            ValueError: the state belongs to another adaptation, or to another version of this
+                library; nothing is changed then.
         """
         own = self.state_dict()
         check_state(state, own)
         state = sharded_as(state, own)
         self.done = int(state["done"])
         self._optimizer.load_state_dict(state["optimizer"])
-        for guard in self.guards:
-            guard.load_state_dict(state["guards"][type(guard).__name__])
+        self.guards.load_state_dict(state["guards"])
         if self.head_start is not None:
             self.head_start.load_state_dict(state["head_start"])
         self._restrain()

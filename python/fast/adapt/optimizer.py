@@ -15,11 +15,12 @@ from fast.adapt.network.drift import Drift
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.optim import SGD, AdamW
+from fast.optim.groups import is_trial
 from fast.optim.param_groups import param_groups
 from fast.optim.unfused import UnfusedPull
 
 Groups = list[dict[str, Any]]
-ADAPTERS = "adapters"
+ADAPTERS, RATES = "adapters", "rates"  # keys of the state
 MakeOptimizer = Callable[[Groups], Optimizer]
 
 
@@ -39,8 +40,7 @@ class AdaptedOptimizer:
     Attributes:
         optimizer: `fast.AdamW`, `fast.SGD`, or the one that was made.
         plan: the plan with the learning rate that the optimizer has.
-        weighted: whether source curvature weights the pull: the card's, or that of a state which
-            will be loaded.
+        weighted: whether the card's curvature weights the pull.
         drift: how far the backbone is from its anchors.
     """
 
@@ -55,16 +55,16 @@ class AdaptedOptimizer:
         own_lr: bool,
     ) -> None:
         self.plan = plan
-        self.weighted = plan.weighted and METHODS[plan.method].card_decay is not None
+        self.weighted = card is not None and METHODS[plan.method].card_decay is not None
         groups = _groups(model, plan, sample)
-        for group in _backbone(groups):
-            if card is not None and self.weighted:
-                group["curvature"] = card.curvature_for(group["params"])
+        weights = card if self.weighted else None
         self.unfused: UnfusedPull | None = None
         if optimizer is not None:
             self.optimizer = self._foreign(groups, optimizer, own_lr)
+            _weigh(self.optimizer.param_groups, weights)
             self.unfused = UnfusedPull(self.optimizer, grad_norm=True)
         else:
+            _weigh(groups, weights)
             fused: Any = AdamW
             options: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm}
             if plan.optimizer == "sgd":
@@ -132,6 +132,15 @@ class AdaptedOptimizer:
         group = self.optimizer.param_groups[0]
         return float(group["lr"]) * float(group.get("restraint", 1.0))
 
+    @property
+    def rate(self) -> float:
+        """The backbone's learning rate, before its ramp, as a share of the plan's."""
+        return self.lr / self.plan.lr if self.plan.lr else 0.0
+
+    def is_trial(self) -> bool:
+        """Whether the step that was taken only fills the optimizer's states."""
+        return is_trial(self.optimizer.param_groups)
+
     def stats(self) -> dict[str, Tensor]:
         """Figures of the last step: see `fast.AdamW.stats`."""
         owner: Any = self.unfused if self.unfused is not None else self.optimizer
@@ -194,8 +203,11 @@ class AdaptedOptimizer:
         """What the optimizer's own state does not hold.
 
         Where adapters start is drawn at random, and a process that resumes would draw others.
+        torch.distributed.checkpoint loads only the keys that a group has already, and it has the
+        rate that a schedule multiplies only once there is a scheduler.
         """
         state = {} if self.unfused is None else self.unfused.state_dict()
+        state[RATES] = [group.get("initial_lr") for group in self.optimizer.param_groups]
         if self.plan.adapter_rank:
             state[ADAPTERS] = {str(i): a for i, a in enumerate(self.drift.anchors)}
         return state
@@ -203,8 +215,11 @@ class AdaptedOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, anchor in enumerate(self.drift.anchors if ADAPTERS in state else ()):
             anchor.copy_(state[ADAPTERS][str(i)])
+        for group, rate in zip(self.optimizer.param_groups, state[RATES], strict=True):
+            if rate is not None:
+                group["initial_lr"] = rate
         if self.unfused is not None:
-            self.unfused.load_state_dict({k: v for k, v in state.items() if k != ADAPTERS})
+            self.unfused.load_state_dict(state)
 
 
 def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:
@@ -227,6 +242,16 @@ def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:
         elif plan.head_steps:
             group["ramp"] = plan.ramp  # Adam's first step would undo what the head has learned
     return groups
+
+
+def _weigh(groups: Groups, card: SourceCard | None) -> None:
+    """Give the backbone's groups the curvature of a card; it has none of a head that is kept."""
+    if card is None:
+        return
+    params = [p for group in _backbone(groups) for p in group["params"]]
+    curvature = dict(zip(params, card.curvature_for(params), strict=True))
+    for group in _backbone(groups):
+        group["curvature"] = [curvature[p] for p in group["params"]]
 
 
 def _backbone(groups: Groups) -> Groups:

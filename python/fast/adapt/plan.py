@@ -21,6 +21,7 @@ from fast.adapt.defaults import (
 )
 from fast.adapt.methods import METHODS
 from fast.errors import warn
+from fast.optim.groups import ramp_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,10 @@ class Plan:
             return 1.0
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    def ramp_factor(self, step: int) -> float:
+        """Factor of stall and ramp on the backbone's learning rate at `step` (0-based)."""
+        return ramp_factor(step, self.stall, self.ramp)
 
     def check_length(self, coming: int, *, owner: str, way_out: str) -> None:
         """Compare the number of steps that a Trainer will take with the plan's.

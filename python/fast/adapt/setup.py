@@ -342,6 +342,11 @@ def check_model(model: nn.Module) -> None:
                 f"model: {name} was made under torch.inference_mode, so it cannot be trained: make "
                 "the model outside of it"
             )
+        if x.is_complex() and x.requires_grad:
+            raise ValueError(
+                f"model: {name} is {x.dtype}, and only real weights can be trained: freeze it "
+                "(requires_grad_(False)), or let the network hold torch.view_as_real of it"
+            )
         if x.is_floating_point() and not x.isfinite().all():
             raise ValueError(
                 f"model: {int((~x.isfinite()).sum())} of {x.numel()} values of {name} are not "

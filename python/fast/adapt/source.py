@@ -48,7 +48,6 @@ def measure_source(
     config: AdaptConfig,
     *,
     card: SourceCard | None,
-    resuming: bool,
     ranks: Ranks,
 ) -> Source:
     """Hold back some source inputs to measure forgetting; make card and replay from the others.
@@ -56,7 +55,6 @@ def measure_source(
     Args:
         model: the network at its pretrained weights, with its own head.
         card: the user's card, bound to the model; or None.
-        resuming: estimate no card, because the state that will be loaded has its curvature.
 
     Raises:
         ValueError: the source inputs do not fit the network, or there are too few.
@@ -69,7 +67,7 @@ def measure_source(
             samples, meter = hold_back(
                 model, samples, budget=config.budget, skill=config.source_skill
             )
-        if card is None and setup.plan.weighted and not resuming:
+        if card is None and setup.plan.weighted:
             card = own_card(model, setup, samples, seed=config.seed)
         replay = None
         if METHODS[config.method].replay:

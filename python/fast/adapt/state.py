@@ -14,8 +14,14 @@ State = dict[str, Any]
 def check_state(state: Any, own: State, path: str = "state") -> None:
     """Raise ValueError where `state` does not have the form of `own`; the message names the entry.
 
-    Dicts must have the same keys, and tensors the same shapes and dtypes. Plain values may differ.
+    Dicts must have the same keys, and tensors the same shapes and dtypes. Plain values may differ,
+    but for the `format`.
     """
+    if isinstance(state, dict) and state.get("format", own.get("format")) != own.get("format"):
+        raise ValueError(
+            f"{path} has format {state['format']}, and this version reads {own.get('format')}: "
+            "finish the run with the version that it began with"
+        )
     if not isinstance(state, dict) or set(state) != set(own):
         names = sorted(map(str, set(state) ^ set(own))) if isinstance(state, dict) else ["all"]
         raise ValueError(

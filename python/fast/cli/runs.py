@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from fast.cli.run_key import run_key
 from fast.cli.spec.methods import ALL, MethodsSpec, SweepSpec
 from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
-from fast.heads.adapters import NO_PEFT
+from fast.heads.adapters import import_peft
 from fast.models.device import pick_device
 from fast.train.log import quiet_steps
 
@@ -52,23 +51,30 @@ def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:
 
     Raises:
         ValueError: a named method needs source inputs, and there are none.
-        ImportError: a named method needs PEFT, which is not installed.
+        ImportError: a named method needs PEFT, which cannot be imported.
     """
-    inputs, peft = task.source_inputs is not None, importlib.util.find_spec("peft") is not None
-    replay = [name for name, method in METHODS.items() if method.replay and not inputs]
-    adapter = [name for name, method in METHODS.items() if method.adapter_rank and not peft]
+    named = METHODS if ALL in methods else methods
+    lacks = {name: error for name in named if (error := _lacks(name, task)) is not None}
     if ALL in methods:
-        if replay:
-            print(f"note: {', '.join(replay)} is left out: no source inputs were given")
-        if adapter:
-            print(f"note: {', '.join(adapter)} is left out: PEFT is not installed")
-        return [name for name in METHODS if name not in (*replay, *adapter)]
-    for name in methods:
-        if name in replay:
-            raise ValueError(f"--methods: {name} trains on source inputs, and none were given")
-        if name in adapter:
-            raise ImportError(f"--methods: {NO_PEFT}")
+        for name, error in lacks.items():
+            print(f"note: {name} is left out: {error}")
+        return [name for name in METHODS if name not in lacks]
+    for error in lacks.values():
+        raise type(error)(f"--methods: {error}")
     return list(methods)
+
+
+def _lacks(name: str, task: LoadedTask) -> Exception | None:
+    """What a method needs and does not have here, as an error."""
+    method = METHODS[name]
+    if method.replay and task.source_inputs is None:
+        return ValueError(f"{name} trains on source inputs, and none were given")
+    if method.adapter_rank:
+        try:
+            import_peft()
+        except ImportError as error:
+            return error
+    return None
 
 
 class Runner:

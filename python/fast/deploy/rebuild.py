@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fast.errors import first_line, printable
+from fast.errors import first_line, import_library, printable
 from fast.files import read_json
 from fast.models.libraries import quiet
 from fast.models.load import LIBRARIES, load_model
@@ -62,10 +62,7 @@ def _name_in_job(folder: Path) -> str | None:
 
 
 def _by_config(folder: Path) -> nn.Module:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{folder} needs transformers: pip install transformers") from error
+    transformers = import_library("transformers", f"{folder} needs")
     names = read_json(folder / CONFIG_FILE).get("architectures") or [""]
     kind = getattr(transformers, str(names[0]), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):

@@ -7,6 +7,7 @@ answered as it was, to the bit.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import warnings
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from fast.data.trees import pick
+from fast.errors import import_library
 from fast.heads.batch_norm import per_task_parameters
 from fast.heads.find import places_of, put_at
 from fast.heads.forward import forward_logits, hooked
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
 
 NAME = "target"
-NO_PEFT = "method 'adapter' needs PEFT: pip install 'fast-task-adaptation[adapter]'"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -215,7 +216,7 @@ def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.
 
 
 def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | None) -> None:
-    peft = _peft()
+    peft = import_peft()
     if any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in model.modules()):
         raise ValueError(
             "method='adapter': the network has adapters of PEFT already; merge them "
@@ -244,9 +245,14 @@ def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | Non
         parameter.requires_grad_(id(parameter) in own)
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(NO_PEFT) from error
-    return peft
+def import_peft() -> Any:
+    """The library that the layers come from.
+
+    Raises:
+        ImportError: it is not installed, or cannot be imported.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(
+            "method 'adapter' needs PEFT: pip install 'fast-task-adaptation[adapter]'"
+        )
+    return import_library("peft", "method 'adapter' needs")

@@ -60,6 +60,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def trains_in_16_bits(model: nn.Module) -> bool:
+    return any(p.requires_grad and p.dtype in HALF for p in model.parameters())
+
+
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Turn 16-bit weights into float32, for good; inside the block 16-bit inputs are widened, too.

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from fast.data.images.library import timm_description
 from fast.data.images.preprocessing import from_config, from_preset
 from fast.data.images.processor import measure
 from fast.data.sources.connection import quick_offline
-from fast.errors import counted, distribution, first_line, printable, some
+from fast.errors import counted, first_line, import_library, other_build, printable, some
 from fast.models.loaded import LoadedModel
 
 
@@ -34,7 +31,7 @@ def load_library(
 
 
 def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) -> LoadedModel:
-    timm = _library("timm", "timm")
+    timm = import_library("timm", "models by timm need")
     with_weights = bool(kwargs.pop("pretrained", True))
     pretrained = pretrained and with_weights
     name = name.replace("hf_hub:", "hf-hub:", 1)
@@ -63,7 +60,7 @@ def _timm(name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]) 
 def _torchvision(
     name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
 ) -> LoadedModel:
-    models = _library("torchvision.models", "torchvision")
+    models = import_library("torchvision.models", "models by torchvision need")
     if name not in models.list_models():
         raise _unknown(f"torchvision:{name}", name, models.list_models())
     choice = kwargs.pop("weights", "DEFAULT" if kwargs.pop("pretrained", True) else None)
@@ -82,7 +79,7 @@ def _torchvision(
 def _transformers(
     name: str, pretrained: bool, args: list[Any], kwargs: dict[str, Any]
 ) -> LoadedModel:
-    transformers = _library("transformers", "transformers")
+    transformers = import_library("transformers", "models by transformers need")
     with_weights = bool(kwargs.pop("pretrained", True))
     pretrained = pretrained and with_weights
     notes = [] if with_weights else [_untrained(f"transformers:{name}")]
@@ -149,40 +146,6 @@ def _unknown(spec: str, name: str, names: Sequence[str]) -> ValueError:
     return ValueError(f"model {spec}: unknown model; {hint}")
 
 
-def _library(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as err:
-        # The library may be there and lack one of its own requirements, as timm torchvision.
-        missing = (err.name or package).split(".")[0]
-        raise ImportError(
-            f"models by {package} need {missing}: pip install {distribution(missing)}"
-        ) from err
-    except (ImportError, RuntimeError) as err:
-        raise ImportError(
-            _other_build(err)
-            or f"{package} is installed but cannot be imported ({first_line(err)}); its version "
-            "and torch's may not fit"
-        ) from err
-
-
-def _other_build(error: BaseException) -> str | None:
-    """The message for a torchvision that was compiled for another torch; None for other errors.
-
-    timm and transformers load torchvision, too, and wrap its error in others.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if "operator torchvision::" in str(cause):
-            return (
-                f"torchvision was compiled for another torch than {torch.__version__}, which is "
-                f"here ({first_line(cause)}): install both from the same place, in one call: "
-                "pip install --force-reinstall torch torchvision"
-            )
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
 @contextmanager
 def _naming(spec: str, downloads: bool) -> Iterator[None]:
     """Name the model in errors: libraries report a bad name or a failed download in many ways."""
@@ -190,9 +153,8 @@ def _naming(spec: str, downloads: bool) -> Iterator[None]:
         with quick_offline():
             yield
     except Exception as err:
-        other_build = _other_build(err)
-        if other_build is not None:
-            raise ImportError(other_build) from err
+        if message := other_build(err):
+            raise ImportError(message) from err
         hint = "; weights that are on this machine: --weights FILE" if downloads else ""
         if spec.startswith("transformers:"):
             hint = "; a network that is on this machine: transformers:FOLDER, and --weights FILE"

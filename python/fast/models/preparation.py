@@ -17,6 +17,7 @@ from fast.data.dataset import as_data
 from fast.data.images.format import BGR, ImageFormat
 from fast.data.images.pixels import is_image_split, prepare_images, prepared_by
 from fast.data.sources import EncodedAudio, FileReport, Split
+from fast.errors import import_library
 from fast.files import read_json, reading, write_json
 from fast.workers import workers_for
 
@@ -204,10 +205,7 @@ def _part(folder: Path, kind: str, files: tuple[str, ...], does: str, what: str)
     """
     if not any((folder / name).is_file() for name in files):
         raise ValueError(f"{folder}: the network {does}, and its {what} is not there")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{folder} needs transformers: pip install transformers") from error
+    transformers = import_library("transformers", f"{folder} needs")
     return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)
 
 

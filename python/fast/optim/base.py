@@ -19,6 +19,7 @@ from fast.optim.groups import (
     Progress,
     check_numbers,
     check_params,
+    is_trial,
     match_anchors,
     match_curvature,
     missing_anchor,
@@ -322,6 +323,9 @@ class AnchoredOptimizer(Optimizer):
 
     def _update(self) -> None:
         self._progress.settle(self.param_groups)
+        if not self.state and is_trial(self.param_groups):
+            self._complete(self._members())
+            return
         with named_range("fast::collect"):
             batches = self._collect()
         tables = {

@@ -156,13 +156,7 @@ class Progress:
         self._event: torch.cuda.Event | None = None
 
     def count(self, groups: Sequence[Group], found_inf: Tensor | None) -> None:
-        """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed.
-
-        A first step at learning rate 0 does not count: torch.distributed.checkpoint makes one, to
-        fill the states of an optimizer that has none yet.
-        """
-        if _tried_out(groups):
-            return
+        """Count a step; `found_inf` (`[]` or `[1]`, on any device) is not 0 where it overflowed."""
         if found_inf is None or not self.warming(groups):
             _advance(groups)
         elif found_inf.device.type == "cuda":
@@ -198,13 +192,16 @@ class Progress:
             _advance(groups)
 
 
-def _tried_out(groups: Sequence[Group]) -> bool:
-    """Whether a first step was made at learning rate 0, as far as the host knows the rate."""
-    if any(group["progress"] for group in groups) or torch.compiler.is_compiling():
+def is_trial(groups: Sequence[Group]) -> bool:
+    """Whether a step is that of torch.distributed.checkpoint, which fills the states of an
+    optimizer that has none: the first one, at learning rate 0, with gradients of 0."""
+    if torch.compiler.is_compiling() or any(group.get("progress") for group in groups):
         return False
-    rates = [group["lr"] for group in groups]
-    on_host = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in rates)
-    return on_host and all(float(lr) == 0 for lr in rates)
+    rates = [group.get("lr", 1.0) for group in groups]
+    if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates) or any(rates):
+        return False
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and float(dtensor.norm(grads)) == 0
 
 
 def _advance(groups: Sequence[Group]) -> None:

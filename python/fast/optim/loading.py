@@ -100,6 +100,12 @@ def _check_names(state: Mapping[str, Any], group: Group, form: Format, where: st
     present = [name for name in moments if is_stored(state, name)]
     if present and len(present) < len(moments):
         raise ValueError(f"{where} has {present[0]} but not all of {moments}")
+    if not present and group.get("momentum") and group["dampening"] and state.get("step", 0):
+        raise ValueError(
+            f"{where} has a step and no {moments[0]}. torch.distributed.checkpoint loads what a "
+            "state has already, which is no momentum before the first step where it is dampened: "
+            "set the dampening of the groups to 0 before get_state_dict, and it is loaded, too"
+        )
     if not form.counts_steps:
         return
     if present and "step" not in state:

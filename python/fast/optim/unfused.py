@@ -20,6 +20,8 @@ from fast.optim.groups import (
     Group,
     Progress,
     check_numbers,
+    check_params,
+    is_trial,
     match_anchors,
     match_curvature,
     missing_anchor,
@@ -53,7 +55,8 @@ class UnfusedPull:
         grad_norm: whether each step measures the norm of its gradients, for `stats()`.
 
     Raises:
-        ValueError: a value of a group is out of range, or `curvature` does not fit.
+        ValueError: a value of a group is out of range, `curvature` does not fit, or a parameter
+            with an anchor is complex.
     """
 
     def __init__(self, optimizer: Optimizer, *, grad_norm: bool = False) -> None:
@@ -91,6 +94,7 @@ class UnfusedPull:
         self._keep_anchors(match_anchors(self._params(), anchors))
 
     def _keep_anchors(self, anchors: Mapping[Tensor, Tensor]) -> None:
+        check_params(list(anchors), in_codes=False)
         for p, value in anchors.items():
             self.anchors[p] = torch.empty_like(p, requires_grad=False)
             self.anchors[p].copy_(dtensor.like(value.detach(), p))
@@ -123,11 +127,12 @@ class UnfusedPull:
         moving: list[tuple[Group, Any]] = []
         in_stall: list[Tensor] = []
         try:
+            trial = is_trial(groups)  # which has to fill the states of groups in their stall, too
             for group in groups:
                 self._prepare(group)
                 self._check_anchors(group)
                 factor = ramp_factor(group["progress"], group["stall"], group["ramp"])
-                if factor:
+                if factor or trial:
                     lr = self._scale_lr(group, factor * group["restraint"])
                     moving.append((group, lr))
                 else:
@@ -215,7 +220,8 @@ class UnfusedPull:
                 self._pull([p for p in group["params"] if p.grad is not None], strength)
         if self._measures:
             self._grad_norm = dtensor.norm(p.grad for g, _ in moving for p in g["params"])
-        self._progress.count(self.optimizer.param_groups, found_inf)
+        if not is_trial(self.optimizer.param_groups):
+            self._progress.count(self.optimizer.param_groups, found_inf)
 
     def _pull(self, params: list[Tensor], strength: Any) -> None:
         """Pull `params` to their anchors; `strength` `[]` is `c` for `F = 1`."""

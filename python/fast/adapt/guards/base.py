@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fast.errors import some, warn
@@ -93,8 +94,14 @@ class Guard:
         """Factor on the learning rate, at most 1."""
         return 1.0
 
-    def before_step(self, step: int) -> None:
-        """Called before every optimizer step, `step` of them done."""
+    def before_step(self, step: int, rate: float) -> None:
+        """Called before every optimizer step.
+
+        Args:
+            step: how many are done.
+            rate: the backbone's learning rate in this step, before its ramp, as a share of the
+                plan's.
+        """
 
     def after_step(self, step: int) -> None:
         """Called after every optimizer step, `step` of them done."""
@@ -113,12 +120,63 @@ class Guard:
         """Remove hooks."""
 
 
-def warn_unseen(guards: Iterable[Guard]) -> None:
-    """Warn that a loop runs the network itself, where guards wait for what `forward` shows them."""
-    blind = [type(g).__name__ for g in guards if type(g).penalty is not Guard.penalty]
-    if blind:
-        warn(
-            "the first step was taken without adaptation.forward(), so that nothing of the source "
-            f"is held by {some(blind)}: let forward() run the network, and add its penalty to the "
-            "loss"
-        )
+class Guards(list[Guard]):
+    """The guards of an adaptation, all together.
+
+    Attributes:
+        strength: factor on the penalties, set by `set_strength`.
+    """
+
+    strength = 1.0
+
+    def set_strength(self, factor: float) -> None:
+        self.strength = factor
+        for guard in self:
+            guard.strength = factor
+
+    def penalties(self, seen: Seen, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The penalty that the reported loss includes, and the one that it does not, each `[]`."""
+        inside, outside = torch.zeros((), device=device), torch.zeros((), device=device)
+        for guard in self:
+            penalty = guard.penalty(seen)
+            if penalty is not None and guard.in_loss:
+                inside = inside + penalty
+            elif penalty is not None:
+                outside = outside + penalty
+        return self.strength * inside, outside
+
+    def lr_factor(self) -> float:
+        return math.prod(guard.lr_factor() for guard in self)
+
+    def before_step(self, step: int, rate: float) -> None:
+        for guard in self:
+            guard.before_step(step, rate)
+
+    def after_step(self, step: int) -> None:
+        for guard in self:
+            guard.after_step(step)
+
+    def finish(self) -> None:
+        for guard in self:
+            guard.finish()
+
+    def close(self) -> None:
+        for guard in self:
+            guard.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {type(guard).__name__: guard.state_dict() for guard in self}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for guard in self:
+            guard.load_state_dict(state[type(guard).__name__])
+
+    def warn_unseen(self) -> None:
+        """Warn that a loop runs the network itself, where guards wait for what `forward` shows."""
+        blind = [type(g).__name__ for g in self if type(g).penalty is not Guard.penalty]
+        if blind:
+            warn(
+                "the first step was taken without adaptation.forward(), so that nothing of the "
+                f"source is held by {some(blind)}: let forward() run the network, and add its "
+                "penalty to the loss"
+            )

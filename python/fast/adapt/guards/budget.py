@@ -28,7 +28,6 @@ from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.errors import warn
 from fast.heads import running_statistics
-from fast.optim.groups import ramp_factor
 from fast.ranks import ALONE, Ranks
 
 # The last search aims at this share of the budget and ends within a twentieth of that: inside.
@@ -92,9 +91,8 @@ class ForgettingBudget(Guard):
         batch_size: samples per step, source inputs included.
         budget: what may be lost; with None, forgetting is measured and forecast, but not limited.
         meter: measures forgetting exactly; it was made before the head was replaced. Or None.
-        card: the source card, or None. When a run resumes, its optimizer state may hold the
-            curvature that weights the pull, without a card.
-        weighted: the optimizer's pull is weighted by a card's curvature.
+        card: the source card, or None.
+        weighted: the card's curvature weights the optimizer's pull.
         stats: returns the optimizer's figures of the last step.
         drift: measures how far the backbone has moved.
         average: the averaged weights, if the run returns these; checks then measure them.
@@ -123,14 +121,13 @@ class ForgettingBudget(Guard):
     ) -> None:
         self._ranks = ranks
         self.model, self.meter, self.card, self.drift = model, meter, card, drift
-        self.weighted, self.mean = weighted, card.mean if card is not None else None
-        self.average, self._stats = average, stats
+        self.weighted, self.average, self._stats = weighted, average, stats
         self.forecaster = Forecast(card.calibration if card is not None else UNKNOWN)
         # The result of the last check, valid until the next step.
         self.measured: float | None = 0.0 if card is not None or meter is not None else None
         self.controller: PullController | None = None
         if budget is not None:
-            _check_budget(budget, plan, meter, weighted or card is not None)
+            _check_budget(budget, plan, meter, card is not None)
             self.controller = PullController(budget, set_pull)
         # Tracked batch norm forgets through its statistics too, so they go back with the weights.
         tracked = plan.batch_norm == "track" and budget is not None
@@ -155,7 +152,7 @@ class ForgettingBudget(Guard):
         figure = float(self._stats()["forgetting"])
         if math.isnan(figure):  # in a stall, or without a pull, the optimizer has no anchor
             figure = 0.5 * self.drift() ** 2 if not self.weighted else 0.0
-        return figure * self.mean if self.weighted and self.mean is not None else figure
+        return figure if self.card is None else figure * self.card.mean
 
     def forecast(self) -> float | None:
         """Forecast rise of the source loss (or loss of accuracy); None where nothing is known.
@@ -247,13 +244,12 @@ class ForgettingBudget(Guard):
         return {
             "forecast": self.forecaster.state_dict(),
             "factor": factor,
-            "mean": self.mean,
             "measured": self.measured,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.forecaster.load_state_dict(state["forecast"])
-        self.mean, self.measured = state["mean"], state["measured"]
+        self.measured = state["measured"]
         if self.controller:
             self.controller.set(float(state["factor"]))
 
@@ -274,9 +270,6 @@ def _check_budget(
 
 def _shares_of_the_way(plan: Plan) -> list[float]:
     """After each step, the share of the sum of the backbone's learning rates so far."""
-    rates = [
-        ramp_factor(step, plan.stall, plan.ramp) * plan.lr_factor(step)
-        for step in range(plan.steps)
-    ]
+    rates = [plan.ramp_factor(step) * plan.lr_factor(step) for step in range(plan.steps)]
     total = sum(rates)
     return [x / total for x in accumulate(rates)] if total else [1.0] * plan.steps

@@ -2,9 +2,9 @@
 
 Adam's first step is as long as its rate, whatever the gradient. A step at the full rate would move
 the features of one network by a third of a standard deviation, and those of another by sixteen: at
-that rate the second one loses them before any average tells. So a few inputs are run again after
-the first step of the backbone. If it went too far, a part of it is taken back, and the learning
-rate of the whole run falls by as much.
+that rate the second one loses them before any average tells. So a few inputs are run before and
+after the first step of the backbone, in the same precision. If it went too far, a part of it is
+taken back, and the learning rate of the whole run falls by as much.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast import dtensor
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.rehearse import distances
 from fast.data.trees import length
@@ -44,16 +45,14 @@ class Pace(Guard):
         model: the network before its first step.
         head: the module whose input the features are.
         inputs: a few inputs, `[N, ...]`, on the model's device.
-        features: what the head sees of them before the first step, `[N, ...]`.
         scale: one over the variance of features, `[]`.
         task: the context in which the network computes these features.
-        first: number of the first step that moves the backbone, from 0.
-        first_rate: its learning rate, as a share of the peak.
+        ramp: the part of the learning rate that the ramp leaves of a step, by the step's number.
         farthest: how far a step at the full rate may move features, in standard deviations.
         ranks: processes that train together; the first one reports.
 
     Attributes:
-        pace: factor on the learning rate, at most 1.
+        pace: factor on the learning rate, at most 1; None before the backbone has moved.
     """
 
     def __init__(
@@ -62,44 +61,51 @@ class Pace(Guard):
         model: nn.Module,
         head: nn.Module,
         inputs: Any,
-        features: Tensor,
         scale: Tensor,
         task: Callable[[nn.Module], AbstractContextManager[Any]],
-        first: int,
-        first_rate: float,
+        ramp: Callable[[int], float],
         farthest: float,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.pace = 1.0
+        self.pace: float | None = None
         self._model, self._head, self._task = model, head, task
-        self._inputs, self._features, self._scale = inputs, features, scale
-        self._first, self._first_rate, self._farthest = first, first_rate, farthest
-        self._ranks = ranks
-        self._start: list[tuple[Tensor, Tensor]] = []  # parameters, as they were before that step
+        self._inputs, self._scale = inputs, scale
+        self._ramp, self._farthest, self._ranks = ramp, farthest, ranks
+        self._rate = 0.0  # of the step, as a share of the full rate
+        # Parameters and features, as they were before the step.
+        self._start: list[tuple[Tensor, Tensor]] = []
+        self._before: Tensor | None = None
 
     def lr_factor(self) -> float:
-        return self.pace
+        return 1.0 if self.pace is None else self.pace
 
-    def before_step(self, step: int) -> None:
-        if step == self._first:
+    def before_step(self, step: int, rate: float) -> None:
+        self._rate = rate * self._ramp(step)
+        if self.pace is None and self._rate:
             parameters = (p for p in self._model.parameters() if p.requires_grad)
             self._start = [(p, p.detach().clone()) for p in parameters]
+            self._before = self._features()
+
+    @torch.no_grad()
+    def _features(self) -> Tensor:
+        with evaluating(self._model), self._task(self._model):
+            now = features_of(self._model, self._head, self._inputs)
+        return by_sample(now, length(self._inputs)).to(self._scale.dtype)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        if step != self._first + 1:
+        start, before, self._start, self._before = self._start, self._before, [], None
+        # A step that a GradScaler skips moves nothing.
+        if before is None or not dtensor.norm(p.detach() - was for p, was in start):
             return
-        with evaluating(self._model), self._task(self._model):
-            now = features_of(self._model, self._head, self._inputs)
-        now = by_sample(now, length(self._inputs))
-        e = distances(now, self._features, self._scale).mean().item()
-        farthest = math.sqrt(e) / self._first_rate
-        start, self._start = self._start, []
+        e = distances(self._features(), before, self._scale).mean().item()
+        farthest = math.sqrt(e) / self._rate
+        self.pace = 1.0
         if not self._farthest < farthest < math.inf:
             return
         self.pace = self._farthest / farthest
-        for p, before in start:
-            p.lerp_(before, 1 - self.pace)
+        for p, was in start:
+            p.lerp_(was, 1 - self.pace)
         if self._ranks.first:
             log.info(
                 "a step at the full learning rate would move the features by %.1f of their "
@@ -112,4 +118,4 @@ class Pace(Guard):
         return {"pace": self.pace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pace = float(state["pace"])
+        self.pace = None if state["pace"] is None else float(state["pace"])

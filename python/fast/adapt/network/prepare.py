@@ -45,7 +45,6 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.optim.groups import ramp_factor
 from fast.ranks import Ranks
 from fastkernels.codes import compute_dtype
 
@@ -232,17 +231,15 @@ def rehearsal(
             seed=seed,
             ranks=ranks,
         )
-    few = slice(MEASURED)
     pace = Pace(
         model=network.model,
         head=network.head,
-        inputs=move(pick(guard.inputs, few), network.device),
-        features=guard.features[few],
+        inputs=move(pick(guard.inputs, slice(MEASURED)), network.device),
         scale=guard.scale,
         task=source_task,
         farthest=FARTHEST,
         ranks=ranks,
-        **first_move(plan),
+        ramp=plan.ramp_factor,
     )
     return [guard, pace]
 
@@ -252,25 +249,16 @@ def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pac
     model, head, sample = network.model, network.head, setup.sample
     features = by_sample(features_of(model, head, sample), length(sample))
     features = features.to(compute_dtype(features))
-    few = slice(MEASURED)
     return Pace(
         model=model,
         head=head,
-        inputs=pick(sample, few),
-        features=features[few],
+        inputs=pick(sample, slice(MEASURED)),
         scale=scale_of(features),
         task=nullcontext,
         farthest=FARTHEST_OF_ADAPTERS,
         ranks=ranks,
-        **first_move(setup.plan),
+        ramp=setup.plan.ramp_factor,
     )
-
-
-def first_move(plan: Plan) -> dict[str, Any]:
-    """The first step that moves the backbone, and its learning rate as a share of the peak."""
-    first = plan.stall
-    rate = plan.lr_factor(first) * ramp_factor(first, plan.stall, plan.ramp)
-    return {"first": first, "first_rate": rate}
 
 
 def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, folded: bool) -> bool:

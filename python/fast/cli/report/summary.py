@@ -117,11 +117,15 @@ def verdict(runs: Sequence[Run], samples: int) -> str:
     first, *others = methods
     sentences = []
     for other in others:
-        learns = _difference(methods[first], methods[other], "target_accuracy")
-        sentence = f"{first} learns {_in_words(learns, 'more', 'less')} {other}"
+        amount, than, remark = _in_words(
+            *_difference(methods[first], methods[other], "target_accuracy")
+        )
+        sentence = f"{first} learns {amount} {than} {other}{remark}"
         if runs[0].source_accuracy is not None:
-            keeps = _difference(methods[first], methods[other], "source_accuracy")
-            sentence += f", and keeps {_in_words(keeps, 'more', 'less')} it of the source task"
+            amount, _, remark = _in_words(
+                *_difference(methods[first], methods[other], "source_accuracy")
+            )
+            sentence += f", and keeps {amount} of the source task{remark}"
         sentences.append(sentence + ".")
     if others and min(map(len, methods.values())) < 2:
         sentences.append("There is one seed of each: another may come out differently.")
@@ -139,15 +143,14 @@ def _difference(a: Sequence[Run], b: Sequence[Run], name: str) -> tuple[float, f
     return statistics.mean(differences), half
 
 
-def _in_words(difference: tuple[float, float | None], more: str, less: str) -> str:
-    """`2.1 points more than`, `as much as`."""
-    mean, half = difference
+def _in_words(mean: float, half: float | None) -> tuple[str, str, str]:
+    """A difference, the word before what it is compared with, and a remark:
+    `("2.1 points more", "than", "")`."""
     if round(abs(mean), 1) == 0:
-        return "as much as"
+        return "as much", "as", ""
     if half is not None and abs(mean) <= half:
-        return f"about as much as ({mean:+.1f} ± {half:.1f} points, which is undecided)"
-    sign = more if mean > 0 else less
-    return f"{abs(mean):.1f} points {sign} than"
+        return "about as much", "as", f" ({mean:+.1f} ± {half:.1f} points, which is undecided)"
+    return f"{abs(mean):.1f} points {'more' if mean > 0 else 'less'}", "than", ""
 
 
 def settings(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

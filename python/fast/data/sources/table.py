@@ -25,7 +25,7 @@ from fast.data.sources.names import (
 )
 from fast.data.sources.scan import natural
 from fast.data.sources.types import NamedData, Split, labelled
-from fast.errors import first_line, printable, some
+from fast.errors import first_line, import_library, printable, some
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 # Longer cells are no labels. csv itself refuses cells of more than 128 KB, which texts may have.
@@ -220,13 +220,11 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _parquet(path: Path) -> Columns:
+    parquet = import_library("pyarrow.parquet", f"{path}: reading Parquet needs")
+    from pyarrow import ArrowException
+
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table as read
-    except ImportError as error:
-        raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        return read(path).to_pydict()
+        return parquet.read_table(path).to_pydict()
     except (OSError, ArrowException) as error:
         raise ValueError(f"{path}: not a readable table ({first_line(error)})") from error
 

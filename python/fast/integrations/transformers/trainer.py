@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -132,7 +133,7 @@ class FastTrainer(Trainer):
         self.source_eval = source_eval
         self.source_accuracy_before = self.source_accuracy = self.measure_source()
         settings = adaptation_options(self.args, len(loader), options)
-        with RollbackOnError(model):
+        with RollbackOnError(model), ExitStack() as on_error:
             self.adaptation = Adaptation(
                 model,
                 DataLoader(samples, settings["batch_size"], True, collate_fn=loader.collate_fn),
@@ -144,9 +145,11 @@ class FastTrainer(Trainer):
                 autocast_dtype=autocast_dtype(self.args),
                 **settings,
             )
+            on_error.callback(self.adaptation.close)
             _check_folds(model)
             self.id2label = _names_of(samples, id2label, self.adaptation.num_classes)
             self._describe_task(model)
+            on_error.pop_all()
         for group in self.adaptation.optimizer.param_groups:
             if "betas" in group:
                 group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fast.files import read_json
 from fast.heads.adapters import adapter_state
 from fast.heads.batch_norm import source_norms
-from fast.heads.find import Head, HeadLayer, classes_of, find_head, layer_like
+from fast.heads.find import Head, HeadLayer, classes_of, find_head, is_plain, layer_like
 from fast.heads.replace import announce_classes, fold_head, task_head
+from fast.models.head_option import KEEP
 from fast.models.saved.files import (
     ADAPTERS_FILE,
     MODEL_FILE,
@@ -112,10 +113,10 @@ def _source_network(folder: Path, target: nn.Module, head: str) -> nn.Module:
 
 
 def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
-    """Make `model` the plain target network, with a new layer in the place of its head.
+    """Make `model` the plain target network, with the layer of the target as its head.
 
     Returns:
-        the new layer.
+        this layer.
 
     Raises:
         ValueError: the weights belong to another network.
@@ -123,8 +124,11 @@ def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
     file = folder / MODEL_FILE
     state = load_tensors(file)
     _take_dtypes(model, state)
-    layer = _layer_of(head, state, f"{head.name}.", file)
-    head.put(layer)
+    layer = head.module
+    # A kept head may compute more than its weight and bias say; a new one is always plain.
+    if is_plain(layer) or read_options(folder).get("head") != KEEP:
+        layer = _layer_of(head, state, f"{head.name}.", file)
+        head.put(layer)
     announce_classes(model, classes_of(layer))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     wrong = lacking(state, shapes)
