@@ -201,7 +201,7 @@ class Result:
         if self.plan is not None and self.plan.adapter_rank:
             notes.append(
                 f"{self.plan.functions}: {MODEL_FILE} answers the target alone; the source's are "
-                "in the files beside it"
+                "in other files of the run"
             )
         return notes
 

@@ -18,6 +18,8 @@ from fast.heads import task_head, unwrap
 from fast.merge.join_fit import Scales, Side, fit
 from fast.merge.join_parts import TwoHeads, logits_from, two_heads
 from fast.merge.joined import Joined
+from fast.models.saved.description import source_classes as names_of_source
+from fast.models.signature import signature_of
 
 log = logging.getLogger("fast")
 
@@ -28,9 +30,11 @@ CHUNK = 128
 
 
 class Adapted(Protocol):
-    """What `join` needs of a `fast.Result`: the network and the names of the target's classes."""
+    """What `join` needs of a `fast.Result`: the network, how --model named it, and the names of the
+    target's classes."""
 
     model: nn.Module
+    network: str | None
     classes: list[str] | None
 
 
@@ -74,6 +78,7 @@ def join(
         ValueError: the network has only one head; names do not fit; labels are out of range or
             missing; there are too few samples; or something follows the head of the network.
     """
+    name = None
     if not isinstance(result, nn.Module):
         if not isinstance(getattr(result, "model", None), nn.Module):
             raise TypeError(
@@ -81,7 +86,7 @@ def join(
                 f"got {type(result).__name__}"
             )
         target_classes = result.classes if target_classes is None else target_classes
-        result = result.model
+        name, result = result.network, result.model
     network = unwrap(result)
     model = network.network if isinstance(network, Joined) else network
     head = task_head(model)
@@ -90,8 +95,8 @@ def join(
             "result: the network has one head, and join needs the source's beside the target's: "
             "join before fast.fold_head"
         )
-    if source_classes is None and isinstance(head.source_labels.get("id2label"), dict):
-        source_classes = list(head.source_labels["id2label"].values())
+    if source_classes is None:
+        source_classes = names_of_source(model, name)
     return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
 
 
@@ -113,7 +118,13 @@ def join_heads(
     if target.labels is None:
         raise ValueError("data: has no labels; give (inputs, labels) of the target task")
     networks = [part.network for part in heads.parts]
-    joined = Joined(networks, [*names[0], *names[1]], sizes[0], heads.parts[0].name)
+    joined = Joined(
+        networks,
+        [*names[0], *names[1]],
+        sizes[0],
+        heads.parts[0].name,
+        inputs=signature_of(target.inputs),
+    )
     joined.to(heads.source[0].device)
     places = joined.place.split(list(sizes))
     count = len(joined.classes)
