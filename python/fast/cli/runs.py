@@ -142,5 +142,5 @@ def read_run(file: Path, key: str) -> Run | None:
         if not isinstance(saved, dict):
             raise TypeError("it holds no run")
         return Run(**saved) if saved.pop("key", None) == key else None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # no UTF-8, no JSON, or other entries
         raise ValueError(f"{file} is damaged ({error}); delete it to run it again") from error
