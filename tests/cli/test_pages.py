@@ -149,6 +149,21 @@ def test_texts_are_not_augmented(reviews, tmp_path, capsys):
     assert "--augment is for images, and --data is texts: drop it" in capsys.readouterr().err
 
 
+def test_a_head_that_is_kept_has_its_own_order_of_classes(reviews, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.AutoConfig.from_pretrained("bert")
+    learn = commands("texts.md")[0]
+    for names, code in ((["glad", "calm", "sad"], 2), (["good", "fair", "bad"], 0)):
+        config.id2label = dict(enumerate(names))
+        config.save_pretrained("bert")
+        assert run(learn, f"transformers:{tmp_path / 'bert'}", "--head", "keep") == code
+    assert "own classes, glad, calm, sad, and the data have bad, good" in capsys.readouterr().err
+    data = json.loads((tmp_path / "runs/reviews/data.json").read_text())["data"]
+    assert data["classes"] == ["good", "fair", "bad"]
+    assert data["samples"]["train"] == [10, 0, 10]
+    assert fast.load("runs/reviews").predict("a film").classes == ["good", "fair", "bad"]
+
+
 def test_texts_of_two_tasks_are_joined(reviews, tmp_path, capsys):
     """And the joined network has its tokenizer, its architecture and the names of all classes."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

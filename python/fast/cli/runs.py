@@ -39,7 +39,12 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
     if not spec.demo:
         config = spec.training
         yield (
-            load_task(spec.task, source_skill=config.source_skill, workers=config.num_workers),
+            load_task(
+                spec.task,
+                source_skill=config.source_skill,
+                keeps_head=config.keeps_head,
+                workers=config.num_workers,
+            ),
             folder,
         )
         return

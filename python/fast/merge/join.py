@@ -18,6 +18,7 @@ from fast.heads import task_head, unwrap
 from fast.merge.join_fit import Scales, Side, fit
 from fast.merge.join_parts import TwoHeads, logits_from, two_heads
 from fast.merge.joined import Joined
+from fast.models.saved.description import announced_classes
 from fast.models.saved.description import source_classes as names_of_source
 from fast.models.signature import signature_of
 
@@ -64,7 +65,8 @@ def join(
             surer than it should be.
         source_classes: names of the classes, in the order of the source head's logits (default:
             the names that the network has). Classes of the same name in both tasks become one.
-        target_classes: names of the target's classes (default: those that `result` has).
+        target_classes: names of the target's classes (default: those that `result` has, or its
+            network).
 
     Returns:
         a plain module in evaluation mode. Its logits `[B, C]` are those of the source's classes
@@ -97,6 +99,8 @@ def join(
         )
     if source_classes is None:
         source_classes = names_of_source(model, name)
+    if target_classes is None:
+        target_classes = announced_classes(model)
     return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
 
 
