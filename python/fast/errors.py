@@ -15,7 +15,7 @@ _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # The escape codes of colours and styles in messages of libraries.
 _STYLES = re.compile(r"\x1b\[[0-9;]*m")
 # Packages between a warning of ours and the line of the user's that led to it.
-_INSIDE = {"fast", "fastkernels", "torch", "contextlib"}
+_INSIDE = {"fast", "fastkernels", "torch", "contextlib", "logging"}
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

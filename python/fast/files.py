@@ -47,12 +47,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in errors that do not, as that of a full disk in the middle of a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name[:100]}-{secrets.token_hex(4)}{UNFINISHED}")
     folder.mkdir()
     try:
-        yield folder
+        with writing(path):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -92,8 +104,8 @@ def check_writable(folder: Path, option: str) -> None:
             raise ValueError(f"{option} {folder}: is a file; name a folder")
         new = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"a disk that is full takes a name and no content")
     except OSError as error:
         raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
     finally:

@@ -232,8 +232,9 @@ def test_a_damaged_run_is_named(done):
     code, _, err = job.fast("compare", *job.args, *COMPARE)
     assert code == 2
     assert f"{file.relative_to(job.folder)} is damaged" in err
-    for wrong in ([1], {"key": whole["key"], "method": "fast"}):
-        file.write_text(json.dumps(wrong))
+    others = ([1], {"key": whole["key"], "method": "fast"})
+    for wrong in (b"\xff", *(json.dumps(other).encode() for other in others)):
+        file.write_bytes(wrong)
         code, _, err = job.fast("compare", *job.args, *COMPARE)
         assert code == 2
         assert f"{file.relative_to(job.folder)} is damaged" in err

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,40 @@ def test_texts_are_not_augmented(reviews, tmp_path, capsys):
     command = commands("texts.md")[0]
     assert run(command, f"transformers:{tmp_path / 'bert'}", "--augment", "light") == 2
     assert "--augment is for images, and --data is texts: drop it" in capsys.readouterr().err
+
+
+def test_a_head_that_is_kept_has_its_own_order_of_classes(reviews, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.AutoConfig.from_pretrained("bert")
+    learn = commands("texts.md")[0]
+    for names, code in ((["glad", "calm", "sad"], 2), (["good", "fair", "bad"], 0)):
+        config.id2label = dict(enumerate(names))
+        config.save_pretrained("bert")
+        assert run(learn, f"transformers:{tmp_path / 'bert'}", "--head", "keep") == code
+    assert "own classes, glad, calm, sad, and the data have bad, good" in capsys.readouterr().err
+    data = json.loads((tmp_path / "runs/reviews/data.json").read_text())["data"]
+    assert data["classes"] == ["good", "fair", "bad"]
+    assert data["samples"]["train"] == [10, 0, 10]
+    assert fast.load("runs/reviews").predict("a film").classes == ["good", "fair", "bad"]
+
+
+def test_texts_of_two_tasks_are_joined(reviews, tmp_path, capsys):
+    """And the joined network has its tokenizer, its architecture and the names of all classes."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.AutoConfig.from_pretrained("bert")
+    config.id2label = {0: "sad", 1: "calm", 2: "glad"}
+    config.save_pretrained("bert")
+    (tmp_path / "old.txt").write_text("\n".join(text for text, _ in reviews["rows"]))
+    learn = commands("texts.md")[0]
+    assert run(learn, f"transformers:{tmp_path / 'bert'}", "--val-fraction", "0.5") == 0
+    assert main(["join", "runs/reviews", "--source-inputs", "old.txt", "--output", "joined"]) == 0
+    shutil.rmtree("bert")
+    assert main(["predict", "joined", "old.txt", "--csv", "answers.csv"]) == 0
+    classes = ["sad", "calm", "glad", "bad", "good"]
+    assert Path("answers.csv").read_text().splitlines()[0].split(",")[3:] == classes
+    assert main(["export", "joined", "--format", "hf", "-o", "served"]) == 0
+    served = transformers.pipeline("text-classification", model="served")
+    assert {answer["label"] for answer in served("a film", top_k=None)} == set(classes)
 
 
 def test_texts_from_python(reviews):

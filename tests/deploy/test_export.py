@@ -19,7 +19,7 @@ from fast.deploy.export.hugging_face import _write_processor
 from fast.deploy.predictor import Predictor
 from fast.models.preparation import Preparation
 from helpers import run_python
-from networks import ConvNet, TextNet, sentences
+from networks import ConvNet, TextNet, images, sentences
 
 ALONE = "import sys; sys.modules['fast'] = sys.modules['fastkernels'] = None\n"
 
@@ -60,6 +60,7 @@ def test_onnx(adapted, tmp_path):
     code = """
 import onnxruntime
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+assert session.get_inputs()[0].shape == ["batch", 1, 8, 8]
 logits = torch.from_numpy(session.run(["logits"], {"input": x.numpy()})[0])"""
     logits = answers_alone(code, folder, adapted.x[:7])
     expected = adapted.result.predict(adapted.x[:7]).logits
@@ -74,6 +75,53 @@ def test_weights_for_the_plain_architecture(adapted, tmp_path):
         torch.testing.assert_close(
             plain(adapted.x), adapted.result.predict(adapted.x).logits, rtol=1e-4, atol=1e-4
         )
+
+
+def joined_folder(tmp_path, policy, old):
+    """A joined network that learned classes "oak" and "elm" besides `old`, in a folder."""
+    kept = images(40, 5, seed=3)[0]
+    result = fast.finetune(
+        ConvNet(), images(60, 2), source_inputs=kept, batch_norm=policy, steps=2, progress=False
+    )
+    joined = fast.join(
+        result,
+        source_inputs=kept,
+        data=images(40, 2, seed=4),
+        source_classes=old,
+        target_classes=["oak", "elm"],
+    )
+    return joined, joined.save(tmp_path / "joined")
+
+
+def test_a_joined_network_is_exported_with_the_classes_of_both_tasks(tmp_path):
+    joined, folder = joined_folder(tmp_path, "frozen", list("abcde"))
+    loaded, x = fast.load(folder, ConvNet()), images(7, 5, seed=5)[0]
+    for format in ("torch.export", "safetensors"):
+        facts = loaded.export(tmp_path / format, format) / "preprocessing.json"
+        outputs = json.loads(facts.read_text())["outputs"]
+        assert outputs["logits"]["classes"] == [*"abcde", "oak", "elm"]
+    plain = ConvNet(7).eval()
+    plain.load_state_dict(load_file(tmp_path / "safetensors" / "model.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), joined(x))
+    code = "logits = torch.export.load('model.pt2').module()(x)"
+    logits = answers_alone(code, tmp_path / "torch.export", x)
+    torch.testing.assert_close(logits, joined(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "old", "why"),
+    [
+        ("per_task", "abcde", "takes two passes"),
+        ("frozen", ["oak", *"abcd"], "has classes of both"),
+    ],
+)
+def test_weights_that_no_plain_architecture_takes_are_not_written(tmp_path, policy, old, why):
+    _, folder = joined_folder(tmp_path, policy, list(old))
+    loaded = fast.load(folder, ConvNet())
+    with pytest.raises(ValueError, match=f"a joined network that {why}.* is none: use 'onnx' or"):
+        loaded.export(tmp_path / "served", "safetensors")
+    assert loaded.export(tmp_path / "served", "torch.export").is_dir()
 
 
 def test_several_inputs_keep_their_names(tmp_path):

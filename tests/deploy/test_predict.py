@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import fast
 from fast.data.images.format import ImageFormat
 from fast.data.sources import DataWarning
 from fast.deploy.raw import raw_inputs
 from fast.models.preparation import Preparation, read_preparation
+from networks import ConvNet, images
 
 Image = pytest.importorskip("PIL.Image", reason="pictures need pillow")
 FORM = ImageFormat(size=8, resize=10, mean=(0.4,), std=(0.3,), channels=1)
@@ -46,6 +49,15 @@ def pixels(path):
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return FORM.prepare(picture.convert("L"))
+
+
+def test_classes_have_the_names_that_the_network_has_for_them(tmp_path):
+    network = ConvNet(4)
+    network.config = SimpleNamespace(id2label=dict(enumerate("abcd")))
+    x, y = images(24, 4)
+    result = fast.finetune(network, (x, y), head="keep", steps=2, progress=False)
+    assert result.predict(x).classes == list("abcd")
+    assert fast.load(result.save(tmp_path / "run"), ConvNet(4)).predict(x).classes == list("abcd")
 
 
 def test_paths_go_through_the_pipeline_of_the_run(predictor, pictures):

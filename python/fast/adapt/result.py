@@ -32,7 +32,12 @@ from fast.models.saved import (
     save_networks,
     write_manifest,
 )
-from fast.models.saved.description import describe_network, save_library_config, source_classes
+from fast.models.saved.description import (
+    announced_classes,
+    describe_network,
+    save_library_config,
+    source_classes,
+)
 
 log = logging.getLogger("fast")
 
@@ -54,6 +59,8 @@ class Result:
         config: the options of the run, as they were given.
         plan: the settings that the options resolved to.
         source_accuracy_before: source accuracy of the pretrained network.
+        classes: names of the target's classes; None where they have none, or where the network has
+            them in its configuration.
         run: id of the run, where it had a folder.
         data: what the command line read: classes, samples of each, preprocessing.
         network: what --model named, by which the network is built again.
@@ -133,7 +140,7 @@ class Result:
         model, config = unwrap(self.model), self.config
         return Predictor(
             model=model,
-            classes=self.classes,
+            classes=self._class_names(),
             source_classes=source_classes(model, self.network),
             preparation=self.preparation,
             inputs=self.inputs,
@@ -146,6 +153,10 @@ class Result:
             facts=self._accuracies() | {"method": config.method},
             notes=self.notes,
         )
+
+    def _class_names(self) -> list[str] | None:
+        """`classes`, or else the names that the network itself has for them."""
+        return announced_classes(self.model) if self.classes is None else self.classes
 
     def _accuracies(self) -> dict[str, float | None]:
         return {
@@ -201,7 +212,7 @@ class Result:
         if self.plan is not None and self.plan.adapter_rank:
             notes.append(
                 f"{self.plan.functions}: {MODEL_FILE} answers the target alone; the source's are "
-                "in the files beside it"
+                "in other files of the run"
             )
         return notes
 
@@ -254,14 +265,15 @@ class Result:
         clear_unfinished(folder)
         model = unwrap(self.model)
         save_networks(model, folder)
-        save_library_config(model, folder, self.classes)
+        classes = self._class_names()
+        save_library_config(model, folder, classes)
         write_json(folder / OPTIONS_FILE, dataclasses.asdict(self.config))
         self.preparation.save(folder)
         write_json(
             folder / "result.json",
             {
                 **self._accuracies(),
-                "classes": self.classes,
+                "classes": classes,
                 "final": self.final,
                 "plan": dataclasses.asdict(self.plan) if self.plan else None,
                 "notes": self.notes,

@@ -14,7 +14,7 @@ from typing import Any
 
 from fast.cli.options import Parser, flag
 from fast.errors import printable
-from fast.files import read_json, to_json
+from fast.files import read_json, to_json, writing
 
 JOB_FILE = "job.json"
 KEY_BYTES = 32
@@ -33,8 +33,15 @@ def write_record(folder: Path, options: dict[str, Any]) -> None:
     paths = {name: absolute(options[name]) for name in PATHS if name in options}
     facts = {**options, **paths, MODEL_HASH: _model_hash(paths["model"])}
     record = json.loads(to_json(facts))
-    with (folder / JOB_FILE).open("x") as file:
-        file.write(to_json(record | {SIGNATURE: _sign(record)}, indent=2) + "\n")
+    text = to_json(record | {SIGNATURE: _sign(record)}, indent=2) + "\n"
+    path = folder / JOB_FILE
+    file = path.open("x")
+    try:
+        with writing(path), file:
+            file.write(text)
+    except OSError:  # a full disk; an empty record would be taken for that of a run
+        path.unlink()
+        raise
 
 
 def replace_record(folder: Path, options: dict[str, Any]) -> None:

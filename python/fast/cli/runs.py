@@ -38,7 +38,12 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
     if not spec.demo:
         config = spec.training
         yield (
-            load_task(spec.task, source_skill=config.source_skill, workers=config.num_workers),
+            load_task(
+                spec.task,
+                source_skill=config.source_skill,
+                keeps_head=config.keeps_head,
+                workers=config.num_workers,
+            ),
             folder,
         )
         return
@@ -148,5 +153,5 @@ def read_run(file: Path, key: str) -> Run | None:
         if not isinstance(saved, dict):
             raise TypeError("it holds no run")
         return Run(**saved) if saved.pop("key", None) == key else None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # no UTF-8, no JSON, or other entries
         raise ValueError(f"{file} is damaged ({error}); delete it to run it again") from error

@@ -179,7 +179,7 @@ class Predictor:
         )
 
     def export(self, folder: str | Path, format: ExportFormat, *, sample: Any = None) -> Path:
-        """Write the target's network for use without this library.
+        """Write the target's network, or a joined one, for use without this library.
 
         Args:
             folder: a folder that is new or empty.
@@ -201,10 +201,12 @@ class Predictor:
         return export(self._subject(sample), Path(folder).expanduser(), format)
 
     def _subject(self, sample: Any) -> Subject:
-        """The target's network on the CPU, with what an export says of it."""
+        """The plain network on the CPU, with what an export says of it."""
         head = task_head(self.model)
         name = None if head is None else places_of(self.model, head)[0][2]
         network = fold_head(copy.deepcopy(self.model)).cpu().float().eval()
+        if isinstance(network, Joined):
+            name, network = network.head, network.plain
         if sample is None:
             tokenizer = self.preparation.tokenizer
             texts = None if tokenizer is None else self.preparation.tokens(["a", "a b c"])
@@ -214,7 +216,7 @@ class Predictor:
             count = forward_logits(network, sample).shape[1]
         return Subject(
             network=network,
-            classes=self.class_names("target", count),
+            classes=self.class_names(self.task_of(None), count),
             preparation=self.preparation,
             sample=sample,
             head=name,

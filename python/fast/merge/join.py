@@ -18,6 +18,9 @@ from fast.heads import task_head, unwrap
 from fast.merge.join_fit import Scales, Side, fit
 from fast.merge.join_parts import TwoHeads, logits_from, two_heads
 from fast.merge.joined import Joined
+from fast.models.saved.description import announced_classes
+from fast.models.saved.description import source_classes as names_of_source
+from fast.models.signature import signature_of
 
 log = logging.getLogger("fast")
 
@@ -28,9 +31,11 @@ CHUNK = 128
 
 
 class Adapted(Protocol):
-    """What `join` needs of a `fast.Result`: the network and the names of the target's classes."""
+    """What `join` needs of a `fast.Result`: the network, how --model named it, and the names of the
+    target's classes."""
 
     model: nn.Module
+    network: str | None
     classes: list[str] | None
 
 
@@ -60,7 +65,8 @@ def join(
             surer than it should be.
         source_classes: names of the classes, in the order of the source head's logits (default:
             the names that the network has). Classes of the same name in both tasks become one.
-        target_classes: names of the target's classes (default: those that `result` has).
+        target_classes: names of the target's classes (default: those that `result` has, or its
+            network).
 
     Returns:
         a plain module in evaluation mode. Its logits `[B, C]` are those of the source's classes
@@ -74,6 +80,7 @@ def join(
         ValueError: the network has only one head; names do not fit; labels are out of range or
             missing; there are too few samples; or something follows the head of the network.
     """
+    name = None
     if not isinstance(result, nn.Module):
         if not isinstance(getattr(result, "model", None), nn.Module):
             raise TypeError(
@@ -81,7 +88,7 @@ def join(
                 f"got {type(result).__name__}"
             )
         target_classes = result.classes if target_classes is None else target_classes
-        result = result.model
+        name, result = result.network, result.model
     network = unwrap(result)
     model = network.network if isinstance(network, Joined) else network
     head = task_head(model)
@@ -90,8 +97,10 @@ def join(
             "result: the network has one head, and join needs the source's beside the target's: "
             "join before fast.fold_head"
         )
-    if source_classes is None and isinstance(head.source_labels.get("id2label"), dict):
-        source_classes = list(head.source_labels["id2label"].values())
+    if source_classes is None:
+        source_classes = names_of_source(model, name)
+    if target_classes is None:
+        target_classes = announced_classes(model)
     return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
 
 
@@ -113,7 +122,13 @@ def join_heads(
     if target.labels is None:
         raise ValueError("data: has no labels; give (inputs, labels) of the target task")
     networks = [part.network for part in heads.parts]
-    joined = Joined(networks, [*names[0], *names[1]], sizes[0], heads.parts[0].name)
+    joined = Joined(
+        networks,
+        [*names[0], *names[1]],
+        sizes[0],
+        heads.parts[0].name,
+        inputs=signature_of(target.inputs),
+    )
     joined.to(heads.source[0].device)
     places = joined.place.split(list(sizes))
     count = len(joined.classes)

@@ -20,6 +20,8 @@ from fast.models.saved import (
     load_saved,
     write_manifest,
 )
+from fast.models.saved.description import save_library_config
+from fast.models.signature import Signature
 from fast.tensor_files import write_tensors
 
 
@@ -62,6 +64,7 @@ class Joined(nn.Module):
         source_rows: how many of the rows are the source's; they come first.
         head: name of the layer of `networks` that makes the logits.
         calibration: how the heads were brought to one scale.
+        inputs: shapes and types of the network's inputs, where they are known.
     """
 
     place: Tensor
@@ -73,9 +76,11 @@ class Joined(nn.Module):
         source_rows: int,
         head: str,
         calibration: HeadCalibration | None = None,
+        inputs: Signature = None,
     ) -> None:
         super().__init__()
         self.source_rows = source_rows
+        self.inputs = inputs
         self.head = head
         self.networks = nn.ModuleList(networks)
         self.rows = tuple(rows)
@@ -102,6 +107,12 @@ class Joined(nn.Module):
         return self.networks[0]
 
     @property
+    def plain(self) -> nn.Module:
+        """The plain network with the same logits, where there is one; else this module."""
+        same = self.passes == 1 and len(self.rows) == len(self.classes)
+        return self.networks[0] if same else self
+
+    @property
     def passes(self) -> int:
         """The number of forward passes that an input takes."""
         return len(self.networks)
@@ -126,7 +137,8 @@ class Joined(nn.Module):
         tasks have norms of their own it holds the target's network, and
         `source_head.safetensors` and `source_norms.safetensors` hold what differs in the source's.
         `join.json` has the names of the rows, the passes and the calibration, `result.json` the
-        classes, and `manifest.json` the hashes of all files.
+        classes and the shapes of inputs, `config.json` the architecture of a transformers network,
+        and `manifest.json` the hashes of all files.
 
         Args:
             facts: further entries of `result.json`, of the run for instance.
@@ -155,7 +167,9 @@ class Joined(nn.Module):
                 "calibration": calibration,
             },
         )
-        write_json(folder / "result.json", {**(facts or {}), "classes": self.classes})
+        save_library_config(target, folder, list(self.rows) if self.passes == 1 else None)
+        result = {**(facts or {}), "inputs": self.inputs, "classes": self.classes}
+        write_json(folder / "result.json", result)
         write_manifest(folder, None, {})
         return folder
 

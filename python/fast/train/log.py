@@ -9,12 +9,14 @@ import logging
 import logging.handlers
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fast.files import reading, to_json
+from fast.errors import warn
+from fast.files import reading, to_json, writing
 from fast.progress import bar, write_line
 
 Callback = Callable[[dict[str, Any]], object]
@@ -50,6 +52,31 @@ def quiet_steps() -> Iterator[None]:
         steps_log.setLevel(level)
 
 
+class _File(logging.FileHandler):
+    """Writes lines to a file. If that fails, as on a full disk, it says so once and writes no more,
+    and the run goes on without its log."""
+
+    failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.failed = True
+        warn(
+            f"{self.baseFilename} cannot be written ({error.strerror}): the run goes on without it"
+        )
+
+    def close(self) -> None:
+        with suppress(OSError):  # it holds lines that could not be written, which was said
+            super().close()
+
+
 class LogFile:
     """Writes what is logged during a run to a file in its folder, each line with its time.
 
@@ -58,14 +85,14 @@ class LogFile:
 
     def __init__(self) -> None:
         self._waiting = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
-        self._file: logging.FileHandler | None = None
+        self._file: _File | None = None
         log.addHandler(self._waiting)
 
     def write_to(self, folder: Path | None) -> None:
         log.removeHandler(self._waiting)
         if folder is None:
             return
-        self._file = logging.FileHandler(folder / LINES_FILE, encoding="utf-8")
+        self._file = _File(folder / LINES_FILE, encoding="utf-8")
         self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._waiting.setTarget(self._file)
         self._waiting.flush()
@@ -102,7 +129,8 @@ class RunLog:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._open(folder / HISTORY_FILE, earlier.lines if earlier else b"")
+        self._path = folder / HISTORY_FILE
+        self._file = self._open(self._path, earlier.lines if earlier else b"")
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -124,8 +152,9 @@ class RunLog:
         self.history.append(record)
         if self._file:
             line = f"{to_json(record)}\n".encode()
-            self._file.write(line)
-            self._file.flush()
+            with writing(self._path):
+                self._file.write(line)
+                self._file.flush()
             self._count(line)
         if self._board:
             for key, value in record.items():
@@ -157,7 +186,8 @@ class RunLog:
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with writing(self._path):
+                self._file.close()
         if self._board:
             self._board.close()
 

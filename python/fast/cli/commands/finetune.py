@@ -48,6 +48,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         task = load_task(
             spec.task,
             source_skill=config.source_skill,
+            keeps_head=config.keeps_head,
             measured=False,
             workers=config.num_workers,
             progress=config.progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,36 @@ def _tables_in(folder: Path) -> str:
     files = folder.iterdir() if folder.is_dir() else ()
     tables = sorted(file.name for file in files if file.suffix.lower() in TABLES)
     return f"; it also has {some(tables)}: name the table that says the classes" if tables else ""
+
+
+def numbered_as_in_head(option: str, data: NamedData, names: list[str] | None) -> NamedData:
+    """The data with the classes of a network that keeps its head, in the order of that head.
+
+    Classes are found by their names, or by their numbers where the data have numbers for names.
+
+    Args:
+        option: the option with its value, for the message.
+        names: names of the network's classes; None, where it has none, leaves the data as they are.
+
+    Raises:
+        ValueError: the network has no such class.
+    """
+    if names is None:
+        return data
+    numbers = all(name.isdecimal() for name in data.classes)
+    own = [str(i) for i in range(len(names))] if numbers else names
+    strange = [name for name in data.classes if name not in own]
+    if strange:
+        raise ValueError(
+            f"{option}: --head keep goes on with the network's own classes, {some(names, 12)}, and "
+            f"the data have {some(strange)}: give the classes the network's names, or their numbers"
+        )
+    number = np.array([own.index(name) for name in data.classes])
+    train, val = (
+        None if split is None else replace(split, labels=number[split.labels])
+        for split in (data.train, data.val)
+    )
+    return replace(data, train=train, val=val, classes=tuple(names))
 
 
 def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:

@@ -20,6 +20,7 @@ from fast.cli.task.data import (
     check_shapes,
     check_source_labels,
     check_target,
+    numbered_as_in_head,
     print_notes,
     read_data,
     same_samples,
@@ -44,6 +45,7 @@ from fast.heads import find_head
 from fast.heads.find import Head
 from fast.models.load import LoadedModel
 from fast.models.preparation import Preparation
+from fast.models.saved.description import announced_classes
 from fast.train.config import TrainConfig
 from fast.train.finetune import plan
 
@@ -119,6 +121,7 @@ def load_task(
     spec: TaskSpec,
     *,
     source_skill: str = "auto",
+    keeps_head: bool = False,
     measured: bool = True,
     workers: int | None = None,
     progress: bool | None = None,
@@ -127,6 +130,7 @@ def load_task(
 
     Args:
         source_skill: with `features`, labels of source inputs need not be those of the head.
+        keeps_head: number the target's classes as the network's own head does.
         measured: refuse data that have no held-out samples.
         workers: how many processes decode images; None: as many as are useful.
         progress: see `prepare_images`.
@@ -141,6 +145,9 @@ def load_task(
     target = sets["data"]
     check_target(spec, target, measured)
     loaded = load_network(spec)
+    if keeps_head:
+        names = announced_classes(loaded.model)
+        sets["data"] = target = numbered_as_in_head(f"--data {spec.data}", target, names)
     splits = splits_of(sets)
     if {"source", "source_inputs"} <= set(sets) and same_samples(
         sets["source"], sets["source_inputs"]

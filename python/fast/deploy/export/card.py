@@ -59,10 +59,9 @@ def _task(subject: Subject) -> str:
 
 def _training(subject: Subject) -> list[str]:
     facts = subject.facts
-    method = facts.get("method") or "fast"
+    method = f", method `{facts['method']}`" if facts.get("method") else ""
     lines = [
-        f"Fine-tuned by FAST ([arXiv 2007.01388](https://arxiv.org/abs/2007.01388)), method "
-        f"`{method}`.",
+        f"Fine-tuned by FAST ([arXiv 2007.01388](https://arxiv.org/abs/2007.01388)){method}.",
         "",
     ]
     shown = {

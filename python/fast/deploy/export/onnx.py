@@ -43,6 +43,7 @@ def write_onnx(subject: Subject, folder: Path) -> None:
                 f=str(folder / FILE),
                 dynamo=True,
                 input_names=subject.input_names,
+                dynamic_shapes=_open_sizes(subject),
                 output_names=["logits"],
                 external_data=False,
                 verbose=False,
@@ -56,6 +57,12 @@ def write_onnx(subject: Subject, folder: Path) -> None:
     else:
         _compare(subject, folder / FILE)
     subject.write_description(folder)
+
+
+def _open_sizes(subject: Subject) -> tuple[dict[int, str], ...]:
+    """The names, for each input, of the dimensions that may vary."""
+    shapes = [subject.shape_of(x) for x in subject.tensors()]
+    return tuple({i: n for i, n in enumerate(shape) if isinstance(n, str)} for shape in shapes)
 
 
 @contextmanager

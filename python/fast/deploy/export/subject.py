@@ -60,10 +60,10 @@ class Subject:
         are, and the tokenizer or feature extractor beside it."""
         self.preparation.save_parts(folder)
         inputs = {
-            name: {"shape": self._shape(x), "dtype": str(x.dtype).removeprefix("torch.")}
+            name: {"shape": self.shape_of(x), "dtype": str(x.dtype).removeprefix("torch.")}
             for name, x in zip(self.input_names, self.tensors(), strict=True)
         }
-        count = self._shape(self.tensors()[0])[0]
+        count = self.shape_of(self.tensors()[0])[0]
         outputs = {"logits": {"shape": [count, len(self.classes)], "classes": self.classes}}
         write_json(
             folder / PREPARATION_FILE,
@@ -87,7 +87,8 @@ class Subject:
         heard = sounds is not None and sounds.extractor is not None
         return self.any_length and x.dim() == 2 and (heard or not x.is_floating_point())
 
-    def _shape(self, x: Tensor) -> list[int | str]:
+    def shape_of(self, x: Tensor) -> list[int | str]:
+        """The shape of an input, with `"batch"` and `"length"` where these may vary."""
         sizes: list[int | str] = list(x.shape)
         if self.any_batch:
             sizes[0] = "batch"

@@ -81,6 +81,19 @@ def is_transformers(model: nn.Module) -> bool:
     )
 
 
+def announced_classes(model: nn.Module) -> list[str] | None:
+    """The names that a transformers network has for the classes of the task that it answers now."""
+    labels = getattr(getattr(unwrap(model), "config", None), "id2label", None)
+    return _names(labels) if isinstance(labels, dict) and labels else None
+
+
+def _names(labels: dict[int, str]) -> list[str] | None:
+    """The names in an `id2label`; None where they are the `LABEL_0` that transformers makes up."""
+    names = [str(labels[i]) for i in sorted(labels)]
+    made_up = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return None if made_up else names
+
+
 def source_classes(model: nn.Module, name: str | None) -> list[str] | None:
     """The names of the source task's classes; None where neither the network nor its library has
     them.
@@ -92,9 +105,7 @@ def source_classes(model: nn.Module, name: str | None) -> list[str] | None:
     head = task_head(unwrap(model))
     labels = head.source_labels.get("id2label") if head is not None else None
     if labels:
-        own_names = [str(labels[i]) for i in sorted(labels)]
-        plain = all(label == f"LABEL_{i}" for i, label in enumerate(own_names))
-        return None if plain else own_names
+        return _names(labels)
     library, _, rest = (name or "").partition(":")
     if head is None or library not in ("timm", "torchvision"):
         return None

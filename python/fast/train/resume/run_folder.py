@@ -8,11 +8,12 @@ import os
 import secrets
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fast.files import check_writable, clear_unfinished, read_json, write_json
+from fast.files import check_writable, clear_unfinished, read_json, write_json, writing
 from fast.models.saved.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
 from fast.models.saved.files import (
     MANIFEST_FILE,
@@ -62,7 +63,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._file = claim(self.path)
         if not goes_on:
-            self._write()
+            try:
+                self._write()
+            except OSError:  # a full disk
+                self._clear()
+                with suppress(OSError):
+                    self._file.close()
+                raise
         clear_unfinished(self.path)
 
     @property
@@ -72,9 +79,10 @@ class RunFolder:
 
     def _write(self) -> None:
         facts = {"run": self.run, "host": socket.gethostname(), "process": os.getpid()}
-        self._file.truncate(0)
-        self._file.write(json.dumps(facts) + "\n")
-        self._file.flush()
+        with writing(self.path / CLAIM_FILE):
+            self._file.truncate(0)
+            self._file.write(json.dumps(facts) + "\n")
+            self._file.flush()
 
     def start(self) -> None:
         """Write the options, once everything has been checked."""

@@ -25,11 +25,8 @@ from fast.heads.find import classes_of
 from fast.merge.join import LEAST, LIMIT, join_heads
 from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
+from fast.models.preparation import read_preparation
 from fast.models.saved import JOIN_FILE
-
-# Files, and parts of result.json, that stay true of a run when its heads are joined.
-COPIED = ("data.json", "preprocessing.json")
-KEPT_FACTS = ("network", "inputs")
 
 
 def run(spec: JoinSpec) -> int:
@@ -81,22 +78,22 @@ def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:
     """Write the joined network, with the facts of the run that still hold."""
     run = Path(spec.run)
     replace_record(folder, shown(spec.task))
-    for name in COPIED:
-        if (run / name).is_file():
-            with atomic_file(folder / name) as path:
-                shutil.copyfile(run / name, path)
-    facts = read_json(run / "result.json")
-    joined.save(folder, {name: facts[name] for name in KEPT_FACTS if name in facts})
+    read_preparation(run).save(folder)
+    if (run / "data.json").is_file():
+        with atomic_file(folder / "data.json") as path:
+            shutil.copyfile(run / "data.json", path)
+    joined.save(folder, {"network": read_json(run / "result.json").get("network")})
 
 
 def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
-    """The names in --source-classes.
+    """The names in --source-classes, or else those that the run has saved.
 
     Raises:
         ValueError: the file cannot be read, or has another number of lines.
     """
     if spec.source_classes is None:
-        return None
+        network = read_json(Path(spec.run) / "result.json").get("network") or {}
+        return network.get("source_classes")
     option = f"--source-classes {spec.source_classes}"
     try:
         text = Path(spec.source_classes).expanduser().read_text(encoding="utf-8")
@@ -112,7 +109,7 @@ def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
 def _summary(joined: Joined) -> str:
     calibration = joined.calibration
     assert calibration is not None
-    merged = len(joined.rows) - len(joined.classes)
+    merged = len(set(joined.classes_of("source")) & set(joined.classes_of("target")))
     return (
         f"{len(joined.classes)} classes in one softmax"
         + (f", of which {merged} are of both tasks" if merged else "")
