@@ -84,6 +84,14 @@ def test_few_pictures_have_more_places_for_those_made_of_them(samples, places):
     assert plan.rehearse == min(0.5, max(0.1, samples / 2000))
 
 
+def test_large_pictures_are_kept_within_the_bytes_of_own_inputs(monkeypatch):
+    x, _ = train = images(2000, 4, seed=1)
+    for bytes_ in (2**28, 100 * x[0].nbytes):
+        monkeypatch.setattr("fast.adapt.setup.BYTES", bytes_)
+        [kept] = [g for g in fast.Adaptation(ConvNet(), train).guards if isinstance(g, Rehearsal)]
+        assert len(kept.inputs) == min(512, bytes_ // x[0].nbytes)
+
+
 def test_patches_are_shuffled_across_pictures_and_lose_none():
     """Sides that do not divide by four keep what is left over, and nothing else at its place."""
     x = torch.arange(2 * 3 * 9 * 10.0).view(2, 3, 9, 10)

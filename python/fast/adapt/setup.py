@@ -32,7 +32,13 @@ from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
 from fast.data.images.patches import shuffled_patches
 from fast.data.labels import check_labels, check_num_classes
-from fast.data.source_inputs import LEAST, SourceInputs, parse_source_inputs, target_inputs
+from fast.data.source_inputs import (
+    BYTES,
+    LEAST,
+    SourceInputs,
+    parse_source_inputs,
+    target_inputs,
+)
 from fast.data.stream import TrainBatches
 from fast.data.trees import concatenate, join, leaves, length, move, pick
 from fast.errors import did_you_mean, warn
@@ -204,7 +210,8 @@ def _own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInput
     if not shuffles:
         return own
     generator = torch.Generator().manual_seed(batches.seed)
-    count = max(LEAST, most // 2)
+    fit = BYTES * own.size // sum(x.nbytes for x in leaves(own.inputs))
+    count = max(LEAST, min(most, fit) // 2)
     made = shuffled_patches(own.inputs, count, generator)
     as_they_are = pick(own.inputs, slice(own_count(count, batches.data.num_samples)))
     inputs = concatenate([made, as_they_are])
