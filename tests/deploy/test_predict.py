@@ -60,6 +60,15 @@ def test_classes_have_the_names_that_the_network_has_for_them(tmp_path):
     assert fast.load(result.save(tmp_path / "run"), ConvNet(4)).predict(x).classes == list("abcd")
 
 
+def test_pictures_of_another_size_than_the_run_kept_are_refused(predictor, tmp_path):
+    kept = replace(predictor, preparation=Preparation(images=replace(FORM, size=None, resize=None)))
+    for size in (8, 16):
+        Image.new("L", (size, size)).save(tmp_path / f"{size}.png")
+    assert len(kept.predict(tmp_path / "8.png")) == 1
+    with pytest.raises(ValueError, match=r"16\.png: .* is \[1, 16, 16\], .* of \[1, 8, 8\]"):
+        kept.predict(tmp_path / "16.png")
+
+
 def test_paths_go_through_the_pipeline_of_the_run(predictor, pictures):
     answers = predictor.predict(pictures)
     assert answers.names == [str(pictures / n) for n in ("a.jpg", "b.png", "wrong.png")] + [

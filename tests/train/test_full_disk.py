@@ -56,6 +56,13 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, size, file):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_program_of_torch_is_not_half_written(tmp_path):
+    result = fast.finetune(ConvNet(), DATA, **OPTIONS)
+    with files_of(10_000), pytest.raises(OSError, match="served"):
+        result.export(tmp_path / "served", "torch.export")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.filterwarnings("ignore:.*run.log cannot be written")
 def test_the_history_is_named(tmp_path):
     def fill(record):

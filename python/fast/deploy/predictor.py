@@ -22,6 +22,7 @@ from fast.deploy.export.subject import Subject
 from fast.deploy.labelled import labelled_data
 from fast.deploy.predictions import Predictions
 from fast.deploy.raw import input_names, raw_inputs
+from fast.errors import printable
 from fast.heads import (
     evaluating,
     fold_head,
@@ -119,6 +120,8 @@ class Predictor:
         logits, good = [], []
         with self.answering(task):
             for batch, rows in self._batches(split, batch_size or self.batch_size, report):
+                if len(rows) and not leaves(split.inputs):
+                    self._check_size(batch, names[rows[0]])
                 if report.broken and not skip_broken:
                     continue  # the rest is read, so that the message names all
                 logits.append(self.logits(batch))
@@ -307,6 +310,18 @@ class Predictor:
         if isinstance(self.model, Joined) and task != "both":
             return logits[:, self.model.classes_of(task)]
         return logits
+
+    def _check_size(self, batch: Any, name: str) -> None:
+        """Refuse pictures of another size than those of a run that kept their size."""
+        form = self.preparation.images
+        if form is None or form.size is not None or not isinstance(self.inputs, dict):
+            return
+        there, wanted = list(batch.shape[1:]), self.inputs.get("shape")
+        if wanted is not None and there != wanted:
+            raise ValueError(
+                f"{printable(name)}: [C, H, W] is {there}, and the run had pictures of "
+                f"{wanted}, as they were: resize it as these were made"
+            )
 
     def _batches(
         self, split: Split, batch_size: int, report: FileReport

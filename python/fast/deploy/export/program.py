@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ FILE = "model.pt2"
 def write_program(subject: Subject, folder: Path) -> None:
     """Write `model.pt2`, which `torch.export.load` reads."""
     program = exported(subject)
-    torch.export.save(program, folder / FILE)
+    whole = io.BytesIO()  # torch ends the process when it writes to a disk that is full
+    torch.export.save(program, whole)
+    (folder / FILE).write_bytes(whole.getbuffer())
     answers = torch.export.load(folder / FILE).module()
     for inputs in trials(subject):
         subject.check(answers(*leaves(inputs)), inputs, FILE)
