@@ -205,7 +205,7 @@ class PreparedImages(Dataset):
         """Raise ValueError: image `i` is not shaped as the others."""
         same_size = tuple(shape[1:]) == tuple(others[1:])
         way_out = "convert them to one colour mode" if same_size else "give an input size"
-        option = "" if same_size else " (--input-size)"
+        option = "" if same_size else " (--input-size of fast finetune)"
         raise ValueError(
             f"{printable(self.inputs.names[i])}: [C, H, W] is {list(shape)}, of others "
             f"{list(others)}; {way_out}{option}"

@@ -331,7 +331,7 @@ def _check_files(path: Path, hashes: dict[str, str], model: nn.Module) -> None:
         if file_hash(path / name) != hashes.get(name):
             raise ValueError(
                 f"{path / name} is damaged, or was not saved together with the {STATE_FILE} beside "
-                "it: its hash is another"
+                f"it: its hash is another. Delete {path}, and the run starts from the beginning"
             )
 
 
