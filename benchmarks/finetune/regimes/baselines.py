@@ -162,7 +162,7 @@ def linear_probe(task: Task, **_: Any) -> Record:
     }
 
 
-RUNNERS = {
+RUNNERS: dict[str, Callable[..., Record]] = {
     "finetune": finetune,
     "synthetic": synthetic,
     "loop": loop,
