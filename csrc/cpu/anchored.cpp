@@ -90,7 +90,7 @@ void step(const UpdateArgs& a, int columns,
     derive_rules();
     for (int64_t c = begin; c < end && !skip; c++) {
       const Row& row = a.rows[a.chunks[c].row];
-      update(row, a.chunks[c], rules[a.chunks[c].row], a.seed, static_cast<uint32_t>(*row.step),
+      update(row, a.chunks[c], rules[a.chunks[c].row], a.seed, whole_step(*row.step),
              a.partial + c * kStats);
     }
   }

@@ -10,8 +10,6 @@
 namespace fast {
 namespace {
 
-// A block's forms are summed alone and then in order, so the result is that of one thread.
-constexpr int64_t kBlock = 16;
 // Below this many logits the other threads cost more than they bring.
 constexpr int64_t kParallelFrom = 32768;
 
@@ -33,14 +31,14 @@ const CrossEntropyKernels& best_kernels() {
 
 void cross_entropy_cpu(const CrossEntropyArgs& args) {
   const CrossEntropyKernels& kernels = best_kernels();
-  const int64_t blocks = (args.rows + kBlock - 1) / kBlock;
+  const int64_t blocks = (args.rows + kRowBlock - 1) / kRowBlock;
   std::vector<double> partial(args.quad ? blocks * args.vectors : 0, 0.0);
   const int64_t work = args.vectors * args.rows * args.classes;
   const int threads = work < kParallelFrom ? 1 : args.threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t b = 0; b < blocks; b++) {
     double* quad = args.quad ? partial.data() + b * args.vectors : nullptr;
-    kernels.rows(args, b * kBlock, std::min(args.rows, (b + 1) * kBlock), quad);
+    kernels.rows(args, b * kRowBlock, std::min(args.rows, (b + 1) * kRowBlock), quad);
   }
   if (!args.quad) return;
   std::fill_n(args.quad, args.vectors, 0.0);

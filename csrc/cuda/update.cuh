@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? Kind::kBlocks : 
   lookup.fill();  // before the barrier of derive
   const Rule<Real> rule = derive<Rule<Real>, Rule<double>>(a, row, scale);
   // Element i of the chunk draws mix32(i ^ key): `begin` has no bits of i.
-  const uint32_t key = rounding_key(a.seed, static_cast<uint32_t>(*row.step + 1.0f),
-                                    static_cast<uint32_t>(chunk.begin >> 32)) ^
+  const uint32_t count = whole_step(*row.step + 1.0f);
+  const uint32_t key = rounding_key(a.seed, count, static_cast<uint32_t>(chunk.begin >> 32)) ^
                        static_cast<uint32_t>(chunk.begin);
   row = from(row, chunk.begin);
   Sums<Real> sums;

@@ -61,6 +61,15 @@ def overlapping(call: dict[str, Any]) -> None:
     call["params"] = [memory[:N], memory[N - 1 : N + 11].view(3, 4)]
 
 
+def stats_in_a_param(call: dict[str, Any]) -> None:
+    call["stats"] = torch.ones(4, dtype=torch.float64)
+    call["params"][0] = call["stats"].view(torch.float32)[:N]
+
+
+def hyper_in_a_param(call: dict[str, Any]) -> None:
+    call["params"][0] = call["hyper"].view(torch.float32)[0, :N]
+
+
 def codes_without_scales(call: dict[str, Any]) -> None:
     call["exp_avgs"] = [t.byte() for t in call["exp_avgs"]]
     call["exp_avg_scales"] = [torch.zeros(1)]
@@ -111,6 +120,10 @@ REFUSED = {
     "anchor is param": (same("anchors", "params"), r"anchors\[0\] and params\[0\] share memory"),
     "moment is anchor": (same("anchors", "exp_avgs"), r"anchors\[0\] and exp_avgs\[0\] share mem"),
     "one step count": (same("steps", "steps", 0, 1), r"steps\[0\] and steps\[1\] share memory"),
+    "stats in hyper": (
+        lambda c: c.update(stats=c["hyper"].view(-1)[:4]), "hyper and stats share memory"),
+    "stats in a param": (stats_in_a_param, r"params\[0\] and stats share memory"),
+    "hyper in a param": (hyper_in_a_param, r"hyper and params\[0\] share memory"),
     "clip by 0": (given(max_grad_norm=0), "max_grad_norm must be None or a pos.*; got 0"),
     "clip by -1": (given(max_grad_norm=-1.0), "max_grad_norm must be None or a pos.*; got -1"),
     "clip by nan": (given(max_grad_norm=torch.nan), "max_grad_norm must be None or a pos.*; got"),

@@ -43,8 +43,11 @@ def same(a, b):
         (lambda s, n: s.update({f"{n}_codes": s.pop(n).byte()}), "codes but no .*scales"),
         (lambda s, n: s.update(anchor=torch.zeros(3)), r"\['anchor'\] is \[3\]"),
         (lambda s, n: s.update(step=torch.zeros(3)), r"\['step'\] must be one number"),
+        (lambda s, n: s.update(step=torch.tensor(torch.nan)), "must be finite and not .*; got nan"),
+        (lambda s, n: s.update(step=-1), "must be finite and not negative; got -1"),
+        (lambda s, n: s.update(step=torch.inf), "must be finite and not negative; got inf"),
     ],
-    ids=["shape", "type", "scales", "anchor", "step"],
+    ids=["shape", "type", "scales", "anchor", "step", "nan", "negative", "infinite"],
 )
 def test_a_state_that_does_not_fit_is_named_and_changes_nothing(cls, last, spoil, message):
     _, optimizer = trained(cls)

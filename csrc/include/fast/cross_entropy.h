@@ -19,7 +19,11 @@ struct CrossEntropyArgs {
 
 void cross_entropy_cpu(const CrossEntropyArgs& args);
 
-// Rows [begin, end); `quad` [K] receives their share of the forms. One table per instruction set.
+// A block's forms are summed alone and then in order, so the result is that of one thread.
+constexpr int64_t kRowBlock = 16;
+
+// At most kRowBlock rows [begin, end); `quad` [K] receives their share of the forms. One table per
+// instruction set.
 struct CrossEntropyKernels {
   void (*rows)(const CrossEntropyArgs& args, int64_t begin, int64_t end, double* quad);
 };

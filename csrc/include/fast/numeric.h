@@ -110,6 +110,16 @@ FAST_INLINE uint32_t rounding_key(uint64_t seed, uint32_t step, uint32_t high_in
   return mix32(key ^ high_index);
 }
 
+// A step count as an integer, and 0 where it is not in range, as NaN is not. C++ leaves that
+// conversion undefined; a GPU's saturates.
+FAST_INLINE uint32_t whole_step(float step) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint32_t>(step);
+#else
+  return step >= 0 && step < 0x1p32f ? static_cast<uint32_t>(step) : 0;
+#endif
+}
+
 FAST_INLINE float from_bf16(uint16_t b) { return float_of(static_cast<uint32_t>(b) << 16); }
 
 FAST_INLINE uint16_t to_bf16(float x) {

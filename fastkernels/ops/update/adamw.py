@@ -54,7 +54,8 @@ def anchored_adamw_(
         grads: `N` tensors of these shapes; any floating dtypes, any strides.
         exp_avgs: `N` tensors of these shapes: float32, float64, bfloat16 or uint8 codes.
         exp_avg_sqs: the same; bfloat16 is rounded stochastically.
-        steps: `N` float32 tensors `[]`, the number of steps done; advanced by one.
+        steps: `N` float32 tensors `[]`, the number of steps done; advanced by one. It is for the
+            caller to keep it finite and not negative: to read it would wait for the device.
         hyper: float64 `[G, 7]`, a row per group: lr, beta1, beta2, eps, weight_decay, anchor_decay,
             maximize (0 or 1).
         groups: `N` row indices into `hyper`.

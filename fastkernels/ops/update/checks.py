@@ -33,10 +33,14 @@ def check_tensors(call: UpdateCall) -> None:
     _check_entries(call, lists)
     for i in range(len(call.params)):
         _check_tensor(call, lists, i)
-    memory.check(call.rule.name, (
+    tensors = [
         (f"{key}[{i}]", t, key in call.rule.outputs)
         for key, entries in lists.items() for i, t in enumerate(entries) if t is not None
-    ))  # fmt: skip
+    ]  # fmt: skip
+    tensors.append(("hyper", call.hyper, False))
+    if call.stats is not None:
+        tensors.append(("stats", call.stats, True))
+    memory.check(call.rule.name, tensors)
 
 
 def _check_entries(call: UpdateCall, lists: dict[str, Sequence[Any]]) -> None:

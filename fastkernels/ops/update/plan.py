@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkernels.ops.update.call import UpdateCall
+from fastkernels.ops.update.call import STATS, UpdateCall
 from fastkernels.ops.update.checks import prepare
 from fastkernels.ops.update.signature import Signature, addresses, new_signature
 
@@ -67,6 +67,18 @@ class Entry(NamedTuple):
     outputs: frozenset[int]
 
 
+def _may_overlap(call: UpdateCall, grad_addresses: list[int], entry: Entry) -> bool:
+    """Whether what is new in each call became the memory of a parameter or of its state, or `stats`
+    that of `hyper`."""
+    outputs, hyper = entry.outputs, call.hyper.data_ptr()
+    if hyper in outputs or not outputs.isdisjoint(grad_addresses):
+        return True
+    if call.stats is None:
+        return False
+    stats = call.stats.data_ptr()
+    return stats in outputs or hyper - 8 * len(STATS) < stats < hyper + call.hyper.nbytes
+
+
 class Plans:
     """The plans that `build` made; they keep no tensor of a call alive."""
 
@@ -96,8 +108,8 @@ class Plans:
         key = (what, call.params[0].device, len(call.params), who, first_step)
         entry = self._entries.get(key)
         grad_addresses = entry.signature.match(call) if entry is not None else None
-        if entry is not None and grad_addresses and not entry.outputs.isdisjoint(grad_addresses):
-            grad_addresses = None  # a gradient became the memory of a parameter or of its state
+        if entry is not None and grad_addresses and _may_overlap(call, grad_addresses, entry):
+            grad_addresses = None  # `prepare` refuses what overlaps
         write_back: Finish | None = None
         if grad_addresses is None:
             call, write_back = prepare(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,8 @@ def _check_tensors(state: Mapping[str, Any], form: Format, p: Tensor, where: str
     step = state.get("step", 0)
     if not isinstance(step, (int, float, Tensor)) or torch.as_tensor(step).numel() != 1:
         raise ValueError(f"{where}['step'] must be one number; got {step!r}")
+    if not 0 <= float(step) < math.inf:
+        raise ValueError(f"{where}['step'] must be finite and not negative; got {float(step)}")
     shapes: dict[str, Sequence[int]] = {}
     for name in (*form.moments, "anchor", "curvature", "remainder"):
         shapes |= {name: p.shape, f"{name}_codes": p.shape}
