@@ -16,6 +16,7 @@ from fast.adapt.defaults import (
     SETTLED,
     SGD_CLIP,
     SGD_FACTOR,
+    SHUFFLED,
     SOURCE_INPUTS,
     TARGET_INPUTS,
     steps_for,
@@ -63,13 +64,13 @@ def test_the_plan_is_part_of_the_result_and_says_what_is_done():
     result = fast.finetune(ConvNet(), TRAIN, steps=3)
     assert (result.plan.steps, result.plan.target_size, result.plan.source_size) == (3, 32, 32)
     assert "3 steps of 32 samples" in str(result.plan)
-    assert "32 patch-shuffled target inputs" in str(result.plan)
+    assert "32 target inputs (half or more with shuffled patches)" in str(result.plan)
 
 
 def test_the_plan_is_told_before_the_first_step(capsys):
     fast.finetune(ConvNet(), TRAIN, steps=3, progress=False)
     told = capsys.readouterr().err
-    assert "3 steps of 32 samples and 32 patch-shuffled target inputs" in told
+    assert "3 steps of 32 samples and 32 target inputs (half or more with shuffled patches)" in told
     assert "of it, before its ramp is over" in told
     assert "4 classes, 120 training samples" in told
 
@@ -146,7 +147,7 @@ def test_a_sampler_of_the_users_says_how_large_its_batches_are():
 
 def test_two_samples_a_step_leave_something_to_keep():
     result = fast.finetune(ConvNet(), TRAIN, batch_size=2, steps=1)
-    assert (result.plan.rehearsed, result.plan.source_size) == ("patch-shuffled target inputs", 1)
+    assert (result.plan.rehearsed, result.plan.source_size) == (SHUFFLED, 1)
 
 
 class Centred(nn.Module):

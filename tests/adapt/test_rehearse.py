@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
-from fast.adapt.defaults import source_share
+from fast.adapt.defaults import SHUFFLED, source_share
 from fast.adapt.guards.rehearse import Rehearsal, places_for
 from fast.adapt.network.shared_forward import HeadInput, depends_on_mode
 from fast.data.images.patches import are_pictures, shuffled_patches
@@ -80,7 +80,10 @@ def test_the_batches_of_a_loader_and_own_texts_keep_their_share():
 def test_few_pictures_have_more_places_for_those_made_of_them(samples, places):
     train = images(samples, 4, seed=1)
     plan = fast.Adaptation(ConvNet(), train, batch_size=64).plan
-    assert (plan.rehearsed, plan.source_size) == ("patch-shuffled target inputs", places)
+    assert (plan.rehearsed, plan.source_size) == (
+        SHUFFLED,
+        places,
+    )
     assert plan.rehearse == min(0.5, max(0.1, samples / 2000))
 
 
@@ -90,6 +93,27 @@ def test_large_pictures_are_kept_within_the_bytes_of_own_inputs(monkeypatch):
         monkeypatch.setattr("fast.adapt.setup.BYTES", bytes_)
         [kept] = [g for g in fast.Adaptation(ConvNet(), train).guards if isinstance(g, Rehearsal)]
         assert len(kept.inputs) == min(512, bytes_ // x[0].nbytes)
+
+
+def test_pictures_larger_than_these_bytes_are_kept_all_the_same(monkeypatch):
+    """Two of them fill the bytes, and four are the least to say how much features vary."""
+    monkeypatch.setattr("fast.adapt.setup.BYTES", 1)
+    monkeypatch.setattr("fast.data.source_inputs.BYTES", 1)
+    loader = DataLoader(TensorDataset(*images(40, 4, seed=1)), batch_size=2)
+    kept = rehearsal_of(fast.Adaptation(ConvNet(), loader, num_classes=4))
+    assert kept is not None
+    assert len(kept.inputs) == 4
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_inputs_that_were_computed_with_gradients_are_data(source):
+    """What they were computed from is not trained, and they serve every step."""
+    x, y = TRAIN
+    x = x.clone().requires_grad_()
+    kept = KNOWN[0].clone().requires_grad_() * 2 if source else None
+    options = {"source_inputs": kept, "steps": 3, "head_steps": 0}
+    fast.finetune(ConvNet(), (x * 2, y), **options)
+    fast.finetune(ConvNet(), TensorDataset(x, y), num_classes=4, **options)
 
 
 def test_patches_are_shuffled_across_pictures_and_lose_none():
@@ -228,7 +252,7 @@ def test_without_source_inputs_the_targets_own_are_rehearsed(pretrained):
         model = copy.deepcopy(pretrained)
         options = {"rehearse": weight, "anchor_decay": 0.0, "distill": 0.0}
         result = fast.finetune(model, TRAIN, steps=60, lr=3e-3, **options)
-        assert result.plan.rehearsed == ("patch-shuffled target inputs" if weight else "")
+        assert result.plan.rehearsed == (SHUFFLED if weight else "")
         before, now = (
             source_features(m, SourceInputs.parse(TRAIN[0], 200)) for m in (pretrained, model)
         )

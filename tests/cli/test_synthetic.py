@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 
-@pytest.mark.parametrize("images", [(), ("--input-size", 8, "--mean", 0.4, "--std", 0.6)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        (),
+        ("--input-size", 8, "--mean", 0.4, "--std", 0.6),
+        ("--input-size", 8, "--mean", "none", "--std", "none"),
+    ],
+)
 def test_what_it_writes_is_kept_by_a_run(job, images):
     """As it is: it has gone through what --data goes through."""
     network = ("--model", "nets.py:Net", "--weights", "net.safetensors", "--data", "target.npz")

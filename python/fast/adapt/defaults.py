@@ -11,7 +11,7 @@ from fast.adapt.methods import METHODS
 from fast.data.stream import TrainBatches
 
 SOURCE_INPUTS, TARGET_INPUTS = "source inputs", "target inputs"
-SHUFFLED = "patch-shuffled target inputs"
+SHUFFLED = "target inputs (half or more with shuffled patches)"
 TOGETHER, SWITCHED = "together", "switched"
 
 DEFAULT_EPOCHS = 3

@@ -32,8 +32,8 @@ class Plan:
         steps: optimizer steps.
         target_size, source_size: target samples of a step, and the places beside them in which
             features are rehearsed.
-        rehearsed: whose features: `"source inputs"`, `"target inputs"`, `"patch-shuffled target
-            inputs"` (some of them as they are), or `""` for none.
+        rehearsed: whose features: `"source inputs"`, `"target inputs"`, `"target inputs (half or
+            more with shuffled patches)"`, or `""` for none.
         head: `"new"` or `"keep"`.
         weighted: source curvature weights the pull, where the method uses it.
         tasks: `"together"`: one function, the same weights and statistics, answers both tasks;

@@ -16,7 +16,16 @@ from fast.data.arrays import as_tensor, warn_unscaled
 from fast.data.generators import find_generators, reseed, seed_process
 from fast.data.labels import NUMBER_THEM, check_labels, count_classes
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
-from fast.data.trees import LABEL_KEYS, kind, leaves, length, pick, shapes, split_labels
+from fast.data.trees import (
+    LABEL_KEYS,
+    kind,
+    leaves,
+    length,
+    pick,
+    shapes,
+    split_labels,
+    without_graph,
+)
 from fast.errors import counted, first_line, printable, some, warn
 from fast.workers import in_workers
 
@@ -276,7 +285,7 @@ def _in_memory(inputs: Any, labels: Any, name: str, any_labels: bool) -> Data:
         raise ValueError(f"{name}: no samples")
     if not any_labels:
         labels = check_labels(labels, None, name)
-    return Data(name=name, inputs=inputs, labels=labels)
+    return Data(name=name, inputs=without_graph(inputs), labels=labels)
 
 
 def _warn_of_another_index(inputs: Any, labels: Any, name: str) -> None:

@@ -16,7 +16,16 @@ from fast.data.dataset import map_style
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels, whole_labels
 from fast.data.stream import TrainBatches
-from fast.data.trees import alike, concatenate, leaves, length, move, pick, split_labels
+from fast.data.trees import (
+    alike,
+    concatenate,
+    leaves,
+    length,
+    move,
+    pick,
+    split_labels,
+    without_graph,
+)
 from fast.errors import counted, first_line
 
 # Samples that a run keeps in memory, at most, and their bytes.
@@ -71,7 +80,7 @@ class SourceInputs:
                     break
             if not count:
                 raise ValueError("0 samples")
-            together = concatenate(inputs)
+            together = without_graph(concatenate(inputs))
             answers = torch.cat(labels) if len(labels) == len(inputs) else None
         except torch.OutOfMemoryError:
             raise
@@ -146,9 +155,9 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
         parts.append(inputs)
         count += length(inputs)
         size += sum(x.nbytes for x in leaves(inputs))
-        if count >= max(limit, LEAST) or size >= BYTES:
+        if count >= LEAST and (count >= limit or size >= BYTES):
             break
-    return SourceInputs(inputs=concatenate(parts))
+    return SourceInputs(inputs=without_graph(concatenate(parts)))
 
 
 def _batches(data: Any, name: str, limit: int) -> Iterable[Any]:

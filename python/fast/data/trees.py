@@ -68,6 +68,11 @@ def move(inputs: Any, device: torch.device) -> Any:
     return mapped(inputs, lambda x: x.to(device, non_blocking=device.type != "cpu"))
 
 
+def without_graph(inputs: Any) -> Any:
+    """The same tensors, through which no gradient flows to what they were computed from."""
+    return mapped(inputs, Tensor.detach)
+
+
 def alike(a: Any, b: Any) -> bool:
     """Whether two batches have tensors of the same shapes and types, apart from their length."""
     if isinstance(a, Mapping):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fast.cli.options import flag
 from fast.cli.spec.task import TaskSpec
+from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import is_image_split
 from fast.data.source_inputs import LIMIT, SourceInputs
 from fast.data.sources import DataWarning, EncodedAudio, NamedData, Split, has_columns, load_data
@@ -158,8 +159,11 @@ def source_samples(data: NamedData, prepared: Any) -> Any:
     return SourceInputs.parse(prepared, LIMIT, "source_inputs").without_labels()
 
 
-def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
+def check_kinds(spec: TaskSpec, splits: dict[str, Split], images: ImageFormat | None) -> None:
     """Compare the kinds of data with each other and with the options.
+
+    Args:
+        images: how images are prepared, where there are some.
 
     Raises:
         ValueError: training and validation data are of different kinds; or options of images are
@@ -175,7 +179,7 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
         raise ValueError(f"--augment is for images, and --data is {kinds['train']}: drop it")
     options = ("input_size", "resize", "interpolation", "mean", "std")
     image_option = next((name for name in options if getattr(spec, name)), None)
-    prepared = {"source_inputs"} if _is_prepared(splits.get("source_inputs")) else set()
+    prepared = {"source_inputs"} if _is_prepared(splits.get("source_inputs"), images) else set()
     other = next((n for n, kind in kinds.items() if kind != IMAGES and n not in prepared), None)
     if image_option and other is not None:
         role = other if other in ROLES else "data"
@@ -191,10 +195,12 @@ def check_kinds(spec: TaskSpec, splits: dict[str, Split]) -> None:
         )
 
 
-def _is_prepared(split: Split | None) -> bool:
-    """Whether these are normalised floats, as `fast synthetic` writes them: only normalised images
-    have negative values."""
-    return split is not None and _kind(split) == FLOATS and bool((split.inputs < 0).any())
+def _is_prepared(split: Split | None, images: ImageFormat | None) -> bool:
+    """Whether these are images as floats that are normalised already, as `fast synthetic` writes
+    them: only normalised ones have negative values, where the network wants them normalised."""
+    if split is None or images is None or _kind(split) != FLOATS:
+        return False
+    return not images.normalises or bool((split.inputs < 0).any())
 
 
 def _kind(split: Split) -> str:

@@ -48,8 +48,8 @@ def prepare_splits(
     Raises:
         ValueError: the data do not fit the network, the options or each other.
     """
-    check_kinds(spec, splits)
     preparation = _preparation(spec, loaded, splits)
+    check_kinds(spec, splits, preparation.images)
     reports = {name: FileReport() for name in splits}
     prepared = {
         name: prepare_images(

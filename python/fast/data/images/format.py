@@ -78,6 +78,11 @@ class ImageFormat:
             raise ValueError(f"std must be positive; got {tuple(self.std)}")
 
     @property
+    def normalises(self) -> bool:
+        """Whether the network takes other numbers than those of images in 0..1."""
+        return any(self.mean) or any(value != 1 for value in self.std)
+
+    @property
     def without_resizing(self) -> ImageFormat:
         """This format without resizing, for images that have their size already."""
         return replace(self, size=None, resize=None, library=None)
