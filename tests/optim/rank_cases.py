@@ -210,6 +210,7 @@ def average(rank: int, world: int, folder: Path) -> None:
         train(model, optimizers[1], [x], share_of(rank, world))
         for guard in kept:
             guard.after_step(step)
+            guard.keep()
     with kept[0].applied(), kept[1].applied():
         assert_same(model, whole)
     assert_same(model, whole)
