@@ -18,7 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 import fast
+import torchvision_ops
 from fast.ranks import AUTO, Ranks, joined
+
+torchvision_ops.declare()  # PEFT imports torchvision
 
 STEPS = 30
 
