@@ -14,20 +14,6 @@
 namespace fast {
 namespace {
 
-const AnchoredKernels& best_kernels() {
-#ifdef FAST_X86
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return anchored_kernels_avx512();
-    case InstructionSet::avx2:
-      return anchored_kernels_avx2();
-    case InstructionSet::baseline:
-      break;
-  }
-#endif
-  return anchored_kernels_baseline();
-}
-
 // Below this many elements the other threads cost more than they bring.
 constexpr int64_t kParallelFrom = 32768;
 
@@ -41,7 +27,7 @@ double sum(const double* partial, int64_t count, int stat) {
 template <class Rule>
 void step(const UpdateArgs& a, int columns,
           void (*update)(const Row&, const Chunk&, const Rule&, uint64_t, uint32_t, double*)) {
-  const auto squares = best_kernels().squares;
+  const auto squares = FAST_BEST(anchored_kernels_).squares;
   const bool clip = a.max_grad_norm > 0;
   std::vector<Rule> rules(a.row_count);
   std::vector<int64_t> before(a.chunk_count + 1, 0);  // elements before each chunk
@@ -104,11 +90,11 @@ void step(const UpdateArgs& a, int columns,
 }  // namespace
 
 void anchored_adamw_cpu(const UpdateArgs& args) {
-  step<AdamW<double>>(args, adamw_column::count, best_kernels().adamw);
+  step<AdamW<double>>(args, adamw_column::count, FAST_BEST(anchored_kernels_).adamw);
 }
 
 void anchored_sgd_cpu(const UpdateArgs& args) {
-  step<Sgd<double>>(args, sgd_column::count, best_kernels().sgd);
+  step<Sgd<double>>(args, sgd_column::count, FAST_BEST(anchored_kernels_).sgd);
 }
 
 }  // namespace fast

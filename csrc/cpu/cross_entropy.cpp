@@ -13,24 +13,10 @@ namespace {
 // Below this many logits the other threads cost more than they bring.
 constexpr int64_t kParallelFrom = 32768;
 
-const CrossEntropyKernels& best_kernels() {
-#ifdef FAST_X86
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return cross_entropy_kernels_avx512();
-    case InstructionSet::avx2:
-      return cross_entropy_kernels_avx2();
-    case InstructionSet::baseline:
-      break;
-  }
-#endif
-  return cross_entropy_kernels_baseline();
-}
-
 }  // namespace
 
 void cross_entropy_cpu(const CrossEntropyArgs& args) {
-  const CrossEntropyKernels& kernels = best_kernels();
+  const CrossEntropyKernels& kernels = FAST_BEST(cross_entropy_kernels_);
   const int64_t blocks = (args.rows + kRowBlock - 1) / kRowBlock;
   std::vector<double> partial(args.quad ? blocks * args.vectors : 0, 0.0);
   const int64_t work = args.vectors * args.rows * args.classes;

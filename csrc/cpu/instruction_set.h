@@ -15,4 +15,24 @@ const char* name_of(InstructionSet set);
 #define FAST_JOIN(a, b) FAST_JOIN_(a, b)
 #define FAST_WITH_ISA(prefix_) FAST_JOIN(prefix_, FAST_ISA)
 
+// What the best of the functions `prefix_baseline()`, `prefix_avx2()` and `prefix_avx512()` gives.
+#ifdef FAST_X86
+#define FAST_BEST(prefix_) ::fast::best_of(prefix_##baseline, prefix_##avx2, prefix_##avx512)
+
+template <class Table>
+const Table& best_of(const Table& (*baseline)(), const Table& (*avx2)(), const Table& (*avx512)()) {
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return avx512();
+    case InstructionSet::avx2:
+      return avx2();
+    case InstructionSet::baseline:
+      break;
+  }
+  return baseline();
+}
+#else
+#define FAST_BEST(prefix_) prefix_##baseline()
+#endif
+
 }  // namespace fast
