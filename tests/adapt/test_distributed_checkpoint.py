@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import fast
 from fast.adapt.guards.pace import Pace
 from networks import ConvNet, images
+from torch_checkpoints import load, states
 
 TRAIN, SOURCE = images(96, 4, seed=1), images(60, 5, seed=3)[0]
 STEPS = 6
@@ -43,11 +43,6 @@ def take(adaptation, steps=STEPS):
         optimizer.step(), scheduler.step(), optimizer.zero_grad()
 
 
-def states(adaptation):
-    model, optimizer = get_state_dict(adaptation.model, adaptation.optimizer)
-    return {"model": model, "optimizer": optimizer, "adaptation": adaptation.state_dict()}
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_goes_on_as_if_it_had_never_stopped(name, tmp_path):
     first = adapted(**RUNS[name])
@@ -56,15 +51,7 @@ def test_goes_on_as_if_it_had_never_stopped(name, tmp_path):
     take(first)
 
     second = adapted(resuming=True, **RUNS[name])
-    loaded = states(second)
-    dcp.load(loaded, checkpoint_id=tmp_path)
-    set_state_dict(
-        second.model,
-        second.optimizer,
-        model_state_dict=loaded["model"],
-        optim_state_dict=loaded["optimizer"],
-    )
-    second.load_state_dict(loaded["adaptation"])
+    load(second, tmp_path)
     take(second)
     weights = second.finish().model.state_dict()
     for key, value in first.finish().model.state_dict().items():

@@ -13,7 +13,6 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from rank_runs import network, samples
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +20,7 @@ import fast
 from fast.ranks import Ranks, joined, tensors_of
 from helpers import ROOT
 from networks import ConvNet, images
+from torch_checkpoints import load, states
 
 TRAIN, KEPT = samples(128, 1, 3), samples(96, 2, 3)
 
@@ -132,21 +132,9 @@ def states_through_torch(folder, ranks):
     whole = train(adaptation(**options)).finish().model.state_dict()
     first = train(adaptation(**options), steps=3)
 
-    def states(given):
-        model, optimizer = get_state_dict(given.model, given.optimizer)
-        return {"model": model, "optimizer": optimizer, "method": given.state_dict()}
-
     dcp.save(states(first), checkpoint_id=folder / "dcp")
     second = adaptation(resuming=True, **options)
-    loaded = states(second)
-    dcp.load(loaded, checkpoint_id=folder / "dcp")
-    set_state_dict(
-        second.model,
-        second.optimizer,
-        model_state_dict=loaded["model"],
-        optim_state_dict=loaded["optimizer"],
-    )
-    second.load_state_dict(loaded["method"])
+    load(second, folder / "dcp")
     assert second.done == 3
     close(train(second).finish().model.state_dict(), whole, 0)
 

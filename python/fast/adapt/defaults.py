@@ -12,6 +12,7 @@ from fast.data.stream import TrainBatches
 
 SOURCE_INPUTS, TARGET_INPUTS = "source inputs", "target inputs"
 SHUFFLED = "target inputs (half or more with shuffled patches)"
+OWN = (TARGET_INPUTS, SHUFFLED)
 TOGETHER, SWITCHED = "together", "switched"
 
 DEFAULT_EPOCHS = 3

@@ -9,7 +9,7 @@ from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     EASED,
     LEAST_FOR_STATISTICS,
-    SOURCE_INPUTS,
+    OWN,
     SWITCHED,
     TOGETHER,
     default_clip,
@@ -300,7 +300,7 @@ def _check_kept_head(config: AdaptConfig, rehearsed: str) -> None:
             "batch_norm='per_task' tells two tasks apart, and with head='keep' there is one; use "
             "'frozen' or 'track'"
         )
-    if rehearsed and rehearsed != SOURCE_INPUTS:
+    if rehearsed in OWN:
         raise ValueError(
             "rehearse holds the features of target inputs where there are no source_inputs, and "
             "with head='keep' those have to change: pass source_inputs="

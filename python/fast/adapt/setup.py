@@ -17,8 +17,8 @@ from fast import dtensor
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
+    OWN,
     SHUFFLED,
-    SOURCE_INPUTS,
     TOGETHER,
     own_count,
     rehearsed_by,
@@ -121,10 +121,10 @@ def settle(
     if source is not None:
         _warn_of_other_sizes(source.inputs, sample)
     own = None
-    if rehearsed and rehearsed != SOURCE_INPUTS and source_size:
+    if rehearsed in OWN:
         own = _own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
-    if not source_size or (own is None and rehearsed != SOURCE_INPUTS):
-        rehearsed, source_size = "", 0
+        if own is None:
+            rehearsed, source_size = "", 0
     plan = plan_for(
         config,
         steps=steps,

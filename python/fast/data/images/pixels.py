@@ -204,11 +204,11 @@ class PreparedImages(Dataset):
     def refuse(self, i: int, shape: Sequence[int], others: Sequence[int]) -> None:
         """Raise ValueError: image `i` is not shaped as the others."""
         same_size = tuple(shape[1:]) == tuple(others[1:])
-        way_out = "convert them to one colour mode" if same_size else "give an input size"
-        option = "" if same_size else " (--input-size of fast finetune)"
+        sizes = "give an input size (--input-size of fast finetune)"
+        way_out = "convert them to one colour mode" if same_size else sizes
         raise ValueError(
             f"{printable(self.inputs.names[i])}: [C, H, W] is {list(shape)}, of others "
-            f"{list(others)}; {way_out}{option}"
+            f"{list(others)}; {way_out}"
         )
 
 
