@@ -85,6 +85,12 @@ def save(name: str, lines: Iterable[str]) -> None:
     print(text)
 
 
+def learned_and_lost(record: Record) -> str:
+    """Target accuracy in per cent, and points of source accuracy lost."""
+    lost = record["source_before"] - record["source"]
+    return f"{100 * record['target']:.1f}, {100 * lost:.1f}"
+
+
 def commits(records: Iterable[Record]) -> str:
     return ", ".join(sorted({r["commit"] for r in records}))
 

@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from benchmarks.common import Record, arguments, commits, complete, machine, save, table
+from benchmarks.common import (
+    Record,
+    arguments,
+    commits,
+    complete,
+    learned_and_lost,
+    machine,
+    save,
+    table,
+)
 from benchmarks.finetune.regimes.baselines import RUNNERS
 from benchmarks.finetune.regimes.samples import Task, few
 from fast.data.trees import pick
@@ -33,7 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 RAREST, WRONG, BATCH = 1 / 20, 0.2, 64
 
 
-def unbalanced(labels: Tensor, generator: torch.Generator) -> Tensor:
+def unbalanced(labels: Tensor, generator: Generator) -> Tensor:
     """Rows of which the first class has most and the last a twentieth, in a geometric series."""
     shuffled = torch.randperm(len(labels), generator=generator)
     most, classes = int(labels.bincount().min()), int(labels.max()) + 1
@@ -42,7 +51,7 @@ def unbalanced(labels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([rows[:count] for rows, count in zip(of_class, counts, strict=True)])
 
 
-def wrong(labels: Tensor, generator: torch.Generator) -> Tensor:
+def wrong(labels: Tensor, generator: Generator) -> Tensor:
     """The labels, a fifth of which are those of another class."""
     classes = int(labels.max()) + 1
     others = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
@@ -50,26 +59,24 @@ def wrong(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 Samples = tuple[Any, Tensor]
+Change = Callable[[Samples, Generator], Samples]
 
 
-def of_each(count: int) -> Callable[[Samples, torch.Generator], Samples]:
-    def change(data: Samples, _: torch.Generator) -> Samples:
-        rows = few(data[1], count, 0)
+def only(choose: Callable[[Tensor, Generator], Tensor]) -> Change:
+    """Keep the rows that are chosen by their labels."""
+
+    def change(data: Samples, generator: Generator) -> Samples:
+        rows = choose(data[1], generator)
         return pick(data[0], rows), data[1][rows]
 
     return change
 
 
-def tail(data: Samples, generator: torch.Generator) -> Samples:
-    rows = unbalanced(data[1], generator)
-    return pick(data[0], rows), data[1][rows]
-
-
 # What happens to the training data, and the samples of a batch.
-CONDITIONS: dict[str, tuple[Callable[[Samples, torch.Generator], Samples], int]] = {
-    "5 of each class": (of_each(5), BATCH),
-    "20 of each class": (of_each(20), BATCH),
-    "unbalanced 20 : 1": (tail, BATCH),
+CONDITIONS: dict[str, tuple[Change, int]] = {
+    "5 of each class": (only(lambda labels, _: few(labels, 5, 0)), BATCH),
+    "20 of each class": (only(lambda labels, _: few(labels, 20, 0)), BATCH),
+    "unbalanced 20 : 1": (only(unbalanced), BATCH),
     "20 % wrong labels": (lambda data, g: (data[0], wrong(data[1], g)), BATCH),
     "batches of 16": (lambda data, _: data, 16),
     "batches of 256": (lambda data, _: data, 256),
@@ -80,7 +87,7 @@ def run(*, pair: str, condition: str, method: str, data: Path) -> Record:
     torch.manual_seed(0)
     task = Task(pair, data, seed=0)
     change, batch_size = CONDITIONS[condition]
-    task.train = change(task.train, torch.Generator().manual_seed(0))
+    task.train = change(task.train, Generator().manual_seed(0))
     task.options["batch_size"] = min(batch_size, len(task.train[1]))
     runner, options = METHODS[method]
     if method == "fast, source inputs":
@@ -102,13 +109,10 @@ def rows(records: list[Record]) -> list[Record]:
         best = max((r for r in here if r not in ours), key=lambda r: r["target"])
         line = {"condition": condition, "pair": pair}
         for r in ours:
-            line[r["method"]] = f"{_figures(r)} ({100 * (r['target'] - best['target']):+.1f})"
-        lines.append(line | {"best baseline": f"{_figures(best)} ({best['method']})"})
+            ahead = 100 * (r["target"] - best["target"])
+            line[r["method"]] = f"{learned_and_lost(r)} ({ahead:+.1f})"
+        lines.append(line | {"best baseline": f"{learned_and_lost(best)} ({best['method']})"})
     return lines
-
-
-def _figures(r: Record) -> str:
-    return f"{100 * r['target']:.1f}, {100 * (r['source_before'] - r['source']):.1f}"
 
 
 def main() -> None:

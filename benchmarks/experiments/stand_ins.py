@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from benchmarks.common import Record, arguments, commits, complete, machine, save, table
+from benchmarks.common import (
+    Record,
+    arguments,
+    commits,
+    complete,
+    learned_and_lost,
+    machine,
+    save,
+    table,
+)
 from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
 from fast.data.images.patches import shuffled_patches
@@ -78,8 +87,7 @@ def main() -> None:
     records = complete("stand_ins", run, settings, data=args.data.resolve())
     rows: dict[str, Record] = {kind: {"source inputs": kind} for kind in KINDS}
     for r in records:
-        lost = 100 * (r["source_before"] - r["source"])
-        rows[r["kind"]][r["pair"]] = f"{100 * r['target']:.1f}, {lost:.1f}"
+        rows[r["kind"]][r["pair"]] = learned_and_lost(r)
     lines = [
         "",
         *table(rows.values()),
