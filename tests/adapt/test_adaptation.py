@@ -204,7 +204,7 @@ def test_a_foreign_scheduler_owns_the_learning_rate(pretrained):
     """OneCycle sets lr; the restraint of rehearsal multiplies it in the step, and leaves it."""
     model = copy.deepcopy(pretrained)
     adaptation = fast.Adaptation(
-        model, TRAIN, source_inputs=SOURCE[0], steps=40, lr=0.1, rehearse=1e-3, ramp=0
+        model, TRAIN, source_inputs=SOURCE[0], steps=40, lr=0.1, rehearse=0.5, ramp=0
     )
     optimizer = adaptation.optimizer
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=41)

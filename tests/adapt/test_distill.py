@@ -57,6 +57,12 @@ def test_how_far_features_are_is_a_mean_over_samples_and_steps(pretrained, parts
     assert rehearsal.restraint == pytest.approx(TOLERANCE / 0.25, rel=1e-3)
     rehearsal.after_step(2)  # a step without source inputs
     assert rehearsal.moved == pytest.approx(0.25, rel=1e-3)
+    for weight, restraint in ((0.5, 2 * TOLERANCE / 0.25), (10.0, TOLERANCE / 0.25)):
+        rehearsal.weight = weight  # what is held less may move more; never the other way round
+        penalty(before, before + step)
+        rehearsal.after_step(3)
+        assert rehearsal.restraint == pytest.approx(restraint, rel=1e-3)
+    rehearsal.weight = 1.0
     # A pull that no longer grows: three times that of plain feature distillation.
     far = (before + 10 * step).requires_grad_()
     penalty(before, far).backward()

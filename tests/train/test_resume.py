@@ -53,9 +53,9 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, method, optimizer, kin
         "num_classes": 4,
         "method": "fast" if method == "rehearsing" else method,
         "source_inputs": images(40, 5, seed=3)[0] if method[:2] == "re" else None,
-        # So high and so weak that the rehearsal lowers the learning rate.
-        "lr": 3e-2 if method == "rehearsing" else None,
-        "rehearse": 1e-3 if method == "rehearsing" else None,
+        # So high that the rehearsal lowers it.
+        "lr": 1.0 if method == "rehearsing" else None,
+        "rehearse": 1.0 if method == "rehearsing" else None,
         "optimizer": optimizer,
         "steps": 14,
         "eval_every": 4,

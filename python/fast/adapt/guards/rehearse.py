@@ -10,9 +10,9 @@ gradient is `weight * e / TOLERANCE` times that of e itself, so it is gentle whe
 move and hard where they run away, and one weight suits robust and fragile networks. It stops
 growing at `STEEPEST`, so that a step too far is not answered by an even larger one.
 
-If e exceeds `TOLERANCE` all the same, the learning rate is too high for this network, and is
-divided by e / TOLERANCE. So one rate suits ResNets, which tolerate 1.5e-3, and MobileNets and
-transformers, which do not. Where a network bears far less, features are lost before that tells:
+If e exceeds `TOLERANCE / weight` all the same, the learning rate is too high for this network, and
+is divided by as much as it does. So one rate suits ResNets, which tolerate 1.5e-3, and MobileNets
+and transformers, which do not. Where a network bears far less, features are lost before that tells:
 `fast.adapt.guards.pace` measures the first step. A step costs what it cost before, and needs
 neither labels nor a source head. docs/research.md reports what else was tried.
 """
@@ -185,8 +185,8 @@ class Rehearsal(Guard):
     def after_step(self, step: int) -> None:
         """Average in what the step has seen, and decide on the learning rate of the next step.
 
-        On a GPU this waits for the step to end, which costs the time of launching the next one. A
-        budget that weakens the penalty raises the tolerance by as much.
+        On a GPU this waits for the step to end, which costs the time of launching the next one.
+        Features that are held less, by their weight or by a budget, may move by as much more.
         """
         seen, count = self._seen, self._count
         if self._ranks.size > 1:  # so that all of them decide alike
@@ -200,7 +200,8 @@ class Rehearsal(Guard):
         if not math.isfinite(e):  # an overflow, whose step a gradient scaler skips
             return
         self.moved += (e - self.moved) / (RISE if e > self.moved else FALL)
-        self.restraint = restraint(self.moved, TOLERANCE / self.strength)
+        held = self.strength * min(1.0, self.weight)
+        self.restraint = restraint(self.moved, TOLERANCE / held)
 
     def state_dict(self) -> dict[str, Any]:
         return {"moved": self.moved, "restraint": self.restraint}
