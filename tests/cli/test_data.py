@@ -1,6 +1,7 @@
 """What the command line says of the data before it trains, and what it cannot be given."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,28 @@ def test_so_are_they_when_the_run_is_evaluated(job):
     result = json.loads((job.folder / "out/result.json").read_text())
     assert numbers["samples"] == len(held_out) - 1 == 3
     assert numbers["accuracy"] == result["target_accuracy"]
+
+
+def test_copies_of_photos_are_told(job):
+    data = job.folder / "photos"
+    photos(data, {"train/cat": 4, "train/dog": 1, "val/cat": 1, "val/dog": 1})
+    for number, file in enumerate(sorted(data.rglob("*.png"))):
+        Image.new("L", (8, 8), number).save(file)
+    code, _, err = run(job, "--mean", 0.5)
+    assert code == 0, err
+    assert "held-out files" not in err
+    shutil.copy(data / "train/cat/0.png", data / "val/cat/copy.png")
+    shutil.copy(data / "train/cat/1.png", data / "train/dog/copy.png")
+    for name in ("cat", "dog"):  # downloads that broke off are no copies
+        (data / "val" / name / "empty.png").touch()
+    code, _, err = job.fast(
+        "finetune", *job.args[:4], "--data", "photos", "--skip-broken", "--plan"
+    )
+    assert code == 0, err
+    pair = "photos/val/cat/copy.png is photos/train/cat/0.png"
+    assert f"held-out files that are trained on, too: 1 ({pair})" in err
+    pair = "photos/train/dog/copy.png is photos/train/cat/1.png"
+    assert f"files that are in another class, too: 1 ({pair})" in err
 
 
 def test_all_may_be_trained_on(job):

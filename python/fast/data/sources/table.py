@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fast.data.sources.files import decoded, files_of, repeated_files
+from fast.data.sources.files import check_one_label, decoded, files_of
 from fast.data.sources.names import (
     FILES,
     HELD_OUT,
@@ -115,7 +115,7 @@ def from_columns(
         where = f"{name}: {printable(inputs)}"
         numbers = np.array([number[value] for value in values[part]], dtype=np.int64)
         splits[part] = labelled(_inputs(where, table[inputs], root), numbers, where, len(classes))
-    notes += repeated_files(name, splits, classes)
+    check_one_label(name, splits, classes)
     return NamedData(
         name=name,
         train=splits["train"],
