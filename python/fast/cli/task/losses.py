@@ -17,6 +17,7 @@ from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
 from fast.data.trees import move
 from fast.heads import evaluating, forward_logits
+from fast.heads.forward import check_logits
 from fast.models.device import pick_device
 from fast.models.load import LoadedModel
 from fast.models.saved import load_saved
@@ -91,6 +92,7 @@ def _batches(spec: CurvatureSpec, data: Data, device: torch.device) -> Iterator[
 
 def _check_classes(network: nn.Module, batches: list[tuple[Any, Tensor]], name: str) -> None:
     with evaluating(network):
-        classes = forward_logits(network, batches[0][0]).shape[1]
+        logits = forward_logits(network, batches[0][0])
+    check_logits(logits)
     for _, y in batches:
-        check_labels(y, classes, name)
+        check_labels(y, logits.shape[1], name)
