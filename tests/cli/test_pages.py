@@ -293,7 +293,7 @@ def test_audio_by_a_network_of_a_file(birds, capsys):
     with pytest.raises(ValueError, match=r"c\.wav: not a readable sound .*--skip-broken"):
         loaded.predict("forest")
     assert main(["predict", "runs/waves", "forest", "--skip-broken"]) == 0
-    assert "note: forest/c.wav: left out" in capsys.readouterr().err
+    assert "fast: note: forest/c.wav: left out" in capsys.readouterr().err
     (birds / "empty").mkdir()
     with pytest.raises(ValueError, match="there are no sounds in this folder"):
         loaded.predict("empty")

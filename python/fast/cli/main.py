@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from fast.cli.failures import (
     TRACEBACK,
     explain,
 )
+from fast.cli.notes import warnings_as_notes
 from fast.cli.options import Parser, parser_of
 from fast.cli.spec import COMMANDS
 from fast.errors import did_you_mean, printable
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options: dict[str, Any] = {}
     try:
-        with _one_line_warnings(), _plans_once(), _terminable():
+        with warnings_as_notes(), _plans_once(), _terminable():
             name, options = _parsed(list(sys.argv[1:] if argv is None else argv))
             spec = COMMANDS[name].parse(options)
             code = importlib.import_module(f"{spec.package}.{name}").run(spec)
@@ -97,18 +97,6 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fast {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of these")
     return parser
-
-
-@contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Print warnings without the line of source that they come from."""
-
-    def note(message: Warning | str, *_: Any) -> None:
-        print(f"fast: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = note  # type: ignore[assignment]
-        yield
 
 
 @contextmanager

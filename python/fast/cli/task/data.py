@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -287,8 +286,3 @@ def same_samples(source: NamedData, source_inputs: NamedData) -> bool:
     """Whether both come from the one split of one file or folder."""
     a, b = (Path(data.name).expanduser().resolve() for data in (source, source_inputs))
     return a == b and (source.train is None or source.val is None)
-
-
-def print_notes(notes: list[str]) -> None:
-    for note in notes:
-        print(f"note: {printable(note)}", file=sys.stderr)

@@ -12,6 +12,7 @@ import torch
 
 import fast
 from fast.adapt.plan import Plan
+from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.report.data import gaps, image_facts, lines
 from fast.cli.spec.task import TaskSpec
@@ -21,7 +22,6 @@ from fast.cli.task.data import (
     check_source_labels,
     check_target,
     numbered_as_in_head,
-    print_notes,
     read_data,
     same_samples,
     source_samples,
@@ -167,7 +167,7 @@ def load_task(
         prepared["source_inputs"] = samples
     loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(description["data"])]
     print(lines(**description))
-    print_notes(loaded.notes)
+    print_notes(*loaded.notes)
     return LoadedTask(
         name=spec.short_name,
         loaded=loaded,

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.spec.curvature import CurvatureSpec
-from fast.cli.task.data import print_notes, read_data, training_split
+from fast.cli.task.data import read_data, training_split
 from fast.cli.task.prepare import load_network, prepare_splits, try_forward
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
@@ -53,7 +54,7 @@ def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
         if part.num_samples is not None and part.num_samples < 2:
             raise ValueError(f"{part.name}: {part.num_samples} sample; curvature needs at least 2")
     networks = _networks(spec, loaded, next(iter(data.values())))
-    print_notes([*loaded.notes, *notes])
+    print_notes(*loaded.notes, *notes)
     losses = []
     for task in TASKS:
         if task in networks and task in data:
