@@ -163,5 +163,7 @@ def test_auxiliary_heads_of_torchvision(tmp_path):
     assert both_alike(result, loaded, x)[0] == "tench"
     folder = loaded.export(tmp_path / "weights", "safetensors")
     assert "aux1.fc2, aux2.fc2: auxiliary heads keep" in (folder / "README.md").read_text()
-    with pytest.raises(ValueError, match="is for networks of timm, and this is a GoogLeNet"):
-        loaded.export(tmp_path / "timm", "timm")
+    for name, owner in (("hf", "transformers"), ("timm", "timm")):
+        fitting = "this is a GoogLeNet: use onnx, torch.export or safetensors$"
+        with pytest.raises(ValueError, match=f"is for networks of {owner}, and {fitting}"):
+            loaded.export(tmp_path / name, name)
