@@ -143,7 +143,7 @@ def test_source_inputs_need_no_labels(job):
     args = (*job.args, "--steps", 3, "--forget-budget", "5%", "--source-inputs")
     for name, words in (
         ("old", "fast: note: --source-inputs old: 8 samples without labels"),
-        ("named", "named: 2 class folders with names, and the network's own head has 3 classes"),
+        ("named", "2 classes with names (spring, summer), and the network's own head has 3"),
     ):
         code, out, err = job.fast("finetune", *args, name, "--output", f"run-{name}")
         assert code == 0, err

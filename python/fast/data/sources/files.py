@@ -222,5 +222,6 @@ def read_lines(root: Path) -> NamedData | None:
         val=splits.get("val"),
         classes=tuple(classes),
         held_out=f"folder {printable(parts['val'].path.name)}" if "val" in parts else "",
+        sorted_names=True,
         notes=("each file is a class, and each line in it a sample",),
     )

@@ -63,6 +63,7 @@ def read_folder(root: Path, numeric_labels: bool, unlabelled: bool = False) -> N
         val=splits.get("val"),
         classes=classes,
         held_out=f"folder {printable(held_out)}" if held_out else "",
+        sorted_names=True,
         notes=(*layout.notes, *_left_out(parts, "images" if suffixes is None else "samples")),
     )
 

@@ -122,6 +122,7 @@ def from_columns(
         val=splits.get("val"),
         classes=tuple(classes),
         held_out=held_out,
+        sorted_names=True,
         notes=tuple(notes),
     )
 
