@@ -12,6 +12,7 @@ OWN = ["tench, Tinca tinca", "crane", "Great_White shark", "crane", "dog"]
     [
         (["dog", "crane"], ["crane", "dog"], [1, 0]),
         (["tench", "great white shark", "DOG"], OWN, [0, 2, 4]),
+        (["Ga\u0308nse"], ["G\u00e4nse"], [0]),  # written in two ways
         (["crane"], OWN, [3]),  # an exact name; the last of two
         (["Crane", "cat"], OWN, [None, None]),
         (["Dog", "dog"], OWN, [None, 4]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -193,4 +194,5 @@ def places_by_order(where: str, classes: Sequence[str], own: Sequence[str] | Non
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.partition(",")[0].replace("_", " ").casefold().split())
+    words = name.partition(",")[0].replace("_", " ").split()
+    return unicodedata.normalize("NFC", " ".join(words).casefold())

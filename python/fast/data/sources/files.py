@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fast.data.sources.formats import readable_suffixes
-from fast.data.sources.names import HELD_OUT, TRAIN, roles_of
+from fast.data.sources.names import HELD_OUT, TRAIN, class_name, roles_of
 from fast.data.sources.scan import Folder, natural, scan
 from fast.data.sources.types import (
     EncodedAudio,
@@ -204,17 +204,18 @@ def read_lines(root: Path) -> NamedData | None:
         # Text files beside pictures say where objects are in these.
         if len(part.images) < 2 or part.folders or part.others.keys() & readable_suffixes():
             return None
-    classes = sorted({path.stem for path in parts["train"].images}, key=natural)
+    classes = sorted({class_name(path.stem) for path in parts["train"].images}, key=natural)
     splits: dict[str, Split] = {}
     for name, part in parts.items():
         texts: list[str] = []
         labels: list[int] = []
         for path in part.images:
-            if path.stem not in classes:
+            name_of = class_name(path.stem)
+            if name_of not in classes:
                 raise ValueError(f"{printable(path)}: has no counterpart among {some(classes)}")
             lines = lines_of(path)
             texts += lines
-            labels += [classes.index(path.stem)] * len(lines)
+            labels += [classes.index(name_of)] * len(lines)
         splits[name] = labelled(texts, np.array(labels, np.int64), str(part.path), len(classes))
     return NamedData(
         name=str(root),

@@ -14,7 +14,7 @@ import numpy as np
 
 from fast.data.labels import count_classes
 from fast.data.sources.files import KINDS, samples_of, suffixes_in
-from fast.data.sources.names import HELD_OUT, ROLES, TRAIN, roles_of
+from fast.data.sources.names import HELD_OUT, ROLES, TRAIN, class_name, roles_of
 from fast.data.sources.scan import Folder, left_out, natural, scan
 from fast.data.sources.types import NamedData, Split
 from fast.errors import printable, some
@@ -214,7 +214,10 @@ def _class_files(root: Folder) -> dict[str, list[Path]]:
                 + (f": it has {others}" if others else "")
                 + "; fill it, or remove it; or name the one folder that holds the classes"
             )
-    return {name: folder.all_images() for name, folder in root.folders.items()}
+    files: dict[str, list[Path]] = {}
+    for name, folder in root.folders.items():
+        files.setdefault(class_name(name), []).extend(folder.all_images())
+    return files
 
 
 def _holds_classes(folder: Folder) -> bool:

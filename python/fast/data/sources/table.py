@@ -20,6 +20,7 @@ from fast.data.sources.names import (
     SPLITS,
     TEXTS,
     TRAIN,
+    class_name,
     role_of,
     usual_columns,
 )
@@ -289,7 +290,7 @@ def _is_list(cell: Any) -> bool:
 def _text(cell: Any) -> str:
     if isinstance(cell, (float, np.floating)) and float(cell).is_integer():
         return str(int(cell))
-    return str(cell).strip()
+    return class_name(str(cell).strip())
 
 
 def _inputs(where: str, cells: Sequence[Any], root: Path) -> Any:
