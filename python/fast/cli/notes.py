@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from fast.errors import printable
 
 
 def print_notes(*messages: object) -> None:
+    if logging.getLogger("fast").disabled:  # the first process prints for all: `Ranks.quiet`
+        return
     for message in messages:
         print(f"fast: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
