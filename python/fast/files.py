@@ -28,7 +28,15 @@ _DAMAGE = (
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path; renamed to `path` when the block ends without an error."""
+    """A temporary path; renamed to `path` when the block ends without an error.
+
+    A link stays one, and its target is replaced. A device or pipe is written to as it is.
+    """
+    if path.exists() and not path.is_file():
+        with writing(path):
+            yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
     with _scratch(path) as folder:
         temporary = folder / path.name
         yield temporary

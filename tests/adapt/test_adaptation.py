@@ -167,11 +167,32 @@ def test_a_state_of_another_adaptation_changes_nothing(pretrained):
     state = fast.Adaptation(network(pretrained), TRAIN, steps=STEPS).state_dict()
     other = fast.Adaptation(network(pretrained), TRAIN, steps=STEPS, average=0)
     before = other.state_dict()
-    with pytest.raises(ValueError, match=r"state\.guards is of another adaptation: WeightAverage"):
+    with pytest.raises(
+        ValueError, match=r"state is of another run: average was the default, is 0$"
+    ):
         other.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"state has format 1, and this version reads 2"):
+    with pytest.raises(ValueError, match=r"state has format 1, and this version reads 3"):
         other.load_state_dict(before | {"format": 1})
     assert other.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "message"),
+    [
+        (TRAIN, {"steps": 7}, "steps was 6, is 7$"),
+        (TRAIN, {"batch_size": 8, "seed": 1}, "batch_size was 16, is 8, seed was 0, is 1$"),
+        ((TRAIN[0], TRAIN[1].flip(0)), {}, r"training data \(hash\) was '\w+', is '\w+'$"),
+        (TRAIN, {"source_inputs": SOURCE[0]}, r"source inputs \(hash\) was 'none', is '"),
+    ],
+)
+def test_a_state_of_a_run_on_other_data_or_with_other_options_is_refused(
+    pretrained, train, options, message
+):
+    plain = {"steps": 6, "batch_size": 16}
+    state = fast.Adaptation(copy.deepcopy(pretrained), TRAIN, **plain).state_dict()
+    other = fast.Adaptation(copy.deepcopy(pretrained), train, **(plain | options))
+    with pytest.raises(ValueError, match=f"state is of another run: .*{message}"):
+        other.load_state_dict(state)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(pretrained):

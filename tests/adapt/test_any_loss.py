@@ -204,3 +204,10 @@ def test_a_loss_that_does_not_fit_is_told_before_the_first_step(pretrained, loss
         fast.Adaptation(model, (X, labels), loss=loss, num_classes=4, steps=3)
     weights = zip(model.parameters(), pretrained.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
+
+
+@pytest.mark.parametrize("method", ["fast", "ewc", "replay"])
+def test_a_network_that_squeezes_its_one_output_is_told_so(method):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(X[0].numel(), 1), nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"answers with shape \[\d+\] .* logits \[B, C\]"):
+        fast.Adaptation(model, (X, Y), source_inputs=SOURCE[0], method=method, steps=2)

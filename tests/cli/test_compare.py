@@ -92,10 +92,10 @@ def test_another_job_is_run_again_and_the_runs_of_the_first_are_kept(done):
     first = {f: f.read_bytes() for f in (job.folder / "out" / "runs").iterdir()}
     args = [*job.args, *COMPARE]
     args[args.index(6)] = 8
-    code, out, _ = job.fast("compare", *args)
+    code, out, err = job.fast("compare", *args)
     assert code == 0
     assert "kept from before" not in out
-    assert "note: replaces out/results.json, made with other options (steps 6)" in out
+    assert "fast: note: replaces out/results.json, made with other options (steps 6)" in err
     assert all(f.read_bytes() == content for f, content in first.items())
     runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
     assert {r["history"][-1]["step"] for r in runs} == {8}
@@ -118,9 +118,9 @@ def test_results_of_something_else_are_not_replaced(job):
 @pytest.mark.filterwarnings("ignore:the loss at the end is")  # of what stays finite at that rate
 def test_a_rate_that_diverges_is_not_chosen(job):
     options = (*COMPARE[4:], "--methods", "lp-ft,vanilla", "--eval-every", 3, "--lr")
-    code, out, err = job.fast("compare", *job.args, *options, "1e30,0.001")
+    code, _, err = job.fast("compare", *job.args, *options, "1e30,0.001")
     assert code == 0, err
-    assert "note: vanilla seed 0 lr 1e+30 diverged: " in out
+    assert "fast: note: vanilla seed 0 lr 1e+30 diverged: " in err
     runs = json.loads((job.folder / "out" / "results.json").read_text())["runs"]
     assert [r["lr"] for r in runs] == [0.001, 0.001]
     code, _, err = job.fast("compare", *job.args, *options, "1e30")
@@ -216,9 +216,10 @@ def test_peft_that_cannot_be_imported_is_told_before_the_first_run(job, monkeypa
 def test_all_methods_are_those_that_have_what_they_need(job):
     code, out, err = job.fast("compare", *job.args, "--methods", "all", "--steps", 2)
     assert code == 0, err
-    assert "note: replay is left out: replay trains on source inputs, and none were given" in out
+    assert "fast: note: replay is left out: replay trains on source inputs, and none were" in err
     assert all(f"\n{m} " in out for m in ("fast", "vanilla", "lp-ft", "l2-sp", "ewc"))
-    assert ("\nadapter " in out) != ("note: adapter is left out: method 'adapter' needs" in out)
+    left_out = "fast: note: adapter is left out: method 'adapter' needs"
+    assert ("\nadapter " in out) != (left_out in err)
     code, _, err = job.fast("compare", *job.args, "--methods", "vanilla,replay", "--steps", 2)
     assert code == 2
     assert "--methods: replay trains on source inputs, and none were given" in err

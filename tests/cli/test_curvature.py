@@ -133,7 +133,7 @@ def keep(folder):
         (keep, ["--checkpoint", "out", "--output", "/proc/new/er"], "/proc/new/er: cannot be wr"),
         (keep, ["--checkpoint", "out", "--output", "nets.py/new"], "nets.py/new: cannot be wr"),
         (flat_root, ["--model", "root.py:Root(3)", "--source", "source.npz"], "is not finite"),
-        (keep, ["--checkpoint", "out", "--source", "target.npz"], "--source: labels must be 0..2"),
+        (keep, ["--checkpoint", "out", "--source", "target.npz"], "--source target.npz: labels"),
         (keep, ["--checkpoint", "out", "--device", "cuda:99"], "there is cpu"),
         (keep, ["--model", "nets.py:Net(3)"], "--source or --data must be given"),
         (keep, ["--model", "nets.py:Net(3)", "--data", "target.npz"], "needs a --checkpoint"),

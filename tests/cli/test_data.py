@@ -1,6 +1,7 @@
 """What the command line says of the data before it trains, and what it cannot be given."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,28 @@ def test_so_are_they_when_the_run_is_evaluated(job):
     assert numbers["accuracy"] == result["target_accuracy"]
 
 
+def test_copies_of_photos_are_told(job):
+    data = job.folder / "photos"
+    photos(data, {"train/cat": 4, "train/dog": 1, "val/cat": 1, "val/dog": 1})
+    for number, file in enumerate(sorted(data.rglob("*.png"))):
+        Image.new("L", (8, 8), number).save(file)
+    code, _, err = run(job, "--mean", 0.5)
+    assert code == 0, err
+    assert "held-out files" not in err
+    shutil.copy(data / "train/cat/0.png", data / "val/cat/copy.png")
+    shutil.copy(data / "train/cat/1.png", data / "train/dog/copy.png")
+    for name in ("cat", "dog"):  # downloads that broke off are no copies
+        (data / "val" / name / "empty.png").touch()
+    code, _, err = job.fast(
+        "finetune", *job.args[:4], "--data", "photos", "--skip-broken", "--plan"
+    )
+    assert code == 0, err
+    pair = "photos/val/cat/copy.png is photos/train/cat/0.png"
+    assert f"held-out files that are trained on, too: 1 ({pair})" in err
+    pair = "photos/train/dog/copy.png is photos/train/cat/1.png"
+    assert f"files that are in another class, too: 1 ({pair})" in err
+
+
 def test_all_may_be_trained_on(job):
     photos(job.folder / "photos", {"cat": 4, "dog": 1})
     code, out, err = run(job, "--val-fraction", 0)
@@ -176,3 +199,59 @@ def test_a_text_network_is_not_given_images(job):
     code, _, err = job.fast("finetune", *spec, *SHORT)
     assert code == 2
     assert "the data are images, and the network takes texts" in err
+
+
+def of_classes(folder, names, spots):
+    """Pictures of classes 0, 1, ... of `spots` in folders of these names."""
+    images, labels = spots
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in np.flatnonzero(labels == label)[:8]:
+            Image.fromarray(images[i]).save(folder / name / f"{i}.png")
+
+
+@pytest.mark.filterwarnings("default::fast.data.sources.DataWarning")
+def test_classes_of_the_source_have_the_network_s_names_or_numbers(job):
+    source = np.load("source.npz")
+    spots = source["x_test"], source["y_test"]
+    for folder, names in {"words": "cba", "numbers": "012"}.items():
+        of_classes(job.folder / folder, names, spots)
+    files = ",2\n".join(map(str, Path("numbers/2").iterdir()))
+    (job.folder / "one.csv").write_text(f"file,label\n{files},2\n")
+    told = "--source words: the classes a, b, c are taken in this order for the network's outputs"
+    for data, note in {"words": told, "numbers": "", "one.csv": ""}.items():
+        args = (*job.args[:6], "--source", data, *SHORT[:2], "--output", f"of-{data}")
+        code, _, err = job.fast("finetune", *args)
+        assert code == 0, err
+        assert ("in this order" in err, note in err) == (bool(note), True)
+        result = json.loads((job.folder / f"of-{data}" / "result.json").read_text())
+        assert (result["source_accuracy_before"] > 0.9) == (data != "words")
+    for data, right in {"words": False, "numbers": True, "one.csv": True}.items():
+        code, out, err = job.fast("evaluate", "of-numbers", data, "--task", "source")
+        assert code == 0, err
+        assert ("in this order" in err) != right
+        assert ("100.0 % right" in out) == right
+
+
+def test_a_kept_head_has_the_names_of_the_run_that_it_is_of(job):
+    images = np.load("target.npz")
+    spots = images["x_train"], images["y_train"]
+    of_classes(job.folder / "photos", ("one", "two", "three", "four"), spots)
+    code, _, err = run(job)
+    assert code == 0, err
+    kept = ("--model", "nets.py:Net(4)", "--weights", "out/model.safetensors", "--head", "keep")
+    shown = {"names": ("two", "ONE"), "numbers": ("1", "0"), "strange": ("one", "five")}
+    for folder, (one, zero) in shown.items():
+        of_classes(job.folder / folder, (zero, one), spots)
+    for folder in ("names", "numbers"):
+        code, out, err = job.fast("finetune", *kept, "--data", folder, "--plan")
+        assert code == 0, err
+        assert "classes, in order: four" in out
+    code, _, err = job.fast("finetune", *kept, "--data", "strange", "--plan")
+    assert code == 2
+    assert (
+        "2 classes with names (five, one), and the network's own head has 4 classes (four," in err
+    )
+    code, _, err = job.fast("finetune", *job.args[:4], "--head", "keep", "--data", "photos")
+    assert code == 2
+    assert "has 3 classes: nothing says which is which" in err

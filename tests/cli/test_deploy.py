@@ -107,7 +107,7 @@ def test_files_that_cannot_be_read(run):
     assert "--skip-broken" in err
     code, out, err = run.fast("evaluate", "out", "labelled", "--skip-broken", "-o", "skipped")
     assert code == 0, err
-    assert "note: labelled/0/bad.png: left out" in err
+    assert "fast: note: labelled/0/bad.png: left out" in err
     assert "of 12 samples" in out
     numbers = json.loads((run.folder / "skipped" / "evaluation.json").read_text())
     assert numbers["samples"] == 12

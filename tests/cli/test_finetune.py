@@ -122,7 +122,9 @@ def test_what_source_inputs_measure_is_said(job):
     args = (*job.args, "--steps", 2, "--source-inputs")
     code, _, err = job.fast("finetune", *args, "source.npz")
     assert code == 0, err
-    assert "note: --source-inputs source.npz: the same samples as --source: what is kept" in err
+    assert (
+        "fast: note: --source-inputs source.npz: the same samples as --source: what is kept" in err
+    )
     assert "by its features" not in err
     code, _, err = job.fast("finetune", *args, "target.npz")  # labels 0..3
     assert code == 0, err
@@ -140,8 +142,8 @@ def test_source_inputs_need_no_labels(job):
             image.fromarray(arrays[i]).save(job.folder / folder / f"{i}.png")
     args = (*job.args, "--steps", 3, "--forget-budget", "5%", "--source-inputs")
     for name, words in (
-        ("old", "note: --source-inputs old: 8 samples without labels"),
-        ("named", "named: 2 class folders with names, and the network's own head has 3 classes"),
+        ("old", "fast: note: --source-inputs old: 8 samples without labels"),
+        ("named", "2 classes with names (spring, summer), and the network's own head has 3"),
     ):
         code, out, err = job.fast("finetune", *args, name, "--output", f"run-{name}")
         assert code == 0, err

@@ -144,7 +144,7 @@ def floats(folder):
         (keep, ["--data", "nets.py"], "nets.py: unknown file type '.py'"),
         (keep, ["--data", "source.npz"], "and no training split: give one"),
         (keep, ["--source", "target.npz"], "--source target.npz: labels must be 0..2, as the"),
-        (named_folders, ["--source", "animals"], "--source animals: 2 class folders with names"),
+        (named_folders, ["--source", "animals"], "--source animals: 2 classes with names (cat, d"),
         (
             keep,
             ["--input-column", "text"],

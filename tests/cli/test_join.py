@@ -114,7 +114,7 @@ def test_few_photos_join_on_those_that_were_trained_on(adapted):
     code, _, err = adapted.fast(*args)
     assert code == 0, err
     assert "the run held out 8 samples, and joining takes at least 10: samples that it tr" in err
-    assert "note: --source-inputs old.npz: 90 samples without labels" in err
+    assert "fast: note: --source-inputs old.npz: 90 samples without labels" in err
     code, _, err = adapted.fast(*args, "--source-labelled")
     assert (code, "old.npz has no labels that can be used; drop the option" in err) == (2, True)
 

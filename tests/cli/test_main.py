@@ -1,5 +1,7 @@
 """The entry point: help, exit codes, and what it must not import."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -195,6 +197,29 @@ def test_a_reader_that_has_read_enough_is_no_error():
         run.stdout.close()
         assert run.stderr.read() == b""
         assert run.wait() == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a full disk to write to")
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_behind_what_is_printed_is_told(buffered):
+    code = "import sys, fast.cli; sys.exit(fast.cli.main(['env']))"
+    where = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=where,
+            check=False,
+        )
+    message = f"what is printed cannot be written to stdout: {os.strerror(errno.ENOSPC)}"
+    assert run.stderr.decode().splitlines() == [f"fast: error: {message}"]
+    assert run.returncode == 2
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["env"]) == 0
 
 
 def test_traceback_on_request(monkeypatch):

@@ -111,3 +111,10 @@ def test_options_that_do_not_go_together(argv, message):
 def test_folds_are_of_one_run(spec):
     with pytest.raises(ValueError, match="unrecognized arguments: --folds"):
         parsed(spec, "--folds", "5", "--source", "source.npz")
+
+
+def test_what_is_typed_without_a_flag_is_shown():
+    with pytest.raises(
+        ValueError, match=r"--data x; type fast evaluate RUN \[DATA\] \[options\] \("
+    ):
+        parser_of(COMMANDS["evaluate"], "fast evaluate").read(["run", "--data", "x"])

@@ -14,10 +14,11 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.slow
 def test_two_processes_make_one_run(job):
-    options = ("--steps", "10", "--lr", "0.01", "--output", "out")
+    options = ("--steps", "10", "--lr", "0.01", "--source-inputs", "source.npz", "--output", "out")
     text = torchrun(2, "fast", "finetune", *job.args, *options)
     assert text.count("saved in out") == 1
     assert text.count("classes, in order") == 1
+    assert text.count("the same samples as --source") == 1
     assert text.count("the head alone for up to") == 1
     lines = (job.folder / "out" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(11))

@@ -105,7 +105,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(finished):
     assert "out: its run was stopped before its first checkpoint; fast finetune --resume out" in err
     code, _, err = finished.fast("finetune", "--resume", "out")
     assert code == 0, err
-    assert "note: out has no checkpoint yet: the run starts from the beginning" in err
+    assert "fast: note: out has no checkpoint yet: the run starts from the beginning" in err
     assert (finished.folder / "out" / "model.safetensors").read_bytes() == whole
 
 

@@ -201,3 +201,13 @@ def test_sounds_are_not_called_images(tmp_path):
     (tmp_path / "texts" / "bad").mkdir()
     with pytest.raises(ValueError, match="bad: class folder without texts; fill it"):
         load_data(str(tmp_path / "texts"))
+
+
+def test_an_umlaut_is_written_in_two_ways(tmp_path):
+    """macOS takes letters and their accents apart; both look the same."""
+    together, apart = "G\u00e4nse", "Ga\u0308nse"
+    write(tmp_path, f"train/{together}", f"train/{apart}", "train/cat", f"val/{apart}", count=1)
+    data = load_data(str(tmp_path))
+    assert data.classes == (together, "cat")
+    assert data.train.labels.tolist() == [0, 0, 1]
+    assert data.val.labels.tolist() == [0]

@@ -8,6 +8,7 @@ import torch
 
 from fast.data.audio.waveforms import SoundFormat, read_audio, resampled
 from fast.data.sources import DataWarning, EncodedAudio, EncodedImages, FileReport, load_data
+from fast.data.sources.files import repeated_files
 from fast.data.sources.names import FILES, TEXTS
 from fast.data.sources.table import read_inputs
 from helpers import write_wav
@@ -80,14 +81,19 @@ def pictures(folder, *names):
 
 
 def test_a_file_in_several_rows_is_told(tmp_path):
-    pictures(tmp_path, "0.png", "1.png", "2.png")
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(bytes([i]))
     rows = ["0.png,x", "1.png,y", "0.png,x", "2.png,y"]
     data = load_data(write_csv(tmp_path / "d.csv", "file,label", *rows))
     assert len(data.train) == 4
-    assert "rows that repeat a file: 1" in data.notes[-1]
+    assert repeated_files(data) == []  # nothing is held out
+    (note,) = repeated_files(data, folds=True)
+    assert f"files that repeat another: 1 ({tmp_path / '0.png'})" in note
+    (note,) = repeated_files(data.with_val(0.5))
+    assert f"held-out files that are trained on, too: 1 ({tmp_path / '0.png'})" in note
     rows = ["0.png,x,train", "1.png,y,train", "1.png,y,val", "2.png,y,val"]
-    data = load_data(write_csv(tmp_path / "s.csv", "file,label,split", *rows))
-    assert "held-out files that are trained on, too: 1" in data.notes[-1]
+    (note,) = repeated_files(load_data(write_csv(tmp_path / "s.csv", "file,label,split", *rows)))
+    assert "held-out files that are trained on, too: 1" in note
 
 
 def test_a_file_with_two_labels_is_refused(tmp_path):

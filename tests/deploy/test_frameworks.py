@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import fast
+from fast.models.load import load_model
+from fast.models.saved.description import own_classes
 from helpers import ROOT
 
 pytestmark = pytest.mark.slow
@@ -163,5 +165,24 @@ def test_auxiliary_heads_of_torchvision(tmp_path):
     assert both_alike(result, loaded, x)[0] == "tench"
     folder = loaded.export(tmp_path / "weights", "safetensors")
     assert "aux1.fc2, aux2.fc2: auxiliary heads keep" in (folder / "README.md").read_text()
-    with pytest.raises(ValueError, match="is for networks of timm, and this is a GoogLeNet"):
-        loaded.export(tmp_path / "timm", "timm")
+    for name, owner in (("hf", "transformers"), ("timm", "timm")):
+        fitting = "this is a GoogLeNet: use onnx, torch.export or safetensors$"
+        with pytest.raises(ValueError, match=f"is for networks of {owner}, and {fitting}"):
+            loaded.export(tmp_path / name, name)
+
+
+@pytest.mark.parametrize(
+    ("spec", "first"),
+    [
+        ("torchvision:squeezenet1_0", "tench"),
+        ("torchvision:squeezenet1_0(num_classes=3)", None),
+        ("timm:resnet10t", "tench, Tinca tinca"),
+        ("timm:resnet10t(num_classes=3)", None),
+    ],
+)
+def test_pretrained_networks_have_names_for_their_classes(spec, first):
+    library(spec.partition(":")[0])
+    model = load_model(spec, pretrained=False).model
+    names = own_classes(model, spec, None)
+    assert names is first if first is None else names[0] == first
+    assert own_classes(model, spec, "file.safetensors") is None  # of weights from elsewhere

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from contextlib import contextmanager
 
@@ -47,6 +49,22 @@ def test_a_file_is_named_and_not_left_half_written(tmp_path, write):
     with files_of(0), pytest.raises(OSError, match=r"(data|job)\.json"):
         write(place, {"model": "timm:resnet18"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_written_to_and_a_link_stays_one(tmp_path):
+    """`--csv /dev/stdout`: as root, the device would be replaced by a file."""
+    pipe, link, there = (tmp_path / name for name in ("pipe", "link", "there.json"))
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1}
+    os.close(reader)
+    link.symlink_to(there)
+    write_json(link, {"b": 2})
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert json.loads(there.read_text()) == {"b": 2}
+    assert sorted(tmp_path.iterdir()) == [link, pipe, there]
 
 
 @pytest.mark.parametrize(("size", "file"), [(55, "run.json"), (400, "fast.json")])

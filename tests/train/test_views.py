@@ -14,7 +14,7 @@ from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import prepare_images
 from fast.data.sources import EncodedImages, Split
 from fast.data.stream import TrainBatches
-from fast.train.resume.identity import data_identity
+from fast.models.identity import data_identity
 from networks import ConvNet, SequentialHead, images
 
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -34,7 +35,7 @@ from fast.adapt.setup import (
     settle,
 )
 from fast.adapt.source import Source, bound_card, measure_source
-from fast.adapt.state import check_state, sharded_as
+from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
 from fast.data.trees import move
@@ -44,7 +45,7 @@ from fast.models.device import in_float32, trains_in_16_bits
 from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
 
-FORMAT = 2  # of a state
+FORMAT = 3  # of a state
 
 
 class Adaptation:
@@ -181,6 +182,7 @@ class Adaptation:
         source = measure_source(self.model, setup, self.config, card=card, ranks=self.ranks)
         self.num_classes, self.sample = setup.num_classes, setup.sample
         self._batches = setup.batches
+        self._run = cache(partial(run_facts, self.config, setup.batches.data, source.samples))
         self.source = source.samples
         self.held_back = source.meter.samples if source.meter is not None else None
         return setup, source
@@ -471,6 +473,7 @@ class Adaptation:
         self._check_outside("a state")
         return {
             "format": FORMAT,
+            RUN: self._run(),
             "done": self.done,
             "guards": self.guards.state_dict(),
             "optimizer": self._optimizer.state_dict(),

@@ -7,15 +7,43 @@ from typing import Any
 from torch import Tensor
 
 from fast import dtensor
+from fast.adapt.config import AdaptConfig
+from fast.data.dataset import Data
+from fast.data.source_inputs import SourceInputs
+from fast.models.identity import data_identity
 
 State = dict[str, Any]
+RUN = "run"  # the part of a state that says what is adapted, and how
+
+
+def run_facts(config: AdaptConfig, data: Data, source: SourceInputs | None) -> State:
+    """The options that decide what is computed, and hashes of the data, by names for messages."""
+    return {
+        **config.computed(),
+        "training samples": data.num_samples,
+        "training data (hash)": data_identity(data),
+        "source inputs (hash)": data_identity(source) or "none",
+    }
+
+
+def differences(before: State, now: State) -> str:
+    """How two runs differ, as `lr was 0.1, is 0.2`; empty where they do not."""
+    return ", ".join(
+        f"{name} was {_shown(value)}, is {_shown(now.get(name))}"
+        for name, value in before.items()
+        if value != now.get(name)
+    )
+
+
+def _shown(value: object) -> str:
+    return "the default" if value is None else repr(value)
 
 
 def check_state(state: Any, own: State, path: str = "state") -> None:
     """Raise ValueError where `state` does not have the form of `own`; the message names the entry.
 
     Dicts must have the same keys, and tensors the same shapes and dtypes. Plain values may differ,
-    but for the `format`.
+    but for the `format`, and for what says which run it is.
     """
     if isinstance(state, dict) and state.get("format", own.get("format")) != own.get("format"):
         raise ValueError(
@@ -30,7 +58,10 @@ def check_state(state: Any, own: State, path: str = "state") -> None:
         )
     for key, value in own.items():
         where, other = f"{path}.{key}", state[key]
-        if isinstance(value, dict):
+        if key == RUN:
+            if changes := differences(dict(other), value):
+                raise ValueError(f"{path} is of another run: {changes}")
+        elif isinstance(value, dict):
             check_state(other, value, where)
         elif isinstance(value, Tensor):
             form = (list(value.shape), value.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import FrameType
 
 TRACEBACK = "FAST_TRACEBACK"
 FAILED, USER_ERROR, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 130, 141, 143
+# Errors of writing; whoever writes a file names it.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # Errors whose messages are written for users; those of others are about the code that raises them.
 EXPLAINED = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 
@@ -25,6 +28,8 @@ def explain(error: Exception, model: str | None) -> tuple[int, str]:
     if isinstance(error, UnicodeEncodeError):  # a name of a file, with bytes that are not UTF-8
         way_out = "rename the file, or set a locale of UTF-8 (LANG=C.UTF-8)"
         return USER_ERROR, f"{error.object[:200]}: is not UTF-8: {way_out}"
+    if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+        return USER_ERROR, f"what is printed cannot be written to stdout: {error.strerror}"
     if isinstance(error, EXPLAINED):
         place = _in_model_file(error.__cause__ or error, model)
         return USER_ERROR, f"{error} ({place})" if place else str(error)

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from fast.cli.failures import (
     TRACEBACK,
     explain,
 )
+from fast.cli.notes import warnings_as_notes
 from fast.cli.options import Parser, parser_of
 from fast.cli.spec import COMMANDS
 from fast.errors import did_you_mean, printable
@@ -47,14 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options: dict[str, Any] = {}
     try:
-        with _one_line_warnings(), _plans_once(), _terminable():
-            name, options = _parsed(list(sys.argv[1:] if argv is None else argv))
-            spec = COMMANDS[name].parse(options)
-            code = importlib.import_module(f"{spec.package}.{name}").run(spec)
-            sys.stdout.flush()
+        with warnings_as_notes(), _plans_once(), _terminable():
+            try:
+                name, options = _parsed(list(sys.argv[1:] if argv is None else argv))
+                spec = COMMANDS[name].parse(options)
+                code = importlib.import_module(f"{spec.package}.{name}").run(spec)
+            except SystemExit as stop:  # argparse has printed help, or the version
+                code = stop.code if isinstance(stop.code, int) else FAILED
+            _flush()
             return code
-    except SystemExit as stop:  # argparse has printed help, or the version
-        return stop.code if isinstance(stop.code, int) else FAILED
     except Terminated:
         print("fast: terminated", file=sys.stderr)
         return TERMINATED
@@ -62,14 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fast: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `fast predict ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard()
         return PIPE_CLOSED
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
         code, message = explain(error, options.get("model"))
         print(f"fast: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        try:
+            _flush()
+        except OSError:  # the disk behind it is full, as the message says, or nobody reads on
+            _discard()
         return code
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it may have been closed by the caller
+        sys.stdout.flush()
+
+
+def _discard() -> None:
+    """Throw away what could not be printed, or Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parsed(argv: list[str]) -> tuple[str, dict[str, Any]]:
@@ -97,18 +112,6 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fast {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of these")
     return parser
-
-
-@contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Print warnings without the line of source that they come from."""
-
-    def note(message: Warning | str, *_: Any) -> None:
-        print(f"fast: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = note  # type: ignore[assignment]
-        yield
 
 
 @contextmanager

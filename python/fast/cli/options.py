@@ -103,7 +103,9 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(list(argv))
         if unknown:
             name = next((text for text in unknown if text.startswith("-")), "").partition("=")[0]
-            hint = did_you_mean(name, self._option_string_actions)
+            words = [flag(action.dest) for action in self._get_positional_actions()]
+            hint = "" if name in words else did_you_mean(name, self._option_string_actions)
+            hint += f"; type {self.usage}" if words else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return vars(args)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from fast.adapt.methods import METHODS
 from fast.cli.commands import demo
+from fast.cli.notes import print_notes
 from fast.cli.report.summary import Run
 from fast.cli.run_key import run_key
 from fast.cli.spec.methods import ALL, MethodsSpec, SweepSpec
@@ -62,7 +63,7 @@ def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:
     lacks = {name: error for name in named if (error := _lacks(name, task)) is not None}
     if ALL in methods:
         for name, error in lacks.items():
-            print(f"note: {name} is left out: {error}")
+            print_notes(f"{name} is left out: {error}")
         return [name for name in METHODS if name not in lacks]
     for error in lacks.values():
         raise type(error)(f"--methods: {error}")
@@ -111,7 +112,7 @@ class Runner:
             except FloatingPointError as error:
                 if not first and lr == rates[-1]:
                     raise
-                print(f"note: {method} seed {seeds[0]} lr {lr:g} diverged: {error}")
+                print_notes(f"{method} seed {seeds[0]} lr {lr:g} diverged: {error}")
         best = max(first, key=lambda x: (first[x].target_accuracy, first[x].source_accuracy or 0))
         more = [self._one(method, seed, best, setting, changes) for seed in seeds[1:]]
         return [first[best], *more]

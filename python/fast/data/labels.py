@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fast.errors import counted
+from fast.errors import counted, printable, some
 
 # A larger head would fill the memory.
 MOST_CLASSES = 1_000_000
@@ -143,3 +146,53 @@ def _from_array(labels: np.ndarray, name: str) -> Tensor:
 
 def _first(wrong: Tensor) -> int:
     return int(wrong.nonzero()[0, 0])
+
+
+def class_places(classes: Sequence[str], own: Sequence[str]) -> list[int | None]:
+    """The place of each class of data among a network's own: by its name, or where names are
+    numbers and no names of the network, by that number. None where it is not found.
+
+    Libraries have several names for a class (`tench, Tinca tinca`), of which the first one counts.
+    Capitals, and underscores in place of spaces, do not. A name that is then ambiguous is none.
+    """
+    exact = {name: i for i, name in enumerate(own)}
+    rough = {_plain(name): i for name, i in exact.items()}
+    twice = {p for names in (own, classes) for p, n in Counter(map(_plain, names)).items() if n > 1}
+    places = [
+        exact.get(name, None if _plain(name) in twice else rough.get(_plain(name)))
+        for name in classes
+    ]
+    if None in places and all(name.isdecimal() for name in classes):
+        return [int(name) for name in classes]
+    return places
+
+
+def places_by_order(where: str, classes: Sequence[str], own: Sequence[str] | None) -> str:
+    """A note that the classes of data are taken for a network's own in their order.
+
+    Args:
+        where: what messages call the data.
+        own: names of the network's classes, which are others; None where it has none.
+
+    Raises:
+        ValueError: the name of a class says that it is in another place.
+    """
+    places = class_places(classes, own or ())
+    moved = [i for i, place in enumerate(places) if place not in (None, i)]
+    if moved:
+        strange = [name for name, place in zip(classes, places, strict=True) if place is None]
+        raise ValueError(
+            f"{where}: {printable(classes[moved[0]])} is class {places[moved[0]]} of the network, "
+            f"and {some(strange)} none of its {len(own or ())}: name the classes as the network "
+            "does, or by its numbers"
+        )
+    why = f"which it calls {some(own)}" if own else "whose names are not known"
+    return (
+        f"{where}: the classes {some(classes)} are taken in this order for the network's outputs "
+        f"0..{len(classes) - 1}, {why}: if that is wrong, name them by these numbers"
+    )
+
+
+def _plain(name: str) -> str:
+    words = name.partition(",")[0].replace("_", " ").split()
+    return unicodedata.normalize("NFC", " ".join(words).casefold())

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fast.data.dataset import Data, as_data
+from fast.data.labels import class_places, places_by_order
 from fast.data.sources import SKIP, DataWarning, FileReport, NamedData, Split, load_data
-from fast.errors import printable, some
+from fast.errors import printable, some, warn
 from fast.models.preparation import Preparation
 
 
@@ -97,25 +98,22 @@ def _numbered(
     Raises:
         ValueError: the run has no class of this name, or a number may be of either task.
     """
-    if classes is None or list(data.classes[: len(classes)]) == classes:
-        return labels
-    number = {name: i for i, name in enumerate(classes)}
-    present = [data.classes[i] for i in np.unique(labels)]
-    strange = [name for name in present if name not in number]
-    if all(name.isdecimal() for name in data.classes):
-        if task != "both":
-            return labels
+    if task == "both" and all(name.isdecimal() for name in data.classes):
         raise ValueError(
             f"{data.name}: its classes are numbers, which do not say whose they are: name the "
             "task, source or target (task=, --task)"
         )
-    if strange and task == "source" and len(data.classes) == len(classes):
-        return labels  # the library has other names for the classes, in the same order
+    places = class_places(data.classes, classes or ())
+    strange = [data.classes[i] for i in np.unique(labels) if places[i] is None]
+    if strange and classes is None and not data.sorted_names:
+        return labels
+    if strange and (classes is None or (task == "source" and len(data.classes) == len(classes))):
+        warn(places_by_order(data.name, data.classes, classes), DataWarning)
+        return labels
     if strange:
         whose = "both tasks" if task == "both" else f"the {task}'s"
         raise ValueError(
             f"{data.name}: classes that are none of {whose}: {some(strange)}; the run has "
-            f"{some([printable(name) for name in classes], 12)}"
+            f"{some([printable(name) for name in classes or ()], 12)}"
         )
-    order = np.array([number.get(name, -1) for name in data.classes])
-    return order[labels]
+    return np.array([-1 if place is None else place for place in places])[labels]

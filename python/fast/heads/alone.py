@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fast.data.trees import pick
 from fast.errors import some, warn
 from fast.heads.find import Head, classes_of, is_head_layer
-from fast.heads.forward import call, hooked, logits_of
+from fast.heads.forward import call, check_logits, hooked, logits_of
 
 
 @torch.enable_grad()
@@ -42,11 +42,7 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
     with hooked(model, hook), torch.enable_grad():  # `hooked` has switched gradients off
         output = call(model, pick(sample, slice(2)))
     logits = logits_of(output)
-    if logits.dim() < 2:
-        raise ValueError(
-            f"the network answers with shape {list(logits.shape)} for 2 samples, and a classifier "
-            "has logits [B, C]: let its forward return them as they are, not squeezed"
-        )
+    check_logits(logits)
     if not named:
         _check_one_answer(model, output, logits, head)
     in_head = {id(p) for p in head.module.parameters()}

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fast.data.trees import pick
 from fast.heads.find import HeadLayer, classes_of, find_head
-from fast.heads.forward import forward_logits, hooked
+from fast.heads.forward import check_logits, forward_logits, hooked
 from fast.heads.replace import task_head
 
 
@@ -26,10 +26,11 @@ def class_dim(model: nn.Module, logits: Tensor, sample: Any) -> int:
         sample: inputs, to find the head by.
 
     Raises:
-        ValueError: the network has neither a linear head nor a convolution, and logits of more than
-            two dimensions.
+        ValueError: the logits have one dimension; or they have more than two, and the network has
+            neither a linear head nor a convolution.
     """
-    if logits.dim() <= 2:
+    check_logits(logits)
+    if logits.dim() == 2:
         return 1
     head = task_head(model)
     try:

@@ -89,6 +89,15 @@ def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:
     return (logits + forward_logits(model, inputs.flip(3)).float()) / 2
 
 
+def check_logits(logits: Tensor) -> None:
+    """Raise ValueError where a network has one number for each sample, and so no classes."""
+    if logits.dim() < 2:
+        raise ValueError(
+            f"the network answers with shape {list(logits.shape)} for {len(logits)} samples, and a "
+            "classifier has logits [B, C]: let its forward return them as they are, not squeezed"
+        )
+
+
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Training or evaluation mode; every module gets its own mode back afterwards."""

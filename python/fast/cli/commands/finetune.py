@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fast
 from fast.cli.folds import cross_validate
+from fast.cli.notes import print_notes
 from fast.cli.record import JOB_FILE, absolute, write_record
 from fast.cli.report.finetune import plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
@@ -106,10 +107,7 @@ def _continued(config: TrainConfig, folder: Path) -> TrainConfig:
     """The options of a run that goes on in `folder`, or starts again if it has no checkpoint."""
     if list_checkpoints(folder) or (folder / MANIFEST_FILE).exists():
         return config
-    print(
-        f"note: {printable(folder)} has no checkpoint yet: the run starts from the beginning",
-        file=sys.stderr,
-    )
+    print_notes(f"{folder} has no checkpoint yet: the run starts from the beginning")
     return dataclasses.replace(config, resume=None)
 
 

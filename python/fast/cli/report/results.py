@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fast.cli.notes import print_notes
 from fast.cli.report.machine import describe
 from fast.cli.spec.base import Spec, shown
 from fast.files import read_json, write_json
@@ -37,7 +38,6 @@ def note_replaced(file: Path, spec: Spec) -> None:
         if name not in SHOWN_ONLY and before.get(name) != now.get(name)
     ]
     if other:
-        print(
-            f"note: replaces {file}, made with other options ({', '.join(other)}); its runs stay "
-            "in runs/"
+        print_notes(
+            f"replaces {file}, made with other options ({', '.join(other)}); its runs stay in runs/"
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from fast.cli.options import flag
 from fast.cli.spec.task import TaskSpec
 from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import is_image_split
+from fast.data.labels import class_places, count_classes, places_by_order
 from fast.data.source_inputs import LIMIT, SourceInputs
 from fast.data.sources import DataWarning, EncodedAudio, NamedData, Split, has_columns, load_data
+from fast.data.sources.files import repeated_files
 from fast.data.sources.table import SUFFIXES as TABLES
 from fast.errors import printable, some
 
@@ -58,6 +60,8 @@ def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dic
         notes += [f"{flag(role)} {name}: {note}" for note in sets[role].notes]
         if role == "data" and hold_out:
             sets[role] = _hold_out(spec, sets[role])
+            again = repeated_files(sets[role], folds=bool(spec.folds))
+            notes += [f"{flag(role)} {name}: {note}" for note in again]
     return sets
 
 
@@ -100,34 +104,26 @@ def _tables_in(folder: Path) -> str:
     return f"; it also has {some(tables)}: name the table that says the classes" if tables else ""
 
 
-def numbered_as_in_head(option: str, data: NamedData, names: list[str] | None) -> NamedData:
-    """The data with the classes of a network that keeps its head, in the order of that head.
-
-    Classes are found by their names, or by their numbers where the data have numbers for names.
+def numbered_as_in_head(data: NamedData, names: Sequence[str] | None) -> NamedData:
+    """The data with their classes numbered as in the network's own head; as they are, where some
+    cannot be found there: see `check_numbers`.
 
     Args:
-        option: the option with its value, for the message.
-        names: names of the network's classes; None, where it has none, leaves the data as they are.
-
-    Raises:
-        ValueError: the network has no such class.
+        names: names of the network's classes; None where they are not known.
     """
-    if names is None:
+    places = class_places(data.classes, names or ())
+    if not data.has_labels or None in places:
         return data
-    numbers = all(name.isdecimal() for name in data.classes)
-    own = [str(i) for i in range(len(names))] if numbers else names
-    strange = [name for name in data.classes if name not in own]
-    if strange:
-        raise ValueError(
-            f"{option}: --head keep goes on with the network's own classes, {some(names, 12)}, and "
-            f"the data have {some(strange)}: give the classes the network's names, or their numbers"
-        )
-    number = np.array([own.index(name) for name in data.classes])
+    number = np.array(places, dtype=np.int64)
+    top = int(number.max())
+    if names is None or top >= len(names):
+        samples = sum(len(split) for split in (data.train, data.val) if split is not None)
+        names = [str(i) for i in range(count_classes(top, samples, data.name))]
     train, val = (
         None if split is None else replace(split, labels=number[split.labels])
         for split in (data.train, data.val)
     )
-    return replace(data, train=train, val=val, classes=tuple(names))
+    return replace(data, train=train, val=val, classes=tuple(names), sorted_names=False)
 
 
 def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:
@@ -235,48 +231,54 @@ def check_shapes(spec: TaskSpec, splits: dict[str, Split], prepared: dict[str, A
         )
 
 
-def check_source_labels(option: str, data: NamedData, classes: int, more: bool = False) -> int:
-    """Refuse labels that cannot be the network's own, before anything is run.
+def check_numbers(
+    option: str, data: NamedData, classes: int, names: Sequence[str] | None, more: bool = False
+) -> tuple[int, list[str]]:
+    """Refuse labels that cannot be those of the network's own head, before anything is run.
 
     Args:
         option: the option with its value, for the message.
-        classes: the number of classes of the network's own head.
+        data: what `numbered_as_in_head` returned.
+        classes: the number of classes of the head.
+        names: their names; None where they are not known.
         more: allow larger labels, which belong to a skill that is in the features.
 
     Returns:
-        the largest label.
+        the largest label, and a note if classes are matched by their order alone.
 
     Raises:
         ValueError: the labels cannot be the network's own.
     """
-    head = f"the network's own head has {classes} classes"
-    if unclear := unclear_names(data, classes, more):
+    if unclear := unclear_names(data, classes, names, more):
         raise ValueError(
-            f"{option}: {unclear}. Name the folders by the classes' numbers, 0..{classes - 1}"
+            f"{option}: {unclear}. Give them the network's names, or the classes' numbers, "
+            f"0..{classes - 1}"
         )
     top = max(int(s.labels.max()) for s in (data.train, data.val) if s is not None)
     if top >= classes and not more:
         raise ValueError(
-            f"{option}: labels must be 0..{classes - 1}, as {head}; got {top}. Is it the data that "
-            "the network was trained for?"
+            f"{option}: labels must be 0..{classes - 1}, as the network's own head has {classes} "
+            f"classes; got {top}. Is it the data that the network was trained for?"
         )
-    return top
+    by_order = data.sorted_names and len(data.classes) == classes
+    return top, [places_by_order(option, data.classes, names)] if by_order else []
 
 
-def unclear_names(data: NamedData, classes: int, more: bool = False) -> str:
-    """Why the class folders cannot be matched with the head's classes; "" where they can.
+def unclear_names(
+    data: NamedData, classes: int, names: Sequence[str] | None, more: bool = False
+) -> str:
+    """Why names of classes cannot be matched with the head's classes; "" where they can.
 
     Args:
-        classes, more: see `check_source_labels`.
+        classes, names, more: see `check_numbers`.
     """
-    folders = Path(data.name).expanduser().is_dir() and not has_columns(data.name)
-    words = folders and not all(name.isdigit() for name in data.classes)
     count = len(data.classes)
-    if not words or count == classes or (more and count > classes):
+    if not data.sorted_names or count == classes or (more and count > classes):
         return ""
+    own = f" ({some(names)})" if names else ""
     return (
-        f"{count} class folders with names, and the network's own head has {classes} classes: "
-        "nothing says which folder is which class"
+        f"{count} classes with names ({some(data.classes)}), and the network's own head has "
+        f"{classes} classes{own}: nothing says which is which"
     )
 
 
@@ -284,8 +286,3 @@ def same_samples(source: NamedData, source_inputs: NamedData) -> bool:
     """Whether both come from the one split of one file or folder."""
     a, b = (Path(data.name).expanduser().resolve() for data in (source, source_inputs))
     return a == b and (source.train is None or source.val is None)
-
-
-def print_notes(notes: list[str]) -> None:
-    for note in notes:
-        print(f"note: {printable(note)}", file=sys.stderr)

@@ -12,16 +12,16 @@ import torch
 
 import fast
 from fast.adapt.plan import Plan
+from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.report.data import gaps, image_facts, lines
 from fast.cli.spec.task import TaskSpec
 from fast.cli.task.data import (
     PARTS,
+    check_numbers,
     check_shapes,
-    check_source_labels,
     check_target,
     numbered_as_in_head,
-    print_notes,
     read_data,
     same_samples,
     source_samples,
@@ -45,7 +45,7 @@ from fast.heads import find_head
 from fast.heads.find import Head
 from fast.models.load import LoadedModel
 from fast.models.preparation import Preparation
-from fast.models.saved.description import announced_classes
+from fast.models.saved.description import own_classes
 from fast.train.config import TrainConfig
 from fast.train.finetune import plan
 
@@ -145,9 +145,9 @@ def load_task(
     target = sets["data"]
     check_target(spec, target, measured)
     loaded = load_network(spec)
-    if keeps_head:
-        names = announced_classes(loaded.model)
-        sets["data"] = target = numbered_as_in_head(f"--data {spec.data}", target, names)
+    names = own_classes(loaded.model, spec.model, spec.weights)
+    of_head = [role for role in sets if role != "data" or keeps_head]
+    sets |= {role: numbered_as_in_head(sets[role], names) for role in of_head}
     splits = splits_of(sets)
     if {"source", "source_inputs"} <= set(sets) and same_samples(
         sets["source"], sets["source_inputs"]
@@ -158,7 +158,13 @@ def load_task(
         )
     prepared, preparation, reports = prepare_splits(spec, loaded, splits, workers, progress)
     check_shapes(spec, splits, prepared)
-    notes += _check_source(spec, sets, try_forward(loaded, prepared["train"]), source_skill)
+    classes = try_forward(loaded, prepared["train"])
+    notes += _check_source(spec, sets, classes, names, source_skill)
+    target = sets["data"]
+    if keeps_head:
+        notes += check_numbers(f"--data {spec.data}", target, classes, names)[1]
+        more = map(str, range(len(target.classes), classes))
+        target = dataclasses.replace(target, classes=(*target.classes, *more))
     report = FileReport.merged(reports[part] for part in PARTS if part in reports)
     description = _description(spec, loaded, target, prepared, preparation, report)
     sizes = {name: len(labels_of(split)) for name, split in prepared.items()}
@@ -167,7 +173,7 @@ def load_task(
         prepared["source_inputs"] = samples
     loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(description["data"])]
     print(lines(**description))
-    print_notes(loaded.notes)
+    print_notes(*loaded.notes)
     return LoadedTask(
         name=spec.short_name,
         loaded=loaded,
@@ -203,31 +209,40 @@ def _description(
 
 
 def _check_source(
-    spec: TaskSpec, sets: dict[str, NamedData], classes: int, skill: str
+    spec: TaskSpec,
+    sets: dict[str, NamedData],
+    classes: int,
+    names: list[str] | None,
+    skill: str,
 ) -> list[str]:
     """Refuse labels of the source task that the network's head does not have.
 
     Source inputs need no labels: labels that cannot be matched with the head's are not used.
 
+    Args:
+        classes, names: of the network's own head.
+
     Returns:
-        notes on the source inputs.
+        notes on the source and the source inputs.
     """
+    notes: list[str] = []
     if "source" in sets:
-        check_source_labels(f"--source {spec.source}", sets["source"], classes)
+        notes = check_numbers(f"--source {spec.source}", sets["source"], classes, names)[1]
     if "source_inputs" not in sets or skill == "features":
-        return []
+        return notes
     samples = sets["source_inputs"]
     option = f"{flag('source_inputs')} {spec.source_inputs}"
     if not samples.has_labels:
-        return [f"{option}: {counted(len(training_split(samples)), 'sample')} without labels"]
-    unclear = unclear_names(samples, classes, more=True)
-    if unclear:
+        count = counted(len(training_split(samples)), "sample")
+        return [*notes, f"{option}: {count} without labels"]
+    if unclear := unclear_names(samples, classes, names, more=True):
         sets["source_inputs"] = dataclasses.replace(samples, has_labels=False)
-        return [f"{option}: {unclear}, and the labels are not used"]
-    top = check_source_labels(option, samples, classes, more=True)
-    if top < classes or skill != "auto":
-        return []
-    return [
-        f"{option}: label {top}, and the network's own head has {classes} classes: what is "
-        "forgotten is measured by its features, not by its answers (--source-skill)"
-    ]
+        return [*notes, f"{option}: {unclear}, and the labels are not used"]
+    top, by_order = check_numbers(option, samples, classes, names, more=True)
+    notes += by_order
+    if top >= classes and skill == "auto":
+        notes.append(
+            f"{option}: label {top}, and the network's own head has {classes} classes: what is "
+            "forgotten is measured by its features, not by its answers (--source-skill)"
+        )
+    return notes

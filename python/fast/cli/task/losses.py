@@ -9,17 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.spec.curvature import CurvatureSpec
-from fast.cli.task.data import print_notes, read_data, training_split
+from fast.cli.task.data import (
+    check_numbers,
+    numbered_as_in_head,
+    read_data,
+    training_split,
+)
 from fast.cli.task.prepare import load_network, prepare_splits, try_forward
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
 from fast.data.trees import move
 from fast.heads import evaluating, forward_logits
+from fast.heads.forward import check_logits
 from fast.models.device import pick_device
 from fast.models.load import LoadedModel
 from fast.models.saved import load_saved
+from fast.models.saved.description import own_classes
 
 # Losses by the options that name their data, in the order in which they are shown.
 TASKS = {"source": "source", "target": "data"}
@@ -44,15 +52,23 @@ def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
     device = pick_device(spec.device)
     notes: list[str] = []
     sets = read_data(spec.task, notes)
-    splits = {task: training_split(sets[r]) for task, r in TASKS.items() if r in sets}
     loaded = load_network(spec.task, pretrained=not spec.checkpoint)
+    if "source" in sets:
+        names = own_classes(loaded.model, spec.task.model, spec.task.weights)
+        sets["source"] = numbered_as_in_head(sets["source"], names)
+    splits = {task: training_split(sets[r]) for task, r in TASKS.items() if r in sets}
     prepared, _, _ = prepare_splits(spec.task, loaded, splits)
     data = {task: as_data(split, flag(TASKS[task])) for task, split in prepared.items()}
     for part in data.values():
         if part.num_samples is not None and part.num_samples < 2:
             raise ValueError(f"{part.name}: {part.num_samples} sample; curvature needs at least 2")
-    networks = _networks(spec, loaded, next(iter(data.values())))
-    print_notes([*loaded.notes, *notes])
+    any_data = next(iter(data.values()))
+    classes = try_forward(loaded, any_data)
+    networks = _networks(spec, loaded, any_data)
+    if "source" in networks and "source" in sets:
+        option = f"--source {spec.task.source}"
+        notes += check_numbers(option, sets["source"], classes, names)[1]
+    print_notes(*loaded.notes, *notes)
     losses = []
     for task in TASKS:
         if task in networks and task in data:
@@ -68,7 +84,6 @@ def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
 
 def _networks(spec: CurvatureSpec, loaded: LoadedModel, data: Data) -> dict[str, nn.Module]:
     """The network of each task that the checkpoint has."""
-    try_forward(loaded, data)
     if not spec.checkpoint:
         return {"source": loaded.model}
     sample, _ = data.batch_at(torch.arange(2))
@@ -91,6 +106,7 @@ def _batches(spec: CurvatureSpec, data: Data, device: torch.device) -> Iterator[
 
 def _check_classes(network: nn.Module, batches: list[tuple[Any, Tensor]], name: str) -> None:
     with evaluating(network):
-        classes = forward_logits(network, batches[0][0]).shape[1]
+        logits = forward_logits(network, batches[0][0])
+    check_logits(logits)
     for _, y in batches:
-        check_labels(y, classes, name)
+        check_labels(y, logits.shape[1], name)

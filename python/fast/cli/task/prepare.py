@@ -18,6 +18,7 @@ from fast.data.images.pixels import PreparedImages, is_image_split, prepare_imag
 from fast.data.sources import SKIP, EncodedAudio, FileReport, Split
 from fast.errors import first_line, some
 from fast.heads import evaluating, forward_logits
+from fast.heads.forward import check_logits
 from fast.models.load import LoadedModel, load_model
 from fast.models.preparation import Preparation, most_tokens
 from fast.workers import workers_for
@@ -158,12 +159,12 @@ def try_forward(loaded: LoadedModel, prepared: Any) -> int:
         its number of classes.
 
     Raises:
-        ValueError: the network cannot take the data.
+        ValueError: the network cannot take the data, or has no logits of classes.
     """
     inputs, _ = as_data(prepared, "train").batch_at(torch.arange(2))
     try:
         with evaluating(loaded.model):
-            return forward_logits(loaded.model, inputs).shape[1]
+            logits = forward_logits(loaded.model, inputs)
     except Exception as error:
         shown = inputs if isinstance(inputs, dict) else {"x": inputs}
         shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in shown.items())
@@ -171,3 +172,5 @@ def try_forward(loaded: LoadedModel, prepared: Any) -> int:
             f"the network does not take these inputs ({shapes}, a batch of two): "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
+    check_logits(logits)
+    return logits.shape[1]

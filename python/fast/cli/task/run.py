@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fast
+from fast.cli.notes import print_notes
 from fast.cli.options import parser_of
 from fast.cli.record import JOB_FILE, read_record
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
 from fast.data.sources.table import column_names
 from fast.deploy.predictor import Predictor
-from fast.errors import printable
 from fast.models.saved import FILES, MODEL_FILE
 
 
@@ -53,7 +52,7 @@ def own_columns(job: dict[str, Any], paths: Sequence[str]) -> dict[str, str]:
 def print_left_out(unreadable: dict[str, str]) -> None:
     """Say which files could not be read, and why."""
     for name, reason in unreadable.items():
-        print(f"note: {printable(name)}: left out: {printable(reason)}", file=sys.stderr)
+        print_notes(f"{name}: left out: {reason}")
 
 
 def check_replaceable(folder: Path, own: bool) -> None:

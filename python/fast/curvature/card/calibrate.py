@@ -135,7 +135,7 @@ def calibrate(
     if all(abs(nats) < LEAST for _, nats in points):
         warn(
             "source card: no step of the backbone changes the source answers, so nothing is "
-            "forecast to be lost; is the source head connected?",
+            "forecast to be lost; is the source head connected, and has it more than one output?",
             RuntimeWarning,
         )
         return Calibration(

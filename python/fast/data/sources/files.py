@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fast.data.sources.formats import readable_suffixes
-from fast.data.sources.names import HELD_OUT, TRAIN, roles_of
+from fast.data.sources.names import HELD_OUT, TRAIN, class_name, roles_of
 from fast.data.sources.scan import Folder, natural, scan
 from fast.data.sources.types import (
     EncodedAudio,
@@ -66,39 +70,87 @@ def files_of(where: str, cells: Sequence[str], root: Path) -> Any:
     return samples_of([str(path) for path in paths])
 
 
-def repeated_files(name: str, splits: Mapping[str, Split], classes: Sequence[str]) -> list[str]:
-    """Notes on pictures and sounds that several rows of a table name.
-
-    Raises:
-        ValueError: the rows give a file different labels.
-    """
+def check_one_label(name: str, splits: Mapping[str, Split], classes: Sequence[str]) -> None:
+    """Raise ValueError where the rows of a table give a picture or sound different labels."""
     label_of: dict[str, int] = {}
-    again: list[str] = []
-    across: set[str] = set()
     for split in splits.values():
         if not isinstance(split.inputs, EncodedFiles):
-            return []
-        before = set(label_of)
+            return
         for file, label in zip(split.inputs.names, split.labels.tolist(), strict=True):
-            if file not in label_of:
-                label_of[file] = label
-                continue
-            again.append(file)
-            across |= {file} & before
-            if label_of[file] != label:
+            if label_of.setdefault(file, label) != label:
                 both = some([classes[label_of[file]], classes[label]])
                 raise ValueError(
                     f"{name}: {printable(file)} has several labels, {both}; fast finetune adapts "
                     "to one label for each sample. With several, train by fast.Adaptation(..., "
                     "loss=torch.nn.functional.binary_cross_entropy_with_logits): docs/any-loss.md"
                 )
-    if across:
-        there = f"held-out files that are trained on, too: {len(across)} ({some(sorted(across))})"
-        return [f"{there}; what is measured of them is not held out"]
-    if again and "val" not in splits:
-        there = f"rows that repeat a file: {len(again)} ({some(again)})"
-        return [f"{there}; drop them, or a file may be both trained on and held out"]
-    return []
+
+
+def repeated_files(data: NamedData, *, folds: bool = False) -> list[str]:
+    """Notes on pictures and sounds that are there more than once, under whatever names.
+
+    Args:
+        folds: the training samples will be held out in turn.
+    """
+    splits = [split for split in (data.train, data.val) if split is not None]
+    if not all(_are_files(split.inputs) for split in splits):
+        return []
+    files = [name for split in splits for name in split.inputs.names]
+    labels = [label for split in splits for label in split.labels.tolist()]
+    trained = 0 if data.train is None else len(data.train)
+    pairs = [(i, group[0]) for group in _same_contents(files) for i in group[1:]]
+
+    def shown(pairs: Sequence[tuple[int, int]]) -> str:
+        equal = [
+            files[i] if files[i] == files[j] else f"{files[i]} is {files[j]}" for i, j in pairs
+        ]
+        return f"{len(equal)} ({some(equal)})"
+
+    held_out = [(i, j) for i, j in pairs if j < trained <= i]
+    strange = [(i, j) for i, j in pairs if labels[i] != labels[j]]
+    notes = []
+    if held_out:
+        there = f"held-out files that are trained on, too: {shown(held_out)}"
+        notes.append(f"{there}; what is measured of them is not held out")
+    if pairs and folds:
+        there = f"files that repeat another: {shown(pairs)}"
+        notes.append(f"{there}; drop them, or a file may be both trained on and held out")
+    if strange:
+        notes.append(f"files that are in another class, too: {shown(strange)}")
+    return notes
+
+
+def _are_files(inputs: Any) -> bool:
+    return isinstance(inputs, EncodedFiles) and isinstance(inputs.open(0), str)
+
+
+def _same_contents(files: Sequence[str]) -> list[list[int]]:
+    """The places of files that have the same contents, a list for each such group.
+
+    Few files are read as a whole: those whose sizes and first 4 KB are the same, too.
+    """
+    groups = [list(range(len(files)))]
+    for key in (os.path.getsize, partial(_digest, most=4096), _digest):
+        groups = [same for group in groups for same in _grouped(group, files, key)]
+    return groups
+
+
+def _grouped(
+    group: list[int], files: Sequence[str], key: Callable[[str], object]
+) -> list[list[int]]:
+    """The parts of two or more in which `key` is the same. A file that cannot be read, or is empty,
+    is in none: whoever decodes it says so."""
+    by_key: dict[object, list[int]] = {}
+    for i in group:
+        with suppress(OSError):
+            by_key.setdefault(key(files[i]), []).append(i)
+    by_key.pop(0, None)
+    return [same for same in by_key.values() if len(same) > 1]
+
+
+def _digest(file: str, most: int = -1) -> bytes:
+    with open(file, "rb") as stream:
+        return hashlib.blake2b(stream.read(most), digest_size=16).digest()
 
 
 def lines_of(path: Path) -> list[str]:
@@ -152,17 +204,18 @@ def read_lines(root: Path) -> NamedData | None:
         # Text files beside pictures say where objects are in these.
         if len(part.images) < 2 or part.folders or part.others.keys() & readable_suffixes():
             return None
-    classes = sorted({path.stem for path in parts["train"].images}, key=natural)
+    classes = sorted({class_name(path.stem) for path in parts["train"].images}, key=natural)
     splits: dict[str, Split] = {}
     for name, part in parts.items():
         texts: list[str] = []
         labels: list[int] = []
         for path in part.images:
-            if path.stem not in classes:
+            name_of = class_name(path.stem)
+            if name_of not in classes:
                 raise ValueError(f"{printable(path)}: has no counterpart among {some(classes)}")
             lines = lines_of(path)
             texts += lines
-            labels += [classes.index(path.stem)] * len(lines)
+            labels += [classes.index(name_of)] * len(lines)
         splits[name] = labelled(texts, np.array(labels, np.int64), str(part.path), len(classes))
     return NamedData(
         name=str(root),
@@ -170,5 +223,6 @@ def read_lines(root: Path) -> NamedData | None:
         val=splits.get("val"),
         classes=tuple(classes),
         held_out=f"folder {printable(parts['val'].path.name)}" if "val" in parts else "",
+        sorted_names=True,
         notes=("each file is a class, and each line in it a sample",),
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from fast.data.labels import count_classes
 from fast.data.sources.files import KINDS, samples_of, suffixes_in
-from fast.data.sources.names import HELD_OUT, ROLES, TRAIN, roles_of
+from fast.data.sources.names import HELD_OUT, ROLES, TRAIN, class_name, roles_of
 from fast.data.sources.scan import Folder, left_out, natural, scan
 from fast.data.sources.types import NamedData, Split
 from fast.errors import printable, some
@@ -63,6 +63,7 @@ def read_folder(root: Path, numeric_labels: bool, unlabelled: bool = False) -> N
         val=splits.get("val"),
         classes=classes,
         held_out=f"folder {printable(held_out)}" if held_out else "",
+        sorted_names=True,
         notes=(*layout.notes, *_left_out(parts, "images" if suffixes is None else "samples")),
     )
 
@@ -213,7 +214,10 @@ def _class_files(root: Folder) -> dict[str, list[Path]]:
                 + (f": it has {others}" if others else "")
                 + "; fill it, or remove it; or name the one folder that holds the classes"
             )
-    return {name: folder.all_images() for name, folder in root.folders.items()}
+    files: dict[str, list[Path]] = {}
+    for name, folder in root.folders.items():
+        files.setdefault(class_name(name), []).extend(folder.all_images())
+    return files
 
 
 def _holds_classes(folder: Folder) -> bool:

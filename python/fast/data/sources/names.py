@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
@@ -56,6 +57,12 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
         for name, (role, other) in read.items()
         if role is not None and (not other or common[other] > 1)
     }
+
+
+def class_name(text: str) -> str:
+    """The name of a class as it is compared: an umlaut may be written as one character or, as by
+    macOS, as two, which look the same."""
+    return unicodedata.normalize("NFC", text)
 
 
 def usual_columns(columns: Iterable[str], names: Iterable[str]) -> list[str]:

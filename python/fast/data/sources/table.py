@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fast.data.sources.files import decoded, files_of, repeated_files
+from fast.data.sources.files import check_one_label, decoded, files_of
 from fast.data.sources.names import (
     FILES,
     HELD_OUT,
@@ -20,6 +20,7 @@ from fast.data.sources.names import (
     SPLITS,
     TEXTS,
     TRAIN,
+    class_name,
     role_of,
     usual_columns,
 )
@@ -115,13 +116,14 @@ def from_columns(
         where = f"{name}: {printable(inputs)}"
         numbers = np.array([number[value] for value in values[part]], dtype=np.int64)
         splits[part] = labelled(_inputs(where, table[inputs], root), numbers, where, len(classes))
-    notes += repeated_files(name, splits, classes)
+    check_one_label(name, splits, classes)
     return NamedData(
         name=name,
         train=splits["train"],
         val=splits.get("val"),
         classes=tuple(classes),
         held_out=held_out,
+        sorted_names=True,
         notes=tuple(notes),
     )
 
@@ -288,7 +290,7 @@ def _is_list(cell: Any) -> bool:
 def _text(cell: Any) -> str:
     if isinstance(cell, (float, np.floating)) and float(cell).is_integer():
         return str(int(cell))
-    return str(cell).strip()
+    return class_name(str(cell).strip())
 
 
 def _inputs(where: str, cells: Sequence[Any], root: Path) -> Any:

@@ -108,6 +108,8 @@ class NamedData:
         classes: names of the labels 0, 1, ...
         held_out: where val comes from.
         notes: what was left out or guessed while reading, one line each.
+        sorted_names: the labels number the names of the classes in their order; False if the data
+            number the classes themselves.
         has_labels: False if the data have no labels, or none that can be used; the labels of the
             splits then mean nothing.
     """
@@ -118,6 +120,7 @@ class NamedData:
     classes: tuple[str, ...]
     held_out: str = ""
     notes: tuple[str, ...] = ()
+    sorted_names: bool = False
     has_labels: bool = True
 
     @classmethod

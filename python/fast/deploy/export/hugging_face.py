@@ -11,7 +11,7 @@ from fast.data.images.format import BGR, ImageFormat
 from fast.deploy.export.subject import Subject
 from fast.heads.forward import forward_logits
 from fast.models.libraries import quiet
-from fast.models.saved.description import is_transformers, name_classes
+from fast.models.saved.description import name_classes
 
 PILLOW_FILTERS = {
     "nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5,
@@ -25,12 +25,8 @@ def write_hugging_face(subject: Subject, folder: Path) -> None:
         ValueError: transformers does not have the network; or its head has no bias there, and
             the adapted head needs one.
     """
+    subject.check_library("hf")
     network: Any = subject.network
-    if not is_transformers(network):
-        raise ValueError(
-            f"format 'hf' is for networks of transformers, and this is a {type(network).__name__}: "
-            "use 'onnx', 'torch.export', 'safetensors' or 'timm'"
-        )
     import transformers
 
     with quiet(transformers):

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from fast.data.trees import leaves
 from fast.files import write_json
 from fast.heads.forward import call, forward_logits, logits_of
+from fast.merge.joined import Joined
 from fast.models.preparation import PREPARATION_FILE, Preparation
+from fast.models.saved.description import is_transformers
 
 # Logits may differ from the network's by this share of the largest, because other programs sum in
 # another order.
 TOLERANCE = 1e-3
+# Formats that belong to a library.
+LIBRARIES = {"hf": "transformers", "timm": "timm"}
 
 
 @dataclass(kw_only=True)
@@ -54,6 +58,20 @@ class Subject:
         """The network's own logits `[B, C]`, in float32."""
         with torch.no_grad():
             return forward_logits(self.network, inputs).float()
+
+    def check_library(self, format: str) -> None:
+        """Raise ValueError where the format is that of a library that lacks the network; the
+        message names the formats that fit."""
+        network = self.network
+        if format == _own_format(network):
+            return
+        fitting = ["onnx", "torch.export"]
+        if not isinstance(network, Joined):
+            fitting += filter(None, ["safetensors", _own_format(network)])
+        raise ValueError(
+            f"format {format!r} is for networks of {LIBRARIES[format]}, and this is a "
+            f"{type(network).__name__}: use {', '.join(fitting[:-1])} or {fitting[-1]}"
+        )
 
     def write_description(self, folder: Path) -> None:
         """Write `preprocessing.json`, which says what the inputs go through and what the outputs
@@ -135,3 +153,11 @@ class LogitsOnly(nn.Module):
         if self.names is not None:
             return logits_of(call(self.network, dict(zip(self.names, inputs, strict=True))))
         return logits_of(call(self.network, inputs if self.several else inputs[0]))
+
+
+def _own_format(network: nn.Module) -> str | None:
+    """The format of the library that the network is of."""
+    if is_transformers(network):
+        return "hf"
+    of_timm = type(network).__module__.startswith("timm.")
+    return "timm" if of_timm and getattr(network, "pretrained_cfg", None) is not None else None

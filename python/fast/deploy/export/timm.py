@@ -22,13 +22,8 @@ def write_timm(subject: Subject, folder: Path) -> None:
     Raises:
         ValueError: timm does not have the network, or cannot build it again.
     """
+    subject.check_library("timm")
     network: Any = subject.network
-    config = getattr(network, "pretrained_cfg", None)
-    if config is None or not type(network).__module__.startswith("timm."):
-        raise ValueError(
-            f"format 'timm' is for networks of timm, and this is a {type(network).__name__}: "
-            "use 'onnx', 'torch.export' or 'safetensors'"
-        )
     import timm
     from timm.models import save_for_hf
 

@@ -9,9 +9,19 @@ from typing import Any
 
 from torch import nn
 
+from fast.files import read_json
 from fast.heads import places_of, task_head, unwrap
 from fast.models.load import parse_spec
-from fast.models.saved.files import CONFIG_FILE, OPTIONS_FILE, is_library_config
+from fast.models.saved.files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    OPTIONS_FILE,
+    RESULT_FILE,
+    is_library_config,
+)
+
+# Arguments of a library's network whose head may not be that of its pretrained weights.
+_OTHER_HEAD = {"num_classes", "pretrained", "weights"}
 
 
 def describe_network(model: nn.Module, name: str | None) -> dict[str, Any]:
@@ -81,6 +91,29 @@ def is_transformers(model: nn.Module) -> bool:
     )
 
 
+def own_classes(model: nn.Module, name: str | None, weights: str | None) -> list[str] | None:
+    """The names of the classes of a network as it was loaded; None where nothing says them.
+
+    Args:
+        name, weights: as --model and --weights take them. Weights may be of the folder of a run.
+    """
+    if weights is not None:
+        return _classes_of_run(Path(weights).expanduser()) or announced_classes(model)
+    names = announced_classes(model)
+    if names is None and name is not None and not _OTHER_HEAD & set(parse_spec(name)[3]):
+        names = _library_classes(unwrap(model), name)
+    return names
+
+
+def _classes_of_run(weights: Path) -> list[str] | None:
+    """The names of the classes in the folder of a run whose weights these are."""
+    if weights.name != MODEL_FILE or not (weights.parent / RESULT_FILE).is_file():
+        return None
+    names = read_json(weights.parent / RESULT_FILE).get("classes")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else None
+
+
 def announced_classes(model: nn.Module) -> list[str] | None:
     """The names that a transformers network has for the classes of the task that it answers now."""
     labels = getattr(getattr(unwrap(model), "config", None), "id2label", None)
@@ -106,11 +139,17 @@ def source_classes(model: nn.Module, name: str | None) -> list[str] | None:
     labels = head.source_labels.get("id2label") if head is not None else None
     if labels:
         return _names(labels)
+    names = _library_classes(unwrap(model), name)
+    fits = head is not None and names is not None and len(names) == len(head.source.weight)
+    return names if fits else None
+
+
+def _library_classes(model: nn.Module, name: str | None) -> list[str] | None:
+    """The names that a library has for the classes of its pretrained weights."""
     library, _, rest = (name or "").partition(":")
-    if head is None or library not in ("timm", "torchvision"):
+    if library not in ("timm", "torchvision"):
         return None
-    names = (_timm if library == "timm" else _torchvision)(unwrap(model), rest)
-    return names if names is not None and len(names) == len(head.source.weight) else None
+    return (_timm if library == "timm" else _torchvision)(model, rest)
 
 
 def _torchvision(model: nn.Module, name: str) -> list[str] | None:

@@ -13,6 +13,7 @@ SOURCE_NORMS_FILE = "source_norms.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
 MANIFEST_FILE = "manifest.json"
 JOIN_FILE = "join.json"  # what a joined network is beside its tensors
+RESULT_FILE = "result.json"
 JOB_FILE = "job.json"  # what the command line was asked for
 OPTIONS_FILE = "fast.json"
 # transformers keeps the architecture of its networks in this file; older versions of FAST wrote the
@@ -22,7 +23,7 @@ FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
     MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, OPTIONS_FILE, CONFIG_FILE,
-    JOIN_FILE, "result.json", "history.jsonl", JOB_FILE, "data.json", "preprocessing.json",
+    JOIN_FILE, RESULT_FILE, "history.jsonl", JOB_FILE, "data.json", "preprocessing.json",
     "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
 )  # fmt: skip
 CHECKPOINT = "checkpoint-"

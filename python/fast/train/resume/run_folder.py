@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fast.adapt.state import differences
 from fast.files import check_writable, clear_unfinished, read_json, write_json, writing
 from fast.models.saved.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
 from fast.models.saved.files import (
@@ -170,11 +171,6 @@ def check_options(config: TrainConfig, options: dict[str, Any], source: Path) ->
     now, places = config.computed(), config.places()
     # Options that the other version did not have yet were at their defaults.
     were = TrainConfig().computed() | options
-    differ = [k for k in were if k not in places and were[k] != now.get(k)]
-    if differ:
-        changes = ", ".join(f"{k} was {_shown(were[k])}, is {_shown(now.get(k))}" for k in differ)
+    changes = differences({k: v for k, v in were.items() if k not in places}, now)
+    if changes:
         raise ValueError(f"cannot resume {source} with other options: {changes}")
-
-
-def _shown(value: object) -> str:
-    return "the default" if value is None else repr(value)

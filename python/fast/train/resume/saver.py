@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from fast.adapt.adaptation import Adaptation
 from fast.curvature.card import SourceCard
 from fast.data.generators import find_generators
+from fast.models.identity import (
+    card_identity,
+    code_identity,
+    data_identity,
+    environment,
+    model_identity,
+)
 from fast.models.saved.claim import run_of
 from fast.train.config import TrainConfig
 from fast.train.resume.checkpoint import (
@@ -18,13 +25,6 @@ from fast.train.resume.checkpoint import (
     State,
     load_checkpoint,
     save_checkpoint,
-)
-from fast.train.resume.identity import (
-    card_identity,
-    code_identity,
-    data_identity,
-    environment,
-    model_identity,
 )
 from fast.train.resume.run_folder import RunFolder
 from fast.train.run_data import RunData

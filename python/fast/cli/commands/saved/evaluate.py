@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.record import is_gone
 from fast.cli.report.evaluation import (
@@ -92,11 +92,11 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
         warnings.simplefilter("ignore", DataWarning)
         data = load_data(name, **columns, numeric_labels=task == "source")
     for note in data.notes:
-        print(f"note: {printable(name)}: {note}", file=sys.stderr)
+        print_notes(f"{name}: {note}")
     if own and role == "data":
         data = data.with_val(float(job.get("val_fraction", TaskSpec.val_fraction)))
         if data.val is None:
-            print("note: these are the samples that the run was trained on", file=sys.stderr)
+            print_notes("these are the samples that the run was trained on")
         else:
             name = f"{name} ({data.held_out or 'held out'})"
     skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))

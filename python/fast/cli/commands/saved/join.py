@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from fast.cli.notes import print_notes
 from fast.cli.record import replace_record
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.data import print_notes
 from fast.cli.task.load import LoadedTask, load_task
 from fast.cli.task.run import check_replaceable
 from fast.data.dataset import as_data
@@ -61,11 +61,11 @@ def _target_samples(task: LoadedTask) -> Any:
     held_out = task.sizes.get("val", 0)
     if held_out >= LEAST:
         return task.val
-    print_notes([
+    print_notes(
         f"the run held out {held_out} samples, and joining takes at least {LEAST}: samples that it "
         "trained on are used, too. Its head is surer of these than of others, so that new inputs "
         "may be taken for old classes too often; a larger --val-fraction of the run avoids it"
-    ])  # fmt: skip
+    )
     parts = [
         as_data(part, "data").batch_at(torch.arange(min(task.sizes[name], LIMIT)))
         for name, part in (("val", task.val), ("train", task.train))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import fast
+from fast.cli.notes import print_notes
 from fast.cli.record import absolute, replace_record
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.data import (
     drawn_inputs,
-    print_notes,
     read_data,
     source_samples,
     training_split,
@@ -41,7 +41,7 @@ def run(spec: RewindSpec) -> int:
     if "data" in sets:
         splits["train"] = training_split(sets["data"])
     prepared, preparation, _ = prepare_splits(task, loaded, splits)
-    print_notes(loaded.notes + notes)
+    print_notes(*loaded.notes, *notes)
     result = fast.rewind(
         loaded.model,
         spec.tuned,
@@ -62,7 +62,7 @@ def run(spec: RewindSpec) -> int:
         save(result.plot(), folder / PICTURE)
         files.append(PICTURE)
     except ImportError as error:
-        print_notes([f"no {PICTURE}: {error}"])
+        print_notes(f"no {PICTURE}: {error}")
     print(_report(result))
     print(f"saved in {', '.join(map(printable, files))}")
     return 0
