@@ -77,16 +77,19 @@ def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:
 
     Args:
         mirrored: the mean over images `[B, C, H, W]` and their mirror images.
-
-    Raises:
-        ValueError: there is nothing to mirror.
     """
     logits = forward_logits(model, inputs).float()
     if not mirrored:
         return logits
-    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
-        raise ValueError(f"tta mirrors images [B, C, H, W]; val has {kind(inputs)}: drop it")
     return (logits + forward_logits(model, inputs.flip(3)).float()) / 2
+
+
+def check_mirrored(inputs: Any, name: str) -> None:
+    """Raise ValueError where the inputs of the data called `name` are nothing to mirror."""
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        raise ValueError(
+            f"tta mirrors images [B, C, H, W], and {name} has {kind(inputs)}: leave tta out"
+        )
 
 
 @contextmanager
