@@ -22,7 +22,7 @@ from fast.adapt.loss import TargetLoss
 from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
-from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
+from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer, check_own_optimizer
 from fast.adapt.result import Result
 from fast.adapt.setup import (
     Setup,
@@ -127,6 +127,8 @@ class Adaptation:
         check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
         check_arguments(model, loss, keeps_head=self.config.keeps_head)
+        if make is not None:
+            check_own_optimizer(make, self.config)
         self.model = unwrap(model)
         self.ranks = Ranks(process_group)
         if not isinstance(train, Data):  # whoever read it has checked the network
