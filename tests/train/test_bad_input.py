@@ -396,6 +396,30 @@ def test_absurd_numbers_are_named(options, message):
         fast.finetune(ConvNet(), (X, Y), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": None}, "batch_size must not be None; leave it out for 64"),
+        ({"warmup": None}, "warmup must not be None"),
+        ({"weight_decay": None}, "weight_decay must not be None"),
+        ({"schedule": None}, "schedule must be one of cosine, constant; got None"),
+        ({"max_entropy": "no"}, "max_entropy must be True or False; got 'no'"),
+        ({"shard": 1}, "shard must be True or False; got 1"),
+    ],
+)
+def test_values_of_another_kind_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+    assert TrainConfig(max_entropy=np.True_).max_entropy is True
+
+
+def test_arguments_of_an_adaptation_are_named():
+    with pytest.raises(ValueError, match="process_group must be 'auto', None or a process group"):
+        fast.Adaptation(ConvNet(), (X, Y), steps=2, process_group=5)
+    with pytest.raises(TypeError, match=r"optimizer must be .* got NoneType"):
+        fast.Adaptation(ConvNet(), (X, Y), steps=2, optimizer=None)
+
+
 def test_a_budget_of_nats_that_may_be_meant_as_points_is_said():
     with pytest.warns(UserWarning, match=r"forget_budget 2 nats lets .* points .* written '2%'"):
         fast.finetune(ConvNet(), (X, Y), steps=2, source_inputs=X, forget_budget=2)

@@ -127,7 +127,7 @@ class Adaptation:
         check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
         check_arguments(model, loss, keeps_head=self.config.keeps_head)
-        if make is not None:
+        if not name:
             check_own_optimizer(make, self.config)
         self.model = unwrap(model)
         self.ranks = Ranks(process_group)
