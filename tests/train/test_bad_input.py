@@ -55,6 +55,8 @@ def test_labels_of_val_must_fit_the_classes():
     ("train", "message"),
     [
         ((X, ["cat"] * 40), "train: labels must be numbers, as a tensor or array; got list of str"),
+        ((X, dict(enumerate(Y))), "train: labels must be numbers, .* array; got dict$"),
+        ((X, (Y, Y)), "train: labels must be numbers, .* array; got tuple of Tensor$"),
         ((X, np.array(["a", "b"] * 20)), r"number the names: classes, labels = numpy.unique\("),
         ((np.array(["a"] * 40), Y), "train: inputs must be numbers"),
         ((["a"] * 40, Y), r"train: inputs are texts, and the network takes tensors: tokenizer\("),

@@ -79,7 +79,7 @@ class Adaptation:
         card: a `fast.SourceCard` of this checkpoint, or its file.
         loss: teaches the head before the first step: `loss(logits, labels)`, the mean over a
             batch. Default: cross-entropy, and labels are class indices `[N]`. With any other loss
-            labels may be anything that it takes (several labels, numbers, positions).
+            labels may be any tensor `[N, ...]` that it takes (several labels, numbers, positions).
         optimizer: "adamw" or "sgd", fused; or a function of parameter groups that returns any
             `torch.optim.Optimizer`, to which the pull is added unfused.
         augmented: the loop changes inputs between visits (augmentation, Mixup), so that source
