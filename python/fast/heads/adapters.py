@@ -79,7 +79,8 @@ def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> n
             "an nn.Linear or a convolution without groups that can learn (requires_grad), is "
             "called as a layer and does no more than one; use method='fast'"
         )
-    most = max(min(model.get_submodule(name).weight.flatten(1).shape) for name in names)
+    weights: list[Any] = [model.get_submodule(name).weight for name in names]
+    most = max(min(weight.flatten(1).shape) for weight in weights)
     if rank > max(most, CHEAP):
         raise ValueError(
             f"adapter_rank={rank} is more than the rank {most} that the widest layer of "
