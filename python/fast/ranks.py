@@ -36,11 +36,11 @@ class Ranks:
     """
 
     def __init__(self, process_group: dist.ProcessGroup | str | None = None) -> None:
-        if isinstance(process_group, str) and process_group != AUTO:
-            raise ValueError(
-                f"process_group must be 'auto', None or a process group; got {process_group!r}"
-            )
         group: Any = process_group
+        if not (group is None or group == AUTO or isinstance(group, dist.ProcessGroup)):
+            raise ValueError(
+                f"process_group must be 'auto', None or a process group; got {group!r}"
+            )
         if isinstance(group, str):
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self.group: Any = None

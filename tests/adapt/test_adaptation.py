@@ -349,6 +349,8 @@ def test_an_optimizer_that_is_none_is_refused(pretrained):
     assert same(model, pretrained)
     with pytest.raises(ValueError, match="optimizer must be one of adamw, sgd"):
         fast.Adaptation(model, TRAIN, steps=2, optimizer="adam")
+    with pytest.raises(ValueError, match=r"max_grad_norm clips inside the fused .*clip_grad_norm_"):
+        fast.Adaptation(model, TRAIN, steps=2, optimizer=torch.optim.SGD, max_grad_norm=1.0)
 
 
 def test_without_rows_a_frozen_copy_remembers(pretrained):

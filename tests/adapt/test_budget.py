@@ -196,7 +196,7 @@ def test_ewc_forgets_less_than_vanilla(pretrained, source_inputs):
 def test_what_a_budget_needs(pretrained):
     with pytest.raises(ValueError, match="forget_budget needs source_inputs"):
         run(pretrained, forget_budget=0.1)
-    with pytest.raises(ValueError, match="method 'vanilla' has none"):
+    with pytest.raises(ValueError, match="this run of 'vanilla' has none"):
         run(pretrained, method="vanilla", forget_budget=0.1, source_inputs=KNOWN[0])
     with pytest.raises(ValueError, match="drop one"):
         run(pretrained, val=other_task(60, 2), patience=2, forget_budget=0.1)

@@ -60,8 +60,8 @@ def test_the_plan_says_how_many_functions_there_are(options, tasks, batch_norm):
 
 
 def test_norms_that_are_not_there_are_not_switched():
-    texts = sentences(60, 4)
-    settled = plan(TextNet(), texts, steps=4, batch_norm="per_task")
+    with pytest.warns(UserWarning, match="batch_norm='per_task' is not used"):
+        settled = plan(TextNet(), sentences(60, 4), steps=4, batch_norm="per_task")
     assert settled.tasks == "together"
     small = plan(ConvNet(), TRAIN, steps=4, method="adapter", batch_size=4)
     assert (small.tasks, small.batch_norm) == ("switched", "frozen")

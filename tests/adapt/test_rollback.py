@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fast
+from fast.data.generators import process_generators
 from fast.heads import set_batch_norm, task_head
 from fast.train import trainer
 from networks import ConvNet, TextNet, images, sentences
@@ -46,8 +47,10 @@ def test_the_model_is_what_it_was(name, batch_norm):
     model.decide.bias.requires_grad_(False)
     model.project.eval()
     before, state = facts(model), copy.deepcopy(model.state_dict())
+    drawn = process_generators()
     with pytest.raises((ValueError, RuntimeError, OSError)):
         fast.finetune(model, TRAIN, batch_norm=batch_norm, steps=4, **FAILURES[name])
+    assert process_generators() == drawn
     assert facts(model) == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -104,3 +107,12 @@ def test_after_a_run_the_normaliser_goes_on_by_itself():
 def test_what_is_no_network_is_refused():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got str"):
         fast.finetune("resnet18", TRAIN, steps=1)
+
+
+def test_random_generators_are_what_they_were():
+    """The head is taught, and its batches are drawn, before the optimizer turns out to be none."""
+    model = ConvNet()
+    drawn = process_generators()
+    with pytest.raises(TypeError, match="it returned NoneType"):
+        fast.Adaptation(model, TRAIN, steps=4, optimizer=lambda groups: None)
+    assert process_generators() == drawn

@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
     """`whole`, ended and saved; cut after steps 2 and 4; of another seed; saved of another rate."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder / "whole").save(folder / "result")
-    run(None, lr=1e-2).save(folder / "other result")
+    run(folder / "faster", lr=1e-2).save(folder / "other result")
     for name, at, more in (("cut", 4, {}), ("early", 2, {}), ("other", 4, {"seed": 1})):
         with pytest.raises(Stopped):
             run(folder / name, at, **more)
@@ -92,7 +92,7 @@ def equal(a, b):
 @pytest.mark.filterwarnings("ignore:resume. the run was saved with")
 def test_damaged_checkpoints(runs, tmp_path, capsys):
     campaign = Campaign("damaged checkpoints")
-    whole = fast.finetune(start(), TRAIN, VAL, **OPTIONS).model.state_dict()
+    whole = run(tmp_path / "whole").model.state_dict()
     for _ in range(cases(200)):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(runs / "cut", tmp_path / "run")

@@ -133,7 +133,7 @@ def test_a_library_configuration_is_no_options(adapted, tmp_path):
 def test_an_older_run_goes_on(tmp_path):
     data, options = images(48, 4), {"steps": 6, "save_every": 3}
     torch.manual_seed(0)
-    whole = fast.finetune(ConvNet(), data, **options)
+    whole = fast.finetune(ConvNet(), data, output=tmp_path / "whole", **options)
     torch.manual_seed(0)
     with dying_at(4), pytest.raises(Stopped):
         fast.finetune(ConvNet(), data, output=tmp_path / "run", **options)

@@ -10,7 +10,7 @@ import torch
 
 import fast
 from fast.models.saved import load_saved
-from networks import ConvNet, images
+from networks import ConvNet, TextNet, images, sentences
 
 TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)
 
@@ -99,3 +99,13 @@ def test_nothing_of_an_earlier_network_stays_beside_a_later_one(tmp_path):
     result.save(tmp_path)
     networks = load(tmp_path)
     assert (networks.source, networks.note) == (None, f"{tmp_path} has no source_head.safetensors")
+
+
+def test_norms_that_the_network_lacks_are_not_missing_from_the_folder(tmp_path):
+    """The option asks for norms per task, and the plan knows that there are none."""
+    train, source = sentences(40, 4), sentences(20, 5)
+    with pytest.warns(UserWarning, match="batch_norm='per_task' is not used"):
+        result = fast.finetune(TextNet(5), train, steps=2, batch_norm="per_task")
+    result.save(tmp_path / "run")
+    loaded = fast.load(tmp_path / "run", TextNet(5))
+    assert 0 <= loaded.evaluate(source, task="source").accuracy <= 1

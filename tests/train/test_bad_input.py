@@ -55,6 +55,8 @@ def test_labels_of_val_must_fit_the_classes():
     ("train", "message"),
     [
         ((X, ["cat"] * 40), "train: labels must be numbers, as a tensor or array; got list of str"),
+        ((X, dict(enumerate(Y))), "train: labels must be numbers, .* array; got dict$"),
+        ((X, (Y, Y)), "train: labels must be numbers, .* array; got tuple of Tensor$"),
         ((X, np.array(["a", "b"] * 20)), r"number the names: classes, labels = numpy.unique\("),
         ((np.array(["a"] * 40), Y), "train: inputs must be numbers"),
         ((["a"] * 40, Y), r"train: inputs are texts, and the network takes tensors: tokenizer\("),
@@ -394,6 +396,30 @@ def test_what_the_network_takes_is_said(model, x, message):
 def test_absurd_numbers_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         fast.finetune(ConvNet(), (X, Y), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": None}, "batch_size must not be None; leave it out for 64"),
+        ({"warmup": None}, "warmup must not be None"),
+        ({"weight_decay": None}, "weight_decay must not be None"),
+        ({"schedule": None}, "schedule must be one of cosine, constant; got None"),
+        ({"max_entropy": "no"}, "max_entropy must be True or False; got 'no'"),
+        ({"shard": 1}, "shard must be True or False; got 1"),
+    ],
+)
+def test_values_of_another_kind_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+    assert TrainConfig(max_entropy=np.True_).max_entropy is True
+
+
+def test_arguments_of_an_adaptation_are_named():
+    with pytest.raises(ValueError, match="process_group must be 'auto', None or a process group"):
+        fast.Adaptation(ConvNet(), (X, Y), steps=2, process_group=5)
+    with pytest.raises(TypeError, match=r"optimizer must be .* got NoneType"):
+        fast.Adaptation(ConvNet(), (X, Y), steps=2, optimizer=None)
 
 
 def test_a_budget_of_nats_that_may_be_meant_as_points_is_said():

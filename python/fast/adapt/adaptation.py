@@ -23,7 +23,7 @@ from fast.adapt.loss import TargetLoss
 from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
-from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
+from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer, check_own_optimizer
 from fast.adapt.result import Result
 from fast.adapt.setup import (
     Setup,
@@ -80,7 +80,7 @@ class Adaptation:
         card: a `fast.SourceCard` of this checkpoint, or its file.
         loss: teaches the head before the first step: `loss(logits, labels)`, the mean over a
             batch. Default: cross-entropy, and labels are class indices `[N]`. With any other loss
-            labels may be anything that it takes (several labels, numbers, positions).
+            labels may be any tensor `[N, ...]` that it takes (several labels, numbers, positions).
         optimizer: "adamw" or "sgd", fused; or a function of parameter groups that returns any
             `torch.optim.Optimizer`, to which the pull is added unfused.
         augmented: the loop changes inputs between visits (augmentation, Mixup), so that source
@@ -128,6 +128,8 @@ class Adaptation:
         check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
         check_arguments(model, loss, keeps_head=self.config.keeps_head)
+        if not name:
+            check_own_optimizer(make, self.config)
         self.model = unwrap(model)
         self.ranks = Ranks(process_group)
         if not isinstance(train, Data):  # whoever read it has checked the network

@@ -201,6 +201,8 @@ class AdaptConfig:
             value = self._plain(f.name, getattr(self, f.name), types[f.name])
             object.__setattr__(self, f.name, value)  # the record is frozen
             choices = f.metadata["choices"]
+            if value is None and f.default is not None and not choices:
+                raise ValueError(f"{f.name} must not be None; leave it out for {f.default}")
             if choices and value not in choices and (value is not None or f.default is not None):
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
         for f in dataclasses.fields(self):
@@ -303,6 +305,10 @@ class AdaptConfig:
         """The value as JSON has it: numpy's numbers become Python's."""
         if value is None or str in kinds:
             return value
+        if bool in kinds:
+            if type(value).__name__ not in ("bool", "bool_"):  # numpy's has either name
+                raise ValueError(f"{name} must be True or False; got {value!r}")
+            return bool(value)
         if int in kinds:
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} must be a whole number; got {value!r}")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fast.adapt.config import AdaptConfig
 from fast.adapt.methods import METHODS
 from fast.adapt.network.drift import Drift
 from fast.adapt.plan import Plan
@@ -22,6 +23,12 @@ from fast.optim.unfused import UnfusedPull
 Groups = list[dict[str, Any]]
 ADAPTERS, RATES = "adapters", "rates"  # keys of the state
 MakeOptimizer = Callable[[Groups], Optimizer]
+
+
+KIND = (
+    "optimizer must be 'adamw', 'sgd' or a function of parameter groups that returns a "
+    "torch.optim.Optimizer"
+)
 
 
 class AdaptedOptimizer:
@@ -80,16 +87,9 @@ class AdaptedOptimizer:
         if not own_lr:
             for group in groups:
                 del group["lr"]
-        kind = "optimizer must be 'adamw', 'sgd' or a function of parameter groups that returns a"
-        given = type(make).__name__
-        if not callable(make):
-            raise TypeError(
-                f"{kind} torch.optim.Optimizer; got {given}. The new head has parameters that no "
-                f"optimizer has yet: lambda groups: {given}(groups)"
-            )
         optimizer = make(groups)
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{kind} torch.optim.Optimizer; it returned {type(optimizer).__name__}")
+            raise TypeError(f"{KIND}; it returned {type(optimizer).__name__}")
         if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # timm's Lookahead
             raise TypeError(
                 f"optimizer: {type(optimizer).__name__} wraps another one and is no whole "
@@ -220,6 +220,22 @@ class AdaptedOptimizer:
                 group["initial_lr"] = rate
         if self.unfused is not None:
             self.unfused.load_state_dict(state)
+
+
+def check_own_optimizer(make: Any, config: AdaptConfig) -> None:
+    """Raise TypeError where `make` cannot make an optimizer, and ValueError for what no optimizer
+    of the user's own does."""
+    if not callable(make):
+        given = type(make).__name__
+        raise TypeError(
+            f"{KIND}; got {given}. The new head has parameters that no optimizer has yet: "
+            f"lambda groups: {given}(groups)"
+        )
+    if config.max_grad_norm is not None:
+        raise ValueError(
+            "max_grad_norm clips inside the fused step, and this optimizer is your own: clip with "
+            "torch.nn.utils.clip_grad_norm_(adaptation.params, ...) before you step it"
+        )
 
 
 def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:

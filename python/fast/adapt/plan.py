@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
@@ -241,16 +241,16 @@ def _regime(
     Raises:
         ValueError: the tasks are to be switched, and nothing is kept per task.
     """
+    if config.batch_norm not in (None, "frozen") and not batch_norms:
+        warn(f"batch_norm={config.batch_norm!r} is not used: the network has no batch norm")
+        config = replace(config, batch_norm=None)
     tasks = config.tasks or default_tasks(config, rehearsed=rehearsed, batch_norms=own_norms)
     if tasks == SWITCHED and not (rank or own_norms or config.batch_norm):
         raise ValueError(
             "tasks='switched' switches what is kept per task, and there is nothing: "
             f"{_no_norms(batch_norms)}; method='adapter' keeps adapters per task"
         )
-    batch_norm = config.batch_norm or ("per_task" if tasks == SWITCHED and own_norms else "frozen")
-    if batch_norm == "per_task" and not (batch_norms or rank):
-        tasks = TOGETHER  # there are no norms to be switched
-    return tasks, batch_norm
+    return tasks, config.batch_norm or ("per_task" if tasks == SWITCHED and own_norms else "frozen")
 
 
 def _stall(config: AdaptConfig, steps: int, *, starts_cold: bool) -> int:

@@ -25,7 +25,9 @@ from fast.adapt.defaults import (
     steps_for,
     uses_card,
 )
+from fast.adapt.guards.budget import check_budget
 from fast.adapt.guards.rehearse import OWN_INPUTS, make_room
+from fast.adapt.methods import METHODS
 from fast.adapt.network.head_start import head_is_last
 from fast.adapt.plan import Plan, plan_for
 from fast.data.dataset import Data, as_data
@@ -138,6 +140,7 @@ def settle(
         small_batches=batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS,
         samples=data.num_samples,
     )
+    _check_needs(config, plan, has_source=source is not None)
     if plan.adapter_rank and (has_card or source is not None):
         log.info(
             "%s: method %r changes nothing that the source task uses, so there is nothing to hold; "
@@ -159,6 +162,25 @@ def settle(
         source=source,
         own=own,
     )
+
+
+def _check_needs(config: AdaptConfig, plan: Plan, *, has_source: bool) -> None:
+    """Warn of options that nothing uses.
+
+    Raises:
+        ValueError: an option, or the method, needs something that was not given.
+    """
+    if METHODS[config.method].replay and not has_source:
+        raise ValueError(f"method {config.method!r} trains on source inputs: pass source_inputs=")
+    if config.budget is not None:
+        check_budget(config.budget, plan, has_source=has_source, has_card=plan.weighted)
+    if config.source_skill != AdaptConfig.source_skill and not has_source:
+        warn(f"source_skill={config.source_skill!r} is not used: there are no source_inputs")
+    if config.rehearse and not plan.rehearsed:
+        warn(
+            f"rehearse={config.rehearse:g} is not used: there are no source_inputs, and the "
+            "target's own inputs are too few, too many shapes, or no tensors"
+        )
 
 
 def _could_be_adapters(config: AdaptConfig) -> bool:
@@ -369,6 +391,8 @@ def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
     """
     number, plan = ranks.size, setup.plan
     if number == 1:
+        if shard:
+            warn("shard=True is not used: there is one process; torchrun starts several")
         return
     if plan.target_size < number:
         raise ValueError(

@@ -70,7 +70,7 @@ def measure_source(
         if card is None and setup.plan.weighted:
             card = own_card(model, setup, samples, seed=config.seed)
         replay = None
-        if METHODS[config.method].replay:
+        if METHODS[config.method].replay and samples is not None:
             replay = Replay(
                 model=model,
                 samples=samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ def as_tensor(values: Any, name: str) -> Tensor:
         TypeError: the values are no real numbers, or rows differ in length.
     """
     original = values
+    if isinstance(values, Mapping):  # of which the keys would be taken for the values
+        raise TypeError(
+            f"{name} must be numbers, as a tensor or array; got {type(values).__name__}"
+        )
     if hasattr(values, "to_numpy"):  # in the order of rows; a table's index does not count
         values = values.to_numpy()
     elif not isinstance(values, (Tensor, np.ndarray, list, tuple)) and hasattr(values, "__len__"):
@@ -39,7 +44,7 @@ def as_tensor(values: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be numbers, as a tensor or array; got {_what(original, values)}"
-            + (f"; {NUMBER_THEM}" if name.endswith("labels") else "")
+            + (f"; {NUMBER_THEM}" if name.endswith("labels") and _are_names(values) else "")
         ) from error
     if tensor.is_complex():
         raise TypeError(f"{name} must be real numbers; got {tensor.dtype}: give two real columns")
@@ -61,6 +66,10 @@ def warn_unscaled(inputs: Any, name: str) -> None:
                 f"{name}: inputs are whole numbers in 0..{int(high)}: a pretrained network wants "
                 "images in 0..1 and normalised as it was trained, (x / 255 - mean) / std",
             )
+
+
+def _are_names(values: Any) -> bool:
+    return len(values) > 0 and isinstance(values[0], str)
 
 
 def _what(original: Any, values: Any) -> str:

@@ -31,7 +31,7 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.heads.forward import LEAST_EVAL_BATCH, answers, input_errors
+from fast.heads.forward import LEAST_EVAL_BATCH, answers, check_mirrored, input_errors
 from fast.merge.joined import Joined
 from fast.models.device import autocast_dtype
 from fast.models.preparation import Preparation
@@ -275,9 +275,11 @@ class Predictor:
             mirrored: average the logits for an image and its mirror image.
 
         Raises:
-            ValueError: the network does not take the inputs.
+            ValueError: the network does not take the inputs, or there is nothing to mirror.
             FloatingPointError: logits are NaN or infinite.
         """
+        if mirrored:
+            check_mirrored(inputs, name)
         dtype = autocast_dtype(self.precision, self.device)
         with (
             input_errors(name, inputs, self.model),

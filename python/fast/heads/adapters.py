@@ -25,6 +25,8 @@ from fast.heads.forward import forward_logits, hooked
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
 
 NAME = "target"
+# A rank that costs nothing even where no layer of a very small network can have it.
+CHEAP = 8
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -67,7 +69,8 @@ def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> n
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: there is no layer to adapt, or there are adapters already.
+        ValueError: there is no layer to adapt, the rank is more than any can have, or there are
+            adapters already.
     """
     names = _adaptable(model, head, sample)
     if not names:
@@ -75,6 +78,13 @@ def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> n
             f"method='adapter': {type(model).__name__} has no layer to adapt: its backbone needs "
             "an nn.Linear or a convolution without groups that can learn (requires_grad), is "
             "called as a layer and does no more than one; use method='fast'"
+        )
+    weights: list[Any] = [model.get_submodule(name).weight for name in names]
+    most = max(min(weight.flatten(1).shape) for weight in weights)
+    if rank > max(most, CHEAP):
+        raise ValueError(
+            f"adapter_rank={rank} is more than the rank {most} that the widest layer of "
+            f"{type(model).__name__} can have: give at most that"
         )
     _inject(model, names, rank, head)
     return model

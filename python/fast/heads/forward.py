@@ -77,15 +77,10 @@ def answers(model: nn.Module, inputs: Any, mirrored: bool = False) -> Tensor:
 
     Args:
         mirrored: the mean over images `[B, C, H, W]` and their mirror images.
-
-    Raises:
-        ValueError: there is nothing to mirror.
     """
     logits = forward_logits(model, inputs).float()
     if not mirrored:
         return logits
-    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
-        raise ValueError(f"tta mirrors images [B, C, H, W]; val has {kind(inputs)}: drop it")
     return (logits + forward_logits(model, inputs.flip(3)).float()) / 2
 
 
@@ -95,6 +90,14 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(
             f"the network answers with shape {list(logits.shape)} for {len(logits)} samples, and a "
             "classifier has logits [B, C]: let its forward return them as they are, not squeezed"
+        )
+
+
+def check_mirrored(inputs: Any, name: str) -> None:
+    """Raise ValueError where the inputs of the data called `name` are nothing to mirror."""
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        raise ValueError(
+            f"tta mirrors images [B, C, H, W], and {name} has {kind(inputs)}: leave tta out"
         )
 
 

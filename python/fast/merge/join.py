@@ -73,7 +73,7 @@ def join(
         and then of the classes that only the target has. It has `classes`, `passes`,
         `calibration` and `save(folder)`. An input takes one forward pass where both tasks have one
         function of the input (`batch_norm="frozen"`, or no batch norm), and two where each task
-        has norms of its own.
+        has norms or adapters of its own.
 
     Raises:
         TypeError: `result` is neither a result nor a network.
@@ -95,7 +95,7 @@ def join(
     if head is None:
         raise ValueError(
             "result: the network has one head, and join needs the source's beside the target's: "
-            "join before fast.fold_head"
+            "adapt it with a new head, head='new', and join before fast.fold_head"
         )
     if source_classes is None:
         source_classes = names_of_source(model, name)
@@ -141,7 +141,11 @@ def join_heads(
     has_labels = source.labels is not None
     scales, joined.calibration = fit(sides, joined.place, own, labelled=has_labels)
     _put(heads, scales)
-    cost = "pass" if joined.passes == 1 else "passes, because each task has norms of its own"
+    cost = (
+        "pass"
+        if joined.passes == 1
+        else "passes, because each task has norms or adapters of its own"
+    )
     log.info("join: %d classes; an input takes %d forward %s", count, joined.passes, cost)
     return joined
 

@@ -12,6 +12,7 @@ from fast.adapt.setup import check_data, kept_outputs, target_classes
 from fast.data.augment import Transform
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
+from fast.errors import warn
 from fast.train.config import TrainConfig
 from fast.train.measure import Evaluator
 
@@ -66,6 +67,7 @@ def read_data(
             check_labels(data.labels, classes, data.name)
     if config.patience is not None and val is None:
         raise ValueError("patience needs val: early stopping watches the validation accuracy")
+    _warn_of_unused(config, train_data, val_data, source_data)
     return RunData(
         train=train_data,
         val=val_data,
@@ -85,3 +87,14 @@ def read_one(data: Any, name: str, config: TrainConfig) -> Data:
     if workers is None:
         workers = getattr(read.dataset, "workers", 0)
     return replace(read, workers=workers, pinned=torch.cuda.is_available())
+
+
+def _warn_of_unused(config: TrainConfig, *sets: Data | Evaluator | None) -> None:
+    """Warn of options of the loop that nothing in this run uses."""
+    if config.save_every is not None and not (config.output or config.resume):
+        warn(f"save_every={config.save_every} is not used: nothing is saved without output=")
+    if config.num_workers and not any(isinstance(x, Data) and x.dataset is not None for x in sets):
+        warn(
+            f"num_workers={config.num_workers} is not used: it is for a Dataset, of which samples "
+            "are read as the run goes on"
+        )

@@ -89,7 +89,8 @@ class ForgettingBudget(Guard):
         model: the network with its new head, still at the pretrained weights and statistics.
         plan: the run's plan.
         batch_size: samples per step, source inputs included.
-        budget: what may be lost; with None, forgetting is measured and forecast, but not limited.
+        budget: what may be lost, which `check_budget` has passed; with None, forgetting is measured
+            and forecast, but not limited.
         meter: measures forgetting exactly; it was made before the head was replaced. Or None.
         card: the source card, or None.
         weighted: the card's curvature weights the optimizer's pull.
@@ -99,8 +100,6 @@ class ForgettingBudget(Guard):
         set_pull: takes the factor on the pull.
         ranks: processes that train together; the first one decides for all.
 
-    Raises:
-        ValueError: there is a budget, but nothing to check it on or no pull to adjust.
     """
 
     def __init__(
@@ -127,7 +126,6 @@ class ForgettingBudget(Guard):
         self.measured: float | None = 0.0 if card is not None or meter is not None else None
         self.controller: PullController | None = None
         if budget is not None:
-            _check_budget(budget, plan, meter, card is not None)
             self.controller = PullController(budget, set_pull)
         # Tracked batch norm forgets through its statistics too, so they go back with the weights.
         tracked = plan.batch_norm == "track" and budget is not None
@@ -254,17 +252,20 @@ class ForgettingBudget(Guard):
             self.controller.set(float(state["factor"]))
 
 
-def _check_budget(
-    budget: Budget, plan: Plan, meter: ForgettingMeter | None, has_card: bool
-) -> None:
-    if meter is None and (not has_card or budget.points):
+def check_budget(budget: Budget, plan: Plan, *, has_source: bool, has_card: bool) -> None:
+    """Raise ValueError where there is nothing to check a budget on, or no pull to adjust.
+
+    Args:
+        has_source, has_card: whether there are source inputs; a card.
+    """
+    if not has_source and (not has_card or budget.points):
         raise ValueError(
             "forget_budget needs source_inputs to check on, or (for nats) a card to forecast by"
         )
     if not plan.anchor_decay:
         raise ValueError(
-            f"forget_budget needs a pull to adjust: method {plan.method!r} has none; use 'fast', "
-            "'ewc' or 'l2-sp', or set anchor_decay"
+            f"forget_budget needs a pull to adjust, and this run of {plan.method!r} has none: set "
+            "anchor_decay above 0; 'fast', 'ewc' and 'l2-sp' have a pull by default"
         )
 
 

@@ -38,7 +38,7 @@ class Replay(Guard):
         ranks: processes that share the inputs of a step.
 
     Raises:
-        ValueError: there are no samples, or labels are out of the source head's range.
+        ValueError: labels are out of the source head's range.
     """
 
     in_loss = False  # the loss of a run is the target's
@@ -47,13 +47,11 @@ class Replay(Guard):
         self,
         *,
         model: nn.Module,
-        samples: SourceInputs | None,
+        samples: SourceInputs,
         batch_size: int,
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        if samples is None:
-            raise ValueError("method 'replay' trains on source inputs: pass source_inputs=")
         samples = samples.to(next(model.parameters()).device)
         labels = samples.labels
         if labels is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fast import dtensor
 from fast.adapt.network.drift import Drift
+from fast.data.generators import process_generators, set_process_generators
 from fast.heads import task_head
 
 Buffers = list[tuple[nn.Module, str, Tensor]]
@@ -26,7 +27,8 @@ def _copied_buffers(model: nn.Module) -> Buffers:
 
 
 class RollbackOnError:
-    """Restores a model if the block ends in an exception before `keep` is called.
+    """Restores a model, and the process's random generators, if the block ends in an exception
+    before `keep` is called.
 
     The model gets back its own head and batch norms, their statistics, its modes, and which of its
     parameters can be trained. It stays on its present device. A model whose weights have been
@@ -44,6 +46,7 @@ class RollbackOnError:
         self._weights = [(p, p.detach().clone()) for p in copied]
         self._buffers = _copied_buffers(model)
         self._head = task_head(model)
+        self._generators = process_generators()
         self.kept = False
 
     def keep(self) -> None:
@@ -60,8 +63,10 @@ class RollbackOnError:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        sharded = dtensor.any_sharded(list(self.model.parameters()))
-        if error is not None and not self.kept and not sharded:
+        if error is None or self.kept:
+            return
+        set_process_generators(self._generators)
+        if not dtensor.any_sharded(list(self.model.parameters())):
             self._restore()
 
     @torch.no_grad()

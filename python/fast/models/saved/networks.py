@@ -150,7 +150,7 @@ def lacks_source(folder: Path) -> str:
     plan = (read_json(record).get("plan") if record.is_file() else None) or {}
     if plan.get("adapter_rank") and not (folder / ADAPTERS_FILE).is_file():
         return f"{folder}: the source's weights are below the adapters, which are not in the folder"
-    per_task = read_options(folder).get("batch_norm") == "per_task"
+    per_task = (plan or read_options(folder)).get("batch_norm") == "per_task"
     if per_task and not (folder / SOURCE_NORMS_FILE).is_file():
         why = "the source's batch norm statistics were kept per task, and are not in the folder"
         return f"{folder}: {why}"
