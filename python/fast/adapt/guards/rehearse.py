@@ -12,9 +12,10 @@ growing at `STEEPEST`, so that a step too far is not answered by an even larger 
 
 If e exceeds `TOLERANCE` all the same, the learning rate is too high for this network, and is
 divided by e / TOLERANCE. Features that are held less may move more, by up to `LOOSEST`. So one rate
-suits ResNets, which tolerate 1.5e-3, and MobileNets and transformers, which do not. Where a network bears far less, features are lost before that tells:
-`fast.adapt.guards.pace` measures the first step. A step costs what it cost before, and needs
-neither labels nor a source head. docs/research.md reports what else was tried.
+suits ResNets, which tolerate 1.5e-3, and MobileNets and transformers, which do not. Where a network
+bears far less, features are lost before that tells: `fast.adapt.guards.pace` measures the first
+step. A step costs what it cost before, and needs neither labels nor a source head. docs/research.md
+reports what else was tried.
 """
 
 from __future__ import annotations
