@@ -136,7 +136,8 @@ def test_labels_that_the_head_cannot_give(networks):
 def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
     """Also where it is not among the samples held back to measure on."""
     network = copy.deepcopy(networks[0])
-    _, meter = hold_back(network, SourceInputs.parse((X, Y % 2), 60), budget=None, skill="auto")
+    first, meter = hold_back(network, SourceInputs.parse((X, Y % 2), 60), budget=None, skill="auto")
+    assert (first.size, meter.size) == (30, 30)
     assert not meter.by_features
     labels = Y % 2
     labels[0] = 7
