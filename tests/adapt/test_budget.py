@@ -132,12 +132,22 @@ def test_the_averaged_weights_are_what_is_checked(pretrained, seen):
     assert float(expected_rise(before, now)) == pytest.approx(seen[-1][1], rel=1e-4)
 
 
-def test_too_much_lost_is_taken_back_at_once(pretrained, seen):
+def test_too_much_lost_is_taken_back_at_once(pretrained, seen, monkeypatch):
     """Both from the weights and from their average."""
+    shares = []
+    after_step = ForgettingBudget.after_step
+
+    def watched(self, step):
+        before = self.drift()
+        after_step(self, step)
+        shares.append(self.drift() / max(before, 1e-12))
+
+    monkeypatch.setattr(ForgettingBudget, "after_step", watched)
     options = {"source_inputs": KNOWN[0], "method": "l2-sp", "lr": 5e-2, "average": 10}
     run(pretrained, forget_budget=0.02, **options)
     assert max(lost for _, lost, _ in seen[1:]) < 0.1
     assert max(factor for *_, factor in seen) >= 4
+    assert min(share for share in shares if share) < 0.9  # of the weights; their average is checked
 
 
 @pytest.mark.parametrize("budget", [0.003, 0.1])

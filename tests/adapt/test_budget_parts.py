@@ -13,7 +13,7 @@ from torch import nn
 import fast
 from fast.adapt.config import Budget
 from fast.adapt.guards.budget import AIM, OVERSHOOT, SETTLED, STRONGER, WEAKER, PullController
-from fast.adapt.guards.checks import BUDGET, LAST_CHECKS, last_samples
+from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import Forecast
 from fast.adapt.guards.forgetting import TEMPERATURE, ForgettingMeter, by_neighbours, hold_back
 from fast.adapt.guards.weight_line import WeightLine
@@ -136,7 +136,8 @@ def test_labels_that_the_head_cannot_give(networks):
 def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
     """Also where it is not among the samples held back to measure on."""
     network = copy.deepcopy(networks[0])
-    _, meter = hold_back(network, SourceInputs.parse((X, Y % 2), 60), budget=None, skill="auto")
+    first, meter = hold_back(network, SourceInputs.parse((X, Y % 2), 60), budget=None, skill="auto")
+    assert (first.size, meter.size) == (30, 30)
     assert not meter.by_features
     labels = Y % 2
     labels[0] = 7
@@ -245,3 +246,13 @@ def test_checks_cost_no_more_than_their_share(steps, held):
     if steps > 100:
         assert checks * samples / 3 <= 0.03 * 64 * steps
         assert (1 + LAST_CHECKS) * last_samples(held, steps, 64) / 3 <= 0.03 * 64 * steps
+
+
+def test_a_long_run_is_checked_often_and_only_once_the_backbone_moves():
+    options = {"samples": 512, "whole": False, "steps": 20_000, "batch_size": 64}
+    for effort in (BUDGET, FORECAST):
+        times, samples = effort.schedule(stall=5000, **options)
+        assert (len(times), samples) == (effort.most - 1, effort.samples)
+        assert min(times) > 5000
+        assert max(times) < 20_000
+    assert last_samples(512, 20_000, 64) == 512

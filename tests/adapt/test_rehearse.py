@@ -149,6 +149,22 @@ def test_pictures_alone_are_taken_apart(inputs, pictures):
     assert are_pictures(inputs) == pictures
 
 
+def test_a_long_run_reads_a_part_of_the_data_before_its_first_step():
+    read = set()
+
+    class Watched(TensorDataset):
+        def __getitem__(self, i):
+            read.add(i)
+            return super().__getitem__(i)
+
+    data = Watched(*images(2000, 4, seed=1))
+    adaptation = fast.Adaptation(
+        ConvNet(), data, num_classes=4, steps=5000, batch_size=8, head_steps=0, distill=0.0
+    )
+    assert adaptation.plan.rehearsed == SHUFFLED
+    assert len(read) < 1500
+
+
 def test_the_head_never_sees_the_source_rows():
     model = fast.replace_head(ConvNet(), 4, sample=TRAIN[0][:64]).train()
     head = task_head(model)

@@ -11,7 +11,7 @@ from torch import nn
 import fast
 from fast.data.dataset import split_batch
 from fast.data.source_inputs import SourceInputs
-from fast.data.trees import LABEL_KEYS, concatenate, join, length, pick
+from fast.data.trees import LABEL_KEYS, concatenate, join, leaves, length, move, pick
 
 X = torch.arange(12.0).reshape(6, 2)
 FORMS = [X, (X, X + 1), [X, X + 1], {"a": X, "b": X + 1}, {"a": (X, {"c": X})}]
@@ -23,6 +23,13 @@ def test_parts_of_a_batch_make_the_batch_again(inputs):
     parts = [pick(inputs, slice(2)), pick(inputs, torch.tensor([2, 3, 4])), pick(inputs, [5])]
     torch.testing.assert_close(concatenate(parts), pick(inputs, slice(None)), rtol=0, atol=0)
     torch.testing.assert_close(join(*parts[:2]), pick(inputs, slice(5)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inputs", FORMS)
+def test_every_tensor_of_a_batch_is_moved(inputs):
+    moved = leaves(move(inputs, torch.device("meta")))
+    assert len(moved) == len(leaves(inputs))
+    assert all(x.is_meta for x in moved)
 
 
 def test_texts_are_one_input():

@@ -8,7 +8,7 @@ from torch import nn
 
 import fast
 from fast.heads import estimate_statistics, plain_batch_norm, set_batch_norm
-from fast.heads.batch_norm import estimate, per_task_norms
+from fast.heads.batch_norm import estimate, has_batch_norm, has_layer_norm, per_task_norms
 from helpers import same_state
 from networks import ConvNet, images
 
@@ -125,3 +125,19 @@ def test_statistics_of_the_source_can_be_estimated():
             estimate([source], model, [inputs])
     mean = model.features[0](inputs).mean((0, 2, 3))
     torch.testing.assert_close(source.running_mean, mean)
+
+
+def test_norms_without_statistics_are_left_as_they_are():
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))
+    assert not has_batch_norm(model)
+    set_batch_norm(model, "per_task")
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize(
+    "name", ["LayerNorm", "LayerNorm2d", "T5LayerNorm", "LlamaRMSNorm", "RMSNorm"]
+)
+def test_layer_norms_of_other_libraries_go_by_their_names(name):
+    norm = type(name, (nn.Module,), {})()
+    assert has_layer_norm(nn.Sequential(nn.Linear(2, 2), norm))
+    assert not has_layer_norm(ConvNet())

@@ -249,6 +249,16 @@ def test_features_are_normalised():
     assert torch.allclose(z[:, 2].std(), torch.tensor(1.0), atol=0.01)
 
 
+def test_an_evaluation_moves_no_statistics_and_none_are_the_identity():
+    norm, x = FeatureNorm(3).eval(), torch.randn(50, 3) + 5
+    assert torch.allclose(norm(x), x, rtol=0.01)
+    norm.train()(x)
+    first = norm.eval()(x)
+    norm(x + 9)
+    assert torch.equal(norm(x), first)
+    assert not torch.allclose(first, x)
+
+
 def test_dead_features_are_not_amplified():
     norm = FeatureNorm(2)
     norm.update(torch.stack([torch.randn(100), torch.zeros(100)], 1))

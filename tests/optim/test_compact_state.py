@@ -59,7 +59,13 @@ def test_torch_goes_on_after_a_detour_through_float32(options):
     train(optimizer, model, 5)
     dense = make(AdamW, model, {})
     dense.load_state_dict(optimizer.state_dict())
-    assert all(s["exp_avg"].dtype == torch.float32 for s in dense.state.values())
+    reference = network()
+    never_compact = make(AdamW, reference, {})
+    train(never_compact, reference, 5)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            ours, truth = dense.state[p][name], never_compact.state[q][name]
+            torch.testing.assert_close(ours, truth, rtol=0.1, atol=0.05 * truth.abs().max().item())
     theirs = torch.optim.AdamW(model.parameters())
     theirs.load_state_dict(dense.state_dict())
     before = batch(model).item()
@@ -95,6 +101,23 @@ def test_bytes_per_parameter():
     )
     eight = size(state_dtype=codes, anchor_dtype=half, curvature_dtype=codes)
     assert eight == pytest.approx(5.09, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("cls", [AdamW, SGD])
+def test_compact_curvature_weights_the_pull(cls, dtype):
+    """Without gradients a step is the pull alone. That of float64 parameters stays exact."""
+    f = torch.linspace(0.1, 10.0, 300)
+    params = [nn.Parameter(torch.zeros(300, dtype=t)) for t in (torch.float32, torch.float64)]
+    optimizer = cls(
+        params, lr=1.0, anchor_decay=1.0, curvature=[f, f.double()], curvature_dtype=dtype
+    )
+    for p in params:
+        p.data.fill_(1.0)
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, error in zip(params, (0.1, 1e-6), strict=True):
+        torch.testing.assert_close(p.double(), 1 / (1 + f.double()), rtol=error, atol=0)
 
 
 def test_float64_parameters_stay_exact():
@@ -157,13 +180,20 @@ def test_same_seed_same_bits_other_seed_other_bits():
 
 
 def test_codes_under_another_default_dtype():
-    model = network()
-    torch.set_default_dtype(torch.float64)
-    try:
-        train(make(AdamW, model, COMPACT["codes"]), model, 2)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert flat(model).isfinite().all()
+    weights = []
+    for dtype in (torch.float64, torch.float32):
+        model = network()
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer = make(AdamW, model, COMPACT["codes"])
+            for _ in range(2):
+                for p in model.parameters():
+                    p.grad = p.detach().clone()
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        weights.append(flat(model))
+    assert torch.equal(*weights)
 
 
 def test_exact_parameters_that_are_float32_now():

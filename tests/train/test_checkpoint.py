@@ -179,6 +179,13 @@ def test_a_missing_file_is_named(runs):
         resume(runs / "a")
 
 
+def test_a_file_larger_than_any_checkpoint_of_the_model_is_not_read(runs):
+    with (only(runs / "a") / "training.safetensors").open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ValueError, match=r"training\.safetensors is larger than a checkpoint of"):
+        resume(runs / "a")
+
+
 def test_the_history_is_appended_and_not_part_of_the_state(runs):
     state = json.loads((only(runs / "a") / "state.json").read_text())
     lines = (runs / "a" / "history.jsonl").read_bytes()

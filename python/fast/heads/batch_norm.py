@@ -49,11 +49,6 @@ class _PerTask(_Track, TwoTask):
 
     source_norm: nn.Module
 
-    def train(self, mode: bool = True) -> Any:
-        cast(Any, super()).train(mode)
-        self.source_norm.eval()
-        return self
-
     def forward(self, x: Tensor) -> Tensor:
         if self.answers_source:
             return self.source_norm(x)

@@ -125,7 +125,7 @@ def match_curvature(params: Sequence[Tensor], curvature: Any) -> list[Tensor | N
         if f.layout is not torch.strided or not f.is_floating_point():
             raise ValueError(f"curvature[{i}] is {f.layout} {f.dtype}; it must be dense and real")
         shard = dtensor.local(f)
-        if shard.numel() and not bool(((shard >= 0) & shard.isfinite()).all()):
+        if not bool(((shard >= 0) & shard.isfinite()).all()):
             raise ValueError(
                 f"curvature[{i}] has negative or non-finite values; clamp it (a Hessian diagonal "
                 "may be negative, a GGN or Fisher diagonal is not)"

@@ -15,19 +15,9 @@ def flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
-
-    def put(key: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            tensors[key] = value
-        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
-            for i, v in enumerate(value):
-                put(f"{key}.{i}", v)
-        else:
-            values[key] = value
-
     for index, entries in state["state"].items():
         for key, value in entries.items():
-            put(f"state.{index}.{key}", value)
+            (tensors if isinstance(value, Tensor) else values)[f"state.{index}.{key}"] = value
     groups = []
     for i, group in enumerate(state["param_groups"]):
         plain = {}
