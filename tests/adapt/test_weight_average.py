@@ -31,6 +31,17 @@ def test_the_average_of_the_first_steps_is_their_mean():
     assert torch.equal(weights, torch.full((3,), 10.0))
 
 
+@pytest.mark.parametrize(("horizon", "expected"), [(1, 3.0), (2, 2.25)])
+def test_an_average_over_one_or_two_steps_leaves_none_out(horizon, expected):
+    weights = torch.nn.Parameter(torch.zeros(()))
+    average = WeightAverage([weights], horizon=horizon)
+    for step in range(1, 4):
+        with torch.no_grad():
+            weights.fill_(float(step))
+        average.after_step(step)
+    assert float(average.values[0]) == expected  # of 2, with halves: ((1 + 2) / 2 + 3) / 2
+
+
 @pytest.mark.parametrize("steps", [5, 6])
 def test_the_average_of_a_run_that_ends_in_its_stall_has_the_head_that_was_learned(steps):
     model = ConvNet()

@@ -19,7 +19,8 @@ from fast import dtensor
 from fast.adapt.guards.base import Guard
 from fast.errors import warn
 
-# Updating takes three passes over the weights, a third of an optimizer step; every other step.
+# Updating takes three passes over the weights, a third of an optimizer step; every other step, but
+# for an average over so few that it would be the weights of one of them.
 EVERY = 2
 
 
@@ -39,6 +40,7 @@ class WeightAverage(Guard):
     def __init__(self, params: Sequence[Tensor], horizon: int, stall: int = 0) -> None:
         self.params = list(params)
         self.horizon, self.stall = horizon, stall
+        self._every = EVERY if horizon > EVERY else 1
         self.values = [p.detach().clone() for p in self.params]
         self.adopted = self.applies = False
         self.keep()
@@ -49,8 +51,8 @@ class WeightAverage(Guard):
         moved = step - self.stall
         if moved < 1:  # only the head learns during a stall, and its last weights are its best
             torch._foreach_copy_(_local(self.values), self._current())
-        elif moved % EVERY == 0 or moved < EVERY:
-            weight = min(1.0, EVERY / min(self.horizon, moved))
+        elif moved % self._every == 0 or moved < self._every:
+            weight = min(1.0, self._every / min(self.horizon, moved))
             torch._foreach_lerp_(_local(self.values), self._current(), weight)
 
     @contextmanager
