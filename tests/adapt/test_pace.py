@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fast
-from fast.adapt.guards.pace import Pace
+from fast.adapt.guards.pace import FARTHEST, FARTHEST_WITH_LAYER_NORMS, Pace
 from networks import ConvNet, images
 
 TRAIN, SOURCE = images(64, 4), images(48, 5, seed=3)[0]
@@ -132,6 +132,16 @@ def test_it_is_saved(pretrained, kind):
     assert other.optimizer.param_groups[0]["restraint"] == pytest.approx(
         adaptation.optimizer.param_groups[0]["restraint"]
     )
+
+
+def test_layer_norms_bear_less(pretrained):
+    """The same network, beside a layer norm that does nothing to it."""
+    options = {"lr": 0.5, "ramp": 0, **WEIGHTS}
+    plain = after_one_step(pretrained, **options)[2]
+    normed = copy.deepcopy(pretrained)
+    normed.unused = nn.LayerNorm(4)
+    held = after_one_step(normed, **options)[2]
+    assert held.pace == pytest.approx(plain.pace * FARTHEST_WITH_LAYER_NORMS / FARTHEST)
 
 
 def test_it_is_told(pretrained, caplog):

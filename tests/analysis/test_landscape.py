@@ -295,7 +295,8 @@ def test_wrong_labels_are_named(paths):
 def test_statistics_of_batch_norm_are_no_place():
     with pytest.raises(ValueError, match="batch_norm='track' changes the source loss"):
         adapt("vanilla", batch_norm="track")
-    adapt("vanilla", TextNet(5), (sentences(20, 5)), sentences(20, 3), batch_norm="track")
+    with pytest.warns(UserWarning, match="the network has no batch norm"):
+        adapt("vanilla", TextNet(5), (sentences(20, 5)), sentences(20, 3), batch_norm="track")
 
 
 def test_adapters_have_no_path():

@@ -15,7 +15,7 @@ from benchmarks.finetune.regimes.samples import Task
 from benchmarks.finetune.regimes.spd import AdamSPD
 from benchmarks.finetune.regimes.wise_ft import line, trained
 from fast.data.trees import pick
-from fast.heads import features_of, find_head
+from fast.heads import features_of, find_head, has_batch_norm
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 # Inverse strengths of the penalty of a linear probe, chosen on a fifth of the training data.
@@ -117,7 +117,8 @@ def norm_only(task: Task, *, batch_norm: str, **options: Any) -> Record:
     for norm in norms:
         norm.requires_grad_(True)
     before = trained(task.model)
-    record = loop(task, batch_norm=batch_norm, **options)
+    own = {"batch_norm": batch_norm} if has_batch_norm(task.model) else {}
+    record = loop(task, **own, **options)
     if batch_norm == "per_task" and any(isinstance(m, nn.LayerNorm) for m in norms):
         with torch.no_grad():
             for name, p in task.model.named_parameters():

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.distill import Distillation, Remembered, digest
-from fast.adapt.guards.pace import FARTHEST, FARTHEST_OF_ADAPTERS, MEASURED, Pace
+from fast.adapt.guards.pace import (
+    FARTHEST,
+    FARTHEST_OF_ADAPTERS,
+    FARTHEST_WITH_LAYER_NORMS,
+    MEASURED,
+    Pace,
+)
 from fast.adapt.guards.rehearse import Rehearsal, scale_of
 from fast.adapt.loss import TargetLoss
 from fast.adapt.methods import METHODS
@@ -40,6 +46,7 @@ from fast.heads import (
     features_of,
     folds_positions,
     has_batch_norm,
+    has_layer_norm,
     own_parameters,
     set_batch_norm,
     source_task,
@@ -237,7 +244,7 @@ def rehearsal(
         inputs=move(pick(guard.inputs, slice(MEASURED)), network.device),
         scale=guard.scale,
         task=source_task,
-        farthest=FARTHEST,
+        farthest=FARTHEST_WITH_LAYER_NORMS if has_layer_norm(network.model) else FARTHEST,
         ranks=ranks,
         ramp=plan.ramp_factor,
     )
