@@ -189,13 +189,7 @@ void run(const Row& row, const Chunk& piece, const Rule<double>& rule, uint64_t 
 
 // Several sums side by side: one alone waits for its own additions (1.27 times slower in cache,
 // 1.16 from memory).
-#if defined(__AVX512F__)
-constexpr int kLanes = 32;
-#elif defined(__AVX__)
-constexpr int kLanes = 16;
-#else
-constexpr int kLanes = 8;
-#endif
+constexpr int kLanes = kVectorBytes / 2;
 
 // Asks for the bytes that are read 8 KB after these: of one stream alone the hardware fetches too
 // few ahead (0.42 ns for each float from memory without, 0.30 with, and the same from a cache).

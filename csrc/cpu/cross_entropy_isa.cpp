@@ -16,14 +16,6 @@ constexpr int64_t kStretch = 128;
 constexpr int kNarrow = 15;
 constexpr int kRows = static_cast<int>(kRowBlock);
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
 // Vectors of N lanes.
 template <int N, class Real>
 struct Lanes {

@@ -10,6 +10,15 @@ enum class InstructionSet { baseline, avx2, avx512 };
 InstructionSet instruction_set();
 const char* name_of(InstructionSet set);
 
+// Bytes of a vector of the instruction set that a file is compiled for.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 // prefix_ and the name of the instruction set.
 #define FAST_JOIN_(a, b) a##b
 #define FAST_JOIN(a, b) FAST_JOIN_(a, b)

@@ -14,6 +14,7 @@ from fast.models.identity import data_identity
 
 State = dict[str, Any]
 RUN = "run"  # the part of a state that says what is adapted, and how
+TRAINING_DATA = "training data (hash)"
 
 
 def run_facts(config: AdaptConfig, data: Data, source: SourceInputs | None) -> State:
@@ -21,7 +22,7 @@ def run_facts(config: AdaptConfig, data: Data, source: SourceInputs | None) -> S
     return {
         **config.computed(),
         "training samples": data.num_samples,
-        "training data (hash)": data_identity(data),
+        TRAINING_DATA: data_identity(data),
         "source inputs (hash)": data_identity(source) or "none",
     }
 

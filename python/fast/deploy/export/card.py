@@ -7,6 +7,7 @@ from pathlib import Path
 from fast.deploy.export.subject import Subject
 from fast.errors import printable, some
 from fast.files import atomic_file
+from fast.models.saved.description import is_timm
 
 CARD_FILE = "README.md"
 USE = {
@@ -46,7 +47,7 @@ def write_card(subject: Subject, folder: Path, format: str) -> None:
 
 
 def _front(subject: Subject) -> list[str]:
-    library = "timm" if type(subject.network).__module__.startswith("timm.") else "transformers"
+    library = "timm" if is_timm(subject.network) else "transformers"
     return ["---", f"library_name: {library}", "tags:", "- fast", f"- {_task(subject)}", "---", ""]
 
 

@@ -15,7 +15,7 @@ from fast.files import write_json
 from fast.heads.forward import call, forward_logits, logits_of
 from fast.merge.joined import Joined
 from fast.models.preparation import PREPARATION_FILE, Preparation
-from fast.models.saved.description import is_transformers
+from fast.models.saved.description import is_timm, is_transformers
 
 # Logits may differ from the network's by this share of the largest, because other programs sum in
 # another order.
@@ -159,5 +159,5 @@ def _own_format(network: nn.Module) -> str | None:
     """The format of the library that the network is of."""
     if is_transformers(network):
         return "hf"
-    of_timm = type(network).__module__.startswith("timm.")
-    return "timm" if of_timm and getattr(network, "pretrained_cfg", None) is not None else None
+    built_again = is_timm(network) and getattr(network, "pretrained_cfg", None) is not None
+    return "timm" if built_again else None

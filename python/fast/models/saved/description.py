@@ -47,7 +47,7 @@ def _name_in_timm(model: nn.Module) -> str | None:
     """
     config = getattr(model, "pretrained_cfg", None)
     arguments = getattr(model, "_model_args", None)
-    if config is None or arguments is None or not type(model).__module__.startswith("timm."):
+    if config is None or arguments is None or not is_timm(model):
         return None
     text = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
     spec = f"timm:{config['architecture']}({text})"
@@ -79,6 +79,11 @@ def name_classes(config: Any, classes: list[str] | None) -> None:
     if classes:
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
+
+
+def is_timm(model: nn.Module) -> bool:
+    """Whether a network's class belongs to timm."""
+    return type(model).__module__.startswith("timm.")
 
 
 def is_transformers(model: nn.Module) -> bool:

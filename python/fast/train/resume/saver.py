@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
+from fast.adapt.state import RUN, TRAINING_DATA
 from fast.curvature.card import SourceCard
 from fast.data.generators import find_generators
 from fast.models.identity import (
@@ -51,13 +52,14 @@ class Saver:
             "classes": data.num_classes,
             **code_identity(model, data.transform),
             "pretrained weights (hash)": model_identity(model),
-            "training data (hash)": data_identity(data.train),
             "validation data (hash)": data_identity(data.val),
             "source data (hash)": data_identity(data.source),
         }
 
     def add_source(self, adaptation: Adaptation, card: SourceCard | None) -> None:
-        """Add the source inputs of the adaptation, and the user's card, to the facts of the job."""
+        """Add the data of the adaptation, and the user's card, to the facts of the job."""
+        # A state of the adaptation has read all of the training data for it.
+        self._job[TRAINING_DATA] = adaptation.state_dict()[RUN][TRAINING_DATA]
         self._job["source inputs (hash)"] = data_identity(adaptation.source)
         self._job["held-back source inputs (hash)"] = data_identity(adaptation.held_back)
         self._job["card"] = None if card is None else card_identity(card)
