@@ -79,14 +79,14 @@ def test_epochs_are_counted_as_the_trainer_counts_them(tmp_path):
     assert run.state.max_steps == run.adaptation.plan.steps == run.adaptation.done == 5
 
 
-@pytest.mark.slow
 def test_any_optimizer_of_the_trainer_gets_the_pull(tmp_path):
     run = trainer(tmp_path, args={"optim": "rmsprop", "learning_rate": 1e-3})
     run.train()
     assert isinstance(run.adaptation.optimizer, torch.optim.RMSprop)
     assert run.result.final["drift"] > 0
     again = trainer(tmp_path, args={"optim": "rmsprop", "learning_rate": 1e-3})
-    again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=True)  # of the last step, which is within an epoch
+    assert again.state.global_step == again.adaptation.done == STEPS
     assert torch.equal(weights(run.model), weights(again.model))
 
 

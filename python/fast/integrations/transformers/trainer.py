@@ -275,6 +275,13 @@ class FastTrainer(Trainer):
         self.source_accuracy = self.measure_source()
         return output
 
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run was resumed within an epoch: the Trainer would take one step more.
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **options)
+
     def evaluation_loop(
         self,
         dataloader: Any,
