@@ -146,6 +146,8 @@ def test_second_moment_decays(backend, dtype):
 )
 def test_backends_store_the_same(monkeypatch, backend, dtypes):
     """One step from zero moments: the same draws, so the same bits but for ties of rounding."""
+    if backend == "reference":
+        pytest.skip("the others are compared with it")
     size = CHUNK + 300
     stored = []
     for name in ("reference", backend):

@@ -79,10 +79,10 @@ def finetune(
             (`fast`, `vanilla`, `lp-ft`, `l2-sp`, `ewc`, `replay` or `adapter`), `tasks` (whether
             one function answers both tasks, docs/regimes.md), `steps` or `epochs` (default: 3
             epochs, and at least 100 steps), `batch_size` (a DataLoader for `train` has its own, and
-            rehearsed inputs then come on top), `lr` (peak learning rate of the
-            backbone; default: 1e-3, `fast` 1.5e-3, `adapter` 1e-2, less in runs of fewer than 60
-            steps), `eval_every` (default: a tenth of the run) and `seed` (of head, data order and
-            dropout).
+            rehearsed inputs then come on top), `lr` (peak learning rate of the backbone; default:
+            1e-3, `fast` 1.5e-3, or 5e-4 with layer norms, `adapter` 1e-2; docs/defaults.md says
+            when it is lowered), `eval_every` (default: a tenth of the run) and `seed` (of head,
+            data order and dropout).
 
     Returns:
         `Result`: model, history, accuracies, `save(folder)`.
