@@ -71,8 +71,25 @@ def test_the_plan_is_told_before_the_first_step(capsys):
     fast.finetune(ConvNet(), TRAIN, steps=3, progress=False)
     told = capsys.readouterr().err
     assert "3 steps of 32 samples and 32 target inputs (half or more with shuffled patches)" in told
-    assert "of it, before its ramp is over" in told
+    assert "(the run ends at 16.7 % of it, before the end of its ramp)" in told
     assert "4 classes, 120 training samples" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"ramp": 10}, "lr 1; "),
+        ({"ramp": 11}, "lr 1 (the run ends at 90.9 % of it, before the end of its ramp); "),
+        ({"stall": 10, "ramp": 0}, "lr 1 (the run ends at 0 % of it, before the end of its stall)"),
+        ({"stall": 9, "ramp": 0}, "lr 1; "),
+        ({"ramp": 10, "warmup": 9}, "lr 1; "),
+        ({"ramp": 10, "warmup": 10}, "lr 1 (the run ends at 90.9 % of it, before the end of its w"),
+        ({"ramp": 20, "warmup": 19}, "at 25 % of it, before the end of its ramp and warm-up)"),
+    ],
+)
+def test_a_plan_tells_that_its_run_does_not_get_to_its_rate(options, told):
+    config = TrainConfig(lr=1.0, **{"stall": 0, **options})
+    assert told in str(plan_for(config, steps=10, head_is_last=True))
 
 
 def test_training_that_makes_the_validation_worse_returns_the_head_start():
