@@ -393,6 +393,8 @@ def test_a_constructor_that_fails_leaves_the_model(pretrained):
         ({"forget_budget": 0.1}, "forget_budget needs source_inputs"),
         ({"method": "replay"}, "pass source_inputs="),
         ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"augmented": "no"}, "augmented must be True or False; got 'no'"),
+        ({"resuming": 1}, "resuming must be True or False; got 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             fast.Adaptation(model, TRAIN, steps=2, **options)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
+from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean
 from fast.adapt.guards.base import Guard, Guards, MicroBatch, Seen
 from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.weight_average import WeightAverage
@@ -128,6 +128,7 @@ class Adaptation:
         check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
         check_arguments(model, loss, keeps_head=self.config.keeps_head)
+        augmented, resuming = boolean("augmented", augmented), boolean("resuming", resuming)
         if not name:
             check_own_optimizer(make, self.config)
         self.model = unwrap(model)
