@@ -133,6 +133,38 @@ def test_labels_that_the_head_cannot_give(networks):
         ForgettingMeter(networks[0], alone, points=False)
 
 
+class Tokens(nn.Module):
+    """A head that sees each row of a picture by itself; its answers are averaged if `mean`."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.body, self.fc, self.mean = nn.Linear(8, 6), nn.Linear(6, 5), mean
+
+    def forward(self, x):
+        logits = self.fc(self.body(x).flatten(0, 2))
+        return logits.unflatten(0, x.shape[:3]).mean((1, 2)) if self.mean else logits
+
+
+@pytest.mark.parametrize("data", [X, (X, Y)])
+@pytest.mark.parametrize(
+    ("mean", "skill", "message"),
+    [
+        (True, "features", "480 feature vectors of 60 samples.*set source_skill='answers'"),
+        (False, "auto", r"answers 60 samples with 480 rows of logits.*return \[B, C"),
+    ],
+)
+def test_each_sample_needs_one_answer(data, mean, skill, message):
+    with pytest.raises(ValueError, match=message):
+        ForgettingMeter(Tokens(mean), SourceInputs.parse(data, 60), points=False, skill=skill)
+
+
+def test_answers_have_to_be_finite(networks):
+    with torch.no_grad():
+        networks[0].decide.bias[0] = math.inf
+    with pytest.raises(ValueError, match="answers to them are not finite"):
+        ForgettingMeter(networks[0], SourceInputs.parse(X, 60), points=False)
+
+
 def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
     """Also where it is not among the samples held back to measure on."""
     network = copy.deepcopy(networks[0])

@@ -76,6 +76,23 @@ def test_the_plan_is_told_before_the_first_step(capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lp-ft", "stall": 1}, "lp-ft has no stall; it has probe_steps"),
+        ({"probe_steps": 1}, "probe_steps is for lp-ft; fast has stall"),
+    ],
+)
+def test_a_method_has_its_own_name_for_a_start_of_the_head_alone(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_for(TrainConfig(**options), steps=10)
+
+
+@pytest.mark.parametrize(("steps", "probe"), [(60, 10), (3, 1), (2, 1)])
+def test_a_sixth_of_lp_ft_is_its_probe(steps, probe):
+    assert plan_for(TrainConfig(method="lp-ft"), steps=steps).stall == probe
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"ramp": 10}, "lr 1; "),
