@@ -11,64 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fast
-from fast.adapt.guards.base import MicroBatch, Seen, SourceBatch
 from fast.adapt.guards.distill import Distillation, Remembered, digest
-from fast.adapt.guards.rehearse import LOOSEST, TOLERANCE, Rehearsal
-from fast.data.source_inputs import SourceInputs
-from fast.heads import task_head
 from networks import images
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
 KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
 RUN = {"steps": 60, "lr": 1e-2, "eval_every": 60}
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_how_far_features_are_is_a_mean_over_samples_and_steps(pretrained, parts):
-    model = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
-    samples = SourceInputs.parse(KNOWN[0], 300)
-    head = task_head(model)
-    rehearsal = Rehearsal(
-        model=model, head=head, samples=samples, name="", size=8, weight=1.0, seed=0
-    )
-    before = rehearsal.features[:8]
-
-    def penalty(reference, features):
-        source = SourceBatch(inputs=None, reference=reference, total=1)
-        batch = MicroBatch(inputs=None, places=torch.empty(0), remembered=0, source=source)
-        return rehearsal.penalty(
-            Seen(
-                model=model,
-                step=0,
-                batch=batch,
-                inputs=None,
-                features=None,
-                source_features=features,
-            )
-        )
-
-    step = torch.full_like(before, (0.4 / rehearsal.scale) ** 0.5)
-    step[4:] *= 0.5
-    for _ in range(100):
-        for part in torch.arange(8).chunk(parts):
-            penalty(before[part], (before + step)[part])
-        rehearsal.after_step(1)
-    assert rehearsal.moved == pytest.approx(0.25, rel=1e-3)
-    assert rehearsal.restraint == pytest.approx(TOLERANCE / 0.25, rel=1e-3)
-    rehearsal.after_step(2)  # a step without source inputs
-    assert rehearsal.moved == pytest.approx(0.25, rel=1e-3)
-    for weight, more in ((0.8, 1.25), (0.5, 2.0), (0.01, LOOSEST), (10.0, 1.0)):
-        rehearsal.weight = weight  # what is held less may move more, within limits
-        penalty(before, before + step)
-        rehearsal.after_step(3)
-        assert rehearsal.restraint == pytest.approx(more * TOLERANCE / 0.25, rel=1e-3)
-    rehearsal.weight = 1.0
-    # A pull that no longer grows: three times that of plain feature distillation.
-    far = (before + 10 * step).requires_grad_()
-    penalty(before, far).backward()
-    plain = before.clone().add_(10 * step).requires_grad_()
-    (rehearsal.scale * (plain - before).square().mean(1)).sum().backward()
-    assert torch.allclose(far.grad, 3 * plain.grad, rtol=1e-4)
 
 
 class Views(Dataset):
@@ -150,3 +98,47 @@ def test_a_view_that_is_not_remembered_is_left_out():
     )
     places = distillation.places(torch.tensor([2, 4, 0, 7]), x[[1, 1, 0, 2]])
     assert places.tolist() == [1, -1, -1, 2]
+    assert not distillation.live
+
+
+def remembering(inputs=TRAIN[0][:6]):
+    """Distillation that remembers the answers (zeros) to samples 4, 2 and 5 of six."""
+    remembered = Remembered(
+        rows=torch.tensor([4, 2, 5]), outputs=torch.zeros(3, 5), num_samples=6, inputs=inputs
+    )
+    return Distillation(
+        source=nn.Linear(2, 5), weight=1.0, remembered=remembered, pretrained_copy=lambda: None
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([6], r"rows must be in 0\.\.5, .* got 6\.\.6"), ([3, -1], r"0\.\.5, .* got -1\.\.3")],
+)
+def test_rows_that_the_training_data_do_not_have_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        remembering().check(torch.tensor(rows), TRAIN[0][: len(rows)])
+
+
+@pytest.mark.parametrize("rows", [[0], [5], [4, 2, 5], []])
+def test_inputs_of_the_training_data_are_answered_from_memory(rows):
+    distillation, rows = remembering(), torch.tensor(rows, dtype=torch.int64)
+    distillation.check(rows, TRAIN[0][rows])
+    assert not distillation.live
+    assert distillation.places(rows, TRAIN[0][rows]).tolist() == [
+        {4: 0, 2: 1, 5: 2}.get(row, -1) for row in rows.tolist()
+    ]
+
+
+def test_one_other_input_makes_the_answers_live():
+    distillation, rows = remembering(), torch.tensor([4, 2])
+    distillation.check(rows, TRAIN[0][[4, 3]])
+    assert distillation.live
+    distillation.check(torch.tensor([99]), TRAIN[0][:1])  # whatever the rows
+    assert distillation.places(rows, TRAIN[0][[4, 3]]).tolist() == [0, 1]
+
+
+def test_inputs_of_other_shapes_make_the_answers_live():
+    distillation = remembering()
+    distillation.check(torch.tensor([4]), TRAIN[0][4:5, :, :4])
+    assert distillation.live
