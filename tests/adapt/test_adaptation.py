@@ -386,6 +386,20 @@ def test_averaged_weights_are_in_place_for_a_while(pretrained):
     assert same(model, average)
 
 
+@pytest.mark.parametrize(("batch_size", "size"), [(1, 2), (2, 2), (5, 5)])
+def test_a_sample_has_more_than_one_input(pretrained, batch_size, size):
+    options = {"batch_size": batch_size, "rehearse": 0.0, "steps": 2}
+    assert len(fast.Adaptation(copy.deepcopy(pretrained), TRAIN, **options).sample) == size
+
+
+@pytest.mark.parametrize("name", ["fast", "fast, distillation", "replay"])
+def test_no_hook_is_left_on_the_network(pretrained, name):
+    model = network(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, **RUNS[name])
+    (adaptation.close if name == "replay" else adaptation.finish)()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
 def test_a_constructor_that_fails_leaves_the_model(pretrained):
     model = copy.deepcopy(pretrained)
     for options, message in [
@@ -393,6 +407,7 @@ def test_a_constructor_that_fails_leaves_the_model(pretrained):
         ({"forget_budget": 0.1}, "forget_budget needs source_inputs"),
         ({"method": "replay"}, "pass source_inputs="),
         ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"num_classes": 3}, "labels must be 0..2; got 0..3"),
         ({"augmented": "no"}, "augmented must be True or False; got 'no'"),
         ({"resuming": 1}, "resuming must be True or False; got 1"),
     ]:

@@ -81,6 +81,8 @@ def test_weights_that_are_loaded_after_the_last_step_stay():
         assert not torch.equal(vector(model), average)
     with pytest.warns(UserWarning, match=r"finish\(\) keeps them, and not the average"):
         adaptation.finish()
+    with adaptation.averaged():
+        assert torch.equal(vector(model), average)
     assert torch.equal(vector(model), average)
 
 

@@ -12,14 +12,26 @@ from torch import nn
 
 import fast
 from fast.adapt.config import Budget
-from fast.adapt.guards.budget import AIM, OVERSHOOT, SETTLED, STRONGER, WEAKER, PullController
+from fast.adapt.guards.budget import (
+    AIM,
+    OVERSHOOT,
+    SETTLED,
+    STRONGER,
+    WEAKER,
+    ForgettingBudget,
+    PullController,
+)
 from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import Forecast
 from fast.adapt.guards.forgetting import TEMPERATURE, ForgettingMeter, by_neighbours, hold_back
+from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
+from fast.adapt.network.drift import Drift
+from fast.adapt.plan import plan_for
 from fast.curvature.card.answers import divergence, expected_rise
 from fast.curvature.card.calibrate import Calibration
 from fast.data.source_inputs import SourceInputs
+from fast.train.config import TrainConfig
 from networks import ConvNet, images
 
 X, Y = images(60, 5, seed=4)
@@ -288,3 +300,82 @@ def test_a_long_run_is_checked_often_and_only_once_the_backbone_moves():
         assert min(times) > 5000
         assert max(times) < 20_000
     assert last_samples(512, 20_000, 64) == 512
+
+
+class Held:
+    """A budget of 0.1 nats over one weight, of which `lost * weight ** 2` is lost."""
+
+    size, by_features = 64, False
+
+    def __init__(self, lost, average=False):
+        self.lost, self.weight, self.factors = lost, nn.Parameter(torch.ones(1)), []
+        self.average = WeightAverage([self.weight], horizon=10) if average else None
+        self.budget = ForgettingBudget(
+            model=nn.Linear(1, 1),
+            plan=plan_for(TrainConfig(method="l2-sp", forget_budget=0.1), steps=100),
+            batch_size=64,
+            budget=Budget(amount=0.1),
+            meter=self,
+            card=None,
+            weighted=False,
+            stats=lambda: {"forgetting": torch.tensor(math.nan)},
+            drift=Drift([self.weight], [torch.zeros(1)]),
+            average=self.average,
+            set_pull=self.factors.append,
+        )
+        self.step = min(self.budget.checks)
+
+    def __call__(self, model, samples):
+        return self.lost * self.weight.item() ** 2
+
+    @property
+    def allowed(self):
+        """What may be lost at the first check."""
+        return self.budget.controller.allowed(self.budget._way[self.step - 1])
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_large_excess_is_taken_back_at_once(average):
+    held = Held(lost=0.4, average=average)
+    held.budget.after_step(held.step)
+    assert held(None, 64) == pytest.approx(max(held.allowed, AIM * 0.1), rel=0.05)
+    assert held.budget.measured == pytest.approx(held(None, 64))
+    assert held.factors == [pytest.approx(min(STRONGER, 0.4 / held.allowed))]
+    if average:
+        assert torch.equal(held.average.values[0], held.weight)
+
+
+def test_a_smaller_excess_is_left_to_the_pull():
+    held = Held(lost=0.29)
+    held.budget.after_step(held.step)
+    assert held.weight.item() == 1
+    assert held.budget.measured == pytest.approx(0.29)
+    assert held.factors == [pytest.approx(min(STRONGER, 0.29 / held.allowed))]
+
+
+def test_between_checks_nothing_is_measured():
+    held = Held(lost=0.4)
+    for step in {held.step - 1, held.step + 1, 100} - held.budget.checks:
+        held.budget.after_step(step)
+    assert (held.budget.measured, held.factors, held.weight.item()) == (None, [], 1)
+
+
+@pytest.mark.parametrize(("lost", "ends"), [(0.09, 0.09), (0.4, 0.095), (50.0, 0.095)])
+def test_a_run_ends_inside_its_budget_and_near_it(lost, ends):
+    held = Held(lost)
+    held.budget.finish()
+    assert held.budget.measured == held(None, 64) == pytest.approx(ends, rel=0.05)
+    assert held.budget.forecast() == held.budget.measured
+
+
+def test_forecast_and_pull_go_on_from_a_state():
+    held, other = Held(lost=0.29), Held(lost=9.0)
+    held.budget.after_step(held.step)
+    other.budget.load_state_dict(held.budget.state_dict())
+    assert other.factors == held.factors
+    assert other.budget.forecast() == held.budget.forecast() == pytest.approx(0.29)
+    other.budget.measured = None
+    assert other.budget.forecast() == pytest.approx(0.29)  # of the same drift
+    with torch.no_grad():
+        other.weight.fill_(2.0)
+    assert other.budget.forecast() == pytest.approx(4 * 0.29)

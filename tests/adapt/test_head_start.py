@@ -50,6 +50,7 @@ def test_dropout_that_drowns_the_inputs_is_told(pretrained, caplog):
         assert torch.equal(generator, torch.get_rng_state())
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         assert model[1].training
+        assert not model[2]._forward_pre_hooks
 
 
 def test_class_weights_hold_for_the_head_start():

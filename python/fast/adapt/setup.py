@@ -334,7 +334,7 @@ def _first_inputs(batches: TrainBatches) -> Any:
     inputs, _, index = next(stream)
     if batches.data.inputs is None:
         check_finite_inputs(inputs, "train", index)
-    if length(inputs) > 1 or batches.steps_per_epoch == 1:
+    if length(inputs) > 1:
         return inputs
     both = join(inputs, next(stream)[0])
     return inputs if both is None else both
