@@ -317,7 +317,7 @@ def kept_outputs(
 def _outputs_for_any_labels(data: Data, num_classes: int | None) -> int:
     """Outputs of a new head whose labels only the user's loss understands."""
     if num_classes is not None:
-        return num_classes
+        return check_num_classes(num_classes, least=1)
     labels = data.labels
     if labels is not None and labels.dim() == 2:
         return labels.shape[1]
