@@ -19,6 +19,8 @@ from fast.adapt.defaults import (
     SHUFFLED,
     SOURCE_INPUTS,
     TARGET_INPUTS,
+    own_beside_shuffled,
+    own_beside_synthetic,
     steps_for,
 )
 from fast.adapt.methods import METHODS
@@ -42,6 +44,15 @@ def test_the_default_length_suits_the_data():
     assert steps(64_000) == 3 * 1000
     assert steps(120, epochs=3) == 6  # 5.6: all of the last epoch is used
     assert steps(120, steps=7) == 7
+
+
+@pytest.mark.parametrize(
+    ("samples", "beside_shuffled", "beside_synthetic"),
+    [(100, 1, 26), (1000, 64, 128), (2000, 256, 256), (10**6, 256, 256)],
+)
+def test_few_inputs_that_are_learned_by_heart_are_kept(samples, beside_shuffled, beside_synthetic):
+    assert own_beside_shuffled(256, samples) == beside_shuffled
+    assert own_beside_synthetic(256, samples) == beside_synthetic
 
 
 @pytest.mark.parametrize("length", [1, 3, 10, 1000])

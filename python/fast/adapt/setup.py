@@ -20,7 +20,7 @@ from fast.adapt.defaults import (
     OWN,
     SHUFFLED,
     TOGETHER,
-    own_count,
+    own_beside_shuffled,
     rehearsed_by,
     steps_for,
     uses_card,
@@ -235,8 +235,8 @@ def _own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInput
     fit = BYTES * own.size // sum(x.nbytes for x in leaves(own.inputs))
     count = max(LEAST, min(most, fit) // 2)
     made = shuffled_patches(own.inputs, count, generator)
-    as_they_are = pick(own.inputs, slice(own_count(count, batches.data.num_samples)))
-    inputs = concatenate([made, as_they_are])
+    as_they_are = own_beside_shuffled(count, batches.data.num_samples)
+    inputs = concatenate([made, pick(own.inputs, slice(as_they_are))])
     order = torch.randperm(length(inputs), generator=generator)
     return SourceInputs(inputs=pick(inputs, order))
 
