@@ -136,8 +136,10 @@ def test_features_of_a_network_whose_head_does_not_count(networks, labels):
 
 
 def test_labels_that_the_head_cannot_give(networks):
+    for more, others in ((0, False), (1, True)):  # up to 4 and up to 5, of a head of 5 classes
+        samples = SourceInputs.parse((X, Y + more), 60)
+        assert ForgettingMeter(networks[0], samples, points=False).by_features == others
     samples = SourceInputs.parse((X, Y + 4), 60)
-    assert ForgettingMeter(networks[0], samples, points=False).by_features
     with pytest.raises(ValueError, match=r"label 8, and the source head has 5 classes.*features"):
         ForgettingMeter(networks[0], samples, points=False, skill="answers")
     alone = SourceInputs.parse((X, torch.arange(60)), 60)

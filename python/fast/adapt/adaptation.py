@@ -371,7 +371,6 @@ class Adaptation:
     def close(self) -> None:
         """Remove the hooks on the network, without which there is no penalty."""
         self._network.close()
-        self.guards.close()
         self._until_closed.close()
 
     # State.
