@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fast
+from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.guards.distill import Distillation, Remembered, digest
 from networks import images
 
@@ -101,14 +102,42 @@ def test_a_view_that_is_not_remembered_is_left_out():
     assert not distillation.live
 
 
-def remembering(inputs=TRAIN[0][:6]):
-    """Distillation that remembers the answers (zeros) to samples 4, 2 and 5 of six."""
+def remembering(*positions):
+    """Distillation that remembers the answers to samples 4, 2 and 5 of six."""
+    torch.manual_seed(0)
     remembered = Remembered(
-        rows=torch.tensor([4, 2, 5]), outputs=torch.zeros(3, 5), num_samples=6, inputs=inputs
+        rows=torch.tensor([4, 2, 5]),
+        outputs=torch.randn(3, *positions, 5),
+        num_samples=6,
+        inputs=TRAIN[0][:6],
     )
     return Distillation(
-        source=nn.Linear(2, 5), weight=1.0, remembered=remembered, pretrained_copy=lambda: None
+        source=nn.Linear(2, 5), weight=0.7, remembered=remembered, pretrained_copy=lambda: None
     )
+
+
+def seen(places, remembered, features):
+    batch = MicroBatch(inputs=None, places=torch.tensor(places), remembered=remembered, source=None)
+    inputs = TRAIN[0][: len(places)]
+    facts = {"model": None, "step": 0, "inputs": inputs, "source_features": None}
+    return Seen(batch=batch, features=features, **facts)
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (3,)])
+def test_the_penalty_is_the_mean_divergence_of_what_is_remembered(positions):
+    """Four samples are remembered in the whole step, two of them in this micro-batch."""
+    distillation, features = remembering(*positions), torch.randn(3, *positions, 2)
+    before, now = distillation.remembered.outputs[[2, 0]], distillation.source(features[[0, 2]])
+    p, q = (x.double().div(2).softmax(-1) for x in (before, now))
+    divergence = 4 * (p * (p / q).log()).sum(-1)
+    expected = 0.7 * divergence.flatten(1).mean(1).sum() if positions else 0.7 * divergence.sum()
+    penalty = distillation.penalty(seen([2, -1, 0], 4.0, features))
+    assert penalty.item() == pytest.approx(expected.item() / 4, rel=1e-5)
+
+
+def test_without_anything_remembered_or_seen_there_is_no_penalty():
+    assert remembering().penalty(seen([-1, -1], 0.0, torch.randn(2, 2))) is None
+    assert remembering().penalty(seen([0, 1], 2.0, None)) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fast.adapt.state import check_state, differences
+from fast.adapt.state import check_state, differences, joined_state, split_state
+from fast.train.config import TrainConfig
 
 OWN = {
     "format": 3,
@@ -55,3 +56,24 @@ def test_runs_differ_in_what_the_first_had():
     assert differences({"lr": 0.1, "seed": 1, "head": None}, {"lr": 0.1, "seed": 2, "more": 3}) == (
         "seed was 1, is 2"
     )
+
+
+def test_tensors_are_taken_out_of_a_state_and_put_back():
+    tensors = {"state.mean": torch.ones(2), "state.guards.0": torch.zeros(3)}
+    state = {"mean": tensors["state.mean"], "done": 2, "guards": {"0": tensors["state.guards.0"]}}
+    plain, taken = split_state(state, "state")
+    assert plain == {"done": 2, "guards": {}}
+    assert taken == tensors
+    assert joined_state(plain, taken, state, "state") == state
+    with pytest.raises(KeyError):
+        joined_state(plain, {}, state, "state")
+
+
+def test_where_a_run_computes_is_no_part_of_what_it_computes():
+    here, there = (
+        TrainConfig(lr=0.1),
+        TrainConfig(lr=0.1, device="cuda", output="there", shard=True),
+    )
+    assert here.computed() == there.computed()
+    assert {"lr", "steps", "seed", "mixup"} < set(here.computed())
+    assert not {"device", "output", "shard", "progress"} & set(here.computed())
