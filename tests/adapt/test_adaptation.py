@@ -323,6 +323,24 @@ def test_a_card_weights_no_head_that_is_kept(pretrained, optimizer):
     assert curved == set(model.parameters()) - set(model.decide.parameters())
 
 
+@pytest.mark.parametrize(("method", "weighted"), [("fast", True), ("l2-sp", False)])
+def test_a_card_weights_the_pull_of_methods_that_have_a_weighted_one(pretrained, method, weighted):
+    card = fast.SourceCard.estimate(
+        pretrained, SOURCE[0], num_samples=16, calibration_samples=4, coherence=False
+    )
+    options = {"method": method, "card": card, "steps": 2, "rehearse": 0.0}
+    adaptation = fast.Adaptation(copy.deepcopy(pretrained), TRAIN, **options)
+    states = adaptation.optimizer.state.values()
+    assert any("curvature" in state or "curvature_codes" in state for state in states) == weighted
+
+
+def test_an_optimizer_at_a_rate_of_0_moves_nothing(pretrained):
+    model = copy.deepcopy(pretrained)
+    options = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0), "batch_norm": "frozen"}
+    result = loop(model, source_inputs=SOURCE[0], **options)
+    assert result.final["drift"] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights_are_trained_in_float32(pretrained, dtype):
     model = copy.deepcopy(pretrained).to(dtype)
