@@ -65,6 +65,23 @@ def test_a_head_that_learns_by_heart_goes_back_to_where_others_were_answered_bes
     assert losses[-1] == losses[-2]  # two looks without a better one end it
 
 
+@pytest.mark.parametrize(("steps", "looks"), [(1, 1), (20, 1), (45, 3)])
+def test_others_are_asked_every_twenty_steps_and_at_the_end(steps, looks):
+    asked = []
+
+    def loss(logits, labels):
+        if not torch.is_grad_enabled():
+            asked.append(len(labels))
+        return F.cross_entropy(logits, labels)
+
+    labels = torch.arange(100) % 3
+    features = F.one_hot(labels, 3) + 0.1 * torch.randn(100, 3)
+    head = new_head(features)
+    start_head(head, features, labels, loss=loss, steps=steps, seed=0)
+    assert asked == [20] * looks
+    assert head.linear.weight.any()
+
+
 @pytest.mark.parametrize("samples", [3, 4])
 def test_of_few_samples_none_is_held_out(samples):
     features, labels = torch.randn(samples, 8), torch.arange(samples) % 3
