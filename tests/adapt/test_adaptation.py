@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
+from fast.merge.joined import Joined
 from networks import TextNet, images, sentences
 
 TRAIN, VAL = images(200, 4, seed=1), images(100, 4, seed=2)
@@ -358,6 +359,32 @@ def test_16_bit_weights_are_trained_in_float32(pretrained, dtype):
     loop(wide, (train[0].float(), TRAIN[1]), source_inputs=kept.float())
     assert same(model, wide)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (1, "a joined network of 1 forward pass .*give joined.network"),
+        (2, "a joined network of 2 forward passes .*only one that takes one pass learns another"),
+    ],
+)
+def test_a_joined_network_is_refused_with_the_way_out(pretrained, passes, message):
+    networks = [copy.deepcopy(pretrained) for _ in range(passes)]
+    joined = Joined(networks, "abcdefghij"[: 5 * passes], 5, "decide")
+    with pytest.raises(ValueError, match=message):
+        fast.Adaptation(joined, TRAIN, steps=2)
+
+
+def test_a_network_is_wrapped_after_the_adaptation(pretrained, tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(copy.deepcopy(pretrained))
+        with pytest.raises(ValueError, match=r"wrap it after fast\.Adaptation, and pass it to for"):
+            fast.Adaptation(model, TRAIN, steps=2)
+        assert fast.Adaptation(model, SOURCE, head="keep", steps=2).model is model.module
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_optimizer_that_is_none_is_refused(pretrained):

@@ -43,7 +43,7 @@ from fast.data.source_inputs import (
 )
 from fast.data.stream import TrainBatches
 from fast.data.trees import concatenate, join, leaves, length, move, pick
-from fast.errors import did_you_mean, warn
+from fast.errors import counted, did_you_mean, warn
 from fast.heads import (
     evaluating,
     find_head,
@@ -346,8 +346,8 @@ def check_model(model: nn.Module) -> None:
         one = "give joined.network, which is a plain one"
         two = "only one that takes one pass learns another task: adapt with tasks='together' first"
         raise ValueError(
-            f"model: a joined network of {model.passes} forward passes (docs/join.md): "
-            + (one if model.passes == 1 else two)
+            f"model: a joined network of {counted(model.passes, 'forward pass', 'forward passes')} "
+            f"(docs/join.md): {one if model.passes == 1 else two}"
         )
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     if not tensors:
