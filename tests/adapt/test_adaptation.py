@@ -34,6 +34,16 @@ RUNS = {
 }
 
 
+# Options that `fast.finetune` does not take.
+LOOPS = RUNS | {
+    "fast, own optimizer": {
+        "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.02, momentum=0.9),
+        "source_inputs": SOURCE,
+        "forget_budget": 0.01,
+    }
+}
+
+
 def network(pretrained):
     """One whose dropout draws random numbers in every step."""
     torch.manual_seed(1)
@@ -81,17 +91,26 @@ def test_a_text_network_and_its_inputs_by_name():
 
 
 @pytest.mark.parametrize(
-    "name", ["fast", "fast, distillation", "fast, budget", "lp-ft", "replay", "adapter"]
+    "name",
+    [
+        "fast",
+        "fast, distillation",
+        "fast, budget",
+        "fast, own optimizer",
+        "lp-ft",
+        "replay",
+        "adapter",
+    ],
 )
 def test_a_state_goes_on_to_the_bit(pretrained, name):
     """Through `torch.save`, which then loads tensors and plain values only."""
     whole = network(pretrained)
-    loop(whole, **RUNS[name])
+    loop(whole, **LOOPS[name])
 
     def begin():
         model = network(pretrained)
         torch.manual_seed(0)
-        adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, batch_size=BATCH, **RUNS[name])
+        adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, batch_size=BATCH, **LOOPS[name])
         return model, adaptation, adaptation.scheduler()
 
     def take(adaptation, scheduler, steps):

@@ -211,6 +211,19 @@ def test_a_line_lands_where_the_aim_is_lost(power, looks):
     assert torch.allclose(p, line.place * end)
 
 
+def test_the_last_place_is_guessed_from_the_nearest_measurement():
+    """Each goes on from the one before by the power of 2 that is assumed; the loss has a power of
+    1, so that more than the aim is lost at all of them."""
+    p = nn.Parameter(torch.ones(1))
+    line = WeightLine([p], [torch.zeros(1)])
+    place = 1.0
+    for _ in range(3):
+        place *= (0.4 / (3 * place)) ** 0.5
+    lost = line.land(lambda: 3 * p.item(), lost=3.0, aim=0.4, exponent=2.0, checks=2, surely=False)
+    assert line.place == pytest.approx(place)
+    assert lost == pytest.approx(3 * place)
+
+
 def test_a_line_goes_far_back_where_all_is_lost_at_once():
     """A cliff at a twentieth of the way: the last check found nothing inside, a guess follows."""
     p = nn.Parameter(torch.ones(1))

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 import fast
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.guards.distill import Distillation, Remembered, digest
+from fast.adapt.network.prepare import SourceOutputs
+from fast.data.dataset import as_data
 from networks import images
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
@@ -171,3 +173,14 @@ def test_inputs_of_other_shapes_make_the_answers_live():
     distillation = remembering()
     distillation.check(torch.tensor([4]), TRAIN[0][4:5, :, :4])
     assert distillation.live
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1, [4, 2]), (40, [4, 2]), (41, [4, 2, 5]), (0, None)])
+def test_answers_are_remembered_up_to_their_bytes(monkeypatch, most, rows):
+    """Five numbers of four bytes for each sample, added by two and one."""
+    monkeypatch.setattr("fast.adapt.network.prepare.DISTILL_BYTES", most)
+    outputs = SourceOutputs(nn.Linear(2, 5), as_data(TRAIN, "train"))
+    for index in ([4, 2], [5]):
+        outputs.add(torch.zeros(len(index), 2), TRAIN[0][index], torch.tensor(index))
+    remembered = outputs.remembered()
+    assert (None if remembered is None else remembered.rows.tolist()) == rows
