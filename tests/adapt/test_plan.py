@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fast
 from fast.adapt.defaults import (
+    EASED,
     LAYER_NORM_LR,
     LEAST_SHARE,
     LEAST_STEPS,
@@ -84,6 +85,22 @@ def test_the_plan_is_told_before_the_first_step(capsys):
     assert "3 steps of 32 samples and 32 target inputs (half or more with shuffled patches)" in told
     assert "(the run ends at 16.7 % of it, before the end of its ramp)" in told
     assert "4 classes, 120 training samples" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_norms", "distill"),
+    [
+        ({}, False, 0.05 * EASED),
+        ({}, True, 0.0),  # the source's batch norms give its head features of their own
+        ({"tasks": "together"}, True, 0.05 * EASED),
+        ({"head": "keep"}, False, 0.0),
+        ({"head": "keep", "distill": 0.2}, False, 0.2),
+    ],
+)
+def test_answers_are_kept_where_they_need_not_change(options, batch_norms, distill):
+    facts = {"rehearsed": SOURCE_INPUTS, "batch_norms": batch_norms}
+    plan = plan_for(TrainConfig(**options), steps=100, **facts)
+    assert plan.distill == pytest.approx(distill)
 
 
 @pytest.mark.parametrize(
