@@ -23,6 +23,7 @@ from fast.adapt.defaults import (
     own_beside_shuffled,
     own_beside_synthetic,
     steps_for,
+    uses_card,
 )
 from fast.adapt.methods import METHODS
 from fast.adapt.plan import plan_for
@@ -54,6 +55,24 @@ def test_the_default_length_suits_the_data():
 def test_few_inputs_that_are_learned_by_heart_are_kept(samples, beside_shuffled, beside_synthetic):
     assert own_beside_shuffled(256, samples) == beside_shuffled
     assert own_beside_synthetic(256, samples) == beside_synthetic
+    assert own_beside_shuffled(256, None) == 256
+
+
+@pytest.mark.parametrize(
+    ("options", "card", "source_inputs", "uses"),
+    [
+        ({}, False, True, False),  # rehearsal keeps more than a card of its own
+        ({}, True, False, True),
+        ({"rehearse": 0.0}, False, True, True),
+        ({"rehearse": 0.0}, False, False, False),
+        ({"method": "ewc"}, False, False, True),
+        ({"method": "ewc", "rehearse": 1.0}, False, True, True),
+        ({"method": "l2-sp"}, False, True, False),
+        ({"method": "adapter"}, True, True, False),
+    ],
+)
+def test_a_run_has_a_card_where_it_is_given_or_needed(options, card, source_inputs, uses):
+    assert uses_card(TrainConfig(**options), card, source_inputs) == uses
 
 
 @pytest.mark.parametrize("length", [1, 3, 10, 1000])
