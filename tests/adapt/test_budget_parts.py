@@ -192,6 +192,15 @@ def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
     assert meter.by_features
 
 
+@pytest.mark.parametrize(("budget", "held"), [(None, 128), (Budget(amount=0.1), 512)])
+@pytest.mark.parametrize("samples", [60, 1200])
+def test_a_budget_is_checked_on_more_inputs_but_at_most_on_half(networks, budget, held, samples):
+    kept = SourceInputs.parse(X.repeat(samples // 60, 1, 1, 1), samples)
+    first, meter = hold_back(networks[0], kept, budget=budget, skill="auto")
+    assert meter.size == min(held, samples // 2)
+    assert first.size == samples - meter.size
+
+
 @pytest.mark.parametrize(("power", "looks"), [(1.0, 6), (2.0, 1), (6.0, 2)])
 def test_a_line_lands_where_the_aim_is_lost(power, looks):
     """On a loss that is a power of the displacement, whatever power was guessed; two places around
@@ -222,6 +231,17 @@ def test_the_last_place_is_guessed_from_the_nearest_measurement():
     lost = line.land(lambda: 3 * p.item(), lost=3.0, aim=0.4, exponent=2.0, checks=2, surely=False)
     assert line.place == pytest.approx(place)
     assert lost == pytest.approx(3 * place)
+
+
+def test_a_line_ends_at_the_last_place_that_was_measured_to_be_inside():
+    """A cliff behind the first place that is measured, and before the second."""
+    p = nn.Parameter(torch.ones(1))
+    line = WeightLine([p], [torch.zeros(1)])
+    lost = line.land(
+        lambda: 9.0 if p.item() > 0.12 else 0.02, lost=9.0, aim=0.1, exponent=2.0, checks=2
+    )
+    assert lost == 0.02
+    assert line.place == pytest.approx((0.1 / 9) ** 0.5)
 
 
 def test_a_line_goes_far_back_where_all_is_lost_at_once():
@@ -324,6 +344,8 @@ def test_a_long_run_is_checked_often_and_only_once_the_backbone_moves():
         assert min(times) > 5000
         assert max(times) < 20_000
     assert last_samples(512, 20_000, 64) == 512
+    assert last_samples(10**6, 1000, 64) == 0.03 * 3 * 64 * 1000 / 6  # five checks, and one before
+    assert last_samples(10**6, 10, 64) == 128
 
 
 class Held:
