@@ -287,7 +287,7 @@ def test_the_forecast_goes_through_what_was_measured():
     assert forecast(1.0) == pytest.approx(0.2)
     forecast.update(1.0, 0.1 * 2**1.5)  # steeper than it said
     assert forecast(2.0) == pytest.approx(0.1 * 4**1.5)
-    for energy, measured in [(1.0, -0.1), (0.0, 1.0), (1.0, math.nan)]:  # no news
+    for energy, measured in [(1.0, -0.1), (1.0, 0.0), (0.0, 1.0), (1.0, math.nan)]:  # no news
         forecast.update(energy, measured)
         assert forecast(2.0) == pytest.approx(0.1 * 4**1.5)
     again = Forecast(Calibration(scale=5.0, exponent=0.7, spread=1.0, coherence=1.0))
@@ -412,6 +412,8 @@ def test_a_run_ends_inside_its_budget_and_near_it(lost, ends):
     held.budget.finish()
     assert held.budget.measured == held(None, 64) == pytest.approx(ends, rel=0.05)
     assert held.budget.forecast() == held.budget.measured
+    held.budget.measured = None
+    assert held.budget.forecast() == pytest.approx(ends, rel=0.05)  # by how far the weights are
 
 
 def test_forecast_and_pull_go_on_from_a_state():

@@ -107,6 +107,20 @@ def test_the_plan_is_told_before_the_first_step(capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({}, [1.0, 0.8536, 0.5, 0.1464, 0.0]),
+        ({"warmup": 2}, [1 / 3, 2 / 3, 1.0, 0.5, 0.0]),
+        ({"warmup": 9}, [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ({"warmup": 1, "schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_rate_rises_in_the_warm_up_and_falls_by_half_a_cosine(options, factors):
+    plan = plan_for(TrainConfig(**options), steps=4)
+    assert [plan.lr_factor(step) for step in range(5)] == pytest.approx(factors, abs=1e-4)
+
+
+@pytest.mark.parametrize(
     ("options", "batch_norms", "distill"),
     [
         ({}, False, 0.05 * EASED),
