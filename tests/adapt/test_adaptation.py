@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fast
+from fast.merge.joined import Joined
 from networks import TextNet, images, sentences
 
 TRAIN, VAL = images(200, 4, seed=1), images(100, 4, seed=2)
@@ -30,6 +31,16 @@ RUNS = {
     "replay": {"method": "replay", "source_inputs": SOURCE, "batch_norm": "per_task"},
     "fast, two functions": {"tasks": "switched", "rehearse": 0.0},
     "adapter": {"method": "adapter"},
+}
+
+
+# Options that `fast.finetune` does not take.
+LOOPS = RUNS | {
+    "fast, own optimizer": {
+        "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.02, momentum=0.9),
+        "source_inputs": SOURCE,
+        "forget_budget": 0.01,
+    }
 }
 
 
@@ -80,17 +91,26 @@ def test_a_text_network_and_its_inputs_by_name():
 
 
 @pytest.mark.parametrize(
-    "name", ["fast", "fast, distillation", "fast, budget", "lp-ft", "replay", "adapter"]
+    "name",
+    [
+        "fast",
+        "fast, distillation",
+        "fast, budget",
+        "fast, own optimizer",
+        "lp-ft",
+        "replay",
+        "adapter",
+    ],
 )
 def test_a_state_goes_on_to_the_bit(pretrained, name):
     """Through `torch.save`, which then loads tensors and plain values only."""
     whole = network(pretrained)
-    loop(whole, **RUNS[name])
+    loop(whole, **LOOPS[name])
 
     def begin():
         model = network(pretrained)
         torch.manual_seed(0)
-        adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, batch_size=BATCH, **RUNS[name])
+        adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, batch_size=BATCH, **LOOPS[name])
         return model, adaptation, adaptation.scheduler()
 
     def take(adaptation, scheduler, steps):
@@ -323,6 +343,24 @@ def test_a_card_weights_no_head_that_is_kept(pretrained, optimizer):
     assert curved == set(model.parameters()) - set(model.decide.parameters())
 
 
+@pytest.mark.parametrize(("method", "weighted"), [("fast", True), ("l2-sp", False)])
+def test_a_card_weights_the_pull_of_methods_that_have_a_weighted_one(pretrained, method, weighted):
+    card = fast.SourceCard.estimate(
+        pretrained, SOURCE[0], num_samples=16, calibration_samples=4, coherence=False
+    )
+    options = {"method": method, "card": card, "steps": 2, "rehearse": 0.0}
+    adaptation = fast.Adaptation(copy.deepcopy(pretrained), TRAIN, **options)
+    states = adaptation.optimizer.state.values()
+    assert any("curvature" in state or "curvature_codes" in state for state in states) == weighted
+
+
+def test_an_optimizer_at_a_rate_of_0_moves_nothing(pretrained):
+    model = copy.deepcopy(pretrained)
+    options = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0), "batch_norm": "frozen"}
+    result = loop(model, source_inputs=SOURCE[0], **options)
+    assert result.final["drift"] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights_are_trained_in_float32(pretrained, dtype):
     model = copy.deepcopy(pretrained).to(dtype)
@@ -340,6 +378,32 @@ def test_16_bit_weights_are_trained_in_float32(pretrained, dtype):
     loop(wide, (train[0].float(), TRAIN[1]), source_inputs=kept.float())
     assert same(model, wide)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        (1, "a joined network of 1 forward pass .*give joined.network"),
+        (2, "a joined network of 2 forward passes .*only one that takes one pass learns another"),
+    ],
+)
+def test_a_joined_network_is_refused_with_the_way_out(pretrained, passes, message):
+    networks = [copy.deepcopy(pretrained) for _ in range(passes)]
+    joined = Joined(networks, "abcdefghij"[: 5 * passes], 5, "decide")
+    with pytest.raises(ValueError, match=message):
+        fast.Adaptation(joined, TRAIN, steps=2)
+
+
+def test_a_network_is_wrapped_after_the_adaptation(pretrained, tmp_path):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(copy.deepcopy(pretrained))
+        with pytest.raises(ValueError, match=r"wrap it after fast\.Adaptation, and pass it to for"):
+            fast.Adaptation(model, TRAIN, steps=2)
+        assert fast.Adaptation(model, SOURCE, head="keep", steps=2).model is model.module
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_optimizer_that_is_none_is_refused(pretrained):
@@ -386,6 +450,20 @@ def test_averaged_weights_are_in_place_for_a_while(pretrained):
     assert same(model, average)
 
 
+@pytest.mark.parametrize(("batch_size", "size"), [(1, 2), (2, 2), (5, 5)])
+def test_a_sample_has_more_than_one_input(pretrained, batch_size, size):
+    options = {"batch_size": batch_size, "rehearse": 0.0, "steps": 2}
+    assert len(fast.Adaptation(copy.deepcopy(pretrained), TRAIN, **options).sample) == size
+
+
+@pytest.mark.parametrize("name", ["fast", "fast, distillation", "replay"])
+def test_no_hook_is_left_on_the_network(pretrained, name):
+    model = network(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, **RUNS[name])
+    (adaptation.close if name == "replay" else adaptation.finish)()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
 def test_a_constructor_that_fails_leaves_the_model(pretrained):
     model = copy.deepcopy(pretrained)
     for options, message in [
@@ -393,6 +471,9 @@ def test_a_constructor_that_fails_leaves_the_model(pretrained):
         ({"forget_budget": 0.1}, "forget_budget needs source_inputs"),
         ({"method": "replay"}, "pass source_inputs="),
         ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"num_classes": 3}, "labels must be 0..2; got 0..3"),
+        ({"augmented": "no"}, "augmented must be True or False; got 'no'"),
+        ({"resuming": 1}, "resuming must be True or False; got 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             fast.Adaptation(model, TRAIN, steps=2, **options)

@@ -185,6 +185,26 @@ def test_labels_that_no_one_can_count(pretrained):
         fast.Adaptation(ConvNet(), (X, X.mean((1, 2, 3))), steps=2)
 
 
+def test_whole_labels_are_counted_for_a_loss_of_the_users_own(pretrained):
+    options = {"loss": F.cross_entropy, "steps": 2}
+    adaptation = fast.Adaptation(copy.deepcopy(pretrained), (X, Y), **options)
+    assert adaptation.num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (0, ValueError, "num_classes must be at least 1; got 0"),
+        (10**9, ValueError, "num_classes must be at most 1000000"),
+        (2.5, TypeError, r"num_classes must be a whole number; got 2\.5"),
+    ],
+)
+def test_a_number_of_outputs_that_no_head_has_is_refused(pretrained, number, error, message):
+    options = {"loss": F.cross_entropy, "num_classes": number, "steps": 2}
+    with pytest.raises(error, match=message):
+        fast.Adaptation(copy.deepcopy(pretrained), (X, Y), **options)
+
+
 @pytest.mark.parametrize(
     ("loss", "labels", "message"),
     [

@@ -70,6 +70,17 @@ def test_states_and_steps_belong_outside():
     assert adaptation.done == 7
 
 
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_look_at_the_average_is_no_loading(looks):
+    """A loop that stops early after an evaluation gets the average, without a warning."""
+    model, adaptation = adapted(4)
+    for _ in range(looks):
+        with adaptation.averaged():
+            average = vector(model)
+    adaptation.finish()
+    assert torch.equal(vector(model), average)
+
+
 def test_weights_that_are_loaded_after_the_last_step_stay():
     """A loop that stops early, loads its best weights and finishes got the average instead."""
     model, adaptation = adapted(4)
@@ -81,6 +92,8 @@ def test_weights_that_are_loaded_after_the_last_step_stay():
         assert not torch.equal(vector(model), average)
     with pytest.warns(UserWarning, match=r"finish\(\) keeps them, and not the average"):
         adaptation.finish()
+    with adaptation.averaged():
+        assert torch.equal(vector(model), average)
     assert torch.equal(vector(model), average)
 
 

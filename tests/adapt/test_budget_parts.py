@@ -12,14 +12,26 @@ from torch import nn
 
 import fast
 from fast.adapt.config import Budget
-from fast.adapt.guards.budget import AIM, OVERSHOOT, SETTLED, STRONGER, WEAKER, PullController
+from fast.adapt.guards.budget import (
+    AIM,
+    OVERSHOOT,
+    SETTLED,
+    STRONGER,
+    WEAKER,
+    ForgettingBudget,
+    PullController,
+)
 from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import Forecast
 from fast.adapt.guards.forgetting import TEMPERATURE, ForgettingMeter, by_neighbours, hold_back
+from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
+from fast.adapt.network.drift import Drift
+from fast.adapt.plan import plan_for
 from fast.curvature.card.answers import divergence, expected_rise
 from fast.curvature.card.calibrate import Calibration
 from fast.data.source_inputs import SourceInputs
+from fast.train.config import TrainConfig
 from networks import ConvNet, images
 
 X, Y = images(60, 5, seed=4)
@@ -124,13 +136,47 @@ def test_features_of_a_network_whose_head_does_not_count(networks, labels):
 
 
 def test_labels_that_the_head_cannot_give(networks):
+    for more, others in ((0, False), (1, True)):  # up to 4 and up to 5, of a head of 5 classes
+        samples = SourceInputs.parse((X, Y + more), 60)
+        assert ForgettingMeter(networks[0], samples, points=False).by_features == others
     samples = SourceInputs.parse((X, Y + 4), 60)
-    assert ForgettingMeter(networks[0], samples, points=False).by_features
     with pytest.raises(ValueError, match=r"label 8, and the source head has 5 classes.*features"):
         ForgettingMeter(networks[0], samples, points=False, skill="answers")
     alone = SourceInputs.parse((X, torch.arange(60)), 60)
     with pytest.raises(ValueError, match="60 held-back samples of 60 classes"):
         ForgettingMeter(networks[0], alone, points=False)
+
+
+class Tokens(nn.Module):
+    """A head that sees each row of a picture by itself; its answers are averaged if `mean`."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.body, self.fc, self.mean = nn.Linear(8, 6), nn.Linear(6, 5), mean
+
+    def forward(self, x):
+        logits = self.fc(self.body(x).flatten(0, 2))
+        return logits.unflatten(0, x.shape[:3]).mean((1, 2)) if self.mean else logits
+
+
+@pytest.mark.parametrize("data", [X, (X, Y)])
+@pytest.mark.parametrize(
+    ("mean", "skill", "message"),
+    [
+        (True, "features", "480 feature vectors of 60 samples.*set source_skill='answers'"),
+        (False, "auto", r"answers 60 samples with 480 rows of logits.*return \[B, C"),
+    ],
+)
+def test_each_sample_needs_one_answer(data, mean, skill, message):
+    with pytest.raises(ValueError, match=message):
+        ForgettingMeter(Tokens(mean), SourceInputs.parse(data, 60), points=False, skill=skill)
+
+
+def test_answers_have_to_be_finite(networks):
+    with torch.no_grad():
+        networks[0].decide.bias[0] = math.inf
+    with pytest.raises(ValueError, match="answers to them are not finite"):
+        ForgettingMeter(networks[0], SourceInputs.parse(X, 60), points=False)
 
 
 def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
@@ -146,20 +192,56 @@ def test_a_label_that_the_head_cannot_give_counts_wherever_it_is(networks):
     assert meter.by_features
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 6.0])
-def test_a_line_lands_where_the_aim_is_lost(power):
-    """On a loss that is a power of the displacement, whatever power was guessed."""
+@pytest.mark.parametrize(("budget", "held"), [(None, 128), (Budget(amount=0.1), 512)])
+@pytest.mark.parametrize("samples", [60, 1200])
+def test_a_budget_is_checked_on_more_inputs_but_at_most_on_half(networks, budget, held, samples):
+    kept = SourceInputs.parse(X.repeat(samples // 60, 1, 1, 1), samples)
+    first, meter = hold_back(networks[0], kept, budget=budget, skill="auto")
+    assert meter.size == min(held, samples // 2)
+    assert first.size == samples - meter.size
+
+
+@pytest.mark.parametrize(("power", "looks"), [(1.0, 6), (2.0, 1), (6.0, 2)])
+def test_a_line_lands_where_the_aim_is_lost(power, looks):
+    """On a loss that is a power of the displacement, whatever power was guessed; two places around
+    the aim tell the right one."""
     anchor, p = torch.zeros(5), nn.Parameter(torch.randn(5))
     end = p.detach().clone()
-    line = WeightLine([p], [anchor])
+    line, measured = WeightLine([p], [anchor]), []
 
     def loss():
-        return 3 * float(p.detach().norm() / end.norm()) ** power
+        measured.append(3 * float(p.detach().norm() / end.norm()) ** power)
+        return measured[-1]
 
     lost = line.land(loss, lost=3.0, aim=0.4, exponent=2.0, checks=8)
-    assert lost == pytest.approx(0.4, rel=0.1)
+    assert len(measured) == looks
+    assert lost == measured[-1] == pytest.approx(0.4, rel=0.05)
     assert loss() == pytest.approx(lost)
     assert torch.allclose(p, line.place * end)
+
+
+def test_the_last_place_is_guessed_from_the_nearest_measurement():
+    """Each goes on from the one before by the power of 2 that is assumed; the loss has a power of
+    1, so that more than the aim is lost at all of them."""
+    p = nn.Parameter(torch.ones(1))
+    line = WeightLine([p], [torch.zeros(1)])
+    place = 1.0
+    for _ in range(3):
+        place *= (0.4 / (3 * place)) ** 0.5
+    lost = line.land(lambda: 3 * p.item(), lost=3.0, aim=0.4, exponent=2.0, checks=2, surely=False)
+    assert line.place == pytest.approx(place)
+    assert lost == pytest.approx(3 * place)
+
+
+def test_a_line_ends_at_the_last_place_that_was_measured_to_be_inside():
+    """A cliff behind the first place that is measured, and before the second."""
+    p = nn.Parameter(torch.ones(1))
+    line = WeightLine([p], [torch.zeros(1)])
+    lost = line.land(
+        lambda: 9.0 if p.item() > 0.12 else 0.02, lost=9.0, aim=0.1, exponent=2.0, checks=2
+    )
+    assert lost == 0.02
+    assert line.place == pytest.approx((0.1 / 9) ** 0.5)
 
 
 def test_a_line_goes_far_back_where_all_is_lost_at_once():
@@ -205,12 +287,18 @@ def test_the_forecast_goes_through_what_was_measured():
     assert forecast(1.0) == pytest.approx(0.2)
     forecast.update(1.0, 0.1 * 2**1.5)  # steeper than it said
     assert forecast(2.0) == pytest.approx(0.1 * 4**1.5)
-    for energy, measured in [(1.0, -0.1), (0.0, 1.0), (1.0, math.nan)]:  # no news
+    for energy, measured in [(1.0, -0.1), (1.0, 0.0), (0.0, 1.0), (1.0, math.nan)]:  # no news
         forecast.update(energy, measured)
         assert forecast(2.0) == pytest.approx(0.1 * 4**1.5)
     again = Forecast(Calibration(scale=5.0, exponent=0.7, spread=1.0, coherence=1.0))
     again.load_state_dict(forecast.state_dict())
     assert again(3.0) == forecast(3.0)
+    for each in (forecast, again):  # the last measurement is part of the state
+        each.update(3.0, 1.0)
+    assert again(4.0) == forecast(4.0)
+    untouched = Forecast(Calibration(scale=2.0, exponent=1.0, spread=1.0, coherence=1.0))
+    again.load_state_dict(untouched.state_dict())
+    assert again(0.5) == 1.0
 
 
 def test_the_pull_follows_what_is_lost():
@@ -256,3 +344,86 @@ def test_a_long_run_is_checked_often_and_only_once_the_backbone_moves():
         assert min(times) > 5000
         assert max(times) < 20_000
     assert last_samples(512, 20_000, 64) == 512
+    assert last_samples(10**6, 1000, 64) == 0.03 * 3 * 64 * 1000 / 6  # five checks, and one before
+    assert last_samples(10**6, 10, 64) == 128
+
+
+class Held:
+    """A budget of 0.1 nats over one weight, of which `lost * weight ** 2` is lost."""
+
+    size, by_features = 64, False
+
+    def __init__(self, lost, average=False):
+        self.lost, self.weight, self.factors = lost, nn.Parameter(torch.ones(1)), []
+        self.average = WeightAverage([self.weight], horizon=10) if average else None
+        self.budget = ForgettingBudget(
+            model=nn.Linear(1, 1),
+            plan=plan_for(TrainConfig(method="l2-sp", forget_budget=0.1), steps=100),
+            batch_size=64,
+            budget=Budget(amount=0.1),
+            meter=self,
+            card=None,
+            weighted=False,
+            stats=lambda: {"forgetting": torch.tensor(math.nan)},
+            drift=Drift([self.weight], [torch.zeros(1)]),
+            average=self.average,
+            set_pull=self.factors.append,
+        )
+        self.step = min(self.budget.checks)
+
+    def __call__(self, model, samples):
+        return self.lost * self.weight.item() ** 2
+
+    @property
+    def allowed(self):
+        """What may be lost at the first check."""
+        return self.budget.controller.allowed(self.budget._way[self.step - 1])
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_large_excess_is_taken_back_at_once(average):
+    held = Held(lost=0.4, average=average)
+    held.budget.after_step(held.step)
+    assert held(None, 64) == pytest.approx(max(held.allowed, AIM * 0.1), rel=0.05)
+    assert held.budget.measured == pytest.approx(held(None, 64))
+    assert held.factors == [pytest.approx(min(STRONGER, 0.4 / held.allowed))]
+    if average:
+        assert torch.equal(held.average.values[0], held.weight)
+
+
+def test_a_smaller_excess_is_left_to_the_pull():
+    held = Held(lost=0.29)
+    held.budget.after_step(held.step)
+    assert held.weight.item() == 1
+    assert held.budget.measured == pytest.approx(0.29)
+    assert held.factors == [pytest.approx(min(STRONGER, 0.29 / held.allowed))]
+
+
+def test_between_checks_nothing_is_measured():
+    held = Held(lost=0.4)
+    for step in {held.step - 1, held.step + 1, 100} - held.budget.checks:
+        held.budget.after_step(step)
+    assert (held.budget.measured, held.factors, held.weight.item()) == (None, [], 1)
+
+
+@pytest.mark.parametrize(("lost", "ends"), [(0.09, 0.09), (0.4, 0.095), (50.0, 0.095)])
+def test_a_run_ends_inside_its_budget_and_near_it(lost, ends):
+    held = Held(lost)
+    held.budget.finish()
+    assert held.budget.measured == held(None, 64) == pytest.approx(ends, rel=0.05)
+    assert held.budget.forecast() == held.budget.measured
+    held.budget.measured = None
+    assert held.budget.forecast() == pytest.approx(ends, rel=0.05)  # by how far the weights are
+
+
+def test_forecast_and_pull_go_on_from_a_state():
+    held, other = Held(lost=0.29), Held(lost=9.0)
+    held.budget.after_step(held.step)
+    other.budget.load_state_dict(held.budget.state_dict())
+    assert other.factors == held.factors
+    assert other.budget.forecast() == held.budget.forecast() == pytest.approx(0.29)
+    other.budget.measured = None
+    assert other.budget.forecast() == pytest.approx(0.29)  # of the same drift
+    with torch.no_grad():
+        other.weight.fill_(2.0)
+    assert other.budget.forecast() == pytest.approx(4 * 0.29)

@@ -11,64 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fast
-from fast.adapt.guards.base import MicroBatch, Seen, SourceBatch
+from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.guards.distill import Distillation, Remembered, digest
-from fast.adapt.guards.rehearse import LOOSEST, TOLERANCE, Rehearsal
-from fast.data.source_inputs import SourceInputs
-from fast.heads import task_head
+from fast.adapt.network.prepare import SourceOutputs
+from fast.data.dataset import as_data
 from networks import images
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
 KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
 RUN = {"steps": 60, "lr": 1e-2, "eval_every": 60}
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_how_far_features_are_is_a_mean_over_samples_and_steps(pretrained, parts):
-    model = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
-    samples = SourceInputs.parse(KNOWN[0], 300)
-    head = task_head(model)
-    rehearsal = Rehearsal(
-        model=model, head=head, samples=samples, name="", size=8, weight=1.0, seed=0
-    )
-    before = rehearsal.features[:8]
-
-    def penalty(reference, features):
-        source = SourceBatch(inputs=None, reference=reference, total=1)
-        batch = MicroBatch(inputs=None, places=torch.empty(0), remembered=0, source=source)
-        return rehearsal.penalty(
-            Seen(
-                model=model,
-                step=0,
-                batch=batch,
-                inputs=None,
-                features=None,
-                source_features=features,
-            )
-        )
-
-    step = torch.full_like(before, (0.4 / rehearsal.scale) ** 0.5)
-    step[4:] *= 0.5
-    for _ in range(100):
-        for part in torch.arange(8).chunk(parts):
-            penalty(before[part], (before + step)[part])
-        rehearsal.after_step(1)
-    assert rehearsal.moved == pytest.approx(0.25, rel=1e-3)
-    assert rehearsal.restraint == pytest.approx(TOLERANCE / 0.25, rel=1e-3)
-    rehearsal.after_step(2)  # a step without source inputs
-    assert rehearsal.moved == pytest.approx(0.25, rel=1e-3)
-    for weight, more in ((0.8, 1.25), (0.5, 2.0), (0.01, LOOSEST), (10.0, 1.0)):
-        rehearsal.weight = weight  # what is held less may move more, within limits
-        penalty(before, before + step)
-        rehearsal.after_step(3)
-        assert rehearsal.restraint == pytest.approx(more * TOLERANCE / 0.25, rel=1e-3)
-    rehearsal.weight = 1.0
-    # A pull that no longer grows: three times that of plain feature distillation.
-    far = (before + 10 * step).requires_grad_()
-    penalty(before, far).backward()
-    plain = before.clone().add_(10 * step).requires_grad_()
-    (rehearsal.scale * (plain - before).square().mean(1)).sum().backward()
-    assert torch.allclose(far.grad, 3 * plain.grad, rtol=1e-4)
 
 
 class Views(Dataset):
@@ -150,3 +101,86 @@ def test_a_view_that_is_not_remembered_is_left_out():
     )
     places = distillation.places(torch.tensor([2, 4, 0, 7]), x[[1, 1, 0, 2]])
     assert places.tolist() == [1, -1, -1, 2]
+    assert not distillation.live
+
+
+def remembering(*positions):
+    """Distillation that remembers the answers to samples 4, 2 and 5 of six."""
+    torch.manual_seed(0)
+    remembered = Remembered(
+        rows=torch.tensor([4, 2, 5]),
+        outputs=torch.randn(3, *positions, 5),
+        num_samples=6,
+        inputs=TRAIN[0][:6],
+    )
+    return Distillation(
+        source=nn.Linear(2, 5), weight=0.7, remembered=remembered, pretrained_copy=lambda: None
+    )
+
+
+def seen(places, remembered, features):
+    batch = MicroBatch(inputs=None, places=torch.tensor(places), remembered=remembered, source=None)
+    inputs = TRAIN[0][: len(places)]
+    facts = {"model": None, "step": 0, "inputs": inputs, "source_features": None}
+    return Seen(batch=batch, features=features, **facts)
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (3,)])
+def test_the_penalty_is_the_mean_divergence_of_what_is_remembered(positions):
+    """Four samples are remembered in the whole step, two of them in this micro-batch."""
+    distillation, features = remembering(*positions), torch.randn(3, *positions, 2)
+    before, now = distillation.remembered.outputs[[2, 0]], distillation.source(features[[0, 2]])
+    p, q = (x.double().div(2).softmax(-1) for x in (before, now))
+    divergence = 4 * (p * (p / q).log()).sum(-1)
+    expected = 0.7 * divergence.flatten(1).mean(1).sum() if positions else 0.7 * divergence.sum()
+    penalty = distillation.penalty(seen([2, -1, 0], 4.0, features))
+    assert penalty.item() == pytest.approx(expected.item() / 4, rel=1e-5)
+
+
+def test_without_anything_remembered_or_seen_there_is_no_penalty():
+    assert remembering().penalty(seen([-1, -1], 0.0, torch.randn(2, 2))) is None
+    assert remembering().penalty(seen([0, 1], 2.0, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([6], r"rows must be in 0\.\.5, .* got 6\.\.6"), ([3, -1], r"0\.\.5, .* got -1\.\.3")],
+)
+def test_rows_that_the_training_data_do_not_have_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        remembering().check(torch.tensor(rows), TRAIN[0][: len(rows)])
+
+
+@pytest.mark.parametrize("rows", [[0], [5], [4, 2, 5], []])
+def test_inputs_of_the_training_data_are_answered_from_memory(rows):
+    distillation, rows = remembering(), torch.tensor(rows, dtype=torch.int64)
+    distillation.check(rows, TRAIN[0][rows])
+    assert not distillation.live
+    assert distillation.places(rows, TRAIN[0][rows]).tolist() == [
+        {4: 0, 2: 1, 5: 2}.get(row, -1) for row in rows.tolist()
+    ]
+
+
+def test_one_other_input_makes_the_answers_live():
+    distillation, rows = remembering(), torch.tensor([4, 2])
+    distillation.check(rows, TRAIN[0][[4, 3]])
+    assert distillation.live
+    distillation.check(torch.tensor([99]), TRAIN[0][:1])  # whatever the rows
+    assert distillation.places(rows, TRAIN[0][[4, 3]]).tolist() == [0, 1]
+
+
+def test_inputs_of_other_shapes_make_the_answers_live():
+    distillation = remembering()
+    distillation.check(torch.tensor([4]), TRAIN[0][4:5, :, :4])
+    assert distillation.live
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1, [4, 2]), (40, [4, 2]), (41, [4, 2, 5]), (0, None)])
+def test_answers_are_remembered_up_to_their_bytes(monkeypatch, most, rows):
+    """Five numbers of four bytes for each sample, added by two and one."""
+    monkeypatch.setattr("fast.adapt.network.prepare.DISTILL_BYTES", most)
+    outputs = SourceOutputs(nn.Linear(2, 5), as_data(TRAIN, "train"))
+    for index in ([4, 2], [5]):
+        outputs.add(torch.zeros(len(index), 2), TRAIN[0][index], torch.tensor(index))
+    remembered = outputs.remembered()
+    assert (None if remembered is None else remembered.rows.tolist()) == rows

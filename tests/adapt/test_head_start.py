@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fast
-from fast.adapt.network.head_start import head_is_last
+from fast.adapt.network.head_start import HOLD_OUT, head_is_last, start_head
 from fast.adapt.network.training_noise import warn_of_dropout
-from fast.heads import find_head
+from fast.heads import calibrate_from, find_head, task_head
 from networks import IMAGE_NETWORKS, ConvNet, images
 
 TRAIN, VAL = images(300, 4, seed=1), images(100, 4, seed=2)
@@ -34,6 +35,62 @@ def test_the_head_starts_with_what_features_alone_can_tell(pretrained):
     assert accuracy[0] < 0.5 < 0.8 < accuracy[200]
 
 
+def new_head(features, classes=3):
+    """A head for these features, normalised by them."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features.shape[1], 4))
+    head = task_head(fast.replace_head(model, classes, sample=features[:2]))
+    calibrate_from(head.norm, [features])
+    return head
+
+
+def held_out_loss(features, labels, steps):
+    head = new_head(features)
+    start_head(head, features, labels, loss=F.cross_entropy, steps=steps, seed=0)
+    held = slice(HOLD_OUT - 1, None, HOLD_OUT)
+    with torch.no_grad():
+        return F.cross_entropy(head.eval()(features[held]), labels[held]).item()
+
+
+def test_the_head_learns_on_normalised_features():
+    labels = torch.arange(100) % 3
+    features = 50 + 1e-3 * (F.one_hot(labels, 3) + 0.1 * torch.randn(100, 3))
+    assert held_out_loss(features, labels, steps=200) < 0.05
+
+
+def test_a_head_that_learns_by_heart_goes_back_to_where_others_were_answered_best():
+    labels = torch.randint(3, (100,))
+    features = torch.randn(100, 50)
+    losses = [held_out_loss(features, labels, steps) for steps in (20, 40, 60, 200)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == losses[-2]  # two looks without a better one end it
+
+
+@pytest.mark.parametrize(("steps", "looks"), [(1, 1), (20, 1), (45, 3)])
+def test_others_are_asked_every_twenty_steps_and_at_the_end(steps, looks):
+    asked = []
+
+    def loss(logits, labels):
+        if not torch.is_grad_enabled():
+            asked.append(len(labels))
+        return F.cross_entropy(logits, labels)
+
+    labels = torch.arange(100) % 3
+    features = F.one_hot(labels, 3) + 0.1 * torch.randn(100, 3)
+    head = new_head(features)
+    start_head(head, features, labels, loss=loss, steps=steps, seed=0)
+    assert asked == [20] * looks
+    assert head.linear.weight.any()
+
+
+@pytest.mark.parametrize("samples", [3, 4])
+def test_of_few_samples_none_is_held_out(samples):
+    features, labels = torch.randn(samples, 8), torch.arange(samples) % 3
+    head = new_head(features)
+    start_head(head, features, labels, loss=F.cross_entropy, steps=200, seed=0)
+    with torch.no_grad():
+        assert F.cross_entropy(head.eval()(features), labels) < 0.05
+
+
 def test_dropout_that_drowns_the_inputs_is_told(pretrained, caplog):
     """Inputs that are nearly alike have features that are: those of random weights are so, too."""
     message = "dropout changes what the head sees more than one training input differs"
@@ -50,6 +107,7 @@ def test_dropout_that_drowns_the_inputs_is_told(pretrained, caplog):
         assert torch.equal(generator, torch.get_rng_state())
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         assert model[1].training
+        assert not model[2]._forward_pre_hooks
 
 
 def test_class_weights_hold_for_the_head_start():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -111,6 +112,14 @@ def test_a_step_that_a_network_bears_stays_as_it_is(pretrained, kind):
     assert guard.pace == 1
     step(adaptation)
     assert guard.pace == 1
+
+
+@pytest.mark.parametrize("distance", [math.inf, math.nan])
+def test_features_that_are_not_finite_tell_no_pace(pretrained, monkeypatch, distance):
+    monkeypatch.setattr("fast.adapt.guards.pace.distances", lambda *_: torch.tensor([distance]))
+    adaptation, start, guard = after_one_step(pretrained, lr=0.5, ramp=0, **WEIGHTS)
+    assert guard.pace == 1
+    assert any(not torch.equal(p, b) for p, b in zip(adaptation.params, start, strict=True))
 
 
 @KINDS

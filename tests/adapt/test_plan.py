@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fast
 from fast.adapt.defaults import (
+    EASED,
     LAYER_NORM_LR,
     LEAST_SHARE,
     LEAST_STEPS,
@@ -19,7 +20,10 @@ from fast.adapt.defaults import (
     SHUFFLED,
     SOURCE_INPUTS,
     TARGET_INPUTS,
+    own_beside_shuffled,
+    own_beside_synthetic,
     steps_for,
+    uses_card,
 )
 from fast.adapt.methods import METHODS
 from fast.adapt.plan import plan_for
@@ -42,6 +46,33 @@ def test_the_default_length_suits_the_data():
     assert steps(64_000) == 3 * 1000
     assert steps(120, epochs=3) == 6  # 5.6: all of the last epoch is used
     assert steps(120, steps=7) == 7
+
+
+@pytest.mark.parametrize(
+    ("samples", "beside_shuffled", "beside_synthetic"),
+    [(100, 1, 26), (1000, 64, 128), (2000, 256, 256), (10**6, 256, 256)],
+)
+def test_few_inputs_that_are_learned_by_heart_are_kept(samples, beside_shuffled, beside_synthetic):
+    assert own_beside_shuffled(256, samples) == beside_shuffled
+    assert own_beside_synthetic(256, samples) == beside_synthetic
+    assert own_beside_shuffled(256, None) == 256
+
+
+@pytest.mark.parametrize(
+    ("options", "card", "source_inputs", "uses"),
+    [
+        ({}, False, True, False),  # rehearsal keeps more than a card of its own
+        ({}, True, False, True),
+        ({"rehearse": 0.0}, False, True, True),
+        ({"rehearse": 0.0}, False, False, False),
+        ({"method": "ewc"}, False, False, True),
+        ({"method": "ewc", "rehearse": 1.0}, False, True, True),
+        ({"method": "l2-sp"}, False, True, False),
+        ({"method": "adapter"}, True, True, False),
+    ],
+)
+def test_a_run_has_a_card_where_it_is_given_or_needed(options, card, source_inputs, uses):
+    assert uses_card(TrainConfig(**options), card, source_inputs) == uses
 
 
 @pytest.mark.parametrize("length", [1, 3, 10, 1000])
@@ -71,8 +102,72 @@ def test_the_plan_is_told_before_the_first_step(capsys):
     fast.finetune(ConvNet(), TRAIN, steps=3, progress=False)
     told = capsys.readouterr().err
     assert "3 steps of 32 samples and 32 target inputs (half or more with shuffled patches)" in told
-    assert "of it, before its ramp is over" in told
+    assert "(the run ends at 16.7 % of it, before the end of its ramp)" in told
     assert "4 classes, 120 training samples" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({}, [1.0, 0.8536, 0.5, 0.1464, 0.0]),
+        ({"warmup": 2}, [1 / 3, 2 / 3, 1.0, 0.5, 0.0]),
+        ({"warmup": 9}, [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ({"warmup": 1, "schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_rate_rises_in_the_warm_up_and_falls_by_half_a_cosine(options, factors):
+    plan = plan_for(TrainConfig(**options), steps=4)
+    assert [plan.lr_factor(step) for step in range(5)] == pytest.approx(factors, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_norms", "distill"),
+    [
+        ({}, False, 0.05 * EASED),
+        ({}, True, 0.0),  # the source's batch norms give its head features of their own
+        ({"tasks": "together"}, True, 0.05 * EASED),
+        ({"head": "keep"}, False, 0.0),
+        ({"head": "keep", "distill": 0.2}, False, 0.2),
+    ],
+)
+def test_answers_are_kept_where_they_need_not_change(options, batch_norms, distill):
+    facts = {"rehearsed": SOURCE_INPUTS, "batch_norms": batch_norms}
+    plan = plan_for(TrainConfig(**options), steps=100, **facts)
+    assert plan.distill == pytest.approx(distill)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lp-ft", "stall": 1}, "lp-ft has no stall; it has probe_steps"),
+        ({"probe_steps": 1}, "probe_steps is for lp-ft; fast has stall"),
+    ],
+)
+def test_a_method_has_its_own_name_for_a_start_of_the_head_alone(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_for(TrainConfig(**options), steps=10)
+
+
+@pytest.mark.parametrize(("steps", "probe"), [(60, 10), (3, 1), (2, 1)])
+def test_a_sixth_of_lp_ft_is_its_probe(steps, probe):
+    assert plan_for(TrainConfig(method="lp-ft"), steps=steps).stall == probe
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"ramp": 10}, "lr 1; "),
+        ({"ramp": 11}, "lr 1 (the run ends at 90.9 % of it, before the end of its ramp); "),
+        ({"stall": 10, "ramp": 0}, "lr 1 (the run ends at 0 % of it, before the end of its stall)"),
+        ({"stall": 9, "ramp": 0}, "lr 1; "),
+        ({"ramp": 10, "warmup": 9}, "lr 1; "),
+        ({"ramp": 10, "warmup": 10}, "lr 1 (the run ends at 90.9 % of it, before the end of its w"),
+        ({"ramp": 20, "warmup": 19}, "at 25 % of it, before the end of its ramp and warm-up)"),
+    ],
+)
+def test_a_plan_tells_that_its_run_does_not_get_to_its_rate(options, told):
+    config = TrainConfig(lr=1.0, **{"stall": 0, **options})
+    assert told in str(plan_for(config, steps=10, head_is_last=True))
 
 
 def test_training_that_makes_the_validation_worse_returns_the_head_start():

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fast
 from fast.adapt.defaults import SHUFFLED, source_share
+from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.guards.rehearse import Rehearsal, places_for
-from fast.adapt.network.shared_forward import HeadInput, depends_on_mode
+from fast.adapt.network.shared_forward import HeadInput, depends_on_mode, shares
 from fast.data.images.patches import are_pictures, shuffled_patches
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import join
@@ -307,3 +308,112 @@ def test_a_saved_run_answers_both_tasks(pretrained, tmp_path, batch_norm):
         torch.testing.assert_close(saved.source.eval()(x), answers)
         torch.testing.assert_close(saved.target.eval()(x), result.model(x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "source_norms.safetensors").exists() == (batch_norm == "per_task")
+
+
+class Guarded:
+    """Rehearsal of 20 source inputs, four a step, whose features are moved at will."""
+
+    def __init__(self, weight=1.0, inputs=KNOWN[0][:20]):
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Linear(6, 5))
+        self.guard = Rehearsal(
+            model=self.model,
+            head=self.model[2],
+            samples=SourceInputs.parse(inputs, 20),
+            name="source_inputs",
+            size=4,
+            weight=weight,
+            seed=0,
+        )
+        self.done = 0
+
+    def step(self, *e, parts=1):
+        """The penalty of a step that finds the features of its inputs at these distances."""
+        penalty = 0.0
+        apart = (torch.tensor(e) / self.guard.scale).sqrt().expand(4)
+        for source, moved in zip(
+            shares(self.guard.source_batch(self.done), parts), apart.chunk(parts), strict=True
+        ):
+            batch = MicroBatch(inputs=None, places=torch.tensor([]), remembered=0, source=source)
+            facts = {"model": self.model, "step": self.done, "inputs": None, "features": None}
+            features = source.reference + moved[:, None]
+            penalty += self.guard.penalty(Seen(batch=batch, source_features=features, **facts))
+        self.done += 1
+        self.guard.after_step(self.done)
+        return float(penalty)
+
+
+@pytest.mark.parametrize(("e", "penalty"), [(0.0, 0.0), (0.2, 0.2), (0.3, 0.45), (1.3, 3.45)])
+def test_the_penalty_grows_with_the_square_of_the_distance_and_then_steadily(e, penalty):
+    assert Guarded(weight=1.0).step(e) == pytest.approx(penalty, rel=1e-4)
+    assert Guarded(weight=0.5).step(e) == pytest.approx(penalty / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weight", "strength", "factors"),
+    [
+        (1.0, 1.0, [1.0, 0.5, 0.1 / 0.18]),
+        (2.0, 1.0, [1.0, 0.5, 0.1 / 0.18]),
+        (0.8, 1.0, [1.0, 0.625, 0.125 / 0.18]),
+        (0.1, 1.0, [1.0, 1.0, 1.0]),
+        (1.0, 0.8, [1.0, 0.625, 0.125 / 0.18]),
+        (1.0, 4.0, [0.25, 0.125, 0.025 / 0.18]),
+    ],
+)
+def test_the_rate_falls_as_the_average_distance_exceeds_the_tolerance(weight, strength, factors):
+    """The average rises by a third of what is missing, and falls by a tenth of it."""
+    run = Guarded(weight)
+    run.guard.strength = strength
+    told = []
+    for e in (0.3, 0.4, 0.0):
+        run.step(e)
+        told.append(run.guard.lr_factor())
+    assert told == pytest.approx(factors, rel=1e-3)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_distances_are_averaged_over_the_samples_of_a_step(parts):
+    run = Guarded()
+    assert run.step(0.3, 0.3, 0.1, 0.2, parts=parts) == pytest.approx(1.15 / 4, rel=1e-3)
+    assert run.guard.moved == pytest.approx(0.225 / 3, rel=1e-3)
+    run.guard.after_step(2)  # a step without source inputs
+    assert run.guard.moved == pytest.approx(0.225 / 3, rel=1e-3)
+
+
+def test_a_rate_is_left_to_features_that_are_lost():
+    run = Guarded()
+    run.step(1e4)
+    assert run.guard.lr_factor() == 0.1
+
+
+def test_a_step_that_overflows_tells_nothing_about_the_features():
+    run = Guarded()
+    run.step(0.3)
+    run.step(float("inf"))
+    assert run.guard.moved == pytest.approx(0.1, rel=1e-3)
+    run.step(0.4)
+    assert run.guard.moved == pytest.approx(0.2, rel=1e-3)
+
+
+def test_source_inputs_of_a_step_depend_on_its_number_alone():
+    one, other = Guarded().guard, Guarded().guard
+    in_order = [one.source_batch(step).inputs for step in range(7)]
+    assert torch.equal(other.source_batch(5).inputs, in_order[5])
+    assert torch.equal(other.source_batch(6).inputs, in_order[6])
+    assert torch.equal(other.source_batch(6).inputs, in_order[6])
+    assert {len(inputs) for inputs in in_order} == {4}
+    assert len(torch.cat(in_order[:5]).unique(dim=0)) == 20
+
+
+def test_features_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match=r"^source_inputs: .* all 20 inputs the same feat"):
+        Guarded(inputs=torch.ones(20, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"^source_inputs: .* features that are not finite"):
+        Guarded(inputs=KNOWN[0][:20] * 1e39)
+
+
+def test_large_features_are_kept_of_the_first_inputs_alone(monkeypatch):
+    monkeypatch.setattr("fast.adapt.guards.rehearse.CHUNK", 8)
+    for kept, bytes_ in ((8, 1), (8, 8 * 6 * 4 - 1), (16, 8 * 6 * 4)):
+        monkeypatch.setattr("fast.adapt.guards.rehearse.FEATURE_BYTES", bytes_)
+        guard = Guarded().guard
+        assert (len(guard.features), len(guard.inputs)) == (kept, kept)

@@ -233,6 +233,14 @@ def test_classes_of_the_source_have_the_network_s_names_or_numbers(job):
         assert ("100.0 % right" in out) == right
 
 
+def test_labels_of_source_inputs_beyond_the_head_s_ask_for_features(job):
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    np.savez("others.npz", x=images, y=np.arange(20) % 5)
+    code, _, err = job.fast("finetune", *job.args, "--source-inputs", "others.npz", "--plan")
+    assert code == 0, err
+    assert "label 4, and the network's own head has 3 classes: what is forgotten is mea" in err
+
+
 def test_a_kept_head_has_the_names_of_the_run_that_it_is_of(job):
     images = np.load("target.npz")
     spots = images["x_train"], images["y_train"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fast
 from fast.data.dataset import Data, as_data
@@ -160,10 +160,30 @@ def test_mixed_labels_are_learned(split, options):
     assert result.target_accuracy > 0.6
 
 
-def test_mixing_is_for_images():
-    x, y = torch.randn(20, 5), torch.arange(20) % 2
-    with pytest.raises(ValueError, match="mixup and cutmix are for images"):
-        fast.finetune(plain(), (x, y), steps=2, batch_size=8, mixup=0.2)
+def loaded(x, y):
+    return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+NOTHING_TO_MIRROR = r"^tta mirrors images .* val has .* leave tta out"
+
+
+@pytest.mark.parametrize("read", [lambda x, y: (x, y), TensorDataset, loaded])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixup": 0.2}, "mixup and cutmix are for images"),
+        ({"cutmix": 1}, "mixup and cutmix are for images"),
+        ({"tta": True}, NOTHING_TO_MIRROR),
+    ],
+)
+def test_what_is_for_images_is_refused_before_anything_is_computed(read, options, message):
+    data = read(torch.randn(20, 5), torch.arange(20) % 2)
+
+    def source(_):
+        raise AssertionError("the source is measured")
+
+    with pytest.raises(ValueError, match=message):
+        fast.finetune(plain(), data, data, source, num_classes=2, steps=2, **options)
 
 
 def test_the_mirror_image_is_measured_too():
@@ -173,9 +193,6 @@ def test_the_mirror_image_is_measured_too():
     with torch.no_grad():
         logits = (result.model(x) + result.model(x.flip(3))) / 2
     assert result.target_accuracy == pytest.approx((logits.argmax(1) == y).float().mean().item())
-    data = (torch.randn(20, 5), torch.arange(20) % 2)
-    with pytest.raises(ValueError, match=r"^tta mirrors images .* val has .* leave tta out"):
-        fast.finetune(plain(), data, data, steps=2, batch_size=8, tta=True)
 
 
 def test_without_torchvision_augmentation_names_the_way_out(monkeypatch):

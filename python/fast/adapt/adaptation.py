@@ -15,26 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName
-from fast.adapt.guards.base import Guard, Guards, MicroBatch, Seen
-from fast.adapt.guards.budget import ForgettingBudget
-from fast.adapt.guards.weight_average import WeightAverage
+from fast.adapt.begin import Parts, begin, bound_card, set_pull
+from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean
+from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.loss import TargetLoss
 from fast.adapt.network.micro_batches import MicroBatches
-from fast.adapt.network.prepare import prepare
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
-from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer, check_own_optimizer
+from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import (
-    Setup,
-    check_arguments,
-    check_averaged,
-    check_model,
-    check_options,
-    check_ranks,
-    settle,
-)
-from fast.adapt.source import Source, bound_card, measure_source
+from fast.adapt.setup import check_arguments, check_averaged, check_model, check_options
 from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
@@ -128,6 +117,7 @@ class Adaptation:
         check_options(options, AdaptConfig, "Adaptation")
         self.config = AdaptConfig(**options, **name)
         check_arguments(model, loss, keeps_head=self.config.keeps_head)
+        augmented, resuming = boolean("augmented", augmented), boolean("resuming", resuming)
         if not name:
             check_own_optimizer(make, self.config)
         self.model = unwrap(model)
@@ -137,125 +127,46 @@ class Adaptation:
         self.done = 0
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
         self._stepping = False
-        loss = loss or TargetLoss(None, 0.0)
         with RollbackOnError(self.model), ExitStack() as until_closed:
             self.ranks.copy_from_first(tensors_of(self.model))
             with self.ranks.together():  # a card fits the weights as they were saved
                 bound = None if card is None else bound_card(card, self.model)
             if trains_in_16_bits(self.model):
                 until_closed.enter_context(in_float32(self.model))
-            # The source is measured at the pretrained weights, before the network changes.
-            setup, source = self._settle(
-                train, num_classes, source_inputs=source_inputs, card=bound, loss=loss
-            )  # fmt: skip
-            guards = self._prepare(
-                setup, source, loss=loss, augmented=augmented, dtype=autocast_dtype,
+            parts = begin(
+                self.model,
+                train,
+                self.config,
+                num_classes=num_classes,
+                source_inputs=source_inputs,
+                card=bound,
+                loss=loss or TargetLoss(None, 0.0),
+                optimizer=make,
+                augmented=augmented,
+                autocast_dtype=autocast_dtype,
                 resuming=resuming,
-            )  # fmt: skip
-            self._make_optimizer(setup, source, make)
-            self._make_guards(setup, source, guards)
+                ranks=self.ranks,
+            )
+            self._take(parts)
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
             self._until_closed = until_closed.pop_all()
 
-    # The phases of the constructor.
-
-    def _settle(
-        self,
-        train: Any,
-        num_classes: int | None,
-        *,
-        source_inputs: Any,
-        card: SourceCard | None,
-        loss: Callable[[Tensor, Tensor], Tensor],
-    ) -> tuple[Setup, Source]:
-        """Read the data, resolve the plan and measure the source; the network is not changed."""
-        with self.ranks.together():
-            setup = settle(
-                self.config,
-                self.model,
-                train,
-                num_classes=num_classes,
-                source_inputs=source_inputs,
-                has_card=card is not None,
-                any_labels=not isinstance(loss, TargetLoss),
-            )
-        check_ranks(setup, self.ranks, self.config.shard)
-        source = measure_source(self.model, setup, self.config, card=card, ranks=self.ranks)
+    def _take(self, parts: Parts) -> None:
+        setup, source = parts.setup, parts.source
         self.num_classes, self.sample = setup.num_classes, setup.sample
         self._batches = setup.batches
-        self._run = cache(partial(run_facts, self.config, setup.batches.data, source.samples))
         self.source = source.samples
         self.held_back = source.meter.samples if source.meter is not None else None
-        return setup, source
-
-    def _prepare(
-        self,
-        setup: Setup,
-        source: Source,
-        *,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        augmented: bool,
-        dtype: torch.dtype | None,
-        resuming: bool,
-    ) -> list[Guard]:
-        """Give the network its head and teach it; returns the guards that hold its function."""
-        autocast = torch.autocast(setup.device.type, dtype, enabled=dtype is not None)
-        with self.ranks.together(), autocast:
-            self._network, guards = prepare(
-                self.model,
-                setup,
-                self.config,
-                samples=source.samples,
-                loss=loss,
-                augmented=augmented,
-                resuming=resuming,
-                ranks=self.ranks,
-            )
-        self.ranks.copy_from_first(tensors_of(self.model))
-        if self.config.shard and self.ranks.size > 1:
-            self._network.shard(setup.sample, self.ranks)
-        return guards
-
-    def _make_optimizer(self, setup: Setup, source: Source, make: MakeOptimizer | None) -> None:
-        self._optimizer = AdaptedOptimizer(
-            model=self.model,
-            plan=setup.plan,
-            card=source.card,
-            optimizer=make,
-            sample=setup.sample,
-            own_lr=self.config.lr is not None,
-        )
+        self._run = cache(partial(run_facts, self.config, setup.batches.data, source.samples))
+        self._network, self._optimizer = parts.network, parts.optimizer
         self.optimizer: Optimizer = self._optimizer.optimizer
-        self.plan = self._optimizer.plan
-        self.drift = self._network.drift = self._optimizer.drift
-        self.head_start = HeadStart(self.model, self.drift) if self.plan.head_steps else None
+        self.plan, self.drift = self._optimizer.plan, self._optimizer.drift
         self.last_lr = self._optimizer.lr
-
-    def _make_guards(self, setup: Setup, source: Source, function: list[Guard]) -> None:
-        """Join the guards that hold the function with those for weights and budget."""
-        plan = self.plan
-        self.average = None
-        if plan.average:
-            self.average = WeightAverage(self.params, plan.average, plan.stall)
-        self.budget = ForgettingBudget(
-            model=self.model,
-            plan=plan,
-            batch_size=setup.batch_size,
-            budget=self.config.budget,
-            meter=source.meter,
-            card=source.card,
-            weighted=self._optimizer.weighted,
-            stats=self.stats,
-            drift=self.drift,
-            average=self.average,
-            set_pull=self.set_pull,
-            ranks=self.ranks,
-        )
-        last = (source.replay, self.average, self.budget)
-        self.guards = Guards([*function, *(guard for guard in last if guard is not None)])
+        self.head_start = HeadStart(self.model, self.drift) if self.plan.head_steps else None
+        self.average, self.budget, self.guards = parts.average, parts.budget, parts.guards
         self._micro_batches = MicroBatches(self.guards, self.ranks)
-        tracked = plan.batch_norm != "frozen"
+        tracked = self.plan.batch_norm != "frozen"
         self._statistics = running_statistics(self.model) if tracked else []
 
     def gather(self) -> None:
@@ -406,8 +317,7 @@ class Adaptation:
 
     def set_pull(self, factor: float) -> None:
         """Multiply everything that holds the source: the optimizer's pull, and the penalties."""
-        self._optimizer.set_pull(factor)
-        self.guards.set_strength(factor)
+        set_pull(self._optimizer, self.guards, factor)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averaged weights in place for the block: the run will return these."""
@@ -461,7 +371,6 @@ class Adaptation:
     def close(self) -> None:
         """Remove the hooks on the network, without which there is no penalty."""
         self._network.close()
-        self.guards.close()
         self._until_closed.close()
 
     # State.

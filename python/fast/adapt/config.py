@@ -306,9 +306,7 @@ class AdaptConfig:
         if value is None or str in kinds:
             return value
         if bool in kinds:
-            if type(value).__name__ not in ("bool", "bool_"):  # numpy's has either name
-                raise ValueError(f"{name} must be True or False; got {value!r}")
-            return bool(value)
+            return boolean(name, value)
         if int in kinds:
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} must be a whole number; got {value!r}")
@@ -363,6 +361,17 @@ def field_types(record: type) -> dict[str, tuple[type, ...]]:
         members = typing.get_args(hint) or (hint,)
         types[name] = tuple(m for m in members if m is not type(None))
     return types
+
+
+def boolean(name: str, value: Any) -> bool:
+    """A truth value as Python's own.
+
+    Raises:
+        ValueError: `value`, which messages call `name`, is something else.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's has either name
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
 
 
 def _check_range(name: str, value: Any, bounds: Any) -> None:

@@ -124,14 +124,23 @@ class Plan:
         steps = f"{self.steps} steps of {self.target_size} samples"
         if self.rehearsed:
             steps += f" and {self.source_size} {self.rehearsed}, whose features are kept"
-        rate = f"lr {self.lr:g}"
-        if self.steps < self.stall + self.ramp:
-            reached = max(0, self.steps - self.stall) / self.ramp if self.ramp else 0.0
-            rate += f" (the run ends at {100 * reached:.0f} % of it, before its ramp is over)"
         first = ""
         if self.head_steps:
             first = f"the head alone for up to {self.head_steps} steps, then "
-        return f"{self.method}: {first}{steps}; {rate}; {self.functions}"
+        return f"{self.method}: {first}{steps}; lr {self.lr:g}{self._short_of_it}; {self.functions}"
+
+    @property
+    def _short_of_it(self) -> str:
+        """What share of its rate the run gets to, where it ends on the way up."""
+        rising = {
+            "stall" if self.steps <= self.stall else "ramp": self.ramp_factor(self.steps - 1),
+            "warm-up": min(1.0, self.steps / (self.warmup + 1)),
+        }
+        short = [name for name, reached in rising.items() if reached < 1]
+        if not short:
+            return ""
+        share = f"{100 * math.prod(rising.values()):.3g} %"
+        return f" (the run ends at {share} of it, before the end of its {' and '.join(short)})"
 
     @property
     def functions(self) -> str:

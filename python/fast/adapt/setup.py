@@ -20,7 +20,7 @@ from fast.adapt.defaults import (
     OWN,
     SHUFFLED,
     TOGETHER,
-    own_count,
+    own_beside_shuffled,
     rehearsed_by,
     steps_for,
     uses_card,
@@ -43,7 +43,7 @@ from fast.data.source_inputs import (
 )
 from fast.data.stream import TrainBatches
 from fast.data.trees import concatenate, join, leaves, length, move, pick
-from fast.errors import did_you_mean, warn
+from fast.errors import counted, did_you_mean, warn
 from fast.heads import (
     evaluating,
     find_head,
@@ -235,8 +235,8 @@ def _own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInput
     fit = BYTES * own.size // sum(x.nbytes for x in leaves(own.inputs))
     count = max(LEAST, min(most, fit) // 2)
     made = shuffled_patches(own.inputs, count, generator)
-    as_they_are = pick(own.inputs, slice(own_count(count, batches.data.num_samples)))
-    inputs = concatenate([made, as_they_are])
+    as_they_are = own_beside_shuffled(count, batches.data.num_samples)
+    inputs = concatenate([made, pick(own.inputs, slice(as_they_are))])
     order = torch.randperm(length(inputs), generator=generator)
     return SourceInputs(inputs=pick(inputs, order))
 
@@ -317,7 +317,7 @@ def kept_outputs(
 def _outputs_for_any_labels(data: Data, num_classes: int | None) -> int:
     """Outputs of a new head whose labels only the user's loss understands."""
     if num_classes is not None:
-        return num_classes
+        return check_num_classes(num_classes, least=1)
     labels = data.labels
     if labels is not None and labels.dim() == 2:
         return labels.shape[1]
@@ -334,7 +334,7 @@ def _first_inputs(batches: TrainBatches) -> Any:
     inputs, _, index = next(stream)
     if batches.data.inputs is None:
         check_finite_inputs(inputs, "train", index)
-    if length(inputs) > 1 or batches.steps_per_epoch == 1:
+    if length(inputs) > 1:
         return inputs
     both = join(inputs, next(stream)[0])
     return inputs if both is None else both
@@ -346,8 +346,8 @@ def check_model(model: nn.Module) -> None:
         one = "give joined.network, which is a plain one"
         two = "only one that takes one pass learns another task: adapt with tasks='together' first"
         raise ValueError(
-            f"model: a joined network of {model.passes} forward passes (docs/join.md): "
-            + (one if model.passes == 1 else two)
+            f"model: a joined network of {counted(model.passes, 'forward pass', 'forward passes')} "
+            f"(docs/join.md): {one if model.passes == 1 else two}"
         )
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     if not tensors:

@@ -81,10 +81,15 @@ def mixing(mixup: float, cutmix: float, num_classes: int) -> Mix | None:
     draw = v2.RandomChoice(ways)
 
     def mix(inputs: Any, labels: Tensor) -> tuple[Any, Tensor]:
-        if not isinstance(inputs, Tensor) or inputs.dim() != 4:
-            raise ValueError(
-                f"mixup and cutmix are for images [B, C, H, W]; train has {kind(inputs)}: drop them"
-            )
+        check_mixed(inputs)  # once more: a transform may have changed them
         return draw(inputs, labels)
 
     return mix
+
+
+def check_mixed(inputs: Any) -> None:
+    """Raise ValueError where training inputs are nothing to mix."""
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        raise ValueError(
+            f"mixup and cutmix are for images [B, C, H, W]; train has {kind(inputs)}: drop them"
+        )

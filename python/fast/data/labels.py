@@ -97,19 +97,22 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
     return labels.long()
 
 
-def check_num_classes(num_classes: Any) -> int:
+def check_num_classes(num_classes: Any, least: int = 2) -> int:
     """The number of classes of a head, as an int.
+
+    Args:
+        least: the smallest number; a head whose outputs are no classes may have one.
 
     Raises:
         TypeError: `num_classes` is no whole number.
-        ValueError: it is less than 2, or more than `MOST_CLASSES`.
+        ValueError: it is less than `least`, or more than `MOST_CLASSES`.
     """
     try:
         number = operator.index(num_classes)
     except TypeError as error:
         raise TypeError(f"num_classes must be a whole number; got {num_classes!r}") from error
-    if number < 2:
-        raise ValueError(f"num_classes must be at least 2; got {number}")
+    if number < least:
+        raise ValueError(f"num_classes must be at least {least}; got {number}")
     if number > MOST_CLASSES:
         raise ValueError(f"num_classes must be at most {MOST_CLASSES}; got {number}")
     return number

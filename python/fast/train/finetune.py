@@ -10,11 +10,11 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from fast.adapt.begin import bound_card
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.plan import Plan
 from fast.adapt.result import Result
 from fast.adapt.setup import check_gradients, check_model, check_options, settle
-from fast.adapt.source import bound_card
 from fast.curvature.card import SourceCard
 from fast.data.augment import Transform
 from fast.data.generators import seeded

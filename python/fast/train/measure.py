@@ -18,7 +18,7 @@ from fast.data.finite import broken_rows
 from fast.data.labels import check_labels, check_several
 from fast.data.trees import kind, move
 from fast.heads import evaluating, source_task
-from fast.heads.forward import LEAST_EVAL_BATCH, answers, check_mirrored, input_errors
+from fast.heads.forward import LEAST_EVAL_BATCH, answers, input_errors
 from fast.ranks import ALONE, Ranks
 from fast.train.engine import Engine
 from fast.train.finite import check_finite
@@ -183,8 +183,6 @@ def evaluate(
     )
     with all_batches(), evaluating(model):
         for inputs, labels, counts in _shares(data, batch_size, ranks, is_sharded):
-            if mirrored:
-                check_mirrored(inputs, data.name)
             with input_errors(data.name, inputs, model):
                 logits = answers(model, move(inputs, device), mirrored)
             with each_batch():

@@ -116,9 +116,6 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; its tensors are copied into the existing ones."""
 
-    def close(self) -> None:
-        """Remove hooks."""
-
 
 class Guards(list[Guard]):
     """The guards of an adaptation, all together.
@@ -159,10 +156,6 @@ class Guards(list[Guard]):
     def finish(self) -> None:
         for guard in self:
             guard.finish()
-
-    def close(self) -> None:
-        for guard in self:
-            guard.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {type(guard).__name__: guard.state_dict() for guard in self}

@@ -44,8 +44,9 @@ class ForgettingMeter:
             largest of `samples`). With it, "auto" does not depend on which inputs are held back.
 
     Raises:
-        ValueError: answers are not finite; labels are out of the head's range; or features cannot
-            be compared: hardly two samples share a label, or points are asked for without labels.
+        ValueError: there is not one answer to each sample, or one is not finite; labels are out of
+            the head's range; or features cannot be compared: hardly two samples share a label, or
+            points are asked for without labels.
     """
 
     def __init__(
@@ -71,12 +72,11 @@ class ForgettingMeter:
         if self.by_features:
             self._number_labels()
             self.before = self._answers(model, samples.size)
-            if self.before.dim() != 2:
-                raise ValueError("source_inputs: features must be vectors")
-        if len(self.before) != samples.size:
+        elif len(self.before) != samples.size:
             raise ValueError(
-                f"source_inputs: {len(self.before)} feature vectors of {samples.size} samples, and "
-                "one of each is needed to compare them: set source_skill='answers'"
+                f"source_inputs: the network answers {samples.size} samples with "
+                f"{len(self.before)} rows of logits, and one of each is needed: let its forward "
+                "return [B, C, ...]"
             )
         if not self.before.isfinite().all():
             raise ValueError(
@@ -144,8 +144,13 @@ class ForgettingMeter:
         part = self.samples if size == self.size else self.samples.part(0, size)
         if not self.by_features:
             return source_logits(model, part)
-        features = F.normalize(source_features(model, part).double(), dim=1)
-        return by_neighbours(features, self.labels)
+        features = source_features(model, part)
+        if len(features) != size:
+            raise ValueError(
+                f"source_inputs: {len(features)} feature vectors of {size} samples, and one of "
+                "each is needed to compare them: set source_skill='answers'"
+            )
+        return by_neighbours(F.normalize(features.double(), dim=1), self.labels)
 
 
 def by_neighbours(features: Tensor, labels: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.defaults import share_of_plenty
+from fast.adapt.defaults import own_beside_synthetic
 from fast.data.source_inputs import LEAST
 from fast.heads.forward import check_takes, forward_logits, hooked
 from fast.heads.replace import task_head, unwrap
@@ -76,7 +76,7 @@ def synthetic_inputs(
     model = unwrap(model)
     _check(model, start, count=count, own=own, steps=steps, batch_size=batch_size)
     if own is None:
-        own = default_own(count, len(start))
+        own = own_beside_synthetic(count, len(start))
     norms, start, device = _norms(model), start.detach(), next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs, divergences = [], []
@@ -97,15 +97,6 @@ def synthetic_inputs(
     )
     together = torch.cat(inputs)
     return together[torch.randperm(len(together), generator=generator).to(device)]
-
-
-def default_own(count: int, samples: int) -> int:
-    """How many of the target's own inputs go with `count` synthetic ones.
-
-    Args:
-        samples: of the training data.
-    """
-    return round(count * share_of_plenty(samples))
 
 
 def _rounds(number: int, size: int, generator: torch.Generator) -> Tensor:

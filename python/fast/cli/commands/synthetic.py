@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import fast
-from fast.adapt.network.synthetic import default_own
+from fast.adapt.defaults import own_beside_synthetic
 from fast.cli.spec import SyntheticSpec
 from fast.cli.task.load import load_task
 from fast.data.dataset import as_data
@@ -24,7 +24,7 @@ def run(spec: SyntheticSpec) -> int:
     task = load_task(spec.task, measured=False)
     data = as_data(task.train, "data")
     number = task.sizes["train"]
-    own = default_own(spec.count, number) if spec.own is None else spec.own
+    own = own_beside_synthetic(spec.count, number) if spec.own is None else spec.own
     # Folders are sorted by class.
     rows = torch.randperm(number, generator=torch.Generator().manual_seed(spec.seed))
     start, _ = data.batch_at(rows[: max(spec.count, own)])

@@ -233,7 +233,7 @@ def check_shapes(spec: TaskSpec, splits: dict[str, Split], prepared: dict[str, A
 
 def check_numbers(
     option: str, data: NamedData, classes: int, names: Sequence[str] | None, more: bool = False
-) -> tuple[int, list[str]]:
+) -> list[str]:
     """Refuse labels that cannot be those of the network's own head, before anything is run.
 
     Args:
@@ -244,7 +244,7 @@ def check_numbers(
         more: allow larger labels, which belong to a skill that is in the features.
 
     Returns:
-        the largest label, and a note if classes are matched by their order alone.
+        a note, if classes are matched by their order alone.
 
     Raises:
         ValueError: the labels cannot be the network's own.
@@ -254,14 +254,19 @@ def check_numbers(
             f"{option}: {unclear}. Give them the network's names, or the classes' numbers, "
             f"0..{classes - 1}"
         )
-    top = max(int(s.labels.max()) for s in (data.train, data.val) if s is not None)
+    top = largest_label(data)
     if top >= classes and not more:
         raise ValueError(
             f"{option}: labels must be 0..{classes - 1}, as the network's own head has {classes} "
             f"classes; got {top}. Is it the data that the network was trained for?"
         )
     by_order = data.sorted_names and len(data.classes) == classes
-    return top, [places_by_order(option, data.classes, names)] if by_order else []
+    return [places_by_order(option, data.classes, names)] if by_order else []
+
+
+def largest_label(data: NamedData) -> int:
+    """The largest label of both splits."""
+    return max(int(split.labels.max()) for split in (data.train, data.val) if split is not None)
 
 
 def unclear_names(

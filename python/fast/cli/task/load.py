@@ -21,6 +21,7 @@ from fast.cli.task.data import (
     check_numbers,
     check_shapes,
     check_target,
+    largest_label,
     numbered_as_in_head,
     read_data,
     same_samples,
@@ -162,7 +163,7 @@ def load_task(
     notes += _check_source(spec, sets, classes, names, source_skill)
     target = sets["data"]
     if keeps_head:
-        notes += check_numbers(f"--data {spec.data}", target, classes, names)[1]
+        notes += check_numbers(f"--data {spec.data}", target, classes, names)
         more = map(str, range(len(target.classes), classes))
         target = dataclasses.replace(target, classes=(*target.classes, *more))
     report = FileReport.merged(reports[part] for part in PARTS if part in reports)
@@ -227,7 +228,7 @@ def _check_source(
     """
     notes: list[str] = []
     if "source" in sets:
-        notes = check_numbers(f"--source {spec.source}", sets["source"], classes, names)[1]
+        notes = check_numbers(f"--source {spec.source}", sets["source"], classes, names)
     if "source_inputs" not in sets or skill == "features":
         return notes
     samples = sets["source_inputs"]
@@ -238,8 +239,8 @@ def _check_source(
     if unclear := unclear_names(samples, classes, names, more=True):
         sets["source_inputs"] = dataclasses.replace(samples, has_labels=False)
         return [*notes, f"{option}: {unclear}, and the labels are not used"]
-    top, by_order = check_numbers(option, samples, classes, names, more=True)
-    notes += by_order
+    notes += check_numbers(option, samples, classes, names, more=True)
+    top = largest_label(samples)
     if top >= classes and skill == "auto":
         notes.append(
             f"{option}: label {top}, and the network's own head has {classes} classes: what is "

@@ -67,7 +67,7 @@ def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
     networks = _networks(spec, loaded, any_data)
     if "source" in networks and "source" in sets:
         option = f"--source {spec.task.source}"
-        notes += check_numbers(option, sets["source"], classes, names)[1]
+        notes += check_numbers(option, sets["source"], classes, names)
     print_notes(*loaded.notes, *notes)
     losses = []
     for task in TASKS:
