@@ -103,7 +103,7 @@ def numbered(split: Split, data: NamedData, classes: list[str] | None, task: str
     if task == "both" and all(name.isdecimal() for name in data.classes):
         raise ValueError(
             f"{data.name}: its classes are numbers, which do not say whose they are: name the "
-            "task, source or target (task=, --task)"
+            "task, source or target (task=)"
         )
     labels = split.labels
     places = class_places(data.classes, classes or ())

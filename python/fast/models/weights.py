@@ -97,10 +97,10 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             for n, x, own in others
         ]
         rows = {x.shape[0] for _, x, own in others if x.ndim and x.shape[1:] == own.shape[1:]}
-        classes = rows.pop() if len(rows) == 1 else "..."
+        example = f", for example with (num_classes={rows.pop()})" if len(rows) == 1 else ""
         raise ValueError(
             f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
-            f"are of, for example with (num_classes={classes})"
+            f"are of{example}"
         )
     no_floats = [
         f"{n} ({x.dtype})"
