@@ -95,6 +95,7 @@ def repeated_samples(data: NamedData, *, folds: bool = False) -> list[str]:
         folds: the training samples will be held out in turn.
     """
     splits = [split for split in (data.train, data.val) if split is not None]
+    groups: Sequence[Sequence[int]]
     if all(_are_files(split.inputs) for split in splits):
         what, names = "files", [name for split in splits for name in split.inputs.names]
         groups = _same_contents(names)
@@ -137,7 +138,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
-def _same_contents(files: Sequence[str]) -> list[list[int]]:
+def _same_contents(files: Sequence[str]) -> Sequence[Sequence[int]]:
     """The places of files that have the same contents, a list for each such group.
 
     Few files are read as a whole: those whose sizes and first 4 KB are the same, too.

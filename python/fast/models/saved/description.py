@@ -127,11 +127,12 @@ def classes_beside(weights: str | Path) -> list[str] | None:
         for name in (RESULT_FILE, PREPARATION_FILE, CONFIG_FILE)
     )
     labels = config.get("id2label")
-    numbered = isinstance(labels, dict) and all(i.isdecimal() for i in labels)
+    if not isinstance(labels, dict) or not all(i.isdecimal() for i in labels):
+        labels = {}
     return (
         _strings(run, "classes")
         or _strings(export, "outputs", "logits", "classes")
-        or (_names({int(i): name for i, name in labels.items()}) if numbered else None)
+        or _names({int(i): name for i, name in labels.items()})
         or _strings(config, "label_names")
     )
 
