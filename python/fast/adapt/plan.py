@@ -123,9 +123,10 @@ class Plan:
         """Warn where the batches of whole steps were taken for micro-batches.
 
         Args:
-            done: steps that the loop has taken with all of the plan's batches.
+            done: steps that the loop has taken with all of the plan's batches, but for those that
+                a loader has read ahead.
         """
-        if done < self.steps and self.grad_accum_steps > 1:
+        if self.grad_accum_steps > 1 and 0 < done <= self.steps / self.grad_accum_steps:
             warn(
                 f"the plan's batches are over after {done} of its {self.steps} steps: each is that "
                 f"of a whole step, of which forward() takes 1/{self.grad_accum_steps} at a time "
