@@ -184,3 +184,28 @@ def test_answers_are_remembered_up_to_their_bytes(monkeypatch, most, rows):
         outputs.add(torch.zeros(len(index), 2), TRAIN[0][index], torch.tensor(index))
     remembered = outputs.remembered()
     assert (None if remembered is None else remembered.rows.tolist()) == rows
+
+
+class Mixed(nn.Module):
+    """A network that runs under autocast, as Accelerate prepares one."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(x).float()
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_the_loop_around_a_network_under_autocast_need_not_be(pretrained, augmented):
+    """A Trainer's compute_loss is outside of it, and the source's head was given 16 bits there."""
+    model = copy.deepcopy(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, steps=2, distill=1.0, augmented=augmented)
+    inputs, _, rows = next(adaptation.batches())
+    rows = None if augmented else rows
+    logits, penalty = adaptation.forward(inputs, rows, model=Mixed(model))
+    assert logits.dtype == penalty.dtype == torch.float32
+    _, exact = adaptation.forward(inputs, rows)
+    assert abs(penalty - exact) < 1e-2

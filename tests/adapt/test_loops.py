@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,20 @@ def test_a_batch_that_overflows_changes_nothing(make):
     assert 0 < rehearsal.moved < 1
 
 
+def test_batches_of_whole_steps_that_are_taken_for_micro_batches_are_told():
+    """Such a loop ended in the middle of its schedule."""
+    _, adaptation = adapted(grad_accum_steps=2)
+
+    def loop():
+        for i, batch in enumerate(adaptation.batches()):
+            backward(adaptation, *batch)
+            if i % 2:
+                adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+
+    with pytest.warns(UserWarning, match=r"after 3 of its 6 steps: .* takes 1/2 at a time"):
+        loop()
+
+
 def test_a_loop_that_has_diverged_is_told_so():
     _, adaptation = adapted(forget_budget=None)
     logits, _ = adaptation.forward(*next(adaptation.batches())[::2])
@@ -125,21 +141,38 @@ def test_a_step_that_calls_that_of_a_base_class_is_one():
     assert adaptation.done == 6
 
 
-def test_a_run_that_resumes_loads_all_three_states():
-    model, adaptation = adapted()
-    backward(adaptation, *next(adaptation.batches()))
-    adaptation.optimizer.step()
-    saved = model.state_dict(), adaptation.optimizer.state_dict(), adaptation.state_dict()
-    model, adaptation = adapted(resuming=True)
-    model.load_state_dict(saved[0]), adaptation.optimizer.load_state_dict(saved[1])
-    backward(adaptation, *next(adaptation.batches()))
-    before = vector(model)
-    with pytest.raises(RuntimeError, match=r"state of step 1.*adaptation\.load_state_dict"):
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        ("mo", "the optimizer has loaded a state of step 3, and the adaptation none"),
+        ("ma", "the adaptation has loaded a state of step 3, and the optimizer none"),
+        ("oa", "the adaptation has loaded a state of step 3, and the model none"),
+        ("m", r"the weights have moved by [\d.e-]+, and the adaptation has loaded no state"),
+        ("moa", None),
+    ],
+)
+def test_a_run_that_resumes_loads_all_three_states(loaded, message):
+    def step():
+        backward(adaptation, *next(adaptation.batches()))
         adaptation.optimizer.step()
+
+    model, adaptation = adapted()
+    for _ in range(3):
+        step(), adaptation.optimizer.zero_grad()
+    parts = {"m": model, "o": adaptation.optimizer, "a": adaptation}
+    saved = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    model, adaptation = adapted(resuming=True)
+    parts = {"m": model, "o": adaptation.optimizer, "a": adaptation}
+    for name in loaded:
+        parts[name].load_state_dict(saved[name])
+    before = vector(model)
+    if message is None:
+        step()
+        assert adaptation.done == 4
+        return
+    with pytest.raises(RuntimeError, match=message):
+        step()
     assert torch.equal(vector(model), before)
-    adaptation.load_state_dict(saved[2])
-    adaptation.optimizer.step()
-    assert adaptation.done == 2
 
 
 def test_there_is_no_forward_after_the_end():

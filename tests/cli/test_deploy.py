@@ -11,6 +11,7 @@ import pytest
 
 from fast.cli import main
 from fast.cli.task.run import own_columns
+from fast.models.saved.description import classes_beside
 
 RUN = ("--steps", "30", "--eval-every", "10", "--lr", "0.01", "--output", "out")
 
@@ -115,6 +116,15 @@ def test_files_that_cannot_be_read(run):
         assert mistake["name"].split("/")[-2] == mistake["label"]
 
 
+def test_what_has_no_labels_is_for_predict(run):
+    (run.folder / "flat").mkdir()
+    save_picture(np.load("target.npz")["x_test"][0], run.folder / "flat" / "0.png")
+    code, _, err = run.fast("evaluate", "out", "flat")
+    assert code == 2
+    assert "flat: has no labels to compare with" in err
+    assert "fast predict out flat says what the run takes it for" in err
+
+
 def test_many_answers_are_counted(run, monkeypatch):
     monkeypatch.setattr("fast.cli.commands.saved.predict.FEW", 3)
     monkeypatch.setattr("fast.cli.commands.saved.predict.SHOWN", 3)
@@ -164,6 +174,7 @@ def test_export(run):
     facts = json.loads((run.folder / "plain" / "preprocessing.json").read_text())
     assert facts["images"]["mean"] == [0.5]
     assert facts["outputs"]["logits"]["classes"] == ["0", "1", "2", "3"]
+    assert classes_beside(run.folder / "plain" / "model.safetensors") == ["0", "1", "2", "3"]
     code, _, err = run.fast("export", "out", "--format", "safetensors", "-o", "plain")
     assert code == 2
     assert "plain: is not empty; name another folder" in err

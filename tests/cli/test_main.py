@@ -12,6 +12,7 @@ import torch
 
 from fast import __version__
 from fast.cli import COMMANDS, main
+from fast.cli.notes import as_typed
 from fast.train.config import TrainConfig
 from helpers import run_python
 
@@ -201,8 +202,9 @@ def test_a_reader_that_has_read_enough_is_no_error():
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a full disk to write to")
 @pytest.mark.parametrize("buffered", [True, False])
-def test_a_full_disk_behind_what_is_printed_is_told(buffered):
-    code = "import sys, fast.cli; sys.exit(fast.cli.main(['env']))"
+@pytest.mark.parametrize("argv", [["env"], ["--help"], ["finetune", "--help"]])
+def test_a_full_disk_behind_what_is_printed_is_told(buffered, argv):
+    code = f"import sys, fast.cli; sys.exit(fast.cli.main({argv}))"
     where = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
     with open("/dev/full", "w") as full:
         run = subprocess.run(
@@ -226,3 +228,40 @@ def test_traceback_on_request(monkeypatch):
     monkeypatch.setenv("FAST_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):
         main(["finetune", "--model", "m.py:N", "--data", "no.npz"])
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        (
+            "no source_inputs: method='adapter' may do",
+            "no --source-inputs: --method adapter may do",
+        ),
+        ("pass source_inputs=, or rehearse=0.", "pass --source-inputs, or --rehearse 0."),
+        ("shard=True is not used", "--shard is not used"),
+        ("pass max_entropy=False", "pass --no-max-entropy"),
+        ("out is there: pass resume='a b'", "out is there: pass --resume 'a b'"),
+        (
+            "train: all labels are 0; pass num_classes=",
+            "--data: all labels are 0; pass num_classes=",
+        ),
+        ("source: must be a number", "--source: must be a number"),
+        # Names of files, calls in Python, and words.
+        ("--data batch_size: is empty", "--data batch_size: is empty"),
+        ("runs/lr=0.1/model.pt: no such file", "runs/lr=0.1/model.pt: no such file"),
+        ("lr=0.1/model.pt: no such file", "lr=0.1/model.pt: no such file"),
+        ("nets.py:Net(20, head='fc'): unknown", "nets.py:Net(20, head='fc'): unknown"),
+        ("fast.load(folder, model=...)", "fast.load(folder, model=...)"),
+        ("the source and its data", "the source and its data"),
+    ],
+)
+def test_messages_name_options_as_they_are_typed(message, typed):
+    assert as_typed(message) == typed
+
+
+def test_a_plan_names_options_as_they_are_typed(job):
+    code, _, err = job.fast("finetune", *job.args, "--plan")
+    assert code == 0, err
+    assert "no --source-inputs: --method adapter would forget nothing" in err
+    code, _, err = job.fast("finetune", *job.args, "--plan", "--rehearse", 1, "--batch-size", 1)
+    assert "--rehearse 1 is not used: there are no --source-inputs" in err

@@ -121,7 +121,7 @@ def test_demo_needs_no_files(job, monkeypatch):
         (["--methods", "replay"], "replay trains on source inputs, and none were given"),
         (["--strengths", "1,-2"], "--strengths must be 0 or more; got -2"),
         (["--strengths", "1", "--budgets", "0.1"], "give --strengths or --budgets, not both"),
-        (["--budgets", "0.1,x"], "forget_budget must be nats of source loss"),
+        (["--budgets", "0.1,x"], "argument --budgets: a budget must be nats of source loss"),
         (["--demo"], "--demo brings its own model and data; drop --model"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
         (["--anchor-decay", "1"], "unrecognized arguments: --anchor-decay 1"),

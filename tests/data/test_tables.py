@@ -8,7 +8,7 @@ import torch
 
 from fast.data.audio.waveforms import SoundFormat, read_audio, resampled
 from fast.data.sources import DataWarning, EncodedAudio, EncodedImages, FileReport, load_data
-from fast.data.sources.files import repeated_files
+from fast.data.sources.files import repeated_samples
 from fast.data.sources.names import FILES, TEXTS
 from fast.data.sources.table import read_inputs
 from helpers import write_wav
@@ -86,14 +86,28 @@ def test_a_file_in_several_rows_is_told(tmp_path):
     rows = ["0.png,x", "1.png,y", "0.png,x", "2.png,y"]
     data = load_data(write_csv(tmp_path / "d.csv", "file,label", *rows))
     assert len(data.train) == 4
-    assert repeated_files(data) == []  # nothing is held out
-    (note,) = repeated_files(data, folds=True)
+    assert repeated_samples(data) == []  # nothing is held out
+    (note,) = repeated_samples(data, folds=True)
     assert f"files that repeat another: 1 ({tmp_path / '0.png'})" in note
-    (note,) = repeated_files(data.with_val(0.5))
+    (note,) = repeated_samples(data.with_val(0.5))
     assert f"held-out files that are trained on, too: 1 ({tmp_path / '0.png'})" in note
     rows = ["0.png,x,train", "1.png,y,train", "1.png,y,val", "2.png,y,val"]
-    (note,) = repeated_files(load_data(write_csv(tmp_path / "s.csv", "file,label,split", *rows)))
+    (note,) = repeated_samples(load_data(write_csv(tmp_path / "s.csv", "file,label,split", *rows)))
     assert "held-out files that are trained on, too: 1" in note
+
+
+def test_a_text_in_several_rows_is_told(tmp_path):
+    rows = ["a film,x,train", "b film,y,train", " a film,x,val", "b film,x,val", "c,y,val"]
+    data = load_data(write_csv(tmp_path / "d.csv", "text,label,split", *rows))
+    held_out, strange = repeated_samples(data)
+    assert held_out.startswith("held-out texts that are trained on, too: 2 ('a film', 'b film');")
+    assert strange == "texts that are in another class, too: 1 ('b film')"
+    long = "one film after another " * 9
+    data = load_data(write_csv(tmp_path / "l.csv", "text,label", f"{long},x", f"{long},x", ",y"))
+    (note,) = repeated_samples(data, folds=True)
+    assert note.startswith(
+        "texts that repeat another: 1 ('one film after another one film after...')"
+    )
 
 
 def test_a_file_with_two_labels_is_refused(tmp_path):

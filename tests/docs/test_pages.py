@@ -101,6 +101,14 @@ def test_curvature(names):
     assert (names["H"] @ names["V"]).shape == names["V"].shape
 
 
+def test_own_loop_accumulates_gradients(names):
+    constructor, _ = blocks("own-loop.md")[0].split("model.train()\n")
+    shorter = {"steps=1000": "steps=4", "batch_size=64": "batch_size=32, grad_accum_steps=2"}
+    run(constructor, names, **shorter)
+    exec(blocks("own-loop.md")[2], names)
+    assert names["adaptation"].done == 4
+
+
 def test_own_loop_goes_on_from_its_checkpoint(names):
     saving, loading = blocks("own-loop.md")[1].split("...\n")
     start, loop = copy.deepcopy(names["model"]), blocks("own-loop.md")[0]

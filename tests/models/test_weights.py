@@ -71,6 +71,13 @@ def test_how_much_was_loaded_is_told(state, tmp_path):
     assert "3 of 4 tensors loaded, 1 tensor missing" in note
 
 
+def test_a_program_is_no_state(tmp_path):
+    """torch's own message advises to run its code."""
+    torch.jit.trace(build(), torch.zeros(1, 4)).save(tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: is a TorchScript program; save its weights, if"):
+        load_weights(build(), tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -124,7 +124,7 @@ class Adaptation:
         self.ranks = Ranks(process_group)
         if not isinstance(train, Data):  # whoever read it has checked the network
             check_model(self.model)
-        self.done = 0
+        self.done = self._began = 0  # steps taken; and those before this process
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
         self._stepping = False
         with RollbackOnError(self.model), ExitStack() as until_closed:
@@ -188,7 +188,7 @@ class Adaptation:
         return self.plan.target_size
 
     def batches(self, start: int | None = None) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        """Training batches in the order of `fast.finetune`, to the end of the plan.
+        """The batches of whole steps, in the order of `fast.finetune`, to the end of the plan.
 
         With several processes, each gets its share of every batch.
 
@@ -201,6 +201,7 @@ class Adaptation:
         start = self.done if start is None else start
         stream = self._batches.from_step(start, self.ranks.share)
         yield from itertools.islice(stream, max(0, self.plan.steps - start))
+        self.plan.check_taken(self.done)
 
     def scheduler(self) -> LambdaLR:
         """The plan's learning-rate schedule, from the step that the adaptation has reached.
@@ -279,8 +280,8 @@ class Adaptation:
 
     def _before_step(self, *_: Any) -> None:
         self._check_outside("a step")
-        if not self.done:
-            self._optimizer.check_fresh()
+        if self.done == self._began:
+            self._optimizer.check_loaded(self.done)
         self.guards.before_step(self.done, self._optimizer.rate)
         self.last_lr = self._optimizer.lr
         self._stepping = True
@@ -302,7 +303,7 @@ class Adaptation:
             self._network.norm.update_deferred(self.ranks)
         self.ranks.mean_(self._statistics)
         self.guards.after_step(self.done)
-        self._restrain()
+        self._optimizer.restrain(self.guards.lr_factor())
         if self.average is not None:
             self.average.keep()
         if self.done == self.plan.steps:
@@ -311,9 +312,6 @@ class Adaptation:
     def _check_outside(self, what: str) -> None:
         if self.average is not None:
             self.average.check_outside(what)
-
-    def _restrain(self) -> None:
-        self._optimizer.restrain(self.guards.lr_factor())
 
     def set_pull(self, factor: float) -> None:
         """Multiply everything that holds the source: the optimizer's pull, and the penalties."""
@@ -401,9 +399,9 @@ class Adaptation:
         own = self.state_dict()
         check_state(state, own)
         state = sharded_as(state, own)
-        self.done = int(state["done"])
+        self.done = self._began = int(state["done"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.guards.load_state_dict(state["guards"])
         if self.head_start is not None:
             self.head_start.load_state_dict(state["head_start"])
-        self._restrain()
+        self._optimizer.restrain(self.guards.lr_factor())

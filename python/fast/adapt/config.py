@@ -31,8 +31,11 @@ class Budget:
     points: bool = False
 
     @classmethod
-    def parse(cls, value: float | str) -> Budget:
+    def parse(cls, value: float | str, name: str = "forget_budget") -> Budget:
         """Read a budget: 0.1 and "0.1" are nats, "2%" is points of accuracy.
+
+        Args:
+            name: the argument that it is given by, for the message.
 
         Raises:
             ValueError: the value is neither, or is not positive.
@@ -45,7 +48,7 @@ class Budget:
             amount = math.nan
         if not 0 < amount < (1 if points else MOST_NATS):
             raise ValueError(
-                "forget_budget must be nats of source loss (0.1) or points of source accuracy "
+                f"{name} must be nats of source loss (0.1) or points of source accuracy "
                 f"('2%'), more than zero, and less than {MOST_NATS:g} nats or 100%; got {value!r}"
             )
         return cls(amount=amount, points=points)

@@ -79,6 +79,11 @@ class AdaptedOptimizer:
             self.optimizer = fused(groups, **options)
         self._base = [group["anchor_decay"] for group in _backbone(self.optimizer.param_groups)]
         self.drift = self._drift()
+        self._loaded = False
+        self.optimizer.register_load_state_dict_post_hook(self._has_loaded)
+
+    def _has_loaded(self, _: Optimizer) -> None:
+        self._loaded = True
 
     def _foreign(self, groups: Groups, make: MakeOptimizer, own_lr: bool) -> Optimizer:
         if not self.plan.weight_decay:
@@ -173,17 +178,39 @@ class AdaptedOptimizer:
                 "yours); if it has loaded a checkpoint, let it load the adaptation's state, too"
             )
 
-    def check_fresh(self) -> None:
-        """Raise where the optimizer goes on from a state, and the adaptation from the beginning.
+    def check_loaded(self, done: int) -> None:
+        """Raise where, before the loop's first step, some of model, optimizer and adaptation go on
+        from a state, and the others from the beginning.
+
+        Args:
+            done: steps that the adaptation has done.
 
         Raises:
-            RuntimeError: it has taken steps already.
+            RuntimeError: that is so; the message says which of them lacks its state.
         """
-        if steps := max(group.get("progress", 0) for group in self.optimizer.param_groups):
+        if self.is_trial():
+            return
+        steps = max(group.get("progress", 0) for group in self.optimizer.param_groups)
+        lacks = self._lacks_state(done, steps)
+        if lacks is not None:
             raise RuntimeError(
-                f"the optimizer has loaded a state of step {steps}, and the adaptation starts "
-                "at the first: load its state as well (adaptation.load_state_dict)"
+                f"{lacks}: model, optimizer and adaptation go on together; load the states of all "
+                "three (load_state_dict)"
             )
+
+    def _lacks_state(self, done: int, steps: int) -> str | None:
+        """What has loaded a state that another lacks; None where all are alike."""
+        if not done and steps:
+            return f"the optimizer has loaded a state of step {steps}, and the adaptation none"
+        if done and not self._loaded:
+            return f"the adaptation has loaded a state of step {done}, and the optimizer none"
+        moved = self.drift()
+        if not done and moved:
+            return f"the weights have moved by {moved:.3g}, and the adaptation has loaded no state"
+        # Steps that a gradient scaler skips move nothing, and do not count here.
+        if steps > self.plan.stall + 1 and not moved:
+            return f"the adaptation has loaded a state of step {done}, and the model none"
+        return None
 
     def keep_rates(self) -> None:
         """Keep the learning rates as those that a schedule multiplies, if none does so yet.

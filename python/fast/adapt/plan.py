@@ -119,6 +119,20 @@ class Plan:
             "samples"
         )
 
+    def check_taken(self, done: int) -> None:
+        """Warn where the batches of whole steps were taken for micro-batches.
+
+        Args:
+            done: steps that the loop has taken with all of the plan's batches, but for those that
+                a loader has read ahead.
+        """
+        if self.grad_accum_steps > 1 and 0 < done <= self.steps / self.grad_accum_steps:
+            warn(
+                f"the plan's batches are over after {done} of its {self.steps} steps: each is that "
+                f"of a whole step, of which forward() takes 1/{self.grad_accum_steps} at a time "
+                "(docs/own-loop.md)"
+            )
+
     def __str__(self) -> str:
         """One line that says what will be done."""
         steps = f"{self.steps} steps of {self.target_size} samples"

@@ -25,7 +25,7 @@ from fast.cli.failures import (
     TRACEBACK,
     explain,
 )
-from fast.cli.notes import warnings_as_notes
+from fast.cli.notes import as_typed, warnings_as_notes
 from fast.cli.options import Parser, parser_of
 from fast.cli.spec import COMMANDS
 from fast.errors import did_you_mean, printable
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options: dict[str, Any] = {}
     try:
-        with warnings_as_notes(), _plans_once(), _terminable():
+        with warnings_as_notes(), _typed_once(), _terminable():
             try:
                 name, options = _parsed(list(sys.argv[1:] if argv is None else argv))
                 spec = COMMANDS[name].parse(options)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK):
             raise
         code, message = explain(error, options.get("model"))
-        print(f"fast: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        print(f"fast: error: {printable(as_typed(' '.join(message.split())))}", file=sys.stderr)
         try:
             _flush()
         except OSError:  # the disk behind it is full, as the message says, or nobody reads on
@@ -115,12 +115,14 @@ def _parser() -> Parser:
 
 
 @contextmanager
-def _plans_once() -> Iterator[None]:
-    """Log each message once: runs of several seeds have the same plan."""
+def _typed_once() -> Iterator[None]:
+    """Log each message once, as runs of several seeds have the same plan, and with options as they
+    are typed."""
     messages: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
+        message = as_typed(record.getMessage())
+        record.msg, record.args = message, ()
         new = message not in messages
         messages.add(message)
         return new

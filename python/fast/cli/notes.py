@@ -3,19 +3,68 @@
 from __future__ import annotations
 
 import logging
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
+from fast.cli.options import flag, parser_of
+from fast.cli.spec import COMMANDS
 from fast.errors import printable
+
+# A call in Python, which stays as it is; or a name, perhaps with its value.
+_NAMES = re.compile(
+    r"[\w.]+\([^()]*\)"
+    r"|(?<![\w.\-/'\"=])(?P<name>[a-z][a-z_]*)"
+    r"(?P<given>=(?P<value>'[^']*'|[^\s'\",:;()]*[\w%])?)?(?![\w/=\-]|\.\w)"
+)
+# What follows an option is its value, such as a file.
+_OPTION = re.compile(r"--[a-z-]+ $")
+# What functions call `data`.
+_PARTS = {"train": "data", "val": "data"}
 
 
 def print_notes(*messages: object) -> None:
     if logging.getLogger("fast").disabled:  # the first process prints for all: `Ranks.quiet`
         return
     for message in messages:
-        print(f"fast: note: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+        line = as_typed(" ".join(str(message).split()))
+        print(f"fast: note: {printable(line)}", file=sys.stderr)
+
+
+def as_typed(message: str) -> str:
+    """The message with options as they are typed: `--source-inputs` for `source_inputs=`, and
+    `--method adapter` for `method='adapter'`.
+
+    The library's messages have the names of Python's arguments. A word such as `method` is one only
+    with a value, or where the message begins with it and a colon.
+    """
+
+    def typed(match: re.Match[str]) -> str:
+        text, name, value = match[0], match["name"], match["value"] or ""
+        before = message[: match.start()]
+        begins = not before and message[match.end() :].startswith(": ")
+        if name is None or not (match["given"] or "_" in name or begins):
+            return text
+        option = flag(_PARTS.get(name, name))
+        bare = value and "'" not in value
+        is_file = _OPTION.search(before) or (bare and (begins or {"/", "="} & set(value)))
+        if is_file or option not in _flags():
+            return text
+        if value in ("True", "False"):
+            return option if value == "True" else f"--no-{option[2:]}"
+        return f"{option} {shlex.quote(value.strip(chr(39)))}" if value else option
+
+    return _NAMES.sub(typed, message)
+
+
+@cache
+def _flags() -> frozenset[str]:
+    """The options of all commands."""
+    return frozenset().union(*(parser_of(spec).flags for spec in COMMANDS.values()))
 
 
 @contextmanager

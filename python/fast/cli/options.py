@@ -109,8 +109,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return vars(args)
 
-    def has(self, flag: str) -> bool:
-        return flag in self._option_string_actions
+    @property
+    def flags(self) -> frozenset[str]:
+        """The options, as they are typed."""
+        return frozenset(self._option_string_actions)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # Without this a help that cannot be printed, as on a full disk, would not be told.
+        print(message or "", end="", file=file)
 
 
 def parser_of(record: type, prog: str = "fast") -> Parser:

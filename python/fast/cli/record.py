@@ -125,7 +125,7 @@ def _argv(record: dict[str, Any], parser: Parser) -> list[str]:
     for name, value in record.items():
         if isinstance(value, bool):
             off = "--no-" + flag(name).removeprefix("--")
-            argv += [flag(name)] if value else [off] * parser.has(off)
+            argv += [flag(name)] if value else [off] * (off in parser.flags)
         elif isinstance(value, list):
             argv.append(f"{flag(name)}={','.join(map(str, value))}")
         elif isinstance(value, dict):

@@ -76,7 +76,7 @@ def names(text: str) -> tuple[str, ...]:
 def budget_list(text: str) -> tuple[str, ...]:
     """`"0.1,2%"` -> `("0.1", "2%")`."""
     try:
-        return tuple(part for part in text.split(",") if Budget.parse(part))
+        return tuple(part for part in text.split(",") if Budget.parse(part, "a budget"))
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 

@@ -81,19 +81,21 @@ def labelled_data(
             warnings.simplefilter("ignore", DataWarning)
             data = load_data(os.fspath(data), **columns, numeric_labels=task == "source")
     if isinstance(data, NamedData):
-        split = data.for_evaluation()
-        split = replace(split, labels=_numbered(split.labels, data, classes, task))
+        split = numbered(data.for_evaluation(), data, classes, task)
         return LabelledData(name=data.name, preparation=preparation, split=split)
     return LabelledData(name="data", preparation=preparation, data=as_data(data, "data"))
 
 
-def _numbered(
-    labels: np.ndarray, data: NamedData, classes: list[str] | None, task: str
-) -> np.ndarray:
-    """Number the labels as the run numbers its classes, by the names of the classes.
+def numbered(split: Split, data: NamedData, classes: list[str] | None, task: str) -> Split:
+    """A split with its labels numbered as the run numbers its classes, by the names of classes.
 
     Files without names of classes have numbers in their place, which are taken for labels of the
     run.
+
+    Args:
+        split: of `data`.
+        classes: names of the classes of the run, or None.
+        task: the task that these are classes of.
 
     Raises:
         ValueError: the run has no class of this name, or a number may be of either task.
@@ -101,19 +103,21 @@ def _numbered(
     if task == "both" and all(name.isdecimal() for name in data.classes):
         raise ValueError(
             f"{data.name}: its classes are numbers, which do not say whose they are: name the "
-            "task, source or target (task=, --task)"
+            "task, source or target (task=)"
         )
+    labels = split.labels
     places = class_places(data.classes, classes or ())
     strange = [data.classes[i] for i in np.unique(labels) if places[i] is None]
     if strange and classes is None and not data.sorted_names:
-        return labels
+        return split
     if strange and (classes is None or (task == "source" and len(data.classes) == len(classes))):
         warn(places_by_order(data.name, data.classes, classes), DataWarning)
-        return labels
+        return split
     if strange:
         whose = "both tasks" if task == "both" else f"the {task}'s"
         raise ValueError(
             f"{data.name}: classes that are none of {whose}: {some(strange)}; the run has "
             f"{some([printable(name) for name in classes or ()], 12)}"
         )
-    return np.array([-1 if place is None else place for place in places])[labels]
+    by_place = np.array([-1 if place is None else place for place in places])
+    return replace(split, labels=by_place[labels])

@@ -64,8 +64,7 @@ def check_alone(model: nn.Module, head: Head, sample: Any, *, named: bool, learn
     if learns and not any(reacts[: len(zeros)]):
         raise ValueError(
             f"the logits do not react to a zero head at {head.name}: a ReLU or a stop-gradient "
-            "follows it. Remove that, or pass max_entropy=False (--no-max-entropy), which starts "
-            "it at random"
+            "follows it. Remove that, or pass max_entropy=False, which starts it at random"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Container, Iterable
@@ -96,10 +97,10 @@ def _check_fits(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             for n, x, own in others
         ]
         rows = {x.shape[0] for _, x, own in others if x.ndim and x.shape[1:] == own.shape[1:]}
-        classes = rows.pop() if len(rows) == 1 else "..."
+        example = f", for example with (num_classes={rows.pop()})" if len(rows) == 1 else ""
         raise ValueError(
             f"{path}: shapes differ: {some(shapes, 4, '; ')}; build the network that the weights "
-            f"are of, for example with (num_classes={classes})"
+            f"are of{example}"
         )
     no_floats = [
         f"{n} ({x.dtype})"
@@ -122,6 +123,11 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise FileNotFoundError(f"weights {path}: no such file")
     if path.suffix == ".safetensors":
         return load_tensors(path), []
+    if _is_program(path):
+        raise ValueError(
+            f"{path}: is a TorchScript program; save its weights, if you trust the file: "
+            f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pt')"
+        )
     try:
         # timm and many scripts store their options, which are plain values, as a Namespace.
         with torch.serialization.safe_globals([Namespace]):
@@ -138,6 +144,14 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             "weights are read as .safetensors, else with torch.load(weights_only=True)"
         ) from err
     return _unpacked(state, path)
+
+
+def _is_program(path: Path) -> bool:
+    """Whether TorchScript wrote a file: its archive has code, and that of a state dict none."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _unpacked(state: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:

@@ -164,7 +164,8 @@ class Distillation(Guard):
         features = by_sample(seen.features, size)[rows]
         if positions > 1:
             features, outputs = features.flatten(0, 1), outputs.flatten(0, 1)
-        now = self.source(features)
+        # In 16 bits, where the network alone runs under autocast, as Accelerate prepares it.
+        now = self.source(features.to(next(self.source.parameters()).dtype))
         if isinstance(self.source, nn.Linear):  # its classes are the last dimension
             outputs, now = outputs.movedim(-1, 1), now.movedim(-1, 1)
         return self.weight * summed_kl(outputs, now) / positions / seen.batch.remembered

@@ -80,7 +80,7 @@ class RewindSpec(Spec):
                 "--model must be given, the network that the weights are of (or --base names it, "
                 "as timm:resnet18); see --help"
             )
-        Budget.parse(self.budget)
+        Budget.parse(self.budget, "--budget")
 
     @property
     def named(self) -> TaskSpec:

@@ -18,7 +18,7 @@ from fast.data.images.pixels import is_image_split
 from fast.data.labels import class_places, count_classes, places_by_order
 from fast.data.source_inputs import LIMIT, SourceInputs
 from fast.data.sources import DataWarning, EncodedAudio, NamedData, Split, has_columns, load_data
-from fast.data.sources.files import repeated_files
+from fast.data.sources.files import repeated_samples
 from fast.data.sources.table import SUFFIXES as TABLES
 from fast.errors import printable, some
 
@@ -60,7 +60,7 @@ def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dic
         notes += [f"{flag(role)} {name}: {note}" for note in sets[role].notes]
         if role == "data" and hold_out:
             sets[role] = _hold_out(spec, sets[role])
-            again = repeated_files(sets[role], folds=bool(spec.folds))
+            again = repeated_samples(sets[role], folds=bool(spec.folds))
             notes += [f"{flag(role)} {name}: {note}" for note in again]
     return sets
 

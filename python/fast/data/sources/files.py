@@ -31,6 +31,8 @@ AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif"))
 KINDS = {AUDIO_SUFFIXES: "sounds", TEXT_SUFFIXES: "texts"}
 # A longer file is no sample.
 LONGEST_TEXT = 10 << 20
+# Characters of a text that a message shows.
+SHOWN = 40
 # How UTF-16 begins, in either order of its bytes.
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -86,23 +88,30 @@ def check_one_label(name: str, splits: Mapping[str, Split], classes: Sequence[st
                 )
 
 
-def repeated_files(data: NamedData, *, folds: bool = False) -> list[str]:
-    """Notes on pictures and sounds that are there more than once, under whatever names.
+def repeated_samples(data: NamedData, *, folds: bool = False) -> list[str]:
+    """Notes on samples that are there more than once: texts, and files under whatever names.
 
     Args:
         folds: the training samples will be held out in turn.
     """
     splits = [split for split in (data.train, data.val) if split is not None]
-    if not all(_are_files(split.inputs) for split in splits):
+    groups: Sequence[Sequence[int]]
+    if all(_are_files(split.inputs) for split in splits):
+        what, names = "files", [name for split in splits for name in split.inputs.names]
+        groups = _same_contents(names)
+    elif all(isinstance(split.inputs, list) for split in splits):
+        texts = [text.strip() for split in splits for text in split.inputs]
+        what, names = "texts", [repr(_shortened(text)) for text in texts]
+        groups = _grouped(range(len(texts)), texts, str)
+    else:
         return []
-    files = [name for split in splits for name in split.inputs.names]
     labels = [label for split in splits for label in split.labels.tolist()]
     trained = 0 if data.train is None else len(data.train)
-    pairs = [(i, group[0]) for group in _same_contents(files) for i in group[1:]]
+    pairs = [(i, group[0]) for group in groups for i in group[1:]]
 
     def shown(pairs: Sequence[tuple[int, int]]) -> str:
         equal = [
-            files[i] if files[i] == files[j] else f"{files[i]} is {files[j]}" for i, j in pairs
+            names[i] if names[i] == names[j] else f"{names[i]} is {names[j]}" for i, j in pairs
         ]
         return f"{len(equal)} ({some(equal)})"
 
@@ -110,13 +119,14 @@ def repeated_files(data: NamedData, *, folds: bool = False) -> list[str]:
     strange = [(i, j) for i, j in pairs if labels[i] != labels[j]]
     notes = []
     if held_out:
-        there = f"held-out files that are trained on, too: {shown(held_out)}"
+        there = f"held-out {what} that are trained on, too: {shown(held_out)}"
         notes.append(f"{there}; what is measured of them is not held out")
     if pairs and folds:
-        there = f"files that repeat another: {shown(pairs)}"
-        notes.append(f"{there}; drop them, or a file may be both trained on and held out")
+        one = what.removesuffix("s")
+        there = f"{what} that repeat another: {shown(pairs)}"
+        notes.append(f"{there}; drop them, or a {one} may be both trained on and held out")
     if strange:
-        notes.append(f"files that are in another class, too: {shown(strange)}")
+        notes.append(f"{what} that are in another class, too: {shown(strange)}")
     return notes
 
 
@@ -124,27 +134,32 @@ def _are_files(inputs: Any) -> bool:
     return isinstance(inputs, EncodedFiles) and isinstance(inputs.open(0), str)
 
 
-def _same_contents(files: Sequence[str]) -> list[list[int]]:
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _same_contents(files: Sequence[str]) -> Sequence[Sequence[int]]:
     """The places of files that have the same contents, a list for each such group.
 
     Few files are read as a whole: those whose sizes and first 4 KB are the same, too.
     """
-    groups = [list(range(len(files)))]
+    groups: list[Sequence[int]] = [range(len(files))]
     for key in (os.path.getsize, partial(_digest, most=4096), _digest):
         groups = [same for group in groups for same in _grouped(group, files, key)]
     return groups
 
 
 def _grouped(
-    group: list[int], files: Sequence[str], key: Callable[[str], object]
+    group: Sequence[int], samples: Sequence[str], key: Callable[[str], object]
 ) -> list[list[int]]:
-    """The parts of two or more in which `key` is the same. A file that cannot be read, or is empty,
-    is in none: whoever decodes it says so."""
+    """The parts of two or more in which `key` is the same. A file that cannot be read is in none,
+    and neither is what is empty: whoever reads it says so."""
     by_key: dict[object, list[int]] = {}
     for i in group:
         with suppress(OSError):
-            by_key.setdefault(key(files[i]), []).append(i)
+            by_key.setdefault(key(samples[i]), []).append(i)
     by_key.pop(0, None)
+    by_key.pop("", None)
     return [same for same in by_key.values() if len(same) > 1]
 
 

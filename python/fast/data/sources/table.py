@@ -169,7 +169,7 @@ def read_inputs(path: Path, column: str | None, usual: Sequence[str]) -> Any:
         wanted = "none of the usual columns of inputs" if column is None else f"no column {column}"
         raise ValueError(
             f"{path}: has {wanted}; it has {some(list(table), 10)}: name the one that holds the "
-            "inputs (column=, --column)"
+            "inputs (column=)"
         )
     return _inputs(f"{path}: {printable(names[0])}", table[names[0]], path.parent)
 

@@ -12,11 +12,12 @@ from torch import nn
 from fast.files import read_json
 from fast.heads import places_of, task_head, unwrap
 from fast.models.load import parse_spec
+from fast.models.preparation import PREPARATION_FILE
 from fast.models.saved.files import (
     CONFIG_FILE,
-    MODEL_FILE,
     OPTIONS_FILE,
     RESULT_FILE,
+    WEIGHT_FILES,
     is_library_config,
 )
 
@@ -103,20 +104,45 @@ def own_classes(model: nn.Module, name: str | None, weights: str | None) -> list
         name, weights: as --model and --weights take them. Weights may be of the folder of a run.
     """
     if weights is not None:
-        return _classes_of_run(Path(weights).expanduser()) or announced_classes(model)
+        return classes_beside(weights) or announced_classes(model)
     names = announced_classes(model)
     if names is None and name is not None and not _OTHER_HEAD & set(parse_spec(name)[3]):
         names = _library_classes(unwrap(model), name)
     return names
 
 
-def _classes_of_run(weights: Path) -> list[str] | None:
-    """The names of the classes in the folder of a run whose weights these are."""
-    if weights.name != MODEL_FILE or not (weights.parent / RESULT_FILE).is_file():
+def classes_beside(weights: str | Path) -> list[str] | None:
+    """The names of the classes of a network whose weights were saved with a description: by a run,
+    by an export, or by timm or transformers. None where there is none.
+
+    Args:
+        weights: the file of the weights, or its folder.
+    """
+    path = Path(weights).expanduser()
+    if not path.is_dir() and path.name not in WEIGHT_FILES:
         return None
-    names = read_json(weights.parent / RESULT_FILE).get("classes")
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if is_list else None
+    folder = path if path.is_dir() else path.parent
+    run, export, config = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (RESULT_FILE, PREPARATION_FILE, CONFIG_FILE)
+    )
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or not all(i.isdecimal() for i in labels):
+        labels = {}
+    return (
+        _strings(run, "classes")
+        or _strings(export, "outputs", "logits", "classes")
+        or _names({int(i): name for i, name in labels.items()})
+        or _strings(config, "label_names")
+    )
+
+
+def _strings(value: Any, *keys: str) -> list[str] | None:
+    """The list of strings under these keys, one inside the other; None where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return value if is_list else None
 
 
 def announced_classes(model: nn.Module) -> list[str] | None:

@@ -8,6 +8,8 @@ from typing import Any
 from fast.files import atomic_file, file_hash, read_json, read_sealed, reading, write_sealed
 
 MODEL_FILE = "model.safetensors"
+# The weights in a folder of a run, or of transformers.
+WEIGHT_FILES = (MODEL_FILE, "pytorch_model.bin")
 SOURCE_HEAD_FILE = "source_head.safetensors"
 SOURCE_NORMS_FILE = "source_norms.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"

@@ -74,7 +74,7 @@ def rewind(
     Raises:
         ValueError, TypeError, FileNotFoundError: an argument does not fit; the message names it.
     """
-    limit = Budget.parse(budget)
+    limit = Budget.parse(budget, "budget")
     limit.warn_of_nats("budget")
     config = RewindConfig(
         forget_budget=budget, seed=seed, source_skill=source_skill, batch_norm="per_task", head=head

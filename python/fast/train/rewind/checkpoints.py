@@ -13,11 +13,9 @@ from fast.errors import some
 from fast.heads import Head, fold_head, set_batch_norm, task_head, unwrap
 from fast.heads.find import layer_like
 from fast.heads.replace import put_head
-from fast.models.saved import MODEL_FILE
+from fast.models.saved.files import WEIGHT_FILES
 from fast.models.weights import lacking, load_weights, matched, read_state
 
-# The weights in a folder of a run, or of transformers.
-WEIGHT_FILES = (MODEL_FILE, "pytorch_model.bin")
 Checkpoint = nn.Module | Mapping[str, Tensor] | str | Path
 
 

@@ -90,7 +90,13 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     columns = {key: value or of_job.get(key) for key, value in columns.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
-        data = load_data(name, **columns, numeric_labels=task == "source")
+        data = load_data(name, **columns, numeric_labels=task == "source", unlabelled=True)
+    if not data.has_labels:
+        raise ValueError(
+            f"{name}: has no labels to compare with, which are the names of class folders, or a "
+            f"column (--label-column). fast predict {spec.run} {name} says what the run takes it "
+            "for"
+        )
     for note in data.notes:
         print_notes(f"{name}: {note}")
     if own and role == "data":

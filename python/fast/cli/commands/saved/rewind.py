@@ -18,11 +18,13 @@ from fast.cli.task.data import (
 )
 from fast.cli.task.prepare import load_network, prepare_splits
 from fast.cli.task.run import check_replaceable
+from fast.deploy.labelled import numbered
 from fast.errors import printable
 from fast.figures import save
 from fast.files import check_writable, read_json
 from fast.models.device import pick_device
 from fast.models.saved import OPTIONS_FILE
+from fast.models.saved.description import classes_beside
 from fast.train.rewind.result import REWIND, Rewound
 
 PICTURE = "rewind.png"
@@ -38,8 +40,11 @@ def run(spec: RewindSpec) -> int:
     sets = read_data(task, notes, hold_out=False)  # `fast.rewind` does that itself
     loaded = load_network(task)
     splits = {"source_inputs": drawn_inputs(sets["source_inputs"])}
+    classes = classes_beside(spec.tuned)
     if "data" in sets:
-        splits["train"] = training_split(sets["data"])
+        data = sets["data"]
+        splits["train"] = numbered(training_split(data), data, classes, "target")
+        classes = classes or list(data.classes)
     prepared, preparation, _ = prepare_splits(task, loaded, splits)
     print_notes(*loaded.notes, *notes)
     result = fast.rewind(
@@ -52,8 +57,7 @@ def run(spec: RewindSpec) -> int:
         seed=spec.seed,
         device=spec.device,
     )
-    if "data" in sets:
-        result.classes = list(sets["data"].classes)
+    result.classes = classes
     result.network, result.preparation = absolute(task.model), preparation
     replace_record(folder, shown(task))
     result.save(folder)
