@@ -246,7 +246,7 @@ def test_the_head_is_named_and_starts_as_asked(job):
     run = (*job.args, "--steps", 2, "--output", "named")
     code, _, err = job.fast("finetune", *run, "--head", "none")
     assert code != 0
-    assert "head='none': Net has no layer of that name" in err
+    assert "--head none: Net has no layer of that name" in err
     code, _, err = job.fast("finetune", *run, "--head", "fc", "--no-max-entropy")
     assert code == 0, err
     config = json.loads((job.folder / "named" / "fast.json").read_text())
