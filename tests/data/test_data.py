@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     SequentialSampler,
     TensorDataset,
@@ -15,7 +19,7 @@ from torch.utils.data import (
 import fast
 from fast.adapt.guards.rehearse import Rehearsal
 from fast.data.dataset import as_data, split_batch
-from fast.data.stream import TrainBatches
+from fast.data.stream import TrainBatches, first_inputs
 from networks import ConvNet, images
 
 X, Y = torch.arange(40.0)[:, None], torch.arange(40) % 3
@@ -126,3 +130,24 @@ def test_the_batches_of_a_loader_are_what_a_step_is_measured_by():
     loader = DataLoader(TensorDataset(*images(32, 4)), batch_size=16)
     with pytest.warns(UserWarning, match=r"batch_size=8 is not used.*batches of 16"):
         fast.finetune(ConvNet(), loader, num_classes=4, steps=1, batch_size=8)
+
+
+class Noise(Dataset):
+    """Draws each sample from the process's generators."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.rand(3) + np.random.rand(), i % 2
+
+
+def test_looking_at_the_first_inputs_moves_no_generator():
+    own = torch.Generator().manual_seed(5)
+    loader = DataLoader(Noise(), batch_size=4, shuffle=True, generator=own)
+    before = [torch.get_rng_state(), own.get_state(), np.random.get_state()[2]]
+    assert first_inputs(replace(as_data(Noise(), "train"), workers=2)).shape == (2, 3)
+    assert first_inputs(as_data(loader, "train")).shape == (4, 3)
+    after = [torch.get_rng_state(), own.get_state(), np.random.get_state()[2]]
+    assert all(torch.equal(a, b) for a, b in zip(before[:2], after[:2], strict=True))
+    assert before[2] == after[2]

@@ -41,7 +41,7 @@ from fast.data.source_inputs import (
     parse_source_inputs,
     target_inputs,
 )
-from fast.data.stream import TrainBatches
+from fast.data.stream import TrainBatches, first_inputs
 from fast.data.trees import concatenate, join, leaves, length, move, pick
 from fast.errors import counted, did_you_mean, warn
 from fast.heads import (
@@ -302,8 +302,7 @@ def kept_outputs(
     Raises:
         ValueError: `num_classes` says otherwise.
     """
-    sample = next(TrainBatches(data, 2, 0).from_step(0))[0]
-    sample = move(sample, next(model.parameters()).device)
+    sample = move(first_inputs(data), next(model.parameters()).device)
     with input_errors("train", sample, model):
         outputs = classes_of(find_head(model, sample, head_name).module)
     if num_classes not in (None, outputs):

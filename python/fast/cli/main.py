@@ -25,10 +25,10 @@ from fast.cli.failures import (
     TRACEBACK,
     explain,
 )
-from fast.cli.notes import as_typed, warnings_as_notes
+from fast.cli.notes import as_typed, one_line, warnings_as_notes
 from fast.cli.options import Parser, parser_of
 from fast.cli.spec import COMMANDS
-from fast.errors import did_you_mean, printable
+from fast.errors import did_you_mean
 
 
 class Terminated(KeyboardInterrupt):
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK):
             raise
         code, message = explain(error, options.get("model"))
-        print(f"fast: error: {printable(as_typed(' '.join(message.split())))}", file=sys.stderr)
+        print(f"fast: error: {one_line(message)}", file=sys.stderr)
         try:
             _flush()
         except OSError:  # the disk behind it is full, as the message says, or nobody reads on

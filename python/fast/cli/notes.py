@@ -31,8 +31,12 @@ def print_notes(*messages: object) -> None:
     if logging.getLogger("fast").disabled:  # the first process prints for all: `Ranks.quiet`
         return
     for message in messages:
-        line = as_typed(" ".join(str(message).split()))
-        print(f"fast: note: {printable(line)}", file=sys.stderr)
+        print(f"fast: note: {one_line(message)}", file=sys.stderr)
+
+
+def one_line(message: object) -> str:
+    """A message as the command line prints it, with options as they are typed."""
+    return printable(as_typed(" ".join(str(message).split())))
 
 
 def as_typed(message: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -122,6 +123,14 @@ class TrainBatches:
         if skip == 0:
             yield first
         yield from iterator
+
+
+def first_inputs(data: Data) -> Any:
+    """Inputs of two samples, or of a DataLoader's first batch; no random generator is moved, and no
+    worker started but the loader's own."""
+    generators = find_generators(data=data.dataset, loader=data.loader).values()
+    with seeded(0), held(generators):
+        return next(TrainBatches(replace(data, workers=0), 2, 0).from_step(0))[0]
 
 
 def row_batches(count: int, batch_size: int, seed: int, step: int = 0) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from fast.adapt.setup import check_data, kept_outputs, target_classes
 from fast.data.augment import Transform, check_mixed
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
-from fast.data.stream import TrainBatches
+from fast.data.stream import first_inputs
 from fast.errors import warn
 from fast.heads.forward import check_mirrored
 from fast.train.config import TrainConfig
@@ -70,9 +70,9 @@ def read_data(
     if config.patience is not None and val is None:
         raise ValueError("patience needs val: early stopping watches the validation accuracy")
     if config.tta and val_data is not None:
-        check_mirrored(_first_inputs(val_data), val_data.name)
+        check_mirrored(first_inputs(val_data), val_data.name)
     if config.mixup or config.cutmix:
-        check_mixed(_first_inputs(train_data))
+        check_mixed(first_inputs(train_data))
     _warn_of_unused(config, train_data, val_data, source_data)
     return RunData(
         train=train_data,
@@ -93,11 +93,6 @@ def read_one(data: Any, name: str, config: TrainConfig) -> Data:
     if workers is None:
         workers = getattr(read.dataset, "workers", 0)
     return replace(read, workers=workers, pinned=torch.cuda.is_available())
-
-
-def _first_inputs(data: Data) -> Any:
-    """Inputs of a few samples, read in this process and without moving its random generators."""
-    return next(TrainBatches(replace(data, workers=0), 2, 0).from_step(0))[0]
 
 
 def _warn_of_unused(config: TrainConfig, *sets: Data | Evaluator | None) -> None:
