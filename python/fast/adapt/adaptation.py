@@ -16,14 +16,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast.adapt.begin import Parts, begin, bound_card, set_pull
-from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean
+from fast.adapt.config import (
+    AdaptConfig,
+    AdaptOptions,
+    OptimizerName,
+    boolean,
+    check_options,
+)
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.loss import TargetLoss
 from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.rollback import HeadStart, RollbackOnError
+from fast.adapt.network.trainable import check_arguments, check_model
 from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import check_arguments, check_averaged, check_model, check_options
 from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
@@ -292,7 +298,7 @@ class Adaptation:
         if not stepping or self._optimizer.is_trial():
             return
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it
-            check_averaged(self.params, self.ranks)
+            self._optimizer.check_averaged(self.ranks)
             if not self._ran:
                 self.guards.warn_unseen()
         if self.done == self.plan.steps:

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 from fast.adapt.methods import METHODS, MethodName
-from fast.errors import warn
+from fast.errors import did_you_mean, warn
 from fast.models.head_option import KEEP, head_name
 
 Tasks = Literal["together", "switched"]
@@ -364,6 +365,14 @@ def field_types(record: type) -> dict[str, tuple[type, ...]]:
         members = typing.get_args(hint) or (hint,)
         types[name] = tuple(m for m in members if m is not type(None))
     return types
+
+
+def check_options(options: Iterable[str], config: type[AdaptConfig], caller: str) -> None:
+    """Raise TypeError where `config` has no field of the name of an option."""
+    fields = {f.name for f in dataclasses.fields(config)}
+    if unknown := sorted(set(options) - fields):
+        hint = did_you_mean(unknown[0], fields) or f". Known: {', '.join(sorted(fields))}"
+        raise TypeError(f"{caller} got unknown options: {', '.join(unknown)}{hint}")
 
 
 def boolean(name: str, value: Any) -> bool:
