@@ -21,7 +21,7 @@ reports what else was tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from fast.adapt.guards.base import Guard, Seen, SourceBatch
 from fast.data.dataset import Data
 from fast.data.images.patches import are_pictures
 from fast.data.source_inputs import SourceInputs
-from fast.data.stream import TrainBatches, row_batches
+from fast.data.stream import StepRows, TrainBatches
 from fast.data.trees import length, move, pick
 from fast.heads import by_sample, features_of
 from fast.ranks import ALONE, Ranks
@@ -157,15 +157,10 @@ class Rehearsal(Guard):
         self.scale = scale_of(self.features)
         count = len(self.features)
         self.inputs = pick(samples.inputs, slice(count))
-        self._size, self._seed = size, seed
-        self._rows: Iterator[Tensor] = iter(())
-        self._next = -1
+        self._rows = StepRows(count, size, seed)
 
     def source_batch(self, step: int) -> SourceBatch | None:
-        if step != self._next:
-            self._rows = row_batches(len(self.features), self._size, self._seed, step)
-        rows = next(self._rows)
-        self._next = step + 1
+        rows = self._rows.at(step)
         total, rows = len(rows) / self._ranks.size, rows[self._ranks.share]
         if not len(rows):
             return None
