@@ -25,8 +25,9 @@ from fast.adapt.config import (
 )
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.loss import TargetLoss
+from fast.adapt.network.head_start import HeadStart
 from fast.adapt.network.micro_batches import MicroBatches
-from fast.adapt.network.rollback import HeadStart, RollbackOnError
+from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.network.trainable import check_arguments, check_model
 from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
 from fast.adapt.result import Result

@@ -150,7 +150,8 @@ def row_batches(count: int, batch_size: int, seed: int, step: int = 0) -> Iterat
 
 
 class StepRows:
-    """The rows of any step's batch, in the order of `row_batches`; steps in sequence cost no search.
+    """The rows of each step's batch, in the order of `row_batches`. Steps in sequence are the
+    quickest.
 
     Args:
         count: number of samples.

@@ -24,9 +24,9 @@ from fast.adapt.guards.rehearse import Rehearsal, scale_of
 from fast.adapt.loss import TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
+from fast.adapt.network.dropout import warn_of_dropout
 from fast.adapt.network.head_start import check_loss, start_head
 from fast.adapt.network.shared_forward import cuts_at_head, depends_on_mode
-from fast.adapt.network.training_noise import warn_of_dropout
 from fast.adapt.setup import Setup
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
