@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -165,7 +165,6 @@ class Adaptation:
         self._batches = setup.batches
         self.source = source.samples
         self.held_back = source.meter.samples if source.meter is not None else None
-        self._run = cache(partial(run_facts, self.config, setup.batches.data, source.samples))
         self._network, self._optimizer = parts.network, parts.optimizer
         self.optimizer: Optimizer = self._optimizer.optimizer
         self.plan, self.drift = self._optimizer.plan, self._optimizer.drift
@@ -380,6 +379,12 @@ class Adaptation:
 
     # State.
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What is adapted, and how: the options that decide what is computed, and hashes of the
+        data, which are read for them once."""
+        return run_facts(self.config, self._batches.data, self.source)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that neither the model's state nor the optimizer's holds.
 
@@ -389,7 +394,7 @@ class Adaptation:
         self._check_outside("a state")
         return {
             "format": FORMAT,
-            RUN: self._run(),
+            RUN: self.facts,
             "done": self.done,
             "guards": self.guards.state_dict(),
             "optimizer": self._optimizer.state_dict(),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
-from fast.adapt.state import RUN, TRAINING_DATA
+from fast.adapt.state import TRAINING_DATA
 from fast.curvature.card import SourceCard
 from fast.data.generators import find_generators
 from fast.models.identity import (
@@ -58,8 +58,7 @@ class Saver:
 
     def add_source(self, adaptation: Adaptation, card: SourceCard | None) -> None:
         """Add the data of the adaptation, and the user's card, to the facts of the job."""
-        # A state of the adaptation has read all of the training data for it.
-        self._job[TRAINING_DATA] = adaptation.state_dict()[RUN][TRAINING_DATA]
+        self._job[TRAINING_DATA] = adaptation.facts[TRAINING_DATA]
         self._job["source inputs (hash)"] = data_identity(adaptation.source)
         self._job["held-back source inputs (hash)"] = data_identity(adaptation.held_back)
         self._job["card"] = None if card is None else card_identity(card)
