@@ -66,7 +66,7 @@ class Budget:
         return f"{100 * self.amount:g} %" if self.points else f"{self.amount:g} nats"
 
 
-def option(
+def setting(
     default: Any,
     help: str,
     *,
@@ -104,98 +104,98 @@ class AdaptConfig:
         ValueError: an option is out of range; the message names it.
     """
 
-    method: str = option("fast", "how to adapt", choices=MethodName)
-    steps: int | None = option(None, "optimizer steps (default: from --epochs)", least=1)
-    epochs: int | None = option(
+    method: str = setting("fast", "how to adapt", choices=MethodName)
+    steps: int | None = setting(None, "optimizer steps (default: from --epochs)", least=1)
+    epochs: int | None = setting(
         None, "passes over the training data (default: 3, and at least 100 steps)", least=1
     )
-    batch_size: int = option(64, "samples per optimizer step", least=1)
-    lr: float | None = option(
+    batch_size: int = setting(64, "samples per optimizer step", least=1)
+    lr: float | None = setting(
         None,
         "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3, or 5e-4 with layer norms; "
         "adapter 1e-2; 20 times that with sgd)",
         positive=True,
     )
-    seed: int = option(0, "seed of head, data order and augmentation", least=0)
+    seed: int = setting(0, "seed of head, data order and augmentation", least=0)
 
-    head: str | None = option(
+    head: str | None = setting(
         None,
         "'new' (the default) replaces the layer that makes the logits, 'keep' goes on with it; "
         "or the name of that layer, where running the network does not find it",
     )
-    max_entropy: bool | None = option(
+    max_entropy: bool | None = setting(
         None, "head of zeros on normalised features, else a random one (default: the method's)"
     )
-    head_lr_scale: float | None = option(
+    head_lr_scale: float | None = setting(
         None, "head's lr as a multiple of lr (default: the method's)", positive=True
     )
-    anchor_decay: float | None = option(
+    anchor_decay: float | None = setting(
         None, "pull towards the pretrained weights, times lr (default: the method's)", least=0
     )
-    weight_decay: float = option(0.0, "decoupled weight decay, times lr", least=0)
-    distill: float | None = option(
+    weight_decay: float = setting(0.0, "decoupled weight decay, times lr", least=0)
+    distill: float | None = setting(
         None, "weight of staying with the source head's answers on target inputs", least=0
     )
-    forget_budget: str | float | None = option(
+    forget_budget: str | float | None = setting(
         None, "what may be lost: nats of source loss (0.1) or points of accuracy (2%)"
     )
-    source_skill: str = option(
+    source_skill: str = setting(
         "auto",
         "what must not be forgotten: the source head's answers, or how features lie to each other",
         choices=SourceSkill,
     )
-    stall: int | None = option(
+    stall: int | None = setting(
         None, "steps before the backbone moves (default: the method's)", least=0
     )
-    ramp: int | None = option(
+    ramp: int | None = setting(
         None, "steps over which the backbone's lr then rises (default: the method's)", least=0
     )
-    head_steps: int | None = option(
+    head_steps: int | None = setting(
         None,
         "steps of the head alone on features computed beforehand (default: the method's)",
         least=0,
     )
-    rehearse: float | None = option(
+    rehearse: float | None = setting(
         None,
         "weight of keeping the features of source inputs, or without them of the target's own, of "
         "which pictures get their patches shuffled (default: the method's)",
         least=0,
     )
-    average: int | None = option(
+    average: int | None = setting(
         None,
         "steps over which the weights are averaged; 0 keeps the last (default: the method's)",
         least=0,
     )
-    probe_steps: int | None = option(
+    probe_steps: int | None = setting(
         None, "lp-ft: steps of linear probing (default: 1/6 of the run)", least=0
     )
-    batch_norm: str | None = option(
+    batch_norm: str | None = setting(
         None,
         "what backbone batch norm does (default: per_task where features are rehearsed, else "
         "frozen)",
         choices=BatchNormPolicy,
     )
 
-    tasks: str | None = option(
+    tasks: str | None = setting(
         None,
         "one function answers both tasks ('together'), or what is kept per task is switched "
         "(default: switched where batch norm is per_task, or with adapters)",
         choices=Tasks,
     )
-    adapter_rank: int | None = option(
+    adapter_rank: int | None = setting(
         None, "adapter: rank of the adapters (default: the method's)", least=1
     )
 
-    optimizer: str = option("adamw", "update rule", choices=OptimizerName)
-    schedule: str = option("cosine", "learning-rate schedule", choices=Schedule)
-    warmup: int = option(0, "steps of linear warm-up", least=0)
-    grad_accum_steps: int = option(1, "micro-batches per optimizer step", least=1)
-    max_grad_norm: float | None = option(
+    optimizer: str = setting("adamw", "update rule", choices=OptimizerName)
+    schedule: str = setting("cosine", "learning-rate schedule", choices=Schedule)
+    warmup: int = setting(0, "steps of linear warm-up", least=0)
+    grad_accum_steps: int = setting(1, "micro-batches per optimizer step", least=1)
+    max_grad_norm: float | None = setting(
         None,
         "clip the global gradient norm to this (default: 1 with sgd and a ramp, else none)",
         positive=True,
     )
-    shard: bool = option(
+    shard: bool = setting(
         False, "shard weights and optimizer over the processes of torchrun (FSDP2)", place=True
     )
 
@@ -248,7 +248,7 @@ class AdaptConfig:
 
     @classmethod
     def places(cls) -> set[str]:
-        """Names of the options that may differ in a resumed run: see `option`."""
+        """Names of the options that may differ in a resumed run: see `setting`."""
         return {f.name for f in dataclasses.fields(cls) if f.metadata["place"]}
 
     def computed(self) -> dict[str, Any]:
