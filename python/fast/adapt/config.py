@@ -204,13 +204,8 @@ class AdaptConfig:
         for f in dataclasses.fields(self):
             value = self._plain(f.name, getattr(self, f.name), types[f.name])
             object.__setattr__(self, f.name, value)  # the record is frozen
-            choices = f.metadata["choices"]
-            if value is None and f.default is not None and not choices:
-                raise ValueError(f"{f.name} must not be None; leave it out for {f.default}")
-            if choices and value not in choices and (value is not None or f.default is not None):
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
-        for f in dataclasses.fields(self):
-            _check_range(f.name, getattr(self, f.name), f.metadata)
+            if value is not None or f.default is not None:
+                _check_value(f, value)
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
         self._check_tasks()
@@ -306,7 +301,11 @@ class AdaptConfig:
             )
 
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
-        """The value as JSON has it: numpy's numbers become Python's."""
+        """The value as JSON has it: numpy's numbers become Python's.
+
+        Raises:
+            ValueError: the value is of another type than `kinds`, or larger than any that is meant.
+        """
         if value is None or str in kinds:
             return value
         if bool in kinds:
@@ -386,13 +385,18 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _check_range(name: str, value: Any, bounds: Any) -> None:
-    if value is None:
-        return
-    if bounds["least"] == 1 and value < 1:
+def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
+    """Raise ValueError where an option has a value that its `setting` does not allow."""
+    name, choices, least = item.name, item.metadata["choices"], item.metadata["least"]
+    if choices:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    elif value is None:
+        raise ValueError(f"{name} must not be None; leave it out for {item.default}")
+    elif least == 1 and value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
-    if bounds["least"] == 0 and not 0 <= value < math.inf:
+    elif least == 0 and not 0 <= value < math.inf:
         wrong = "must not be negative" if value < 0 else "must be finite"
         raise ValueError(f"{name} {wrong}; got {value}")
-    if bounds["positive"] and not (value > 0 and math.isfinite(value)):
+    elif item.metadata["positive"] and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive; got {value}")
