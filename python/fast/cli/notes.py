@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from fast.cli.options import flag, parser_of
+from fast.cli.options import flag, flags_of
 from fast.cli.spec import COMMANDS
 from fast.errors import printable
 
@@ -68,7 +68,7 @@ def as_typed(message: str) -> str:
 @cache
 def _flags() -> frozenset[str]:
     """The options of all commands."""
-    return frozenset().union(*(parser_of(spec).flags for spec in COMMANDS.values()))
+    return frozenset(name for spec in COMMANDS.values() for name in flags_of(spec))
 
 
 @contextmanager

@@ -77,6 +77,15 @@ def usage(name: str, words: str | None) -> str:
     return {"+": f"{name} [{name} ...]", "?": f"[{name}]"}.get(words or "", name)
 
 
+def flags_of(record: Any) -> Iterator[str]:
+    """The options of a record and of its parts, as they are typed."""
+    for f in fields(record):
+        if is_part(f):
+            yield from flags_of(f.default_factory)
+        elif not is_words(f):
+            yield flag(f.name)
+
+
 class Help(argparse.HelpFormatter):
     """Fills paragraphs, and leaves indented ones as they are."""
 
