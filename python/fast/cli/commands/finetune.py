@@ -12,8 +12,8 @@ from pathlib import Path
 
 import fast
 from fast.cli.folds import cross_validate
+from fast.cli.job_file import JOB_FILE, absolute, write_job
 from fast.cli.notes import print_notes
-from fast.cli.record import JOB_FILE, absolute, write_record
 from fast.cli.report.finetune import plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
@@ -137,7 +137,7 @@ def _claim(spec: FinetuneSpec) -> Path:
         _check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            write_record(folder, shown(spec))
+            write_job(folder, shown(spec))
         except FileExistsError as error:
             raise ValueError(
                 f"--output {folder}: another run has just started there; name another"
@@ -152,7 +152,7 @@ def _claim(spec: FinetuneSpec) -> Path:
             n += 1
             folder = base.with_name(f"{base.name}-{n}")
         else:
-            write_record(folder, shown(spec))
+            write_job(folder, shown(spec))
             return folder
 
 

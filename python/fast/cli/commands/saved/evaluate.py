@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fast.cli.job_file import is_gone
 from fast.cli.notes import print_notes
 from fast.cli.options import flag
-from fast.cli.record import is_gone
 from fast.cli.report.evaluation import (
     CLASS_HEADER,
     LISTED,
