@@ -19,7 +19,7 @@ from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
 from fast.cli.task.load import LoadedTask, load_task
 from fast.errors import printable
-from fast.files import check_writable
+from fast.files import check_writable, missing_folders, remove_empty
 from fast.models.device import pick_device
 from fast.models.saved import MANIFEST_FILE, list_checkpoints
 from fast.ranks import Ranks, joined
@@ -161,8 +161,7 @@ def _claimed(spec: FinetuneSpec) -> Iterator[Path]:
     """The folder of a new run. A run that ends before its first checkpoint leaves nothing behind,
     so that the next one may have its folder."""
     output = spec.training.output
-    outer = Path(output or "runs")
-    new = [path for path in (outer, *outer.parents) if not path.exists()]
+    new = missing_folders(Path(output or "runs"))
     folder = _claim(spec)
     if folder not in new and not output:
         new.insert(0, folder)
@@ -172,7 +171,7 @@ def _claimed(spec: FinetuneSpec) -> Iterator[Path]:
     except BaseException:
         if not list_checkpoints(folder):
             (folder / JOB_FILE).unlink(missing_ok=True)
-            _clear(new)
+            remove_empty(new)
         raise
 
 
@@ -185,12 +184,3 @@ def _going_on(folder: Path) -> Iterator[Path]:
         if list_checkpoints(folder):
             print(f"\nto go on: fast finetune --resume {printable(folder)}", file=sys.stderr)
         raise
-
-
-def _clear(new: list[Path]) -> None:
-    """Remove the empty ones of the folders that were made for a run, the innermost first."""
-    for path in new:
-        try:
-            path.rmdir()
-        except OSError:  # it holds somebody else's file
-            return
