@@ -11,13 +11,16 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, field, fields
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fast.adapt.config import field_types
 from fast.cli.values import at_least_one, class_weights, folder_name, names, share, whole_numbers
 from fast.errors import did_you_mean
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 # Fields of `TrainConfig` whose text is not read by their type alone.
 READERS = {
     "class_weights": class_weights,
@@ -128,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         print(message or "", end="", file=file)
 
 
-def parser_of(record: type, prog: str = "fast") -> Parser:
+def parser_of(record: type[DataclassInstance], prog: str = "fast") -> Parser:
     """The parser of a record's options; the docstring of the record is its description."""
     parser = Parser(
         prog=prog,
@@ -148,12 +151,12 @@ def parser_of(record: type, prog: str = "fast") -> Parser:
 
 
 def _options(
-    record: type, title: str = "", without: Iterable[str] = ()
+    record: type[DataclassInstance], title: str = "", without: Iterable[str] = ()
 ) -> Iterator[tuple[str, Any, Field[Any]]]:
     """Group, type and field of each option; the record's own options come before those of its
     parts."""
     types = {name: kinds[0] for name, kinds in field_types(record).items()}
-    named = [f for f in fields(record) if f.name not in without]  # type: ignore[arg-type]
+    named = [f for f in fields(record) if f.name not in without]
     for f in named:
         if not is_part(f):
             yield f.metadata.get("group", title), types[f.name], f
@@ -190,7 +193,7 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
 def build(record: type[Record], options: dict[str, Any]) -> Record:
     """The record that has these options."""
     arguments: dict[str, Any] = {}
-    for f in fields(record):  # type: ignore[arg-type]
+    for f in fields(record):
         if is_part(f):
             inner = {k: v for k, v in options.items() if k not in f.metadata["without"]}
             arguments[f.name] = build(field_types(record)[f.name][0], inner)

@@ -35,7 +35,7 @@ def run(spec: EvaluateSpec) -> int:
     if spec.output:
         check_writable(Path(spec.output), "--output")
     predictor = open_run(spec)
-    task = predictor.task_of(spec.task)  # type: ignore[arg-type]
+    task = predictor.task_of(spec.task)
     folder = Path(spec.output or Path(spec.run) / f"evaluation-{task}")
     name, data, skip_broken = _data(spec, task)
     evaluation = predictor.evaluate(data, task=task, skip_broken=skip_broken)
