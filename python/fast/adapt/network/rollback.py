@@ -85,4 +85,4 @@ class RollbackOnError:
         for parameter, value in self._weights:
             parameter.copy_(value)
         for module, name, value in self._buffers:
-            module._buffers[name] = module._buffers[name].to(value.dtype).copy_(value)  # type: ignore[union-attr]
+            module._buffers[name] = module.get_buffer(name).to(value.dtype).copy_(value)
