@@ -22,8 +22,8 @@ from fast.models.saved.claim import run_of
 from fast.train.config import TrainConfig
 from fast.train.resume.checkpoint import (
     Facts,
+    LiveRun,
     Snapshot,
-    State,
     load_checkpoint,
     save_checkpoint,
 )
@@ -66,9 +66,9 @@ class Saver:
     def save(self, adaptation: Adaptation, record: dict[str, Any], best: dict[str, Tensor]) -> None:
         """Write a checkpoint; see `save_checkpoint`."""
         self.folder.check()
-        facts, state = self._facts(self.folder.run), self._state(adaptation)
-        randomness = self._ranks.all(state.randomness())
-        snapshot = Snapshot.of(state, best, keep=self._ranks.first)
+        facts, live = self._facts(self.folder.run), self._live(adaptation)
+        randomness = self._ranks.all(live.randomness())
+        snapshot = Snapshot.of(live, best, keep=self._ranks.first)
         with self._ranks.together():
             if self._ranks.first:
                 save_checkpoint(self.folder.path, snapshot, facts, record, randomness=randomness)
@@ -77,12 +77,12 @@ class Saver:
         """Restore the newest checkpoint; see `load_checkpoint`."""
         source = self.folder.source
         assert source is not None
-        state, facts = self._state(adaptation), self._facts(run_of(source))
+        live, facts = self._live(adaptation), self._facts(run_of(source))
         with self._ranks.together():
-            return load_checkpoint(source, state, facts, rank=self._ranks.rank)
+            return load_checkpoint(source, live, facts, rank=self._ranks.rank)
 
-    def _state(self, adaptation: Adaptation) -> State:
-        return State(adaptation=adaptation, generators=self._generators)
+    def _live(self, adaptation: Adaptation) -> LiveRun:
+        return LiveRun(adaptation=adaptation, generators=self._generators)
 
     def _facts(self, run: str) -> Facts:
         return Facts(
