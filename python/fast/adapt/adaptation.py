@@ -167,7 +167,7 @@ class Adaptation:
         self.held_back = source.meter.samples if source.meter is not None else None
         self._network, self._optimizer = parts.network, parts.optimizer
         self.optimizer: Optimizer = self._optimizer.optimizer
-        self.plan, self.drift = self._optimizer.plan, self._optimizer.drift
+        self.plan, self.drift = setup.plan, self._optimizer.drift
         self.last_lr = self._optimizer.lr
         self.head_start = HeadStart(self.model, self.drift) if self.plan.head_steps else None
         self.average, self.budget, self.guards = parts.average, parts.budget, parts.guards

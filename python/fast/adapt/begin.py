@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Parts:
     """What an adaptation is made of before its first step.
 
     Attributes:
-        setup: data and plan; the optimizer's plan has the learning rate that it really has.
+        setup: data and plan, with the learning rate that the optimizer has.
         network: with its head, which is taught.
         average: the averaged weights, one of the guards; or None.
         budget: what measures, forecasts and limits forgetting, the last of the guards.
@@ -134,6 +134,7 @@ def begin(
         sample=setup.sample,
         own_lr=config.lr is not None,
     )
+    setup = replace(setup, plan=adapted.plan)  # a user's optimizer has a rate of its own
     network.drift = adapted.drift
     average, budget, guards = _guards(model, setup, source, config, adapted, holding, ranks)
     return Parts(
@@ -161,7 +162,7 @@ def _guards(
     Args:
         holding: the guards that hold the network's function.
     """
-    plan, guards = optimizer.plan, Guards(holding)
+    plan, guards = setup.plan, Guards(holding)
     average = WeightAverage(optimizer.params, plan.average, plan.stall) if plan.average else None
     budget = ForgettingBudget(
         model=model,
