@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.spec.curvature import CurvatureSpec
-from fast.cli.task.data import (
-    check_numbers,
-    numbered_as_in_head,
-    read_data,
-    training_split,
-)
+from fast.cli.task.checks import check_numbers
+from fast.cli.task.data import numbered_as_in_head, read_data, training_split
 from fast.cli.task.prepare import load_network, prepare_splits, try_forward
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
