@@ -21,7 +21,7 @@ from fast.adapt.guards.budget import (
     ForgettingBudget,
     PullController,
 )
-from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
+from fast.adapt.guards.effort import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import Forecast
 from fast.adapt.guards.forgetting import TEMPERATURE, ForgettingMeter, by_neighbours, hold_back
 from fast.adapt.guards.weight_average import WeightAverage

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fast.adapt.config import Budget
 from fast.adapt.guards.base import Guard
-from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
+from fast.adapt.guards.effort import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import UNKNOWN, Forecast
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.adapt.guards.weight_average import WeightAverage
