@@ -73,7 +73,7 @@ def setting(
     choices: Any = None,
     least: int | None = None,
     positive: bool = False,
-    place: bool = False,
+    free: bool = False,
 ) -> Any:
     """A field of an options record.
 
@@ -81,8 +81,8 @@ def setting(
         choices: the `Literal` of the allowed values.
         least: the smallest allowed value, 0 or 1.
         positive: values must be more than 0.
-        place: the option decides where a run computes or how it is shown, not what it computes, so
-            it may differ on resume.
+        free: the option decides where a run computes or how it is shown, not what it computes, so
+            it is free to differ on resume.
     """
     return field(
         default=default,
@@ -91,7 +91,7 @@ def setting(
             "choices": typing.get_args(choices) or None,
             "least": least,
             "positive": positive,
-            "place": place,
+            "free": free,
         },
     )
 
@@ -196,7 +196,7 @@ class AdaptConfig:
         positive=True,
     )
     shard: bool = setting(
-        False, "shard weights and optimizer over the processes of torchrun (FSDP2)", place=True
+        False, "shard weights and optimizer over the processes of torchrun (FSDP2)", free=True
     )
 
     def __post_init__(self) -> None:
@@ -242,14 +242,14 @@ class AdaptConfig:
         return head_name(self.head)
 
     @classmethod
-    def places(cls) -> set[str]:
+    def free_on_resume(cls) -> set[str]:
         """Names of the options that may differ in a resumed run: see `setting`."""
-        return {f.name for f in dataclasses.fields(cls) if f.metadata["place"]}
+        return {f.name for f in dataclasses.fields(cls) if f.metadata["free"]}
 
     def computed(self) -> dict[str, Any]:
         """The options that decide what is computed, as JSON has them."""
         options = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {name: value for name, value in options.items() if name not in self.places()}
+        return {name: value for name, value in options.items() if name not in self.free_on_resume()}
 
     def _check_tasks(self) -> None:
         """Raise ValueError where `tasks` contradicts another option."""

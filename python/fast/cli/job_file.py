@@ -20,8 +20,9 @@ JOB_FILE = "job.json"
 KEY_BYTES = 32
 # Entries of a job file that are no options.
 MODEL_HASH, SIGNATURE = "model_hash", "signature"
-PLACES = ("weights", "data", "source", "source_inputs", "card")
-PATHS = (*PLACES, "model")
+# Options that name files or data sets, and those that may name a file.
+FILES = ("weights", "data", "source", "source_inputs", "card")
+PATHS = (*FILES, "model")
 
 
 def write_job(folder: Path, options: dict[str, Any]) -> None:
@@ -95,7 +96,7 @@ def read_job(folder: Path, option: str, parser: Parser, named: bool) -> dict[str
     return options
 
 
-def check_places(option: str, folder: Path, options: dict[str, Any]) -> None:
+def check_files(option: str, folder: Path, options: dict[str, Any]) -> None:
     """Refuse to go on with files that have moved since the run.
 
     Args:
@@ -105,7 +106,7 @@ def check_places(option: str, folder: Path, options: dict[str, Any]) -> None:
     Raises:
         FileNotFoundError: a file is not there; the message says how to name it where it is now.
     """
-    for name in PLACES:
+    for name in FILES:
         value = options.get(name)
         if value and is_gone(value):
             raise FileNotFoundError(

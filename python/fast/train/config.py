@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # the options are read for `fast --help`, which does without 
     import torch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PATHS = ("output", "resume", "device")
+# Options that may be given as paths and devices, and are kept as text.
+AS_TEXT = ("output", "resume", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +46,15 @@ class TrainConfig(AdaptConfig):
         None, "stop after this many evaluations without a better val", least=1
     )
     device: str | None = setting(
-        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)", place=True
+        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)", free=True
     )
-    output: str | None = setting(None, "folder for model, checkpoints, config and log", place=True)
+    output: str | None = setting(None, "folder for model, checkpoints, config and log", free=True)
     save_every: int | None = setting(
-        None, "steps between checkpoints (default: at evaluations)", least=1, place=True
+        None, "steps between checkpoints (default: at evaluations)", least=1, free=True
     )
-    resume: str | None = setting(None, "folder of an interrupted run to go on with", place=True)
+    resume: str | None = setting(None, "folder of an interrupted run to go on with", free=True)
     progress: bool | None = setting(
-        None, "progress bar (default: in a terminal or a notebook)", place=True
+        None, "progress bar (default: in a terminal or a notebook)", free=True
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class TrainConfig(AdaptConfig):
             )
 
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
-        if name in PATHS and value is not None:
+        if name in AS_TEXT and value is not None:
             return str(value)
         if name == "class_weights" and value is not None and not isinstance(value, str):
             try:

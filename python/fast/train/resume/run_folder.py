@@ -172,9 +172,9 @@ def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
 
 def check_options(config: TrainConfig, options: dict[str, Any], source: Path) -> None:
     """Raise ValueError where the run in `source` had other options."""
-    now, places = config.computed(), config.places()
+    now, free = config.computed(), config.free_on_resume()
     # Options that the other version did not have yet were at their defaults.
     were = TrainConfig().computed() | options
-    changes = differences({k: v for k, v in were.items() if k not in places}, now)
+    changes = differences({k: v for k, v in were.items() if k not in free}, now)
     if changes:
         raise ValueError(f"cannot resume {source} with other options: {changes}")
