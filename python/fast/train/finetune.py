@@ -119,8 +119,9 @@ def finetune(
                 folder=folder,
                 callbacks=callbacks if ranks.first else (),
                 ranks=ranks,
+                began=rollback.keep,
             )
-            return trainer.run(rollback.keep)
+            return trainer.run()
 
 
 def plan(

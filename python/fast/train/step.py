@@ -30,6 +30,7 @@ class TrainStep:
         loss: the target's loss.
         engine: runs the network.
         mix: see `fast.data.augment.mixing`; or None.
+        began: called before the weights change, in each step.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class TrainStep:
         loss: TargetLoss,
         engine: Engine,
         mix: Mix | None = None,
+        *,
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         self.adaptation, self.data, self.loss, self.engine = adaptation, data, loss, engine
-        self.mix = mix
+        self.mix, self._began = mix, began
         check = partial(check_takes, adaptation.model, name="transform")
         self.augment = Augmentation(data.transform, check)
 
@@ -55,11 +58,8 @@ class TrainStep:
                 return
             yield batch
 
-    def __call__(self, batch: TrainBatch, began: Callable[[], None] = lambda: None) -> Tensor:
+    def __call__(self, batch: TrainBatch) -> Tensor:
         """Take one optimizer step; its hooks do what follows a step.
-
-        Args:
-            began: called before the weights change.
 
         Returns:
             the batch's mean loss on the target with the penalties, over all ranks and on the
@@ -85,7 +85,7 @@ class TrainStep:
                     loss = self.loss.part(logits, y, denominator) + penalty
                 engine.backward(loss + replay_loss)
             total += loss.detach()
-        began()
+        self._began()
         engine.step(adaptation.optimizer)
         ranks.mean_([total])
         return total

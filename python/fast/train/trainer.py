@@ -55,6 +55,7 @@ class Trainer:
         folder: where the run saves, or None.
         ranks: the processes that train together.
         callbacks: see `fast.finetune`.
+        began: called once everything has been checked, before the weights change.
     """
 
     adaptation: Adaptation
@@ -71,23 +72,20 @@ class Trainer:
         folder: RunFolder | None = None,
         ranks: Ranks = ALONE,
         callbacks: Sequence[Callback] = (),
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.model, self.data, self.folder = config, model, data, folder
         self.engine = Engine(next(model.parameters()).device, config.precision, ranks)
         self.card, self.source_inputs = card, source_inputs
-        self.callbacks = callbacks
+        self.callbacks, self._began = callbacks, began
         self.measure = Measure(
             data.val, data.source, self.engine, config.batch_size, tta=config.tta
         )
         self.stopping = EarlyStopping(config.patience)
         self.saver: Saver | None = None
 
-    def run(self, began: Callable[[], None] = lambda: None) -> Result:
-        """Train to the end.
-
-        Args:
-            began: called once everything has been checked, before the first weight changes.
-        """
+    def run(self) -> Result:
+        """Train to the end."""
         with closing(LogFile()) as log_file:
             earlier, losses = self._start()
             adaptation, plan = self.adaptation, self.adaptation.plan
@@ -103,7 +101,7 @@ class Trainer:
                 show = self.config.progress if first else False
                 bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
                 with closing(run_log), closing(bar):
-                    self._train(began, losses, run_log, bar)
+                    self._train(losses, run_log, bar)
         return self._result(run_log.history)
 
     def _adapt(self, resuming: bool) -> None:
@@ -140,7 +138,7 @@ class Trainer:
         engine.parallelize(self.model, self.adaptation.sample)
         if not engine.ranks.first:  # from here on each rank draws its own dropout and augmentation
             seed_process(spread_seed(config.seed, engine.ranks.rank))
-        self.train_step = TrainStep(self.adaptation, data, loss, engine, mix)
+        self.train_step = TrainStep(self.adaptation, data, loss, engine, mix, began=self._began)
         self.measure.start_clock()
 
     def _start(self) -> tuple[History | None, list[Tensor]]:
@@ -166,9 +164,7 @@ class Trainer:
             losses = [torch.tensor(float(x), device=self.engine.device) for x in record["losses"]]
         return read_history(self.folder.source, record["history"]), losses
 
-    def _train(
-        self, began: Callable[[], None], losses: list[Tensor], run_log: RunLog, bar: Any
-    ) -> None:
+    def _train(self, losses: list[Tensor], run_log: RunLog, bar: Any) -> None:
         adaptation, steps = self.adaptation, self.adaptation.plan.steps
         eval_every = self.config.eval_every or max(1, steps // 10)
         save_every = self.config.save_every or eval_every
@@ -185,7 +181,7 @@ class Trainer:
                     break
                 if adaptation.done == steps - 1 and self.config.budget is not None:
                     steps_log.info("checking the budget")
-                losses.append(self.train_step(batch, began))
+                losses.append(self.train_step(batch))
                 bar.update()
                 step = adaptation.done
                 if step % eval_every == 0 or step == steps:
