@@ -147,7 +147,7 @@ class Adaptation:
                 num_classes=num_classes,
                 source_inputs=source_inputs,
                 card=bound,
-                loss=loss or TargetLoss(None, 0.0),
+                loss=TargetLoss(None, 0.0) if loss is None else loss,
                 optimizer=make,
                 augmented=augmented,
                 autocast_dtype=autocast_dtype,

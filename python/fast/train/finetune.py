@@ -18,8 +18,8 @@ from fast.adapt.plan import Plan
 from fast.adapt.result import Result
 from fast.adapt.setup import settle
 from fast.curvature.card import SourceCard
-from fast.data.augment import Transform
 from fast.data.generators import seeded
+from fast.data.transform import Transform
 from fast.errors import warn
 from fast.heads import unwrap
 from fast.models.device import in_float32, pick_device

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fast.adapt.setup import num_outputs
-from fast.data.augment import Transform, check_mixed
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
 from fast.data.stream import first_inputs
+from fast.data.transform import Transform, check_mixed
 from fast.errors import warn
 from fast.heads.forward import check_mirrored
 from fast.train.config import TrainConfig

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.loss import TargetLoss
-from fast.data.augment import Augmentation, Mix
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
+from fast.data.transform import CheckedTransform, Mix
 from fast.data.trees import length
 from fast.heads.forward import check_takes
 from fast.train.engine import Engine
@@ -29,7 +29,7 @@ class TrainStep:
         data: the run's data; its transform is applied to each batch.
         loss: the target's loss.
         engine: runs the network.
-        mix: see `fast.data.augment.mixing`; or None.
+        mix: see `fast.data.transform.mixing`; or None.
         began: called before the weights change, in each step.
     """
 
@@ -46,7 +46,7 @@ class TrainStep:
         self.adaptation, self.data, self.loss, self.engine = adaptation, data, loss, engine
         self.mix, self._began = mix, began
         check = partial(check_takes, adaptation.model, name="transform")
-        self.augment = Augmentation(data.transform, check)
+        self.transform = CheckedTransform(data.transform, check)
 
     def batches(self) -> Iterator[TrainBatch]:
         """This rank's share of the training batches, from the step that the run has reached."""
@@ -108,7 +108,7 @@ class TrainStep:
                 f"({self.engine.ranks.size}): set drop_last=True"
             )
         with self.engine.autocast():
-            inputs = self.augment(inputs, len(labels))
+            inputs = self.transform(inputs, len(labels))
         if self.data.transform is not None or self.data.train.inputs is None:  # else seen before
             check_finite_inputs(inputs, "train", rows)
         if self.mix is not None:

@@ -16,9 +16,9 @@ from fast.adapt.config import AdaptConfig
 from fast.adapt.loss import TargetLoss, class_weights
 from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
-from fast.data.augment import mixing
 from fast.data.generators import seed_process
 from fast.data.stream import spread_seed
+from fast.data.transform import mixing
 from fast.files import reading
 from fast.models.signature import signature_of
 from fast.ranks import ALONE, Ranks
