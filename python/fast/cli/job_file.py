@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fast.cli.options import Parser, flag
+from fast.cli.values import model_file
 from fast.errors import printable
 from fast.files import read_json, to_json, writing
 
@@ -138,9 +139,8 @@ def _argv(job: dict[str, Any], parser: Parser) -> list[str]:
 
 def _model_hash(spec: str | None) -> str | None:
     """Hash of the file that `path/file.py:Factory` names; None for a library's network."""
-    name, colon, _ = (spec or "").partition(".py:")
-    path = Path(f"{name}.py").expanduser()
-    if not colon or not path.is_file():
+    path = model_file(spec)
+    if path is None or not path.is_file():
         return None
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
@@ -149,9 +149,9 @@ def absolute(name: str | None) -> str | None:
     """The absolute path of a file, so that --resume works from anywhere; other names stay."""
     if not name:
         return name
-    file, colon, rest = name.partition(".py:")
-    if colon:
-        return os.path.realpath(os.path.expanduser(f"{file}.py")) + colon[3:] + rest
+    file = model_file(name)
+    if file is not None:
+        return f"{os.path.realpath(file)}:{name.partition('.py:')[2]}"
     path = os.path.expanduser(name)
     return os.path.realpath(path) if os.path.exists(path) else name
 

@@ -12,6 +12,7 @@ from fast.cli.notes import print_notes
 from fast.cli.options import parser_of
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
+from fast.cli.values import model_file
 from fast.data.sources.table import column_names
 from fast.deploy.predictor import Predictor
 from fast.models.saved import FILES, MODEL_FILE
@@ -79,6 +80,6 @@ def _own_code(folder: Path) -> str | None:
         return None
     parser = parser_of(FinetuneSpec)
     name = read_job(folder, "RUN", parser, named=True).get("model")
-    if name is None or ".py:" not in name:
+    if model_file(name) is None:
         return None
     return read_job(folder, "RUN", parser, named=False)["model"]
