@@ -15,29 +15,24 @@ from fast.adapt.defaults import (
     OWN,
     SHUFFLED,
     TOGETHER,
-    own_beside_shuffled,
     rehearsed_by,
     steps_for,
     uses_card,
 )
 from fast.adapt.guards.budget import check_budget
-from fast.adapt.guards.rehearse import OWN_INPUTS, make_room
+from fast.adapt.guards.rehearse import make_room, own_inputs
 from fast.adapt.methods import METHODS
 from fast.adapt.network.head_start import head_is_last
 from fast.adapt.plan import Plan, plan_for
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
-from fast.data.images.patches import shuffled_patches
 from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import (
-    BYTES,
-    LEAST,
     SourceInputs,
     parse_source_inputs,
-    target_inputs,
 )
 from fast.data.stream import TrainBatches, first_inputs
-from fast.data.trees import concatenate, join, leaves, length, move, pick
+from fast.data.trees import join, leaves, length, move, pick
 from fast.errors import warn
 from fast.heads import (
     evaluating,
@@ -115,7 +110,7 @@ def settle(
     sample = move(_first_inputs(batches), next(model.parameters()).device)
     own = None
     if rehearsed in OWN:
-        own = _own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
+        own = own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
         if own is None:
             rehearsed, source_size = "", 0
     plan = plan_for(
@@ -212,29 +207,6 @@ def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
             f"{size}"
         )
     return size
-
-
-def _own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInputs | None:
-    """Target inputs to rehearse, at most `OWN_INPUTS`; None where there are too few of one shape
-    to say how much features vary.
-
-    Args:
-        shuffles: half of them, or more where there are few samples, get their patches shuffled.
-    """
-    most = min(OWN_INPUTS, most)
-    own = target_inputs(batches, most)
-    if own.size < LEAST:
-        return None
-    if not shuffles:
-        return own
-    generator = torch.Generator().manual_seed(batches.seed)
-    fit = BYTES * own.size // sum(x.nbytes for x in leaves(own.inputs))
-    count = max(LEAST, min(most, fit) // 2)
-    made = shuffled_patches(own.inputs, count, generator)
-    as_they_are = own_beside_shuffled(count, batches.data.num_samples)
-    inputs = concatenate([made, pick(own.inputs, slice(as_they_are))])
-    order = torch.randperm(length(inputs), generator=generator)
-    return SourceInputs(inputs=pick(inputs, order))
 
 
 def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:

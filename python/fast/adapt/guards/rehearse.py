@@ -28,13 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.defaults import SHUFFLED, SOURCE_SHARE, TARGET_INPUTS, source_share
+from fast.adapt.defaults import (
+    SHUFFLED,
+    SOURCE_SHARE,
+    TARGET_INPUTS,
+    own_beside_shuffled,
+    source_share,
+)
 from fast.adapt.guards.base import Guard, Seen, SourceBatch
 from fast.data.dataset import Data
-from fast.data.images.patches import are_pictures
-from fast.data.source_inputs import SourceInputs
+from fast.data.images.patches import are_pictures, shuffled_patches
+from fast.data.source_inputs import BYTES, LEAST, SourceInputs, target_inputs
 from fast.data.stream import StepRows, TrainBatches
-from fast.data.trees import length, move, pick
+from fast.data.trees import concatenate, leaves, length, move, pick
 from fast.heads import by_sample, features_of
 from fast.ranks import ALONE, Ranks
 from fastkernels.codes import compute_dtype
@@ -49,7 +55,7 @@ LOOSEST = 2.0
 # The largest gradient, as a multiple of that of e.
 STEEPEST = 3.0
 # The least factor on the learning rate: features that are lost need some rate to find back.
-LEAST = 0.1
+LEAST_RATE = 0.1
 # The most bytes of features to keep: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
@@ -104,6 +110,29 @@ def _own_kind(batches: TrainBatches) -> str:
     if not (isinstance(inputs, Tensor) or all(isinstance(part, Tensor) for part in parts)):
         return ""
     return SHUFFLED if are_pictures(inputs) else TARGET_INPUTS
+
+
+def own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInputs | None:
+    """Target inputs to rehearse, at most `OWN_INPUTS`; None where there are too few of one shape
+    to say how much features vary.
+
+    Args:
+        shuffles: half of them, or more where there are few samples, get their patches shuffled.
+    """
+    most = min(OWN_INPUTS, most)
+    own = target_inputs(batches, most)
+    if own.size < LEAST:
+        return None
+    if not shuffles:
+        return own
+    generator = torch.Generator().manual_seed(batches.seed)
+    fit = BYTES * own.size // sum(x.nbytes for x in leaves(own.inputs))
+    count = max(LEAST, min(most, fit) // 2)
+    made = shuffled_patches(own.inputs, count, generator)
+    as_they_are = own_beside_shuffled(count, batches.data.num_samples)
+    inputs = concatenate([made, pick(own.inputs, slice(as_they_are))])
+    order = torch.randperm(length(inputs), generator=generator)
+    return SourceInputs(inputs=pick(inputs, order))
 
 
 class Rehearsal(Guard):
@@ -234,7 +263,7 @@ def pull(e: Tensor, reduction: str) -> Tensor:
 
 def restraint(moved: float, tolerance: float = TOLERANCE) -> float:
     """The factor on the learning rate where features have moved by `moved`, at most 1."""
-    return max(LEAST, min(1.0, tolerance / max(moved, 1e-12)))
+    return max(LEAST_RATE, min(1.0, tolerance / max(moved, 1e-12)))
 
 
 def _check_features(features: Tensor, name: str) -> None:
