@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, field, fields
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack
 
 from fast.adapt.config import field_types
 from fast.cli.values import at_least_one, class_weights, folder_name, names, share, whole_numbers
@@ -44,14 +44,28 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def option(help: str, default: Any = None, **how: Any) -> Any:
-    """A field that is an option of its name.
+class How(TypedDict, total=False):
+    """How an option is typed.
 
-    Args:
-        how: `read`, a function that reads the typed text (default: the type of the field);
-            `metavar`; `choices`; `group`, its title in the help; `short`, a second flag; `words`,
-            how many words without a flag it takes (argparse's `nargs`).
+    Attributes:
+        read: reads the typed text (default: the type of the field).
+        metavar: stands for the value in the help.
+        choices: the values that are allowed.
+        group: the title of its group in the help.
+        short: a second flag.
+        words: how many words without a flag it takes: `nargs` of argparse, of which None is one.
     """
+
+    read: Callable[[str], Any]
+    metavar: str
+    choices: tuple[str, ...]
+    group: str
+    short: str
+    words: str | None
+
+
+def option(help: str, default: Any = None, **how: Unpack[How]) -> Any:
+    """A field that is an option of its name."""
     return field(default=default, metadata={"help": help, **how})
 
 
