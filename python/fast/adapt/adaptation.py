@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from fast.adapt.config import (
     check_options,
 )
 from fast.adapt.guards.base import MicroBatch, Seen
-from fast.adapt.loss import TargetLoss
+from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.network.head_start import HeadStart
 from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.rollback import RollbackOnError
@@ -111,7 +111,7 @@ class Adaptation:
         num_classes: int | None = None,
         source_inputs: Any = None,
         card: SourceCard | str | Path | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: Loss | None = None,
         optimizer: OptimizerName | MakeOptimizer = "adamw",
         augmented: bool = False,
         autocast_dtype: torch.dtype | None = None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard, Guards
@@ -17,7 +16,7 @@ from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.forgetting import ForgettingMeter, hold_back
 from fast.adapt.guards.replay import Replay
 from fast.adapt.guards.weight_average import WeightAverage
-from fast.adapt.loss import TargetLoss
+from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
 from fast.adapt.network.prepare import prepare
@@ -80,7 +79,7 @@ def begin(
     num_classes: int | None,
     source_inputs: Any,
     card: SourceCard | None,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     optimizer: MakeOptimizer | None,
     augmented: bool,
     autocast_dtype: torch.dtype | None,

@@ -9,12 +9,12 @@ small network. A run that ends worse than this start goes back to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast.adapt.loss import Loss
 from fast.adapt.network.drift import Drift
 from fast.adapt.network.rollback import copied_buffers
 from fast.data.trees import pick
@@ -70,9 +70,7 @@ def _sigmoid(x: Tensor, _: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_loss(
-    loss: Callable[[Tensor, Tensor], Tensor], head: TaskHead, features: Tensor, labels: Tensor
-) -> None:
+def check_loss(loss: Loss, head: TaskHead, features: Tensor, labels: Tensor) -> None:
     """Raise ValueError where a loss of the user's does not take these labels, or is no mean."""
     logits = head.eval()(features)
     try:
@@ -95,7 +93,7 @@ def start_head(
     features: Tensor,
     labels: Tensor,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     steps: int,
     seed: int,
 ) -> None:

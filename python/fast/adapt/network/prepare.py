@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from fast.adapt.guards.pace import (
     Pace,
 )
 from fast.adapt.guards.rehearse import Rehearsal, scale_of
-from fast.adapt.loss import TargetLoss
+from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
 from fast.adapt.network.dropout import warn_of_dropout
@@ -265,7 +265,7 @@ def teach_head(
     network: AdaptedNetwork,
     setup: Setup,
     first: FirstPass,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     seed: int,
 ) -> None:
     """Take the head's own steps, where the plan has any."""
@@ -287,7 +287,7 @@ def prepare(
     config: AdaptConfig,
     *,
     samples: SourceInputs | None,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     augmented: bool,
     resuming: bool,
     ranks: Ranks,
