@@ -21,11 +21,10 @@ ROLES = ("data", "source", "source_inputs")
 PARTS = ("train", "val")
 
 
-def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dict[str, NamedData]:
-    """The data sets, by the options that name them.
+def read_data(spec: TaskSpec, *, hold_out: bool = True) -> tuple[dict[str, NamedData], list[str]]:
+    """The data sets, by the options that name them; and notes on whatever is left out of them.
 
     Args:
-        notes: gets a line about whatever is left out of a data set.
         hold_out: hold out a share of the target's training samples if there are no others to
             measure on.
 
@@ -41,7 +40,7 @@ def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dic
             raise ValueError(
                 f"{flag(option)} is for tables and Hugging Face data sets; {name} is none: drop it"
             )
-    sets = {}
+    sets, notes = {}, []
     for role, name in names.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)
@@ -56,7 +55,7 @@ def read_data(spec: TaskSpec, notes: list[str], *, hold_out: bool = True) -> dic
             sets[role] = _hold_out(spec, sets[role])
             again = repeated_samples(sets[role], folds=bool(spec.folds))
             notes += [f"{flag(role)} {name}: {note}" for note in again]
-    return sets
+    return sets, notes
 
 
 def _hold_out(spec: TaskSpec, data: NamedData) -> NamedData:

@@ -142,9 +142,8 @@ def load_task(
         ValueError, FileNotFoundError, ImportError: the network or the data cannot be used; the
             message says why.
     """
-    notes: list[str] = []
     print(f"reading {printable(spec.data)} and {printable(spec.model)}", flush=True)
-    sets = read_data(spec, notes)
+    sets, notes = read_data(spec)
     check_target(spec, sets["data"], measured)
     loaded = load_network(spec)
     names = own_classes(loaded.model, spec.model, spec.weights)

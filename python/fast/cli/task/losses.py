@@ -46,8 +46,7 @@ class TaskLoss:
 def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
     """The losses of the tasks for which there are data; their networks are in eval mode."""
     device = pick_device(spec.device)
-    notes: list[str] = []
-    sets = read_data(spec.task, notes)
+    sets, notes = read_data(spec.task)
     loaded = load_network(spec.task, pretrained=not spec.checkpoint)
     if "source" in sets:
         names = own_classes(loaded.model, spec.task.model, spec.task.weights)

@@ -36,8 +36,7 @@ def run(spec: RewindSpec) -> int:
     check_writable(folder, "--output")
     check_replaceable(folder, own=_is_rewound(folder))
     task = spec.named
-    notes: list[str] = []
-    sets = read_data(task, notes, hold_out=False)  # `fast.rewind` does that itself
+    sets, notes = read_data(task, hold_out=False)  # `fast.rewind` does that itself
     loaded = load_network(task)
     splits = {"source_inputs": drawn_inputs(sets["source_inputs"])}
     classes = classes_beside(spec.tuned)
