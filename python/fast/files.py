@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,21 @@ def _settle(file: Path, folder: Path) -> None:
         os.fsync(f.fileno())
 
 
+def missing_folders(path: Path) -> list[Path]:
+    """The folders that have to be made for `path`, itself included; the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, the innermost first, up to one that holds something."""
+    for folder in folders:
+        if folder.is_dir():
+            try:
+                folder.rmdir()
+            except OSError:  # somebody else has put files there
+                return
+
+
 def check_writable(folder: Path, option: str) -> None:
     """Check, before any work is done, that a folder can be written to; nothing stays there.
 
@@ -110,16 +125,14 @@ def check_writable(folder: Path, option: str) -> None:
     try:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{option} {folder}: is a file; name a folder")
-        new = [p for p in (folder, *folder.parents) if not p.exists()]
+        new = missing_folders(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"a disk that is full takes a name and no content")
     except OSError as error:
         raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
     finally:
-        for part in new:
-            if part.is_dir():
-                part.rmdir()
+        remove_empty(new)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,12 +5,13 @@ import torch
 
 from fast.cli import main
 from fast.cli.commands import demo
+from fast.cli.task import digits
 
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
 
 
 def test_digits_are_split_once_and_labelled_from_0():
-    train, test = demo.digits(range(5, 10))
+    train, test = digits.digits(range(5, 10))
     assert len(train[1]) + len(test[1]) == 896
     assert sorted(set(test[1].tolist())) == [0, 1, 2, 3, 4]
     assert train[0].shape[1:] == (1, 8, 8)
@@ -21,7 +22,8 @@ def test_digits_are_split_once_and_labelled_from_0():
 
 
 def test_short_demo_end_to_end(tmp_path, capsys, monkeypatch):
-    for name, value in {"SEEDS": (0,), "STEPS": 5, "PRETRAIN_EPOCHS": 2}.items():
+    monkeypatch.setattr(digits, "PRETRAIN_EPOCHS", 2)
+    for name, value in {"SEEDS": (0,), "STEPS": 5}.items():
         monkeypatch.setattr(demo, name, value)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     assert main(["demo", "--output", str(tmp_path / "d")]) == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fast.cli import folders
 from fast.cli.commands import finetune
 from interruption import dying_at
 
@@ -78,7 +79,7 @@ def test_output_is_never_overwritten(job):
 
 def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
     """The second looks for its folder while the first has just taken its own, and fails."""
-    claim, results = finetune._claim, []
+    claim, results = folders._claim, []
 
     def claim_and_start_another(spec):
         folder = claim(spec)
@@ -89,7 +90,7 @@ def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
             (folder / "notes.txt").write_text("mine")
         return folder
 
-    monkeypatch.setattr(finetune, "_claim", claim_and_start_another)
+    monkeypatch.setattr(folders, "_claim", claim_and_start_another)
     code, out, err = job.fast("finetune", *job.args, "--steps", 4)
     assert code == 0, err
     assert results[1] == 2
@@ -98,21 +99,22 @@ def test_runs_that_start_together_have_folders_of_their_own(job, monkeypatch):
 
 
 def test_a_failing_run_removes_its_own_files_only(job, monkeypatch):
-    claim = finetune._claim
+    claim = folders._claim
 
     def claim_with_notes(spec):
         folder = claim(spec)
         (folder / "notes.txt").write_text("mine")
         return folder
 
-    monkeypatch.setattr(finetune, "_claim", claim_with_notes)
+    monkeypatch.setattr(folders, "_claim", claim_with_notes)
     with dying_at(5, ValueError("no")):
         assert job.fast("finetune", *job.args, *RUN)[0] == 2
     assert [p.name for p in (job.folder / "out").iterdir()] == ["notes.txt"]
 
 
 def test_a_folder_claimed_by_another_is_refused(job, monkeypatch):
-    monkeypatch.setattr(finetune, "_check_new", lambda folder: None)  # both saw it empty
+    for module in (finetune, folders):
+        monkeypatch.setattr(module, "check_new", lambda folder: None)  # both saw it empty
     (job.folder / "out").mkdir()
     (job.folder / "out" / "job.json").write_text("{}")
     code, _, err = job.fast("finetune", *job.args, *RUN)

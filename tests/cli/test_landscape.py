@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fast.cli.commands import demo
+from fast.cli.task import digits
 
 RUN = ("--steps", 6, "--eval-every", 2, "--resolution", 3, "--samples", 40, "--output", "out")
 
@@ -34,7 +34,7 @@ def test_landscape_of_one_method_by_the_hessian(job):
 
 def test_demo_needs_no_files(job, monkeypatch):
     pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
-    monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", 1)
+    monkeypatch.setattr(digits, "PRETRAIN_EPOCHS", 1)
     code, out, err = job.fast("landscape", "--demo", *RUN[:-2], "--stiff", 1)
     assert code == 0, err
     assert (job.folder / "runs" / "landscape-digits" / "landscape.png").is_file()

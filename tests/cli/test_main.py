@@ -179,7 +179,7 @@ def test_a_backend_that_is_not_there_is_one_line(job, monkeypatch):
 
 @pytest.mark.parametrize("command", [["landscape", "--demo"], ["retention", "--demo"], ["demo"]])
 def test_where_to_write_is_checked_before_anything_is_run(tmp_path, capsys, command, monkeypatch):
-    monkeypatch.setattr("fast.cli.commands.demo.pretrain", None)  # not called
+    monkeypatch.setattr("fast.cli.task.digits.pretrain", None)  # not called
     file = tmp_path / "file"
     file.write_text("mine")
     assert main([*command, "--output", str(file)]) == 2

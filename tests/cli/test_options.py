@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from fast.cli.job_file import _argv
 from fast.cli.options import parser_of
-from fast.cli.record import _argv
 from fast.cli.spec import COMMANDS, FinetuneSpec, LandscapeSpec, RetentionSpec
 from fast.cli.spec.base import shown
 from fast.train.config import TrainConfig

@@ -10,8 +10,8 @@ import fast
 from fast.adapt.defaults import EASED, LEAST_SHARE, REHEARSING_LR, SETTLED
 from fast.adapt.methods import METHODS
 from fast.adapt.plan import plan_for
-from fast.cli.commands import demo
 from fast.cli.commands.retention import settings
+from fast.cli.task import digits
 from fast.train.config import TrainConfig
 
 SWEEP = ("--steps", 6, "--output", "out")
@@ -107,7 +107,7 @@ def test_sweep_is_drawn_written_and_kept(job, monkeypatch):
 
 def test_demo_needs_no_files(job, monkeypatch):
     pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
-    monkeypatch.setattr(demo, "PRETRAIN_EPOCHS", 1)
+    monkeypatch.setattr(digits, "PRETRAIN_EPOCHS", 1)
     code, out, err = job.fast("retention", "--demo", "--strengths", "1", "--steps", 2)
     assert code == 0, err
     assert (job.folder / "runs" / "retention-digits" / "retention.png").is_file()

@@ -1,9 +1,18 @@
 """Features of several positions as one row for each sample."""
 
+import pytest
 import torch
 from torch import nn
 
-from fast.heads.rows import mean_over_positions
+from fast.heads.rows import by_sample, mean_over_positions
+
+
+def test_rows_are_told_apart_by_sample():
+    rows = torch.arange(12.0).view(6, 2)
+    assert by_sample(rows, 6) is rows
+    assert torch.equal(by_sample(rows, 3)[1], rows[2:4])
+    with pytest.raises(ValueError, match="6 rows of 4 samples"):
+        by_sample(rows, 4)
 
 
 def test_a_linear_head_has_its_features_last():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 import fast
-from fast.cli.record import write_record
+from fast.cli.job_file import write_job
 from fast.files import check_writable, write_json
 from networks import ConvNet, images
 
@@ -43,9 +43,9 @@ def test_it_is_noticed_before_any_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("write", [write_json, write_record])
+@pytest.mark.parametrize("write", [write_json, write_job])
 def test_a_file_is_named_and_not_left_half_written(tmp_path, write):
-    place = tmp_path if write is write_record else tmp_path / "data.json"
+    place = tmp_path if write is write_job else tmp_path / "data.json"
     with files_of(0), pytest.raises(OSError, match=r"(data|job)\.json"):
         write(place, {"model": "timm:resnet18"})
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
-from fast.heads import by_sample, folds_positions, forward_logits, task_head
+from fast.heads import folds_positions, forward_logits, task_head
 from fast.models.saved import load_saved
 from helpers import same_state
 from networks import ConvHead, images
@@ -94,14 +94,6 @@ def test_rows_of_a_sample_count_as_one_however_they_are_laid_out(options):
     pairs = zip(plain.model.state_dict().values(), by_row.model.state_dict().values(), strict=True)
     assert all(torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5) for a, b in pairs)
     assert by_row.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=1e-4)
-
-
-def test_rows_by_sample():
-    rows = torch.arange(12.0).view(6, 2)
-    assert by_sample(rows, 6) is rows
-    assert torch.equal(by_sample(rows, 3)[1], rows[2:4])
-    with pytest.raises(ValueError, match="6 rows of 4 samples"):
-        by_sample(rows, 4)
 
 
 def test_mixed_rows_are_refused_where_they_matter():

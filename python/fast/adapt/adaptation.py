@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,14 +16,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast.adapt.begin import Parts, begin, bound_card, set_pull
-from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean
+from fast.adapt.config import (
+    AdaptConfig,
+    AdaptOptions,
+    OptimizerName,
+    boolean,
+    check_options,
+)
 from fast.adapt.guards.base import MicroBatch, Seen
-from fast.adapt.loss import TargetLoss
+from fast.adapt.loss import Loss, TargetLoss
+from fast.adapt.network.head_start import HeadStart
 from fast.adapt.network.micro_batches import MicroBatches
-from fast.adapt.network.rollback import HeadStart, RollbackOnError
+from fast.adapt.network.rollback import RollbackOnError
+from fast.adapt.network.trainable import check_arguments, check_model
 from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
 from fast.adapt.result import Result
-from fast.adapt.setup import check_arguments, check_averaged, check_model, check_options
 from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
@@ -104,7 +111,7 @@ class Adaptation:
         num_classes: int | None = None,
         source_inputs: Any = None,
         card: SourceCard | str | Path | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: Loss | None = None,
         optimizer: OptimizerName | MakeOptimizer = "adamw",
         augmented: bool = False,
         autocast_dtype: torch.dtype | None = None,
@@ -140,7 +147,7 @@ class Adaptation:
                 num_classes=num_classes,
                 source_inputs=source_inputs,
                 card=bound,
-                loss=loss or TargetLoss(None, 0.0),
+                loss=TargetLoss(None, 0.0) if loss is None else loss,
                 optimizer=make,
                 augmented=augmented,
                 autocast_dtype=autocast_dtype,
@@ -158,10 +165,9 @@ class Adaptation:
         self._batches = setup.batches
         self.source = source.samples
         self.held_back = source.meter.samples if source.meter is not None else None
-        self._run = cache(partial(run_facts, self.config, setup.batches.data, source.samples))
         self._network, self._optimizer = parts.network, parts.optimizer
         self.optimizer: Optimizer = self._optimizer.optimizer
-        self.plan, self.drift = self._optimizer.plan, self._optimizer.drift
+        self.plan, self.drift = setup.plan, self._optimizer.drift
         self.last_lr = self._optimizer.lr
         self.head_start = HeadStart(self.model, self.drift) if self.plan.head_steps else None
         self.average, self.budget, self.guards = parts.average, parts.budget, parts.guards
@@ -292,7 +298,7 @@ class Adaptation:
         if not stepping or self._optimizer.is_trial():
             return
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it
-            check_averaged(self.params, self.ranks)
+            self._optimizer.check_averaged(self.ranks)
             if not self._ran:
                 self.guards.warn_unseen()
         if self.done == self.plan.steps:
@@ -373,6 +379,12 @@ class Adaptation:
 
     # State.
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What is adapted, and how: the options that decide what is computed, and hashes of the
+        data, which are read for them once."""
+        return run_facts(self.config, self._batches.data, self.source)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that neither the model's state nor the optimizer's holds.
 
@@ -382,7 +394,7 @@ class Adaptation:
         self._check_outside("a state")
         return {
             "format": FORMAT,
-            RUN: self._run(),
+            RUN: self.facts,
             "done": self.done,
             "guards": self.guards.state_dict(),
             "optimizer": self._optimizer.state_dict(),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard, Guards
@@ -17,7 +16,7 @@ from fast.adapt.guards.budget import ForgettingBudget
 from fast.adapt.guards.forgetting import ForgettingMeter, hold_back
 from fast.adapt.guards.replay import Replay
 from fast.adapt.guards.weight_average import WeightAverage
-from fast.adapt.loss import TargetLoss
+from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
 from fast.adapt.network.prepare import prepare
@@ -57,7 +56,7 @@ class Parts:
     """What an adaptation is made of before its first step.
 
     Attributes:
-        setup: data and plan; the optimizer's plan has the learning rate that it really has.
+        setup: data and plan, with the learning rate that the optimizer has.
         network: with its head, which is taught.
         average: the averaged weights, one of the guards; or None.
         budget: what measures, forecasts and limits forgetting, the last of the guards.
@@ -80,7 +79,7 @@ def begin(
     num_classes: int | None,
     source_inputs: Any,
     card: SourceCard | None,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     optimizer: MakeOptimizer | None,
     augmented: bool,
     autocast_dtype: torch.dtype | None,
@@ -134,6 +133,7 @@ def begin(
         sample=setup.sample,
         own_lr=config.lr is not None,
     )
+    setup = replace(setup, plan=adapted.plan)  # a user's optimizer has a rate of its own
     network.drift = adapted.drift
     average, budget, guards = _guards(model, setup, source, config, adapted, holding, ranks)
     return Parts(
@@ -161,7 +161,7 @@ def _guards(
     Args:
         holding: the guards that hold the network's function.
     """
-    plan, guards = optimizer.plan, Guards(holding)
+    plan, guards = setup.plan, Guards(holding)
     average = WeightAverage(optimizer.params, plan.average, plan.stall) if plan.average else None
     budget = ForgettingBudget(
         model=model,

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 from fast.adapt.methods import METHODS, MethodName
-from fast.errors import warn
+from fast.errors import did_you_mean, warn
 from fast.models.head_option import KEEP, head_name
 
 Tasks = Literal["together", "switched"]
@@ -65,14 +66,14 @@ class Budget:
         return f"{100 * self.amount:g} %" if self.points else f"{self.amount:g} nats"
 
 
-def option(
+def setting(
     default: Any,
     help: str,
     *,
     choices: Any = None,
     least: int | None = None,
     positive: bool = False,
-    place: bool = False,
+    free: bool = False,
 ) -> Any:
     """A field of an options record.
 
@@ -80,8 +81,8 @@ def option(
         choices: the `Literal` of the allowed values.
         least: the smallest allowed value, 0 or 1.
         positive: values must be more than 0.
-        place: the option decides where a run computes or how it is shown, not what it computes, so
-            it may differ on resume.
+        free: the option decides where a run computes or how it is shown, not what it computes, so
+            it is free to differ on resume.
     """
     return field(
         default=default,
@@ -90,7 +91,7 @@ def option(
             "choices": typing.get_args(choices) or None,
             "least": least,
             "positive": positive,
-            "place": place,
+            "free": free,
         },
     )
 
@@ -103,99 +104,99 @@ class AdaptConfig:
         ValueError: an option is out of range; the message names it.
     """
 
-    method: str = option("fast", "how to adapt", choices=MethodName)
-    steps: int | None = option(None, "optimizer steps (default: from --epochs)", least=1)
-    epochs: int | None = option(
+    method: str = setting("fast", "how to adapt", choices=MethodName)
+    steps: int | None = setting(None, "optimizer steps (default: from --epochs)", least=1)
+    epochs: int | None = setting(
         None, "passes over the training data (default: 3, and at least 100 steps)", least=1
     )
-    batch_size: int = option(64, "samples per optimizer step", least=1)
-    lr: float | None = option(
+    batch_size: int = setting(64, "samples per optimizer step", least=1)
+    lr: float | None = setting(
         None,
         "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3, or 5e-4 with layer norms; "
         "adapter 1e-2; 20 times that with sgd)",
         positive=True,
     )
-    seed: int = option(0, "seed of head, data order and augmentation", least=0)
+    seed: int = setting(0, "seed of head, data order and augmentation", least=0)
 
-    head: str | None = option(
+    head: str | None = setting(
         None,
         "'new' (the default) replaces the layer that makes the logits, 'keep' goes on with it; "
         "or the name of that layer, where running the network does not find it",
     )
-    max_entropy: bool | None = option(
+    max_entropy: bool | None = setting(
         None, "head of zeros on normalised features, else a random one (default: the method's)"
     )
-    head_lr_scale: float | None = option(
+    head_lr_scale: float | None = setting(
         None, "head's lr as a multiple of lr (default: the method's)", positive=True
     )
-    anchor_decay: float | None = option(
+    anchor_decay: float | None = setting(
         None, "pull towards the pretrained weights, times lr (default: the method's)", least=0
     )
-    weight_decay: float = option(0.0, "decoupled weight decay, times lr", least=0)
-    distill: float | None = option(
+    weight_decay: float = setting(0.0, "decoupled weight decay, times lr", least=0)
+    distill: float | None = setting(
         None, "weight of staying with the source head's answers on target inputs", least=0
     )
-    forget_budget: str | float | None = option(
+    forget_budget: str | float | None = setting(
         None, "what may be lost: nats of source loss (0.1) or points of accuracy (2%)"
     )
-    source_skill: str = option(
+    source_skill: str = setting(
         "auto",
         "what must not be forgotten: the source head's answers, or how features lie to each other",
         choices=SourceSkill,
     )
-    stall: int | None = option(
+    stall: int | None = setting(
         None, "steps before the backbone moves (default: the method's)", least=0
     )
-    ramp: int | None = option(
+    ramp: int | None = setting(
         None, "steps over which the backbone's lr then rises (default: the method's)", least=0
     )
-    head_steps: int | None = option(
+    head_steps: int | None = setting(
         None,
         "steps of the head alone on features computed beforehand (default: the method's)",
         least=0,
     )
-    rehearse: float | None = option(
+    rehearse: float | None = setting(
         None,
         "weight of keeping the features of source inputs, or without them of the target's own, of "
         "which pictures get their patches shuffled (default: the method's)",
         least=0,
     )
-    average: int | None = option(
+    average: int | None = setting(
         None,
         "steps over which the weights are averaged; 0 keeps the last (default: the method's)",
         least=0,
     )
-    probe_steps: int | None = option(
+    probe_steps: int | None = setting(
         None, "lp-ft: steps of linear probing (default: 1/6 of the run)", least=0
     )
-    batch_norm: str | None = option(
+    batch_norm: str | None = setting(
         None,
         "what backbone batch norm does (default: per_task where features are rehearsed, else "
         "frozen)",
         choices=BatchNormPolicy,
     )
 
-    tasks: str | None = option(
+    tasks: str | None = setting(
         None,
         "one function answers both tasks ('together'), or what is kept per task is switched "
         "(default: switched where batch norm is per_task, or with adapters)",
         choices=Tasks,
     )
-    adapter_rank: int | None = option(
+    adapter_rank: int | None = setting(
         None, "adapter: rank of the adapters (default: the method's)", least=1
     )
 
-    optimizer: str = option("adamw", "update rule", choices=OptimizerName)
-    schedule: str = option("cosine", "learning-rate schedule", choices=Schedule)
-    warmup: int = option(0, "steps of linear warm-up", least=0)
-    grad_accum_steps: int = option(1, "micro-batches per optimizer step", least=1)
-    max_grad_norm: float | None = option(
+    optimizer: str = setting("adamw", "update rule", choices=OptimizerName)
+    schedule: str = setting("cosine", "learning-rate schedule", choices=Schedule)
+    warmup: int = setting(0, "steps of linear warm-up", least=0)
+    grad_accum_steps: int = setting(1, "micro-batches per optimizer step", least=1)
+    max_grad_norm: float | None = setting(
         None,
         "clip the global gradient norm to this (default: 1 with sgd and a ramp, else none)",
         positive=True,
     )
-    shard: bool = option(
-        False, "shard weights and optimizer over the processes of torchrun (FSDP2)", place=True
+    shard: bool = setting(
+        False, "shard weights and optimizer over the processes of torchrun (FSDP2)", free=True
     )
 
     def __post_init__(self) -> None:
@@ -203,13 +204,8 @@ class AdaptConfig:
         for f in dataclasses.fields(self):
             value = self._plain(f.name, getattr(self, f.name), types[f.name])
             object.__setattr__(self, f.name, value)  # the record is frozen
-            choices = f.metadata["choices"]
-            if value is None and f.default is not None and not choices:
-                raise ValueError(f"{f.name} must not be None; leave it out for {f.default}")
-            if choices and value not in choices and (value is not None or f.default is not None):
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
-        for f in dataclasses.fields(self):
-            _check_range(f.name, getattr(self, f.name), f.metadata)
+            if value is not None or f.default is not None:
+                _check_value(f, value)
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
         self._check_tasks()
@@ -246,14 +242,14 @@ class AdaptConfig:
         return head_name(self.head)
 
     @classmethod
-    def places(cls) -> set[str]:
-        """Names of the options that may differ in a resumed run: see `option`."""
-        return {f.name for f in dataclasses.fields(cls) if f.metadata["place"]}
+    def free_on_resume(cls) -> set[str]:
+        """Names of the options that may differ in a resumed run: see `setting`."""
+        return {f.name for f in dataclasses.fields(cls) if f.metadata["free"]}
 
     def computed(self) -> dict[str, Any]:
         """The options that decide what is computed, as JSON has them."""
         options = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {name: value for name, value in options.items() if name not in self.places()}
+        return {name: value for name, value in options.items() if name not in self.free_on_resume()}
 
     def _check_tasks(self) -> None:
         """Raise ValueError where `tasks` contradicts another option."""
@@ -305,7 +301,11 @@ class AdaptConfig:
             )
 
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
-        """The value as JSON has it: numpy's numbers become Python's."""
+        """The value as JSON has it: numpy's numbers become Python's.
+
+        Raises:
+            ValueError: the value is of another type than `kinds`, or larger than any that is meant.
+        """
         if value is None or str in kinds:
             return value
         if bool in kinds:
@@ -366,6 +366,14 @@ def field_types(record: type) -> dict[str, tuple[type, ...]]:
     return types
 
 
+def check_options(options: Iterable[str], config: type[AdaptConfig], caller: str) -> None:
+    """Raise TypeError where `config` has no field of the name of an option."""
+    fields = {f.name for f in dataclasses.fields(config)}
+    if unknown := sorted(set(options) - fields):
+        hint = did_you_mean(unknown[0], fields) or f". Known: {', '.join(sorted(fields))}"
+        raise TypeError(f"{caller} got unknown options: {', '.join(unknown)}{hint}")
+
+
 def boolean(name: str, value: Any) -> bool:
     """A truth value as Python's own.
 
@@ -377,13 +385,18 @@ def boolean(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _check_range(name: str, value: Any, bounds: Any) -> None:
-    if value is None:
-        return
-    if bounds["least"] == 1 and value < 1:
+def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
+    """Raise ValueError where an option has a value that its `setting` does not allow."""
+    name, choices, least = item.name, item.metadata["choices"], item.metadata["least"]
+    if choices:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    elif value is None:
+        raise ValueError(f"{name} must not be None; leave it out for {item.default}")
+    elif least == 1 and value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
-    if bounds["least"] == 0 and not 0 <= value < math.inf:
+    elif least == 0 and not 0 <= value < math.inf:
         wrong = "must not be negative" if value < 0 else "must be finite"
         raise ValueError(f"{name} {wrong}; got {value}")
-    if bounds["positive"] and not (value > 0 and math.isfinite(value)):
+    elif item.metadata["positive"] and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive; got {value}")

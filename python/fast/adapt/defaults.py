@@ -67,7 +67,9 @@ EASED = 0.6
 
 
 def share_of_plenty(samples: int | None) -> float:
-    """What the weights that hold the function are multiplied by, from `LEAST_SHARE` to 1.
+    """The number of samples as a share of `PLENTY`, from `LEAST_SHARE` to 1.
+
+    Weights that hold the function are multiplied by it.
 
     Args:
         samples: of the training data; None where their number is not known.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fast.data.dataset import Data
 from fast.data.labels import check_labels
+
+# Logits `[B, C]` and labels of a batch -> the mean over its samples, `[]`.
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def class_weights(

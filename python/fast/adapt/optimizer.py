@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fast import dtensor
 from fast.adapt.config import AdaptConfig
 from fast.adapt.methods import METHODS
 from fast.adapt.network.drift import Drift
@@ -19,6 +21,7 @@ from fast.optim import SGD, AdamW
 from fast.optim.groups import is_trial
 from fast.optim.param_groups import param_groups
 from fast.optim.unfused import UnfusedPull
+from fast.ranks import Ranks
 
 Groups = list[dict[str, Any]]
 ADAPTERS, RATES = "adapters", "rates"  # keys of the state
@@ -176,6 +179,26 @@ class AdaptedOptimizer:
                 "step: the loop steps another optimizer, which holds nothing of the source. Step "
                 "adaptation.optimizer (Adaptation(optimizer=lambda groups: ...) makes one of "
                 "yours); if it has loaded a checkpoint, let it load the adaptation's state, too"
+            )
+
+    def check_averaged(self, ranks: Ranks) -> None:
+        """Raise where the processes have taken a step with gradients of their own.
+
+        They would go on as networks of their own, and only the first one is saved.
+
+        Raises:
+            RuntimeError: they have.
+        """
+        if ranks.size == 1:
+            return
+        whole = [p.grad for p in self.params if p.grad is not None and not dtensor.is_sharded(p)]
+        sums = torch.stack([g.double().sum() for g in whole]).cpu() if whole else torch.zeros(1)
+        if len(set(ranks.all(sums.numpy().tobytes()))) > 1:
+            raise RuntimeError(
+                "the processes have different gradients in the first step, because nothing "
+                "averages them: wrap the network in DistributedDataParallel after fast.Adaptation, "
+                "and pass it to forward(..., model=) (docs/distributed.md); with "
+                "process_group=None each process trains a network of its own"
             )
 
     def check_loaded(self, done: int) -> None:

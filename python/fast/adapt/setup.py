@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
-from fast import dtensor
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
     OWN,
     SHUFFLED,
     TOGETHER,
-    own_beside_shuffled,
     rehearsed_by,
     steps_for,
     uses_card,
 )
 from fast.adapt.guards.budget import check_budget
-from fast.adapt.guards.rehearse import OWN_INPUTS, make_room
+from fast.adapt.guards.rehearse import make_room, own_inputs
 from fast.adapt.methods import METHODS
 from fast.adapt.network.head_start import head_is_last
 from fast.adapt.plan import Plan, plan_for
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
-from fast.data.images.patches import shuffled_patches
 from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import (
-    BYTES,
-    LEAST,
     SourceInputs,
     parse_source_inputs,
-    target_inputs,
 )
 from fast.data.stream import TrainBatches, first_inputs
-from fast.data.trees import concatenate, join, leaves, length, move, pick
-from fast.errors import counted, did_you_mean, warn
+from fast.data.trees import join, leaves, length, move, pick
+from fast.errors import warn
 from fast.heads import (
     evaluating,
     find_head,
@@ -54,7 +44,6 @@ from fast.heads import (
 )
 from fast.heads.find import classes_of
 from fast.heads.forward import check_takes, input_errors
-from fast.merge.joined import Joined
 from fast.ranks import Ranks
 
 log = logging.getLogger("fast")
@@ -108,23 +97,20 @@ def settle(
     Raises:
         ValueError, TypeError: the data, the network or an option does not fit.
     """
-    if isinstance(train, Data):
-        data = train
-    else:
-        data = as_data(train, "train", any_labels=any_labels)
-        check_data(data)
-    outputs = _num_outputs(config, model, data, num_classes, any_labels=any_labels)
+    data = as_data(train, "train", any_labels=any_labels)
+    if data is not train:
+        data.check_trainable()
+    outputs = num_outputs(config, model, data, num_classes, any_labels=any_labels)
     source = None if source_inputs is None else _read_source(model, source_inputs)
-    rehearsed = rehearsed_by(config, source is not None)
+    has_source = source is not None
+    rehearsed = rehearsed_by(config, has_source)
     batches, source_size, rehearsed = make_room(data, config.batch_size, config.seed, rehearsed)
     batch_size = _batch_size(config, batches)
     steps = steps_for(config, batches)
     sample = move(_first_inputs(batches), next(model.parameters()).device)
-    if source is not None:
-        _warn_of_other_sizes(source.inputs, sample)
     own = None
     if rehearsed in OWN:
-        own = _own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
+        own = own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
         if own is None:
             rehearsed, source_size = "", 0
     plan = plan_for(
@@ -132,7 +118,7 @@ def settle(
         steps=steps,
         target_size=batches.batch_size,
         source_size=source_size,
-        weighted=uses_card(config, has_card, source is not None),
+        weighted=uses_card(config, has_card, has_source),
         head_is_last=_head_is_last(config, model, sample),
         rehearsed=rehearsed,
         batch_norms=has_batch_norm(model),
@@ -140,19 +126,10 @@ def settle(
         small_batches=batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS,
         samples=data.num_samples,
     )
-    _check_needs(config, plan, has_source=source is not None)
-    if plan.adapter_rank and (has_card or source is not None):
-        log.info(
-            "%s: method %r changes nothing that the source task uses, so there is nothing to hold; "
-            "source inputs only report what is lost",
-            "source_inputs" if source is not None else "card",
-            config.method,
-        )
-    if source is None and not has_card and _could_be_adapters(config):
-        log.info(
-            "no source_inputs: method='adapter' would forget nothing, and mostly learns more, if "
-            "you know which task an input is of (docs/regimes.md)"
-        )
+    if source is not None:
+        _warn_of_other_sizes(source.inputs, sample)
+    _check_needs(config, plan, has_source=has_source)
+    _advise(config, plan, has_source=has_source, has_card=has_card)
     return Setup(
         plan=plan,
         num_classes=outputs,
@@ -183,9 +160,23 @@ def _check_needs(config: AdaptConfig, plan: Plan, *, has_source: bool) -> None:
         )
 
 
-def _could_be_adapters(config: AdaptConfig) -> bool:
-    """Whether adapters would do what the user asks for."""
-    return config.method == "fast" and config.tasks != TOGETHER and not config.keeps_head
+def _advise(config: AdaptConfig, plan: Plan, *, has_source: bool, has_card: bool) -> None:
+    """Tell the user where the source is given for nothing, or adapters would do without it."""
+    if plan.adapter_rank and (has_card or has_source):
+        log.info(
+            "%s: method %r changes nothing that the source task uses, so there is nothing to hold; "
+            "source inputs only report what is lost",
+            "source_inputs" if has_source else "card",
+            config.method,
+        )
+    could_be_adapters = (
+        config.method == "fast" and config.tasks != TOGETHER and not config.keeps_head
+    )
+    if could_be_adapters and not (has_source or has_card):
+        log.info(
+            "no source_inputs: method='adapter' would forget nothing, and mostly learns more, if "
+            "you know which task an input is of (docs/regimes.md)"
+        )
 
 
 def _read_source(model: nn.Module, source_inputs: Any) -> SourceInputs:
@@ -218,29 +209,6 @@ def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
     return size
 
 
-def _own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInputs | None:
-    """Target inputs to rehearse, at most `OWN_INPUTS`; None where there are too few of one shape
-    to say how much features vary.
-
-    Args:
-        shuffles: half of them, or more where there are few samples, get their patches shuffled.
-    """
-    most = min(OWN_INPUTS, most)
-    own = target_inputs(batches, most)
-    if own.size < LEAST:
-        return None
-    if not shuffles:
-        return own
-    generator = torch.Generator().manual_seed(batches.seed)
-    fit = BYTES * own.size // sum(x.nbytes for x in leaves(own.inputs))
-    count = max(LEAST, min(most, fit) // 2)
-    made = shuffled_patches(own.inputs, count, generator)
-    as_they_are = own_beside_shuffled(count, batches.data.num_samples)
-    inputs = concatenate([made, pick(own.inputs, slice(as_they_are))])
-    order = torch.randperm(length(inputs), generator=generator)
-    return SourceInputs(inputs=pick(inputs, order))
-
-
 def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:
     """Whether the head's outputs are the logits.
 
@@ -259,23 +227,32 @@ def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:
     return last
 
 
-def _num_outputs(
+def num_outputs(
     config: AdaptConfig,
     model: nn.Module,
     data: Data,
     num_classes: int | None,
     *,
-    any_labels: bool,
+    any_labels: bool = False,
 ) -> int:
-    """Outputs of the head that will learn."""
+    """Outputs of the head that will learn.
+
+    Args:
+        num_classes: what the user says.
+        any_labels: labels need not be class indices.
+
+    Raises:
+        ValueError: the data, the head that is kept and `num_classes` contradict each other, or do
+            not say it.
+    """
     if config.keeps_head:
-        return kept_outputs(model, data, config.head_name, num_classes)
+        return _kept_outputs(model, data, config.head_name, num_classes)
     if any_labels:
         return _outputs_for_any_labels(data, num_classes)
-    return target_classes(data, num_classes)
+    return _target_classes(data, num_classes)
 
 
-def target_classes(data: Data, num_classes: int | None) -> int:
+def _target_classes(data: Data, num_classes: int | None) -> int:
     """Classes of the target: what the user says, else what the labels say.
 
     Raises:
@@ -294,7 +271,7 @@ def target_classes(data: Data, num_classes: int | None) -> int:
     return number
 
 
-def kept_outputs(
+def _kept_outputs(
     model: nn.Module, data: Data, head_name: str | None, num_classes: int | None
 ) -> int:
     """Outputs of the head that is kept.
@@ -321,7 +298,7 @@ def _outputs_for_any_labels(data: Data, num_classes: int | None) -> int:
     if labels is not None and labels.dim() == 2:
         return labels.shape[1]
     if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
-        return target_classes(data, None)
+        return _target_classes(data, None)
     raise ValueError(
         "num_classes is not given, and the labels do not say how many outputs the head needs"
     )
@@ -337,49 +314,6 @@ def _first_inputs(batches: TrainBatches) -> Any:
         return inputs
     both = join(inputs, next(stream)[0])
     return inputs if both is None else both
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise ValueError where a network cannot be trained, whatever the data are."""
-    if isinstance(model, Joined):
-        one = "give joined.network, which is a plain one"
-        two = "only one that takes one pass learns another task: adapt with tasks='together' first"
-        raise ValueError(
-            f"model: a joined network of {counted(model.passes, 'forward pass', 'forward passes')} "
-            f"(docs/join.md): {one if model.passes == 1 else two}"
-        )
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    if not tensors:
-        raise ValueError(f"model {type(model).__name__} has no parameters, and so no linear head")
-    tensors |= {n: b for n, b in model.named_buffers() if "running_" in n}
-    for name, x in tensors.items():
-        if hasattr(x, "device_mesh"):
-            raise ValueError(
-                f"model: {name} is sharded already (FSDP2, DTensor): give the whole network to "
-                "every process, and set shard=True, which shards it once its head is taught"
-            )
-        if is_lazy(x):
-            raise ValueError(
-                f"model: {name} is lazy, and has no weights yet: run the model once on a batch of "
-                "inputs, and load its pretrained weights"
-            )
-        if x.is_meta:
-            raise ValueError(f"model: {name} is on the meta device; load its weights first")
-        if x.is_inference():
-            raise ValueError(
-                f"model: {name} was made under torch.inference_mode, so it cannot be trained: make "
-                "the model outside of it"
-            )
-        if x.is_complex() and x.requires_grad:
-            raise ValueError(
-                f"model: {name} is {x.dtype}, and only real weights can be trained: freeze it "
-                "(requires_grad_(False)), or let the network hold torch.view_as_real of it"
-            )
-        if x.is_floating_point() and not x.isfinite().all():
-            raise ValueError(
-                f"model: {int((~x.isfinite()).sum())} of {x.numel()} values of {name} are not "
-                "finite (NaN or infinite): the weights are damaged, load others"
-            )
 
 
 def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
@@ -418,65 +352,3 @@ def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
             "the processes were given other data or options than each other: give all of them the "
             "whole data set, of which each takes its share"
         )
-
-
-def check_averaged(params: Iterable[Tensor], ranks: Ranks) -> None:
-    """Raise RuntimeError where the processes have taken a step with gradients of their own.
-
-    They would go on as networks of their own, and only the first one is saved.
-    """
-    if ranks.size == 1:
-        return
-    grads = [p.grad for p in params if p.grad is not None and not dtensor.is_sharded(p)]
-    sums = torch.stack([g.double().sum() for g in grads]).cpu() if grads else torch.zeros(1)
-    if len(set(ranks.all(sums.numpy().tobytes()))) > 1:
-        raise RuntimeError(
-            "the processes have different gradients in the first step, because nothing averages "
-            "them: wrap the network in DistributedDataParallel after fast.Adaptation, and pass it "
-            "to forward(..., model=) (docs/distributed.md); with process_group=None each process "
-            "trains a network of its own"
-        )
-
-
-def check_options(options: Iterable[str], config: type, caller: str) -> None:
-    """Raise TypeError where `config` has no field of the name of an option."""
-    fields = {f.name for f in dataclasses.fields(config)}
-    if unknown := sorted(set(options) - fields):
-        hint = did_you_mean(unknown[0], fields) or f". Known: {', '.join(sorted(fields))}"
-        raise TypeError(f"{caller} got unknown options: {', '.join(unknown)}{hint}")
-
-
-def check_arguments(model: Any, loss: Any, *, keeps_head: bool) -> None:
-    """Raise TypeError or ValueError for what `fast.Adaptation` cannot begin with."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    check_gradients("Adaptation")
-    if loss is not None and not callable(loss):
-        raise TypeError(f"loss must be a function of logits and labels; got {loss!r}")
-    if isinstance(model, DistributedDataParallel) and not keeps_head:
-        raise ValueError(
-            "model is in DistributedDataParallel already, which would not know the new head: "
-            "wrap it after fast.Adaptation, and pass it to forward(..., model=)"
-        )
-
-
-def check_gradients(caller: str) -> None:
-    """Raise ValueError where nothing can be trained, because gradients are switched off."""
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-        raise ValueError(f"{caller} was called under torch.{mode}, where nothing can be trained")
-
-
-def check_data(data: Data) -> None:
-    """Raise ValueError where training data in memory cannot be trained on."""
-    if data.num_samples == 1:
-        raise ValueError(f"{data.name}: 1 sample; give at least 2, of two classes")
-    for x in leaves(data.inputs):
-        if x.is_meta or x.layout != torch.strided:
-            form = "on the meta device" if x.is_meta else f"of layout {x.layout}"
-            raise ValueError(f"{data.name}: inputs {form}; give dense tensors, x.to_dense()")
-        if x.is_inference():
-            raise ValueError(
-                f"{data.name}: inputs were made under torch.inference_mode; give x.clone()"
-            )
-    check_finite_inputs(data.inputs, data.name)

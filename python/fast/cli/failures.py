@@ -8,6 +8,8 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from fast.cli.values import model_file
+
 TRACEBACK = "FAST_TRACEBACK"
 FAILED, USER_ERROR, INTERRUPTED, PIPE_CLOSED, TERMINATED = 1, 2, 130, 141, 143
 # Errors of writing; whoever writes a file names it.
@@ -55,10 +57,10 @@ def _torch(frame: FrameType) -> bool:
 def _in_model_file(error: BaseException, model: str | None) -> str | None:
     """`file.py:12`, the last line that ran in the file that --model names or in one beside it; None
     if the error did not pass through them."""
-    name, colon, _ = (model or "").partition(".py:")
-    if not colon:
+    own = model_file(model)
+    if own is None:
         return None
-    folder = Path(os.path.realpath(os.path.expanduser(f"{name}.py"))).parent
+    folder = Path(os.path.realpath(own)).parent
     place = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = Path(frame.f_code.co_filename)

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from fast.cli.options import flag, parser_of
+from fast.cli.options import flag, flags_of
 from fast.cli.spec import COMMANDS
 from fast.errors import printable
 
-# A call in Python, which stays as it is; or a name, perhaps with its value.
+# A call in Python, or an option with its value, which stay as they are; or a name, perhaps with its
+# value.
 _NAMES = re.compile(
     r"[\w.]+\([^()]*\)"
+    r"|--[a-z-]+ \S+"
     r"|(?<![\w.\-/'\"=])(?P<name>[a-z][a-z_]*)"
-    r"(?P<given>=(?P<value>'[^']*'|[^\s'\",:;()]*[\w%])?)?(?![\w/=\-]|\.\w)"
+    r"(?P<given>=(?P<value>'[^']*'|[^\s'\",:;()/=]*[\w%])?)?(?![\w/=\-]|\.\w)"
 )
-# What follows an option is its value, such as a file.
-_OPTION = re.compile(r"--[a-z-]+ $")
 # What functions call `data`.
 _PARTS = {"train": "data", "val": "data"}
 
@@ -49,14 +49,12 @@ def as_typed(message: str) -> str:
 
     def typed(match: re.Match[str]) -> str:
         text, name, value = match[0], match["name"], match["value"] or ""
-        before = message[: match.start()]
-        begins = not before and message[match.end() :].startswith(": ")
-        if name is None or not (match["given"] or "_" in name or begins):
+        begins = match.start() == 0 and message.startswith(": ", match.end())
+        is_file = begins and value and "'" not in value
+        if name is None or is_file or not (match["given"] or "_" in name or begins):
             return text
         option = flag(_PARTS.get(name, name))
-        bare = value and "'" not in value
-        is_file = _OPTION.search(before) or (bare and (begins or {"/", "="} & set(value)))
-        if is_file or option not in _flags():
+        if option not in _flags():
             return text
         if value in ("True", "False"):
             return option if value == "True" else f"--no-{option[2:]}"
@@ -68,7 +66,7 @@ def as_typed(message: str) -> str:
 @cache
 def _flags() -> frozenset[str]:
     """The options of all commands."""
-    return frozenset().union(*(parser_of(spec).flags for spec in COMMANDS.values()))
+    return frozenset(name for spec in COMMANDS.values() for name in flags_of(spec))
 
 
 @contextmanager

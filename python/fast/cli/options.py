@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, field, fields
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack
 
 from fast.adapt.config import field_types
 from fast.cli.values import at_least_one, class_weights, folder_name, names, share, whole_numbers
 from fast.errors import did_you_mean
 
-Record = TypeVar("Record")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 # Fields of `TrainConfig` whose text is not read by their type alone.
 READERS = {
     "class_weights": class_weights,
@@ -41,14 +44,28 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def option(help: str, default: Any = None, **how: Any) -> Any:
-    """A field that is an option of its name.
+class How(TypedDict, total=False):
+    """How an option is typed.
 
-    Args:
-        how: `read`, a function that reads the typed text (default: the type of the field);
-            `metavar`; `choices`; `group`, its title in the help; `short`, a second flag; `words`,
-            how many words without a flag it takes (argparse's `nargs`).
+    Attributes:
+        read: reads the typed text (default: the type of the field).
+        metavar: stands for the value in the help.
+        choices: the values that are allowed.
+        group: the title of its group in the help.
+        short: a second flag.
+        words: how many words without a flag it takes: `nargs` of argparse, of which None is one.
     """
+
+    read: Callable[[str], Any]
+    metavar: str
+    choices: tuple[str, ...]
+    group: str
+    short: str
+    words: str | None
+
+
+def option(help: str, default: Any = None, **how: Unpack[How]) -> Any:
+    """A field that is an option of its name."""
     return field(default=default, metadata={"help": help, **how})
 
 
@@ -75,6 +92,15 @@ def is_words(item: Field[Any]) -> bool:
 def usage(name: str, words: str | None) -> str:
     """How words without a flag are written: `PATH [PATH ...]`."""
     return {"+": f"{name} [{name} ...]", "?": f"[{name}]"}.get(words or "", name)
+
+
+def flags_of(record: Any) -> Iterator[str]:
+    """The options of a record and of its parts, as they are typed."""
+    for f in fields(record):
+        if is_part(f):
+            yield from flags_of(f.default_factory)
+        elif not is_words(f):
+            yield flag(f.name)
 
 
 class Help(argparse.HelpFormatter):
@@ -119,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         print(message or "", end="", file=file)
 
 
-def parser_of(record: type, prog: str = "fast") -> Parser:
+def parser_of(record: type[DataclassInstance], prog: str = "fast") -> Parser:
     """The parser of a record's options; the docstring of the record is its description."""
     parser = Parser(
         prog=prog,
@@ -139,12 +165,12 @@ def parser_of(record: type, prog: str = "fast") -> Parser:
 
 
 def _options(
-    record: type, title: str = "", without: Iterable[str] = ()
+    record: type[DataclassInstance], title: str = "", without: Iterable[str] = ()
 ) -> Iterator[tuple[str, Any, Field[Any]]]:
     """Group, type and field of each option; the record's own options come before those of its
     parts."""
     types = {name: kinds[0] for name, kinds in field_types(record).items()}
-    named = [f for f in fields(record) if f.name not in without]  # type: ignore[arg-type]
+    named = [f for f in fields(record) if f.name not in without]
     for f in named:
         if not is_part(f):
             yield f.metadata.get("group", title), types[f.name], f
@@ -181,7 +207,7 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
 def build(record: type[Record], options: dict[str, Any]) -> Record:
     """The record that has these options."""
     arguments: dict[str, Any] = {}
-    for f in fields(record):  # type: ignore[arg-type]
+    for f in fields(record):
         if is_part(f):
             inner = {k: v for k, v in options.items() if k not in f.metadata["without"]}
             arguments[f.name] = build(field_types(record)[f.name][0], inner)

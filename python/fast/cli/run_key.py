@@ -15,6 +15,7 @@ import torch
 import fast
 import fastkernels
 from fast.cli.spec.task import TaskSpec
+from fast.cli.values import model_file
 from fast.models.device import pick_device
 from fast.train.config import TrainConfig
 
@@ -56,9 +57,8 @@ def code_identity() -> str:
 def _model_files(spec: str) -> list[Path]:
     """The file that `path/file.py:Factory` names, and the files beside it, which it may import; no
     file for a library's network."""
-    file, colon, _ = spec.partition(".py:")
-    path = Path(f"{file}.py").expanduser()
-    return sorted(path.parent.glob("*.py")) if colon and path.exists() else []
+    path = model_file(spec)
+    return sorted(path.parent.glob("*.py")) if path is not None and path.exists() else []
 
 
 def _files(name: str) -> list[Path]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fast.adapt.methods import METHODS
-from fast.cli.commands import demo
 from fast.cli.notes import print_notes
 from fast.cli.report.summary import Run
 from fast.cli.run_key import run_key
 from fast.cli.spec.methods import ALL, MethodsSpec, SweepSpec
+from fast.cli.task.digits import digits_task, few_threads
 from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
 from fast.heads.adapters import import_peft
@@ -48,8 +48,8 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
             folder,
         )
         return
-    with demo.few_threads():
-        yield demo.digits_task(), folder
+    with few_threads():
+        yield digits_task(), folder
 
 
 def runnable(methods: tuple[str, ...], task: LoadedTask) -> list[str]:

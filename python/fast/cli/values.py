@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from argparse import ArgumentTypeError
+from pathlib import Path
 
 from fast.adapt.config import Budget
 
@@ -19,6 +20,12 @@ def folder_name(text: str) -> str:
     if not text:
         raise ArgumentTypeError("must be a folder; got an empty name")
     return os.path.expanduser(text)
+
+
+def model_file(text: str | None) -> Path | None:
+    """The file in `path/file.py:Factory(args)`; None for a library's network."""
+    name, colon, _ = (text or "").partition(".py:")
+    return Path(os.path.expanduser(f"{name}.py")) if colon else None
 
 
 def share(text: str) -> float:

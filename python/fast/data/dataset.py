@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from fast.data.arrays import as_tensor, warn_unscaled
+from fast.data.finite import check_finite_inputs
 from fast.data.generators import find_generators, reseed, seed_process
 from fast.data.labels import NUMBER_THEM, check_labels, count_classes
 from fast.data.recorded import is_table, recorded_classes, recorded_labels
@@ -109,6 +110,20 @@ class Data:
     @property
     def _source(self) -> Any:
         return self.dataset if self.dataset is not None else cast(Any, self.loader).dataset
+
+    def check_trainable(self) -> None:
+        """Raise ValueError where one cannot train on these data, as far as they are in memory."""
+        if self.num_samples == 1:
+            raise ValueError(f"{self.name}: 1 sample; give at least 2, of two classes")
+        for x in leaves(self.inputs):
+            if x.is_meta or x.layout != torch.strided:
+                form = "on the meta device" if x.is_meta else f"of layout {x.layout}"
+                raise ValueError(f"{self.name}: inputs {form}; give dense tensors, x.to_dense()")
+            if x.is_inference():
+                raise ValueError(
+                    f"{self.name}: inputs were made under torch.inference_mode; give x.clone()"
+                )
+        check_finite_inputs(self.inputs, self.name)
 
     def recorded_targets(self) -> Any:
         """The labels that a data set records beside its samples, or None."""

@@ -149,6 +149,29 @@ def row_batches(count: int, batch_size: int, seed: int, step: int = 0) -> Iterat
         rows = rows[batch_size:]
 
 
+class StepRows:
+    """The rows of each step's batch, in the order of `row_batches`. Steps in sequence are the
+    quickest.
+
+    Args:
+        count: number of samples.
+        batch_size: samples of a batch; all of them where there are fewer.
+        seed: seed of their order.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self._count, self._size, self._seed = count, batch_size, seed
+        self._batches: Iterator[Tensor] = iter(())
+        self._next = -1
+
+    def at(self, step: int) -> Tensor:
+        """Numbers `[B]` of the samples of this step."""
+        if step != self._next:
+            self._batches = row_batches(self._count, self._size, self._seed, step)
+        self._next = step + 1
+        return next(self._batches)
+
+
 def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(spread_seed(seed, epoch))
     return torch.randperm(count, generator=generator)

@@ -19,7 +19,7 @@ from fast.heads.batch_norm import (
 )
 from fast.heads.feature_norm import FeatureNorm
 from fast.heads.find import Head, classes_of, find_head, own_parameters, places_of
-from fast.heads.forward import evaluating, forward_logits, in_mode, unwrap
+from fast.heads.forward import evaluating, forward_logits, in_mode, traceless, unwrap
 from fast.heads.replace import (
     TaskHead,
     calibrate,
@@ -65,5 +65,6 @@ __all__ = [
     "source_norms",
     "source_task",
     "task_head",
+    "traceless",
     "unwrap",
 ]

@@ -247,9 +247,9 @@ def _inject(model: nn.Module, names: list[str], rank: int, head: nn.Module | Non
         peft.inject_adapter_in_model(config, model, NAME)
     del model.peft_config
     for name in names:
-        adapter = model.get_submodule(name)
+        adapter: Any = model.get_submodule(name)
         put_over(adapter, _Adapter)
-        adapter.frozen = frozen  # type: ignore[assignment]
+        adapter.frozen = frozen
         put_at(places[name], adapter)
     for parameter in learns:  # PEFT has frozen them all
         parameter.requires_grad_(id(parameter) in own)

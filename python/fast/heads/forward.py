@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(model, torch.jit.ScriptModule):
@@ -118,6 +118,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; see `in_mode`."""
     with in_mode(model, False), torch.no_grad():
         yield
+
+
+@contextmanager
+def traceless(model: nn.Module) -> Iterator[None]:
+    """Buffers and torch's random states are after the block as they were before it."""
+    device = next(model.parameters()).device
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    for name, b in model.named_buffers():
+        b.copy_(buffers[name])
 
 
 @contextmanager

@@ -204,8 +204,8 @@ def _new_head(model: nn.Module, old: Head, num_classes: int, max_entropy: bool) 
     linear = layer_like(source, num_classes, bias=max_entropy or source.bias is not None)
     norm = None
     if max_entropy:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+        for parameter in linear.parameters():
+            nn.init.zeros_(parameter)
         dim = 1 if isinstance(source, nn.Conv2d) else -1
         norm = FeatureNorm(source.weight.shape[1], dim)
         norm.to(source.weight.device, compute_dtype(source.weight))
@@ -314,10 +314,11 @@ def fold_head(model: nn.Module) -> nn.Module:
     if head is not None:
         layer = head.linear
         if head.norm is not None:
+            assert layer.bias is not None, "a head behind a normaliser has one"
             scale, mean = head.norm.scale().double(), head.norm.mean.double()
             weight = dtensor.whole(layer.weight).double().flatten(1) * scale
             bias = dtensor.whole(layer.bias).double() - weight @ mean
-            layer.bias.copy_(dtensor.as_in(bias, layer.bias))  # type: ignore[union-attr]
+            layer.bias.copy_(dtensor.as_in(bias, layer.bias))
             layer.weight.copy_(dtensor.as_in(weight.view(layer.weight.shape), layer.weight))
         put_at(places_of(model, head), layer)
     return plain_batch_norm(merge_adapters(model))

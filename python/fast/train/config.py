@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, option
+from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, setting
 
 if TYPE_CHECKING:  # the options are read for `fast --help`, which does without torch
     import torch
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PATHS = ("output", "resume", "device")
+# Options that may be given as paths and devices, and are kept as text.
+AS_TEXT = ("output", "resume", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,36 +25,36 @@ class TrainConfig(AdaptConfig):
         ValueError: an option is out of range; the message names it.
     """
 
-    eval_every: int | None = option(
+    eval_every: int | None = setting(
         None, "optimizer steps between evaluations (default: 1/10 run)", least=1
     )
-    precision: str = option("auto", "arithmetic of the forward pass", choices=Precision)
-    label_smoothing: float = option(0.0, "label smoothing of the cross-entropy")
-    class_weights: str | tuple[float, ...] | None = option(
+    precision: str = setting("auto", "arithmetic of the forward pass", choices=Precision)
+    label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy")
+    class_weights: str | tuple[float, ...] | None = setting(
         None, "'balanced', or one weight per class"
     )
-    mixup: float = option(0.0, "Mixup of images: alpha of its Beta distribution, as 0.2", least=0)
-    cutmix: float = option(0.0, "CutMix of images, likewise, as 1", least=0)
-    tta: bool = option(False, "measure the target on each image and its mirror image together")
-    num_workers: int | None = option(
+    mixup: float = setting(0.0, "Mixup of images: alpha of its Beta distribution, as 0.2", least=0)
+    cutmix: float = setting(0.0, "CutMix of images, likewise, as 1", least=0)
+    tta: bool = setting(False, "measure the target on each image and its mirror image together")
+    num_workers: int | None = setting(
         None,
         "processes that read samples of a Dataset (default: up to 8 for files that do not fit into "
         "memory, else 0)",
         least=0,
     )
-    patience: int | None = option(
+    patience: int | None = setting(
         None, "stop after this many evaluations without a better val", least=1
     )
-    device: str | None = option(
-        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)", place=True
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)", free=True
     )
-    output: str | None = option(None, "folder for model, checkpoints, config and log", place=True)
-    save_every: int | None = option(
-        None, "steps between checkpoints (default: at evaluations)", least=1, place=True
+    output: str | None = setting(None, "folder for model, checkpoints, config and log", free=True)
+    save_every: int | None = setting(
+        None, "steps between checkpoints (default: at evaluations)", least=1, free=True
     )
-    resume: str | None = option(None, "folder of an interrupted run to go on with", place=True)
-    progress: bool | None = option(
-        None, "progress bar (default: in a terminal or a notebook)", place=True
+    resume: str | None = setting(None, "folder of an interrupted run to go on with", free=True)
+    progress: bool | None = setting(
+        None, "progress bar (default: in a terminal or a notebook)", free=True
     )
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class TrainConfig(AdaptConfig):
             )
 
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
-        if name in PATHS and value is not None:
+        if name in AS_TEXT and value is not None:
             return str(value)
         if name == "class_weights" and value is not None and not isinstance(value, str):
             try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from fast import dtensor
 from fast.data.trees import pick
-from fast.heads import forward_logits, in_mode
+from fast.heads import forward_logits, in_mode, traceless
 from fast.models.device import autocast_dtype
 from fast.ranks import ALONE, Ranks
 
@@ -57,7 +56,7 @@ class Engine:
         if dtensor.any_sharded(params):
             return
         few = pick(sample, slice(2))
-        with in_mode(model, False), held_buffers(model):
+        with in_mode(model, False), traceless(model):
             forward_logits(model, few).float().sum().backward()
             has_unused = any(p.requires_grad and p.grad is None for p in model.parameters())
             self.network = DistributedDataParallel(
@@ -85,14 +84,3 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scaler.load_state_dict(state)
-
-
-@contextmanager
-def held_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore buffers and random states after the block."""
-    before = [(b, b.clone()) for b in model.buffers()]
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    for buffer, value in before:
-        buffer.copy_(value)

@@ -11,13 +11,15 @@ from typing import Any, Unpack
 from torch import nn
 
 from fast.adapt.begin import bound_card
+from fast.adapt.config import check_options
 from fast.adapt.network.rollback import RollbackOnError
+from fast.adapt.network.trainable import check_gradients, check_model
 from fast.adapt.plan import Plan
 from fast.adapt.result import Result
-from fast.adapt.setup import check_gradients, check_model, check_options, settle
+from fast.adapt.setup import settle
 from fast.curvature.card import SourceCard
-from fast.data.augment import Transform
 from fast.data.generators import seeded
+from fast.data.transform import Transform
 from fast.errors import warn
 from fast.heads import unwrap
 from fast.models.device import in_float32, pick_device
@@ -117,8 +119,9 @@ def finetune(
                 folder=folder,
                 callbacks=callbacks if ranks.first else (),
                 ranks=ranks,
+                began=rollback.keep,
             )
-            return trainer.run(rollback.keep)
+            return trainer.run()
 
 
 def plan(

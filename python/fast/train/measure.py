@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -71,13 +72,17 @@ class Measure:
         self.batch_size = max(LEAST_EVAL_BATCH, batch_size)
         self.before: Score | None = None
         self.by_class: dict[int, ByClass] = {}
-        self.start_time = time.monotonic()
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count `seconds` from now on."""
+        self._start_time = time.monotonic()
 
     def measure_before(self, model: nn.Module) -> None:
         self.before = self._source(model)
 
     def record(
-        self, adaptation: Adaptation, losses: list[Tensor], folder: Any = None
+        self, adaptation: Adaptation, losses: list[Tensor], folder: Path | None = None
     ) -> dict[str, Any]:
         """Everything that is known after a step, as one record of the history.
 
@@ -89,15 +94,7 @@ class Measure:
         loss = check_finite(adaptation, losses, folder)
         target = None
         if self.val is not None:
-            with self.engine.autocast():
-                target = evaluate(
-                    model,
-                    self.val,
-                    self.batch_size,
-                    self.engine.device,
-                    self.engine.ranks,
-                    mirrored=self.tta,
-                )
+            target = self._score(model, self.val, mirrored=self.tta)
             assert target.by_class is not None
             self.by_class[step] = target.by_class
         source = self._source(model)
@@ -115,15 +112,20 @@ class Measure:
             "drift": adaptation.drift(),
             "grad_norm": float(adaptation.stats()["grad_norm"]) if step else None,
             "lr": adaptation.last_lr,
-            "seconds": round(time.monotonic() - self.start_time, 3),
+            "seconds": round(time.monotonic() - self._start_time, 3),
         }
 
     def _source(self, model: nn.Module) -> Score | None:
         if self.source is None:
             return None
-        with source_task(model), self.engine.autocast():
+        with source_task(model):
+            return self._score(model, self.source)
+
+    def _score(self, model: nn.Module, data: Data | Evaluator, *, mirrored: bool = False) -> Score:
+        engine = self.engine
+        with engine.autocast():
             return evaluate(
-                model, self.source, self.batch_size, self.engine.device, self.engine.ranks
+                model, data, self.batch_size, engine.device, engine.ranks, mirrored=mirrored
             )
 
     def keep_by_class(self, steps: Container[int | None]) -> None:
@@ -132,13 +134,13 @@ class Measure:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "seconds": time.monotonic() - self.start_time,
+            "seconds": time.monotonic() - self._start_time,
             "before": None if self.before is None else [self.before.accuracy, self.before.loss],
             "by_class": [[step, *counts] for step, counts in self.by_class.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start_time = time.monotonic() - float(state["seconds"])
+        self._start_time = time.monotonic() - float(state["seconds"])
         before = state["before"]
         self.before = None if before is None else Score(*before)
         # Checkpoints of older versions have no such entry.

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fast.adapt.setup import check_data, kept_outputs, target_classes
-from fast.data.augment import Transform, check_mixed
+from fast.adapt.setup import num_outputs
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
 from fast.data.stream import first_inputs
+from fast.data.transform import Transform, check_mixed
 from fast.errors import warn
 from fast.heads.forward import check_mirrored
 from fast.train.config import TrainConfig
@@ -55,15 +55,12 @@ def read_data(
         ValueError, TypeError: they do not fit; the message names the argument.
     """
     train_data = read_one(train, "train", config)
-    check_data(train_data)
+    train_data.check_trainable()
     val_data = None if val is None else read_one(val, "val", config)
     source_data: Data | Evaluator | None = source
     if source is not None and not callable(source):
         source_data = read_one(source, "source", config)
-    if config.keeps_head:
-        classes = kept_outputs(model, train_data, config.head_name, num_classes)
-    else:
-        classes = target_classes(train_data, num_classes)
+    classes = num_outputs(config, model, train_data, num_classes)
     for data in (train_data, val_data):
         if data is not None and data.labels is not None:
             check_labels(data.labels, classes, data.name)

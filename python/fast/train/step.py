@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.loss import TargetLoss
-from fast.data.augment import Augmentation, Mix
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
+from fast.data.transform import CheckedTransform, Mix
 from fast.data.trees import length
 from fast.heads.forward import check_takes
 from fast.train.engine import Engine
@@ -29,7 +29,8 @@ class TrainStep:
         data: the run's data; its transform is applied to each batch.
         loss: the target's loss.
         engine: runs the network.
-        mix: see `fast.data.augment.mixing`; or None.
+        mix: see `fast.data.transform.mixing`; or None.
+        began: called before the weights change, in each step.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class TrainStep:
         loss: TargetLoss,
         engine: Engine,
         mix: Mix | None = None,
+        *,
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         self.adaptation, self.data, self.loss, self.engine = adaptation, data, loss, engine
-        self.mix = mix
+        self.mix, self._began = mix, began
         check = partial(check_takes, adaptation.model, name="transform")
-        self.augment = Augmentation(data.transform, check)
+        self.transform = CheckedTransform(data.transform, check)
 
     def batches(self) -> Iterator[TrainBatch]:
         """This rank's share of the training batches, from the step that the run has reached."""
@@ -55,11 +58,8 @@ class TrainStep:
                 return
             yield batch
 
-    def __call__(self, batch: TrainBatch, began: Callable[[], None] = lambda: None) -> Tensor:
+    def __call__(self, batch: TrainBatch) -> Tensor:
         """Take one optimizer step; its hooks do what follows a step.
-
-        Args:
-            began: called before the weights change.
 
         Returns:
             the batch's mean loss on the target with the penalties, over all ranks and on the
@@ -85,7 +85,7 @@ class TrainStep:
                     loss = self.loss.part(logits, y, denominator) + penalty
                 engine.backward(loss + replay_loss)
             total += loss.detach()
-        began()
+        self._began()
         engine.step(adaptation.optimizer)
         ranks.mean_([total])
         return total
@@ -108,7 +108,7 @@ class TrainStep:
                 f"({self.engine.ranks.size}): set drop_last=True"
             )
         with self.engine.autocast():
-            inputs = self.augment(inputs, len(labels))
+            inputs = self.transform(inputs, len(labels))
         if self.data.transform is not None or self.data.train.inputs is None:  # else seen before
             check_finite_inputs(inputs, "train", rows)
         if self.mix is not None:

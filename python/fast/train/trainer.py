@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from fast.adapt.config import AdaptConfig
 from fast.adapt.loss import TargetLoss, class_weights
 from fast.adapt.result import Result
 from fast.curvature.card import SourceCard
-from fast.data.augment import mixing
 from fast.data.generators import seed_process
 from fast.data.stream import spread_seed
+from fast.data.transform import mixing
 from fast.files import reading
 from fast.models.signature import signature_of
 from fast.ranks import ALONE, Ranks
@@ -54,6 +55,7 @@ class Trainer:
         folder: where the run saves, or None.
         ranks: the processes that train together.
         callbacks: see `fast.finetune`.
+        began: called once everything has been checked, before the weights change.
     """
 
     adaptation: Adaptation
@@ -70,23 +72,20 @@ class Trainer:
         folder: RunFolder | None = None,
         ranks: Ranks = ALONE,
         callbacks: Sequence[Callback] = (),
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.model, self.data, self.folder = config, model, data, folder
         self.engine = Engine(next(model.parameters()).device, config.precision, ranks)
-        self.sources = {"card": card, "source_inputs": source_inputs}
-        self.callbacks = callbacks
+        self.card, self.source_inputs = card, source_inputs
+        self.callbacks, self._began = callbacks, began
         self.measure = Measure(
             data.val, data.source, self.engine, config.batch_size, tta=config.tta
         )
         self.stopping = EarlyStopping(config.patience)
         self.saver: Saver | None = None
 
-    def run(self, began: Callable[[], None] = lambda: None) -> Result:
-        """Train to the end.
-
-        Args:
-            began: called once everything has been checked, before the first weight changes.
-        """
+    def run(self) -> Result:
+        """Train to the end."""
         with closing(LogFile()) as log_file:
             earlier, losses = self._start()
             adaptation, plan = self.adaptation, self.adaptation.plan
@@ -96,13 +95,13 @@ class Trainer:
                 if self.folder is not None:
                     self.folder.start()
                 first = self.engine.ranks.first
-                folder = self.folder.path if self.folder and first else None
+                folder = self._path if first else None
                 run_log = RunLog(folder, earlier, self.callbacks)
                 log_file.write_to(folder)
                 show = self.config.progress if first else False
                 bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
                 with closing(run_log), closing(bar):
-                    self._train(began, losses, run_log, bar)
+                    self._train(losses, run_log, bar)
         return self._result(run_log.history)
 
     def _adapt(self, resuming: bool) -> None:
@@ -122,24 +121,25 @@ class Trainer:
             if data.source is not None:
                 steps_log.info("measuring the source")
             self.measure.measure_before(self.model)
-        own = {f: getattr(config, f) for f in AdaptConfig.__dataclass_fields__}
+        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(AdaptConfig)}
         self.adaptation = Adaptation(
             self.model,
             data.train,
             num_classes=data.num_classes,
+            source_inputs=self.source_inputs,
+            card=self.card,
             loss=loss,
             augmented=data.transform is not None or mix is not None,
             autocast_dtype=engine.dtype,
             resuming=resuming,
             process_group=engine.ranks.group,
-            **self.sources,
             **own,
         )
         engine.parallelize(self.model, self.adaptation.sample)
         if not engine.ranks.first:  # from here on each rank draws its own dropout and augmentation
             seed_process(spread_seed(config.seed, engine.ranks.rank))
-        self.train_step = TrainStep(self.adaptation, data, loss, engine, mix)
-        self.measure.start_time = time.monotonic()
+        self.train_step = TrainStep(self.adaptation, data, loss, engine, mix, began=self._began)
+        self.measure.start_clock()
 
     def _start(self) -> tuple[History | None, list[Tensor]]:
         """Start a new run, or resume one from its checkpoint.
@@ -153,7 +153,7 @@ class Trainer:
         with self.engine.ranks.together():
             self.saver = Saver(self.folder, self.config, self.model, self.data)
         self._adapt(resuming=self.folder.source is not None)
-        self.saver.add_source(self.adaptation, self.sources["card"])
+        self.saver.add_source(self.adaptation, self.card)
         if self.folder.source is None:
             return None, []
         file, record, best = self.saver.load(self.adaptation)
@@ -164,16 +164,13 @@ class Trainer:
             losses = [torch.tensor(float(x), device=self.engine.device) for x in record["losses"]]
         return read_history(self.folder.source, record["history"]), losses
 
-    def _train(
-        self, began: Callable[[], None], losses: list[Tensor], run_log: RunLog, bar: Any
-    ) -> None:
+    def _train(self, losses: list[Tensor], run_log: RunLog, bar: Any) -> None:
         adaptation, steps = self.adaptation, self.adaptation.plan.steps
         eval_every = self.config.eval_every or max(1, steps // 10)
         save_every = self.config.save_every or eval_every
-        folder = self.folder.path if self.folder else None
         steps_log.info("training")
         if not run_log.history:
-            self._show(self.measure.record(adaptation, [], folder), run_log, bar)
+            self._show(self.measure.record(adaptation, [], self._path), run_log, bar)
         else:
             bar.set_postfix_str(figures(run_log.history[-1], self._source_before))
         self.model.train()
@@ -184,24 +181,33 @@ class Trainer:
                     break
                 if adaptation.done == steps - 1 and self.config.budget is not None:
                     steps_log.info("checking the budget")
-                losses.append(self.train_step(batch, began))
+                losses.append(self.train_step(batch))
                 bar.update()
                 step = adaptation.done
                 if step % eval_every == 0 or step == steps:
-                    if self.folder:
-                        self.folder.check()
-                    with adaptation.averaged():
-                        record = self.measure.record(adaptation, losses, folder)
-                        self.stopping.update(record, self.model)
-                    self.measure.keep_by_class({0, self.stopping.best_step, step})
+                    self._evaluate(losses, run_log, bar)
                     losses = []
-                    self._show(record, run_log, bar)
                 stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
                 if self.saver and (stop or step % save_every == 0 or step == steps):
-                    check_finite(adaptation, losses, folder)  # before it replaces a good checkpoint
+                    # A good checkpoint is not replaced by a broken one.
+                    check_finite(adaptation, losses, self._path)
                     self._save(run_log, losses)
                 if interruption is not None and stop:
                     interruption.deliver()
+
+    def _evaluate(self, losses: list[Tensor], run_log: RunLog, bar: Any) -> None:
+        """Measure the averaged weights, and report what came out.
+
+        Args:
+            losses: of the steps since the last evaluation.
+        """
+        if self.folder:
+            self.folder.check()
+        with self.adaptation.averaged():
+            record = self.measure.record(self.adaptation, losses, self._path)
+            self.stopping.update(record, self.model)
+        self.measure.keep_by_class({0, self.stopping.best_step, record["step"]})
+        self._show(record, run_log, bar)
 
     def _show(self, record: dict[str, Any], run_log: RunLog, bar: Any) -> None:
         """Report what was measured: to files and callbacks, in a line, and beside the bar."""
@@ -216,6 +222,11 @@ class Trainer:
         if train.loader is not None:
             return step / len(train.loader)
         return step * self.adaptation.plan.target_size / (train.num_samples or 1)
+
+    @property
+    def _path(self) -> Path | None:
+        """Where the run saves, or None."""
+        return self.folder.path if self.folder else None
 
     @property
     def _source_before(self) -> float | None:

@@ -158,6 +158,7 @@ class Guards(list[Guard]):
             guard.finish()
 
     def state_dict(self) -> dict[str, Any]:
+        # The names of the classes are part of the format of a state.
         return {type(guard).__name__: guard.state_dict() for guard in self}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fast.adapt.config import Budget
 from fast.adapt.guards.base import Guard
-from fast.adapt.guards.checks import BUDGET, FORECAST, LAST_CHECKS, last_samples
+from fast.adapt.guards.effort import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import UNKNOWN, Forecast
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.adapt.guards.weight_average import WeightAverage
@@ -171,7 +171,7 @@ class ForgettingBudget(Guard):
             lost = self._check(self._samples)
             if self.controller and lost > EXCESS * self.controller.budget.amount:
                 due = max(self.controller.aim, self.controller.allowed(way))
-                place = self._land(lost, due, checks=1)
+                place = self._land(lost, due, last=False)
         if self.controller is None:
             return
         if place < 1 and self.average:
@@ -185,7 +185,7 @@ class ForgettingBudget(Guard):
                 self._check(self._samples)
             return
         lost = self._check(self._last_samples)
-        self._land(lost, self.controller.aim, checks=LAST_CHECKS)
+        self._land(lost, self.controller.aim, last=True)
         if self.measured is not None and self.measured > self.controller.budget.amount:
             warn(
                 f"forget_budget {self.controller.budget} is not met: {self.measured:.3g} is lost "
@@ -206,8 +206,11 @@ class ForgettingBudget(Guard):
         self.measured = lost
         return lost
 
-    def _land(self, lost: float, aim: float, *, checks: int) -> float:
+    def _land(self, lost: float, aim: float, *, last: bool) -> float:
         """Go back along the line to the pretrained weights, to the point where `aim` is lost.
+
+        Args:
+            last: the run ends there, so that the search takes its time and ends inside.
 
         Returns:
             that point, as a share of the distance to the present weights (1: they stay).
@@ -217,8 +220,8 @@ class ForgettingBudget(Guard):
         line = WeightLine(
             [*self.drift.params, *self._statistics], [*self.drift.anchors, *self._first_statistics]
         )
-        surely, energy, meter = checks > 1, self._agreed(self.energy()), self.meter
-        samples = self._last_samples if surely else self._samples
+        energy, meter = self._agreed(self.energy()), self.meter
+        samples = self._last_samples if last else self._samples
 
         def measure() -> float:
             if meter is None:
@@ -230,8 +233,8 @@ class ForgettingBudget(Guard):
             lost=lost,
             aim=aim,
             exponent=2 * self.forecaster.calibration.exponent,
-            checks=checks,
-            surely=surely,
+            checks=LAST_CHECKS if last else 1,
+            surely=last,
         )
         if meter is not None:
             self.forecaster.update(energy * line.place**2, self.measured)

@@ -23,12 +23,15 @@ from torch import Tensor, nn
 
 from fast.adapt.guards.base import Guard, Seen
 from fast.curvature.card.file import fingerprint
+from fast.data.dataset import Data
 from fast.data.trees import leaves, length, move, pick
 from fast.heads import by_sample, features_of
 
 log = logging.getLogger("fast")
 
 TEMPERATURE = 2.0
+# The most bytes of remembered outputs.
+MOST_BYTES = 2**28
 
 
 def summed_kl(before: Tensor, now: Tensor) -> Tensor:
@@ -66,6 +69,52 @@ class Remembered:
     num_samples: int
     digests: list[str] | None = None
     inputs: Any = None
+
+
+class SourceOutputs:
+    """Collects what the source head says of training samples, up to `MOST_BYTES`.
+
+    Args:
+        source: the layer that makes the source's logits from features.
+        data: the training data that the samples come from.
+    """
+
+    def __init__(self, source: nn.Module, data: Data) -> None:
+        self._source, self._data = source, data
+        self._rows: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._bytes = 0
+        # A data set may show a row otherwise at a later visit; tensors in memory cannot.
+        self._digests: list[str] | None = None if data.dataset is None else []
+
+    @torch.no_grad()
+    def add(self, features: Tensor, inputs: Any, index: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: what the head sees of the batch.
+            inputs: its inputs, `[B, ...]`.
+            index: row numbers of its samples, `[B]`.
+        """
+        if self._bytes >= MOST_BYTES:
+            return
+        self._outputs.append(by_sample(self._source(features), len(index)))
+        self._bytes += self._outputs[-1].nbytes
+        self._rows.append(index)
+        if self._digests is not None:
+            self._digests += [digest(pick(inputs, i)) for i in range(len(index))]
+
+    def remembered(self) -> Remembered | None:
+        """All that was added, or None where nothing was."""
+        if not self._outputs:
+            return None
+        return Remembered(
+            rows=torch.cat(self._rows),
+            outputs=torch.cat(self._outputs),
+            num_samples=self._data.num_samples or 0,
+            digests=self._digests,
+            inputs=self._data.inputs,
+        )
 
 
 class Distillation(Guard):

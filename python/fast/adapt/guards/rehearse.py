@@ -21,20 +21,26 @@ reports what else was tried.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.adapt.defaults import SHUFFLED, SOURCE_SHARE, TARGET_INPUTS, source_share
+from fast.adapt.defaults import (
+    SHUFFLED,
+    SOURCE_SHARE,
+    TARGET_INPUTS,
+    own_beside_shuffled,
+    source_share,
+)
 from fast.adapt.guards.base import Guard, Seen, SourceBatch
 from fast.data.dataset import Data
-from fast.data.images.patches import are_pictures
-from fast.data.source_inputs import SourceInputs
-from fast.data.stream import TrainBatches, row_batches
-from fast.data.trees import length, move, pick
+from fast.data.images.patches import are_pictures, shuffled_patches
+from fast.data.source_inputs import BYTES, LEAST, SourceInputs, target_inputs
+from fast.data.stream import StepRows, TrainBatches
+from fast.data.trees import concatenate, leaves, length, move, pick
 from fast.heads import by_sample, features_of
 from fast.ranks import ALONE, Ranks
 from fastkernels.codes import compute_dtype
@@ -49,7 +55,7 @@ LOOSEST = 2.0
 # The largest gradient, as a multiple of that of e.
 STEEPEST = 3.0
 # The least factor on the learning rate: features that are lost need some rate to find back.
-LEAST = 0.1
+LEAST_RATE = 0.1
 # The most bytes of features to keep: maps of a fully convolutional network are large.
 FEATURE_BYTES = 2**28
 CHUNK = 128
@@ -106,6 +112,29 @@ def _own_kind(batches: TrainBatches) -> str:
     return SHUFFLED if are_pictures(inputs) else TARGET_INPUTS
 
 
+def own_inputs(batches: TrainBatches, most: int, shuffles: bool) -> SourceInputs | None:
+    """Target inputs to rehearse, at most `OWN_INPUTS`; None where there are too few of one shape
+    to say how much features vary.
+
+    Args:
+        shuffles: half of them, or more where there are few samples, get their patches shuffled.
+    """
+    most = min(OWN_INPUTS, most)
+    own = target_inputs(batches, most)
+    if own.size < LEAST:
+        return None
+    if not shuffles:
+        return own
+    generator = torch.Generator().manual_seed(batches.seed)
+    fit = BYTES * own.size // sum(x.nbytes for x in leaves(own.inputs))
+    count = max(LEAST, min(most, fit) // 2)
+    made = shuffled_patches(own.inputs, count, generator)
+    as_they_are = own_beside_shuffled(count, batches.data.num_samples)
+    inputs = concatenate([made, pick(own.inputs, slice(as_they_are))])
+    order = torch.randperm(length(inputs), generator=generator)
+    return SourceInputs(inputs=pick(inputs, order))
+
+
 class Rehearsal(Guard):
     """Source inputs and the features they had at the pretrained weights.
 
@@ -157,15 +186,10 @@ class Rehearsal(Guard):
         self.scale = scale_of(self.features)
         count = len(self.features)
         self.inputs = pick(samples.inputs, slice(count))
-        self._size, self._seed = size, seed
-        self._rows: Iterator[Tensor] = iter(())
-        self._next = -1
+        self._rows = StepRows(count, size, seed)
 
     def source_batch(self, step: int) -> SourceBatch | None:
-        if step != self._next:
-            self._rows = row_batches(len(self.features), self._size, self._seed, step)
-        rows = next(self._rows)
-        self._next = step + 1
+        rows = self._rows.at(step)
         total, rows = len(rows) / self._ranks.size, rows[self._ranks.share]
         if not len(rows):
             return None
@@ -239,7 +263,7 @@ def pull(e: Tensor, reduction: str) -> Tensor:
 
 def restraint(moved: float, tolerance: float = TOLERANCE) -> float:
     """The factor on the learning rate where features have moved by `moved`, at most 1."""
-    return max(LEAST, min(1.0, tolerance / max(moved, 1e-12)))
+    return max(LEAST_RATE, min(1.0, tolerance / max(moved, 1e-12)))
 
 
 def _check_features(features: Tensor, name: str) -> None:

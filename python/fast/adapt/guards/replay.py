@@ -7,7 +7,6 @@ source well, and costs twice the work per step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from fast.adapt.guards.base import Guard, Seen
 from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
-from fast.data.stream import row_batches
+from fast.data.stream import StepRows
 from fast.data.trees import move, pick
 from fast.heads import forward_logits, source_task
 from fast.heads.class_axis import classes_second
@@ -59,9 +58,9 @@ class Replay(Guard):
             check_labels(labels, num_classes, "source_inputs")
         self.answers = source_logits(model, samples).softmax(1) if labels is None else labels
         self.inputs = samples.inputs
-        self._size, self._seed, self._ranks = batch_size, seed, ranks
-        self._rows: Iterator[Tensor] = iter(())
-        self._next = -1
+        self._ranks = ranks
+        self._rows = StepRows(len(self.answers), batch_size, seed)
+        self._step = -1  # that `_batch` is of
         self._batch: tuple[Any, Tensor] = (None, self.answers)
         self._total = 0.0  # what a sum over the batch is divided by
 
@@ -70,14 +69,12 @@ class Replay(Guard):
 
         The whole step's inputs depend on the seed and on `step` alone.
         """
-        if step != self._next - 1:
-            if step != self._next:
-                self._rows = row_batches(len(self.answers), self._size, self._seed, step)
-            rows = next(self._rows)
+        if step != self._step:
+            rows = self._rows.at(step)
             self._total, rows = len(rows) / self._ranks.size, rows[self._ranks.share]
             answers = self.answers[rows.to(self.answers.device)]
             self._batch = pick(self.inputs, rows), answers
-            self._next = step + 1
+            self._step = step
         return self._batch
 
     def penalty(self, seen: Seen) -> Tensor | None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard
-from fast.adapt.guards.distill import Distillation, Remembered, digest
+from fast.adapt.guards.distill import Distillation, Remembered, SourceOutputs, digest
 from fast.adapt.guards.pace import (
     FARTHEST,
     FARTHEST_OF_ADAPTERS,
@@ -22,15 +21,13 @@ from fast.adapt.guards.pace import (
     Pace,
 )
 from fast.adapt.guards.rehearse import Rehearsal, scale_of
-from fast.adapt.loss import TargetLoss
+from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
+from fast.adapt.network.dropout import warn_of_dropout
 from fast.adapt.network.head_start import check_loss, start_head
 from fast.adapt.network.shared_forward import cuts_at_head, depends_on_mode
-from fast.adapt.network.training_noise import warn_of_dropout
-from fast.adapt.plan import Plan
 from fast.adapt.setup import Setup
-from fast.data.dataset import Data
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels
 from fast.data.source_inputs import SourceInputs
@@ -63,7 +60,6 @@ CALIBRATION_SAMPLES = 1024
 # Source outputs at w0 are computed for at most this share of the samples that the run will see. A
 # forward pass is a third of a step, so this takes 5 % of the run; calibration samples are free.
 DISTILL_SHARE = 0.15
-DISTILL_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,59 +77,8 @@ class FirstPass:
     remembered: Remembered | None
 
 
-class SourceOutputs:
-    """Collects what the source head says of training samples, up to `DISTILL_BYTES`.
-
-    Args:
-        source: the layer that makes the source's logits from features.
-        data: the training data that the samples come from.
-    """
-
-    def __init__(self, source: nn.Module, data: Data) -> None:
-        self._source, self._data = source, data
-        self._rows: list[Tensor] = []
-        self._outputs: list[Tensor] = []
-        self._bytes = 0
-        # A data set may show a row otherwise at a later visit; tensors in memory cannot.
-        self._digests: list[str] | None = None if data.dataset is None else []
-
-    @torch.no_grad()
-    def add(self, features: Tensor, inputs: Any, index: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            features: what the head sees of the batch.
-            inputs: its inputs, `[B, ...]`.
-            index: row numbers of its samples, `[B]`.
-        """
-        if self._bytes >= DISTILL_BYTES:
-            return
-        self._outputs.append(by_sample(self._source(features), len(index)))
-        self._bytes += self._outputs[-1].nbytes
-        self._rows.append(index)
-        if self._digests is not None:
-            self._digests += [digest(pick(inputs, i)) for i in range(len(index))]
-
-    def remembered(self) -> Remembered | None:
-        """All that was added, or None where nothing was."""
-        if not self._outputs:
-            return None
-        return Remembered(
-            rows=torch.cat(self._rows),
-            outputs=torch.cat(self._outputs),
-            num_samples=self._data.num_samples or 0,
-            digests=self._digests,
-            inputs=self._data.inputs,
-        )
-
-
 def first_pass(
-    network: AdaptedNetwork,
-    batches: TrainBatches,
-    *,
-    plan: Plan,
-    remembers: bool,
-    calibrates: bool,
+    network: AdaptedNetwork, setup: Setup, *, remembers: bool, calibrates: bool
 ) -> FirstPass:
     """Run training inputs once: their features set the statistics of the normaliser.
 
@@ -141,7 +86,7 @@ def first_pass(
         remembers: keep the source outputs, which hold for later visits of the same rows.
         calibrates: set the statistics.
     """
-    model, device = network.model, network.device
+    model, device, plan, batches = network.model, network.device, setup.plan, setup.batches
     wanted = CALIBRATION_SAMPLES if plan.max_entropy or plan.head_steps else 0
     if remembers:
         wanted = max(wanted, int(DISTILL_SHARE * plan.steps * batches.batch_size))
@@ -222,6 +167,28 @@ def check_backbone(network: AdaptedNetwork, method: str) -> None:
     warn(f"{message}: only the head is trained")
 
 
+def distillation(
+    network: AdaptedNetwork, setup: Setup, first: FirstPass | None, *, alone: bool
+) -> Distillation:
+    """The guard that keeps what the source head says of target inputs.
+
+    Args:
+        first: has the outputs that are remembered; without any they come from a frozen copy.
+        alone: no other guard holds the network's function.
+    """
+    if alone and classes_of(network.source) == 1:
+        warn(
+            "distill: the source head has one output, of which a softmax is always sure, so that "
+            "nothing holds the source: rehearse= keeps the features"
+        )
+    return Distillation(
+        source=network.source,
+        weight=setup.plan.distill,
+        remembered=None if first is None else first.remembered,
+        pretrained_copy=network.pretrained_copy,
+    )
+
+
 def rehearsal(
     network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int, ranks: Ranks
 ) -> list[Guard]:
@@ -298,7 +265,7 @@ def teach_head(
     network: AdaptedNetwork,
     setup: Setup,
     first: FirstPass,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     seed: int,
 ) -> None:
     """Take the head's own steps, where the plan has any."""
@@ -320,7 +287,7 @@ def prepare(
     config: AdaptConfig,
     *,
     samples: SourceInputs | None,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     augmented: bool,
     resuming: bool,
     ranks: Ranks,
@@ -339,7 +306,7 @@ def prepare(
     Returns:
         the network, and the guards that hold its function.
     """
-    plan, batches = setup.plan, setup.batches
+    plan = setup.plan
     network = AdaptedNetwork(
         model,
         None if config.keeps_head else setup.num_classes,
@@ -351,36 +318,22 @@ def prepare(
     set_norms_and_adapters(network, setup, resuming=resuming)
     rehearsed = None
     if plan.source_size:
-        rehearsed = setup.own if setup.own is not None else samples
+        rehearsed = samples if setup.own is None else setup.own
     holds = bool(plan.distill) or rehearsed is not None
     folded = holds and folds_positions(model, network.head, setup.sample)
-    remembers = bool(plan.distill) and not augmented and same_at_each_visit(batches)
+    remembers = bool(plan.distill) and not augmented and same_at_each_visit(setup.batches)
     first = None
     if plan.head_steps and not resuming:
         steps_log.info("head start: the features of training samples, and a head on them")
     if remembers or not resuming:
-        first = first_pass(
-            network, batches, plan=plan, remembers=remembers, calibrates=not resuming
-        )
+        first = first_pass(network, setup, remembers=remembers, calibrates=not resuming)
     if network.norm is not None:
         network.norm.defer()
     if first is not None and not resuming:
         teach_head(network, setup, first, loss, config.seed)
     guards: list[Guard] = []
     if plan.distill:
-        if rehearsed is None and classes_of(network.source) == 1:
-            warn(
-                "distill: the source head has one output, of which a softmax is always sure, so "
-                "that nothing holds the source: rehearse= keeps the features"
-            )
-        guards.append(
-            Distillation(
-                source=network.source,
-                weight=plan.distill,
-                remembered=None if first is None else first.remembered,
-                pretrained_copy=network.pretrained_copy,
-            )
-        )
+        guards.append(distillation(network, setup, first, alone=rehearsed is None))
     if rehearsed is not None:
         guards += rehearsal(network, setup, rehearsed, config.seed, ranks)
     if guards:

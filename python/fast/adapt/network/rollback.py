@@ -1,22 +1,20 @@
-"""Restore the network where an adaptation fails to begin, or makes the head start worse."""
+"""Restore the network where an adaptation fails to begin."""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fast import dtensor
-from fast.adapt.network.drift import Drift
 from fast.data.generators import process_generators, set_process_generators
 from fast.heads import task_head
 
 Buffers = list[tuple[nn.Module, str, Tensor]]
 
 
-def _copied_buffers(model: nn.Module) -> Buffers:
+def copied_buffers(model: nn.Module) -> Buffers:
     """Copies of the buffers, by name: a module may put another tensor in a buffer's place."""
     return [
         (m, name, b.clone())
@@ -44,7 +42,7 @@ class RollbackOnError:
         self._trainable = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
         copied = model.parameters() if weights else ()
         self._weights = [(p, p.detach().clone()) for p in copied]
-        self._buffers = _copied_buffers(model)
+        self._buffers = copied_buffers(model)
         self._head = task_head(model)
         self._generators = process_generators()
         self.kept = False
@@ -87,46 +85,4 @@ class RollbackOnError:
         for parameter, value in self._weights:
             parameter.copy_(value)
         for module, name, value in self._buffers:
-            module._buffers[name] = module._buffers[name].to(value.dtype).copy_(value)  # type: ignore[union-attr]
-
-
-class HeadStart:
-    """The network before its first step: a pretrained backbone, and a head taught on its features.
-    With few samples this can be better than anything that training reaches.
-
-    Args:
-        model: the network as it is before the first step.
-        drift: holds the present weights of the backbone, so that only the head and the statistics
-            need a copy.
-    """
-
-    def __init__(self, model: nn.Module, drift: Drift) -> None:
-        self._drift = drift
-        backbone = {id(p) for p in drift.params}
-        self._weights = [
-            (p, p.detach().clone())
-            for p in model.parameters()
-            if p.requires_grad and id(p) not in backbone
-        ]
-        self._buffers = _copied_buffers(model)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the weights and statistics back."""
-        pairs = zip(self._drift.params, self._drift.anchors, strict=True)
-        for now, before in (*pairs, *self._weights):
-            now.copy_(before)
-        for module, name, value in self._buffers:
-            module._buffers[name] = value.clone()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "weights": {str(i): value for i, (_, value) in enumerate(self._weights)},
-            "buffers": {str(i): value for i, (*_, value) in enumerate(self._buffers)},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for i, (_, value) in enumerate(self._weights):
-            value.copy_(state["weights"][str(i)])
-        for i, (*_, value) in enumerate(self._buffers):
-            value.copy_(state["buffers"][str(i)])
+            module._buffers[name] = module.get_buffer(name).to(value.dtype).copy_(value)

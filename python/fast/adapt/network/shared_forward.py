@@ -7,8 +7,6 @@ rehearsal needs no forward pass of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fast.adapt.guards.base import SourceBatch
 from fast.data.trees import join, length, pick
-from fast.heads import evaluating, forward_logits, in_mode, source_task
+from fast.heads import evaluating, forward_logits, in_mode, source_task, traceless
 
 
 class HeadInput:
@@ -133,17 +131,6 @@ def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) ->
         return False
     finally:
         head_input.close()
-
-
-@contextmanager
-def traceless(model: nn.Module) -> Iterator[None]:
-    """Random state and buffers are afterwards as they were."""
-    device = next(model.parameters()).device
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    for name, b in model.named_buffers():
-        b.copy_(buffers[name])
 
 
 @torch.no_grad()

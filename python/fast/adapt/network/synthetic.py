@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.adapt.defaults import own_beside_synthetic
 from fast.data.source_inputs import LEAST
@@ -130,14 +131,14 @@ def _check(model: nn.Module, start: Tensor, *, own: int | None, **numbers: int) 
         raise ValueError("start: all inputs are the same number, or not finite; give real inputs")
 
 
-def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     return [m for m in norms if m.running_mean is not None and m.running_var is not None]
 
 
 def _optimised(
     model: nn.Module,
-    norms: list[nn.modules.batchnorm._BatchNorm],
+    norms: list[_BatchNorm],
     start: Tensor,
     steps: int,
     generator: torch.Generator,
@@ -175,21 +176,19 @@ def _classes(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _seen_by(
-    model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm]
-) -> Iterator[list[Tensor]]:
+def _seen_by(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[list[Tensor]]:
     """A list that a forward pass fills, in evaluation mode: for each batch norm, the divergence of
     what it sees from what it saw in training, `[]`."""
     seen: list[Tensor] = []
 
-    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(_divergence(norm, inputs[0]))  # type: ignore[arg-type]
+    def look(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(_divergence(norm, inputs[0]))
 
     with hooked(model, *(norm.register_forward_pre_hook(look) for norm in norms)):
         yield seen
 
 
-def _divergence(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+def _divergence(norm: _BatchNorm, x: Tensor) -> Tensor:
     """KL divergence in nats, of normal distributions, between what a channel has in `x` and what it
     had in training: the mean over channels, `[]`."""
     assert norm.running_mean is not None
@@ -202,9 +201,7 @@ def _divergence(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
     return (ratio + shift - 1 - ratio.log()).mean() / 2
 
 
-def _own_divergence(
-    model: nn.Module, norms: list[nn.modules.batchnorm._BatchNorm], inputs: Tensor
-) -> float:
+def _own_divergence(model: nn.Module, norms: list[_BatchNorm], inputs: Tensor) -> float:
     with _seen_by(model, norms) as seen:
         forward_logits(model, inputs)
     return float(torch.stack(seen).mean())

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 import fast
+from fast.cli.folders import check_new, continued, run_folder
 from fast.cli.folds import cross_validate
-from fast.cli.notes import print_notes
-from fast.cli.record import JOB_FILE, absolute, write_record
+from fast.cli.job_file import absolute
 from fast.cli.report.finetune import plan_table, summary, what_next
 from fast.cli.spec import FinetuneSpec
-from fast.cli.spec.base import shown
 from fast.cli.task.load import LoadedTask, load_task
 from fast.errors import printable
-from fast.files import check_writable
 from fast.models.device import pick_device
-from fast.models.saved import MANIFEST_FILE, list_checkpoints
 from fast.ranks import Ranks, joined
-from fast.train.config import TrainConfig
 from fast.train.finite import Diverged, diverged
-from fast.train.resume.run_folder import is_going_on
 
 
 def run(spec: FinetuneSpec) -> int:
@@ -43,9 +36,9 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         pick_device(config.device)
         if config.resume:
             resumed = Path(config.resume)
-            config = _continued(config, resumed)
+            config = continued(config, resumed)
         elif config.output and not spec.plan:
-            _check_new(Path(config.output))
+            check_new(Path(config.output))
         task = load_task(
             spec.task,
             source_skill=config.source_skill,
@@ -62,7 +55,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         cross_validate(spec, task)
         return 0
     start = time.monotonic()
-    with _folder(spec, resumed, ranks) as folder:
+    with run_folder(spec, resumed, ranks) as folder:
         options = dataclasses.asdict(dataclasses.replace(config, output=str(folder)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Diverged)  # an error here, when all is saved
@@ -80,18 +73,6 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
     return 0
 
 
-@contextmanager
-def _folder(spec: FinetuneSpec, resumed: Path | None, ranks: Ranks) -> Iterator[Path]:
-    """The folder of the run, a new one or that of `resumed`, on every process."""
-    with ExitStack() as stack:
-        folder = resumed or Path()
-        with ranks.together():
-            if ranks.first:
-                going_on = _going_on(resumed) if resumed is not None else _claimed(spec)
-                folder = stack.enter_context(going_on)
-        yield ranks.from_first(folder)
-
-
 def _describe(result: fast.Result, spec: FinetuneSpec, task: LoadedTask) -> None:
     """Tell the result what the command line knows about network and data."""
     result.classes = list(task.classes)
@@ -101,96 +82,3 @@ def _describe(result: fast.Result, spec: FinetuneSpec, task: LoadedTask) -> None
         result.data["accuracy_by_class"] = {"right": right, "samples": samples}
     result.network = absolute(spec.task.model)
     result.preparation = task.preparation
-
-
-def _continued(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The options of a run that goes on in `folder`, or starts again if it has no checkpoint."""
-    if list_checkpoints(folder) or (folder / MANIFEST_FILE).exists():
-        return config
-    print_notes(f"{folder} has no checkpoint yet: the run starts from the beginning")
-    return dataclasses.replace(config, resume=None)
-
-
-def _check_new(folder: Path) -> None:
-    check_writable(folder, "--output")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if is_going_on(folder):
-        raise ValueError(f"--output {folder}: another run is going on there; name another")
-    begun = (folder / JOB_FILE).is_file() and not (folder / MANIFEST_FILE).exists()
-    if begun and not list_checkpoints(folder):
-        raise ValueError(
-            f"--output {folder}: its run was stopped before its first checkpoint; fast finetune "
-            f"--resume {folder} starts it from the beginning"
-        )
-    raise ValueError(f"--output {folder}: exists; name another, or go on with --resume {folder}")
-
-
-def _claim(spec: FinetuneSpec) -> Path:
-    """Make the folder of a new run, with its job file: --output, or else a new one under runs/.
-
-    Runs that start at the same time may want the same folder. It belongs to the one that makes it,
-    or makes the job file in it.
-    """
-    if spec.training.output:
-        folder = Path(spec.training.output)
-        _check_new(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            write_record(folder, shown(spec))
-        except FileExistsError as error:
-            raise ValueError(
-                f"--output {folder}: another run has just started there; name another"
-            ) from error
-        return folder
-    base = Path("runs") / f"{spec.task.short_name}-{spec.training.method}"
-    folder, n = base, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            n += 1
-            folder = base.with_name(f"{base.name}-{n}")
-        else:
-            write_record(folder, shown(spec))
-            return folder
-
-
-@contextmanager
-def _claimed(spec: FinetuneSpec) -> Iterator[Path]:
-    """The folder of a new run. A run that ends before its first checkpoint leaves nothing behind,
-    so that the next one may have its folder."""
-    output = spec.training.output
-    outer = Path(output or "runs")
-    new = [path for path in (outer, *outer.parents) if not path.exists()]
-    folder = _claim(spec)
-    if folder not in new and not output:
-        new.insert(0, folder)
-    try:
-        with _going_on(folder):
-            yield folder
-    except BaseException:
-        if not list_checkpoints(folder):
-            (folder / JOB_FILE).unlink(missing_ok=True)
-            _clear(new)
-        raise
-
-
-@contextmanager
-def _going_on(folder: Path) -> Iterator[Path]:
-    """The folder of a run. If the run is interrupted, print how to go on with it."""
-    try:
-        yield folder
-    except KeyboardInterrupt:
-        if list_checkpoints(folder):
-            print(f"\nto go on: fast finetune --resume {printable(folder)}", file=sys.stderr)
-        raise
-
-
-def _clear(new: list[Path]) -> None:
-    """Remove the empty ones of the folders that were made for a run, the innermost first."""
-    for path in new:
-        try:
-            path.rmdir()
-        except OSError:  # it holds somebody else's file
-            return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from fast.cli.options import build, flag, is_part, option
@@ -13,6 +13,7 @@ from fast.train.config import TrainConfig
 SAVED = "fast.cli.commands.saved"  # the commands that work with finished runs
 
 
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """The options of a command.
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from fast.cli.job_file import JOB_FILE, read_job
 from fast.cli.options import option, parser_of, part
-from fast.cli.record import JOB_FILE, read_record
 from fast.cli.spec.base import Spec, at_least, output_folder
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
@@ -70,11 +70,11 @@ class CurvatureSpec(Spec):
                 raise FileNotFoundError(f"--checkpoint {folder}: no such folder")
             if (folder / JOB_FILE).is_file():
                 parser = parser_of(FinetuneSpec)
-                record = read_record(folder, "--checkpoint", parser, "model" in options)
+                job = read_job(folder, "--checkpoint", parser, "model" in options)
                 # Data that are named here take the place of all the recorded ones.
                 own_data = {"data", "source"} & set(options)
                 names = set(FROM_JOB) - ({"data", "source"} if own_data else set())
-                options = {k: v for k, v in record.items() if k in names} | options
+                options = {k: v for k, v in job.items() if k in names} | options
         return super().parse(options)
 
     def __post_init__(self) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from fast.cli.options import option
 from fast.cli.spec.base import SAVED, Spec, at_least
 from fast.cli.values import folder_name
 
-TASKS = ("target", "source", "both")
+# As in `fast.deploy`, which imports torch.
+Task = Literal["target", "source", "both"]
+ExportFormat = Literal["onnx", "torch.export", "safetensors", "hf", "timm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +50,9 @@ class PredictSpec(RunSpec):
     paths: tuple[str, ...] = option(
         "files, folders, or tables", (), words="+", metavar="PATH", read=str
     )
-    task: str | None = option(
+    task: Task | None = option(
         "classes of the new task (target), of the old one (source), or of both, which needs a "
-        "joined network (default: both for a joined network, else target)", choices=TASKS,
+        "joined network (default: both for a joined network, else target)", choices=get_args(Task),
     )  # fmt: skip
     top: int = option("how many classes are shown for each input", 1)
     csv: str | None = option("write all probabilities to this file", metavar="FILE")
@@ -79,9 +82,9 @@ class EvaluateSpec(RunSpec):
     data: str | None = option(
         "labelled data (default: what the run held out)", words="?", metavar="DATA"
     )
-    task: str | None = option(
+    task: Task | None = option(
         "task whose labels these are (default: both for a joined network, else target)",
-        choices=TASKS,
+        choices=get_args(Task),
     )
     skip_broken: bool = option("leave out files that cannot be read", False)
     worst: int = option("how many wrong answers the report shows", 24)
@@ -105,9 +108,7 @@ class ExportSpec(RunSpec):
 
     about = "write the network of a run as ONNX, torch.export, Hugging Face"
 
-    format: str = option(
-        "what to write", "onnx", choices=("onnx", "torch.export", "safetensors", "hf", "timm")
-    )
+    format: ExportFormat = option("what to write", "onnx", choices=get_args(ExportFormat))
     output: str = option("folder to write to", "", read=folder_name, short="-o", metavar="FOLDER")
 
     def __post_init__(self) -> None:

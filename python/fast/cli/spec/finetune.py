@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fast.adapt.config import Budget
+from fast.cli.job_file import FILES, JOB_FILE, check_files, is_gone, read_job
 from fast.cli.options import flag, option, parser_of, part
-from fast.cli.record import JOB_FILE, PLACES, check_places, is_gone, read_record
 from fast.cli.spec.base import Spec
 from fast.cli.spec.task import TaskSpec
 from fast.train.config import TrainConfig
@@ -43,14 +43,14 @@ class FinetuneSpec(Spec):
             return super().parse(options)
         folder = Path(options["resume"])
         changed = sorted(set(options) - FREE_ON_RESUME)
-        _refuse([name for name in changed if name not in PLACES], folder)
-        record = read_record(folder, "--resume", parser_of(cls), "model" in options)
-        if not record.get("data"):
+        _refuse([name for name in changed if name not in FILES], folder)
+        job = read_job(folder, "--resume", parser_of(cls), "model" in options)
+        if not job.get("data"):
             raise ValueError(f"{folder / JOB_FILE} is damaged or was changed: it names no data")
         # What was read from a file that has moved may be named where it is now. It is compared.
-        _refuse([name for name in changed if not is_gone(record.get(name) or "")], folder)
-        check_places("--resume", folder, record | options)
-        return super().parse(record | options)
+        _refuse([name for name in changed if not is_gone(job.get(name) or "")], folder)
+        check_files("--resume", folder, job | options)
+        return super().parse(job | options)
 
     def __post_init__(self) -> None:
         self.task.require("model", "data")

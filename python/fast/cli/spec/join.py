@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from fast.cli.job_file import check_files, read_job
 from fast.cli.options import option, parser_of, part
-from fast.cli.record import check_places, read_record
 from fast.cli.spec.base import SAVED, Spec
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
@@ -51,10 +51,10 @@ class JoinSpec(Spec):
         folder = Path(options["run"])
         if not folder.is_dir():
             raise FileNotFoundError(f"RUN {folder}: no such folder")
-        record = read_record(folder, "RUN", parser_of(FinetuneSpec), "model" in options)
+        job = read_job(folder, "RUN", parser_of(FinetuneSpec), "model" in options)
         names = {f.name for f in fields(TaskSpec)} - set(LEFT_OUT)
-        all_options = {k: v for k, v in record.items() if k in names} | options
-        check_places("RUN", folder, all_options)
+        all_options = {k: v for k, v in job.items() if k in names} | options
+        check_files("RUN", folder, all_options)
         return super().parse(all_options)
 
     def __post_init__(self) -> None:

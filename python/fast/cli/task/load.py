@@ -16,19 +16,21 @@ from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.report.data import gaps, image_facts, lines
 from fast.cli.spec.task import TaskSpec
-from fast.cli.task.data import (
-    PARTS,
+from fast.cli.task.checks import (
     check_numbers,
     check_shapes,
     check_target,
     largest_label,
+    unclear_names,
+)
+from fast.cli.task.data import (
+    PARTS,
     numbered_as_in_head,
     read_data,
     same_samples,
     source_samples,
     splits_of,
     training_split,
-    unclear_names,
 )
 from fast.cli.task.prepare import (
     labels_of,
@@ -140,23 +142,14 @@ def load_task(
         ValueError, FileNotFoundError, ImportError: the network or the data cannot be used; the
             message says why.
     """
-    notes: list[str] = []
     print(f"reading {printable(spec.data)} and {printable(spec.model)}", flush=True)
-    sets = read_data(spec, notes)
-    target = sets["data"]
-    check_target(spec, target, measured)
+    sets, notes = read_data(spec)
+    check_target(spec, sets["data"], measured)
     loaded = load_network(spec)
     names = own_classes(loaded.model, spec.model, spec.weights)
     of_head = [role for role in sets if role != "data" or keeps_head]
     sets |= {role: numbered_as_in_head(sets[role], names) for role in of_head}
     splits = splits_of(sets)
-    if {"source", "source_inputs"} <= set(sets) and same_samples(
-        sets["source"], sets["source_inputs"]
-    ):
-        notes.append(
-            f"--source-inputs {spec.source_inputs}: the same samples as --source: what is kept "
-            "is measured on what it is kept with, and looks better than it is; name others"
-        )
     prepared, preparation, reports = prepare_splits(spec, loaded, splits, workers, progress)
     check_shapes(spec, splits, prepared)
     classes = try_forward(loaded, prepared["train"])
@@ -227,12 +220,17 @@ def _check_source(
         notes on the source and the source inputs.
     """
     notes: list[str] = []
+    option = f"{flag('source_inputs')} {spec.source_inputs}"
     if "source" in sets:
-        notes = check_numbers(f"--source {spec.source}", sets["source"], classes, names)
+        if "source_inputs" in sets and same_samples(sets["source"], sets["source_inputs"]):
+            notes.append(
+                f"{option}: the same samples as --source: what is kept is measured on what it is "
+                "kept with, and looks better than it is; name others"
+            )
+        notes += check_numbers(f"--source {spec.source}", sets["source"], classes, names)
     if "source_inputs" not in sets or skill == "features":
         return notes
     samples = sets["source_inputs"]
-    option = f"{flag('source_inputs')} {spec.source_inputs}"
     if not samples.has_labels:
         count = counted(len(training_split(samples)), "sample")
         return [*notes, f"{option}: {count} without labels"]

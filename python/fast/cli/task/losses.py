@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.spec.curvature import CurvatureSpec
-from fast.cli.task.data import (
-    check_numbers,
-    numbered_as_in_head,
-    read_data,
-    training_split,
-)
+from fast.cli.task.checks import check_numbers
+from fast.cli.task.data import numbered_as_in_head, read_data, training_split
 from fast.cli.task.prepare import load_network, prepare_splits, try_forward
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
@@ -50,8 +46,7 @@ class TaskLoss:
 def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
     """The losses of the tasks for which there are data; their networks are in eval mode."""
     device = pick_device(spec.device)
-    notes: list[str] = []
-    sets = read_data(spec.task, notes)
+    sets, notes = read_data(spec.task)
     loaded = load_network(spec.task, pretrained=not spec.checkpoint)
     if "source" in sets:
         names = own_classes(loaded.model, spec.task.model, spec.task.weights)

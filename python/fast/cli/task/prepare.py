@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fast.cli.spec.task import TaskSpec
-from fast.cli.task.data import check_kinds
+from fast.cli.task.checks import check_kinds
 from fast.data.audio.waveforms import SoundFormat
 from fast.data.dataset import as_data
 from fast.data.images.format import ImageFormat

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import fast
+from fast.cli.job_file import JOB_FILE, read_job
 from fast.cli.notes import print_notes
 from fast.cli.options import parser_of
-from fast.cli.record import JOB_FILE, read_record
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
+from fast.cli.values import model_file
 from fast.data.sources.table import column_names
 from fast.deploy.predictor import Predictor
 from fast.models.saved import FILES, MODEL_FILE
@@ -30,7 +31,7 @@ def job_of(folder: Path) -> dict[str, Any]:
     """The options of the run in a folder; empty if the command line did not start it."""
     if not (folder / JOB_FILE).is_file():
         return {}
-    return read_record(folder, "RUN", parser_of(FinetuneSpec), named=True)
+    return read_job(folder, "RUN", parser_of(FinetuneSpec), named=True)
 
 
 def own_columns(job: dict[str, Any], paths: Sequence[str]) -> dict[str, str]:
@@ -78,7 +79,7 @@ def _own_code(folder: Path) -> str | None:
     if not (folder / JOB_FILE).is_file():
         return None
     parser = parser_of(FinetuneSpec)
-    name = read_record(folder, "RUN", parser, named=True).get("model")
-    if name is None or ".py:" not in name:
+    name = read_job(folder, "RUN", parser, named=True).get("model")
+    if model_file(name) is None:
         return None
-    return read_record(folder, "RUN", parser, named=False)["model"]
+    return read_job(folder, "RUN", parser, named=False)["model"]

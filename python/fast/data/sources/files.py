@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fast.data.sources.formats import readable_suffixes
-from fast.data.sources.names import HELD_OUT, TRAIN, class_name, roles_of
+from fast.data.sources.names import class_name, roles_of, training_and_held_out
 from fast.data.sources.scan import Folder, natural, scan
 from fast.data.sources.types import (
     EncodedAudio,
@@ -207,14 +207,12 @@ def read_lines(root: Path) -> NamedData | None:
     top = scan(root, TEXT_SUFFIXES)
     parts = {"train": top}
     if not top.images:
-        roles = roles_of(top.folders)
-        names = {role: name for name, role in reversed(roles.items())}
-        held_out = next((names[role] for role in HELD_OUT if role in names), None)
-        if TRAIN not in names:
+        training, held_out = training_and_held_out(roles_of(top.folders))
+        if not training:
             return None
-        parts = {"train": top.folders[names[TRAIN]]}
-        if held_out is not None:
-            parts["val"] = top.folders[held_out]
+        parts = {"train": top.folders[training[0]]}
+        if held_out:
+            parts["val"] = top.folders[held_out[0]]
     for part in parts.values():
         # Text files beside pictures say where objects are in these.
         if len(part.images) < 2 or part.folders or part.others.keys() & readable_suffixes():

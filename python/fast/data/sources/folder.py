@@ -14,7 +14,7 @@ import numpy as np
 
 from fast.data.labels import count_classes
 from fast.data.sources.files import KINDS, samples_of, suffixes_in
-from fast.data.sources.names import HELD_OUT, ROLES, TRAIN, class_name, roles_of
+from fast.data.sources.names import class_name, roles_of, training_and_held_out
 from fast.data.sources.scan import Folder, left_out, natural, scan
 from fast.data.sources.types import NamedData, Split
 from fast.errors import printable, some
@@ -151,13 +151,13 @@ def _splits(root: Folder, roles: dict[str, str], splits: set[str]) -> Layout:
             f"{_at(root)}: cannot tell whether {some(sorted(splits))} is a split or a class beside "
             f"{some(beside)}: rename it, or put the classes into train/"
         )
-    by_role = {role: [n for n in roles if roles[n] == role and n in splits] for role in ROLES}
-    trains = by_role[TRAIN]
+    trains, held_out = training_and_held_out(
+        {name: roles[name] for name in roles if name in splits}
+    )
     if len(trains) > 1:
         raise ValueError(
             f"{_at(root)}: {some(trains)} are all names of a training split; leave one of them"
         )
-    held_out = [name for role in HELD_OUT for name in by_role[role]]
     used = {"train": trains[:1], "val": held_out[:1]}
     used_names = {part: names[0] for part, names in used.items() if names}
     if not used_names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import numpy as np
 
 from fast.data.sources.connection import quick_offline
 from fast.data.sources.names import (
-    HELD_OUT,
     LABELS,
     MEDIA,
     TEXTS,
-    TRAIN,
     role_of,
+    training_and_held_out,
     usual_columns,
 )
 from fast.data.sources.types import (
@@ -37,7 +35,7 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
     datasets, loaded = _load(name)
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}
-    training, held_out = _by_role(loaded)
+    training, held_out = training_and_held_out({split: role_of(split) for split in loaded})
     if not training and not held_out:
         raise ValueError(f"{name}: has neither train nor validation; got {some(list(loaded), 10)}")
     features = loaded[(training or held_out)[0]].features
@@ -46,7 +44,7 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
         input_column = _column("--input-column", input_column, features, datasets.Image)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    labels = {split: loaded[split][label_column][:] for split in training + held_out}
+    labels = {split: loaded[split][label_column][:] for split in training[:1] + held_out}
     # Benchmarks publish the inputs of their test split, and -1 for its labels.
     has_labels = [s for s in held_out if any(label != UNLABELLED for label in labels[s])]
     candidates = {"train": training, "val": has_labels}
@@ -79,15 +77,6 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
         held_out=f"split {printable(split_of['val'])}" if len(splits) == 2 else "",
         notes=tuple(notes),
     )
-
-
-def _by_role(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The training split, as a list of one or none, and the held-out splits, the best first."""
-    by_role: dict[str | None, list[str]] = {}
-    for name in names:
-        by_role.setdefault(role_of(name), []).append(name)
-    held_out = [name for role in HELD_OUT for name in by_role.get(role, [])]
-    return by_role.get(TRAIN, [])[:1], held_out
 
 
 def _load(name: str) -> tuple[Any, Any]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
+Name = TypeVar("Name")
 TRAIN = "train"
 # Held-out splits, the best first: the first one that a data set has is used.
 HELD_OUT = ("val", "eval", "test")
 # Splits without labels.
 REST = "rest"
-ROLES = (TRAIN, *HELD_OUT, REST)
 # Columns of tables, the likeliest first; MEDIA are those that may hold a picture or sound itself.
 LABELS = (
     "label", "labels", "class", "target", "category", "y", "classid", "class_id", "class_name",
@@ -57,6 +58,17 @@ def roles_of(names: Iterable[str]) -> dict[str, str]:
         for name, (role, other) in read.items()
         if role is not None and (not other or common[other] > 1)
     }
+
+
+def training_and_held_out(roles: Mapping[Name, str | None]) -> tuple[list[Name], list[Name]]:
+    """The training splits, and the held-out ones, the best first.
+
+    Args:
+        roles: the role of each split, as `role_of` says; None for what is no split.
+    """
+    training = [name for name, role in roles.items() if role == TRAIN]
+    held_out = [name for best in HELD_OUT for name, role in roles.items() if role == best]
+    return training, held_out
 
 
 def class_name(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fast.data.sources.archive import Archive
-from fast.data.sources.names import HELD_OUT, TRAIN, role_of
+from fast.data.sources.names import TRAIN, role_of, training_and_held_out
 from fast.data.sources.types import EncodedImages, NamedData, Split, labelled, numbered_classes
 from fast.data.trees import length
 from fast.errors import printable, some
@@ -34,9 +34,9 @@ def read_npz(path: Path, unlabelled: bool = False) -> NamedData:
         suffixes = list(
             dict.fromkeys(m["suffix"] or "" for n in archive.names if (m := _MEMBER.fullmatch(n)))
         )
-        by_role = {suffix: TRAIN if suffix == "" else role_of(suffix) for suffix in suffixes}
-        train = next((s for s in sorted(suffixes, reverse=True) if by_role[s] == TRAIN), None)
-        val = next((s for role in HELD_OUT for s in suffixes if by_role[s] == role), None)
+        roles = {suffix: TRAIN if suffix == "" else role_of(suffix) for suffix in suffixes}
+        training, held_out = training_and_held_out(roles)
+        train, val = max(training, default=None), next(iter(held_out), None)
         splits = {
             part: _split(archive, suffix, classes, has_labels)
             for part, suffix in (("train", train), ("val", val))

@@ -22,6 +22,7 @@ from fast.data.sources.names import (
     TRAIN,
     class_name,
     role_of,
+    training_and_held_out,
     usual_columns,
 )
 from fast.data.sources.scan import natural
@@ -64,14 +65,11 @@ def read_tables(
 
 def split_tables(root: Path) -> dict[str, Path]:
     """The tables in a folder whose names are those of splits, by split (`train`, `val`)."""
-    by_role: dict[str | None, list[Path]] = {}
-    for path in sorted(root.iterdir()):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            by_role.setdefault(role_of(path.stem), []).append(path)
-    if len(by_role.get(TRAIN, [])) != 1:
+    files = (p for p in sorted(root.iterdir()) if p.suffix.lower() in SUFFIXES and p.is_file())
+    training, held_out = training_and_held_out({path: role_of(path.stem) for path in files})
+    if len(training) != 1:
         return {}
-    held_out = [path for role in HELD_OUT for path in by_role.get(role, [])]
-    return {"train": by_role[TRAIN][0]} | ({"val": held_out[0]} if held_out else {})
+    return {"train": training[0]} | ({"val": held_out[0]} if held_out else {})
 
 
 def from_columns(

@@ -59,7 +59,7 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class LiveRun:
     """The live parts of a run that are saved, and restored in place.
 
     Attributes:
@@ -110,15 +110,15 @@ class Snapshot:
     adaptation: dict[str, Any]
 
     @classmethod
-    def of(cls, state: State, best: dict[str, Tensor], keep: bool = True) -> Snapshot:
+    def of(cls, live: LiveRun, best: dict[str, Tensor], keep: bool = True) -> Snapshot:
         """Take a snapshot; sharded tensors are gathered one by one, so all ranks have to call it.
 
         Args:
             best: further tensors, whose names begin with `BEST`.
             keep: whether this rank will write the snapshot; the others get no tensors.
         """
-        tensors, optimizer = flatten(state.optimizer)
-        plain, more = split_state(state.adaptation.state_dict(), ADAPTATION)
+        tensors, optimizer = flatten(live.optimizer)
+        plain, more = split_state(live.adaptation.state_dict(), ADAPTATION)
 
         def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             whole: dict[str, Tensor] = {}
@@ -129,8 +129,8 @@ class Snapshot:
             return whole
 
         return cls(
-            step=state.adaptation.done,
-            model=gathered(dict(state.model.state_dict())),
+            step=live.adaptation.done,
+            model=gathered(dict(live.model.state_dict())),
             training=gathered(tensors | more | best),
             optimizer=optimizer,
             adaptation=plain,
@@ -139,35 +139,35 @@ class Snapshot:
 
 def save_checkpoint(
     folder: Path,
-    state: Snapshot,
+    snapshot: Snapshot,
     facts: Facts,
     record: dict[str, Any],
     *,
     randomness: list[dict[str, Any]],
 ) -> Path:
-    """Save a training state, then remove the checkpoints before it.
+    """Save a snapshot, then remove the checkpoints before it.
 
     Args:
         folder: the run's folder.
         record: anything else that JSON can hold; `load_checkpoint` returns it.
-        randomness: `State.randomness()` of each rank.
+        randomness: `LiveRun.randomness()` of each rank.
 
     Returns:
         the new checkpoint's folder.
     """
-    target = folder / checkpoint_name(state.step)
+    target = folder / checkpoint_name(snapshot.step)
     if target.exists():
         shutil.rmtree(target)
     with atomic_folder(target) as temporary:
-        save_tensors(state.model, temporary / MODEL_FILE)
-        save_tensors(state.training, temporary / TRAINING_FILE)
+        save_tensors(snapshot.model, temporary / MODEL_FILE)
+        save_tensors(snapshot.training, temporary / TRAINING_FILE)
         meta = {
             "format": FORMAT,
-            "step": state.step,
+            "step": snapshot.step,
             "files": {name: file_hash(temporary / name) for name in (MODEL_FILE, TRAINING_FILE)},
             **vars(facts),
-            "optimizer": state.optimizer,
-            ADAPTATION: state.adaptation,
+            "optimizer": snapshot.optimizer,
+            ADAPTATION: snapshot.adaptation,
             **randomness[0],
             OTHERS: randomness[1:],
             "record": record,
@@ -180,9 +180,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, state: State, facts: Facts, *, rank: int = 0
+    folder: Path, live: LiveRun, facts: Facts, *, rank: int = 0
 ) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Restore the newest checkpoint of a run into `state` and the random generators.
+    """Restore the newest checkpoint of a run into `live` and the random generators.
 
     Args:
         rank: the rank whose generators are restored; a rank that the run did not have keeps its
@@ -200,27 +200,27 @@ def load_checkpoint(
     if not checkpoints:
         raise FileNotFoundError(f"no checkpoint to resume from in {folder}")
     path = checkpoints[-1]
-    meta = _read_state(path, state.adaptation.plan.steps)
+    meta = _read_state(path, live.adaptation.plan.steps)
     _check_run(path, meta.facts, facts)
-    _check_files(path, meta.hashes, state.model)
+    _check_files(path, meta.hashes, live.model)
     weights, training = load_tensors(path / MODEL_FILE), load_tensors(path / TRAINING_FILE)
     best = {name: training.pop(name) for name in list(training) if name.startswith(BEST)}
-    _check_same_model(state.model, weights, path)
-    _check_same_optimizer(state.optimizer, meta.optimizer, path)
+    _check_same_model(live.model, weights, path)
+    _check_same_optimizer(live.optimizer, meta.optimizer, path)
     _check_job(path, meta.facts, facts)
-    adaptation = _take_adaptation(path, meta, training, state.adaptation.state_dict())
+    adaptation = _take_adaptation(path, meta, training, live.adaptation.state_dict())
     if best:
-        entries = {BEST + name: value for name, value in state.model.state_dict().items()}
+        entries = {BEST + name: value for name, value in live.model.state_dict().items()}
         _check_tensors(path / TRAINING_FILE, best, entries)
         best = {name: best[name] for name in entries}
-    _check_generators(path, meta.randomness_of(rank), state)
+    _check_generators(path, meta.randomness_of(rank), live)
     with reading(path / STATE_FILE):
-        unflatten(state.optimizer, training, meta.optimizer)
-        state.adaptation.load_state_dict(adaptation)
+        unflatten(live.optimizer, training, meta.optimizer)
+        live.adaptation.load_state_dict(adaptation)
         if rank < len(meta.randomness):
-            state.set_randomness(meta.randomness[rank])
-    own = state.model.state_dict()
-    state.model.load_state_dict({name: dtensor.as_in(weights[name], own[name]) for name in own})
+            live.set_randomness(meta.randomness[rank])
+    own = live.model.state_dict()
+    live.model.load_state_dict({name: dtensor.as_in(weights[name], own[name]) for name in own})
     return path / STATE_FILE, meta.record, best
 
 
@@ -233,7 +233,7 @@ class _Meta:
         hashes: hashes of the files beside it.
         optimizer, adaptation: their plain values.
         record: what `save_checkpoint` was given.
-        randomness: `State.randomness()` of each rank.
+        randomness: `LiveRun.randomness()` of each rank.
     """
 
     facts: Facts
@@ -290,10 +290,10 @@ def _check_run(path: Path, before: Facts, now: Facts) -> None:
         raise ValueError(f"{path} is of a run with other options: {options}")
 
 
-def _check_generators(path: Path, randomness: dict[str, Any], state: State) -> None:
+def _check_generators(path: Path, randomness: dict[str, Any], live: LiveRun) -> None:
     with reading(path / STATE_FILE):
         names = sorted(randomness["generators"])
-    own = sorted(state.generators)
+    own = sorted(live.generators)
     if names != own:
         raise ValueError(
             f"{path} is of another job: the data, transform and network held the generators "

@@ -14,7 +14,15 @@ from types import TracebackType
 from typing import Any
 
 from fast.adapt.state import differences
-from fast.files import check_writable, clear_unfinished, read_json, write_json, writing
+from fast.files import (
+    check_writable,
+    clear_unfinished,
+    missing_folders,
+    read_json,
+    remove_empty,
+    write_json,
+    writing,
+)
 from fast.models.saved.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
 from fast.models.saved.files import (
     MANIFEST_FILE,
@@ -60,7 +68,7 @@ class RunFolder:
         check_writable(self.path, "output" if config.output else "resume")
         goes_on = self.source if self.goes_on else None
         self.run = run_of(goes_on) if goes_on else secrets.token_hex(8)
-        self.new = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        self.new = missing_folders(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._file = claim(self.path)
         if not goes_on:
@@ -132,11 +140,7 @@ class RunFolder:
         clear_unfinished(self.path)
         for name in (HISTORY_FILE, LINES_FILE, OPTIONS_FILE, CLAIM_FILE):
             (self.path / name).unlink(missing_ok=True)
-        for path in self.new:
-            try:
-                path.rmdir()
-            except OSError:  # somebody else has put files there
-                return
+        remove_empty(self.new)
 
 
 def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
@@ -168,9 +172,9 @@ def _check(config: TrainConfig, folder: Path, source: Path | None) -> None:
 
 def check_options(config: TrainConfig, options: dict[str, Any], source: Path) -> None:
     """Raise ValueError where the run in `source` had other options."""
-    now, places = config.computed(), config.places()
+    now, free = config.computed(), config.free_on_resume()
     # Options that the other version did not have yet were at their defaults.
     were = TrainConfig().computed() | options
-    changes = differences({k: v for k, v in were.items() if k not in places}, now)
+    changes = differences({k: v for k, v in were.items() if k not in free}, now)
     if changes:
         raise ValueError(f"cannot resume {source} with other options: {changes}")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast.adapt.adaptation import Adaptation
-from fast.adapt.state import RUN, TRAINING_DATA
+from fast.adapt.state import TRAINING_DATA
 from fast.curvature.card import SourceCard
 from fast.data.generators import find_generators
 from fast.models.identity import (
@@ -22,8 +22,8 @@ from fast.models.saved.claim import run_of
 from fast.train.config import TrainConfig
 from fast.train.resume.checkpoint import (
     Facts,
+    LiveRun,
     Snapshot,
-    State,
     load_checkpoint,
     save_checkpoint,
 )
@@ -58,8 +58,7 @@ class Saver:
 
     def add_source(self, adaptation: Adaptation, card: SourceCard | None) -> None:
         """Add the data of the adaptation, and the user's card, to the facts of the job."""
-        # A state of the adaptation has read all of the training data for it.
-        self._job[TRAINING_DATA] = adaptation.state_dict()[RUN][TRAINING_DATA]
+        self._job[TRAINING_DATA] = adaptation.facts[TRAINING_DATA]
         self._job["source inputs (hash)"] = data_identity(adaptation.source)
         self._job["held-back source inputs (hash)"] = data_identity(adaptation.held_back)
         self._job["card"] = None if card is None else card_identity(card)
@@ -67,9 +66,9 @@ class Saver:
     def save(self, adaptation: Adaptation, record: dict[str, Any], best: dict[str, Tensor]) -> None:
         """Write a checkpoint; see `save_checkpoint`."""
         self.folder.check()
-        facts, state = self._facts(self.folder.run), self._state(adaptation)
-        randomness = self._ranks.all(state.randomness())
-        snapshot = Snapshot.of(state, best, keep=self._ranks.first)
+        facts, live = self._facts(self.folder.run), self._live(adaptation)
+        randomness = self._ranks.all(live.randomness())
+        snapshot = Snapshot.of(live, best, keep=self._ranks.first)
         with self._ranks.together():
             if self._ranks.first:
                 save_checkpoint(self.folder.path, snapshot, facts, record, randomness=randomness)
@@ -78,12 +77,12 @@ class Saver:
         """Restore the newest checkpoint; see `load_checkpoint`."""
         source = self.folder.source
         assert source is not None
-        state, facts = self._state(adaptation), self._facts(run_of(source))
+        live, facts = self._live(adaptation), self._facts(run_of(source))
         with self._ranks.together():
-            return load_checkpoint(source, state, facts, rank=self._ranks.rank)
+            return load_checkpoint(source, live, facts, rank=self._ranks.rank)
 
-    def _state(self, adaptation: Adaptation) -> State:
-        return State(adaptation=adaptation, generators=self._generators)
+    def _live(self, adaptation: Adaptation) -> LiveRun:
+        return LiveRun(adaptation=adaptation, generators=self._generators)
 
     def _facts(self, run: str) -> Facts:
         return Facts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fast.adapt.config import AdaptConfig, option
+from fast.adapt.config import AdaptConfig, setting
 from fast.adapt.result import Result
 from fast.figures import GREY, OTHER_COLOURS, STYLE, load_matplotlib
 
@@ -19,7 +19,7 @@ COLOUR = "#0072B2"
 class RewindConfig(AdaptConfig):
     """The options of `fast.rewind`, in the form in which every result has its options."""
 
-    method: str = option(REWIND, "how the network was made", choices=Literal["rewind"])
+    method: str = setting(REWIND, "how the network was made", choices=Literal["rewind"])
 
 
 @dataclass(kw_only=True, repr=False)

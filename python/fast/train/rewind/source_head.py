@@ -59,8 +59,8 @@ class SourceHead:
         change = torch.linalg.solve(gram, missing - shift).T @ x
         self._layer.weight.copy_(self._weight + change)
         if self._bias is not None:
-            bias = self._bias + shift - change @ mean
-            self._layer.bias.copy_(bias)  # type: ignore[union-attr]
+            assert self._layer.bias is not None
+            self._layer.bias.copy_(self._bias + shift - change @ mean)
 
     @torch.no_grad()
     def _features(self, samples: SourceInputs) -> Tensor:

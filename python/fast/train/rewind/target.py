@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,11 +131,14 @@ def normalise(head: TaskHead, features: Tensor) -> None:
     calibrate_from(norm, [features])
     layer = layer_like(plain, len(plain.weight), bias=True)
     bias = torch.zeros_like(plain.weight[:, 0]) if plain.bias is None else plain.bias
+    assert layer.bias is not None
     layer.weight.copy_(plain.weight / norm.scale())
-    layer.bias.copy_(bias + plain.weight @ norm.mean)  # type: ignore[union-attr]
+    layer.bias.copy_(bias + plain.weight @ norm.mean)
     head.linear, head.norm = layer, norm
 
 
 def plain_layer(head: TaskHead) -> HeadLayer:
     """A layer that gives the answers of the target head, normalisation included."""
-    return fold_head(nn.Sequential(copy.deepcopy(head)))[0]  # type: ignore[index]
+    alone = nn.Sequential(copy.deepcopy(head))
+    fold_head(alone)
+    return cast(HeadLayer, alone[0])

@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fast.cli.job_file import is_gone
 from fast.cli.notes import print_notes
 from fast.cli.options import flag
-from fast.cli.record import is_gone
 from fast.cli.report.evaluation import (
     CLASS_HEADER,
     LISTED,
@@ -35,7 +35,7 @@ def run(spec: EvaluateSpec) -> int:
     if spec.output:
         check_writable(Path(spec.output), "--output")
     predictor = open_run(spec)
-    task = predictor.task_of(spec.task)  # type: ignore[arg-type]
+    task = predictor.task_of(spec.task)
     folder = Path(spec.output or Path(spec.run) / f"evaluation-{task}")
     name, data, skip_broken = _data(spec, task)
     evaluation = predictor.evaluate(data, task=task, skip_broken=skip_broken)
@@ -66,28 +66,18 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     given, here or to the run, so that files that cannot be read are left out.
 
     Raises:
-        ValueError: no data are given, and the run names none.
+        ValueError: the data have no labels; or see `_name`.
     """
     job = job_of(Path(spec.run))
     role = "source" if task == "source" else "data"
     of_run = job.get(role)
-    name = spec.data or of_run
-    if name is None:
-        raise ValueError(
-            f"DATA must be given: the run in {spec.run} names no {flag(role)} to evaluate on"
-        )
-    if spec.data is None and is_gone(name):
-        raise FileNotFoundError(
-            f"RUN {spec.run}: its {flag(role)} {printable(name)} is not there any more: name it "
-            "where it is now, after the run"
-        )
-    columns: dict[str, Any] = {
-        "input_column": spec.input_column,
-        "label_column": spec.label_column,
-    }
+    name = _name(spec, role, of_run)
     own = of_run is not None and _same(name, of_run)
     of_job = job if own else own_columns(job, [name])
-    columns = {key: value or of_job.get(key) for key, value in columns.items()}
+    columns = {
+        option: getattr(spec, option) or of_job.get(option)
+        for option in ("input_column", "label_column")
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
         data = load_data(name, **columns, numeric_labels=task == "source", unlabelled=True)
@@ -107,6 +97,31 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
             name = f"{name} ({data.held_out or 'held out'})"
     skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))
     return name, dataclasses.replace(data, name=name), skip_broken
+
+
+def _name(spec: EvaluateSpec, role: str, of_run: str | None) -> str:
+    """The name of DATA, or of the data of the run.
+
+    Args:
+        role: the option that named the run's data.
+        of_run: what it named.
+
+    Raises:
+        ValueError: there is no name.
+        FileNotFoundError: the data of the run have moved.
+    """
+    if spec.data:
+        return spec.data
+    if of_run is None:
+        raise ValueError(
+            f"DATA must be given: the run in {spec.run} names no {flag(role)} to evaluate on"
+        )
+    if is_gone(of_run):
+        raise FileNotFoundError(
+            f"RUN {spec.run}: its {flag(role)} {printable(of_run)} is not there any more: name it "
+            "where it is now, after the run"
+        )
+    return of_run
 
 
 def _same(a: str, b: str) -> bool:

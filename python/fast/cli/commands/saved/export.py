@@ -8,7 +8,7 @@ from fast.errors import printable
 
 
 def run(spec: ExportSpec) -> int:
-    folder = open_run(spec).export(spec.output, spec.format)  # type: ignore[arg-type]
+    folder = open_run(spec).export(spec.output, spec.format)
     names = sorted(file.name for file in folder.iterdir())
     print(f"{printable(folder)}: {', '.join(map(printable, names))}")
     return 0

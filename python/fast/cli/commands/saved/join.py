@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from fast.cli.job_file import replace_job
 from fast.cli.notes import print_notes
-from fast.cli.record import replace_record
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
 from fast.cli.spec.base import shown
@@ -77,7 +77,7 @@ def _target_samples(task: LoadedTask) -> Any:
 def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:
     """Write the joined network, with the facts of the run that still hold."""
     run = Path(spec.run)
-    replace_record(folder, shown(spec.task))
+    replace_job(folder, shown(spec.task))
     read_preparation(run).save(folder)
     if (run / "data.json").is_file():
         with atomic_file(folder / "data.json") as path:

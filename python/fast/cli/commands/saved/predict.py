@@ -26,7 +26,7 @@ def run(spec: PredictSpec) -> int:
     own = own_columns(job_of(Path(spec.run)), spec.paths)
     answers = predictor.predict(
         [Path(path) for path in spec.paths],
-        task=spec.task,  # type: ignore[arg-type]
+        task=spec.task,
         column=spec.column or own.get("input_column"),
         skip_broken=spec.skip_broken,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import fast
+from fast.cli.job_file import absolute, replace_job
 from fast.cli.notes import print_notes
-from fast.cli.record import absolute, replace_record
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.spec.base import shown
@@ -36,8 +36,7 @@ def run(spec: RewindSpec) -> int:
     check_writable(folder, "--output")
     check_replaceable(folder, own=_is_rewound(folder))
     task = spec.named
-    notes: list[str] = []
-    sets = read_data(task, notes, hold_out=False)  # `fast.rewind` does that itself
+    sets, notes = read_data(task, hold_out=False)  # `fast.rewind` does that itself
     loaded = load_network(task)
     splits = {"source_inputs": drawn_inputs(sets["source_inputs"])}
     classes = classes_beside(spec.tuned)
@@ -59,7 +58,7 @@ def run(spec: RewindSpec) -> int:
     )
     result.classes = classes
     result.network, result.preparation = absolute(task.model), preparation
-    replace_record(folder, shown(task))
+    replace_job(folder, shown(task))
     result.save(folder)
     files = [str(folder)]
     try:

@@ -192,7 +192,7 @@ def test_what_is_refused(model, like, options, error, match) -> None:
 
 
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: nn.Module) -> None:
-    page = Path(__file__).parents[2] / "docs" / "no-source-data.md"
+    page = Path(__file__).parents[3] / "docs" / "no-source-data.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fast, "synthetic_inputs", partial(fast.synthetic_inputs, steps=3))

@@ -13,51 +13,53 @@ from pathlib import Path
 from typing import Any
 
 from fast.cli.options import Parser, flag
+from fast.cli.values import model_file
 from fast.errors import printable
 from fast.files import read_json, to_json, writing
 
 JOB_FILE = "job.json"
 KEY_BYTES = 32
-# Entries of a record that are no options.
+# Entries of a job file that are no options.
 MODEL_HASH, SIGNATURE = "model_hash", "signature"
-PLACES = ("weights", "data", "source", "source_inputs", "card")
-PATHS = (*PLACES, "model")
+# Options that name files or data sets, and those that may name a file.
+FILES = ("weights", "data", "source", "source_inputs", "card")
+PATHS = (*FILES, "model")
 
 
-def write_record(folder: Path, options: dict[str, Any]) -> None:
+def write_job(folder: Path, options: dict[str, Any]) -> None:
     """Keep the options of a run, with files by their absolute paths.
 
     Raises:
-        FileExistsError: the folder has a record already.
+        FileExistsError: the folder has one already.
     """
     paths = {name: absolute(options[name]) for name in PATHS if name in options}
     facts = {**options, **paths, MODEL_HASH: _model_hash(paths["model"])}
-    record = json.loads(to_json(facts))
-    text = to_json(record | {SIGNATURE: _sign(record)}, indent=2) + "\n"
+    job = json.loads(to_json(facts))
+    text = to_json(job | {SIGNATURE: _sign(job)}, indent=2) + "\n"
     path = folder / JOB_FILE
     file = path.open("x")
     try:
         with writing(path), file:
             file.write(text)
-    except OSError:  # a full disk; an empty record would be taken for that of a run
+    except OSError:  # a full disk; an empty file would be taken for that of a run
         path.unlink()
         raise
 
 
-def replace_record(folder: Path, options: dict[str, Any]) -> None:
+def replace_job(folder: Path, options: dict[str, Any]) -> None:
     """Keep the network and data of something that is made from a run, before it is saved, so that
-    it can be used without --model, like the run itself. A record that was there is replaced."""
+    it can be used without --model, like the run itself. One that was there is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JOB_FILE).unlink(missing_ok=True)
-    write_record(folder, options)
+    write_job(folder, options)
 
 
-def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[str, Any]:
+def read_job(folder: Path, option: str, parser: Parser, named: bool) -> dict[str, Any]:
     """The options of a run, read as if they were typed on the command line.
 
     Args:
         option: the option that named the folder, for messages.
-        parser: the parser of the command that wrote the record.
+        parser: the parser of the command that wrote the file.
         named: the model is named on this command line, so that the recorded one does not run.
 
     Raises:
@@ -68,17 +70,17 @@ def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[
     file = folder / JOB_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{option} {folder}: has no {JOB_FILE}; not a run of fast finetune")
-    record = read_json(file)
-    signature = str(record.pop(SIGNATURE, None))
-    trusted = hmac.compare_digest(signature.encode(), str(_sign(record)).encode())
-    model, model_hash = record.get("model"), record.pop(MODEL_HASH, None)
-    if not named and not (trusted and signature != str(None)):
+    job = read_json(file)
+    signature, own = str(job.pop(SIGNATURE, None)), _sign(job)
+    trusted = own is not None and hmac.compare_digest(signature.encode(), own.encode())
+    model, model_hash = job.get("model"), job.pop(MODEL_HASH, None)
+    if not named and not trusted:
         raise ValueError(
             f"{option} {folder}: was not started by you on this machine, and a network is code: "
             f"look at it, and name it: --model '{printable(model)}'"
         )
     try:
-        options = parser.read(_argv(record, parser))
+        options = parser.read(_argv(job, parser))
     except ValueError as error:
         raise ValueError(f"{file} is damaged or was changed: {error}") from error
     now = None if named else _model_hash(options.get("model"))
@@ -95,7 +97,7 @@ def read_record(folder: Path, option: str, parser: Parser, named: bool) -> dict[
     return options
 
 
-def check_places(option: str, folder: Path, options: dict[str, Any]) -> None:
+def check_files(option: str, folder: Path, options: dict[str, Any]) -> None:
     """Refuse to go on with files that have moved since the run.
 
     Args:
@@ -105,7 +107,7 @@ def check_places(option: str, folder: Path, options: dict[str, Any]) -> None:
     Raises:
         FileNotFoundError: a file is not there; the message says how to name it where it is now.
     """
-    for name in PLACES:
+    for name in FILES:
         value = options.get(name)
         if value and is_gone(value):
             raise FileNotFoundError(
@@ -115,14 +117,14 @@ def check_places(option: str, folder: Path, options: dict[str, Any]) -> None:
 
 
 def is_gone(value: str) -> bool:
-    """Whether a record names a file that is not there; names of data sets are no files."""
+    """Whether a job names a file that is not there; names of data sets are no files."""
     return os.path.isabs(value) and not os.path.exists(value)
 
 
-def _argv(record: dict[str, Any], parser: Parser) -> list[str]:
+def _argv(job: dict[str, Any], parser: Parser) -> list[str]:
     """`{"lr": 0.1, "mean": [0.5, 0.5]}` -> `["--lr=0.1", "--mean=0.5,0.5"]`."""
     argv = []
-    for name, value in record.items():
+    for name, value in job.items():
         if isinstance(value, bool):
             off = "--no-" + flag(name).removeprefix("--")
             argv += [flag(name)] if value else [off] * (off in parser.flags)
@@ -137,9 +139,8 @@ def _argv(record: dict[str, Any], parser: Parser) -> list[str]:
 
 def _model_hash(spec: str | None) -> str | None:
     """Hash of the file that `path/file.py:Factory` names; None for a library's network."""
-    name, colon, _ = (spec or "").partition(".py:")
-    path = Path(f"{name}.py").expanduser()
-    if not colon or not path.is_file():
+    path = model_file(spec)
+    if path is None or not path.is_file():
         return None
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
@@ -148,17 +149,17 @@ def absolute(name: str | None) -> str | None:
     """The absolute path of a file, so that --resume works from anywhere; other names stay."""
     if not name:
         return name
-    file, colon, rest = name.partition(".py:")
-    if colon:
-        return os.path.realpath(os.path.expanduser(f"{file}.py")) + colon[3:] + rest
+    file = model_file(name)
+    if file is not None:
+        return f"{os.path.realpath(file)}:{name.partition('.py:')[2]}"
     path = os.path.expanduser(name)
     return os.path.realpath(path) if os.path.exists(path) else name
 
 
-def _sign(record: dict[str, Any]) -> str | None:
+def _sign(job: dict[str, Any]) -> str | None:
     """A signature by a key that only this user has; None where no key can be kept."""
     key = _key()
-    text = json.dumps(record, sort_keys=True).encode()
+    text = json.dumps(job, sort_keys=True).encode()
     return None if key is None else hmac.new(key, text, "sha256").hexdigest()
 
 

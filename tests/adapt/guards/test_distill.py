@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fast
 from fast.adapt.guards.base import MicroBatch, Seen
-from fast.adapt.guards.distill import Distillation, Remembered, digest
-from fast.adapt.network.prepare import SourceOutputs
+from fast.adapt.guards.distill import Distillation, Remembered, SourceOutputs, digest
 from fast.data.dataset import as_data
 from networks import images
 
@@ -178,7 +177,7 @@ def test_inputs_of_other_shapes_make_the_answers_live():
 @pytest.mark.parametrize(("most", "rows"), [(1, [4, 2]), (40, [4, 2]), (41, [4, 2, 5]), (0, None)])
 def test_answers_are_remembered_up_to_their_bytes(monkeypatch, most, rows):
     """Five numbers of four bytes for each sample, added by two and one."""
-    monkeypatch.setattr("fast.adapt.network.prepare.DISTILL_BYTES", most)
+    monkeypatch.setattr("fast.adapt.guards.distill.MOST_BYTES", most)
     outputs = SourceOutputs(nn.Linear(2, 5), as_data(TRAIN, "train"))
     for index in ([4, 2], [5]):
         outputs.add(torch.zeros(len(index), 2), TRAIN[0][index], torch.tensor(index))

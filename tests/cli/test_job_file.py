@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from fast.cli.record import JOB_FILE, _sign
+from fast.cli.job_file import JOB_FILE, _sign
 
 RUN = ("--steps", 6, "--eval-every", 2, "--output", "out")
 EVIL = 'open("ran", "w").close()\n'

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.adapt.network.shared_forward import HeadInput, traceless
+from fast.adapt.network.shared_forward import HeadInput
 from fast.data.trees import length, move
-from fast.heads import by_sample, in_mode
+from fast.heads import by_sample, in_mode, traceless
 
 log = logging.getLogger("fast")
 

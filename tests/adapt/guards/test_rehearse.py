@@ -91,14 +91,14 @@ def test_few_pictures_have_more_places_for_those_made_of_them(samples, places):
 def test_large_pictures_are_kept_within_the_bytes_of_own_inputs(monkeypatch):
     x, _ = train = images(2000, 4, seed=1)
     for bytes_ in (2**28, 100 * x[0].nbytes):
-        monkeypatch.setattr("fast.adapt.setup.BYTES", bytes_)
+        monkeypatch.setattr("fast.adapt.guards.rehearse.BYTES", bytes_)
         [kept] = [g for g in fast.Adaptation(ConvNet(), train).guards if isinstance(g, Rehearsal)]
         assert len(kept.inputs) == min(512, bytes_ // x[0].nbytes)
 
 
 def test_pictures_larger_than_these_bytes_are_kept_all_the_same(monkeypatch):
     """Two of them fill the bytes, and four are the least to say how much features vary."""
-    monkeypatch.setattr("fast.adapt.setup.BYTES", 1)
+    monkeypatch.setattr("fast.adapt.guards.rehearse.BYTES", 1)
     monkeypatch.setattr("fast.data.source_inputs.BYTES", 1)
     loader = DataLoader(TensorDataset(*images(40, 4, seed=1)), batch_size=2)
     kept = rehearsal_of(fast.Adaptation(ConvNet(), loader, num_classes=4))

@@ -14,7 +14,7 @@ Transform = Callable[[Any], Any]
 Mix = Callable[[Any, Tensor], tuple[Any, Tensor]]
 
 
-class Augmentation:
+class CheckedTransform:
     """A transform of training batches.
 
     Args:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fast
+from fast.adapt.network.dropout import warn_of_dropout
 from fast.adapt.network.head_start import HOLD_OUT, head_is_last, start_head
-from fast.adapt.network.training_noise import warn_of_dropout
 from fast.heads import calibrate_from, find_head, task_head
 from networks import IMAGE_NETWORKS, ConvNet, images
 
