@@ -57,7 +57,13 @@ def cost(*, pair: str, method: str, data: Path) -> Record:
         model = copy.deepcopy(real.model)
         few = pick(real.train[0], slice(64)), real.train[1][:64]
         fast.Adaptation(
-            model, few, num_classes=real.num_classes, method=name, steps=2, batch_size=BATCH
+            model,
+            few,
+            num_classes=real.num_classes,
+            method=name,
+            steps=2,
+            batch_size=BATCH,
+            **options,
         )
         added = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
     return {"ratio": own / theirs, "added": added / total, "machine": machine()}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import fast
+from fast.adapt.guards.pace import FARTHEST
 from fast.adapt.plan import plan_for
 from fast.heads import adapters, source_task
 from fast.models.saved import load_saved
@@ -117,11 +118,14 @@ def test_nothing_to_switch_is_an_error_with_a_way_out(network, train, options, m
         plan(network(), train, steps=4, tasks="switched", **options)
 
 
-def test_a_rule_of_its_own_sets_the_adapters_rate():
+def test_a_rule_of_its_own_sets_the_adapters_rate_and_rank():
     settled = plan_for(TrainConfig(method="adapter"), steps=100)
     assert settled.lr > plan_for(TrainConfig(), steps=100).lr
-    assert plan_for(TrainConfig(method="adapter"), steps=100, layer_norms=True).lr == settled.lr
-    assert plan_for(TrainConfig(method="adapter", adapter_rank=3), steps=100).adapter_rank == 3
+    normed = plan_for(TrainConfig(method="adapter"), steps=100, layer_norms=True)
+    assert (normed.lr, normed.adapter_rank, settled.adapter_rank) == (settled.lr, 8, 32)
+    given = TrainConfig(method="adapter", adapter_rank=64)
+    assert plan_for(given, steps=100, layer_norms=True).adapter_rank == 64
+    assert plan_for(TrainConfig(), steps=100).adapter_rank == 0
     assert not any((settled.anchor_decay, settled.distill, settled.rehearse, settled.weighted))
 
 
@@ -175,7 +179,7 @@ def test_what_is_saved_answers_both_tasks_without_adapters(adapter, tmp_path):
     assert torch.equal(answers(saved.source, SOURCE[0]), before)
     torch.testing.assert_close(answers(saved.target), answers(result.model), atol=1e-4, rtol=1e-4)
     written = json.loads((tmp_path / "result.json").read_text())
-    assert (written["plan"]["tasks"], written["plan"]["adapter_rank"]) == ("switched", 8)
+    assert (written["plan"]["tasks"], written["plan"]["adapter_rank"]) == ("switched", 32)
     assert any(note.startswith("two functions: adapters and batch") for note in written["notes"])
     (tmp_path / "adapters.safetensors").unlink()
     partial = load_saved(tmp_path, copy.deepcopy(start), VAL[0][:2])
@@ -227,7 +231,7 @@ def test_without_peft_it_is_said_what_to_install(monkeypatch):
 
 
 def test_the_head_start_has_its_adapters_back(adapter, monkeypatch):
-    monkeypatch.setattr("fast.adapt.network.prepare.FARTHEST_OF_ADAPTERS", float("inf"))
+    monkeypatch.setitem(FARTHEST, "adapters", float("inf"))
     torch.manual_seed(0)
     model = ConvNet()
     bad = adapter | {"lr": 0.3, "ramp": 0, "steps": 6, "max_grad_norm": 1.0}

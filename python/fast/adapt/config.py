@@ -183,7 +183,7 @@ class AdaptConfig:
         choices=Tasks,
     )
     adapter_rank: int | None = setting(
-        None, "adapter: rank of the adapters (default: the method's)", least=1
+        None, "adapter: rank of the adapters (default: 32, with layer norms 8)", least=1
     )
 
     optimizer: str = setting("adamw", "update rule", choices=OptimizerName)

@@ -14,6 +14,7 @@ from fast.adapt.defaults import (
     TOGETHER,
     default_clip,
     default_lr,
+    default_rank,
     default_tasks,
     rehearse_weight,
     share_of_plenty,
@@ -201,7 +202,7 @@ def plan_for(
     new_head = not config.keeps_head
     if not new_head:
         _check_kept_head(config, rehearsed)
-    rank = int(_given(config.adapter_rank, method.adapter_rank))
+    rank = int(_given(config.adapter_rank, default_rank(config, layer_norms=layer_norms)))
     own_norms = batch_norms and not small_batches and not (rank and too_few_for_norms(samples))
     tasks, batch_norm = _regime(config, rehearsed, rank, batch_norms, own_norms)
     head_steps = 0

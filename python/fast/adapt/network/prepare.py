@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.distill import Distillation, Remembered, SourceOutputs, digest
-from fast.adapt.guards.pace import (
-    FARTHEST,
-    FARTHEST_OF_ADAPTERS,
-    FARTHEST_WITH_LAYER_NORMS,
-    MEASURED,
-    Pace,
-)
+from fast.adapt.guards.pace import MEASURED, Pace, farthest
 from fast.adapt.guards.rehearse import Rehearsal, scale_of
 from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
@@ -43,7 +37,6 @@ from fast.heads import (
     features_of,
     folds_positions,
     has_batch_norm,
-    has_layer_norm,
     own_parameters,
     set_batch_norm,
     source_task,
@@ -211,7 +204,7 @@ def rehearsal(
         inputs=move(pick(guard.inputs, slice(MEASURED)), network.device),
         scale=guard.scale,
         task=source_task,
-        farthest=FARTHEST_WITH_LAYER_NORMS if has_layer_norm(network.model) else FARTHEST,
+        farthest=farthest(network.model, "weights"),
         ranks=ranks,
         ramp=plan.ramp_factor,
     )
@@ -229,7 +222,7 @@ def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pac
         inputs=pick(sample, slice(MEASURED)),
         scale=scale_of(features),
         task=nullcontext,
-        farthest=FARTHEST_OF_ADAPTERS,
+        farthest=farthest(model, "adapters"),
         ranks=ranks,
         ramp=setup.plan.ramp_factor,
     )
