@@ -1,10 +1,11 @@
-"""Adapters on real pairs: which rate and rank, what they reach against LP-FT, and what they cost.
+"""Adapters on real pairs: which rank and rate, from few samples and from all, and what they cost.
 
     python -m benchmarks.finetune.adapters --data FOLDER [--no-cost]
 
-LP-FT has batch norms per task, so both keep what the other keeps. A cost is a ratio of median
-process times: a step of either method and a step of plain torch training take turns in one process.
-Finished runs are kept in `benchmarks/results/adapters.jsonl` and not run again.
+The task is switched, so that nothing of the source is lost at any of them. A cost is a ratio of
+median process times: a step of a method and a step of plain torch training take turns in one
+process; LP-FT has batch norms per task, so both keep what the other keeps. Finished runs are kept
+in `benchmarks/results/adapters.jsonl` and `adapters_cost.jsonl`, and not run again.
 """
 
 from __future__ import annotations
@@ -12,34 +13,47 @@ from __future__ import annotations
 import argparse
 import copy
 from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
 import torch
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
-from benchmarks.finetune.runs import baseline_rate, parse, run
+from benchmarks.finetune.regimes.samples import Task
+from benchmarks.finetune.runs import parse
 from benchmarks.finetune.step_time import fast_steps, plain_steps, timed
 from benchmarks.real_pairs import real_pair
 from fast.data.trees import pick
 
-PAIRS = "resnet20 -> sign_digits,resnet20 -> omniglot,minilm -> trec6,mobilenet 0.25 -> flowers"
-RATES = (1e-2, 3e-3, 3e-2)
+PAIRS = "resnet20 -> gtsrb,resnet20 -> sign_digits,mobilenet 0.25 -> flowers"
+COSTS = ("resnet20 -> sign_digits", "mobilenet 0.25 -> flowers", "minilm -> trec6")
+SETTINGS = (
+    "adapter",
+    "adapter:adapter_rank=8",
+    "adapter:adapter_rank=16",
+    "adapter:adapter_rank=8:lr=3e-2",
+)
 LPFT = "lp-ft:batch_norm='per_task'"
-ADAPTER, WIDE = "adapter", "adapter:adapter_rank=16"
 BATCH, WARM_UP, STEPS = 32, 3, 15
 
 
-def settings(pairs: list[str], seeds: list[int]) -> list[Record]:
-    """The runs, those of the default rate first."""
-    tried = [(ADAPTER, rate) for rate in RATES] + [(LPFT, 0.0), (WIDE, RATES[0])]
-    return [
-        {"pair": p, "method": m, "lr": rate or baseline_rate(p), "seed": seed}
-        for seed in seeds
-        for m, rate in tried
-        for p in pairs
-    ]
+def run(*, pair: str, method: str, samples: int | None, seed: int, data: Path) -> Record:
+    """The target's accuracy after a run of the pair's usual length.
+
+    Args:
+        samples: of each class, or None for all.
+    """
+    task = Task(pair, data, samples=samples, seed=seed)
+    name, options = parse(method)
+    steps: dict[str, Any] = {"steps": task.real.steps, "eval_every": task.real.steps}
+    result = fast.finetune(
+        task.model, task.train, task.val, method=name, progress=False, **steps, **task.options,
+        **options,
+    )  # fmt: skip
+    return {"target": result.final["target_accuracy"], "machine": machine()}
 
 
 def cost(*, pair: str, method: str, data: Path) -> Record:
@@ -53,36 +67,26 @@ def cost(*, pair: str, method: str, data: Path) -> Record:
     times = [(timed(partial(next, plain)), timed(partial(next, ours))) for _ in range(STEPS)]
     theirs, own = (median(column) for column in zip(*times[WARM_UP:], strict=True))
     added = 0
-    if name == ADAPTER:
+    if name == "adapter":
         model = copy.deepcopy(real.model)
         few = pick(real.train[0], slice(64)), real.train[1][:64]
-        fast.Adaptation(
-            model,
-            few,
-            num_classes=real.num_classes,
-            method=name,
-            steps=2,
-            batch_size=BATCH,
-            **options,
-        )
+        length: dict[str, Any] = {"steps": 2, "batch_size": BATCH}
+        fast.Adaptation(model, few, num_classes=real.num_classes, method=name, **length, **options)
         added = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
     return {"ratio": own / theirs, "added": added / total, "machine": machine()}
 
 
 def rows(records: list[Record]) -> list[Record]:
-    """One for each pair: target / source accuracy of each method and rate, in percent."""
-    cells: dict[str, Record] = {}
+    """One for each pair and number of samples: target accuracies in percent, means over seeds."""
+    cells: dict[str, dict[str, list[float]]] = {}
     for r in records:
-        last = r["history"][-1]
-        scores = f"{100 * last['target_accuracy']:.1f} / {100 * last['source_accuracy']:.1f}"
-        label = f"{r['method']}, {r['lr']:g}" if r["method"] != LPFT else "lp-ft, norms per task"
-        row = cells.setdefault(
-            f"{r['pair']}, seed {r['seed']}", {"before": f"{100 * r['source_before']:.1f}"}
-        )
-        row[label] = scores
-    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+        count = "all" if r["samples"] is None else f"{r['samples']} of each class"
+        row = cells.setdefault(f"{r['pair']}, {count}", {})
+        row.setdefault(r["method"], []).append(100 * r["target"])
     return [
-        {"pair": pair} | {name: row.get(name, "") for name in names} for pair, row in cells.items()
+        {"pair, samples": name, "seeds": max(map(len, row.values()))}
+        | {method: f"{mean(values):.1f}" for method, values in row.items()}
+        for name, row in cells.items()
     ]
 
 
@@ -92,14 +96,17 @@ def main() -> None:
     parser.add_argument("--cost", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pairs, data = args.pairs.split(","), args.data.resolve()
+    data = args.data.resolve()
     costs: list[Record] = []
     if args.cost:
-        timings = [{"pair": p, "method": m} for p in pairs for m in (ADAPTER, LPFT)]
+        timings = [{"pair": p, "method": m} for p, m in product(COSTS, ("adapter", LPFT))]
         costs = complete("adapters_cost", cost, timings, data=data)
-    once = {ADAPTER: 1, "lp-ft": 1}
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    records = complete("adapters", run, settings(pairs, seeds), data=data, evaluations=once)
+    todo = [
+        {"pair": p, "method": m, "samples": count, "seed": seed}
+        for seed, count, p, m in product(seeds, (10, None), args.pairs.split(","), SETTINGS)
+    ]
+    records = complete("adapters", run, todo, data=data)
     lines = [*table(rows(records)), ""]
     lines += table(
         {
@@ -110,7 +117,7 @@ def main() -> None:
         }
         for r in costs
     )
-    note = f"Target / source accuracy, %. {machine()}. Commits {commits([*records, *costs])}."
+    note = f"Target accuracy, %. {machine()}. Commits {commits([*records, *costs])}."
     save("adapters", [*lines, "", note])
 
 
