@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import logging
 
 import pytest
 import torch
@@ -173,6 +175,21 @@ def test_a_run_that_resumes_loads_all_three_states(loaded, message):
     with pytest.raises(RuntimeError, match=message):
         step()
     assert torch.equal(vector(model), before)
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_loop_that_ends_before_the_plan_is_told(caplog, monkeypatch, steps):
+    """A loader that is too short ends it in silence, at a learning rate that has not come down."""
+    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
+    _, adaptation = adapted(steps=6)
+    for batch in itertools.islice(adaptation.batches(), steps):
+        backward(adaptation, *batch)
+        adaptation.optimizer.step()
+        adaptation.optimizer.zero_grad()
+    with caplog.at_level("INFO", logger="fast"):
+        adaptation.finish()
+    told = "finished after 4 of the 6 steps that were planned" in caplog.text
+    assert told == (steps == 4)
 
 
 def test_there_is_no_forward_after_the_end():

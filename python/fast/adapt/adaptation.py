@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -42,6 +43,8 @@ from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
 
 FORMAT = 3  # of a state
+
+log = logging.getLogger("fast")
 
 
 class Adaptation:
@@ -353,6 +356,14 @@ class Adaptation:
             self._optimizer.check_used()
         if self.done != self.plan.steps:
             self.guards.finish()
+        if 0 < self.done < self.plan.steps and self.ranks.first:
+            log.info(
+                "finished after %d of the %d steps that were planned, so the learning rate has not "
+                "come down: if the loop ends there, give steps=%d",
+                self.done,
+                self.plan.steps,
+                self.done,
+            )
         self.close()
         self.optimizer.zero_grad()
         self.model.eval()
