@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from curvature.cases import build, explicit_hessian, explicit_jacobian, loss_at
 from curvature.truth import Net, batch, linear, relative
@@ -61,6 +61,22 @@ def test_the_sum_is_a_sum_over_samples(loss_fn) -> None:
     assert operator.value_and_gradient()[0] == pytest.approx(
         float(F.cross_entropy(model(x).detach(), y, reduction="sum"))
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("function", [F.mse_loss, F.l1_loss, F.huber_loss])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_the_weights_of_entries_count(kind, function, reduction: str) -> None:
+    model, x, _ = build("mlp-tanh")
+    y, weight = torch.randn_like(model(x)).detach(), torch.rand_like(model(x)).detach()
+
+    def plainly(z: Tensor, y: Tensor) -> Tensor:
+        return function(z, y, weight=weight, reduction=reduction)
+
+    loss_fn = functools.partial(function, weight=weight, reduction=reduction)
+    operator, truth = kind(model, loss_fn, (x, y)), kind(model, plainly, (x, y))
+    torch.testing.assert_close(operator.dense(), truth.dense())
+    torch.testing.assert_close(operator.gradient(), truth.gradient())
 
 
 LOSSES = {
