@@ -55,6 +55,51 @@ def test_check_finds_active_dropout() -> None:
     assert Hessian(model, F.cross_entropy, (x, y)).check().ok
 
 
+class Casting(nn.Module):
+    """Its head is of float32, whatever the type of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5).double(), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).tanh().float())
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_check_takes_no_difference_of_a_network_that_fails_in_float64(kind) -> None:
+    _, x, y = build("mlp-tanh")
+    report = kind(Casting(), F.cross_entropy, (x, y)).check(rtol=1e-4)
+    assert report.ok, str(report)
+    assert "no difference: a copy of the network in float64 fails (mat1 and mat2" in str(report)
+
+
+class Detaching(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = super().forward(x)
+        return z * z.detach()
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Detaching(6, 4).double(), torch.randn(5, 6, dtype=torch.float64)),
+        (
+            nn.Sequential(
+                nn.Embedding(6, 4, padding_idx=0), nn.Flatten(), nn.Linear(8, 4)
+            ).double(),
+            torch.arange(10).view(5, 2) % 6,
+        ),
+    ],
+    ids=["detach", "padding_idx"],
+)
+def test_check_says_what_a_difference_moves(kind, model: nn.Module, x: torch.Tensor) -> None:
+    report = kind(model, F.cross_entropy, (x, torch.arange(5) % 4)).check()
+    assert report.failures == ["difference"]
+    assert "it moves what the network detaches and the row padding_idx" in str(report)
+
+
 def test_check_finds_a_network_that_is_not_a_function() -> None:
     class Moody(nn.Module):
         def __init__(self) -> None:

@@ -74,6 +74,11 @@ class Linearizer(SymmetricOperator):
     def loss(self) -> Loss:
         """The loss as it is now."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs and programs can be neither copied nor pickled.
+        programs = Programs(self.network, compile=self.settings.compile)
+        return {**vars(self), "programs": programs, "_cache": None}
+
     # What a kind of matrix says.
 
     @abc.abstractmethod
