@@ -265,6 +265,20 @@ def test_conjugate_gradients_at_any_scale(scale: float) -> None:
     assert bool((result.solution[:, 1] == 0).all())
 
 
+def test_conjugate_gradients_tell_the_residual_of_their_solution() -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64))[0]
+    matrix = (basis * torch.logspace(0, -6, 50, dtype=torch.float64)) @ basis.T
+    matrix, b = ((matrix + matrix.T) / 2).float(), torch.randn(50, 2)
+    result = cg(MatrixOperator(matrix), b, max_iterations=2000)
+    assert result.num_iterations < 2000  # the iteration takes itself to be within 1e-5
+    left = b.double() - matrix.double() @ result.solution.double()
+    truth = left.norm(dim=0) / b.double().norm(dim=0)
+    torch.testing.assert_close(result.residuals, truth, rtol=0.2, atol=0)
+    assert float(truth.max()) > 1e-3
+    assert not result.converged
+
+
 def test_solve_says_when_it_gave_up() -> None:
     operator = MatrixOperator(torch.diag(torch.linspace(1, 50, 40).double()))
     b = torch.ones(40, dtype=torch.float64)
