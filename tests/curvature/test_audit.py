@@ -67,7 +67,7 @@ def test_a_model_is_audited_in_its_own_modes_and_left_alone() -> None:
 
 def test_a_network_that_fails_in_float64_is_told_so() -> None:
     model = Net(lambda net, x: net.first(x.float()), first=nn.Linear(6, 4))
-    with pytest.raises(ValueError, match=r"the network in float64, where it fails \(mat1 and mat2"):
+    with pytest.raises(ValueError, match=r"fails at these inputs in float64 \(mat1 and mat2"):
         audit(model, torch.randn(5, 6))
 
 

@@ -104,7 +104,7 @@ def audit(model: nn.Module, inputs: Any, *, seed: int = 0) -> Audit:
         seed: seed of the direction, and of dropout.
 
     Raises:
-        ValueError: the network fails in float64.
+        ValueError: the network fails at these inputs in float64.
     """
     model, batches = in_float64(model, Batches([Batch(inputs, None)], labels=None))
     network, batch = Network(model, None, seed), next(iter(batches))
@@ -112,8 +112,8 @@ def audit(model: nn.Module, inputs: Any, *, seed: int = 0) -> Audit:
         calls = calls_of(network, batch, 0)
     except RuntimeError as error:
         raise ValueError(
-            f"the audit needs the network in float64, where it fails ({first_line(error)}): audit "
-            "parts of it that cast to no type of their own"
+            f"the network fails at these inputs in float64 ({first_line(error)}); if that is because "
+            "it casts to a type of its own, audit the parts that do not"
         ) from error
     rows = []
     for call in calls:
