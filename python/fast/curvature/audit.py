@@ -112,8 +112,8 @@ def audit(model: nn.Module, inputs: Any, *, seed: int = 0) -> Audit:
         calls = calls_of(network, batch, 0)
     except RuntimeError as error:
         raise ValueError(
-            f"the network fails at these inputs in float64 ({first_line(error)}); if that is because "
-            "it casts to a type of its own, audit the parts that do not"
+            f"the network fails at these inputs in float64 ({first_line(error)}); if it casts to a "
+            "type of its own, audit the parts that do not"
         ) from error
     rows = []
     for call in calls:
