@@ -119,6 +119,7 @@ class Linearizer(SymmetricOperator):
             part = self._loop(batch, index, loss)
         else:
             part = self._folded_if_possible(batch, index, loss, num_vectors)
+        self.network.refuse_penalty(loss, *part.answers)
         part.weight = loss.weight(*part.answers, batch.size)
         return part
 

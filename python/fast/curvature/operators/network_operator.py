@@ -212,6 +212,7 @@ class NetworkOperator(Linearizer):
                 params = self.network.selected(leaves)
                 z, y = self.network.answers(leaves, batch, loss)
                 self.network.refuse_strays(z, leaves)
+                self.network.refuse_penalty(loss, z, y)
                 value = loss.value(z, y)
                 grads = grad_or_none([value], params)
                 weight = loss.weight(z.detach(), y, batch.size)
