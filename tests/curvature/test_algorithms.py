@@ -27,6 +27,7 @@ from fast.curvature import (
     top,
     trace,
 )
+from fast.curvature.algorithms.probes import draw_probes
 from fast.curvature.algorithms.spectrum import _pad
 
 
@@ -137,6 +138,17 @@ def test_top_finds_every_copy_when_asked_to(which: str, block_size: int) -> None
     assert fewer.num_matvecs < result.num_matvecs
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_residuals_cover_the_rounding_of_products(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.tensor([9.0, 8.0, -7.0, 2.0]), torch.zeros(96)]).double()
+    matrix = _matrix(values).to(dtype)
+    result = top(MatrixOperator(matrix), 3)
+    vectors = result.vectors.double()
+    left = matrix.double() @ vectors - vectors * result.values
+    assert bool((left.norm(dim=0) <= result.residuals).all())
+    assert float(result.residuals.max()) <= 10 * torch.finfo(dtype).eps * 9.2 + 1e-4 * 9.2
+
+
 def test_top_of_products_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="not finite"):
         top(MatrixOperator(torch.full((4, 4), torch.nan)), 1)
@@ -166,6 +178,32 @@ def test_hutch_plus_plus_is_exact_on_low_rank() -> None:
     estimate = trace(MatrixOperator(_matrix(values)), 15)
     assert float(estimate) == pytest.approx(9.0, abs=1e-9)
     assert estimate.stderr < 1e-9
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_hutch_plus_plus_is_exact_where_the_basis_spans_everything(size: int) -> None:
+    matrix = torch.randn(size, size, dtype=torch.float64)
+    estimate = trace(MatrixOperator(matrix + matrix.T), 48)
+    assert float(estimate) == pytest.approx(2 * float(matrix.trace()), abs=1e-12)
+    assert estimate.stderr < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hutch_plus_plus_in_half_precision(dtype: torch.dtype) -> None:
+    estimate = trace(MatrixOperator(_matrix(DECAY).to(dtype)), 48)
+    assert (
+        abs(float(estimate) - float(DECAY.sum())) < 4 * estimate.stderr + 0.05 * DECAY.abs().sum()
+    )
+
+
+def test_the_error_of_a_trace_is_that_of_its_mean() -> None:
+    operator = MatrixOperator(torch.ones(2, 2, dtype=torch.float64))  # v^T A v is 0 or 4
+    probes = torch.cat([*draw_probes(operator.space, 3, seed=0)])
+    values = probes.sum(1).square()
+    assert len(set(values.tolist())) == 2
+    estimate = trace(operator, 3, method="hutchinson")
+    assert estimate.value == pytest.approx(float(values.mean()))
+    assert estimate.stderr == pytest.approx(float(values.std()) / 3**0.5)
 
 
 def test_diagonal_of_an_operator() -> None:
