@@ -24,6 +24,7 @@ from fast.curvature import (
     fisher_diagonal,
     hutchinson_diagonal,
     spectrum,
+    summarise,
     top,
     trace,
 )
@@ -40,6 +41,7 @@ def _matrix(values: Tensor, seed: int = 0) -> Tensor:
     return (a + a.T) / 2
 
 
+WEIGHTS = ("weight", "bias")
 DECAY = torch.cat([torch.tensor([-9.0, 8.0, 5.0, 5.0, -3.0]), torch.linspace(1, 0, 95)]).double()
 
 
@@ -273,6 +275,25 @@ def test_fisher_diagonal_needs_no_labels() -> None:
     torch.testing.assert_close(again, parts, rtol=0, atol=0)
 
 
+def test_fisher_diagonal_of_predicted_labels() -> None:
+    model, x, y = build("mlp-tanh")
+    ignored = y.where(torch.arange(len(y)) > 1, -100)
+    likeliest = model(x).argmax(1).where(ignored != -100, -100)
+    for given, labels in ((None, model(x).argmax(1)), (ignored, likeliest)):
+        truth = fisher_diagonal(model, F.cross_entropy, (x, labels), labels="data")
+        for method, tolerance, draws in (("samples", 1e-12, 1), ("signs", 0.5, 100)):
+            result = fisher_diagonal(
+                model,
+                F.cross_entropy,
+                (x, given),
+                labels="predicted",
+                method=method,
+                num_draws=draws,
+            )
+            error = torch.stack([(result[n] - truth[n]).norm() / truth[n].norm() for n in truth])
+            assert float(error.max()) < tolerance
+
+
 def test_fisher_diagonal_where_samples_mix() -> None:
     model, x, y = build("batch-norm-train")
     with pytest.raises(ValueError, match="1 \\(BatchNorm1d in train mode\\) mixes"):
@@ -315,6 +336,35 @@ def test_conjugate_gradients_tell_the_residual_of_their_solution() -> None:
     torch.testing.assert_close(result.residuals, truth, rtol=0.2, atol=0)
     assert float(truth.max()) > 1e-3
     assert not result.converged
+
+
+def test_conjugate_gradients_refuse_a_direction_without_curvature() -> None:
+    singular = MatrixOperator(torch.diag(torch.tensor([1.0, 0.0])))
+    with pytest.raises(ValueError, match="negative or zero curvature"):
+        cg(singular, torch.tensor([0.0, 1.0]))
+
+
+def test_a_summary_has_the_figures_of_its_parts() -> None:
+    model, x, y = build("mlp-tanh")
+    operator = GGN(model, F.cross_entropy, (x, y))
+    matrix, places = operator.dense(), operator.space.slices()
+    summary = summarise(operator, num_top=2, trace_matvecs=600, num_probes=0)
+    assert summary.spectrum is None
+    assert summary.gradient_norm == pytest.approx(float(operator.gradient().norm()))
+    assert summary.trace.value == pytest.approx(float(matrix.trace()))
+    assert sorted(summary.layers) == ["0", "2", "4"]
+    for name, layer in summary.layers.items():
+        rows = torch.cat([torch.arange(len(matrix))[places[f"{name}.{p}"]] for p in WEIGHTS])
+        block = matrix[rows][:, rows]
+        assert layer.numel == len(block)
+        assert abs(layer.trace.value - float(block.trace())) < 4 * layer.trace.stderr
+        assert layer.trace.stderr < 0.2 * float(block.trace())
+        largest = float(torch.linalg.eigvalsh(block)[-1])
+        assert float(layer.top.values) == pytest.approx(largest, rel=1e-2)
+    bare = summarise(operator, layers=None, trace_matvecs=6, num_probes=1, num_lanczos_steps=4)
+    assert bare.layers == {}
+    assert bare.spectrum is not None
+    assert bare.as_dict()["parameters"] == len(matrix)
 
 
 def test_solve_says_when_it_gave_up() -> None:

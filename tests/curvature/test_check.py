@@ -36,6 +36,16 @@ def test_check_finds_an_asymmetry() -> None:
     assert MatrixOperator(matrix).check().failures == ["symmetry"]
 
 
+def test_the_asymmetry_is_relative_to_the_matrix_whatever_its_size() -> None:
+    for size in (20, 500):
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(size, size, dtype=torch.float64, generator=generator)
+        matrix = MatrixOperator(random + random.T + 1e-3 * (random - random.T))
+        reports = [matrix.check(seed=seed).findings[1].detail for seed in range(20)]
+        error = sum(float(detail.split()[-1]) for detail in reports) / 20
+        assert 0.3e-3 < error < 3e-3, (size, error)
+
+
 def test_check_finds_a_shuffled_loader() -> None:
     model, x, y = build("mlp-tanh")
     loader = DataLoader(TensorDataset(x, y), batch_size=2, shuffle=True)
