@@ -93,6 +93,11 @@ def test_light_import(package, absent):
     assert run_python(code).strip() == "[]"
 
 
+@pytest.mark.parametrize("name", ["curvature.audit", "heads.attach_adapters", "optim.UnfusedPull"])
+def test_names_of_the_pages_need_no_import_of_their_own(name):
+    assert run_python(f"import fast\nprint(callable(fast.{name}))").strip() == "True"
+
+
 def test_native_layer_knows_no_torch():
     for file in (ROOT / "csrc").rglob("*"):
         if file.suffix in (".h", ".cpp", ".cu", ".cuh"):

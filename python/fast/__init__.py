@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from fast.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from fast import curvature as curvature
+    from fast import heads as heads
+    from fast import optim as optim
     from fast.adapt.adaptation import Adaptation
     from fast.adapt.network.synthetic import synthetic_inputs
     from fast.adapt.result import Result
@@ -67,9 +70,13 @@ _HOME = {
     "source_task": "fast.heads",
     "synthetic_inputs": "fast.adapt.network.synthetic",
 }
+# `fast.curvature.audit` and the like need no import of their own.
+_PACKAGES = ("curvature", "heads", "optim")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"fast.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fast' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -78,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -24,9 +24,11 @@ from fast.curvature import (
     fisher_diagonal,
     hutchinson_diagonal,
     spectrum,
+    summarise,
     top,
     trace,
 )
+from fast.curvature.algorithms.probes import draw_probes
 from fast.curvature.algorithms.spectrum import _pad
 
 
@@ -39,6 +41,7 @@ def _matrix(values: Tensor, seed: int = 0) -> Tensor:
     return (a + a.T) / 2
 
 
+WEIGHTS = ("weight", "bias")
 DECAY = torch.cat([torch.tensor([-9.0, 8.0, 5.0, 5.0, -3.0]), torch.linspace(1, 0, 95)]).double()
 
 
@@ -137,6 +140,17 @@ def test_top_finds_every_copy_when_asked_to(which: str, block_size: int) -> None
     assert fewer.num_matvecs < result.num_matvecs
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_residuals_cover_the_rounding_of_products(dtype: torch.dtype) -> None:
+    values = torch.cat([torch.tensor([9.0, 8.0, -7.0, 2.0]), torch.zeros(96)]).double()
+    matrix = _matrix(values).to(dtype)
+    result = top(MatrixOperator(matrix), 3)
+    vectors = result.vectors.double()
+    left = matrix.double() @ vectors - vectors * result.values
+    assert bool((left.norm(dim=0) <= result.residuals).all())
+    assert float(result.residuals.max()) <= 10 * torch.finfo(dtype).eps * 9.2 + 1e-4 * 9.2
+
+
 def test_top_of_products_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="not finite"):
         top(MatrixOperator(torch.full((4, 4), torch.nan)), 1)
@@ -166,6 +180,32 @@ def test_hutch_plus_plus_is_exact_on_low_rank() -> None:
     estimate = trace(MatrixOperator(_matrix(values)), 15)
     assert float(estimate) == pytest.approx(9.0, abs=1e-9)
     assert estimate.stderr < 1e-9
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_hutch_plus_plus_is_exact_where_the_basis_spans_everything(size: int) -> None:
+    matrix = torch.randn(size, size, dtype=torch.float64)
+    estimate = trace(MatrixOperator(matrix + matrix.T), 48)
+    assert float(estimate) == pytest.approx(2 * float(matrix.trace()), abs=1e-12)
+    assert estimate.stderr < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hutch_plus_plus_in_half_precision(dtype: torch.dtype) -> None:
+    estimate = trace(MatrixOperator(_matrix(DECAY).to(dtype)), 48)
+    assert (
+        abs(float(estimate) - float(DECAY.sum())) < 4 * estimate.stderr + 0.05 * DECAY.abs().sum()
+    )
+
+
+def test_the_error_of_a_trace_is_that_of_its_mean() -> None:
+    operator = MatrixOperator(torch.ones(2, 2, dtype=torch.float64))  # v^T A v is 0 or 4
+    probes = torch.cat([*draw_probes(operator.space, 3, seed=0)])
+    values = probes.sum(1).square()
+    assert len(set(values.tolist())) == 2
+    estimate = trace(operator, 3, method="hutchinson")
+    assert estimate.value == pytest.approx(float(values.mean()))
+    assert estimate.stderr == pytest.approx(float(values.std()) / 3**0.5)
 
 
 def test_diagonal_of_an_operator() -> None:
@@ -235,6 +275,25 @@ def test_fisher_diagonal_needs_no_labels() -> None:
     torch.testing.assert_close(again, parts, rtol=0, atol=0)
 
 
+def test_fisher_diagonal_of_predicted_labels() -> None:
+    model, x, y = build("mlp-tanh")
+    ignored = y.where(torch.arange(len(y)) > 1, -100)
+    likeliest = model(x).argmax(1).where(ignored != -100, -100)
+    for given, labels in ((None, model(x).argmax(1)), (ignored, likeliest)):
+        truth = fisher_diagonal(model, F.cross_entropy, (x, labels), labels="data")
+        for method, tolerance, draws in (("samples", 1e-12, 1), ("signs", 0.5, 100)):
+            result = fisher_diagonal(
+                model,
+                F.cross_entropy,
+                (x, given),
+                labels="predicted",
+                method=method,
+                num_draws=draws,
+            )
+            error = torch.stack([(result[n] - truth[n]).norm() / truth[n].norm() for n in truth])
+            assert float(error.max()) < tolerance
+
+
 def test_fisher_diagonal_where_samples_mix() -> None:
     model, x, y = build("batch-norm-train")
     with pytest.raises(ValueError, match="1 \\(BatchNorm1d in train mode\\) mixes"):
@@ -263,6 +322,49 @@ def test_conjugate_gradients_at_any_scale(scale: float) -> None:
         result.solution[:, 0].double(), b.double() / matrix.diag().double(), rtol=1e-2, atol=0
     )
     assert bool((result.solution[:, 1] == 0).all())
+
+
+def test_conjugate_gradients_tell_the_residual_of_their_solution() -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64))[0]
+    matrix = (basis * torch.logspace(0, -6, 50, dtype=torch.float64)) @ basis.T
+    matrix, b = ((matrix + matrix.T) / 2).float(), torch.randn(50, 2)
+    result = cg(MatrixOperator(matrix), b, max_iterations=2000)
+    assert result.num_iterations < 2000  # the iteration takes itself to be within 1e-5
+    left = b.double() - matrix.double() @ result.solution.double()
+    truth = left.norm(dim=0) / b.double().norm(dim=0)
+    torch.testing.assert_close(result.residuals, truth, rtol=0.2, atol=0)
+    assert float(truth.max()) > 1e-3
+    assert not result.converged
+
+
+def test_conjugate_gradients_refuse_a_direction_without_curvature() -> None:
+    singular = MatrixOperator(torch.diag(torch.tensor([1.0, 0.0])))
+    with pytest.raises(ValueError, match="negative or zero curvature"):
+        cg(singular, torch.tensor([0.0, 1.0]))
+
+
+def test_a_summary_has_the_figures_of_its_parts() -> None:
+    model, x, y = build("mlp-tanh")
+    operator = GGN(model, F.cross_entropy, (x, y))
+    matrix, places = operator.dense(), operator.space.slices()
+    summary = summarise(operator, num_top=2, trace_matvecs=600, num_probes=0)
+    assert summary.spectrum is None
+    assert summary.gradient_norm == pytest.approx(float(operator.gradient().norm()))
+    assert summary.trace.value == pytest.approx(float(matrix.trace()))
+    assert sorted(summary.layers) == ["0", "2", "4"]
+    for name, layer in summary.layers.items():
+        rows = torch.cat([torch.arange(len(matrix))[places[f"{name}.{p}"]] for p in WEIGHTS])
+        block = matrix[rows][:, rows]
+        assert layer.numel == len(block)
+        assert abs(layer.trace.value - float(block.trace())) < 4 * layer.trace.stderr
+        assert layer.trace.stderr < 0.2 * float(block.trace())
+        largest = float(torch.linalg.eigvalsh(block)[-1])
+        assert float(layer.top.values) == pytest.approx(largest, rel=1e-2)
+    bare = summarise(operator, layers=None, trace_matvecs=6, num_probes=1, num_lanczos_steps=4)
+    assert bare.layers == {}
+    assert bare.spectrum is not None
+    assert bare.as_dict()["parameters"] == len(matrix)
 
 
 def test_solve_says_when_it_gave_up() -> None:

@@ -65,6 +65,12 @@ def test_a_model_is_audited_in_its_own_modes_and_left_alone() -> None:
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
+def test_a_network_that_fails_in_float64_is_told_so() -> None:
+    model = Net(lambda net, x: net.first(x.float()), first=nn.Linear(6, 4))
+    with pytest.raises(ValueError, match=r"fails at these inputs in float64 \(mat1 and mat2"):
+        audit(model, torch.randn(5, 6))
+
+
 def test_a_kink_has_no_derivative() -> None:
     x = torch.zeros(2, 3, dtype=torch.float64)
     (only,) = audit(nn.Sequential(nn.PReLU(dtype=torch.float64), nn.Identity()), x).rows[:1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -86,6 +88,20 @@ def test_changes_of_data_and_loss() -> None:
     follows()
     data.append((x + 1, y))
     follows()
+
+
+@pytest.mark.parametrize("method", ["auto", "loop"])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_used_operator_can_be_copied_and_pickled(kind, method: str) -> None:
+    model, x, y = build("mlp-tanh")
+    operator = kind(model, F.cross_entropy, (x, y), method=method)
+    truth = operator.dense()
+    for other in (copy.deepcopy(operator), pickle.loads(pickle.dumps(operator))):
+        torch.testing.assert_close(other.dense(), truth)
+    changed = copy.deepcopy(operator)
+    _negate(changed.network.model)
+    assert relative(changed.dense(), truth) > 1e-3
+    torch.testing.assert_close(operator.dense(), truth)
 
 
 def test_refresh_after_what_cannot_be_seen() -> None:

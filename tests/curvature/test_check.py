@@ -36,6 +36,16 @@ def test_check_finds_an_asymmetry() -> None:
     assert MatrixOperator(matrix).check().failures == ["symmetry"]
 
 
+def test_the_asymmetry_is_relative_to_the_matrix_whatever_its_size() -> None:
+    for size in (20, 500):
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(size, size, dtype=torch.float64, generator=generator)
+        matrix = MatrixOperator(random + random.T + 1e-3 * (random - random.T))
+        reports = [matrix.check(seed=seed).findings[1].detail for seed in range(20)]
+        error = sum(float(detail.split()[-1]) for detail in reports) / 20
+        assert 0.3e-3 < error < 3e-3, (size, error)
+
+
 def test_check_finds_a_shuffled_loader() -> None:
     model, x, y = build("mlp-tanh")
     loader = DataLoader(TensorDataset(x, y), batch_size=2, shuffle=True)
@@ -53,6 +63,51 @@ def test_check_finds_active_dropout() -> None:
     assert "['1']" in str(report)
     model.eval()
     assert Hessian(model, F.cross_entropy, (x, y)).check().ok
+
+
+class Casting(nn.Module):
+    """Its head is of float32, whatever the type of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5).double(), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).tanh().float())
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_check_takes_no_difference_of_a_network_that_fails_in_float64(kind) -> None:
+    _, x, y = build("mlp-tanh")
+    report = kind(Casting(), F.cross_entropy, (x, y)).check(rtol=1e-4)
+    assert report.ok, str(report)
+    assert "no difference: a copy of the network in float64 fails (mat1 and mat2" in str(report)
+
+
+class Detaching(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = super().forward(x)
+        return z * z.detach()
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Detaching(6, 4).double(), torch.randn(5, 6, dtype=torch.float64)),
+        (
+            nn.Sequential(
+                nn.Embedding(6, 4, padding_idx=0), nn.Flatten(), nn.Linear(8, 4)
+            ).double(),
+            torch.arange(10).view(5, 2) % 6,
+        ),
+    ],
+    ids=["detach", "padding_idx"],
+)
+def test_check_says_what_a_difference_moves(kind, model: nn.Module, x: torch.Tensor) -> None:
+    report = kind(model, F.cross_entropy, (x, torch.arange(5) % 4)).check()
+    assert report.failures == ["difference"]
+    assert "it moves what the network detaches and the row padding_idx" in str(report)
 
 
 def test_check_finds_a_network_that_is_not_a_function() -> None:

@@ -161,3 +161,10 @@ def test_accuracy_and_loss_of_token_labels() -> None:
     assert card.source_accuracy == 1
     truth = F.cross_entropy(model(X).flatten(0, 1), y.flatten())
     assert card.source_loss == pytest.approx(float(truth.detach()), rel=1e-5)
+
+
+def test_soft_labels_that_sum_to_one_nowhere_have_their_classes_second() -> None:
+    z = torch.zeros(1, 3, 3)
+    y = torch.tensor([[[0.2, 0.2, 0.2], [0.1, 0.1, 0.4], [0.2, 0.2, 0.2]]])
+    assert CrossEntropy().class_dim(z, y) == 1
+    assert CrossEntropy().class_dim(z, y / 0.6) == 2

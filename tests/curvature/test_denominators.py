@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from curvature.truth import linear, relative
 from fast.curvature import GGN, Fisher, Hessian, Loss, fisher_diagonal
+from fast.curvature.losses.denominators import Denominators
 
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
 CUTS = [(0, 8, 11), (0, 3, 7, 11), (0, 8, 10, 11)]  # the last has a batch without a label
@@ -109,6 +110,14 @@ def test_the_empirical_fisher_of_several_batches_is_as_of_one(name: str) -> None
     torch.testing.assert_close(torch.cat([d.flatten() for d in diagonal.values()]), truth.diag())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measured_numbers_of_samples_are_whole(dtype: torch.dtype) -> None:
+    measured = Denominators(lambda z, y: F.smooth_l1_loss(z, y))
+    for count in (7, 11, 3, 64):
+        z, y = torch.randn(count, 3, dtype=dtype), torch.randn(count, 3, dtype=dtype)
+        assert measured.weight(z, y, count) == count
+
+
 def weighted(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, weight=WEIGHTS)
 
@@ -120,8 +129,9 @@ def weighted(z: Tensor, y: Tensor) -> Tensor:
         (GGN, {}, lambda z, y: F.cross_entropy(z @ z.T, torch.arange(len(z)))),
         (Fisher, {"kind": "empirical"}, weighted),
         (Hessian, {}, lambda z, y: z.sum() * 0 + 1),
+        (Hessian, {}, lambda z, y: F.cross_entropy(z, y, reduction="sum") + 1),
     ],
-    ids=["root of a mean", "across samples", "weighted samples", "flat"],
+    ids=["root of a mean", "across samples", "weighted samples", "flat", "a sum and a constant"],
 )
 def test_what_cannot_be_known_is_refused_with_a_way_out(kind, options, loss_fn) -> None:
     model = linear(4, 3)

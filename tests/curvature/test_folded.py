@@ -125,6 +125,22 @@ def test_a_rule_that_fails_leaves_it_to_the_loop_and_warns_once(kind, rule, monk
         kind(model, F.cross_entropy, (x, y), method="folded").dense()
 
 
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_what_torch_decomposes_for_other_shapes_alone_goes_by_the_loop(kind) -> None:
+    x, y = batch()
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.out(
+            F.adaptive_max_pool2d(net.first(x).view(-1, 1, 5, 1).sin(), (4, 1))[:, 0, :, 0]
+        )
+
+    model = Net(forward, first=linear(6, 5), out=linear(4, 4))
+    operator = kind(model, F.cross_entropy, (x, y))  # a warning would be an error
+    truth = kind(model, F.cross_entropy, (x, y), method="loop").dense()
+    torch.testing.assert_close(operator.dense(), truth)
+    assert operator.explain() == "loop: no folded rule for aten.adaptive_max_pool2d.default"
+
+
 def test_an_error_of_the_network_itself_is_blamed_on_no_rule() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
         raise LookupError("no such word")

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from curvature.cases import build, explicit_hessian, explicit_jacobian, loss_at
 from curvature.truth import Net, batch, linear, relative
@@ -61,6 +61,52 @@ def test_the_sum_is_a_sum_over_samples(loss_fn) -> None:
     assert operator.value_and_gradient()[0] == pytest.approx(
         float(F.cross_entropy(model(x).detach(), y, reduction="sum"))
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("function", [F.mse_loss, F.l1_loss, F.huber_loss])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_the_weights_of_entries_count(kind, function, reduction: str) -> None:
+    model, x, _ = build("mlp-tanh")
+    y, weight = torch.randn_like(model(x)).detach(), torch.rand_like(model(x)).detach()
+
+    def plainly(z: Tensor, y: Tensor) -> Tensor:
+        return function(z, y, weight=weight, reduction=reduction)
+
+    loss_fn = functools.partial(function, weight=weight, reduction=reduction)
+    operator, truth = kind(model, loss_fn, (x, y)), kind(model, plainly, (x, y))
+    torch.testing.assert_close(operator.dense(), truth.dense())
+    torch.testing.assert_close(operator.gradient(), truth.gradient())
+
+
+@pytest.mark.parametrize("method", ["auto", "loop", "folded"])
+def test_a_penalty_of_the_weights_in_the_loss_is_refused(method: str) -> None:
+    model, x, y = build("mlp-tanh")
+
+    def penalised(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y) + 0.1 * model[0].weight.square().sum()
+
+    options = {"method": method, "data": (x, y), "loss_fn": penalised}
+    for operator in (Hessian(model, **options), GGN(model, **options)):
+        for call in (operator.dense, operator.gradient, operator.trace):
+            with pytest.raises(ValueError, match=r"loss_fn reads parameter '0\.weight' .*Identity"):
+                call()
+    head = Hessian(model, params=r"2\..*", **options)  # to which the penalty is a constant
+    truth = Hessian(model, F.cross_entropy, (x, y), params=r"2\..*")
+    torch.testing.assert_close(head.dense(), truth.dense())
+
+
+def test_single_samples_have_no_penalty_of_the_weights() -> None:
+    model, x, y = build("mlp-tanh")
+
+    def penalised(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y) + 0.1 * model[0].weight.square().sum()
+
+    for method in ("samples", "signs"):
+        with pytest.raises(ValueError, match="loss_fn reads parameter"):
+            fisher_diagonal(model, penalised, (x, y), labels="data", method=method)
+    with pytest.raises(ValueError, match="loss_fn reads parameter"):
+        Fisher(model, penalised, (x, y), kind="empirical").dense()
 
 
 LOSSES = {

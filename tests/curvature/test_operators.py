@@ -21,6 +21,19 @@ def test_bfloat16_in_scipy() -> None:
     np.testing.assert_array_equal(operator @ np.eye(3), np.diag([1.0, 2.0, 4.0]))
 
 
+@pytest.mark.parametrize("method", ["hutch++", "hutchinson"])
+def test_forms_and_traces_of_sums_and_multiples(method: str) -> None:
+    model, x, y = build("mlp-tanh")
+    H, G = (kind(model, F.cross_entropy, (x, y)) for kind in (Hessian, GGN))
+    operator = -3 * H + (G / 2 - H).damped(0.25)
+    matrix = G.dense() / 2 - 4 * H.dense() + 0.25 * torch.eye(len(G.dense()), dtype=torch.float64)
+    torch.testing.assert_close(operator.dense(), matrix)
+    v = torch.randn(len(matrix), 3, dtype=torch.float64)
+    torch.testing.assert_close(operator.quad(v), (v * (matrix @ v)).sum(0))
+    estimate = operator.trace(num_matvecs=60, method=method)
+    assert abs(float(estimate) - float(matrix.trace())) < 4 * estimate.stderr
+
+
 def test_division() -> None:
     matrix = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     torch.testing.assert_close((MatrixOperator(matrix) / 4).dense(), matrix / 4)

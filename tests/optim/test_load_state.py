@@ -123,6 +123,30 @@ def test_a_post_hook_sees_and_may_change_the_final_state(cls, last):
     assert len(seen) == 2, "the hooks of one load must not stay for the next"
 
 
+@classes
+@pytest.mark.parametrize("state_dtype", [None, torch.uint8])
+def test_a_state_in_another_layout_takes_that_of_its_parameter(cls, last, state_dtype):
+    weight, grads = torch.randn(4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    options = {"momentum": 0.9} if cls is SGD else {}
+
+    def stepped(layout, state=None):
+        p = torch.nn.Parameter(weight.clone(memory_format=layout))
+        optimizer = cls([p], lr=0.1, anchor_decay=1.0, state_dtype=state_dtype, **options)
+        if state is not None:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        p.grad = grads[int(state is not None)]
+        optimizer.step()
+        return p, optimizer
+
+    first = stepped(torch.contiguous_format)[1].state_dict()
+    plain, _ = stepped(torch.contiguous_format, first)
+    moved, optimizer = stepped(torch.channels_last, first)
+    codes = "" if state_dtype is None else "_codes"
+    for name in (f"{last}{codes}", "anchor"):
+        assert optimizer.state[moved][name].stride() == moved.stride()
+    torch.testing.assert_close(moved, plain, rtol=0, atol=0 if state_dtype is None else 1e-2)
+
+
 def damped(cls, model, momentum, **options):
     return cls(model.parameters(), lr=0.1, momentum=momentum, dampening=0.5, **options)
 

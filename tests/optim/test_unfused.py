@@ -343,3 +343,15 @@ def test_optimizers_of_others(name):
         assert optimizer.param_groups[0]["lr"] == keys["lr"]
         drifts.append((model[0].weight - start).norm())
     assert drifts[1] < 0.9 * drifts[0]
+
+
+def test_a_rate_that_changes_within_a_step_stays():
+    """As by a scheduler that hangs on a hook, while the ramp has its hands on the rate."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([{"params": [p], "ramp": 4}], lr=0.1)
+    optimizer.register_step_post_hook(lambda o, *_: o.param_groups[0].update(lr=0.5))
+    UnfusedPull(optimizer)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.1 / 4))
+    assert optimizer.param_groups[0]["lr"] == 0.5

@@ -21,6 +21,7 @@ from fast.curvature.network.double_backward import calls_of
 from fast.curvature.network.network import Network
 from fast.curvature.operators.hessian import Hessian
 from fast.curvature.operators.self_check import in_float64
+from fast.errors import first_line
 
 # A derivative of a derivative by differences has about half the digits of float64.
 EXACT = 1e-5
@@ -93,17 +94,29 @@ def audit(model: nn.Module, inputs: Any, *, seed: int = 0) -> Audit:
     backward, by its forward mode over `jacrev` (as in `torch.func.hessian`) and by `fast.Hessian`,
     and `v H v` by its forward mode twice. The truth is the central difference of torch's first
     derivative. Where that has a kink nearby (a ReLU's input close to 0), v does not move; a module
-    where most of v would not is told as a kink.
+    where most of v would not is told as a kink. Differences move what a module detaches (spectral
+    norm in train mode), and the row `padding_idx`: there double backward and ours, for which these
+    are constants, are told as wrong.
 
     Args:
         model: any module; it is copied, and evaluated in the modes that its parts are in.
         inputs: a tensor, a tuple (`model(*inputs)`) or a dict (`model(**inputs)`).
         seed: seed of the direction, and of dropout.
+
+    Raises:
+        ValueError: the network fails at these inputs in float64.
     """
     model, batches = in_float64(model, Batches([Batch(inputs, None)], labels=None))
     network, batch = Network(model, None, seed), next(iter(batches))
+    try:
+        calls = calls_of(network, batch, 0)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network fails at these inputs in float64 ({first_line(error)}); if it casts to a "
+            "type of its own, audit the parts that do not"
+        ) from error
     rows = []
-    for call in calls_of(network, batch, 0):
+    for call in calls:
         module = call.function
         assert isinstance(module, nn.Module)
         if any(True for _ in module.children()) and not any(True for _ in module.parameters(False)):

@@ -40,8 +40,9 @@ class AdamW(AnchoredOptimizer):
             that a GradScaler skipped counts neither here nor in `ramp`.
         ramp: steps over which the group's lr then rises linearly to its full value.
         maximize: ascend instead of descend.
-        state_dtype: dtype of the moments: None (float32, float64 for float64 parameters),
-            torch.bfloat16 (the second one rounded stochastically) or torch.uint8 (8-bit codes).
+        state_dtype: dtype of the moments: None (float32), torch.bfloat16 (the second one rounded
+            stochastically) or torch.uint8 (8-bit codes). Those of float64 parameters, and their
+            curvature, are always float64.
         max_grad_norm: clip the global norm of the gradients; `.grad` itself is not rewritten.
         anchor_dtype: None (the parameter's), torch.float32, torch.bfloat16 or torch.float16.
         curvature_dtype: None (float32), torch.bfloat16 or torch.uint8 (8-bit codes).

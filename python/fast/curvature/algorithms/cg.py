@@ -20,9 +20,10 @@ class Solution:
     """The solution in the form of b, and how good it is.
 
     Attributes:
-        residuals: [K], |b - A x| / |b| of each column.
-        num_iterations: products with all columns.
-        converged: whether all residuals are within the tolerance.
+        residuals: [K], |b - A x| / |b| of each column, by a last product.
+        num_iterations: products with all columns before that.
+        converged: whether the iteration came to the tolerance, and all residuals are within twice
+            of it; rounding keeps those of an ill-conditioned A larger.
     """
 
     solution: Vectors = field(repr=False)
@@ -82,12 +83,14 @@ def cg(
             new = torch.linalg.vecdot(r, r)
             p = r + torch.where(active, new / rr, 0)[:, None] * p
             rr = new
-    residuals = (rr.sqrt() / scale).double().cpu()
+    # Rounding has parted the residual of the iteration from that of x.
+    left = rhs - operator.rows(x) if iterations else rhs
+    residuals = (left.norm(dim=1) / scale).double().cpu()
     return Solution(
         solution=restore(space.split(x * size)),
         residuals=residuals,
         num_iterations=iterations,
-        converged=bool((residuals <= tol).all()),
+        converged=bool((rr.sqrt() <= tol * scale).all() and (residuals <= 2 * tol).all()),
     )
 
 
@@ -98,7 +101,8 @@ def solve(operator: Symmetric, b: Vectors, **options: Any) -> Vectors:
         warn(
             f"solve: after {result.num_iterations} iterations the relative residual is "
             f"{float(result.residuals.max()):.1e}: raise max_iterations, add damping with "
-            ".damped(...), or take fast.curvature.cg, which returns the residuals",
+            ".damped(...), take parameters of float64, or fast.curvature.cg, which returns the "
+            "residuals",
             RuntimeWarning,
         )
     return result.solution

@@ -64,7 +64,9 @@ def check(operator: Checkable, *, rtol: float | None = None, seed: int = 0) -> C
     Args:
         rtol: largest relative error to accept; default 1e-8 in float64, 1e-4 in float32, 1e-2 in
             float16, 5e-2 in bfloat16. A network with kinks (ReLU) may fail the difference, and only
-            that, by a kink inside the step.
+            that, by a kink inside the step. So may one that detaches a part or reads the row
+            `padding_idx`: these are constants of its products, as they are for autograd. Where a
+            network fails in float64 (it casts to a type of its own), no difference is taken.
     """
     space = operator.space
     limit = rtol or RTOL[space.dtype]

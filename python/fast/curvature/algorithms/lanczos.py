@@ -22,9 +22,10 @@ class Eigenpairs:
     Attributes:
         values: [k], float64, in the order of `which`.
         vectors: [P, k], unit columns.
-        residuals: [k] = |A x - value x|, which bounds the distance to an eigenvalue.
+        residuals: [k] = |A x - value x|, which bounds the distance to an eigenvalue; at least what
+            the rounding of products may hide, 10 eps times the largest |eigenvalue| seen.
         num_matvecs: products that they cost.
-        converged: whether every residual is within the tolerance.
+        converged: whether every residual is within the tolerance, up to that rounding.
     """
 
     values: Tensor
@@ -136,7 +137,7 @@ class _Subspace:
         self.generator = torch.Generator().manual_seed(seed)
         rows, space = limit + block_size, operator.space
         self.basis = torch.empty(rows, space.numel, dtype=space.dtype, device=space.device)
-        self.projection = torch.zeros(rows, rows, dtype=torch.float64)
+        self.projection = torch.empty(rows, rows, dtype=torch.float64)
         self.locked = torch.zeros(0, dtype=torch.float64)
         self.locked_residuals = torch.zeros(0, dtype=torch.float64)
         self.num_multiplied = self.num_rows = 0
@@ -216,7 +217,8 @@ class _Subspace:
                 row[place] = 1.0
             else:
                 row[self.lock :] = self.s[:, place - self.lock]
-        return values, (mix.to(self.basis) @ self.basis[: self.num_rows]).T, residuals
+        vectors = (mix.to(self.basis) @ self.basis[: self.num_rows]).T
+        return values, vectors, residuals.clamp_min(_noise(self.basis, self.scale))
 
     def advance(self) -> None:
         """Append the next rows to multiply with, and restart where there is no room for them."""
@@ -236,7 +238,6 @@ class _Subspace:
         self.basis[first:last] = (
             self.s[:, order].T.to(self.basis) @ self.basis[first : self.num_rows]
         )
-        self.projection[first:, first:] = 0
         self.projection[first:last, first:last] = torch.diag(self.theta[order])
         self.theta, self.residuals = self.theta[order], self.residuals[order]
         self.num_multiplied = self.num_rows = last
@@ -252,7 +253,6 @@ class _Subspace:
             order = _order(self.locked, self.which)[: self.k]
             self.basis[: len(order)] = self.basis[order.to(self.basis.device)]
             self.locked, self.locked_residuals = self.locked[order], self.locked_residuals[order]
-        self.projection.zero_()
 
 
 def _key(theta: Tensor, which: str) -> Tensor:
@@ -263,6 +263,11 @@ def _key(theta: Tensor, which: str) -> Tensor:
 def _order(theta: Tensor, which: str) -> Tensor:
     """The places of the eigenvalues, those that are looked for first."""
     return _key(theta, which).argsort()
+
+
+def _noise(like: Tensor, scale: float) -> float:
+    """What rounding may leave of a product of size `scale`, in the type of `like`."""
+    return 10 * torch.finfo(like.dtype).eps * scale
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +291,7 @@ def _orthonormal_rows(w: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, T
     w is a product of size `scale` minus its part in `basis`. A row of which only rounding is left
     is dropped: its direction may lie anywhere, also inside `basis`.
     """
-    noise = 10 * torch.finfo(w.dtype).eps * scale
+    noise = _noise(w, scale)
     coupling = torch.zeros((w.shape[0],) * 2, dtype=torch.float64)
     q = w.new_empty(w.shape)
     count = 0

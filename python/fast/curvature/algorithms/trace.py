@@ -70,16 +70,18 @@ def trace(
             ticks.update(rows.shape[0])
             return operator.quadratics(space.split(rows)).cpu()
 
-        if method == "hutchinson" or space.numel <= num_matvecs // 3:
+        if method == "hutchinson":
             probes = draw_probes(space, num_matvecs, seed=seed, chunk=chunk)
             return _estimate([quadratics(v) for v in probes], 0.0, num_matvecs)
 
         third = num_matvecs // 3
-        images = []
+        parts = []
         for v in draw_probes(space, third, seed=seed, chunk=chunk):
-            images.append(require_finite(operator.rows(v)))
+            parts.append(require_finite(operator.rows(v)))
             ticks.update(v.shape[0])
-        basis = torch.linalg.qr(torch.cat(images).T)[0].T.contiguous()
+        images = torch.cat(parts).T
+        wide = torch.promote_types(space.dtype, torch.float32)  # torch has no QR of half precision
+        basis = torch.linalg.qr(images.to(wide))[0].T.to(space.dtype).contiguous()
         exact = sum(float(quadratics(q).sum()) for q in basis.split(chunk))
         probes = draw_probes(space, num_matvecs - 2 * third, seed=seed + 1, chunk=chunk)
         rest = [quadratics(v - (v @ basis.T) @ basis) for v in probes]

@@ -175,17 +175,10 @@ class CrossEntropy(_OfClasses):
         whole = float(denominator) if self.reduction == "mean" else 1.0
         return (p - one_hot) * scale.sqrt()[:, None], 1.0 / (whole or 1.0)
 
-    def sample(self, z: Tensor, y: Any) -> Any:
-        logits = self.rows(z.detach()[None])[0]
-        return self._labels(torch.multinomial(torch.softmax(logits, -1), 1)[:, 0], z, y)
-
     def predict(self, z: Tensor, y: Any) -> Any:
-        return self._labels(self.rows(z.detach()[None])[0].argmax(-1), z, y)
-
-    def _labels(self, labels: Tensor, z: Tensor, y: Any) -> Tensor:
-        """Labels [n] in the shape of those for z, of which as many are ignored as in y."""
+        """The likeliest labels, of which those are ignored that are in y."""
         shape = (z.shape[0], *z.shape[2:]) if z.ndim > 1 else ()
-        labels = labels.reshape(shape)
+        labels = self.rows(z.detach()[None])[0].argmax(-1).reshape(shape)
         if isinstance(y, Tensor) and not y.is_floating_point():
             labels = labels.where(y.reshape(shape) != self.ignore_index, self.ignore_index)
         return labels

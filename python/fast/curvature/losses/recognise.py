@@ -25,6 +25,8 @@ OF_CLASSES: dict[Any, type[CrossEntropy] | type[NegativeLogLikelihood]] = {
     nn.NLLLoss.forward: NegativeLogLikelihood,
 }
 SQUARES = (F.mse_loss, nn.MSELoss.forward)
+# With weights, one for each entry, the means of these are over the sum of the weights.
+WEIGHTED = (F.mse_loss, F.l1_loss)
 # The means of these are over all entries, whatever their other options.
 ELEMENTWISE = (
     F.binary_cross_entropy,
@@ -85,7 +87,9 @@ def recognise(loss_fn: Any, reduction: str = "mean") -> Loss:
     if fn_reduction in REDUCTIONS and not options.keys() & {"size_average", "reduce"}:
         if function in OF_CLASSES and not options.keys() - set(OPTIONS):
             return OF_CLASSES[function](reduction=reduction, **options)
-        if function in SQUARES and not options.keys() - set(OPTIONS):
+        if function in WEIGHTED and options.get("weight") is not None:
+            return Loss(loss_fn, reduction)
+        if function in SQUARES and not options.keys() - {"weight"}:
             return SquaredError(reduction)
         if function in ELEMENTWISE:
             return Elementwise(loss_fn, fn_reduction, reduction)

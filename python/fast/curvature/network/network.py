@@ -143,6 +143,22 @@ class Network:
                     "parameters are meant",
                 )
 
+    def refuse_penalty(self, loss: Loss, z: Tensor, y: Any) -> None:
+        """Raise where the loss of output z depends on a parameter in another way than by z."""
+        if type(loss) is not Loss:  # those of torch read their arguments alone
+            return
+        with torch.enable_grad():
+            value = loss.value(z.detach().requires_grad_(), y)
+        for leaf in graph_leaves([value]):
+            name = self.names_by_id().get(id(leaf))
+            if name is not None and name in self.names:
+                raise StrayParameter(
+                    name,
+                    f"loss_fn reads parameter {name!r} of the model, and products would leave that "
+                    "out: take the loss of the output alone, and add the rest to the matrix (for "
+                    "c |w|^2 it is 2 * c * fast.curvature.Identity(H.space))",
+                )
+
     def names_by_id(self) -> dict[int, str]:
         """The names of the model's own parameters, by their ids."""
         return {id(p): n for n, p in self.model.named_parameters()}

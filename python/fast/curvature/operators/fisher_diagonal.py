@@ -108,6 +108,7 @@ def _signed_squares(
     params = network.selected(weights)
     output, y = network.answers(weights, batch, loss)
     z = output.detach()
+    network.refuse_penalty(loss, z, y)
     y = loss.predict(z, y) if predict else y
     total = [torch.zeros_like(p) for p in params]
     for draw in range(draws):
@@ -132,6 +133,7 @@ def _sample_squares(
         output = network.outputs(weights, batch.inputs)
     dim = loss.class_dim(output, batch.target, network.class_dim)
     z, y = laid_out(output, batch.target, dim)
+    network.refuse_penalty(loss, z, y)
     y = loss.predict(z, y) if predict else y
     total = [torch.zeros_like(p) for p in network.selected(weights)]
     for _ in range(draws):

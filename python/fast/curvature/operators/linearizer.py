@@ -74,6 +74,11 @@ class Linearizer(SymmetricOperator):
     def loss(self) -> Loss:
         """The loss as it is now."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs and programs can be neither copied nor pickled.
+        programs = Programs(self.network, compile=self.settings.compile)
+        return {**vars(self), "programs": programs, "_cache": None}
+
     # What a kind of matrix says.
 
     @abc.abstractmethod
@@ -114,6 +119,7 @@ class Linearizer(SymmetricOperator):
             part = self._loop(batch, index, loss)
         else:
             part = self._folded_if_possible(batch, index, loss, num_vectors)
+        self.network.refuse_penalty(loss, *part.answers)
         part.weight = loss.weight(*part.answers, batch.size)
         return part
 

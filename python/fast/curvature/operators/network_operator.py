@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fast.curvature.algorithms.check import Finding, compared
+from fast.curvature.algorithms.check import Finding
 from fast.curvature.losses.loss import Loss
 from fast.curvature.losses.recognise import recognise
 from fast.curvature.network.batches import Batches
@@ -26,6 +26,7 @@ from fast.curvature.operators.self_check import (
     Answer,
     data_finding,
     denominator_findings,
+    difference_findings,
     difference_tolerance,
     dropout_finding,
     in_float64,
@@ -211,6 +212,7 @@ class NetworkOperator(Linearizer):
                 params = self.network.selected(leaves)
                 z, y = self.network.answers(leaves, batch, loss)
                 self.network.refuse_strays(z, leaves)
+                self.network.refuse_penalty(loss, z, y)
                 value = loss.value(z, y)
                 grads = grad_or_none([value], params)
                 weight = loss.weight(z.detach(), y, batch.size)
@@ -267,11 +269,8 @@ class NetworkOperator(Linearizer):
             dropout_finding(self.network),
             *denominator_findings(self.loss, self.answers()),
         ]
-        error = self._difference_error(v, av)
-        if error is not None:
-            limit = difference_tolerance(self.dtype, rtol)
-            findings.append(compared("difference", error, "central difference in float64", limit))
-        return findings
+        limit = difference_tolerance(self.dtype, rtol)
+        return [*findings, *difference_findings(lambda: self._difference_error(v, av), limit)]
 
     def _difference_error(self, v: Tensor, av: Tensor) -> float | None:
         """Relative error of A v against a central difference in float64, where there is one."""

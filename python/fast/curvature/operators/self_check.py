@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fast.curvature.algorithms.check import Finding
+from fast.curvature.algorithms.check import Finding, compared
 from fast.curvature.losses.denominators import joint, tolerance
 from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch, Batches
 from fast.curvature.network.network import Network
 from fast.curvature.network.parameter_space import Blocks
+from fast.errors import first_line
 
 # A difference has an error of its own, and the float64 copy is not the rounded network.
 DIFFERENCE_RTOL = {
@@ -101,6 +102,26 @@ def denominator_findings(loss: Loss, answers: Sequence[Answer]) -> list[Finding]
 def difference_tolerance(dtype: torch.dtype, rtol: float) -> float:
     """The largest relative error to accept of a difference, for parameters of this type."""
     return max(rtol, DIFFERENCE_RTOL[dtype])
+
+
+def difference_findings(error: Callable[[], float | None], limit: float) -> list[Finding]:
+    """Whether products are those of a difference; nothing where there is no difference.
+
+    Args:
+        error: measures the relative error of a product, on a copy of the network in float64.
+        limit: the largest error to accept.
+    """
+    name, detail = "difference", "central difference in float64"
+    try:
+        off = error()
+    except RuntimeError as failure:
+        detail = f"no difference: a copy of the network in float64 fails ({first_line(failure)})"
+        return [Finding(name=name, ok=True, detail=detail)]
+    if off is None:
+        return []
+    if off > limit:
+        detail += " (it moves what the network detaches and the row padding_idx, and over kinks)"
+    return [compared(name, off, detail, limit)]
 
 
 def central_difference(

@@ -126,7 +126,10 @@ class Recorder(TorchDispatchMode):
             simpler = decomposition(func)
             if simpler is None:
                 raise UnsupportedOperation(str(func))
-            return self._decompose(simpler, args, kwargs)
+            out = self._decompose(simpler, args, kwargs)
+            if out is NotImplemented:  # torch has it for other shapes alone
+                raise UnsupportedOperation(str(func))
+            return out
         # The transposed pass of a GGN is linear in what moves: only its shapes matter.
         shapes_only = not (self._forward or self.exact) and _is_expensive(args)
         out = _placeholder(func, *args, **kwargs) if shapes_only else func(*args, **kwargs)
