@@ -82,9 +82,9 @@ METHODS: dict[str, Method] = {
     "replay": Method(replay=True),
     # fast.heads.adapters. All that learns belongs to the target, so nothing has to be held: this
     # has the head, head start, ramp and average of `fast`, and none of its guards. Adapters of a
-    # higher rank are faster, which decides where samples are few: from ten of each class, over two
-    # seeds, ResNet-20 learned signs to 57.4 % at rank 8 and to 66.4 at 32. A higher learning rate
-    # does as much, and ruins some runs. `benchmarks/finetune/adapters.py` compares others.
+    # higher rank are faster, which decides where samples are few: from ten of each class ResNet-20
+    # learned signs to 59 % at rank 8 and to 68 at 32. A higher learning rate ruined such runs
+    # (`benchmarks/finetune/adapters.py`).
     # The head learns at the adapters' own rate. At ten times that it learned few samples by heart
     # before the adapters had moved: from ten samples of each class, ResNet-20 then learned sign
     # digits to 82 % and not 89 %, and MobileNet flowers to 68 % and not 75 %.
