@@ -98,6 +98,31 @@ def test_what_is_saved_loads_into_the_plain_network(library, name, options, x, t
     assert result.notes == []
 
 
+def test_a_network_of_the_same_configuration_is_left_alone(tmp_path):
+    """Adapting one model changed the classes of another that was made of the same object."""
+    transformers = pytest.importorskip("transformers", reason="transformers' networks")
+    names = {0: "neg", 1: "none", 2: "some", 3: "pos"}
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        id2label=names,
+    )
+    first, second, third = (transformers.BertForSequenceClassification(config) for _ in range(3))
+    result = adapted(first, TEXT)
+    assert first.config.num_labels == 3
+    assert first.bert.encoder.layer[0].attention.self.config is first.config
+    result.save(tmp_path)
+    fast.load(tmp_path, third)
+    assert third.config.num_labels == 3
+    assert second.config is config
+    assert config.id2label == names
+    with fast.source_task(first):
+        assert first.config.id2label == names
+
+
 REFUSED = [
     (
         timm_model,

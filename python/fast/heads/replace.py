@@ -8,6 +8,7 @@ arXiv 2007.01388, section 3).
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class TaskHead(nn.Module, TwoTask):
         labels = {name: getattr(model.config, name) for name in self.source_labels}
         if source and labels != self.source_labels:
             self.target_labels = labels
-        announce_classes(model, classes_of(self.source if source else self.linear))
+        _set_num_classes(model, classes_of(self.source if source else self.linear))
         for name, value in (self.source_labels if source else self.target_labels).items():
             setattr(model.config, name, value)
 
@@ -89,10 +90,28 @@ class TaskHead(nn.Module, TwoTask):
 
 
 def announce_classes(model: nn.Module, num_classes: int) -> None:
+    """Set the number of classes where timm and transformers look for it, in a configuration of the
+    network's own."""
+    own_config(model)
+    _set_num_classes(model, num_classes)
+
+
+def own_config(model: nn.Module) -> None:
+    """Put a copy of `model.config` wherever the network holds it: another network may have been
+    made of the same configuration."""
+    config = getattr(model, "config", None)
+    own = copy.copy(config)
+    for module in model.modules():
+        if config is not None and vars(module).get("config") is config:
+            module.config = own
+
+
+def _set_num_classes(model: nn.Module, num_classes: int) -> None:
     for owner in (model, getattr(model, "config", None)):
         for name in ("num_classes", "num_labels"):
             if isinstance(getattr(owner, name, None), int):
-                setattr(owner, name, num_classes)
+                with suppress(AttributeError):  # a property without setter, a frozen dataclass
+                    setattr(owner, name, num_classes)
 
 
 def number_classes(config: Any, num_classes: int) -> None:
