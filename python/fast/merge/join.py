@@ -141,6 +141,7 @@ def join_heads(
     has_labels = source.labels is not None
     scales, joined.calibration = fit(sides, joined.place, own, labelled=has_labels)
     _put(heads, scales)
+    joined.name_rows()
     cost = (
         "pass"
         if joined.passes == 1

@@ -15,6 +15,7 @@ from fast.models.load import parse_spec
 from fast.models.preparation import PREPARATION_FILE
 from fast.models.saved.files import (
     CONFIG_FILE,
+    JOIN_FILE,
     OPTIONS_FILE,
     RESULT_FILE,
     WEIGHT_FILES,
@@ -76,8 +77,8 @@ def save_library_config(model: nn.Module, folder: Path, classes: list[str] | Non
 
 
 def name_classes(config: Any, classes: list[str] | None) -> None:
-    """Set the class names in a transformers configuration."""
-    if classes:
+    """Set the class names in a transformers configuration; any other is left as it is."""
+    if classes and hasattr(config, "id2label"):
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
 
@@ -122,10 +123,12 @@ def classes_beside(weights: str | Path) -> list[str] | None:
     if not path.is_dir() and path.name not in WEIGHT_FILES:
         return None
     folder = path if path.is_dir() else path.parent
-    run, export, config = (
+    run, export, config, join = (
         read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (RESULT_FILE, PREPARATION_FILE, CONFIG_FILE)
+        for name in (RESULT_FILE, PREPARATION_FILE, CONFIG_FILE, JOIN_FILE)
     )
+    if rows := _strings(join, "rows"):  # of two passes, the weights are the target's
+        return rows if join.get("passes") == 1 else rows[join["source_rows"] :]
     labels = config.get("id2label")
     if not isinstance(labels, dict) or not all(i.isdecimal() for i in labels):
         labels = {}
