@@ -123,6 +123,28 @@ def test_a_network_of_the_same_configuration_is_left_alone(tmp_path):
         assert first.config.id2label == names
 
 
+def test_a_network_in_a_module_of_ones_own_is_told_its_classes():
+    """Only the outermost module was, so that the own loss of the network failed."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            make = transformers_model("BertForSequenceClassification", "BertConfig", vocab_size=100)
+            self.network = make(4)
+
+        def forward(self, **inputs):
+            return self.network(**inputs).logits
+
+    model = Wrapper()
+    adapted(model, TEXT)
+    network, labels = model.network, torch.arange(8)
+    assert (network.num_labels, network.config.num_labels) == (3, 3)
+    assert network(**TEXT, labels=labels % 3).loss.isfinite()
+    with fast.source_task(model):
+        assert len(network.config.id2label) == 4
+        assert network(**TEXT, labels=labels % 4).loss.isfinite()
+
+
 REFUSED = [
     (
         timm_model,

@@ -159,10 +159,10 @@ class FastTrainer(Trainer):
 
     def _describe_task(self, model: nn.Module) -> None:
         """Tell the model's config of the target, for its own loss and for pipelines."""
-        own_config(model)  # with a head that is kept, it is still the user's
-        config: Any = getattr(model, "config", None)
-        if config is None:
+        if getattr(model, "config", None) is None:
             return
+        own_config(model, model.config)  # with a head that is kept, it is still the user's
+        config: Any = model.config
         name_classes(config, [str(name) for _, name in sorted(self.id2label.items())])
         if self.compute_loss_func is None and getattr(config, "problem_type", None) is not None:
             config.problem_type = "single_label_classification"  # the source's may be another
