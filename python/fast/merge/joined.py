@@ -201,9 +201,11 @@ def load_joined(folder: str | Path, model: nn.Module) -> Joined:
         head, figures = str(facts["head"]), facts["calibration"]
         calibration = HeadCalibration(**figures) if figures else None
     saved = load_saved(folder, model, head=head)
-    if passes > 1 and saved.source is None:
-        raise ValueError(saved.note)
-    networks = [saved.source, saved.target] if passes > 1 else [saved.target]
+    networks = [saved.target]
+    if passes > 1:
+        if saved.source is None:
+            raise ValueError(saved.note)
+        networks.insert(0, saved.source)
     joined = Joined(networks, rows, source_rows, head, calibration)
     joined.name_rows()
     return joined
