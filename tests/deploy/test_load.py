@@ -153,14 +153,18 @@ def test_an_unfinished_run_is_said(tmp_path):
     (tmp_path / "run" / "job.json").write_text("{}")
     with pytest.raises(ValueError, match=r"checkpoints and no result: .*fast finetune --resume"):
         fast.load(tmp_path / "run", ConvNet())
-    begun, empty, file = (tmp_path / name for name in ("begun", "empty", "photo.jpg"))
+    names = ("begun", "empty", "photo.jpg", "weights")
+    begun, empty, file, weights = (tmp_path / name for name in names)
     begun.mkdir()
     (begun / "job.json").write_text("{}")
     with pytest.raises(ValueError, match=r"stopped before its first checkpoint: .*--resume"):
         fast.load(begun, ConvNet())
     empty.mkdir()
     file.touch()
+    weights.mkdir()
+    (weights / "model.safetensors").touch()
     for folder, message in (
+        (weights, r"has weights alone: not a folder of .* read by the library"),
         (empty, r"has no model.safetensors: not a folder of"),
         (file, r"is a file, and a run is a folder"),
         (tmp_path / "none", r"none: no such folder"),
