@@ -8,6 +8,7 @@ arXiv 2007.01388, section 3).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -131,10 +132,15 @@ def _set_num_classes(model: nn.Module, head: nn.Module, num_classes: int) -> Non
                     setattr(owner, name, num_classes)
 
 
-def number_classes(config: Any, num_classes: int) -> None:
-    """Name the classes as transformers names those that have no names."""
-    config.id2label = {i: f"LABEL_{i}" for i in range(num_classes)}
-    config.label2id = {name: i for i, name in config.id2label.items()}
+def class_labels(names: Sequence[str]) -> dict[str, Any]:
+    """The names of classes, as a configuration of transformers has them."""
+    labels = dict(enumerate(names))
+    return {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
+
+
+def made_up_names(num_classes: int) -> list[str]:
+    """The names that transformers gives to classes that have none."""
+    return [f"LABEL_{i}" for i in range(num_classes)]
 
 
 def task_head(model: nn.Module) -> TaskHead | None:
@@ -211,7 +217,8 @@ def put_head(
     old.put(new)
     announce_classes(inner, new, num_outputs)
     if new.source_labels:  # transformers keeps the names of as many classes
-        number_classes(_config(inner, new), num_outputs)
+        for name, value in class_labels(made_up_names(num_outputs)).items():
+            setattr(_config(inner, new), name, value)
     new.train(inner.training)
     try:
         if sample is not None:
