@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,36 @@ def test_both_tasks_are_answered_as_before_saving(adapted):
     with fast.source_task(loaded.model), torch.no_grad():
         assert torch.equal(loaded.model(adapted.x), own)
     assert loaded.predict(adapted.x, task="source").classes == ["0", "1", "2", "3", "4"]
+
+
+def test_a_network_that_was_adapted_is_loaded_into_and_joined(adapted):
+    """README's example in one session: the network at hand has both heads already."""
+    model = copy.deepcopy(adapted.result.model)
+    own = adapted.result.predict(adapted.x).logits
+    for _ in range(2):
+        loaded = fast.load(adapted.folder, model)
+        torch.testing.assert_close(loaded.predict(adapted.x).logits, own, rtol=1e-4, atol=1e-5)
+    joined = fast.join(loaded, source_inputs=adapted.source, data=(adapted.x, adapted.y),
+                       source_classes=list("abcde"))  # fmt: skip
+    assert joined.classes == (*"abcde", *loaded.classes)
+
+
+def test_the_source_task_takes_no_names_away(tmp_path):
+    """A network of transformers numbered its classes once it had answered the source task."""
+    x, y = sentences(48, 3)
+    model = TextNet()
+    model.config = SimpleNamespace(id2label=dict(enumerate("abcde")), label2id={})
+    result = fast.finetune(model, (x, y), steps=2, batch_size=16)
+    result.classes = ["x", "y", "z"]
+    result.save(tmp_path)
+    other = TextNet()
+    other.config = SimpleNamespace(num_labels=5, id2label={}, label2id={})
+    loaded = fast.load(tmp_path, other)
+    assert loaded.predict(x, task="source").classes == [*"abcde"]
+    with fast.source_task(loaded.model):
+        assert loaded.model.config.id2label == dict(enumerate("abcde"))
+    assert loaded.model.config.id2label == dict(enumerate("xyz"))
+    assert loaded.model.config.num_labels == 3
 
 
 def test_accuracies_are_those_of_the_run_to_the_last_digit(adapted):
@@ -153,14 +185,18 @@ def test_an_unfinished_run_is_said(tmp_path):
     (tmp_path / "run" / "job.json").write_text("{}")
     with pytest.raises(ValueError, match=r"checkpoints and no result: .*fast finetune --resume"):
         fast.load(tmp_path / "run", ConvNet())
-    begun, empty, file = (tmp_path / name for name in ("begun", "empty", "photo.jpg"))
+    names = ("begun", "empty", "photo.jpg", "weights")
+    begun, empty, file, weights = (tmp_path / name for name in names)
     begun.mkdir()
     (begun / "job.json").write_text("{}")
     with pytest.raises(ValueError, match=r"stopped before its first checkpoint: .*--resume"):
         fast.load(begun, ConvNet())
     empty.mkdir()
     file.touch()
+    weights.mkdir()
+    (weights / "model.safetensors").touch()
     for folder, message in (
+        (weights, r"has weights alone: not a folder of .* read by the library"),
         (empty, r"has no model.safetensors: not a folder of"),
         (file, r"is a file, and a run is a folder"),
         (tmp_path / "none", r"none: no such folder"),

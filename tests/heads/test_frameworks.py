@@ -98,6 +98,53 @@ def test_what_is_saved_loads_into_the_plain_network(library, name, options, x, t
     assert result.notes == []
 
 
+def test_a_network_of_the_same_configuration_is_left_alone(tmp_path):
+    """Adapting one model changed the classes of another that was made of the same object."""
+    transformers = pytest.importorskip("transformers", reason="transformers' networks")
+    names = {0: "neg", 1: "none", 2: "some", 3: "pos"}
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        id2label=names,
+    )
+    first, second, third = (transformers.BertForSequenceClassification(config) for _ in range(3))
+    result = adapted(first, TEXT)
+    assert first.config.num_labels == 3
+    assert first.bert.encoder.layer[0].attention.self.config is first.config
+    result.save(tmp_path)
+    fast.load(tmp_path, third)
+    assert third.config.num_labels == 3
+    assert second.config is config
+    assert config.id2label == names
+    with fast.source_task(first):
+        assert first.config.id2label == names
+
+
+def test_a_network_in_a_module_of_ones_own_is_told_its_classes():
+    """Only the outermost module was, so that the own loss of the network failed."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            make = transformers_model("BertForSequenceClassification", "BertConfig", vocab_size=100)
+            self.network = make(4)
+
+        def forward(self, **inputs):
+            return self.network(**inputs).logits
+
+    model = Wrapper()
+    adapted(model, TEXT)
+    network, labels = model.network, torch.arange(8)
+    assert (network.num_labels, network.config.num_labels) == (3, 3)
+    assert network(**TEXT, labels=labels % 3).loss.isfinite()
+    with fast.source_task(model):
+        assert len(network.config.id2label) == 4
+        assert network(**TEXT, labels=labels % 4).loss.isfinite()
+
+
 REFUSED = [
     (
         timm_model,

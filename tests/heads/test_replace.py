@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -232,6 +233,22 @@ def test_the_names_of_the_labels_come_back_with_the_source_task(classes):
         assert model.config.label2id == {"neg": 0, "pos": 1}
     assert model.config.id2label == names
     assert model.config.label2id == {f"LABEL_{i}": i for i in range(classes)}
+
+
+def test_a_number_of_classes_that_cannot_be_set_stays():
+    @dataclass(frozen=True)
+    class Config:
+        num_classes: int = 4
+
+    class Own(TextNet):
+        num_classes = property(lambda self: 5)
+        config = Config()
+
+    model = Own()
+    fast.replace_head(model, 3)
+    with fast.source_task(model):
+        assert task_head(model).answers_source
+    assert (model.score.num_classes, model.config.num_classes) == (3, 4)
 
 
 def test_one_class_is_refused():

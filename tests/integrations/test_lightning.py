@@ -366,3 +366,22 @@ def test_the_best_checkpoint_is_the_result_once_it_was_tested(tmp_path):
         assert torch.equal(now[name], then[name])
         assert torch.equal(again[name], then[name])
     assert not callback.result.model.training
+
+
+def test_a_module_that_is_the_network_and_holds_the_callback_is_saved(tmp_path):
+    """To save a network is to copy it, and the copy went into the callback and the Trainer."""
+
+    class Whole(Classifier):
+        def __init__(self):
+            super().__init__(network(), None)
+            self.fast = FastCallback(self, TRAIN)
+
+        def forward(self, x):
+            return self.network(x)
+
+    module = Whole()
+    trainer(module.fast, max_steps=2).fit(module, loader(TRAIN))
+    module.fast.result.save(tmp_path)
+    again = fast.load(tmp_path, Whole())
+    answers = module.fast.result.predict(VAL[0]).logits
+    assert torch.allclose(again.predict(VAL[0]).logits, answers, atol=1e-4)

@@ -144,6 +144,7 @@ def test_a_checkpoint_of_another_folder_names_the_way_out(tmp_path):
     [
         (8, False, "is its own AdamW: pass"),
         (4, True, "takes 8 steps .* after 4"),
+        (8, True, "eval_dataset of the Trainer has several data sets"),
     ],
 )
 def test_a_trainer_that_does_not_fit_is_refused(tmp_path, steps, optimizer, message):
@@ -151,13 +152,18 @@ def test_a_trainer_that_does_not_fit_is_refused(tmp_path, steps, optimizer, mess
     tensors = {k: torch.tensor(v) for k, v in data[:].items()}
     model, labels = bert(), tensors.pop("labels")
     adaptation = fast.Adaptation(model, (tensors, labels), steps=steps, batch_size=16)
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=8, use_cpu=True, report_to=[], eval_strategy="steps", eval_steps=1
+    )
     own = OwnTrainer(
         model,
-        transformers.TrainingArguments(str(tmp_path), max_steps=8, use_cpu=True, report_to=[]),
+        args,
         train_dataset=data,
+        eval_dataset={"one": data, "two": data},
         callbacks=[FastCallback(adaptation)],
         optimizers=(adaptation.optimizer, None) if optimizer else (None, None),
     )
+    own.adaptation = adaptation
     with pytest.raises(ValueError, match=message):
         own.train()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import fast
 from fast.heads import evaluating, task_head
 from fast.merge.join_fit import Side, fit
 from fast.merge.joined import load_joined, merged
+from fast.models.saved.description import classes_beside
 from helpers import same_state
 from networks import ConvHead, ConvNet, TextNet, images, sentences, taught
 
@@ -251,6 +253,18 @@ def test_what_transformers_and_the_result_call_the_classes(adapted, source_input
     head = copy.deepcopy(result.model)
     task_head(head).source_labels = {"id2label": dict(enumerate(OLD))}
     assert joined_of(head, source_inputs, target_classes=NEW).classes == (*OLD, *NEW)
+
+
+def test_a_network_of_transformers_is_told_its_rows(result, source_inputs, tmp_path):
+    """The names were lost with `joined.network.save_pretrained`, and for a third task."""
+    model = copy.deepcopy(result.model)
+    model.config = SimpleNamespace(num_labels=4, id2label=dict(enumerate(NEW)))
+    joined = joined_of(model, source_inputs, source_classes=OLD)
+    rows = (OLD + NEW,) if joined.passes == 1 else (OLD, NEW)
+    assert [[*n.config.id2label.values()] for n in joined.networks] == [*rows]
+    assert model.config.id2label == dict(enumerate(NEW))
+    joined.save(tmp_path)
+    assert classes_beside(tmp_path / "model.safetensors") == rows[-1]  # of two, the target's
 
 
 def test_bad_input_is_named(adapted, source_inputs):

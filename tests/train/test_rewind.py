@@ -68,6 +68,18 @@ def test_what_is_passed_stays_as_it_was(case):
         assert same_state(model, state)
 
 
+def test_the_names_of_the_tuned_classes_stay(case, tmp_path):
+    """A network of transformers came back with its classes numbered."""
+    tuned, names = copy.deepcopy(case.tuned), ["ant", "bee", "cat"]
+    tuned.config = types.SimpleNamespace(id2label=dict(enumerate(names)))
+    with pytest.warns(UserWarning, match="budget 15 nats"):
+        result = fast.rewind(case.base, tuned, case.source, 15, data=case.data)
+    result.save(tmp_path)
+    with pytest.warns(UserWarning, match="budget 15 nats"):
+        again = fast.rewind(case.base, tmp_path, case.source, 15, data=case.data)
+    assert result.classes == again.classes == names
+
+
 def test_a_network_inside_the_budget_is_returned_as_it_is(case):
     with pytest.warns(UserWarning, match="budget 15 nats"):
         result = fast.rewind(case.base, case.tuned, case.source, 15, data=case.data)

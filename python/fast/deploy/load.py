@@ -28,6 +28,7 @@ from fast.models.saved import (
     list_checkpoints,
     read_options,
 )
+from fast.models.saved.description import name_tasks
 from fast.models.saved.two_tasks import load_two_tasks
 from fast.models.signature import example
 
@@ -55,7 +56,7 @@ def load(
         model: the network, with any weights and a head for any number of classes; or its name, as
             --model takes it. Networks of timm, torchvision and transformers are built by the name
             that the run has saved. Any other must be passed, because code that a folder names is
-            never run. A module that is passed becomes the loaded network.
+            never run. A module that is passed becomes the loaded network; it may have been adapted.
         device: see `fast.finetune`.
 
     Raises:
@@ -70,6 +71,8 @@ def load(
     network = facts.get("network") or {}
     loaded = rebuilt(folder, network, model)
     answering, lacks = loaded.model, ""
+    classes = _class_names(facts.get("classes"))
+    source_classes = _class_names(network.get("source_classes"))
     preparation, inputs = _preparation(folder, loaded), facts.get("inputs")
     if (folder / JOIN_FILE).is_file():
         answering = load_joined(folder, loaded.model)
@@ -77,10 +80,11 @@ def load(
         head = network.get("head") or head_name(options.get("head"))
         sample = example(inputs) if inputs is not None else _sample(preparation)
         lacks = load_two_tasks(folder, loaded.model, head=head, sample=sample)
+        name_tasks(loaded.model, classes, source_classes)
     return Predictor(
         model=answering.to(pick_device(device)).eval(),
-        classes=_class_names(facts.get("classes")),
-        source_classes=_class_names(network.get("source_classes")),
+        classes=classes,
+        source_classes=source_classes,
         preparation=preparation,
         inputs=inputs,
         name=network.get("name") or (model if isinstance(model, str) else None),

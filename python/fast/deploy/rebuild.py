@@ -10,6 +10,7 @@ from torch import nn
 
 from fast.errors import first_line, import_library, printable
 from fast.files import read_json
+from fast.heads import fold_head
 from fast.models.libraries import quiet
 from fast.models.load import LIBRARIES, load_model
 from fast.models.loaded import LoadedModel
@@ -32,7 +33,7 @@ def rebuilt(folder: Path, facts: dict[str, Any], model: nn.Module | str | None) 
         ImportError: the library of the network is not installed.
     """
     if isinstance(model, nn.Module):
-        return LoadedModel(model=model)
+        return LoadedModel(model=fold_head(model))  # it may have been adapted, or loaded before
     if isinstance(model, str):
         return load_model(model, pretrained=False)
     if is_library_config(folder / CONFIG_FILE):

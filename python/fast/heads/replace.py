@@ -8,6 +8,8 @@ arXiv 2007.01388, section 3).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -75,12 +77,13 @@ class TaskHead(nn.Module, TwoTask):
     def announce(self, model: nn.Module) -> None:
         """Set number and names of the classes where timm and transformers look for them."""
         source = self.answers_source
-        labels = {name: getattr(model.config, name) for name in self.source_labels}
+        config = _config(model, self)
+        labels = {name: getattr(config, name) for name in self.source_labels}
         if source and labels != self.source_labels:
             self.target_labels = labels
-        announce_classes(model, classes_of(self.source if source else self.linear))
+        _set_num_classes(model, self, classes_of(self.source if source else self.linear))
         for name, value in (self.source_labels if source else self.target_labels).items():
-            setattr(model.config, name, value)
+            setattr(config, name, value)
 
     def train(self, mode: bool = True) -> TaskHead:
         super().train(mode)
@@ -88,17 +91,56 @@ class TaskHead(nn.Module, TwoTask):
         return self
 
 
-def announce_classes(model: nn.Module, num_classes: int) -> None:
-    for owner in (model, getattr(model, "config", None)):
+def announce_classes(model: nn.Module, head: nn.Module, num_classes: int) -> None:
+    """Set the number of classes where timm and transformers look for it: in the modules that hold
+    the head, and in their configurations, of which the network gets copies of its own."""
+    for owner in _owners(model, head):
+        if not isinstance(owner, nn.Module):
+            own_config(model, owner)
+    _set_num_classes(model, head, num_classes)
+
+
+def own_config(model: nn.Module, config: Any) -> None:
+    """Put a copy of a configuration wherever the network holds it: another network may have been
+    made of the same one."""
+    own = copy.copy(config)
+    for module in model.modules():
+        if vars(module).get("config") is config:
+            module.config = own
+
+
+def _owners(model: nn.Module, head: nn.Module) -> list[Any]:
+    """The modules that hold the head, the network first, and then their configurations."""
+    paths = [n.split(".") for n, m in model.named_modules(remove_duplicate=False) if m is head]
+    names = dict.fromkeys(".".join(path[:i]) for path in paths for i in range(len(path)))
+    holders = [model.get_submodule(name) for name in names]
+    configs = {id(c): c for m in holders if (c := getattr(m, "config", None)) is not None}
+    return [*holders, *configs.values()]
+
+
+def _config(model: nn.Module, head: nn.Module) -> Any:
+    """The configuration that names the classes; None where there is none."""
+    configs = (owner for owner in _owners(model, head) if not isinstance(owner, nn.Module))
+    return next((config for config in configs if hasattr(config, "id2label")), None)
+
+
+def _set_num_classes(model: nn.Module, head: nn.Module, num_classes: int) -> None:
+    for owner in _owners(model, head):
         for name in ("num_classes", "num_labels"):
             if isinstance(getattr(owner, name, None), int):
-                setattr(owner, name, num_classes)
+                with suppress(AttributeError):  # a property without setter, a frozen dataclass
+                    setattr(owner, name, num_classes)
 
 
-def number_classes(config: Any, num_classes: int) -> None:
-    """Name the classes as transformers names those that have no names."""
-    config.id2label = {i: f"LABEL_{i}" for i in range(num_classes)}
-    config.label2id = {name: i for i, name in config.id2label.items()}
+def class_labels(names: Sequence[str]) -> dict[str, Any]:
+    """The names of classes, as a configuration of transformers has them."""
+    labels = dict(enumerate(names))
+    return {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
+
+
+def made_up_names(num_classes: int) -> list[str]:
+    """The names that transformers gives to classes that have none."""
+    return [f"LABEL_{i}" for i in range(num_classes)]
 
 
 def task_head(model: nn.Module) -> TaskHead | None:
@@ -173,9 +215,10 @@ def put_head(
     trainable = [p.requires_grad for p in old.module.parameters()]
     new = _new_head(inner, old, num_outputs, max_entropy)
     old.put(new)
-    announce_classes(inner, num_outputs)
+    announce_classes(inner, new, num_outputs)
     if new.source_labels:  # transformers keeps the names of as many classes
-        number_classes(inner.config, num_outputs)
+        for name, value in class_labels(made_up_names(num_outputs)).items():
+            setattr(_config(inner, new), name, value)
     new.train(inner.training)
     try:
         if sample is not None:
@@ -214,7 +257,7 @@ def _new_head(model: nn.Module, old: Head, num_classes: int, max_entropy: bool) 
         source = copy.deepcopy(source)
     head = TaskHead(norm, linear, source.requires_grad_(False))
     head.auxiliary = old.auxiliary
-    config = getattr(model, "config", None)
+    config = _config(model, old.module)
     names = ("id2label", "label2id")
     head.source_labels = {n: getattr(config, n) for n in names if hasattr(config, n)}
     return head

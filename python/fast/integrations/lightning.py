@@ -117,6 +117,9 @@ class FastCallback(Callback):
         self._generators: dict[str, Any] | None = None
         self._averaged = ExitStack()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastCallback:
+        return self  # in a copy of a module that holds it, say to be saved
+
     @property
     def adaptation(self) -> Adaptation:
         """The adaptation of this run.

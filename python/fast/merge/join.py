@@ -31,11 +31,10 @@ CHUNK = 128
 
 
 class Adapted(Protocol):
-    """What `join` needs of a `fast.Result`: the network, how --model named it, and the names of the
-    target's classes."""
+    """What `join` needs of a `fast.Result`, or of what `fast.load` returned: the network, and the
+    names of the target's classes."""
 
     model: nn.Module
-    network: str | None
     classes: list[str] | None
 
 
@@ -56,8 +55,8 @@ def join(
     and the network of `result` stays as it is.
 
     Args:
-        result: what `fast.finetune` or `Adaptation.finish` returned; or its network, with both
-            heads.
+        result: what `fast.finetune`, `Adaptation.finish` or `fast.load` returned; or its network,
+            with both heads.
         source_inputs: a few hundred inputs of the source task, with labels or without. Without
             labels the network's own answers are taken for right.
         data: `(inputs, labels)`, a Dataset or a DataLoader of the target task. If you can, give
@@ -84,11 +83,13 @@ def join(
     if not isinstance(result, nn.Module):
         if not isinstance(getattr(result, "model", None), nn.Module):
             raise TypeError(
-                "result must be what fast.finetune or Adaptation.finish returned, or its network; "
-                f"got {type(result).__name__}"
+                "result must be what fast.finetune, Adaptation.finish or fast.load returned, or "
+                f"its network; got {type(result).__name__}"
             )
         target_classes = result.classes if target_classes is None else target_classes
-        name, result = result.network, result.model
+        if source_classes is None:
+            source_classes = getattr(result, "source_classes", None)  # of what fast.load returned
+        name, result = getattr(result, "network", None), result.model
     network = unwrap(result)
     model = network.network if isinstance(network, Joined) else network
     head = task_head(model)
@@ -141,6 +142,7 @@ def join_heads(
     has_labels = source.labels is not None
     scales, joined.calibration = fit(sides, joined.place, own, labelled=has_labels)
     _put(heads, scales)
+    joined.name_rows()
     cost = (
         "pass"
         if joined.passes == 1

@@ -55,7 +55,7 @@ class Part:
             layer.weight.copy_(weight.view_as(layer.weight))
             layer.bias.copy_(bias)  # type: ignore[union-attr]
         put_at(places_of(self.network, self.layer), layer)
-        announce_classes(self.network, len(weight))
+        announce_classes(self.network, layer, len(weight))
         self.layer = layer
 
     def features(self, batches: Iterable[Any], name: str) -> Tensor:
@@ -188,5 +188,6 @@ def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
         put_at(places_of(network, module), plain)
     head = task_head(model)
     assert head is not None
-    announce_classes(network, len(head.source.weight))
+    layer = network.get_submodule(places_of(model, head)[0][2])
+    announce_classes(network, layer, len(head.source.weight))
     return plain_batch_norm(network)

@@ -20,7 +20,7 @@ from fast.models.saved import (
     load_saved,
     write_manifest,
 )
-from fast.models.saved.description import save_library_config
+from fast.models.saved.description import name_classes, save_library_config
 from fast.models.signature import Signature
 from fast.tensor_files import write_tensors
 
@@ -117,6 +117,12 @@ class Joined(nn.Module):
         """The number of forward passes that an input takes."""
         return len(self.networks)
 
+    def name_rows(self) -> None:
+        """Tell networks of transformers the names of their rows, for `save_pretrained` say."""
+        cut = self.source_rows if self.passes > 1 else None
+        for network, rows in zip(self.networks, (self.rows[:cut], self.rows[cut:]), strict=False):
+            name_classes(getattr(network, "config", None), list(rows))
+
     def classes_of(self, task: str) -> list[int]:
         """The places, among `classes`, of the classes that a task has.
 
@@ -194,12 +200,15 @@ def load_joined(folder: str | Path, model: nn.Module) -> Joined:
         source_rows = int(facts["source_rows"])
         head, figures = str(facts["head"]), facts["calibration"]
         calibration = HeadCalibration(**figures) if figures else None
-    networks = load_saved(folder, model, head=head)
-    if passes == 1:
-        return Joined([networks.target], rows, source_rows, head, calibration)
-    if networks.source is None:
-        raise ValueError(networks.note)
-    return Joined([networks.source, networks.target], rows, source_rows, head, calibration)
+    saved = load_saved(folder, model, head=head)
+    networks = [saved.target]
+    if passes > 1:
+        if saved.source is None:
+            raise ValueError(saved.note)
+        networks.insert(0, saved.source)
+    joined = Joined(networks, rows, source_rows, head, calibration)
+    joined.name_rows()
+    return joined
 
 
 def merged(logits: Tensor, place: Tensor, num_classes: int) -> Tensor:

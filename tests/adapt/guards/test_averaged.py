@@ -70,6 +70,26 @@ def test_states_and_steps_belong_outside():
     assert adaptation.done == 7
 
 
+@pytest.mark.parametrize("theirs_first", [True, False])
+def test_an_average_of_ones_own_in_the_same_evaluation_is_announced(theirs_first):
+    """Two averages that are put into place together exchanged weights, and said nothing."""
+    model, adaptation = adapted()
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+
+    def evaluate():
+        if theirs_first:
+            back = copy.deepcopy(model.state_dict())
+            model.load_state_dict(other)
+        with adaptation.averaged():
+            if not theirs_first:
+                back = copy.deepcopy(model.state_dict())
+                model.load_state_dict(other)
+            model.load_state_dict(back)
+
+    with pytest.warns(UserWarning, match=r"written to inside of averaged\(\)"):
+        evaluate()
+
+
 @pytest.mark.parametrize("looks", [1, 2])
 def test_a_look_at_the_average_is_no_loading(looks):
     """A loop that stops early after an evaluation gets the average, without a warning."""

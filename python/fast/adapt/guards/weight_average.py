@@ -62,8 +62,15 @@ class WeightAverage(Guard):
             yield
             return
         self._swap()
+        versions = self._now()
         try:
             yield
+            if self._now() != versions:
+                warn(
+                    "the weights were written to inside of averaged() (by load_state_dict, or by "
+                    "an average of yours?): what is there now is taken for the average of the last "
+                    "steps' weights; load weights outside, and let one average act at a time"
+                )
         finally:
             self._swap()
 

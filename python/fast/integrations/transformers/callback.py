@@ -80,6 +80,11 @@ class FastCallback(TrainerCallback):
         if self._averaged is not None:
             self._averaged.__exit__(None, None, None)
             self._averaged = None
+            if metrics is not None and "eval_runtime" not in metrics:  # but eval_NAME_runtime
+                raise ValueError(
+                    "eval_dataset of the Trainer has several data sets, and FastCallback would let "
+                    "only the first see the averaged weights: give one, or use FastTrainer"
+                )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.adaptation)

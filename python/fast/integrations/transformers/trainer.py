@@ -25,6 +25,7 @@ from fast.data.recorded import is_table
 from fast.data.source_inputs import LIMIT
 from fast.data.trees import LABEL_KEYS, move
 from fast.heads import evaluating, fold_head, forward_logits, source_task, task_head
+from fast.heads.replace import own_config
 from fast.integrations.transformers.arguments import (
     adaptation_options,
     autocast_dtype,
@@ -158,9 +159,10 @@ class FastTrainer(Trainer):
 
     def _describe_task(self, model: nn.Module) -> None:
         """Tell the model's config of the target, for its own loss and for pipelines."""
-        config: Any = getattr(model, "config", None)
-        if config is None:
+        if getattr(model, "config", None) is None:
             return
+        own_config(model, model.config)  # with a head that is kept, it is still the user's
+        config: Any = model.config
         name_classes(config, [str(name) for _, name in sorted(self.id2label.items())])
         if self.compute_loss_func is None and getattr(config, "problem_type", None) is not None:
             config.problem_type = "single_label_classification"  # the source's may be another

@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from fast.files import read_json
-from fast.heads import places_of, task_head, unwrap
+from fast.heads import classes_of, places_of, task_head, unwrap
+from fast.heads.replace import class_labels, made_up_names
 from fast.models.load import parse_spec
 from fast.models.preparation import PREPARATION_FILE
 from fast.models.saved.files import (
     CONFIG_FILE,
+    JOIN_FILE,
     OPTIONS_FILE,
     RESULT_FILE,
     WEIGHT_FILES,
@@ -76,10 +78,18 @@ def save_library_config(model: nn.Module, folder: Path, classes: list[str] | Non
 
 
 def name_classes(config: Any, classes: list[str] | None) -> None:
-    """Set the class names in a transformers configuration."""
-    if classes:
-        config.id2label = dict(enumerate(classes))
-        config.label2id = {name: i for i, name in enumerate(classes)}
+    """Set the class names in a transformers configuration; any other is left as it is."""
+    if classes and hasattr(config, "id2label"):
+        for name, value in class_labels(classes).items():
+            setattr(config, name, value)
+
+
+def name_tasks(model: nn.Module, classes: list[str] | None, source: list[str] | None) -> None:
+    """Give a transformers network the names of both tasks' classes; `source_task` switches them."""
+    config, head = getattr(unwrap(model), "config", None), task_head(model)
+    name_classes(config, classes)
+    if head is not None and hasattr(config, "id2label"):
+        head.source_labels = class_labels(source or made_up_names(classes_of(head.source)))
 
 
 def is_timm(model: nn.Module) -> bool:
@@ -122,10 +132,12 @@ def classes_beside(weights: str | Path) -> list[str] | None:
     if not path.is_dir() and path.name not in WEIGHT_FILES:
         return None
     folder = path if path.is_dir() else path.parent
-    run, export, config = (
+    run, export, config, join = (
         read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (RESULT_FILE, PREPARATION_FILE, CONFIG_FILE)
+        for name in (RESULT_FILE, PREPARATION_FILE, CONFIG_FILE, JOIN_FILE)
     )
+    if rows := _strings(join, "rows"):  # of two passes, the weights are the target's
+        return rows if join.get("passes") == 1 else rows[join["source_rows"] :]
     labels = config.get("id2label")
     if not isinstance(labels, dict) or not all(i.isdecimal() for i in labels):
         labels = {}

@@ -21,6 +21,9 @@ OPTIONS_FILE = "fast.json"
 # transformers keeps the architecture of its networks in this file; older versions of FAST wrote the
 # options to it.
 CONFIG_FILE = "config.json"
+# A folder of ours has one of these beside the weights, even where the result is not complete.
+BESIDE_WEIGHTS = (SOURCE_HEAD_FILE, OPTIONS_FILE, RESULT_FILE, JOIN_FILE, JOB_FILE)
+NO_RESULT = "not a folder of Result.save or fast finetune"
 FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
@@ -92,8 +95,11 @@ def check_manifest(folder: Path) -> None:
         what = "is a file, and a run is a folder" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"{folder}: {what}")
     if not (folder / MODEL_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {MODEL_FILE}: {NO_RESULT}")
+    if not any((folder / name).is_file() for name in (MANIFEST_FILE, *BESIDE_WEIGHTS)):
         raise FileNotFoundError(
-            f"{folder} has no {MODEL_FILE}: not a folder of Result.save or fast finetune"
+            f"{folder} has weights alone: {NO_RESULT}. What fast export wrote, or transformers or "
+            "timm (save_model), is read by the library that it is for"
         )
     if not (folder / MANIFEST_FILE).is_file():
         raise FileNotFoundError(

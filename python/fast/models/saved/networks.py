@@ -108,7 +108,7 @@ def _source_network(folder: Path, target: nn.Module, head: str) -> nn.Module:
     place = find_head(source, name=head)
     layer = source_layer_in(folder, place)
     place.put(layer)
-    announce_classes(source, classes_of(layer))
+    announce_classes(source, layer, classes_of(layer))
     return source
 
 
@@ -129,7 +129,7 @@ def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
     if is_plain(layer) or read_options(folder).get("head") != KEEP:
         layer = _layer_of(head, state, f"{head.name}.", file)
         head.put(layer)
-    announce_classes(model, classes_of(layer))
+    announce_classes(model, layer, classes_of(layer))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     wrong = lacking(state, shapes)
     wrong += [n for n in state if shapes.get(n) != state[n].shape]

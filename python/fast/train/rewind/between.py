@@ -19,6 +19,7 @@ from fast.train.rewind.checkpoints import (
     Checkpoint,
     base_network,
     check_finite,
+    classes_of_checkpoint,
     tuned_state,
 )
 from fast.train.rewind.result import RewindConfig, Rewound
@@ -100,4 +101,6 @@ def rewind(
         search = Search(
             config, network, layer, state, sample=first, work=work, meter=meter, data=data
         )
-        return search.run()
+        result = search.run()
+        result.classes = classes_of_checkpoint(tuned)
+        return result

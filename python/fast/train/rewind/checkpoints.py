@@ -13,6 +13,7 @@ from fast.errors import some
 from fast.heads import Head, fold_head, set_batch_norm, task_head, unwrap
 from fast.heads.find import layer_like
 from fast.heads.replace import put_head
+from fast.models.saved.description import announced_classes, classes_beside
 from fast.models.saved.files import WEIGHT_FILES
 from fast.models.weights import lacking, load_weights, matched, read_state
 
@@ -75,6 +76,13 @@ def tuned_state(tuned: Checkpoint, network: nn.Module, head: Head) -> tuple[dict
             "both must take the same features"
         )
     return state, note
+
+
+def classes_of_checkpoint(tuned: Checkpoint) -> list[str] | None:
+    """The names of the classes that come with a checkpoint; None where none do."""
+    if isinstance(tuned, nn.Module):
+        return announced_classes(tuned)
+    return classes_beside(tuned) if isinstance(tuned, (str, Path)) else None
 
 
 def both(network: nn.Module, state: dict[str, Tensor], sample: Any, head: Head) -> nn.Module:
