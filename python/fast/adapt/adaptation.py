@@ -328,7 +328,7 @@ class Adaptation:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averaged weights in place for the block: the run will return these."""
-        return self.average.applied() if self.average else nullcontext()
+        return self.average.lent() if self.average else nullcontext()
 
     def stats(self) -> dict[str, Tensor]:
         """Figures of the last step: `grad_norm`, `update_norm`, `drift`, `forgetting`."""

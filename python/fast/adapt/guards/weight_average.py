@@ -62,17 +62,24 @@ class WeightAverage(Guard):
             yield
             return
         self._swap()
-        versions = self._now()
         try:
             yield
-            if self._now() != versions:
+        finally:
+            self._swap()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """`applied` for a block of the user's, who is warned if it writes to the weights."""
+        in_place = self.adopted or self.applies
+        with self.applied():
+            versions = self._now()
+            yield
+            if not in_place and self._now() != versions:
                 warn(
                     "the weights were written to inside of averaged() (by load_state_dict, or by "
                     "an average of yours?): what is there now is taken for the average of the last "
                     "steps' weights; load weights outside, and let one average act at a time"
                 )
-        finally:
-            self._swap()
 
     def check_outside(self, what: str) -> None:
         """Raise RuntimeError where the model holds the average for a block."""
