@@ -22,6 +22,7 @@ import torch
 
 import fast
 from benchmarks.common import Record, arguments, commits, complete, machine, save, table
+from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
 from benchmarks.finetune.runs import parse
 from benchmarks.finetune.step_time import fast_steps, plain_steps, timed
@@ -48,12 +49,8 @@ def run(*, pair: str, method: str, samples: int | None, seed: int, data: Path) -
     """
     task = Task(pair, data, samples=samples, seed=seed)
     name, options = parse(method)
-    steps: dict[str, Any] = {"steps": task.real.steps, "eval_every": task.real.steps}
-    result = fast.finetune(
-        task.model, task.train, task.val, method=name, progress=False, **steps, **task.options,
-        **options,
-    )  # fmt: skip
-    return {"target": result.final["target_accuracy"], "machine": machine()}
+    record = finetune(task, steps=task.real.steps, method=name, **options)
+    return {"target": record["target"], "machine": machine()}
 
 
 def cost(*, pair: str, method: str, data: Path) -> Record:

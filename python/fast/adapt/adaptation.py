@@ -17,13 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast.adapt.begin import Parts, begin, bound_card, set_pull
-from fast.adapt.config import (
-    AdaptConfig,
-    AdaptOptions,
-    OptimizerName,
-    boolean,
-    check_options,
-)
+from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean, check_options
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.network.head_start import HeadStart

@@ -27,10 +27,7 @@ from fast.adapt.plan import Plan, plan_for
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels, check_num_classes
-from fast.data.source_inputs import (
-    SourceInputs,
-    parse_source_inputs,
-)
+from fast.data.source_inputs import SourceInputs, parse_source_inputs
 from fast.data.stream import TrainBatches, first_inputs
 from fast.data.trees import join, leaves, length, move, pick
 from fast.errors import warn

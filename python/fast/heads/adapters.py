@@ -63,9 +63,9 @@ def _is_summed(layer: Any) -> bool:
 
 def _difference(layer: Any) -> Tensor:
     """What an adapter adds to the weight of its convolution, in that weight's shape."""
-    a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    parts = _parts(layer)
     # PEFT's factor on it is 1, see `_inject`.
-    return (b.flatten(1) @ a.flatten(1)).view(layer.base_layer.weight.shape)
+    return (parts["B"].flatten(1) @ parts["A"].flatten(1)).view_as(parts["weight"])
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:

@@ -138,6 +138,13 @@ def class_labels(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": labels, "label2id": {name: i for i, name in labels.items()}}
 
 
+def name_classes(config: Any, classes: list[str] | None) -> None:
+    """Set the class names in a transformers configuration; any other is left as it is."""
+    if classes and hasattr(config, "id2label"):
+        for name, value in class_labels(classes).items():
+            setattr(config, name, value)
+
+
 def made_up_names(num_classes: int) -> list[str]:
     """The names that transformers gives to classes that have none."""
     return [f"LABEL_{i}" for i in range(num_classes)]
@@ -217,8 +224,7 @@ def put_head(
     old.put(new)
     announce_classes(inner, new, num_outputs)
     if new.source_labels:  # transformers keeps the names of as many classes
-        for name, value in class_labels(made_up_names(num_outputs)).items():
-            setattr(_config(inner, new), name, value)
+        name_classes(_config(inner, new), made_up_names(num_outputs))
     new.train(inner.training)
     try:
         if sample is not None:

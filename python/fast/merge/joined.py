@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fast.files import read_json, reading, write_json
 from fast.heads.forward import logits_of
+from fast.heads.replace import name_classes
 from fast.models.saved import (
     JOIN_FILE,
     MODEL_FILE,
@@ -20,7 +21,7 @@ from fast.models.saved import (
     load_saved,
     write_manifest,
 )
-from fast.models.saved.description import name_classes, save_library_config
+from fast.models.saved.description import save_library_config
 from fast.models.signature import Signature
 from fast.tensor_files import write_tensors
 

@@ -10,8 +10,8 @@ import torch
 from fast.data.images.format import BGR, ImageFormat
 from fast.deploy.export.subject import Subject
 from fast.heads.forward import forward_logits
+from fast.heads.replace import name_classes
 from fast.models.libraries import quiet
-from fast.models.saved.description import name_classes
 
 PILLOW_FILTERS = {
     "nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5,

@@ -25,7 +25,7 @@ from fast.data.recorded import is_table
 from fast.data.source_inputs import LIMIT
 from fast.data.trees import LABEL_KEYS, move
 from fast.heads import evaluating, fold_head, forward_logits, source_task, task_head
-from fast.heads.replace import own_config
+from fast.heads.replace import name_classes, own_config
 from fast.integrations.transformers.arguments import (
     adaptation_options,
     autocast_dtype,
@@ -40,7 +40,6 @@ from fast.integrations.transformers.files import (
     save_state,
     write_card,
 )
-from fast.models.saved.description import name_classes
 
 
 class FastTrainer(Trainer):

@@ -11,7 +11,7 @@ from torch import nn
 
 from fast.files import read_json
 from fast.heads import classes_of, places_of, task_head, unwrap
-from fast.heads.replace import class_labels, made_up_names
+from fast.heads.replace import class_labels, made_up_names, name_classes
 from fast.models.load import parse_spec
 from fast.models.preparation import PREPARATION_FILE
 from fast.models.saved.files import (
@@ -75,13 +75,6 @@ def save_library_config(model: nn.Module, folder: Path, classes: list[str] | Non
     config.architectures = [type(model).__name__]
     name_classes(config, classes)
     config.save_pretrained(folder)
-
-
-def name_classes(config: Any, classes: list[str] | None) -> None:
-    """Set the class names in a transformers configuration; any other is left as it is."""
-    if classes and hasattr(config, "id2label"):
-        for name, value in class_labels(classes).items():
-            setattr(config, name, value)
 
 
 def name_tasks(model: nn.Module, classes: list[str] | None, source: list[str] | None) -> None:
