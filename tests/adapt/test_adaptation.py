@@ -29,7 +29,7 @@ RUNS = {
     "l2-sp": {"method": "l2-sp", "source_inputs": SOURCE, "forget_budget": "5%"},
     "ewc": {"method": "ewc", "schedule": "constant"},
     "replay": {"method": "replay", "source_inputs": SOURCE, "batch_norm": "per_task"},
-    "fast, two functions": {"tasks": "switched", "rehearse": 0.0},
+    "fast, two functions": {"method": "fast", "tasks": "switched", "rehearse": 0.0},
     "adapter": {"method": "adapter"},
 }
 

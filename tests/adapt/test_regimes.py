@@ -43,6 +43,9 @@ def answers(model, x=VAL[0]):
     [
         ({}, "switched", "per_task"),
         ({"tasks": "together"}, "together", "frozen"),
+        ({"tasks": "switched"}, "switched", "frozen"),
+        ({"tasks": "switched", "batch_norm": "per_task"}, "switched", "per_task"),
+        ({"tasks": "switched", "method": "fast"}, "switched", "per_task"),
         ({"batch_norm": "track"}, "together", "track"),
         ({"method": "vanilla"}, "together", "frozen"),
         ({"method": "vanilla", "tasks": "switched"}, "switched", "per_task"),
@@ -58,6 +61,15 @@ def test_the_plan_says_how_many_functions_there_are(options, tasks, batch_norm):
     kept = ["adapters"] * bool(settled.adapter_rank) + ["batch norms"] * (batch_norm == "per_task")
     line = f"two functions: {' and '.join(kept)} are switched" if kept else "one function"
     assert str(settled).endswith(f"; {line}")
+
+
+def test_switched_tasks_have_adapters_by_default():
+    options = ({}, {"tasks": "together"}, {"tasks": "switched"})
+    assert [TrainConfig(**o).method for o in options] == ["fast", "fast", "adapter"]
+    assert TrainConfig(method="fast", tasks="switched").method == "fast"
+    small = plan(TextNet(), sentences(60, 4), steps=4, tasks="switched")
+    assert small.method == "adapter"
+    assert small.adapter_rank
 
 
 def test_norms_that_are_not_there_are_not_switched():
@@ -80,7 +92,7 @@ CONTRADICTIONS = [
     ({"tasks": "together", "batch_norm": "per_task"}, "tasks='together' .* batch_norm='per_task'"),
     ({"tasks": "together", "method": "adapter"}, "tasks='together' .* method 'adapter'"),
     (
-        {"tasks": "switched", "batch_norm": "frozen"},
+        {"method": "fast", "tasks": "switched", "batch_norm": "frozen"},
         "tasks='switched' .*'frozen'.*method='adapter'",
     ),
     ({"tasks": "switched", "head": "keep"}, "tasks='switched' .* head='keep'"),
@@ -90,6 +102,7 @@ CONTRADICTIONS = [
     ({"method": "adapter", "distill": 1.0}, "distill holds the source task"),
     ({"method": "adapter", "rehearse": 1.0}, "rehearse holds the source task"),
     ({"method": "adapter", "forget_budget": 0.1}, "forget_budget holds the source task"),
+    ({"tasks": "switched", "forget_budget": 0.1}, "leave forget_budget out, or use 'fast'"),
     ({"method": "adapter", "head": "keep"}, "method 'adapter' .* head='keep'"),
     ({"method": "adapter", "batch_norm": "track"}, "batch_norm='track' .* method 'adapter'"),
 ]
@@ -104,7 +117,12 @@ def test_options_that_contradict_each_other_are_named(options, message):
 @pytest.mark.parametrize(
     ("network", "train", "options", "message"),
     [
-        (TextNet, sentences(60, 4), {}, "the network has no batch norm; method='adapter'"),
+        (
+            TextNet,
+            sentences(60, 4),
+            {"method": "fast"},
+            "the network has no batch norm; method='adapter'",
+        ),
         (
             ConvNet,
             TRAIN,
@@ -145,10 +163,11 @@ def test_who_has_no_source_inputs_is_told_of_adapters(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
     caplog.set_level(logging.INFO, "fast")
     for options, said in (
-        ({"tasks": "switched"}, True),
+        ({"tasks": "switched", "method": "fast"}, True),
+        ({"tasks": "switched"}, False),
         ({}, True),
         ({"tasks": "together"}, False),
-        ({"tasks": "switched", "source_inputs": SOURCE[0]}, False),
+        ({"source_inputs": SOURCE[0]}, False),
         ({"tasks": "switched", "method": "vanilla"}, False),
     ):
         caplog.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.finetune.regimes import figures, report, work
-from benchmarks.finetune.regimes.methods import METHODS, SWITCHED, TOGETHER, regimes_of
+from benchmarks.finetune.regimes.methods import METHODS, OURS, SWITCHED, TOGETHER, regimes_of
 from benchmarks.finetune.regimes.samples import few, some
 from benchmarks.finetune.regimes.spd import AdamSPD
 from benchmarks.finetune.regimes.wise_ft import best_target
@@ -88,6 +88,19 @@ def test_the_share_of_steps_ends_where_the_goal_is_first_reached():
     assert figures.compare([fast, rival], row("fast", TOGETHER), TOGETHER).share == 50 / 150
     rival |= {"target": 0.85}
     assert figures.compare([fast, rival], row("fast", TOGETHER), TOGETHER).share is None
+
+
+def test_half_of_the_steps_is_compared_with_all_of_the_baselines():
+    curve = [(0, 0.1), (25, 0.6), (50, 0.76), (75, 0.8)]
+    records = [
+        ours(TOGETHER, 0.80, 0.89, steps=75, curve=curve),
+        record("vanilla", TOGETHER, 0.75, 0.40),
+    ]
+    half = row("fast", TOGETHER) | {"steps": 75}
+    comparison = figures.compare(records, half, TOGETHER)
+    assert (comparison.baseline, comparison.share) == ("vanilla, one function", 50 / 150)
+    assert comparison.ahead == pytest.approx(0.05)
+    assert {r["method"] for r in work.rows([PAIR], METHODS, 75, None)} == set(OURS)
 
 
 def test_the_better_rate_is_chosen_by_the_first_seed():

@@ -64,11 +64,12 @@ def test_batch_norms_that_are_not_there_change_nothing_else():
     with pytest.warns(UserWarning, match="batch_norm='per_task' is not used"):
         settled = plan(TextNet(), train, steps=2, batch_norm="per_task")
     assert settled == plan(TextNet(), train, steps=2)
+    options = {"method": "fast", "batch_norm": "per_task", "tasks": "switched"}
     with (
         pytest.warns(UserWarning, match="batch_norm='per_task' is not used"),
         pytest.raises(ValueError, match=r"tasks='switched' .* the network has no batch norm"),
     ):
-        plan(TextNet(), train, steps=2, batch_norm="per_task", tasks="switched")
+        plan(TextNet(), train, steps=2, **options)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from statistics import mean
 
 from benchmarks.common import Record
 from benchmarks.finetune.regimes.methods import METHODS, OURS, REGIMES, allowed
-from benchmarks.finetune.regimes.runs import USUAL_STEPS
+from benchmarks.finetune.regimes.runs import HALF_STEPS, USUAL_STEPS
 from benchmarks.finetune.regimes.wise_ft import best_target
 from benchmarks.finetune.regimes.work import WITHOUT_STEPS, better_rate, rows, runs_of
 
@@ -32,8 +32,8 @@ class Comparison:
         ahead: FAST's target accuracy minus its.
         its_lost: the source accuracy that it has lost.
         wise_ft: FAST's target accuracy minus WiSE-FT's where that has FAST's source accuracy.
-        share: share of the run after which FAST has its final target accuracy, as far as that was
-            measured; None where it is not reached.
+        share: FAST's steps to its final target accuracy, as a share of its steps, as far as that
+            was measured; None where it is not reached.
         curve: FAST's target accuracy by step.
     """
 
@@ -82,8 +82,8 @@ def baselines(records: Sequence[Record], ours: Record, regime: str) -> dict[str,
     """The baselines that a row of FAST is compared with in a regime, by name, as runs by seed;
     among them WiSE-FT at the source accuracy of FAST's run of that seed."""
     names = [name for name in METHODS if name not in OURS]
-    rivals = list(rows([ours["pair"]], names, ours["steps"], ours["samples"]))
-    if ours["steps"] != USUAL_STEPS:
+    rivals = list(rows([ours["pair"]], names, _their_steps(ours), ours["samples"]))
+    if _their_steps(ours) != USUAL_STEPS:
         rivals += rows([ours["pair"]], WITHOUT_STEPS, USUAL_STEPS, ours["samples"])
     runs = by_seed(records, ours)
     result: dict[str, dict[int, Record]] = {}
@@ -97,6 +97,11 @@ def baselines(records: Sequence[Record], ours: Record, regime: str) -> dict[str,
         entries = {f"{row['method']}, {switch}": shared, f"{WISE_FT}, {switch}": lines}
         result |= {name: its for name, its in entries.items() if its}
     return result
+
+
+def _their_steps(ours: Record) -> int:
+    """The steps of the baselines that a row of FAST is compared with."""
+    return USUAL_STEPS if ours["steps"] == HALF_STEPS else int(ours["steps"])
 
 
 def on_line(run: Record, source: float) -> Record:
@@ -120,6 +125,7 @@ def compare(records: Sequence[Record], ours: Record, regime: str) -> Comparison 
     mine, its = [runs[seed] for seed in rivals[best]], list(rivals[best].values())
     goal, points = mean(r["target"] for r in its), curve(mine)
     reached = next((step for step, target in points if step and target >= goal), None)
+    shorter = ours["steps"] / _their_steps(ours)
     return Comparison(
         ours=ours,
         regime=regime,
@@ -130,6 +136,6 @@ def compare(records: Sequence[Record], ours: Record, regime: str) -> Comparison 
         ahead=ahead[best],
         its_lost=lost(its),
         wise_ft=min((a for n, a in ahead.items() if n.startswith(WISE_FT)), default=None),
-        share=None if reached is None else reached / points[-1][0],
+        share=None if reached is None else reached / points[-1][0] * shorter,
         curve=points,
     )

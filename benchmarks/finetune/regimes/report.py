@@ -177,7 +177,9 @@ def report(records: Sequence[Record], times: Sequence[Record], pairs: Sequence[s
         "What was wanted and what was measured. In the regime of one function nothing is switched "
         "between the tasks; in that of two, norms or adapters are, and every baseline of the first "
         "is allowed too. The best baseline is the one with the highest target accuracy, WiSE-FT at "
-        "FAST's source accuracy among them. Points of accuracy, means over seeds, then over pairs.",
+        "FAST's source accuracy among them. Points of accuracy, means over seeds, then over pairs. "
+        f"The share of steps is of a run of {USUAL_STEPS}; runs that are planned for half as many "
+        "stand beside it.",
         "",
         *table(measured),
         "",

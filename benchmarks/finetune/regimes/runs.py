@@ -16,6 +16,7 @@ from benchmarks.finetune.regimes.samples import Task
 # The lengths of the table are those of a pair that is usually trained for so many steps; one that
 # is usually trained for fewer takes the same share of them.
 USUAL_STEPS = 150
+HALF_STEPS = USUAL_STEPS // 2
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
 
     Args:
         regime, source_inputs: see `methods`.
-        steps: 150, 400 or 1,500, see `USUAL_STEPS`.
+        steps: 75, 150, 400 or 1,500, see `USUAL_STEPS`.
         samples: of each class, or None for all.
     """
     torch.manual_seed(seed)

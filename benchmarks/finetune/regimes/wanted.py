@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from benchmarks.finetune.regimes.figures import Comparison
-from benchmarks.finetune.regimes.runs import USUAL_STEPS
+from benchmarks.finetune.regimes.runs import HALF_STEPS, USUAL_STEPS
 from benchmarks.finetune.regimes.timing import PAIRS
 
 FEW = 10
@@ -87,6 +87,14 @@ def wanted(source_inputs: bool) -> list[Figure]:
             over=min,
             bound=-2.0,
             at_most=False,
+        ),
+        Figure(
+            name="target in half of the steps minus the best baseline's in all, mean",
+            of=_ahead,
+            over=mean,
+            bound=0.0,
+            at_most=False,
+            steps=HALF_STEPS,
         ),
         Figure(name="share of steps to its final accuracy, mean", of=_share, over=mean, bound=0.5),
         Figure(name="pairs that do not reach it", of=_not_reached, over=sum, bound=0.0),

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from benchmarks.common import Record
-from benchmarks.finetune.regimes.methods import METHODS, rates_of, regimes_of
-from benchmarks.finetune.regimes.runs import USUAL_STEPS
+from benchmarks.finetune.regimes.methods import METHODS, OURS, rates_of, regimes_of
+from benchmarks.finetune.regimes.runs import HALF_STEPS, USUAL_STEPS
 
 PAIRS = (
     "resnet20 -> omniglot,resnet20 -> sign_digits,resnet32 -> fashion_mnist,"
@@ -18,9 +18,15 @@ PAIRS = (
     "resnet44 -> flowers,mobilenet 0.5 -> gtsrb,minilm -> sms_spam"
 )
 SEEDS = (0, 1, 2)
-LENGTHS = (USUAL_STEPS, 400, 1500)
-# (steps, samples of each class): the usual run, few samples, longer runs.
-PARTS = ((USUAL_STEPS, None), (USUAL_STEPS, 10), (400, None), (1500, None))
+LENGTHS = (HALF_STEPS, USUAL_STEPS, 400, 1500)
+# (steps, samples of each class): the usual run, few samples, half of the steps, longer runs.
+PARTS = (
+    (USUAL_STEPS, None),
+    (USUAL_STEPS, 10),
+    (HALF_STEPS, None),
+    (400, None),
+    (1500, None),
+)
 # A logistic regression has no steps: one row serves all lengths.
 WITHOUT_STEPS = ("linear probe",)
 # A setting but for its learning rate and its seed.
@@ -37,6 +43,8 @@ def rows(
             continue
         if name in WITHOUT_STEPS and steps != USUAL_STEPS:
             continue
+        if steps == HALF_STEPS and name not in OURS:
+            continue  # FAST's half is compared with the usual length of the others
         for regime, inputs in product(regimes_of(name, pair), METHODS[name].source_inputs):
             values = (pair, name, regime, inputs, steps, samples)
             yield dict(zip(ROW, values, strict=True))

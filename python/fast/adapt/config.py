@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
-from fast.adapt.methods import METHODS, MethodName
+from fast.adapt.methods import METHODS, MethodName, default_method
 from fast.errors import did_you_mean, warn
 from fast.models.head_option import KEEP, head_name
 
@@ -98,13 +98,18 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """Options of `fast.Adaptation`. `None` stands for the method's own default (`METHODS`).
+    """Options of `fast.Adaptation`. `None` stands for the method's own default (`METHODS`), and of
+    `method` for `default_method`, which it becomes.
 
     Raises:
         ValueError: an option is out of range; the message names it.
     """
 
-    method: str = setting("fast", "how to adapt", choices=MethodName)
+    method: str = setting(
+        None,
+        "how to adapt (default: fast; adapter where the tasks are switched)",
+        choices=MethodName,
+    )
     steps: int | None = setting(None, "optimizer steps (default: from --epochs)", least=1)
     epochs: int | None = setting(
         None, "passes over the training data (default: 3, and at least 100 steps)", least=1
@@ -206,6 +211,8 @@ class AdaptConfig:
             object.__setattr__(self, f.name, value)  # the record is frozen
             if value is not None or f.default is not None:
                 _check_value(f, value)
+        if self.method is None:
+            object.__setattr__(self, "method", default_method(self.tasks))
         if self.forget_budget is not None:
             Budget.parse(self.forget_budget)
         self._check_tasks()
@@ -282,7 +289,7 @@ class AdaptConfig:
             if getattr(self, name):
                 raise ValueError(
                     f"{name} holds the source task, and method 'adapter' changes nothing of it: "
-                    f"leave {name} out"
+                    f"leave {name} out, or use 'fast'"
                 )
         if self.keeps_head:
             raise ValueError(
@@ -297,7 +304,7 @@ class AdaptConfig:
         if self.shard:
             raise ValueError(
                 "shard=True shards the weights that learn, and method 'adapter' learns few beside "
-                "them: leave shard out"
+                "them: leave shard out, or use 'fast'"
             )
 
     def _plain(self, name: str, value: Any, kinds: tuple[type, ...]) -> Any:
@@ -327,7 +334,7 @@ class AdaptConfig:
 class AdaptOptions(TypedDict, total=False):
     """The fields of `AdaptConfig` as keyword arguments, for type checkers."""
 
-    method: MethodName
+    method: MethodName | None
     steps: int | None
     epochs: int | None
     batch_size: int

@@ -286,6 +286,7 @@ def import_peft() -> Any:
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError(
-            "method 'adapter' needs PEFT: pip install 'fast-task-adaptation[adapter]'"
+            "method 'adapter', the default of tasks='switched', needs PEFT: pip install "
+            "'fast-task-adaptation[adapter]'"
         )
     return import_library("peft", "method 'adapter' needs")
