@@ -180,7 +180,11 @@ class AdaptConfig:
         "frozen)",
         choices=BatchNormPolicy,
     )
-
+    dropout: bool | None = setting(
+        None,
+        "whether the network's dropout is active (default: yes, but with fast and adapter not "
+        "where it drowns what distinguishes the inputs)",
+    )
     tasks: str | None = setting(
         None,
         "one function answers both tasks ('together'), or what is kept per task is switched "
@@ -355,6 +359,7 @@ class AdaptOptions(TypedDict, total=False):
     average: int | None
     probe_steps: int | None
     batch_norm: BatchNormPolicy | None
+    dropout: bool | None
     tasks: Tasks | None
     adapter_rank: int | None
     schedule: Schedule

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import fast
-from fast.adapt.network.dropout import warn_of_dropout
 from fast.adapt.network.head_start import HOLD_OUT, head_is_last, start_head
 from fast.heads import calibrate_from, find_head, task_head
 from networks import IMAGE_NETWORKS, ConvNet, images
@@ -89,25 +88,6 @@ def test_of_few_samples_none_is_held_out(samples):
     start_head(head, features, labels, loss=F.cross_entropy, steps=200, seed=0)
     with torch.no_grad():
         assert F.cross_entropy(head.eval()(features), labels) < 0.05
-
-
-def test_dropout_that_drowns_the_inputs_is_told(pretrained, caplog):
-    """Inputs that are nearly alike have features that are: those of random weights are so, too."""
-    message = "dropout changes what the head sees more than one training input differs"
-    for scale, told in ((1.0, False), (1e-4, True)):
-        model = torch.nn.Sequential(
-            copy.deepcopy(pretrained), torch.nn.Dropout(0.1), torch.nn.Linear(5, 5)
-        )
-        x = TRAIN[0][:64] * scale + TRAIN[0][0] * (1 - scale)
-        with torch.no_grad():
-            features = model[0].eval()(x)
-        generator, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
-        warn_of_dropout(model.train(), model[2], x, features)
-        assert (message in caplog.text) == told
-        assert torch.equal(generator, torch.get_rng_state())
-        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-        assert model[1].training
-        assert not model[2]._forward_pre_hooks
 
 
 def test_class_weights_hold_for_the_head_start():

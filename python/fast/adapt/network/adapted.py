@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fast.adapt.guards.base import SourceBatch
 from fast.adapt.network.drift import Drift
+from fast.adapt.network.dropout import Shares, dropout_shares, set_dropout
 from fast.adapt.network.sharding import Sharding
 from fast.adapt.network.shared_forward import HeadInput
 from fast.data.trees import move
@@ -64,10 +65,16 @@ class AdaptedNetwork:
         self.drift: Drift | None = None
         self.sharding: Sharding | None = None
         self._copies: list[tuple[nn.Module, nn.Module]] = []  # with their source layers
+        self._dropout: Shares = []  # what is switched off
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def switch_dropout_off(self) -> None:
+        """Drop nothing until `close`."""
+        self._dropout = dropout_shares(self.model)
+        set_dropout(self._dropout, 0.0)
 
     def watch(self, apart: bool) -> None:
         """Record the head's input in every forward pass from now on.
@@ -137,7 +144,8 @@ class AdaptedNetwork:
             self.sharding = None
 
     def close(self) -> None:
-        """Stop watching; the normaliser is updated by every batch again."""
+        """Stop watching; the normaliser is updated by every batch again, and dropout is back."""
+        set_dropout(self._dropout, 1.0)
         if self._input is not None:
             self._input.close()
         if self.norm is not None:

@@ -18,7 +18,7 @@ from fast.adapt.guards.rehearse import Rehearsal, scale_of
 from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
-from fast.adapt.network.dropout import warn_of_dropout
+from fast.adapt.network.dropout import DROWNED, added_by_dropout, dropout_shares
 from fast.adapt.network.head_start import check_loss, start_head
 from fast.adapt.network.shared_forward import cuts_at_head, depends_on_mode
 from fast.adapt.setup import Setup
@@ -45,6 +45,7 @@ from fast.heads import (
 from fast.ranks import Ranks
 from fastkernels.codes import compute_dtype
 
+log = logging.getLogger("fast")
 steps_log = logging.getLogger("fast.steps")
 
 # This many training samples set the normaliser's first statistics: the standard error of a mean is
@@ -86,11 +87,10 @@ def first_pass(
     features: list[Tensor] = []
     labels: list[Tensor] = []
     outputs = SourceOutputs(network.source, batches.data)
-    seen, shown = 0, None
+    seen = 0
     for inputs, y, index in batches.once():
         if seen >= wanted:
             break
-        shown = inputs if shown is None else shown
         if batches.data.inputs is None:
             check_finite_inputs(inputs, "train", index)
         x = features_of(model, network.head, move(inputs, device))
@@ -103,8 +103,6 @@ def first_pass(
         seen += len(y)
     if network.norm is not None and calibrates:
         calibrate_from(network.norm, features)
-        if plan.batch_norm != "track":  # else training mode has other statistics, too
-            warn_of_dropout(model, network.head, shown, features[0])
     return FirstPass(
         features=torch.cat(features) if features else torch.empty(0, device=device),
         labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
@@ -244,6 +242,30 @@ def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, fol
     )
 
 
+def settle_dropout(network: AdaptedNetwork, setup: Setup, wanted: bool | None) -> None:
+    """Switch dropout off if the user says so, or if nothing is said and it drowns the features.
+
+    Args:
+        wanted: what the user says.
+    """
+    model, sample = network.model, setup.sample
+    if wanted or not dropout_shares(model):
+        return
+    if wanted is None:
+        # Without a normaliser nothing is scaled up; `track` has other statistics in training.
+        if network.norm is None or setup.plan.batch_norm == "track" or length(sample) < 2:
+            return
+        added = added_by_dropout(model, network.head, sample)
+        if added <= DROWNED:
+            return
+        log.info(
+            "dropout is off during this run: it would change what the head sees by %.1f times the "
+            "variance between training inputs; dropout=True keeps it",
+            added,
+        )
+    network.switch_dropout_off()
+
+
 def set_norms_and_adapters(network: AdaptedNetwork, setup: Setup, *, resuming: bool) -> None:
     """Give the backbone the batch norms and adapters of the plan."""
     plan, model = setup.plan, network.model
@@ -309,6 +331,7 @@ def prepare(
     )
     check_backbone(network, plan.method)
     set_norms_and_adapters(network, setup, resuming=resuming)
+    settle_dropout(network, setup, config.dropout)
     rehearsed = None
     if plan.source_size:
         rehearsed = samples if setup.own is None else setup.own

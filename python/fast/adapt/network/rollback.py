@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fast import dtensor
+from fast.adapt.network.dropout import dropout_shares, set_dropout
 from fast.data.generators import process_generators, set_process_generators
 from fast.heads import task_head
 
@@ -28,9 +29,10 @@ class RollbackOnError:
     """Restores a model, and the process's random generators, if the block ends in an exception
     before `keep` is called.
 
-    The model gets back its own head and batch norms, their statistics, its modes, and which of its
-    parameters can be trained. It stays on its present device. A model whose weights have been
-    sharded is left as it is: gathering them takes all ranks, and one of them may have failed.
+    The model gets back its own head and batch norms, their statistics, its modes, its dropout, and
+    which of its parameters can be trained. It stays on its present device. A model whose weights
+    have been sharded is left as it is: gathering them takes all ranks, and one of them may have
+    failed.
 
     Args:
         weights: copy the weights as well, because the block may overwrite them (by a checkpoint).
@@ -43,6 +45,7 @@ class RollbackOnError:
         copied = model.parameters() if weights else ()
         self._weights = [(p, p.detach().clone()) for p in copied]
         self._buffers = copied_buffers(model)
+        self._dropout = dropout_shares(model)
         self._head = task_head(model)
         self._generators = process_generators()
         self.kept = False
@@ -78,6 +81,7 @@ class RollbackOnError:
             module._modules.clear()
             module._modules.update(children)
             module.training = training
+        set_dropout(self._dropout, 1.0)
         for parameter, trainable, dtype in self._trainable:
             parameter.requires_grad_(trainable)
             if parameter.dtype != dtype:  # 16-bit weights, made wider and not yet changed
