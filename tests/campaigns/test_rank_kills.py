@@ -40,7 +40,7 @@ def samples(count, classes, seed):
 KEPT = samples(40, 4, seed=3)
 COMMON = {
     "steps": 8, "head_steps": 10, "eval_every": 4, "save_every": 3, "batch_size": 32,
-    "progress": False,
+    "progress": False, "dropout": True,
 }  # fmt: skip
 CONFIGURATIONS = {
     "source inputs": {"source_inputs": KEPT[0]},

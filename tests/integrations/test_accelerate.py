@@ -58,6 +58,7 @@ class Run:
             batch_size=BATCH,
             grad_accum_steps=parts,
             batch_norm="frozen",
+            dropout=True,
         )
         self.prepared, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model,
@@ -81,9 +82,8 @@ class Run:
 
 
 def plain_loop(model):
-    adaptation = fast.Adaptation(
-        model, TRAIN, source_inputs=SOURCE[0], steps=STEPS, batch_size=BATCH, batch_norm="frozen"
-    )
+    options = {"steps": STEPS, "batch_size": BATCH, "batch_norm": "frozen", "dropout": True}
+    adaptation = fast.Adaptation(model, TRAIN, source_inputs=SOURCE[0], **options)
     scheduler = adaptation.scheduler()
     model.train()
     for inputs, labels, rows in loader_of(adaptation):

@@ -124,12 +124,13 @@ class Checkpoint(lightning.Callback):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_goes_on_to_the_bit(tmp_path, name):
     """With dropout, in the middle of an epoch, from a checkpoint of Lightning's own."""
-    whole = fit(RUNS[name])
+    options = RUNS[name] | {"dropout": True}
+    whole = fit(options)
     path = tmp_path / "7.ckpt"
     with pytest.raises(ConnectionError):
-        fit(RUNS[name], Checkpoint(path, 7, dies=True))
+        fit(options, Checkpoint(path, 7, dies=True))
     torch.manual_seed(99)
-    resumed = fit(RUNS[name], ckpt_path=path)
+    resumed = fit(options, ckpt_path=path)
     assert resumed.adaptation.done == STEPS
     assert same(resumed.network, whole.network)
 

@@ -95,6 +95,7 @@ def trainer(folder, name="bert", *, dropout=0.0, model=None, args=None, **option
             "eval_dataset": data(40, CLASSES, 2),
             "num_classes": CLASSES,
             "head_steps": 10,
+            "dropout": dropout > 0,
         }
         | sources
         | options,

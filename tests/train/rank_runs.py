@@ -50,7 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "patience": {"patience": 1},
     "own loop": SOURCE,
     "unwrapped": SOURCE,
-    "dropout": SOURCE,
+    "dropout": {**SOURCE, "dropout": True},
     "broken": {},
 }
 

@@ -57,6 +57,7 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, method, optimizer, kin
         "lr": 1.0 if method == "rehearsing" else None,
         "rehearse": 1.0 if method == "rehearsing" else None,
         "optimizer": optimizer,
+        "dropout": True,
         "steps": 14,
         "eval_every": 4,
         "save_every": 3,
@@ -330,7 +331,7 @@ def test_a_batch_sampler_with_a_generator_of_its_own(tmp_path, kind):
         sampler = generator if kind == "nested" else Shuffled(generator)
         return DataLoader(TensorDataset(*TRAIN), batch_sampler=sampler)
 
-    options = {"num_classes": 4, "steps": 8, "eval_every": 4, "save_every": 3}
+    options = {"num_classes": 4, "steps": 8, "eval_every": 4, "save_every": 3, "dropout": True}
     whole = fast.finetune(network(), loader(), output=str(tmp_path / "whole"), **options)
     interrupted(network(), 5, loader(), output=str(tmp_path / "cut"), **options)
     again = fast.finetune(network(), loader(), resume=str(tmp_path / "cut"), **options)
