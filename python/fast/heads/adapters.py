@@ -99,7 +99,7 @@ def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> n
         raise ValueError(
             f"method='adapter': {type(model).__name__} has no layer to adapt: its backbone needs "
             "an nn.Linear or a convolution without groups that can learn (requires_grad), is "
-            "called as a layer and does no more than one; use method='fast'"
+            "called as a layer and does no more than one; use method='fast' with tasks='together'"
         )
     weights: list[Any] = [model.get_submodule(name).weight for name in names]
     most = max(min(weight.flatten(1).shape) for weight in weights)

@@ -259,8 +259,8 @@ def settle_dropout(network: AdaptedNetwork, setup: Setup, wanted: bool | None) -
         if added <= DROWNED:
             return
         log.info(
-            "dropout is off during this run: it would change what the head sees by %.1f times the "
-            "variance between training inputs; dropout=True keeps it",
+            "dropout is off during this run: it adds %.1f times the variance between training "
+            "inputs to what the head sees; dropout=True keeps it",
             added,
         )
     network.switch_dropout_off()
