@@ -118,3 +118,22 @@ def test_class_weights_hold_for_the_head_start():
         with torch.no_grad():
             answers[weight] = (result.model(VAL[0]).argmax(1) == 0).float().mean().item()
     assert answers[0.0] < 0.5 * answers[1.0]
+
+
+class InPlace(ConvNet):
+    """What follows its head works in place, on the tensor that the head has made."""
+
+    def __init__(self, what) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        return self.what(super().forward(x))
+
+
+def test_what_follows_the_head_in_place_is_seen():
+    """A head that was taught without it had logits twenty times too large in the first step."""
+    assert not head_is_last(InPlace(lambda z: z.mul_(20)), TRAIN[0])
+    assert head_is_last(InPlace(lambda z: z), TRAIN[0])
+    with pytest.raises(ValueError, match="returns probabilities"):
+        head_is_last(InPlace(torch.sigmoid_), TRAIN[0])
