@@ -119,6 +119,20 @@ def test_batches_of_whole_steps_that_are_taken_for_micro_batches_are_told():
         loop()
 
 
+def test_a_loader_that_reads_ahead_takes_whole_steps(recwarn):
+    """A run of two steps was told that it took whole steps for micro-batches."""
+    _, adaptation = adapted(steps=2, grad_accum_steps=2)
+    stream = adaptation.batches()
+    ahead = next(stream)
+    while ahead is not None:
+        batch, ahead = ahead, next(stream, None)
+        for half in torch.arange(len(batch[1])).chunk(2):
+            backward(adaptation, *(x[half] for x in batch))
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+    assert adaptation.done == 2
+    assert not recwarn.list
+
+
 def test_a_loop_that_has_diverged_is_told_so():
     _, adaptation = adapted(forget_budget=None)
     logits, _ = adaptation.forward(*next(adaptation.batches())[::2])

@@ -13,7 +13,7 @@ import fast
 from fast.adapt.defaults import SHUFFLED, source_share
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.guards.rehearse import Rehearsal, places_for
-from fast.adapt.network.shared_forward import HeadInput, depends_on_mode, shares
+from fast.adapt.network.shared_forward import HeadInput, cuts_at_head, depends_on_mode, shares
 from fast.data.images.patches import are_pictures, shuffled_patches
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import join
@@ -244,6 +244,16 @@ def test_dropout_is_no_movement_of_features(pretrained):
     options = {"steps": 20, "lr": 1e-6, "schedule": "constant", "ramp": 0, "eval_every": 5}
     history = fast.finetune(model, TRAIN, source_inputs=KNOWN[0], **options).history
     assert {record["lr"] for record in history[1:]} == {1e-6}
+
+
+def test_samples_that_depend_on_each_other_go_through_the_network_apart(pretrained):
+    """Batch norm without running statistics normalises source inputs by those of the target."""
+    model = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
+    head = task_head(model)
+    assert cuts_at_head(model, head, TRAIN[0], 2 * KNOWN[0][:8])
+    model.features[1].track_running_stats = False
+    model.features[1].running_mean = model.features[1].running_var = None
+    assert not cuts_at_head(model, head, TRAIN[0], 2 * KNOWN[0][:8])
 
 
 def rehearsal_of(adaptation):

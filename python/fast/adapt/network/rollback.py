@@ -28,9 +28,10 @@ class RollbackOnError:
     """Restores a model, and the process's random generators, if the block ends in an exception
     before `keep` is called.
 
-    The model gets back its own head and batch norms, their statistics, its modes, and which of its
-    parameters can be trained. It stays on its present device. A model whose weights have been
-    sharded is left as it is: gathering them takes all ranks, and one of them may have failed.
+    The model gets back its own head and batch norms, their statistics, its modes and hooks, and
+    which of its parameters can be trained. It stays on its present device. A model whose weights
+    have been sharded is left as it is: gathering them takes all ranks, and one of them may have
+    failed.
 
     Args:
         weights: copy the weights as well, because the block may overwrite them (by a checkpoint).
@@ -39,6 +40,8 @@ class RollbackOnError:
     def __init__(self, model: nn.Module, weights: bool = False) -> None:
         self.model = model
         self._parts = [(m, type(m), dict(m._modules), m.training) for m in model.modules()]
+        hooks = (h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks))
+        self._hooks = [(h, dict(h)) for h in hooks]
         self._trainable = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
         copied = model.parameters() if weights else ()
         self._weights = [(p, p.detach().clone()) for p in copied]
@@ -78,6 +81,9 @@ class RollbackOnError:
             module._modules.clear()
             module._modules.update(children)
             module.training = training
+        for hooks, before in self._hooks:
+            hooks.clear()
+            hooks.update(before)
         for parameter, trainable, dtype in self._trainable:
             parameter.requires_grad_(trainable)
             if parameter.dtype != dtype:  # 16-bit weights, made wider and not yet changed
