@@ -314,3 +314,19 @@ def test_a_damaged_or_other_folder_is_refused(adapted, source_inputs, tmp_path):
         with pytest.raises(ValueError, match="damaged"):
             load_joined(folder, ConvNet())
         (folder / name).write_bytes(content)
+
+
+def test_a_folder_holds_what_was_saved_there_last(adapted, source_inputs, tmp_path):
+    """A joined network got the adapters of the one before it, and a result its join.json."""
+    pytest.importorskip("peft", reason="adapters are its layers")
+    x = source_inputs[0]
+    adapter = fast.finetune(ConvNet(), target(60), steps=2, method="adapter", progress=False)
+    joined = adapter.join(source_inputs=x, data=target(60))
+    for saved in (adapter, joined, adapted["per_task"], joined, adapted["frozen"]):
+        saved.save(tmp_path)
+        network = saved if saved is joined else saved.model
+        with evaluating(network):
+            expected = network(x)
+        loaded = fast.load(tmp_path, ConvNet())
+        assert loaded.is_joined == (saved is joined)
+        torch.testing.assert_close(loaded.predict(x).logits, expected, rtol=1e-4, atol=1e-4)
