@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import fast
 from fast.adapt.defaults import SHUFFLED, source_share
 from fast.adapt.guards.base import MicroBatch, Seen
-from fast.adapt.guards.rehearse import Rehearsal, places_for
+from fast.adapt.guards.rehearse import Rehearsal, own_inputs, places_for
 from fast.adapt.network.shared_forward import HeadInput, cuts_at_head, depends_on_mode, shares
+from fast.data.dataset import as_data
 from fast.data.images.patches import are_pictures, shuffled_patches
 from fast.data.source_inputs import SourceInputs
+from fast.data.stream import TrainBatches
 from fast.data.trees import join
 from fast.heads import features_of, set_batch_norm, source_task, task_head
 from fast.heads.outputs import source_features
@@ -178,6 +180,15 @@ def test_the_head_never_sees_the_source_rows():
     assert torch.allclose(kept, features_of(model, head, source), atol=1e-5)
     watched.close()
     assert not head._forward_pre_hooks
+
+
+def test_pictures_as_they_are_are_mixed_with_shuffled_ones():
+    """The first of them are measured in the first step, and kept where features are large."""
+    train = images(2000, 4)
+    own = own_inputs(TrainBatches(as_data(train, "train"), 64, 0), 64, True).inputs
+    as_they_are = [bool((train[0] == x).flatten(1).all(1).any()) for x in own]
+    assert 16 <= sum(as_they_are) <= 32 == len(own) // 2
+    assert 4 < sum(as_they_are[:32]) < sum(as_they_are) - 4
 
 
 def test_source_inputs_of_another_shape_go_through_the_network_apart():
