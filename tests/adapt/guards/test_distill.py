@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 
 import pytest
@@ -101,6 +102,32 @@ def test_a_view_that_is_not_remembered_is_left_out():
     places = distillation.places(torch.tensor([2, 4, 0, 7]), x[[1, 1, 0, 2]])
     assert places.tolist() == [1, -1, -1, 2]
     assert not distillation.live
+
+
+def test_a_loop_that_shows_other_views_than_the_data_set_is_told(caplog, monkeypatch):
+    """It gave their rows, and nothing of the source's answers was held, in silence."""
+    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
+    copied = []
+    remembered = Remembered(
+        rows=torch.tensor([4, 2, 7]),
+        outputs=torch.zeros(3, 5),
+        num_samples=9,
+        digests=[digest(row) for row in TRAIN[0][:3]],
+    )
+    distillation = Distillation(
+        source=nn.Linear(2, 5),
+        weight=1.0,
+        remembered=remembered,
+        pretrained_copy=lambda: copied.append("copy"),
+    )
+    alone, rows = torch.tensor([4, 0]), torch.tensor([4, 0, 2])
+    assert distillation.places(alone, TRAIN[0][5:7]).tolist() == [-1, -1]
+    assert not distillation.live
+    with caplog.at_level("INFO", logger="fast"):
+        assert distillation.places(rows, TRAIN[0][5:8]).tolist() == [0, 1, 2]
+    assert distillation.live
+    assert copied == ["copy"]
+    assert "source answers come from a frozen copy" in caplog.text
 
 
 def remembering(*positions):
