@@ -274,6 +274,8 @@ def test_an_evaluation_moves_no_statistics_and_none_are_the_identity():
     norm(x + 9)
     assert torch.equal(norm(x), first)
     assert not torch.allclose(first, x)
+    norm.train()(x[:1])  # which has no variance
+    assert torch.equal(norm.eval()(x), first)
 
 
 def test_dead_features_are_not_amplified():

@@ -247,7 +247,7 @@ class Adaptation:
         part, self._part = self._part % parts, self._part + 1
         batch = self._micro_batches.part(inputs, rows, step=self.done, part=part, parts=parts)
         logits, inside, outside = self.forward_part(batch, model)
-        return logits, inside + outside
+        return logits, parts * (inside + outside)  # which the loop divides again
 
     def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
         """Split a step's batch into micro-batches of `size`, whose penalties add up to the batch's.
