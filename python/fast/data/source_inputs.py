@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,9 @@ from fast.data.trees import (
     split_labels,
     without_graph,
 )
-from fast.errors import counted, first_line
+from fast.errors import counted, first_line, warn
+
+log = logging.getLogger("fast")
 
 # Samples that a run keeps in memory, at most, and their bytes.
 LIMIT = 4096
@@ -121,6 +124,8 @@ class SourceInputs:
 def parse_source_inputs(data: Any) -> SourceInputs:
     """The first `LIMIT` source inputs of a run, on the device where they are.
 
+    The last of them will be held back, so that they are mixed where they are sorted by class.
+
     Args:
         data: what `SourceInputs.parse` takes.
 
@@ -136,7 +141,21 @@ def parse_source_inputs(data: Any) -> SourceInputs:
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")
     check_finite_inputs(samples.inputs, "source_inputs")
-    return samples
+    return _mixed(samples)
+
+
+def _mixed(samples: SourceInputs) -> SourceInputs:
+    labels = samples.labels
+    if labels is None or (labels.diff() < 0).any() or int(labels[0]) == int(labels[-1]):
+        return samples
+    if samples.size == LIMIT:
+        warn(
+            f"source_inputs are sorted by class, and the first {LIMIT} are read, up to class "
+            f"{int(labels[-1])}: shuffle them"
+        )
+    log.info("source_inputs are sorted by class: they are taken in random order")
+    rows = torch.randperm(samples.size, generator=torch.Generator().manual_seed(0))
+    return SourceInputs(inputs=pick(samples.inputs, rows), labels=labels[rows.to(labels.device)])
 
 
 def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
