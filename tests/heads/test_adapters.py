@@ -265,7 +265,7 @@ def test_a_rank_that_no_layer_can_have_is_named():
     model = fast.replace_head(ConvNet().eval(), 4, sample=X)
     with pytest.raises(ValueError, match=r"adapter_rank=1000000 is more than the rank 16 that"):
         add_adapters(model, task_head(model), 10**6, X)
-    add_adapters(model, task_head(model), 16, X)
+    add_adapters(model, task_head(model), 32, X)  # which costs little where no layer can have it
 
 
 def test_without_adapters_merging_does_nothing():

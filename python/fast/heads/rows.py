@@ -60,4 +60,4 @@ def folds_positions(model: nn.Module, head: nn.Module, sample: Any) -> bool:
             "the head sees rows of several samples mixed: rehearsal and distillation need those of "
             "each together. Set rehearse=0 and distill=0, or fold positions behind samples"
         )
-    return len(first) > 1
+    return True
