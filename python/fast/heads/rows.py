@@ -18,11 +18,11 @@ def by_sample(rows: Tensor, size: int) -> Tensor:
         size: B, the number of samples.
 
     Raises:
-        ValueError: the number of rows is no multiple of B.
+        ValueError: the number of rows is no multiple of B, or 0.
     """
     if len(rows) == size:
         return rows
-    if not size or len(rows) % size:
+    if not size or not len(rows) or len(rows) % size:
         raise ValueError(
             f"the head sees {len(rows)} rows of {size} samples, not as many of each: rehearsal and "
             "distillation cannot tell whose they are. Set rehearse=0 and distill=0"
