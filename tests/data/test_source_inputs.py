@@ -145,7 +145,7 @@ def test_errors_name_the_data():
         SourceInputs.parse(np.array(["a", "b"]), 25, "kept")
 
 
-def test_sorted_source_inputs_are_mixed(monkeypatch):
+def test_sorted_source_inputs_are_mixed():
     """Half of the classes were rehearsed, and the budget was measured on the others."""
     order = Y.argsort(stable=True)
     x, y = X[order], Y[order]
@@ -156,6 +156,13 @@ def test_sorted_source_inputs_are_mixed(monkeypatch):
     assert torch.equal(mixed.labels, Y[rows])
     assert torch.equal(parse_source_inputs((X, Y)).inputs, X)
     assert torch.equal(parse_source_inputs((X, 0 * Y)).inputs, X)
-    monkeypatch.setattr("fast.data.source_inputs.LIMIT", 16)
-    with pytest.warns(UserWarning, match="the first 16 are read, up to class 1: shuffle them"):
-        parse_source_inputs((x, y))
+
+
+def test_sorted_data_of_which_the_first_are_read_are_named():
+    """A card, or a joined network, was made from the first few classes alone."""
+    order = Y.argsort(stable=True)
+    data = TensorDataset(X[order], Y[order])
+    with pytest.warns(UserWarning, match="kept: sorted by class, and the first 20 are read, up"):
+        SourceInputs.parse(data, 20, "kept")
+    assert SourceInputs.parse(data, 64, "kept").size == 40
+    assert SourceInputs.parse(data, 8, "kept").size == 8  # by chance, perhaps

@@ -121,6 +121,21 @@ def test_the_loss_over_all_classes_falls(result, source_inputs):
     assert calibration.source_scale == 1
 
 
+def test_without_labels_the_probabilities_that_the_source_gives_are_right(adapted, source_inputs):
+    """Not its most likely classes alone."""
+    result, data = adapted["frozen"], target(60)
+    before = []
+    for x in (source_inputs[0], data[0]):
+        with evaluating(result.model), fast.source_task(result.model):
+            source = result.model(x)
+        with evaluating(result.model):
+            before.append((source, torch.cat([source, result.model(x)], 1).log_softmax(1)))
+    (answers, old), (_, new) = before
+    losses = -(answers.softmax(1) * old[:, :5]).sum(1).mean(), F.nll_loss(new, data[1] + 5)
+    joined = result.join(source_inputs=source_inputs[0], data=data)
+    assert joined.calibration.loss_before == pytest.approx(float(sum(losses)) / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e-3])
 def test_heads_that_are_far_too_sure_or_unsure_are_brought_to_one_scale(scale):
     """The line search must not overflow: beside a head whose logits were 100 it gave NaN."""

@@ -36,6 +36,7 @@ LIMIT = 4096
 BYTES = 2**28
 # Half of the samples are held back to measure on, and the loss of one sample says nothing.
 LEAST = 4
+NO_CHANCE = 16  # So many labels are not in order by chance.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,14 @@ class SourceInputs:
             ) from error
         if count < 2:
             raise ValueError(f"{name}: 1 sample; give at least 2")
-        return cls(inputs=together, labels=None if answers is None else whole_labels(answers, name))
+        if answers is not None:
+            answers = whole_labels(answers, name)
+            if count == limit >= NO_CHANCE and _are_sorted(answers):
+                warn(
+                    f"{name}: sorted by class, and the first {limit} are read, up to class "
+                    f"{int(answers[-1])}: shuffle them"
+                )
+        return cls(inputs=together, labels=answers)
 
     @property
     def size(self) -> int:
@@ -146,16 +154,16 @@ def parse_source_inputs(data: Any) -> SourceInputs:
 
 def _mixed(samples: SourceInputs) -> SourceInputs:
     labels = samples.labels
-    if labels is None or (labels.diff() < 0).any() or int(labels[0]) == int(labels[-1]):
+    if labels is None or not _are_sorted(labels):
         return samples
-    if samples.size == LIMIT:
-        warn(
-            f"source_inputs are sorted by class, and the first {LIMIT} are read, up to class "
-            f"{int(labels[-1])}: shuffle them"
-        )
     log.info("source_inputs are sorted by class: they are taken in random order")
     rows = torch.randperm(samples.size, generator=torch.Generator().manual_seed(0))
     return SourceInputs(inputs=pick(samples.inputs, rows), labels=labels[rows.to(labels.device)])
+
+
+def _are_sorted(labels: Tensor) -> bool:
+    """Whether labels of several classes are in order."""
+    return bool((labels.diff() >= 0).all()) and int(labels[0]) != int(labels[-1])
 
 
 def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
