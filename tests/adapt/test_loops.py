@@ -119,6 +119,18 @@ def test_batches_of_whole_steps_that_are_taken_for_micro_batches_are_told():
         loop()
 
 
+def test_a_step_of_fewer_micro_batches_is_followed_by_a_whole_one():
+    """The last step of an epoch, whose source inputs the next one would have gone on with."""
+    _, adaptation = adapted(grad_accum_steps=4)
+    seen, run = [], adaptation.forward_part
+    adaptation.forward_part = lambda batch, model: seen.append(batch.part) or run(batch, model)
+    for batches in (2, 4):
+        for batch in itertools.islice(adaptation.batches(), batches):
+            backward(adaptation, *(x[:8] for x in batch))
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+    assert seen == [0, 1, 0, 1, 2, 3]
+
+
 def test_a_loader_that_reads_ahead_takes_whole_steps(recwarn):
     """A run of two steps was told that it took whole steps for micro-batches."""
     _, adaptation = adapted(steps=2, grad_accum_steps=2)
