@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fast import dtensor
-from fast.adapt.begin import Parts, begin, bound_card
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean, check_options
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.loss import Loss, TargetLoss
@@ -26,6 +25,7 @@ from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.network.trainable import check_arguments, check_model
 from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
+from fast.adapt.parts import Parts, bound_card, make_parts
 from fast.adapt.result import Result
 from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
@@ -139,7 +139,7 @@ class Adaptation:
                 bound = None if card is None else bound_card(card, self.model)
             if trains_in_16_bits(self.model):
                 until_closed.enter_context(in_float32(self.model))
-            parts = begin(
+            parts = make_parts(
                 self.model,
                 train,
                 self.config,

@@ -274,7 +274,7 @@ def teach_head(
     start_head(head, first.features, labels, loss=loss, steps=setup.plan.head_steps, seed=seed)
 
 
-def prepare(
+def prepare_network(
     model: nn.Module,
     setup: Setup,
     config: AdaptConfig,

@@ -28,10 +28,9 @@ class RollbackOnError:
     """Restores a model, and the process's random generators, if the block ends in an exception
     before `keep` is called.
 
-    The model gets back its own head and batch norms, their statistics, its modes and hooks, and
-    which of its parameters can be trained. It stays on its present device. A model whose weights
-    have been sharded is left as it is: gathering them takes all ranks, and one of them may have
-    failed.
+    The model gets back its own head and batch norms, their statistics, its modes, and which of its
+    parameters can be trained. It stays on its present device. A model whose weights have been
+    sharded is left as it is: gathering them takes all ranks, and one of them may have failed.
 
     Args:
         weights: copy the weights as well, because the block may overwrite them (by a checkpoint).
@@ -76,14 +75,14 @@ class RollbackOnError:
         if head is not None and head is not self._head:
             head.answers_source = True
             head.announce(self.model)
+        for hooks, before in self._hooks:  # a head that is kept has been watched
+            hooks.clear()
+            hooks.update(before)
         for module, kind, children, training in self._parts:
             module.__class__ = kind
             module._modules.clear()
             module._modules.update(children)
             module.training = training
-        for hooks, before in self._hooks:
-            hooks.clear()
-            hooks.update(before)
         for parameter, trainable, dtype in self._trainable:
             parameter.requires_grad_(trainable)
             if parameter.dtype != dtype:  # 16-bit weights, made wider and not yet changed
