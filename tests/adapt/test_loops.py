@@ -248,6 +248,22 @@ def test_rows_may_be_a_list():
     assert torch.equal(*penalties)
 
 
+def test_a_run_resumes_in_its_stall():
+    """The weights of the backbone have not moved by then, as if the model lacked its state."""
+    options = {"head_steps": 0, "stall": 5, "ramp": 0, "average": 0}
+    model, adaptation = adapted(**options)
+    for batch in itertools.islice(adaptation.batches(), 3):
+        backward(adaptation, *batch)
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+    again, resumed = adapted(resuming=True, **options)
+    again.load_state_dict(model.state_dict())
+    resumed.optimizer.load_state_dict(adaptation.optimizer.state_dict())
+    resumed.load_state_dict(adaptation.state_dict())
+    backward(resumed, *next(resumed.batches()))
+    resumed.optimizer.step()
+    assert resumed.done == 4
+
+
 def test_rates_that_the_loop_sets_are_those_of_its_schedule():
     _, adaptation = adapted()
     for group in adaptation.optimizer.param_groups:
