@@ -137,3 +137,21 @@ def test_what_follows_the_head_in_place_is_seen():
     assert head_is_last(InPlace(lambda z: z), TRAIN[0])
     with pytest.raises(ValueError, match="returns probabilities"):
         head_is_last(InPlace(torch.sigmoid_), TRAIN[0])
+
+
+def test_the_head_stops_at_the_second_look_that_is_worse_in_a_row():
+    """And leaves no gradient for the first step of a loop."""
+    told, taken = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6, 0.1]), []
+    features, labels = torch.randn(100, 8), torch.arange(100) % 3
+    head = new_head(features)
+
+    def loss(logits, y):
+        if torch.is_grad_enabled():
+            return F.cross_entropy(logits, y)
+        taken.append(head.linear.weight.detach().clone())
+        return torch.tensor(next(told))
+
+    start_head(head, features, labels, loss=loss, steps=400, seed=0)
+    assert len(taken) == 6
+    assert torch.equal(head.linear.weight, taken[3])
+    assert all(p.grad is None for p in head.parameters())
