@@ -155,3 +155,12 @@ def test_the_head_stops_at_the_second_look_that_is_worse_in_a_row():
     assert len(taken) == 6
     assert torch.equal(head.linear.weight, taken[3])
     assert all(p.grad is None for p in head.parameters())
+
+
+@pytest.mark.parametrize(("taught", "ramp"), [(20, 7), (0, 0)])
+def test_a_head_that_was_taught_rises_with_the_backbone(taught, ramp):
+    """Adam's first step at the full rate would undo what it has learned."""
+    adaptation = fast.Adaptation(ConvNet(), TRAIN, steps=5, ramp=7, head_steps=taught)
+    heads = [g for g in adaptation.optimizer.param_groups if g["name"].startswith("head")]
+    assert heads
+    assert {group["ramp"] for group in heads} == {ramp}
