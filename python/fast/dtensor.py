@@ -82,6 +82,11 @@ def norm(tensors: Iterable[Tensor | None]) -> Tensor:
     return total.sqrt()
 
 
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was written to: by an optimizer, by `load_state_dict`, by `copy_`."""
+    return [local(t.detach())._version for t in tensors]
+
+
 def local_state(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: local(value) for key, value in state.items()}
 

@@ -215,14 +215,18 @@ def test_a_state_of_a_run_on_other_data_or_with_other_options_is_refused(
         other.load_state_dict(state)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(pretrained):
+@pytest.mark.parametrize(("method", "rtol"), [("fast", 1e-6), ("replay", 1e-4)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(pretrained, method, rtol):
+    """Replay's loss, which is float32, was a quarter with four micro-batches."""
     weights = []
     for parts in (1, 4):
+        torch.manual_seed(0)  # a plain head starts at random
         model = copy.deepcopy(pretrained).double()
         x, y = TRAIN[0].double(), TRAIN[1]
         adaptation = fast.Adaptation(
             model,
             (x, y),
+            method=method,
             source_inputs=SOURCE[0].double(),
             steps=6,
             batch_size=32,
@@ -238,7 +242,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(pretrained):
             adaptation.optimizer.zero_grad()
         assert adaptation.done == 6
         weights.append(nn.utils.parameters_to_vector(model.parameters()))
-    assert torch.allclose(*weights, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(*weights, rtol=rtol, atol=1e-3 * rtol)
 
 
 def test_a_foreign_scheduler_owns_the_learning_rate(pretrained):

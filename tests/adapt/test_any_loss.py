@@ -146,6 +146,16 @@ def test_a_head_that_is_kept_goes_on_with_its_own_task(pretrained):
     assert accuracy["fast"][1] > accuracy["plain"][1] + 0.03
 
 
+def test_a_head_that_is_kept_is_held_like_the_rest(pretrained):
+    adaptation = fast.Adaptation(
+        copy.deepcopy(pretrained), SOURCE, head="keep", steps=5, anchor_decay=3.0, stall=2, ramp=4
+    )
+    groups = adaptation.optimizer.param_groups
+    assert [g["name"] for g in groups if "head" in g["name"]]
+    assert all(g["name"].startswith("backbone") for g in groups)
+    assert {(g["anchor_decay"], g["stall"], g["ramp"]) for g in groups} == {(3.0, 2, 4)}
+
+
 def test_finetune_keeps_a_head_too(pretrained):
     x, y = SOURCE
     train = (shifted(x), y)

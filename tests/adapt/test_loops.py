@@ -119,6 +119,32 @@ def test_batches_of_whole_steps_that_are_taken_for_micro_batches_are_told():
         loop()
 
 
+def test_a_step_of_fewer_micro_batches_is_followed_by_a_whole_one():
+    """The last step of an epoch, whose source inputs the next one would have gone on with."""
+    _, adaptation = adapted(grad_accum_steps=4)
+    seen, run = [], adaptation.forward_part
+    adaptation.forward_part = lambda batch, model: seen.append(batch.part) or run(batch, model)
+    for batches in (2, 4):
+        for batch in itertools.islice(adaptation.batches(), batches):
+            backward(adaptation, *(x[:8] for x in batch))
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+    assert seen == [0, 1, 0, 1, 2, 3]
+
+
+def test_a_loader_that_reads_ahead_takes_whole_steps(recwarn):
+    """A run of two steps was told that it took whole steps for micro-batches."""
+    _, adaptation = adapted(steps=2, grad_accum_steps=2)
+    stream = adaptation.batches()
+    ahead = next(stream)
+    while ahead is not None:
+        batch, ahead = ahead, next(stream, None)
+        for half in torch.arange(len(batch[1])).chunk(2):
+            backward(adaptation, *(x[half] for x in batch))
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+    assert adaptation.done == 2
+    assert not recwarn.list
+
+
 def test_a_loop_that_has_diverged_is_told_so():
     _, adaptation = adapted(forget_budget=None)
     logits, _ = adaptation.forward(*next(adaptation.batches())[::2])
@@ -220,6 +246,22 @@ def test_rows_may_be_a_list():
     _, adaptation = adapted(distill=0.2, rehearse=0.0, source_inputs=None, batch_norm="frozen")
     penalties = [adaptation.forward(TRAIN[0][:4], r)[1] for r in ([0, 1, 2, 3], torch.arange(4))]
     assert torch.equal(*penalties)
+
+
+def test_a_run_resumes_in_its_stall():
+    """The weights of the backbone have not moved by then, as if the model lacked its state."""
+    options = {"head_steps": 0, "stall": 5, "ramp": 0, "average": 0}
+    model, adaptation = adapted(**options)
+    for batch in itertools.islice(adaptation.batches(), 3):
+        backward(adaptation, *batch)
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+    again, resumed = adapted(resuming=True, **options)
+    again.load_state_dict(model.state_dict())
+    resumed.optimizer.load_state_dict(adaptation.optimizer.state_dict())
+    resumed.load_state_dict(adaptation.state_dict())
+    backward(resumed, *next(resumed.batches()))
+    resumed.optimizer.step()
+    assert resumed.done == 4
 
 
 def test_rates_that_the_loop_sets_are_those_of_its_schedule():

@@ -118,6 +118,7 @@ def test_the_plan_is_told_before_the_first_step(capsys):
 def test_the_rate_rises_in_the_warm_up_and_falls_by_half_a_cosine(options, factors):
     plan = plan_for(TrainConfig(**options), steps=4)
     assert [plan.lr_factor(step) for step in range(5)] == pytest.approx(factors, abs=1e-4)
+    assert plan.lr_factor(31) == plan.lr_factor(20)  # a loop may go on
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,14 @@ def test_runs_differ_in_what_the_first_had():
     )
 
 
+def test_a_hash_is_named_where_nothing_else_differs():
+    """Another batch size makes other batches of a loader, and the user looked at the data."""
+    before = {"batch_size": 8, "training data (hash)": "a"}
+    now = {"batch_size": 8, "training data (hash)": "b"}
+    assert differences(before, now) == "training data (hash) was 'a', is 'b'"
+    assert differences(before, now | {"batch_size": 16}) == "batch_size was 8, is 16"
+
+
 def test_tensors_are_taken_out_of_a_state_and_put_back():
     tensors = {"state.mean": torch.ones(2), "state.guards.0": torch.zeros(3)}
     state = {"mean": tensors["state.mean"], "done": 2, "guards": {"0": tensors["state.guards.0"]}}

@@ -151,3 +151,16 @@ def test_looking_at_the_first_inputs_moves_no_generator():
     after = [torch.get_rng_state(), own.get_state(), np.random.get_state()[2]]
     assert all(torch.equal(a, b) for a, b in zip(before[:2], after[:2], strict=True))
     assert before[2] == after[2]
+
+
+def test_a_loaders_last_batch_has_a_sample_for_each_process():
+    """A loop of one's own got an empty batch in one process, and divided by its size."""
+    loader = DataLoader(TensorDataset(X[:9], Y[:9]), batch_size=4)
+    batches = TrainBatches(as_data(loader, "train"), 4, 0)
+    alone = [len(labels) for _, labels, _ in batches.once()]
+    assert alone == [4, 4, 1]
+    for rank in range(2):
+        share = batches.from_step(1, slice(rank, None, 2))
+        assert len(next(share)[1]) == 2
+        with pytest.raises(ValueError, match="a batch of 1 samples, and 2 are needed"):
+            next(share)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
-from fast.data.source_inputs import SourceInputs
+from fast.data.source_inputs import SourceInputs, parse_source_inputs
 from networks import ConvNet, images
 
 TRAIN, (X, Y) = images(60, 4, seed=1), images(40, 5, seed=3)
@@ -143,3 +143,26 @@ def test_errors_name_the_data():
         SourceInputs.parse(X[:1], 25, "kept")
     with pytest.raises(TypeError, match=r"^kept: inputs must be numbers"):
         SourceInputs.parse(np.array(["a", "b"]), 25, "kept")
+
+
+def test_sorted_source_inputs_are_mixed():
+    """Half of the classes were rehearsed, and the budget was measured on the others."""
+    order = Y.argsort(stable=True)
+    x, y = X[order], Y[order]
+    mixed = parse_source_inputs((x, y))
+    assert set(mixed.labels[:20].tolist()) == set(mixed.labels[20:].tolist()) == set(range(5))
+    rows = [int((one == X).flatten(1).all(1).nonzero()) for one in mixed.inputs]
+    assert sorted(rows) == list(range(40))
+    assert torch.equal(mixed.labels, Y[rows])
+    assert torch.equal(parse_source_inputs((X, Y)).inputs, X)
+    assert torch.equal(parse_source_inputs((X, 0 * Y)).inputs, X)
+
+
+def test_sorted_data_of_which_the_first_are_read_are_named():
+    """A card, or a joined network, was made from the first few classes alone."""
+    order = Y.argsort(stable=True)
+    data = TensorDataset(X[order], Y[order])
+    with pytest.warns(UserWarning, match="kept: sorted by class, and the first 20 are read, up"):
+        SourceInputs.parse(data, 20, "kept")
+    assert SourceInputs.parse(data, 64, "kept").size == 40
+    assert SourceInputs.parse(data, 8, "kept").size == 8  # by chance, perhaps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -206,3 +207,24 @@ def test_the_preparation_is_saved_in_numbers_and_words(tmp_path):
     (tmp_path / "preprocessing.json").write_text('{"images": {"size": "large"}}')
     with pytest.raises(ValueError, match=r"preprocessing.json is damaged or was changed"):
         read_preparation(tmp_path)
+
+
+def test_threads_take_turns(adapted):
+    """One that asked for the source's classes switched the network for all of them."""
+    x = adapted.x[:8]
+    expected = adapted.result.predict(x).logits
+    with ThreadPoolExecutor(1) as pool:
+        with adapted.result._predictor().answering("source"):
+            other = pool.submit(adapted.result.predict, x)
+            with pytest.raises(TimeoutError):
+                other.result(timeout=0.2)
+        assert torch.equal(other.result().logits, expected)
+
+
+def test_a_network_of_float64_gets_its_numbers_as_they_are(tmp_path):
+    """They became float32, which it does not take; an export was given float64, and failed, too."""
+    x, y = images(40, 4, seed=1)
+    x = x.double()
+    result = fast.finetune(ConvNet().double(), (x, y), steps=1)
+    assert torch.equal(result.predict(x).logits, result.evaluate((x, y)).logits)
+    assert (result.export(tmp_path / "served", "torch.export") / "model.pt2").is_file()

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 import fast
-from fast.heads import estimate_statistics, plain_batch_norm, set_batch_norm
+from fast.heads import (
+    estimate_statistics,
+    plain_batch_norm,
+    running_statistics,
+    set_batch_norm,
+)
 from fast.heads.batch_norm import estimate, has_batch_norm, has_layer_norm, per_task_norms
 from helpers import same_state
 from networks import ConvNet, images
@@ -43,6 +48,8 @@ def test_statistics_per_task_leave_the_source_alone():
     before = model(x)
     fast.replace_head(model, 3, sample=x)
     set_batch_norm(model, "per_task")
+    assert not any(p.requires_grad for p in model.features[1].source_norm.parameters())
+    assert len(running_statistics(model)) == 2  # the target's
     model.train()
     for _ in range(3):
         model(x + 2)

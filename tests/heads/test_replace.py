@@ -274,12 +274,37 @@ def test_an_evaluation_moves_no_statistics_and_none_are_the_identity():
     norm(x + 9)
     assert torch.equal(norm(x), first)
     assert not torch.allclose(first, x)
+    norm.train()(x[:1])  # which has no variance
+    assert torch.equal(norm.eval()(x), first)
 
 
 def test_dead_features_are_not_amplified():
     norm = FeatureNorm(2)
     norm.update(torch.stack([torch.randn(100), torch.zeros(100)], 1))
     assert norm.eval()(torch.ones(1, 2))[0, 1] < 50
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_features_of_16_bits_is_not_rounded(dtype):
+    """In bfloat16 a mean of 10.03 is 10, which is off by three fifths of the deviation."""
+    x = (10.03 + 0.05 * torch.randn(5000, 2)).to(dtype)
+    norm = FeatureNorm(2)
+    norm.update(x)
+    z = norm.eval()(x)
+    assert z.dtype == dtype
+    assert z.float().mean(0).abs().max() < 0.01
+
+
+def test_a_copy_of_a_normaliser_waits_for_nobody():
+    """It collected all features that it saw in training mode."""
+    norm = FeatureNorm(3)
+    norm.defer()
+    norm(torch.randn(8, 3))
+    for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        twin(torch.randn(8, 3))
+        assert twin._pending == []
+        assert int(twin.num_batches_tracked) == 1
+    assert len(norm._pending) == 1
 
 
 def test_calibration_needs_two_samples_and_finite_features():

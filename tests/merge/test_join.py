@@ -121,6 +121,21 @@ def test_the_loss_over_all_classes_falls(result, source_inputs):
     assert calibration.source_scale == 1
 
 
+def test_without_labels_the_probabilities_that_the_source_gives_are_right(adapted, source_inputs):
+    """Not its most likely classes alone."""
+    result, data = adapted["frozen"], target(60)
+    before = []
+    for x in (source_inputs[0], data[0]):
+        with evaluating(result.model), fast.source_task(result.model):
+            source = result.model(x)
+        with evaluating(result.model):
+            before.append((source, torch.cat([source, result.model(x)], 1).log_softmax(1)))
+    (answers, old), (_, new) = before
+    losses = -(answers.softmax(1) * old[:, :5]).sum(1).mean(), F.nll_loss(new, data[1] + 5)
+    joined = result.join(source_inputs=source_inputs[0], data=data)
+    assert joined.calibration.loss_before == pytest.approx(float(sum(losses)) / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e-3])
 def test_heads_that_are_far_too_sure_or_unsure_are_brought_to_one_scale(scale):
     """The line search must not overflow: beside a head whose logits were 100 it gave NaN."""
@@ -314,3 +329,19 @@ def test_a_damaged_or_other_folder_is_refused(adapted, source_inputs, tmp_path):
         with pytest.raises(ValueError, match="damaged"):
             load_joined(folder, ConvNet())
         (folder / name).write_bytes(content)
+
+
+def test_a_folder_holds_what_was_saved_there_last(adapted, source_inputs, tmp_path):
+    """A joined network got the adapters of the one before it, and a result its join.json."""
+    pytest.importorskip("peft", reason="adapters are its layers")
+    x = source_inputs[0]
+    adapter = fast.finetune(ConvNet(), target(60), steps=2, method="adapter", progress=False)
+    joined = adapter.join(source_inputs=x, data=target(60))
+    for saved in (adapter, joined, adapted["per_task"], joined, adapted["frozen"]):
+        saved.save(tmp_path)
+        network = saved if saved is joined else saved.model
+        with evaluating(network):
+            expected = network(x)
+        loaded = fast.load(tmp_path, ConvNet())
+        assert loaded.is_joined == (saved is joined)
+        torch.testing.assert_close(loaded.predict(x).logits, expected, rtol=1e-4, atol=1e-4)

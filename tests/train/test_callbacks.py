@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tqdm import tqdm
 
 import fast
@@ -29,6 +30,17 @@ def test_a_callback_gets_each_record():
     result = fast.finetune(ConvNet(), TRAIN, VAL, callbacks=[spoil, records.append], **RUN)
     assert records == result.history
     assert [record["step"] for record in records] == [0, 2, 4]
+
+
+def test_a_callback_that_evaluates_the_model_ends_no_training():
+    """All steps after the first evaluation ran in evaluation mode, without dropout."""
+    model, modes = ConvNet(), []
+    model.project.register_forward_hook(
+        lambda layer, *_: modes.append(layer.training) if torch.is_grad_enabled() else None
+    )
+    options = RUN | {"rehearse": 0.0, "distill": 0.0}
+    fast.finetune(model, TRAIN, VAL, callbacks=[lambda _: model.eval()], **options)
+    assert modes[-4:] == [True] * 4
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fast
-from fast.heads import folds_positions, forward_logits, task_head
+from fast.adapt.network.shared_forward import cuts_at_head
+from fast.heads import check_rows, forward_logits, task_head
 from fast.models.saved import load_saved
 from helpers import same_state
 from networks import ConvHead, images
@@ -101,7 +102,8 @@ def test_mixed_rows_are_refused_where_they_matter():
         run(Mixed)
     assert run(Mixed, distill=0.0, rehearse=0.0).target_accuracy is not None
     model = fast.replace_head(Folded(), 4, sample=TRAIN[0])
-    assert folds_positions(model, task_head(model), TRAIN[0])
+    check_rows(model, task_head(model), TRAIN[0])
+    assert not cuts_at_head(model, task_head(model), TRAIN[0], SOURCE[0][:8])
 
 
 def test_source_rows_run_apart_where_the_network_counts_its_inputs():

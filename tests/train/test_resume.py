@@ -74,6 +74,19 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path, method, optimizer, kin
     assert facts(again.history) == facts(whole.history)
 
 
+@pytest.mark.filterwarnings("ignore:no parameter of the backbone is trainable")
+def test_a_run_of_the_head_alone_resumes(tmp_path):
+    """A backbone without trained weights has not moved, which looked like a state that lacks."""
+    runs = {"whole": network(), "cut": network(), "again": network()}
+    for model in runs.values():
+        model[0].requires_grad_(False)
+    options = {"num_classes": 4, "steps": 14, "eval_every": 3}
+    whole = fast.finetune(runs["whole"], TRAIN, VAL, **options)
+    interrupted(runs["cut"], 11, TRAIN, VAL, output=str(tmp_path), **options)
+    again = fast.finetune(runs["again"], TRAIN, VAL, resume=str(tmp_path), **options)
+    assert same_state(again.model, whole.model)
+
+
 def test_early_stopping_goes_on_where_it_was(tmp_path):
     options = {"steps": 60, "eval_every": 2, "patience": 3, "lr": 3e-2, "method": "vanilla"}
     whole = fast.finetune(network(), TRAIN, VAL, output=str(tmp_path / "whole"), **options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fast.adapt.begin import Parts, begin, bound_card, set_pull
+from fast import dtensor
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean, check_options
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.loss import Loss, TargetLoss
@@ -25,6 +25,7 @@ from fast.adapt.network.micro_batches import MicroBatches
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.network.trainable import check_arguments, check_model
 from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
+from fast.adapt.parts import Parts, bound_card, make_parts
 from fast.adapt.result import Result
 from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
@@ -131,13 +132,14 @@ class Adaptation:
         self.done = self._began = 0  # steps taken; and those before this process
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
         self._stepping = False
+        self._final: list[int] | None = None  # versions of the final weights, once there are some
         with RollbackOnError(self.model), ExitStack() as until_closed:
             self.ranks.copy_from_first(tensors_of(self.model))
             with self.ranks.together():  # a card fits the weights as they were saved
                 bound = None if card is None else bound_card(card, self.model)
             if trains_in_16_bits(self.model):
                 until_closed.enter_context(in_float32(self.model))
-            parts = begin(
+            parts = make_parts(
                 self.model,
                 train,
                 self.config,
@@ -245,7 +247,7 @@ class Adaptation:
         part, self._part = self._part % parts, self._part + 1
         batch = self._micro_batches.part(inputs, rows, step=self.done, part=part, parts=parts)
         logits, inside, outside = self.forward_part(batch, model)
-        return logits, inside + outside
+        return logits, parts * (inside + outside)  # which the loop divides again
 
     def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
         """Split a step's batch into micro-batches of `size`, whose penalties add up to the batch's.
@@ -309,16 +311,20 @@ class Adaptation:
         self._optimizer.restrain(self.guards.lr_factor())
         if self.average is not None:
             self.average.keep()
+        self._final = None
         if self.done == self.plan.steps:
+            self._finish_weights()
+
+    def _finish_weights(self) -> None:
+        """Adopt the average and keep the budget, unless that is done and no weights were loaded
+        since."""
+        if self._final != dtensor.versions(self.params):
             self.guards.finish()
+        self._final = dtensor.versions(self.params)
 
     def _check_outside(self, what: str) -> None:
         if self.average is not None:
             self.average.check_outside(what)
-
-    def set_pull(self, factor: float) -> None:
-        """Multiply everything that holds the source: the optimizer's pull, and the penalties."""
-        set_pull(self._optimizer, self.guards, factor)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Put the averaged weights in place for the block: the run will return these."""
@@ -337,7 +343,10 @@ class Adaptation:
         return 0.0 if value is None and self.plan.adapter_rank else value
 
     def finish(self) -> Result:
-        """Adopt the average and keep the budget, unless the plan's last step did; remove hooks.
+        """Adopt the average, keep the budget, and remove the hooks.
+
+        The plan's last step has adopted the average and kept the budget. Where other weights were
+        loaded since, these stay, with a warning, and the budget is kept again.
 
         Returns:
             the adapted model, in evaluation mode, with one record of drift and forecast.
@@ -348,8 +357,7 @@ class Adaptation:
         self._check_outside("finish()")
         if not self.done:
             self._optimizer.check_used()
-        if self.done != self.plan.steps:
-            self.guards.finish()
+        self._finish_weights()
         if 0 < self.done < self.plan.steps and self.ranks.first:
             log.info(
                 "finished after %d of the %d steps that were planned, so the learning rate has not "
@@ -417,6 +425,7 @@ class Adaptation:
         check_state(state, own)
         state = sharded_as(state, own)
         self.done = self._began = int(state["done"])
+        self._final = dtensor.versions(self.params) if self.done == self.plan.steps else None
         self._optimizer.load_state_dict(state["optimizer"])
         self.guards.load_state_dict(state["guards"])
         if self.head_start is not None:

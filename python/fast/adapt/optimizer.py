@@ -231,7 +231,7 @@ class AdaptedOptimizer:
         if not done and moved:
             return f"the weights have moved by {moved:.3g}, and the adaptation has loaded no state"
         # Steps that a gradient scaler skips move nothing, and do not count here.
-        if steps > self.plan.stall + 1 and not moved:
+        if self.drift.params and steps > self.plan.stall + 1 and not moved:
             return f"the adaptation has loaded a state of step {done}, and the model none"
         return None
 

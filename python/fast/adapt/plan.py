@@ -127,7 +127,9 @@ class Plan:
             done: steps that the loop has taken with all of the plan's batches, but for those that
                 a loader has read ahead.
         """
-        if self.grad_accum_steps > 1 and 0 < done <= self.steps / self.grad_accum_steps:
+        # A loader reads one batch ahead.
+        most = min(self.steps / self.grad_accum_steps, self.steps - 2)
+        if self.grad_accum_steps > 1 and 0 < done <= most:
             warn(
                 f"the plan's batches are over after {done} of its {self.steps} steps: each is that "
                 f"of a whole step, of which forward() takes 1/{self.grad_accum_steps} at a time "

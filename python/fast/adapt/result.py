@@ -26,6 +26,7 @@ from fast.merge.join import join
 from fast.merge.joined import Joined
 from fast.models.preparation import Preparation
 from fast.models.saved import (
+    JOIN_FILE,
     MODEL_FILE,
     OPTIONS_FILE,
     is_going_on,
@@ -281,7 +282,10 @@ class Result:
                 "inputs": self.inputs,
             },
         )
-        if self.data is not None:
+        (folder / JOIN_FILE).unlink(missing_ok=True)  # of a joined network that was saved here
+        if self.data is None:
+            (folder / "data.json").unlink(missing_ok=True)
+        else:
             write_json(folder / "data.json", self.data)
         with atomic_file(folder / "history.jsonl") as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))

@@ -14,7 +14,8 @@ from fast.models.identity import data_identity
 
 State = dict[str, Any]
 RUN = "run"  # the part of a state that says what is adapted, and how
-TRAINING_DATA = "training data (hash)"
+HASH = "(hash)"
+TRAINING_DATA = f"training data {HASH}"
 
 
 def run_facts(config: AdaptConfig, data: Data, source: SourceInputs | None) -> State:
@@ -23,16 +24,20 @@ def run_facts(config: AdaptConfig, data: Data, source: SourceInputs | None) -> S
         **config.computed(),
         "training samples": data.num_samples,
         TRAINING_DATA: data_identity(data),
-        "source inputs (hash)": data_identity(source) or "none",
+        f"source inputs {HASH}": data_identity(source) or "none",
     }
 
 
 def differences(before: State, now: State) -> str:
-    """How two runs differ, as `lr was 0.1, is 0.2`; empty where they do not."""
+    """How two runs differ, as `lr was 0.1, is 0.2`; empty where they do not.
+
+    Hashes are named where nothing else differs: that of a loader depends on its batches, say.
+    """
+    changed = [name for name, value in before.items() if value != now.get(name)]
+    plain = [name for name in changed if not name.endswith(HASH)]
     return ", ".join(
-        f"{name} was {_shown(value)}, is {_shown(now.get(name))}"
-        for name, value in before.items()
-        if value != now.get(name)
+        f"{name} was {_shown(before[name])}, is {_shown(now.get(name))}"
+        for name in plain or changed
     )
 
 

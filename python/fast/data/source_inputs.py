@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,16 @@ from fast.data.trees import (
     split_labels,
     without_graph,
 )
-from fast.errors import counted, first_line
+from fast.errors import counted, first_line, warn
+
+log = logging.getLogger("fast")
 
 # Samples that a run keeps in memory, at most, and their bytes.
 LIMIT = 4096
 BYTES = 2**28
 # Half of the samples are held back to measure on, and the loss of one sample says nothing.
 LEAST = 4
+NO_CHANCE = 16  # So many labels are not in order by chance.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,14 @@ class SourceInputs:
             ) from error
         if count < 2:
             raise ValueError(f"{name}: 1 sample; give at least 2")
-        return cls(inputs=together, labels=None if answers is None else whole_labels(answers, name))
+        if answers is not None:
+            answers = whole_labels(answers, name)
+            if count == limit >= NO_CHANCE and _are_sorted(answers):
+                warn(
+                    f"{name}: sorted by class, and the first {limit} are read, up to class "
+                    f"{int(answers[-1])}: shuffle them"
+                )
+        return cls(inputs=together, labels=answers)
 
     @property
     def size(self) -> int:
@@ -121,6 +132,8 @@ class SourceInputs:
 def parse_source_inputs(data: Any) -> SourceInputs:
     """The first `LIMIT` source inputs of a run, on the device where they are.
 
+    The last of them will be held back, so that they are mixed where they are sorted by class.
+
     Args:
         data: what `SourceInputs.parse` takes.
 
@@ -136,7 +149,21 @@ def parse_source_inputs(data: Any) -> SourceInputs:
     if samples.labels is not None:
         check_labels(samples.labels, None, "source_inputs")
     check_finite_inputs(samples.inputs, "source_inputs")
-    return samples
+    return _mixed(samples)
+
+
+def _mixed(samples: SourceInputs) -> SourceInputs:
+    labels = samples.labels
+    if labels is None or not _are_sorted(labels):
+        return samples
+    log.info("source_inputs are sorted by class: they are taken in random order")
+    rows = torch.randperm(samples.size, generator=torch.Generator().manual_seed(0))
+    return SourceInputs(inputs=pick(samples.inputs, rows), labels=labels[rows.to(labels.device)])
+
+
+def _are_sorted(labels: Tensor) -> bool:
+    """Whether labels of several classes are in order."""
+    return bool((labels.diff() >= 0).all()) and int(labels[0]) != int(labels[-1])
 
 
 def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:

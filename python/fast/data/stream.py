@@ -63,9 +63,18 @@ class TrainBatches:
         Args:
             share: which samples of each batch are wanted. A data set reads only these; a DataLoader
                 reads all of them.
+
+        Raises:
+            ValueError: a DataLoader gave a batch of fewer samples than there are processes.
         """
         if self.data.loader is not None:
             for inputs, labels, _ in self._loader_batches(self.data.loader, step):
+                processes = share.step or 1
+                if len(labels) < processes:
+                    raise ValueError(
+                        f"train: the DataLoader gave a batch of {len(labels)} samples, and "
+                        f"{processes} are needed, one for each process: set drop_last=True"
+                    )
                 if share == EVERYTHING:
                     yield inputs, labels, None
                 else:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ from fast.models.preparation import Preparation
 from fast.models.signature import example
 
 Task = Literal["target", "source", "both"]
+# One for each network. A predictor that held it could not be copied.
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 @dataclass(kw_only=True, repr=False)
@@ -214,7 +218,7 @@ class Predictor:
             tokenizer = self.preparation.tokenizer
             texts = None if tokenizer is None else self.preparation.tokens(["a", "a b c"])
             sample = texts if texts is not None else example(self.inputs)
-        sample = mapped(plain(sample), lambda x: x.detach().cpu())
+        sample = mapped(plain(sample), lambda x: _floats(x.detach().cpu()))
         with evaluating(network):
             count = forward_logits(network, sample).shape[1]
         return Subject(
@@ -258,13 +262,19 @@ class Predictor:
 
     @contextmanager
     def answering(self, task: Task) -> Iterator[None]:
-        """Let the network answer a task; a joined network always answers both."""
+        """Let the network answer a task; a joined network always answers both.
+
+        Threads take turns, because the network is switched for all of them.
+        """
+        if self.keeps_head or self.is_joined:
+            yield
+            return
         switch: AbstractContextManager[Any] = nullcontext()
-        if task == "source" and not self.keeps_head and not self.is_joined:
+        if task == "source":
             if task_head(self.model) is None:
                 raise ValueError(f"the source task cannot be answered: {self.lacks}")
             switch = source_task(self.model)
-        with switch:
+        with _locks.setdefault(self.model, RLock()), switch:
             yield
 
     def logits(self, inputs: Any, name: str = "inputs", mirrored: bool = False) -> Tensor:
@@ -330,8 +340,9 @@ class Predictor:
     ) -> Iterator[tuple[Any, Tensor]]:
         """Batches in the form that the network takes, with the rows that they come from."""
         if leaves(split.inputs):  # tensors
-            data = as_data((mapped(split.inputs, _floats), split.labels), "inputs")
-            return data.eval_batches(batch_size)
+            wide = next(self.model.parameters()).dtype == torch.float64
+            inputs = split.inputs if wide else mapped(split.inputs, _floats)
+            return as_data((inputs, split.labels), "inputs").eval_batches(batch_size)
         return self.preparation.batches(split, batch_size, report)
 
 

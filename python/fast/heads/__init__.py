@@ -29,7 +29,7 @@ from fast.heads.replace import (
     replace_head,
     task_head,
 )
-from fast.heads.rows import by_sample, folds_positions
+from fast.heads.rows import by_sample, check_rows
 from fast.heads.task import source_task
 
 __all__ = [
@@ -43,13 +43,13 @@ __all__ = [
     "by_sample",
     "calibrate",
     "calibrate_from",
+    "check_rows",
     "classes_of",
     "estimate_statistics",
     "evaluating",
     "features_of",
     "find_head",
     "fold_head",
-    "folds_positions",
     "forward_logits",
     "has_batch_norm",
     "has_layer_norm",

@@ -11,6 +11,7 @@ import importlib.util
 import re
 import sys
 import warnings
+from collections import Counter
 from functools import partial
 from typing import Any, cast
 
@@ -79,9 +80,9 @@ def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> n
 
     An adapter adds `B A x` to what its layer makes of `x`. `B` is zero at first, so the network
     answers as before. Linear layers and convolutions get one each, except for the head, and for
-    layers that cannot learn (`requires_grad`), have groups, dilation or another padding than zeros,
-    or do not run by themselves. What is the target's own goes on learning: its head, and batch
-    norms that are kept per task.
+    layers that cannot learn (`requires_grad`), share their weight with another layer, have groups,
+    dilation or another padding than zeros, or do not run by themselves. What is the target's own
+    goes on learning: its head, and batch norms that are kept per task.
 
     Args:
         model: a network after `fast.replace_head`.
@@ -174,10 +175,13 @@ def _parts(layer: Any) -> dict[str, Tensor]:
 def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> list[str]:
     """Names of the layers that get an adapter."""
     inside, linear = set(head.modules()), _linear_kinds()
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     names = {}
     for name, layer in model.named_modules():
         simple = isinstance(layer, CONVOLUTIONS) and _is_simple(layer)
-        if (simple or isinstance(layer, linear)) and layer not in inside and _has_weight(layer):
+        if not (simple or isinstance(layer, linear)) or layer in inside or not _has_weight(layer):
+            continue
+        if owners[id(layer.weight)] == 1:  # else two adapters would be merged into one weight
             names[name] = layer
     ran = _that_run(model, list(names.values()), sample)
     return [name for name, layer in names.items() if layer in ran]

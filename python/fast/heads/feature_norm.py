@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -118,8 +120,14 @@ class FeatureNorm(nn.Module):
                 self.update(x)
         shape = [1] * x.dim()
         shape[self.dim] = self.num_features
-        mean, scale = self.mean.to(x.dtype), self.scale().to(x.dtype)
-        return (x - mean.view(shape)) * scale.view(shape)
+        # A mean of 16 bits would be off by a part of the standard deviation of features that vary
+        # little, and `fold_head`, which has the exact one, would answer otherwise.
+        wide = x.to(compute_dtype(x))
+        return ((wide - self.mean.view(shape)) * self.scale().view(shape)).to(x.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nobody calls `update_deferred` of a copy, which would collect features without end.
+        return vars(self) | {"deferred": False, "_pending": []}
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, dim={self.dim}, momentum={self.momentum}"

@@ -125,10 +125,12 @@ def traceless(model: nn.Module) -> Iterator[None]:
     """Buffers and torch's random states are after the block as they were before it."""
     device = next(model.parameters()).device
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    for name, b in model.named_buffers():
-        b.copy_(buffers[name])
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for name, b in model.named_buffers():
+            b.copy_(buffers[name])
 
 
 @contextmanager

@@ -18,11 +18,11 @@ def by_sample(rows: Tensor, size: int) -> Tensor:
         size: B, the number of samples.
 
     Raises:
-        ValueError: the number of rows is no multiple of B.
+        ValueError: the number of rows is no multiple of B, or 0.
     """
     if len(rows) == size:
         return rows
-    if not size or len(rows) % size:
+    if not size or not len(rows) or len(rows) % size:
         raise ValueError(
             f"the head sees {len(rows)} rows of {size} samples, not as many of each: rehearsal and "
             "distillation cannot tell whose they are. Set rehearse=0 and distill=0"
@@ -41,18 +41,15 @@ def mean_over_positions(features: Tensor, head: nn.Module) -> Tensor:
     return rows.flatten(1, -2).mean(1) if rows.dim() > 2 else rows
 
 
-def folds_positions(model: nn.Module, head: nn.Module, sample: Any) -> bool:
-    """Whether the head sees several rows of a sample.
+def check_rows(model: nn.Module, head: nn.Module, sample: Any) -> None:
+    """Raise ValueError where the head sees several rows of a sample, and mixed with another's.
 
     Args:
         sample: a batch of inputs, of which two are used.
-
-    Raises:
-        ValueError: rows of several samples are mixed.
     """
     both = features_of(model, head, pick(sample, slice(2)))
     if len(both) == 2:
-        return False
+        return
     first = features_of(model, head, pick(sample, slice(1)))
     apart = by_sample(both, 2)[0]
     if apart.shape != first.shape or not torch.allclose(apart, first, rtol=1e-3, atol=1e-5):
@@ -60,4 +57,3 @@ def folds_positions(model: nn.Module, head: nn.Module, sample: Any) -> bool:
             "the head sees rows of several samples mixed: rehearsal and distillation need those of "
             "each together. Set rehearse=0 and distill=0, or fold positions behind samples"
         )
-    return len(first) > 1

@@ -14,8 +14,10 @@ from fast.files import read_json, reading, write_json
 from fast.heads.forward import logits_of
 from fast.heads.replace import name_classes
 from fast.models.saved import (
+    ADAPTERS_FILE,
     JOIN_FILE,
     MODEL_FILE,
+    OPTIONS_FILE,
     SOURCE_HEAD_FILE,
     SOURCE_NORMS_FILE,
     load_saved,
@@ -156,13 +158,15 @@ class Joined(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         source, target = self.networks[0], self.networks[-1]
+        left = [ADAPTERS_FILE, OPTIONS_FILE]  # by a network that was saved here before
         if self.passes > 1:
             write_tensors(source.get_submodule(self.head).state_dict(), folder / SOURCE_HEAD_FILE)
             write_tensors(own_state(source, target, self.head), folder / SOURCE_NORMS_FILE)
-        else:  # a network that was saved here before may have left them
-            for name in (SOURCE_HEAD_FILE, SOURCE_NORMS_FILE):
-                (folder / name).unlink(missing_ok=True)
+        else:
+            left += [SOURCE_HEAD_FILE, SOURCE_NORMS_FILE]
         write_tensors(target.state_dict(), folder / MODEL_FILE)
+        for name in left:
+            (folder / name).unlink(missing_ok=True)
         calibration = asdict(self.calibration) if self.calibration else None
         write_json(
             folder / JOIN_FILE,

@@ -10,10 +10,10 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from fast.adapt.begin import bound_card
 from fast.adapt.config import check_options
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.network.trainable import check_gradients, check_model
+from fast.adapt.parts import bound_card
 from fast.adapt.plan import Plan
 from fast.adapt.result import Result
 from fast.adapt.setup import settle

@@ -102,11 +102,6 @@ class TrainStep:
         labels = check_labels(labels, self.data.num_classes, "train").to(self.engine.device)
         if length(inputs) != len(labels):
             raise ValueError(f"train: a batch has {length(inputs)} inputs, {len(labels)} labels")
-        if not len(labels):
-            raise ValueError(
-                f"train: the DataLoader gave a batch of fewer samples than there are processes "
-                f"({self.engine.ranks.size}): set drop_last=True"
-            )
         with self.engine.autocast():
             inputs = self.transform(inputs, len(labels))
         if self.data.transform is not None or self.data.train.inputs is None:  # else seen before

@@ -186,6 +186,7 @@ class Trainer:
                 step = adaptation.done
                 if step % eval_every == 0 or step == steps:
                     self._evaluate(losses, run_log, bar)
+                    self.model.train()  # a callback may have asked it something
                     losses = []
                 stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
                 if self.saver and (stop or step % save_every == 0 or step == steps):

@@ -129,3 +129,13 @@ def test_a_checkpoint_that_is_loaded_brings_its_average():
         part.load_state_dict(state)
     adaptation.finish()
     assert torch.equal(vector(model), average)
+
+
+def test_a_second_finish_changes_nothing(recwarn):
+    """It took the average that the first one had adopted for weights that somebody had loaded."""
+    model, adaptation = adapted()
+    adaptation.finish()
+    final = vector(model)
+    adaptation.finish()
+    assert torch.equal(vector(model), final)
+    assert not recwarn.list

@@ -239,3 +239,24 @@ def test_a_budget_that_cannot_be_met_is_said(pretrained, monkeypatch):
     options = {"method": "l2-sp", "source_inputs": KNOWN, "forget_budget": 0.1}
     with pytest.warns(UserWarning, match=r"forget_budget 0\.1 nats is not met: 1 is lost even"):
         run(pretrained, **options)
+
+
+@pytest.mark.parametrize("average", [0, 4])
+@pytest.mark.filterwarnings("ignore:the weights were written to after the last step")
+def test_weights_that_are_loaded_after_the_plan_keep_the_budget(pretrained, average):
+    """The budget was that of the last step's weights, and so was the loss that was reported."""
+    model = copy.deepcopy(pretrained)
+    adaptation = fast.Adaptation(
+        model, other_task(100, 1), source_inputs=KNOWN, steps=4, average=average, forget_budget=0.05
+    )
+    for inputs, labels, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(inputs, rows)
+        (torch.nn.functional.cross_entropy(logits, labels) + penalty).backward()
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+    shared = {n: x for n, x in model.named_parameters() if n.startswith(("features.0", "project"))}
+    far = {n: x + x.std() * torch.randn_like(x) for n, x in shared.items()}
+    model.load_state_dict(far, strict=False)
+    assert adaptation.budget.meter(model) > 0.05
+    reported = adaptation.finish().final["forecast"]
+    assert 0 < reported <= 0.05
+    assert adaptation.budget.meter(model, 128) == pytest.approx(reported, rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,10 @@ def test_the_forecast_goes_through_what_was_measured():
     for each in (forecast, again):  # the last measurement is part of the state
         each.update(3.0, 1.0)
     assert again(4.0) == forecast(4.0)
+    near = Forecast(Calibration(scale=2.0, exponent=1.0, spread=1.0, coherence=1.0))
+    near.update(1.0, 0.1)
+    near.update(1.2, 0.4)  # too near to tell how steep it is
+    assert near(2.4) == pytest.approx(0.8)
     untouched = Forecast(Calibration(scale=2.0, exponent=1.0, spread=1.0, coherence=1.0))
     again.load_state_dict(untouched.state_dict())
     assert again(0.5) == 1.0
@@ -105,12 +110,13 @@ def test_a_long_run_is_checked_often_and_only_once_the_backbone_moves():
 
 
 class Held:
-    """A budget of 0.1 nats over one weight, of which `lost * weight ** 2` is lost."""
+    """A budget of 0.1 nats over one weight, of which `lost * weight ** power` is lost."""
 
     size, by_features = 64, False
 
-    def __init__(self, lost, average=False):
+    def __init__(self, lost, average=False, power=2):
         self.lost, self.weight, self.factors = lost, nn.Parameter(torch.ones(1)), []
+        self.power = power
         self.average = WeightAverage([self.weight], horizon=10) if average else None
         self.budget = ForgettingBudget(
             model=nn.Linear(1, 1),
@@ -128,7 +134,7 @@ class Held:
         self.step = min(self.budget.checks)
 
     def __call__(self, model, samples):
-        return self.lost * self.weight.item() ** 2
+        return self.lost * self.weight.item() ** self.power
 
     @property
     def allowed(self):
@@ -145,6 +151,37 @@ def test_a_large_excess_is_taken_back_at_once(average):
     assert held.factors == [pytest.approx(min(STRONGER, 0.4 / held.allowed))]
     if average:
         assert torch.equal(held.average.values[0], held.weight)
+
+
+def test_what_was_taken_back_is_forecast_from():
+    held = Held(lost=0.4, power=4)
+    held.budget.after_step(held.step)
+    taken_back, held.budget.measured = held.budget.measured, None
+    assert taken_back < 0.4
+    assert held.budget.forecast() == pytest.approx(taken_back)
+
+
+def test_a_card_alone_keeps_a_budget():
+    """Its curvature weights the pull with a mean of 1, and is three times that in the mean."""
+    weight = nn.Parameter(torch.ones(1))
+    calibration = Calibration(scale=2.0, exponent=1.0, spread=1.0, coherence=1.0)
+    budget = ForgettingBudget(
+        model=nn.Linear(1, 1),
+        plan=plan_for(TrainConfig(method="ewc", forget_budget=0.1), steps=100, weighted=True),
+        batch_size=64,
+        budget=Budget(amount=0.1),
+        meter=None,
+        card=SimpleNamespace(calibration=calibration, mean=3.0),
+        weighted=True,
+        stats=lambda: {"forgetting": weight.detach().square().sum() / 2},
+        drift=Drift([weight], [torch.zeros(1)]),
+        average=None,
+        set_pull=lambda factor: None,
+    )
+    assert budget.energy() == 1.5
+    budget.finish()
+    assert budget.forecast() == pytest.approx(AIM * 0.1, rel=0.05)
+    assert 2 * 1.5 * weight.item() ** 2 == pytest.approx(budget.forecast())
 
 
 def test_a_smaller_excess_is_left_to_the_pull():

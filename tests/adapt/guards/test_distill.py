@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 
 import pytest
@@ -103,6 +104,32 @@ def test_a_view_that_is_not_remembered_is_left_out():
     assert not distillation.live
 
 
+def test_a_loop_that_shows_other_views_than_the_data_set_is_told(caplog, monkeypatch):
+    """It gave their rows, and nothing of the source's answers was held, in silence."""
+    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
+    copied = []
+    remembered = Remembered(
+        rows=torch.tensor([4, 2, 7]),
+        outputs=torch.zeros(3, 5),
+        num_samples=9,
+        digests=[digest(row) for row in TRAIN[0][:3]],
+    )
+    distillation = Distillation(
+        source=nn.Linear(2, 5),
+        weight=1.0,
+        remembered=remembered,
+        pretrained_copy=lambda: copied.append("copy"),
+    )
+    alone, rows = torch.tensor([4, 0]), torch.tensor([4, 0, 2])
+    assert distillation.places(alone, TRAIN[0][5:7]).tolist() == [-1, -1]
+    assert not distillation.live
+    with caplog.at_level("INFO", logger="fast"):
+        assert distillation.places(rows, TRAIN[0][5:8]).tolist() == [0, 1, 2]
+    assert distillation.live
+    assert copied == ["copy"]
+    assert "source answers come from a frozen copy" in caplog.text
+
+
 def remembering(*positions):
     """Distillation that remembers the answers to samples 4, 2 and 5 of six."""
     torch.manual_seed(0)
@@ -124,16 +151,29 @@ def seen(places, remembered, features):
     return Seen(batch=batch, features=features, **facts)
 
 
-@pytest.mark.parametrize("positions", [(), (1,), (3,)])
-def test_the_penalty_is_the_mean_divergence_of_what_is_remembered(positions):
-    """Four samples are remembered in the whole step, two of them in this micro-batch."""
+@pytest.mark.parametrize(
+    ("positions", "folded"), [((), False), ((1,), False), ((3,), False), ((3,), True)]
+)
+def test_the_penalty_is_the_mean_divergence_of_what_is_remembered(positions, folded):
+    """Four samples are remembered in the whole step, two of them in this micro-batch. A head may
+    see the positions of a sample as rows of their own."""
     distillation, features = remembering(*positions), torch.randn(3, *positions, 2)
     before, now = distillation.remembered.outputs[[2, 0]], distillation.source(features[[0, 2]])
     p, q = (x.double().div(2).softmax(-1) for x in (before, now))
     divergence = 4 * (p * (p / q).log()).sum(-1)
     expected = 0.7 * divergence.flatten(1).mean(1).sum() if positions else 0.7 * divergence.sum()
-    penalty = distillation.penalty(seen([2, -1, 0], 4.0, features))
+    rows = features.flatten(0, -2) if folded else features
+    penalty = distillation.penalty(seen([2, -1, 0], 4.0, rows))
     assert penalty.item() == pytest.approx(expected.item() / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_state_says_whether_answers_come_from_a_copy(live):
+    before, after = remembering(), remembering()
+    if live:
+        before.go_live()
+    after.load_state_dict(before.state_dict())
+    assert after.live == live
 
 
 def test_without_anything_remembered_or_seen_there_is_no_penalty():

@@ -104,6 +104,7 @@ def test_features_of_a_network_whose_head_does_not_count(networks, labels):
     meter = ForgettingMeter(before, SourceInputs.parse(data, 60), points=False, skill="features")
     lost = meter(now)
     assert lost != 0
+    assert meter(now, 20) == lost  # each is compared with all others
     with torch.no_grad():
         now.decide.source.weight.normal_()
         now.decide.linear.weight.normal_()
@@ -117,9 +118,13 @@ def test_labels_that_the_head_cannot_give(networks):
     samples = SourceInputs.parse((X, Y + 4), 60)
     with pytest.raises(ValueError, match=r"label 8, and the source head has 5 classes.*features"):
         ForgettingMeter(networks[0], samples, points=False, skill="answers")
-    alone = SourceInputs.parse((X, torch.arange(60)), 60)
-    with pytest.raises(ValueError, match="60 held-back samples of 60 classes"):
-        ForgettingMeter(networks[0], alone, points=False)
+    alone = torch.arange(60)
+    one_pair = alone.clone()
+    one_pair[1] = 0
+    for labels, classes in ((alone, 60), (one_pair, 59)):
+        samples = SourceInputs.parse((X, labels), 60)
+        with pytest.raises(ValueError, match=f"60 held-back samples of {classes} classes"):
+            ForgettingMeter(networks[0], samples, points=False)
 
 
 class Tokens(nn.Module):

@@ -106,6 +106,16 @@ def test_a_step_that_a_scaler_skips_does_not_count(pretrained):
     assert 0 < guard.pace < 0.5
 
 
+def test_a_stall_tells_no_pace(pretrained):
+    """The head moves in it, and the backbone's rate is 0."""
+    adaptation, guard = adapt(pretrained, lr=0.5, ramp=0, head_steps=0, stall=2, **WEIGHTS)
+    for _ in range(2):
+        step(adaptation)
+        assert guard.pace is None
+    step(adaptation)
+    assert 0 < guard.pace < 1
+
+
 @KINDS
 def test_a_step_that_a_network_bears_stays_as_it_is(pretrained, kind):
     adaptation, _, guard = after_one_step(pretrained, lr=1e-3, **kind)

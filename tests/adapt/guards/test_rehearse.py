@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import fast
 from fast.adapt.defaults import SHUFFLED, source_share
 from fast.adapt.guards.base import MicroBatch, Seen
-from fast.adapt.guards.rehearse import Rehearsal, places_for
-from fast.adapt.network.shared_forward import HeadInput, depends_on_mode, shares
+from fast.adapt.guards.rehearse import Rehearsal, own_inputs, places_for
+from fast.adapt.network.shared_forward import HeadInput, cuts_at_head, depends_on_mode, shares
+from fast.data.dataset import as_data
 from fast.data.images.patches import are_pictures, shuffled_patches
 from fast.data.source_inputs import SourceInputs
+from fast.data.stream import TrainBatches
 from fast.data.trees import join
 from fast.heads import features_of, set_batch_norm, source_task, task_head
 from fast.heads.outputs import source_features
@@ -180,6 +182,15 @@ def test_the_head_never_sees_the_source_rows():
     assert not head._forward_pre_hooks
 
 
+def test_pictures_as_they_are_are_mixed_with_shuffled_ones():
+    """The first of them are measured in the first step, and kept where features are large."""
+    train = images(2000, 4)
+    own = own_inputs(TrainBatches(as_data(train, "train"), 64, 0), 64, True).inputs
+    as_they_are = [bool((train[0] == x).flatten(1).all(1).any()) for x in own]
+    assert 16 <= sum(as_they_are) <= 32 == len(own) // 2
+    assert 4 < sum(as_they_are[:32]) < sum(as_they_are) - 4
+
+
 def test_source_inputs_of_another_shape_go_through_the_network_apart():
     assert join(torch.zeros(2, 3), torch.zeros(2, 4)) is None
     assert join({"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}) is None
@@ -244,6 +255,16 @@ def test_dropout_is_no_movement_of_features(pretrained):
     options = {"steps": 20, "lr": 1e-6, "schedule": "constant", "ramp": 0, "eval_every": 5}
     history = fast.finetune(model, TRAIN, source_inputs=KNOWN[0], **options).history
     assert {record["lr"] for record in history[1:]} == {1e-6}
+
+
+def test_samples_that_depend_on_each_other_go_through_the_network_apart(pretrained):
+    """Batch norm without running statistics normalises source inputs by those of the target."""
+    model = fast.replace_head(copy.deepcopy(pretrained), 4, sample=TRAIN[0])
+    head = task_head(model)
+    assert cuts_at_head(model, head, TRAIN[0], 2 * KNOWN[0][:8])
+    model.features[1].track_running_stats = False
+    model.features[1].running_mean = model.features[1].running_var = None
+    assert not cuts_at_head(model, head, TRAIN[0], 2 * KNOWN[0][:8])
 
 
 def rehearsal_of(adaptation):

@@ -38,6 +38,18 @@ def test_replay_forgets_a_fraction_of_what_vanilla_forgets(pretrained, source):
     assert lost(pretrained, method="replay", source_inputs=source) < 0.2 * vanilla
 
 
+def test_the_loss_that_a_run_reports_is_the_targets(pretrained):
+    adaptation = fast.Adaptation(
+        copy.deepcopy(pretrained), TRAIN, method="replay", source_inputs=KNOWN, steps=4
+    )
+    inputs, _, rows = next(adaptation.batches())
+    (part,) = adaptation.parts(inputs, rows, size=64)
+    _, reported, beside = adaptation.forward_part(part)
+    assert reported == 0
+    assert beside > 0
+    assert adaptation.forward(inputs, rows)[1] == beside
+
+
 def test_the_loss_is_least_at_the_answers_themselves(pretrained):
     x, answers = replayed(pretrained, KNOWN[0]).batch(0)
     assert answers.sum(1).allclose(torch.ones(50))

@@ -31,6 +31,15 @@ def test_the_average_of_the_first_steps_is_their_mean():
     assert torch.equal(weights, torch.full((3,), 10.0))
 
 
+def test_after_one_step_the_average_is_that_of_one_step():
+    weights = torch.nn.Parameter(torch.zeros(3))
+    average = WeightAverage([weights], horizon=100)
+    with torch.no_grad():
+        weights.fill_(1.0)
+    average.after_step(1)
+    assert torch.equal(average.values[0], weights)
+
+
 @pytest.mark.parametrize(("horizon", "expected"), [(1, 3.0), (2, 2.25)])
 def test_an_average_over_one_or_two_steps_leaves_none_out(horizon, expected):
     weights = torch.nn.Parameter(torch.zeros(()))

@@ -85,3 +85,12 @@ def test_landing_is_the_same_from_any_number_of_looks():
     a.go(0.5)
     b.go(0.5)
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("lost", "place"), [(1e6, 0.1), (1.01, 0.98)])
+def test_a_place_stays_off_the_ends(lost, place):
+    """Guesses at 0.001 and at 0.995 of the way would tell nothing."""
+    p = nn.Parameter(torch.ones(1))
+    line = WeightLine([p], [torch.zeros(1)])
+    line.land(lambda: 1.0, lost=lost, aim=1.0, exponent=2.0, checks=1)
+    assert line.place == pytest.approx(place)

@@ -98,3 +98,49 @@ def test_class_weights_hold_for_the_head_start():
         with torch.no_grad():
             answers[weight] = (result.model(VAL[0]).argmax(1) == 0).float().mean().item()
     assert answers[0.0] < 0.5 * answers[1.0]
+
+
+class InPlace(ConvNet):
+    """What follows its head works in place, on the tensor that the head has made."""
+
+    def __init__(self, what) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        return self.what(super().forward(x))
+
+
+def test_what_follows_the_head_in_place_is_seen():
+    """A head that was taught without it had logits twenty times too large in the first step."""
+    assert not head_is_last(InPlace(lambda z: z.mul_(20)), TRAIN[0])
+    assert head_is_last(InPlace(lambda z: z), TRAIN[0])
+    with pytest.raises(ValueError, match="returns probabilities"):
+        head_is_last(InPlace(torch.sigmoid_), TRAIN[0])
+
+
+def test_the_head_stops_at_the_second_look_that_is_worse_in_a_row():
+    """And leaves no gradient for the first step of a loop."""
+    told, taken = iter([3.0, 2.0, 2.5, 1.0, 1.5, 1.6, 0.1]), []
+    features, labels = torch.randn(100, 8), torch.arange(100) % 3
+    head = new_head(features)
+
+    def loss(logits, y):
+        if torch.is_grad_enabled():
+            return F.cross_entropy(logits, y)
+        taken.append(head.linear.weight.detach().clone())
+        return torch.tensor(next(told))
+
+    start_head(head, features, labels, loss=loss, steps=400, seed=0)
+    assert len(taken) == 6
+    assert torch.equal(head.linear.weight, taken[3])
+    assert all(p.grad is None for p in head.parameters())
+
+
+@pytest.mark.parametrize(("taught", "ramp"), [(20, 7), (0, 0)])
+def test_a_head_that_was_taught_rises_with_the_backbone(taught, ramp):
+    """Adam's first step at the full rate would undo what it has learned."""
+    adaptation = fast.Adaptation(ConvNet(), TRAIN, steps=5, ramp=7, head_steps=taught)
+    heads = [g for g in adaptation.optimizer.param_groups if g["name"].startswith("head")]
+    assert heads
+    assert {group["ramp"] for group in heads} == {ramp}

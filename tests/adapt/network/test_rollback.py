@@ -116,3 +116,19 @@ def test_random_generators_are_what_they_were():
     with pytest.raises(TypeError, match="it returned NoneType"):
         fast.Adaptation(model, TRAIN, steps=4, optimizer=lambda groups: None)
     assert process_generators() == drawn
+
+
+def test_a_head_that_was_to_be_kept_has_no_hook_left():
+    model = ConvNet()
+    kept = model.decide.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="it returned NoneType"):
+        fast.Adaptation(
+            model,
+            images(100, 5, seed=1),
+            source_inputs=images(60, 5, seed=3)[0],
+            head="keep",
+            steps=4,
+            optimizer=lambda groups: None,
+        )
+    hooks = [h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+    assert [list(h) for h in hooks if h] == [[kept.id]]

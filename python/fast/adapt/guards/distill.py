@@ -177,11 +177,14 @@ class Distillation(Guard):
         if not all(
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(seen, own, strict=True)
         ):
-            log.info(
-                "the inputs of these rows are not those of the training data: source answers come "
-                "from a frozen copy of the network from now on"
-            )
-            self.go_live()
+            self._leave_memory()
+
+    def _leave_memory(self) -> None:
+        log.info(
+            "the inputs of these rows are not those of the training data: source answers come from "
+            "a frozen copy of the network from now on"
+        )
+        self.go_live()
 
     def places(self, rows: Tensor | None, inputs: Any) -> Tensor:
         """Index of each sample's outputs at w0, `[B]` on the CPU; -1 where none are remembered.
@@ -196,10 +199,14 @@ class Distillation(Guard):
             return torch.arange(length(inputs))
         assert rows is not None
         places = self._place[rows.cpu()]
-        if self.remembered.digests is not None:
-            for i, place in enumerate(places.tolist()):
-                if place >= 0 and digest(pick(inputs, i)) != self.remembered.digests[place]:
-                    places[i] = -1
+        if self.remembered.digests is None:
+            return places
+        known = (places >= 0).nonzero().flatten().tolist()
+        others = [i for i in known if digest(pick(inputs, i)) != self.remembered.digests[places[i]]]
+        if len(others) == len(known) > 1:  # the loop shows other views than the data set
+            self._leave_memory()
+            return torch.arange(length(inputs))
+        places[others] = -1
         return places
 
     def penalty(self, seen: Seen) -> Tensor | None:

@@ -94,7 +94,7 @@ class WeightAverage(Guard):
         self._versions = self._now()
 
     def _now(self) -> list[int]:
-        return [p._version for p in self._current()]
+        return dtensor.versions(self.params)
 
     @torch.no_grad()
     def _swap(self) -> None:

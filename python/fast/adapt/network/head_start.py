@@ -47,7 +47,8 @@ def head_is_last(model: nn.Module, sample: Any, name: str | None = None) -> bool
     rows = pick(sample, slice(2))
     seen: list[Tensor] = []
     layer = find_head(model, rows, name).module
-    hook = layer.register_forward_hook(lambda *args: seen.append(args[2]))
+    # What follows may work in place.
+    hook = layer.register_forward_hook(lambda *args: seen.append(args[2].clone()))
     with hooked(model, hook):
         logits = forward_logits(model, rows)
     _check_no_probabilities(model, logits, seen[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class MicroBatches:
     def part(
         self, inputs: Any, rows: Tensor | None, *, step: int, part: int, parts: int
     ) -> MicroBatch:
-        """The given inputs as one of `parts` micro-batches; the loop divides its loss by `parts`.
+        """The given inputs as one of `parts` micro-batches of a step, which are taken to be alike.
 
         Args:
             inputs, rows: see `Adaptation.forward`.
@@ -44,14 +43,11 @@ class MicroBatches:
             if self._distillation is not None:
                 self._distillation.check(rows, inputs)
         places = self._places(inputs, rows)
-        source = shares(self._source(step), parts)[part]
-        if source is not None:
-            source = replace(source, total=source.total / parts)
         return MicroBatch(
             inputs=inputs,
             places=places,
-            remembered=self._remembered(places),
-            source=source,
+            remembered=parts * self._remembered(places),
+            source=shares(self._source(step), parts)[part],
             part=part,
             parts=parts,
         )

@@ -32,10 +32,10 @@ from fast.heads import (
     add_adapters,
     by_sample,
     calibrate_from,
+    check_rows,
     classes_of,
     estimate_statistics,
     features_of,
-    folds_positions,
     has_batch_norm,
     own_parameters,
     set_batch_norm,
@@ -226,17 +226,12 @@ def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pac
     )
 
 
-def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs, folded: bool) -> bool:
-    """Whether rehearsed inputs need a forward pass of their own.
-
-    Args:
-        folded: the head sees several rows of a sample.
-    """
+def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs) -> bool:
+    """Whether rehearsed inputs need a forward pass of their own."""
     model, head = network.model, network.head
     few = move(samples.part(0, 8).inputs, network.device)
     return (
         (setup.plan.batch_norm == "per_task" and has_batch_norm(model))
-        or folded
         or depends_on_mode(model, head, few)
         or not cuts_at_head(model, head, setup.sample, few)
     )
@@ -296,7 +291,7 @@ def teach_head(
     start_head(head, first.features, labels, loss=loss, steps=setup.plan.head_steps, seed=seed)
 
 
-def prepare(
+def prepare_network(
     model: nn.Module,
     setup: Setup,
     config: AdaptConfig,
@@ -335,8 +330,8 @@ def prepare(
     rehearsed = None
     if plan.source_size:
         rehearsed = samples if setup.own is None else setup.own
-    holds = bool(plan.distill) or rehearsed is not None
-    folded = holds and folds_positions(model, network.head, setup.sample)
+    if plan.distill or rehearsed is not None:
+        check_rows(model, network.head, setup.sample)
     remembers = bool(plan.distill) and not augmented and same_at_each_visit(setup.batches)
     first = None
     if plan.head_steps and not resuming:
@@ -353,7 +348,7 @@ def prepare(
     if rehearsed is not None:
         guards += rehearsal(network, setup, rehearsed, config.seed, ranks)
     if guards:
-        network.watch(rehearsed is not None and runs_apart(network, setup, rehearsed, folded))
+        network.watch(rehearsed is not None and runs_apart(network, setup, rehearsed))
     if plan.adapter_rank:
         guards.append(pace_of_adapters(network, setup, ranks))
     return network, guards

@@ -41,6 +41,8 @@ class RollbackOnError:
     def __init__(self, model: nn.Module, weights: bool = False) -> None:
         self.model = model
         self._parts = [(m, type(m), dict(m._modules), m.training) for m in model.modules()]
+        hooks = (h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks))
+        self._hooks = [(h, dict(h)) for h in hooks]
         self._trainable = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
         copied = model.parameters() if weights else ()
         self._weights = [(p, p.detach().clone()) for p in copied]
@@ -76,6 +78,9 @@ class RollbackOnError:
         if head is not None and head is not self._head:
             head.answers_source = True
             head.announce(self.model)
+        for hooks, before in self._hooks:  # a head that is kept has been watched
+            hooks.clear()
+            hooks.update(before)
         for module, kind, children, training in self._parts:
             module.__class__ = kind
             module._modules.clear()

@@ -17,6 +17,9 @@ from fast.adapt.guards.base import SourceBatch
 from fast.data.trees import join, length, pick
 from fast.heads import evaluating, forward_logits, in_mode, source_task, traceless
 
+# Shares of the mean square of features that are more than rounding, in 16 bits too.
+OF_MODE, OF_OTHERS = 1e-4, 1e-3
+
 
 class HeadInput:
     """Records the input of a network's head, and can keep its last rows from the head.
@@ -67,10 +70,6 @@ class HeadInput:
         """What the head sees of these inputs, in the mode and for the task that the model is in."""
         return self._run(model, inputs)[1]
 
-    def cut(self, model: nn.Module, inputs: Any, rows: int) -> Tensor:
-        """Logits of the first `rows` of these inputs; all of them go as far as the head."""
-        return self._run(model, inputs, rows)[0]
-
     def _run(self, model: nn.Module, inputs: Any, rows: int | None = None) -> tuple[Tensor, Tensor]:
         self._watching, self._rows = True, rows
         try:
@@ -112,7 +111,8 @@ def shares(source: SourceBatch | None, parts: int) -> list[SourceBatch | None]:
 def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) -> bool:
     """Whether target and source inputs can share a pass that the source's rows leave at the head.
 
-    They cannot if code behind the head takes the number of samples from the inputs.
+    They cannot if code behind the head takes the number of samples from the inputs, or if the
+    features of a sample depend on the others in its batch.
 
     Args:
         target: a batch of inputs on the model's device, of which the first few are used.
@@ -125,8 +125,9 @@ def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) ->
     head_input = HeadInput(head)
     try:
         with evaluating(model):
-            alone = forward_logits(model, few)
-            return head_input.cut(model, both, length(few)).shape == alone.shape
+            alone, features, _ = head_input.forward(model, few, None, False)
+            cut, beside, _ = head_input.forward(model, few, source, False)
+        return cut.shape == alone.shape and _change(features, beside) < OF_OTHERS
     except (IndexError, RuntimeError, ValueError):
         return False
     finally:
@@ -142,10 +143,17 @@ def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
     """
     head_input = HeadInput(head)
     features = []
-    with traceless(model):
-        for training in (False, True):
-            with in_mode(model, training), source_task(model):
-                features.append(head_input.features(model, inputs).float())
-    head_input.close()
-    before, trained = features
-    return bool((trained - before).square().mean() > 1e-4 * before.square().mean())
+    try:
+        with traceless(model):
+            for training in (False, True):
+                with in_mode(model, training), source_task(model):
+                    features.append(head_input.features(model, inputs))
+    finally:
+        head_input.close()
+    return _change(*features) > OF_MODE
+
+
+def _change(before: Tensor, now: Tensor) -> float:
+    """The mean square of what has changed in features, as a share of theirs."""
+    change = (now.float() - before.float()).square().mean()
+    return float(change / before.float().square().mean())

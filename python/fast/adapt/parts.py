@@ -19,7 +19,7 @@ from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
-from fast.adapt.network.prepare import prepare
+from fast.adapt.network.prepare import prepare_network
 from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer
 from fast.adapt.setup import Setup, check_ranks, settle
 from fast.curvature.card import SourceCard
@@ -71,7 +71,7 @@ class Parts:
     guards: Guards
 
 
-def begin(
+def make_parts(
     model: nn.Module,
     train: Any,
     config: AdaptConfig,
@@ -112,7 +112,7 @@ def begin(
     source = measure_source(model, setup, config, card=card, ranks=ranks)
     autocast = torch.autocast(setup.device.type, autocast_dtype, enabled=autocast_dtype is not None)
     with ranks.together(), autocast:
-        network, holding = prepare(
+        network, holding = prepare_network(
             model,
             setup,
             config,
