@@ -35,8 +35,9 @@ class _Stderr(logging.Handler):
 log = logging.getLogger("fast")
 if not log.handlers:
     log.addHandler(_Stderr())
-    log.setLevel(logging.INFO)
     log.propagate = False
+    if log.level == logging.NOTSET:  # the user may have set it before this module is imported
+        log.setLevel(logging.INFO)
 # The phases of a run and its evaluations, apart from what it guessed and planned.
 steps_log = logging.getLogger("fast.steps")
 
