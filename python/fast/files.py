@@ -16,6 +16,8 @@ from typing import Any
 
 from fast.errors import printable
 
+# In the folder of a run: what the command line was asked for. It is read before torch is imported.
+JOB_FILE = "job.json"
 UNFINISHED = ".unfinished"
 # Our JSON files are never this long; a stranger's file may be.
 MOST_JSON_BYTES = 16 << 20

@@ -96,6 +96,29 @@ def test_what_was_held_out_is_evaluated_on(run):
         assert "data:image/jpeg;base64," in report
 
 
+def test_what_a_run_held_out_is_found_in_data_that_were_moved(job):
+    """All samples, most of which it was trained on, would be answered too well."""
+    arrays = np.load("target.npz")
+    one_file = {"x": arrays["x_train"], "y": arrays["y_train"]}
+    np.savez("drawn.npz", **one_file)
+    args = [*job.args, "--data", "drawn.npz", "--source-inputs", "source.npz"]
+    assert job.fast("finetune", *args, *RUN)[0] == 0
+    shutil.copy("drawn.npz", "copy.npz")
+    for name in ("drawn.npz", "copy.npz"):
+        code, out, err = job.fast("evaluate", "out", name)
+        assert code == 0, err
+        assert f"{name} (20 % of each class)" in out
+        assert "of 40 samples (target task)" in out
+    np.savez("other.npz", x=arrays["x_test"], y=arrays["y_test"])
+    assert "of 80 samples (target task)" in job.fast("evaluate", "out", "other.npz")[1]
+    np.savez("drawn.npz", x=arrays["x_train"][:-1], y=arrays["y_train"][:-1])
+    join = ("join", "out", "--output", "joined")
+    for command in (("evaluate", "out"), ("evaluate", "out", "drawn.npz"), join):
+        code, _, err = job.fast(*command)
+        assert code == 2
+        assert "has other samples than the run was started with" in err
+
+
 def test_files_that_cannot_be_read(run):
     arrays = np.load("target.npz")
     for i, label in enumerate(arrays["y_test"][:12]):

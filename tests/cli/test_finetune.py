@@ -116,6 +116,14 @@ def test_the_budget_is_printed_beside_what_was_lost(job):
     assert "forget budget 0.01 nats: " in out
     code, out, err = job.fast("finetune", *args, "--output", "none")
     assert "forget budget" not in out
+    assert "by forecast" not in out  # the table has the source's accuracy
+    without = [a for a in args if a != "--source"]
+    without.remove("source.npz")
+    code, out, err = job.fast("finetune", *without, "--output", "unmeasured")
+    assert code == 0, err
+    final = json.loads((job.folder / "unmeasured" / "result.json").read_text())["final"]
+    lost = round(final["forecast"], 2) + 0.0
+    assert f"the source task has lost {lost:.2f} nats, by forecast" in out
 
 
 def test_what_source_inputs_measure_is_said(job):

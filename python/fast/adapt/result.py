@@ -26,6 +26,7 @@ from fast.merge.join import join
 from fast.merge.joined import Joined
 from fast.models.preparation import Preparation
 from fast.models.saved import (
+    DATA_FILE,
     MODEL_FILE,
     OPTIONS_FILE,
     is_going_on,
@@ -282,7 +283,7 @@ class Result:
             },
         )
         if self.data is not None:
-            write_json(folder / "data.json", self.data)
+            write_json(folder / DATA_FILE, self.data)
         with atomic_file(folder / "history.jsonl") as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
         write_manifest(folder, self.run, self.config.computed())

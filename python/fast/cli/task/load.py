@@ -189,17 +189,20 @@ def _description(
     preparation: Preparation,
     report: FileReport,
 ) -> dict[str, Any]:
-    """The target's data as they were read, and how images and sounds were prepared."""
-    images = sounds = None
+    """The target's data as they were read, and how they were prepared."""
+    images = sounds = texts = None
     if preparation.images is not None:
         images = image_facts(spec, preparation.images, loaded.preprocessing, report)
         images["in_memory"] = not isinstance(prepared["train"], PreparedImages)
     if preparation.sounds is not None:
-        sounds = preparation.sounds.facts() | {"skipped": list(report.broken)}
+        skipped = list(report.broken)
+        sounds = preparation.sounds.facts() | {"skipped": skipped, "cut": report.cut}
+    if preparation.kind == "texts":
+        texts = {"max_length": preparation.max_length, "cut": report.cut}
     labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
     splits = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
     data = dataclasses.replace(target, train=splits["train"], val=splits.get("val")).description
-    return {"data": data, "images": images, "sounds": sounds}
+    return {"data": data, "images": images, "sounds": sounds, "texts": texts}
 
 
 def _check_source(
