@@ -37,16 +37,7 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
     folder = Path(spec.output or f"runs/{command}-{name}")
     check_writable(folder, "--output")
     if not spec.demo:
-        config = spec.training
-        yield (
-            load_task(
-                spec.task,
-                source_skill=config.source_skill,
-                keeps_head=config.keeps_head,
-                workers=config.num_workers,
-            ),
-            folder,
-        )
+        yield load_task(spec.task, spec.training), folder
         return
     with few_threads():
         yield digits_task(), folder

@@ -10,10 +10,11 @@ import torch
 
 from fast.cli.job_file import replace_job
 from fast.cli.notes import print_notes
+from fast.cli.report.finetune import what_next
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.load import LoadedTask, load_task
+from fast.cli.task.load import LoadedTask, load_task, untrained_head
 from fast.cli.task.run import check_replaceable, is_data_of, job_of
 from fast.data.dataset import as_data
 from fast.data.source_inputs import SourceInputs
@@ -28,6 +29,7 @@ from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
 from fast.models.preparation import read_preparation
 from fast.models.saved import DATA_FILE, JOIN_FILE
+from fast.train.config import TrainConfig
 
 
 def run(spec: JoinSpec) -> int:
@@ -41,6 +43,11 @@ def run(spec: JoinSpec) -> int:
     of_run, read = job_of(Path(spec.run)).get("data"), task.description["data"]
     if of_run:
         is_data_of(Path(spec.run), of_run, read["name"], read["samples_hash"])
+    if head := untrained_head(task.loaded, task.train, TrainConfig()):
+        raise ValueError(
+            f"RUN {spec.run}: the head of the old classes, {printable(head)}, is not in the "
+            "checkpoint of the network, and answers by chance: there is nothing to join"
+        )
     sample, _ = as_data(task.train, "data").batch_at(torch.arange(2))
     count = classes_of(find_head(task.loaded.model, sample).module)
     heads = saved_heads(spec.run, task.loaded.model, sample)
@@ -57,7 +64,7 @@ def run(spec: JoinSpec) -> int:
     )
     _save(joined, spec, folder)
     print(_summary(joined))
-    print(f"saved in {printable(folder)}")
+    print(f"saved in {printable(folder)}\n{what_next(folder)}")
     return 0
 
 
