@@ -31,8 +31,8 @@ def load_model(
     """Build the network that `spec` names, on the CPU, and load `weights` into it.
 
     Arguments in brackets are Python literals: `timm:resnet18(num_classes=10)`. Weights in half
-    precision become float32, because they are to be trained. What is drawn at random, as a head that
-    no checkpoint holds, is the same in each call: a run that is resumed begins with it again.
+    precision become float32, because they are to be trained. What is drawn at random, as a head
+    that no checkpoint holds, is the same in each call, so that a resumed run begins with it again.
 
     Args:
         spec: the name of the network.

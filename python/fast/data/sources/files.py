@@ -143,7 +143,7 @@ def samples_hash(data: NamedData) -> str:
         if split is None:
             digest.update(b"none")
             continue
-        digest.update(np.ascontiguousarray(split.labels))
+        digest.update(np.ascontiguousarray(split.labels).data)
         digest.update(_contents(split.inputs))
     return digest.hexdigest()
 
@@ -165,7 +165,7 @@ def _contents(inputs: Any) -> bytes:
     else:
         for array in inputs.values() if isinstance(inputs, dict) else (inputs,):
             digest.update(f"{array.shape} {array.dtype}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.digest()
 
 
