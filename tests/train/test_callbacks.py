@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import fast
 from fast.progress import BAR_FORMAT
-from fast.train.log import figures, progress_bar
+from fast.train.log.figures import figures, progress_bar
 from helpers import ROOT, run_python
 from networks import ConvNet, images
 

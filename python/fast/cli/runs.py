@@ -20,7 +20,7 @@ from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
 from fast.heads.adapters import import_peft
 from fast.models.device import pick_device
-from fast.train.log import quiet_steps
+from fast.train.log.lines import quiet_steps
 
 KEY_DIGITS = 8
 

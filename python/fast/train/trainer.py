@@ -27,18 +27,9 @@ from fast.train.early_stopping import EarlyStopping
 from fast.train.engine import Engine
 from fast.train.finite import check_finite, warn_diverged
 from fast.train.interrupt import Interruption
-from fast.train.log import (
-    Callback,
-    History,
-    LogFile,
-    RunLog,
-    figures,
-    line,
-    log,
-    progress_bar,
-    read_history,
-    steps_log,
-)
+from fast.train.log.figures import figures, line, progress_bar
+from fast.train.log.history import Callback, History, RunLog, read_history
+from fast.train.log.lines import LogFile, log, steps_log
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
 from fast.train.resume.saver import Saver

@@ -1,0 +1,44 @@
+"""The few figures of a record that a line or a progress bar shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fast.progress import bar
+
+
+def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
+    """The bar of a run, which stays; see `fast.progress`."""
+    return bar(steps, method, show, unit="step", start=start, leave=True)
+
+
+def figures(record: dict[str, Any], before: float | None = None, between: str = " ") -> str:
+    """The few figures that a progress bar has room for: what is kept, then what is learned.
+
+    Args:
+        before: source accuracy at the pretrained weights.
+        between: the separator.
+    """
+    parts = []
+    if record.get("source_accuracy") is not None:
+        change = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
+        parts.append(f"source {100 * record['source_accuracy']:.1f}{change}")
+    if record.get("forecast") is not None:
+        parts.append(f"forgets {round(record['forecast'], 2) + 0.0:.2f}")  # never -0.00
+    if record.get("target_accuracy") is not None:
+        parts.append(f"target {100 * record['target_accuracy']:.1f}")
+    return between.join(parts)
+
+
+def line(record: dict[str, Any], steps: int, epochs: float, before: float | None) -> str:
+    """An evaluation as a line of the log.
+
+    Args:
+        steps: steps of the whole run.
+        epochs: passes over the training data so far.
+        before: source accuracy at the pretrained weights.
+    """
+    loss = "" if record["loss"] is None else f", loss {record['loss']:.4g}"
+    rest = f"{loss}, {record['seconds']:.0f} s"
+    text = figures(record, before, ", ") or "nothing is measured"
+    return f"step {record['step']}/{steps} (epoch {epochs:.1f}): {text}{rest}"
