@@ -7,7 +7,7 @@ import html
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -43,6 +43,40 @@ from fast.models.saved.description import (
 log = logging.getLogger("fast")
 
 
+class Record(TypedDict, total=False):
+    """What was measured at one evaluation, a plain dict. What was not measured is None.
+
+    Attributes:
+        step: optimizer steps so far.
+        loss: mean over the steps since the last record, in nats: the target's, with the penalties
+            of distillation and rehearsal, without the loss of replayed inputs.
+        target_accuracy, target_loss: on `val`.
+        source_accuracy, source_loss: on `source`, by the source head.
+        forgetting: source accuracy lost so far.
+        forecast: rise of the source loss in nats, or accuracy lost under a budget in points; it
+            needs a card or source inputs, and right after a check it is the measurement.
+        drift: `||w - w0||`.
+        grad_norm, lr: of the last step.
+        seconds: since the run began.
+        stage, place: of `fast.rewind` alone, see `Rewound`.
+    """
+
+    step: int
+    loss: float | None
+    target_accuracy: float | None
+    target_loss: float | None
+    source_accuracy: float | None
+    source_loss: float | None
+    forgetting: float | None
+    forecast: float | None
+    drift: float
+    grad_norm: float | None
+    lr: float
+    seconds: float | None
+    stage: str
+    place: float
+
+
 @dataclass(kw_only=True, repr=False)
 class Result:
     """A fine-tuned model and how it got there.
@@ -50,13 +84,7 @@ class Result:
     Attributes:
         model: the adapted network, in evaluation mode, with the source head inside
             (`fast.fold_head` makes it plain).
-        history: one record per evaluation: step; loss (mean over the steps since the last record,
-            in nats: the target's, with the penalties of distillation and rehearsal, without the
-            loss of replayed inputs); target_accuracy, target_loss, source_accuracy, source_loss;
-            drift (`||w - w0||`); forgetting (source accuracy lost so far); forecast (rise of the
-            source loss in nats, or accuracy lost under a budget in points; it needs a card or
-            source inputs, and right after a check it is the measurement); grad_norm, lr, seconds.
-            Whatever was not measured is None.
+        history: one record per evaluation.
         config: the options of the run, as they were given.
         plan: the settings that the options resolved to.
         source_accuracy_before: source accuracy of the pretrained network.
@@ -72,11 +100,11 @@ class Result:
     """
 
     model: nn.Module
-    history: list[dict[str, Any]]
+    history: list[Record]
     config: AdaptConfig
     source_accuracy_before: float | None = None
     classes: list[str] | None = field(default=None)
-    chosen: dict[str, Any] | None = None
+    chosen: Record | None = None
     plan: Plan | None = None
     run: str | None = None
     data: dict[str, Any] | None = None
@@ -92,7 +120,7 @@ class Result:
         return self.plan.lr
 
     @property
-    def final(self) -> dict[str, Any]:
+    def final(self) -> Record:
         """The record of the weights in `model`: the last one; with early stopping the best one; or
         the first, if training made the head start worse on `val`."""
         return self.chosen or self.history[-1]

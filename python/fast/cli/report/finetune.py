@@ -38,16 +38,15 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     """What was learned and what was kept, as a line and a table."""
     plan, final, first = result.plan, result.final, result.history[0]
     assert plan is not None
-    measured = {"val": "target", "source": "source"}
+    target = (None, first["target_accuracy"], final["target_accuracy"])
+    source = (
+        result.source_accuracy_before,
+        first["source_accuracy"],
+        final["source_accuracy"],
+    )
     rows = [
-        [
-            name,
-            percent(result.source_accuracy_before if name == "source" else None),
-            percent(first[f"{name}_accuracy"]),
-            percent(final[f"{name}_accuracy"]),
-            str(task.sizes[part]),
-        ]
-        for part, name in measured.items()
+        [name, *map(percent, accuracies), str(task.sizes[part])]
+        for name, part, accuracies in (("target", "val", target), ("source", "source", source))
         if getattr(task, part) is not None
     ]
     start = "head start" if plan.head_steps else "step 0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fast.adapt.result import Record
 from fast.progress import bar
 
 
@@ -12,7 +13,7 @@ def progress_bar(show: bool | None, start: int, steps: int, method: str) -> Any:
     return bar(steps, method, show, unit="step", start=start, leave=True)
 
 
-def figures(record: dict[str, Any], before: float | None = None, between: str = " ") -> str:
+def figures(record: Record, before: float | None = None, between: str = " ") -> str:
     """The few figures that a progress bar has room for: what is kept, then what is learned.
 
     Args:
@@ -20,17 +21,17 @@ def figures(record: dict[str, Any], before: float | None = None, between: str = 
         between: the separator.
     """
     parts = []
-    if record.get("source_accuracy") is not None:
-        change = "" if before is None else f" ({100 * (record['source_accuracy'] - before):+.1f})"
-        parts.append(f"source {100 * record['source_accuracy']:.1f}{change}")
-    if record.get("forecast") is not None:
-        parts.append(f"forgets {round(record['forecast'], 2) + 0.0:.2f}")  # never -0.00
-    if record.get("target_accuracy") is not None:
-        parts.append(f"target {100 * record['target_accuracy']:.1f}")
+    if (source := record.get("source_accuracy")) is not None:
+        change = "" if before is None else f" ({100 * (source - before):+.1f})"
+        parts.append(f"source {100 * source:.1f}{change}")
+    if (forecast := record.get("forecast")) is not None:
+        parts.append(f"forgets {round(forecast, 2) + 0.0:.2f}")  # never -0.00
+    if (target := record.get("target_accuracy")) is not None:
+        parts.append(f"target {100 * target:.1f}")
     return between.join(parts)
 
 
-def line(record: dict[str, Any], steps: int, epochs: float, before: float | None) -> str:
+def line(record: Record, steps: int, epochs: float, before: float | None) -> str:
     """An evaluation as a line of the log.
 
     Args:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fast.adapt.result import Record
 from fast.files import reading, to_json, writing
 
-Callback = Callable[[dict[str, Any]], object]
+Callback = Callable[[Record], object]
 HISTORY_FILE = "history.jsonl"
 BOARD_FOLDER = "tensorboard"
 
@@ -60,7 +61,7 @@ class RunLog:
         self._count(lines)
         return file
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Write a record to the file and the board, and call the callbacks with it."""
         self.history.append(record)
         if self._file:
@@ -75,7 +76,7 @@ class RunLog:
                     self._board.add_scalar(key, value, record["step"])
         for callback in self.callbacks:
             try:
-                callback(dict(record))
+                callback(record.copy())
             except Exception as error:
                 error.add_note(f"in the callback {name_of(callback)}, at step {record['step']}")
                 raise
@@ -110,7 +111,7 @@ class History:
 
     def __init__(self, lines: bytes) -> None:
         self.lines = lines
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines.splitlines()]
+        self.records: list[Record] = [json.loads(line) for line in lines.splitlines()]
 
 
 def read_history(folder: Path, state: dict[str, Any]) -> History:
