@@ -137,6 +137,18 @@ def check_writable(folder: Path, option: str) -> None:
         remove_empty(new)
 
 
+def check_writable_file(path: Path, option: str) -> None:
+    """Check, before any work is done, that a file can be written; a device or pipe is as it is.
+
+    Raises:
+        ValueError: the path is a folder, or is in one that cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} {printable(path)}: is a folder; name a file")
+    if path.is_file() or not path.exists():
+        check_writable(path.absolute().parent, option)
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(to_json(value, indent=2) + "\n")

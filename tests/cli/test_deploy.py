@@ -60,6 +60,10 @@ def test_pictures_are_answered_as_in_training(run):
     for i in range(8):
         save_picture(arrays["x_test"][i], run.folder / "new" / f"{i}.png")
     (run.folder / "new" / "._0.png").write_bytes(b"litter")
+    code, out, err = run.fast("predict", "out", "new", "--top", 99)
+    assert code == 0, err
+    assert out.split()[:9] == ["input", "class", "%", "2.", "%", "3.", "%", "4.", "%"]
+    assert out.split()[9].startswith("---")  # there are four classes
     code, out, err = run.fast("predict", "out", "new", "--top", 2, "--csv", "answers.csv")
     assert code == 0, err
     with open("answers.csv", newline="") as file:
@@ -211,6 +215,8 @@ def test_export(run):
         (("predict", "out", "none.png"), "none.png: no such file or folder"),
         (("predict", "out", "target.npz"), "target.npz: holds arrays: fast evaluate reads it"),
         (("predict", "out", "x.png", "--top", 0), "--top must be at least 1; got 0"),
+        (("predict", "out", "x.png", "--csv", "out"), "--csv out: is a folder; name a file"),
+        (("predict", "out", "x.png", "--csv", "/proc/x.csv"), "--csv /proc: cannot be written to"),
         (("evaluate", "out", "none"), "none: no such file or folder"),
         (("export", "out"), "--output must be given"),
         (("export", "out", "--format", "hf", "-o", "x"), "'hf' is for networks of transformers"),
