@@ -102,8 +102,9 @@ def test_one_picture_is_not_taken_for_many_grey_ones(predictor, pictures):
     torch.testing.assert_close(predictor.predict([stored]).logits, as_file)
     with pytest.raises(ValueError, match=r"\[40, 30, 3\] is one picture: give a list"):
         colours.predict(pixels)
-    with pytest.raises(ValueError, match=r"\[40, 30\] is one picture: give a list"):
-        colours.predict(pixels[..., 0])
+    for either in (colours, predictor):
+        with pytest.raises(ValueError, match=r"\[40, 30\] is one picture: give a list"):
+            either.predict(pixels[..., 0])
     with pytest.raises(ValueError, match=r"array\[None\], or three grey ones, array\[:, None\]"):
         colours.predict(pixels.transpose(2, 0, 1))
 

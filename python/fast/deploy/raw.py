@@ -50,11 +50,11 @@ def raw_inputs(
         raise ValueError("inputs: there are none")
     raw: Any = None
     names: list[str] | None = None
-    if preparation.kind == "images":
+    if preparation.images is not None:
         raw = _encoded_files(items, column, EncodedImages)
         if raw is None:
             raw = _pictures(items, inputs)
-            if isinstance(raw, np.ndarray) and preparation.images.channels != 1:
+            if isinstance(raw, np.ndarray) and (raw.ndim == 2 or preparation.images.channels != 1):
                 _refuse_one_picture(raw)
     elif preparation.kind == "sounds":
         raw = _encoded_files(items, column, EncodedAudio)
