@@ -16,6 +16,8 @@ from typing import Any
 
 from fast.errors import printable
 
+# In the folder of a run: what the command line was asked for. It is read before torch is imported.
+JOB_FILE = "job.json"
 UNFINISHED = ".unfinished"
 # Our JSON files are never this long; a stranger's file may be.
 MOST_JSON_BYTES = 16 << 20
@@ -133,6 +135,18 @@ def check_writable(folder: Path, option: str) -> None:
         raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
     finally:
         remove_empty(new)
+
+
+def check_writable_file(path: Path, option: str) -> None:
+    """Check, before any work is done, that a file can be written; a device or pipe is as it is.
+
+    Raises:
+        ValueError: the path is a folder, or is in one that cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} {printable(path)}: is a folder; name a file")
+    if path.is_file() or not path.exists():
+        check_writable(path.absolute().parent, option)
 
 
 def write_json(path: Path, value: Any) -> None:

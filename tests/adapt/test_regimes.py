@@ -175,6 +175,23 @@ def test_who_has_no_source_inputs_is_told_of_adapters(caplog, monkeypatch):
         assert ("method='adapter' would forget nothing" in caplog.text) == said, options
 
 
+@pytest.mark.parametrize(
+    ("bias", "options", "told"),
+    [
+        (0.0, {}, True),
+        (0.1, {}, False),
+        (0.0, {"source_skill": "features"}, False),
+    ],
+)
+def test_a_head_that_was_never_trained_is_told(caplog, monkeypatch, bias, options, told):
+    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
+    caplog.set_level(logging.INFO, "fast")
+    net = ConvNet(4)
+    nn.init.constant_(net.decide.bias, bias)
+    plan(net, TRAIN, source_inputs=SOURCE[0], steps=2, **options)
+    assert ("such a head answers by chance" in caplog.text) == told
+
+
 def test_source_inputs_and_a_card_only_report(adapter, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
     start = taught(*SOURCE, 10)

@@ -60,6 +60,10 @@ def test_pictures_are_answered_as_in_training(run):
     for i in range(8):
         save_picture(arrays["x_test"][i], run.folder / "new" / f"{i}.png")
     (run.folder / "new" / "._0.png").write_bytes(b"litter")
+    code, out, err = run.fast("predict", "out", "new", "--top", 99)
+    assert code == 0, err
+    assert out.split()[:9] == ["input", "class", "%", "2.", "%", "3.", "%", "4.", "%"]
+    assert out.split()[9].startswith("---")  # there are four classes
     code, out, err = run.fast("predict", "out", "new", "--top", 2, "--csv", "answers.csv")
     assert code == 0, err
     with open("answers.csv", newline="") as file:
@@ -94,6 +98,29 @@ def test_what_was_held_out_is_evaluated_on(run):
     assert "http" not in report.replace("http-equiv", "")
     if numbers["mistakes"]:
         assert "data:image/jpeg;base64," in report
+
+
+def test_what_a_run_held_out_is_found_in_data_that_were_moved(job):
+    """All samples, most of which it was trained on, would be answered too well."""
+    arrays = np.load("target.npz")
+    one_file = {"x": arrays["x_train"], "y": arrays["y_train"]}
+    np.savez("drawn.npz", **one_file)
+    args = [*job.args, "--data", "drawn.npz", "--source-inputs", "source.npz"]
+    assert job.fast("finetune", *args, *RUN)[0] == 0
+    shutil.copy("drawn.npz", "copy.npz")
+    for name in ("drawn.npz", "copy.npz"):
+        code, out, err = job.fast("evaluate", "out", name)
+        assert code == 0, err
+        assert f"{name} (20 % of each class)" in out
+        assert "of 40 samples (target task)" in out
+    np.savez("other.npz", x=arrays["x_test"], y=arrays["y_test"])
+    assert "of 80 samples (target task)" in job.fast("evaluate", "out", "other.npz")[1]
+    np.savez("drawn.npz", x=arrays["x_train"][:-1], y=arrays["y_train"][:-1])
+    join = ("join", "out", "--output", "joined")
+    for command in (("evaluate", "out"), ("evaluate", "out", "drawn.npz"), join):
+        code, _, err = job.fast(*command)
+        assert code == 2
+        assert "has other samples than the run was started with" in err
 
 
 def test_files_that_cannot_be_read(run):
@@ -188,6 +215,8 @@ def test_export(run):
         (("predict", "out", "none.png"), "none.png: no such file or folder"),
         (("predict", "out", "target.npz"), "target.npz: holds arrays: fast evaluate reads it"),
         (("predict", "out", "x.png", "--top", 0), "--top must be at least 1; got 0"),
+        (("predict", "out", "x.png", "--csv", "out"), "--csv out: is a folder; name a file"),
+        (("predict", "out", "x.png", "--csv", "/proc/x.csv"), "--csv /proc: cannot be written to"),
         (("evaluate", "out", "none"), "none: no such file or folder"),
         (("export", "out"), "--output must be given"),
         (("export", "out", "--format", "hf", "-o", "x"), "'hf' is for networks of transformers"),

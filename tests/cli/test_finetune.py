@@ -6,7 +6,7 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fast
 
@@ -116,6 +116,14 @@ def test_the_budget_is_printed_beside_what_was_lost(job):
     assert "forget budget 0.01 nats: " in out
     code, out, err = job.fast("finetune", *args, "--output", "none")
     assert "forget budget" not in out
+    assert "by forecast" not in out  # the table has the source's accuracy
+    without = [a for a in args if a != "--source"]
+    without.remove("source.npz")
+    code, out, err = job.fast("finetune", *without, "--output", "unmeasured")
+    assert code == 0, err
+    final = json.loads((job.folder / "unmeasured" / "result.json").read_text())["final"]
+    lost = round(final["forecast"], 2) + 0.0
+    assert f"the source task has lost {lost:.2f} nats, by forecast" in out
 
 
 def test_what_source_inputs_measure_is_said(job):
@@ -251,3 +259,28 @@ def test_the_head_is_named_and_starts_as_asked(job):
     assert code == 0, err
     config = json.loads((job.folder / "named" / "fast.json").read_text())
     assert (config["head"], config["max_entropy"]) == ("fc", False)
+
+
+def test_a_head_that_no_checkpoint_has_says_nothing_of_the_source(job):
+    """Nothing would be lost of its answers, which are chance, whatever happens to the features."""
+    weights = load_file("net.safetensors")
+    save_file({n: x for n, x in weights.items() if not n.startswith("fc")}, "body.safetensors")
+    body = ("--weights", "body.safetensors", "--allow-missing")
+    args = ["finetune", *job.args, *body, "--steps", 20, "--method", "vanilla"]
+    code, _, err = job.fast(*args)
+    assert code == 2
+    assert "--source source.npz: the network's own head, fc, is not in its checkpoint" in err
+    at = args.index("--source")
+    del args[at : at + 2]
+    args += ["--source-inputs", "source.npz", "--output"]
+    code, _, err = job.fast(*args, "out")
+    assert code == 0, err
+    assert "fc, is not in its checkpoint, and answers by chance: what is kept and measured" in err
+    assert json.loads((job.folder / "out" / "fast.json").read_text())["source_skill"] == "features"
+    code, _, err = job.fast("finetune", "--resume", "out")
+    assert code == 0, err
+    code, _, err = job.fast(*args, "answers", "--source-skill", "answers")
+    assert code == 0, err
+    code, _, err = job.fast("join", "out", "--output", "joined")
+    assert code == 2
+    assert "RUN out: the head of the old classes, fc, is not in the checkpoint" in err

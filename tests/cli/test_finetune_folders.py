@@ -39,7 +39,7 @@ def test_resume_takes_no_other_options(job):
     assert "drop --val-fraction" in err
     code, _, err = job.fast("finetune", "--resume", "nowhere")
     assert code == 2
-    assert "--resume nowhere: has no job.json" in err
+    assert "--resume nowhere: no such folder" in err
 
 
 def test_a_run_whose_data_have_moved_goes_on_with_them(job):
@@ -66,7 +66,20 @@ def test_a_run_whose_data_have_moved_goes_on_with_them(job):
     code, _, err = job.fast("evaluate", "out")
     assert code == 2
     assert f"RUN out: its --data {target} is not there any more" in err
+    assert "name it where it is now, fast evaluate out DATA" in err
     assert job.fast("evaluate", "out", "moved.npz")[0] == 0
+
+
+def test_a_run_that_is_finished_says_so(job):
+    assert job.fast("finetune", *job.args, *RUN)[0] == 0
+    before = (job.folder / "out" / "history.jsonl").read_text()
+    code, out, err = job.fast("finetune", "--resume", "out")
+    assert code == 0, err
+    assert "note: out: its run is finished: nothing is trained" in err
+    assert "saved in out" in out
+    assert (job.folder / "out" / "history.jsonl").read_text() == before
+    _, _, err = job.fast("finetune", "--resume", "out", "--steps", 90)
+    assert "drop --steps, or start a new run with it" in err
 
 
 def test_output_is_never_overwritten(job):

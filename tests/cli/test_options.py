@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fast.cli.job_file import _argv
-from fast.cli.options import parser_of
+from fast.cli.options import flags_of, parser_of
 from fast.cli.spec import COMMANDS, FinetuneSpec, LandscapeSpec, RetentionSpec
 from fast.cli.spec.base import shown
 from fast.train.config import TrainConfig
@@ -105,6 +105,11 @@ def test_every_option_has_a_line_of_help(name):
 def test_options_that_do_not_go_together(argv, message):
     with pytest.raises(ValueError, match=message):
         parsed(FinetuneSpec, *argv)
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if "--output" in flags_of(COMMANDS[n])])
+def test_the_output_is_o_everywhere(name):
+    assert parser_of(COMMANDS[name]).flags >= {"-o", "--output"}
 
 
 @pytest.mark.parametrize("spec", [LandscapeSpec, RetentionSpec])

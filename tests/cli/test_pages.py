@@ -19,7 +19,8 @@ from torch import nn
 import fast
 from fast.cli import main
 from fast.cli.report.options import page as options_page
-from fast.data.audio.waveforms import read_audio, resampled
+from fast.data.audio.waveforms import SoundFormat, read_audio, resampled
+from fast.data.sources import FileReport, load_data
 from helpers import write_wav
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -141,6 +142,10 @@ def test_texts(reviews, tmp_path, capsys, number):
     assert "data: 2 classes, 20 training samples, 4 held out" in out
     note = "columns: inputs in text, labels in label" if number == 0 else "each line in it a sample"
     assert note in err
+    assert run(command, f"transformers:{tmp_path / 'bert'}", "--max-length", "3", "--plan") == 0
+    assert "texts: at most 3 tokens (--max-length); 24 longer, which are cut" in (
+        capsys.readouterr().out
+    )
 
 
 def test_texts_are_not_augmented(reviews, tmp_path, capsys):
@@ -261,6 +266,12 @@ def test_audio_by_a_network_of_transformers(birds, capsys):
     names |= {"waveform": waves[0], "rate": 16000}
     exec((DOCS / "audio.md").read_text().split("```python\n")[2].split("```")[0], names)
     assert names["best"] == names["loaded"].predict("night.wav").labels[0]
+
+
+def test_sounds_that_are_cut_are_counted(birds):
+    report = FileReport()
+    SoundFormat(seconds=0.255)(load_data("birds").train, report)
+    assert report.cut == 8  # those of 0.26 to 0.29 s
 
 
 class Waves(nn.Module):

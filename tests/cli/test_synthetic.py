@@ -39,7 +39,7 @@ def test_what_cannot_be_made_is_said(job):
     network = ("--model", "nets.py:Net", "--weights", "net.safetensors")
     for options, message in (
         (("--data", "target.npz"), "--output must be given: a file that ends in .npz"),
-        (("--data", "target.npz", "-o", "no/made.npz"), "--output no/made.npz: is a folder, or in"),
+        (("--data", "target.npz", "-o", "nets.py/made.npz"), "nets.py: is a file; name a folder"),
         (("-o", "made.npz"), "--data must be given"),
         (("--data", "target.npz", "-o", "a.npz", "--count", 3), "--count must be at least 4"),
     ):

@@ -51,3 +51,15 @@ def test_a_batch_encoding() -> None:
     encoding = transformers.BatchEncoding(PLAIN)
     result = GGN(model, F.cross_entropy, [(encoding, Y)]).dense()
     torch.testing.assert_close(result, GGN(model, F.cross_entropy, [(PLAIN, Y)]).dense())
+
+
+@pytest.mark.parametrize("data", [([X, X + 2], Y), [[X, X + 2], Y], [([X, X + 2], Y)]])
+def test_several_inputs_are_a_list_as_well_as_a_tuple(data) -> None:
+    class Two(Named):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.out(x * scale)
+
+    torch.manual_seed(0)
+    model = Two()
+    truth = GGN(model, F.cross_entropy, ((X, X + 2), Y)).dense()
+    torch.testing.assert_close(GGN(model, F.cross_entropy, data).dense(), truth)

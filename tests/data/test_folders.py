@@ -162,12 +162,14 @@ def test_one_number_twice_is_refused_as_a_label(tmp_path):
 def test_description(tmp_path):
     write(tmp_path, *pets("train"), count=3)
     write(tmp_path, *pets("test"))
-    assert load_data(str(tmp_path)).description == {
+    data = load_data(str(tmp_path))
+    assert data.description == {
         "name": str(tmp_path),
         "classes": ["cat", "dog"],
         "samples": {"train": [3, 3], "val": [2, 2]},
         "held_out": "folder test",
         "notes": [],
+        "samples_hash": data.samples_hash,
     }
 
 
@@ -211,3 +213,19 @@ def test_an_umlaut_is_written_in_two_ways(tmp_path):
     assert data.classes == (together, "cat")
     assert data.train.labels.tolist() == [0, 0, 1]
     assert data.val.labels.tolist() == [0]
+
+
+def test_the_hash_of_samples_is_of_what_they_are_and_not_of_where(tmp_path):
+    write(tmp_path / "here", *PETS)
+    (tmp_path / "there").mkdir()
+    hashes = [read(tmp_path / "here").samples_hash]
+    (tmp_path / "here").rename(tmp_path / "there" / "pets")
+    moved = tmp_path / "there" / "pets"
+    assert read(moved).samples_hash == hashes[0]
+    (moved / "cat" / "0.png").write_bytes((moved / "cat" / "0.png").read_bytes() + b"longer")
+    hashes.append(read(moved).samples_hash)
+    (moved / "cat").rename(moved / "lion")
+    hashes.append(read(moved).samples_hash)
+    (moved / "dog" / "1.png").unlink()
+    hashes.append(read(moved).samples_hash)
+    assert len(set(hashes)) == len(hashes)

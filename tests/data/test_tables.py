@@ -186,10 +186,11 @@ def test_another_encoding_is_not_guessed(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        (["text,label", "a,x", "b"], {}, "row 3 has 1 cells, and there are 2 columns"),
+        (["text,label", "a,x", "b"], {}, "row 1, .* has 1 cells, and there are 2 columns"),
         (["text,label"], {}, "has no rows"),
         (["a,a", "1,2"], {}, "two columns have one name: a"),
-        (["a,b,c", "1,2,3"], {}, "say which column to use with --input-column: a, b, c"),
+        (["a,b,c", "1,2,3"], {}, "say which column to use with --input-column: a, b, c .*first"),
+        (["text", "a"], {}, "has no column of labels, only text"),
         (["text,label", "a,"], {}, "label: empty cells: 1 of 1, the first in row 0"),
         (["text,label", "a,x"], {"label_column": "y"}, "no column 'y'; --label-column can be"),
         (["text,label", 'a,"[""x"", ""y""]"'], {}, r"several labels .*docs/any-loss\.md"),

@@ -92,6 +92,24 @@ def test_pictures_in_memory_are_as_files(predictor, pictures):
     torch.testing.assert_close(one.logits[0], from_files.logits[2], rtol=0.1, atol=0.1)
 
 
+def test_one_picture_is_not_taken_for_many_grey_ones(predictor, pictures):
+    colours = replace(predictor, preparation=Preparation(images=replace(FORM, channels=3)))
+    pixels = np.asarray(Image.open(pictures / "a.jpg"))
+    assert list(raw_inputs([pixels, pixels[..., 0]], predictor.preparation)[1]) == [
+        "picture 0", "picture 1",
+    ]  # fmt: skip
+    as_file = predictor.predict(str(pictures / "wrong.png")).logits
+    stored = np.asarray(Image.open(pictures / "wrong.png"))
+    torch.testing.assert_close(predictor.predict([stored]).logits, as_file)
+    with pytest.raises(ValueError, match=r"\[40, 30, 3\] is one picture: give a list"):
+        colours.predict(pixels)
+    for either in (colours, predictor):
+        with pytest.raises(ValueError, match=r"\[40, 30\] is one picture: give a list"):
+            either.predict(pixels[..., 0])
+    with pytest.raises(ValueError, match=r"array\[None\], or three grey ones, array\[:, None\]"):
+        colours.predict(pixels.transpose(2, 0, 1))
+
+
 def test_a_table_names_its_files(predictor, pictures):
     (pictures / "list.csv").write_text("id,Filename\n1,a.jpg\n2,more/c.png\n")
     answers = predictor.predict(str(pictures / "list.csv"))

@@ -348,3 +348,24 @@ def test_a_text_network_without_padding(tmp_path):
     with torch.no_grad():
         both, alone = loaded.model.eval()(**tokens).logits, loaded.model(**single).logits
     torch.testing.assert_close(both[1], alone[0])
+
+
+def test_what_no_checkpoint_holds_is_the_same_in_each_call(nets, tmp_path):
+    """A run that is resumed begins with the same weights, and nobody's random numbers change."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.BertConfig(
+        vocab_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad\nfilm")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    for spec in (f"transformers:{tmp_path / 'bert'}", f"{nets}:Net"):
+        before = torch.get_rng_state()
+        first, again = load_model(spec), load_model(spec)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert same_state(first.model.state_dict(), again.model.state_dict())
+        assert first.missing == (["classifier.bias", "classifier.weight"] if "bert" in spec else [])

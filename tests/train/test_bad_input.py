@@ -181,6 +181,7 @@ def test_what_is_of_another_type_is_named(options, message):
         ({"lr": True}, "lr must be a number; got True"),
         ({"weight_decay": math.nan}, "weight_decay must be finite; got nan"),
         ({"class_weights": 3}, "class_weights must be 'balanced' or one weight per class; got 3"),
+        ({"class_weights": {0: 1.0, 1: 9.0}}, "one weight per class, in their order; got a dict"),
     ],
 )
 def test_values_that_would_pass_for_numbers(options, message):

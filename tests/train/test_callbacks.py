@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import fast
 from fast.progress import BAR_FORMAT
-from fast.train.log import figures, progress_bar
-from helpers import ROOT
+from fast.train.log.figures import figures, progress_bar
+from helpers import ROOT, run_python
 from networks import ConvNet, images
 
 TRAIN, VAL = images(60, 4, seed=1), images(30, 4, seed=2)
@@ -118,6 +118,16 @@ def test_the_page_about_watching_a_run(monkeypatch):
     assert [figures["step"] for figures in reports] == [0, 1, 2] * 2
     assert all(isinstance(value, int | float) for figures in reports for value in figures.values())
     assert names["frame"].index.tolist() == [0, 1, 2]
+
+
+def test_the_log_is_silenced_before_the_first_run_too():
+    run_python(
+        "import logging, fast\n"
+        "log = logging.getLogger('fast')\n"
+        "log.setLevel('WARNING')\n"
+        "fast.finetune\n"
+        "assert log.handlers and log.level == logging.WARNING"
+    )
 
 
 def test_the_bar_shows_what_is_kept_in_80_columns():

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, T
 import fast
 from fast.files import read_sealed, write_sealed
 from fast.models.saved import list_checkpoints
-from fast.train.log import RunLog
+from fast.train.log.history import RunLog
 from fast.train.resume import checkpoint
 from helpers import same_state
 from interruption import Stopped, dying_at

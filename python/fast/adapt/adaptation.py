@@ -26,7 +26,7 @@ from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.network.trainable import check_arguments, check_model
 from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
 from fast.adapt.parts import Parts, bound_card, make_parts
-from fast.adapt.result import Result
+from fast.adapt.result import Record, Result
 from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
@@ -372,14 +372,19 @@ class Adaptation:
         drift = self.drift()
         if not math.isfinite(drift):
             warn("the weights are not finite (NaN or infinite): the loop has diverged")
-        record = {
+        record: Record = {
             "step": self.done,
             "loss": None,
             "target_accuracy": None,
+            "target_loss": None,
             "source_accuracy": None,
+            "source_loss": None,
+            "forgetting": None,
             "forecast": self.forecast(),
             "drift": drift,
+            "grad_norm": None,
             "lr": self.last_lr,
+            "seconds": None,
         }
         self.gather()
         how = {"config": self.config, "plan": self.plan, "inputs": signature_of(self.sample)}

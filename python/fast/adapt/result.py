@@ -7,7 +7,7 @@ import html
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -26,6 +26,7 @@ from fast.merge.join import join
 from fast.merge.joined import Joined
 from fast.models.preparation import Preparation
 from fast.models.saved import (
+    DATA_FILE,
     JOIN_FILE,
     MODEL_FILE,
     OPTIONS_FILE,
@@ -43,6 +44,40 @@ from fast.models.saved.description import (
 log = logging.getLogger("fast")
 
 
+class Record(TypedDict, total=False):
+    """What was measured at one evaluation, a plain dict. What was not measured is None.
+
+    Attributes:
+        step: optimizer steps so far.
+        loss: mean over the steps since the last record, in nats: the target's, with the penalties
+            of distillation and rehearsal, without the loss of replayed inputs.
+        target_accuracy, target_loss: on `val`.
+        source_accuracy, source_loss: on `source`, by the source head.
+        forgetting: source accuracy lost so far.
+        forecast: rise of the source loss in nats, or accuracy lost under a budget in points; it
+            needs a card or source inputs, and right after a check it is the measurement.
+        drift: `||w - w0||`.
+        grad_norm, lr: of the last step.
+        seconds: since the run began.
+        stage, place: of `fast.rewind` alone, see `Rewound`.
+    """
+
+    step: int
+    loss: float | None
+    target_accuracy: float | None
+    target_loss: float | None
+    source_accuracy: float | None
+    source_loss: float | None
+    forgetting: float | None
+    forecast: float | None
+    drift: float
+    grad_norm: float | None
+    lr: float
+    seconds: float | None
+    stage: str
+    place: float
+
+
 @dataclass(kw_only=True, repr=False)
 class Result:
     """A fine-tuned model and how it got there.
@@ -50,13 +85,7 @@ class Result:
     Attributes:
         model: the adapted network, in evaluation mode, with the source head inside
             (`fast.fold_head` makes it plain).
-        history: one record per evaluation: step; loss (mean over the steps since the last record,
-            in nats: the target's, with the penalties of distillation and rehearsal, without the
-            loss of replayed inputs); target_accuracy, target_loss, source_accuracy, source_loss;
-            drift (`||w - w0||`); forgetting (source accuracy lost so far); forecast (rise of the
-            source loss in nats, or accuracy lost under a budget in points; it needs a card or
-            source inputs, and right after a check it is the measurement); grad_norm, lr, seconds.
-            Whatever was not measured is None.
+        history: one record per evaluation.
         config: the options of the run, as they were given.
         plan: the settings that the options resolved to.
         source_accuracy_before: source accuracy of the pretrained network.
@@ -72,11 +101,11 @@ class Result:
     """
 
     model: nn.Module
-    history: list[dict[str, Any]]
+    history: list[Record]
     config: AdaptConfig
     source_accuracy_before: float | None = None
     classes: list[str] | None = field(default=None)
-    chosen: dict[str, Any] | None = None
+    chosen: Record | None = None
     plan: Plan | None = None
     run: str | None = None
     data: dict[str, Any] | None = None
@@ -92,7 +121,7 @@ class Result:
         return self.plan.lr
 
     @property
-    def final(self) -> dict[str, Any]:
+    def final(self) -> Record:
         """The record of the weights in `model`: the last one; with early stopping the best one; or
         the first, if training made the head start worse on `val`."""
         return self.chosen or self.history[-1]
@@ -284,9 +313,9 @@ class Result:
         )
         (folder / JOIN_FILE).unlink(missing_ok=True)  # of a joined network that was saved here
         if self.data is None:
-            (folder / "data.json").unlink(missing_ok=True)
+            (folder / DATA_FILE).unlink(missing_ok=True)
         else:
-            write_json(folder / "data.json", self.data)
+            write_json(folder / DATA_FILE, self.data)
         with atomic_file(folder / "history.jsonl") as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
         write_manifest(folder, self.run, self.config.computed())

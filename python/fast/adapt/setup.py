@@ -39,7 +39,7 @@ from fast.heads import (
     has_layer_norm,
     source_task,
 )
-from fast.heads.find import classes_of
+from fast.heads.find import HeadLayer, classes_of
 from fast.heads.forward import check_takes, input_errors
 from fast.ranks import Ranks
 
@@ -125,6 +125,8 @@ def settle(
     )
     if source is not None:
         _warn_of_other_sizes(source.inputs, sample)
+        if config.source_skill == AdaptConfig.source_skill:
+            _note_untrained_head(find_head(model, sample, config.head_name).module)
     _check_needs(config, plan, has_source=has_source)
     _advise(config, plan, has_source=has_source, has_card=has_card)
     return Setup(
@@ -182,6 +184,16 @@ def _read_source(model: nn.Module, source_inputs: Any) -> SourceInputs:
     with source_task(model):
         check_takes(model, source.inputs, "source_inputs")
     return source
+
+
+def _note_untrained_head(head: HeadLayer) -> None:
+    """Tell the user where the source head looks as libraries make one that no checkpoint has."""
+    if head.bias is not None and not head.bias.any() and bool(head.weight.any()):
+        log.info(
+            "source_inputs: all biases of the source head are zero, as in a head that was never "
+            "trained; such a head answers by chance: source_skill='features' keeps and measures "
+            "what the features know"
+        )
 
 
 def _warn_of_other_sizes(source: Any, target: Any) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from fast.cli.job_file import JOB_FILE, write_job
+from fast.cli.job_file import write_job
 from fast.cli.notes import print_notes
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
 from fast.errors import printable
-from fast.files import check_writable, missing_folders, remove_empty
+from fast.files import JOB_FILE, check_writable, missing_folders, remove_empty
 from fast.models.saved import MANIFEST_FILE, list_checkpoints
 from fast.ranks import Ranks
 from fast.train.config import TrainConfig
@@ -35,7 +35,10 @@ def run_folder(spec: FinetuneSpec, resumed: Path | None, ranks: Ranks) -> Iterat
 
 def continued(config: TrainConfig, folder: Path) -> TrainConfig:
     """The options of a run that goes on in `folder`, or starts again if it has no checkpoint."""
-    if list_checkpoints(folder) or (folder / MANIFEST_FILE).exists():
+    if (folder / MANIFEST_FILE).exists():
+        print_notes(f"{folder}: its run is finished: nothing is trained, and this is its result")
+        return config
+    if list_checkpoints(folder):
         return config
     print_notes(f"{folder} has no checkpoint yet: the run starts from the beginning")
     return dataclasses.replace(config, resume=None)

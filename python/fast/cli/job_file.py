@@ -15,9 +15,8 @@ from typing import Any
 from fast.cli.options import Parser, flag
 from fast.cli.values import model_file
 from fast.errors import printable
-from fast.files import read_json, to_json, writing
+from fast.files import JOB_FILE, read_json, to_json, writing
 
-JOB_FILE = "job.json"
 KEY_BYTES = 32
 # Entries of a job file that are no options.
 MODEL_HASH, SIGNATURE = "model_hash", "signature"
@@ -63,11 +62,13 @@ def read_job(folder: Path, option: str, parser: Parser, named: bool) -> dict[str
         named: the model is named on this command line, so that the recorded one does not run.
 
     Raises:
-        FileNotFoundError: the folder holds no run of `fast finetune`.
+        FileNotFoundError: there is no such folder, or it holds no run of `fast finetune`.
         ValueError: the file is damaged; or its model is a stranger's code, or has changed, and is
             not named on this command line.
     """
     file = folder / JOB_FILE
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option} {folder}: no such folder")
     if not file.is_file():
         raise FileNotFoundError(f"{option} {folder}: has no {JOB_FILE}; not a run of fast finetune")
     job = read_json(file)

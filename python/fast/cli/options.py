@@ -27,6 +27,8 @@ READERS = {
     "output": folder_name,
     "resume": folder_name,
 }
+# Second flags, in all commands.
+SHORT = {"output": "-o"}
 METAVARS: dict[Any, str] = {
     int: "N",
     float: "X",
@@ -52,7 +54,6 @@ class How(TypedDict, total=False):
         metavar: stands for the value in the help.
         choices: the values that are allowed.
         group: the title of its group in the help.
-        short: a second flag.
         words: how many words without a flag it takes: `nargs` of argparse, of which None is one.
     """
 
@@ -60,7 +61,6 @@ class How(TypedDict, total=False):
     metavar: str
     choices: tuple[str, ...]
     group: str
-    short: str
     words: str | None
 
 
@@ -191,7 +191,7 @@ def _add(group: Any, item: Field[Any], kind: Any) -> None:
             item.name, type=read, metavar=how["metavar"], nargs=how["words"], help=how["help"]
         )
         return
-    flags = (name, *filter(None, [how.get("short")]))
+    flags = (name, *filter(None, [SHORT.get(item.name)]))
     if kind is bool:
         on_only = item.default is False  # any other option can also be switched off
         action: Any = "store_true" if on_only else argparse.BooleanOptionalAction

@@ -20,7 +20,7 @@ from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
 from fast.heads.adapters import import_peft
 from fast.models.device import pick_device
-from fast.train.log import quiet_steps
+from fast.train.log.lines import quiet_steps
 
 KEY_DIGITS = 8
 
@@ -37,16 +37,7 @@ def opened(spec: MethodsSpec, command: str) -> Iterator[tuple[LoadedTask, Path]]
     folder = Path(spec.output or f"runs/{command}-{name}")
     check_writable(folder, "--output")
     if not spec.demo:
-        config = spec.training
-        yield (
-            load_task(
-                spec.task,
-                source_skill=config.source_skill,
-                keeps_head=config.keeps_head,
-                workers=config.num_workers,
-            ),
-            folder,
-        )
+        yield load_task(spec.task, spec.training), folder
         return
     with few_threads():
         yield digits_task(), folder

@@ -55,7 +55,7 @@ class LabelledData:
             self.rows += rows.tolist()
             yield inputs, labels[rows]
         if not skip_broken or not self.rows:
-            self.report.refuse_broken(SKIP)
+            self.report.refuse_broken("" if skip_broken else SKIP)
 
     @property
     def raw(self) -> Any:

@@ -20,6 +20,7 @@ from fast.models.head_option import KEEP, head_name
 from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, read_preparation
 from fast.models.saved import (
+    DATA_FILE,
     JOB_FILE,
     JOIN_FILE,
     MODEL_FILE,
@@ -65,8 +66,7 @@ def load(
         ImportError: the library of the network is not installed.
     """
     folder = Path(folder).expanduser()
-    _check_finished(folder)
-    check_manifest(folder)
+    check_result(folder)
     facts, options = read_json(folder / "result.json"), read_options(folder)
     network = facts.get("network") or {}
     loaded = rebuilt(folder, network, model)
@@ -98,19 +98,30 @@ def load(
     )
 
 
+def check_result(folder: Path) -> None:
+    """Check that a folder holds the whole result of a run.
+
+    Raises:
+        FileNotFoundError: it holds none.
+        ValueError: its run has no result yet, or a file is damaged.
+    """
+    if folder.is_dir() and not (folder / MODEL_FILE).is_file():
+        _check_finished(folder)
+    check_manifest(folder)
+
+
 def _check_finished(folder: Path) -> None:
     """Raise ValueError where the folder belongs to a run that has no result yet."""
-    if not folder.is_dir() or (folder / MODEL_FILE).is_file():
-        return
     if is_going_on(folder):
         raise ValueError(f"{folder}: its run is going on, and has no result yet")
     if list_checkpoints(folder):
-        started_there = (folder / JOB_FILE).is_file()
-        way = f"fast finetune --resume {folder}" if started_there else f"resume={str(folder)!r}"
-        raise ValueError(
-            f"{folder}: its run has checkpoints and no result: go on with it ({way}), and save its "
-            "result in a folder (result.save), which is what fast.load reads"
+        way = (
+            f"fast finetune --resume {folder} goes on with it"
+            if (folder / JOB_FILE).is_file()
+            else f"go on with it (resume={str(folder)!r}), and save its result in a folder "
+            "(result.save), which is what fast.load reads"
         )
+        raise ValueError(f"{folder}: its run has checkpoints and no result: {way}")
     if (folder / JOB_FILE).is_file():
         raise ValueError(
             f"{folder}: its run was stopped before its first checkpoint: fast finetune --resume "
@@ -121,7 +132,7 @@ def _check_finished(folder: Path) -> None:
 def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:
     """What the run has saved; an older run has it in its data.json, and in the network."""
     preparation = read_preparation(folder)
-    file = folder / "data.json"
+    file = folder / DATA_FILE
     if preparation.kind != "arrays" or not file.is_file():
         return preparation
     with reading(file):

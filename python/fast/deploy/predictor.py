@@ -131,7 +131,7 @@ class Predictor:
                 logits.append(self.logits(batch))
                 good += rows.tolist()
         if not skip_broken or not good:
-            report.refuse_broken(SKIP)
+            report.refuse_broken("" if skip_broken else SKIP)
         scores = self._of_task(torch.cat(logits), task)
         return Predictions(
             names=[names[i] for i in good],

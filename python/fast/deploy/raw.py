@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fast.data.sources import DataWarning, EncodedAudio, EncodedImages, Split
 from fast.data.sources.files import AUDIO_SUFFIXES, TEXT_SUFFIXES, lines_of, text_of
+from fast.data.sources.formats import pillow
 from fast.data.sources.names import FILES, TEXTS
 from fast.data.sources.scan import left_out, scan
 from fast.data.sources.table import SUFFIXES as TABLES
@@ -30,7 +31,8 @@ def raw_inputs(
     """The inputs as a split, in which the label of each is its number; and what each is called.
 
     Pictures and sounds may be paths of files, of folders, and of tables of paths. Pictures may also
-    be objects of Pillow or uint8 arrays. A text is a string; a `pathlib.Path` leads to a table, to
+    be objects of Pillow, uint8 arrays `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, or a list of
+    arrays `[H, W]` or `[H, W, C]`. A text is a string; a `pathlib.Path` leads to a table, to
     a text file, which holds one text in a line, or to a folder of text files, each of which is one
     text. Whatever the network takes may also be given as tensors or arrays that are ready for it.
 
@@ -48,10 +50,12 @@ def raw_inputs(
         raise ValueError("inputs: there are none")
     raw: Any = None
     names: list[str] | None = None
-    if preparation.kind == "images":
+    if preparation.images is not None:
         raw = _encoded_files(items, column, EncodedImages)
         if raw is None:
             raw = _pictures(items, inputs)
+            if isinstance(raw, np.ndarray) and (raw.ndim == 2 or preparation.images.channels != 1):
+                _refuse_one_picture(raw)
     elif preparation.kind == "sounds":
         raw = _encoded_files(items, column, EncodedAudio)
     elif preparation.kind == "texts":
@@ -75,6 +79,8 @@ def input_names(inputs: Any) -> list[str]:
 
 def _pictures(items: Sequence[Any], inputs: Any) -> Any:
     """Pictures of Pillow, or arrays of uint8 pixels; None where the inputs are neither."""
+    if isinstance(inputs, list) and all(_is_one_picture(item) for item in items):
+        items = [pillow().fromarray(item) for item in items]
     if all(hasattr(item, "getbands") for item in items):
         encoded = [_encoded(picture) for picture in items]
         names = [getattr(p, "filename", "") or f"picture {i}" for i, p in enumerate(items)]
@@ -83,6 +89,27 @@ def _pictures(items: Sequence[Any], inputs: Any) -> Any:
     if isinstance(values, np.ndarray) and values.dtype == np.uint8:
         return values
     return None
+
+
+def _is_one_picture(item: Any) -> bool:
+    """Whether these are the pixels `[H, W]` or `[H, W, C]` of a picture."""
+    if not (isinstance(item, np.ndarray) and item.dtype == np.uint8):
+        return False
+    return item.ndim == 2 or (item.ndim == 3 and item.shape[-1] in (3, 4))
+
+
+def _refuse_one_picture(values: np.ndarray) -> None:
+    """Raise ValueError where pixels `[H, W, C]` or `[C, H, W]` would be taken for grey pictures
+    `[N, H, W]`."""
+    if _is_one_picture(values):
+        raise ValueError(
+            f"inputs: {list(values.shape)} is one picture: give a list of pictures, [array]"
+        )
+    if values.ndim == 3 and len(values) == 3:
+        raise ValueError(
+            f"inputs: {list(values.shape)} is one picture in colours, array[None], or three grey "
+            "ones, array[:, None]: say which"
+        )
 
 
 def _encoded_files(items: Sequence[Any], column: str | None, encoded: type[EncodedFiles]) -> Any:

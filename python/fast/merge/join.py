@@ -102,7 +102,15 @@ def join(
         source_classes = names_of_source(model, name)
     if target_classes is None:
         target_classes = announced_classes(model)
-    return join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
+    joined = join_heads(two_heads(model), source_inputs, data, source_classes, target_classes)
+    cost = (
+        "pass"
+        if joined.passes == 1
+        else "passes, because each task has norms or adapters of its own"
+    )
+    count = len(joined.classes)
+    log.info("join: %d classes; an input takes %d forward %s", count, joined.passes, cost)
+    return joined
 
 
 def join_heads(
@@ -143,12 +151,6 @@ def join_heads(
     scales, joined.calibration = fit(sides, joined.place, own, labelled=has_labels)
     _put(heads, scales)
     joined.name_rows()
-    cost = (
-        "pass"
-        if joined.passes == 1
-        else "passes, because each task has norms or adapters of its own"
-    )
-    log.info("join: %d classes; an input takes %d forward %s", count, joined.passes, cost)
     return joined
 
 

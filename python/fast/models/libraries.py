@@ -83,6 +83,7 @@ def _transformers(
     with_weights = bool(kwargs.pop("pretrained", True))
     pretrained = pretrained and with_weights
     notes = [] if with_weights else [_untrained(f"transformers:{name}")]
+    missing: list[str] = []
     # Without this, transformers would ask about repositories with their own code, and wait.
     trust = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
     with _naming(f"transformers:{name}", True), quiet(transformers):
@@ -98,12 +99,13 @@ def _transformers(
             model, info = auto.from_pretrained(
                 name, *args, output_loading_info=True, **trust, **kwargs
             )
-            notes += _missing(f"transformers:{name}", sorted(info["missing_keys"]))
+            missing = sorted(info["missing_keys"])
+            notes += _missing(f"transformers:{name}", missing)
         else:
             for key, value in kwargs.items():
                 setattr(config, key, value)
             model = auto.from_config(config, **trust)
-        result = LoadedModel(model=model, notes=notes)
+        result = LoadedModel(model=model, missing=missing, notes=notes)
         if auto is of_sounds:
             result.extractor = transformers.AutoFeatureExtractor.from_pretrained(name, **trust)
         elif auto is of_images:

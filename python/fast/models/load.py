@@ -31,7 +31,8 @@ def load_model(
     """Build the network that `spec` names, on the CPU, and load `weights` into it.
 
     Arguments in brackets are Python literals: `timm:resnet18(num_classes=10)`. Weights in half
-    precision become float32, because they are to be trained.
+    precision become float32, because they are to be trained. What is drawn at random, as a head
+    that no checkpoint holds, is the same in each call, so that a resumed run begins with it again.
 
     Args:
         spec: the name of the network.
@@ -47,15 +48,19 @@ def load_model(
     """
     where, name, args, kwargs = parse_spec(spec)
     pretrained = pretrained and weights is None
-    if where in LIBRARIES:
-        result = load_library(where, name, pretrained, args, kwargs)
-    else:
-        model = network_from_file(Path(where).expanduser(), name, args, kwargs)
-        result = LoadedModel(model=model, preprocessing=declared(model))
-        if pretrained:
-            result.notes.append(f"no --weights: the network is used as {name}() returns it")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if where in LIBRARIES:
+            result = load_library(where, name, pretrained, args, kwargs)
+        else:
+            model = network_from_file(Path(where).expanduser(), name, args, kwargs)
+            result = LoadedModel(model=model, preprocessing=declared(model))
+            if pretrained:
+                result.notes.append(f"no --weights: the network is used as {name}() returns it")
     if weights is not None:
-        result.notes += load_weights(result.model, weights, allow_missing=allow_missing)
+        result.notes += load_weights(
+            result.model, weights, allow_missing=allow_missing, missing=result.missing
+        )
     half = {p.dtype for p in result.model.parameters()} & {torch.float16, torch.bfloat16}
     if half:
         dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))

@@ -19,6 +19,7 @@ class LoadedModel:
         preprocessing: how the images that it was trained on were prepared, as far as it says so.
         tokenizer: the tokenizer of a transformers network for texts.
         extractor: the feature extractor of a transformers network for sounds.
+        missing: names of the tensors that its checkpoint lacks, which are as they were built.
         notes: what a reader of the run should know, one line each.
     """
 
@@ -26,6 +27,7 @@ class LoadedModel:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     tokenizer: Any = None
     extractor: Any = None
+    missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property

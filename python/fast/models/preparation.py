@@ -75,7 +75,8 @@ class Preparation:
         large for memory.
 
         Args:
-            report: records pictures and sounds that cannot be read; with None they are an error.
+            report: records pictures and sounds that cannot be read, which without it are an error,
+                and counts the texts and sounds that are cut.
 
         Raises:
             ValueError: the network takes inputs of another kind, or these cannot be read.
@@ -90,7 +91,10 @@ class Preparation:
             return self.sounds(split, report)
         labels = torch.from_numpy(split.labels)
         if isinstance(split.inputs, list):
-            return self.tokens(split.inputs), labels
+            tokens = self.tokens(split.inputs)
+            if report is not None:
+                report.cut += self._cut(split.inputs, tokens)
+            return tokens, labels
         if isinstance(split.inputs, dict):
             return {name: _tensor(value) for name, value in split.inputs.items()}, labels
         return _tensor(split.inputs), labels
@@ -128,6 +132,13 @@ class Preparation:
                 return_tensors="pt",
             )
         )
+
+    def _cut(self, texts: list[str], tokens: dict[str, torch.Tensor]) -> int:
+        """How many texts are longer than `max_length` tokens."""
+        if tokens["input_ids"].shape[1] < self.max_length:
+            return 0
+        longer = self.tokenizer(texts, truncation=True, max_length=self.max_length + 1)
+        return sum(len(row) > self.max_length for row in longer["input_ids"])
 
     @property
     def words(self) -> list[str]:

@@ -29,7 +29,13 @@ WRAPPERS = frozenset((
 ))  # fmt: skip
 
 
-def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = False) -> list[str]:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    allow_missing: bool = False,
+    missing: list[str] | None = None,
+) -> list[str]:
     """Load a safetensors or torch checkpoint in place.
 
     Stored values are cast to the dtype of the model. A checkpoint may hold the state under a key
@@ -38,6 +44,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
 
     Args:
         allow_missing: let tensors that the file lacks stay as they are.
+        missing: takes the names of these tensors.
 
     Returns:
         notes on what did not match.
@@ -53,22 +60,23 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_missing: bool = Fa
     own = model.state_dict()
     state, more = matched(state, own, path)
     notes += more
-    missing = lacking(state, own)
+    lacks = lacking(state, own)
     others = [n for n in state if n not in own]
     _check_fits(model, state, path)
-    if missing and not allow_missing:
+    if lacks and not allow_missing:
         raise ValueError(
-            f"{path}: lacks {len(missing)} of {len(own)} tensors of the network: "
-            f"{some(missing, 4)}"
+            f"{path}: lacks {len(lacks)} of {len(own)} tensors of the network: {some(lacks, 4)}"
             + (f"; it has others that do not belong: {some(others, 4)}" if others else "")
             + "; --allow-missing leaves them as they are"
         )
     model.load_state_dict(state, strict=False)
-    if missing:
+    if missing is not None:
+        missing += lacks
+    if lacks:
         count = len(state) - len(others)
         notes.append(
             f"{path}: {count} of {len(own)} tensors loaded, "
-            f"{counted(len(missing), 'tensor')} missing, left as built: {some(missing, 4)}"
+            f"{counted(len(lacks), 'tensor')} missing, left as built: {some(lacks, 4)}"
         )
     if others:
         notes.append(f"{path}: {counted(len(others), 'tensor')} not used: {some(others, 4)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +70,11 @@ class TrainConfig(AdaptConfig):
         if name in AS_TEXT and value is not None:
             return str(value)
         if name == "class_weights" and value is not None and not isinstance(value, str):
+            if isinstance(value, (Mapping, Set)):
+                raise ValueError(
+                    "class_weights must be 'balanced' or one weight per class, in their order; got "
+                    f"a {type(value).__name__}"
+                )
             try:
                 return tuple(float(weight) for weight in value)
             except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast import dtensor
+from fast.adapt.result import Record
 
 BEST = "best."
 
@@ -21,14 +22,17 @@ class EarlyStopping:
 
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
-        self.best: dict[str, Any] | None = None
+        self.best: Record | None = None
         self.weights: dict[str, Tensor] = {}
         self.since_best = 0
 
-    def update(self, record: dict[str, Any], model: nn.Module) -> None:
+    def update(self, record: Record, model: nn.Module) -> None:
         if self.patience is None:
             return
-        if self.best and record["target_accuracy"] <= self.best["target_accuracy"]:
+        accuracy = record["target_accuracy"]
+        best = None if self.best is None else self.best["target_accuracy"]
+        assert accuracy is not None, "patience needs val"
+        if best is not None and accuracy <= best:
             self.since_best += 1
             return
         self.best, self.since_best = record, 0

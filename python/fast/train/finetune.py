@@ -25,7 +25,7 @@ from fast.heads import unwrap
 from fast.models.device import in_float32, pick_device
 from fast.ranks import joined
 from fast.train.config import TrainConfig, TrainOptions
-from fast.train.log import Callback, check_callbacks
+from fast.train.log.history import Callback, check_callbacks
 from fast.train.resume.run_folder import RunFolder
 from fast.train.run_data import read_data
 from fast.train.trainer import Trainer

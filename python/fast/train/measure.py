@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fast import dtensor
 from fast.adapt.adaptation import Adaptation
+from fast.adapt.result import Record
 from fast.data.dataset import Data
 from fast.data.finite import broken_rows
 from fast.data.labels import check_labels, check_several
@@ -83,7 +84,7 @@ class Measure:
 
     def record(
         self, adaptation: Adaptation, losses: list[Tensor], folder: Path | None = None
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Everything that is known after a step, as one record of the history.
 
         Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fast.adapt.adaptation import Adaptation
 from fast.adapt.config import AdaptConfig
 from fast.adapt.loss import TargetLoss, class_weights
-from fast.adapt.result import Result
+from fast.adapt.result import Record, Result
 from fast.curvature.card import SourceCard
 from fast.data.generators import seed_process
 from fast.data.stream import spread_seed
@@ -27,18 +27,9 @@ from fast.train.early_stopping import EarlyStopping
 from fast.train.engine import Engine
 from fast.train.finite import check_finite, warn_diverged
 from fast.train.interrupt import Interruption
-from fast.train.log import (
-    Callback,
-    History,
-    LogFile,
-    RunLog,
-    figures,
-    line,
-    log,
-    progress_bar,
-    read_history,
-    steps_log,
-)
+from fast.train.log.figures import figures, line, progress_bar
+from fast.train.log.history import Callback, History, RunLog, read_history
+from fast.train.log.lines import LogFile, log, steps_log
 from fast.train.measure import Measure
 from fast.train.resume.run_folder import RunFolder
 from fast.train.resume.saver import Saver
@@ -210,7 +201,7 @@ class Trainer:
         self.measure.keep_by_class({0, self.stopping.best_step, record["step"]})
         self._show(record, run_log, bar)
 
-    def _show(self, record: dict[str, Any], run_log: RunLog, bar: Any) -> None:
+    def _show(self, record: Record, run_log: RunLog, bar: Any) -> None:
         """Report what was measured: to files and callbacks, in a line, and beside the bar."""
         run_log.add(record)
         before, steps = self._source_before, self.adaptation.plan.steps
@@ -244,13 +235,14 @@ class Trainer:
         }
         self.saver.save(self.adaptation, record, self.stopping.tensors())
 
-    def _result(self, history: list[dict[str, Any]]) -> Result:
+    def _result(self, history: list[Record]) -> Result:
         warn_diverged(history[-1]["loss"], self.data.num_classes)
         self.stopping.restore(self.model)
         final = self.stopping.best
         first, last = history[0], final or history[-1]
+        before, after = first["target_accuracy"], last["target_accuracy"]
         start = self.adaptation.head_start
-        if start and self.data.val and last["target_accuracy"] < first["target_accuracy"]:
+        if start and before is not None and after is not None and after < before:
             start.restore()
             final = last = first
         self.adaptation.optimizer.zero_grad()

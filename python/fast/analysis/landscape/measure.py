@@ -23,8 +23,6 @@ from fast.progress import bar
 # 0.4 % of those at 1e-5; at 1e-2 they were off by up to 27 %, and hardly a product was saved.
 EIGEN_TOL = 1e-3
 BATCH = 128
-# Columns that a path copies from the history of its run.
-FIGURES = ("target_loss", "target_accuracy", "source_accuracy")
 
 
 def landscape(
@@ -193,7 +191,9 @@ def _geometry(
         forecast=forecast,
         card_forecast=[nats for nats, _ in by_card],
         card_reaches=[within for _, within in by_card],
-        **{name: [row.get(name) for row in path.history] for name in FIGURES},
+        target_loss=[row.get("target_loss") for row in path.history],
+        target_accuracy=[row.get("target_accuracy") for row in path.history],
+        source_accuracy=[row.get("source_accuracy") for row in path.history],
     )
 
 

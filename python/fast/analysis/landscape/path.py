@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fast.adapt.result import Result
+from fast.adapt.result import Record, Result
 from fast.curvature.card.answers import backbone_parameters
 from fast.data.dataset import as_data
 from fast.heads import source_task, task_head, unwrap
@@ -34,7 +34,7 @@ class WeightPath:
     weights: Tensor = field(repr=False)
     parameters: tuple[str, ...] = field(repr=False)
     model: nn.Module = field(repr=False)
-    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    history: list[Record] = field(default_factory=list, repr=False)
 
 
 class PathRecorder:

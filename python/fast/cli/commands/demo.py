@@ -14,7 +14,7 @@ from fast.cli.task.digits import digits_task, few_threads
 from fast.cli.task.load import LoadedTask
 from fast.files import check_writable
 from fast.train.config import TrainConfig
-from fast.train.log import quiet_steps
+from fast.train.log.lines import quiet_steps
 
 SEEDS = (0, 1, 2)
 VANILLA_LRS = (3e-4, 1e-3)

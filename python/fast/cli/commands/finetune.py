@@ -39,14 +39,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
             config = continued(config, resumed)
         elif config.output and not spec.plan:
             check_new(Path(config.output))
-        task = load_task(
-            spec.task,
-            source_skill=config.source_skill,
-            keeps_head=config.keeps_head,
-            measured=False,
-            workers=config.num_workers,
-            progress=config.progress,
-        )
+        task = load_task(spec.task, config, measured=False)
     if spec.plan:
         plan = task.plan(config)
         print(f"{plan}\n\n{plan_table(plan, task.head(config))}")
@@ -56,7 +49,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         return 0
     start = time.monotonic()
     with run_folder(spec, resumed, ranks) as folder:
-        options = dataclasses.asdict(dataclasses.replace(config, output=str(folder)))
+        options = task.options(dataclasses.replace(config, output=str(folder)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Diverged)  # an error here, when all is saved
             result = fast.finetune(task.loaded.model, **task.arguments, **options)

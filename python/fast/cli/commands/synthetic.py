@@ -13,14 +13,13 @@ from fast.cli.spec import SyntheticSpec
 from fast.cli.task.load import load_task
 from fast.data.dataset import as_data
 from fast.errors import printable
-from fast.files import atomic_file
+from fast.files import atomic_file, check_writable_file
 from fast.models.device import pick_device
 
 
 def run(spec: SyntheticSpec) -> int:
     path = Path(spec.output)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"--output {path}: is a folder, or in none that exists; name another file")
+    check_writable_file(path, "--output")
     task = load_task(spec.task, measured=False)
     data = as_data(task.train, "data")
     number = task.sizes["train"]

@@ -44,13 +44,15 @@ def lines(
     data: dict[str, Any],
     images: dict[str, Any] | None = None,
     sounds: dict[str, Any] | None = None,
+    texts: dict[str, Any] | None = None,
 ) -> str:
     """The lines that a terminal shows.
 
     Args:
         data: `NamedData.description`.
         images: `image_facts`; None if the data are no images.
-        sounds: `SoundFormat.facts()`; None if the data are no sounds.
+        sounds: `SoundFormat.facts()`, and how many were `cut`; None if the data are no sounds.
+        texts: `max_length` in tokens, and how many were `cut`; None if the data are no texts.
     """
     classes, samples = data["classes"], data["samples"]
     train, val = samples["train"], samples.get("val")
@@ -69,8 +71,17 @@ def lines(
     if images:
         text.append(_images(images))
     if sounds:
-        text.append(f"sounds: {sounds['rate']} Hz, at most {sounds['seconds']:g} s (--max-seconds)")
+        most = f"at most {sounds['seconds']:g} s (--max-seconds)"
+        text.append(f"sounds: {sounds['rate']} Hz, {most}{_cut(sounds['cut'])}")
+    if texts:
+        text.append(
+            f"texts: at most {texts['max_length']} tokens (--max-length){_cut(texts['cut'])}"
+        )
     return "\n".join(text)
+
+
+def _cut(count: int) -> str:
+    return f"; {count} longer, which {'is' if count == 1 else 'are'} cut" if count else ""
 
 
 def _images(images: dict[str, Any]) -> str:

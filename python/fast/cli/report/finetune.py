@@ -11,6 +11,7 @@ from fast.adapt.config import Budget
 from fast.adapt.plan import Plan
 from fast.cli.report.table import few_samples, percent, text_table
 from fast.cli.task.load import LoadedTask
+from fast.data.sources.types import is_drawn
 from fast.errors import counted, printable
 from fast.heads import classes_of
 from fast.heads.find import Head
@@ -37,16 +38,15 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     """What was learned and what was kept, as a line and a table."""
     plan, final, first = result.plan, result.final, result.history[0]
     assert plan is not None
-    measured = {"val": "target", "source": "source"}
+    target = (None, first["target_accuracy"], final["target_accuracy"])
+    source = (
+        result.source_accuracy_before,
+        first["source_accuracy"],
+        final["source_accuracy"],
+    )
     rows = [
-        [
-            name,
-            percent(result.source_accuracy_before if name == "source" else None),
-            percent(first[f"{name}_accuracy"]),
-            percent(final[f"{name}_accuracy"]),
-            str(task.sizes[part]),
-        ]
-        for part, name in measured.items()
+        [name, *map(percent, accuracies), str(task.sizes[part])]
+        for name, part, accuracies in (("target", "val", target), ("source", "source", source))
         if getattr(task, part) is not None
     ]
     start = "head start" if plan.head_steps else "step 0"
@@ -61,10 +61,10 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
     if not final["step"]:
         kept = "; the head start is kept, because training made the validation accuracy worse"
     size = f"{plan.target_size} + {plan.source_size}" if plan.source_size else plan.target_size
-    budget = _budget_line(task, result.config.forget_budget, final["forecast"])
+    lost = _lost_line(task, result.config.forget_budget, final["forecast"])
     return (
         f"{printable(task.name)}: {plan.method}, {steps} steps of {size}, "
-        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n{table}{_few(task)}{budget}"
+        f"lr {plan.lr:g}, {seconds:.0f} s{kept}\n{table}{_few(task)}{lost}"
         f"{_class_lines(result)}"
     )
 
@@ -72,7 +72,7 @@ def summary(task: LoadedTask, result: fast.Result, seconds: float) -> str:
 def _few(task: LoadedTask) -> str:
     """A warning if the held-out samples are few, and how to measure on more."""
     warning = few_samples(task.sizes["val"]) if "val" in task.sizes else ""
-    shared = "of each class" in task.description.get("data", {}).get("held_out", "")
+    shared = is_drawn(task.description.get("data", {}))
     enough = sum(task.sizes[part] for part in ("train", "val") if part in task.sizes) >= FOLDS
     hint = f"; --folds {FOLDS} measures on all of them" if shared and enough else ""
     return warning and f"{warning}{hint}\n"
@@ -105,10 +105,13 @@ def what_next(folder: Path) -> str:
     return "\n".join(["next:", *(f"  {what:{width}}  {why}" for what, why in commands.items())])
 
 
-def _budget_line(task: LoadedTask, option: str | float | None, lost: float | None) -> str:
-    """The budget, and what was lost at the end, as it was measured or forecast."""
-    if option is None or lost is None:
+def _lost_line(task: LoadedTask, option: str | float | None, lost: float | None) -> str:
+    """What the source task has lost by the run's own measure, and its budget if there is one."""
+    if lost is None:
         return ""
+    if option is None:
+        forecast = f"the source task has lost {round(lost, 2) + 0.0:.2f} nats, by forecast\n"
+        return forecast if task.source is None else ""
     budget = Budget.parse(option)
     shown = f"{100 * lost:.2g} %" if budget.points else f"{lost:.2g} nats"
     how = (

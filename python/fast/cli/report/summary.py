@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fast.adapt.result import Result
+from fast.adapt.result import Record, Result
 from fast.analysis.intervals import half_interval
 from fast.cli.report.table import few_samples
 
@@ -35,7 +35,7 @@ class Run:
     method: str
     seed: int
     lr: float
-    history: list[dict[str, Any]]
+    history: list[Record]
     target_accuracy: float
     source_accuracy: float | None
     source_accuracy_before: float | None
@@ -186,7 +186,7 @@ def intervals(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-def steps_to(history: Sequence[dict[str, Any]], accuracy: float) -> int | None:
+def steps_to(history: Sequence[Record], accuracy: float) -> int | None:
     """The first evaluated step with at least this target accuracy; None if there is none."""
     for row in history:
         reached = row.get("target_accuracy")

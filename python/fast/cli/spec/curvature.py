@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fast.cli.job_file import JOB_FILE, read_job
+from fast.cli.job_file import read_job
 from fast.cli.options import option, parser_of, part
 from fast.cli.spec.base import Spec, at_least, output_folder
 from fast.cli.spec.finetune import FinetuneSpec
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
+from fast.files import JOB_FILE
 
 # What a job file says about network and data.
 FROM_JOB = (

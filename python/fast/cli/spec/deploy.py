@@ -91,7 +91,7 @@ class EvaluateSpec(RunSpec):
     input_column: str | None = option("column of inputs in a table or a Hugging Face data set")
     label_column: str | None = option("column of labels")
     output: str | None = option(
-        "folder of the report (default: RUN/evaluation-TASK)", read=folder_name, short="-o"
+        "folder of the report (default: RUN/evaluation-TASK)", read=folder_name
     )
 
 
@@ -109,7 +109,7 @@ class ExportSpec(RunSpec):
     about = "write the network of a run as ONNX, torch.export, Hugging Face"
 
     format: ExportFormat = option("what to write", "onnx", choices=get_args(ExportFormat))
-    output: str = option("folder to write to", "", read=folder_name, short="-o", metavar="FOLDER")
+    output: str = option("folder to write to", "", read=folder_name, metavar="FOLDER")
 
     def __post_init__(self) -> None:
         if not self.output:

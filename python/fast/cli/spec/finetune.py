@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from fast.adapt.config import Budget
-from fast.cli.job_file import FILES, JOB_FILE, check_files, is_gone, read_job
+from fast.cli.job_file import FILES, check_files, is_gone, read_job
 from fast.cli.options import flag, option, parser_of, part
 from fast.cli.spec.base import Spec
 from fast.cli.spec.task import TaskSpec
+from fast.files import JOB_FILE
 from fast.train.config import TrainConfig
 
 # With --resume everything else is as it was; the model may be named again, and is compared.
@@ -70,5 +71,6 @@ def _refuse(changed: list[str], folder: Path) -> None:
     """Raise ValueError where options of a run that goes on are changed."""
     if changed:
         raise ValueError(
-            f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop {flag(changed[0])}"
+            f"--resume goes on exactly as {folder}/{JOB_FILE} says; drop {flag(changed[0])}, or "
+            "start a new run with it"
         )

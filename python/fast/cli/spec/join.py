@@ -34,7 +34,7 @@ class JoinSpec(Spec):
     run: str = option(
         "folder of a run of fast finetune", "", words=None, metavar="RUN", read=folder_name
     )
-    output: str = option("folder to write to", "", read=folder_name, short="-o", metavar="FOLDER")
+    output: str = option("folder to write to", "", read=folder_name, metavar="FOLDER")
     source_classes: str | None = option(
         "names of the old classes, one a line, in the order of the network's own head (default: "
         "what the network says, or numbers); a name that both tasks have becomes one class",
@@ -49,8 +49,6 @@ class JoinSpec(Spec):
     def parse(cls, options: dict[str, Any]) -> Self:
         """Network and data are those of the run, where the command line does not say."""
         folder = Path(options["run"])
-        if not folder.is_dir():
-            raise FileNotFoundError(f"RUN {folder}: no such folder")
         job = read_job(folder, "RUN", parser_of(FinetuneSpec), "model" in options)
         names = {f.name for f in fields(TaskSpec)} - set(LEFT_OUT)
         all_options = {k: v for k, v in job.items() if k in names} | options

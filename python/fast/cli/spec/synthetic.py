@@ -27,7 +27,7 @@ class SyntheticSpec(Spec):
 
     about = "stand-ins for source inputs, made of a network's batch norms"
 
-    output: str = option(f"file to write, FILE{SUFFIX}", "", read=folder_name, short="-o")
+    output: str = option(f"file to write, FILE{SUFFIX}", "", read=folder_name)
     count: int = option("how many to make", 256)
     own: int | None = option(
         "how many training inputs of --data are added as they are (default: --count if there are "

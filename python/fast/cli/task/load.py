@@ -63,6 +63,7 @@ class LoadedTask:
             samples are trained on.
         sizes: the number of samples of each of these.
         card: the file of a source card.
+        source_skill: replaces `auto`, because the network's own head was never trained.
         preparation: how pictures, texts and sounds were prepared.
         description: classes, their samples and the preprocessing, as plain values.
     """
@@ -75,6 +76,7 @@ class LoadedTask:
     source: Any = None
     source_inputs: Any = None
     card: str | None = None
+    source_skill: str | None = None
     transform: Any = None
     preparation: Preparation = field(default_factory=Preparation)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -86,10 +88,15 @@ class LoadedTask:
         names = ("train", "val", "source", "source_inputs", "card", "transform")
         return {name: getattr(self, name) for name in names} | {"num_classes": len(self.classes)}
 
+    def options(self, config: TrainConfig) -> dict[str, Any]:
+        """The options of `fast.finetune`."""
+        skill = self.source_skill or config.source_skill
+        return dataclasses.asdict(config) | {"source_skill": skill}
+
     def adapt(self, config: TrainConfig, **replaced: Any) -> fast.Result:
         """`fast.finetune` a copy of the network; `replaced` takes the place of arguments."""
         model = copy.deepcopy(self.loaded.model)
-        return fast.finetune(model, **(self.arguments | replaced), **dataclasses.asdict(config))
+        return fast.finetune(model, **(self.arguments | replaced), **self.options(config))
 
     def fold(self, rows: np.ndarray) -> LoadedTask:
         """The same task, with these training samples held out."""
@@ -103,14 +110,13 @@ class LoadedTask:
 
     def head(self, config: TrainConfig) -> Head:
         """The layer that makes the logits of the network."""
-        sample, _ = as_data(self.train, "data").batch_at(torch.arange(2))
-        return find_head(self.loaded.model, sample, config.head_name)
+        return _head(self.loaded, self.train, config)
 
     def plan(self, config: TrainConfig) -> Plan:
         """What `adapt` would do; the network is left as it is."""
         data = self.arguments | {"source": None}  # a run only measures the source
         options = dataclasses.replace(config, output=None, resume=None)
-        return plan(self.loaded.model, **data, **dataclasses.asdict(options))
+        return plan(self.loaded.model, **data, **self.options(options))
 
 
 def _subset(prepared: Any, rows: np.ndarray, augment: bool = True) -> Any:
@@ -120,28 +126,26 @@ def _subset(prepared: Any, rows: np.ndarray, augment: bool = True) -> Any:
     return tuple(pick(part, index) for part in prepared)
 
 
+def _head(loaded: LoadedModel, train: Any, config: TrainConfig) -> Head:
+    sample, _ = as_data(train, "data").batch_at(torch.arange(2))
+    return find_head(loaded.model, sample, config.head_name)
+
+
 def load_task(
-    spec: TaskSpec,
-    *,
-    source_skill: str = "auto",
-    keeps_head: bool = False,
-    measured: bool = True,
-    workers: int | None = None,
-    progress: bool | None = None,
+    spec: TaskSpec, config: TrainConfig | None = None, *, measured: bool = True
 ) -> LoadedTask:
     """Read network and data, and print what they are.
 
     Args:
-        source_skill: with `features`, labels of source inputs need not be those of the head.
-        keeps_head: number the target's classes as the network's own head does.
+        config: the options of the run.
         measured: refuse data that have no held-out samples.
-        workers: how many processes decode images; None: as many as are useful.
-        progress: see `prepare_images`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: the network or the data cannot be used; the
             message says why.
     """
+    config = config or TrainConfig()
+    keeps_head = config.keeps_head
     print(f"reading {printable(spec.data)} and {printable(spec.model)}", flush=True)
     sets, notes = read_data(spec)
     check_target(spec, sets["data"], measured)
@@ -150,10 +154,13 @@ def load_task(
     of_head = [role for role in sets if role != "data" or keeps_head]
     sets |= {role: numbered_as_in_head(sets[role], names) for role in of_head}
     splits = splits_of(sets)
-    prepared, preparation, reports = prepare_splits(spec, loaded, splits, workers, progress)
+    prepared, preparation, reports = prepare_splits(
+        spec, loaded, splits, config.num_workers, config.progress
+    )
     check_shapes(spec, splits, prepared)
     classes = try_forward(loaded, prepared["train"])
-    notes += _check_source(spec, sets, classes, names, source_skill)
+    skill = _skill(spec, loaded, prepared, config)
+    notes += _check_source(spec, sets, classes, names, skill or config.source_skill)
     target = sets["data"]
     if keeps_head:
         notes += check_numbers(f"--data {spec.data}", target, classes, names)
@@ -174,11 +181,43 @@ def load_task(
         classes=target.classes,
         **prepared,
         card=spec.card,
+        source_skill=skill,
         transform=random_flip if spec.flip else None,
         preparation=preparation,
         sizes=sizes,
         description=description | {"notes": loaded.notes},
     )
+
+
+def untrained_head(loaded: LoadedModel, train: Any, config: TrainConfig) -> str | None:
+    """The name of the network's own head, if its checkpoint lacks it; else None."""
+    if not loaded.missing:
+        return None
+    head = _head(loaded, train, config).name
+    return head if f"{head}.weight" in loaded.missing else None
+
+
+def _skill(
+    spec: TaskSpec, loaded: LoadedModel, prepared: dict[str, Any], config: TrainConfig
+) -> str | None:
+    """The source skill of a network whose own head was never trained; None leaves the option.
+
+    Raises:
+        ValueError: the answers of such a head are to be measured.
+    """
+    head = untrained_head(loaded, prepared["train"], config)
+    if head is None:
+        return None
+    what = f"the network's own head, {printable(head)}, is not in its checkpoint, and answers by "
+    if spec.source:
+        raise ValueError(
+            f"--source {spec.source}: {what}chance: drop the option; --source-inputs keeps and "
+            "measures the features"
+        )
+    if not spec.source_inputs or config.source_skill != TrainConfig.source_skill:
+        return None
+    loaded.notes.append(f"{what}chance: what is kept and measured of the source is its features")
+    return "features"
 
 
 def _description(
@@ -189,17 +228,20 @@ def _description(
     preparation: Preparation,
     report: FileReport,
 ) -> dict[str, Any]:
-    """The target's data as they were read, and how images and sounds were prepared."""
-    images = sounds = None
+    """The target's data as they were read, and how they were prepared."""
+    images = sounds = texts = None
     if preparation.images is not None:
         images = image_facts(spec, preparation.images, loaded.preprocessing, report)
         images["in_memory"] = not isinstance(prepared["train"], PreparedImages)
     if preparation.sounds is not None:
-        sounds = preparation.sounds.facts() | {"skipped": list(report.broken)}
+        skipped = list(report.broken)
+        sounds = preparation.sounds.facts() | {"skipped": skipped, "cut": report.cut}
+    if preparation.kind == "texts":
+        texts = {"max_length": preparation.max_length, "cut": report.cut}
     labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
     splits = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
     data = dataclasses.replace(target, train=splits["train"], val=splits.get("val")).description
-    return {"data": data, "images": images, "sounds": sounds}
+    return {"data": data, "images": images, "sounds": sounds, "texts": texts}
 
 
 def _check_source(

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import fast
-from fast.cli.job_file import JOB_FILE, read_job
+from fast.cli.job_file import read_job
 from fast.cli.notes import print_notes
 from fast.cli.options import parser_of
 from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
 from fast.cli.values import model_file
 from fast.data.sources.table import column_names
+from fast.data.sources.types import is_drawn
 from fast.deploy.predictor import Predictor
-from fast.models.saved import FILES, MODEL_FILE
+from fast.files import JOB_FILE, read_json
+from fast.models.saved import DATA_FILE, FILES, MODEL_FILE
 
 
 def open_run(spec: RunSpec) -> Predictor:
@@ -48,6 +50,38 @@ def own_columns(job: dict[str, Any], paths: Sequence[str]) -> dict[str, str]:
         for option in ("input_column", "label_column")
         if job.get(option) and tables and all(job[option] in names for names in tables)
     }
+
+
+def same_place(a: str, b: str) -> bool:
+    """Whether two names are of one data set."""
+    paths = [Path(name).expanduser() for name in (a, b)]
+    return a == b or (all(p.exists() for p in paths) and paths[0].samefile(paths[1]))
+
+
+def is_data_of(run: Path, of_run: str, name: str, samples_hash: str) -> bool:
+    """Whether these are the data that a run adapted to, which may have been moved.
+
+    Args:
+        of_run: the name that they had.
+        name, samples_hash: of the data that are there now.
+
+    Raises:
+        ValueError: the run held out a share of them, and other samples are there now, so that the
+            share cannot be drawn again.
+    """
+    in_place = same_place(name, of_run)
+    file = run / DATA_FILE
+    recorded = (read_json(file).get("data") if file.is_file() else None) or {}
+    if "samples_hash" not in recorded:  # by an older version
+        return in_place
+    same = samples_hash == recorded["samples_hash"]
+    if in_place and not same and is_drawn(recorded):
+        raise ValueError(
+            f"{name}: has other samples than the run was started with, so that those it held "
+            "out cannot be told from those it was trained on: put them back, or name labelled data "
+            "that it has not seen"
+        )
+    return in_place or same
 
 
 def print_left_out(unreadable: dict[str, str]) -> None:

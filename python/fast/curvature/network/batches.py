@@ -84,7 +84,8 @@ def _is_batch(data: Any, labels: bool | None) -> bool:
     if isinstance(first, Tensor):
         # Without labels, [x1, x2] is a list of two inputs, (x, y) is a pair.
         return labels is not False or isinstance(data, tuple)
-    return isinstance(first, Mapping | tuple) and not isinstance(second, Mapping | tuple | list)
+    parts = Mapping | tuple | list
+    return isinstance(first, parts) and not isinstance(second, parts)
 
 
 def _as_batch(item: Any, labels: bool | None) -> Batch:

@@ -40,8 +40,8 @@ class SoundFormat:
         """The sounds of a split as a network takes them, and their labels int64 `[N]`.
 
         Args:
-            report: takes the files that cannot be read, which are left out; None: they are an
-                error.
+            report: takes the files that cannot be read, which are left out, and counts what is cut;
+                None: they are an error.
 
         Raises:
             ValueError: files cannot be read, or differ in their rate where there must be one.
@@ -59,7 +59,9 @@ class SoundFormat:
             if self.rate is not None:
                 sound, rate = resampled(sound, rate, self.rate), self.rate
             rates.add(rate)
-            sounds.append(sound[: max(1, round(self.seconds * rate))])
+            most = max(1, round(self.seconds * rate))
+            report.cut += len(sound) > most
+            sounds.append(sound[:most])
             good.append(i)
         if not tolerant or not sounds:
             report.refuse_broken("" if tolerant else SKIP)

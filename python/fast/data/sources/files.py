@@ -33,6 +33,8 @@ KINDS = {AUDIO_SUFFIXES: "sounds", TEXT_SUFFIXES: "texts"}
 LONGEST_TEXT = 10 << 20
 # Characters of a text that a message shows.
 SHOWN = 40
+# How many samples of an archive a hash of samples takes.
+HASHED = 64
 # How UTF-16 begins, in either order of its bytes.
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -130,8 +132,53 @@ def repeated_samples(data: NamedData, *, folds: bool = False) -> list[str]:
     return notes
 
 
+def samples_hash(data: NamedData) -> str:
+    """A hash that tells whether two data sets have the same samples with the same classes.
+
+    Of files it takes names and sizes, and not the folders that they lie in: data that were moved
+    have the same hash. Of what is inside an archive it takes some samples.
+    """
+    digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=16)
+    for split in (data.train, data.val):
+        if split is None:
+            digest.update(b"none")
+            continue
+        digest.update(np.ascontiguousarray(split.labels).data)
+        digest.update(_contents(split.inputs))
+    return digest.hexdigest()
+
+
+def _contents(inputs: Any) -> bytes:
+    """What `samples_hash` takes of the inputs of a split."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(inputs, EncodedFiles):
+        few = np.linspace(0, len(inputs) - 1, HASHED, dtype=int).tolist()
+        for i in range(len(inputs)) if _are_files(inputs) else few:
+            file = _opened(inputs, i)
+            if isinstance(file, str):
+                size = os.path.getsize(file) if os.path.exists(file) else None
+                digest.update(f"{os.path.basename(file)!r} {size}".encode())
+            elif file is not None:
+                digest.update(file.read())
+    elif isinstance(inputs, list):
+        digest.update(repr(inputs).encode())
+    else:
+        for array in inputs.values() if isinstance(inputs, dict) else (inputs,):
+            digest.update(f"{array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
+
+
 def _are_files(inputs: Any) -> bool:
-    return isinstance(inputs, EncodedFiles) and isinstance(inputs.open(0), str)
+    return isinstance(inputs, EncodedFiles) and isinstance(_opened(inputs, 0), str)
+
+
+def _opened(inputs: EncodedFiles, i: int) -> Any:
+    """The name of a file, or a stream; None for what cannot be read, as whoever decodes it says."""
+    try:
+        return inputs.open(i)
+    except (ValueError, OSError):
+        return None
 
 
 def _shortened(text: str) -> str:

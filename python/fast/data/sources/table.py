@@ -192,10 +192,10 @@ def _columns(path: Path) -> Columns:
     names = [name.strip() for name in rows[0]]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: two columns have one name: {some(names)}")
-    for line, row in enumerate(rows[1:], 2):
+    for i, row in enumerate(rows[1:]):
         if len(row) != len(names):
             raise ValueError(
-                f"{path}: row {line} has {len(row)} cells, and there are {len(names)} columns; put "
+                f"{path}: {_row(i)}, has {len(row)} cells, and there are {len(names)} columns; put "
                 'cells with commas into "quotes"'
             )
     return dict(zip(names, zip(*rows[1:], strict=True), strict=True))
@@ -247,8 +247,14 @@ def _chosen(
     free = [c for c in columns if c not in chosen.values()]
     for option, column in chosen.items():
         if column is None:
+            if not free:
+                what = "inputs" if option == "--input-column" else "labels"
+                raise ValueError(f"{name}: has no column of {what}, only {some(columns, 20)}")
             if len(free) != 1 or len(columns) != 2:
-                raise ValueError(f"{name}: say which column to use with {option}: {some(free, 20)}")
+                raise ValueError(
+                    f"{name}: say which column to use with {option}: {some(free, 20)} (of a file, "
+                    "the first line holds the names of the columns)"
+                )
             chosen[option] = free[0]
     inputs, label = chosen.values()
     assert inputs is not None
@@ -262,7 +268,7 @@ def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
     if empty:
         raise ValueError(
             f"{name}: {printable(column)}: empty cells: {len(empty)} of {len(cells)}, the first "
-            f"in row {empty[0]}, counted from 0 without the names; drop those rows"
+            f"in {_row(empty[0])}; drop those rows"
         )
     several = [cell for cell in cells if _is_list(cell)]
     if several:
@@ -273,6 +279,10 @@ def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
             "docs/any-loss.md"
         )
     return [_text(cell) for cell in cells]
+
+
+def _row(i: int) -> str:
+    return f"row {i}, counted from 0 without the names"
 
 
 def _is_blank(cell: Any) -> bool:

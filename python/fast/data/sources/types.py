@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -37,22 +37,26 @@ class EncodedAudio(EncodedFiles):
     """Sounds still to be decoded."""
 
 
+# How `held_out` ends where that was drawn from the training samples.
+DRAWN = "of each class"
 SKIP = " (or go on without: --skip-broken)"
 
 
 @dataclass(kw_only=True)
 class FileReport:
-    """What turned up while files were read.
+    """What turned up while samples were read and prepared.
 
     Attributes:
         broken: name -> reason, of the files that cannot be read.
         sizes: (width, height) of images as stored.
         kind: what the files should be: image or sound.
+        cut: how many texts or sounds were longer than they are read.
     """
 
     kind: str = "image"
     broken: dict[str, str] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
+    cut: int = 0
 
     def refuse_broken(self, way_out: str = "") -> None:
         """Raise ValueError where files cannot be read; `way_out` ends the message."""
@@ -73,6 +77,7 @@ class FileReport:
         for report in reports:
             whole.broken |= report.broken
             whole.sizes |= report.sizes
+            whole.cut += report.cut
             whole.kind = report.kind if report.broken else whole.kind
         return whole
 
@@ -112,6 +117,7 @@ class NamedData:
             number the classes themselves.
         has_labels: False if the data have no labels, or none that can be used; the labels of the
             splits then mean nothing.
+        samples_hash: the same for the same samples, wherever they are; see `files.samples_hash`.
     """
 
     name: str
@@ -122,6 +128,7 @@ class NamedData:
     notes: tuple[str, ...] = ()
     sorted_names: bool = False
     has_labels: bool = True
+    samples_hash: str = ""
 
     @classmethod
     def unlabelled(cls, name: str, inputs: Any, notes: tuple[str, ...] = ()) -> NamedData:
@@ -140,7 +147,7 @@ class NamedData:
         if self.val is not None or self.train is None or fraction == 0:
             return self
         train, val = stratified_split(self.train, fraction, seed)
-        held_out = f"{100 * fraction:g} % of each class"
+        held_out = f"{100 * fraction:g} % {DRAWN}"
         return replace(self, train=train, val=val, held_out=held_out)
 
     def for_evaluation(self) -> Split:
@@ -152,7 +159,7 @@ class NamedData:
     @property
     def description(self) -> dict[str, Any]:
         """What was read, as plain values: the classes in the order of their labels, the number of
-        samples of each class by split, where val comes from, and the notes.
+        samples of each class by split, where val comes from, the notes, and the hash.
         """
         splits = {"train": self.train, "val": self.val}
         count = len(self.classes)
@@ -166,7 +173,17 @@ class NamedData:
             },
             "held_out": self.held_out,
             "notes": list(self.notes),
+            "samples_hash": self.samples_hash,
         }
+
+
+def is_drawn(description: Mapping[str, Any]) -> bool:
+    """Whether what was held out was drawn from the training samples.
+
+    Args:
+        description: `NamedData.description`.
+    """
+    return str(description.get("held_out")).endswith(DRAWN)
 
 
 def stratified_split(split: Split, fraction: float, seed: int = 0) -> tuple[Split, Split]:

@@ -4,6 +4,7 @@ from fast.models.saved.claim import is_going_on
 from fast.models.saved.files import (
     ADAPTERS_FILE,
     CONFIG_FILE,
+    DATA_FILE,
     FILES,
     JOB_FILE,
     JOIN_FILE,
@@ -24,6 +25,7 @@ from fast.models.saved.networks import SavedNetworks, load_saved, save_networks
 __all__ = [
     "ADAPTERS_FILE",
     "CONFIG_FILE",
+    "DATA_FILE",
     "FILES",
     "JOB_FILE",
     "JOIN_FILE",

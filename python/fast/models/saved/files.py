@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fast.files import atomic_file, file_hash, read_json, read_sealed, reading, write_sealed
+from fast.files import (
+    JOB_FILE,
+    atomic_file,
+    file_hash,
+    read_json,
+    read_sealed,
+    reading,
+    write_sealed,
+)
 
 MODEL_FILE = "model.safetensors"
 # The weights in a folder of a run, or of transformers.
@@ -16,7 +24,7 @@ ADAPTERS_FILE = "adapters.safetensors"
 MANIFEST_FILE = "manifest.json"
 JOIN_FILE = "join.json"  # what a joined network is beside its tensors
 RESULT_FILE = "result.json"
-JOB_FILE = "job.json"  # what the command line was asked for
+DATA_FILE = "data.json"  # what was read: classes, samples and how pictures were prepared
 OPTIONS_FILE = "fast.json"
 # transformers keeps the architecture of its networks in this file; older versions of FAST wrote the
 # options to it.
@@ -28,7 +36,7 @@ FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
     MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, OPTIONS_FILE, CONFIG_FILE,
-    JOIN_FILE, RESULT_FILE, "history.jsonl", JOB_FILE, "data.json", "preprocessing.json",
+    JOIN_FILE, RESULT_FILE, "history.jsonl", JOB_FILE, DATA_FILE, "preprocessing.json",
     "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
 )  # fmt: skip
 CHECKPOINT = "checkpoint-"

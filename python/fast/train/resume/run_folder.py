@@ -32,7 +32,8 @@ from fast.models.saved.files import (
 )
 from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
-from fast.train.log import BOARD_FOLDER, HISTORY_FILE, LINES_FILE
+from fast.train.log.history import BOARD_FOLDER, HISTORY_FILE
+from fast.train.log.lines import LINES_FILE
 
 
 class RunFolder:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fast.adapt.config import AdaptConfig, setting
-from fast.adapt.result import Result
+from fast.adapt.result import Record, Result
 from fast.figures import GREY, OTHER_COLOURS, STYLE, load_matplotlib
 
 REWIND = "rewind"
@@ -20,6 +20,13 @@ class RewindConfig(AdaptConfig):
     """The options of `fast.rewind`, in the form in which every result has its options."""
 
     method: str = setting(REWIND, "how the network was made", choices=Literal["rewind"])
+
+
+def lost_at(record: Record) -> float:
+    """What is lost at a place, which is measured at each."""
+    lost = record["forecast"]
+    assert lost is not None
+    return lost
 
 
 @dataclass(kw_only=True, repr=False)
@@ -62,9 +69,9 @@ class Rewound(Result):
         with matplotlib.rc_context(STYLE):
             figure = matplotlib.figure.Figure(figsize=(4.6, 3.4), layout="constrained")
             axis = figure.subplots()
-            points = sorted((r["place"], scale * r["forecast"]) for r in self.history)
+            points = sorted((r["place"], scale * lost_at(r)) for r in self.history)
             axis.plot(*zip(*points, strict=True), color=COLOUR, marker="o", label="on the line")
-            chosen = (self.final["place"], scale * self.final["forecast"])
+            chosen = (self.final["place"], scale * lost_at(self.final))
             axis.plot(*chosen, color=OTHER_COLOURS[0], marker="o", markersize=12,
                       markerfacecolor="none", linestyle="none", label="chosen")  # fmt: skip
             axis.axhline(
@@ -74,7 +81,7 @@ class Rewound(Result):
                 if record["target_accuracy"] is not None:
                     axis.annotate(
                         f"target {100 * record['target_accuracy']:.0f} %",
-                        (record["place"], scale * record["forecast"]),
+                        (record["place"], scale * lost_at(record)),
                         xytext=(-8, 8), textcoords="offset points", ha="right",
                     )  # fmt: skip
             axis.set_yscale("symlog", linthresh=scale * budget.amount)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fast.adapt.guards.budget import AIM
 from fast.adapt.guards.forgetting import ForgettingMeter
+from fast.adapt.result import Record
 from fast.data.source_inputs import SourceInputs
 from fast.errors import warn
 from fast.heads import Head, task_head
@@ -17,7 +18,7 @@ from fast.heads.batch_norm import per_task_norms
 from fast.heads.outputs import source_logits
 from fast.models.signature import signature_of
 from fast.train.rewind.checkpoints import both
-from fast.train.rewind.result import LINE, TUNED, RewindConfig, Rewound
+from fast.train.rewind.result import LINE, TUNED, RewindConfig, Rewound, lost_at
 from fast.train.rewind.source_head import SourceHead
 from fast.train.rewind.statistics import MovingStatistics
 from fast.train.rewind.target import Target
@@ -78,7 +79,7 @@ class Search:
         if not meter.by_features:  # else nothing depends on the source's head
             part = work.part(0, HEAD_SAMPLES)
             self.way.followers.append(SourceHead(self.model, part))
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Record] = []
 
     def run(self) -> Rewound:
         """Search the line, fit what belongs to the tasks, and return the network."""
@@ -101,7 +102,9 @@ class Search:
         if record is at_end:
             log.info("the tuned network keeps the budget: its weights are returned as they are")
         elif self.target is not None:
-            least = at_end["target_accuracy"] - TOLERANCE
+            tuned = at_end["target_accuracy"]
+            assert tuned is not None
+            least = tuned - TOLERANCE
             record["target_accuracy"] = self.target.fit(self.model, least)
         else:
             statistics = MovingStatistics(self.model, [], source=False)
@@ -132,7 +135,7 @@ class Search:
         answers = source_logits(model, samples).argmax(1)
         return (answers == samples.labels).double().mean().item()
 
-    def _result(self, record: dict[str, Any]) -> Rewound:
+    def _result(self, record: Record) -> Rewound:
         unknown = []
         if self.target is None and record["stage"] == LINE:
             sentence = (
@@ -148,7 +151,7 @@ class Search:
             source_accuracy_before=self.accuracy_before,
             chosen=record,
             inputs=signature_of(self.meter.samples.inputs),
-            lost=record["forecast"],
+            lost=lost_at(record),
             unknown=unknown,
         )
 

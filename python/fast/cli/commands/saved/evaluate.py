@@ -22,7 +22,14 @@ from fast.cli.report.machine import describe
 from fast.cli.report.table import paragraph, text_table
 from fast.cli.spec import EvaluateSpec
 from fast.cli.spec.task import TaskSpec
-from fast.cli.task.run import job_of, open_run, own_columns, print_left_out
+from fast.cli.task.run import (
+    is_data_of,
+    job_of,
+    open_run,
+    own_columns,
+    print_left_out,
+    same_place,
+)
 from fast.data.sources import DataWarning, load_data
 from fast.deploy.figures import evaluation_figure
 from fast.deploy.predictor import Task
@@ -72,8 +79,8 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     role = "source" if task == "source" else "data"
     of_run = job.get(role)
     name = _name(spec, role, of_run)
-    own = of_run is not None and _same(name, of_run)
-    of_job = job if own else own_columns(job, [name])
+    in_place = of_run is not None and same_place(name, of_run)
+    of_job = job if in_place else own_columns(job, [name])
     columns = {
         option: getattr(spec, option) or of_job.get(option)
         for option in ("input_column", "label_column")
@@ -89,12 +96,16 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
         )
     for note in data.notes:
         print_notes(f"{name}: {note}")
-    if own and role == "data":
-        data = data.with_val(float(job.get("val_fraction", TaskSpec.val_fraction)))
-        if data.val is None:
-            print_notes("these are the samples that the run was trained on")
-        else:
-            name = f"{name} ({data.held_out or 'held out'})"
+    own = in_place
+    if role == "data" and of_run is not None:
+        fraction = float(job.get("val_fraction", TaskSpec.val_fraction))
+        own = is_data_of(Path(spec.run), of_run, name, data.samples_hash)
+        if own:
+            data = data.with_val(fraction)
+            if data.val is None:
+                print_notes("these are the samples that the run was trained on")
+            else:
+                name = f"{name} ({data.held_out or 'held out'})"
     skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))
     return name, dataclasses.replace(data, name=name), skip_broken
 
@@ -119,11 +130,6 @@ def _name(spec: EvaluateSpec, role: str, of_run: str | None) -> str:
     if is_gone(of_run):
         raise FileNotFoundError(
             f"RUN {spec.run}: its {flag(role)} {printable(of_run)} is not there any more: name it "
-            "where it is now, after the run"
+            f"where it is now, fast evaluate {printable(spec.run)} DATA"
         )
     return of_run
-
-
-def _same(a: str, b: str) -> bool:
-    paths = [Path(name).expanduser() for name in (a, b)]
-    return a == b or (all(p.exists() for p in paths) and paths[0].samefile(paths[1]))

@@ -10,14 +10,16 @@ import torch
 
 from fast.cli.job_file import replace_job
 from fast.cli.notes import print_notes
+from fast.cli.report.finetune import what_next
 from fast.cli.report.table import percent
 from fast.cli.spec import JoinSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.load import LoadedTask, load_task
-from fast.cli.task.run import check_replaceable
+from fast.cli.task.load import LoadedTask, load_task, untrained_head
+from fast.cli.task.run import check_replaceable, is_data_of, job_of
 from fast.data.dataset import as_data
 from fast.data.source_inputs import SourceInputs
 from fast.data.trees import concatenate
+from fast.deploy.load import check_result
 from fast.errors import counted, first_line, printable
 from fast.files import atomic_file, check_writable, read_json
 from fast.heads import find_head
@@ -26,7 +28,8 @@ from fast.merge.join import LEAST, LIMIT, join_heads
 from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
 from fast.models.preparation import read_preparation
-from fast.models.saved import JOIN_FILE
+from fast.models.saved import DATA_FILE, JOIN_FILE
+from fast.train.config import TrainConfig
 
 
 def run(spec: JoinSpec) -> int:
@@ -35,7 +38,16 @@ def run(spec: JoinSpec) -> int:
     if folder.resolve() == Path(spec.run).resolve():
         raise ValueError(f"--output {folder}: is the run itself; name another folder")
     check_replaceable(folder, own=(folder / JOIN_FILE).is_file())
+    check_result(Path(spec.run))
     task = load_task(spec.task, measured=False)
+    of_run, read = job_of(Path(spec.run)).get("data"), task.description["data"]
+    if of_run:
+        is_data_of(Path(spec.run), of_run, read["name"], read["samples_hash"])
+    if head := untrained_head(task.loaded, task.train, TrainConfig()):
+        raise ValueError(
+            f"RUN {spec.run}: the head of the old classes, {printable(head)}, is not in the "
+            "checkpoint of the network, and answers by chance: there is nothing to join"
+        )
     sample, _ = as_data(task.train, "data").batch_at(torch.arange(2))
     count = classes_of(find_head(task.loaded.model, sample).module)
     heads = saved_heads(spec.run, task.loaded.model, sample)
@@ -52,7 +64,7 @@ def run(spec: JoinSpec) -> int:
     )
     _save(joined, spec, folder)
     print(_summary(joined))
-    print(f"saved in {printable(folder)}")
+    print(f"saved in {printable(folder)}\n{what_next(folder)}")
     return 0
 
 
@@ -79,9 +91,9 @@ def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:
     run = Path(spec.run)
     replace_job(folder, shown(spec.task))
     read_preparation(run).save(folder)
-    if (run / "data.json").is_file():
-        with atomic_file(folder / "data.json") as path:
-            shutil.copyfile(run / "data.json", path)
+    if (run / DATA_FILE).is_file():
+        with atomic_file(folder / DATA_FILE) as path:
+            shutil.copyfile(run / DATA_FILE, path)
     joined.save(folder, {"network": read_json(run / "result.json").get("network")})
 
 

@@ -11,6 +11,7 @@ from fast.cli.spec import PredictSpec
 from fast.cli.task.run import job_of, open_run, own_columns, print_left_out
 from fast.deploy.predictions import Predictions
 from fast.errors import printable
+from fast.files import check_writable_file
 
 # Up to this many answers are read one by one; of more, a summary follows.
 FEW = 40
@@ -22,6 +23,8 @@ LEAST_NAME = 20
 
 
 def run(spec: PredictSpec) -> int:
+    if spec.csv:
+        check_writable_file(Path(spec.csv), "--csv")
     predictor = open_run(spec)
     own = own_columns(job_of(Path(spec.run)), spec.paths)
     answers = predictor.predict(
@@ -40,13 +43,15 @@ def run(spec: PredictSpec) -> int:
 
 
 def _table(answers: Predictions, top: int) -> str:
+    best_of_each = answers.top(top)
+    top = len(best_of_each[0])  # there may be fewer classes
     header = ["input", *(part for i in range(top) for part in (_ordinal(i), "%"))]
     rows = []
     on_screen = sys.stdout.isatty()
     shown = SHOWN if on_screen else len(answers)
-    for name, best in zip(answers.names[:shown], answers.top(top), strict=False):
+    for name, best in zip(answers.names[:shown], best_of_each, strict=False):
         cells = [cell for label, p in best for cell in (printable(label), f"{100 * p:.1f}")]
-        rows.append([printable(name), *cells, *[""] * (2 * top - len(cells))])
+        rows.append([printable(name), *cells])
     if on_screen:
         rows = _fitted(header, rows)
     rest = len(answers) - shown

@@ -25,7 +25,7 @@ from fast.files import check_writable, read_json
 from fast.models.device import pick_device
 from fast.models.saved import OPTIONS_FILE
 from fast.models.saved.description import classes_beside
-from fast.train.rewind.result import REWIND, Rewound
+from fast.train.rewind.result import REWIND, Rewound, lost_at
 
 PICTURE = "rewind.png"
 
@@ -88,7 +88,7 @@ def _report(result: Rewound) -> str:
         [
             record["stage"],
             f"{record['place']:.3f}",
-            loss(record["forecast"]),
+            loss(lost_at(record)),
             percent(record["target_accuracy"]),
             "<" if record is result.final else "",
         ]

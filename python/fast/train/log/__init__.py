@@ -1,0 +1,1 @@
+"""Where a run says what it does: lines, a history, figures beside a bar."""
