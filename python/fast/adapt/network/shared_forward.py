@@ -135,22 +135,32 @@ def cuts_at_head(model: nn.Module, head: nn.Module, target: Any, source: Any) ->
 
 
 @torch.no_grad()
-def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
-    """Whether training mode changes what the head sees, by dropout, stochastic depth or batch norm.
-    Features in training mode would then differ from those in evaluation mode although no weight has
-    moved: with dropout of 0.2 before the head, e is a third from the first step on. Random state,
-    modes and buffers stay as they are.
+def features_by_mode(model: nn.Module, head: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+    """What the head sees of the inputs in evaluation and in training mode, for the source task.
+
+    Training mode draws the same numbers in every call. Random state, modes and buffers stay as they
+    are.
     """
     head_input = HeadInput(head)
     features = []
     try:
-        with traceless(model):
+        with traceless(model), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(0)
             for training in (False, True):
                 with in_mode(model, training), source_task(model):
                     features.append(head_input.features(model, inputs))
     finally:
         head_input.close()
-    return _change(*features) > OF_MODE
+    return features[0], features[1]
+
+
+def depends_on_mode(model: nn.Module, head: nn.Module, inputs: Any) -> bool:
+    """Whether training mode changes what the head sees, by dropout, stochastic depth or batch norm.
+
+    Features in training mode would then differ from those in evaluation mode although no weight has
+    moved: with dropout of 0.2 before the head, e is a third from the first step on.
+    """
+    return _change(*features_by_mode(model, head, inputs)) > OF_MODE
 
 
 def _change(before: Tensor, now: Tensor) -> float:
