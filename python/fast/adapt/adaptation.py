@@ -120,7 +120,8 @@ class Adaptation:
         make = None if isinstance(optimizer, str) else optimizer
         name = {"optimizer": optimizer} if isinstance(optimizer, str) else {}
         check_options(options, AdaptConfig, "Adaptation")
-        self.config = AdaptConfig(**options, **name)
+        # The record settles a method of None.
+        self.config = AdaptConfig(**options, **name)  # type: ignore[arg-type]
         check_arguments(model, loss, keeps_head=self.config.keeps_head)
         augmented, resuming = boolean("augmented", augmented), boolean("resuming", resuming)
         if not name:

@@ -338,7 +338,7 @@ class AdaptConfig:
 class AdaptOptions(TypedDict, total=False):
     """The fields of `AdaptConfig` as keyword arguments, for type checkers."""
 
-    method: MethodName
+    method: MethodName | None
     steps: int | None
     epochs: int | None
     batch_size: int
