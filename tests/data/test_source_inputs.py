@@ -165,4 +165,9 @@ def test_sorted_data_of_which_the_first_are_read_are_named():
     with pytest.warns(UserWarning, match="kept: sorted by class, and the first 20 are read, up"):
         SourceInputs.parse(data, 20, "kept")
     assert SourceInputs.parse(data, 64, "kept").size == 40
+    assert SourceInputs.parse(data, 40, "kept").size == 40  # all of them
+    loader = DataLoader(data, batch_size=20)
+    with pytest.warns(UserWarning, match="the first 20 are read"):
+        SourceInputs.parse(loader, 20)
+    assert SourceInputs.parse(loader, 40).size == 40
     assert SourceInputs.parse(data, 8, "kept").size == 8  # by chance, perhaps

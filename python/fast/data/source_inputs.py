@@ -71,16 +71,19 @@ class SourceInputs:
             return data.part(0, limit)
         inputs: list[Any] = []
         labels: list[Tensor] = []
-        count = 0
+        count, has_more = 0, False
         try:
             for batch in _batches(data, name, limit):
-                x, y = _split(batch)
-                x = pick(x, slice(limit - count))
+                if has_more := count == limit:
+                    break
+                whole, y = _split(batch)
+                x = pick(whole, slice(limit - count))
+                has_more = length(whole) > length(x)
                 inputs.append(x)
                 if y is not None:
                     labels.append(torch.as_tensor(y)[: length(x)])
                 count += length(x)
-                if count >= limit:
+                if has_more:
                     break
             if not count:
                 raise ValueError("0 samples")
@@ -97,7 +100,7 @@ class SourceInputs:
             raise ValueError(f"{name}: 1 sample; give at least 2")
         if answers is not None:
             answers = whole_labels(answers, name)
-            if count == limit >= NO_CHANCE and _are_sorted(answers):
+            if has_more and count >= NO_CHANCE and _are_sorted(answers):
                 warn(
                     f"{name}: sorted by class, and the first {limit} are read, up to class "
                     f"{int(answers[-1])}: shuffle them"
