@@ -93,6 +93,16 @@ def learned_and_lost(record: Record) -> str:
     return f"{100 * record['target']:.1f}, {100 * lost:.1f}"
 
 
+def save_learned_and_lost(
+    name: str, doc: str | None, rows: Iterable[Record], records: Iterable[Record]
+) -> None:
+    """Keep a table whose cells are `learned_and_lost`, between what the script says of itself and
+    whose figures they are."""
+    note = "Target accuracy in per cent, and points of source lost."
+    end = f"Commit {commits(records)}; {machine()}."
+    save(name, [doc or "", "", *table(rows), "", note, "", end])
+
+
 def commits(records: Iterable[Record]) -> str:
     return ", ".join(sorted({r["commit"] for r in records}))
 

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from benchmarks.common import (
     Record,
     arguments,
-    commits,
     complete,
     learned_and_lost,
     machine,
-    save,
-    table,
+    save_learned_and_lost,
 )
 from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
@@ -89,13 +87,7 @@ def main() -> None:
                 cell(records, pair=pair, share=p, way=way) for p in (share, 0.0)
             )
         rows.append(row)
-    lines = [
-        "",
-        *table(rows),
-        "",
-        "Target accuracy in per cent, and points of source lost.",
-    ]
-    save("dropout", [__doc__ or "", *lines, "", f"Commit {commits(records)}; {machine()}."])
+    save_learned_and_lost("dropout", __doc__, rows, records)
 
 
 if __name__ == "__main__":

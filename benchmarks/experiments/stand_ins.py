@@ -20,12 +20,10 @@ from torch import Generator, Tensor
 from benchmarks.common import (
     Record,
     arguments,
-    commits,
     complete,
     learned_and_lost,
     machine,
-    save,
-    table,
+    save_learned_and_lost,
 )
 from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
@@ -88,13 +86,7 @@ def main() -> None:
     rows: dict[str, Record] = {kind: {"source inputs": kind} for kind in KINDS}
     for r in records:
         rows[r["kind"]][r["pair"]] = learned_and_lost(r)
-    lines = [
-        "",
-        *table(rows.values()),
-        "",
-        "Target accuracy in per cent, and points of source lost.",
-    ]
-    save("stand_ins", [__doc__ or "", *lines, "", f"Commit {commits(records)}; {machine()}."])
+    save_learned_and_lost("stand_ins", __doc__, rows.values(), records)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 
 import pytest
 import torch
@@ -204,17 +203,15 @@ def test_a_run_that_resumes_loads_all_three_states(loaded, message):
 
 
 @pytest.mark.parametrize("steps", [4, 6])
-def test_a_loop_that_ends_before_the_plan_is_told(caplog, monkeypatch, steps):
+def test_a_loop_that_ends_before_the_plan_is_told(log, steps):
     """A loader that is too short ends it in silence, at a learning rate that has not come down."""
-    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
     _, adaptation = adapted(steps=6)
     for batch in itertools.islice(adaptation.batches(), steps):
         backward(adaptation, *batch)
         adaptation.optimizer.step()
         adaptation.optimizer.zero_grad()
-    with caplog.at_level("INFO", logger="fast"):
-        adaptation.finish()
-    told = "finished after 4 of the 6 steps that were planned" in caplog.text
+    adaptation.finish()
+    told = "finished after 4 of the 6 steps that were planned" in log.text
     assert told == (steps == 4)
 
 

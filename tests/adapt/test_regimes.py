@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import re
 import sys
 from pathlib import Path
@@ -159,9 +158,7 @@ def test_the_source_is_answered_to_the_bit_and_the_target_is_learned(adapter):
     assert not torch.equal(answers(model, SOURCE[0])[:, 0], before[:, 0])
 
 
-def test_who_has_no_source_inputs_is_told_of_adapters(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
-    caplog.set_level(logging.INFO, "fast")
+def test_who_has_no_source_inputs_is_told_of_adapters(log):
     for options, said in (
         ({"tasks": "switched", "method": "fast"}, True),
         ({"tasks": "switched"}, False),
@@ -170,9 +167,9 @@ def test_who_has_no_source_inputs_is_told_of_adapters(caplog, monkeypatch):
         ({"source_inputs": SOURCE[0]}, False),
         ({"tasks": "switched", "method": "vanilla"}, False),
     ):
-        caplog.clear()
+        log.clear()
         plan(ConvNet(4), TRAIN, steps=4, **options)
-        assert ("method='adapter' would forget nothing" in caplog.text) == said, options
+        assert ("method='adapter' would forget nothing" in log.text) == said, options
 
 
 @pytest.mark.parametrize(
@@ -183,22 +180,19 @@ def test_who_has_no_source_inputs_is_told_of_adapters(caplog, monkeypatch):
         (0.0, {"source_skill": "features"}, False),
     ],
 )
-def test_a_head_that_was_never_trained_is_told(caplog, monkeypatch, bias, options, told):
-    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
-    caplog.set_level(logging.INFO, "fast")
+def test_a_head_that_was_never_trained_is_told(log, bias, options, told):
     net = ConvNet(4)
     nn.init.constant_(net.decide.bias, bias)
     plan(net, TRAIN, source_inputs=SOURCE[0], steps=2, **options)
-    assert ("such a head answers by chance" in caplog.text) == told
+    assert ("such a head answers by chance" in log.text) == told
 
 
-def test_source_inputs_and_a_card_only_report(adapter, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
+def test_source_inputs_and_a_card_only_report(adapter, log):
     start = taught(*SOURCE, 10)
     card = fast.SourceCard.estimate(start, SOURCE[0][:32])
     plain = fast.finetune(copy.deepcopy(start), TRAIN, **adapter).model
     told = fast.finetune(copy.deepcopy(start), TRAIN, source_inputs=SOURCE, card=card, **adapter)
-    assert "method 'adapter' changes nothing that the source task uses" in caplog.text
+    assert "method 'adapter' changes nothing that the source task uses" in log.text
     assert (told.plan.rehearsed, told.plan.source_size, told.plan.weighted) == ("", 0, False)
     assert told.final["forecast"] == 0.0
     same = zip(plain.parameters(), told.model.parameters(), strict=True)
@@ -223,15 +217,14 @@ def test_what_is_saved_answers_both_tasks_without_adapters(adapter, tmp_path):
     assert "below the adapters, which are not in the folder" in partial.note
 
 
-def test_merging_leaves_the_target_alone(adapter, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
+def test_merging_leaves_the_target_alone(adapter, tmp_path, log):
     torch.manual_seed(0)
     result = fast.finetune(ConvNet(), TRAIN, VAL, **adapter)
     result.save(tmp_path)
     before = answers(result.model)
     model = result.merge_adapters()
     assert model is result.model
-    assert "answers the target task alone" in caplog.text
+    assert "answers the target task alone" in log.text
     torch.testing.assert_close(answers(model), before, atol=1e-4, rtol=1e-4)
     assert not adapters(model)
     assert all(p.requires_grad for p in model.parameters())

@@ -241,6 +241,23 @@ def test_libraries_bring_their_input_format(library, name, tmp_path):
         load_model(f"{library}:nosuch", tmp_path / "w.pt")
 
 
+def save_bert(kind, folder):
+    """A tiny network of this class, and a tokenizer that knows three words."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    kind(config).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+
+
 class TestTransformers:
     """On tiny networks written to disk here; the hub gives the same objects."""
 
@@ -249,17 +266,7 @@ class TestTransformers:
         return pytest.importorskip("transformers", reason="transformers is not installed")
 
     def test_text(self, transformers, tmp_path):
-        config = transformers.BertConfig(
-            vocab_size=8,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-        )
-        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
-        (tmp_path / "vocab.txt").write_text("\n".join(words))
-        transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+        save_bert(transformers.BertForSequenceClassification, tmp_path)
         loaded = load_model(f"transformers:{tmp_path}")
         tokens = loaded.tokenizer(["good film", "bad"], padding=True, return_tensors="pt")
         assert tokens["input_ids"].shape == (2, 4)
@@ -353,16 +360,7 @@ def test_a_text_network_without_padding(tmp_path):
 def test_what_no_checkpoint_holds_is_the_same_in_each_call(nets, tmp_path):
     """A run that is resumed begins with the same weights, and nobody's random numbers change."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = transformers.BertConfig(
-        vocab_size=8,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad\nfilm")
-    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    save_bert(transformers.BertModel, tmp_path / "bert")
     for spec in (f"transformers:{tmp_path / 'bert'}", f"{nets}:Net"):
         before = torch.get_rng_state()
         first, again = load_model(spec), load_model(spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -45,13 +44,6 @@ class StochasticDepth(nn.Module):
 def network(pretrained, share=0.9):
     """Its head sees features through a dropout."""
     return nn.Sequential(copy.deepcopy(pretrained), nn.Dropout(share), nn.Linear(5, 5))
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fast"), "propagate", True)
-    caplog.set_level(logging.INFO, "fast")
-    return caplog
 
 
 def test_every_kind_of_dropout_is_switched_off_and_back():
