@@ -145,6 +145,27 @@ def test_so_are_they_when_the_run_is_evaluated(job):
     assert numbers["accuracy"] == result["target_accuracy"]
 
 
+def test_an_evaluation_of_other_data_has_a_folder_of_its_own(job):
+    """Where copies of training photos are among them, the answers to these are known."""
+    photos(job.folder / "photos", {"cat": 10, "dog": 10})
+    assert run(job)[0] == 0
+    photos(job.folder / "other", {"cat": 2, "dog": 2})
+    for file in (job.folder / "other").rglob("*.png"):
+        file.write_bytes(file.read_bytes() + b"another")
+    counts = {"evaluation-target": 4, "evaluation-target-2": 5}
+    for args, copied in (([], False), (["other"], False), (["other"], True), ([], False)):
+        if copied:
+            shutil.copy("photos/cat/3.png", "other/cat/renamed.png")
+            shutil.rmtree("out/evaluation-target-2")
+        code, _, err = job.fast("evaluate", "out", *args)
+        assert code == 0, err
+        told = "files that are in photos, too: 1 (other/cat/renamed.png is "
+        assert (told in err.replace(f"{job.folder}/", "")) == copied
+    for name, samples in counts.items():
+        assert json.loads(Path("out", name, "evaluation.json").read_text())["samples"] == samples
+    assert not Path("out/evaluation-target-3").exists()
+
+
 def test_copies_of_photos_are_told(job):
     data = job.folder / "photos"
     photos(data, {"train/cat": 4, "train/dog": 1, "val/cat": 1, "val/dog": 1})
