@@ -17,7 +17,7 @@ NOTES = (
     "Mean over seeds ± half of its 95 % confidence interval (Student's t). Accuracies in %, source "
     "lost in points. Steps: the first evaluation at or above the baseline's final target accuracy, "
     "and its share of that run; a seed that never gets there counts as its whole run. Steps of the "
-    "head alone, before the first (head_steps, of fast), are not counted; the seconds include them."
+    "head alone, before the first (head_steps, of fast), are not counted."
 )
 
 
