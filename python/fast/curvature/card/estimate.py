@@ -91,7 +91,7 @@ def _samples(model: nn.Module, data: Any, labels: str, num_samples: int) -> Sour
         raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
     samples = samples.to(next(model.parameters()).device)
     check_finite_inputs(samples.inputs, "source data")
-    with input_errors("source data", samples.inputs):
+    with input_errors("source data", samples.inputs, model):
         first = source_logits(model, samples.part(0, 2))
     if not first.isfinite().all():
         raise ValueError(
