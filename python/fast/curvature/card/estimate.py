@@ -85,7 +85,7 @@ def _check_options(
 
 
 def _samples(model: nn.Module, data: Any, labels: str, num_samples: int) -> SourceInputs:
-    """The first samples of the data, on the model's device, for which it gives finite answers."""
+    """Samples of the data, on the model's device, for which it gives finite answers."""
     samples = SourceInputs.parse(data, num_samples)
     if labels == "data" and samples.labels is None:
         raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
