@@ -195,11 +195,11 @@ def _batches(data: Any, name: str, limit: int) -> Iterable[Any]:
     data = _tensors(data)
     if _is_batch(data):
         count = length(_split(data)[0])
-        return [pick(data, _drawn(count, limit)) if count > limit else data]
+        return [pick(data, drawn_rows(count, limit)) if count > limit else data]
     streams = isinstance(data, IterableDataset) and isinstance(data, Sized)
     dataset = data if streams else map_style(data, name)
-    if dataset is not None and not streams and len(dataset) > limit:
-        dataset = Subset(dataset, _drawn(len(dataset), limit).tolist())
+    if dataset is not None and not streams:
+        dataset = Subset(dataset, drawn_rows(len(dataset), limit).tolist())
     if dataset is not None:
         return DataLoader(dataset, batch_size=min(64, limit))
     if isinstance(data, Iterable):
@@ -207,8 +207,11 @@ def _batches(data: Any, name: str, limit: int) -> Iterable[Any]:
     raise TypeError(f"got {type(data).__name__}")
 
 
-def _drawn(count: int, limit: int) -> Tensor:
-    """`limit` of `count` rows, in random order: what is sorted by class has them all."""
+def drawn_rows(count: int, limit: int) -> Tensor:
+    """All rows, in order; of more than `limit` so many, in random order: what is sorted by class
+    then has all of them."""
+    if count <= limit:
+        return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
