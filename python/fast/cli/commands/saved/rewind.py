@@ -82,7 +82,7 @@ def _report(result: Rewound) -> str:
     assert budget is not None
 
     def loss(lost: float) -> str:
-        return f"{100 * lost:.2f} %" if budget.points else f"{lost:.4f}"
+        return f"{100 * lost:z.2f} %" if budget.points else f"{lost:z.4f}"
 
     rows = [
         [
