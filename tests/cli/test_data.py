@@ -166,6 +166,18 @@ def test_an_evaluation_of_other_data_has_a_folder_of_its_own(job):
     assert not Path("out/evaluation-target-3").exists()
 
 
+def test_one_class_can_be_evaluated_alone(job):
+    photos(job.folder / "photos", {"cat": 10, "dog": 10})
+    assert run(job)[0] == 0
+    photos(job.folder / "cats", {"cat": 3})
+    code, out, err = job.fast("evaluate", "out", "cats")
+    assert code == 0, err
+    assert "of 3 samples (target task)" in out
+    code, _, err = job.fast("evaluate", "out", "cats/cat")
+    assert code == 2
+    assert "cats/cat: has no labels to compare with" in err
+
+
 def test_copies_of_photos_are_told(job):
     data = job.folder / "photos"
     photos(data, {"train/cat": 4, "train/dog": 1, "val/cat": 1, "val/dog": 1})

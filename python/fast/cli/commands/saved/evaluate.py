@@ -102,7 +102,11 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
-        data = load_data(name, **columns, numeric_labels=task == "source", unlabelled=True)
+        numeric = task == "source"
+        try:  # a folder of one class looks like one of unlabelled samples
+            data = load_data(name, **columns, numeric_labels=numeric)
+        except ValueError:
+            data = load_data(name, **columns, numeric_labels=numeric, unlabelled=True)
     if not data.has_labels:
         raise ValueError(
             f"{name}: has no labels to compare with, which are the names of class folders, or a "
