@@ -200,6 +200,13 @@ def test_copies_of_photos_are_told(job):
     assert f"files that are in another class, too: 1 ({pair})" in err
 
 
+def test_folds_name_classes_that_are_too_few_for_them(job):
+    photos(job.folder / "photos", {"cat": 6, "dog": 1})
+    code, _, err = job.fast("finetune", *job.args[:4], "--data", "photos", "--folds", 3, "--plan")
+    assert code == 0, err
+    assert "1 of 2 classes have fewer samples than --folds 3 (dog)" in err
+
+
 def test_all_may_be_trained_on(job):
     photos(job.folder / "photos", {"cat": 4, "dog": 1})
     code, out, err = run(job, "--val-fraction", 0)

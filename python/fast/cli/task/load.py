@@ -173,7 +173,9 @@ def load_task(
     if "source_inputs" in sets:
         samples = source_samples(sets["source_inputs"], prepared["source_inputs"])
         prepared["source_inputs"] = samples
-    loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(description["data"])]
+    loaded.notes += notes + [
+        f"--data {spec.data}: {note}" for note in gaps(description["data"], spec.folds)
+    ]
     print(lines(**description))
     print_notes(*loaded.notes)
     return LoadedTask(

@@ -88,7 +88,7 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     given, here or to the run, so that files that cannot be read are left out.
 
     Raises:
-        ValueError: the data have no labels; or see `_name`.
+        FileNotFoundError, ValueError: see `_name`, `_labelled` and `is_data_of`.
     """
     job = job_of(Path(spec.run))
     role = "source" if task == "source" else "data"
@@ -100,19 +100,7 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
         option: getattr(spec, option) or of_job.get(option)
         for option in ("input_column", "label_column")
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)
-        numeric = task == "source"
-        try:  # a folder of one class looks like one of unlabelled samples
-            data = load_data(name, **columns, numeric_labels=numeric)
-        except ValueError:
-            data = load_data(name, **columns, numeric_labels=numeric, unlabelled=True)
-    if not data.has_labels:
-        raise ValueError(
-            f"{name}: has no labels to compare with, which are the names of class folders, or a "
-            f"column (--label-column). fast predict {spec.run} {name} says what the run takes it "
-            "for"
-        )
+    data = _labelled(spec.run, name, numeric_labels=task == "source", **columns)
     for note in data.notes:
         print_notes(f"{name}: {note}")
     data = dataclasses.replace(data, samples_hash=samples_hash(data))
@@ -130,6 +118,26 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
             print_notes(f"{name}: {shared}; what the run was trained on it answers too well")
     skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))
     return name, dataclasses.replace(data, name=name), skip_broken
+
+
+def _labelled(run: str, name: str, **options: Any) -> NamedData:
+    """Read data that have labels.
+
+    Raises:
+        ValueError: they have none, or cannot be used.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        try:  # a folder of one class looks like one of unlabelled samples
+            data = load_data(name, **options)
+        except ValueError:
+            data = load_data(name, **options, unlabelled=True)
+    if not data.has_labels:
+        raise ValueError(
+            f"{name}: has no labels to compare with, which are the names of class folders, or a "
+            f"column (--label-column). fast predict {run} {name} says what the run takes it for"
+        )
+    return data
 
 
 def _shared(job: dict[str, Any], of_run: str, data: NamedData) -> str:
