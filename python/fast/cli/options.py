@@ -136,8 +136,8 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(args, action.dest, None)
             if value == "" or (isinstance(value, list) and "" in value):
-                name = "/".join(action.option_strings) or action.metavar
-                self.error(f"argument {name}: is empty; is a variable of the shell not set?")
+                shown = "/".join(action.option_strings) or action.metavar
+                self.error(f"argument {shown}: is empty; is a variable of the shell not set?")
         return vars(args)
 
     @property

@@ -126,6 +126,7 @@ def shared_samples(own: Split, others: Split, where: str) -> str:
 def _repeats(splits: Sequence[Split]) -> tuple[str, list[str], list[tuple[int, int]]]:
     """What the samples are, the name of each, and pairs of places: a sample that is there before,
     and where it is first. Arrays are not compared."""
+    groups: Sequence[Sequence[int]]
     if all(_are_files(split.inputs) for split in splits):
         what, names = "files", [name for split in splits for name in split.inputs.names]
         groups = _same_contents(names)
@@ -196,7 +197,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
-def _same_contents(files: Sequence[str]) -> list[Sequence[int]]:
+def _same_contents(files: Sequence[str]) -> Sequence[Sequence[int]]:
     """The places of files that have the same contents, a list for each such group.
 
     Few files are read as a whole: those whose sizes and first 4 KB are the same, too.

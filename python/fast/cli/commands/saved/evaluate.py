@@ -144,11 +144,14 @@ def _shared(job: dict[str, Any], of_run: str, data: NamedData) -> str:
     """A note on samples that are in the training split of the run's data, too; or nothing."""
     if not Path(of_run).expanduser().exists():
         return ""
-    columns = {option: job.get(option) for option in ("input_column", "label_column")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
         try:
-            own = load_data(of_run, **columns)
+            own = load_data(
+                of_run,
+                input_column=job.get("input_column"),
+                label_column=job.get("label_column"),
+            )
         except (OSError, ValueError):  # they have changed, and only a note would come of them
             return ""
     return "" if own.train is None else shared_samples(own.train, data.for_evaluation(), of_run)
