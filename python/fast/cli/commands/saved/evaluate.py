@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 from pathlib import Path
 from typing import Any
 
+from fast.cli.folders import with_numbers
 from fast.cli.job_file import is_gone
 from fast.cli.notes import print_notes
 from fast.cli.options import flag
@@ -46,8 +46,9 @@ def run(spec: EvaluateSpec) -> int:
     predictor = open_run(spec)
     task = predictor.task_of(spec.task)
     name, data, skip_broken = _data(spec, task)
-    own = _own_folder(Path(spec.run) / f"evaluation-{task}", data.samples_hash)
-    folder = Path(spec.output) if spec.output else own
+    own = with_numbers(Path(spec.run) / f"evaluation-{task}")
+    free = next(folder for folder in own if _is_free(folder, data.samples_hash))
+    folder = Path(spec.output) if spec.output else free
     check_writable(folder, "--output")
     evaluation = predictor.evaluate(data, task=task, skip_broken=skip_broken)
     print_left_out(evaluation.unreadable)
@@ -73,14 +74,10 @@ def run(spec: EvaluateSpec) -> int:
     return 0
 
 
-def _own_folder(base: Path, samples_hash: str) -> Path:
-    """`base`, `base-2`, ...: the first that has no evaluation, or one of these samples."""
-    for n in itertools.count(1):
-        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
-        file = folder / NUMBERS
-        if not file.is_file() or read_json(file).get("samples_hash") == samples_hash:
-            break
-    return folder
+def _is_free(folder: Path, samples_hash: str) -> bool:
+    """Whether a folder has no evaluation, or one of these samples."""
+    file = folder / NUMBERS
+    return not file.is_file() or read_json(file).get("samples_hash") == samples_hash
 
 
 def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
