@@ -153,6 +153,12 @@ def test_names_that_write_to_the_terminal(tmp_path):
     assert str(caught.value).isprintable()
 
 
+def test_a_class_may_begin_with_underscores(tmp_path):
+    """It was taken for litter, as __MACOSX is, and nothing said so."""
+    write(tmp_path, "__none__", *PETS)
+    assert load_data(str(tmp_path)).classes == ("__none__", "cat", "dog")
+
+
 def test_one_number_twice_is_refused_as_a_label(tmp_path):
     write(tmp_path, "01", "1", "2")
     assert load_data(str(tmp_path)).classes == ("01", "1", "2")
