@@ -53,9 +53,6 @@ class Network:
             )
         self.names = select(every, params)
         self.space = ParameterSpace({n: every[n] for n in self.names})
-        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        in_tables = sum(every[n].numel() for n in self.names if id(every[n]) in tables)
-        self.mostly_embeddings = 2 * in_tables > self.space.numel
         self.class_dim: int | None = None
         self.uses_cudnn_rnn = self.space.device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.model.modules()

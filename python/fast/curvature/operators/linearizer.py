@@ -47,9 +47,8 @@ class Linearization(Protocol):
 class Linearizer(SymmetricOperator):
     """The part of a `NetworkOperator` that chooses how a batch is linearised, and keeps the result.
 
-    A kind of matrix says what a record is (`_record_class`), how the loop goes (`_loop`), what the
-    matrix at the network's output is (`_output_curvature`), and when the loop is the faster of the
-    two (`_prefers_loop`).
+    A kind of matrix says what a record is (`_record_class`), how the loop goes (`_loop`), and what
+    the matrix at the network's output is (`_output_curvature`).
 
     Attributes:
         programs: the network's record as code, for batches that are not kept.
@@ -89,33 +88,20 @@ class Linearizer(SymmetricOperator):
         """The matrix at the network's output."""
         return loss.hessian(z, y)
 
-    def _prefers_loop(self, num_vectors: int) -> bool:
-        """Whether it costs more to record a batch for so few products than that saves."""
-        return False
-
     # The choice.
 
     def linearize(
-        self,
-        batch: Batch,
-        index: int,
-        loss: Loss,
-        num_vectors: int | None = None,
-        *,
-        keep: bool = False,
+        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None = None
     ) -> Linearization:
         """Compute everything about one batch that its products share.
 
         Args:
             loss: the `Loss` of this pass over the data.
             num_vectors: number of vectors of the products that will be taken; None for any number.
-            keep: whether the result serves more than one product.
         """
         batch = batch.to(self.device)
         self.network.look_for_classes(batch, loss)
-        method = self.settings.method
-        few = num_vectors is not None and not keep and self._prefers_loop(num_vectors)
-        if method == "loop" or self.why_loop or (few and method == "auto"):
+        if self.settings.method == "loop" or self.why_loop:
             part = self._loop(batch, index, loss)
         else:
             part = self._folded_if_possible(batch, index, loss, num_vectors)
@@ -195,7 +181,7 @@ class Linearizer(SymmetricOperator):
                 return part
             count = None  # products come in several sizes: a record serves them all
         self._cache = None
-        part = self.linearize(batch, 0, loss, count, keep=True)
+        part = self.linearize(batch, 0, loss, count)
         if isinstance(part, Folded):
             part = CachedRecord(part, compile=self.settings.compile)
         # The state is taken afterwards: a forward pass may itself count or keep something.

@@ -57,9 +57,8 @@ class NetworkOperator(Linearizer):
             torch's losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
             differentiates the kept graph once per vector. "auto" takes the first where every
-            operation of the network has a rule, except for single exact products of batches that
-            are not kept; `explain()` tells which. A rule that fails is a RuntimeWarning, and the
-            loop takes over.
+            operation of the network has a rule; `explain()` tells which. A rule that fails is a
+            RuntimeWarning, and the loop takes over.
         chunk: vectors per pass of "folded"; "auto" derives it from `memory_budget`.
         memory_budget: bytes for their tangents; default 1 GiB, on a GPU a quarter of what is free.
         cache: keep what the products of a single batch share (activations, the record) from one
