@@ -15,7 +15,7 @@ from fast.curvature.losses.loss import Loss, OutputHessian
 from fast.curvature.network.batches import Batch, Batches
 from fast.curvature.network.network import Network, StrayParameter
 from fast.curvature.network.parameter_space import Blocks
-from fast.curvature.network.snapshot import same, snapshot
+from fast.curvature.network.snapshot import Snapshot
 from fast.curvature.operators.base import SymmetricOperator
 from fast.curvature.operators.settings import Settings
 from fast.curvature.products.batched import Folded, RuleError, UnsupportedOperation
@@ -66,7 +66,7 @@ class Linearizer(SymmetricOperator):
         self.programs = Programs(network, compile=self.settings.compile)
         self.why_loop = ""
         # The state of a single batch and of the network, and the linearisation at that state.
-        self._cache: tuple[list[Any], Linearization] | None = None
+        self._cache: tuple[Snapshot, Linearization] | None = None
 
     @property
     @abc.abstractmethod
@@ -175,7 +175,8 @@ class Linearizer(SymmetricOperator):
     def _cached(self, batch: Batch, loss: Loss, num_vectors: int) -> Linearization:
         """The linearisation of a single batch, kept from one product to the next."""
         count: int | None = num_vectors
-        if self._cache is not None and same(self._cache[0], self._state(batch)):
+        others = [*pytree.tree_leaves(tuple(batch)), *self.loss.state()]
+        if self._cache is not None and self._cache[0].holds(others):
             part = self._cache[1]
             if not isinstance(part, ProgramPasses) or part.num_vectors == num_vectors:
                 return part
@@ -185,12 +186,8 @@ class Linearizer(SymmetricOperator):
         if isinstance(part, Folded):
             part = CachedRecord(part, compile=self.settings.compile)
         # The state is taken afterwards: a forward pass may itself count or keep something.
-        self._cache = (self._state(batch), part)
+        self._cache = (Snapshot(self.network.model, others), part)
         return part
-
-    def _state(self, batch: Batch) -> list[Any]:
-        """Everything that a linearisation depends on, as far as it can be seen."""
-        return snapshot(self.network.model, pytree.tree_leaves(tuple(batch)), self.loss.state())
 
     def refresh(self) -> None:
         """Forget what is kept of batches and of the network's code, after a change that the

@@ -14,15 +14,16 @@ from fast.curvature.losses.loss import Loss
 from fast.curvature.network.batches import Batch
 from fast.curvature.network.network import Network
 from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.network.snapshot import Watch
 from fast.curvature.products.batched import Folded
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.looped import OutputCurvature
 from fast.curvature.products.programs.code import Code
+from fast.curvature.products.programs.conditions import draws, make_up, modes, shapes
 from fast.curvature.products.programs.program import PASSES, Program, ProgramPasses
 from fast.curvature.products.programs.reads import Reads
 from fast.curvature.products.programs.trace import BranchChanged
 from fast.curvature.products.programs.tracer import Tracer
-from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
 
 # This many programs are kept for inputs of one make-up. They differ in what their code has read
 # from the data.
@@ -114,7 +115,8 @@ class Programs:
         self._watch = watch = Watch(self.network.model)
         parameters = dict(self.network.model.named_parameters()).values()
         self._tensors = [*parameters, *self.network.model.buffers()]
-        self._others = watch.attributes()
+        named = set(map(id, self._tensors))
+        self._others = [t for t in watch.tensors() if id(t) not in named]
 
     def _refuse(self, key: Any, why: str) -> None:
         self._programs[key], self.why = None, why
