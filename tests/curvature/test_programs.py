@@ -15,10 +15,7 @@ from curvature.cases import BY_LOOP, NETWORKS, build
 from curvature.truth import Net, batch, linear, relative
 from fast.curvature import GGN, Fisher, Hessian
 from fast.curvature.products.programs.cached_record import TRACED_AT
-from fast.curvature.products.programs.code import Code
-from fast.curvature.products.programs.overwrite import overwriting
-from fast.curvature.products.programs.program import Execution, ProgramPasses
-from fast.curvature.products.programs.tracer import Tracer
+from fast.curvature.products.programs.program import ProgramPasses
 
 KINDS = (Hessian, GGN)
 
@@ -308,32 +305,3 @@ def test_a_closure_needs_a_refresh() -> None:
     options["scale"] = 2.0
     operator.refresh()
     torch.testing.assert_close(operator @ V, _operator(GGN, model, [(x, y)]) @ V)
-
-
-def test_only_what_nobody_reads_again_is_overwritten() -> None:
-    def compute(x: Tensor) -> Tensor:
-        a = x * 2
-        b = a * a.sum()  # `a` is read later
-        c = a + b
-        wide = c[:, None].expand(3, 2, 3) * 0.5  # several numbers of its argument share a place
-        row = c[0]
-        d = c.neg()  # `row` lies in its argument
-        return d * wide.sum() + row
-
-    x, y = torch.rand(3, 3), torch.rand(3, 3)
-    tracer = Tracer()
-    with tracer.segment(x) as returns, torch.no_grad():
-        returns(compute(x))
-    code = Code(tracer.trace, [0])
-    before = y.clone()
-    torch.testing.assert_close(Execution(code)(0, y), [compute(y)])
-    assert torch.equal(y, before)
-    nodes = overwriting(tracer.trace, tracer.trace.nodes, lambda v: v, 0)
-    names = [node.func.__name__ for node in nodes]
-    assert [n for n in names if n.endswith("_.Tensor")] == [
-        "add_.Tensor",
-        "mul_.Tensor",
-        "add_.Tensor",
-    ]
-    assert names.count("mul.Tensor") == 3
-    assert "neg.default" in names

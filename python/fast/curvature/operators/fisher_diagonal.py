@@ -13,6 +13,7 @@ from fast.curvature.losses.loss import Loss
 from fast.curvature.losses.recognise import recognise
 from fast.curvature.network.batches import Batch, Batches
 from fast.curvature.network.network import Network, Params, laid_out
+from fast.curvature.operators.mean import WeightedMean
 from fast.curvature.operators.sample_gradients import squared_sample_gradients
 from fast.data.trees import leaves
 
@@ -72,8 +73,7 @@ def fisher_diagonal(
     check_whole(num_draws=draws, least=1)
     residual: Residual = loss.sampled_residual if labels == "sampled" else loss.residual
 
-    total = [torch.zeros_like(p) for p in network.selected(network.leaves())]
-    weight = 0.0
+    mean = WeightedMean()
     for index, batch in enumerate(Batches(data, labels=labels == "data")):
         batch = batch.to(network.space.device)
         network.look_for_classes(batch, loss)
@@ -82,13 +82,9 @@ def fisher_diagonal(
         if labels == "data" and batch.target is None:
             raise ValueError("labels='data' needs labelled batches (x, y); or use 'sampled'")
         with network.scope(index, differentiable_twice=False):
-            part, w = squares(network, loss, residual, batch, labels == "predicted", draws)
-        weight += w
-        if loss.reduction == "sum":
-            torch._foreach_add_(total, part)
-        elif w:
-            torch._foreach_lerp_(total, part, w / weight)
-    return dict(zip(network.names, [t.detach() for t in total], strict=True))
+            part, weight = squares(network, loss, residual, batch, labels == "predicted", draws)
+        mean.add(part, weight, loss.reduction)
+    return dict(zip(network.names, [t.detach() for t in mean.result()], strict=True))
 
 
 def mixes_samples(model: nn.Module) -> str:

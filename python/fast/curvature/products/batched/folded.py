@@ -43,7 +43,7 @@ class Folded(Passes):
         segment: surrounds the parts of the record, so that they can be traced.
     """
 
-    exact: bool
+    exact: bool  # whether this is the Hessian, and not the GGN
     # The slot of v^T H v - u^T S u, with u = J v and S the curvature at the output; None if zero.
     form_slot: int | None
 
