@@ -76,7 +76,6 @@ def fisher_diagonal(
     mean = WeightedMean()
     for index, batch in enumerate(Batches(data, labels=labels == "data")):
         batch = batch.to(network.space.device)
-        network.look_for_classes(batch, loss)
         if by_samples and any(x.is_nested for x in leaves(batch.inputs)):
             raise ValueError("nested tensors do not come apart into samples: use method='signs'")
         if labels == "data" and batch.target is None:
@@ -127,7 +126,7 @@ def _sample_squares(
     weights = network.leaves()
     with torch.no_grad():
         output = network.outputs(weights, batch.inputs)
-    dim = loss.class_dim(output, batch.target, network.class_dim)
+    dim = network.class_dim(output, batch, loss)
     z, y = laid_out(output, batch.target, dim)
     network.refuse_penalty(loss, z, y)
     y = loss.predict(z, y) if predict else y

@@ -100,7 +100,6 @@ class Linearizer(SymmetricOperator):
             num_vectors: number of vectors of the products that will be taken; None for any number.
         """
         batch = batch.to(self.device)
-        self.network.look_for_classes(batch, loss)
         if self.settings.method == "loop" or self.why_loop:
             part = self._loop(batch, index, loss)
         else:

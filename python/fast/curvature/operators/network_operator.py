@@ -182,9 +182,7 @@ class NetworkOperator(Linearizer):
             return ValueError("a product is not finite: the parameters hold NaN or infinity")
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
-            loss = self.loss
-            self.network.look_for_classes(batch, loss)
-            part = self._loop(batch, index, loss)
+            part = self._loop(batch, index, self.loss)
             if not bool(part.answers[0].isfinite().all()):
                 return ValueError(
                     f"a product is not finite: the network's output for batch {index} holds NaN or "
@@ -229,7 +227,6 @@ class NetworkOperator(Linearizer):
         network, loss, out = self.network, self.loss, []
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
-            network.look_for_classes(batch, loss)
             with network.scope(index, differentiable_twice=True):
                 z, y = network.answers(network.leaves(), batch, loss)
             out.append((z.detach(), y, batch.size))

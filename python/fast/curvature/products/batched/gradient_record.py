@@ -98,7 +98,7 @@ def record_gradient(
         params = network.selected(leaves)
         parameter_slots = [recorder.activate(p) for p in params]
         raw = _record_network(network, leaves, batch, recorder, segment)
-        dim = loss.class_dim(raw, batch.target, network.class_dim)
+        dim = network.class_dim(raw, batch, loss)
         with segment() as returns, recorder:
             z, y = laid_out(raw, batch.target, dim)
             output = z.detach()

@@ -94,7 +94,7 @@ class Program:
         execution = Execution(self.code)
         with network.scope(index, differentiable_twice=False):
             (raw,) = execution(FORWARD, *tensors)
-            dim = loss.class_dim(raw, batch.target, network.class_dim)
+            dim = network.class_dim(raw, batch, loss)
             if dim != self.output_dim:
                 raise BranchChanged
             (z,) = execution(LAYOUT)
