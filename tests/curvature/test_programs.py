@@ -63,6 +63,19 @@ def test_programs_give_what_a_record_gives(name: str, kind) -> None:
     torch.testing.assert_close(operator.quad(V), fresh.quad(V), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_products_run_programs_too(kind) -> None:
+    model, x, y = build("embedding")
+    data = [(x, y)]
+    operator = _operator(kind, model, data)
+    v = torch.randn(operator.shape[0], dtype=x.dtype)
+    for _ in range(3):
+        product = operator @ v
+    assert _is_replayed(operator, num_vectors=1)
+    truth = _operator(kind, model, data, method="loop") @ v
+    torch.testing.assert_close(product, truth, rtol=1e-12, atol=1e-14)
+
+
 def _literal_in_place(net: Net, x: Tensor) -> Tensor:
     total = torch.tensor(0.0, dtype=torch.float64)
     total += x.sum()

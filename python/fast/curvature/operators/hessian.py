@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fast.curvature.algorithms.check import relative_error
 from fast.curvature.losses.loss import Loss, OutputHessian
-from fast.curvature.network.batches import Batch, Batches
+from fast.curvature.network.batches import Batches
 from fast.curvature.network.network import Params
-from fast.curvature.operators.linearizer import Linearization
 from fast.curvature.operators.mean import WeightedMean
 from fast.curvature.operators.network_operator import NetworkOperator
 from fast.curvature.operators.self_check import central_difference
@@ -35,10 +34,7 @@ class Hessian(NetworkOperator):
         True
     """
 
-    _record_class = FoldedHessian
-
-    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
-        return GraphHessian(self.network, loss, batch, index)
+    _record_class, _loop_class = FoldedHessian, GraphHessian
 
     def _difference_error(self, v: Tensor, av: Tensor) -> float:
         reference = self._in_float64()
@@ -68,10 +64,7 @@ class GGN(NetworkOperator):
         True
     """
 
-    _record_class = FoldedGGN
-
-    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
-        return GraphGGN(self.network, loss, batch, index, self._output_curvature)
+    _record_class, _loop_class = FoldedGGN, GraphGGN
 
     def _difference_error(self, v: Tensor, av: Tensor) -> float | None:
         """v^T J^T H_L J v, with J v by a central difference of the outputs, against v^T A v."""

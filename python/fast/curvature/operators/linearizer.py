@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from fast.curvature.network.parameter_space import Blocks
 from fast.curvature.network.snapshot import Snapshot
 from fast.curvature.operators.base import SymmetricOperator
 from fast.curvature.operators.settings import Settings
+from fast.curvature.products.batch_loss import BatchLoss
 from fast.curvature.products.batched import Folded, RuleError, UnsupportedOperation
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.programs.cached_record import CachedRecord
@@ -47,8 +48,8 @@ class Linearization(Protocol):
 class Linearizer(SymmetricOperator):
     """The part of a `NetworkOperator` that chooses how a batch is linearised, and keeps the result.
 
-    A kind of matrix says what a record is (`_record_class`), how the loop goes (`_loop`), and what
-    the matrix at the network's output is (`_output_curvature`).
+    A kind of matrix says what a record is (`_record_class`), how the loop goes (`_loop_class`), and
+    what the matrix at the network's output is (`_output_curvature`).
 
     Attributes:
         programs: the network's record as code, for batches that are not kept.
@@ -56,6 +57,7 @@ class Linearizer(SymmetricOperator):
     """
 
     _record_class: type[Folded]
+    _loop_class: Callable[[BatchLoss], Linearization]
     settings: Settings
     data: Batches
     network: Network
@@ -78,17 +80,22 @@ class Linearizer(SymmetricOperator):
         programs = Programs(self.network, compile=self.settings.compile)
         return {**vars(self), "programs": programs, "_cache": None}
 
-    # What a kind of matrix says.
-
-    @abc.abstractmethod
-    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
-        """Linearise a batch by autograd alone, for products one vector after the other."""
-
     def _output_curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
         """The matrix at the network's output."""
         return loss.hessian(z, y)
 
-    # The choice.
+    def _batch_loss(self, batch: Batch, index: int, loss: Loss) -> BatchLoss:
+        return BatchLoss(
+            network=self.network,
+            loss=loss,
+            batch=batch.to(self.device),
+            index=index,
+            curvature=self._output_curvature,
+        )
+
+    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
+        """Linearise a batch by autograd alone, for products one vector after the other."""
+        return self._loop_class(self._batch_loss(batch, index, loss))
 
     def linearize(
         self, batch: Batch, index: int, loss: Loss, num_vectors: int | None = None
@@ -99,21 +106,19 @@ class Linearizer(SymmetricOperator):
             loss: the `Loss` of this pass over the data.
             num_vectors: number of vectors of the products that will be taken; None for any number.
         """
-        batch = batch.to(self.device)
+        of = self._batch_loss(batch, index, loss)
         if self.settings.method == "loop" or self.why_loop:
-            part = self._loop(batch, index, loss)
+            part = self._loop_class(of)
         else:
-            part = self._folded_if_possible(batch, index, loss, num_vectors)
+            part = self._folded_if_possible(of, num_vectors)
         self.network.refuse_penalty(loss, *part.answers)
         part.weight = loss.weight(*part.answers, batch.size)
         return part
 
-    def _folded_if_possible(
-        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
-    ) -> Linearization:
+    def _folded_if_possible(self, of: BatchLoss, num_vectors: int | None) -> Linearization:
         """By a record; with method "auto" by the loop where that fails."""
         try:
-            return self._folded(batch, index, loss, num_vectors)
+            return self._folded(of, num_vectors)
         except StrayParameter:
             raise
         except UnsupportedOperation as error:
@@ -121,25 +126,22 @@ class Linearizer(SymmetricOperator):
             if self.settings.method == "folded":
                 raise UnsupportedOperation(f"{reason}: use method='auto' or 'loop'") from error
             self.why_loop = reason
-            return self._loop(batch, index, loss)
+            return self._loop_class(of)
         except Exception as error:
             if self.settings.method == "folded":
                 raise
             # Where the network itself is at fault, the loop raises as well, and no rule is blamed.
-            part = self._loop(batch, index, loss)
+            part = self._loop_class(of)
             self._fall_back(error)
             return part
 
-    def _folded(
-        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
-    ) -> Linearization:
+    def _folded(self, of: BatchLoss, num_vectors: int | None) -> Linearization:
         """By a record, or by the program that an earlier record has left."""
-        which = self.network, loss, batch, index, self._output_curvature
-        gemm = self.settings.gemm
-        record = functools.partial(self._record_class, *which, *self._limits(), gemm=gemm)
-        if not num_vectors:
-            return record()
-        return self.programs.linearize(record, *which[1:], num_vectors)
+        settings = self.settings
+        chunk = settings.chunk if isinstance(settings.chunk, int) else None
+        limits = chunk, settings.memory_budget, settings.gemm
+        record = functools.partial(self._record_class, of, *limits)
+        return self.programs.linearize(record, of, num_vectors) if num_vectors else record()
 
     def _take_loop(self, why: str) -> None:
         """Take the loop from now on."""
@@ -155,11 +157,6 @@ class Linearizer(SymmetricOperator):
             "Please report the operation",
             RuntimeWarning,
         )
-
-    def _limits(self) -> tuple[int | None, int | None]:
-        """Vectors per pass and bytes of tangents, where the user has set them."""
-        chunk = self.settings.chunk
-        return (chunk if isinstance(chunk, int) else None), self.settings.memory_budget
 
     def linearizations(
         self, num_vectors: int, loss: Loss

@@ -169,7 +169,7 @@ class NetworkOperator(Linearizer):
                     by_record = isinstance(part, Passes)
                     if self.settings.method != "auto" or not by_record:
                         raise
-                    value = apply(self._loop(batch.to(self.device), index, loss), vectors)
+                    value = apply(self._loop(batch, index, loss), vectors)
                     self._fall_back(error)
                 mean.add(value, part.weight, loss.reduction)
         return mean

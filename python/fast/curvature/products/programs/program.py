@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.losses.loss import Loss, OutputHessian
-from fast.curvature.network.batches import Batch
-from fast.curvature.network.network import Network, laid_out
+from fast.curvature.losses.loss import OutputHessian
+from fast.curvature.network.network import laid_out
 from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.products.batch_loss import BatchLoss
 from fast.curvature.products.batched import Folded
 from fast.curvature.products.batched.passes import Passes
-from fast.curvature.products.looped import OutputCurvature
 from fast.curvature.products.programs.code import Code
 from fast.curvature.products.programs.trace import BranchChanged
 
@@ -74,15 +73,7 @@ class Program:
         self.code, self.passes, self.num_vectors = code, passes, num_vectors
         self.exact, self.chunk, self.output_dim = part.exact, part.chunk, part.output_dim
 
-    def linearize(
-        self,
-        network: Network,
-        loss: Loss,
-        batch: Batch,
-        index: int,
-        curvature: OutputCurvature,
-        tensors: list[Tensor],
-    ) -> ProgramPasses:
+    def linearize(self, of: BatchLoss, tensors: list[Tensor]) -> ProgramPasses:
         """The linearisation of a batch that the program fits to.
 
         Args:
@@ -92,16 +83,16 @@ class Program:
             BranchChanged: data took the network's code another way.
         """
         execution = Execution(self.code)
-        with network.scope(index, differentiable_twice=False):
+        with of.scope(differentiable_twice=False):
             (raw,) = execution(FORWARD, *tensors)
-            dim = network.class_dim(raw, batch, loss)
+            dim = of.class_dim(raw)
             if dim != self.output_dim:
                 raise BranchChanged
             (z,) = execution(LAYOUT)
-            y = laid_out(raw, batch.target, dim)[1]
-            output_curvature = curvature(loss, z, y)
-            execution(BACKWARD, loss.gradient(z, y) if self.exact else torch.zeros_like(z))
-        return ProgramPasses(self, execution, (z, y), output_curvature)
+            y = laid_out(raw, of.batch.target, dim)[1]
+            curvature = of.curvature(of.loss, z, y)
+            execution(BACKWARD, of.loss.gradient(z, y) if self.exact else torch.zeros_like(z))
+        return ProgramPasses(self, execution, (z, y), curvature)
 
 
 class ProgramPasses(Passes):
