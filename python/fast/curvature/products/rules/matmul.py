@@ -16,9 +16,6 @@ from torch import Tensor
 from fast.curvature.products.rules import gemm
 from fast.curvature.products.rules.base import Call, Tangent, aten, rule, spread
 
-# Below this many columns a product per vector is mostly overhead: K is folded into the columns.
-NARROW = 64
-
 
 def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """d [K, m, k] times b [k, n]. The result [K, m, n] is written to `into` where there is one."""
@@ -38,20 +35,14 @@ def fixed_times(
 
     The result [K, m, n] is added to `onto` in place, or written to `into`, where there is one.
     """
-    num_vectors, _, n = d.shape
     if gemm.preferred(a, d[0]):
         if onto is None:
-            return _each(((a, v) for v in d), d, (a.shape[0], n), into)
+            return _each(((a, v) for v in d), d, (a.shape[0], d.shape[2]), into)
         for o, v in zip(onto, d, strict=True):
             o += gemm.mm(a, v)
         return onto
-    if onto is not None:
-        return onto.baddbmm_(a.expand(num_vectors, *a.shape), d)
-    flat = d.transpose(1, 2)
-    if into is None and n < NARROW and flat.is_contiguous():
-        out = torch.mm(a, flat.reshape(num_vectors * n, -1).T)
-        return out.view(-1, num_vectors, n).transpose(0, 1).contiguous()
-    return torch.bmm(a.expand(num_vectors, *a.shape), d, out=into)
+    wide = a.expand(len(d), *a.shape)
+    return torch.bmm(wide, d, out=into) if onto is None else onto.baddbmm_(wide, d)
 
 
 def _each(
