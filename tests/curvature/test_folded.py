@@ -147,17 +147,3 @@ def test_an_error_of_the_network_itself_is_blamed_on_no_rule() -> None:
 
     with pytest.raises(LookupError, match="no such word"):
         Hessian(Net(forward, out=linear(6, 4)), F.cross_entropy, batch()).dense()
-
-
-def test_single_products_of_tables_take_the_loop(monkeypatch) -> None:
-    model, x, y = build("embedding")
-    calls = []
-    loop = GGN._loop
-    monkeypatch.setattr(GGN, "_loop", lambda *args: calls.append(args) or loop(*args))
-    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
-    for params, count in ((["embed.weight"], 2), (["out.weight"], 0)):
-        calls.clear()
-        operator = GGN(model, F.cross_entropy, batches, params)
-        one = operator @ torch.ones(operator.shape[0], dtype=x.dtype)
-        assert len(calls) == count
-        torch.testing.assert_close(one, operator.dense().sum(1))

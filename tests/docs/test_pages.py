@@ -94,11 +94,13 @@ def test_update(names, tmp_path):
 def test_curvature(names):
     pytest.importorskip("matplotlib", reason="the page draws a spectrum")
     names["model"] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5)).double()
-    (block,) = blocks("curvature.md")
+    block, loop = blocks("curvature.md")
     names["loader"] = [(names["x"].double(), names["y"])]
     names["V"] = names["b"] = torch.randn(325, dtype=torch.float64)
     run(block, names, **{'"head.*"': '"1.*"', ".solve(b)": ".damped(1.0).solve(b)"})
     assert (names["H"] @ names["V"]).shape == names["V"].shape
+    run(loop, names)
+    torch.testing.assert_close(names["HV"], names["H"] @ names["V"])
 
 
 def test_own_loop_accumulates_gradients(names):

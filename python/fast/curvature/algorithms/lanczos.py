@@ -77,14 +77,13 @@ def top(
         ValueError: an option is out of range, or a product is not finite.
     """
     size = operator.space.numel
-    check_whole(k=k, block_size=block_size, seed=seed)
+    check_whole(k=k, seed=seed)
+    check_whole(block_size=block_size, least=1)
     check_finite(tol=tol)
     if not 1 <= k <= size:
         raise ValueError(f"k must lie between 1 and P = {size}; got {k}")
     if which not in WHICH:
         raise ValueError(f"which must be one of {WHICH}; got {which!r}")
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1; got {block_size}")
     block_size = min(block_size, size)
     limit = min(subspace or max(2 * k + 20, 4 * block_size), size)
     if limit < min(k + block_size, size):

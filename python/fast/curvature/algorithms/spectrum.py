@@ -89,12 +89,8 @@ def spectrum(
     """
     space = operator.space
     size = space.numel
-    check_whole(num_probes=num_probes, num_lanczos_steps=num_lanczos_steps, seed=seed)
-    if num_probes < 1 or num_lanczos_steps < 1:
-        raise ValueError(
-            f"num_probes and num_lanczos_steps must be at least 1; got {num_probes}, "
-            f"{num_lanczos_steps}"
-        )
+    check_whole(seed=seed)
+    check_whole(num_probes=num_probes, num_lanczos_steps=num_lanczos_steps, least=1)
     steps = min(num_lanczos_steps, size)
     together = max(1, min(num_probes, BASIS_BYTES // (steps * size * space.dtype.itemsize)))
     generator = torch.Generator().manual_seed(seed)

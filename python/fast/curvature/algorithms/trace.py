@@ -56,13 +56,8 @@ def trace(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}; got {method!r}")
-    least = 6 if method == "hutch++" else 2
-    check_whole(num_matvecs=num_matvecs, seed=seed)
-    if num_matvecs < least:
-        raise ValueError(
-            f"num_matvecs must be at least {least} with {method}, for an error estimate; got "
-            f"{num_matvecs}"
-        )
+    check_whole(seed=seed)
+    check_whole(num_matvecs=num_matvecs, least=6 if method == "hutch++" else 2)
     space = operator.space
     with bar(num_matvecs, "trace", progress, unit="product") as ticks:
 
@@ -102,9 +97,8 @@ def block_traces(
     Args:
         blocks: name -> names of the parameters in that block, e.g. those of one layer.
     """
-    check_whole(num_matvecs=num_matvecs, seed=seed)
-    if num_matvecs < 2:
-        raise ValueError(f"num_matvecs must be at least 2, for an error; got {num_matvecs}")
+    check_whole(seed=seed)
+    check_whole(num_matvecs=num_matvecs, least=2)
     space = operator.space
     place = {name: i for i, name in enumerate(space.names)}
     places = {name: [place[n] for n in names] for name, names in blocks.items()}

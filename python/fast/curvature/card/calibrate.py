@@ -159,13 +159,9 @@ def fit(points: Sequence[tuple[float, float]], coherence: float) -> Calibration:
         )
     x = [math.log(e) for e, _ in usable]
     y = [math.log(n) for _, n in usable]
-    mx, my = statistics.fmean(x), statistics.fmean(y)
-    variance = sum((a - mx) ** 2 for a in x)
-    slope = (
-        sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / variance if variance else 1
-    )
+    slope = statistics.linear_regression(x, y).slope if len({*x}) > 1 else 1.0
     slope = min(max(slope, EXPONENTS[0]), EXPONENTS[1])
-    offset = my - slope * mx
+    offset = statistics.fmean(y) - slope * statistics.fmean(x)
     spread = max(abs(b - offset - slope * a) for a, b in zip(x, y, strict=True))
     return Calibration(
         scale=math.exp(offset),

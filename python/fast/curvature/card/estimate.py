@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fast.curvature.algorithms.arguments import check_whole
 from fast.curvature.card.answers import Answers, backbone_parameters
 from fast.curvature.card.calibrate import calibrate
 from fast.curvature.card.codes import Codes
@@ -78,10 +79,7 @@ def _check_options(
         raise ValueError(f"labels must be one of {LABELS}; got {labels!r}")
     if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite; got {temperature!r}")
-    numbers = {"num_samples": num_samples, "calibration_samples": calibration_samples}
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 2:
-            raise ValueError(f"{name} must be at least 2, a whole number; got {number!r}")
+    check_whole(num_samples=num_samples, calibration_samples=calibration_samples, least=2)
 
 
 def _samples(model: nn.Module, data: Any, labels: str, num_samples: int) -> SourceInputs:

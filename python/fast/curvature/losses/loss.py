@@ -138,11 +138,7 @@ class Loss:
             one = torch.ones_like(value, requires_grad=True)
             (g,) = torch.autograd.grad(value, z, one, create_graph=True, allow_unused=True)
             if cut_off([g]):
-                raise SecondDerivativeError(
-                    "loss_fn cannot be differentiated twice: its backward is marked "
-                    "once_differentiable. Write it with operations that can, or use "
-                    "fast.curvature.Fisher(..., kind='empirical')"
-                )
+                raise _no_second_derivative("its backward is marked once_differentiable")
         if g is None or not g.requires_grad:
             return OutputHessian.of(torch.zeros_like)
 
@@ -155,10 +151,7 @@ class Loss:
                     for v in u
                 ]
             except RuntimeError as error:
-                raise SecondDerivativeError(
-                    f"loss_fn cannot be differentiated twice: {error}. Write it with operations "
-                    "that can, or use fast.curvature.Fisher(..., kind='empirical')"
-                ) from error
+                raise _no_second_derivative(str(error)) from error
             return torch.stack(out)
 
         return OutputHessian.of(product)
@@ -209,6 +202,13 @@ class Loss:
         raise NotImplementedError(
             "the predicted label is known for cross-entropy and squared error; use labels='data'"
         )
+
+
+def _no_second_derivative(reason: str) -> SecondDerivativeError:
+    return SecondDerivativeError(
+        f"loss_fn cannot be differentiated twice: {reason}. Write it with operations that can, or "
+        "use fast.curvature.Fisher(..., kind='empirical')"
+    )
 
 
 def parts(fn: Any) -> list[Any]:

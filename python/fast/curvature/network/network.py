@@ -16,8 +16,7 @@ from fast.curvature.network.batches import Batch
 from fast.curvature.network.evaluation import evaluation
 from fast.curvature.network.graph import graph_leaves
 from fast.curvature.network.parameter_space import ParameterSpace
-from fast.heads import unwrap
-from fast.heads.class_axis import class_dim
+from fast.heads import class_axis, unwrap
 
 Params = (
     None
@@ -53,10 +52,7 @@ class Network:
             )
         self.names = select(every, params)
         self.space = ParameterSpace({n: every[n] for n in self.names})
-        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
-        in_tables = sum(every[n].numel() for n in self.names if id(every[n]) in tables)
-        self.mostly_embeddings = 2 * in_tables > self.space.numel
-        self.class_dim: int | None = None
+        self._head_dim: int | None = None
         self.uses_cudnn_rnn = self.space.device.type == "cuda" and any(
             isinstance(m, nn.RNNBase) for m in self.model.modules()
         )
@@ -92,18 +88,17 @@ class Network:
     def answers(self, leaves: Mapping[str, Tensor], batch: Batch, loss: Loss) -> tuple[Tensor, Any]:
         """Output and target of a batch, laid out as the loss wants them."""
         z = self.outputs(leaves, batch.inputs)
-        return laid_out(z, batch.target, loss.class_dim(z, batch.target, self.class_dim))
+        return laid_out(z, batch.target, self.class_dim(z, batch, loss))
 
-    def look_for_classes(self, batch: Batch, loss: Loss) -> None:
-        """Set `class_dim`, the dimension of an output that holds the classes.
+    def class_dim(self, z: Tensor, batch: Batch, loss: Loss) -> int:
+        """The dimension of output z that has to become its dimension 1, for it holds the classes.
 
         Labels tell which it is. For a batch without labels, the network's head does.
         """
-        if batch.target is not None or self.class_dim is not None or not loss.of_classes:
-            return
-        with self.scope(0, differentiable_twice=False), torch.no_grad():
-            z = self.outputs(self.leaves(), batch.inputs)
-            self.class_dim = class_dim(self.model, z, batch.inputs)
+        if batch.target is None and loss.of_classes and self._head_dim is None:
+            with self.scope(0, differentiable_twice=False), torch.no_grad():
+                self._head_dim = class_axis.class_dim(self.model, z, batch.inputs)
+        return loss.class_dim(z, batch.target, self._head_dim)
 
     @contextlib.contextmanager
     def scope(self, index: int, *, differentiable_twice: bool) -> Iterator[None]:

@@ -1,13 +1,16 @@
-"""Snapshots that tell whether a model and its data have changed since a linearisation was kept."""
+"""Snapshots tell whether a model and its data have changed since something was kept of them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 # Row length of the checksum: long enough that the row sums are cheap to keep and to compare.
 COLUMNS = 1024
@@ -15,41 +18,94 @@ COLUMNS = 1024
 # those of 12 transformer blocks of width 64 took a third of the time of a product with one vector.
 SMALL = 2**15
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    module_hooks._global_forward_hooks,
+    module_hooks._global_forward_pre_hooks,
+)
 
 
-def snapshot(*things: Any) -> list[Any]:
-    """A description of tensors, modules, and lists of both, to compare by `same`.
+class Watch:
+    """Tells whether modules still have the parts, modes, hooks and attributes that they had.
+
+    They are compared by identity. The watch looks into containers and plain objects (such as a
+    configuration) that are attributes, one level deep. It does not see what lies deeper, in
+    closures or in global variables.
+    """
+
+    def __init__(self, *modules: nn.Module):
+        containers = [*_GLOBAL_HOOKS, *chain.from_iterable(map(_containers, modules))]
+        self.dicts = [c for c in containers if isinstance(c, dict)]
+        self.others = [c for c in containers if not isinstance(c, dict)]
+        self.sizes = self._sizes()
+        self.contents = list(self._contents())
+
+    def _sizes(self) -> list[int]:
+        return list(map(len, (*self.dicts, *self.others)))
+
+    def _contents(self) -> Iterator[Any]:
+        """Everything inside the containers."""
+        values = chain.from_iterable(map(dict.values, self.dicts))
+        return chain(values, chain.from_iterable(self.others))
+
+    def holds(self) -> bool:
+        """Whether everything is as it was."""
+        return self._sizes() == self.sizes and all(
+            map(operator.is_, self._contents(), self.contents)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Parameters, buffers, and tensors that are other attributes, once each."""
+        return list({id(t): t for t in self.contents if isinstance(t, Tensor)}.values())
+
+
+def _containers(model: nn.Module) -> Iterator[Any]:
+    """The attributes of all modules, and the containers and objects among them."""
+    for module in model.modules():
+        attributes = vars(module)
+        yield attributes
+        for value in attributes.values():
+            if isinstance(value, dict | list | set):
+                yield value
+            elif _is_record(value):
+                yield vars(value)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object that only holds other values."""
+    return hasattr(value, "__dict__") and not (
+        isinstance(value, nn.Module | Tensor | type) or callable(value)
+    )
+
+
+class Snapshot:
+    """The state of a model and of other things: tensors, modules and plain values.
 
     A tensor is described by its address, its version, and a checksum of its values that depends on
-    their places and signs, because writes through `.data` and by native kernels bump no version. A
-    module is described by its parts, modes, hooks and plain attributes. What a function or another
-    kind of object reads is not seen.
+    their places and signs, because writes through `.data` and by native kernels bump no version.
+    Modules are watched. What a function or another kind of object reads is not seen.
     """
-    tensors: list[Tensor] = []
-    parts = _described(things, tensors)
-    return [*parts, *_checksums(tensors)]
+
+    def __init__(self, model: nn.Module, others: Sequence[Any]):
+        self.watch = Watch(model, *(o for o in others if isinstance(o, nn.Module)))
+        self.state = self._state(others)
+
+    def holds(self, others: Sequence[Any]) -> bool:
+        """Whether the model, and the others, are as they were."""
+        return self.watch.holds() and _same(self.state, self._state(others))
+
+    def _state(self, others: Sequence[Any]) -> list[Any]:
+        tensors: list[Tensor] = []
+        parts: list[Any] = []
+        for thing in (*self.watch.tensors(), *others):
+            if isinstance(thing, Tensor):
+                parts += _place(thing, tensors)
+            else:
+                parts.append(thing if is_plain(thing) else id(thing))
+        return [*parts, *_checksums(tensors)]
 
 
-def _described(things: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
-    """All but the values of the tensors, which are added to `tensors`."""
-    parts: list[Any] = []
-    for thing in things:
-        if isinstance(thing, Tensor):
-            parts += _place(thing, tensors)
-        elif isinstance(thing, nn.Module):
-            for module in thing.modules():
-                parts.append(_module(module))
-                parts += _described(_tensors(module), tensors)
-        elif isinstance(thing, list | tuple):
-            parts += _described(thing, tensors)
-        else:
-            parts.append(thing if is_plain(thing) else id(thing))
-    return parts
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two snapshots are equal; NaN equals nothing."""
+def _same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two states are equal; NaN equals nothing."""
     if len(a) != len(b):
         return False
     # Checksums of one dtype and device are compared at once: each comparison waits for a GPU.
@@ -72,19 +128,15 @@ def _place(t: Tensor, tensors: list[Tensor]) -> list[Any]:
     if t.is_nested:
         return [id(t), *(x for part in t.unbind() for x in _place(part, tensors))]
     version = None if t.is_inference() else t._version
-    if not _dense(t):
+    if t.layout is not torch.strided or t.is_meta:
         return [(id(t), version)]
     if t.numel():
         tensors.append(t.detach())
     return [(t.data_ptr(), version, t.shape, t.stride(), t.dtype)]
 
 
-def _dense(t: Tensor) -> bool:
-    return t.layout is torch.strided and not t.is_meta
-
-
 @torch.no_grad()
-def _checksums(tensors: list[Tensor]) -> Iterator[Tensor]:
+def _checksums(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The checksums of large tensors, and of all small ones of a type together."""
     together: dict[Any, list[Tensor]] = {}
     for t in tensors:
@@ -128,17 +180,3 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(is_plain, value))
     return isinstance(value, _PLAIN)
-
-
-def _tensors(module: nn.Module) -> Iterable[Any]:
-    yield from (p for p in module._parameters.values() if p is not None)
-    yield from (b for b in module._buffers.values() if b is not None)
-    yield from (v for v in vars(module).values() if isinstance(v, Tensor))
-
-
-def _module(module: nn.Module) -> tuple[Any, ...]:
-    """A module without its tensors."""
-    attributes = vars(module)
-    plain = [v for v in attributes.values() if is_plain(v)]
-    hooks = [tuple(map(id, attributes[h].values())) for h in _HOOKS if attributes[h]]
-    return (id(module), type(module), id(attributes.get("forward")), plain, hooks)

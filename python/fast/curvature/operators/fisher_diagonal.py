@@ -13,6 +13,7 @@ from fast.curvature.losses.loss import Loss
 from fast.curvature.losses.recognise import recognise
 from fast.curvature.network.batches import Batch, Batches
 from fast.curvature.network.network import Network, Params, laid_out
+from fast.curvature.operators.mean import WeightedMean
 from fast.curvature.operators.sample_gradients import squared_sample_gradients
 from fast.data.trees import leaves
 
@@ -72,23 +73,17 @@ def fisher_diagonal(
     check_whole(num_draws=draws, least=1)
     residual: Residual = loss.sampled_residual if labels == "sampled" else loss.residual
 
-    total = [torch.zeros_like(p) for p in network.selected(network.leaves())]
-    weight = 0.0
+    mean = WeightedMean()
     for index, batch in enumerate(Batches(data, labels=labels == "data")):
         batch = batch.to(network.space.device)
-        network.look_for_classes(batch, loss)
         if by_samples and any(x.is_nested for x in leaves(batch.inputs)):
             raise ValueError("nested tensors do not come apart into samples: use method='signs'")
         if labels == "data" and batch.target is None:
             raise ValueError("labels='data' needs labelled batches (x, y); or use 'sampled'")
         with network.scope(index, differentiable_twice=False):
-            part, w = squares(network, loss, residual, batch, labels == "predicted", draws)
-        weight += w
-        if loss.reduction == "sum":
-            torch._foreach_add_(total, part)
-        elif w:
-            torch._foreach_lerp_(total, part, w / weight)
-    return dict(zip(network.names, [t.detach() for t in total], strict=True))
+            part, weight = squares(network, loss, residual, batch, labels == "predicted", draws)
+        mean.add(part, weight, loss.reduction)
+    return dict(zip(network.names, [t.detach() for t in mean.result()], strict=True))
 
 
 def mixes_samples(model: nn.Module) -> str:
@@ -131,7 +126,7 @@ def _sample_squares(
     weights = network.leaves()
     with torch.no_grad():
         output = network.outputs(weights, batch.inputs)
-    dim = loss.class_dim(output, batch.target, network.class_dim)
+    dim = network.class_dim(output, batch, loss)
     z, y = laid_out(output, batch.target, dim)
     network.refuse_penalty(loss, z, y)
     y = loss.predict(z, y) if predict else y

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fast.curvature.algorithms.check import relative_error
 from fast.curvature.losses.loss import Loss, OutputHessian
-from fast.curvature.network.batches import Batch, Batches
+from fast.curvature.network.batches import Batches
 from fast.curvature.network.network import Params
-from fast.curvature.operators.linearizer import Linearization
 from fast.curvature.operators.mean import WeightedMean
 from fast.curvature.operators.network_operator import NetworkOperator
 from fast.curvature.operators.self_check import central_difference
@@ -35,17 +34,7 @@ class Hessian(NetworkOperator):
         True
     """
 
-    _record_class = FoldedHessian
-
-    def _prefers_loop(self, num_vectors: int) -> bool:
-        # One product of ResNet-20 takes 3.6 gradients recorded and 3.3 by the loop; for an MLP, a
-        # head, MiniLM and a ViT neither is ahead by more than 7 %.
-        # On a GPU, Python records while the device waits: for ViT-S on an H200 that is 2.7
-        # gradients more than the loop starts with, and a product is 0.57 cheaper.
-        return num_vectors < (5 if self.device.type == "cuda" else 2)
-
-    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
-        return GraphHessian(self.network, loss, batch, index)
+    _record_class, _loop_class = FoldedHessian, GraphHessian
 
     def _difference_error(self, v: Tensor, av: Tensor) -> float:
         reference = self._in_float64()
@@ -75,17 +64,7 @@ class GGN(NetworkOperator):
         True
     """
 
-    _record_class = FoldedGGN
-
-    def _prefers_loop(self, num_vectors: int) -> bool:
-        # A table of 30,000 x 128 and a head, 512 tokens: 6.2 ms recorded, 4.9 by the loop, most of
-        # it for writing gradients that are nearly all zero.
-        if self.device.type == "cuda":  # as for the Hessian; this record is half as long
-            return num_vectors < 4
-        return num_vectors == 1 and self.network.mostly_embeddings
-
-    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
-        return GraphGGN(self.network, loss, batch, index, self._output_curvature)
+    _record_class, _loop_class = FoldedGGN, GraphGGN
 
     def _difference_error(self, v: Tensor, av: Tensor) -> float | None:
         """v^T J^T H_L J v, with J v by a central difference of the outputs, against v^T A v."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +15,10 @@ from fast.curvature.losses.loss import Loss, OutputHessian
 from fast.curvature.network.batches import Batch, Batches
 from fast.curvature.network.network import Network, StrayParameter
 from fast.curvature.network.parameter_space import Blocks
-from fast.curvature.network.snapshot import same, snapshot
+from fast.curvature.network.snapshot import Snapshot
 from fast.curvature.operators.base import SymmetricOperator
 from fast.curvature.operators.settings import Settings
+from fast.curvature.products.batch_loss import BatchLoss
 from fast.curvature.products.batched import Folded, RuleError, UnsupportedOperation
 from fast.curvature.products.batched.passes import Passes
 from fast.curvature.products.programs.cached_record import CachedRecord
@@ -47,9 +48,8 @@ class Linearization(Protocol):
 class Linearizer(SymmetricOperator):
     """The part of a `NetworkOperator` that chooses how a batch is linearised, and keeps the result.
 
-    A kind of matrix says what a record is (`_record_class`), how the loop goes (`_loop`), what the
-    matrix at the network's output is (`_output_curvature`), and when the loop is the faster of the
-    two (`_prefers_loop`).
+    A kind of matrix says what a record is (`_record_class`), how the loop goes (`_loop_class`), and
+    what the matrix at the network's output is (`_output_curvature`).
 
     Attributes:
         programs: the network's record as code, for batches that are not kept.
@@ -57,6 +57,7 @@ class Linearizer(SymmetricOperator):
     """
 
     _record_class: type[Folded]
+    _loop_class: Callable[[BatchLoss], Linearization]
     settings: Settings
     data: Batches
     network: Network
@@ -67,7 +68,7 @@ class Linearizer(SymmetricOperator):
         self.programs = Programs(network, compile=self.settings.compile)
         self.why_loop = ""
         # The state of a single batch and of the network, and the linearisation at that state.
-        self._cache: tuple[list[Any], Linearization] | None = None
+        self._cache: tuple[Snapshot, Linearization] | None = None
 
     @property
     @abc.abstractmethod
@@ -79,56 +80,45 @@ class Linearizer(SymmetricOperator):
         programs = Programs(self.network, compile=self.settings.compile)
         return {**vars(self), "programs": programs, "_cache": None}
 
-    # What a kind of matrix says.
-
-    @abc.abstractmethod
-    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
-        """Linearise a batch by autograd alone, for products one vector after the other."""
-
     def _output_curvature(self, loss: Loss, z: Tensor, y: Any) -> OutputHessian:
         """The matrix at the network's output."""
         return loss.hessian(z, y)
 
-    def _prefers_loop(self, num_vectors: int) -> bool:
-        """Whether it costs more to record a batch for so few products than that saves."""
-        return False
+    def _batch_loss(self, batch: Batch, index: int, loss: Loss) -> BatchLoss:
+        return BatchLoss(
+            network=self.network,
+            loss=loss,
+            batch=batch.to(self.device),
+            index=index,
+            curvature=self._output_curvature,
+        )
 
-    # The choice.
+    def _loop(self, batch: Batch, index: int, loss: Loss) -> Linearization:
+        """Linearise a batch by autograd alone, for products one vector after the other."""
+        return self._loop_class(self._batch_loss(batch, index, loss))
 
     def linearize(
-        self,
-        batch: Batch,
-        index: int,
-        loss: Loss,
-        num_vectors: int | None = None,
-        *,
-        keep: bool = False,
+        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None = None
     ) -> Linearization:
         """Compute everything about one batch that its products share.
 
         Args:
             loss: the `Loss` of this pass over the data.
             num_vectors: number of vectors of the products that will be taken; None for any number.
-            keep: whether the result serves more than one product.
         """
-        batch = batch.to(self.device)
-        self.network.look_for_classes(batch, loss)
-        method = self.settings.method
-        few = num_vectors is not None and not keep and self._prefers_loop(num_vectors)
-        if method == "loop" or self.why_loop or (few and method == "auto"):
-            part = self._loop(batch, index, loss)
+        of = self._batch_loss(batch, index, loss)
+        if self.settings.method == "loop" or self.why_loop:
+            part = self._loop_class(of)
         else:
-            part = self._folded_if_possible(batch, index, loss, num_vectors)
+            part = self._folded_if_possible(of, num_vectors)
         self.network.refuse_penalty(loss, *part.answers)
         part.weight = loss.weight(*part.answers, batch.size)
         return part
 
-    def _folded_if_possible(
-        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
-    ) -> Linearization:
+    def _folded_if_possible(self, of: BatchLoss, num_vectors: int | None) -> Linearization:
         """By a record; with method "auto" by the loop where that fails."""
         try:
-            return self._folded(batch, index, loss, num_vectors)
+            return self._folded(of, num_vectors)
         except StrayParameter:
             raise
         except UnsupportedOperation as error:
@@ -136,25 +126,22 @@ class Linearizer(SymmetricOperator):
             if self.settings.method == "folded":
                 raise UnsupportedOperation(f"{reason}: use method='auto' or 'loop'") from error
             self.why_loop = reason
-            return self._loop(batch, index, loss)
+            return self._loop_class(of)
         except Exception as error:
             if self.settings.method == "folded":
                 raise
             # Where the network itself is at fault, the loop raises as well, and no rule is blamed.
-            part = self._loop(batch, index, loss)
+            part = self._loop_class(of)
             self._fall_back(error)
             return part
 
-    def _folded(
-        self, batch: Batch, index: int, loss: Loss, num_vectors: int | None
-    ) -> Linearization:
+    def _folded(self, of: BatchLoss, num_vectors: int | None) -> Linearization:
         """By a record, or by the program that an earlier record has left."""
-        which = self.network, loss, batch, index, self._output_curvature
-        gemm = self.settings.gemm
-        record = functools.partial(self._record_class, *which, *self._limits(), gemm=gemm)
-        if not num_vectors:
-            return record()
-        return self.programs.linearize(record, *which[1:], num_vectors)
+        settings = self.settings
+        chunk = settings.chunk if isinstance(settings.chunk, int) else None
+        limits = chunk, settings.memory_budget, settings.gemm
+        record = functools.partial(self._record_class, of, *limits)
+        return self.programs.linearize(record, of, num_vectors) if num_vectors else record()
 
     def _take_loop(self, why: str) -> None:
         """Take the loop from now on."""
@@ -171,11 +158,6 @@ class Linearizer(SymmetricOperator):
             RuntimeWarning,
         )
 
-    def _limits(self) -> tuple[int | None, int | None]:
-        """Vectors per pass and bytes of tangents, where the user has set them."""
-        chunk = self.settings.chunk
-        return (chunk if isinstance(chunk, int) else None), self.settings.memory_budget
-
     def linearizations(
         self, num_vectors: int, loss: Loss
     ) -> Iterator[tuple[int, Batch, Linearization]]:
@@ -189,22 +171,19 @@ class Linearizer(SymmetricOperator):
     def _cached(self, batch: Batch, loss: Loss, num_vectors: int) -> Linearization:
         """The linearisation of a single batch, kept from one product to the next."""
         count: int | None = num_vectors
-        if self._cache is not None and same(self._cache[0], self._state(batch)):
+        others = [*pytree.tree_leaves(tuple(batch)), *self.loss.state()]
+        if self._cache is not None and self._cache[0].holds(others):
             part = self._cache[1]
             if not isinstance(part, ProgramPasses) or part.num_vectors == num_vectors:
                 return part
             count = None  # products come in several sizes: a record serves them all
         self._cache = None
-        part = self.linearize(batch, 0, loss, count, keep=True)
+        part = self.linearize(batch, 0, loss, count)
         if isinstance(part, Folded):
             part = CachedRecord(part, compile=self.settings.compile)
         # The state is taken afterwards: a forward pass may itself count or keep something.
-        self._cache = (self._state(batch), part)
+        self._cache = (Snapshot(self.network.model, others), part)
         return part
-
-    def _state(self, batch: Batch) -> list[Any]:
-        """Everything that a linearisation depends on, as far as it can be seen."""
-        return snapshot(self.network.model, pytree.tree_leaves(tuple(batch)), self.loss.state())
 
     def refresh(self) -> None:
         """Forget what is kept of batches and of the network's code, after a change that the

@@ -57,9 +57,8 @@ class NetworkOperator(Linearizer):
             torch's losses are then sums themselves).
         method: "folded" pushes all vectors through a record of the gradient at once, "loop"
             differentiates the kept graph once per vector. "auto" takes the first where every
-            operation of the network has a rule, except for single exact products of batches that
-            are not kept; `explain()` tells which. A rule that fails is a RuntimeWarning, and the
-            loop takes over.
+            operation of the network has a rule; `explain()` tells which. A rule that fails is a
+            RuntimeWarning, and the loop takes over.
         chunk: vectors per pass of "folded"; "auto" derives it from `memory_budget`.
         memory_budget: bytes for their tangents; default 1 GiB, on a GPU a quarter of what is free.
         cache: keep what the products of a single batch share (activations, the record) from one
@@ -170,7 +169,7 @@ class NetworkOperator(Linearizer):
                     by_record = isinstance(part, Passes)
                     if self.settings.method != "auto" or not by_record:
                         raise
-                    value = apply(self._loop(batch.to(self.device), index, loss), vectors)
+                    value = apply(self._loop(batch, index, loss), vectors)
                     self._fall_back(error)
                 mean.add(value, part.weight, loss.reduction)
         return mean
@@ -183,9 +182,7 @@ class NetworkOperator(Linearizer):
             return ValueError("a product is not finite: the parameters hold NaN or infinity")
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
-            loss = self.loss
-            self.network.look_for_classes(batch, loss)
-            part = self._loop(batch, index, loss)
+            part = self._loop(batch, index, self.loss)
             if not bool(part.answers[0].isfinite().all()):
                 return ValueError(
                     f"a product is not finite: the network's output for batch {index} holds NaN or "
@@ -230,7 +227,6 @@ class NetworkOperator(Linearizer):
         network, loss, out = self.network, self.loss, []
         for index, batch in enumerate(self.data):
             batch = batch.to(self.device)
-            network.look_for_classes(batch, loss)
             with network.scope(index, differentiable_twice=True):
                 z, y = network.answers(network.leaves(), batch, loss)
             out.append((z.detach(), y, batch.size))

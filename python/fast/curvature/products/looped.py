@@ -8,22 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fast.curvature.losses.loss import Loss, OutputHessian
-from fast.curvature.network.batches import Batch
 from fast.curvature.network.double_backward import explain_failure
 from fast.curvature.network.graph import cut_off
-from fast.curvature.network.network import Network
 from fast.curvature.network.parameter_space import Blocks, dot
+from fast.curvature.products.batch_loss import BatchLoss
 
 ONCE = "its backward is marked once_differentiable"
-OutputCurvature = Callable[[Loss, Tensor, Any], OutputHessian]
 
 
 class GraphHessian:
@@ -32,20 +28,20 @@ class GraphHessian:
     A vector costs about 2 gradients; the memory is that of the graph and does not grow with K.
     """
 
-    def __init__(self, network: Network, loss: Loss, batch: Batch, index: int):
-        with network.scope(index, differentiable_twice=True):
-            leaves = network.leaves()
-            self.params = network.selected(leaves)
-            z, y = network.answers(leaves, batch, loss)
-            network.refuse_strays(z, leaves)
-            value = loss.value(z, y)
+    def __init__(self, of: BatchLoss):
+        with of.scope(differentiable_twice=True):
+            leaves = of.network.leaves()
+            self.params = of.network.selected(leaves)
+            z, y = of.answers(leaves)
+            of.network.refuse_strays(z, leaves)
+            value = of.loss.value(z, y)
             self.answers, self.weight = (z.detach(), y), 0.0
             self.loss = value.detach()
             # The nodes that `cut_off` looks for exist only where the cotangent requires a gradient.
             one = torch.ones_like(value, requires_grad=True)
             self.grads = grad_or_none([value], self.params, [one], create_graph=True)
         # Makes the error that names the module at fault.
-        self.explain = functools.partial(explain_failure, network, batch, index)
+        self.explain = functools.partial(explain_failure, of.network, of.batch, of.index)
         if cut_off(self.grads):
             raise self.explain(ONCE)
 
@@ -77,21 +73,16 @@ class GraphGGN:
     else in forward mode, and where that fails too, row by row.
     """
 
-    def __init__(
-        self, network: Network, loss: Loss, batch: Batch, index: int, curvature: OutputCurvature
-    ):
-        def evaluate(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
-            with network.scope(index, differentiable_twice=True):
-                return network.answers(leaves, batch, loss)
-
-        self.network, self.evaluate = network, evaluate
-        leaves = network.leaves()
-        self.params = network.selected(leaves)
-        self.output, y = evaluate(leaves)
-        network.refuse_strays(self.output, leaves)
-        with network.scope(index, differentiable_twice=True):
+    def __init__(self, of: BatchLoss):
+        self.of = of
+        leaves = of.network.leaves()
+        self.params = of.network.selected(leaves)
+        with of.scope(differentiable_twice=True):
+            self.output, y = of.answers(leaves)
+        of.network.refuse_strays(self.output, leaves)
+        with of.scope(differentiable_twice=True):
             z = self.output.detach()
-            self.curvature = curvature(loss, z, y)
+            self.curvature = of.curvature(of.loss, z, y)
             self.answers, self.weight = (z, y), 0.0
             # u -> J^T u has the same derivative everywhere, but not every operation has one at zero
             # (logcumsumexp takes the logarithm of its gradient).
@@ -135,13 +126,14 @@ class GraphGGN:
 
     def _forward_mode(self, vectors: Blocks) -> Tensor:
         """J v by forward mode: the network is evaluated once per vector."""
-        rows = []
+        network, rows = self.of.network, []
         for tangents in zip(*vectors, strict=True):
             with _dual_level(), torch.no_grad():
-                leaves = {n: p.detach() for n, p in self.network.leaves().items()}
-                for name, v in zip(self.network.names, tangents, strict=True):
+                leaves = {n: p.detach() for n, p in network.leaves().items()}
+                for name, v in zip(network.names, tangents, strict=True):
                     leaves[name] = forward_ad.make_dual(leaves[name], v)
-                u = forward_ad.unpack_dual(self.evaluate(leaves)[0]).tangent
+                with self.of.scope(differentiable_twice=True):
+                    u = forward_ad.unpack_dual(self.of.answers(leaves)[0]).tangent
             rows.append(torch.zeros_like(self.output) if u is None else u)
         return torch.stack(rows)
 

@@ -8,15 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fast.curvature.losses.loss import Loss
-from fast.curvature.network.batches import Batch
-from fast.curvature.network.network import Network
 from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.products.batch_loss import BatchLoss
 from fast.curvature.products.batched.forms import SecondOrder
 from fast.curvature.products.batched.gradient_record import record_gradient
 from fast.curvature.products.batched.passes import Passes, Segment, untraced
 from fast.curvature.products.batched.tangent_pass import TangentPass
-from fast.curvature.products.looped import OutputCurvature
 from fast.curvature.products.precision import rounding
 
 # Default for the bytes of tangents that are held at a time on the CPU.
@@ -36,24 +33,19 @@ class Folded(Passes):
     the only variable.
 
     Args:
-        curvature: makes the matrix at the output.
         chunk: vectors per pass; by default as many as are fast, and fit into the budget.
         budget: bytes of tangents; by default 1 GiB, on a GPU a quarter of what is free.
         gemm: the arithmetic of matrix products (`products.precision`).
         segment: surrounds the parts of the record, so that they can be traced.
     """
 
-    exact: bool
+    exact: bool  # whether this is the Hessian, and not the GGN
     # The slot of v^T H v - u^T S u, with u = J v and S the curvature at the output; None if zero.
     form_slot: int | None
 
     def __init__(
         self,
-        network: Network,
-        loss: Loss,
-        batch: Batch,
-        index: int,
-        curvature: OutputCurvature,
+        of: BatchLoss,
         chunk: int | None = None,
         budget: int | None = None,
         gemm: str | None = None,
@@ -61,9 +53,7 @@ class Folded(Passes):
     ):
         self.gemm = gemm
         self._segment: Segment = untraced
-        self.record = record = record_gradient(
-            network, loss, batch, index, curvature, exact=self.exact, segment=segment
-        )
+        self.record = record = record_gradient(of, exact=self.exact, segment=segment)
         self.curvature, self.output_dim = record.curvature, record.output_dim
         self.answers, self.weight = record.answers, 0.0
         gradients = record.gradients
@@ -73,7 +63,7 @@ class Folded(Passes):
         keep = {record.output_slot} | self.late
         self.forward = TangentPass(record.forward, record.forward_tape.sizes, keep)
         self.sources = self.backward.sources(gradients)
-        self.chunk = chunk or self._fast_chunk(network.space.device, budget)
+        self.chunk = chunk or self._fast_chunk(of.network.space.device, budget)
         self._prepare_forms()
 
     @contextmanager

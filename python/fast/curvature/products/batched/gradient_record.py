@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.curvature.losses.loss import Loss, OutputHessian
-from fast.curvature.network.batches import Batch
+from fast.curvature.losses.loss import OutputHessian
 from fast.curvature.network.evaluation import StopGradients
-from fast.curvature.network.network import Network, laid_out
+from fast.curvature.network.network import laid_out
+from fast.curvature.products.batch_loss import BatchLoss
 from fast.curvature.products.batched.passes import Segment
 from fast.curvature.products.batched.recorder import Recorder
 from fast.curvature.products.batched.tape import Operation, Tape
-from fast.curvature.products.looped import OutputCurvature, grad_or_none
+from fast.curvature.products.looped import grad_or_none
 from fast.curvature.products.rules import UnsupportedOperation
 
 
@@ -72,44 +72,34 @@ class GradientRecord:
         return {s for s in self.gradient_slots if s is not None}
 
 
-def record_gradient(
-    network: Network,
-    loss: Loss,
-    batch: Batch,
-    index: int,
-    curvature: OutputCurvature,
-    *,
-    exact: bool,
-    segment: Segment,
-) -> GradientRecord:
-    """Compute the gradient of batch `index`, and record it.
+def record_gradient(of: BatchLoss, *, exact: bool, segment: Segment) -> GradientRecord:
+    """Compute the gradient of one batch, and record it.
 
     Args:
-        curvature: makes the matrix at the output.
         exact: whether the record is for the Hessian, and not for the GGN.
         segment: surrounds the network, the layout of its output, and the way back.
 
     Raises:
         UnsupportedOperation: an operation has no rule.
     """
-    recorder = Recorder(exact)
-    with network.scope(index, differentiable_twice=False):
+    recorder, network = Recorder(exact), of.network
+    with of.scope(differentiable_twice=False):
         leaves = network.leaves()
         params = network.selected(leaves)
         parameter_slots = [recorder.activate(p) for p in params]
-        raw = _record_network(network, leaves, batch, recorder, segment)
-        dim = loss.class_dim(raw, batch.target, network.class_dim)
+        raw = _record_network(of, leaves, recorder, segment)
+        dim = of.class_dim(raw)
         with segment() as returns, recorder:
-            z, y = laid_out(raw, batch.target, dim)
+            z, y = laid_out(raw, of.batch.target, dim)
             output = z.detach()
             returns(output)
         del raw
         output_slot = recorder.slot(z)
         if z.requires_grad != (output_slot is not None):
             raise UnsupportedOperation("the custom autograd function that makes the output")
-        output_curvature = curvature(loss, output, y)
+        curvature = of.curvature(of.loss, output, y)
         # Only the shape of a GGN's cotangent matters, and there may be no label to compute it.
-        cotangent = loss.gradient(output, y) if exact else torch.zeros_like(output)
+        cotangent = of.loss.gradient(output, y) if exact else torch.zeros_like(output)
         split = recorder.start_backward()
         cotangent_slot = recorder.activate(cotangent)
         with segment(cotangent), recorder:
@@ -129,22 +119,18 @@ def record_gradient(
         value_of=recorder.value_of,
         answers=(output, y),
         output_dim=dim,
-        curvature=output_curvature,
+        curvature=curvature,
     )
 
 
 def _record_network(
-    network: Network,
-    leaves: Mapping[str, Tensor],
-    batch: Batch,
-    recorder: Recorder,
-    segment: Segment,
+    of: BatchLoss, leaves: Mapping[str, Tensor], recorder: Recorder, segment: Segment
 ) -> Tensor:
     """The output of the network, which is recorded."""
-    names = network.names_by_id().items()
-    recorder.originals = {i: n for i, n in names if n in network.names}
+    names = of.network.names_by_id().items()
+    recorder.originals = {i: n for i, n in names if n in of.network.names}
     stop = StopGradients(recorder.forget)
     with segment(*leaves.values()) as returns, stop, recorder:
-        output = network.outputs(leaves, batch.inputs)
+        output = of.network.outputs(leaves, of.batch.inputs)
         returns(output)
     return output

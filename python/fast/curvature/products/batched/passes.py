@@ -30,7 +30,6 @@ class Passes(abc.ABC):
     at once.
     """
 
-    exact: bool  # whether this is the Hessian, and not the GGN
     chunk: int
 
     @abc.abstractmethod

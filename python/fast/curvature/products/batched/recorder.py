@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fast.curvature.network.network import StrayParameter
 from fast.curvature.products.batched.tape import Operation, Slots, Tape
 from fast.curvature.products.rules import (
+    BY_FIRST,
     NO_FAULT,
     RULES,
     Call,
@@ -176,14 +177,15 @@ class Recorder(TorchDispatchMode):
             cache=self._cache,
             exact=self.exact,
         )
+        if func in BY_FIRST:
+            slots = slots[:1]
+            rule = rule if active[0] else Call.constant
         try:
             derivative = rule(call)
         except NO_FAULT:
             raise
         except Exception as error:
             raise RuleError.of(func, error) from error
-        if call.is_linear_in_first:
-            slots = slots[:1]
         outs = out if isinstance(out, tuple | list) else (out,)
         which = call.differentiable_outputs
         targets = tuple(
@@ -204,9 +206,7 @@ class Recorder(TorchDispatchMode):
             raise UnsupportedOperation(f"{func} in place")
         if target._is_view() or self._has_alias(target):
             raise UnsupportedOperation(f"{func} in place on a view")
-        before = args
-        if not getattr(rule, "ignores_self", False):
-            before = (target.clone(), *args[1:])
+        before = (target.clone(), *args[1:])
         out = func(*args, **kwargs)
         self._note(functional, rule, before, kwargs, slots, out)
         return out

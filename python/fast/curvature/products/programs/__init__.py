@@ -5,9 +5,8 @@ batch are traced, operation by operation, and written down as a function of the 
 inputs and the vectors.
 
 The modules, in the order of the work: `tracer` writes every operation down, `simplify` leaves out
-what nobody needs, `overwrite` saves memory traffic, `code` makes functions of what is left,
-`program` runs them on a batch, and `programs` finds the program that fits a batch, until `watch`
-says that none does any longer.
-`cached_record` has code for the passes over a single batch. `trace` is what the tracer writes,
-`traits` what it asks of operations, and `reads` looks for what it cannot see.
+what nobody needs, `code` makes functions of what is left, `program` runs them on a batch, and
+`programs` finds the program that fits a batch by its `conditions`. `cached_record` has code for the
+passes over a single batch. `trace` is what the tracer writes, `traits` what it asks of operations,
+and `reads` looks for what it cannot see.
 """

@@ -33,7 +33,7 @@ class CachedRecord(Passes):
 
     def __init__(self, record: Folded, *, compile: bool = False):
         self.compile = compile
-        self.record, self.exact, self.chunk = record, record.exact, record.chunk
+        self.record, self.chunk = record, record.chunk
         self.answers, self.weight = record.answers, record.weight
         self._times: Counter[Any] = Counter()
         self.executions: dict[Any, Execution] = {}
@@ -43,20 +43,14 @@ class CachedRecord(Passes):
         if key not in self.executions:
             self._by_rules(key, lambda: self.record.product_pass(vectors, out))
             return
-        execution = self.executions[key]
-        (u,) = execution(0, *vectors)
-        execution(1, self.record.curvature.product(u), *out)
-        execution.end_pass()
+        self.executions[key].product(0, self.record.curvature, vectors, out)
 
     def form_pass(self, vectors: Blocks) -> Tensor:
         key = "form", len(vectors[0])
         if key not in self.executions:
             form: Tensor = self._by_rules(key, lambda: self.record.form_pass(vectors))
             return form
-        execution = self.executions[key]
-        u, *terms = execution(0, *vectors)
-        execution.end_pass()
-        return sum(terms, self.record.curvature.quad(u))
+        return self.executions[key].form(0, self.record.curvature, vectors)
 
     def _by_rules(self, key: Any, compute: Callable[[], Any]) -> Any:
         """What `compute` gives, a pass by the rules; it is traced where it has come often enough.

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fast.curvature.products.programs.overwrite import overwriting
 from fast.curvature.products.programs.simplify import live, merged
 from fast.curvature.products.programs.trace import Node, Ref, Trace
 
-# A function of the values that segments share, by their slot: it reads some, and writes others.
+# A function of the values that segments share, by their number: it reads some, and writes others.
 SegmentFunction = Callable[[list[Any]], None]
 
 
 class Code:
-    """The functions of all segments of a trace, which share values by slots.
+    """The functions of all segments of a trace, which share values by their numbers in the trace.
 
-    The caller puts inputs into their slots, and finds results in theirs.
+    The caller puts the inputs there, and finds the results.
 
     Args:
         passes: the segments that passes start with, in their order. Values of the segments before
@@ -29,28 +29,26 @@ class Code:
 
     Attributes:
         functions: one per segment.
-        inputs, results: the slots of each segment's inputs and results.
-        passing: the slots of all values that do not outlive a pass.
+        inputs, results: the values that each segment is given, and those that it results in.
+        passing: the shared values that do not outlive a pass.
     """
 
     def __init__(self, trace: Trace, passes: Sequence[int], *, compile: bool = False):
         self.compile, self.first_pass = compile, passes[0]
         self._same = merged(trace, passes)
-        inputs = [v for arguments, _ in trace.segments for v in arguments]
-        needed_by_caller = {self._first(v) for _, results in trace.segments for v in results}
+        self.inputs = [arguments for arguments, _ in trace.segments]
+        self.results = [list(map(self._first, results)) for _, results in trace.segments]
+        needed_by_caller = {*chain.from_iterable(self.results)}
         self._nodes = live(trace, needed_by_caller, self._same)
-        if not compile:  # inductor finds this by itself
-            self._nodes = overwriting(trace, self._nodes, self._first, self.first_pass)
-        home = {v: n for n, (arguments, _) in enumerate(trace.segments) for v in arguments}
+        home = {v: n for n, arguments in enumerate(self.inputs) for v in arguments}
         self._last_reader: dict[int, int] = {}  # the last segment that reads a value
         for node in self._nodes:
             home |= {o: node.segment for o in node.made() if o not in home}
             self._last_reader |= {self._first(v): node.segment for v in node.reads}
         crossing = {v for v, n in self._last_reader.items() if v in home and home[v] != n}
-        self.slots = {v: i for i, v in enumerate(sorted({*inputs, *needed_by_caller, *crossing}))}
-        self.passing = {i for v, i in self.slots.items() if home[v] >= self.first_pass}
-        self.inputs = [[self.slots[v] for v in arguments] for arguments, _ in trace.segments]
-        self.results = [[self.slots[self._first(v)] for v in r] for _, r in trace.segments]
+        self._shared = {*chain.from_iterable(self.inputs), *needed_by_caller, *crossing}
+        self.passing = {v for v in self._shared if home[v] >= self.first_pass}
+        self.num_values = len(trace.values)
         # What the code names besides values: functions, dtypes, and the tensors that never change.
         self._constants: dict[str, Any] = {}
         self._constant_names: dict[int, str] = {}
@@ -86,21 +84,20 @@ class Code:
         local: set[int] = set()
         for node, names in zip(nodes, last_uses, strict=True):
             reads = dict.fromkeys(map(self._first, node.reads))
-            reads_slot = [v for v in reads if v in self.slots and v not in local]
-            lines += [self._fetched(v, segment) for v in reads_slot]
+            fetched = [v for v in reads if v in self._shared and v not in local]
+            lines += [self._fetched(v, segment) for v in fetched]
             new = [o for o in node.made() if o not in local]
-            local |= {*reads_slot, *new}
+            local |= {*fetched, *new}
             lines.append(self._assigned(node, new) + self._call(node))
-            lines += [f"e[{self.slots[o]}] = v{o}" for o in new if o in self.slots]
+            lines += [f"e[{o}] = v{o}" for o in new if o in self._shared]
             if names:
                 lines.append(f"{' = '.join(names)} = None")
         return lines
 
     def _fetched(self, value: int, segment: int) -> str:
         """The line that reads a shared value, which is let go where nobody reads it later."""
-        slot = self.slots[value]
-        over = slot in self.passing and self._last_reader[value] == segment
-        return f"v{value} = e[{slot}]" + (f"; e[{slot}] = None" if over else "")
+        over = value in self.passing and self._last_reader[value] == segment
+        return f"v{value} = e[{value}]" + (f"; e[{value}] = None" if over else "")
 
     def _assigned(self, node: Node, new: list[int]) -> str:
         """The left side of a call; what is written in place has its name already."""

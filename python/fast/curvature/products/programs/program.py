@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fast.curvature.losses.loss import Loss
-from fast.curvature.network.batches import Batch
-from fast.curvature.network.network import Network, laid_out
+from fast.curvature.losses.loss import OutputHessian
+from fast.curvature.network.network import laid_out
 from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.products.batch_loss import BatchLoss
 from fast.curvature.products.batched import Folded
 from fast.curvature.products.batched.passes import Passes
-from fast.curvature.products.looped import OutputCurvature
 from fast.curvature.products.programs.code import Code
 from fast.curvature.products.programs.trace import BranchChanged
 
@@ -29,23 +27,35 @@ class Execution:
 
     def __init__(self, code: Code):
         self.code = code
-        self.values: list[Any] = [None] * len(code.slots)
+        self.values: list[Any] = [None] * code.num_values
 
     @torch.no_grad()
     def __call__(self, segment: int, *inputs: Tensor) -> list[Tensor]:
         """The results of a segment for these inputs."""
         code, values = self.code, self.values
-        for slot, tensor in zip(code.inputs[segment], inputs, strict=True):
-            values[slot] = tensor
+        for value, tensor in zip(code.inputs[segment], inputs, strict=True):
+            values[value] = tensor
         # The operations are chosen already: no mode has to look at them again.
         with torch._C.DisableTorchFunction():
             code.functions[segment](values)
-        return [values[slot] for slot in code.results[segment]]
+        return [values[value] for value in code.results[segment]]
 
-    def end_pass(self) -> None:
+    def product(self, segment: int, curvature: OutputHessian, vectors: Blocks, out: Blocks) -> None:
+        """A pass from `segment` on, for the products that are written to `out`."""
+        (u,) = self(segment, *vectors)
+        self(segment + 1, curvature.product(u), *out)
+        self._end_pass()
+
+    def form(self, segment: int, curvature: OutputHessian, vectors: Blocks) -> Tensor:
+        """A pass by `segment`, for v^T A v of each vector."""
+        u, *terms = self(segment, *vectors)
+        self._end_pass()
+        return sum(terms, curvature.quad(u))
+
+    def _end_pass(self) -> None:
         """Let go of what a pass has left."""
-        for slot in self.code.passing:
-            self.values[slot] = None
+        for value in self.code.passing:
+            self.values[value] = None
 
 
 class Program:
@@ -63,15 +73,7 @@ class Program:
         self.code, self.passes, self.num_vectors = code, passes, num_vectors
         self.exact, self.chunk, self.output_dim = part.exact, part.chunk, part.output_dim
 
-    def linearize(
-        self,
-        network: Network,
-        loss: Loss,
-        batch: Batch,
-        index: int,
-        curvature: OutputCurvature,
-        tensors: list[Tensor],
-    ) -> ProgramPasses:
+    def linearize(self, of: BatchLoss, tensors: list[Tensor]) -> ProgramPasses:
         """The linearisation of a batch that the program fits to.
 
         Args:
@@ -81,16 +83,16 @@ class Program:
             BranchChanged: data took the network's code another way.
         """
         execution = Execution(self.code)
-        with network.scope(index, differentiable_twice=False):
+        with of.scope(differentiable_twice=False):
             (raw,) = execution(FORWARD, *tensors)
-            dim = loss.class_dim(raw, batch.target, network.class_dim)
+            dim = of.class_dim(raw)
             if dim != self.output_dim:
                 raise BranchChanged
             (z,) = execution(LAYOUT)
-            y = laid_out(raw, batch.target, dim)[1]
-            output = curvature(loss, z, y)
-            execution(BACKWARD, loss.gradient(z, y) if self.exact else torch.zeros_like(z))
-        return ProgramPasses(self, execution, (z, y), output.product, output.quad)
+            y = laid_out(raw, of.batch.target, dim)[1]
+            curvature = of.curvature(of.loss, z, y)
+            execution(BACKWARD, of.loss.gradient(z, y) if self.exact else torch.zeros_like(z))
+        return ProgramPasses(self, execution, (z, y), curvature)
 
 
 class ProgramPasses(Passes):
@@ -98,7 +100,7 @@ class ProgramPasses(Passes):
 
     Args:
         answers: output and target.
-        product, quad: those of the curvature at the output.
+        curvature: the matrix at the output.
     """
 
     def __init__(
@@ -106,21 +108,15 @@ class ProgramPasses(Passes):
         program: Program,
         execution: Execution,
         answers: tuple[Tensor, Any],
-        product: Callable[[Tensor], Tensor],
-        quad: Callable[[Tensor], Tensor],
+        curvature: OutputHessian,
     ):
-        self.exact, self.chunk, self.passes = program.exact, program.chunk, program.passes
-        self.num_vectors = program.num_vectors
-        self.execution, self.answers, self.weight = execution, answers, 0.0
-        self.output_product, self.output_quad = product, quad
+        self.chunk, self.num_vectors = program.chunk, program.num_vectors
+        self.passes, self.execution = program.passes, execution
+        self.answers, self.weight, self.curvature = answers, 0.0, curvature
 
     def product_pass(self, vectors: Blocks, out: Blocks) -> None:
         segment = self.passes["product", len(vectors[0])]
-        (u,) = self.execution(segment, *vectors)
-        self.execution(segment + 1, self.output_product(u), *out)
-        self.execution.end_pass()
+        self.execution.product(segment, self.curvature, vectors, out)
 
     def form_pass(self, vectors: Blocks) -> Tensor:
-        u, *terms = self.execution(self.passes["form", len(vectors[0])], *vectors)
-        self.execution.end_pass()
-        return sum(terms, self.output_quad(u))
+        return self.execution.form(self.passes["form", len(vectors[0])], self.curvature, vectors)

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fast.curvature.losses.loss import Loss
-from fast.curvature.network.batches import Batch
 from fast.curvature.network.network import Network
 from fast.curvature.network.parameter_space import Blocks
+from fast.curvature.network.snapshot import Watch
+from fast.curvature.products.batch_loss import BatchLoss
 from fast.curvature.products.batched import Folded
 from fast.curvature.products.batched.passes import Passes
-from fast.curvature.products.looped import OutputCurvature
 from fast.curvature.products.programs.code import Code
+from fast.curvature.products.programs.conditions import draws, make_up, modes, shapes
 from fast.curvature.products.programs.program import PASSES, Program, ProgramPasses
 from fast.curvature.products.programs.reads import Reads
 from fast.curvature.products.programs.trace import BranchChanged
 from fast.curvature.products.programs.tracer import Tracer
-from fast.curvature.products.programs.watch import Watch, draws, make_up, modes, shapes
 
 # This many programs are kept for inputs of one make-up. They differ in what their code has read
 # from the data.
@@ -62,13 +61,7 @@ class Programs:
         return sum(len(programs or ()) for programs in self._programs.values())
 
     def linearize(
-        self,
-        record: Callable[..., Folded],
-        loss: Loss,
-        batch: Batch,
-        index: int,
-        curvature: OutputCurvature,
-        num_vectors: int,
+        self, record: Callable[..., Folded], of: BatchLoss, num_vectors: int
     ) -> Folded | ProgramPasses:
         """The linearisation of one batch for products with `num_vectors` vectors.
 
@@ -76,13 +69,13 @@ class Programs:
             record: makes a record, given the `segment` that surrounds its parts.
         """
         self._look()
-        inputs = [t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)]
+        inputs = [t for t in pytree.tree_leaves(of.batch.inputs) if isinstance(t, Tensor)]
         layouts = shapes([*self._tensors, *inputs])
         if layouts is None:
             self.why = "a tensor of the network or its inputs is nested, sparse or of another class"
             return record()
         device = self.network.space.device
-        key = (num_vectors, modes(device), make_up(batch), *map(tuple, layouts))
+        key = (num_vectors, modes(device), make_up(of.batch), *map(tuple, layouts))
         if key not in self._programs:
             self._programs[key] = []
             while len(self._programs) > MOST_KEPT:
@@ -94,7 +87,7 @@ class Programs:
         tensors = [*self._tensors, *inputs, *self._others]
 
         def replay(program: Program) -> ProgramPasses:
-            return program.linearize(self.network, loss, batch, index, curvature, tensors)
+            return program.linearize(of, tensors)
 
         for program in programs:
             try:
@@ -114,7 +107,8 @@ class Programs:
         self._watch = watch = Watch(self.network.model)
         parameters = dict(self.network.model.named_parameters()).values()
         self._tensors = [*parameters, *self.network.model.buffers()]
-        self._others = watch.attributes()
+        named = set(map(id, self._tensors))
+        self._others = [t for t in watch.tensors() if id(t) not in named]
 
     def _refuse(self, key: Any, why: str) -> None:
         self._programs[key], self.why = None, why

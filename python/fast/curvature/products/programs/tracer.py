@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fast.curvature.products.programs.trace import Node, Ref, Trace, Value, expect
-from fast.curvature.products.programs.traits import is_static, traits_of
+from fast.curvature.products.programs.traits import is_dynamic, written_by
 
 aten = torch.ops.aten
 # The tensors among an operation's arguments: each with its number and the address of its memory.
@@ -139,17 +139,18 @@ class Tracer(TorchDispatchMode):
         Args:
             references: the arguments and keywords, with references in place of tensors.
         """
-        traits = traits_of(func)
-        if traits.dynamic and not is_static(func, args):
+        if is_dynamic(func, args):
             self.refuse(f"the shape of what {func} gives depends on data")
             return
         reads = [i for _, i, _ in tensors]
         outs = list(out) if isinstance(out, tuple | list) else [out]
         if not any(isinstance(o, Tensor) for o in outs):
-            if tensors and traits.reads_data:
+            if tensors and torch.Tag.data_dependent_output in func.tags:
                 self._expect(func, references[0], reads, out)
             return
-        targets = _tensors([args[i] if i < len(args) else kwargs.get(n) for i, n in traits.writes])
+        targets = _tensors(
+            [args[i] if i < len(args) else kwargs.get(n) for i, n in written_by(func)]
+        )
         writes = {self.trace.values[self._numbers[t]].memory for t in targets}
         count = len(self.trace.values)
         outputs = [self._output(o, tensors) if isinstance(o, Tensor) else None for o in outs]
@@ -164,7 +165,7 @@ class Tracer(TorchDispatchMode):
             outputs,
             several=isinstance(out, tuple | list),
             writes=writes,
-            required=traits.random,
+            required=torch.Tag.nondeterministic_seeded in func.tags,
         )
 
     def _are_views(self, outs: list[Any], new: list[int]) -> bool:

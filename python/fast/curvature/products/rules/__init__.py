@@ -10,6 +10,7 @@ from fast.curvature.products.rules import (  # noqa: F401  (importing registers 
     shape,
 )
 from fast.curvature.products.rules.base import (
+    BY_FIRST,
     NO_FAULT,
     RULES,
     Call,
@@ -18,4 +19,12 @@ from fast.curvature.products.rules.base import (
     decomposition,
 )
 
-__all__ = ["NO_FAULT", "RULES", "Call", "RuleError", "UnsupportedOperation", "decomposition"]
+__all__ = [
+    "BY_FIRST",
+    "NO_FAULT",
+    "RULES",
+    "Call",
+    "RuleError",
+    "UnsupportedOperation",
+    "decomposition",
+]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fast.curvature.products.rules.base import Call, Tangent, UnsupportedOperation, aten, rule
-from fast.curvature.products.rules.matmul import batched
+from fast.curvature.products.rules.matmul import sum_of_products
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -44,20 +44,8 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scal
     return p
 
 
-def _terms(pairs: list[tuple[Tensor | None, Tensor | None]]) -> Tangent:
-    """The sum of a_i @ b_i over the pairs without None.
-
-    A factor [n, p, q] does not move: it gets a dimension K of stride zero.
-    """
-    out = None
-    for a, b in pairs:
-        if a is None or b is None:
-            continue
-        num_vectors = max(a.shape[0] if a.ndim == 4 else 1, b.shape[0] if b.ndim == 4 else 1)
-        a = a if a.ndim == 4 else a.expand(num_vectors, *a.shape)
-        b = b if b.ndim == 4 else b.expand(num_vectors, *b.shape)
-        out = batched(a, b, out)
-    return out
+def _t(m: Tangent) -> Tangent:
+    return None if m is None else m.transpose(-1, -2)
 
 
 def _softmax_tangent(p: Tensor, ds: Tensor) -> Tensor:
@@ -100,17 +88,12 @@ class _Attention:
         """dP, from dS = c (dq k^T + q dk^T)."""
         if dq is None and dk is None:
             return None
-        ds = _terms(
-            [
-                (dq, self.k.transpose(-1, -2)),
-                (self.q, None if dk is None else dk.transpose(-1, -2)),
-            ]
-        )
+        ds = sum_of_products((dq, _t(self.k)), (self.q, _t(dk)))
         return _softmax_tangent(self.p, ds.mul_(self.scale))
 
     def forward(self, dq: Tangent, dk: Tangent, dv: Tangent) -> Tensor:
         """The tangent of o."""
-        return _terms([(self.scores(dq, dk), self.v), (self.p, dv)])
+        return sum_of_products((self.scores(dq, dk), self.v), (self.p, dv))
 
     def prepare(self, g: Tensor) -> None:
         """Compute what `backward` reads of the gradient g in o, where q, k or v move."""
@@ -122,15 +105,8 @@ class _Attention:
     def backward(self, dg: Tangent, dq: Tangent, dk: Tangent, dv: Tangent) -> tuple[Tangent, ...]:
         """The tangents of gq, gk and gv."""
         dp = self.scores(dq, dk)
-        by_v = _terms(
-            [
-                (None if dp is None else dp.transpose(-1, -2), self.g),
-                (self.p.transpose(-1, -2), dg),
-            ]
-        )
-        dgp = _terms(
-            [(dg, self.v.transpose(-1, -2)), (self.g, None if dv is None else dv.transpose(-1, -2))]
-        )
+        by_v = sum_of_products((_t(dp), self.g), (_t(self.p), dg))
+        dgp = sum_of_products((dg, _t(self.v)), (self.g, _t(dv)))
         # gS = P (gP - <gP, P>). For dgP this is the softmax's own tangent; the rest moves with dP.
         dgs = None if dgp is None else _softmax_tangent(self.p, dgp)
         if dp is not None:
@@ -139,110 +115,68 @@ class _Attention:
             dgs = by_p if dgs is None else dgs.add_(by_p)
         if dgs is not None:
             dgs = dgs.mul_(self.scale)
-        by_q = _terms([(dgs, self.k), (self.gs, dk)])
-        by_k = _terms(
-            [
-                (None if dgs is None else dgs.transpose(-1, -2), self.q),
-                (None if dq is None else self.gs.transpose(-1, -2), dq),
-            ]
-        )
+        by_q = sum_of_products((dgs, self.k), (self.gs, dk))
+        by_k = sum_of_products((_t(dgs), self.q), (_t(self.gs), dq))
         return by_q, by_k, by_v
 
 
-def _no_dropout(p: float) -> None:
-    if p:
+# Places of the mask (None: it is a keyword, or there is none), of the dropout and of `causal` among
+# the arguments of torch's kernels: that of CPUs, of float32 and of half precision on CUDA.
+FORWARD = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (None, 3, 4),
+    aten._scaled_dot_product_efficient_attention.default: (3, 5, 6),
+    aten._scaled_dot_product_flash_attention.default: (None, 3, 4),
+}
+BACKWARD = {
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (None, 6, 7),
+    aten._scaled_dot_product_efficient_attention_backward.default: (4, 9, 11),
+    aten._scaled_dot_product_flash_attention_backward.default: (None, 10, 11),
+}
+
+
+def _attention(
+    call: Call, qkv: tuple[Tensor, Tensor, Tensor], places: tuple[int | None, int, int]
+) -> _Attention:
+    mask_at, dropout_at, causal_at = places
+    if call.arg(dropout_at, 0.0):
         raise UnsupportedOperation("fused attention with dropout")
-
-
-def _fixed_mask(call: Call, at: int) -> None:
-    if call.is_active(at):
+    if mask_at is not None and call.is_active(mask_at):
         raise UnsupportedOperation("attention with a mask that depends on parameters")
+    mask = call.kwargs.get("attn_mask") if mask_at is None else call.arg(mask_at)
+    return _Attention(call, qkv, mask, call.arg(causal_at, False), call.kwargs.get("scale"))
 
 
-def _forward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | None):
-    attention = _Attention(call, call.args[:3], mask, causal, scale)
-    out = call.out[0]
-    shape = out.shape
+@rule(*FORWARD)
+def forward(call: Call):
+    attention = _attention(call, call.args[:3], FORWARD[call.func])
+    shape = call.out[0].shape
     call.differentiable_outputs = (0,)
     rest = (None,) * (len(call.out) - 1)
 
-    def derivative(dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:
-        out_tangent = attention.forward(_flat_tangent(dq), _flat_tangent(dk), _flat_tangent(dv))
-        return (out_tangent.reshape(out_tangent.shape[0], *shape), *rest)
+    def derivative(*tangents: Tangent) -> tuple[Any, ...]:
+        out = attention.forward(*map(_flat_tangent, tangents[:3]))
+        return (out.reshape(out.shape[0], *shape), *rest)
 
     return derivative
 
 
-def _backward_rule(call: Call, mask: Tensor | None, causal: bool, scale: float | None):
+@rule(*BACKWARD)
+def backward(call: Call):
+    """Its first arguments are g, q, k and v."""
     g, q, k, v = call.args[:4]
-    attention = _Attention(call, (q, k, v), mask, causal, scale)
+    attention = _attention(call, (q, k, v), BACKWARD[call.func])
     shapes = (q.shape, k.shape, v.shape)
     if any(call.active[1:4]):
         attention.prepare(g)
     call.differentiable_outputs = (0, 1, 2)
     rest = (None,) * (len(call.out) - 3)
 
-    def derivative(dg: Any, dq: Any, dk: Any, dv: Any, *_: Any) -> tuple[Any, ...]:
-        tangents = attention.backward(
-            _flat_tangent(dg), _flat_tangent(dq), _flat_tangent(dk), _flat_tangent(dv)
-        )
+    def derivative(*tangents: Tangent) -> tuple[Any, ...]:
+        out = attention.backward(*map(_flat_tangent, tangents[:4]))
         gradients = [
             None if m is None else m.reshape(m.shape[0], *s)
-            for m, s in zip(tangents, shapes, strict=True)
+            for m, s in zip(out, shapes, strict=True)
         ]
         return (*gradients, *rest)
 
     return derivative
-
-
-@rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
-def flash_cpu(call: Call):
-    _no_dropout(call.arg(3, 0.0))
-    return _forward_rule(
-        call, call.kwargs.get("attn_mask"), call.arg(4, False), call.kwargs.get("scale")
-    )
-
-
-@rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
-def flash_cpu_backward(call: Call):
-    _no_dropout(call.arg(6, 0.0))
-    return _backward_rule(
-        call, call.kwargs.get("attn_mask"), call.arg(7, False), call.kwargs.get("scale")
-    )
-
-
-@rule(aten._scaled_dot_product_efficient_attention.default)
-def efficient(call: Call):
-    """The kernel for float32 on CUDA.
-
-    Its arguments are q, k, v, bias, compute_log_sumexp, dropout and causal.
-    """
-    _no_dropout(call.arg(5, 0.0))
-    _fixed_mask(call, 3)
-    return _forward_rule(call, call.arg(3, None), call.arg(6, False), call.kwargs.get("scale"))
-
-
-@rule(aten._scaled_dot_product_efficient_attention_backward.default)
-def efficient_backward(call: Call):
-    """Its arguments are g, q, k, v, bias, out, log-sum-exp, random state (2), dropout, output mask
-    and causal.
-    """
-    _no_dropout(call.arg(9, 0.0))
-    _fixed_mask(call, 4)
-    return _backward_rule(call, call.arg(4, None), call.arg(11, False), call.kwargs.get("scale"))
-
-
-@rule(aten._scaled_dot_product_flash_attention.default)
-def flash(call: Call):
-    """The kernel for half precision on CUDA. Its arguments are q, k, v, dropout and causal."""
-    _no_dropout(call.arg(3, 0.0))
-    return _forward_rule(call, None, call.arg(4, False), call.kwargs.get("scale"))
-
-
-@rule(aten._scaled_dot_product_flash_attention_backward.default)
-def flash_backward(call: Call):
-    """Its arguments are g, q, k, v, out, log-sum-exp, lengths (4), dropout, causal and random state
-    (2).
-    """
-    _no_dropout(call.arg(10, 0.0))
-    return _backward_rule(call, None, call.arg(11, False), call.kwargs.get("scale"))

@@ -21,6 +21,8 @@ aten, prims = torch.ops.aten, torch.ops.prims
 Tangent = Any
 Rule = Callable[["Call"], Callable[..., Any]]
 RULES: dict[Any, Rule] = {}
+# The operations whose results move with their first argument alone.
+BY_FIRST: set[Any] = set()
 
 
 class UnsupportedOperation(Exception):
@@ -52,8 +54,6 @@ class Call:
             parameters, as that of a Hessian does.
         differentiable_outputs: the places of the outputs that depend on the parameters; None means
             all. The rule may set it.
-        is_linear_in_first: whether the derivative takes the tangent of the first argument alone.
-            The rule may set it.
     """
 
     func: Any
@@ -65,7 +65,6 @@ class Call:
     cache: dict[Any, tuple[Any, tuple[Tensor, ...]]]
     exact: bool
     differentiable_outputs: tuple[int, ...] | None = None
-    is_linear_in_first: bool = False
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A value that the derivative reads; the record checks that nobody overwrites it."""
@@ -100,18 +99,17 @@ class Call:
         return self.args[i] if i < len(self.args) else default
 
 
-def rule(*funcs: Any, ignores_self: bool = False) -> Callable[[Rule], Rule]:
+def rule(*funcs: Any, by_first: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for some operations.
 
     Args:
-        ignores_self: the rule does not read the value of the first argument, so that the in-place
-            form needs no copy of it.
+        by_first: the results move with the first argument alone: the derivative takes its tangent,
+            and where it is fixed, the results are constants.
     """
 
     def register(f: Rule) -> Rule:
-        f.ignores_self = ignores_self  # type: ignore[attr-defined]
-        for func in funcs:
-            RULES[func] = f
+        RULES.update(dict.fromkeys(funcs, f))
+        BY_FIRST.update(funcs if by_first else ())
         return f
 
     return register

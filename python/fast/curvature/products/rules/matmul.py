@@ -16,9 +16,6 @@ from torch import Tensor
 from fast.curvature.products.rules import gemm
 from fast.curvature.products.rules.base import Call, Tangent, aten, rule, spread
 
-# Below this many columns a product per vector is mostly overhead: K is folded into the columns.
-NARROW = 64
-
 
 def times_fixed(d: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """d [K, m, k] times b [k, n]. The result [K, m, n] is written to `into` where there is one."""
@@ -38,20 +35,14 @@ def fixed_times(
 
     The result [K, m, n] is added to `onto` in place, or written to `into`, where there is one.
     """
-    num_vectors, _, n = d.shape
     if gemm.preferred(a, d[0]):
         if onto is None:
-            return _each(((a, v) for v in d), d, (a.shape[0], n), into)
+            return _each(((a, v) for v in d), d, (a.shape[0], d.shape[2]), into)
         for o, v in zip(onto, d, strict=True):
             o += gemm.mm(a, v)
         return onto
-    if onto is not None:
-        return onto.baddbmm_(a.expand(num_vectors, *a.shape), d)
-    flat = d.transpose(1, 2)
-    if into is None and n < NARROW and flat.is_contiguous():
-        out = torch.mm(a, flat.reshape(num_vectors * n, -1).T)
-        return out.view(-1, num_vectors, n).transpose(0, 1).contiguous()
-    return torch.bmm(a.expand(num_vectors, *a.shape), d, out=into)
+    wide = a.expand(len(d), *a.shape)
+    return torch.bmm(wide, d, out=into) if onto is None else onto.baddbmm_(wide, d)
 
 
 def _each(
@@ -110,43 +101,24 @@ def addmm(call: Call):
 def bmm(call: Call):
     a: Any = call.keep(call.args[0]) if call.is_active(1) else None
     b: Any = call.keep(call.args[1]) if call.is_active(0) else None
-
-    def derivative(da: Tangent, db: Tangent) -> Tangent:
-        return moving_product(da, db, a, b)
-
-    return derivative
+    return lambda da, db: sum_of_products((da, b), (a, db))
 
 
-def moving_product(da: Tangent, db: Tangent, a: Tangent, b: Tangent) -> Tangent:
-    """The tangent da b + a db of a [n, p, q] times b [n, q, r]; da and db have K in front."""
-    out: Tangent = None
-    if da is not None:
-        out = batched(da, b.expand(da.shape[0], *b.shape))
-    if db is not None:
-        wide = a.expand(db.shape[0], *a.shape)
-        out = batched(wide, db) if out is None else batched(wide, db, out)
+def sum_of_products(*pairs: tuple[Tangent, Tangent]) -> Tangent:
+    """The sum of a @ b over the pairs without None, as batched products.
+
+    Tangents are [K, n, p, q]. A factor [n, p, q] does not move: it gets a dimension K of stride
+    zero.
+    """
+    out = None
+    for a, b in pairs:
+        if a is None or b is None:
+            continue
+        num_vectors = len(a) if a.ndim == 4 else len(b)
+        a, b = (m if m.ndim == 4 else m.expand(num_vectors, *m.shape) for m in (a, b))
+        left, right = a.flatten(0, 1), b.flatten(0, 1)
+        if out is None:
+            out = torch.bmm(left, right).view(*a.shape[:-1], b.shape[-1])
+        else:
+            out.view(-1, *out.shape[-2:]).baddbmm_(left, right)
     return out
-
-
-def batched(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a [..., p, q] times b [..., q, r], as one batched product; it is added to `onto` where there
-    is one."""
-    lead = a.shape[:-2]
-    left, right = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    if onto is None:
-        return torch.bmm(left, right).view(*lead, a.shape[-2], b.shape[-1])
-    onto.view(-1, *onto.shape[-2:]).baddbmm_(left, right)
-    return onto
-
-
-@rule(aten.dot.default, aten.mv.default)
-def vector_product(call: Call):
-    a: Any = call.keep(call.args[0]) if call.is_active(1) else None
-    b: Any = call.keep(call.args[1]) if call.is_active(0) else None
-
-    def derivative(da: Tangent, db: Tangent) -> Any:
-        first = 0.0 if da is None else da @ b
-        second = 0.0 if db is None else (db @ a.T if a.ndim == 2 else db @ a)
-        return first + second
-
-    return derivative

@@ -62,7 +62,7 @@ def log_sigmoid(call: Call):
     return lambda d: (d * slope, None)
 
 
-@rule(aten.relu.default, ignores_self=True)
+@rule(aten.relu.default)
 def relu(call: Call):
     mask = _mask(call.out > 0, call.out)
     return lambda d: d * mask
@@ -110,12 +110,12 @@ def _ndim(x: Any) -> int:
     return x.ndim if isinstance(x, Tensor) else 0
 
 
-@rule(aten.neg.default, ignores_self=True)
+@rule(aten.neg.default)
 def neg(call: Call):
     return lambda d: -d
 
 
-@rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, ignores_self=True)
+@rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar)
 def add(call: Call):
     a, b = call.args[:2]
     sign = -1.0 if call.func in (aten.sub.Tensor, aten.sub.Scalar) else 1.0
@@ -191,7 +191,7 @@ def where(call: Call):
     return derivative
 
 
-@rule(aten.masked_fill.Scalar, ignores_self=True)
+@rule(aten.masked_fill.Scalar)
 def masked_fill(call: Call):
     mask, shape, ndim = call.keep(call.args[1]), call.out.shape, call.args[0].ndim
 
@@ -270,11 +270,8 @@ _backward(aten.sigmoid_backward.default, lambda y, c: (y * (1 - y), 1 - 2 * y))
 def _masked_backward(func: Any, factor: Callable[[Call], Tensor]) -> None:
     """Register the backward of a piecewise linear function: it does not change with the input."""
 
-    @rule(func)
+    @rule(func, by_first=True)
     def backward(call: Call):
-        if not call.is_active(0):
-            return call.constant()
-        call.is_linear_in_first = True
         slope = factor(call)
         return lambda dg: dg * slope
 

@@ -96,12 +96,9 @@ def _over_images(call: Call):
 rule(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)(_over_images)
 
 
-@rule(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default)
+@rule(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, by_first=True)
 def pool_backward(call: Call):
     """It is linear in the gradient, and reads only the shape of the input."""
-    if not call.is_active(0):
-        return call.constant()
-    call.is_linear_in_first = True
     func, x, rest = call.func, call.args[1], call.args[2:]
     shape = x.shape
 
@@ -127,12 +124,9 @@ def max_pool(call: Call):
     return derivative
 
 
-@rule(aten.max_pool2d_with_indices_backward.default)
+@rule(aten.max_pool2d_with_indices_backward.default, by_first=True)
 def max_pool_backward(call: Call):
     """The gradient is scattered to fixed indices."""
-    if not call.is_active(0):
-        return call.constant()
-    call.is_linear_in_first = True
     indices, shape = call.args[7].flatten(-2), call.args[1].shape
 
     def derivative(dg: Tangent) -> Tangent:

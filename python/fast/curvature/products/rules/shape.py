@@ -33,43 +33,24 @@ def view(call: Call):
     return lambda d, *_: d.reshape(d.shape[0], *shape)
 
 
-@rule(aten.alias.default, aten.detach.default, aten.lift_fresh.default, ignores_self=True)
+@rule(aten.alias.default, aten.detach.default, aten.lift_fresh.default)
 def alias(call: Call):
     return lambda d: d
 
 
-@rule(aten.clone.default, ignores_self=True)
+@rule(aten.clone.default)
 def clone(call: Call):
     # Clones serve to change the memory order, which views of the tangent then need as well.
     dense = call.out.is_contiguous()
     return lambda d, *_: d.contiguous() if dense else d
 
 
-@rule(aten._to_copy.default, prims.convert_element_type.default, ignores_self=True)
+@rule(aten._to_copy.default, prims.convert_element_type.default)
 def to_copy(call: Call):
     dtype = call.out.dtype
     if not dtype.is_floating_point:
         call.differentiable_outputs = ()
     return lambda d, *_: d.to(dtype)
-
-
-@rule(aten.copy.default, ignores_self=True)
-def copy(call: Call):
-    shape, ndim, dtype = call.out.shape, call.out.ndim, call.out.dtype
-    source_ndim = call.args[1].ndim
-
-    def derivative(d: Tangent, source: Tangent, *_: Any) -> Tensor:
-        if source is None:
-            return torch.zeros_like(d)
-        source = spread(source, source_ndim, ndim)
-        return source.expand(source.shape[0], *shape).to(dtype)
-
-    return derivative
-
-
-@rule(aten.zero.default, aten.fill.Scalar, ignores_self=True)
-def fill(call: Call):
-    return lambda d, *_: torch.zeros_like(d)
 
 
 @rule(aten.t.default)
@@ -165,21 +146,17 @@ LINEAR = (
 )
 
 
-@rule(*LINEAR)
+@rule(*LINEAR, by_first=True)
 def linear(call: Call):
     func, rest, kwargs = call.func, call.args[1:], call.kwargs
-    if not call.is_active(0):
-        return call.constant()
     if any(call.active[1:]):
         raise UnsupportedOperation(f"{func} with an index that depends on parameters")
 
-    def derivative(d: Tensor, *_: Any) -> Tensor:
-        return vmap(lambda v: func(v, *rest, **kwargs))(d)
-
-    return derivative
+    return vmap(lambda v: func(v, *rest, **kwargs))
 
 
-@rule(
+# Results that do not change with the values of the arguments.
+rule(
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
@@ -195,10 +172,7 @@ def linear(call: Call):
     ),
     # Those of `prims` come from decompositions, which may not ask for equality: see `Recorder`.
     *(getattr(prims, f).default for f in ("lt", "le", "gt", "ge")),
-)
-def constant(call: Call):
-    """The results do not change with the values of the arguments."""
-    return call.constant()
+)(Call.constant)
 
 
 @rule(aten.constant_pad_nd.default)
@@ -208,15 +182,13 @@ def constant_pad(call: Call):
     return lambda d, *_: aten.constant_pad_nd(d, pad, 0)
 
 
-@rule(aten.embedding.default)
+@rule(aten.embedding.default, by_first=True)
 def embedding(call: Call):
     """The tangent's rows are looked up; the row `padding_idx` does not move, as in autograd."""
-    if not call.is_active(0):
-        return call.constant()
     index, padding = call.args[1], call.arg(2, -1)
     is_padding = index[..., None] == padding if padding >= 0 else None
 
-    def derivative(d: Tensor, *_: Any) -> Tensor:
+    def derivative(d: Tensor) -> Tensor:
         out = d[:, index]
         return out if is_padding is None else out.masked_fill_(is_padding, 0.0)
 
