@@ -8,6 +8,7 @@ from fast.heads.adapters import (
     merge_adapters,
 )
 from fast.heads.batch_norm import (
+    by_batch_statistics,
     estimate_statistics,
     has_batch_norm,
     has_layer_norm,
@@ -40,6 +41,7 @@ __all__ = [
     "adapters",
     "add_adapters",
     "attach_adapters",
+    "by_batch_statistics",
     "by_sample",
     "calibrate",
     "calibrate_from",

@@ -10,7 +10,8 @@ A policy changes the class of the batch norms in place, so it survives `model.tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.heads.forward import evaluating, forward_logits
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
+
+# The least weight of a batch in the statistics that the target gets, torch's default. Networks that
+# were trained for months average over a hundred batches or thousands (EfficientNet, MobileNetV3 and
+# MNASNet of torchvision), which is longer than a run.
+LEAST_MOMENTUM = 0.1
 
 
 class _Frozen(Overlay):
@@ -94,6 +100,7 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
         if source is not None:
             put_over(source, _Frozen)
             norm.add_module("source_norm", source)
+            norm.momentum = max(norm.momentum or 0.0, LEAST_MOMENTUM)
         norm.train(norm.training)
     return model
 
@@ -160,6 +167,15 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [x for pair in pairs for x in pair if x is not None]
 
 
+@contextmanager
+def by_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which batch norms use the statistics of each batch and track them."""
+    with evaluating(model):
+        for norm in _batch_norms(model):
+            norm.training = True
+        yield
+
+
 def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set the target statistics of batch norms that are kept per task, from target inputs.
 
@@ -192,6 +208,7 @@ def plain_batch_norm(model: nn.Module) -> nn.Module:
     """Give every batch norm its own class back; those kept per task keep the target's state."""
     for norm in _batch_norms(model):
         if isinstance(norm, _PerTask):
+            norm.momentum = cast(_BatchNorm, norm.source_norm).momentum
             del norm.source_norm
         take_off(norm)
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fast import dtensor
-from fast.adapt.network.dropout import dropout_shares, set_dropout
+from fast.adapt.network.noise import dropout_shares, set_dropout
 from fast.data.generators import process_generators, set_process_generators
 from fast.heads import task_head
 

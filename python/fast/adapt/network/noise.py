@@ -1,25 +1,34 @@
-"""Switch dropout off where it drowns what distinguishes the inputs of a network.
+"""The noise of training mode, measured by what it adds to the features: dropout, and batch norm.
 
 The normaliser scales the features up until they vary by one between inputs, and with them what
 dropout adds. A head that was taught on features without dropout then errs by nats from the first
-step on, and the backbone forgets in answer to noise.
+step on, and the backbone forgets in answer to noise. So dropout that drowns what distinguishes the
+inputs is switched off.
+
+The statistics of a batch differ from those of the next one, and each batch norm hands on what the
+ones before it have added. Where that is much, the target gets no statistics of its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from fast.adapt.network.shared_forward import features_by_mode
-from fast.data.trees import length
-from fast.heads import by_sample
+from fast.adapt.network.shared_forward import HeadInput, features_by_mode
+from fast.data.trees import leaves, length, pick
+from fast.heads import by_batch_statistics, by_sample, traceless
 
 # Variance that dropout adds, by the variance between inputs, from which on it is switched off. At
 # 2.0 a MobileNet learned flowers to 84.6 % and lost 4.0 points, without dropout to 87.0 and lost
 # none; at 3.4 and 13.7 ResNet-20 learned traffic signs to 67 and 55 %, without to 74. What adds
 # less makes little difference (benchmarks/experiments/dropout.py).
 DROWNED = 1.0
+# The same for the statistics of a batch, from which on the target gets none of its own.
+NOISY = 0.2
+# A quarter of each of so many batches are the same inputs, and the rest is drawn anew.
+BATCHES, SHARED = 3, 4
 # A module of torch that drops has its share in `p`; what drops inside of another module, or drops
 # whole paths (timm), goes by these names.
 DROPS = (nn.modules.dropout._DropoutNd,)
@@ -60,4 +69,32 @@ def added_by_dropout(model: nn.Module, head: nn.Module, inputs: Any) -> float:
     """
     rows = [by_sample(x.double(), length(inputs)) for x in features_by_mode(model, head, inputs)]
     between, added = (float(x.var(0).mean()) for x in (rows[0], rows[1] - rows[0]))
+    return added / between if between else 0.0
+
+
+def added_by_batches(model: nn.Module, head: nn.Module, inputs: Any, size: int) -> float:
+    """Variance that the statistics of a batch add to what the head sees, by that between inputs.
+
+    It leaves no trace.
+
+    Args:
+        inputs: samples on the model's device, from which batches are drawn.
+        size: samples of a batch, at least `2 * SHARED`.
+    """
+    shared, number, device = size // SHARED, length(inputs), leaves(inputs)[0].device
+    generator = torch.Generator().manual_seed(0)
+    head_input = HeadInput(head)
+    rows = []
+    try:
+        eager = torch.compiler.set_stance("force_eager")
+        with traceless(model), by_batch_statistics(model), eager:
+            for _ in range(BATCHES):
+                drawn = torch.randint(number, (size,), generator=generator)
+                drawn[:shared] = torch.arange(shared) % number
+                features = head_input.features(model, pick(inputs, drawn.to(device)))
+                rows.append(by_sample(features.double(), size)[:shared])
+    finally:
+        head_input.close()
+    features = torch.stack(rows)
+    between, added = float(features.mean(0).var(0).mean()), float(features.var(0).mean())
     return added / between if between else 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fast
-from fast.adapt.network.dropout import added_by_dropout, dropout_shares, set_dropout
+from fast.adapt.network.noise import added_by_dropout, dropout_shares, set_dropout
 from fast.adapt.network.rollback import RollbackOnError
 from fast.heads import find_head
 from fast.train.config import TrainConfig
