@@ -128,20 +128,13 @@ def check_writable(folder: Path, option: str) -> None:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{option} {folder}: is a file; name a folder")
         new = missing_folders(folder)
-        try:
-            _write_a_little(folder)
-        except FileNotFoundError:  # a process that checks at the same time has removed it again
-            _write_a_little(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"a disk that is full takes a name and no content")
     except OSError as error:
         raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
     finally:
         remove_empty(new)
-
-
-def _write_a_little(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"a disk that is full takes a name and no content")
 
 
 def check_writable_file(path: Path, option: str) -> None:

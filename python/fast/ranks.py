@@ -22,6 +22,10 @@ from torch import Tensor, nn
 AUTO = "auto"
 
 
+class RankError(RuntimeError):
+    """Another rank failed."""
+
+
 class Ranks:
     """One process, or those of a group, which all have to call the same methods in the same order.
 
@@ -123,7 +127,7 @@ class Ranks:
         """A block that raises on one rank raises on all; nothing in it may wait for other ranks.
 
         Raises:
-            RuntimeError: another rank failed; the message is that rank's.
+            RankError: another rank failed; the message is that rank's.
         """
         try:
             yield
@@ -132,7 +136,7 @@ class Ranks:
             raise
         failure = self._failure(None)
         if failure is not None:
-            raise RuntimeError(failure)
+            raise RankError(failure)
 
     def _failure(self, own: str | None) -> str | None:
         """The message of the first rank that failed; None if none did."""

@@ -145,6 +145,39 @@ def test_so_are_they_when_the_run_is_evaluated(job):
     assert numbers["accuracy"] == result["target_accuracy"]
 
 
+def test_an_evaluation_of_other_data_has_a_folder_of_its_own(job):
+    """Where copies of training photos are among them, the answers to these are known."""
+    photos(job.folder / "photos", {"cat": 10, "dog": 10})
+    assert run(job)[0] == 0
+    photos(job.folder / "other", {"cat": 2, "dog": 2})
+    for file in (job.folder / "other").rglob("*.png"):
+        file.write_bytes(file.read_bytes() + b"another")
+    counts = {"evaluation-target": 4, "evaluation-target-2": 5}
+    for args, copied in (([], False), (["other"], False), (["other"], True), ([], False)):
+        if copied:
+            shutil.copy("photos/cat/3.png", "other/cat/renamed.png")
+            shutil.rmtree("out/evaluation-target-2")
+        code, _, err = job.fast("evaluate", "out", *args)
+        assert code == 0, err
+        told = "files that are in photos, too: 1 (other/cat/renamed.png is "
+        assert (told in err.replace(f"{job.folder}/", "")) == copied
+    for name, samples in counts.items():
+        assert json.loads(Path("out", name, "evaluation.json").read_text())["samples"] == samples
+    assert not Path("out/evaluation-target-3").exists()
+
+
+def test_one_class_can_be_evaluated_alone(job):
+    photos(job.folder / "photos", {"cat": 10, "dog": 10})
+    assert run(job)[0] == 0
+    photos(job.folder / "cats", {"cat": 3})
+    code, out, err = job.fast("evaluate", "out", "cats")
+    assert code == 0, err
+    assert "of 3 samples (target task)" in out
+    code, _, err = job.fast("evaluate", "out", "cats/cat")
+    assert code == 2
+    assert "cats/cat: has no labels to compare with" in err
+
+
 def test_copies_of_photos_are_told(job):
     data = job.folder / "photos"
     photos(data, {"train/cat": 4, "train/dog": 1, "val/cat": 1, "val/dog": 1})
@@ -165,6 +198,13 @@ def test_copies_of_photos_are_told(job):
     assert f"held-out files that are trained on, too: 1 ({pair})" in err
     pair = "photos/train/dog/copy.png is photos/train/cat/1.png"
     assert f"files that are in another class, too: 1 ({pair})" in err
+
+
+def test_folds_name_classes_that_are_too_few_for_them(job):
+    photos(job.folder / "photos", {"cat": 6, "dog": 1})
+    code, _, err = job.fast("finetune", *job.args[:4], "--data", "photos", "--folds", 3, "--plan")
+    assert code == 0, err
+    assert "1 of 2 classes have fewer samples than --folds 3 (dog)" in err
 
 
 def test_all_may_be_trained_on(job):

@@ -29,9 +29,10 @@ def test_short_demo_end_to_end(tmp_path, capsys, monkeypatch):
     assert main(["demo", "--output", str(tmp_path / "d")]) == 0
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "\nfast " in out
     assert "\nvanilla " in out
+    assert " --m" not in out + err  # it has no option that advice may name
     assert (tmp_path / "d" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -76,6 +76,14 @@ def test_pictures_are_answered_as_in_training(run):
     assert re.search(r"^new/0.png +0 +[\d.]+ +\d +[\d.]+$", out, flags=re.MULTILINE)
 
 
+def test_an_empty_name_is_no_guess(run):
+    """The files of the current folder were answered, and what the run held out evaluated on."""
+    for command, name in (("predict", "PATH"), ("evaluate", "DATA")):
+        code, _, err = run.fast(command, "out", "")
+        assert code == 2
+        assert f"argument {name}: is empty; is a variable of the shell not set?" in err
+
+
 def test_the_source_is_answered_too(run):
     code, _, err = run.fast("evaluate", "out", "source.npz", "--task", "source", "-o", "report")
     assert code == 0, err

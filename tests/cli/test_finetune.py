@@ -281,6 +281,9 @@ def test_a_head_that_no_checkpoint_has_says_nothing_of_the_source(job):
     assert code == 0, err
     code, _, err = job.fast(*args, "answers", "--source-skill", "answers")
     assert code == 0, err
+    code, _, err = job.fast("evaluate", "out", "source.npz", "--task", "source")
+    assert code == 2
+    assert "its head, fc, was in no checkpoint, and answers by chance" in err
     code, _, err = job.fast("join", "out", "--output", "joined")
     assert code == 2
     assert "RUN out: the head of the old classes, fc, is not in the checkpoint" in err

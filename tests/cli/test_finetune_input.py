@@ -27,7 +27,8 @@ def test_a_loss_that_is_not_finite_is_an_error_of_one_line(job):
     [
         (["--output", "/proc/x"], "--output /proc/x: cannot be written to"),
         (["--output", "nets.py"], "--output nets.py: is a file; name a folder"),
-        (["--output", ""], "argument --output/-o: must be a folder; got an empty name"),
+        (["--output", ""], "argument --output/-o: is empty; is a variable of the shell not set?"),
+        (["--source-inputs", ""], "argument --source-inputs: is empty"),
         (["--forget-budget", "2%"], "--forget-budget needs --source-inputs to check on"),
         (
             ["--val-fraction", "1.5"],

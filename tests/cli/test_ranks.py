@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -28,3 +29,16 @@ def test_two_processes_make_one_run(job):
 
     text = torchrun(2, "fast", "finetune", *job.args, *options, fails=True)
     assert "--output out: exists" in text
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_writes_the_accuracies_of_folds(job):
+    options = ("--steps", "2", "--folds", "2", "--data", "drawn.npz", "--output", "new/folds")
+    arrays = np.load("target.npz")
+    np.savez("drawn.npz", x=arrays["x_train"], y=arrays["y_train"])
+    text = torchrun(2, "fast", "finetune", *job.args, *options)
+    assert text.count("saved in new/folds/folds.json") == 1
+    assert len(json.loads((job.folder / "new/folds/folds.json").read_text())["runs"]) == 2
+    text = torchrun(2, "fast", "finetune", *job.args, *options, fails=True)
+    assert "error: --output new/folds: exists; name another" in text
+    assert "raised RuntimeError" not in text

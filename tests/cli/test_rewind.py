@@ -63,6 +63,14 @@ def test_classes_that_are_taken_by_order_are_told(tuned):
     assert "note: new: the classes ant, bee, cat and 1 more are taken in this order" in err
 
 
+def test_a_second_rewind_leaves_the_first_as_it_is(tuned):
+    for name in ("Net-data-rewind", "Net-data-rewind-2"):
+        code, out, err = tuned.rewind("--tuned", "out")
+        assert code == 0, err
+        assert f"saved in runs/{name}" in out
+    assert (tuned.folder / "runs" / "Net-data-rewind" / "model.safetensors").is_file()
+
+
 def test_without_data_the_classes_are_those_of_the_tuned_network(tuned):
     code, _, err = tuned.rewind("--tuned", "out", "--output", "back")
     assert code == 0, err

@@ -47,6 +47,11 @@ def test_without_source_and_without_vanilla():
     assert [row[3] for row in rows] == ["10 (1.00)", "not reached"]
 
 
+def test_a_little_gained_is_no_minus_zero():
+    header, rows = summarise([run("fast", 0, [0.1, 0.5], after=0.9004)])
+    assert rows[0][header.index("source lost")] == "0.0"
+
+
 def test_steps_to_passes_over_records_without_a_target():
     history = [
         {"step": 1, "target_accuracy": None},

@@ -44,8 +44,9 @@ def backbone(model):
 
 
 def test_diagonal_is_the_fisher_diagonal_of_the_backbone(model):
-    card = fast.SourceCard.estimate(model, (X, Y), labels="data", temperature=1.0, **OPTIONS)
-    truth = fisher_diagonal(model, F.cross_entropy, (X[:60], Y[:60]), labels="data")
+    data = (X[:60], Y[:60])
+    card = fast.SourceCard.estimate(model, data, labels="data", temperature=1.0, **OPTIONS)
+    truth = fisher_diagonal(model, F.cross_entropy, data, labels="data")
     assert list(card.entries) == list(backbone(model))
     for name, value in card.diagonal().items():
         # Codes are a quarter of an octave apart, down to 2^-30 of the largest of their block.
@@ -54,13 +55,15 @@ def test_diagonal_is_the_fisher_diagonal_of_the_backbone(model):
     assert card.source_loss == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
-def test_every_form_of_data_gives_the_same_card(model, card):
+def test_every_form_of_data_gives_the_same_card(model):
+    x, y = X[:60], Y[:60]
+    card = fast.SourceCard.estimate(model, x, **OPTIONS)
     forms = [
-        (X, Y),
-        TensorDataset(X, Y),
-        TensorDataset(X),
-        DataLoader(TensorDataset(X, Y), batch_size=25),
-        [X[:30], X[30:]],
+        (x, y),
+        TensorDataset(x, y),
+        TensorDataset(x),
+        DataLoader(TensorDataset(x, y), batch_size=25),
+        [x[:30], X[30:]],
     ]
     for data in forms:
         other = fast.SourceCard.estimate(model, data, **OPTIONS)

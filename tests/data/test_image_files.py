@@ -110,6 +110,13 @@ def some_broken(tmp_path):
     return split_of(*paths)
 
 
+def test_an_empty_file_is_called_empty(tmp_path):
+    """A download that broke off, or a disk that was full."""
+    (tmp_path / "0.jpg").touch()
+    with pytest.raises(ValueError, match=r"0.jpg: not a readable image \(it is empty\)"):
+        prepare_images(split_of(tmp_path / "0.jpg"), ImageFormat())
+
+
 @pytest.mark.parametrize("cache", [images.CACHE_BYTES, 1])
 def test_all_broken_images_are_named_at_once(some_broken, cache, monkeypatch):
     monkeypatch.setattr(images, "CACHE_BYTES", cache)

@@ -27,7 +27,6 @@ HOLED[-3] = float("nan")
         (X[:3], "3 samples; give at least 4"),
         ([], "0 samples; give"),
         (TensorDataset(X[:0]), "0 samples; give"),
-        (torch.tensor(3.0), "0-dim tensor; give"),
         ((X, Y - 1), "labels must be 0 or more; got -1..3"),
         ((X, Y + 0.5), "labels must be whole numbers"),
         ((X, torch.full((40,), float("nan"))), "40 labels are NaN"),
@@ -50,6 +49,8 @@ def test_what_is_wrong_is_said(method, data, message):
 def test_what_is_no_data_is_refused():
     with pytest.raises(TypeError, match="source_inputs: a batch is a str"):
         fast.finetune(ConvNet(), TRAIN, steps=2, source_inputs="folder")
+    with pytest.raises(TypeError, match=r"source_inputs: .* 0-d tensor; give inputs"):
+        fast.finetune(ConvNet(), TRAIN, steps=2, source_inputs=torch.tensor(3.0))
 
 
 def test_labels_that_are_replayed_must_be_the_source_heads():
@@ -97,29 +98,46 @@ class Batches:
         return ((X[i : i + 7], Y[i : i + 7]) for i in range(0, 40, 7))
 
 
+FORMS = [
+    (X, False),
+    ((X, Y), True),
+    (X.numpy(), False),
+    ((X.numpy(), Y.numpy()), True),
+    (TensorDataset(X), False),
+    (TensorDataset(X, Y), True),
+]
+BATCHES = [
+    ([X[:20], X[20:]], False),
+    (DataLoader(TensorDataset(X, Y), batch_size=9), True),
+    (Batches(), True),
+]
+
+
 @pytest.mark.parametrize(
-    ("data", "labelled"),
-    [
-        (X, False),
-        ((X, Y), True),
-        ([X[:20], X[20:]], False),
-        (X.numpy(), False),
-        ((X.numpy(), Y.numpy()), True),
-        (TensorDataset(X), False),
-        (TensorDataset(X, Y), True),
-        (DataLoader(TensorDataset(X, Y), batch_size=9), True),
-        (Batches(), True),
-    ],
+    ("data", "labelled", "limit"),
+    [(*form, 40) for form in FORMS] + [(*form, 25) for form in BATCHES],
 )
-def test_all_forms_of_source_data_give_the_first_samples(data, labelled):
-    samples = SourceInputs.parse(data, 25)
-    assert samples.size == 25
-    assert torch.equal(samples.inputs, X[:25])
+def test_all_forms_of_source_data_give_their_samples_in_order(data, labelled, limit):
+    samples = SourceInputs.parse(data, limit)
+    assert samples.size == limit
+    assert torch.equal(samples.inputs, X[:limit])
     assert (samples.labels is not None) == labelled
     if labelled:
-        assert torch.equal(samples.labels, Y[:25])
+        assert torch.equal(samples.labels, Y[:limit])
     parts = list(samples.batches(10))
-    assert torch.equal(torch.cat([x for x, _ in parts]), X[:25])
+    assert torch.equal(torch.cat([x for x, _ in parts]), X[:limit])
+
+
+@pytest.mark.parametrize(("data", "labelled"), FORMS)
+def test_a_few_of_many_are_drawn_at_random(data, labelled):
+    """Those that are sorted by class and have no labels gave the first few classes alone."""
+    samples = SourceInputs.parse(data, 25)
+    rows = [int((one == X).flatten(1).all(1).nonzero()) for one in samples.inputs]
+    assert len(set(rows)) == 25
+    assert rows != sorted(rows)
+    assert max(rows) > 30
+    if labelled:
+        assert torch.equal(samples.labels, Y[rows])
 
 
 @pytest.mark.parametrize(
@@ -131,9 +149,10 @@ def test_all_forms_of_source_data_give_the_first_samples(data, labelled):
     ],
 )
 def test_several_inputs_stay_together(data):
-    samples = SourceInputs.parse(data, 25)
-    assert torch.equal(samples.part(3, 5).inputs["b"], X[3:5] + 1)
-    assert torch.equal(samples.part(3, 5).labels, Y[3:5])
+    samples = SourceInputs.parse(data, 25).part(3, 5)
+    rows = [int((one == X).flatten(1).all(1).nonzero()) for one in samples.inputs["a"]]
+    assert torch.equal(samples.inputs["b"], X[rows] + 1)
+    assert torch.equal(samples.labels, Y[rows])
 
 
 def test_errors_name_the_data():
@@ -158,16 +177,12 @@ def test_sorted_source_inputs_are_mixed():
     assert torch.equal(parse_source_inputs((X, 0 * Y)).inputs, X)
 
 
-def test_sorted_data_of_which_the_first_are_read_are_named():
+def test_sorted_batches_of_which_the_first_are_read_are_named():
     """A card, or a joined network, was made from the first few classes alone."""
     order = Y.argsort(stable=True)
-    data = TensorDataset(X[order], Y[order])
+    loader = DataLoader(TensorDataset(X[order], Y[order]), batch_size=20)
     with pytest.warns(UserWarning, match="kept: sorted by class, and the first 20 are read, up"):
-        SourceInputs.parse(data, 20, "kept")
-    assert SourceInputs.parse(data, 64, "kept").size == 40
-    assert SourceInputs.parse(data, 40, "kept").size == 40  # all of them
-    loader = DataLoader(data, batch_size=20)
-    with pytest.warns(UserWarning, match="the first 20 are read"):
-        SourceInputs.parse(loader, 20)
-    assert SourceInputs.parse(loader, 40).size == 40
-    assert SourceInputs.parse(data, 8, "kept").size == 8  # by chance, perhaps
+        SourceInputs.parse(loader, 20, "kept")
+    assert SourceInputs.parse(loader, 64).size == 40
+    assert SourceInputs.parse(loader, 40).size == 40  # all of them
+    assert SourceInputs.parse(loader, 8, "kept").size == 8  # by chance, perhaps

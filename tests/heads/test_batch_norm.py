@@ -34,6 +34,18 @@ def test_frozen_statistics_never_move():
     assert isinstance(model.features[1], nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize("policy", ["per_task", "frozen"])
+def test_instance_norms_that_track_statistics_keep_the_sources(policy):
+    model, x = ConvNet(), images(16, 5)[0]
+    channels = model.features[1].num_features
+    model.features[1] = nn.InstanceNorm2d(channels, affine=True, track_running_stats=True)
+    model.train()(x)
+    before = model.eval()(x)
+    fast.finetune(model, images(32, 3), steps=3, batch_norm=policy, anchor_decay=1e9, distill=0)
+    with fast.source_task(model):
+        assert torch.allclose(model(x), before, atol=1e-4)
+
+
 def test_tracked_statistics_move():
     model, x = ConvNet(), images(16, 5)[0]
     set_batch_norm(model, "track")

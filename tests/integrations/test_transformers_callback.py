@@ -168,6 +168,13 @@ def test_a_trainer_that_does_not_fit_is_refused(tmp_path, steps, optimizer, mess
         own.train()
 
 
+class Tokenizer:
+    """What the Trainer asks of one."""
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
 def test_the_recipes_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "transformers.md").read_text()
@@ -186,12 +193,14 @@ def test_the_recipes_run(tmp_path, monkeypatch):
         "old": texts(200, SOURCE_CLASSES, 4),
         "inputs": {k: v for k, v in data.items() if k != "labels"},
         "labels": data["labels"],
+        "tokenizer": Tokenizer(),
     }
     for block in blocks:
         for old, new in short.items():
             block = block.replace(old, new)
         exec(block, names)
         shutil.rmtree("runs/intents/checkpoint-12", ignore_errors=True)  # so that there is a rest
+    assert Path("adapted/tokenizer.json").is_file()
     for folder in ("adapted", "own"):
         transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     assert torch.equal(weights(names["model"]), weights(names["pretrained"]))

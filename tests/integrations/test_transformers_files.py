@@ -74,11 +74,11 @@ assert "fast" not in sys.modules
 
 
 def test_a_pipeline_loads_it(tmp_path):
-    run = trainer(tmp_path, "vit", id2label={i: f"row {i}" for i in range(CLASSES)})
-    run.train()
     processor = transformers.ViTImageProcessor(size={"height": 8, "width": 8})
+    names = {i: f"row {i}" for i in range(CLASSES)}
+    run = trainer(tmp_path, "vit", id2label=names, processing_class=processor)
+    run.train()
     run.save_model(str(tmp_path / "saved"))
-    processor.save_pretrained(tmp_path / "saved")
     pipeline = transformers.pipeline("image-classification", str(tmp_path / "saved"))
     image = pytest.importorskip("PIL.Image", reason="the pipeline reads images")
     answers = pipeline(image.new("RGB", (8, 8)))

@@ -162,6 +162,25 @@ def test_inputs_that_the_network_does_not_take_are_named(data, message):
 
 
 @pytest.mark.parametrize(
+    ("x", "way_out"),
+    [
+        (X.movedim(1, -1).repeat(1, 1, 1, 3), r"pictures \[N, H, W, C\]: give x.permute\(0, 3, 1"),
+        (X[:, 0], r"pictures are \[N, C, H, W\]: give x\[None\] of one, x\[:, None\] of grey"),
+        ((X * 255).to(torch.uint8), r"give pixels as in training, mostly \(x / 255 - mean\) / std"),
+        (X.double(), r"its weights are torch.float32: give x.to\(torch.float32\)"),
+    ],
+)
+def test_pictures_that_are_not_ready_have_a_way_out(x, way_out):
+    for call, name in (
+        (lambda: fast.finetune(ConvNet(), (x, Y), steps=2), "train"),
+        (lambda: fast.Adaptation(ConvNet(), (X, Y), source_inputs=x, steps=2), "source_inputs"),
+        (lambda: fast.replace_head(ConvNet(), 4, sample=x), "sample"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: the network does not take.*{way_out}"):
+            call()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"card": 3}, "card must be a SourceCard or its file; got int"),

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -99,20 +98,3 @@ def test_a_run_goes_on_without_its_log(tmp_path):
     assert result.final["step"] == 4
     assert len([w for w in warnings if "run.log" in str(w.message)]) == 1
     assert warnings[0].filename == __file__
-
-
-def test_another_process_that_checks_may_remove_the_folder(tmp_path, monkeypatch):
-    """Ranks check at once, and each removes what it has made."""
-    folder, mkdir = tmp_path / "new", Path.mkdir
-    times = []
-
-    def removed(path, *args, **options):
-        mkdir(path, *args, **options)
-        times.append(path)
-        if len(times) == 1:
-            path.rmdir()
-
-    monkeypatch.setattr(Path, "mkdir", removed)
-    check_writable(folder, "output")
-    assert times == [folder, folder]
-    assert not folder.exists()

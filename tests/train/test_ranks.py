@@ -116,4 +116,4 @@ def test_another_number_of_processes_goes_on_to_rounding(tmp_path):
 def test_a_failure_on_one_rank_ends_all(tmp_path):
     output = torchrun(2, "rank_runs", "broken", str(tmp_path), fails=True)
     assert f"train: sample {Broken.row} cannot be read: OSError: disk" in output
-    assert "RuntimeError: rank 1 failed: ValueError: train: sample" in output
+    assert "RankError: rank 1 failed: ValueError: train: sample" in output

@@ -196,7 +196,7 @@ def test_the_mirror_image_is_measured_too():
 
 
 def test_without_torchvision_augmentation_names_the_way_out(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.transforms", None)
+    monkeypatch.setitem(__import__("sys").modules, "torchvision.transforms.v2", None)
     empty = Split(inputs=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 1]))
     with pytest.raises(ImportError, match="needs torchvision: pip install torchvision"):
         augmented(empty)

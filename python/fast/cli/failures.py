@@ -35,7 +35,7 @@ def explain(error: Exception, model: str | None) -> tuple[int, str]:
     if isinstance(error, EXPLAINED):
         place = _in_model_file(error.__cause__ or error, model)
         return USER_ERROR, f"{error} ({place})" if place else str(error)
-    if kind == "BackendError":
+    if kind in ("BackendError", "RankError"):
         return USER_ERROR, str(error)
     place = _in_model_file(error, model)
     code = FAILED if place is None else USER_ERROR

@@ -44,6 +44,13 @@ def continued(config: TrainConfig, folder: Path) -> TrainConfig:
     return dataclasses.replace(config, resume=None)
 
 
+def with_numbers(base: Path) -> Iterator[Path]:
+    """`base`, `base-2`, `base-3`, ..."""
+    yield base
+    for n in itertools.count(2):
+        yield base.with_name(f"{base.name}-{n}")
+
+
 def check_new(folder: Path) -> None:
     """Raise ValueError where a new run cannot have this folder."""
     check_writable(folder, "--output")
@@ -77,9 +84,7 @@ def _claim(spec: FinetuneSpec) -> Path:
                 f"--output {folder}: another run has just started there; name another"
             ) from error
         return folder
-    base = Path("runs") / f"{spec.task.short_name}-{spec.training.method}"
-    for n in itertools.count(1):
-        folder = base if n == 1 else base.with_name(f"{base.name}-{n}")
+    for folder in with_numbers(Path("runs") / f"{spec.task.short_name}-{spec.training.method}"):
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             break

@@ -16,11 +16,12 @@ from fast.cli.task.prepare import labels_of
 from fast.data.sources import fold_rows
 from fast.errors import printable
 from fast.files import check_writable
+from fast.ranks import Ranks
 
 FOLDS_FILE = "folds.json"
 
 
-def cross_validate(spec: FinetuneSpec, task: LoadedTask) -> None:
+def cross_validate(spec: FinetuneSpec, task: LoadedTask, ranks: Ranks) -> None:
     """For each part, train on the others and measure on it; print and save the accuracies.
 
     Raises:
@@ -30,9 +31,13 @@ def cross_validate(spec: FinetuneSpec, task: LoadedTask) -> None:
     folds, config = spec.task.folds, spec.training
     assert folds is not None
     folder = Path(config.output or f"runs/{spec.task.short_name}-{config.method}-folds")
-    check_writable(folder, "--output")
-    if (folder / FOLDS_FILE).exists():
-        raise ValueError(f"--output {folder}: has a {FOLDS_FILE} already; name another folder")
+    with ranks.together():
+        if ranks.first:
+            check_writable(folder, "--output")
+            if (folder / FOLDS_FILE).exists():
+                raise ValueError(
+                    f"--output {folder}: has a {FOLDS_FILE} already; name another folder"
+                )
     runs: list[Run] = []
     for i, rows in enumerate(fold_rows(labels_of(task.train), folds), 1):
         start = time.monotonic()
@@ -46,9 +51,9 @@ def cross_validate(spec: FinetuneSpec, task: LoadedTask) -> None:
         for name, accuracies in values.items()
         if None not in accuracies
     }
-    write_results(
-        folder / FOLDS_FILE, spec, samples=task.sizes, spread=spread, runs=[vars(r) for r in runs]
-    )
+    if ranks.first:
+        records = [vars(run) for run in runs]
+        write_results(folder / FOLDS_FILE, spec, samples=task.sizes, spread=spread, runs=records)
     rows_of_table = [
         [name.removesuffix("_accuracy"), percent(over_folds["mean"]), percent(over_folds["std"])]
         for name, over_folds in spread.items()

@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
         """The options that are given in `argv`.
 
         Raises:
-            ValueError: an option is unknown, or its value cannot be read.
+            ValueError: an option is unknown, or its value is empty or cannot be read.
         """
         args, unknown = self.parse_known_args(list(argv))
         if unknown:
@@ -133,6 +133,11 @@ class Parser(argparse.ArgumentParser):
             hint = "" if name in words else did_you_mean(name, self._option_string_actions)
             hint += f"; type {self.usage}" if words else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if value == "" or (isinstance(value, list) and "" in value):
+                shown = "/".join(action.option_strings) or action.metavar
+                self.error(f"argument {shown}: is empty; is a variable of the shell not set?")
         return vars(args)
 
     @property

@@ -20,7 +20,7 @@ from fast.cli.task.load import LoadedTask, load_task
 from fast.files import check_writable, write_json
 from fast.heads.adapters import import_peft
 from fast.models.device import pick_device
-from fast.train.log.lines import quiet_steps
+from fast.train.log.lines import quiet, steps_log
 
 KEY_DIGITS = 8
 
@@ -125,7 +125,7 @@ class Runner:
             print(f"{finished} (kept from before)")
             return finished
         start = time.monotonic()
-        with quiet_steps():
+        with quiet(steps_log):
             run = Run.of(self.task.adapt(config), time.monotonic() - start, setting)
         write_json(file, {"key": key, **vars(run)})
         print(f"{run} ({run.seconds:.0f} s)")

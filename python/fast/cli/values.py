@@ -17,8 +17,6 @@ NORMALISATIONS: dict[str, dict[str, tuple[float, ...]]] = {
 
 def folder_name(text: str) -> str:
     """A folder. `~` is the user's home, even after `--output=`, where shells do not expand it."""
-    if not text:
-        raise ArgumentTypeError("must be a folder; got an empty name")
     return os.path.expanduser(text)
 
 

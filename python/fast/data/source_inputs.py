@@ -1,4 +1,4 @@
-"""Source inputs: the first few samples of source data, in memory, with or without labels."""
+"""Source inputs: a few samples of source data, in memory, with or without labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from fast.data.arrays import as_tensor
 from fast.data.dataset import map_style
@@ -53,7 +53,7 @@ class SourceInputs:
 
     @classmethod
     def parse(cls, data: Any, limit: int, name: str = "source data") -> SourceInputs:
-        """Read the first `limit` samples.
+        """Read at most `limit` samples: drawn at random, or the first ones of batches.
 
         Args:
             data: `SourceInputs`; inputs alone (a tensor, or a tuple or mapping of tensors);
@@ -133,7 +133,7 @@ class SourceInputs:
 
 
 def parse_source_inputs(data: Any) -> SourceInputs:
-    """The first `LIMIT` source inputs of a run, on the device where they are.
+    """At most `LIMIT` source inputs of a run, on the device where they are.
 
     The last of them will be held back, so that they are mixed where they are sorted by class.
 
@@ -191,17 +191,28 @@ def target_inputs(batches: TrainBatches, limit: int) -> SourceInputs:
 
 
 def _batches(data: Any, name: str, limit: int) -> Iterable[Any]:
-    """The batches in source data, in order."""
+    """The batches in source data, in order; of more than `limit` samples these, drawn at random."""
     data = _tensors(data)
     if _is_batch(data):
-        return [data]
+        count = length(_split(data)[0])
+        return [pick(data, drawn_rows(count, limit)) if count > limit else data]
     streams = isinstance(data, IterableDataset) and isinstance(data, Sized)
     dataset = data if streams else map_style(data, name)
+    if dataset is not None and not streams:
+        dataset = Subset(dataset, drawn_rows(len(dataset), limit).tolist())
     if dataset is not None:
         return DataLoader(dataset, batch_size=min(64, limit))
     if isinstance(data, Iterable):
         return data
     raise TypeError(f"got {type(data).__name__}")
+
+
+def drawn_rows(count: int, limit: int) -> Tensor:
+    """All rows, in order; of more than `limit` so many, in random order: what is sorted by class
+    then has all of them."""
+    if count <= limit:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 def _tensors(data: Any) -> Any:

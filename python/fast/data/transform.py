@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fast.data.trees import kind, leaves, length
-from fast.errors import first_line
+from fast.errors import import_library
 
 Transform = Callable[[Any], Any]
 Mix = Callable[[Any, Tensor], tuple[Any, Tensor]]
@@ -71,12 +71,7 @@ def mixing(mixup: float, cutmix: float, num_classes: int) -> Mix | None:
     alphas = {"MixUp": mixup, "CutMix": cutmix}
     if not any(alphas.values()):
         return None
-    try:
-        from torchvision.transforms import v2
-    except (ImportError, RuntimeError) as error:  # its compiled part fails with the latter
-        raise ImportError(
-            f"mixup and cutmix need torchvision: pip install torchvision ({first_line(error)})"
-        ) from error
+    v2 = import_library("torchvision.transforms.v2", "mixup and cutmix need")
     ways = [getattr(v2, name)(alpha=a, num_classes=num_classes) for name, a in alphas.items() if a]
     draw = v2.RandomChoice(ways)
 

@@ -12,6 +12,7 @@ from torch import nn
 from fast.data.images.format import ImageFormat
 from fast.deploy.predictor import Predictor
 from fast.deploy.rebuild import rebuilt
+from fast.errors import printable
 from fast.files import read_json, reading
 from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.merge.joined import load_joined
@@ -79,7 +80,7 @@ def load(
     else:
         head = network.get("head") or head_name(options.get("head"))
         sample = example(inputs) if inputs is not None else _sample(preparation)
-        lacks = load_two_tasks(folder, loaded.model, head=head, sample=sample)
+        lacks = load_two_tasks(folder, loaded.model, head=head, sample=sample) or _untrained(folder)
         name_tasks(loaded.model, classes, source_classes)
     return Predictor(
         model=answering.to(pick_device(device)).eval(),
@@ -127,6 +128,15 @@ def _check_finished(folder: Path) -> None:
             f"{folder}: its run was stopped before its first checkpoint: fast finetune --resume "
             f"{folder} starts it from the beginning"
         )
+
+
+def _untrained(folder: Path) -> str:
+    """Say that the source's head was in no checkpoint; empty where nothing says so."""
+    file = folder / DATA_FILE
+    head = read_json(file).get("untrained_head") if file.is_file() else None
+    return (
+        f"its head, {printable(head)}, was in no checkpoint, and answers by chance" if head else ""
+    )
 
 
 def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:

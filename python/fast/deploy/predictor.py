@@ -271,7 +271,7 @@ class Predictor:
             return
         switch: AbstractContextManager[Any] = nullcontext()
         if task == "source":
-            if task_head(self.model) is None:
+            if self.lacks or task_head(self.model) is None:
                 raise ValueError(f"the source task cannot be answered: {self.lacks}")
             switch = source_task(self.model)
         with _locks.setdefault(self.model, RLock()), switch:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from fast.heads.forward import evaluating, forward_logits
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
@@ -64,9 +64,13 @@ class _PerTask(_Track, TwoTask):
 _POLICIES: dict[str, type[Overlay]] = {"frozen": _Frozen, "per_task": _PerTask, "track": _Track}
 
 
-def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms with running statistics, but the `source_norm`s inside them."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+def _batch_norms(model: nn.Module) -> list[_NormBase]:
+    """The batch norms with running statistics, but the `source_norm`s inside them.
+
+    Instance norms that track statistics are among them: they, too, answer by these, and forget by
+    them.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     source = {id(m.source_norm) for m in norms if isinstance(m, _PerTask)}
     return [m for m in norms if id(m) not in source]
 
@@ -134,10 +138,10 @@ def per_task_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for norm in per_task_norms(model)[0] for p in norm.parameters(recurse=False)]
 
 
-def per_task_norms(model: nn.Module) -> tuple[list[_BatchNorm], list[_BatchNorm]]:
+def per_task_norms(model: nn.Module) -> tuple[list[_NormBase], list[_NormBase]]:
     """The batch norms that are kept per task: the target's, and in the same order the source's."""
     norms = [m for m in _batch_norms(model) if isinstance(m, _PerTask)]
-    return list(norms), [cast(_BatchNorm, m.source_norm) for m in norms]
+    return list(norms), [cast(_NormBase, m.source_norm) for m in norms]
 
 
 def load_source_norms(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -191,7 +195,7 @@ def estimate(norms: list[Any], model: nn.Module, batches: Iterable[Any]) -> None
     before = [{k: b.clone() for k, b in norm._buffers.items() if b is not None} for norm in norms]
     with evaluating(model):
         for norm in norms:
-            _BatchNorm.reset_running_stats(norm)  # also that of the source, which keeps them
+            _NormBase.reset_running_stats(norm)  # also that of the source, which keeps them
             norm.momentum, norm.training = None, True  # None: the mean over batches
         try:
             for inputs in batches if norms else ():

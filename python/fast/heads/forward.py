@@ -18,6 +18,7 @@ from fast.errors import first_line
 LEAST_EVAL_BATCH = 128
 # Networks of sounds look at some hundred samples at once: wav2vec2 at 400, which are 25 ms.
 LEAST_SOUND = 400
+CHANNELS = (1, 3, 4)  # of pictures
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -194,7 +195,23 @@ def mismatch(model: nn.Module, inputs: Any) -> str:
             return f"; its forward takes ({', '.join(parameters)}): give the data these names"
         if name not in inputs:
             return f"; it takes {name}"
-    return ""
+    return _not_ready(model, tensors[0]) if tensors else ""
+
+
+def _not_ready(model: nn.Module, x: Tensor) -> str:
+    """A hint at what still has to be done with pictures, or with numbers of another type."""
+    hints = []
+    sees = any(isinstance(m, nn.Conv2d) for m in model.modules())
+    if sees and x.dim() == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
+        hints.append("these look like pictures [N, H, W, C]: give x.permute(0, 3, 1, 2)")
+    if sees and x.dim() == 3:
+        hints.append("pictures are [N, C, H, W]: give x[None] of one, x[:, None] of grey ones")
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    if sees and not x.is_floating_point():
+        hints.append("give pixels as in training, mostly (x / 255 - mean) / std")
+    elif x.is_floating_point() and x.dtype != weights:
+        hints.append(f"its weights are {weights}: give x.to({weights})")
+    return "".join(f"; {hint}" for hint in hints)
 
 
 def check_takes(model: nn.Module, inputs: Any, name: str) -> None:
@@ -203,6 +220,6 @@ def check_takes(model: nn.Module, inputs: Any, name: str) -> None:
     Raises:
         ValueError: the network does not take them.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     with input_errors(name, inputs, model), evaluating(model):
         forward_logits(model, move(pick(inputs, slice(2)), device))

@@ -33,7 +33,7 @@ from fast.heads.find import (
     places_of,
     put_at,
 )
-from fast.heads.forward import evaluating, forward_logits, hooked, unwrap
+from fast.heads.forward import check_takes, evaluating, forward_logits, hooked, unwrap
 from fast.heads.task import TwoTask
 from fastkernels.codes import compute_dtype
 
@@ -196,6 +196,8 @@ def replace_head(
         ValueError: there is no head, several layers make the logits together, the head was
             replaced before, or `num_classes` is not in 2..1,000,000. The model is as it was.
     """
+    if sample is not None:
+        check_takes(unwrap(model), sample, "sample")
     return put_head(
         model, check_num_classes(num_classes), sample=sample, max_entropy=max_entropy, head=head
     )

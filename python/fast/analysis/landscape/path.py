@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.adapt.result import Record, Result
 from fast.curvature.card.answers import backbone_parameters
 from fast.data.dataset import as_data
-from fast.heads import source_task, task_head, unwrap
+from fast.heads import has_batch_norm, source_task, task_head, unwrap
 from fast.train.measure import evaluate
 
 
@@ -80,9 +79,7 @@ class PathRecorder:
                 the run changed the source task's batch norm statistics.
         """
         assert result.plan is not None, "fast.finetune gives its plan back"
-        if result.plan.batch_norm == "track" and any(
-            isinstance(m, _BatchNorm) and m.track_running_stats for m in result.model.modules()
-        ):
+        if result.plan.batch_norm == "track" and has_batch_norm(result.model):
             raise ValueError(
                 "batch_norm='track' changes the source loss by statistics, which are no place in "
                 "a landscape of weights: use 'frozen' or 'per_task'"

@@ -14,7 +14,7 @@ from fast.cli.task.digits import digits_task, few_threads
 from fast.cli.task.load import LoadedTask
 from fast.files import check_writable
 from fast.train.config import TrainConfig
-from fast.train.log.lines import quiet_steps
+from fast.train.log.lines import log, quiet
 
 SEEDS = (0, 1, 2)
 VANILLA_LRS = (3e-4, 1e-3)
@@ -56,7 +56,7 @@ def _adapt(task: LoadedTask, method: str, seed: int, lr: float) -> Run:
         seed=seed,
         progress=False,
     )
-    with quiet_steps():
+    with quiet(log):  # it names options that this command does not have
         run = Run.of(task.adapt(config), time.monotonic() - start)
     print(f"  {run}")
     return run

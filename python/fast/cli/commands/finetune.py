@@ -37,7 +37,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         if config.resume:
             resumed = Path(config.resume)
             config = continued(config, resumed)
-        elif config.output and not spec.plan:
+        elif config.output and not spec.plan and ranks.first:
             check_new(Path(config.output))
         task = load_task(spec.task, config, measured=False)
     if spec.plan:
@@ -45,7 +45,7 @@ def _run(spec: FinetuneSpec, ranks: Ranks) -> int:
         print(f"{plan}\n\n{plan_table(plan, task.head(config))}")
         return 0
     if spec.task.folds:
-        cross_validate(spec, task)
+        cross_validate(spec, task, ranks)
         return 0
     start = time.monotonic()
     with run_folder(spec, resumed, ranks) as folder:

@@ -110,8 +110,8 @@ def _decoded(images: dict[str, Any]) -> str:
     return f"; decoded in every epoch: more than {CACHE_BYTES / 2**30:.1f} GB is not kept in memory"
 
 
-def gaps(data: dict[str, Any]) -> list[str]:
-    """Notes on classes that have no samples in a split.
+def gaps(data: dict[str, Any], folds: int | None = None) -> list[str]:
+    """Notes on classes that have no samples in a split, or too few for one in each of the folds.
 
     Args:
         data: `NamedData.description`.
@@ -124,6 +124,13 @@ def gaps(data: dict[str, Any]) -> list[str]:
         notes.append(
             f"{len(missing)} of {len(classes)} classes have no training sample ({some(missing)}); "
             "the head has a place for each"
+        )
+    few = [classes[i] for i, count in enumerate(train) if 0 < count < (folds or 0)]
+    if few:
+        notes.append(
+            f"{len(few)} of {len(classes)} classes have fewer samples than --folds {folds} "
+            f"({some(few)}), which are not measured in each; a single one is not trained on where "
+            "it is measured"
         )
     if val:
         unseen = [classes[i] for i, count in enumerate(train) if count and not val[i]]

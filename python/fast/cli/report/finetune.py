@@ -110,7 +110,7 @@ def _lost_line(task: LoadedTask, option: str | float | None, lost: float | None)
     if lost is None:
         return ""
     if option is None:
-        forecast = f"the source task has lost {round(lost, 2) + 0.0:.2f} nats, by forecast\n"
+        forecast = f"the source task has lost {lost:z.2f} nats, by forecast\n"
         return forecast if task.source is None else ""
     budget = Budget.parse(option)
     shown = f"{100 * lost:.2g} %" if budget.points else f"{lost:.2g} nats"

@@ -62,7 +62,7 @@ def write_report(
     """
     body = f"""<p>{html.escape(verdict)}</p>
 <div class="scroll">{html_table(*table)}</div>
-<p class="note">{html.escape(NOTES)}</p>
+<p class="note">{html.escape(NOTES)} The seconds include them.</p>
 <h2>Curves</h2>
 {picture(figure, "Target and source accuracy of each method")}
 <h2>Values used</h2>

@@ -17,7 +17,7 @@ NOTES = (
     "Mean over seeds ± half of its 95 % confidence interval (Student's t). Accuracies in %, source "
     "lost in points. Steps: the first evaluation at or above the baseline's final target accuracy, "
     "and its share of that run; a seed that never gets there counts as its whole run. Steps of the "
-    "head alone, before the first (head_steps, of fast), are not counted; the seconds include them."
+    "head alone, before the first (head_steps, of fast), are not counted."
 )
 
 
@@ -197,7 +197,7 @@ def steps_to(history: Sequence[Record], accuracy: float) -> int | None:
 
 def spread(values: Sequence[float]) -> str:
     """Mean of accuracies in 0..1 and half of its confidence interval, in %: `90.1 ± 0.4`."""
-    mean = f"{100 * statistics.mean(values):.1f}"
+    mean = f"{100 * statistics.mean(values):z.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * half_interval(values):.1f}"
 
 

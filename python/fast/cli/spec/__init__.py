@@ -61,7 +61,7 @@ class DemoSpec(Spec):
 
     Pretrains a small convolutional network on scikit-learn's digits 0-4, adapts it to 5-9 by
     `vanilla` fine-tuning and by `fast`, over three seeds, and prints what each learned and what
-    each kept. Vanilla gets the better of two learning rates; fast its defaults.
+    each kept. Vanilla gets the better of two learning rates; fast runs at the larger one.
     """
 
     about = "the effect in a minute: offline, on scikit-learn's digits"

@@ -91,7 +91,8 @@ class EvaluateSpec(RunSpec):
     input_column: str | None = option("column of inputs in a table or a Hugging Face data set")
     label_column: str | None = option("column of labels")
     output: str | None = option(
-        "folder of the report (default: RUN/evaluation-TASK)", read=folder_name
+        "folder of the report (default: RUN/evaluation-TASK; -2, ... for other data)",
+        read=folder_name,
     )
 
 

@@ -55,7 +55,7 @@ class RewindSpec(Spec):
     seed: int = option("seed that draws the target samples", 0)
     device: str | None = option("cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)")
     output: str | None = option(
-        "folder of the results (default: runs/...-rewind)", read=folder_name
+        "folder of the results (default: a new one, runs/...-rewind)", read=folder_name
     )
     task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data", LEFT_OUT))
 

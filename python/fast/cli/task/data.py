@@ -15,7 +15,7 @@ from fast.cli.spec.task import TaskSpec
 from fast.data.labels import class_places, count_classes
 from fast.data.source_inputs import LIMIT, SourceInputs
 from fast.data.sources import DataWarning, NamedData, Split, has_columns, load_data
-from fast.data.sources.files import repeated_samples
+from fast.data.sources.files import repeated_samples, samples_hash
 
 ROLES = ("data", "source", "source_inputs")
 PARTS = ("train", "val")
@@ -52,7 +52,8 @@ def read_data(spec: TaskSpec, *, hold_out: bool = True) -> tuple[dict[str, Named
             )
         notes += [f"{flag(role)} {name}: {note}" for note in sets[role].notes]
         if role == "data" and hold_out:
-            sets[role] = _hold_out(spec, sets[role])
+            whole = replace(sets[role], samples_hash=samples_hash(sets[role]))
+            sets[role] = _hold_out(spec, whole)
             again = repeated_samples(sets[role], folds=bool(spec.folds))
             notes += [f"{flag(role)} {name}: {note}" for note in again]
     return sets, notes

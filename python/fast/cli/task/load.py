@@ -159,7 +159,8 @@ def load_task(
     )
     check_shapes(spec, splits, prepared)
     classes = try_forward(loaded, prepared["train"])
-    skill = _skill(spec, loaded, prepared, config)
+    untrained = untrained_head(loaded, prepared["train"], config)
+    skill = _skill(spec, loaded, untrained, config)
     notes += _check_source(spec, sets, classes, names, skill or config.source_skill)
     target = sets["data"]
     if keeps_head:
@@ -172,7 +173,9 @@ def load_task(
     if "source_inputs" in sets:
         samples = source_samples(sets["source_inputs"], prepared["source_inputs"])
         prepared["source_inputs"] = samples
-    loaded.notes += notes + [f"--data {spec.data}: {note}" for note in gaps(description["data"])]
+    loaded.notes += notes + [
+        f"--data {spec.data}: {note}" for note in gaps(description["data"], spec.folds)
+    ]
     print(lines(**description))
     print_notes(*loaded.notes)
     return LoadedTask(
@@ -185,7 +188,7 @@ def load_task(
         transform=random_flip if spec.flip else None,
         preparation=preparation,
         sizes=sizes,
-        description=description | {"notes": loaded.notes},
+        description=description | {"notes": loaded.notes, "untrained_head": untrained},
     )
 
 
@@ -198,14 +201,16 @@ def untrained_head(loaded: LoadedModel, train: Any, config: TrainConfig) -> str 
 
 
 def _skill(
-    spec: TaskSpec, loaded: LoadedModel, prepared: dict[str, Any], config: TrainConfig
+    spec: TaskSpec, loaded: LoadedModel, head: str | None, config: TrainConfig
 ) -> str | None:
     """The source skill of a network whose own head was never trained; None leaves the option.
+
+    Args:
+        head: see `untrained_head`.
 
     Raises:
         ValueError: the answers of such a head are to be measured.
     """
-    head = untrained_head(loaded, prepared["train"], config)
     if head is None:
         return None
     what = f"the network's own head, {printable(head)}, is not in its checkpoint, and answers by "

@@ -84,7 +84,8 @@ class SourceCard:
         Args:
             model: a classifier with its original head, or after `fast.replace_head`.
             data: source inputs: a tensor, or a tuple or mapping of tensors; `(inputs, labels)`; a
-                Dataset; a DataLoader. The first `num_samples` are used, so shuffle sorted data.
+                Dataset; a DataLoader. `num_samples` of them are used, drawn at random; of a
+                DataLoader the first, so let it shuffle sorted data.
             loss_fn: the source loss.
             labels: "sampled" from the network's own answers (default; none needed), its "predicted"
                 ones, or those of the "data".

@@ -85,13 +85,13 @@ def _check_options(
 
 
 def _samples(model: nn.Module, data: Any, labels: str, num_samples: int) -> SourceInputs:
-    """The first samples of the data, on the model's device, for which it gives finite answers."""
+    """Samples of the data, on the model's device, for which it gives finite answers."""
     samples = SourceInputs.parse(data, num_samples)
     if labels == "data" and samples.labels is None:
         raise ValueError("labels='data' needs labelled data (x, y); or use 'sampled'")
     samples = samples.to(next(model.parameters()).device)
     check_finite_inputs(samples.inputs, "source data")
-    with input_errors("source data", samples.inputs):
+    with input_errors("source data", samples.inputs, model):
         first = source_logits(model, samples.part(0, 2))
     if not first.isfinite().all():
         raise ValueError(

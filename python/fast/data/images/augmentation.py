@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fast.data.images.format import ImageFormat
-from fast.errors import first_line
+from fast.errors import import_library
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -29,12 +29,7 @@ def augmentation(preset: str, form: ImageFormat) -> Callable[[Picture], Picture]
     Raises:
         ImportError: torchvision is not installed, or cannot be imported.
     """
-    try:
-        from torchvision.transforms import v2
-    except (ImportError, RuntimeError) as error:  # its compiled part fails with the latter
-        raise ImportError(
-            f"augment={preset!r} needs torchvision: pip install torchvision ({first_line(error)})"
-        ) from error
+    v2 = import_library("torchvision.transforms.v2", f"augment={preset!r} needs")
     mode = v2.InterpolationMode(form.interpolation)
     area = (LEAST_AREA[preset], 1.0)
     steps: list[Any] = [v2.RandomHorizontalFlip()]

@@ -51,8 +51,10 @@ def decode(
             size = (height, width) if orientation in SIDEWAYS else (width, height)
             return _upright(_eight_bits(picture, channels), orientation), size
     except pillow().UnidentifiedImageError as err:
-        heic = _first_bytes(opened())[4:10] in HEIC
-        reason = "it is HEIC, which is not read here: convert it to JPEG" if heic else NO_FORMAT
+        start = _first_bytes(opened())
+        reason = NO_FORMAT if start else "it is empty"
+        if start[4:10] in HEIC:
+            reason = "it is HEIC, which is not read here: convert it to JPEG"
         raise Unreadable(reason) from err
     except Exception as err:  # decoders raise errors of every kind
         raise Unreadable(first_line(err)) from err

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fast.data.sources.files import TEXT_SUFFIXES, lines_of, read_lines, samples_hash
+from fast.data.sources.files import TEXT_SUFFIXES, lines_of, read_lines
 from fast.data.sources.folder import has_classes, read_folder
 from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
@@ -115,7 +115,7 @@ def load_data(
     else:
         data = _read(name, input_column, label_column, numeric_labels, unlabelled)
     notes = data.notes + _alike_names(data.classes) + _blank_texts(data)
-    data = replace(data, notes=notes, samples_hash=samples_hash(data))
+    data = replace(data, notes=notes)
     for note in data.notes:
         warn(f"{data.name}: {note}", DataWarning)
     return data

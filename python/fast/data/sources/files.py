@@ -97,6 +97,35 @@ def repeated_samples(data: NamedData, *, folds: bool = False) -> list[str]:
         folds: the training samples will be held out in turn.
     """
     splits = [split for split in (data.train, data.val) if split is not None]
+    what, names, pairs = _repeats(splits)
+    labels = [label for split in splits for label in split.labels.tolist()]
+    trained = 0 if data.train is None else len(data.train)
+    held_out = [(i, j) for i, j in pairs if j < trained <= i]
+    strange = [(i, j) for i, j in pairs if labels[i] != labels[j]]
+    notes = []
+    if held_out:
+        there = f"held-out {what} that are trained on, too: {_equal(names, held_out)}"
+        notes.append(f"{there}; what is measured of them is not held out")
+    if pairs and folds:
+        one = what.removesuffix("s")
+        there = f"{what} that repeat another: {_equal(names, pairs)}"
+        notes.append(f"{there}; drop them, or a {one} may be both trained on and held out")
+    if strange:
+        notes.append(f"{what} that are in another class, too: {_equal(names, strange)}")
+    return notes
+
+
+def shared_samples(own: Split, others: Split, where: str) -> str:
+    """A note on those of `others` that `own`, which is in `where`, has under whatever names; empty
+    if there are none."""
+    what, names, pairs = _repeats([own, others])
+    shared = [(i, j) for i, j in pairs if j < len(own) <= i]
+    return f"{what} that are in {printable(where)}, too: {_equal(names, shared)}" if shared else ""
+
+
+def _repeats(splits: Sequence[Split]) -> tuple[str, list[str], list[tuple[int, int]]]:
+    """What the samples are, the name of each, and pairs of places: a sample that is there before,
+    and where it is first. Arrays are not compared."""
     groups: Sequence[Sequence[int]]
     if all(_are_files(split.inputs) for split in splits):
         what, names = "files", [name for split in splits for name in split.inputs.names]
@@ -106,30 +135,13 @@ def repeated_samples(data: NamedData, *, folds: bool = False) -> list[str]:
         what, names = "texts", [repr(_shortened(text)) for text in texts]
         groups = _grouped(range(len(texts)), texts, str)
     else:
-        return []
-    labels = [label for split in splits for label in split.labels.tolist()]
-    trained = 0 if data.train is None else len(data.train)
-    pairs = [(i, group[0]) for group in groups for i in group[1:]]
+        return "", [], []
+    return what, names, [(i, group[0]) for group in groups for i in group[1:]]
 
-    def shown(pairs: Sequence[tuple[int, int]]) -> str:
-        equal = [
-            names[i] if names[i] == names[j] else f"{names[i]} is {names[j]}" for i, j in pairs
-        ]
-        return f"{len(equal)} ({some(equal)})"
 
-    held_out = [(i, j) for i, j in pairs if j < trained <= i]
-    strange = [(i, j) for i, j in pairs if labels[i] != labels[j]]
-    notes = []
-    if held_out:
-        there = f"held-out {what} that are trained on, too: {shown(held_out)}"
-        notes.append(f"{there}; what is measured of them is not held out")
-    if pairs and folds:
-        one = what.removesuffix("s")
-        there = f"{what} that repeat another: {shown(pairs)}"
-        notes.append(f"{there}; drop them, or a {one} may be both trained on and held out")
-    if strange:
-        notes.append(f"{what} that are in another class, too: {shown(strange)}")
-    return notes
+def _equal(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> str:
+    equal = [names[i] if names[i] == names[j] else f"{names[i]} is {names[j]}" for i, j in pairs]
+    return f"{len(equal)} ({some(equal)})"
 
 
 def samples_hash(data: NamedData) -> str:

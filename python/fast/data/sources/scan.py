@@ -10,10 +10,10 @@ from pathlib import Path
 from fast.data.sources.formats import CAMERA_FORMATS, readable_suffixes
 from fast.errors import printable
 
-# macOS, Windows, Synology and Jupyter leave these behind, at any depth.
+# macOS, Windows, Synology and Python leave these behind, at any depth.
 _LITTER = frozenset((
     "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin", "lost+found",
-    "system volume information",
+    "system volume information", "__macosx", "__pycache__",
 ))  # fmt: skip
 DEEPEST = 30
 _PLURALS = {"pipe or device": "pipes or devices", "file without a suffix": "files without a suffix"}
@@ -21,7 +21,7 @@ _PLURALS = {"pipe or device": "pipes or devices", "file without a suffix": "file
 
 def is_litter(name: str) -> bool:
     """Whether a file or folder is hidden (`.DS_Store`, `._0.png`), or `__MACOSX`, `@eaDir`, ..."""
-    return name.startswith((".", "__")) or name.lower() in _LITTER
+    return name.startswith(".") or name.lower() in _LITTER
 
 
 @dataclass(kw_only=True)

@@ -117,7 +117,8 @@ class NamedData:
             number the classes themselves.
         has_labels: False if the data have no labels, or none that can be used; the labels of the
             splits then mean nothing.
-        samples_hash: the same for the same samples, wherever they are; see `files.samples_hash`.
+        samples_hash: the same for the same samples, wherever they are, where `files.samples_hash`
+            was called; a large folder takes long.
     """
 
     name: str

@@ -22,7 +22,7 @@ from fast.curvature.card import SourceCard
 from fast.data.dataset import split_batch
 from fast.data.labels import check_labels
 from fast.data.recorded import is_table
-from fast.data.source_inputs import LIMIT
+from fast.data.source_inputs import LIMIT, drawn_rows
 from fast.data.trees import LABEL_KEYS, move
 from fast.heads import evaluating, fold_head, forward_logits, source_task, task_head
 from fast.heads.replace import name_classes, own_config
@@ -174,7 +174,8 @@ class FastTrainer(Trainer):
             return data
         loader = self.get_eval_dataloader(data)
         samples: Any = loader.dataset
-        return dict(loader.collate_fn([samples[i] for i in range(min(LIMIT, len(samples)))]))
+        rows = drawn_rows(len(samples), LIMIT).tolist()
+        return dict(loader.collate_fn([samples[i] for i in rows]))
 
     def measure_source(self) -> float | None:
         """Accuracy of the source head on `source_eval`, in 0..1; None without it."""

@@ -22,10 +22,10 @@ def figures(record: Record, before: float | None = None, between: str = " ") -> 
     """
     parts = []
     if (source := record.get("source_accuracy")) is not None:
-        change = "" if before is None else f" ({100 * (source - before):+.1f})"
+        change = "" if before is None else f" ({100 * (source - before):+z.1f})"
         parts.append(f"source {100 * source:.1f}{change}")
     if (forecast := record.get("forecast")) is not None:
-        parts.append(f"forgets {round(forecast, 2) + 0.0:.2f}")  # never -0.00
+        parts.append(f"forgets {forecast:z.2f}")
     if (target := record.get("target_accuracy")) is not None:
         parts.append(f"target {100 * target:.1f}")
     return between.join(parts)

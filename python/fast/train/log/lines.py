@@ -34,14 +34,14 @@ steps_log = logging.getLogger("fast.steps")
 
 
 @contextmanager
-def quiet_steps() -> Iterator[None]:
-    """Log no phases and evaluations: for several runs whose results are reported together."""
-    level = steps_log.level
-    steps_log.setLevel(logging.WARNING)
+def quiet(logger: logging.Logger) -> Iterator[None]:
+    """Log no information: for several runs whose results are reported together."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        steps_log.setLevel(level)
+        logger.setLevel(level)
 
 
 class _File(logging.FileHandler):

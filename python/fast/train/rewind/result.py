@@ -50,7 +50,7 @@ class Rewound(Result):
     def _facts(self) -> dict[str, str]:
         facts = super()._facts() | {"stage": str(self.final["stage"])}
         del facts["step"]
-        return facts | {"lost": f"{self.lost:.4f}", "budget": str(self.config.budget)}
+        return facts | {"lost": f"{self.lost:z.4f}", "budget": str(self.config.budget)}
 
     def plot(self) -> Any:
         """Draw what is lost along the line, the budget, the place that was chosen, and the target

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fast.cli.folders import with_numbers
 from fast.cli.job_file import is_gone
 from fast.cli.notes import print_notes
 from fast.cli.options import flag
@@ -30,21 +31,25 @@ from fast.cli.task.run import (
     print_left_out,
     same_place,
 )
-from fast.data.sources import DataWarning, load_data
+from fast.data.sources import DataWarning, NamedData, load_data
+from fast.data.sources.files import samples_hash, shared_samples
 from fast.deploy.figures import evaluation_figure
 from fast.deploy.predictor import Task
 from fast.errors import counted, printable
 from fast.figures import save
-from fast.files import check_writable, write_json
+from fast.files import check_writable, read_json, write_json
+
+NUMBERS = "evaluation.json"
 
 
 def run(spec: EvaluateSpec) -> int:
-    if spec.output:
-        check_writable(Path(spec.output), "--output")
     predictor = open_run(spec)
     task = predictor.task_of(spec.task)
-    folder = Path(spec.output or Path(spec.run) / f"evaluation-{task}")
     name, data, skip_broken = _data(spec, task)
+    own = with_numbers(Path(spec.run) / f"evaluation-{task}")
+    free = next(folder for folder in own if _is_free(folder, data.samples_hash))
+    folder = Path(spec.output) if spec.output else free
+    check_writable(folder, "--output")
     evaluation = predictor.evaluate(data, task=task, skip_broken=skip_broken)
     print_left_out(evaluation.unreadable)
     print(paragraph(f"{printable(name)}: {verdict(evaluation)}") + "\n")
@@ -54,7 +59,8 @@ def run(spec: EvaluateSpec) -> int:
         print(f"... and {counted(len(rows) - LISTED, 'class', 'classes')} recognised better")
 
     figure = save(evaluation_figure(evaluation), folder / "confusion.png")
-    write_json(folder / "evaluation.json", {"data": name, **numbers(evaluation)})
+    what = {"data": name, "samples_hash": data.samples_hash}
+    write_json(folder / NUMBERS, what | numbers(evaluation))
     facts = {"run": spec.run, "data": name, "task": task, **describe()}
     write_evaluation(
         folder / "report.html",
@@ -64,8 +70,14 @@ def run(spec: EvaluateSpec) -> int:
         worst=spec.worst,
         facts=facts,
     )
-    print(f"\n{printable(folder)}: report.html, confusion.png, evaluation.json")
+    print(f"\n{printable(folder)}: report.html, confusion.png, {NUMBERS}")
     return 0
+
+
+def _is_free(folder: Path, samples_hash: str) -> bool:
+    """Whether a folder has no evaluation, or one of these samples."""
+    file = folder / NUMBERS
+    return not file.is_file() or read_json(file).get("samples_hash") == samples_hash
 
 
 def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
@@ -73,7 +85,7 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
     given, here or to the run, so that files that cannot be read are left out.
 
     Raises:
-        ValueError: the data have no labels; or see `_name`.
+        FileNotFoundError, ValueError: see `_name`, `_labelled` and `is_data_of`.
     """
     job = job_of(Path(spec.run))
     role = "source" if task == "source" else "data"
@@ -85,17 +97,10 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
         option: getattr(spec, option) or of_job.get(option)
         for option in ("input_column", "label_column")
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)
-        data = load_data(name, **columns, numeric_labels=task == "source", unlabelled=True)
-    if not data.has_labels:
-        raise ValueError(
-            f"{name}: has no labels to compare with, which are the names of class folders, or a "
-            f"column (--label-column). fast predict {spec.run} {name} says what the run takes it "
-            "for"
-        )
+    data = _labelled(spec.run, name, numeric_labels=task == "source", **columns)
     for note in data.notes:
         print_notes(f"{name}: {note}")
+    data = dataclasses.replace(data, samples_hash=samples_hash(data))
     own = in_place
     if role == "data" and of_run is not None:
         fraction = float(job.get("val_fraction", TaskSpec.val_fraction))
@@ -106,8 +111,47 @@ def _data(spec: EvaluateSpec, task: Task) -> tuple[str, Any, bool]:
                 print_notes("these are the samples that the run was trained on")
             else:
                 name = f"{name} ({data.held_out or 'held out'})"
+        elif shared := _shared(job, of_run, data):
+            print_notes(f"{name}: {shared}; what the run was trained on it answers too well")
     skip_broken = spec.skip_broken or (own and bool(job.get("skip_broken")))
     return name, dataclasses.replace(data, name=name), skip_broken
+
+
+def _labelled(run: str, name: str, **options: Any) -> NamedData:
+    """Read data that have labels.
+
+    Raises:
+        ValueError: they have none, or cannot be used.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        try:  # a folder of one class looks like one of unlabelled samples
+            data = load_data(name, **options)
+        except ValueError:
+            data = load_data(name, **options, unlabelled=True)
+    if not data.has_labels:
+        raise ValueError(
+            f"{name}: has no labels to compare with, which are the names of class folders, or a "
+            f"column (--label-column). fast predict {run} {name} says what the run takes it for"
+        )
+    return data
+
+
+def _shared(job: dict[str, Any], of_run: str, data: NamedData) -> str:
+    """A note on samples that are in the training split of the run's data, too; or nothing."""
+    if not Path(of_run).expanduser().exists():
+        return ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        try:
+            own = load_data(
+                of_run,
+                input_column=job.get("input_column"),
+                label_column=job.get("label_column"),
+            )
+        except (OSError, ValueError):  # they have changed, and only a note would come of them
+            return ""
+    return "" if own.train is None else shared_samples(own.train, data.for_evaluation(), of_run)
 
 
 def _name(spec: EvaluateSpec, role: str, of_run: str | None) -> str:

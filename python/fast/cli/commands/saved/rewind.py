@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fast
+from fast.cli.folders import with_numbers
 from fast.cli.job_file import absolute, replace_job
 from fast.cli.notes import print_notes
 from fast.cli.report.table import percent, text_table
@@ -32,7 +33,8 @@ PICTURE = "rewind.png"
 
 def run(spec: RewindSpec) -> int:
     pick_device(spec.device)
-    folder = Path(spec.output or f"runs/{spec.task.short_name}-rewind")
+    new = with_numbers(Path("runs") / f"{spec.task.short_name}-rewind")
+    folder = Path(spec.output or next(path for path in new if not path.exists()))
     check_writable(folder, "--output")
     check_replaceable(folder, own=_is_rewound(folder))
     task = spec.named
@@ -82,7 +84,7 @@ def _report(result: Rewound) -> str:
     assert budget is not None
 
     def loss(lost: float) -> str:
-        return f"{100 * lost:.2f} %" if budget.points else f"{lost:.4f}"
+        return f"{100 * lost:z.2f} %" if budget.points else f"{lost:z.4f}"
 
     rows = [
         [
