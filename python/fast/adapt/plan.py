@@ -189,7 +189,7 @@ def plan_for(
         weighted: the pull is weighted by source curvature.
         head_is_last: the head's outputs are the logits.
         batch_norms, layer_norms: the network has such norms.
-        noisy_batches: the statistics of a micro-batch are too noisy to normalise by.
+        noisy_batches: the statistics of a batch are too noisy to normalise by.
         samples: of the training data, where their number is known.
 
     Raises:
@@ -301,7 +301,7 @@ def _no_norms(batch_norms: bool) -> str:
     """Why no batch norms are kept per task."""
     if not batch_norms:
         return "the network has no batch norm"
-    return "the statistics of a micro-batch are too noisy; batch_norm='per_task' takes them anyway"
+    return "the statistics of a batch are too noisy (batch_norm='per_task' takes them anyway)"
 
 
 def _check_kept_head(config: AdaptConfig, rehearsed: str) -> None:

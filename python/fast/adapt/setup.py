@@ -145,23 +145,20 @@ def settle(
 def _noisy_batches(
     config: AdaptConfig, model: nn.Module, batches: TrainBatches, sample: Any, rehearsed: str
 ) -> bool:
-    """Whether the statistics of a micro-batch are too noisy for batch norms of the target's own; as
-    far as such norms come into question."""
-    size = batches.batch_size // config.grad_accum_steps
-    if size < LEAST_FOR_STATISTICS:
+    """Whether the statistics of a batch are too noisy for batch norms of the target's own, where
+    such norms come into question."""
+    if batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS:
         return True
     switched = config.tasks == SWITCHED or config.has_adapters or bool(rehearsed)
     unsettled = config.batch_norm is None and config.tasks != TOGETHER and not config.keeps_head
     if not (switched and unsettled and has_batch_norm(model)):
         return False
     head = find_head(model, sample, config.head_name).module
-    added = added_by_batches(model, head, sample, size)
+    added = added_by_batches(model, head, sample)
     if added > NOISY:
         log.info(
-            "batch norms stay as they are: the statistics of %d samples add %.2f times the "
-            "variance between inputs to what the head sees; batch_norm='per_task' trains some of "
-            "the target's own all the same",
-            size,
+            "batch norms stay the source's: the statistics of a batch add %.2f times the variance "
+            "between inputs to what the head sees (batch_norm='per_task' takes them anyway)",
             added,
         )
     return added > NOISY

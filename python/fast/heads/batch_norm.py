@@ -165,6 +165,11 @@ def _shape(state: dict[str, Tensor], name: str) -> Any:
     return state[name].shape if name in state else None
 
 
+def norm_momenta(model: nn.Module) -> list[tuple[Any, float | None]]:
+    """The batch norms, each with the weight of a batch in its statistics."""
+    return [(norm, norm.momentum) for norm in _batch_norms(model)]
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances `[C]` of the batch norms, not copied."""
     pairs = [(m.running_mean, m.running_var) for m in _batch_norms(model)]
@@ -212,7 +217,7 @@ def plain_batch_norm(model: nn.Module) -> nn.Module:
     """Give every batch norm its own class back; those kept per task keep the target's state."""
     for norm in _batch_norms(model):
         if isinstance(norm, _PerTask):
-            norm.momentum = cast(_BatchNorm, norm.source_norm).momentum
+            norm.momentum = cast(_NormBase, norm.source_norm).momentum
             del norm.source_norm
         take_off(norm)
     return model
