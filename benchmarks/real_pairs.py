@@ -310,6 +310,7 @@ PAIRS: dict[str, Callable[[Folder], RealPair]] = {
     "efficientnet lite0 -> flowers": lambda f: _imagenet(
         f, _efficientnet(f), "flowers5_96jpeg", 96, 60
     ),
+    "efficientnet lite0 -> gtsrb": lambda f: _imagenet(f, _efficientnet(f), "gtsrb_part", 96, 60),
     "mobilenet 0.5 -> gtsrb": lambda f: _imagenet(f, _mobilenet(f, 0.5), "gtsrb_part", 96, 100),
     "resnet44 -> flowers": lambda f: _cifar(f, 44, "flowers5_96jpeg", 100),
     "minilm -> sms_spam": lambda f: _minilm(f, "sms_spam", "banking77", 600, 40, 10),

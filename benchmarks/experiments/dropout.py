@@ -26,7 +26,7 @@ from benchmarks.common import (
 )
 from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
-from fast.adapt.network.dropout import added_by_dropout
+from fast.adapt.network.noise import added_by_dropout
 from fast.heads import find_head
 from fast.heads.batch_norm import set_batch_norm
 

@@ -126,7 +126,7 @@ def test_options_that_contradict_each_other_are_named(options, message):
             ConvNet,
             TRAIN,
             {"batch_size": 4, "method": "vanilla"},
-            "micro-batches of fewer than 8 samples have no statistics",
+            "the statistics of a batch are too noisy",
         ),
     ],
 )

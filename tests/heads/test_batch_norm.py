@@ -98,6 +98,19 @@ def test_target_statistics_are_those_of_the_inputs_and_the_sources_stay():
     assert (norm.momentum, norm.training, norm.source_norm.training) == (0.1, True, False)
 
 
+@pytest.mark.parametrize(
+    ("own", "during"), [(0.01, 0.1), (3e-4, 0.1), (None, 0.1), (0.1, 0.1), (0.5, 0.5)]
+)
+def test_the_targets_statistics_follow_within_a_run(own, during):
+    """Slow averages of long trainings would take longer than the run."""
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=own), nn.Linear(3, 2))
+    set_batch_norm(model, "per_task")
+    assert (model[0].momentum, model[0].source_norm.momentum) == (during, own)
+    assert plain_batch_norm(model)[0].momentum == own
+    for policy in ("frozen", "track"):
+        assert set_batch_norm(model, policy)[0].momentum == own
+
+
 @pytest.mark.parametrize("policy", ["track", "per_task"])
 @pytest.mark.parametrize("x", [torch.randn(1, 3), torch.randn(1, 3, 1, 1)], ids=["1-D", "1x1 map"])
 def test_one_value_per_channel_takes_the_statistics_that_are_there(policy, x):

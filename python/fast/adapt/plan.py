@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from fast.adapt.config import AdaptConfig
 from fast.adapt.defaults import (
     EASED,
-    LEAST_FOR_STATISTICS,
     OWN,
     SWITCHED,
     TOGETHER,
@@ -180,7 +179,7 @@ def plan_for(
     rehearsed: str = "",
     batch_norms: bool = False,
     layer_norms: bool = False,
-    small_batches: bool = False,
+    noisy_batches: bool = False,
     samples: int | None = None,
 ) -> Plan:
     """The plan of this run; options that were not given are the method's own.
@@ -190,7 +189,7 @@ def plan_for(
         weighted: the pull is weighted by source curvature.
         head_is_last: the head's outputs are the logits.
         batch_norms, layer_norms: the network has such norms.
-        small_batches: micro-batches are smaller than `LEAST_FOR_STATISTICS`.
+        noisy_batches: the statistics of a batch are too noisy to normalise by.
         samples: of the training data, where their number is known.
 
     Raises:
@@ -205,7 +204,7 @@ def plan_for(
     if not new_head:
         _check_kept_head(config, rehearsed)
     rank = int(_given(config.adapter_rank, default_rank(config, layer_norms=layer_norms)))
-    own_norms = batch_norms and not small_batches and not (rank and too_few_for_norms(samples))
+    own_norms = batch_norms and not noisy_batches and not (rank and too_few_for_norms(samples))
     tasks, batch_norm = _regime(config, rehearsed, rank, batch_norms, own_norms)
     head_steps = 0
     if head_is_last and new_head:
@@ -302,7 +301,7 @@ def _no_norms(batch_norms: bool) -> str:
     """Why no batch norms are kept per task."""
     if not batch_norms:
         return "the network has no batch norm"
-    return f"micro-batches of fewer than {LEAST_FOR_STATISTICS} samples have no statistics"
+    return "the statistics of a batch are too noisy (batch_norm='per_task' takes them anyway)"
 
 
 def _check_kept_head(config: AdaptConfig, rehearsed: str) -> None:

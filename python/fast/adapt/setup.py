@@ -14,6 +14,7 @@ from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
     OWN,
     SHUFFLED,
+    SWITCHED,
     TOGETHER,
     rehearsed_by,
     steps_for,
@@ -23,6 +24,7 @@ from fast.adapt.guards.budget import check_budget
 from fast.adapt.guards.rehearse import make_room, own_inputs
 from fast.adapt.methods import METHODS
 from fast.adapt.network.head_start import head_is_last
+from fast.adapt.network.noise import NOISY, added_by_batches
 from fast.adapt.plan import Plan, plan_for
 from fast.data.dataset import Data, as_data
 from fast.data.finite import check_finite_inputs
@@ -120,7 +122,7 @@ def settle(
         rehearsed=rehearsed,
         batch_norms=has_batch_norm(model),
         layer_norms=has_layer_norm(model),
-        small_batches=batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS,
+        noisy_batches=_noisy_batches(config, model, batches, sample, rehearsed),
         samples=data.num_samples,
     )
     if source is not None:
@@ -138,6 +140,28 @@ def settle(
         source=source,
         own=own,
     )
+
+
+def _noisy_batches(
+    config: AdaptConfig, model: nn.Module, batches: TrainBatches, sample: Any, rehearsed: str
+) -> bool:
+    """Whether the statistics of a batch are too noisy for batch norms of the target's own, where
+    such norms come into question."""
+    if batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS:
+        return True
+    switched = config.tasks == SWITCHED or config.has_adapters or bool(rehearsed)
+    unsettled = config.batch_norm is None and config.tasks != TOGETHER and not config.keeps_head
+    if not (switched and unsettled and has_batch_norm(model)):
+        return False
+    head = find_head(model, sample, config.head_name).module
+    added = added_by_batches(model, head, sample)
+    if added > NOISY:
+        log.info(
+            "batch norms stay the source's: the statistics of a batch add %.2f times the variance "
+            "between inputs to what the head sees (batch_norm='per_task' takes them anyway)",
+            added,
+        )
+    return added > NOISY
 
 
 def _check_needs(config: AdaptConfig, plan: Plan, *, has_source: bool) -> None:

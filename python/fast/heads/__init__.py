@@ -8,10 +8,12 @@ from fast.heads.adapters import (
     merge_adapters,
 )
 from fast.heads.batch_norm import (
+    by_batch_statistics,
     estimate_statistics,
     has_batch_norm,
     has_layer_norm,
     load_source_norms,
+    norm_momenta,
     plain_batch_norm,
     running_statistics,
     set_batch_norm,
@@ -40,6 +42,7 @@ __all__ = [
     "adapters",
     "add_adapters",
     "attach_adapters",
+    "by_batch_statistics",
     "by_sample",
     "calibrate",
     "calibrate_from",
@@ -56,6 +59,7 @@ __all__ = [
     "in_mode",
     "load_source_norms",
     "merge_adapters",
+    "norm_momenta",
     "own_parameters",
     "places_of",
     "plain_batch_norm",

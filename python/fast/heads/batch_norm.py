@@ -10,7 +10,8 @@ A policy changes the class of the batch norms in place, so it survives `model.tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fast.heads.forward import evaluating, forward_logits
 from fast.heads.task import Overlay, TwoTask, put_over, take_off
+
+# The least weight of a batch in the statistics that the target gets, torch's default. Networks that
+# were trained for months average over a hundred batches or thousands (EfficientNet, MobileNetV3 and
+# MNASNet of torchvision), which is longer than a run.
+LEAST_MOMENTUM = 0.1
 
 
 class _Frozen(Overlay):
@@ -98,6 +104,7 @@ def set_batch_norm(model: nn.Module, policy: str) -> nn.Module:
         if source is not None:
             put_over(source, _Frozen)
             norm.add_module("source_norm", source)
+            norm.momentum = max(norm.momentum or 0.0, LEAST_MOMENTUM)
         norm.train(norm.training)
     return model
 
@@ -158,10 +165,24 @@ def _shape(state: dict[str, Tensor], name: str) -> Any:
     return state[name].shape if name in state else None
 
 
+def norm_momenta(model: nn.Module) -> list[tuple[Any, float | None]]:
+    """The batch norms, each with the weight of a batch in its statistics."""
+    return [(norm, norm.momentum) for norm in _batch_norms(model)]
+
+
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The running means and variances `[C]` of the batch norms, not copied."""
     pairs = [(m.running_mean, m.running_var) for m in _batch_norms(model)]
     return [x for pair in pairs for x in pair if x is not None]
+
+
+@contextmanager
+def by_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which batch norms use the statistics of each batch and track them."""
+    with evaluating(model):
+        for norm in _batch_norms(model):
+            norm.training = True
+        yield
 
 
 def estimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -196,6 +217,7 @@ def plain_batch_norm(model: nn.Module) -> nn.Module:
     """Give every batch norm its own class back; those kept per task keep the target's state."""
     for norm in _batch_norms(model):
         if isinstance(norm, _PerTask):
+            norm.momentum = cast(_NormBase, norm.source_norm).momentum
             del norm.source_norm
         take_off(norm)
     return model

@@ -34,7 +34,13 @@ FAILURES = {
 
 def facts(model):
     return [
-        (name, type(m), m.training, [(id(p), p.requires_grad) for p in m.parameters(False)])
+        (
+            name,
+            type(m),
+            m.training,
+            getattr(m, "momentum", None),
+            [(id(p), p.requires_grad) for p in m.parameters(False)],
+        )
         for name, m in model.named_modules()
     ]
 
@@ -46,6 +52,7 @@ def test_the_model_is_what_it_was(name, batch_norm):
     model.features[0].requires_grad_(False)
     model.decide.bias.requires_grad_(False)
     model.project.eval()
+    model.features[1].momentum = 0.01
     before, state = facts(model), copy.deepcopy(model.state_dict())
     drawn = process_generators()
     with pytest.raises((ValueError, RuntimeError, OSError)):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fast.adapt.guards.base import SourceBatch
 from fast.adapt.network.drift import Drift
-from fast.adapt.network.dropout import Shares, dropout_shares, set_dropout
+from fast.adapt.network.noise import Shares, dropout_shares, set_dropout
 from fast.adapt.network.sharding import Sharding
 from fast.adapt.network.shared_forward import HeadInput
 from fast.data.trees import move

@@ -18,8 +18,8 @@ from fast.adapt.guards.rehearse import Rehearsal, scale_of
 from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.methods import METHODS
 from fast.adapt.network.adapted import AdaptedNetwork
-from fast.adapt.network.dropout import DROWNED, added_by_dropout, dropout_shares
 from fast.adapt.network.head_start import check_loss, start_head
+from fast.adapt.network.noise import DROWNED, added_by_dropout, dropout_shares
 from fast.adapt.network.shared_forward import cuts_at_head, depends_on_mode
 from fast.adapt.setup import Setup
 from fast.data.finite import check_finite_inputs

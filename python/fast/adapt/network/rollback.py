@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fast import dtensor
-from fast.adapt.network.dropout import dropout_shares, set_dropout
+from fast.adapt.network.noise import dropout_shares, set_dropout
 from fast.data.generators import process_generators, set_process_generators
-from fast.heads import task_head
+from fast.heads import norm_momenta, task_head
 
 Buffers = list[tuple[nn.Module, str, Tensor]]
 
@@ -47,7 +47,7 @@ class RollbackOnError:
         copied = model.parameters() if weights else ()
         self._weights = [(p, p.detach().clone()) for p in copied]
         self._buffers = copied_buffers(model)
-        self._dropout = dropout_shares(model)
+        self._dropout, self._momenta = dropout_shares(model), norm_momenta(model)
         self._head = task_head(model)
         self._generators = process_generators()
         self.kept = False
@@ -87,6 +87,8 @@ class RollbackOnError:
             module._modules.update(children)
             module.training = training
         set_dropout(self._dropout, 1.0)
+        for norm, momentum in self._momenta:
+            norm.momentum = momentum
         for parameter, trainable, dtype in self._trainable:
             parameter.requires_grad_(trainable)
             if parameter.dtype != dtype:  # 16-bit weights, made wider and not yet changed

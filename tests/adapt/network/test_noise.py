@@ -1,4 +1,5 @@
-"""Dropout that drowns what distinguishes the inputs is off during a run, and back after it."""
+"""Noise that drowns what distinguishes the inputs: dropout is off during a run and back after it,
+and statistics of batches are not taken."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ import torch
 from torch import nn
 
 import fast
-from fast.adapt.network.dropout import added_by_dropout, dropout_shares, set_dropout
+from fast.adapt.network.noise import (
+    added_by_batches,
+    added_by_dropout,
+    dropout_shares,
+    set_dropout,
+)
 from fast.adapt.network.rollback import RollbackOnError
 from fast.heads import find_head
 from fast.train.config import TrainConfig
@@ -138,3 +144,41 @@ def test_a_resumed_run_drops_what_it_dropped_before(tmp_path):
 def test_dropout_is_on_or_off(value):
     with pytest.raises(ValueError, match=r"dropout must be True or False; got"):
         TrainConfig(dropout=value)
+
+
+@pytest.mark.parametrize("size", [64, 2000])
+def test_what_statistics_of_a_batch_add_is_measured_without_a_trace(size):
+    """The mean of 64 normal numbers varies by 1 / 64, and their deviation by half of that; a
+    quarter of each batch is the same; the median of a variance of three draws is 0.7 of its mean."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 2)).train()
+    x, generator, before = torch.randn(size, 64), torch.get_rng_state(), model.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    added = added_by_batches(model, model[2], x)
+    assert added == pytest.approx(0.7 * 0.75 * 1.5 / 64, rel=0.3)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not model[2]._forward_pre_hooks
+    without = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    assert added_by_batches(without, without[1], x) == 0.0
+
+
+def test_noisy_statistics_are_not_the_targets_unless_it_is_asked_for(log, monkeypatch):
+    def norms(**options):
+        settled = fast.Adaptation(ConvNet(), TRAIN, steps=4, batch_size=32, **options).plan
+        return settled.tasks, settled.batch_norm
+
+    said = "the statistics of a batch add 0."
+    assert norms() == ("switched", "per_task")
+    assert said not in log.text
+    monkeypatch.setattr(fast.adapt.setup, "NOISY", 0.0)
+    assert norms() == ("together", "frozen")
+    assert said in log.text
+    log.clear()
+    assert norms(batch_norm="per_task") == ("switched", "per_task")
+    assert norms(tasks="together") == ("together", "frozen")
+    assert norms(method="vanilla") == ("together", "frozen")
+    assert said not in log.text
+    with pytest.raises(ValueError, match=r"too noisy \(batch_norm='per_task' takes them anyway"):
+        norms(method="vanilla", tasks="switched")
