@@ -148,7 +148,7 @@ def test_dropout_is_on_or_off(value):
 
 @pytest.mark.parametrize("size", [64, 2000])
 def test_what_statistics_of_a_batch_add_is_measured_without_a_trace(size):
-    """The mean of 64 normal numbers varies by 1 / 64, and their deviation by half of that. A quarter
+    """The mean of 64 normal numbers varies by 1 / 64, their deviation by half of that. A quarter
     of each batch is the same, and the median of a variance of three draws is 0.7 of its mean."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 2)).train()
