@@ -13,7 +13,7 @@ PAIRS = (
     "resnet20 -> omniglot,resnet20 -> sign_digits,resnet32 -> fashion_mnist,"
     "mobilenet 0.25 -> trashnet,mobilenet 0.25 -> flowers,minilm -> trec6,minilm -> sst2,"
     "smollm2 -> trec6,vit s14 -> flowers,vit s14 -> gtsrb,vit s14 -> trashnet,"
-    "resnet20 -> gtsrb,minilm -> banking77,"
+    "resnet20 -> gtsrb,minilm -> banking77,efficientnet lite0 -> flowers,"
     # No default was chosen on these.
     "resnet44 -> flowers,mobilenet 0.5 -> gtsrb,minilm -> sms_spam"
 )
