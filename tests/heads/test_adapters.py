@@ -185,11 +185,12 @@ def test_the_source_is_answered_to_the_bit_and_the_target_by_merged_weights(name
 
 def test_which_layers_get_one():
     model = adapted(Grouped().eval())
-    assert list(adapters(model)) == ["plain", "pointwise"]
+    assert list(adapters(model)) == ["plain", "dilated", "circular", "pointwise"]
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     factors = {f"{n}.lora_{f}.target.weight" for n in ("plain", "pointwise") for f in "AB"}
+    factors |= {f"{n}.lora_{f}.weight" for n in ("dilated", "circular") for f in "AB"}
     assert learns == factors | {"fc.linear.weight", "fc.linear.bias"}
-    assert list(adapters(adapted(Derived().eval()))) == ["pointwise"]
+    assert list(adapters(adapted(Derived().eval()))) == ["padded", "standardised", "pointwise"]
     assert list(adapters(adapted(Twice().eval()))) == ["blocks.0"]
     inside = ["self_attn", "self_attn.out_proj", "linear1", "linear2"]
     assert list(adapters(adapted(Attention().eval()))) == ["embed", *(f"layer.{n}" for n in inside)]

@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA: Hu et al. 2022, arXiv 2106.09685) of the target, beside frozen weights.
 
 The layers are PEFT's, one beside each linear layer and convolution of the backbone. Where a weight
-is read by others than its layer, as in attention, its adapter is added to what they read. Inside
+is read by others than its layer, as in attention, or its layer does more than PEFT's knows of, the
+adapter is added to what is read. Inside
 `fast.source_task` they are off: no weight that the source task uses has changed then, and it is
 answered as it was, to the bit.
 """
@@ -115,7 +116,8 @@ class _Read(_Adapter):
         return (weight + self.difference(name)).to(weight.dtype)
 
     def difference(self, name: str) -> Tensor:
-        return self.lora_B[name] @ self.lora_A[name]
+        weight = self._parameters[name]  # type: ignore[attr-defined]
+        return (self.lora_B[name] @ self.lora_A[name]).view_as(weight)
 
     def tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -171,11 +173,10 @@ def add_adapters(model: nn.Module, head: nn.Module, rank: int, sample: Any) -> n
     use.
 
     An adapter adds `B A x` to what its layer makes of `x`. `B` is zero at first, so the network
-    answers as before. Linear layers, convolutions and `nn.MultiheadAttention` get one each, except
-    for the head, for layers that cannot learn (`requires_grad`) or share their weight with another
-    layer, and for convolutions that have groups, dilation or another padding than zeros, or do more
-    than convolve. What is the target's own goes on learning: its head, and batch norms that are
-    kept per task.
+    answers as before. Linear layers, convolutions without groups and `nn.MultiheadAttention` get
+    one each, except for the head, and for layers that cannot learn (`requires_grad`) or share their
+    weight with another layer. What is the target's own goes on learning: its head, and batch norms
+    that are kept per task.
 
     Args:
         model: a network after `fast.replace_head`.
@@ -239,8 +240,8 @@ def attach_adapters(
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """For each layer `NAME` with an adapter: the source's weight `NAME.weight`, and the factors
     `NAME.A` `[r, in, ...]` and `NAME.B` `[out, r, ...]`, whose product is the difference from it.
-    For a weight `NAME` that is read by others than its layer: `NAME`, and the same factors.
-    Empty if there are no adapters."""
+    For a weight `NAME` that is read with its adapter: `NAME`, `NAME.A` `[r, M]` and `NAME.B`
+    `[out, r]`, for a weight of `M` numbers for each output. Empty if there are no adapters."""
     return {
         f"{name}.{part}": tensor
         for name, module in adapters(model).items()
@@ -275,7 +276,8 @@ def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> tuple[list[str
     """Names of the layers that get an adapter beside them, and of the weights that get one added.
 
     Attention, and an `nn.TransformerEncoderLayer` in evaluation, read weights of layers that they
-    never call, and would miss an adapter beside these.
+    never call, and would miss an adapter beside these. A layer of a derived class may do more with
+    its weight than its parent.
     """
     inside = set(head.modules())
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -290,10 +292,10 @@ def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> tuple[list[str
                 if kind == "weight":
                     layers[name] = module
     ran = _that_run(model, [*layers.values()], sample)
-    for name, layer in layers.items():
-        if layer in ran or isinstance(layer, CONVOLUTIONS):
-            del weights[f"{name}.weight"]
-    return [n for n, layer in layers.items() if layer in ran], _that_count(model, weights, sample)
+    beside = [name for name, layer in layers.items() if layer in ran and _is_simple(layer)]
+    for name in beside:
+        del weights[f"{name}.weight"]
+    return beside, _that_count(model, weights, sample)
 
 
 def _kinds_of_weights(module: nn.Module) -> tuple[str, ...]:
@@ -302,8 +304,8 @@ def _kinds_of_weights(module: nn.Module) -> tuple[str, ...]:
         return ()
     if isinstance(module, nn.MultiheadAttention):
         return ATTENTION
-    simple = isinstance(module, CONVOLUTIONS) and _is_simple(module)
-    return ("weight",) if simple or isinstance(module, _linear_kinds()) else ()
+    without_groups = isinstance(module, CONVOLUTIONS) and module.groups == 1
+    return ("weight",) if without_groups or isinstance(module, _linear_kinds()) else ()
 
 
 def _that_count(model: nn.Module, weights: dict[str, nn.Parameter], sample: Any) -> list[str]:
@@ -339,7 +341,9 @@ def _linear_kinds() -> tuple[type, ...]:
 
 def _is_simple(layer: Any) -> bool:
     """Whether PEFT's adapter of a convolution sees what the convolution sees."""
-    return layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+    if not isinstance(layer, CONVOLUTIONS):
+        return True
+    return set(layer.dilation) == {1} and layer.padding_mode == "zeros"
 
 
 def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.Module]:
@@ -419,7 +423,7 @@ def _put_within(model: nn.Module, name: str, rank: int) -> None:
     if not isinstance(module, _Read):
         module.lora_A, module.lora_B = nn.ParameterDict(), nn.ParameterDict()
         put_over(module, _ReadAttention if kind in ATTENTION else _ReadLayer)
-    a, b = weight.new_empty(rank, weight.shape[1]), weight.new_zeros(len(weight), rank)
+    a, b = weight.new_empty(rank, weight[0].numel()), weight.new_zeros(len(weight), rank)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT does
     module.lora_A[kind], module.lora_B[kind] = nn.Parameter(a), nn.Parameter(b)
 
