@@ -162,6 +162,25 @@ NETWORKS = {
 }
 
 
+def test_the_source_has_the_parameters_that_can_learn_as_it_had_them():
+    """torch sums some products of a frozen weight in another order: LeViT answered 1e-6 apart."""
+    model = Grouped().eval()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    layers = list(before)[:-2]  # all but the head
+
+    def learn():
+        own = dict(model.named_parameters())
+        names = [n if n in own else n.replace(".weight", ".base_layer.weight") for n in layers]
+        names = [n if n in own else n.replace(".bias", ".base_layer.bias") for n in names]
+        return {n: own[name].requires_grad for n, name in zip(layers, names, strict=True)}
+
+    adapted(model)
+    assert not any(learn().values())
+    with fast.source_task(model), fast.source_task(model):
+        assert learn() == {n: before[n] for n in layers}
+    assert not any(learn().values())
+
+
 @pytest.mark.parametrize("name", [*NETWORKS, "text"])
 def test_the_source_is_answered_to_the_bit_and_the_target_by_merged_weights(name):
     torch.manual_seed(0)

@@ -41,13 +41,7 @@ SUMMED = 2**17
 
 
 class _Adapter(Overlay, TwoTask):
-    """A module with adapters, which gives the source task its plain weights.
-
-    Attributes:
-        frozen: parameters of the network that do not learn because adapters do.
-    """
-
-    frozen: tuple[nn.Parameter, ...]
+    """A module with adapters, which gives the source task its plain weights."""
 
     def tensors(self) -> dict[str, Tensor]:
         """For each adapter: the source's weight, `A` and `B`, see `adapter_state`."""
