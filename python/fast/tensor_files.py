@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fast.files import atomic_file
 
@@ -40,3 +43,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Load tensors into a network, as of the versions that its modules have.
+
+    A state dict says these, and a file of tensors does not. torchvision's MNASNet loads no state
+    without one.
+
+    Args:
+        strict: the names have to be those of the network.
+    """
+    state: Any = OrderedDict(tensors)
+    own: Any = model.state_dict()
+    state._metadata = own._metadata
+    model.load_state_dict(state, strict=strict)

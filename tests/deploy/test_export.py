@@ -221,6 +221,42 @@ def test_what_cannot_be_exported_is_said(adapted, tmp_path, monkeypatch):
     assert "fast" in sys.modules
 
 
+class Ends(TextNet):
+    """It knows a text by its last token, which has to be 2, as those of Bart and T5 have one."""
+
+    def forward(self, ids):
+        if not (ids == 2).any():
+            raise ValueError("Each example must contain at least one <eos> token.")
+        x = self.norm(self.embed(ids)).cumsum(1)
+        return self.Output(self.score(x[ids == 2].view(len(ids), -1, 16)[:, -1]))
+
+
+def test_inputs_that_are_made_up_and_not_taken_are_said(tmp_path):
+    predictor = Predictor(model=Ends(), inputs={"ids": {"shape": [6], "dtype": "int64"}})
+    with pytest.raises(ValueError, match=r"sample, which is made up if you pass none: .*<eos>"):
+        predictor.export(tmp_path / "served", "safetensors")
+    ids = torch.full((3, 6), 2)
+    assert predictor.export(tmp_path / "served", "safetensors", sample={"ids": ids}).is_dir()
+
+
+def test_an_assertion_of_torch_is_an_error_with_a_message(adapted, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise AssertionError("expected no unbacked symbols, got 1: {u0}")
+
+    monkeypatch.setattr("torch.export.export", fails)
+    with pytest.raises(ValueError, match="cannot follow ConvNet: expected no unbacked symbols"):
+        adapted.result.export(tmp_path / "served", "torch.export")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs("onnx", "onnxscript", "onnxruntime")
+def test_an_error_of_onnxruntime_is_one_of_ours(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr("fast.deploy.export.onnx.trials", lambda _: [adapted.x[:2, :, :4]])
+    with pytest.raises(ValueError, match=r"onnxruntime cannot run model.onnx \(.*\); nothing was"):
+        adapted.result.export(tmp_path / "served", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_networks_own_image_processor_is_kept(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the processor is one of its")
     own = transformers.ViTImageProcessorPil(

@@ -75,6 +75,19 @@ class Padded(nn.Conv2d):
         return F.conv2d(F.pad(x, (0, most, 0, most)), self.weight, self.bias)
 
 
+class PaddedBefore(nn.Module):
+    """It pads for its convolution, by what that says of itself (MobileNetV2 of transformers)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3, stride=2)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        less = self.conv.kernel_size[0] - self.conv.stride[0]
+        return self.fc(self.conv(F.pad(x, (0, less, 0, less))).relu().mean((2, 3)))
+
+
 class Standardised(nn.Conv2d):
     """A convolution whose weight is standardised at each pass."""
 
@@ -111,7 +124,7 @@ class Twice(nn.Module):
 
 
 class Attention(nn.Module):
-    """In evaluation torch runs the whole layer at once, and calls none of those inside."""
+    """In evaluation torch runs the whole layer at once, and reads the weights of those inside."""
 
     def __init__(self):
         super().__init__()
@@ -123,13 +136,49 @@ class Attention(nn.Module):
         return self.fc(self.layer(self.embed(x.squeeze(1))).mean(1))
 
 
+class Asking(nn.Module):
+    """Attention to keys of another width, which has three weights; and one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.ask = nn.MultiheadAttention(16, 2, kdim=8, vdim=8, batch_first=True)
+        self.unused = nn.MultiheadAttention(16, 2)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = x.squeeze(1)
+        return self.fc(self.ask(self.embed(x), x, x, need_weights=False)[0].mean(1))
+
+
 NETWORKS = {
     **IMAGE_NETWORKS,
     "grouped": Grouped,
     "derived": Derived,
+    "padded before": PaddedBefore,
     "twice": Twice,
     "attention": Attention,
+    "asking": Asking,
 }
+
+
+def test_the_source_has_the_parameters_that_can_learn_as_it_had_them():
+    """torch sums some products of a frozen weight in another order: LeViT answered 1e-6 apart."""
+    model = Grouped().eval()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    layers = list(before)[:-2]  # all but the head
+
+    def learn():
+        own = dict(model.named_parameters())
+        names = [n if n in own else n.replace(".weight", ".base_layer.weight") for n in layers]
+        names = [n if n in own else n.replace(".bias", ".base_layer.bias") for n in names]
+        return {n: own[name].requires_grad for n, name in zip(layers, names, strict=True)}
+
+    adapted(model)
+    assert not any(learn().values())
+    with fast.source_task(model), fast.source_task(model):
+        assert learn() == {n: before[n] for n in layers}
+    assert not any(learn().values())
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "text"])
@@ -155,13 +204,31 @@ def test_the_source_is_answered_to_the_bit_and_the_target_by_merged_weights(name
 
 def test_which_layers_get_one():
     model = adapted(Grouped().eval())
-    assert list(adapters(model)) == ["plain", "pointwise"]
+    assert list(adapters(model)) == ["plain", "dilated", "circular", "pointwise"]
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     factors = {f"{n}.lora_{f}.target.weight" for n in ("plain", "pointwise") for f in "AB"}
+    factors |= {f"{n}.lora_{f}.weight" for n in ("dilated", "circular") for f in "AB"}
     assert learns == factors | {"fc.linear.weight", "fc.linear.bias"}
-    assert list(adapters(adapted(Derived().eval()))) == ["pointwise"]
+    assert list(adapters(adapted(Derived().eval()))) == ["padded", "standardised", "pointwise"]
     assert list(adapters(adapted(Twice().eval()))) == ["blocks.0"]
-    assert list(adapters(adapted(Attention().eval()))) == ["embed"]
+    inside = ["self_attn", "self_attn.out_proj", "linear1", "linear2"]
+    assert list(adapters(adapted(Attention().eval()))) == ["embed", *(f"layer.{n}" for n in inside)]
+    assert list(adapters(adapted(Asking().eval()))) == ["embed", "ask", "ask.out_proj"]
+
+
+def test_what_reads_the_weights_of_attention_gets_the_adapters_in_either_mode():
+    torch.manual_seed(0)
+    model = adapted(Attention().eval())
+    at_once = answers(model)
+    model.layer.dropout.p = model.layer.dropout1.p = model.layer.dropout2.p = 0.0
+    model.layer.self_attn.dropout = 0.0
+    model.layer.train()
+    one_by_one = model(X)
+    torch.testing.assert_close(one_by_one, at_once, atol=1e-5, rtol=1e-4)
+    one_by_one.square().mean().backward()
+    factors = {n: p.grad for n, p in model.named_parameters() if ".lora_" in n}
+    assert len(factors) == 10
+    assert all(grad is not None and bool(grad.any()) for grad in factors.values())
 
 
 def test_a_sum_of_weights_learns_as_an_adapter_beside_its_layer_does(monkeypatch):
@@ -251,10 +318,27 @@ def test_what_is_saved_is_enough_for_both_functions():
         attach_adapters(copy.deepcopy(plain), {**state, "project.weight": torch.zeros(2, 2)})
 
 
-def test_a_network_with_adapters_can_be_pickled():
-    model = adapted(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
-    )
+@pytest.mark.parametrize("network", [Attention, Asking])
+def test_what_is_saved_of_attention_is_enough_for_both_functions(network):
+    torch.manual_seed(0)
+    start = network().eval()
+    before = answers(start)
+    model = adapted(start)
+    state, target, source = adapter_state(model), answers(model), task_head(model).source
+    plain = fast.fold_head(copy.deepcopy(model))
+    assert {type(m) for m in plain.modules()} == {type(m) for m in network().modules()}
+    assert plain.state_dict().keys() == network().state_dict().keys()
+    again = attach_adapters(copy.deepcopy(plain), state)
+    torch.testing.assert_close(answers(again), target, atol=1e-4, rtol=1e-4)
+    with fast.source_task(again):
+        again.fc = source
+        assert torch.equal(answers(again), before)
+
+
+@pytest.mark.parametrize("network", [Attention, None])
+def test_a_network_with_adapters_can_be_pickled(network):
+    layers = nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5)
+    model = adapted((nn.Sequential(*layers) if network is None else network()).eval())
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(answers(again), answers(model))
     with fast.source_task(again), fast.source_task(model):

@@ -240,3 +240,28 @@ def test_an_adapter_on_the_head_is_named():
     assert adapted(merged, x).model(x).shape == (8, 3)
     saved = peft.LoraConfig(target_modules=["1"], modules_to_save=["3"])
     assert adapted(peft.get_peft_model(network(), saved), x).model(x).shape == (8, 3)
+
+
+@pytest.mark.parametrize("name", ["VisionTransformer", "MNASNet"])
+def test_adapters_of_torchvision_are_saved_and_loaded(name, tmp_path):
+    """Its attention reads weights of layers that it does not call, and MNASNet asks a state for its
+    version."""
+    pytest.importorskip("peft", reason="adapters are its layers")
+    models = pytest.importorskip("torchvision.models", reason="torchvision's networks")
+    sizes = (0.5,) if name == "MNASNet" else (32, 8, 2, 2, 16, 32)
+    torch.manual_seed(0)
+    model, x = getattr(models, name)(*sizes, num_classes=6).eval(), images(32)
+    head = model.classifier[1] if name == "MNASNet" else model.heads.head
+    torch.nn.init.normal_(head.weight)
+    with torch.no_grad():
+        before = model(x)
+    result = fast.finetune(model, (x, torch.arange(8) % 3), steps=2, method="adapter")
+    attention = [n for n in fast.heads.adapters(model) if "self_attention" in n]
+    assert len(attention) == (0 if name == "MNASNet" else 4)
+    result.save(tmp_path)
+    loaded = fast.load(tmp_path, getattr(models, name)(*sizes, num_classes=6))
+    for network in (model, loaded.model):
+        with fast.source_task(network), torch.no_grad():
+            assert torch.equal(network(x), before)
+    answers = result.predict(x).logits
+    torch.testing.assert_close(loaded.predict(x).logits, answers, rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import torch
 
 import fast
 from fast.models.saved import load_saved
+from fast.models.weights import load_weights
 from networks import ConvNet, TextNet, images, sentences
 
 TRAIN, VAL = images(64, 4, seed=1), images(30, 4, seed=2)
@@ -34,6 +36,16 @@ def results(tmp_path_factory):
 def folders(results, tmp_path):
     shutil.copytree(results, tmp_path / "results")
     return tmp_path / "results"
+
+
+class Versioned(ConvNet):
+    """It loads no state that does not say its version, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        assert metadata["version"] == 2
+        super()._load_from_state_dict(state, prefix, metadata, *others)
 
 
 def load(folder):
@@ -109,3 +121,26 @@ def test_norms_that_the_network_lacks_are_not_missing_from_the_folder(tmp_path):
     result.save(tmp_path / "run")
     loaded = fast.load(tmp_path / "run", TextNet(5))
     assert 0 <= loaded.evaluate(source, task="source").accuracy <= 1
+
+
+@pytest.mark.parametrize("method", ["fast", "adapter"])
+def test_a_network_that_asks_a_state_for_its_version_gets_it(method, tmp_path):
+    if method == "adapter":
+        pytest.importorskip("peft", reason="adapters are its layers")
+    torch.manual_seed(0)
+    start = Versioned()
+    options = {"steps": 4, "eval_every": 1, "patience": 1, "method": method}
+    result = fast.finetune(copy.deepcopy(start), TRAIN, VAL, output=tmp_path / "run", **options)
+    again = fast.finetune(copy.deepcopy(start), TRAIN, VAL, resume=tmp_path / "run", **options)
+    x, answers = VAL[0], result.predict(VAL[0]).logits
+    assert torch.equal(again.predict(x).logits, answers)
+    result.save(tmp_path / "saved")
+    loaded = fast.load(tmp_path / "saved", Versioned())
+    torch.testing.assert_close(loaded.predict(x).logits, answers, rtol=1e-4, atol=1e-5)
+    loaded.export(tmp_path / "served", "safetensors")
+    plain = Versioned(4).eval()
+    load_weights(plain, tmp_path / "served" / "model.safetensors")
+    torch.testing.assert_close(plain(x), answers, rtol=1e-4, atol=1e-5)
+    network = load_saved(tmp_path / "saved", Versioned(), x[:2]).source
+    with fast.source_task(result.model), torch.no_grad():
+        torch.testing.assert_close(network.eval()(x), result.model(x), rtol=1e-4, atol=1e-5)

@@ -276,8 +276,8 @@ class Result:
         * `source_head.safetensors`: weight and bias of the head that was replaced;
           `source_norms.safetensors`: the source's batch norms, if each task has its own.
         * `adapters.safetensors`, if there are adapters: for each layer `NAME` with an adapter, the
-          source's weight `NAME.weight` and the factors `NAME.A` and `NAME.B`
-          (`fast.heads.attach_adapters`).
+          source's weight `NAME.weight` and the factors `NAME.A` and `NAME.B`; for a weight `NAME`
+          of attention, `NAME`, `NAME.A` and `NAME.B` (`fast.heads.attach_adapters`).
         * `fast.json`, `result.json`, `history.jsonl`: options; accuracies, plan and notes; history.
         * `preprocessing.json`: what pictures and texts go through, with the tokenizer beside it.
         * `config.json`: the architecture of a transformers network.

@@ -214,12 +214,13 @@ class Predictor:
         network = fold_head(copy.deepcopy(self.model)).cpu().float().eval()
         if isinstance(network, Joined):
             name, network = network.head, network.plain
+        what = "sample" if sample is not None else "sample, which is made up if you pass none"
         if sample is None:
             tokenizer = self.preparation.tokenizer
             texts = None if tokenizer is None else self.preparation.tokens(["a", "a b c"])
             sample = texts if texts is not None else example(self.inputs)
         sample = mapped(plain(sample), lambda x: _floats(x.detach().cpu()))
-        with evaluating(network):
+        with evaluating(network), input_errors(what, sample, network):
             count = forward_logits(network, sample).shape[1]
         return Subject(
             network=network,

@@ -5,6 +5,7 @@ from fast.heads.adapters import (
     adapters,
     add_adapters,
     attach_adapters,
+    drop_adapters,
     merge_adapters,
 )
 from fast.heads.batch_norm import (
@@ -48,6 +49,7 @@ __all__ = [
     "calibrate_from",
     "check_rows",
     "classes_of",
+    "drop_adapters",
     "estimate_statistics",
     "evaluating",
     "features_of",

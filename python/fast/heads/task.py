@@ -58,9 +58,11 @@ class TwoTask:
 
     Attributes:
         answers_source: whether the module uses the source's parameters.
+        frozen: parameters of the network that learn neither task because the module does.
     """
 
     answers_source: bool = False
+    frozen: tuple[nn.Parameter, ...] = ()
 
 
 def two_task_modules(model: nn.Module) -> list[Any]:
@@ -73,7 +75,9 @@ def source_task(model: nn.Module) -> Iterator[nn.Module]:
 
     It answers with its original head, with the source's batch norms if each task has its own, and
     without the target's adapters. The weights are the current ones, so this measures what the
-    network still knows. Mode, gradients and buffers stay as they are. Contexts may be nested.
+    network still knows. Mode, gradients and buffers stay as they are. Parameters that were frozen
+    because adapters learn require gradients inside the block, as they did before: torch sums some
+    products of a frozen weight in another order. Contexts may be nested.
 
     Args:
         model: a network after `fast.replace_head`. A network with its own head answers its own
@@ -84,8 +88,12 @@ def source_task(model: nn.Module) -> Iterator[nn.Module]:
     """
     modules = two_task_modules(model)
     before = [m.answers_source for m in modules]
+    shared = {id(m.frozen): m.frozen for m in modules}
+    frozen = [p for parameters in shared.values() for p in parameters if not p.requires_grad]
     for m in modules:
         m.answers_source = True
+    for p in frozen:
+        p.requires_grad_(True)
     heads = [m for m in modules if hasattr(m, "announce")]
     inner = unwrap(model)
     for head in heads:
@@ -95,5 +103,7 @@ def source_task(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for m, state in zip(modules, before, strict=True):
             m.answers_source = state
+        for p in frozen:
+            p.requires_grad_(False)
         for head in heads:
             head.announce(inner)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fast.data.trees import move
 from fast.heads import (
+    drop_adapters,
     evaluating,
     features_of,
     fold_head,
@@ -30,8 +31,8 @@ from fast.merge.joined import own_state
 from fast.models.saved import load_saved
 
 Rows = tuple[Tensor, Tensor]
-# The attribute that holds the source's part of a head, a norm or an adapter for both tasks.
-SOURCE_MODULES = ("source", "source_norm", "base_layer")
+# The attribute that holds the source's part of a head or a norm for both tasks.
+SOURCE_MODULES = ("source", "source_norm")
 
 
 @dataclass(kw_only=True)
@@ -177,7 +178,7 @@ def _source_network(model: nn.Module, target: nn.Module) -> nn.Module:
         for name, p in model.named_parameters()
         if name in theirs and id(p) not in own
     }
-    network = copy.deepcopy(model, common)
+    network = drop_adapters(copy.deepcopy(model, common))
     for module in two_task_modules(network):
         plain = next((getattr(module, n) for n in SOURCE_MODULES if hasattr(module, n)), None)
         if plain is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.errors import counted, first_line, printable, some
-from fast.tensor_files import load_tensors
+from fast.tensor_files import load_into, load_tensors
 
 # Keys under which trainers store weights. Averaged weights come first, because those are evaluated.
 STATE_KEYS = (
@@ -69,7 +69,7 @@ def load_weights(
             + (f"; it has others that do not belong: {some(others, 4)}" if others else "")
             + "; --allow-missing leaves them as they are"
         )
-    model.load_state_dict(state, strict=False)
+    load_into(model, state, strict=False)
     if missing is not None:
         missing += lacks
     if lacks:

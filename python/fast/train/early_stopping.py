@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fast import dtensor
 from fast.adapt.result import Record
+from fast.tensor_files import load_into
 
 BEST = "best."
 
@@ -51,7 +52,7 @@ class EarlyStopping:
         """Put the best weights back into the model."""
         if self.weights:
             own = model.state_dict()
-            model.load_state_dict({k: dtensor.as_in(v, own[k]) for k, v in self.weights.items()})
+            load_into(model, {k: dtensor.as_in(v, own[k]) for k, v in self.weights.items()})
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "since_best": self.since_best}

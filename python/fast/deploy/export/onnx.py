@@ -87,5 +87,10 @@ def _compare(subject: Subject, file: Path) -> None:
     for inputs in trials(subject):
         given = zip(subject.input_names, leaves(inputs), strict=True)
         feeds = {name: x.numpy() for name, x in given if name in names}
-        (answers,) = session.run(["logits"], feeds)
+        try:
+            (answers,) = session.run(["logits"], feeds)
+        except Exception as error:  # onnxruntime has errors of its own
+            raise ValueError(
+                f"onnxruntime cannot run {FILE} ({first_line(error)}); nothing was written"
+            ) from error
         subject.check(torch.from_numpy(answers), inputs, FILE)

@@ -41,7 +41,12 @@ def exported(subject: Subject) -> Any:
         open_shapes = _open_shapes(subject)
         try:
             return _program(subject, open_shapes)
-        except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            AssertionError,  # of torch itself, where sizes depend on the inputs
+            torch._dynamo.exc.TorchDynamoException,
+        ) as error:
             if open_shapes is None:
                 raise
             _close(subject, first_line(error))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fast.deploy.export.subject import Subject
 from fast.merge.joined import Joined
-from fast.tensor_files import load_tensors, save_tensors
+from fast.tensor_files import load_into, load_tensors, save_tensors
 
 FILE = "model.safetensors"
 
@@ -25,6 +25,6 @@ def write_tensors(subject: Subject, folder: Path) -> None:
         )
     state = subject.network.state_dict()
     save_tensors(state, folder / FILE)
-    subject.network.load_state_dict(load_tensors(folder / FILE))
+    load_into(subject.network, load_tensors(folder / FILE))
     subject.notes += subject.odds
     subject.write_description(folder)

@@ -24,7 +24,7 @@ from fast.models.saved.files import (
     read_options,
 )
 from fast.models.weights import lacking
-from fast.tensor_files import load_tensors, write_tensors
+from fast.tensor_files import load_into, load_tensors, write_tensors
 
 
 @dataclass(kw_only=True)
@@ -104,7 +104,7 @@ def _source_network(folder: Path, target: nn.Module, head: str) -> nn.Module:
         odd = [n for n, x in tensors.items() if shapes.get(n) != x.shape]
         if odd:
             raise ValueError(f"{file} is of another network: it has {odd[0]}")
-        source.load_state_dict(tensors, strict=False)
+        load_into(source, tensors, strict=False)
     place = find_head(source, name=head)
     layer = source_layer_in(folder, place)
     place.put(layer)
@@ -138,7 +138,7 @@ def load_target(folder: Path, model: nn.Module, head: Head) -> HeadLayer:
             f"{file} is of another network: {len(wrong)} tensors differ, first "
             f"{', '.join(wrong[:3])}"
         )
-    model.load_state_dict(state, strict=False)
+    load_into(model, state, strict=False)
     return layer
 
 

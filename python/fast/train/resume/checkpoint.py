@@ -25,7 +25,7 @@ from fast.data.reachable import Generator
 from fast.errors import some, warn
 from fast.files import atomic_folder, file_hash, read_sealed, reading, write_sealed
 from fast.models.saved.files import STATE_FILE, checkpoint_name, list_checkpoints
-from fast.tensor_files import load_tensors, save_tensors
+from fast.tensor_files import load_into, load_tensors, save_tensors
 from fast.train.early_stopping import BEST
 from fast.train.resume.optimizer_state import flatten, unflatten
 
@@ -220,7 +220,7 @@ def load_checkpoint(
         if rank < len(meta.randomness):
             live.set_randomness(meta.randomness[rank])
     own = live.model.state_dict()
-    live.model.load_state_dict({name: dtensor.as_in(weights[name], own[name]) for name in own})
+    load_into(live.model, {name: dtensor.as_in(weights[name], own[name]) for name in own})
     return path / STATE_FILE, meta.record, best
 
 

@@ -16,6 +16,7 @@ from fast.heads.replace import put_head
 from fast.models.saved.description import announced_classes, classes_beside
 from fast.models.saved.files import WEIGHT_FILES
 from fast.models.weights import lacking, load_weights, matched, read_state
+from fast.tensor_files import load_into
 
 Checkpoint = nn.Module | Mapping[str, Tensor] | str | Path
 
@@ -44,7 +45,7 @@ def base_network(base: Checkpoint, model: nn.Module | None) -> nn.Module:
         return network
     state = _state(base, network, "base")
     _check_fits(state, network.state_dict(), "base")
-    network.load_state_dict(state, strict=False)
+    load_into(network, state, strict=False)
     return network
 
 
@@ -100,7 +101,7 @@ def both(network: nn.Module, state: dict[str, Tensor], sample: Any, head: Head) 
     new.linear = layer_like(head.module, classes, bias="bias" in of_head)
     new.linear.load_state_dict(of_head)
     rest = {n: x for n, x in state.items() if not n.startswith(prefix)}
-    network.load_state_dict(rest, strict=False)
+    load_into(network, rest, strict=False)
     return network
 
 
