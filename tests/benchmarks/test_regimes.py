@@ -164,6 +164,48 @@ def test_misses_come_first_and_missing_rows_are_shown():
     assert any("| vanilla | 1 of 6 |" in line for line in missing)
 
 
+def test_the_summary_has_means_and_the_worst_pair():
+    other = "resnet20 -> letters"
+    records = [
+        ours(TOGETHER, 0.80, 0.89),
+        record("vanilla", TOGETHER, 0.70, 0.40),
+        ours(TOGETHER, 0.60, 0.85, pair=other),
+        record("vanilla", TOGETHER, 0.64, 0.60, pair=other),
+    ]
+    compared = report.comparisons(records, [PAIR, other])
+    (line,) = report.summary(compared, [], None)
+    assert line == {
+        "method": "fast",
+        "regime": "one function",
+        "source inputs": "without",
+        "pairs": 2,
+        "target minus the best baseline's": "+3.0 (-4.0)",
+        "source lost": "3.0 (5.0)",
+        "by that baseline": "40.0 (50.0)",
+        "time of a call / LP-FT's": "-",
+    }
+    assert report.summary(compared, [], 10) == []
+
+
+def test_the_rows_of_a_pair_stand_side_by_side():
+    records = [
+        ours(TOGETHER, 0.80, 0.89),
+        ours(SWITCHED, 0.82, 0.88),
+        ours(SWITCHED, 0.84, 0.90, seed=1),
+        record("adapter", SWITCHED, 0.9, 0.9, lr=None),
+        record("vanilla", TOGETHER, 0.70, 0.40),
+        record("lp-ft", SWITCHED, 0.81, 0.60),
+        record("replay", SWITCHED, 0.99, 0.60, inputs=True),
+    ]
+    compared = report.comparisons(records, [PAIR])
+    (line,) = report.side_by_side(records, compared, [PAIR])
+    assert line["fast, one function"] == "80.0, 1.0 [1]"
+    assert line["fast, two functions"] == "83.0, 1.0 [2]"
+    assert line["fast, one function, source inputs"] == "-"
+    assert line["adapter"] == "90.0, 0.0 [1]"
+    assert line["best baseline"] == "81.0, 30.0 (lp-ft, two functions)"
+
+
 def test_a_table_of_nothing_has_no_verdicts():
     lines = report.report([], [], [PAIR])
     assert not any(line.startswith(("| **miss**", "| met |")) for line in lines)

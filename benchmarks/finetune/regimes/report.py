@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from statistics import mean
 
-from benchmarks.common import Record, commits, table
+from benchmarks.common import Record, commits, learned_and_lost, table
 from benchmarks.finetune.regimes.figures import Comparison, at_better_rate, compare, lost
-from benchmarks.finetune.regimes.methods import METHODS, OURS, REGIMES
+from benchmarks.finetune.regimes.methods import METHODS, OURS, REGIMES, SWITCHED
 from benchmarks.finetune.regimes.runs import USUAL_STEPS
 from benchmarks.finetune.regimes.timing import ratio
-from benchmarks.finetune.regimes.wanted import Figure, wanted
-from benchmarks.finetune.regimes.work import PARTS, SEEDS, rows
+from benchmarks.finetune.regimes.wanted import FEW, Figure, wanted
+from benchmarks.finetune.regimes.work import PARTS, ROW, SEEDS, rows
 
 MISS, MET, MISSING = "**miss**", "met", "not run"
 
@@ -37,6 +37,75 @@ def comparisons(records: Sequence[Record], pairs: Iterable[str]) -> list[Compari
             if (comparison := compare(records, row, regime)) is not None:
                 result.append(comparison)
     return result
+
+
+def summary(
+    comparisons: Sequence[Comparison], times: Sequence[Record], samples: int | None
+) -> list[Record]:
+    """One line for each of FAST's rows, of runs of the usual length with so many samples of each
+    class: means over pairs, and the worst pair in brackets."""
+    lines: dict[tuple[str, str, bool], list[Comparison]] = {}
+    for c in comparisons:
+        if _length(c.ours) == _part(USUAL_STEPS, samples):
+            lines.setdefault((c.ours["method"], c.regime, c.ours["source_inputs"]), []).append(c)
+    return [
+        {
+            "method": mine[0].ours["method"],
+            "regime": REGIMES[mine[0].regime],
+            "source inputs": _inputs(mine[0].ours),
+            "pairs": len(mine),
+            "target minus the best baseline's": _points((c.ahead for c in mine), min, "+"),
+            "source lost": _points((c.lost for c in mine), max),
+            "by that baseline": _points((c.its_lost for c in mine), max),
+        }
+        | ({} if samples else {"time of a call / LP-FT's": _time(ratio(times, *key))})
+        for key, mine in lines.items()
+    ]
+
+
+def _time(ratios: Sequence[float]) -> str:
+    return f"{mean(ratios):.2f}" if ratios else "-"
+
+
+def _points(
+    values: Iterable[float], worst: Callable[[Iterable[float]], float], sign: str = ""
+) -> str:
+    points = [100 * value for value in values]
+    return f"{mean(points):{sign}z.1f} ({worst(points):{sign}z.1f})"
+
+
+def side_by_side(
+    records: Sequence[Record], comparisons: Sequence[Comparison], pairs: Iterable[str]
+) -> list[Record]:
+    """One line for each pair: what each of FAST's rows learns and loses, all samples, and the best
+    baseline of both regimes that had no source inputs."""
+    lines = []
+    for pair in pairs:
+        rivals = [
+            c
+            for c in comparisons
+            if c.ours["pair"] == pair and c.regime == SWITCHED and not c.ours["source_inputs"]
+            if _length(c.ours) == _part(USUAL_STEPS, None)
+        ]
+        if not rivals:
+            continue
+        best = max(rivals, key=lambda c: c.target - c.ahead)
+        line = {"pair": pair}
+        for name, regime, inputs in product(OURS, REGIMES, (False, True)):
+            if regime in METHODS[name].regimes and inputs in METHODS[name].source_inputs:
+                of = dict(zip(ROW, (pair, name, regime, inputs, USUAL_STEPS, None), strict=True))
+                column = name if name == "adapter" else f"{name}, {REGIMES[regime]}"
+                column += ", source inputs" if inputs else ""
+                line[column] = _learned_and_lost(at_better_rate(records, of))
+        goal = f"{100 * (best.target - best.ahead):.1f}, {100 * best.its_lost:z.1f}"
+        lines.append(line | {"best baseline": f"{goal} ({best.baseline})"})
+    return lines
+
+
+def _learned_and_lost(runs: Sequence[Record]) -> str:
+    keys = ("target", "source", "source_before")
+    seeds = f" [{len(runs)}]"
+    return learned_and_lost({k: mean(r[k] for r in runs) for k in keys}) + seeds if runs else "-"
 
 
 def verdicts(
@@ -85,7 +154,7 @@ def by_pair(comparisons: Sequence[Comparison]) -> list[Record]:
             "pair": c.ours["pair"],
             "method": c.ours["method"],
             "regime": REGIMES[c.regime],
-            "source inputs": "with" if c.ours["source_inputs"] else "without",
+            "source inputs": _inputs(c.ours),
             "steps, samples": _length(c.ours),
             "seeds": c.seeds,
             "target": f"{100 * c.target:.1f}",
@@ -106,7 +175,7 @@ def curves(comparisons: Sequence[Comparison]) -> list[Record]:
         {
             "pair": c.ours["pair"],
             "method": f"{c.ours['method']}, {REGIMES[c.regime]}",
-            "source inputs": "with" if c.ours["source_inputs"] else "without",
+            "source inputs": _inputs(c.ours),
             "target accuracy by step": ", ".join(f"{s}: {100 * a:.1f}" for s, a in c.curve),
             "goal": f"{100 * (c.target - c.ahead):.1f}",
         }
@@ -128,7 +197,7 @@ def all_rows(records: Sequence[Record], pairs: Iterable[str]) -> list[Record]:
                     "steps, samples": _length(row),
                     "method": row["method"],
                     "regime": REGIMES[row["regime"]],
-                    "source inputs": "with" if row["source_inputs"] else "without",
+                    "source inputs": _inputs(row),
                     "lr": "-" if runs[0]["lr"] is None else f"{runs[0]['lr']:g}",
                     "seeds": len(runs),
                     "target": f"{100 * mean(r['target'] for r in runs):.1f}",
@@ -162,28 +231,53 @@ def missing(records: Sequence[Record], pairs: Sequence[str]) -> list[Record]:
     return lines
 
 
+def _inputs(row: Record) -> str:
+    return "with" if row["source_inputs"] else "without"
+
+
 def _length(row: Record) -> str:
-    return f"{row['steps']}, {row['samples'] or 'all'}"
+    return _part(row["steps"], row["samples"])
+
+
+def _part(steps: int, samples: int | None) -> str:
+    return f"{steps}, {samples or 'all'}"
 
 
 def report(records: Sequence[Record], times: Sequence[Record], pairs: Sequence[str]) -> list[str]:
     compared = comparisons(records, pairs)
     figures = verdicts(compared, times, len(pairs))
     measured = [line for line in figures if line["verdict"] != MISSING]
-    usual = [c for c in compared if _length(c.ours) == f"{USUAL_STEPS}, all"]
+    usual = [c for c in compared if _length(c.ours) == _part(USUAL_STEPS, None)]
     return [
         "# Two regimes",
         "",
-        "What was wanted and what was measured. In the regime of one function nothing is switched "
-        "between the tasks; in that of two, norms or adapters are, and every baseline of the first "
-        "is allowed too. The best baseline is the one with the highest target accuracy, WiSE-FT at "
-        "FAST's source accuracy among them. Points of accuracy, means over seeds, then over pairs. "
+        "In the regime of one function nothing is switched between the tasks; in that of two, "
+        "norms or adapters are, and every baseline of the first is allowed too. The best "
+        "baseline is the one with the highest target accuracy, WiSE-FT at FAST's source accuracy "
+        "among them. Points of accuracy, means over seeds, then over pairs; the worst pair in "
+        "brackets.",
+        "",
+        *table(summary(compared, times, None)),
+        "",
+        f"From {FEW} samples of each class:",
+        "",
+        *table(summary(compared, times, FEW)),
+        "",
+        "## Wanted and measured",
+        "",
         f"The share of steps is of a run of {USUAL_STEPS}; runs that are planned for half as many "
         "stand beside it.",
         "",
         *table(measured),
         "",
         f"{len(figures) - len(measured)} of {len(figures)} figures are not measured yet.",
+        "",
+        "## Pair by pair",
+        "",
+        "Target accuracy in per cent, points of source accuracy lost, and the number of seeds. A "
+        "network without batch norm has nothing to switch but adapters.",
+        "",
+        *table(side_by_side(records, compared, pairs)),
         "",
         "## Pairs, furthest behind first",
         "",
