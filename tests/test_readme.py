@@ -6,6 +6,7 @@ import copy
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import fast
@@ -54,7 +55,10 @@ def test_the_two_commands_are_on_the_first_screen():
     assert re.search(r"^\| .* \|$", first_screen, flags=re.MULTILINE)
 
 
-def test_relative_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|mailto:)([^)#\s]+)[^)]*\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -62,6 +62,7 @@ def main() -> None:
         for size, method, pair, norms in product(sizes, methods, pairs, NORMS)
     ]
     records = complete("batch_noise", run, settings, data=args.data.resolve())
+    have = [method for method in METHODS if any(r["method"] == method for r in records)]
     rows = []
     for size, pair in product(SIZES, PAIRS.split(",")):
         added = [r["added"] for r in records if (r["pair"], r["size"]) == (pair, size)]
@@ -71,7 +72,7 @@ def main() -> None:
                 "samples of a step": size,
                 f"variance that {STATISTICS_OF} add / between inputs": f"{added[0]:.3f}",
             }
-            for method in METHODS:
+            for method in have:
                 row[f"{method}: norms of the source / of its own"] = " / ".join(
                     cell(records, pair=pair, size=size, method=method, batch_norm=norms)
                     for norms in NORMS
