@@ -91,6 +91,26 @@ def test_a_short_run_has_a_lower_rate_unless_it_was_given_one():
     assert plan_for(TrainConfig(method="vanilla"), steps=6).lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("size", "samples", "share"),
+    [
+        (64, 10_000, 1.0),
+        (256, 10_000, 1.0),
+        (16, None, 0.5),
+        (16, 10_000, 0.5),
+        (8, 16, 0.5),  # as noisy as 16 of infinitely many
+        (8, 8, 1.0),  # a batch of all samples has no noise
+        (0, None, 1.0),  # nobody knows
+    ],
+)
+def test_adapters_have_a_lower_rate_in_small_batches(size, samples, share):
+    facts = {"steps": SETTLED, "target_size": size, "samples": samples}
+    plan = plan_for(TrainConfig(method="adapter"), **facts)
+    assert plan.lr == pytest.approx(1e-2 * share, rel=1e-3)
+    assert plan_for(TrainConfig(method="adapter", lr=1e-2), **facts).lr == 1e-2
+    assert plan_for(TrainConfig(), **facts).lr == plan_for(TrainConfig(), steps=SETTLED).lr
+
+
 def test_the_plan_is_part_of_the_result_and_says_what_is_done():
     result = fast.finetune(ConvNet(), TRAIN, steps=3)
     assert (result.plan.steps, result.plan.target_size, result.plan.source_size) == (3, 32, 32)

@@ -118,7 +118,7 @@ class AdaptConfig:
     lr: float | None = setting(
         None,
         "peak learning rate of the backbone (default: 1e-3; fast 1.5e-3, or 5e-4 with layer norms; "
-        "adapter 1e-2; 20 times that with sgd)",
+        "adapter 1e-2, less in batches of fewer than 64; 20 times that with sgd)",
         positive=True,
     )
     seed: int = setting(0, "seed of head, data order and augmentation", least=0)

@@ -6,6 +6,8 @@ never which network or data they are. docs/defaults.md has them as a table, with
 
 from __future__ import annotations
 
+import math
+
 from fast.adapt.config import AdaptConfig
 from fast.adapt.methods import METHODS
 from fast.data.stream import TrainBatches
@@ -39,6 +41,8 @@ LAYER_NORM_LR = 5e-4
 # 77.4 at this rate; MiniLM learned trec6 to 94.9 and 95.5 %, sst2 to 83.2 and 84.4. A ViT does not
 # bear it, and its first step says so (`fast.adapt.guards.pace`).
 ADAPTER_LR = 1e-2
+# The samples of a step that bear it, see `noise_factor`.
+ADAPTER_BATCH = 64
 # A transformer bears less here, too: MiniLM learned trec6 to 95.5 % at this rank, and to 93.7 where
 # adapters of rank 32 moved it four times as fast.
 LAYER_NORM_RANK = 8
@@ -123,16 +127,43 @@ def rehearse_weight(
     return weight * min(most, share_of_plenty(samples))
 
 
-def default_lr(config: AdaptConfig, *, steps: int, rehearsed: bool, layer_norms: bool) -> float:
+def noise_factor(target_size: int, samples: int | None) -> float:
+    """Factor on the rate of adapters, at most 1, where a step has few samples.
+
+    Adam's step is as long for a gradient that is noise as for one that is not. The noise of a mean
+    over samples falls with the root of their number, and a batch of all samples has none. Steps of
+    8 samples at the full rate ruined a ResNet-44 from 100 flowers
+    (benchmarks/experiments/small_batches.py).
+
+    Args:
+        target_size: samples of a step; 0 where their number is not known.
+        samples: of the training data; None where their number is not known.
+    """
+    left_out = 1 - target_size / samples if samples else 1.0
+    if not target_size or left_out <= 0:
+        return 1.0
+    return min(1.0, math.sqrt(target_size / left_out / ADAPTER_BATCH))
+
+
+def default_lr(
+    config: AdaptConfig,
+    *,
+    steps: int,
+    rehearsed: bool,
+    layer_norms: bool,
+    target_size: int,
+    samples: int | None,
+) -> float:
     """Peak learning rate of the backbone.
 
     Args:
         rehearsed: features are kept, and restrain the rate where they move too far.
         layer_norms: the network has layer norms.
+        target_size, samples: see `noise_factor`.
     """
     method = METHODS[config.method]
     if config.has_adapters:
-        lr = ADAPTER_LR
+        lr = ADAPTER_LR * noise_factor(target_size, samples)
     elif rehearsed:
         lr = LAYER_NORM_LR if layer_norms else REHEARSING_LR
     else:

@@ -222,7 +222,14 @@ def plan_for(
         rehearsed=rehearsed,
         lr=_given(
             config.lr,
-            default_lr(config, steps=steps, rehearsed=bool(rehearsed), layer_norms=layer_norms),
+            default_lr(
+                config,
+                steps=steps,
+                rehearsed=bool(rehearsed),
+                layer_norms=layer_norms,
+                target_size=target_size,
+                samples=samples,
+            ),
         ),
         head="new" if new_head else "keep",
         weighted=weighted,
