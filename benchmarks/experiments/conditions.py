@@ -2,8 +2,8 @@
 
     python -m benchmarks.experiments.conditions --data FOLDER [--conditions NAMES]
 
-One function answers both tasks, and every method sees as many samples: batches of 16 take four
-times as many steps as those of 64. LP-FT runs at two learning rates, the better of which counts.
+One function answers both tasks, but for adapters, which are switched. Every method sees as many
+samples: batches of 16 take four times as many steps as those of 64. LP-FT runs at two learning rates, the better of which counts.
 Finished runs are kept in `benchmarks/results/conditions.jsonl` and not run again.
 """
 
@@ -35,10 +35,12 @@ PAIRS = "resnet20 -> sign_digits,mobilenet 0.25 -> flowers"
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast": ("finetune", {"method": "fast"}),
     "fast, source inputs": ("finetune", {"method": "fast"}),
+    "adapter": ("finetune", {"method": "adapter", "batch_norm": None}),
     "lp-ft 1e-3": ("lp_ft", {"method": "lp-ft", "lr": 1e-3}),
     "lp-ft 3e-4": ("lp_ft", {"method": "lp-ft", "lr": 3e-4}),
     "linear probe": ("linear_probe", {}),
 }
+OURS = ("fast", "fast, source inputs", "adapter")
 RAREST, WRONG, BATCH = 1 / 20, 0.2, 64
 
 
@@ -93,7 +95,7 @@ def run(*, pair: str, condition: str, method: str, data: Path) -> Record:
     if method == "fast, source inputs":
         options = options | {"source_inputs": task.real.source_inputs}
     steps = round(task.real.steps * BATCH / batch_size)
-    record = RUNNERS[runner](task, steps=steps, batch_norm="frozen", **options)
+    record = RUNNERS[runner](task, steps=steps, **({"batch_norm": "frozen"} | options))
     kept = ("target", "source", "source_before")
     return {key: record[key] for key in kept} | {"machine": machine()}
 
@@ -105,10 +107,9 @@ def rows(records: list[Record]) -> list[Record]:
         here = [r for r in records if (r["condition"], r["pair"]) == (condition, pair)]
         if len(here) < len(METHODS):
             continue
-        ours = [r for r in here if r["method"].startswith("fast")]
-        best = max((r for r in here if r not in ours), key=lambda r: r["target"])
+        best = max((r for r in here if r["method"] not in OURS), key=lambda r: r["target"])
         line = {"condition": condition, "pair": pair}
-        for r in ours:
+        for r in sorted((r for r in here if r["method"] in OURS), key=lambda r: r["method"]):
             ahead = 100 * (r["target"] - best["target"])
             line[r["method"]] = f"{learned_and_lost(r)} ({ahead:+.1f})"
         lines.append(line | {"best baseline": f"{learned_and_lost(best)} ({best['method']})"})
