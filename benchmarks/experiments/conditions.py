@@ -4,7 +4,8 @@
 
 One function answers both tasks, but for adapters, which are switched. Every method sees as many
 samples: batches of 16 take four times as many steps as those of 64. LP-FT runs at two learning
-rates, the better of which counts. Finished runs are kept in `benchmarks/results/conditions.jsonl` and not run again.
+rates, the better of which counts. Finished runs are kept in `benchmarks/results/conditions.jsonl`
+and not run again.
 """
 
 from __future__ import annotations
