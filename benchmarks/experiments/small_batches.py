@@ -28,10 +28,10 @@ from fast.adapt.defaults import ADAPTER_LR
 
 PAIRS = (
     "resnet20 -> gtsrb,resnet20 -> sign_digits,resnet44 -> flowers,"
-    "mobilenet 0.25 -> flowers,mobilenet 0.25 -> trashnet"
+    "mobilenet 0.25 -> flowers,mobilenet 0.25 -> trashnet,minilm -> trec6"
 )
 SAMPLES = 20
-SIZES = (8, 16, 32)
+SIZES = (8, 16)
 METHODS = {
     "adapter, full rate": {"method": "adapter", "lr": ADAPTER_LR},
     "adapter": {"method": "adapter"},
