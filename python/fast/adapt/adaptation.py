@@ -158,6 +158,14 @@ class Adaptation:
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
             self._until_closed = until_closed.pop_all()
+        self.optimizer.zero_grad()  # of the last step on another task
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an Adaptation cannot be copied or pickled, because the hooks on its network and "
+            "optimizer are its own: copy.deepcopy(adaptation.model) copies the network, and "
+            "state_dict() is what a checkpoint needs (docs/own-loop.md)"
+        )
 
     def _take(self, parts: Parts) -> None:
         setup, source = parts.setup, parts.source
@@ -288,6 +296,7 @@ class Adaptation:
         self._check_outside("a step")
         if self.done == self._began:
             self._optimizer.check_loaded(self.done)
+        self._optimizer.warn_left_out()
         self.guards.before_step(self.done, self._optimizer.rate)
         self.last_lr = self._optimizer.lr
         self._stepping = True
