@@ -66,6 +66,25 @@ def test_a_step_without_forward_is_announced():
     adaptation.optimizer.step()
 
 
+def test_a_loss_without_the_penalty_is_announced():
+    _, adaptation = adapted(grad_accum_steps=2)
+    inputs, labels, rows = next(adaptation.batches())
+    with torch.no_grad():  # an evaluation, whose penalty nobody needs
+        adaptation.forward(inputs[:14], rows[:14])
+    adaptation._part = 0
+    for half in torch.arange(len(labels)).chunk(2):
+        logits, _ = adaptation.forward(inputs[half], rows[half])
+        (F.cross_entropy(logits, labels[half]) / 2).backward()
+    with pytest.warns(UserWarning, match=r"a loss without forward\(\)'s penalty, so that nothing"):
+        adaptation.optimizer.step()
+    adaptation.optimizer.step()
+    # Without a guard there is no penalty to leave out.
+    _, adaptation = adapted(source_inputs=None, distill=0.0, rehearse=0.0)
+    inputs, labels, rows = next(adaptation.batches())
+    F.cross_entropy(adaptation.forward(inputs, rows)[0], labels).backward()
+    adaptation.optimizer.step()
+
+
 def test_a_loop_that_goes_on_ends_in_the_average_and_the_budget():
     options = {"lr": 0.05, "ramp": 0, "rehearse": 0.0, "schedule": "constant", "average": 4}
     model, adaptation = adapted(forget_budget=0.05, **options)

@@ -132,6 +132,7 @@ class Adaptation:
             check_model(self.model)
         self.done = self._began = 0  # steps taken; and those before this process
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
+        self._penalised: bool | None = None  # whether a first penalty was differentiated, if any
         self._stepping = False
         self._final: list[int] | None = None  # versions of the final weights, once there are some
         with RollbackOnError(self.model), ExitStack() as until_closed:
@@ -256,7 +257,14 @@ class Adaptation:
         part, self._part = self._part % parts, self._part + 1
         batch = self._micro_batches.part(inputs, rows, step=self.done, part=part, parts=parts)
         logits, inside, outside = self.forward_part(batch, model)
-        return logits, parts * (inside + outside)  # which the loop divides again
+        penalty = parts * (inside + outside)  # which the loop divides again
+        if not self.done and not self._penalised and penalty.requires_grad:
+            self._penalised = False
+            penalty.register_hook(self._has_penalised)
+        return logits, penalty
+
+    def _has_penalised(self, _: Tensor) -> None:
+        self._penalised = True
 
     def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
         """Split a step's batch into micro-batches of `size`, whose penalties add up to the batch's.
@@ -309,7 +317,9 @@ class Adaptation:
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it
             self._optimizer.check_averaged(self.ranks)
             if not self._ran:
-                self.guards.warn_unseen()
+                self.guards.warn_unseen("taken without adaptation.forward()")
+            elif self._penalised is False:
+                self.guards.warn_unseen("of a loss without forward()'s penalty")
         if self.done == self.plan.steps:
             self.plan.warn_beyond()
         self.done += 1
