@@ -169,8 +169,8 @@ def test_a_loader_that_reads_ahead_takes_whole_steps(recwarn):
 
 def test_a_loop_that_has_diverged_is_told_so():
     _, adaptation = adapted(forget_budget=None)
-    logits, _ = adaptation.forward(*next(adaptation.batches())[::2])
-    (torch.nan * logits.sum()).backward()
+    logits, penalty = adaptation.forward(*next(adaptation.batches())[::2])
+    (torch.nan * logits.sum() + penalty).backward()
     adaptation.optimizer.step()
     with pytest.warns(UserWarning, match="the weights are not finite"):
         adaptation.finish()
