@@ -168,7 +168,8 @@ def test_the_schedule_follows_the_steps_that_were_taken(pretrained):
     adaptation = fast.Adaptation(model, TRAIN, steps=STEPS, batch_size=BATCH)
     scheduler = adaptation.scheduler()
     for inputs, labels, rows in adaptation.batches():
-        F.cross_entropy(adaptation.forward(inputs, rows)[0], labels).backward()
+        logits, penalty = adaptation.forward(inputs, rows)
+        (F.cross_entropy(logits, labels) + penalty).backward()
         adaptation.optimizer.step(), scheduler.step(), scheduler.step()
         group = adaptation.optimizer.param_groups[0]
         assert group["lr"] == group["initial_lr"] * adaptation.plan.lr_factor(adaptation.done)

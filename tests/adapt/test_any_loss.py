@@ -224,6 +224,11 @@ def test_a_number_of_outputs_that_no_head_has_is_refused(pretrained, number, err
             Y,
             "the mean over a batch",
         ),
+        (
+            nn.CrossEntropyLoss(reduction="sum"),
+            Y,
+            "a sum, which doubles with the samples .reduction='mean'",
+        ),
         (lambda logits, y: 1.0, Y, "the mean over a batch, one number; got float"),
         ("bce", Y, "loss must be a function of logits and labels; got 'bce'"),
     ],

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import checkpoint as checkpoint_module
+from torch.utils.checkpoint import checkpoint
 
 import fast
 from networks import ConvNet, images
 
 TRAIN, SOURCE = images(200, 4, seed=1), images(120, 5, seed=3)
+CHECKPOINT_FUNCTION = checkpoint_module.CheckpointFunction
 
 
 def adapted(**options):
@@ -59,6 +63,25 @@ def test_a_step_without_forward_is_announced():
     model, adaptation = adapted(source_inputs=None, distill=0.0, rehearse=0.0)
     inputs, labels, _ = next(adaptation.batches())
     F.cross_entropy(model(inputs), labels).backward()
+    adaptation.optimizer.step()
+
+
+def test_a_loss_without_the_penalty_is_announced():
+    _, adaptation = adapted(grad_accum_steps=2)
+    inputs, labels, rows = next(adaptation.batches())
+    with torch.no_grad():  # an evaluation, whose penalty nobody needs
+        adaptation.forward(inputs[:14], rows[:14])
+    adaptation._part = 0
+    for half in torch.arange(len(labels)).chunk(2):
+        logits, _ = adaptation.forward(inputs[half], rows[half])
+        (F.cross_entropy(logits, labels[half]) / 2).backward()
+    with pytest.warns(UserWarning, match=r"a loss without forward\(\)'s penalty, so that nothing"):
+        adaptation.optimizer.step()
+    adaptation.optimizer.step()
+    # Without a guard there is no penalty to leave out.
+    _, adaptation = adapted(source_inputs=None, distill=0.0, rehearse=0.0)
+    inputs, labels, rows = next(adaptation.batches())
+    F.cross_entropy(adaptation.forward(inputs, rows)[0], labels).backward()
     adaptation.optimizer.step()
 
 
@@ -146,8 +169,8 @@ def test_a_loader_that_reads_ahead_takes_whole_steps(recwarn):
 
 def test_a_loop_that_has_diverged_is_told_so():
     _, adaptation = adapted(forget_budget=None)
-    logits, _ = adaptation.forward(*next(adaptation.batches())[::2])
-    (torch.nan * logits.sum()).backward()
+    logits, penalty = adaptation.forward(*next(adaptation.batches())[::2])
+    (torch.nan * logits.sum() + penalty).backward()
     adaptation.optimizer.step()
     with pytest.warns(UserWarning, match="the weights are not finite"):
         adaptation.finish()
@@ -299,3 +322,100 @@ def test_an_optimizer_that_cannot_be_driven_names_the_way_out():
         backward(adaptation, *batch)
         outer.step(), outer.zero_grad()
     assert adaptation.done == 3
+
+
+class Checkpointed(ConvNet):
+    """The backward pass computes its features again, unless `reentrant` is None."""
+
+    reentrant: bool | None = None
+
+    def forward(self, x):
+        if self.reentrant is None:
+            features = self.features(x)
+        else:
+            x = x.clone().requires_grad_()
+            features = checkpoint(self.features, x, use_reentrant=self.reentrant)
+        return self.decide(torch.relu(self.project(features.flatten(1))))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["fast", "replay"])
+def test_segments_that_are_recomputed_are_of_the_task_and_the_mode_that_they_ran_in(
+    reentrant, method
+):
+    """The source's rows were recomputed in training mode, by the batch norms of the target."""
+
+    def step(form):
+        torch.manual_seed(1)
+        model = Checkpointed()
+        model.reentrant = form
+        options = {"source_inputs": SOURCE, "steps": 6, "batch_size": 32, "batch_norm": "per_task"}
+        if method == "fast":
+            options |= {"rehearse": 100.0, "distill": 0.0}
+        adaptation = fast.Adaptation(model, TRAIN, method=method, ramp=0, stall=0, **options)
+        model.train()
+        batches = adaptation.batches()
+        backward(adaptation, *next(batches))
+        adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+        before = model.features[1].num_batches_tracked.item()
+        _, penalty = adaptation.forward(*next(batches)[::2])
+        penalty.backward()
+        tracked = model.features[1].num_batches_tracked.item() - before
+        return [p.grad for p in model.parameters() if p.grad is not None], penalty, tracked
+
+    (expected, penalty, tracked), (grads, same, again) = step(None), step(reentrant)
+    assert tracked == again == 1
+    assert torch.allclose(penalty, same)
+    assert max(g.abs().max() for g in expected) > 1e-4
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(grads, expected, strict=True))
+    assert checkpoint_module.CheckpointFunction is CHECKPOINT_FUNCTION
+
+
+def test_gradients_of_another_task_are_not_part_of_the_first_step():
+    """Those of the last step of pretraining were added to it; `fast.finetune` drops them."""
+
+    def first_step(stale):
+        torch.manual_seed(1)
+        model = ConvNet()
+        for p in model.parameters():
+            p.grad = torch.full_like(p, stale) if stale else None
+        adaptation = fast.Adaptation(model, TRAIN, steps=3, batch_size=32, stall=0, ramp=0)
+        model.train()
+        backward(adaptation, *next(adaptation.batches()))
+        adaptation.optimizer.step()
+        return vector(model)
+
+    assert torch.equal(first_step(9.0), first_step(0.0))
+
+
+def test_layers_that_are_unfrozen_on_the_way_are_announced():
+    def run(before, after):
+        torch.manual_seed(1)
+        model = ConvNet()
+        model.features.requires_grad_(before)
+        adaptation = fast.Adaptation(model, TRAIN, steps=4, batch_size=32, stall=0, ramp=0)
+        model.features.requires_grad_(after)
+        conv, moved = model.features[0].weight, []
+        for i, batch in enumerate(adaptation.batches()):
+            if i == 2:
+                model.features.requires_grad_(True)
+            was = conv.detach().clone()
+            backward(adaptation, *batch)
+            adaptation.optimizer.step(), adaptation.optimizer.zero_grad()
+            moved.append(not torch.equal(conv, was))
+        return moved
+
+    said = r"\(features\.0\.weight, .*\) can learn only since"
+    with pytest.warns(UserWarning, match=said) as seen:
+        assert run(before=False, after=False) == [False] * 4
+    assert len(seen) == 1
+    # The way out that the warning names.
+    assert run(before=True, after=False) == [False, False, True, True]
+
+
+def test_a_copy_of_an_adaptation_is_refused():
+    """Its optimizer had lost the hooks, and the loop was said to step another one."""
+    _, adaptation = adapted()
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"deepcopy\(adaptation\.model\) copies the network"):
+            copied(adaptation)

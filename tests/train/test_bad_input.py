@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fast
 from fast.train.config import TrainConfig
+from fast.train.log import lines
 from networks import ConvNet, images
 
 X, Y = images(40, 4)
@@ -455,3 +457,22 @@ def test_a_misspelt_option_has_a_suggestion():
 def test_source_pictures_of_another_size_are_told():
     with pytest.warns(UserWarning, match=r"source_inputs are \[1, 12, 12\].*inputs \[1, 8, 8\]"):
         fast.finetune(ConvNet(), (X, Y), steps=1, source_inputs=torch.randn(16, 1, 12, 12))
+
+
+def test_validation_samples_that_are_trained_on_are_announced(caplog, monkeypatch):
+    """Their accuracy was taken for that of held-out ones."""
+    monkeypatch.setattr(lines.log, "propagate", True)
+    caplog.set_level(logging.INFO, "fast")
+    (x, y), near = images(12, 4, seed=7), X[:3].clone()
+    near[:, 0, 3, 3] += 1
+    both, labels = torch.cat([x, X[-5:], near]), torch.cat([y, Y[-5:], Y[:3]])
+    for train, val, said in (
+        (X, both, ["val: 5 of 20 samples are in train, too: what is measured of them is not held"]),
+        ({"x": X}, {"x": both}, ["val: 5 of 20 samples are in train, too"]),
+        (X, torch.cat([x, near, near, near[:2]]), []),
+    ):
+        caplog.clear()
+        fast.finetune(ConvNet(), (train, Y), val=(val, labels), steps=1)
+        messages = {m for m in caplog.messages if m.startswith("val: ")}  # of two handlers
+        assert len(messages) == len(said)
+        assert all(m.startswith(s) for m, s in zip(messages, said, strict=True))

@@ -132,6 +132,7 @@ class Adaptation:
             check_model(self.model)
         self.done = self._began = 0  # steps taken; and those before this process
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
+        self._penalised: bool | None = None  # whether a first penalty was differentiated, if any
         self._stepping = False
         self._final: list[int] | None = None  # versions of the final weights, once there are some
         with RollbackOnError(self.model), ExitStack() as until_closed:
@@ -158,6 +159,14 @@ class Adaptation:
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
             self._until_closed = until_closed.pop_all()
+        self.optimizer.zero_grad()  # of the last step on another task
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an Adaptation cannot be copied or pickled, because the hooks on its network and "
+            "optimizer are its own: copy.deepcopy(adaptation.model) copies the network, and "
+            "state_dict() is what a checkpoint needs (docs/own-loop.md)"
+        )
 
     def _take(self, parts: Parts) -> None:
         setup, source = parts.setup, parts.source
@@ -248,7 +257,14 @@ class Adaptation:
         part, self._part = self._part % parts, self._part + 1
         batch = self._micro_batches.part(inputs, rows, step=self.done, part=part, parts=parts)
         logits, inside, outside = self.forward_part(batch, model)
-        return logits, parts * (inside + outside)  # which the loop divides again
+        penalty = parts * (inside + outside)  # which the loop divides again
+        if not self.done and not self._penalised and penalty.requires_grad:
+            self._penalised = False
+            penalty.register_hook(self._has_penalised)
+        return logits, penalty
+
+    def _has_penalised(self, _: Tensor) -> None:
+        self._penalised = True
 
     def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
         """Split a step's batch into micro-batches of `size`, whose penalties add up to the batch's.
@@ -288,6 +304,7 @@ class Adaptation:
         self._check_outside("a step")
         if self.done == self._began:
             self._optimizer.check_loaded(self.done)
+        self._optimizer.warn_left_out()
         self.guards.before_step(self.done, self._optimizer.rate)
         self.last_lr = self._optimizer.lr
         self._stepping = True
@@ -300,7 +317,9 @@ class Adaptation:
         if self.done == 0:  # not before the step: Lightning computes gradients inside of it
             self._optimizer.check_averaged(self.ranks)
             if not self._ran:
-                self.guards.warn_unseen()
+                self.guards.warn_unseen("taken without adaptation.forward()")
+            elif self._penalised is False:
+                self.guards.warn_unseen("of a loss without forward()'s penalty")
         if self.done == self.plan.steps:
             self.plan.warn_beyond()
         self.done += 1

@@ -17,6 +17,8 @@ from fast.adapt.methods import METHODS
 from fast.adapt.network.drift import Drift
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
+from fast.errors import counted, some, warn
+from fast.heads.task import two_task_modules
 from fast.optim import SGD, AdamW
 from fast.optim.groups import is_trial
 from fast.optim.param_groups import param_groups
@@ -82,6 +84,7 @@ class AdaptedOptimizer:
             self.optimizer = fused(groups, **options)
         self._base = [group["anchor_decay"] for group in _backbone(self.optimizer.param_groups)]
         self.drift = self._drift()
+        self._left_out = [] if plan.adapter_rank else _left_out(model, self.params)
         self._loaded = False
         self.optimizer.register_load_state_dict_post_hook(self._has_loaded)
 
@@ -179,6 +182,20 @@ class AdaptedOptimizer:
                 "step: the loop steps another optimizer, which holds nothing of the source. Step "
                 "adaptation.optimizer (Adaptation(optimizer=lambda groups: ...) makes one of "
                 "yours); if it has loaded a checkpoint, let it load the adaptation's state, too"
+            )
+
+    def warn_left_out(self) -> None:
+        """Warn, once, where parameters were frozen when the groups were made, and are not now."""
+        late = [(name, p) for name, p in self._left_out if p.requires_grad and p.grad is not None]
+        have = {id(p) for p in self.params} if late else set()  # the loop may have added a group
+        names = [name for name, p in late if id(p) not in have]
+        if names:
+            self._left_out = []
+            warn(
+                f"{counted(len(names), 'parameter')} of the network ({some(names)}) can learn only "
+                "since the Adaptation was made (requires_grad), and adaptation.optimizer does not "
+                "have them, so that they stay as they are: let them learn when it is made, and "
+                "freeze them after that, for as long as they are to stay"
             )
 
     def check_averaged(self, ranks: Ranks) -> None:
@@ -286,6 +303,15 @@ def check_own_optimizer(make: Any, config: AdaptConfig) -> None:
             "max_grad_norm clips inside the fused step, and this optimizer is your own: clip with "
             "torch.nn.utils.clip_grad_norm_(adaptation.params, ...) before you step it"
         )
+
+
+def _left_out(model: nn.Module, params: list[Tensor]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that no group has, with their names; not those of modules that keep some for
+    the source alone."""
+    inside = {id(p) for p in params}
+    for module in two_task_modules(model):
+        inside |= {id(p) for p in module.parameters()}
+    return [(name, p) for name, p in model.named_parameters() if id(p) not in inside]
 
 
 def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:

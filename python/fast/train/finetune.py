@@ -27,7 +27,7 @@ from fast.ranks import joined
 from fast.train.config import TrainConfig, TrainOptions
 from fast.train.log.history import Callback, check_callbacks
 from fast.train.resume.run_folder import RunFolder
-from fast.train.run_data import read_data
+from fast.train.run_data import note_shared_samples, read_data
 from fast.train.trainer import Trainer
 
 _running = threading.RLock()
@@ -109,6 +109,8 @@ def finetune(
         with seeded(config.seed), rollback, in_float32(model), folder_or_none as folder:
             with ranks.together():
                 data = read_data(config, model, train, val, source, transform, num_classes)
+                if ranks.first:
+                    note_shared_samples(data)
                 model = model.to(pick_device(config.device))
             trainer = Trainer(
                 config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +14,15 @@ from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
 from fast.data.stream import first_inputs
 from fast.data.transform import Transform, check_mixed
-from fast.errors import warn
+from fast.data.trees import leaves
+from fast.errors import counted, warn
 from fast.heads.forward import check_mirrored
 from fast.train.config import TrainConfig
 from fast.train.measure import Evaluator
+
+log = logging.getLogger("fast")
+
+KEY_VALUES = 64  # of a sample, by which samples that may be the same are found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,44 @@ def read_one(data: Any, name: str, config: TrainConfig) -> Data:
     if workers is None:
         workers = getattr(read.dataset, "workers", 0)
     return replace(read, workers=workers, pinned=torch.cuda.is_available())
+
+
+def note_shared_samples(data: RunData) -> None:
+    """Say how many samples are measured that are trained on, where both are in memory."""
+    if data.val is not None and (shared := _shared_samples(data.train, data.val)):
+        log.info(
+            "val: %d of %s are in train, too: what is measured of them is not held out",
+            shared,
+            counted(len(data.val.labels) if data.val.labels is not None else shared, "sample"),
+        )
+
+
+def _shared_samples(train: Data, val: Data) -> int:
+    """How many samples of `val` have inputs that `train` has, too."""
+    if train.inputs is None or val.inputs is None:
+        return 0
+    ours, theirs = leaves(train.inputs), leaves(val.inputs)
+    if [(x.shape[1:], x.dtype) for x in ours] != [(x.shape[1:], x.dtype) for x in theirs]:
+        return 0
+    first: dict[bytes, int] = {}
+    for row, key in enumerate(_keys(ours)):
+        first.setdefault(key, row)
+    pairs = [(first[key], row) for row, key in enumerate(_keys(theirs)) if key in first]
+    return sum(
+        all(torch.equal(x[i], y[j].to(x.device)) for x, y in zip(ours, theirs, strict=True))
+        for i, j in pairs
+    )
+
+
+def _keys(inputs: list[torch.Tensor]) -> list[bytes]:
+    """For each sample some of its values, by which it is told from most others."""
+    parts = []
+    for x in inputs:
+        flat = x.detach().flatten(1) if x.dim() > 1 else x.detach()[:, None]
+        places = torch.linspace(0, flat.shape[1] - 1, min(KEY_VALUES, flat.shape[1])).long()
+        few = flat[:, places.to(flat.device)].cpu().contiguous()
+        parts.append(few.view(torch.uint8).numpy())
+    return [b"".join(part[row].tobytes() for part in parts) for row in range(len(parts[0]))]
 
 
 def _warn_of_unused(config: TrainConfig, *sets: Data | Evaluator | None) -> None:

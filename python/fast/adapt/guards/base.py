@@ -165,12 +165,15 @@ class Guards(list[Guard]):
         for guard in self:
             guard.load_state_dict(state[type(guard).__name__])
 
-    def warn_unseen(self) -> None:
-        """Warn that a loop runs the network itself, where guards wait for what `forward` shows."""
+    def warn_unseen(self, why: str) -> None:
+        """Warn that a loop passes by what guards do in `forward`.
+
+        Args:
+            why: what the first step was.
+        """
         blind = [type(g).__name__ for g in self if type(g).penalty is not Guard.penalty]
         if blind:
             warn(
-                "the first step was taken without adaptation.forward(), so that nothing of the "
-                f"source is held by {some(blind)}: let forward() run the network, and add its "
-                "penalty to the loss"
+                f"the first step was {why}, so that nothing of the source is held by "
+                f"{some(blind)}: let forward() run the network, and add its penalty to the loss"
             )

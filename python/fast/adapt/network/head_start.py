@@ -87,6 +87,12 @@ def check_loss(loss: Loss, head: TaskHead, features: Tensor, labels: Tensor) -> 
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss must return the mean over a batch, one number; got {got}")
+    # A sum outweighs the penalty by the number of samples.
+    if value and torch.isclose(loss(*(torch.cat([x, x]) for x in (logits, labels))), 2 * value):
+        raise ValueError(
+            "loss must return the mean over a batch; got a sum, which doubles with the samples "
+            "(reduction='mean'; divide one of your own by len(labels))"
+        )
 
 
 def start_head(

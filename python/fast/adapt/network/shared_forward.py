@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fast.adapt.guards.base import SourceBatch
 from fast.data.trees import join, length, pick
 from fast.heads import evaluating, forward_logits, in_mode, source_task, traceless
+from fast.heads.task import also_again
 
 # Shares of the mean square of features that are more than rounding, in 16 bits too.
 OF_MODE, OF_OTHERS = 1e-4, 1e-3
@@ -63,7 +64,7 @@ class HeadInput:
         # `DistributedDataParallel` takes one pass per step. It averages the gradients of this one
         # as well, because they arrive in the same parameters.
         alone = model.module if isinstance(model, DistributedDataParallel) else model
-        with source_task(alone), in_mode(alone, False):
+        with source_task(alone), also_again(in_mode, alone, False):
             return logits, features, self.features(alone, source)
 
     def features(self, model: nn.Module, inputs: Any) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,34 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint as torch_checkpoint
 
-
-class _Counted:
-    """A setting of the whole process that lasts as long as any thread is inside.
-
-    Without the count, threads that overlap would each put back what another one had set.
-    """
-
-    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]):
-        self.enter = enter
-        self.lock = threading.Lock()
-        self.inside = 0
-        self.context: contextlib.AbstractContextManager[Any] | None = None
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.inside:
-                self.context = self.enter()
-                self.context.__enter__()
-            self.inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if not self.inside and self.context is not None:
-                self.context.__exit__(None, None, None)
-                self.context = None
+from fast.heads.task import Counted, inline_segments
 
 
 @contextlib.contextmanager
@@ -54,46 +27,10 @@ def _no_mha_fastpath() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-_here = threading.local()
-
-
-@contextlib.contextmanager
-def _checkpoint_inline() -> Iterator[None]:
-    """Run checkpointed segments as plain code, in threads that are inside `evaluation`.
-
-    A second derivative through a segment that the backward pass recomputes either fails
-    (reentrant) or recomputes it once per vector, while the graph is kept for all vectors anyway.
-    """
-    reentrant = torch_checkpoint.CheckpointFunction
-    generator = torch_checkpoint._checkpoint_without_reentrant_generator
-
-    class Reentrant:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            if getattr(_here, "depth", 0):
-                return function(*args)
-            return reentrant.apply(function, preserve, *args)
-
-    def inline(fn: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if not getattr(_here, "depth", 0):
-            yield from generator(fn, *args, **kwargs)
-        else:
-            yield
-
-    module: Any = torch_checkpoint
-    module.CheckpointFunction = Reentrant
-    module._checkpoint_without_reentrant_generator = inline
-    try:
-        yield
-    finally:
-        module.CheckpointFunction = reentrant
-        module._checkpoint_without_reentrant_generator = generator
-
-
-MHA, CHECKPOINT = _Counted(_no_mha_fastpath), _Counted(_checkpoint_inline)
-ATTENTION = _Counted(lambda: sdpa_kernel(SDPBackend.MATH))
-EAGER = _Counted(lambda: torch.compiler.set_stance("force_eager"))
-CUDNN = _Counted(lambda: torch.backends.cudnn.flags(enabled=False))
+MHA = Counted(_no_mha_fastpath)
+ATTENTION = Counted(lambda: sdpa_kernel(SDPBackend.MATH))
+EAGER = Counted(lambda: torch.compiler.set_stance("force_eager"))
+CUDNN = Counted(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
 @contextlib.contextmanager
@@ -119,17 +56,13 @@ def evaluation(
         if "torch._dynamo" in sys.modules:  # 128 MiB; where it is not loaded, nothing is compiled
             stack.enter_context(EAGER)
         stack.enter_context(MHA)
-        stack.enter_context(CHECKPOINT)
+        stack.enter_context(inline_segments())
         if differentiable_twice:
             stack.enter_context(ATTENTION)
             if not cudnn:
                 stack.enter_context(CUDNN)
         stack.enter_context(ExactForms())
-        _here.depth = getattr(_here, "depth", 0) + 1
-        try:
-            yield
-        finally:
-            _here.depth -= 1
+        yield
 
 
 class ExactForms(TorchFunctionMode):
