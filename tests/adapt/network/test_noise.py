@@ -172,7 +172,9 @@ def test_noisy_statistics_are_not_the_targets_unless_it_is_asked_for(log, monkey
     said = "the statistics of a batch add 0."
     assert norms() == ("switched", "per_task")
     assert said not in log.text
-    monkeypatch.setattr(fast.adapt.setup, "NOISY", 0.0)
+    monkeypatch.setattr(fast.adapt.setup, "added_by_batches", lambda *_: 0.08)  # DenseNet: 0.07
+    assert norms() == ("switched", "per_task")
+    monkeypatch.setattr(fast.adapt.setup, "added_by_batches", lambda *_: 0.12)  # MobileNetV3: 0.11
     assert norms() == ("together", "frozen")
     assert said in log.text
     log.clear()
