@@ -78,6 +78,26 @@ class Record(TypedDict, total=False):
     place: float
 
 
+def unmeasured(
+    *, step: int, drift: float, forecast: float | None, grad_norm: float | None, lr: float
+) -> Record:
+    """A record of what a step shows by itself; nothing is measured on data."""
+    return {
+        "step": step,
+        "loss": None,
+        "target_accuracy": None,
+        "target_loss": None,
+        "source_accuracy": None,
+        "source_loss": None,
+        "forgetting": None,
+        "forecast": forecast,
+        "drift": drift,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "seconds": None,
+    }
+
+
 @dataclass(kw_only=True, repr=False)
 class Result:
     """A fine-tuned model and how it got there.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.adapt.config import AdaptConfig
+from fast.adapt.config import AdaptConfig, Budget
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
     OWN,
@@ -20,7 +20,6 @@ from fast.adapt.defaults import (
     steps_for,
     uses_card,
 )
-from fast.adapt.guards.budget import check_budget
 from fast.adapt.guards.rehearse import make_room, own_inputs
 from fast.adapt.methods import METHODS
 from fast.adapt.network.head_start import head_is_last
@@ -43,7 +42,7 @@ from fast.heads import (
 )
 from fast.heads.find import HeadLayer, classes_of
 from fast.heads.forward import check_takes, input_errors
-from fast.ranks import Ranks
+from fast.ranks import ALONE, Ranks
 
 log = logging.getLogger("fast")
 
@@ -53,6 +52,8 @@ class Setup:
     """An adaptation before its first change to the network.
 
     Attributes:
+        config: the options.
+        ranks: the processes that train together.
         plan: what will be done.
         num_classes: C, the outputs of the head.
         batches: batches of target samples.
@@ -62,6 +63,8 @@ class Setup:
         own: what is made of target inputs, and such inputs, whose features are rehearsed; or None.
     """
 
+    config: AdaptConfig
+    ranks: Ranks
     plan: Plan
     num_classes: int
     batches: TrainBatches
@@ -84,6 +87,7 @@ def settle(
     source_inputs: Any,
     has_card: bool,
     any_labels: bool,
+    ranks: Ranks = ALONE,
 ) -> Setup:
     """Read the data and resolve the plan; the network runs, but does not change.
 
@@ -92,6 +96,7 @@ def settle(
         train: training data; `Data` was checked by whoever read it.
         has_card: the user gave a card.
         any_labels: the loss is the user's own, so labels need not be class indices.
+        ranks: the processes that train together.
 
     Raises:
         ValueError, TypeError: the data, the network or an option does not fit.
@@ -132,6 +137,8 @@ def settle(
     _check_needs(config, plan, has_source=has_source)
     _advise(config, plan, has_source=has_source, has_card=has_card)
     return Setup(
+        config=config,
+        ranks=ranks,
         plan=plan,
         num_classes=outputs,
         batches=batches,
@@ -173,13 +180,26 @@ def _check_needs(config: AdaptConfig, plan: Plan, *, has_source: bool) -> None:
     if METHODS[config.method].replay and not has_source:
         raise ValueError(f"method {config.method!r} trains on source inputs: pass source_inputs=")
     if config.budget is not None:
-        check_budget(config.budget, plan, has_source=has_source, has_card=plan.weighted)
+        _check_budget(config.budget, plan, has_source=has_source)
     if config.source_skill != AdaptConfig.source_skill and not has_source:
         warn(f"source_skill={config.source_skill!r} is not used: there are no source_inputs")
     if config.rehearse and not plan.rehearsed:
         warn(
             f"rehearse={config.rehearse:g} is not used: there are no source_inputs, and the "
             "target's own inputs are too few, too many shapes, or no tensors"
+        )
+
+
+def _check_budget(budget: Budget, plan: Plan, *, has_source: bool) -> None:
+    """Raise ValueError where there is nothing to check a budget on, or no pull to adjust."""
+    if not has_source and (not plan.weighted or budget.points):
+        raise ValueError(
+            "forget_budget needs source_inputs to check on, or (for nats) a card to forecast by"
+        )
+    if not plan.anchor_decay:
+        raise ValueError(
+            f"forget_budget needs a pull to adjust, and this run of {plan.method!r} has none: set "
+            "anchor_decay above 0; 'fast', 'ewc' and 'l2-sp' have a pull by default"
         )
 
 
@@ -349,13 +369,10 @@ def _first_inputs(batches: TrainBatches) -> Any:
     return inputs if both is None else both
 
 
-def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
-    """Raise ValueError where the processes that train together would not do the same.
-
-    Args:
-        shard: the weights are sharded, and every pass is one of all processes.
-    """
-    number, plan = ranks.size, setup.plan
+def check_ranks(setup: Setup) -> None:
+    """Raise ValueError where the processes that train together would not do the same."""
+    number, plan = setup.ranks.size, setup.plan
+    shard = setup.config.shard  # every pass is then one of all processes
     if number == 1:
         if shard:
             warn("shard=True is not used: there is one process; torchrun starts several")
@@ -380,7 +397,7 @@ def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
             f"multiple of {number * parts}; or leave out grad_accum_steps"
         )
     facts = (str(plan), setup.num_classes, setup.batches.data.num_samples)
-    if len(set(ranks.all(facts))) > 1:
+    if len(set(setup.ranks.all(facts))) > 1:
         raise ValueError(
             "the processes were given other data or options than each other: give all of them the "
             "whole data set, of which each takes its share"
