@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fast.data.dataset import as_data
 from fast.data.labels import check_labels, check_several
-from fast.data.sources import SKIP, FileReport, Split
+from fast.data.sources import FileReport, Split
 from fast.data.trees import leaves, mapped, move, plain
 from fast.deploy.evaluation import Evaluation
 from fast.deploy.export.formats import FORMATS, ExportFormat, export
@@ -120,7 +120,7 @@ class Predictor:
         """
         task = self.task_of(task)
         split, names = raw_inputs(inputs, self.preparation, column)
-        report = FileReport()
+        report = FileReport(skips=skip_broken)
         logits, good = [], []
         with self.answering(task):
             for batch, rows in self._batches(split, batch_size or self.batch_size, report):
@@ -130,8 +130,7 @@ class Predictor:
                     continue  # the rest is read, so that the message names all
                 logits.append(self.logits(batch))
                 good += rows.tolist()
-        if not skip_broken or not good:
-            report.refuse_broken("" if skip_broken else SKIP)
+        report.check(any_read=bool(good))
         scores = self._of_task(torch.cat(logits), task)
         return Predictions(
             names=[names[i] for i in good],
@@ -167,11 +166,13 @@ class Predictor:
         """
         task = self.task_of(task)
         classes = self._classes(task)
-        named = labelled_data(data, self.preparation, classes, task, **columns)
+        named = labelled_data(
+            data, self.preparation, classes, task, skip_broken=skip_broken, **columns
+        )
         scores, labels = [], []
         with self.answering(task):
             size, mirrored = batch_size or self.batch_size, self.mirrored and task == "target"
-            for inputs, y in named.batches(size, skip_broken=skip_broken):
+            for inputs, y in named.batches(size):
                 scores.append(self.logits(inputs, named.name, mirrored))
                 labels.append(y)
         logits, raw = self._of_task(torch.cat(scores), task), named.raw

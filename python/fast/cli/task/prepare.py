@@ -15,7 +15,7 @@ from fast.data.audio.waveforms import SoundFormat
 from fast.data.dataset import as_data
 from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import PreparedImages, is_image_split, prepare_images
-from fast.data.sources import SKIP, EncodedAudio, FileReport, Split
+from fast.data.sources import EncodedAudio, FileReport, Split
 from fast.errors import first_line, some
 from fast.heads import evaluating, forward_logits
 from fast.heads.forward import check_logits
@@ -65,9 +65,8 @@ def prepare_splits(
         else preparation(split, reports[name])
         for name, split in splits.items()
     }
-    whole = FileReport.merged(reports.values())
-    if not spec.skip_broken:
-        whole.refuse_broken(SKIP)
+    whole = FileReport.merged(reports.values(), skips=spec.skip_broken)
+    whole.check(any_read=True)
     if whole.broken:
         count = len(whole.broken)
         many = f"{count} {whole.kind}s cannot be read, and are"

@@ -18,7 +18,6 @@ from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
 from fast.data.sources.table import SUFFIXES, from_columns, read_table, read_tables, split_tables
 from fast.data.sources.types import (
-    SKIP,
     EncodedAudio,
     EncodedImages,
     FileReport,
@@ -30,7 +29,6 @@ from fast.data.sources.types import (
 from fast.errors import printable, some, warn
 
 __all__ = [
-    "SKIP",
     "DataWarning",
     "EncodedAudio",
     "EncodedImages",

@@ -39,7 +39,6 @@ class EncodedAudio(EncodedFiles):
 
 # How `held_out` ends where that was drawn from the training samples.
 DRAWN = "of each class"
-SKIP = " (or go on without: --skip-broken)"
 
 
 @dataclass(kw_only=True)
@@ -47,20 +46,27 @@ class FileReport:
     """What turned up while samples were read and prepared.
 
     Attributes:
+        skips: files that cannot be read are left out, as long as others can; else they are an
+            error.
         broken: name -> reason, of the files that cannot be read.
         sizes: (width, height) of images as stored.
         kind: what the files should be: image or sound.
         cut: how many texts or sounds were longer than they are read.
     """
 
+    skips: bool = True
     kind: str = "image"
     broken: dict[str, str] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
     cut: int = 0
 
-    def refuse_broken(self, way_out: str = "") -> None:
-        """Raise ValueError where files cannot be read; `way_out` ends the message."""
-        if not self.broken:
+    def check(self, any_read: bool) -> None:
+        """Raise ValueError where files cannot be read, and that is an error.
+
+        Args:
+            any_read: whether another one could be read.
+        """
+        if not self.broken or (self.skips and any_read):
             return
         name, reason = next(iter(self.broken.items()))
         message = f"{printable(name)}: not a readable {self.kind} ({printable(reason)}); remove or "
@@ -68,12 +74,12 @@ class FileReport:
         if len(self.broken) > 1:
             others = some(list(self.broken)[1:], 9)
             message += f"; {len(self.broken)} cannot be read, also {others}"
-        raise ValueError(message + way_out)
+        raise ValueError(message + ("" if self.skips else " (or go on without: --skip-broken)"))
 
     @classmethod
-    def merged(cls, reports: Iterable[FileReport]) -> FileReport:
+    def merged(cls, reports: Iterable[FileReport], skips: bool = True) -> FileReport:
         """One report of several splits."""
-        whole = cls()
+        whole = cls(skips=skips)
         for report in reports:
             whole.broken |= report.broken
             whole.sizes |= report.sizes
