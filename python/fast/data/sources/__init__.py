@@ -130,7 +130,7 @@ def _alike_names(classes: Sequence[str]) -> tuple[str, ...]:
 
 def _blank_texts(data: NamedData) -> tuple[str, ...]:
     """A note on texts that are empty."""
-    inputs = [split.inputs for split in (data.train, data.val) if split is not None]
+    inputs = [split.inputs for split in data.splits.values()]
     texts = [text for x in inputs if isinstance(x, list) for text in x]
     empty = sum(not text.strip() for text in texts)
     return (f"texts that are empty: {empty} of {len(texts)}",) if empty else ()

@@ -11,12 +11,7 @@ from fast.cli.notes import print_notes
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.data import (
-    drawn_inputs,
-    read_data,
-    source_samples,
-    training_split,
-)
+from fast.cli.task.data import drawn_inputs, read_data, source_samples
 from fast.cli.task.prepare import load_network, prepare_splits
 from fast.cli.task.run import check_replaceable
 from fast.deploy.labelled import numbered
@@ -44,7 +39,7 @@ def run(spec: RewindSpec) -> int:
     classes = classes_beside(spec.tuned)
     if "data" in sets:
         data = sets["data"]
-        splits["train"] = numbered(training_split(data), data, classes, "target")
+        splits["train"] = numbered(data.for_training(), data, classes, "target")
         classes = classes or list(data.classes)
     prepared, preparation, _ = prepare_splits(task, loaded, splits)
     print_notes(*loaded.notes, *notes)
