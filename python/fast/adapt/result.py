@@ -14,9 +14,9 @@ from torch import nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.plan import Plan
 from fast.deploy.evaluation import Evaluation
-from fast.deploy.export.formats import ExportFormat
 from fast.deploy.predictions import Predictions
 from fast.deploy.predictor import Predictor
+from fast.deploy.words import ExportFormat
 from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import adapters, fold_head, places_of, task_head, unwrap

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,11 +19,12 @@ from fast.data.labels import check_labels, check_several
 from fast.data.sources import FileReport, Split
 from fast.data.trees import leaves, mapped, move, plain
 from fast.deploy.evaluation import Evaluation
-from fast.deploy.export.formats import FORMATS, ExportFormat, export
+from fast.deploy.export.formats import FORMATS, export
 from fast.deploy.export.subject import Subject
 from fast.deploy.labelled import labelled_data
 from fast.deploy.predictions import Predictions
 from fast.deploy.raw import input_names, raw_inputs
+from fast.deploy.words import ExportFormat, Task
 from fast.errors import printable
 from fast.heads import (
     evaluating,
@@ -39,7 +40,6 @@ from fast.models.device import autocast_dtype
 from fast.models.preparation import Preparation
 from fast.models.signature import example
 
-Task = Literal["target", "source", "both"]
 # One for each network. A predictor that held it could not be copied.
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import fast
-from fast.cli.job_file import read_job
 from fast.cli.notes import print_notes
-from fast.cli.options import parser_of
-from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
+from fast.cli.spec.finetune import run_options
 from fast.cli.values import model_file
 from fast.data.sources.table import column_names
 from fast.data.sources.types import is_drawn
@@ -33,7 +31,7 @@ def job_of(folder: Path) -> dict[str, Any]:
     """The options of the run in a folder; empty if the command line did not start it."""
     if not (folder / JOB_FILE).is_file():
         return {}
-    return read_job(folder, "RUN", parser_of(FinetuneSpec), named=True)
+    return run_options(folder, "RUN", named=True)
 
 
 def own_columns(job: dict[str, Any], paths: Sequence[str]) -> dict[str, str]:
@@ -110,10 +108,6 @@ def _own_code(folder: Path) -> str | None:
     Raises:
         ValueError: its file must not be run; the message says why.
     """
-    if not (folder / JOB_FILE).is_file():
+    if model_file(job_of(folder).get("model")) is None:
         return None
-    parser = parser_of(FinetuneSpec)
-    name = read_job(folder, "RUN", parser, named=True).get("model")
-    if model_file(name) is None:
-        return None
-    return read_job(folder, "RUN", parser, named=False)["model"]
+    return run_options(folder, "RUN", named=False)["model"]
