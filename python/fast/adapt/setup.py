@@ -30,16 +30,9 @@ from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import SourceInputs, parse_source_inputs
 from fast.data.stream import TrainBatches, first_inputs
-from fast.data.trees import join, leaves, length, move, pick
+from fast.data.trees import join, leaves, length, move
 from fast.errors import warn
-from fast.heads import (
-    evaluating,
-    find_head,
-    forward_logits,
-    has_batch_norm,
-    has_layer_norm,
-    source_task,
-)
+from fast.heads import find_head, has_batch_norm, has_layer_norm, source_task
 from fast.heads.find import HeadLayer, classes_of
 from fast.heads.forward import check_takes, input_errors
 from fast.ranks import ALONE, Ranks
@@ -117,23 +110,25 @@ def settle(
         own = own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
         if own is None:
             rehearsed, source_size = "", 0
+    check_takes(model, sample, "train")
+    head = find_head(model, sample, config.head_name).module
     plan = plan_for(
         config,
         steps=steps,
         target_size=batches.batch_size,
         source_size=source_size,
         weighted=uses_card(config, has_card, has_source),
-        head_is_last=_head_is_last(config, model, sample),
+        head_is_last=_head_is_last(config, model, head, sample),
         rehearsed=rehearsed,
         batch_norms=has_batch_norm(model),
         layer_norms=has_layer_norm(model),
-        noisy_batches=_noisy_batches(config, model, batches, sample, rehearsed),
+        noisy_batches=_noisy_batches(config, model, head, batches, sample, rehearsed),
         samples=data.num_samples,
     )
     if source is not None:
         _warn_of_other_sizes(source.inputs, sample)
         if config.source_skill == AdaptConfig.source_skill:
-            _note_untrained_head(find_head(model, sample, config.head_name).module)
+            _note_untrained_head(head)
     _check_needs(config, plan, has_source=has_source)
     _advise(config, plan, has_source=has_source, has_card=has_card)
     return Setup(
@@ -150,7 +145,12 @@ def settle(
 
 
 def _noisy_batches(
-    config: AdaptConfig, model: nn.Module, batches: TrainBatches, sample: Any, rehearsed: str
+    config: AdaptConfig,
+    model: nn.Module,
+    head: nn.Module,
+    batches: TrainBatches,
+    sample: Any,
+    rehearsed: str,
 ) -> bool:
     """Whether the statistics of a batch are too noisy for batch norms of the target's own, where
     such norms come into question."""
@@ -160,7 +160,6 @@ def _noisy_batches(
     unsettled = config.batch_norm is None and config.tasks != TOGETHER and not config.keeps_head
     if not (switched and unsettled and has_batch_norm(model)):
         return False
-    head = find_head(model, sample, config.head_name).module
     added = added_by_batches(model, head, sample)
     if added > NOISY:
         log.info(
@@ -262,16 +261,13 @@ def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
     return size
 
 
-def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:
+def _head_is_last(config: AdaptConfig, model: nn.Module, head: nn.Module, sample: Any) -> bool:
     """Whether the head's outputs are the logits.
 
     Raises:
-        ValueError: they are not, and `head_steps` asks for it; or the network does not take the
-            training inputs.
+        ValueError: they are not, and `head_steps` asks for it.
     """
-    with input_errors("train", sample, model), evaluating(model):
-        forward_logits(model, pick(sample, slice(2)))
-    last = head_is_last(model, sample, config.head_name)
+    last = head_is_last(model, head, sample)
     if config.head_steps and not last:
         raise ValueError(
             "head_steps: something follows the head of this network, so that it cannot learn "
