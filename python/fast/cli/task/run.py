@@ -14,7 +14,7 @@ from fast.cli.values import model_file
 from fast.data.sources.table import column_names
 from fast.data.sources.types import is_drawn
 from fast.deploy.predictor import Predictor
-from fast.files import JOB_FILE, read_json
+from fast.files import JOB_FILE, read_json_if_there
 from fast.models.saved import DATA_FILE, FILES, MODEL_FILE
 
 
@@ -68,8 +68,7 @@ def is_data_of(run: Path, of_run: str, name: str, samples_hash: str) -> bool:
             share cannot be drawn again.
     """
     in_place = same_place(name, of_run)
-    file = run / DATA_FILE
-    recorded = (read_json(file).get("data") if file.is_file() else None) or {}
+    recorded = read_json_if_there(run / DATA_FILE).get("data") or {}
     if "samples_hash" not in recorded:  # by an older version
         return in_place
     same = samples_hash == recorded["samples_hash"]

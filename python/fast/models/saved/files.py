@@ -9,7 +9,7 @@ from fast.files import (
     JOB_FILE,
     atomic_file,
     file_hash,
-    read_json,
+    read_json_if_there,
     read_sealed,
     reading,
     write_sealed,
@@ -69,13 +69,12 @@ def options_file(folder: Path) -> Path:
 
 def read_options(folder: Path) -> dict[str, Any]:
     """The options of a run; they are empty where there is no such file."""
-    file = options_file(folder)
-    return read_json(file) if file.is_file() else {}
+    return read_json_if_there(options_file(folder))
 
 
 def is_library_config(file: Path) -> bool:
     """Whether a `config.json` is a transformers configuration."""
-    return file.is_file() and "model_type" in read_json(file)
+    return "model_type" in read_json_if_there(file)
 
 
 def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from fast.cli.task.run import check_replaceable
 from fast.deploy.labelled import numbered
 from fast.errors import printable
 from fast.figures import save
-from fast.files import check_writable, read_json
+from fast.files import check_writable, read_json_if_there
 from fast.models.device import pick_device
 from fast.models.saved import OPTIONS_FILE
 from fast.models.saved.description import classes_beside
@@ -69,8 +69,7 @@ def run(spec: RewindSpec) -> int:
 
 
 def _is_rewound(folder: Path) -> bool:
-    file = folder / OPTIONS_FILE
-    return file.is_file() and read_json(file).get("method") == REWIND
+    return read_json_if_there(folder / OPTIONS_FILE).get("method") == REWIND
 
 
 def _report(result: Rewound) -> str:
