@@ -27,9 +27,11 @@ from fast.merge.joined import Joined
 from fast.models.preparation import Preparation
 from fast.models.saved import (
     DATA_FILE,
+    HISTORY_FILE,
     JOIN_FILE,
     MODEL_FILE,
     OPTIONS_FILE,
+    RESULT_FILE,
     is_going_on,
     save_networks,
     write_manifest,
@@ -320,7 +322,7 @@ class Result:
         write_json(folder / OPTIONS_FILE, dataclasses.asdict(self.config))
         self.preparation.save(folder)
         write_json(
-            folder / "result.json",
+            folder / RESULT_FILE,
             {
                 **self._accuracies(),
                 "classes": classes,
@@ -336,7 +338,7 @@ class Result:
             (folder / DATA_FILE).unlink(missing_ok=True)
         else:
             write_json(folder / DATA_FILE, self.data)
-        with atomic_file(folder / "history.jsonl") as path:
+        with atomic_file(folder / HISTORY_FILE) as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
         write_manifest(folder, self.run, self.config.computed())
         return folder

@@ -45,7 +45,7 @@ from fast.data.trees import pick
 from fast.errors import counted, printable
 from fast.heads import find_head
 from fast.heads.find import Head
-from fast.models.load import LoadedModel
+from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation
 from fast.models.saved.description import own_classes
 from fast.train.config import TrainConfig

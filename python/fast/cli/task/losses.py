@@ -21,7 +21,7 @@ from fast.data.trees import move
 from fast.heads import evaluating, forward_logits
 from fast.heads.forward import check_logits
 from fast.models.device import pick_device
-from fast.models.load import LoadedModel
+from fast.models.loaded import LoadedModel
 from fast.models.saved import load_saved
 from fast.models.saved.description import own_classes
 

@@ -19,7 +19,8 @@ from fast.data.sources import EncodedAudio, FileReport, Split
 from fast.errors import some
 from fast.heads import evaluating, forward_logits
 from fast.heads.forward import check_logits, input_errors
-from fast.models.load import LoadedModel, load_model
+from fast.models.load import load_model
+from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, most_tokens
 from fast.workers import workers_for
 
