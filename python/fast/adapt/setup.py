@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
     OWN,
     SHUFFLED,
-    SWITCHED,
     TOGETHER,
     rehearsed_by,
     steps_for,
@@ -122,7 +122,7 @@ def settle(
         rehearsed=rehearsed,
         batch_norms=has_batch_norm(model),
         layer_norms=has_layer_norm(model),
-        noisy_batches=_noisy_batches(config, model, head, batches, sample, rehearsed),
+        noisy_batches=partial(_noisy_batches, config, model, head, batches, sample),
         samples=data.num_samples,
     )
     if source is not None:
@@ -145,21 +145,11 @@ def settle(
 
 
 def _noisy_batches(
-    config: AdaptConfig,
-    model: nn.Module,
-    head: nn.Module,
-    batches: TrainBatches,
-    sample: Any,
-    rehearsed: str,
+    config: AdaptConfig, model: nn.Module, head: nn.Module, batches: TrainBatches, sample: Any
 ) -> bool:
-    """Whether the statistics of a batch are too noisy for batch norms of the target's own, where
-    such norms come into question."""
+    """Whether the statistics of a batch are too noisy for batch norms of the target's own."""
     if batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS:
         return True
-    switched = config.tasks == SWITCHED or config.has_adapters or bool(rehearsed)
-    unsettled = config.batch_norm is None and config.tasks != TOGETHER and not config.keeps_head
-    if not (switched and unsettled and has_batch_norm(model)):
-        return False
     added = added_by_batches(model, head, sample)
     if added > NOISY:
         log.info(
