@@ -21,7 +21,7 @@ import torch
 import fast
 from benchmarks.common import Record, arguments, commit, machine, save, shown, table
 from benchmarks.real_pairs import README_PAIRS, real_pair
-from fast.adapt import parts
+from fast.adapt import source
 from fast.adapt.guards.budget import ForgettingBudget
 
 
@@ -41,8 +41,8 @@ def timed() -> Iterator[dict[str, float]]:
         return run
 
     places = [
-        (parts, "own_card", "card"),
-        (parts, "hold_back", "checks"),
+        (source, "own_card", "card"),
+        (source, "hold_back", "checks"),
         (ForgettingBudget, "after_step", "checks"),
         (ForgettingBudget, "finish", "checks"),
     ]

@@ -199,6 +199,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return value
 
 
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
     """Write JSON with its own checksum, which `read_sealed` compares."""
     with path.open("x") as file:

@@ -171,7 +171,7 @@ def floats(folder):
         (
             changed(x_train=np.zeros((200, 6), np.float32), x_test=np.zeros((80, 6), np.float32)),
             [],
-            "does not take these inputs (x [2, 6]",
+            "--data: the network does not take these inputs ([2, 6]",
         ),
         (
             changed(x_test=np.zeros((80, 8, 8), np.float32)),

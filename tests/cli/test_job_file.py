@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from fast.cli.job_file import JOB_FILE, _sign
+from fast.cli.job_file import _sign
+from fast.files import JOB_FILE
 
 RUN = ("--steps", 6, "--eval-every", 2, "--output", "out")
 EVIL = 'open("ran", "w").close()\n'

@@ -8,8 +8,8 @@ import torch
 
 from fast.data.images import pixels as images
 from fast.data.images.format import ImageFormat
-from fast.data.images.pixels import FileReport, prepare_images
-from fast.data.sources import EncodedImages, Split
+from fast.data.images.pixels import prepare_images
+from fast.data.sources import EncodedImages, FileReport, Split
 
 Image = pytest.importorskip("PIL.Image", reason="image files need Pillow")
 RAW = {"mean": (0,), "std": (1,)}

@@ -207,7 +207,7 @@ def test_what_cannot_be_on_the_hub_is_not_looked_for_there(name, monkeypatch):
 )
 def test_names_of_the_hub(name, monkeypatch):
     calls = []
-    empty = NamedData(name=name, train=None, val=None, classes=())
+    empty = NamedData(name=name, splits={}, classes=())
     monkeypatch.setattr(sources, "read_hugging_face", lambda *args: calls.append(args) or empty)
     load_data(name)
     assert calls == [(name, None, None)]

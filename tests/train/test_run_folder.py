@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fast
-from fast.train.resume.run_folder import is_going_on
+from fast.models.saved import is_going_on
 from helpers import same_state
 from networks import ConvNet, images
 

@@ -18,15 +18,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fast import dtensor
 from fast.adapt.config import AdaptConfig, AdaptOptions, OptimizerName, boolean, check_options
-from fast.adapt.guards.base import MicroBatch, Seen
+from fast.adapt.guards.base import Guards, MicroBatch, Seen
+from fast.adapt.guards.budget import ForgettingBudget
+from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.loss import Loss, TargetLoss
 from fast.adapt.network.head_start import HeadStart
 from fast.adapt.network.micro_batches import MicroBatches
+from fast.adapt.network.prepare import prepare_network
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.network.trainable import check_arguments, check_model
-from fast.adapt.optimizer import MakeOptimizer, check_own_optimizer
-from fast.adapt.parts import Parts, bound_card, make_parts
-from fast.adapt.result import Record, Result
+from fast.adapt.optimizer import AdaptedOptimizer, MakeOptimizer, check_own_optimizer
+from fast.adapt.result import Result, unmeasured
+from fast.adapt.setup import check_ranks, settle
+from fast.adapt.source import bound_card, measure_source
 from fast.adapt.state import RUN, check_state, run_facts, sharded_as
 from fast.curvature.card import SourceCard
 from fast.data.dataset import Data
@@ -141,21 +145,17 @@ class Adaptation:
                 bound = None if card is None else bound_card(card, self.model)
             if trains_in_16_bits(self.model):
                 until_closed.enter_context(in_float32(self.model))
-            parts = make_parts(
-                self.model,
+            self._prepare(
                 train,
-                self.config,
                 num_classes=num_classes,
                 source_inputs=source_inputs,
                 card=bound,
                 loss=TargetLoss(None, 0.0) if loss is None else loss,
-                optimizer=make,
+                make=make,
                 augmented=augmented,
                 autocast_dtype=autocast_dtype,
                 resuming=resuming,
-                ranks=self.ranks,
             )
-            self._take(parts)
             self.optimizer.register_step_pre_hook(self._before_step)
             self.optimizer.register_step_post_hook(self._after_step)
             self._until_closed = until_closed.pop_all()
@@ -168,21 +168,87 @@ class Adaptation:
             "state_dict() is what a checkpoint needs (docs/own-loop.md)"
         )
 
-    def _take(self, parts: Parts) -> None:
-        setup, source = parts.setup, parts.source
+    def _prepare(
+        self,
+        train: Any,
+        *,
+        num_classes: int | None,
+        source_inputs: Any,
+        card: SourceCard | None,
+        loss: Loss,
+        make: MakeOptimizer | None,
+        augmented: bool,
+        autocast_dtype: torch.dtype | None,
+        resuming: bool,
+    ) -> None:
+        """Settle the plan, measure the source, prepare the network, make optimizer and guards.
+
+        Args:
+            card: the user's card, bound to the model; or None.
+            make: makes the optimizer of parameter groups; None takes the one that the plan names.
+        """
+        model, config, ranks = self.model, self.config, self.ranks
+        with ranks.together():
+            setup = settle(
+                config,
+                model,
+                train,
+                num_classes=num_classes,
+                source_inputs=source_inputs,
+                has_card=card is not None,
+                any_labels=not isinstance(loss, TargetLoss),
+                ranks=ranks,
+            )
+        check_ranks(setup)
         self.num_classes, self.sample = setup.num_classes, setup.sample
         self._batches = setup.batches
+
+        # The source is measured at the pretrained weights, before the network changes.
+        source = measure_source(model, setup, card)
         self.source = source.samples
         self.held_back = source.meter.samples if source.meter is not None else None
-        self._network, self._optimizer = parts.network, parts.optimizer
+
+        device, mixed = setup.device.type, autocast_dtype is not None
+        with ranks.together(), torch.autocast(device, autocast_dtype, enabled=mixed):
+            self._network, holding = prepare_network(
+                model,
+                setup,
+                samples=source.samples,
+                loss=loss,
+                augmented=augmented,
+                resuming=resuming,
+            )
+        ranks.copy_from_first(tensors_of(model))
+        if config.shard and ranks.size > 1:
+            self._network.shard(setup.sample, ranks)
+
+        self._optimizer = AdaptedOptimizer(model, setup, card=source.card, make=make)
         self.optimizer: Optimizer = self._optimizer.optimizer
-        self.plan, self.drift = setup.plan, self._optimizer.drift
         self.last_lr = self._optimizer.lr
-        self.head_start = HeadStart(self.model, self.drift) if self.plan.head_steps else None
-        self.average, self.budget, self.guards = parts.average, parts.budget, parts.guards
-        self._micro_batches = MicroBatches(self.guards, self.ranks)
-        tracked = self.plan.batch_norm != "frozen"
-        self._statistics = running_statistics(self.model) if tracked else []
+        self.plan = plan = self._optimizer.plan  # a user's optimizer has a rate of its own
+        self.drift = self._network.drift = self._optimizer.drift
+        self.head_start = HeadStart(model, self.drift) if plan.head_steps else None
+        self._statistics = running_statistics(model) if plan.batch_norm != "frozen" else []
+
+        self.guards = Guards(holding)
+        self.average: WeightAverage | None = None
+        if plan.average:
+            self.average = WeightAverage(self.params, plan.average, plan.stall)
+        self.budget = ForgettingBudget(
+            model=model,
+            plan=plan,
+            budget=config.budget,
+            batch_size=setup.batch_size,
+            meter=source.meter,
+            card=source.card,
+            optimizer=self._optimizer,
+            guards=self.guards,
+            average=self.average,
+            ranks=ranks,
+        )
+        last = (source.replay, self.average, self.budget)
+        self.guards += [guard for guard in last if guard is not None]
+        self._micro_batches = MicroBatches(self.guards, ranks)
 
     def gather(self) -> None:
         """Give every process the whole network, if its weights are sharded; all have to call it.
@@ -392,20 +458,8 @@ class Adaptation:
         drift = self.drift()
         if not math.isfinite(drift):
             warn("the weights are not finite (NaN or infinite): the loop has diverged")
-        record: Record = {
-            "step": self.done,
-            "loss": None,
-            "target_accuracy": None,
-            "target_loss": None,
-            "source_accuracy": None,
-            "source_loss": None,
-            "forgetting": None,
-            "forecast": self.forecast(),
-            "drift": drift,
-            "grad_norm": None,
-            "lr": self.last_lr,
-            "seconds": None,
-        }
+        forecast, lr = self.forecast(), self.last_lr
+        record = unmeasured(step=self.done, drift=drift, forecast=forecast, grad_norm=None, lr=lr)
         self.gather()
         how = {"config": self.config, "plan": self.plan, "inputs": signature_of(self.sample)}
         return Result(model=self.model, history=[record], **how)

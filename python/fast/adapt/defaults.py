@@ -223,12 +223,11 @@ def default_clip(config: AdaptConfig) -> float | None:
     return SGD_CLIP if config.optimizer == "sgd" and METHODS[config.method].ramp else None
 
 
-def default_tasks(config: AdaptConfig, *, rehearsed: str, batch_norms: bool) -> str:
-    """The regime of a run whose `tasks` are not given: `Plan.tasks`.
+def default_tasks(config: AdaptConfig, rehearsed: str) -> str:
+    """The regime of a run whose `tasks` are not given, if something can be kept per task.
 
     Args:
         rehearsed: see `Plan`.
-        batch_norms: batch norms could be kept per task.
     """
     if config.has_adapters:
         return SWITCHED
@@ -236,4 +235,4 @@ def default_tasks(config: AdaptConfig, *, rehearsed: str, batch_norms: bool) -> 
         return SWITCHED if config.batch_norm == "per_task" else TOGETHER
     # With statistics of its own the target's features can differ from the source's without any
     # weight moving. Only rehearsal holds the source under the source's statistics.
-    return SWITCHED if rehearsed and batch_norms and not config.keeps_head else TOGETHER
+    return SWITCHED if rehearsed and not config.keeps_head else TOGETHER

@@ -16,6 +16,7 @@ from fast.adapt.config import AdaptConfig
 from fast.adapt.methods import METHODS
 from fast.adapt.network.drift import Drift
 from fast.adapt.plan import Plan
+from fast.adapt.setup import Setup
 from fast.curvature.card import SourceCard
 from fast.errors import counted, some, warn
 from fast.heads.task import two_task_modules
@@ -41,13 +42,11 @@ class AdaptedOptimizer:
 
     Args:
         model: with its new head, or the one it keeps.
-        plan: the settings of the parameter groups.
+        setup: has the settings of the parameter groups, and inputs to find a kept head by.
         card: of the source, or None; it weights the pull if the method has a weighted one.
-        optimizer: a function that makes any optimizer of parameter groups; None takes the fused
-            one that the plan names. An optimizer that is made keeps its own learning rate, unless
-            the user gave `lr`.
-        sample: a batch of inputs, by which a head that is kept is found.
-        own_lr: whether the user gave `plan.lr`.
+        make: a function that makes any optimizer of parameter groups; None takes the fused one that
+            the plan names. An optimizer that is made keeps its own learning rate, unless the user
+            gave `lr`.
 
     Attributes:
         optimizer: `fast.AdamW`, `fast.SGD`, or the one that was made.
@@ -58,21 +57,19 @@ class AdaptedOptimizer:
 
     def __init__(
         self,
-        *,
         model: nn.Module,
-        plan: Plan,
+        setup: Setup,
+        *,
         card: SourceCard | None,
-        optimizer: MakeOptimizer | None,
-        sample: Any,
-        own_lr: bool,
+        make: MakeOptimizer | None,
     ) -> None:
-        self.plan = plan
+        self.plan = plan = setup.plan
         self.weighted = card is not None and METHODS[plan.method].card_decay is not None
-        groups = _groups(model, plan, sample)
+        groups = _groups(model, plan, setup.sample)
         weights = card if self.weighted else None
         self.unfused: UnfusedPull | None = None
-        if optimizer is not None:
-            self.optimizer = self._foreign(groups, optimizer, own_lr)
+        if make is not None:
+            self.optimizer = self._foreign(groups, make, setup.config.lr is not None)
             _weigh(self.optimizer.param_groups, weights)
             self.unfused = UnfusedPull(self.optimizer, grad_norm=True)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fast.adapt.config import AdaptConfig
@@ -179,7 +180,7 @@ def plan_for(
     rehearsed: str = "",
     batch_norms: bool = False,
     layer_norms: bool = False,
-    noisy_batches: bool = False,
+    noisy_batches: Callable[[], bool] = lambda: False,
     samples: int | None = None,
 ) -> Plan:
     """The plan of this run; options that were not given are the method's own.
@@ -189,7 +190,8 @@ def plan_for(
         weighted: the pull is weighted by source curvature.
         head_is_last: the head's outputs are the logits.
         batch_norms, layer_norms: the network has such norms.
-        noisy_batches: the statistics of a batch are too noisy to normalise by.
+        noisy_batches: measures whether the statistics of a batch are too noisy to normalise by; it
+            is called where batch norms of the target's own come into question.
         samples: of the training data, where their number is known.
 
     Raises:
@@ -204,7 +206,13 @@ def plan_for(
     if not new_head:
         _check_kept_head(config, rehearsed)
     rank = int(_given(config.adapter_rank, default_rank(config, layer_norms=layer_norms)))
-    own_norms = batch_norms and not noisy_batches and not (rank and too_few_for_norms(samples))
+
+    def own_norms() -> bool:
+        """Whether the target can have batch norms of its own."""
+        if not batch_norms or (rank and too_few_for_norms(samples)):
+            return False
+        return not noisy_batches()
+
     tasks, batch_norm = _regime(config, rehearsed, rank, batch_norms, own_norms)
     head_steps = 0
     if head_is_last and new_head:
@@ -261,14 +269,18 @@ def _given(value: float | None, default: float) -> float:
 
 
 def _regime(
-    config: AdaptConfig, rehearsed: str, rank: int, batch_norms: bool, own_norms: bool
+    config: AdaptConfig,
+    rehearsed: str,
+    rank: int,
+    batch_norms: bool,
+    own_norms: Callable[[], bool],
 ) -> tuple[str, str]:
     """`Plan.tasks` and `Plan.batch_norm`.
 
     Args:
         rank: of the adapters.
         batch_norms: the network has batch norms.
-        own_norms: the target can have some of its own.
+        own_norms: tells whether the target can have some of its own.
 
     Raises:
         ValueError: the tasks are to be switched, and nothing is kept per task.
@@ -276,13 +288,18 @@ def _regime(
     if config.batch_norm not in (None, "frozen") and not batch_norms:
         warn(f"batch_norm={config.batch_norm!r} is not used: the network has no batch norm")
         config = replace(config, batch_norm=None)
-    tasks = config.tasks or default_tasks(config, rehearsed=rehearsed, batch_norms=own_norms)
-    if tasks == SWITCHED and not (rank or own_norms or config.batch_norm):
-        raise ValueError(
-            "tasks='switched' switches what is kept per task, and there is nothing: "
-            f"{_no_norms(batch_norms)}; method='adapter' keeps adapters per task"
-        )
-    return tasks, config.batch_norm or ("per_task" if tasks == SWITCHED and own_norms else "frozen")
+    tasks = config.tasks or default_tasks(config, rehearsed)
+    batch_norm = config.batch_norm or "frozen"
+    if tasks == SWITCHED and config.batch_norm is None and own_norms():
+        batch_norm = "per_task"
+    if tasks == SWITCHED and not rank and batch_norm != "per_task":
+        if config.tasks is not None:
+            raise ValueError(
+                "tasks='switched' switches what is kept per task, and there is nothing: "
+                f"{_no_norms(batch_norms)}; method='adapter' keeps adapters per task"
+            )
+        tasks = TOGETHER
+    return tasks, batch_norm
 
 
 def _stall(config: AdaptConfig, steps: int, *, starts_cold: bool) -> int:

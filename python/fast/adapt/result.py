@@ -14,9 +14,9 @@ from torch import nn
 from fast.adapt.config import AdaptConfig
 from fast.adapt.plan import Plan
 from fast.deploy.evaluation import Evaluation
-from fast.deploy.export.formats import ExportFormat
 from fast.deploy.predictions import Predictions
 from fast.deploy.predictor import Predictor
+from fast.deploy.words import ExportFormat
 from fast.figures import run_figure
 from fast.files import atomic_file, clear_unfinished, to_json, write_json
 from fast.heads import adapters, fold_head, places_of, task_head, unwrap
@@ -27,9 +27,11 @@ from fast.merge.joined import Joined
 from fast.models.preparation import Preparation
 from fast.models.saved import (
     DATA_FILE,
+    HISTORY_FILE,
     JOIN_FILE,
     MODEL_FILE,
     OPTIONS_FILE,
+    RESULT_FILE,
     is_going_on,
     save_networks,
     write_manifest,
@@ -76,6 +78,26 @@ class Record(TypedDict, total=False):
     seconds: float | None
     stage: str
     place: float
+
+
+def unmeasured(
+    *, step: int, drift: float, forecast: float | None, grad_norm: float | None, lr: float
+) -> Record:
+    """A record of what a step shows by itself; nothing is measured on data."""
+    return {
+        "step": step,
+        "loss": None,
+        "target_accuracy": None,
+        "target_loss": None,
+        "source_accuracy": None,
+        "source_loss": None,
+        "forgetting": None,
+        "forecast": forecast,
+        "drift": drift,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "seconds": None,
+    }
 
 
 @dataclass(kw_only=True, repr=False)
@@ -300,7 +322,7 @@ class Result:
         write_json(folder / OPTIONS_FILE, dataclasses.asdict(self.config))
         self.preparation.save(folder)
         write_json(
-            folder / "result.json",
+            folder / RESULT_FILE,
             {
                 **self._accuracies(),
                 "classes": classes,
@@ -316,7 +338,7 @@ class Result:
             (folder / DATA_FILE).unlink(missing_ok=True)
         else:
             write_json(folder / DATA_FILE, self.data)
-        with atomic_file(folder / "history.jsonl") as path:
+        with atomic_file(folder / HISTORY_FILE) as path:
             path.write_text("".join(to_json(r) + "\n" for r in self.history))
         write_manifest(folder, self.run, self.config.computed())
         return folder

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fast.adapt.config import AdaptConfig
+from fast.adapt.config import AdaptConfig, Budget
 from fast.adapt.defaults import (
     LEAST_FOR_STATISTICS,
     OWN,
     SHUFFLED,
-    SWITCHED,
     TOGETHER,
     rehearsed_by,
     steps_for,
     uses_card,
 )
-from fast.adapt.guards.budget import check_budget
 from fast.adapt.guards.rehearse import make_room, own_inputs
 from fast.adapt.methods import METHODS
 from fast.adapt.network.head_start import head_is_last
@@ -31,19 +30,12 @@ from fast.data.finite import check_finite_inputs
 from fast.data.labels import check_labels, check_num_classes
 from fast.data.source_inputs import SourceInputs, parse_source_inputs
 from fast.data.stream import TrainBatches, first_inputs
-from fast.data.trees import join, leaves, length, move, pick
+from fast.data.trees import join, leaves, length, move
 from fast.errors import warn
-from fast.heads import (
-    evaluating,
-    find_head,
-    forward_logits,
-    has_batch_norm,
-    has_layer_norm,
-    source_task,
-)
+from fast.heads import find_head, has_batch_norm, has_layer_norm, source_task
 from fast.heads.find import HeadLayer, classes_of
 from fast.heads.forward import check_takes, input_errors
-from fast.ranks import Ranks
+from fast.ranks import ALONE, Ranks
 
 log = logging.getLogger("fast")
 
@@ -53,6 +45,8 @@ class Setup:
     """An adaptation before its first change to the network.
 
     Attributes:
+        config: the options.
+        ranks: the processes that train together.
         plan: what will be done.
         num_classes: C, the outputs of the head.
         batches: batches of target samples.
@@ -62,6 +56,8 @@ class Setup:
         own: what is made of target inputs, and such inputs, whose features are rehearsed; or None.
     """
 
+    config: AdaptConfig
+    ranks: Ranks
     plan: Plan
     num_classes: int
     batches: TrainBatches
@@ -84,6 +80,7 @@ def settle(
     source_inputs: Any,
     has_card: bool,
     any_labels: bool,
+    ranks: Ranks = ALONE,
 ) -> Setup:
     """Read the data and resolve the plan; the network runs, but does not change.
 
@@ -92,6 +89,7 @@ def settle(
         train: training data; `Data` was checked by whoever read it.
         has_card: the user gave a card.
         any_labels: the loss is the user's own, so labels need not be class indices.
+        ranks: the processes that train together.
 
     Raises:
         ValueError, TypeError: the data, the network or an option does not fit.
@@ -112,26 +110,30 @@ def settle(
         own = own_inputs(batches, steps * source_size, rehearsed == SHUFFLED)
         if own is None:
             rehearsed, source_size = "", 0
+    check_takes(model, sample, "train")
+    head = find_head(model, sample, config.head_name).module
     plan = plan_for(
         config,
         steps=steps,
         target_size=batches.batch_size,
         source_size=source_size,
         weighted=uses_card(config, has_card, has_source),
-        head_is_last=_head_is_last(config, model, sample),
+        head_is_last=_head_is_last(config, model, head, sample),
         rehearsed=rehearsed,
         batch_norms=has_batch_norm(model),
         layer_norms=has_layer_norm(model),
-        noisy_batches=_noisy_batches(config, model, batches, sample, rehearsed),
+        noisy_batches=partial(_noisy_batches, config, model, head, batches, sample),
         samples=data.num_samples,
     )
     if source is not None:
         _warn_of_other_sizes(source.inputs, sample)
         if config.source_skill == AdaptConfig.source_skill:
-            _note_untrained_head(find_head(model, sample, config.head_name).module)
+            _note_untrained_head(head)
     _check_needs(config, plan, has_source=has_source)
     _advise(config, plan, has_source=has_source, has_card=has_card)
     return Setup(
+        config=config,
+        ranks=ranks,
         plan=plan,
         num_classes=outputs,
         batches=batches,
@@ -143,17 +145,11 @@ def settle(
 
 
 def _noisy_batches(
-    config: AdaptConfig, model: nn.Module, batches: TrainBatches, sample: Any, rehearsed: str
+    config: AdaptConfig, model: nn.Module, head: nn.Module, batches: TrainBatches, sample: Any
 ) -> bool:
-    """Whether the statistics of a batch are too noisy for batch norms of the target's own, where
-    such norms come into question."""
+    """Whether the statistics of a batch are too noisy for batch norms of the target's own."""
     if batches.batch_size // config.grad_accum_steps < LEAST_FOR_STATISTICS:
         return True
-    switched = config.tasks == SWITCHED or config.has_adapters or bool(rehearsed)
-    unsettled = config.batch_norm is None and config.tasks != TOGETHER and not config.keeps_head
-    if not (switched and unsettled and has_batch_norm(model)):
-        return False
-    head = find_head(model, sample, config.head_name).module
     added = added_by_batches(model, head, sample)
     if added > NOISY:
         log.info(
@@ -173,13 +169,26 @@ def _check_needs(config: AdaptConfig, plan: Plan, *, has_source: bool) -> None:
     if METHODS[config.method].replay and not has_source:
         raise ValueError(f"method {config.method!r} trains on source inputs: pass source_inputs=")
     if config.budget is not None:
-        check_budget(config.budget, plan, has_source=has_source, has_card=plan.weighted)
+        _check_budget(config.budget, plan, has_source=has_source)
     if config.source_skill != AdaptConfig.source_skill and not has_source:
         warn(f"source_skill={config.source_skill!r} is not used: there are no source_inputs")
     if config.rehearse and not plan.rehearsed:
         warn(
             f"rehearse={config.rehearse:g} is not used: there are no source_inputs, and the "
             "target's own inputs are too few, too many shapes, or no tensors"
+        )
+
+
+def _check_budget(budget: Budget, plan: Plan, *, has_source: bool) -> None:
+    """Raise ValueError where there is nothing to check a budget on, or no pull to adjust."""
+    if not has_source and (not plan.weighted or budget.points):
+        raise ValueError(
+            "forget_budget needs source_inputs to check on, or (for nats) a card to forecast by"
+        )
+    if not plan.anchor_decay:
+        raise ValueError(
+            f"forget_budget needs a pull to adjust, and this run of {plan.method!r} has none: set "
+            "anchor_decay above 0; 'fast', 'ewc' and 'l2-sp' have a pull by default"
         )
 
 
@@ -242,16 +251,13 @@ def _batch_size(config: AdaptConfig, batches: TrainBatches) -> int:
     return size
 
 
-def _head_is_last(config: AdaptConfig, model: nn.Module, sample: Any) -> bool:
+def _head_is_last(config: AdaptConfig, model: nn.Module, head: nn.Module, sample: Any) -> bool:
     """Whether the head's outputs are the logits.
 
     Raises:
-        ValueError: they are not, and `head_steps` asks for it; or the network does not take the
-            training inputs.
+        ValueError: they are not, and `head_steps` asks for it.
     """
-    with input_errors("train", sample, model), evaluating(model):
-        forward_logits(model, pick(sample, slice(2)))
-    last = head_is_last(model, sample, config.head_name)
+    last = head_is_last(model, head, sample)
     if config.head_steps and not last:
         raise ValueError(
             "head_steps: something follows the head of this network, so that it cannot learn "
@@ -349,13 +355,10 @@ def _first_inputs(batches: TrainBatches) -> Any:
     return inputs if both is None else both
 
 
-def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
-    """Raise ValueError where the processes that train together would not do the same.
-
-    Args:
-        shard: the weights are sharded, and every pass is one of all processes.
-    """
-    number, plan = ranks.size, setup.plan
+def check_ranks(setup: Setup) -> None:
+    """Raise ValueError where the processes that train together would not do the same."""
+    number, plan = setup.ranks.size, setup.plan
+    shard = setup.config.shard  # every pass is then one of all processes
     if number == 1:
         if shard:
             warn("shard=True is not used: there is one process; torchrun starts several")
@@ -380,7 +383,7 @@ def check_ranks(setup: Setup, ranks: Ranks, shard: bool) -> None:
             f"multiple of {number * parts}; or leave out grad_accum_steps"
         )
     facts = (str(plan), setup.num_classes, setup.batches.data.num_samples)
-    if len(set(ranks.all(facts))) > 1:
+    if len(set(setup.ranks.all(facts))) > 1:
         raise ValueError(
             "the processes were given other data or options than each other: give all of them the "
             "whole data set, of which each takes its share"

@@ -15,10 +15,9 @@ from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.base import shown
 from fast.errors import printable
 from fast.files import JOB_FILE, check_writable, missing_folders, remove_empty
-from fast.models.saved import MANIFEST_FILE, list_checkpoints
+from fast.models.saved import MANIFEST_FILE, is_going_on, list_checkpoints
 from fast.ranks import Ranks
 from fast.train.config import TrainConfig
-from fast.train.resume.run_folder import is_going_on
 
 
 @contextmanager

@@ -20,6 +20,11 @@ MOST_CLASSES = 1_000_000
 # The ways out for other labels.
 OWN_LOSS = "are for fast.Adaptation(..., loss=), docs/any-loss.md"
 NUMBER_THEM = "number the names: classes, labels = numpy.unique(names, return_inverse=True)"
+SEVERAL = (
+    "fast finetune adapts to one label for each sample. With several, train by "
+    "fast.Adaptation(..., loss=torch.nn.functional.binary_cross_entropy_with_logits): "
+    "docs/any-loss.md"
+)
 
 # A few samples of a source task with up to this many classes are no reason for doubt.
 FEW_CLASSES = 10_000

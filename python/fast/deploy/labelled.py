@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fast.data.dataset import Data, as_data
 from fast.data.labels import class_places, places_by_order
-from fast.data.sources import SKIP, DataWarning, FileReport, NamedData, Split, load_data
+from fast.data.sources import DataWarning, FileReport, NamedData, Split, load_data
 from fast.errors import printable, some, warn
 from fast.models.preparation import Preparation
 
@@ -39,7 +39,7 @@ class LabelledData:
     rows: list[int] = field(default_factory=list)
     report: FileReport = field(default_factory=FileReport)
 
-    def batches(self, batch_size: int, *, skip_broken: bool) -> Iterator[tuple[Any, Tensor]]:
+    def batches(self, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
         """Inputs in the form that the network takes, and their labels.
 
         Raises:
@@ -54,8 +54,7 @@ class LabelledData:
         for inputs, rows in self.preparation.batches(numbered, batch_size, self.report):
             self.rows += rows.tolist()
             yield inputs, labels[rows]
-        if not skip_broken or not self.rows:
-            self.report.refuse_broken("" if skip_broken else SKIP)
+        self.report.check(any_read=bool(self.rows))
 
     @property
     def raw(self) -> Any:
@@ -68,13 +67,15 @@ def labelled_data(
     preparation: Preparation,
     classes: list[str] | None,
     task: str,
+    *,
+    skip_broken: bool,
     **columns: Any,
 ) -> LabelledData:
     """What `Predictor.evaluate` takes, as data to evaluate on.
 
     Args:
         classes: names of the classes of the task, or None.
-        columns: see `Predictor.evaluate`.
+        skip_broken, columns: see `Predictor.evaluate`.
     """
     if isinstance(data, (str, os.PathLike)):
         with warnings.catch_warnings():
@@ -82,7 +83,8 @@ def labelled_data(
             data = load_data(os.fspath(data), **columns, numeric_labels=task == "source")
     if isinstance(data, NamedData):
         split = numbered(data.for_evaluation(), data, classes, task)
-        return LabelledData(name=data.name, preparation=preparation, split=split)
+        report = FileReport(skips=skip_broken)
+        return LabelledData(name=data.name, preparation=preparation, split=split, report=report)
     return LabelledData(name="data", preparation=preparation, data=as_data(data, "data"))
 
 

@@ -13,7 +13,7 @@ from fast.data.images.format import ImageFormat
 from fast.deploy.predictor import Predictor
 from fast.deploy.rebuild import rebuilt
 from fast.errors import printable
-from fast.files import read_json, reading
+from fast.files import JOB_FILE, read_json, read_json_if_there, reading
 from fast.heads.forward import LEAST_EVAL_BATCH
 from fast.merge.joined import load_joined
 from fast.models.device import pick_device
@@ -22,9 +22,9 @@ from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, read_preparation
 from fast.models.saved import (
     DATA_FILE,
-    JOB_FILE,
     JOIN_FILE,
     MODEL_FILE,
+    RESULT_FILE,
     check_manifest,
     is_going_on,
     list_checkpoints,
@@ -68,7 +68,7 @@ def load(
     """
     folder = Path(folder).expanduser()
     check_result(folder)
-    facts, options = read_json(folder / "result.json"), read_options(folder)
+    facts, options = read_json(folder / RESULT_FILE), read_options(folder)
     network = facts.get("network") or {}
     loaded = rebuilt(folder, network, model)
     answering, lacks = loaded.model, ""
@@ -132,11 +132,9 @@ def _check_finished(folder: Path) -> None:
 
 def _untrained(folder: Path) -> str:
     """Say that the source's head was in no checkpoint; empty where nothing says so."""
-    file = folder / DATA_FILE
-    head = read_json(file).get("untrained_head") if file.is_file() else None
-    return (
-        f"its head, {printable(head)}, was in no checkpoint, and answers by chance" if head else ""
-    )
+    head = read_json_if_there(folder / DATA_FILE).get("untrained_head")
+    where = "was in no checkpoint, and answers by chance"
+    return f"its head, {printable(head)}, {where}" if head else ""
 
 
 def _preparation(folder: Path, loaded: LoadedModel) -> Preparation:

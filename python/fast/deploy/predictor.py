@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from fast.data.dataset import as_data
 from fast.data.labels import check_labels, check_several
-from fast.data.sources import SKIP, FileReport, Split
+from fast.data.sources import FileReport, Split
 from fast.data.trees import leaves, mapped, move, plain
 from fast.deploy.evaluation import Evaluation
-from fast.deploy.export.formats import FORMATS, ExportFormat, export
+from fast.deploy.export.formats import FORMATS, export
 from fast.deploy.export.subject import Subject
 from fast.deploy.labelled import labelled_data
 from fast.deploy.predictions import Predictions
 from fast.deploy.raw import input_names, raw_inputs
+from fast.deploy.words import ExportFormat, Task
 from fast.errors import printable
 from fast.heads import (
     evaluating,
@@ -39,7 +40,6 @@ from fast.models.device import autocast_dtype
 from fast.models.preparation import Preparation
 from fast.models.signature import example
 
-Task = Literal["target", "source", "both"]
 # One for each network. A predictor that held it could not be copied.
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
@@ -120,7 +120,7 @@ class Predictor:
         """
         task = self.task_of(task)
         split, names = raw_inputs(inputs, self.preparation, column)
-        report = FileReport()
+        report = FileReport(skips=skip_broken)
         logits, good = [], []
         with self.answering(task):
             for batch, rows in self._batches(split, batch_size or self.batch_size, report):
@@ -130,8 +130,7 @@ class Predictor:
                     continue  # the rest is read, so that the message names all
                 logits.append(self.logits(batch))
                 good += rows.tolist()
-        if not skip_broken or not good:
-            report.refuse_broken("" if skip_broken else SKIP)
+        report.check(any_read=bool(good))
         scores = self._of_task(torch.cat(logits), task)
         return Predictions(
             names=[names[i] for i in good],
@@ -167,11 +166,13 @@ class Predictor:
         """
         task = self.task_of(task)
         classes = self._classes(task)
-        named = labelled_data(data, self.preparation, classes, task, **columns)
+        named = labelled_data(
+            data, self.preparation, classes, task, skip_broken=skip_broken, **columns
+        )
         scores, labels = [], []
         with self.answering(task):
             size, mirrored = batch_size or self.batch_size, self.mirrored and task == "target"
-            for inputs, y in named.batches(size, skip_broken=skip_broken):
+            for inputs, y in named.batches(size):
                 scores.append(self.logits(inputs, named.name, mirrored))
                 labels.append(y)
         logits, raw = self._of_task(torch.cat(scores), task), named.raw

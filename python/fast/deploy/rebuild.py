@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from fast.errors import first_line, import_library, printable
-from fast.files import read_json
+from fast.files import JOB_FILE, read_json, read_json_if_there
 from fast.heads import fold_head
 from fast.models.libraries import quiet
 from fast.models.load import LIBRARIES, load_model
 from fast.models.loaded import LoadedModel
-from fast.models.saved import CONFIG_FILE, JOB_FILE, is_library_config
+from fast.models.saved import CONFIG_FILE, is_library_config
 
 
 def rebuilt(folder: Path, facts: dict[str, Any], model: nn.Module | str | None) -> LoadedModel:
@@ -57,8 +57,7 @@ def rebuilt(folder: Path, facts: dict[str, Any], model: nn.Module | str | None) 
 
 
 def _name_in_job(folder: Path) -> str | None:
-    file = folder / JOB_FILE
-    name = read_json(file).get("model") if file.is_file() else None
+    name = read_json_if_there(folder / JOB_FILE).get("model")
     return name if isinstance(name, str) else None
 
 

@@ -2,9 +2,8 @@
 
 The layers are PEFT's, one beside each linear layer and convolution of the backbone. Where a weight
 is read by others than its layer, as in attention, or its layer does more than PEFT's knows of, the
-adapter is added to what is read. Inside
-`fast.source_task` they are off: no weight that the source task uses has changed then, and it is
-answered as it was, to the bit.
+adapter is added to what is read. Inside `fast.source_task` they are off: no weight that the source
+task uses has changed then, and it is answered as it was, to the bit.
 """
 
 from __future__ import annotations
@@ -57,7 +56,10 @@ class _Adapter(Overlay, TwoTask):
 
 
 class _Beside(_Adapter):
-    """One of PEFT's layers, around a layer that is called."""
+    """One of PEFT's layers, around a layer that is called.
+
+    In small convolutions, `B A` is added to the weight in each pass, and does not run beside it.
+    """
 
     base_layer: Any
 
@@ -74,10 +76,17 @@ class _Beside(_Adapter):
         base = self.base_layer
         if self.answers_source:
             return base(*args, **kwargs)
-        if not _is_summed(self):
+        is_summed = isinstance(base, CONVOLUTIONS) and base.weight.numel() <= SUMMED
+        if not is_summed:
             return cast(Any, super()).forward(*args, **kwargs)
-        weight = (base.weight + _difference(self)).to(base.weight.dtype)
+        weight = (base.weight + self._difference()).to(base.weight.dtype)
         return base._conv_forward(*args, **kwargs, weight=weight, bias=base.bias)
+
+    def _difference(self) -> Tensor:
+        """What the adapter adds to the weight of its convolution, in that weight's shape."""
+        parts = self.tensors()
+        # PEFT's factor on it is 1, see `_put_beside`.
+        return (parts["B"].flatten(1) @ parts["A"].flatten(1)).view_as(parts["weight"])
 
     def tensors(self) -> dict[str, Tensor]:
         layer: Any = self
@@ -142,19 +151,6 @@ class _ReadLayer(_Read):
 
 class _ReadAttention(_Read):
     in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = map(_sum, ATTENTION)
-
-
-def _is_summed(layer: Any) -> bool:
-    """Whether `B A` is added to a weight in each pass, and does not run beside it."""
-    base = layer.base_layer
-    return isinstance(base, CONVOLUTIONS) and base.weight.numel() <= SUMMED
-
-
-def _difference(layer: Any) -> Tensor:
-    """What an adapter adds to the weight of its convolution, in that weight's shape."""
-    parts = layer.tensors()
-    # PEFT's factor on it is 1, see `_inject`.
-    return (parts["B"].flatten(1) @ parts["A"].flatten(1)).view_as(parts["weight"])
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
@@ -285,11 +281,11 @@ def _adaptable(model: nn.Module, head: nn.Module, sample: Any) -> tuple[list[str
                 weights[f"{name}.{kind}"] = weight
                 if kind == "weight":
                     layers[name] = module
-    ran = _that_run(model, [*layers.values()], sample)
-    beside = [name for name, layer in layers.items() if layer in ran and _is_simple(layer)]
+    ran = _called_layers(model, [*layers.values()], sample)
+    beside = [name for name, layer in layers.items() if layer in ran and _suits_peft(layer)]
     for name in beside:
         del weights[f"{name}.weight"]
-    return beside, _that_count(model, weights, sample)
+    return beside, _weights_used(model, weights, sample)
 
 
 def _kinds_of_weights(module: nn.Module) -> tuple[str, ...]:
@@ -302,7 +298,7 @@ def _kinds_of_weights(module: nn.Module) -> tuple[str, ...]:
     return ("weight",) if without_groups or isinstance(module, _linear_kinds()) else ()
 
 
-def _that_count(model: nn.Module, weights: dict[str, nn.Parameter], sample: Any) -> list[str]:
+def _weights_used(model: nn.Module, weights: dict[str, nn.Parameter], sample: Any) -> list[str]:
     """Names of the weights on which the answers depend."""
     if not weights:
         return []
@@ -312,7 +308,7 @@ def _that_count(model: nn.Module, weights: dict[str, nn.Parameter], sample: Any)
     return [name for name, grad in zip(weights, grads, strict=True) if grad is not None]
 
 
-def _as_its_kind(layer: Any, args: tuple[Any, ...], output: Any) -> bool:
+def _computes_as_its_kind(layer: Any, args: tuple[Any, ...], output: Any) -> bool:
     """Whether a layer computes what torch's own class would: a derived convolution may pad by
     itself, or standardise its weight."""
     kinds = (*_linear_kinds(), *CONVOLUTIONS)
@@ -333,14 +329,14 @@ def _linear_kinds() -> tuple[type, ...]:
     return (nn.Linear,) if transformers is None else (nn.Linear, transformers.Conv1D)
 
 
-def _is_simple(layer: Any) -> bool:
+def _suits_peft(layer: Any) -> bool:
     """Whether PEFT's adapter of a convolution sees what the convolution sees."""
     if not isinstance(layer, CONVOLUTIONS):
         return True
     return set(layer.dilation) == {1} and layer.padding_mode == "zeros"
 
 
-def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.Module]:
+def _called_layers(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.Module]:
     """The layers whose `forward` is called, and does no more than their kind's.
 
     Forward hooks cannot tell, because torch takes another path where there are hooks.
@@ -349,7 +345,7 @@ def _that_run(model: nn.Module, layers: list[nn.Module], sample: Any) -> set[nn.
 
     def run(layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if _as_its_kind(layer, args, output):
+        if _computes_as_its_kind(layer, args, output):
             ran.add(layer)
         return output
 

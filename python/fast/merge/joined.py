@@ -18,6 +18,7 @@ from fast.models.saved import (
     JOIN_FILE,
     MODEL_FILE,
     OPTIONS_FILE,
+    RESULT_FILE,
     SOURCE_HEAD_FILE,
     SOURCE_NORMS_FILE,
     load_saved,
@@ -180,7 +181,7 @@ class Joined(nn.Module):
         )
         save_library_config(target, folder, list(self.rows) if self.passes == 1 else None)
         result = {**(facts or {}), "inputs": self.inputs, "classes": self.classes}
-        write_json(folder / "result.json", result)
+        write_json(folder / RESULT_FILE, result)
         write_manifest(folder, None, {})
         return folder
 

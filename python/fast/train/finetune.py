@@ -13,10 +13,10 @@ from torch import nn
 from fast.adapt.config import check_options
 from fast.adapt.network.rollback import RollbackOnError
 from fast.adapt.network.trainable import check_gradients, check_model
-from fast.adapt.parts import bound_card
 from fast.adapt.plan import Plan
 from fast.adapt.result import Result
 from fast.adapt.setup import settle
+from fast.adapt.source import bound_card
 from fast.curvature.card import SourceCard
 from fast.data.generators import seeded
 from fast.data.transform import Transform

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fast import dtensor
 from fast.adapt.adaptation import Adaptation
-from fast.adapt.result import Record
+from fast.adapt.result import Record, unmeasured
 from fast.data.dataset import Data
 from fast.data.finite import broken_rows
 from fast.data.labels import check_labels, check_several
@@ -99,22 +99,21 @@ class Measure:
             assert target.by_class is not None
             self.by_class[step] = target.by_class
         source = self._source(model)
-        return {
-            "step": step,
-            "loss": loss,
-            "target_accuracy": target.accuracy if target else None,
-            "target_loss": target.loss if target else None,
-            "source_accuracy": source.accuracy if source else None,
-            "source_loss": source.loss if source else None,
-            "forgetting": self.before.accuracy - source.accuracy
-            if source and self.before
-            else None,
-            "forecast": adaptation.forecast(),
-            "drift": adaptation.drift(),
-            "grad_norm": float(adaptation.stats()["grad_norm"]) if step else None,
-            "lr": adaptation.last_lr,
-            "seconds": round(time.monotonic() - self._start_time, 3),
-        }
+        record = unmeasured(
+            step=step,
+            forecast=adaptation.forecast(),
+            drift=adaptation.drift(),
+            grad_norm=float(adaptation.stats()["grad_norm"]) if step else None,
+            lr=adaptation.last_lr,
+        )
+        record |= {"loss": loss, "seconds": round(time.monotonic() - self._start_time, 3)}
+        if target is not None:
+            record |= {"target_accuracy": target.accuracy, "target_loss": target.loss}
+        if source is not None:
+            record |= {"source_accuracy": source.accuracy, "source_loss": source.loss}
+            if self.before is not None:
+                record["forgetting"] = self.before.accuracy - source.accuracy
+        return record
 
     def _source(self, model: nn.Module) -> Score | None:
         if self.source is None:

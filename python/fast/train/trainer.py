@@ -38,7 +38,7 @@ from fast.train.step import TrainStep
 
 
 class Trainer:
-    """One run of `fast.finetune`.
+    """One run of `fast.finetune`, which `run` takes to its end.
 
     Args:
         model: pretrained, on the device it is trained on.
@@ -47,10 +47,15 @@ class Trainer:
         ranks: the processes that train together.
         callbacks: see `fast.finetune`.
         began: called once everything has been checked, before the weights change.
+
+    Attributes:
+        losses: of the steps since the last evaluation.
     """
 
     adaptation: Adaptation
     train_step: TrainStep
+    run_log: RunLog
+    bar: Any  # see `progress_bar`
 
     def __init__(
         self,
@@ -73,12 +78,13 @@ class Trainer:
             data.val, data.source, self.engine, config.batch_size, tta=config.tta
         )
         self.stopping = EarlyStopping(config.patience)
+        self.losses: list[Tensor] = []
         self.saver: Saver | None = None
 
     def run(self) -> Result:
         """Train to the end."""
         with closing(LogFile()) as log_file:
-            earlier, losses = self._start()
+            earlier = self._start()
             adaptation, plan = self.adaptation, self.adaptation.plan
             count = self.data.train.num_samples
             log.info("%s; %s classes, %s training samples", plan, self.data.num_classes, count)
@@ -87,13 +93,13 @@ class Trainer:
                     self.folder.start()
                 first = self.engine.ranks.first
                 folder = self._path if first else None
-                run_log = RunLog(folder, earlier, self.callbacks)
+                self.run_log = RunLog(folder, earlier, self.callbacks)
                 log_file.write_to(folder)
                 show = self.config.progress if first else False
-                bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
-                with closing(run_log), closing(bar):
-                    self._train(losses, run_log, bar)
-        return self._result(run_log.history)
+                self.bar = progress_bar(show, adaptation.done, plan.steps, plan.method)
+                with closing(self.run_log), closing(self.bar):
+                    self._train()
+        return self._result()
 
     def _adapt(self, resuming: bool) -> None:
         """Measure the source, then make the adaptation, which changes the network.
@@ -132,38 +138,35 @@ class Trainer:
         self.train_step = TrainStep(self.adaptation, data, loss, engine, mix, began=self._began)
         self.measure.start_clock()
 
-    def _start(self) -> tuple[History | None, list[Tensor]]:
-        """Start a new run, or resume one from its checkpoint.
-
-        Returns:
-            the history so far, or None; and the losses since its last record.
-        """
+    def _start(self) -> History | None:
+        """Start a new run; or resume one from its checkpoint, and return the history so far."""
         if self.folder is None:
             self._adapt(resuming=False)
-            return None, []
+            return None
         with self.engine.ranks.together():
             self.saver = Saver(self.folder, self.config, self.model, self.data)
         self._adapt(resuming=self.folder.source is not None)
         self.saver.add_source(self.adaptation, self.card)
         if self.folder.source is None:
-            return None, []
+            return None
         file, record, best = self.saver.load(self.adaptation)
         with reading(file):
             self.stopping.load(record["stopping"], best)
             self.measure.load_state_dict(record["measure"])
             self.engine.load_state_dict(record["engine"])
-            losses = [torch.tensor(float(x), device=self.engine.device) for x in record["losses"]]
-        return read_history(self.folder.source, record["history"]), losses
+            device = self.engine.device
+            self.losses = [torch.tensor(float(x), device=device) for x in record["losses"]]
+        return read_history(self.folder.source, record["history"])
 
-    def _train(self, losses: list[Tensor], run_log: RunLog, bar: Any) -> None:
+    def _train(self) -> None:
         adaptation, steps = self.adaptation, self.adaptation.plan.steps
         eval_every = self.config.eval_every or max(1, steps // 10)
         save_every = self.config.save_every or eval_every
         steps_log.info("training")
-        if not run_log.history:
-            self._show(self.measure.record(adaptation, [], self._path), run_log, bar)
+        if not self.run_log.history:
+            self._show(self.measure.record(adaptation, [], self._path))
         else:
-            bar.set_postfix_str(figures(run_log.history[-1], self._source_before))
+            self.bar.set_postfix_str(figures(self.run_log.history[-1], self._source_before))
         self.model.train()
         # Without a folder there is nothing to save, so signals need not wait for the step's end.
         with Interruption() if self.folder else nullcontext() as interruption:
@@ -172,41 +175,37 @@ class Trainer:
                     break
                 if adaptation.done == steps - 1 and self.config.budget is not None:
                     steps_log.info("checking the budget")
-                losses.append(self.train_step(batch))
-                bar.update()
+                self.losses.append(self.train_step(batch))
+                self.bar.update()
                 step = adaptation.done
                 if step % eval_every == 0 or step == steps:
-                    self._evaluate(losses, run_log, bar)
+                    self._evaluate()
                     self.model.train()  # a callback may have asked it something
-                    losses = []
                 stop = interruption is not None and interruption.waits_on_any(self.engine.ranks)
                 if self.saver and (stop or step % save_every == 0 or step == steps):
                     # A good checkpoint is not replaced by a broken one.
-                    check_finite(adaptation, losses, self._path)
-                    self._save(run_log, losses)
+                    check_finite(adaptation, self.losses, self._path)
+                    self._save()
                 if interruption is not None and stop:
                     interruption.deliver()
 
-    def _evaluate(self, losses: list[Tensor], run_log: RunLog, bar: Any) -> None:
-        """Measure the averaged weights, and report what came out.
-
-        Args:
-            losses: of the steps since the last evaluation.
-        """
+    def _evaluate(self) -> None:
+        """Measure the averaged weights, and report what came out."""
         if self.folder:
             self.folder.check()
         with self.adaptation.averaged():
-            record = self.measure.record(self.adaptation, losses, self._path)
+            record = self.measure.record(self.adaptation, self.losses, self._path)
             self.stopping.update(record, self.model)
         self.measure.keep_by_class({0, self.stopping.best_step, record["step"]})
-        self._show(record, run_log, bar)
+        self._show(record)
+        self.losses = []
 
-    def _show(self, record: Record, run_log: RunLog, bar: Any) -> None:
+    def _show(self, record: Record) -> None:
         """Report what was measured: to files and callbacks, in a line, and beside the bar."""
-        run_log.add(record)
+        self.run_log.add(record)
         before, steps = self._source_before, self.adaptation.plan.steps
         steps_log.info("%s", line(record, steps, self._epochs(record["step"]), before))
-        bar.set_postfix_str(figures(record, before))
+        self.bar.set_postfix_str(figures(record, before))
 
     def _epochs(self, step: int) -> float:
         """How many times the training data were used up to a step."""
@@ -224,18 +223,19 @@ class Trainer:
     def _source_before(self) -> float | None:
         return self.measure.before.accuracy if self.measure.before else None
 
-    def _save(self, run_log: RunLog, losses: list[Tensor]) -> None:
+    def _save(self) -> None:
         assert self.saver is not None
         record = {
-            "history": run_log.state(),
-            "losses": [float(x) for x in losses],
+            "history": self.run_log.state(),
+            "losses": [float(x) for x in self.losses],
             "stopping": self.stopping.state(),
             "measure": self.measure.state_dict(),
             "engine": self.engine.state_dict(),
         }
         self.saver.save(self.adaptation, record, self.stopping.tensors())
 
-    def _result(self, history: list[Record]) -> Result:
+    def _result(self) -> Result:
+        history = self.run_log.history
         warn_diverged(history[-1]["loss"], self.data.num_classes)
         self.stopping.restore(self.model)
         final = self.stopping.best

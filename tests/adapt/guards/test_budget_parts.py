@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fast.adapt.config import Budget
+from fast.adapt.guards.base import Guards
 from fast.adapt.guards.budget import (
     AIM,
     OVERSHOOT,
@@ -121,15 +122,18 @@ class Held:
         self.budget = ForgettingBudget(
             model=nn.Linear(1, 1),
             plan=plan_for(TrainConfig(method="l2-sp", forget_budget=0.1), steps=100),
-            batch_size=64,
             budget=Budget(amount=0.1),
+            batch_size=64,
             meter=self,
             card=None,
-            weighted=False,
-            stats=lambda: {"forgetting": torch.tensor(math.nan)},
-            drift=Drift([self.weight], [torch.zeros(1)]),
+            optimizer=SimpleNamespace(
+                weighted=False,
+                stats=lambda: {"forgetting": torch.tensor(math.nan)},
+                drift=Drift([self.weight], [torch.zeros(1)]),
+                set_pull=self.factors.append,
+            ),
+            guards=Guards(),
             average=self.average,
-            set_pull=self.factors.append,
         )
         self.step = min(self.budget.checks)
 
@@ -168,15 +172,17 @@ def test_a_card_alone_keeps_a_budget():
     budget = ForgettingBudget(
         model=nn.Linear(1, 1),
         plan=plan_for(TrainConfig(method="ewc", forget_budget=0.1), steps=100, weighted=True),
-        batch_size=64,
         budget=Budget(amount=0.1),
+        batch_size=64,
         meter=None,
         card=SimpleNamespace(calibration=calibration, mean=3.0),
-        weighted=True,
-        stats=lambda: {"forgetting": weight.detach().square().sum() / 2},
-        drift=Drift([weight], [torch.zeros(1)]),
+        optimizer=SimpleNamespace(
+            weighted=True,
+            stats=lambda: {"forgetting": weight.detach().square().sum() / 2},
+            drift=Drift([weight], [torch.zeros(1)]),
+        ),
+        guards=Guards(),
         average=None,
-        set_pull=lambda factor: None,
     )
     assert budget.energy() == 1.5
     budget.finish()

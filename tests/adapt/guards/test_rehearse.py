@@ -13,7 +13,8 @@ import fast
 from fast.adapt.defaults import SHUFFLED, source_share
 from fast.adapt.guards.base import MicroBatch, Seen
 from fast.adapt.guards.rehearse import Rehearsal, own_inputs, places_for
-from fast.adapt.network.shared_forward import HeadInput, cuts_at_head, depends_on_mode, shares
+from fast.adapt.network.micro_batches import shares
+from fast.adapt.network.shared_forward import HeadInput, cuts_at_head, depends_on_mode
 from fast.data.dataset import as_data
 from fast.data.images.patches import are_pictures, shuffled_patches
 from fast.data.source_inputs import SourceInputs

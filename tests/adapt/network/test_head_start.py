@@ -18,10 +18,14 @@ KNOWN, ASKED = images(300, 5, seed=3), images(200, 5, seed=4)
 RUN = {"steps": 60, "lr": 1e-2, "eval_every": 60}
 
 
+def is_last(model):
+    return head_is_last(model, find_head(model, TRAIN[0]).module, TRAIN[0])
+
+
 @pytest.mark.parametrize("name", IMAGE_NETWORKS)
 def test_whether_the_head_makes_the_logits(name):
     model = IMAGE_NETWORKS[name]()
-    assert head_is_last(model, TRAIN[0]) == (name != "conv head")
+    assert is_last(model) == (name != "conv head")
     assert not find_head(model, TRAIN[0][:2]).module._forward_hooks
 
 
@@ -113,10 +117,10 @@ class InPlace(ConvNet):
 
 def test_what_follows_the_head_in_place_is_seen():
     """A head that was taught without it had logits twenty times too large in the first step."""
-    assert not head_is_last(InPlace(lambda z: z.mul_(20)), TRAIN[0])
-    assert head_is_last(InPlace(lambda z: z), TRAIN[0])
+    assert not is_last(InPlace(lambda z: z.mul_(20)))
+    assert is_last(InPlace(lambda z: z))
     with pytest.raises(ValueError, match="returns probabilities"):
-        head_is_last(InPlace(torch.sigmoid_), TRAIN[0])
+        is_last(InPlace(torch.sigmoid_))
 
 
 def test_the_head_stops_at_the_second_look_that_is_worse_in_a_row():

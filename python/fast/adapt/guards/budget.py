@@ -14,16 +14,16 @@ from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fast.adapt.config import Budget
-from fast.adapt.guards.base import Guard
+from fast.adapt.guards.base import Guard, Guards
 from fast.adapt.guards.effort import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import UNKNOWN, Forecast
 from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
-from fast.adapt.network.drift import Drift
+from fast.adapt.optimizer import AdaptedOptimizer
 from fast.adapt.plan import Plan
 from fast.curvature.card import SourceCard
 from fast.errors import warn
@@ -88,18 +88,14 @@ class ForgettingBudget(Guard):
     Args:
         model: the network with its new head, still at the pretrained weights and statistics.
         plan: the run's plan.
+        budget: what may be lost; with None, forgetting is measured and forecast, but not limited.
         batch_size: samples per step, source inputs included.
-        budget: what may be lost, which `check_budget` has passed; with None, forgetting is measured
-            and forecast, but not limited.
         meter: measures forgetting exactly; it was made before the head was replaced. Or None.
         card: the source card, or None.
-        weighted: the card's curvature weights the optimizer's pull.
-        stats: returns the optimizer's figures of the last step.
-        drift: measures how far the backbone has moved.
+        optimizer: pulls the backbone back, and tells how far it has moved.
+        guards: all that hold the source beside that pull.
         average: the averaged weights, if the run returns these; checks then measure them.
-        set_pull: takes the factor on the pull.
         ranks: processes that train together; the first one decides for all.
-
     """
 
     def __init__(
@@ -107,26 +103,24 @@ class ForgettingBudget(Guard):
         *,
         model: nn.Module,
         plan: Plan,
-        batch_size: int,
         budget: Budget | None,
+        batch_size: int,
         meter: ForgettingMeter | None,
         card: SourceCard | None,
-        weighted: bool,
-        stats: Callable[[], dict[str, Tensor]],
-        drift: Drift,
+        optimizer: AdaptedOptimizer,
+        guards: Guards,
         average: WeightAverage | None,
-        set_pull: Callable[[float], None],
         ranks: Ranks = ALONE,
     ) -> None:
         self._ranks = ranks
-        self.model, self.meter, self.card, self.drift = model, meter, card, drift
-        self.weighted, self.average, self._stats = weighted, average, stats
+        self.model, self.meter, self.card, self.average = model, meter, card, average
+        self.drift, self._optimizer, self._guards = optimizer.drift, optimizer, guards
         self.forecaster = Forecast(card.calibration if card is not None else UNKNOWN)
         # The result of the last check, valid until the next step.
         self.measured: float | None = 0.0 if card is not None or meter is not None else None
         self.controller: PullController | None = None
         if budget is not None:
-            self.controller = PullController(budget, set_pull)
+            self.controller = PullController(budget, self._set_pull)
         # Tracked batch norm forgets through its statistics too, so they go back with the weights.
         tracked = plan.batch_norm == "track" and budget is not None
         self._statistics = running_statistics(model) if tracked else []
@@ -143,13 +137,19 @@ class ForgettingBudget(Guard):
         self._way = _shares_of_the_way(plan)
         self._steps = plan.steps
 
+    def _set_pull(self, factor: float) -> None:
+        """Multiply everything that holds the source: the optimizer's pull, and the penalties."""
+        self._optimizer.set_pull(factor)
+        self._guards.set_strength(factor)
+
     def energy(self) -> float:
         """`1/2 sum C (w - w0)^2` after the last step, from the update's own figures."""
-        if self.card is not None and not self.weighted:
+        weighted = self._optimizer.weighted
+        if self.card is not None and not weighted:
             return self.card.energy(self.drift.params, self.drift.anchors)
-        figure = float(self._stats()["forgetting"])
+        figure = float(self._optimizer.stats()["forgetting"])
         if math.isnan(figure):  # in a stall, or without a pull, the optimizer has no anchor
-            figure = 0.5 * self.drift() ** 2 if not self.weighted else 0.0
+            figure = 0.5 * self.drift() ** 2 if not weighted else 0.0
         return figure if self.card is None else figure * self.card.mean
 
     def forecast(self) -> float | None:
@@ -253,23 +253,6 @@ class ForgettingBudget(Guard):
         self.measured = state["measured"]
         if self.controller:
             self.controller.set(float(state["factor"]))
-
-
-def check_budget(budget: Budget, plan: Plan, *, has_source: bool, has_card: bool) -> None:
-    """Raise ValueError where there is nothing to check a budget on, or no pull to adjust.
-
-    Args:
-        has_source, has_card: whether there are source inputs; a card.
-    """
-    if not has_source and (not has_card or budget.points):
-        raise ValueError(
-            "forget_budget needs source_inputs to check on, or (for nats) a card to forecast by"
-        )
-    if not plan.anchor_decay:
-        raise ValueError(
-            f"forget_budget needs a pull to adjust, and this run of {plan.method!r} has none: set "
-            "anchor_decay above 0; 'fast', 'ewc' and 'l2-sp' have a pull by default"
-        )
 
 
 def _shares_of_the_way(plan: Plan) -> list[float]:

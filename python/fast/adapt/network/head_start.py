@@ -19,7 +19,7 @@ from fast.adapt.network.drift import Drift
 from fast.adapt.network.rollback import copied_buffers
 from fast.data.trees import pick
 from fast.errors import first_line
-from fast.heads import TaskHead, find_head, forward_logits
+from fast.heads import TaskHead, forward_logits
 from fast.heads.forward import hooked
 
 # Features have unit variance, so this suits every network; Adam.
@@ -34,21 +34,19 @@ LOOK_EVERY = 20
 PATIENCE = 2
 
 
-def head_is_last(model: nn.Module, sample: Any, name: str | None = None) -> bool:
+def head_is_last(model: nn.Module, head: nn.Module, sample: Any) -> bool:
     """Whether the outputs of the model's head, as it is now, are the logits.
 
     Args:
         sample: a batch of inputs; two of them are used.
-        name: name of the head, where the user gave it.
 
     Raises:
         ValueError: the model returns probabilities, and cross-entropy needs logits.
     """
     rows = pick(sample, slice(2))
     seen: list[Tensor] = []
-    layer = find_head(model, rows, name).module
     # What follows may work in place.
-    hook = layer.register_forward_hook(lambda *args: seen.append(args[2].clone()))
+    hook = head.register_forward_hook(lambda *args: seen.append(args[2].clone()))
     with hooked(model, hook):
         logits = forward_logits(model, rows)
     _check_no_probabilities(model, logits, seen[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from fast.adapt.guards.base import Guard, MicroBatch, SourceBatch
 from fast.adapt.guards.distill import Distillation
-from fast.adapt.network.shared_forward import shares
 from fast.data.trees import length, pick
 from fast.ranks import Ranks
 
@@ -84,6 +84,24 @@ class MicroBatches:
     def _source(self, step: int) -> SourceBatch | None:
         batches = (guard.source_batch(step) for guard in self._guards)
         return next((batch for batch in batches if batch is not None), None)
+
+
+def shares(source: SourceBatch | None, parts: int) -> list[SourceBatch | None]:
+    """The source samples of a step for each of its micro-batches; None where there are none."""
+    if source is None:
+        return [None] * parts
+    n = len(source.reference)
+    bounds = [n * i // parts for i in range(parts + 1)]
+    return [
+        SourceBatch(
+            inputs=pick(source.inputs, slice(a, b)),
+            reference=source.reference[a:b],
+            total=source.total,
+        )
+        if b > a
+        else None
+        for a, b in itertools.pairwise(bounds)
+    ]
 
 
 def _checked(rows: Any, inputs: Any) -> Tensor:

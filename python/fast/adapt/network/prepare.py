@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fast.adapt.config import AdaptConfig
 from fast.adapt.guards.base import Guard
 from fast.adapt.guards.distill import Distillation, Remembered, SourceOutputs, digest
 from fast.adapt.guards.pace import MEASURED, Pace, farthest
@@ -42,7 +41,6 @@ from fast.heads import (
     source_task,
     task_head,
 )
-from fast.ranks import Ranks
 from fastkernels.codes import compute_dtype
 
 log = logging.getLogger("fast")
@@ -180,9 +178,7 @@ def distillation(
     )
 
 
-def rehearsal(
-    network: AdaptedNetwork, setup: Setup, samples: SourceInputs, seed: int, ranks: Ranks
-) -> list[Guard]:
+def rehearsal(network: AdaptedNetwork, setup: Setup, samples: SourceInputs) -> list[Guard]:
     """The guards that keep the features which these inputs have at the pretrained weights."""
     plan = setup.plan
     with source_task(network.model):
@@ -193,8 +189,8 @@ def rehearsal(
             name="train" if setup.own is not None else "source_inputs",
             size=plan.source_size,
             weight=plan.rehearse,
-            seed=seed,
-            ranks=ranks,
+            seed=setup.config.seed,
+            ranks=setup.ranks,
         )
     pace = Pace(
         model=network.model,
@@ -203,13 +199,13 @@ def rehearsal(
         scale=guard.scale,
         task=source_task,
         farthest=farthest(network.model, "weights"),
-        ranks=ranks,
+        ranks=setup.ranks,
         ramp=plan.ramp_factor,
     )
     return [guard, pace]
 
 
-def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pace:
+def pace_of_adapters(network: AdaptedNetwork, setup: Setup) -> Pace:
     """The guard that measures the first step of adapters by features of target inputs."""
     model, head, sample = network.model, network.head, setup.sample
     features = by_sample(features_of(model, head, sample), length(sample))
@@ -221,7 +217,7 @@ def pace_of_adapters(network: AdaptedNetwork, setup: Setup, ranks: Ranks) -> Pac
         scale=scale_of(features),
         task=nullcontext,
         farthest=farthest(model, "adapters"),
-        ranks=ranks,
+        ranks=setup.ranks,
         ramp=setup.plan.ramp_factor,
     )
 
@@ -237,13 +233,9 @@ def runs_apart(network: AdaptedNetwork, setup: Setup, samples: SourceInputs) -> 
     )
 
 
-def settle_dropout(network: AdaptedNetwork, setup: Setup, wanted: bool | None) -> None:
-    """Switch dropout off if the user says so, or if nothing is said and it drowns the features.
-
-    Args:
-        wanted: what the user says.
-    """
-    model, sample = network.model, setup.sample
+def settle_dropout(network: AdaptedNetwork, setup: Setup) -> None:
+    """Switch dropout off if the user says so, or if nothing is said and it drowns the features."""
+    model, sample, wanted = network.model, setup.sample, setup.config.dropout
     if wanted or not dropout_shares(model):
         return
     if wanted is None:
@@ -271,16 +263,10 @@ def set_norms_and_adapters(network: AdaptedNetwork, setup: Setup, *, resuming: b
         add_adapters(model, network.head, plan.adapter_rank, setup.sample)
 
 
-def teach_head(
-    network: AdaptedNetwork,
-    setup: Setup,
-    first: FirstPass,
-    loss: Loss,
-    seed: int,
-) -> None:
+def teach_head(network: AdaptedNetwork, setup: Setup, first: FirstPass, loss: Loss) -> None:
     """Take the head's own steps, where the plan has any."""
-    head = task_head(network.model)
-    if not setup.plan.head_steps or head is None:
+    head, steps, seed = task_head(network.model), setup.plan.head_steps, setup.config.seed
+    if not steps or head is None:
         return
     labels = first.labels
     if isinstance(loss, TargetLoss):
@@ -288,19 +274,17 @@ def teach_head(
     else:
         labels = labels.to(network.device)
         check_loss(loss, head, first.features[:2], labels[:2])
-    start_head(head, first.features, labels, loss=loss, steps=setup.plan.head_steps, seed=seed)
+    start_head(head, first.features, labels, loss=loss, steps=steps, seed=seed)
 
 
 def prepare_network(
     model: nn.Module,
     setup: Setup,
-    config: AdaptConfig,
     *,
     samples: SourceInputs | None,
     loss: Loss,
     augmented: bool,
     resuming: bool,
-    ranks: Ranks,
 ) -> tuple[AdaptedNetwork, list[Guard]]:
     """Give the network its head, calibrate and teach it; remember what the network computes.
 
@@ -311,12 +295,12 @@ def prepare_network(
         model: pretrained; it is changed in place.
         samples: source inputs to rehearse, or None.
         loss: teaches the head.
-        augmented, resuming, ranks: see `fast.Adaptation`.
+        augmented, resuming: see `fast.Adaptation`.
 
     Returns:
         the network, and the guards that hold its function.
     """
-    plan = setup.plan
+    plan, config = setup.plan, setup.config
     network = AdaptedNetwork(
         model,
         None if config.keeps_head else setup.num_classes,
@@ -326,7 +310,7 @@ def prepare_network(
     )
     check_backbone(network, plan.method)
     set_norms_and_adapters(network, setup, resuming=resuming)
-    settle_dropout(network, setup, config.dropout)
+    settle_dropout(network, setup)
     rehearsed = None
     if plan.source_size:
         rehearsed = samples if setup.own is None else setup.own
@@ -341,14 +325,14 @@ def prepare_network(
     if network.norm is not None:
         network.norm.defer()
     if first is not None and not resuming:
-        teach_head(network, setup, first, loss, config.seed)
+        teach_head(network, setup, first, loss)
     guards: list[Guard] = []
     if plan.distill:
         guards.append(distillation(network, setup, first, alone=rehearsed is None))
     if rehearsed is not None:
-        guards += rehearsal(network, setup, rehearsed, config.seed, ranks)
+        guards += rehearsal(network, setup, rehearsed)
     if guards:
         network.watch(rehearsed is not None and runs_apart(network, setup, rehearsed))
     if plan.adapter_rank:
-        guards.append(pace_of_adapters(network, setup, ranks))
+        guards.append(pace_of_adapters(network, setup))
     return network, guards

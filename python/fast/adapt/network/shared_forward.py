@@ -6,14 +6,12 @@ rehearsal needs no forward pass of its own.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fast.adapt.guards.base import SourceBatch
 from fast.data.trees import join, length, pick
 from fast.heads import evaluating, forward_logits, in_mode, source_task, traceless
 from fast.heads.task import also_again
@@ -88,24 +86,6 @@ class HeadInput:
     def close(self) -> None:
         """Stop watching."""
         self._hook.remove()
-
-
-def shares(source: SourceBatch | None, parts: int) -> list[SourceBatch | None]:
-    """The source samples of a step for each of its micro-batches; None where there are none."""
-    if source is None:
-        return [None] * parts
-    n = len(source.reference)
-    bounds = [n * i // parts for i in range(parts + 1)]
-    return [
-        SourceBatch(
-            inputs=pick(source.inputs, slice(a, b)),
-            reference=source.reference[a:b],
-            total=source.total,
-        )
-        if b > a
-        else None
-        for a, b in itertools.pairwise(bounds)
-    ]
 
 
 @torch.no_grad()

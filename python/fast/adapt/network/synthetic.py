@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fast.adapt.defaults import own_beside_synthetic
 from fast.data.source_inputs import LEAST
-from fast.heads.forward import check_takes, forward_logits, hooked
-from fast.heads.replace import task_head, unwrap
+from fast.heads.forward import check_takes, forward_logits, hooked, unwrap
+from fast.heads.replace import task_head
 
 log = logging.getLogger("fast")
 

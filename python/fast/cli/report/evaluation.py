@@ -11,7 +11,9 @@ from typing import Any
 from fast.cli.report.html import pairs, picture, write_page
 from fast.cli.report.table import html_table, percent
 from fast.data.images.decoding import Unreadable, decode
+from fast.data.images.pixels import channels_first
 from fast.data.sources import EncodedImages
+from fast.data.sources.formats import pillow
 from fast.deploy.evaluation import Evaluation, Mistake
 from fast.errors import printable
 
@@ -131,9 +133,6 @@ def _thumbnail(raw: Any, row: int) -> bytes | None:
         except Unreadable:
             return None
     elif getattr(raw, "dtype", None) == "uint8" and raw.ndim in (3, 4):
-        from fast.data.images.decoding import pillow
-        from fast.data.images.pixels import channels_first
-
         values = channels_first(raw[row : row + 1])[0, :3].permute(1, 2, 0).numpy()
         image = pillow().fromarray(values.squeeze()).convert("RGB")
         image = image.resize((THUMBNAIL, THUMBNAIL * image.height // image.width), 0)

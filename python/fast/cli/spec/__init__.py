@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fast.cli.options import option
-from fast.cli.spec.base import Spec, at_least
+from fast.cli.spec.base import Spec, at_least, required
 from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.spec.deploy import EvaluateSpec, ExportSpec, PredictSpec
 from fast.cli.spec.finetune import FinetuneSpec
@@ -49,9 +49,7 @@ class AuditSpec(Spec):
     seed: int = option("seed of weights, inputs and directions", 0)
 
     def __post_init__(self) -> None:
-        for name in ("model", "input"):
-            if getattr(self, name) is None:
-                raise ValueError(f"--{name} must be given; see fast audit --help")
+        required(self, "model", "input")
         at_least(self, "tokens", 0)
 
 

@@ -39,6 +39,17 @@ def output_folder(default: str) -> Any:
     return option(f"folder of the results (default: {default})", read=folder_name)
 
 
+def device_option() -> Any:
+    return option("cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)")
+
+
+def required(spec: Any, *names: str) -> None:
+    """Raise ValueError where one of these options is missing."""
+    missing = [flag(name) for name in names if not getattr(spec, name)]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given; see --help")
+
+
 def at_least(spec: Any, name: str, least: int) -> None:
     """Raise ValueError if the option `name` is less than `least`."""
     value = getattr(spec, name)

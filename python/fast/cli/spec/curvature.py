@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fast.cli.job_file import read_job
-from fast.cli.options import option, parser_of, part
-from fast.cli.spec.base import Spec, at_least, output_folder
-from fast.cli.spec.finetune import FinetuneSpec
+from fast.cli.options import option, part
+from fast.cli.spec.base import Spec, at_least, device_option, output_folder, required
+from fast.cli.spec.finetune import run_options
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 from fast.files import JOB_FILE
@@ -55,7 +54,7 @@ class CurvatureSpec(Spec):
     lanczos_steps: int = option("matrix-vector products for each of --probes", 48)
     seed: int = option("seed of samples and probes", 0)
     layers: bool = option("print and save a table by layer", True)
-    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    device: str | None = device_option()
     progress: bool | None = option("progress bars (default: in a terminal or a notebook)")
     task: TaskSpec = field(
         default_factory=TaskSpec,
@@ -70,8 +69,7 @@ class CurvatureSpec(Spec):
             if not folder.is_dir():
                 raise FileNotFoundError(f"--checkpoint {folder}: no such folder")
             if (folder / JOB_FILE).is_file():
-                parser = parser_of(FinetuneSpec)
-                job = read_job(folder, "--checkpoint", parser, "model" in options)
+                job = run_options(folder, "--checkpoint", named="model" in options)
                 # Data that are named here take the place of all the recorded ones.
                 own_data = {"data", "source"} & set(options)
                 names = set(FROM_JOB) - ({"data", "source"} if own_data else set())
@@ -79,7 +77,7 @@ class CurvatureSpec(Spec):
         return super().parse(options)
 
     def __post_init__(self) -> None:
-        self.task.require("model")
+        required(self.task, "model")
         for name in ("samples", "batch_size", "top", "lanczos_steps"):
             at_least(self, name, 1)
         at_least(self, "trace_products", 6)

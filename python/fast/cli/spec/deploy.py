@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from fast.cli.options import option
-from fast.cli.spec.base import SAVED, Spec, at_least
+from fast.cli.spec.base import SAVED, Spec, at_least, device_option, required
 from fast.cli.values import folder_name
-
-# As in `fast.deploy`, which imports torch.
-Task = Literal["target", "source", "both"]
-ExportFormat = Literal["onnx", "torch.export", "safetensors", "hf", "timm"]
+from fast.deploy.words import ExportFormat, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +25,7 @@ class RunSpec(Spec):
         "network of the run, if its folder names none that may be run: path/file.py:Factory(args)",
         metavar="SPEC",
     )
-    device: str | None = option("cpu, cuda, ... (default: FAST_DEVICE, or CUDA if there)")
+    device: str | None = device_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,5 +110,4 @@ class ExportSpec(RunSpec):
     output: str = option("folder to write to", "", read=folder_name, metavar="FOLDER")
 
     def __post_init__(self) -> None:
-        if not self.output:
-            raise ValueError("--output must be given: the folder to write to")
+        required(self, "output")

@@ -9,7 +9,7 @@ from typing import Any, Self
 from fast.adapt.config import Budget
 from fast.cli.job_file import FILES, check_files, is_gone, read_job
 from fast.cli.options import flag, option, parser_of, part
-from fast.cli.spec.base import Spec
+from fast.cli.spec.base import Spec, required
 from fast.cli.spec.task import TaskSpec
 from fast.files import JOB_FILE
 from fast.train.config import TrainConfig
@@ -45,7 +45,7 @@ class FinetuneSpec(Spec):
         folder = Path(options["resume"])
         changed = sorted(set(options) - FREE_ON_RESUME)
         _refuse([name for name in changed if name not in FILES], folder)
-        job = read_job(folder, "--resume", parser_of(cls), "model" in options)
+        job = run_options(folder, "--resume", named="model" in options)
         if not job.get("data"):
             raise ValueError(f"{folder / JOB_FILE} is damaged or was changed: it names no data")
         # What was read from a file that has moved may be named where it is now. It is compared.
@@ -54,7 +54,7 @@ class FinetuneSpec(Spec):
         return super().parse(job | options)
 
     def __post_init__(self) -> None:
-        self.task.require("model", "data")
+        required(self.task, "model", "data")
         if self.task.folds and (self.training.resume or self.training.save_every):
             raise ValueError("--folds: its runs are not saved, and cannot be resumed")
         budget = self.training.forget_budget
@@ -65,6 +65,11 @@ class FinetuneSpec(Spec):
                 "--forget-budget needs --source-inputs to check on, or (for nats) a --card to "
                 "forecast by"
             )
+
+
+def run_options(folder: Path, option: str, *, named: bool) -> dict[str, Any]:
+    """The options of the run of `fast finetune` in a folder: see `read_job`."""
+    return read_job(folder, option, parser_of(FinetuneSpec), named)
 
 
 def _refuse(changed: list[str], folder: Path) -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from fast.cli.job_file import check_files, read_job
-from fast.cli.options import option, parser_of, part
-from fast.cli.spec.base import SAVED, Spec
-from fast.cli.spec.finetune import FinetuneSpec
+from fast.cli.job_file import check_files
+from fast.cli.options import option, part
+from fast.cli.spec.base import SAVED, Spec, required
+from fast.cli.spec.finetune import run_options
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
@@ -49,15 +49,14 @@ class JoinSpec(Spec):
     def parse(cls, options: dict[str, Any]) -> Self:
         """Network and data are those of the run, where the command line does not say."""
         folder = Path(options["run"])
-        job = read_job(folder, "RUN", parser_of(FinetuneSpec), "model" in options)
+        job = run_options(folder, "RUN", named="model" in options)
         names = {f.name for f in fields(TaskSpec)} - set(LEFT_OUT)
         all_options = {k: v for k, v in job.items() if k in names} | options
         check_files("RUN", folder, all_options)
         return super().parse(all_options)
 
     def __post_init__(self) -> None:
-        if not self.output:
-            raise ValueError("--output must be given: the folder to write to")
+        required(self, "output")
         if not self.task.source_inputs:
             raise ValueError(
                 "--source-inputs must be given (the run had none): a few hundred inputs of the old "

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from fast.adapt.methods import METHODS
 from fast.cli.options import flag, option, part
-from fast.cli.spec.base import Spec, at_least, output_folder
+from fast.cli.spec.base import Spec, at_least, output_folder, required
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import budget_list, names, numbers, whole_numbers
 from fast.train.config import TrainConfig
@@ -53,7 +53,7 @@ class MethodsSpec(Spec):
         if unknown:
             raise ValueError(f"--methods: no method {unknown[0]!r}; there are {', '.join(METHODS)}")
         if not self.demo:
-            self.task.require(*self.needs)
+            required(self.task, *self.needs)
             return
         for name in ("model", "weights", "data", "source", "source_inputs", "card"):
             if getattr(self.task, name):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from fast.adapt.config import Budget
+from fast.adapt.config import Budget, SourceSkill
 from fast.cli.options import option, part
-from fast.cli.spec.base import SAVED, Spec
+from fast.cli.spec.base import SAVED, Spec, device_option
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
@@ -50,10 +50,10 @@ class RewindSpec(Spec):
     source_skill: str = option(
         "what must not be forgotten: answers of the head, or how features lie to each other",
         "auto",
-        choices=("auto", "answers", "features"),
+        choices=get_args(SourceSkill),
     )
     seed: int = option("seed that draws the target samples", 0)
-    device: str | None = option("cpu, cuda, cuda:1, ... (default: FAST_DEVICE, or CUDA if there)")
+    device: str | None = device_option()
     output: str | None = option(
         "folder of the results (default: a new one, runs/...-rewind)", read=folder_name
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fast.cli.options import option, part
-from fast.cli.spec.base import Spec, at_least
+from fast.cli.spec.base import Spec, at_least, device_option, required
 from fast.cli.spec.task import TaskSpec
 from fast.cli.values import folder_name
 
@@ -36,11 +36,11 @@ class SyntheticSpec(Spec):
     steps: int = option("optimisation steps for each input", 20)
     batch_size: int = option("how many are made at once; fewer take less memory", 64)
     seed: int = option("seed of the inputs that are drawn, and of their classes", 0)
-    device: str | None = option("cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    device: str | None = device_option()
     task: TaskSpec = field(default_factory=TaskSpec, metadata=part("data", LEFT_OUT))
 
     def __post_init__(self) -> None:
-        self.task.require("model", "data")
+        required(self.task, "model", "data")
         if not self.output.endswith(SUFFIX):
             raise ValueError(f"--output must be given: a file that ends in {SUFFIX}")
         at_least(self, "count", 4)

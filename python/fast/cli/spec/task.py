@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fast.cli.options import flag, option
+from fast.cli.options import option
 from fast.cli.values import at_least_one, means, share, stds
 
 
@@ -95,12 +95,6 @@ class TaskSpec:
             raise ValueError("--folds holds out each part in turn: drop --val-fraction")
         if not 0 < self.max_seconds <= 3600:
             raise ValueError(f"--max-seconds must be more than 0; got {self.max_seconds:g}")
-
-    def require(self, *names: str) -> None:
-        """Raise ValueError where one of these options is missing."""
-        missing = [flag(name) for name in names if not getattr(self, name)]
-        if missing:
-            raise ValueError(f"{' and '.join(missing)} must be given; see --help")
 
     @property
     def short_name(self) -> str:

@@ -156,7 +156,7 @@ def check_numbers(
 
 def largest_label(data: NamedData) -> int:
     """The largest label of both splits."""
-    return max(int(split.labels.max()) for split in (data.train, data.val) if split is not None)
+    return max(int(split.labels.max()) for split in data.splits.values())
 
 
 def unclear_names(

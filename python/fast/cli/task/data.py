@@ -87,34 +87,27 @@ def numbered_as_in_head(data: NamedData, names: Sequence[str] | None) -> NamedDa
     number = np.array(places, dtype=np.int64)
     top = int(number.max())
     if names is None or top >= len(names):
-        samples = sum(len(split) for split in (data.train, data.val) if split is not None)
+        samples = sum(map(len, data.splits.values()))
         names = [str(i) for i in range(count_classes(top, samples, data.name))]
-    train, val = (
-        None if split is None else replace(split, labels=number[split.labels])
-        for split in (data.train, data.val)
-    )
-    return replace(data, train=train, val=val, classes=tuple(names), sorted_names=False)
+    splits = {
+        part: replace(split, labels=number[split.labels]) for part, split in data.splits.items()
+    }
+    return replace(data, splits=splits, classes=tuple(names), sorted_names=False)
 
 
 def splits_of(sets: dict[str, NamedData]) -> dict[str, Split]:
     """The splits that a run uses: train, val, source and source_inputs."""
-    target = sets["data"]
-    splits = {"train": target.train, "val": target.val}
+    splits = dict(sets["data"].splits)
     if "source" in sets:
         splits["source"] = sets["source"].for_evaluation()
     if "source_inputs" in sets:
         splits["source_inputs"] = drawn_inputs(sets["source_inputs"])
-    return {name: split for name, split in splits.items() if split is not None}
-
-
-def training_split(data: NamedData) -> Split:
-    """The training split; the held-out one if there is no other."""
-    return data.train if data.train is not None else data.for_evaluation()
+    return splits
 
 
 def drawn_inputs(data: NamedData) -> Split:
     """The source inputs that are used, drawn at random because folders are sorted by class."""
-    split = training_split(data)
+    split = data.for_training()
     return split.subset(np.random.default_rng(0).permutation(len(split))[:LIMIT])
 
 
@@ -128,4 +121,4 @@ def source_samples(data: NamedData, prepared: Any) -> Any:
 def same_samples(source: NamedData, source_inputs: NamedData) -> bool:
     """Whether both come from the one split of one file or folder."""
     a, b = (Path(data.name).expanduser().resolve() for data in (source, source_inputs))
-    return a == b and (source.train is None or source.val is None)
+    return a == b and len(source.splits) == 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fast.cli.task.load import LoadedTask
 from fast.data.sources import Split, stratified_split
-from fast.models.load import LoadedModel
+from fast.models.loaded import LoadedModel
 
 Samples = tuple[Tensor, Tensor]
 PRETRAIN_EPOCHS, PRETRAIN_LR, PRETRAIN_BATCH = 30, 3e-3, 64

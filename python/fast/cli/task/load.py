@@ -30,7 +30,6 @@ from fast.cli.task.data import (
     same_samples,
     source_samples,
     splits_of,
-    training_split,
 )
 from fast.cli.task.prepare import (
     labels_of,
@@ -46,7 +45,7 @@ from fast.data.trees import pick
 from fast.errors import counted, printable
 from fast.heads import find_head
 from fast.heads.find import Head
-from fast.models.load import LoadedModel
+from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation
 from fast.models.saved.description import own_classes
 from fast.train.config import TrainConfig
@@ -245,7 +244,7 @@ def _description(
         texts = {"max_length": preparation.max_length, "cut": report.cut}
     labels = {part: labels_of(prepared[part]) for part in PARTS if part in prepared}
     splits = {part: Split(inputs=None, labels=rows) for part, rows in labels.items()}
-    data = dataclasses.replace(target, train=splits["train"], val=splits.get("val")).description
+    data = dataclasses.replace(target, splits=splits).description
     return {"data": data, "images": images, "sounds": sounds, "texts": texts}
 
 
@@ -279,7 +278,7 @@ def _check_source(
         return notes
     samples = sets["source_inputs"]
     if not samples.has_labels:
-        count = counted(len(training_split(samples)), "sample")
+        count = counted(len(samples.for_training()), "sample")
         return [*notes, f"{option}: {count} without labels"]
     if unclear := unclear_names(samples, classes, names, more=True):
         sets["source_inputs"] = dataclasses.replace(samples, has_labels=False)

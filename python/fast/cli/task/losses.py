@@ -13,7 +13,7 @@ from fast.cli.notes import print_notes
 from fast.cli.options import flag
 from fast.cli.spec.curvature import CurvatureSpec
 from fast.cli.task.checks import check_numbers
-from fast.cli.task.data import numbered_as_in_head, read_data, training_split
+from fast.cli.task.data import numbered_as_in_head, read_data
 from fast.cli.task.prepare import load_network, prepare_splits, try_forward
 from fast.data.dataset import Data, as_data
 from fast.data.labels import check_labels
@@ -21,7 +21,7 @@ from fast.data.trees import move
 from fast.heads import evaluating, forward_logits
 from fast.heads.forward import check_logits
 from fast.models.device import pick_device
-from fast.models.load import LoadedModel
+from fast.models.loaded import LoadedModel
 from fast.models.saved import load_saved
 from fast.models.saved.description import own_classes
 
@@ -51,7 +51,7 @@ def losses_of(spec: CurvatureSpec) -> list[TaskLoss]:
     if "source" in sets:
         names = own_classes(loaded.model, spec.task.model, spec.task.weights)
         sets["source"] = numbered_as_in_head(sets["source"], names)
-    splits = {task: training_split(sets[r]) for task, r in TASKS.items() if r in sets}
+    splits = {task: sets[r].for_training() for task, r in TASKS.items() if r in sets}
     prepared, _, _ = prepare_splits(spec.task, loaded, splits)
     data = {task: as_data(split, flag(TASKS[task])) for task, split in prepared.items()}
     for part in data.values():

@@ -15,11 +15,12 @@ from fast.data.audio.waveforms import SoundFormat
 from fast.data.dataset import as_data
 from fast.data.images.format import ImageFormat
 from fast.data.images.pixels import PreparedImages, is_image_split, prepare_images
-from fast.data.sources import SKIP, EncodedAudio, FileReport, Split
-from fast.errors import first_line, some
+from fast.data.sources import EncodedAudio, FileReport, Split
+from fast.errors import some
 from fast.heads import evaluating, forward_logits
-from fast.heads.forward import check_logits
-from fast.models.load import LoadedModel, load_model
+from fast.heads.forward import check_logits, input_errors
+from fast.models.load import load_model
+from fast.models.loaded import LoadedModel
 from fast.models.preparation import Preparation, most_tokens
 from fast.workers import workers_for
 
@@ -65,9 +66,8 @@ def prepare_splits(
         else preparation(split, reports[name])
         for name, split in splits.items()
     }
-    whole = FileReport.merged(reports.values())
-    if not spec.skip_broken:
-        whole.refuse_broken(SKIP)
+    whole = FileReport.merged(reports.values(), skips=spec.skip_broken)
+    whole.check(any_read=True)
     if whole.broken:
         count = len(whole.broken)
         many = f"{count} {whole.kind}s cannot be read, and are"
@@ -161,16 +161,9 @@ def try_forward(loaded: LoadedModel, prepared: Any) -> int:
     Raises:
         ValueError: the network cannot take the data, or has no logits of classes.
     """
-    inputs, _ = as_data(prepared, "train").batch_at(torch.arange(2))
-    try:
-        with evaluating(loaded.model):
-            logits = forward_logits(loaded.model, inputs)
-    except Exception as error:
-        shown = inputs if isinstance(inputs, dict) else {"x": inputs}
-        shapes = ", ".join(f"{k} {list(v.shape)} {v.dtype}" for k, v in shown.items())
-        raise ValueError(
-            f"the network does not take these inputs ({shapes}, a batch of two): "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+    data = as_data(prepared, "--data")
+    inputs, _ = data.batch_at(torch.arange(2))
+    with input_errors(data.name, inputs, loaded.model), evaluating(loaded.model):
+        logits = forward_logits(loaded.model, inputs)
     check_logits(logits)
     return logits.shape[1]

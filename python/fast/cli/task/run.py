@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import fast
-from fast.cli.job_file import read_job
 from fast.cli.notes import print_notes
-from fast.cli.options import parser_of
-from fast.cli.spec import FinetuneSpec
 from fast.cli.spec.deploy import RunSpec
+from fast.cli.spec.finetune import run_options
 from fast.cli.values import model_file
 from fast.data.sources.table import column_names
 from fast.data.sources.types import is_drawn
 from fast.deploy.predictor import Predictor
-from fast.files import JOB_FILE, read_json
+from fast.files import JOB_FILE, read_json_if_there
 from fast.models.saved import DATA_FILE, FILES, MODEL_FILE
 
 
@@ -33,7 +31,7 @@ def job_of(folder: Path) -> dict[str, Any]:
     """The options of the run in a folder; empty if the command line did not start it."""
     if not (folder / JOB_FILE).is_file():
         return {}
-    return read_job(folder, "RUN", parser_of(FinetuneSpec), named=True)
+    return run_options(folder, "RUN", named=True)
 
 
 def own_columns(job: dict[str, Any], paths: Sequence[str]) -> dict[str, str]:
@@ -70,8 +68,7 @@ def is_data_of(run: Path, of_run: str, name: str, samples_hash: str) -> bool:
             share cannot be drawn again.
     """
     in_place = same_place(name, of_run)
-    file = run / DATA_FILE
-    recorded = (read_json(file).get("data") if file.is_file() else None) or {}
+    recorded = read_json_if_there(run / DATA_FILE).get("data") or {}
     if "samples_hash" not in recorded:  # by an older version
         return in_place
     same = samples_hash == recorded["samples_hash"]
@@ -110,10 +107,6 @@ def _own_code(folder: Path) -> str | None:
     Raises:
         ValueError: its file must not be run; the message says why.
     """
-    if not (folder / JOB_FILE).is_file():
+    if model_file(job_of(folder).get("model")) is None:
         return None
-    parser = parser_of(FinetuneSpec)
-    name = read_job(folder, "RUN", parser, named=True).get("model")
-    if model_file(name) is None:
-        return None
-    return read_job(folder, "RUN", parser, named=False)["model"]
+    return run_options(folder, "RUN", named=False)["model"]

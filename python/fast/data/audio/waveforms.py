@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.data.sources import SKIP, FileReport, Split
+from fast.data.sources import FileReport, Split
 from fast.errors import first_line, some
 
 # Full scale of integer samples by their bytes; those of one byte are unsigned.
@@ -40,14 +40,13 @@ class SoundFormat:
         """The sounds of a split as a network takes them, and their labels int64 `[N]`.
 
         Args:
-            report: takes the files that cannot be read, which are left out, and counts what is cut;
-                None: they are an error.
+            report: takes the files that cannot be read, and counts what is cut; None: they are an
+                error.
 
         Raises:
             ValueError: files cannot be read, or differ in their rate where there must be one.
         """
-        tolerant = report is not None
-        report = FileReport() if report is None else report
+        report = FileReport(skips=False) if report is None else report
         report.kind = "sound"
         sounds, rates, good = [], set(), []
         for i, name in enumerate(split.inputs.names):
@@ -63,8 +62,7 @@ class SoundFormat:
             report.cut += len(sound) > most
             sounds.append(sound[:most])
             good.append(i)
-        if not tolerant or not sounds:
-            report.refuse_broken("" if tolerant else SKIP)
+        report.check(any_read=bool(sounds))
         if len(rates) > 1:
             raise ValueError(
                 f"the sounds have rates of {some(sorted(rates))} Hz; convert them to one rate, as "

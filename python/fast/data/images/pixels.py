@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from fast.data.images.augmentation import augmentation
 from fast.data.images.decoding import Unreadable, decode
 from fast.data.images.format import ImageFormat, as_array
-from fast.data.sources import SKIP, EncodedImages, FileReport, Split
+from fast.data.sources import EncodedImages, FileReport, Split
 from fast.data.sources.formats import pillow
 from fast.errors import printable
 from fast.progress import bar
@@ -61,7 +61,7 @@ def prepare_images(
     pictures are augmented, it is a Dataset instead, which decodes an image when it is asked for.
 
     Args:
-        report: records the images that cannot be read, which are left out; None: they are an error.
+        report: records the images that cannot be read; None: they are an error.
         augment: `none`, or a preset of `fast.data.images.augmentation`.
         workers: processes that decode.
         progress: show a bar while many images are read; None: in a terminal or a notebook.
@@ -69,8 +69,7 @@ def prepare_images(
     Raises:
         ValueError: images cannot be read (they are named), or sizes differ and `form` has none.
     """
-    tolerant = report is not None
-    report = FileReport() if report is None else report
+    report = FileReport(skips=False) if report is None else report
     prepared = prepared_by(split, form, augment)
     out: Tensor | None = None
     good: list[int] = []
@@ -84,8 +83,7 @@ def prepare_images(
         if len(out):
             out[len(good) : len(good) + len(index)] = images
         good += index
-    if not tolerant or out is None:
-        report.refuse_broken("" if tolerant else SKIP)
+    report.check(any_read=out is not None)
     assert out is not None, "a split has samples"
     if len(good) < len(split):
         prepared = prepared_by(split.subset(np.array(good)), form, augment)
@@ -125,7 +123,7 @@ class PreparedImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         report = FileReport()
         _, images = self._read(range(i, i + 1), report)
-        report.refuse_broken()
+        report.check(any_read=False)
         return images[0], self.labels[i]
 
     def chunks(
@@ -228,7 +226,7 @@ class AugmentedImages(PreparedImages):
         """Image `i` in a view that depends on the seed alone, and its label."""
         report = FileReport()
         picture = self._picture(i, report)
-        report.refuse_broken()
+        report.check(any_read=False)
         assert picture is not None
         before = torch.default_generator.get_state()
         torch.default_generator.manual_seed(seed)

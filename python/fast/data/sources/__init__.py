@@ -18,7 +18,6 @@ from fast.data.sources.hub import read_hugging_face
 from fast.data.sources.npz import read_npz
 from fast.data.sources.table import SUFFIXES, from_columns, read_table, read_tables, split_tables
 from fast.data.sources.types import (
-    SKIP,
     EncodedAudio,
     EncodedImages,
     FileReport,
@@ -30,7 +29,6 @@ from fast.data.sources.types import (
 from fast.errors import printable, some, warn
 
 __all__ = [
-    "SKIP",
     "DataWarning",
     "EncodedAudio",
     "EncodedImages",
@@ -132,7 +130,7 @@ def _alike_names(classes: Sequence[str]) -> tuple[str, ...]:
 
 def _blank_texts(data: NamedData) -> tuple[str, ...]:
     """A note on texts that are empty."""
-    inputs = [split.inputs for split in (data.train, data.val) if split is not None]
+    inputs = [split.inputs for split in data.splits.values()]
     texts = [text for x in inputs if isinstance(x, list) for text in x]
     empty = sum(not text.strip() for text in texts)
     return (f"texts that are empty: {empty} of {len(texts)}",) if empty else ()

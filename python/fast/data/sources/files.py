@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fast.data.labels import SEVERAL
 from fast.data.sources.formats import readable_suffixes
 from fast.data.sources.names import class_name, roles_of, training_and_held_out
 from fast.data.sources.scan import Folder, natural, scan
@@ -83,11 +84,7 @@ def check_one_label(name: str, splits: Mapping[str, Split], classes: Sequence[st
         for file, label in zip(split.inputs.names, split.labels.tolist(), strict=True):
             if label_of.setdefault(file, label) != label:
                 both = some([classes[label_of[file]], classes[label]])
-                raise ValueError(
-                    f"{name}: {printable(file)} has several labels, {both}; fast finetune adapts "
-                    "to one label for each sample. With several, train by fast.Adaptation(..., "
-                    "loss=torch.nn.functional.binary_cross_entropy_with_logits): docs/any-loss.md"
-                )
+                raise ValueError(f"{name}: {printable(file)} has several labels, {both}; {SEVERAL}")
 
 
 def repeated_samples(data: NamedData, *, folds: bool = False) -> list[str]:
@@ -96,10 +93,10 @@ def repeated_samples(data: NamedData, *, folds: bool = False) -> list[str]:
     Args:
         folds: the training samples will be held out in turn.
     """
-    splits = [split for split in (data.train, data.val) if split is not None]
+    splits = [*data.splits.values()]
     what, names, pairs = _repeats(splits)
     labels = [label for split in splits for label in split.labels.tolist()]
-    trained = 0 if data.train is None else len(data.train)
+    trained = len(data.splits.get("train", ()))
     held_out = [(i, j) for i, j in pairs if j < trained <= i]
     strange = [(i, j) for i, j in pairs if labels[i] != labels[j]]
     notes = []
@@ -151,10 +148,11 @@ def samples_hash(data: NamedData) -> str:
     have the same hash. Of what is inside an archive it takes some samples.
     """
     digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=16)
-    for split in (data.train, data.val):
-        if split is None:
+    for part in ("train", "val"):
+        if part not in data.splits:
             digest.update(b"none")
             continue
+        split = data.splits[part]
         digest.update(np.ascontiguousarray(split.labels).data)
         digest.update(_contents(split.inputs))
     return digest.hexdigest()
@@ -291,8 +289,7 @@ def read_lines(root: Path) -> NamedData | None:
         splits[name] = labelled(texts, np.array(labels, np.int64), str(part.path), len(classes))
     return NamedData(
         name=str(root),
-        train=splits["train"],
-        val=splits.get("val"),
+        splits=splits,
         classes=tuple(classes),
         held_out=f"folder {printable(parts['val'].path.name)}" if "val" in parts else "",
         sorted_names=True,

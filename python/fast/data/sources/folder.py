@@ -59,8 +59,7 @@ def read_folder(root: Path, numeric_labels: bool, unlabelled: bool = False) -> N
     held_out = parts["val"].path.relative_to(root) if "train" in parts and "val" in parts else ""
     return NamedData(
         name=str(root),
-        train=splits.get("train"),
-        val=splits.get("val"),
+        splits=splits,
         classes=classes,
         held_out=f"folder {printable(held_out)}" if held_out else "",
         sorted_names=True,

@@ -71,8 +71,7 @@ def read_hugging_face(name: str, input_column: str | None, label_column: str | N
         classes = numbered_classes(list(splits.values()), f"{name}: {printable(label_column)}")
     return NamedData(
         name=name,
-        train=splits.get("train"),
-        val=splits.get("val"),
+        splits=splits,
         classes=tuple(classes),
         held_out=f"split {printable(split_of['val'])}" if len(splits) == 2 else "",
         notes=tuple(notes),

@@ -54,8 +54,7 @@ def read_npz(path: Path, unlabelled: bool = False) -> NamedData:
         classes = numbered_classes(list(splits.values()), str(path))
     return NamedData(
         name=str(path),
-        train=splits.get("train"),
-        val=splits.get("val"),
+        splits=splits,
         classes=classes,
         held_out=f"x{printable(val)}" if len(splits) == 2 else "",
         notes=(f"arrays that are not used: {some(unused, 6)}",) if unused else (),

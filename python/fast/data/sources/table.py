@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fast.data.labels import SEVERAL
 from fast.data.sources.files import check_one_label, decoded, files_of
 from fast.data.sources.names import (
     FILES,
@@ -117,8 +118,7 @@ def from_columns(
     check_one_label(name, splits, classes)
     return NamedData(
         name=name,
-        train=splits["train"],
-        val=splits.get("val"),
+        splits=splits,
         classes=tuple(classes),
         held_out=held_out,
         sorted_names=True,
@@ -274,9 +274,7 @@ def _labels(name: str, column: str, cells: Sequence[Any]) -> list[str]:
     if several:
         raise ValueError(
             f"{name}: {printable(column)}: a row has several labels ({printable(several[0])}); "
-            "fast finetune adapts to one label for each sample. With several, train by "
-            "fast.Adaptation(..., loss=torch.nn.functional.binary_cross_entropy_with_logits): "
-            "docs/any-loss.md"
+            f"{SEVERAL}"
         )
     return [_text(cell) for cell in cells]
 

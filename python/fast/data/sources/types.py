@@ -39,7 +39,6 @@ class EncodedAudio(EncodedFiles):
 
 # How `held_out` ends where that was drawn from the training samples.
 DRAWN = "of each class"
-SKIP = " (or go on without: --skip-broken)"
 
 
 @dataclass(kw_only=True)
@@ -47,20 +46,27 @@ class FileReport:
     """What turned up while samples were read and prepared.
 
     Attributes:
+        skips: files that cannot be read are left out, as long as others can; else they are an
+            error.
         broken: name -> reason, of the files that cannot be read.
         sizes: (width, height) of images as stored.
         kind: what the files should be: image or sound.
         cut: how many texts or sounds were longer than they are read.
     """
 
+    skips: bool = True
     kind: str = "image"
     broken: dict[str, str] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
     cut: int = 0
 
-    def refuse_broken(self, way_out: str = "") -> None:
-        """Raise ValueError where files cannot be read; `way_out` ends the message."""
-        if not self.broken:
+    def check(self, any_read: bool) -> None:
+        """Raise ValueError where files cannot be read, and that is an error.
+
+        Args:
+            any_read: whether another one could be read.
+        """
+        if not self.broken or (self.skips and any_read):
             return
         name, reason = next(iter(self.broken.items()))
         message = f"{printable(name)}: not a readable {self.kind} ({printable(reason)}); remove or "
@@ -68,12 +74,12 @@ class FileReport:
         if len(self.broken) > 1:
             others = some(list(self.broken)[1:], 9)
             message += f"; {len(self.broken)} cannot be read, also {others}"
-        raise ValueError(message + way_out)
+        raise ValueError(message + ("" if self.skips else " (or go on without: --skip-broken)"))
 
     @classmethod
-    def merged(cls, reports: Iterable[FileReport]) -> FileReport:
+    def merged(cls, reports: Iterable[FileReport], skips: bool = True) -> FileReport:
         """One report of several splits."""
-        whole = cls()
+        whole = cls(skips=skips)
         for report in reports:
             whole.broken |= report.broken
             whole.sizes |= report.sizes
@@ -109,7 +115,7 @@ class NamedData:
 
     Attributes:
         name: as the user wrote it.
-        train, val: splits; at least one of them is not None.
+        splits: train, val, or both of them.
         classes: names of the labels 0, 1, ...
         held_out: where val comes from.
         notes: what was left out or guessed while reading, one line each.
@@ -122,8 +128,7 @@ class NamedData:
     """
 
     name: str
-    train: Split | None
-    val: Split | None
+    splits: Mapping[str, Split]
     classes: tuple[str, ...]
     held_out: str = ""
     notes: tuple[str, ...] = ()
@@ -139,7 +144,16 @@ class NamedData:
             ValueError: there are none.
         """
         split = labelled(inputs, np.zeros(length(inputs), np.int64), name)
-        return cls(name=name, train=split, val=None, classes=(), notes=notes, has_labels=False)
+        splits = {"train": split}
+        return cls(name=name, splits=splits, classes=(), notes=notes, has_labels=False)
+
+    @property
+    def train(self) -> Split | None:
+        return self.splits.get("train")
+
+    @property
+    def val(self) -> Split | None:
+        return self.splits.get("val")
 
     def with_val(self, fraction: float, seed: int = 0) -> NamedData:
         """The same data with a val split: if there is none, `fraction` of each class moves there
@@ -149,28 +163,28 @@ class NamedData:
             return self
         train, val = stratified_split(self.train, fraction, seed)
         held_out = f"{100 * fraction:g} % {DRAWN}"
-        return replace(self, train=train, val=val, held_out=held_out)
+        return replace(self, splits={"train": train, "val": val}, held_out=held_out)
+
+    def for_training(self) -> Split:
+        """The train split; the val split where there is none."""
+        return self.splits["train" if "train" in self.splits else "val"]
 
     def for_evaluation(self) -> Split:
         """The val split; the train split where there is none."""
-        split = self.val if self.val is not None else self.train
-        assert split is not None, "load_data returns at least one split"
-        return split
+        return self.splits["val" if "val" in self.splits else "train"]
 
     @property
     def description(self) -> dict[str, Any]:
         """What was read, as plain values: the classes in the order of their labels, the number of
         samples of each class by split, where val comes from, the notes, and the hash.
         """
-        splits = {"train": self.train, "val": self.val}
         count = len(self.classes)
         return {
             "name": self.name,
             "classes": list(self.classes),
             "samples": {
                 name: np.bincount(split.labels, minlength=count).tolist()
-                for name, split in splits.items()
-                if split is not None
+                for name, split in self.splits.items()
             },
             "held_out": self.held_out,
             "notes": list(self.notes),

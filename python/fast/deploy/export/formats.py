@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from fast.deploy.export.card import write_card
 from fast.deploy.export.hugging_face import write_hugging_face
@@ -13,9 +12,9 @@ from fast.deploy.export.program import write_program
 from fast.deploy.export.subject import Subject
 from fast.deploy.export.tensors import write_tensors
 from fast.deploy.export.timm import write_timm
+from fast.deploy.words import ExportFormat
 from fast.files import atomic_folder, check_writable
 
-ExportFormat = Literal["onnx", "torch.export", "safetensors", "hf", "timm"]
 FORMATS: dict[ExportFormat, Callable[[Subject, Path], None]] = {
     "onnx": write_onnx,
     "torch.export": write_program,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fast.files import read_json
+from fast.files import read_json_if_there
 from fast.heads import classes_of, places_of, task_head, unwrap
 from fast.heads.replace import class_labels, made_up_names, name_classes
 from fast.models.load import parse_spec
@@ -126,7 +126,7 @@ def classes_beside(weights: str | Path) -> list[str] | None:
         return None
     folder = path if path.is_dir() else path.parent
     run, export, config, join = (
-        read_json(folder / name) if (folder / name).is_file() else {}
+        read_json_if_there(folder / name)
         for name in (RESULT_FILE, PREPARATION_FILE, CONFIG_FILE, JOIN_FILE)
     )
     if rows := _strings(join, "rows"):  # of two passes, the weights are the target's

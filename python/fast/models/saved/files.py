@@ -9,7 +9,7 @@ from fast.files import (
     JOB_FILE,
     atomic_file,
     file_hash,
-    read_json,
+    read_json_if_there,
     read_sealed,
     reading,
     write_sealed,
@@ -24,6 +24,7 @@ ADAPTERS_FILE = "adapters.safetensors"
 MANIFEST_FILE = "manifest.json"
 JOIN_FILE = "join.json"  # what a joined network is beside its tensors
 RESULT_FILE = "result.json"
+HISTORY_FILE = "history.jsonl"
 DATA_FILE = "data.json"  # what was read: classes, samples and how pictures were prepared
 OPTIONS_FILE = "fast.json"
 # transformers keeps the architecture of its networks in this file; older versions of FAST wrote the
@@ -36,7 +37,7 @@ FORMAT = 1
 # The files of a result, some of them optional. Checkpoints and pictures are not among them.
 FILES = (
     MODEL_FILE, SOURCE_HEAD_FILE, SOURCE_NORMS_FILE, ADAPTERS_FILE, OPTIONS_FILE, CONFIG_FILE,
-    JOIN_FILE, RESULT_FILE, "history.jsonl", JOB_FILE, DATA_FILE, "preprocessing.json",
+    JOIN_FILE, RESULT_FILE, HISTORY_FILE, JOB_FILE, DATA_FILE, "preprocessing.json",
     "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
 )  # fmt: skip
 CHECKPOINT = "checkpoint-"
@@ -69,13 +70,12 @@ def options_file(folder: Path) -> Path:
 
 def read_options(folder: Path) -> dict[str, Any]:
     """The options of a run; they are empty where there is no such file."""
-    file = options_file(folder)
-    return read_json(file) if file.is_file() else {}
+    return read_json_if_there(options_file(folder))
 
 
 def is_library_config(file: Path) -> bool:
     """Whether a `config.json` is a transformers configuration."""
-    return file.is_file() and "model_type" in read_json(file)
+    return "model_type" in read_json_if_there(file)
 
 
 def write_manifest(folder: Path, run: str | None, options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fast.files import read_json
+from fast.files import read_json_if_there
 from fast.heads.adapters import adapter_state
 from fast.heads.batch_norm import source_norms
 from fast.heads.find import Head, HeadLayer, classes_of, find_head, is_plain, layer_like
@@ -18,6 +18,7 @@ from fast.models.head_option import KEEP
 from fast.models.saved.files import (
     ADAPTERS_FILE,
     MODEL_FILE,
+    RESULT_FILE,
     SOURCE_HEAD_FILE,
     SOURCE_NORMS_FILE,
     check_manifest,
@@ -146,8 +147,7 @@ def lacks_source(folder: Path) -> str:
     """Say what the folder lacks for the source task; empty if it has everything."""
     if not (folder / SOURCE_HEAD_FILE).is_file():
         return f"{folder} has no {SOURCE_HEAD_FILE}"
-    record = folder / "result.json"
-    plan = (read_json(record).get("plan") if record.is_file() else None) or {}
+    plan = read_json_if_there(folder / RESULT_FILE).get("plan") or {}
     if plan.get("adapter_rank") and not (folder / ADAPTERS_FILE).is_file():
         return f"{folder}: the source's weights are below the adapters, which are not in the folder"
     per_task = (plan or read_options(folder)).get("batch_norm") == "per_task"

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from fast.adapt.result import Record
 from fast.files import reading, to_json, writing
+from fast.models.saved.files import HISTORY_FILE
 
 Callback = Callable[[Record], object]
-HISTORY_FILE = "history.jsonl"
 BOARD_FOLDER = "tensorboard"
 
 

@@ -25,6 +25,7 @@ from fast.files import (
 )
 from fast.models.saved.claim import CLAIM_FILE, claim, is_going_on, run_of, same_file
 from fast.models.saved.files import (
+    HISTORY_FILE,
     MANIFEST_FILE,
     OPTIONS_FILE,
     list_checkpoints,
@@ -32,7 +33,7 @@ from fast.models.saved.files import (
 )
 from fast.ranks import ALONE, Ranks
 from fast.train.config import TrainConfig
-from fast.train.log.history import BOARD_FOLDER, HISTORY_FILE
+from fast.train.log.history import BOARD_FOLDER
 from fast.train.log.lines import LINES_FILE
 
 

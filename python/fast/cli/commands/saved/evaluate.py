@@ -34,7 +34,7 @@ from fast.cli.task.run import (
 from fast.data.sources import DataWarning, NamedData, load_data
 from fast.data.sources.files import samples_hash, shared_samples
 from fast.deploy.figures import evaluation_figure
-from fast.deploy.predictor import Task
+from fast.deploy.words import Task
 from fast.errors import counted, printable
 from fast.figures import save
 from fast.files import check_writable, read_json, write_json

@@ -28,7 +28,7 @@ from fast.merge.join import LEAST, LIMIT, join_heads
 from fast.merge.join_parts import saved_heads
 from fast.merge.joined import Joined
 from fast.models.preparation import read_preparation
-from fast.models.saved import DATA_FILE, JOIN_FILE
+from fast.models.saved import DATA_FILE, JOIN_FILE, RESULT_FILE
 from fast.train.config import TrainConfig
 
 
@@ -94,7 +94,7 @@ def _save(joined: Joined, spec: JoinSpec, folder: Path) -> None:
     if (run / DATA_FILE).is_file():
         with atomic_file(folder / DATA_FILE) as path:
             shutil.copyfile(run / DATA_FILE, path)
-    joined.save(folder, {"network": read_json(run / "result.json").get("network")})
+    joined.save(folder, {"network": read_json(run / RESULT_FILE).get("network")})
 
 
 def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
@@ -104,7 +104,7 @@ def _source_classes(spec: JoinSpec, count: int) -> list[str] | None:
         ValueError: the file cannot be read, or has another number of lines.
     """
     if spec.source_classes is None:
-        network = read_json(Path(spec.run) / "result.json").get("network") or {}
+        network = read_json(Path(spec.run) / RESULT_FILE).get("network") or {}
         return network.get("source_classes")
     option = f"--source-classes {spec.source_classes}"
     try:

@@ -11,18 +11,13 @@ from fast.cli.notes import print_notes
 from fast.cli.report.table import percent, text_table
 from fast.cli.spec import RewindSpec
 from fast.cli.spec.base import shown
-from fast.cli.task.data import (
-    drawn_inputs,
-    read_data,
-    source_samples,
-    training_split,
-)
+from fast.cli.task.data import drawn_inputs, read_data, source_samples
 from fast.cli.task.prepare import load_network, prepare_splits
 from fast.cli.task.run import check_replaceable
 from fast.deploy.labelled import numbered
 from fast.errors import printable
 from fast.figures import save
-from fast.files import check_writable, read_json
+from fast.files import check_writable, read_json_if_there
 from fast.models.device import pick_device
 from fast.models.saved import OPTIONS_FILE
 from fast.models.saved.description import classes_beside
@@ -44,7 +39,7 @@ def run(spec: RewindSpec) -> int:
     classes = classes_beside(spec.tuned)
     if "data" in sets:
         data = sets["data"]
-        splits["train"] = numbered(training_split(data), data, classes, "target")
+        splits["train"] = numbered(data.for_training(), data, classes, "target")
         classes = classes or list(data.classes)
     prepared, preparation, _ = prepare_splits(task, loaded, splits)
     print_notes(*loaded.notes, *notes)
@@ -74,8 +69,7 @@ def run(spec: RewindSpec) -> int:
 
 
 def _is_rewound(folder: Path) -> bool:
-    file = folder / OPTIONS_FILE
-    return file.is_file() and read_json(file).get("method") == REWIND
+    return read_json_if_there(folder / OPTIONS_FILE).get("method") == REWIND
 
 
 def _report(result: Rewound) -> str:
