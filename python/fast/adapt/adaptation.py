@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -42,8 +41,6 @@ from fast.models.signature import signature_of
 from fast.ranks import AUTO, Ranks, tensors_of
 
 FORMAT = 3  # of a state
-
-log = logging.getLogger("fast")
 
 
 class Adaptation:
@@ -136,7 +133,6 @@ class Adaptation:
             check_model(self.model)
         self.done = self._began = 0  # steps taken; and those before this process
         self._part, self._ran = 0, False  # the next micro-batch of this step; any pass so far
-        self._penalised: bool | None = None  # whether a first penalty was differentiated, if any
         self._stepping = False
         self._final: list[int] | None = None  # versions of the final weights, once there are some
         with RollbackOnError(self.model), ExitStack() as until_closed:
@@ -163,9 +159,8 @@ class Adaptation:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "an Adaptation cannot be copied or pickled, because the hooks on its network and "
-            "optimizer are its own: copy.deepcopy(adaptation.model) copies the network, and "
-            "state_dict() is what a checkpoint needs (docs/own-loop.md)"
+            "an Adaptation cannot be copied or pickled, because it has hooks on its network and "
+            "optimizer: copy adaptation.model, or save state_dict() (docs/own-loop.md)"
         )
 
     def _prepare(
@@ -324,13 +319,9 @@ class Adaptation:
         batch = self._micro_batches.part(inputs, rows, step=self.done, part=part, parts=parts)
         logits, inside, outside = self.forward_part(batch, model)
         penalty = parts * (inside + outside)  # which the loop divides again
-        if not self.done and not self._penalised and penalty.requires_grad:
-            self._penalised = False
-            penalty.register_hook(self._has_penalised)
+        if not self.done:
+            self.guards.watch(penalty)
         return logits, penalty
-
-    def _has_penalised(self, _: Tensor) -> None:
-        self._penalised = True
 
     def parts(self, inputs: Any, rows: Tensor | None, size: int) -> list[MicroBatch]:
         """Split a step's batch into micro-batches of `size`, whose penalties add up to the batch's.
@@ -384,7 +375,7 @@ class Adaptation:
             self._optimizer.check_averaged(self.ranks)
             if not self._ran:
                 self.guards.warn_unseen("taken without adaptation.forward()")
-            elif self._penalised is False:
+            elif self.guards.penalised is False:
                 self.guards.warn_unseen("of a loss without forward()'s penalty")
         if self.done == self.plan.steps:
             self.plan.warn_beyond()
@@ -444,14 +435,8 @@ class Adaptation:
         if not self.done:
             self._optimizer.check_used()
         self._finish_weights()
-        if 0 < self.done < self.plan.steps and self.ranks.first:
-            log.info(
-                "finished after %d of the %d steps that were planned, so the learning rate has not "
-                "come down: if the loop ends there, give steps=%d",
-                self.done,
-                self.plan.steps,
-                self.done,
-            )
+        if self.ranks.first:
+            self.plan.note_short(self.done)
         self.close()
         self.optimizer.zero_grad()
         self.model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from fast.adapt.defaults import (
 from fast.adapt.methods import METHODS
 from fast.errors import warn
 from fast.optim.groups import ramp_factor
+
+log = logging.getLogger("fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,17 @@ class Plan:
             warn(
                 f"the Trainer ends after {coming} of the {self.steps} steps that {owner} has "
                 f"planned: the learning rate does not fall to its end. Pass steps={coming}",
+            )
+
+    def note_short(self, done: int) -> None:
+        """Say that a loop has ended before the last step."""
+        if 0 < done < self.steps:
+            log.info(
+                "finished after %d of the %d steps that were planned, so the learning rate has not "
+                "come down: if the loop ends there, give steps=%d",
+                done,
+                self.steps,
+                done,
             )
 
     def warn_beyond(self) -> None:

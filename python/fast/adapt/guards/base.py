@@ -122,9 +122,17 @@ class Guards(list[Guard]):
 
     Attributes:
         strength: factor on the penalties, set by `set_strength`.
+        penalised: whether one of those that `watch` saw was differentiated; None if it saw none.
     """
 
     strength = 1.0
+    penalised: bool | None = None
+
+    def watch(self, penalty: Tensor) -> None:
+        """Notice whether the loop adds the penalty to its loss."""
+        if penalty.requires_grad:
+            self.penalised = bool(self.penalised)
+            penalty.register_hook(lambda _: setattr(self, "penalised", True))
 
     def set_strength(self, factor: float) -> None:
         self.strength = factor
