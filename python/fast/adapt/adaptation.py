@@ -203,46 +203,30 @@ class Adaptation:
         self.source = source.samples
         self.held_back = source.meter.samples if source.meter is not None else None
 
-        device, mixed = setup.device.type, autocast_dtype is not None
-        with ranks.together(), torch.autocast(device, autocast_dtype, enabled=mixed):
+        mixed = autocast_dtype is not None
+        with ranks.together(), torch.autocast(setup.device.type, autocast_dtype, enabled=mixed):
             self._network, holding = prepare_network(
-                model,
-                setup,
-                samples=source.samples,
-                loss=loss,
-                augmented=augmented,
-                resuming=resuming,
+                model, setup, source.samples, loss=loss, augmented=augmented, resuming=resuming
             )
         ranks.copy_from_first(tensors_of(model))
         if config.shard and ranks.size > 1:
             self._network.shard(setup.sample, ranks)
 
-        self._optimizer = AdaptedOptimizer(model, setup, card=source.card, make=make)
-        self.optimizer: Optimizer = self._optimizer.optimizer
-        self.last_lr = self._optimizer.lr
-        self.plan = plan = self._optimizer.plan  # a user's optimizer has a rate of its own
-        self.drift = self._network.drift = self._optimizer.drift
+        self._optimizer = optimizer = AdaptedOptimizer(model, setup, card=source.card, make=make)
+        self.optimizer: Optimizer = optimizer.optimizer
+        self.last_lr = optimizer.lr
+        self.plan = plan = optimizer.plan  # a user's optimizer has a rate of its own
+        self.drift = self._network.drift = optimizer.drift
         self.head_start = HeadStart(model, self.drift) if plan.head_steps else None
         self._statistics = running_statistics(model) if plan.batch_norm != "frozen" else []
 
-        self.guards = Guards(holding)
-        self.average: WeightAverage | None = None
-        if plan.average:
-            self.average = WeightAverage(self.params, plan.average, plan.stall)
+        self.guards = guards = Guards(holding)
+        average = WeightAverage(self.params, plan.average, plan.stall) if plan.average else None
+        self.average = average
         self.budget = ForgettingBudget(
-            model=model,
-            plan=plan,
-            budget=config.budget,
-            batch_size=setup.batch_size,
-            meter=source.meter,
-            card=source.card,
-            optimizer=self._optimizer,
-            guards=self.guards,
-            average=self.average,
-            ranks=ranks,
+            model, setup, source, optimizer=optimizer, guards=guards, average=average
         )
-        last = (source.replay, self.average, self.budget)
-        self.guards += [guard for guard in last if guard is not None]
+        guards += [g for g in (source.replay, average, self.budget) if g is not None]
         self._micro_batches = MicroBatches(self.guards, ranks)
 
     def gather(self) -> None:

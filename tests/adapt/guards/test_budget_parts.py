@@ -26,6 +26,7 @@ from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.network.drift import Drift
 from fast.adapt.plan import plan_for
 from fast.curvature.card.calibrate import Calibration
+from fast.ranks import ALONE
 from fast.train.config import TrainConfig
 
 
@@ -110,6 +111,13 @@ def test_a_long_run_is_checked_often_and_only_once_the_backbone_moves():
     assert last_samples(10**6, 10, 64) == 128
 
 
+def setup_of(*, method, **facts):
+    """A run of 100 steps whose budget is 0.1 nats."""
+    config = TrainConfig(method=method, forget_budget=0.1)
+    plan = plan_for(config, steps=100, **facts)
+    return SimpleNamespace(config=config, plan=plan, batch_size=64, ranks=ALONE)
+
+
 class Held:
     """A budget of 0.1 nats over one weight, of which `lost * weight ** power` is lost."""
 
@@ -120,12 +128,9 @@ class Held:
         self.power = power
         self.average = WeightAverage([self.weight], horizon=10) if average else None
         self.budget = ForgettingBudget(
-            model=nn.Linear(1, 1),
-            plan=plan_for(TrainConfig(method="l2-sp", forget_budget=0.1), steps=100),
-            budget=Budget(amount=0.1),
-            batch_size=64,
-            meter=self,
-            card=None,
+            nn.Linear(1, 1),
+            setup_of(method="l2-sp"),
+            SimpleNamespace(meter=self, card=None),
             optimizer=SimpleNamespace(
                 weighted=False,
                 stats=lambda: {"forgetting": torch.tensor(math.nan)},
@@ -170,12 +175,9 @@ def test_a_card_alone_keeps_a_budget():
     weight = nn.Parameter(torch.ones(1))
     calibration = Calibration(scale=2.0, exponent=1.0, spread=1.0, coherence=1.0)
     budget = ForgettingBudget(
-        model=nn.Linear(1, 1),
-        plan=plan_for(TrainConfig(method="ewc", forget_budget=0.1), steps=100, weighted=True),
-        budget=Budget(amount=0.1),
-        batch_size=64,
-        meter=None,
-        card=SimpleNamespace(calibration=calibration, mean=3.0),
+        nn.Linear(1, 1),
+        setup_of(method="ewc", weighted=True),
+        SimpleNamespace(meter=None, card=SimpleNamespace(calibration=calibration, mean=3.0)),
         optimizer=SimpleNamespace(
             weighted=True,
             stats=lambda: {"forgetting": weight.detach().square().sum() / 2},

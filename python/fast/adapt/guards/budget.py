@@ -20,15 +20,14 @@ from fast.adapt.config import Budget
 from fast.adapt.guards.base import Guard, Guards
 from fast.adapt.guards.effort import BUDGET, FORECAST, LAST_CHECKS, last_samples
 from fast.adapt.guards.forecast import UNKNOWN, Forecast
-from fast.adapt.guards.forgetting import ForgettingMeter
 from fast.adapt.guards.weight_average import WeightAverage
 from fast.adapt.guards.weight_line import WeightLine
 from fast.adapt.optimizer import AdaptedOptimizer
 from fast.adapt.plan import Plan
-from fast.curvature.card import SourceCard
+from fast.adapt.setup import Setup
+from fast.adapt.source import Source
 from fast.errors import warn
 from fast.heads import running_statistics
-from fast.ranks import ALONE, Ranks
 
 # The last search aims at this share of the budget and ends within a twentieth of that: inside.
 AIM = 0.95
@@ -87,32 +86,26 @@ class ForgettingBudget(Guard):
 
     Args:
         model: the network with its new head, still at the pretrained weights and statistics.
-        plan: the run's plan.
-        budget: what may be lost; with None, forgetting is measured and forecast, but not limited.
-        batch_size: samples per step, source inputs included.
-        meter: measures forgetting exactly; it was made before the head was replaced. Or None.
-        card: the source card, or None.
+        setup: has the plan, and the budget: without one, forgetting is measured and forecast, but
+            not limited. The first of its ranks decides for all.
+        source: has what measures forgetting exactly, and the source card, or neither.
         optimizer: pulls the backbone back, and tells how far it has moved.
         guards: all that hold the source beside that pull.
         average: the averaged weights, if the run returns these; checks then measure them.
-        ranks: processes that train together; the first one decides for all.
     """
 
     def __init__(
         self,
-        *,
         model: nn.Module,
-        plan: Plan,
-        budget: Budget | None,
-        batch_size: int,
-        meter: ForgettingMeter | None,
-        card: SourceCard | None,
+        setup: Setup,
+        source: Source,
+        *,
         optimizer: AdaptedOptimizer,
         guards: Guards,
         average: WeightAverage | None,
-        ranks: Ranks = ALONE,
     ) -> None:
-        self._ranks = ranks
+        plan, budget, meter, card = setup.plan, setup.config.budget, source.meter, source.card
+        self._ranks = setup.ranks
         self.model, self.meter, self.card, self.average = model, meter, card, average
         self.drift, self._optimizer, self._guards = optimizer.drift, optimizer, guards
         self.forecaster = Forecast(card.calibration if card is not None else UNKNOWN)
@@ -131,9 +124,9 @@ class ForgettingBudget(Guard):
             whole=meter is not None and meter.by_features,
             steps=plan.steps,
             stall=plan.stall,
-            batch_size=batch_size,
+            batch_size=setup.batch_size,
         )
-        self._last_samples = last_samples(size, plan.steps, batch_size)
+        self._last_samples = last_samples(size, plan.steps, setup.batch_size)
         self._way = _shares_of_the_way(plan)
         self._steps = plan.steps
 

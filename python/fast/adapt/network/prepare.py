@@ -280,8 +280,8 @@ def teach_head(network: AdaptedNetwork, setup: Setup, first: FirstPass, loss: Lo
 def prepare_network(
     model: nn.Module,
     setup: Setup,
-    *,
     samples: SourceInputs | None,
+    *,
     loss: Loss,
     augmented: bool,
     resuming: bool,
