@@ -417,5 +417,5 @@ def test_a_copy_of_an_adaptation_is_refused():
     """Its optimizer had lost the hooks, and the loop was said to step another one."""
     _, adaptation = adapted()
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="copy adaptation.model, or save state_dict"):
+        with pytest.raises(TypeError, match=r"copy adaptation\.model, or save state_dict"):
             copied(adaptation)
