@@ -93,6 +93,12 @@ def learned_and_lost(record: Record) -> str:
     return f"{100 * record['target']:.1f}, {100 * lost:.1f}"
 
 
+def cell(records: Iterable[Record], **setting: object) -> str:
+    """`learned_and_lost` of the first record that has this setting; a dash where none has."""
+    runs = (learned_and_lost(r) for r in records if setting.items() <= r.items())
+    return next(runs, "-")
+
+
 def save_learned_and_lost(
     name: str, doc: str | None, rows: Iterable[Record], records: Iterable[Record]
 ) -> None:

@@ -14,14 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import (
-    Record,
-    arguments,
-    complete,
-    learned_and_lost,
-    machine,
-    save_learned_and_lost,
-)
+from benchmarks.common import Record, arguments, cell, complete, machine, save_learned_and_lost
 from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
 from fast.adapt.network.noise import STATISTICS_OF, added_by_batches
@@ -44,11 +37,6 @@ def run(*, pair: str, size: int, method: str, batch_norm: str, data: Path) -> Re
     added = added_by_batches(task.model, find_head(task.model, sample[:2]).module, sample)
     record = finetune(task, steps=task.real.steps, method=method, batch_norm=batch_norm)
     return record | {"added": added, "machine": machine()}
-
-
-def cell(records: list[Record], **setting: object) -> str:
-    runs = [r for r in records if setting.items() <= r.items()]
-    return learned_and_lost(runs[0]) if runs else "-"
 
 
 def main() -> None:

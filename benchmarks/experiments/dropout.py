@@ -16,14 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import (
-    Record,
-    arguments,
-    complete,
-    learned_and_lost,
-    machine,
-    save_learned_and_lost,
-)
+from benchmarks.common import Record, arguments, cell, complete, machine, save_learned_and_lost
 from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
 from fast.adapt.network.noise import added_by_dropout
@@ -55,11 +48,6 @@ def _added(model: nn.Module, sample: Tensor) -> float:
     """The variance that dropout adds, as a run measures it."""
     model = set_batch_norm(copy.deepcopy(model), "frozen")
     return added_by_dropout(model, find_head(model, sample[:2]).module, sample)
-
-
-def cell(records: list[Record], **setting: object) -> str:
-    runs = [r for r in records if setting.items() <= r.items()]
-    return learned_and_lost(runs[0]) if runs else "-"
 
 
 def main() -> None:

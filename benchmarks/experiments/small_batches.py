@@ -14,14 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import (
-    Record,
-    arguments,
-    complete,
-    learned_and_lost,
-    machine,
-    save_learned_and_lost,
-)
+from benchmarks.common import Record, arguments, cell, complete, machine, save_learned_and_lost
 from benchmarks.finetune.regimes.baselines import finetune
 from benchmarks.finetune.regimes.samples import Task
 from fast.adapt.defaults import ADAPTER_LR
@@ -46,11 +39,6 @@ def run(*, pair: str, size: int, method: str, data: Path) -> Record:
     task.options["batch_size"] = size
     record = finetune(task, steps=task.real.steps, **METHODS[method])
     return record | {"machine": machine()}
-
-
-def cell(records: list[Record], **setting: object) -> str:
-    runs = [r for r in records if setting.items() <= r.items()]
-    return learned_and_lost(runs[0]) if runs else "-"
 
 
 def main() -> None:
