@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -127,6 +128,8 @@ class Adaptation:
         augmented, resuming = boolean("augmented", augmented), boolean("resuming", resuming)
         if not name:
             check_own_optimizer(make, self.config)
+            # How an optimizer of the user's own decays weights is its own affair.
+            self.config = replace(self.config, head_decay=0.0)
         self.model = unwrap(model)
         self.ranks = Ranks(process_group)
         if not isinstance(train, Data):  # whoever read it has checked the network

@@ -138,6 +138,12 @@ class AdaptConfig:
         None, "pull towards the pretrained weights, times lr (default: the method's)", least=0
     )
     weight_decay: float = setting(0.0, "decoupled weight decay, times lr", least=0)
+    head_decay: float | None = setting(
+        None,
+        "that of the new head, times its lr; above 0 the statistics of its features stay (default: "
+        "the method's)",
+        least=0,
+    )
     distill: float | None = setting(
         None, "weight of staying with the source head's answers on target inputs", least=0
     )
@@ -349,6 +355,7 @@ class AdaptOptions(TypedDict, total=False):
     head_lr_scale: float | None
     anchor_decay: float | None
     weight_decay: float
+    head_decay: float | None
     distill: float | None
     forget_budget: str | float | None
     source_skill: SourceSkill

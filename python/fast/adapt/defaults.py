@@ -223,6 +223,16 @@ def default_clip(config: AdaptConfig) -> float | None:
     return SGD_CLIP if config.optimizer == "sgd" and METHODS[config.method].ramp else None
 
 
+def default_head_decay(config: AdaptConfig) -> float:
+    """Weight decay of the new head, times its learning rate: the method's, or `weight_decay`."""
+    if config.head_decay is not None:
+        return config.head_decay
+    decay = METHODS[config.method].head_decay
+    if config.optimizer == "sgd":
+        decay /= SGD_FACTOR
+    return max(decay, config.weight_decay)
+
+
 def default_tasks(config: AdaptConfig, rehearsed: str) -> str:
     """The regime of a run whose `tasks` are not given, if something can be kept per task.
 

@@ -295,6 +295,11 @@ def check_own_optimizer(make: Any, config: AdaptConfig) -> None:
             f"{KIND}; got {given}. The new head has parameters that no optimizer has yet: "
             f"lambda groups: {given}(groups)"
         )
+    if config.head_decay:
+        raise ValueError(
+            "head_decay is for 'adamw' and 'sgd', and this optimizer is your own: set the "
+            "weight_decay of the groups whose name begins with 'head' in the function that makes it"
+        )
     if config.max_grad_norm is not None:
         raise ValueError(
             "max_grad_norm clips inside the fused step, and this optimizer is your own: clip with "
@@ -328,7 +333,9 @@ def _groups(model: nn.Module, plan: Plan, sample: Any) -> Groups:
         if plan.head == "keep":  # it is pretrained like the rest
             group |= {"anchor_decay": plan.anchor_decay, "stall": plan.stall, "ramp": plan.ramp}
             group["name"] = f"backbone_{group['name']}"
-        elif plan.head_steps:
+            continue
+        group["weight_decay"] = plan.head_decay
+        if plan.head_steps:
             group["ramp"] = plan.ramp  # Adam's first step would undo what the head has learned
     return groups
 

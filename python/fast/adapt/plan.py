@@ -14,6 +14,7 @@ from fast.adapt.defaults import (
     SWITCHED,
     TOGETHER,
     default_clip,
+    default_head_decay,
     default_lr,
     default_rank,
     default_tasks,
@@ -72,6 +73,7 @@ class Plan:
     schedule: str = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
+    head_decay: float = 0.0
     max_grad_norm: float | None = None
     grad_accum_steps: int = 1
     forget_budget: str | float | None = None
@@ -271,6 +273,7 @@ def plan_for(
         schedule=config.schedule,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
+        head_decay=default_head_decay(config) if new_head else 0.0,
         max_grad_norm=config.max_grad_norm or default_clip(config),
         grad_accum_steps=config.grad_accum_steps,
         forget_budget=config.forget_budget,
@@ -348,6 +351,7 @@ def _check_kept_head(config: AdaptConfig, rehearsed: str) -> None:
         "max_entropy": config.max_entropy,
         "head_steps": config.head_steps,
         "head_lr_scale": config.head_lr_scale,
+        "head_decay": config.head_decay,
         "probe_steps": config.probe_steps,
     }
     for name, value in without.items():

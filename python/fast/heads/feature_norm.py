@@ -36,7 +36,7 @@ class FeatureNorm(nn.Module):
         self.num_features = num_features
         self.dim = dim
         self.momentum = momentum
-        self.deferred = False
+        self.deferred = self.frozen = False
         self._pending: list[Tensor] = []
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("var", torch.ones(num_features))
@@ -93,9 +93,13 @@ class FeatureNorm(nn.Module):
         var = (squares - count * mean.square()).clamp_min(0) / (count - 1)
         self._move(mean, var)
 
-    def stop_deferring(self) -> None:
+    def freeze(self) -> None:
+        """Keep the statistics as they are, until `track`."""
+        self.frozen = True
+
+    def track(self) -> None:
         """Update with every batch again; features that are still pending are dropped."""
-        self.deferred, self._pending = False, []
+        self.deferred, self.frozen, self._pending = False, False, []
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, var: Tensor) -> None:
@@ -113,7 +117,7 @@ class FeatureNorm(nn.Module):
         return (self.var + VARIANCE_FLOOR * self.var.mean()).clamp_min(1e-12).rsqrt()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not self.frozen:
             if self.deferred:
                 self._pending.append(x.detach())
             else:
@@ -127,7 +131,7 @@ class FeatureNorm(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Nobody calls `update_deferred` of a copy, which would collect features without end.
-        return vars(self) | {"deferred": False, "_pending": []}
+        return vars(self) | {"deferred": False, "frozen": False, "_pending": []}
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, dim={self.dim}, momentum={self.momentum}"

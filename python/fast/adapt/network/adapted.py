@@ -149,4 +149,4 @@ class AdaptedNetwork:
         if self._input is not None:
             self._input.close()
         if self.norm is not None:
-            self.norm.stop_deferring()
+            self.norm.track()

@@ -324,6 +324,9 @@ def prepare_network(
         first = first_pass(network, setup, remembers=remembers, calibrates=not resuming)
     if network.norm is not None:
         network.norm.defer()
+        if plan.head_decay > plan.weight_decay:
+            # Tracked statistics would take back the growth of features that the decay asks for.
+            network.norm.freeze()
     if first is not None and not resuming:
         teach_head(network, setup, first, loss)
     guards: list[Guard] = []
