@@ -250,7 +250,7 @@ def test_a_foreign_scheduler_owns_the_learning_rate(pretrained):
     """OneCycle sets lr; the restraint of rehearsal multiplies it in the step, and leaves it."""
     model = copy.deepcopy(pretrained)
     adaptation = fast.Adaptation(
-        model, TRAIN, source_inputs=SOURCE[0], steps=40, lr=0.1, rehearse=0.5, ramp=0
+        model, TRAIN, source_inputs=SOURCE[0], steps=40, lr=0.1, rehearse=0.5, ramp=0, head_decay=0
     )
     optimizer = adaptation.optimizer
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=41)
@@ -317,7 +317,8 @@ def test_any_optimizer(pretrained, make, fused):
     assert result.final["forecast"] <= 0.02
     if fused is not None:
         other = copy.deepcopy(pretrained).double()
-        expected = loop(other, train, optimizer=fused, lr=result.plan.lr, **options)
+        fused = {"optimizer": fused, "lr": result.plan.lr, "head_decay": 0.0}
+        expected = loop(other, train, **fused, **options)
         assert result.final["drift"] == pytest.approx(expected.final["drift"], rel=1e-6)
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
@@ -420,6 +421,47 @@ def test_an_optimizer_that_is_none_is_refused(pretrained):
         fast.Adaptation(model, TRAIN, steps=2, optimizer="adam")
     with pytest.raises(ValueError, match=r"max_grad_norm clips inside the fused .*clip_grad_norm_"):
         fast.Adaptation(model, TRAIN, steps=2, optimizer=torch.optim.SGD, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_a_head_that_decays_keeps_the_statistics_of_its_features(pretrained, decay):
+    """Tracked ones took back the growth of features that the decay had asked for."""
+    model = network(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, steps=4, head_decay=decay, average=0)
+    groups = {g["name"].split(".")[0]: g["weight_decay"] for g in adaptation.optimizer.param_groups}
+    assert (groups["head"], groups["backbone"]) == (decay, 0.0)
+    norm = fast.heads.task_head(model).norm
+    before = norm.var.clone()
+    for inputs, labels, rows in adaptation.batches():
+        logits, penalty = adaptation.forward(inputs, rows)
+        (F.cross_entropy(logits, labels) + penalty).backward()
+        adaptation.optimizer.step()
+    assert torch.equal(norm.var, before) == (decay > 0)
+    adaptation.finish()
+    model.train()(TRAIN[0][:8])
+    assert not torch.equal(norm.var, before)  # whoever goes on training tracks them
+
+
+def test_decay_moves_a_head_whose_loss_asks_for_nothing(pretrained):
+    model = network(pretrained)
+    options = {"head_decay": 4.0, "ramp": 0, "rehearse": 0.0, "distill": 0.0}
+    adaptation = fast.Adaptation(model, TRAIN, steps=2, **options)
+    weight = fast.heads.task_head(model).linear.weight
+    before = weight.detach().clone()
+    for group in adaptation.optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    adaptation.optimizer.step()
+    rate = adaptation.plan.lr * adaptation.plan.head_lr_scale
+    assert torch.allclose(weight, before * (1 - 4.0 * rate))
+
+
+def test_an_optimizer_of_the_users_own_decays_as_it_likes(pretrained):
+    model = network(pretrained)
+    adaptation = fast.Adaptation(model, TRAIN, steps=2, method="adapter", optimizer=lion)
+    assert adaptation.plan.head_decay == 0
+    with pytest.raises(ValueError, match=r"head_decay is for .*name begins with"):
+        fast.Adaptation(network(pretrained), TRAIN, steps=2, optimizer=lion, head_decay=1.0)
 
 
 def test_without_rows_a_frozen_copy_remembers(pretrained):

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 import fast
 from fast.adapt.defaults import (
     EASED,
+    FEW,
     LAYER_NORM_LR,
-    LEAST_SHARE,
+    LEAST_REHEARSE,
     LEAST_STEPS,
     REHEARSING_LR,
     SETTLED,
@@ -109,6 +110,33 @@ def test_adapters_have_a_lower_rate_in_small_batches(size, samples, share):
     assert plan.lr == pytest.approx(1e-2 * share, rel=1e-3)
     assert plan_for(TrainConfig(method="adapter", lr=1e-2), **facts).lr == 1e-2
     assert plan_for(TrainConfig(), **facts).lr == plan_for(TrainConfig(), steps=SETTLED).lr
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "decay"),
+    [
+        ({"method": "adapter"}, 100, 4.0),
+        ({"method": "adapter"}, 750, 2.0),
+        ({"method": "adapter"}, None, 0.0),
+        ({"method": "adapter", "optimizer": "sgd"}, 100, 0.2),  # its rate is 20 times as high
+        ({"method": "adapter", "head_decay": 0.0}, 100, 0.0),
+        ({"method": "adapter", "weight_decay": 5.0}, 100, 5.0),
+        ({"method": "fast"}, 100, 1.0),  # few samples are learned by heart
+        ({"method": "fast"}, FEW, 0.0),
+        ({"method": "fast"}, None, 0.0),
+        ({"method": "fast", "weight_decay": 0.01}, FEW, 0.01),
+        ({"method": "lp-ft"}, 100, 0.0),
+        ({"head": "keep"}, 100, 0.0),
+    ],
+)
+def test_a_new_head_decays_where_samples_are_few(options, samples, decay):
+    plan = plan_for(TrainConfig(**options), steps=SETTLED, samples=samples)
+    assert plan.head_decay == pytest.approx(decay)
+
+
+def test_a_head_that_is_kept_has_no_decay_of_its_own():
+    with pytest.raises(ValueError, match="head_decay is for a new head"):
+        plan_for(TrainConfig(head="keep", head_decay=1.0), steps=SETTLED)
 
 
 def test_the_plan_is_part_of_the_result_and_says_what_is_done():
@@ -293,16 +321,25 @@ def test_the_head_start_has_its_buffers_back():
 
 
 @pytest.mark.parametrize(
-    ("samples", "share"), [(20, 0.1), (500, 0.25), (2000, 1.0), (10**6, 1.0), (None, 1.0)]
+    ("samples", "share", "answers"),
+    [
+        (20, 0.3, 0.0),
+        (500, 0.3, 0.0),
+        (750, 0.375, 0.1875),
+        (1000, 0.5, 0.5),
+        (2000, 1.0, 1.0),
+        (10**6, 1.0, 1.0),
+        (None, 1.0, 1.0),
+    ],
 )
 @pytest.mark.parametrize("rehearsed", [TARGET_INPUTS, SOURCE_INPUTS])
-def test_the_function_is_held_less_hard_where_samples_are_few(samples, share, rehearsed):
+def test_the_function_is_held_less_hard_where_samples_are_few(samples, share, answers, rehearsed):
     many = plan_for(TrainConfig(), steps=100, rehearsed=rehearsed)
     plan = plan_for(TrainConfig(), steps=100, rehearsed=rehearsed, samples=samples)
     assert many.distill > 0
     assert many.rehearse == 1.0
     assert plan.rehearse == pytest.approx(share * many.rehearse)
-    assert plan.distill == pytest.approx(share * many.distill)
+    assert plan.distill == pytest.approx(answers * many.distill)
     assert plan.anchor_decay == many.anchor_decay
     given = TrainConfig(rehearse=0.7, distill=0.2)
     plan = plan_for(given, steps=100, rehearsed=rehearsed, samples=samples)
@@ -310,7 +347,7 @@ def test_the_function_is_held_less_hard_where_samples_are_few(samples, share, re
 
 
 def test_the_weight_of_a_run_is_that_of_its_number_of_samples():
-    assert fast.Adaptation(ConvNet(), TRAIN).plan.rehearse == LEAST_SHARE
+    assert fast.Adaptation(ConvNet(), TRAIN).plan.rehearse == LEAST_REHEARSE
     many = images(800, 4, seed=1)
     assert fast.Adaptation(ConvNet(), many, head_steps=0).plan.rehearse == pytest.approx(0.4)
 

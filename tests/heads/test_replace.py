@@ -307,6 +307,18 @@ def test_a_copy_of_a_normaliser_waits_for_nobody():
     assert len(norm._pending) == 1
 
 
+def test_statistics_can_be_kept_as_they_are():
+    norm = FeatureNorm(3)
+    norm(torch.randn(8, 3))
+    norm.freeze()
+    before = norm.var.clone()
+    norm(torch.randn(8, 3))
+    assert torch.equal(norm.var, before)
+    norm.track()
+    norm(torch.randn(8, 3))
+    assert not torch.equal(norm.var, before)
+
+
 def test_calibration_needs_two_samples_and_finite_features():
     model = TextNet()
     fast.replace_head(model, 3)

@@ -32,8 +32,9 @@ class Method:
             target's own are rehearsed, under the source's statistics, and pictures of shuffled
             patches with them.
         average: steps over which the weights are averaged.
-        head_decay: weight decay of the new head, times its learning rate. Where there is any, the
-            statistics that its features are normalised by stay those of the pretrained network.
+        head_decay: weight decay of the new head, times its learning rate, where samples are few.
+            Where there is any, the statistics that its features are normalised by stay those of
+            the pretrained network.
         replay: each step also trains on a batch of source inputs, at twice the cost.
         adapter_rank: rank of low-rank adapters, which learn in place of the weights, in a network
             without layer norms; 0 for none.
@@ -73,6 +74,7 @@ METHODS: dict[str, Method] = {
         head_steps=200,
         rehearse=1.0,
         average=10,
+        head_decay=1.0,
     ),
     "vanilla": Method(),
     # Kumar et al. 2022 (arXiv 2202.10054): a linear probe first, then everything.
@@ -91,7 +93,7 @@ METHODS: dict[str, Method] = {
     # The head learns at the adapters' own rate. At ten times that it learned few samples by heart
     # before the adapters had moved: from ten samples of each class, ResNet-20 then learned sign
     # digits to 82 % and not 89 %, and MobileNet flowers to 68 % and not 75 %. For the same reason
-    # the head decays: what it cannot say louder, the adapters have to say
+    # the head decays where samples are few: what it cannot say louder, the adapters have to say
     # (`benchmarks/experiments/head_decay.py`).
     "adapter": Method(
         max_entropy=True,

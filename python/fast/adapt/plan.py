@@ -18,8 +18,8 @@ from fast.adapt.defaults import (
     default_lr,
     default_rank,
     default_tasks,
+    distill_weight,
     rehearse_weight,
-    share_of_plenty,
     too_few_for_norms,
 )
 from fast.adapt.methods import METHODS
@@ -237,7 +237,7 @@ def plan_for(
     # target inputs otherwise: in both cases there is nothing to distil.
     distill = 0.0
     if batch_norm != "per_task" and new_head:
-        distill = ease * method.distill * share_of_plenty(samples)
+        distill = ease * method.distill * distill_weight(samples)
     return Plan(
         method=config.method,
         steps=steps,
@@ -273,7 +273,7 @@ def plan_for(
         schedule=config.schedule,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
-        head_decay=default_head_decay(config) if new_head else 0.0,
+        head_decay=default_head_decay(config, samples) if new_head else 0.0,
         max_grad_norm=config.max_grad_norm or default_clip(config),
         grad_accum_steps=config.grad_accum_steps,
         forget_budget=config.forget_budget,
