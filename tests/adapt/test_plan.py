@@ -125,6 +125,7 @@ def test_adapters_have_a_lower_rate_in_small_batches(size, samples, share):
         ({"method": "fast"}, FEW, 0.0),
         ({"method": "fast"}, None, 0.0),
         ({"method": "fast", "weight_decay": 0.01}, FEW, 0.01),
+        ({"method": "fast", "lr": 0.5}, 100, 0.02),  # a tenth of the head a step, at 10 times that
         ({"method": "lp-ft"}, 100, 0.0),
         ({"head": "keep"}, 100, 0.0),
     ],
@@ -144,6 +145,10 @@ def test_the_plan_is_part_of_the_result_and_says_what_is_done():
     assert (result.plan.steps, result.plan.target_size, result.plan.source_size) == (3, 32, 32)
     assert "3 steps of 32 samples" in str(result.plan)
     assert "32 target inputs (half or more with shuffled patches)" in str(result.plan)
+
+
+def test_the_plan_counts_one_step_and_one_sample():
+    assert "1 step of 1 sample;" in str(plan_for(TrainConfig(), steps=1, target_size=1))
 
 
 def test_the_plan_is_told_before_the_first_step(capsys):

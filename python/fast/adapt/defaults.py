@@ -63,9 +63,11 @@ LEAST_SHARE = 0.1
 # source from ten of each class, and learned 0.2 to 2.2 points more (docs/research.md).
 LEAST_REHEARSE = 0.3
 # With fewer samples than this the head begins to decay, and the source's answers to them are no
-# longer kept; with half as many or less both are at their full. With adapters, ten pairs of 1,456
+# longer kept; with half as many or less both are at their full. With adapters, ten pairs of 1,600
 # samples or more learned 0.2 points less in the mean by it (docs/research.md).
 FEW = 1000
+# The most of itself that the head loses in a step by decay, at whatever rate the user gives.
+MOST_DECAY = 0.1
 # Source inputs get this share of a batch, and more where the same few target samples would come
 # round again and again. With a half, beside a tenth of the weights that hold the function, 100 sign
 # digits were learned to 88 % and 0.8 points lost; with an eighth and the whole weights, 83 and 0.2.
@@ -244,19 +246,20 @@ def default_clip(config: AdaptConfig) -> float | None:
     return SGD_CLIP if config.optimizer == "sgd" and METHODS[config.method].ramp else None
 
 
-def default_head_decay(config: AdaptConfig, samples: int | None) -> float:
+def default_head_decay(config: AdaptConfig, samples: int | None, rate: float) -> float:
     """Weight decay of the new head, times its learning rate: the method's where samples are few,
     or `weight_decay`.
 
     Args:
         samples: of the training data; None where their number is not known.
+        rate: the peak learning rate of the head.
     """
     if config.head_decay is not None:
         return config.head_decay
     decay = METHODS[config.method].head_decay * scarcity(samples)
     if config.optimizer == "sgd":
         decay /= SGD_FACTOR
-    return max(decay, config.weight_decay)
+    return max(min(decay, MOST_DECAY / rate), config.weight_decay)
 
 
 def default_tasks(config: AdaptConfig, rehearsed: str) -> str:

@@ -23,7 +23,7 @@ from fast.adapt.defaults import (
     too_few_for_norms,
 )
 from fast.adapt.methods import METHODS
-from fast.errors import warn
+from fast.errors import counted, warn
 from fast.optim.groups import ramp_factor
 
 log = logging.getLogger("fast")
@@ -154,7 +154,7 @@ class Plan:
 
     def __str__(self) -> str:
         """One line that says what will be done."""
-        steps = f"{self.steps} steps of {self.target_size} samples"
+        steps = f"{counted(self.steps, 'step')} of {counted(self.target_size, 'sample')}"
         if self.rehearsed:
             steps += f" and {self.source_size} {self.rehearsed}, whose features are kept"
         first = ""
@@ -238,27 +238,27 @@ def plan_for(
     distill = 0.0
     if batch_norm != "per_task" and new_head:
         distill = ease * method.distill * distill_weight(samples)
+    rule = default_lr(
+        config,
+        steps=steps,
+        rehearsed=bool(rehearsed),
+        layer_norms=layer_norms,
+        target_size=target_size,
+        samples=samples,
+    )
+    lr = _given(config.lr, rule)
+    head_lr_scale = _given(config.head_lr_scale, method.head_lr_scale) if new_head else 1.0
     return Plan(
         method=config.method,
         steps=steps,
         target_size=target_size,
         source_size=source_size,
         rehearsed=rehearsed,
-        lr=_given(
-            config.lr,
-            default_lr(
-                config,
-                steps=steps,
-                rehearsed=bool(rehearsed),
-                layer_norms=layer_norms,
-                target_size=target_size,
-                samples=samples,
-            ),
-        ),
+        lr=lr,
         head="new" if new_head else "keep",
         weighted=weighted,
         max_entropy=new_head and bool(_given(config.max_entropy, method.max_entropy)),
-        head_lr_scale=_given(config.head_lr_scale, method.head_lr_scale) if new_head else 1.0,
+        head_lr_scale=head_lr_scale,
         anchor_decay=_given(config.anchor_decay, ease * decay),
         distill=_given(config.distill, distill),
         stall=_stall(config, steps, starts_cold=new_head and not head_steps),
@@ -273,7 +273,7 @@ def plan_for(
         schedule=config.schedule,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
-        head_decay=default_head_decay(config, samples) if new_head else 0.0,
+        head_decay=default_head_decay(config, samples, lr * head_lr_scale) if new_head else 0.0,
         max_grad_norm=config.max_grad_norm or default_clip(config),
         grad_accum_steps=config.grad_accum_steps,
         forget_budget=config.forget_budget,

@@ -88,7 +88,7 @@ def test_few_pictures_have_more_places_for_those_made_of_them(samples, places):
         SHUFFLED,
         places,
     )
-    assert plan.rehearse == min(0.5, max(0.1, samples / 2000))
+    assert plan.rehearse == min(0.5, max(0.3, samples / 2000))
 
 
 def test_large_pictures_are_kept_within_the_bytes_of_own_inputs(monkeypatch):
