@@ -309,11 +309,14 @@ def prepare_network(
         head_name=config.head_name,
     )
     check_backbone(network, plan.method)
-    set_norms_and_adapters(network, setup, resuming=resuming)
-    settle_dropout(network, setup)
     rehearsed = None
     if plan.source_size:
         rehearsed = samples if setup.own is None else setup.own
+    # A run that resumes skips some of the passes below, and a network that draws noise by itself
+    # would give other features after them.
+    holding = [] if rehearsed is None else rehearsal(network, setup, rehearsed)
+    set_norms_and_adapters(network, setup, resuming=resuming)
+    settle_dropout(network, setup)
     if plan.distill or rehearsed is not None:
         check_rows(model, network.head, setup.sample)
     remembers = bool(plan.distill) and not augmented and same_at_each_visit(setup.batches)
@@ -332,8 +335,7 @@ def prepare_network(
     guards: list[Guard] = []
     if plan.distill:
         guards.append(distillation(network, setup, first, alone=rehearsed is None))
-    if rehearsed is not None:
-        guards += rehearsal(network, setup, rehearsed)
+    guards += holding
     if guards:
         network.watch(rehearsed is not None and runs_apart(network, setup, rehearsed))
     if plan.adapter_rank:
