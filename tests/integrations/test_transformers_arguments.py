@@ -66,7 +66,8 @@ def test_the_arguments_rule_the_optimizer(tmp_path):
     run.create_optimizer_and_scheduler(STEPS)
     assert run.lr_scheduler.get_last_lr()[0] == 0  # the Trainer's warm-up starts there
     assert {(g["betas"], g["eps"]) for g in run.optimizer.param_groups} == {((0.8, 0.999), 1e-6)}
-    assert {g["weight_decay"] for g in run.optimizer.param_groups} == {0.0, 0.1}  # none of biases
+    # None of biases; that of the new head is its own.
+    assert {g["weight_decay"] for g in run.optimizer.param_groups} == {0.0, 0.1, 1.0}
     run.train()
     assert run.adaptation.done == STEPS
 
