@@ -7,7 +7,7 @@ import json
 import pytest
 
 import fast
-from fast.adapt.defaults import EASED, LEAST_SHARE, REHEARSING_LR, SETTLED
+from fast.adapt.defaults import EASED, LEAST_REHEARSE, REHEARSING_LR, SETTLED
 from fast.adapt.methods import METHODS
 from fast.adapt.plan import plan_for
 from fast.cli.commands.retention import settings
@@ -63,7 +63,7 @@ def test_a_strength_of_nought_keeps_the_learning_rate(job):
     assert code == 0, err
     saved = json.loads((job.folder / "out" / "retention.json").read_text())
     assert [p["lr"] for p in saved["points"]] == [REHEARSING_LR * (6 / SETTLED) ** 2] * 2
-    assert [p["rehearse"] for p in saved["points"]] == [0, LEAST_SHARE]  # few samples
+    assert [p["rehearse"] for p in saved["points"]] == [0, LEAST_REHEARSE]  # few samples
 
 
 def test_distillation_is_left_out_where_batch_norm_is_kept_per_task():
